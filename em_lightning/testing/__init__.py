@@ -1,0 +1,1 @@
+"""Contract tests that authors of new kernels, operators, activations and losses subclass."""

@@ -1,0 +1,89 @@
+import sys
+import types
+
+import pytest
+
+from em_lightning.registry import Registry
+
+
+class Part:
+    def __init__(self, size=1):
+        self.size = size
+
+    def __call__(self):
+        return self.size
+
+
+@pytest.fixture
+def parts():
+    registry = Registry("part")
+    registry.register("plain")(Part)
+    return registry
+
+
+def test_every_way_to_name_a_part(parts):
+    instance = Part(7)
+    module = types.ModuleType("module_of_parts")
+    module.Part = Part
+    sys.modules["module_of_parts"] = module
+    assert parts.build("plain").size == 1
+    assert parts.build("plain", size=2).size == 2
+    assert parts.build(Part, size=3).size == 3
+    assert parts.build({"name": "plain", "size": 4}, size=9).size == 4
+    assert parts.build({"class_path": "module_of_parts.Part", "init_args": {"size": 5}}).size == 5
+    assert parts.build(instance) is instance
+    assert list(parts) == ["plain"] and len(parts) == 1 and "plain" in parts and parts["plain"] is Part
+    assert parts.name_of(instance) == "plain" and parts.name_of(3) is None
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda r: r.build("plian"), ValueError, ["'plian'", "did you mean 'plain'"]),
+        (lambda r: r.build("zzz"), ValueError, ["'zzz'", "Known: plain"]),
+        (lambda r: r.build({"size": 3}), ValueError, ["'size': 3", "{'name': KEY"]),
+        (lambda r: r.build({"class_path": "nowhere.Part"}), ValueError, ["nowhere.Part", "No module named"]),
+        (lambda r: r.build({"class_path": "json.dumps"}), ValueError, ["json.dumps", "is no class"]),
+        (lambda r: r.build("plain", colour=1), TypeError, ["part 'plain'", "colour"]),
+        (lambda r: r.build(Part(), size=1), TypeError, ["Part", "size", "its key or class"]),
+        (lambda r: r.build(None), TypeError, ["None", "plain"]),
+        (lambda r: r.build(5), TypeError, ["5", "plain"]),
+        (lambda r: r.register("plain")(type("Other", (), {})), ValueError, ["'plain' is already", "another name"]),
+        (lambda r: r.register("Not A Key"), ValueError, ["'Not A Key'", "identifier"]),
+    ],
+)
+def test_wrong_use_is_answered(parts, call, error, words):
+    with pytest.raises(error) as caught:
+        call(parts)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+class FakeEntryPoint:
+    def __init__(self, name, load):
+        self.name, self.value, self.load = name, f"elsewhere:{name}", load
+
+
+def test_plugins_are_read_once_and_only_when_needed(monkeypatch):
+    calls = []
+
+    def entry_points(group):
+        calls.append(group)
+        return [FakeEntryPoint("other", lambda: Part)]
+
+    monkeypatch.setattr("em_lightning.registry.entry_points", entry_points)
+    registry = Registry("part", group="parts")
+    registry.register("plain")(type("Plain", (Part,), {}))
+    registry.build("plain")
+    assert calls == []
+    assert registry.build("other", size=3).size == 3
+    assert "none" not in registry and list(registry) == ["plain", "other"]
+    assert calls == ["em_lightning.parts"]
+
+
+def test_a_broken_plugin_is_named(monkeypatch):
+    def load():
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("em_lightning.registry.entry_points", lambda group: [FakeEntryPoint("bad", load)])
+    with pytest.raises(ImportError, match="'bad'.*elsewhere:bad.*boom.*repair or uninstall"):
+        Registry("part", group="parts")["bad"]
