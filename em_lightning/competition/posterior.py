@@ -1,0 +1,93 @@
+"""What a competition knows about its hypotheses, and how to read it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Posterior(NamedTuple):
+    """Energies, responsibilities and free energy of a competition between K hypotheses.
+
+    Every tensor keeps the layout of the energies that went in: the hypothesis axis stays where ``dim`` was (as in
+    :func:`torch.softmax`), and the free energy lacks that axis. The methods read it along the ``dim`` given to them.
+
+    Attributes:
+        energies: d_k, shape (..., K).
+        responsibilities: r_k = dF/dd_k, shape (..., K).
+        free_energy: F, shape (...).
+
+    Example:
+        >>> posterior = Posterior(torch.tensor([0.0, 0.0]), torch.tensor([0.5, 0.5]), torch.tensor(-0.6931))
+        >>> posterior.mean(torch.tensor([-1.0, 1.0])), posterior.variance(torch.tensor([-1.0, 1.0]))
+        (tensor(0.), tensor(1.))
+        >>> posterior.perplexity()
+        tensor(2.)
+    """
+
+    energies: Tensor
+    responsibilities: Tensor
+    free_energy: Tensor
+
+    def mean(self, values: Tensor, dim: int = -1) -> Tensor:
+        """Return sum_k r_k v_k, the posterior mean, by the rules of :func:`torch.matmul` along the hypothesis axis.
+
+        Args:
+            values: one number a hypothesis (K,) gives (...); one vector a hypothesis (..., K, V) gives (..., V), with
+                the value axis in the place of the hypothesis axis.
+            dim: the hypothesis axis.
+
+        Raises:
+            ValueError: ``values`` has another number of hypotheses.
+        """
+        responsibilities = self._last(values, dim)
+        dtype = torch.promote_types(responsibilities.dtype, values.dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            mean = torch.matmul(responsibilities.to(dtype), values.to(dtype))
+        return mean if values.ndim == 1 or dim == -1 else mean.movedim(-1, dim)
+
+    def variance(self, values: Tensor, dim: int = -1) -> Tensor:
+        """Return sum_k r_k (v_k - mean)^2, the posterior variance of every value; shapes are those of :meth:`mean`."""
+        responsibilities = self._last(values, dim)
+        scalar = values.ndim == 1
+        values = values.unsqueeze(-1) if scalar else values
+        single = responsibilities.ndim == 1
+        responsibilities = responsibilities.unsqueeze(0) if single else responsibilities
+        dtype = torch.promote_types(responsibilities.dtype, values.dtype)
+        with torch.autocast(values.device.type, enabled=False):
+            responsibilities, values = responsibilities.to(dtype), values.to(dtype)
+            # Two passes: E[v^2] - E[v]^2 loses every digit where the mean is large.
+            mean = torch.matmul(responsibilities, values)
+            squares = (values.unsqueeze(-3) - mean.unsqueeze(-2)).square()
+            variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2)
+        variance = variance.squeeze(-2) if single else variance
+        if scalar:
+            return variance.squeeze(-1)
+        return variance if dim == -1 else variance.movedim(-1, dim)
+
+    def mode(self, dim: int = -1) -> Tensor:
+        """Return the index of the hypothesis of most responsibility, shape (...)."""
+        return self.responsibilities.argmax(dim)
+
+    def entropy(self, dim: int = -1) -> Tensor:
+        """Return H = -sum_k r_k log r_k in nats, shape (...); its gradient is finite at r = 0 too."""
+        r = self.responsibilities
+        wide = r.float() if r.dtype in (torch.float16, torch.bfloat16) else r
+        return -(wide * wide.clamp_min(torch.finfo(wide.dtype).tiny).log()).sum(dim).to(r.dtype)
+
+    def perplexity(self, dim: int = -1) -> Tensor:
+        """Return exp(H), the effective number of hypotheses, shape (...)."""
+        return self.entropy(dim).exp()
+
+    def _last(self, values: Tensor, dim: int) -> Tensor:
+        """Return the responsibilities with the hypothesis axis last, once the values are known to fit it."""
+        responsibilities = self.responsibilities if dim == -1 else self.responsibilities.movedim(dim, -1)
+        given = values.shape[-min(values.ndim, 2)] if values.ndim else 0
+        if given != responsibilities.shape[-1]:
+            raise ValueError(
+                f"values of shape {tuple(values.shape)} do not fit {responsibilities.shape[-1]} hypotheses on axis "
+                f"dim={dim}; give one number (K,) or one vector (..., K, V) for each hypothesis"
+            )
+        return responsibilities
