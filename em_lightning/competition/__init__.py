@@ -2,6 +2,48 @@
 
 from em_lightning.competition.base import COMPETITIONS, Competition
 from em_lightning.competition.posterior import Posterior
-from em_lightning.competition.soft import Softmin, softmin
+from em_lightning.competition.soft import (
+    Background,
+    Grouped,
+    Softmin,
+    TopK,
+    background,
+    grouped,
+    none_of_the_above,
+    softmin,
+    topk,
+)
+from em_lightning.competition.sparse import (
+    Entmin,
+    Hardmin,
+    ScopeWarning,
+    Sparsemin,
+    entmin,
+    hardmin,
+    sparsemin,
+)
+from em_lightning.competition.transport import Balanced, balanced
 
-__all__ = ["COMPETITIONS", "Competition", "Posterior", "Softmin", "softmin"]
+__all__ = [
+    "COMPETITIONS",
+    "Background",
+    "Balanced",
+    "Competition",
+    "Entmin",
+    "Grouped",
+    "Hardmin",
+    "Posterior",
+    "ScopeWarning",
+    "Softmin",
+    "Sparsemin",
+    "TopK",
+    "background",
+    "balanced",
+    "entmin",
+    "grouped",
+    "hardmin",
+    "none_of_the_above",
+    "softmin",
+    "sparsemin",
+    "topk",
+]

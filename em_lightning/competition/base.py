@@ -9,42 +9,67 @@ from em_lightning.competition.posterior import Posterior
 from em_lightning.registry import Registry
 
 
-class Competition(nn.Module):
-    """Base class of the operators: it owns a temperature that is fixed, learnable or scheduled.
+class Tempered(nn.Module):
+    """A module with a temperature that is fixed, learnable or scheduled.
+
+    A fixed temperature is a plain number, so it costs nothing where it is 1 and is exact in every dtype; it is in the
+    ``state_dict`` all the same, as a schedule may have moved it.
 
     Args:
         temperature: T > 0, which divides the energies.
         learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the hypothesis axis, unless a call names another.
 
     Raises:
         ValueError: the temperature is not positive.
     """
 
-    base_temperature: Tensor
-
-    def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
+    def __init__(self, temperature: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
         check_temperature(temperature)
-        self.dim = dim
-        # A buffer, so that a scheduled temperature is in the checkpoint and a change recompiles nothing.
-        self.register_buffer("base_temperature", torch.full((1,), float(temperature)))
+        self._temperature = float(temperature)
         self.log_temperature_ratio = nn.Parameter(torch.zeros(1)) if learnable else None
 
     @property
-    def temperature(self) -> Tensor:
-        """The temperature T, shape (1,); assign a number to set it, as a schedule does."""
+    def temperature(self) -> float | Tensor:
+        """The temperature T: a number, or of shape (1,) where it is learnable. Assign a number to set it."""
         if self.log_temperature_ratio is None:
-            return self.base_temperature
-        return self.base_temperature * self.log_temperature_ratio.exp()
+            return self._temperature
+        return self._temperature * self.log_temperature_ratio.exp()
 
     @temperature.setter
     def temperature(self, value: float) -> None:
         check_temperature(value)
-        with torch.no_grad():
-            self.base_temperature.fill_(float(value))
-            if self.log_temperature_ratio is not None:
+        self._temperature = float(value)
+        if self.log_temperature_ratio is not None:
+            with torch.no_grad():
                 self.log_temperature_ratio.zero_()
+
+    def get_extra_state(self) -> Tensor:
+        """Return the temperature that the learnable ratio, if any, multiplies."""
+        return torch.tensor([self._temperature], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` returned."""
+        self._temperature = float(state)
+
+    def extra_repr(self) -> str:
+        """Return the settings that a reader needs."""
+        learnable = ", learnable=True" if self.log_temperature_ratio is not None else ""
+        return f"temperature={float(self.temperature):g}{learnable}"
+
+
+class Competition(Tempered):
+    """Base class of the operators: a subclass defines :meth:`compete`.
+
+    Args:
+        temperature: T > 0, which divides the energies.
+        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
+        dim: the hypothesis axis, unless a call names another.
+    """
+
+    def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
+        super().__init__(temperature, learnable)
+        self.dim = dim
 
     def forward(self, energies: Tensor, log_prior: Tensor | None = None, dim: int | None = None) -> Posterior:
         """Let the hypotheses compete.
@@ -57,15 +82,12 @@ class Competition(nn.Module):
         return self.compete(energies, log_prior, self.dim if dim is None else dim)
 
     def compete(self, energies: Tensor, log_prior: Tensor | None, dim: int) -> Posterior:
-        """Apply the operator's function: what a subclass defines."""
+        """Return the posterior at the module's temperature."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Return the settings that differ from the defaults."""
-        parts = [f"temperature={float(self.temperature.detach()):g}"]
-        parts += ["learnable=True"] if self.log_temperature_ratio is not None else []
-        parts += [f"dim={self.dim}"] if self.dim != -1 else []
-        return ", ".join(parts)
+        """Return the settings that a reader needs."""
+        return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 
 COMPETITIONS: Registry[Competition] = Registry("competition", "competitions")
