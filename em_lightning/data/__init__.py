@@ -1,7 +1,9 @@
 """Point clouds for training: LightningDataModules, file readers, surfaces and how they are sampled."""
 
+from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
-from em_lightning.data.point_clouds import PointCloudDataModule, ProceduralSurfaces
+from em_lightning.data.folder import PointCloudFolder
+from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
 from em_lightning.data.surfaces import FAMILIES, random_surface
@@ -11,9 +13,12 @@ __all__ = [
     "Cloud",
     "CloudDataset",
     "EpochSampler",
+    "GeometricShapes",
+    "ModelNet",
     "Normalization",
     "PointCloudBatch",
     "PointCloudDataModule",
+    "PointCloudFolder",
     "ProceduralSurfaces",
     "Shape",
     "Surface",

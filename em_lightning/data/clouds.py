@@ -152,9 +152,11 @@ class Shape(NamedTuple):
         if faces is None:
             return cls(points.float(), None, label)
         # A vertex that no face touches is no part of the surface.
-        used = points[faces.unique()].double()
-        normalization = Normalization.of(used)
-        return cls(Surface.of(normalization.apply(points.double()), faces), normalization, label)
+        points = points.double()
+        used = torch.zeros(len(points), dtype=torch.bool)
+        used[faces] = True
+        normalization = Normalization.of(points if used.all() else points[used])
+        return cls(Surface.of(normalization.apply(points), faces), normalization, label)
 
 
 class Shapes(Protocol):
@@ -165,6 +167,25 @@ class Shapes(Protocol):
     def __call__(self, index: int, generator: torch.Generator) -> Shape:
         """Return shape number ``index``."""
         ...
+
+
+class KnownShapes:
+    """Shapes at hand, each drawn from several times.
+
+    Args:
+        known: the shapes.
+        repeats: clouds of each.
+    """
+
+    def __init__(self, known: Sequence[Shape], repeats: int = 1) -> None:
+        self.known, self.repeats = list(known), repeats
+
+    def __len__(self) -> int:
+        return len(self.known) * self.repeats
+
+    def __call__(self, index: int, generator: torch.Generator) -> Shape:
+        """Return shape ``index``, which goes round."""
+        return self.known[index % len(self.known)]
 
 
 def item_generator(seed: int, split: str, epoch: int, index: int) -> torch.Generator:
