@@ -172,7 +172,6 @@ class TiedCovariance(FullCovariance):
         largest = (share * moments.second).sum(1, keepdim=True).diagonal(dim1=-2, dim2=-1)
         return self.compose(factors, cholesky_with_inverse(spread, _least_pivots(largest)))
 
-
     def correct(self, factors: Factors, correction: Tensor, floor: Tensor) -> Factors:
         """Return the corrected factors; the correction is the mean of what the components ask for."""
         return super().correct(factors, correction.mean(1, keepdim=True), floor)
@@ -264,8 +263,9 @@ class SphericalCovariance(DiagonalCovariance):
         return self.compose(factors, Factors(root, root.reciprocal()))
 
 
-
-COVARIANCES = {part.name: part for part in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())}
+COVARIANCES = {
+    part.name: part for part in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
+}
 
 
 def _least_pivots(largest: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ class LayerwiseLoss:
               w_l = \rho \, \|\partial L_\text{main} / \partial d_l\| / \|\partial L_l / \partial d_l\| \text{ (auto)}
 
     With ``weight="auto"`` each layer's EM gradient enters with the share ``ratio`` = rho of the main loss's gradient at
-    the same tap, so one setting serves narrow and wide layers and losses of any scale. Both norms are those of the global
-    batch, measured at the first step and then at every ``auto_every``-th, and smoothed by bias-corrected exponential
-    averages; the weights carry no gradient.
+    the same tap, so one setting serves narrow and wide layers and losses of any scale. Both norms are those of the
+    global batch, measured at the first step and then at every ``auto_every``-th, and smoothed by exponential averages;
+    the weights carry no gradient.
 
     A layer that is called several times between two calls of :meth:`add_to` counts once, on all the items of its calls.
     Losses are computed in float32 or better, outside autocast.
@@ -59,7 +59,7 @@ class LayerwiseLoss:
         >>> loss = em.add_to(net(torch.rand(16, 4)).square().mean())
         >>> loss.backward()
         >>> sorted(em.values)
-        ['0/decorrelation', '0/free_energy', '0/variance', '0/weight', 'loss']
+        ['0/decorrelation', '0/free_energy', '0/variance', '0/weight']
         >>> em.remove()
 
     The share follows the adaptive weight of Esser et al., arXiv 2012.09841, eq. 7, taken at the tap.
@@ -101,12 +101,12 @@ class LayerwiseLoss:
         self.momentum = momentum
         self.step = 0
         self.values: dict[str, Tensor] = {}
-        self.num_items = 0
+        self.num_items = 1
+        self._charged: set[str] = set()
         self.losses = {site.path: build_loss(loss) for site in self.taps.sites}
         self.weights = {site.path: _weight_at(site.path, weight) for site in self.taps.sites}
-        # path -> averages of both norms and how often they were measured
+        # path -> averages of both norms, and the step from which they are due to be measured again
         self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
-        self._measured = -1
         self.taps.attach()
 
     def factor(self) -> float:
@@ -120,31 +120,40 @@ class LayerwiseLoss:
             factor *= self.every if self.step % self.every == 0 else 0
         return factor
 
-    def add_to(self, loss: Tensor) -> Tensor:
+    def add_to(self, loss: Tensor, all_layers: bool = True) -> Tensor:
         """Return the loss plus the EM losses of the layers that were called since the last time.
 
         Counts a step; where something else counts (a Trainer), it sets ``step`` before each call.
 
+        Args:
+            loss: the loss of the model's task.
+            all_layers: whether every layer has to be there; else those alone are charged on which the loss depends, and
+                the others wait for a loss of their own.
+
         Raises:
             RuntimeError: a layer was not called, or what was captured carries no gradient.
         """
-        captured = self.taps.take()
-        self._check(captured, loss)
+        if all_layers:
+            captured = self.taps.take()
+            self._check(captured, loss)
+        else:
+            graph = _graph(loss)
+            captured = self.taps.take(lambda tensor: tensor.grad_fn in graph)
+        self._charged.update(captured)
         factor = self.factor()
         self.step += 1
         self.values = {}
         if factor == 0:
             return loss
         aux = {path: self._evaluate(path, tensors) for path, tensors in captured.items()}
-        if self.norms and (self._measured < 0 or self.step - 1 >= self._measured + self.auto_every):
-            self._measure(loss, captured, aux)
-            self._measured = self.step - 1
+        due = [path for path in aux if path in self.norms and self.step > self.norms[path][2]]
+        if due:
+            self._measure(due, loss, captured, aux)
         total = loss.new_zeros((), dtype=torch.promote_types(loss.dtype, torch.float32))
         for path, value in aux.items():
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
             total = total + weight * value
-        self.values["loss"] = total.detach()
         return loss + total.to(loss.dtype)
 
     def weight_of(self, path: str) -> float:
@@ -162,7 +171,7 @@ class LayerwiseLoss:
     def state_dict(self) -> dict[str, Any]:
         """Return the step and the averages behind ``weight="auto"``."""
         norms = {path: list(norms) for path, norms in self.norms.items()}
-        return {"step": self.step, "measured": self._measured, "norms": norms}
+        return {"step": self.step, "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned.
@@ -176,8 +185,26 @@ class LayerwiseLoss:
                 f"{sorted(self.norms)}: use the where= and weight= it was saved with"
             )
         self.step = state["step"]
-        self._measured = state["measured"]
         self.norms = {path: list(norms) for path, norms in state["norms"].items()}
+
+    def reset(self) -> None:
+        """Forget what was captured and charged: the start of a training step with several losses."""
+        self.taps.captured = {}
+        self._charged = set()
+
+    def check_charged(self) -> None:
+        """Raise if a layer has been charged to none of the losses since :meth:`reset`.
+
+        Raises:
+            RuntimeError: there is one.
+        """
+        missed = [site.path for site in self.taps.sites if site.path not in self._charged]
+        if missed:
+            raise RuntimeError(
+                f"no loss of this step depends on the layer(s) {', '.join(missed)}, so their EM loss is lost: they "
+                f"were not called, or under no_grad, or compiled and run before the hooks were set, or backward was called "
+                f"in place of manual_backward. Leave them out through where="
+            )
 
     def _check(self, captured: Mapping[str, list[Tensor]], loss: Tensor) -> None:
         silent = [site.path for site in self.taps.sites if site.path not in captured]
@@ -190,9 +217,9 @@ class LayerwiseLoss:
         for path, tensors in captured.items():
             if loss.requires_grad and not any(tensor.requires_grad for tensor in tensors):
                 raise RuntimeError(
-                    f"the {self.taps.tap} of {path!r} carries no gradient, so its EM loss would be lost: nothing before it "
-                    f"is trained, or it was computed under no_grad, as re-entrant activation checkpointing does "
-                    f"(use_reentrant=False), or leave it out through where="
+                    f"the {self.taps.tap} of {path!r} carries no gradient, so its EM loss would be lost: nothing "
+                    f"before it is trained, or it was computed under no_grad, as re-entrant activation checkpointing does "
+                    f"(use_reentrant=False); or leave it out through where="
                 )
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
@@ -206,8 +233,10 @@ class LayerwiseLoss:
         self.values.update({f"{path}/{name}": value.detach() for name, value in terms.items()})
         return torch.stack(list(terms.values())).sum()
 
-    def _measure(self, loss: Tensor, captured: Mapping[str, list[Tensor]], aux: Mapping[str, Tensor]) -> None:
-        tensors = [tensor for path in self.norms for tensor in captured[path]]
+    def _measure(
+        self, due: list[str], loss: Tensor, captured: Mapping[str, list[Tensor]], aux: Mapping[str, Tensor]
+    ) -> None:
+        tensors = [tensor for path in due for tensor in captured[path]]
         try:
             main = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -218,7 +247,8 @@ class LayerwiseLoss:
                 "torch._functorch.config.donated_buffer = False, or give weight= a number"
             ) from error
         gradients = iter(main)
-        for path, averages in self.norms.items():
+        for path in due:
+            averages = self.norms[path]
             of_main = [next(gradients) for _ in captured[path]]
             of_aux = torch.autograd.grad(aux[path], captured[path], retain_graph=True, allow_unused=True)
             if all(gradient is None for gradient in of_main):
@@ -230,7 +260,19 @@ class LayerwiseLoss:
             norms = global_sum(squares).sqrt().tolist()
             for index, norm in enumerate(norms):
                 averages[index] = self.momentum * averages[index] + (1 - self.momentum) * norm
-            averages[2] += 1
+            averages[2] = self.step - 1 + self.auto_every
+
+
+def _graph(loss: Tensor) -> set[Any]:
+    """Return every node of the autograd graph that leads to a loss."""
+    nodes: set[Any] = set()
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            ahead.extend(following for following, _ in node.next_functions)
+    return nodes
 
 
 def _square(gradients: list[Tensor | None], like: Tensor) -> Tensor:
@@ -262,6 +304,7 @@ def build_loss(loss: Any) -> Callable[[Tensor], Any]:
         built = LOSSES.build(loss)
     if isinstance(built, nn.Module) and any(True for _ in built.parameters()):
         raise ValueError(
-            f"loss={type(built).__name__} has parameters, which no optimizer would train: fix them, or add the loss to the model"
+            f"loss={type(built).__name__} has parameters, which no optimizer would train: use fixed ones, or make the "
+            f"loss a part of the model"
         )
     return built

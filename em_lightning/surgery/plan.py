@@ -90,7 +90,10 @@ def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def apply_plan(
-    model: nn.Module, plan: list[dict[str, Any]], make: Callable[[nn.Module], nn.Module] | None = None
+    model: nn.Module,
+    plan: list[dict[str, Any]],
+    make: Callable[[nn.Module], nn.Module] | None = None,
+    into: Any = None,
 ) -> None:
     """Repeat on a fresh model the surgeries of a plan.
 
@@ -98,6 +101,7 @@ def apply_plan(
         model: a model as it was before them.
         plan: the entries, from :func:`plan_in`.
         make: builds the modules which the plan cannot (those that came from a function or a prototype).
+        into: a surgery to extend; by default a new one for each entry.
 
     Raises:
         ValueError: such a module is in the plan, and no ``make`` is given.
@@ -116,9 +120,8 @@ def apply_plan(
                 f"{entry['path']!r} holds a {entry['class_path']} whose arguments the checkpoint does not know: "
                 f"pass make=, the function of the old module that builds it"
             )
-        operations[entry["operation"]](
-            model, [entry["path"]], builder, calls=entry["calls"], into=Surgery(model, entry["by"])
-        )
+        surgery = Surgery(model, entry["by"]) if into is None else into
+        operations[entry["operation"]](model, [entry["path"]], builder, calls=entry["calls"], into=surgery)
 
 
 def restore_surgery(

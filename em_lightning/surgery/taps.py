@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -79,17 +80,22 @@ class Taps:
             )
         self.captured.setdefault(path, []).append((value, value._version))
 
-    def take(self) -> dict[str, list[Tensor]]:
-        """Return what was captured since the last call, by path, and forget it.
+    def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
+        """Return what was captured and is wanted, by path, and forget it.
 
         Raises:
             RuntimeError: a tensor was overwritten in place after it was captured.
         """
-        captured, self.captured = self.captured, {}
-        for path, tensors in captured.items():
-            if any(tensor._version != version for tensor, version in tensors):
+        taken: dict[str, list[tuple[Tensor, int]]] = {}
+        left: dict[str, list[tuple[Tensor, int]]] = {}
+        for path, pairs in self.captured.items():
+            for pair in pairs:
+                (taken if wanted(pair[0]) else left).setdefault(path, []).append(pair)
+        self.captured = left
+        for path, pairs in taken.items():
+            if any(tensor._version != version for tensor, version in pairs):
                 raise RuntimeError(
-                    f"the {self.tap} of {path!r} was overwritten in place after it was captured, as nn.ReLU(inplace=True) "
-                    f"does: set inplace=False in the layer that follows, or tap the output of that layer"
+                    f"the {self.tap} of {path!r} was overwritten in place after it was captured, as "
+                    f"nn.ReLU(inplace=True) does: set inplace=False in the layer that follows, or tap its output"
                 )
-        return {path: [tensor for tensor, _ in tensors] for path, tensors in captured.items()}
+        return {path: [tensor for tensor, _ in pairs] for path, pairs in taken.items()}
