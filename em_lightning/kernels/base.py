@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Kernel(nn.Module):
         check_inputs(x, centers)
         dtype = torch.promote_types(x.dtype, centers.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             energies = self.energy(x.to(wide), centers.to(wide))
         if dtype == torch.float16:
             energies = energies.clamp(max=torch.finfo(dtype).max)
@@ -169,6 +170,11 @@ def check_inputs(x: Tensor, centers: Tensor) -> None:
                 f"the leading dimensions of x {tuple(x.shape)} and centers {tuple(centers.shape)} do not broadcast; "
                 f"make them equal or 1"
             )
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device_type)  # not on "meta", where shapes are worked out
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def pairwise(x: Tensor, centers: Tensor) -> Tensor:
