@@ -271,14 +271,14 @@ class PointNet(Graphs):
         return self.head(global_max_pool(h, batch.batch))
 
 
-def trainer(folder, steps=4, callbacks=(), **options):
+def trainer(folder, epochs=2, callbacks=(), **options):
     """A Trainer that is quiet and writes nowhere else."""
     options = {"logger": False, "enable_checkpointing": False, **options}
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         devices=1,
-        max_steps=steps,
+        max_epochs=epochs,
         callbacks=list(callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -229,23 +229,17 @@ class RestoreSurgery(SurgicalCallback):
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
 
     Args:
-        path: the checkpoint whose plan to follow; by default the ``ckpt_path`` of the run.
-
-    Raises:
-        ValueError: at setup, if there is no path.
+        path: the checkpoint whose plan to follow, the one that is given to the Trainer as ``ckpt_path``.
     """
 
-    def __init__(self, path: str | PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | PathLike[str]) -> None:
         super().__init__()
         self.path = path
         self._plan: list[dict[str, Any]] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read the plan and operate, unless the model has been operated already."""
-        path = self.path or trainer.ckpt_path
-        if not path:
-            raise ValueError("RestoreSurgery knows no checkpoint: pass path=, or ckpt_path= to the Trainer's method")
-        self._plan = read_plan(path)
+        self._plan = read_plan(self.path)
         if self._plan and recorded_plan(pl_module) != self._plan:
             super().setup(trainer, pl_module, stage)
 
