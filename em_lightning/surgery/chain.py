@@ -25,7 +25,11 @@ class Chain:
 
     @property
     def __wrapped__(self) -> Any:  # Lightning reads the user's signature through this name
-        return self.previous or types.MethodType(getattr(type(self.owner), self.name), self.owner)
+        return (
+            self.previous
+            if self.previous is not None
+            else types.MethodType(getattr(type(self.owner), self.name), self.owner)
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the links from the outermost inwards, then the method itself."""
@@ -33,7 +37,9 @@ class Chain:
 
     def _call(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if depth == 0:
-            return self.__wrapped__(*args, **kwargs)
+            if self.previous is not None:
+                return self.previous(*args, **kwargs)
+            return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)  # as torch.compile can trace it
         return self.links[depth - 1](lambda *a, **k: self._call(depth - 1, a, k), *args, **kwargs)
 
 

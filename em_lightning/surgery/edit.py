@@ -210,9 +210,11 @@ def _operate(
         wanted = _calls_at(site.path, calls)
         added: list[nn.Module] = [] if new is None else [new]
         if new is None:
-            new, added = _new_module(operation, site, make, wanted, surgery)
+            new, added = _new_module(operation, site, make, wanted)
             built[id(site.module)] = new
         _put_in(surgery, operation, site, new, added)
+        if shared != "together":
+            _count_calls(surgery, site, new.operator if isinstance(new, Inserted) else new, wanted)
         entry = describe(operation, site.path, make, added[0], wanted)
         entry["by"] = surgery.by
         entries.append(entry)
@@ -269,9 +271,7 @@ def _allow_fast_path(module: nn.Module, flag: str, path: str) -> None:
         del vars(module)["_em_slow_path"]
 
 
-def _new_module(
-    operation: str, site: Site, make: Make, calls: int | str | None, surgery: Surgery
-) -> tuple[nn.Module, list[nn.Module]]:
+def _new_module(operation: str, site: Site, make: Make, calls: int | str | None) -> tuple[nn.Module, list[nn.Module]]:
     count = calls if isinstance(calls, int) else 1
     added = []
     for index in range(count):
@@ -286,20 +286,27 @@ def _new_module(
         _fit_in(module, site)
         mark(module)
         added.append(module)
-    visits = Visits(site.path, count)
-    new = CallSites(added, visits) if count > 1 else added[0]
-    if count > 1 or (calls is None and any(True for _ in new.parameters())):
-        if count == 1:
-            surgery._ways_back.append(new.register_forward_pre_hook(visits.guard).remove)
-        if site.owner is surgery.model:  # under DDP a hook on the root would fire around training_step
-            surgery._ways_back.append(wrap(surgery.model, "forward", visits.around).remove)
-        else:
-            surgery._ways_back.append(site.owner.register_forward_pre_hook(visits.begin).remove)
-            surgery._ways_back.append(site.owner.register_forward_hook(visits.end).remove)
+    new = CallSites(added, Visits(site.path, count)) if count > 1 else added[0]
     if operation == "insert_after":
         new = Inserted(site.module, new)
     new.training = site.parent.training if site.function is not None else site.module.training
     return new, added
+
+
+def _count_calls(surgery: Surgery, site: Site, operator: nn.Module, calls: int | str | None) -> None:
+    """Let the operators of a site take turns, or guard its only one, if it has parameters."""
+    if isinstance(operator, CallSites):
+        visits = operator.visits
+    elif calls != "any" and any(True for _ in operator.parameters()):
+        visits = Visits(site.path, 1)
+        surgery._ways_back.append(operator.register_forward_pre_hook(visits.guard).remove)
+    else:
+        return
+    if site.owner is surgery.model:  # under DDP a hook on the root would fire around training_step
+        surgery._ways_back.append(wrap(surgery.model, "forward", visits.around).remove)
+    else:
+        surgery._ways_back.append(site.owner.register_forward_pre_hook(visits.begin).remove)
+        surgery._ways_back.append(site.owner.register_forward_hook(visits.end).remove)
 
 
 def build(make: Make, old: nn.Module) -> Any:
@@ -327,9 +334,10 @@ def _fit_in(new: nn.Module, site: Site) -> None:
 def _put_in(surgery: Surgery, operation: str, site: Site, new: nn.Module, added: list[nn.Module]) -> None:
     if operation == "replace":
         for hooks in _HOOKS:
-            theirs = getattr(new, hooks)
-            getattr(site.module, hooks).update(theirs)
-            setattr(new, hooks, getattr(site.module, hooks))  # the same dict, so that handles of the user still work
+            own, kept = getattr(new, hooks), getattr(site.module, hooks)
+            kept.update(own)
+            setattr(new, hooks, kept)  # the same dict, so that handles of the user still work
+            surgery._ways_back.extend(functools.partial(kept.pop, key, None) for key in own)
         new._is_full_backward_hook = site.module._is_full_backward_hook
     surgery._ways_back.extend(take_slow_path(site))
     if site.function is not None:

@@ -202,8 +202,8 @@ class LayerwiseLoss:
         if missed:
             raise RuntimeError(
                 f"no loss of this step depends on the layer(s) {', '.join(missed)}, so their EM loss is lost: they "
-                f"were not called, or under no_grad, or compiled and run before the hooks were set, or backward was called "
-                f"in place of manual_backward. Leave them out through where="
+                f"were not called, or under no_grad, or compiled and run before the hooks were set, or backward "
+                f"was called in place of manual_backward. Leave them out through where="
             )
 
     def _check(self, captured: Mapping[str, list[Tensor]], loss: Tensor) -> None:
@@ -218,8 +218,8 @@ class LayerwiseLoss:
             if loss.requires_grad and not any(tensor.requires_grad for tensor in tensors):
                 raise RuntimeError(
                     f"the {self.taps.tap} of {path!r} carries no gradient, so its EM loss would be lost: nothing "
-                    f"before it is trained, or it was computed under no_grad, as re-entrant activation checkpointing does "
-                    f"(use_reentrant=False); or leave it out through where="
+                    f"before it is trained, or it was computed under no_grad, as re-entrant activation checkpointing "
+                    f"does (use_reentrant=False); or leave it out through where="
                 )
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
