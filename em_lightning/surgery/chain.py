@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,9 @@ class Chain:
 
     @property
     def __wrapped__(self) -> Any:  # Lightning reads the user's signature through this name
-        return (
-            self.previous
-            if self.previous is not None
-            else types.MethodType(getattr(type(self.owner), self.name), self.owner)
-        )
+        if self.previous is not None:
+            return inspect.unwrap(self.previous)
+        return types.MethodType(getattr(type(self.owner), self.name), self.owner)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the links from the outermost inwards, then the method itself."""

@@ -253,8 +253,8 @@ class LayerwiseLoss:
             of_aux = torch.autograd.grad(aux[path], captured[path], retain_graph=True, allow_unused=True)
             if all(gradient is None for gradient in of_main):
                 raise RuntimeError(
-                    f"weight='auto' compares with the gradient of the main loss, which does not depend on {path!r}: "
-                    f"give this layer a number as its weight"
+                    f"weight='auto' compares with the gradient of the main loss, which does not depend on {path!r}, or "
+                    f"lies with it in one compiled graph, where that cannot be seen: give this layer a number as weight"
                 )
             squares = torch.stack([_square(of_main, loss), _square(list(of_aux), loss)])
             norms = global_sum(squares).sqrt().tolist()
