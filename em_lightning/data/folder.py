@@ -77,9 +77,7 @@ class PointCloudFolder(PointCloudDataModule):
             files["val"], files["train"] = self._deal(files["train"], self.val_fraction)
         empty = [split for split in SPLITS if not files[split]]
         if empty:
-            raise ValueError(
-                f"root={str(self.root)!r} has no file for {' and '.join(empty)}; add such a folder"
-            )
+            raise ValueError(f"root={str(self.root)!r} has no file for {' and '.join(empty)}; add such a folder")
         self.class_names = sorted({self._label(name) for name in names})
         self._files = files
 
