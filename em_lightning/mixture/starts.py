@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance import Factors, Structure
-from em_lightning.mixture.step import Cloud, State, maximize, moments_of
+from em_lightning.mixture.covariance import Factors, State, Structure
+from em_lightning.mixture.step import Cloud
 
 
 def farthest_points(cloud: Cloud, num_components: int) -> Tensor:
@@ -83,19 +83,17 @@ def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Ten
     distance = (centers.unsqueeze(-1) - cloud.points.unsqueeze(1)).square().sum(2)
     nearest = torch.zeros_like(distance).scatter_(1, distance.argmin(1, keepdim=True), 1.0)
     weights = torch.ones_like(cloud.points[:, 0]) if cloud.weights is None else cloud.weights
-    within = (distance.amin(1) * weights).sum(-1) / (features * cloud.mass.clamp(min=1.0))
-    variance = (within + floor).unsqueeze(-1).expand(-1, features)
-    log_weights = torch.full_like(centers[..., 0], 1.0 / components).log()
-    shared = State(log_weights, centers, structure.expand(variance, components, features))
-    whitened = structure.whiten(shared.factors.inverse, centers, cloud.points)
-    cells = maximize(shared, moments_of(whitened, nearest, cloud.weights, structure), structure, floor)
-    if shared.factors.scale.shape[1] != components:
-        return cells  # one covariance for all: no cell is too small for it
-    enough = ((nearest * weights.unsqueeze(1)).sum(-1) > features).reshape(
-        *centers.shape[:2], *[1] * (shared.factors.scale.ndim - 2)
-    )
-    factors = Factors(*(torch.where(enough, new, old) for new, old in zip(cells.factors, shared.factors, strict=True)))
-    return State(cells.log_weights, cells.means, factors)
+    within = (distance.amin(1) * weights).sum(-1, dtype=floor.dtype) / (features * cloud.mass.clamp(min=1.0))
+    shared = structure.expand((within + floor).unsqueeze(-1).expand(-1, features), components, features)
+    phi = structure.features(cloud.points, floor.dtype)
+    moments = torch.bmm((nearest * weights.unsqueeze(1)).to(floor.dtype), phi.mT)
+    cells = structure.maximize(moments, floor)
+    means = torch.where(moments[..., :1] > 0, cells.means, centers.to(floor.dtype))
+    if shared.scale.shape[1] != components:
+        return State(cells.log_weights, means, cells.factors)  # one covariance for all: no cell is too small for it
+    enough = (moments[..., 0] > features).reshape(*centers.shape[:2], *[1] * (shared.scale.ndim - 2))
+    factors = Factors(*(torch.where(enough, new, old) for new, old in zip(cells.factors, shared, strict=True)))
+    return State(cells.log_weights, means, factors)
 
 
 def _gather(points: Tensor, index: Tensor) -> Tensor:
