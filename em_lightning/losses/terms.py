@@ -113,7 +113,7 @@ class FreeEnergyLoss(EnergyLoss):
         free_energy = -self.temperature * torch.logsumexp(-items / self.temperature, dim=-1)
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
-        return global_sum(free_energy.sum() if counts is None else free_energy @ counts)
+        return global_sum((free_energy if counts is None else free_energy * counts).sum())
 
     def extra_repr(self) -> str:
         """Show the reduction and the temperature."""

@@ -89,8 +89,10 @@ class LossContract:
         torch.testing.assert_close(value, self.value(loss, x.float()))
         (gradient,) = torch.autograd.grad(value, x)
         assert value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+        weights = (None, torch.arange(12) / 7) if self.takes_mask else ()
+        expected = self.value(loss, x, *weights)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(self.value(loss, x.float()), self.value(loss, x))
+            assert torch.equal(self.value(loss, x, *weights), expected)
 
     def test_mask_and_weights(self) -> None:
         """A masked item may hold anything and changes nothing; a weight of 2 counts an item twice."""
