@@ -126,10 +126,11 @@ class Kernel(nn.Module):
 
     def extra_repr(self) -> str:
         """Show each shape parameter, and whether it is learned."""
-        return ", ".join(
-            f"{name}={float(self.positive(name)):g}" + (" (learnable)" if f"log_{name}" in self._parameters else "")
-            for name in self._initial
-        )
+        with torch.no_grad():
+            return ", ".join(
+                f"{name}={float(self.positive(name)):g}" + (" (learnable)" if f"log_{name}" in self._parameters else "")
+                for name in self._initial
+            )
 
 
 def positive_number(name: str, value: Any) -> float:
