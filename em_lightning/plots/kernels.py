@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from em_lightning.kernels import KERNELS
-from em_lightning.plots.style import NEUTRAL, PALETTE, new_figure
+from em_lightning.plots.style import PALETTE, figure_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 SCALAR_KERNELS = ("gaussian", "laplace", "logistic", "student_t", "huber", "pseudo_huber", "exponential", "dot_product")
 
 
+@figure_style()
 def kernel_gallery(kernels: Sequence[str] = SCALAR_KERNELS, centers: Sequence[float] = (-2.0, 0.0, 2.0)) -> Figure:
     """Draw, for each kernel, the energy of every center above the responsibilities at temperature 1.
+
+    A center and its curves share a colour.
 
     Args:
         kernels: keys of kernels that take items of one feature.
@@ -49,7 +52,7 @@ def kernel_gallery(kernels: Sequence[str] = SCALAR_KERNELS, centers: Sequence[fl
             above.plot(z, energies[:, k], color=color)
             below.plot(z, responsibilities[:, k], color=color)
             for panel in (above, below):
-                panel.axvline(center, color=NEUTRAL, linewidth=0.7, linestyle=":")
+                panel.axvline(center, color=color, linewidth=0.8, linestyle=":")
         above.set_title(kernels[index])
         # Energies differ by orders of magnitude between kernels: one window shows their shapes.
         above.set_ylim(*(-13, 13) if energies.min() < -1 else (-0.4, 9))
