@@ -1,1 +1,17 @@
 """Contract tests that authors of new kernels, operators, activations and losses subclass."""
+
+import importlib
+from typing import Any
+
+_MODULE_OF = {
+    "KernelContract": "kernels",
+}
+
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'em_lightning.testing' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"em_lightning.testing.{module}"), name)
