@@ -151,6 +151,7 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
 
     for words in _NOISE:
         warnings.filterwarnings("ignore", words)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
     options = {
         "allow_abbrev": False,
         "exit_on_error": False,
