@@ -42,9 +42,19 @@ def global_sum(values: Tensor, group: Any = None) -> Tensor:
         >>> global_sum(torch.ones(2))
         tensor([1., 1.])
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return values
-    return _GlobalSum.apply(values, group)
+    return _GlobalSum.apply(values, group) if _is_spread(group) else values
+
+
+def _is_spread(group: Any) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def _global_sums(values: Tensor, scalar: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Sum a vector and a scalar by one message."""
+    if not _is_spread(group):
+        return values, scalar
+    sums = global_sum(torch.cat([values, scalar[None]]), group)
+    return sums[:-1], sums[-1]
 
 
 def flatten_units(
@@ -102,8 +112,8 @@ def batch_mean(items: Tensor, weights: Tensor | None = None, group: Any = None) 
         total, count = items.sum(0), items.new_full((), items.shape[0])
     else:
         total, count = (items.movedim(0, -1) * weights).sum(-1), weights.sum()
-    sums = global_sum(torch.cat([total.reshape(-1), count[None]]), group)
-    return sums[:-1].reshape(items.shape[1:]) / torch.where(sums[-1] > 0, sums[-1], 1.0)
+    total, count = _global_sums(total.reshape(-1), count, group)
+    return total.reshape(items.shape[1:]) / torch.where(count > 0, count, 1.0)
 
 
 class Moments(NamedTuple):
@@ -128,8 +138,7 @@ class Moments(NamedTuple):
     @property
     def std(self) -> Tensor:
         """Square root of the variance (D,), with a gradient of zero, not infinity, where a unit is constant."""
-        alive = self.variance > 0
-        return torch.where(alive, torch.where(alive, self.variance, 1.0).sqrt(), 0.0)
+        return self.variance.clamp_min(torch.finfo(self.variance.dtype).tiny).sqrt()
 
     def covariance(self) -> Tensor:
         """Return the unbiased covariance (D, D)."""
@@ -177,10 +186,9 @@ def batch_moments(
     items, counts = flatten_units(values, dim, mask, weights)
     wide = torch.float32 if items.device.type == "mps" else torch.float64
     weighted = items if counts is None else items * counts[:, None]
-    size = torch.full((1,), items.shape[0], dtype=wide, device=items.device) if counts is None else counts.to(wide)
-    sums = global_sum(torch.cat([weighted.sum(0, dtype=wide), size.sum(0, keepdim=True)]), group)
-    count = sums[-1]
-    mean = (sums[:-1] / torch.where(count > 0, count, 1.0)).to(items.dtype)
+    count = items.new_full((), items.shape[0], dtype=wide) if counts is None else counts.sum(dtype=wide)
+    total, count = _global_sums(weighted.sum(0, dtype=wide), count, group)
+    mean = (total / torch.where(count > 0, count, 1.0)).to(items.dtype)
     count = count.to(items.dtype)
     centred = items - mean
     squares = centred.square() if counts is None else centred.square() * counts[:, None]

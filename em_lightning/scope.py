@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,8 +131,8 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     stream are left as they were.
 
     Args:
-        model: any module; of a LightningModule in automatic optimization the ``training_step`` is run, so that its loss
-            is seen, of others the forward.
+        model: any module. Of a LightningModule the ``training_step`` is run, so that its loss is seen; in manual
+            optimization only its forward, on the first part of the batch.
         batch: what the ``training_step`` takes, or the input of the forward (a tuple is unpacked).
         run: runs the model in another way; then ``batch`` is not used.
 
@@ -166,7 +167,10 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
             if run is not None:
                 run()
             elif hasattr(model, "training_step") and getattr(model, "automatic_optimization", True):
-                model.training_step(batch, 0)
+                step = type(model).training_step  # without what callbacks have put around it
+                step(model, batch, *([0] if len(inspect.signature(step).parameters) > 2 else []))
+            elif hasattr(model, "training_step"):
+                model(batch[0] if isinstance(batch, (tuple, list)) else batch)
             else:
                 model(*batch) if isinstance(batch, tuple) else model(batch)
     finally:

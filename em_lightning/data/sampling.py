@@ -76,12 +76,11 @@ class Surface(NamedTuple):
                 f"vertices and faces have shapes {tuple(vertices.shape)} and {tuple(faces.shape)}; "
                 "give (V, 3) and (F, 3)"
             )
-        if faces.numel() and not (0 <= int(faces.min()) and int(faces.max()) < len(vertices)):
-            raise ValueError(
-                f"faces name vertices {int(faces.min())} to {int(faces.max())} of {len(vertices)}; count from 0"
-            )
+        low, high = faces.aminmax() if faces.numel() else (0, -1)
+        if low < 0 or high >= len(vertices):
+            raise ValueError(f"faces name vertices {int(low)} to {int(high)} of {len(vertices)}; count from 0")
         vertices = vertices.double()
-        a, b, c = vertices[faces].unbind(1)
+        a, b, c = vertices.index_select(0, faces.flatten()).view(-1, 3, 3).unbind(1)
         cumulative = torch.linalg.cross(b - a, c - a).norm(dim=-1).cumsum(0) / 2
         if not (len(cumulative) and 0 < cumulative[-1] < float("inf")):
             total = cumulative[-1].item() if len(cumulative) else 0.0
@@ -93,7 +92,8 @@ class Surface(NamedTuple):
         u = torch.rand(num_points, 3, dtype=torch.float64, generator=generator)
         # right=True never picks a triangle without area; rounding may reach the very end.
         face = torch.searchsorted(self.cumulative_areas, u[:, 0] * self.cumulative_areas[-1], right=True)
-        a, b, c = self.vertices[self.faces[face.clamp_(max=len(self.faces) - 1)]].unbind(1)
+        corners = self.faces.index_select(0, face.clamp_(max=len(self.faces) - 1))
+        a, b, c = self.vertices.index_select(0, corners.flatten()).view(num_points, 3, 3).unbind(1)
         root, v = u[:, 1:2].sqrt(), u[:, 2:3]
         return (a + root * ((b - a) * (1 - v) + (c - a) * v)).float()
 

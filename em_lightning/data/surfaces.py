@@ -91,13 +91,13 @@ def _superellipsoid(draw: Draw, exponents: tuple[float, float], stretch: float) 
     def power(value: Tensor, exponent: float) -> Tensor:
         return value.sign() * value.abs() ** exponent
 
-    latitude, longitude = _span(33, -math.pi / 2, math.pi / 2)[:, None], _span(65, -math.pi, math.pi)[None]
+    latitude, longitude = _span(25, -math.pi / 2, math.pi / 2)[:, None], _span(49, -math.pi, math.pi)[None]
     flat = power(latitude.cos(), exponents[0])
     grid = torch.stack(
         [
             flat * power(longitude.cos(), exponents[1]),
             flat * power(longitude.sin(), exponents[1]),
-            power(latitude.sin(), exponents[0]).expand(-1, 65),
+            power(latitude.sin(), exponents[0]).expand(-1, 49),
         ],
         -1,
     )

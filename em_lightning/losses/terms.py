@@ -113,7 +113,7 @@ class FreeEnergyLoss(EnergyLoss):
         free_energy = -self.temperature * torch.logsumexp(-items / self.temperature, dim=-1)
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
-        return global_sum(free_energy.sum() if counts is None else free_energy @ counts)
+        return global_sum((free_energy if counts is None else free_energy * counts).sum())
 
     def extra_repr(self) -> str:
         """Show the reduction and the temperature."""
@@ -209,7 +209,7 @@ class DecorrelationLoss(MomentLoss):
 
     def from_moments(self, moments: Moments) -> Tensor:
         """Return the loss, given the moments of the global batch."""
-        return _off_diagonal(moments.correlation(self.eps)).square().sum()
+        return _off_diagonal_squares(moments.correlation(self.eps))
 
 
 @LOSSES.register("log_det")
@@ -248,8 +248,8 @@ class LogDetLoss(MomentLoss):
         if self.of == "covariance":
             matrix, scale = moments.covariance(), 1.0
         else:
-            matrix = _off_diagonal(moments.correlation())
-            matrix, scale = matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device), 1.0 + self.eps
+            matrix = moments.correlation()
+            matrix, scale = matrix - torch.diag(matrix.diagonal() - 1.0), 1.0 + self.eps
         # Eigenvalues, as rounding may leave a singular matrix indefinite and a Cholesky factor would not exist.
         spectrum = torch.linalg.eigvalsh(matrix).clamp_min(0.0)
         return -((spectrum + self.eps) / scale).log().sum()
@@ -321,8 +321,8 @@ def weight_redundancy(weight: Tensor) -> Tensor:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; give a matrix with one row for each unit")
     with torch.autocast(weight.device.type, enabled=False):
         rows = F.normalize(weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32)), dim=1)
-        return _off_diagonal(rows @ rows.T).square().sum()
+        return _off_diagonal_squares(rows @ rows.T)
 
 
-def _off_diagonal(matrix: Tensor) -> Tensor:
-    return matrix * (1 - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+def _off_diagonal_squares(symmetric: Tensor) -> Tensor:
+    return 2 * symmetric.triu(1).square().sum()

@@ -7,8 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance import Factors, Structure
-from em_lightning.mixture.step import Cloud, State, maximize, moments_of
+from em_lightning.mixture.covariance import Factors, State, Structure
+from em_lightning.mixture.step import Cloud
+
+# The share of a cell's mean squared distance that bounds its core.
+_CORE = 0.4
 
 
 def farthest_points(cloud: Cloud, num_components: int) -> Tensor:
@@ -76,26 +79,44 @@ def random_points(cloud: Cloud, num_components: int, generator: torch.Generator 
 def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Tensor) -> State:
     """Return the mixture whose components are the points nearest to each center (B, K, D).
 
-    Weights, means and covariances are those of the cells. A cell of too few points to span the space starts at its
-    center with the variance that all cells share, so that no component is caught on a single point.
+    Weights are those of the cells. Means and the shape of covariances are those of a cell's core, the points nearer
+    to the center than ``_CORE`` of the cell's mean squared distance, and the size of covariances is that of the cell:
+    at its rim a cell holds points of its neighbours, and EM takes many iterations to give them back. A core or a cell
+    of too few points leaves the matter to the cell, or to the variance that all cells share.
     """
     components, features = centers.shape[1:]
+    wide, centers = floor.dtype, centers.to(floor.dtype)
     distance = (centers.unsqueeze(-1) - cloud.points.unsqueeze(1)).square().sum(2)
     nearest = torch.zeros_like(distance).scatter_(1, distance.argmin(1, keepdim=True), 1.0)
-    weights = torch.ones_like(cloud.points[:, 0]) if cloud.weights is None else cloud.weights
-    within = (distance.amin(1) * weights).sum(-1) / (features * cloud.mass.clamp(min=1.0))
-    variance = (within + floor).unsqueeze(-1).expand(-1, features)
-    log_weights = torch.full_like(centers[..., 0], 1.0 / components).log()
-    shared = State(log_weights, centers, structure.expand(variance, components, features))
-    whitened = structure.whiten(shared.factors.inverse, centers, cloud.points)
-    cells = maximize(shared, moments_of(whitened, nearest, cloud.weights, structure), structure, floor)
-    if shared.factors.scale.shape[1] != components:
-        return cells  # one covariance for all: no cell is too small for it
-    enough = ((nearest * weights.unsqueeze(1)).sum(-1) > features).reshape(
-        *centers.shape[:2], *[1] * (shared.factors.scale.ndim - 2)
-    )
-    factors = Factors(*(torch.where(enough, new, old) for new, old in zip(cells.factors, shared.factors, strict=True)))
-    return State(cells.log_weights, cells.means, factors)
+    if cloud.weights is not None:
+        nearest = nearest * cloud.weights.unsqueeze(1)
+    mass = nearest.sum(-1)
+    inertia = (nearest * distance).sum(-1)
+    core = nearest * (distance <= _CORE * (inertia / mass.clamp(min=1.0)).unsqueeze(-1))
+    phi = structure.features(cloud.points, wide).mT
+
+    cells, cores = (structure.maximize(torch.bmm(part, phi), floor) for part in (nearest, core))
+    within = inertia.sum(-1, keepdim=True) / (features * cloud.mass.unsqueeze(-1).clamp(min=1.0)) + floor.unsqueeze(-1)
+    shared = structure.expand(within.expand(-1, features), components, features)
+    enough = core.sum(-1) > 2 * features
+    means = torch.where(enough.unsqueeze(-1), cores.means, cells.means)
+    means = torch.where((mass > 0).unsqueeze(-1), means, centers)
+    if shared.scale.shape[1] != components:
+        return State(cells.log_weights, means, cells.factors)  # one covariance for all: no cell is too small for it
+
+    def choose(condition: Tensor, one: Factors, other: Factors) -> Factors:
+        condition = condition.reshape(*condition.shape, *[1] * (shared.scale.ndim - 2))
+        return Factors(*(torch.where(condition, a, b) for a, b in zip(one, other, strict=True)))
+
+    ratio = _size(cells.factors.scale) / _size(cores.factors.scale)
+    scaled = Factors(cores.factors.scale * ratio, cores.factors.inverse / ratio)
+    factors = choose(mass > features, choose(enough, scaled, cells.factors), shared)
+    return State(cells.log_weights, means, factors)
+
+
+def _size(scale: Tensor) -> Tensor:
+    """Return the root of each covariance's trace, in the shape of its factor with ones."""
+    return scale.square().sum(tuple(range(2, scale.ndim)), keepdim=True).sqrt()
 
 
 def _gather(points: Tensor, index: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from em_lightning.competition import Posterior, softmin
-from em_lightning.mixture.covariance import COVARIANCES, Structure
+from em_lightning.mixture.covariance import COVARIANCES, State, Structure
+from em_lightning.mixture.moments import log_density
 
 
 class Mixture(NamedTuple):
@@ -48,22 +48,25 @@ class Mixture(NamedTuple):
 
     def log_joint(self, x: Tensor) -> Tensor:
         """Return ``log pi_k + log N(x_n | mu_k, Sigma_k)`` of points (B, N, D), as (B, N, K)."""
-        _check_points(self, x)
-        structure = structure_of(self)
-        features = self.means.shape[-1]
-        inverse = structure.factorize(self.covariances).inverse
-        # Distances are taken from the middle of the means: far from the origin, float32 keeps its digits that way.
-        center = self.means.mean(1, keepdim=True)
-        whitened = structure.whiten(inverse, self.means - center, (x - center).mT)
-        constant = structure.log_det(inverse, features) - 0.5 * features * math.log(2.0 * math.pi)
-        return ((self.log_weights + constant).unsqueeze(-1) - 0.5 * whitened.square().sum(2)).mT
+        points, theta, structure = self._ready(x)
+        return torch.bmm(theta, structure.features(points, theta.dtype)).mT.to(x.dtype)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false."""
-        if mask is None:
-            return self.log_joint(x).logsumexp(-1)
-        clean = torch.where(mask.unsqueeze(-1), x, 0.0)
-        return torch.where(mask, self.log_joint(clean).logsumexp(-1), 0.0)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), x, 0.0)
+        points, theta, structure = self._ready(x)
+        density = log_density(points, theta, structure, theta.dtype)
+        return density if mask is None else torch.where(mask, density, 0.0)
+
+    def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, Structure]:
+        """Return centred points (B, D, N) and natural parameters: far from the origin digits are kept that way."""
+        _check_points(self, x)
+        structure = structure_of(self)
+        log_weights, means, covariances = (part.to(widest(x)) for part in self)
+        center = means.mean(1, keepdim=True)
+        theta = structure.natural(State(log_weights, means - center, structure.factorize(covariances)))
+        return (x - center).mT.to(x.dtype).expand(len(theta), -1, -1), theta, structure
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of points (B, N, D).
@@ -79,8 +82,10 @@ class Mixture(NamedTuple):
         sets, _, features = self.means.shape
         structure = structure_of(self)
         chosen = torch.multinomial(self.weights, max(n, 1), replacement=True, generator=generator)[:, :n]
-        noise = torch.randn(sets, n, features, generator=generator, dtype=self.means.dtype, device=self.means.device)
-        scale = structure.factorize(self.covariances).scale
+        noise = torch.randn(
+            sets, n, features, generator=generator, dtype=self.means.dtype, device=self.means.device
+        )
+        scale = structure.factorize(self.covariances.to(widest(self.means))).scale.to(self.means.dtype)
         if scale.ndim == 4:
             rows = chosen if scale.shape[1] == self.means.shape[1] else torch.zeros_like(chosen)
             picked = scale.gather(1, rows[..., None, None].expand(-1, -1, features, features))
@@ -108,6 +113,11 @@ class Mixture(NamedTuple):
         )
 
 
+def widest(x: Tensor) -> torch.dtype:
+    """Return the widest floating-point type of the device: double, but for Apple's."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def structure_of(mixture: Mixture) -> Structure:
     """Return the covariance structure that the shape of the covariances stands for.
 
@@ -124,9 +134,7 @@ def structure_of(mixture: Mixture) -> Structure:
     }
     if shape not in fitting:
         known = ", ".join(f"{name} {dims}" for dims, name in fitting.items())
-        raise ValueError(
-            f"covariances of shape {shape} fit no structure for means {(sets, components, features)}: {known}"
-        )
+        raise ValueError(f"covariances of shape {shape} fit no structure for means {(sets, components, features)}: {known}")
     return COVARIANCES[fitting[shape]]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance import Factors, Moments, Structure
-from em_lightning.mixture.state import Mixture, structure_of
+from em_lightning.mixture.covariance import State, Structure
+from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.state import Mixture, structure_of, widest
 
 
 class Cloud(NamedTuple):
@@ -21,6 +21,8 @@ class Cloud(NamedTuple):
     mass: (B,), the sum of the weights.
     center: (B, D), what was subtracted.
     variance: (B, D), of each feature.
+
+    What is not of the size of the points is held in double precision, which costs nothing and keeps thin components.
     """
 
     points: Tensor
@@ -30,47 +32,22 @@ class Cloud(NamedTuple):
     variance: Tensor
 
 
-class State(NamedTuple):
-    """The parameters inside the loop, means relative to the centre of the cloud."""
-
-    log_weights: Tensor
-    means: Tensor
-    factors: Factors
-
-
-class Expectation(NamedTuple):
-    """What an E-step knows: whitened points (B, K, D, N) and log joint densities (B, K, N)."""
-
-    whitened: Tensor
-    log_joint: Tensor
-
-    @property
-    def responsibilities(self) -> Tensor:
-        """Posterior probabilities of the components (B, K, N)."""
-        return self.log_joint.softmax(1)
-
-
 def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Cloud:
     """Centre points (B, N, D) and join mask and weights (B, N) into one weight per point."""
+    wide = widest(x)
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
         weights = mask.to(x.dtype) if weights is None else torch.where(mask, weights, 0.0).to(x.dtype)
     if weights is None:
-        mass = x.new_full(x.shape[:1], float(x.shape[1]))
-        share = 1.0 / max(x.shape[1], 1)
-        # Two passes: the second mean removes what rounding left of a large offset.
-        center = x.sum(1) * share
-        center = center + (x - center.unsqueeze(1)).sum(1) * share
-        points = (x - center.unsqueeze(1)).mT
-        variance = points.square().sum(-1) * share
+        mass = torch.full_like(x[:, 0, 0], float(x.shape[1]), dtype=wide)
+        shares = (mass.reciprocal()[:, None, None]).expand(-1, x.shape[1], 1)
     else:
-        mass = weights.sum(-1)
+        mass = weights.sum(-1, dtype=wide)
         shares = (weights / mass.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1)).unsqueeze(-1)
-        center = (shares * x).sum(1)
-        center = center + (shares * (x - center.unsqueeze(1))).sum(1)
-        points = (x - center.unsqueeze(1)).mT * (shares != 0).mT
-        variance = (points.square() * shares.mT).sum(-1)
-    return Cloud(points.contiguous(), weights, mass, center, variance)
+    center = (shares * x).sum(1)
+    points = (x - center.unsqueeze(1)) if weights is None else (x - center.unsqueeze(1)) * (weights != 0).unsqueeze(-1)
+    variance = (points.square() * shares).sum(1)
+    return Cloud(points.mT.to(x.dtype).contiguous(), weights, mass, center, variance)
 
 
 def effective_floor(cloud: Cloud, floor: float) -> Tensor:
@@ -80,30 +57,10 @@ def effective_floor(cloud: Cloud, floor: float) -> Tensor:
     return (eps * eps * extent).clamp(min=max(floor, eps**4))
 
 
-def expect(cloud: Cloud, state: State, structure: Structure) -> Expectation:
-    """Take the E-step: ``log pi_k + log N(x | mu_k, Sigma_k)``."""
-    num_features = cloud.points.shape[1]
-    whitened = structure.whiten(state.factors.inverse, state.means, cloud.points)
-    constant = structure.log_det(state.factors.inverse, num_features) - 0.5 * num_features * math.log(2.0 * math.pi)
-    log_joint = (state.log_weights + constant).unsqueeze(-1) - 0.5 * whitened.square().sum(2)
-    return Expectation(whitened, log_joint)
-
-
-def moments_of(whitened: Tensor, responsibilities: Tensor, weights: Tensor | None, structure: Structure) -> Moments:
-    """Return the weighted moments of whitened points (B, K, D, N) under responsibilities (B, K, N)."""
-    if weights is not None:
-        responsibilities = responsibilities * weights.unsqueeze(1)
-    # The same guard against empty components as scikit-learn's, so that results agree step for step.
-    mass = responsibilities.sum(-1) + 10.0 * torch.finfo(whitened.dtype).eps
-    weighted = whitened * (responsibilities / mass.unsqueeze(-1)).unsqueeze(2)
-    return Moments(mass, weighted.sum(-1), structure.second_moment(weighted, whitened))
-
-
-def maximize(state: State, moments: Moments, structure: Structure, floor: Tensor) -> State:
-    """Take the M-step: weights, means and covariances of largest expected log-likelihood."""
-    log_weights = moments.mass.log() - moments.mass.sum(-1, keepdim=True).log()
-    means = state.means + structure.apply(state.factors.scale, moments.first)
-    return State(log_weights, means, structure.update(state.factors, moments, floor))
+def iterate_once(cloud: Cloud, state: State, structure: Structure, floor: Tensor) -> State:
+    """Return the state after one exact EM iteration."""
+    moments = accumulate(cloud.points, cloud.weights, structure.natural(state), structure, widest(cloud.points))
+    return structure.maximize(moments, floor)
 
 
 def em_step(
@@ -131,20 +88,18 @@ def em_step(
     """
     structure = structure_of(mixture)
     cloud = prepare(x, mask, weights)
-    state = enter(cloud, mixture)
-    expectation = expect(cloud, state, structure)
-    moments = moments_of(expectation.whitened, expectation.responsibilities, cloud.weights, structure)
-    return leave(cloud, maximize(state, moments, structure, effective_floor(cloud, floor)), structure)
+    state = iterate_once(cloud, enter(cloud, mixture), structure, effective_floor(cloud, floor))
+    return leave(cloud, state, structure)
 
 
 def enter(cloud: Cloud, mixture: Mixture) -> State:
     """Return a mixture's parameters as the loop holds them."""
-    factors = structure_of(mixture).factorize(mixture.covariances)
-    return State(mixture.log_weights, mixture.means - cloud.center.unsqueeze(1), factors)
+    log_weights, means, covariances = (part.to(cloud.center.dtype) for part in mixture)
+    return State(log_weights, means - cloud.center.unsqueeze(1), structure_of(mixture).factorize(covariances))
 
 
 def leave(cloud: Cloud, state: State, structure: Structure) -> Mixture:
-    """Return the mixture that the loop's parameters stand for."""
-    return Mixture(
-        state.log_weights, state.means + cloud.center.unsqueeze(1), structure.covariances(state.factors.scale)
-    )
+    """Return the mixture that the loop's parameters stand for, in the type of the points."""
+    means = state.means + cloud.center.unsqueeze(1)
+    parts = (state.log_weights, means, structure.covariances(state.factors.scale))
+    return Mixture(*(part.to(cloud.points.dtype) for part in parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from em_lightning.competition import COMPETITIONS, Softmin
 from em_lightning.kernels import KERNELS, GaussianKernel
 from em_lightning.mixture import starts
-from em_lightning.mixture.covariance import COVARIANCES
+from em_lightning.mixture.covariance import COVARIANCES, Factors, State
+from em_lightning.mixture.moments import accumulate
 from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, State, effective_floor, enter, expect, leave, maximize, moments_of, prepare
+from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
 from em_lightning.operators.residual import ResidualCorrection
 
 STARTS = ("farthest", "kmeans++", "random", "learned")
@@ -114,10 +116,7 @@ class EMOperator(nn.Module):
             init: mixtures to start from instead of the operator's own start.
             num_iters: T for this call.
         """
-        mixture = None
-        for mixture in self.iterate(x, mask, weights, init, num_iters):
-            pass
-        assert mixture is not None
+        *_, mixture = self.iterate(x, mask, weights, init, num_iters)
         return mixture
 
     def iterate(
@@ -143,32 +142,43 @@ class EMOperator(nn.Module):
                 state = self._iteration(cloud, state, floor, (step + 1) / steps)
                 yield leave(cloud, state, structure)
 
+    def classical(self) -> EMOperator:
+        """Return the same operator without its corrections: classical EM from the same start."""
+        plain = copy.copy(self)
+        plain._modules = {**self._modules, "correction": None}
+        return plain
+
     def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
         structure = COVARIANCES[self.covariance]
-        expectation = expect(cloud, state, structure)
-        if isinstance(self.competition, Softmin):
-            responsibilities = (expectation.log_joint / self.competition.temperature).softmax(1)
-        else:
-            responsibilities = self.competition(-expectation.log_joint, dim=1).responsibilities
-        moments = moments_of(expectation.whitened, responsibilities, cloud.weights, structure)
-        after = maximize(state, moments, structure, floor)
+        moments = self._moments(cloud, structure.natural(state))
+        after = structure.maximize(moments, floor)
         if self.correction is None:
             return after
-        return self.correction(cloud, state, after, moments, floor, progress)
+        return self.correction(cloud, state, after, floor, progress)
+
+    def _moments(self, cloud: Cloud, theta: Tensor) -> Tensor:
+        structure, wide = COVARIANCES[self.covariance], theta.dtype
+        if isinstance(self.competition, Softmin):
+            return accumulate(cloud.points, cloud.weights, theta / self.competition.temperature, structure, wide)
+        features = structure.features(cloud.points, wide)
+        energies = -torch.bmm(theta, features).to(cloud.points.dtype)
+        responsibilities = self.competition(energies, dim=1).responsibilities
+        if cloud.weights is not None:
+            responsibilities = responsibilities * cloud.weights.unsqueeze(1)
+        return torch.bmm(responsibilities.to(wide), features.mT)
 
     def _start(self, cloud: Cloud, floor: Tensor) -> State:
         structure = COVARIANCES[self.covariance]
         if self.init == "learned":
-            sets = cloud.mass.shape[0]
-            unit = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.variance.dtype).tiny).sqrt()
+            unit = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.points.dtype).tiny).sqrt()[:, None, None]
             factors = structure.expand(torch.ones_like(cloud.center), self.num_components, self.num_features)
-            spread = unit[:, None, None] * self.start_log_scale.exp() + floor.sqrt()[:, None, None]
+            spread = unit * self.start_log_scale.exp() + floor.sqrt()[:, None, None]
             spread = spread if self.covariance != "tied" else spread.mean(1, keepdim=True)
             spread = spread if factors.scale.ndim == 3 else spread.unsqueeze(-1)
             return State(
-                self.start_logits.log_softmax(-1).expand(sets, -1),
-                self.start_means * unit[:, None, None],
-                type(factors)(factors.scale * spread, factors.inverse / spread),
+                self.start_logits.log_softmax(-1).to(unit.dtype).expand(len(unit), -1),
+                self.start_means * unit,
+                Factors(factors.scale * spread, factors.inverse / spread),
             )
         with torch.no_grad():
             if self.init == "farthest":

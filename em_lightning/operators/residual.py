@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from em_lightning.mixture.covariance import COVARIANCES, Structure
-from em_lightning.mixture.step import Cloud, Moments, State
+from em_lightning.mixture.covariance import COVARIANCES, State, Structure
+from em_lightning.mixture.step import Cloud
 
 
 class ResidualCorrection(nn.Module):
@@ -32,45 +32,42 @@ class ResidualCorrection(nn.Module):
         super().__init__()
         self.structure: Structure = COVARIANCES[covariance]
         shape_size = self.structure.step_size(num_features)
-        inputs = 1 + 2 * num_features + 2 * shape_size + 3
+        inputs = 1 + 2 * num_features + 2 * shape_size + 2
         self.describe = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.mean_mlp = _mlp(2 * width, width, num_features)
         self.covariance_mlp = _mlp(2 * width, width, shape_size)
 
-    def forward(
-        self, cloud: Cloud, before: State, after: State, moments: Moments, floor: Tensor, progress: float
-    ) -> State:
+    def forward(self, cloud: Cloud, before: State, after: State, floor: Tensor, progress: float) -> State:
         """Return the corrected state.
 
         Args:
             cloud: the point sets.
             before: the state that the E-step saw.
             after: the state that the M-step made.
-            moments: what lay between them.
             floor: (B,), of the variances.
             progress: the share of the loop that is done, 1 at the last iteration.
         """
-        hidden = self.describe(self._features(cloud, before, after, moments, progress))
+        weight = self.describe[0].weight
+        hidden = self.describe(self._features(cloud, before, after, progress).to(weight.dtype))
         hidden = torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], -1)
-        shift = _bounded(self.mean_mlp(hidden), 2.0)
+        shift = _bounded(self.mean_mlp(hidden), 2.0).to(after.means.dtype)
         means = after.means + self.structure.apply(after.factors.scale, shift)
-        factors = self.structure.correct(after.factors, _bounded(self.covariance_mlp(hidden), 3.0), floor)
-        return State(after.log_weights, means, factors)
+        stretch = _bounded(self.covariance_mlp(hidden), 3.0).to(after.means.dtype)
+        return State(after.log_weights, means, self.structure.correct(after.factors, stretch, floor))
 
-    def _features(self, cloud: Cloud, before: State, after: State, moments: Moments, progress: float) -> Tensor:
+    def _features(self, cloud: Cloud, before: State, after: State, progress: float) -> Tensor:
         components = after.means.shape[1]
-        scale = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.variance.dtype).tiny).sqrt()[:, None, None]
+        scale = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.points.dtype).tiny).sqrt()[:, None, None]
         spread, change = self._shape(before, after, scale)
         done = torch.full_like(after.means[..., :1], progress)
         features = [
             after.log_weights.unsqueeze(-1) + math.log(components),
             after.means / scale,
-            moments.first,
+            self.structure.apply(before.factors.inverse, after.means - before.means),
             spread.expand(-1, components, -1),
             change.expand(-1, components, -1),
             done,
             (done == 1.0).to(done),
-            moments.mass.log().unsqueeze(-1) / 10.0,
         ]
         return _bounded(torch.cat(features, -1), 10.0)
 

@@ -17,7 +17,7 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, world
     """Call ``function(rank, *arguments)`` on each rank of a gloo group on this machine and return what they returned.
 
     Args:
-        function: a module-level function, as the processes are spawned; likewise everything in ``arguments`` is pickled.
+        function: a module-level function, as the processes are spawned; the arguments are pickled for the same reason.
         *arguments: handed to every rank.
         folder: an empty folder for the rendezvous and the results, such as pytest's ``tmp_path``.
         world_size: number of processes.
@@ -25,7 +25,6 @@ def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, world
     Returns:
         The ranks' results in order; tensors, numbers, strings and containers of these.
     """
-    # Each context is joined here: an error on any rank is raised again with its traceback.
     mp.spawn(_rank, (function, arguments, str(folder), world_size), nprocs=world_size)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 

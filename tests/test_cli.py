@@ -1,0 +1,163 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from em_lightning import cli
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
+    pytest.mark.filterwarnings("ignore:.*args parameter is intended"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*logging interval"),
+]
+ROOT = Path(cli.__file__).parents[1]
+SMALL = [
+    "--data.num_points=64",
+    "--data.train_clouds=16",
+    "--data.val_clouds=4",
+    "--data.test_clouds=4",
+    "--data.batch_size=8",
+    "--model.num_components=3",
+    "--model.num_iters=2",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def configs():
+    for recipe in cli.recipes():
+        yield pytest.param([recipe], id=recipe)
+        for variant in sorted((cli.folder_of("configs") / recipe).glob("*.yaml")):
+            yield pytest.param([recipe, "--config", variant.stem], id=f"{recipe}/{variant.stem}")
+
+
+@pytest.mark.parametrize("args", list(configs()))
+def test_every_config_of_every_recipe_runs(args, here, request):
+    extra = []
+    if "geometric_shapes" in args:
+        root = ROOT.parent / "shared" / "data" / "geometric_shapes" / "raw.zip"
+        if not root.exists():
+            pytest.skip("needs the published meshes beside the project")
+        extra = [f"--data.root={root}"]
+    assert cli.main(["run", *args, "--trainer.fast_dev_run=true", "--data.num_points=64", *extra]) == 0
+
+
+def test_every_recipe_has_a_config_and_says_what_it_does():
+    for name, path in cli.recipes().items():
+        assert (cli.folder_of("configs") / f"{name}.yaml").read_text().startswith(f"# em-lightning run {name}\n")
+        assert cli.summary(path).endswith(".") and len(path.read_text().splitlines()) <= 60
+
+
+def test_ls_lists_the_recipes(capsys):
+    assert cli.main(["ls"]) == 0
+    printed = capsys.readouterr().out
+    assert "point_cloud_gmm" in printed and "geometric_shapes" in printed
+
+
+def test_a_run_leaves_table_pictures_and_events(here, capsys):
+    assert cli.main(["run", "point_cloud_gmm", *SMALL]) == 0
+    folder = here / "lightning_logs" / "point_cloud_gmm" / "version_0"
+    written = {path.name for path in folder.iterdir()}
+    pictures = {"clouds.png", "samples.png", "iterations.png", "training.png"}
+    assert pictures | {"results.md", "results.json", "config.yaml", "checkpoints"} <= written
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["method"].split(",")[0] for row in rows] == [
+        "classical EM",
+        "scikit-learn GaussianMixture",
+        "trained operator",
+    ]
+    assert all(row["held-out log-likelihood (nats a point)"] < 10 and row["ms a cloud"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert "Data: procedural surfaces" in printed and "| trained operator, 2 steps |" in printed
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    assert {"clouds", "samples", "iterations", "training"} <= set(tags["images"])
+    assert any("responsibilities" in tag for tag in tags["tensors"])
+    assert {"train/log_likelihood", "val/log_likelihood"} <= set(tags["scalars"])
+
+    resumed = cli.main(
+        ["run", "point_cloud_gmm", *SMALL, "--trainer.max_epochs=2", f"--ckpt_path={folder}/checkpoints/last.ckpt"]
+    )
+    assert resumed == 0
+    history = json.loads((here / "lightning_logs/point_cloud_gmm/version_1/results.json").read_text())
+    assert history["rows"][2]["method"] == "trained operator, 2 steps"
+
+
+def test_seeds_run_one_after_the_other_and_are_combined(here, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert cli.main(["run", "point_cloud_gmm", *SMALL, "--seeds=0,1"]) == 0
+    (table,) = (here / "lightning_logs" / "point_cloud_gmm").glob("*-seeds/results.md")
+    assert "seeds 0, 1" in table.read_text() and " ± " in table.read_text()
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["point_cloud_gm"], ["unknown recipe 'point_cloud_gm'", "did you mean 'point_cloud_gmm'"]),
+        (["point_cloud_gmm", "--config", "geometric"], ["--config='geometric'", "Variants: geometric_shapes"]),
+        (["point_cloud_gmm", "--config=nowhere.yaml"], ["--config='nowhere.yaml'", "neither a file nor a variant"]),
+        (["point_cloud_gmm", "--seeds", "a"], ["--seeds='a'", "--seeds=0,1,2"]),
+        (["point_cloud_gmm", "--trainer.max_epoch=3"], ["trainer.max_epoch", "trainer.max_epochs"]),
+        (["point_cloud_gmm", "--model.num_component=3"], ["model.num_component", "model.num_components"]),
+        (["point_cloud_gmm", "--model.num_components=many"], ["num_components", "many"]),
+        (["point_cloud_gmm", "--model.num_components=0"], ["num_components=0", "at least 1"]),
+        (["point_cloud_gmm", "--data.num_points=0"], ["num_points=0"]),
+        (["point_cloud_gmm", "--data", "GeometricShapes", "--data.root=/nowhere"], ["root='/nowhere'", "raw.zip"]),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(args, words, here, capsys):
+    assert cli.main(["run", *args]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("em-lightning: ") and all(word in message for word in words), message
+
+
+def test_an_unknown_key_of_a_config_file_is_named(here, capsys):
+    Path("mine.yaml").write_text("model:\n  num_compnents: 3\n")
+    assert cli.main(["run", "point_cloud_gmm", "--config", "mine.yaml"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "num_compnents" in message and "num_components" in message
+
+
+def test_a_corrupt_mesh_is_named(here, capsys):
+    (here / "meshes").mkdir()
+    (here / "meshes" / "bad.off").write_text("OFF\n3 1 0\n0 0 0\n")
+    assert cli.main(["run", "point_cloud_gmm", "--data", "PointCloudFolder", "--data.root=meshes"]) == 2
+    assert "bad.off" in capsys.readouterr().err
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda name, args: [].index(3))
+    with pytest.raises(ValueError):
+        cli.main(["run", "point_cloud_gmm"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_to_the_same_likelihood(here):
+    results = []
+    for options in ([], ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=4"]):
+        command = [sys.executable, "-m", "em_lightning.cli", "run", "point_cloud_gmm", *SMALL, *options]
+        done = subprocess.run(
+            command, cwd=here, env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        folder = here / "lightning_logs" / "point_cloud_gmm" / f"version_{len(results)}"
+        rows = json.loads((folder / "results.json").read_text())["rows"]
+        results.append(rows[2]["held-out log-likelihood (nats a point)"])
+    assert len(list((here / "lightning_logs" / "point_cloud_gmm").iterdir())) == 2
+    assert results[0] == pytest.approx(results[1], abs=0.02)

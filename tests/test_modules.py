@@ -1,0 +1,143 @@
+import lightning
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from em_lightning.data import ProceduralSurfaces
+from em_lightning.modules import EMModule, PointCloudGMM
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
+    pytest.mark.filterwarnings("ignore:.*logging interval"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch"),
+]
+
+
+def surfaces(**options):
+    return ProceduralSurfaces(**{"num_points": 96, "batch_size": 8, "train_clouds": 32, "val_clouds": 8,
+                                 "test_clouds": 8, **options})  # fmt: skip
+
+
+def trainer(folder, **options):
+    return lightning.Trainer(
+        **{
+            "default_root_dir": folder,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "max_epochs": 2,
+            **options,
+        }
+    )
+
+
+class Regression(EMModule):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.layer = torch.nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def step(self, batch, stage):
+        x, y = batch
+        return {"loss": (self(x) - y).square().mean(), "size": self.layer.weight.abs().sum()}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
+def test_a_subclass_writes_forward_and_step_and_has_the_rest(tmp_path, schedule):
+    x = torch.linspace(-1, 1, 64)[:, None]
+    loader = DataLoader(TensorDataset(x, 3 * x + 1), batch_size=16)
+    module = Regression(lr=0.1, schedule=schedule)
+    fit = trainer(tmp_path, max_epochs=50, enable_checkpointing=False)
+    fit.fit(module, loader, loader)
+    assert {"train/loss", "train/size", "val/loss", "val/size"} <= set(fit.callback_metrics)
+    assert module.layer.weight.item() == pytest.approx(3, abs=0.05)
+    assert fit.test(module, loader, verbose=False)[0]["test/loss"] < 1e-2
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: Regression(lr=0.0), ValueError, ["lr=0.0", "positive"]),
+        (lambda: Regression(schedule="cosine"), ValueError, ["schedule='cosine'", "'one_cycle'"]),
+        (lambda: Regression(weight_decay=-1.0), ValueError, ["weight_decay=-1.0"]),
+        (lambda: PointCloudGMM(target="both"), ValueError, ["target='both'", "'held_out'"]),
+        (lambda: PointCloudGMM(num_components=0), ValueError, ["num_components=0"]),
+        (lambda: EMModule().step(None, "train"), NotImplementedError, ["EMModule", "step(batch, stage)"]),
+    ],
+)
+def test_wrong_use_is_answered(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_step_without_a_loss_is_told():
+    class Forgetful(Regression):
+        def step(self, batch, stage):
+            return {"lost": torch.zeros(())}
+
+    with pytest.raises(ValueError, match=r"terms \['lost'\]; add 'loss'"):
+        Forgetful().training_step((torch.zeros(2, 1), torch.zeros(2, 1)), 0)
+
+
+def test_training_raises_the_held_out_likelihood_above_classical_em(tmp_path):
+    data = surfaces(train_clouds=128)
+    module = PointCloudGMM(num_components=4, num_iters=2, lr=5e-3)
+    fit = trainer(tmp_path, max_epochs=10, enable_checkpointing=False)
+    before = fit.validate(module, data, verbose=False)[0]
+    fit.fit(module, data)
+    after = fit.validate(module, data, verbose=False)[0]
+    assert after["val/log_likelihood"] > before["val/log_likelihood"] + 0.02
+    assert after["val/loss"] == pytest.approx(-after["val/log_likelihood"], abs=1e-5)
+    assert 1 <= after["val/effective_components"] <= 4 and 0 <= after["val/responsibility_entropy"] <= 1.39
+    assert "val/dead_components" in after
+
+
+def test_a_resumed_run_is_the_straight_one_bitwise(tmp_path):
+    straight = PointCloudGMM(num_components=3, num_iters=2)
+    start = {name: value.clone() for name, value in straight.state_dict().items()}
+    trainer(tmp_path / "a", max_epochs=4).fit(straight, surfaces())
+    first = PointCloudGMM(num_components=3, num_iters=2)
+    first.load_state_dict(start)
+
+    class Stop(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 1
+
+    half = trainer(tmp_path / "b", max_epochs=4, callbacks=[Stop()])
+    half.fit(first, surfaces())
+    assert half.current_epoch == 2
+    resumed = PointCloudGMM(num_components=3, num_iters=2)
+    trainer(tmp_path / "c", max_epochs=4).fit(resumed, surfaces(), ckpt_path=half.checkpoint_callback.best_model_path)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    reloaded = PointCloudGMM.load_from_checkpoint(half.checkpoint_callback.best_model_path, weights_only=True)
+    assert reloaded.hparams.num_components == 3
+
+
+def test_predictions_are_mixtures_in_the_units_of_the_data(tmp_path):
+    data, module = surfaces(), PointCloudGMM(num_components=3)
+    (mixture,) = trainer(tmp_path, enable_checkpointing=False).predict(module, data)
+    batch = next(iter(data.predict_dataloader()))
+    own = batch.normalization.invert(batch.held_out)
+    normalized = module(batch.points, batch.mask).log_prob(batch.held_out)
+    expected = normalized + batch.normalization.log_jacobian()[:, None]
+    assert torch.allclose(mixture.log_prob(own), expected, atol=1e-3)
+    assert module.sample(batch.points, 7, batch.mask).shape == (8, 7, 3)
+
+
+def test_the_loss_is_taken_where_it_is_asked_for():
+    batch = next(iter(surfaces().train_dataloader()))
+    held_out, fitted = PointCloudGMM(num_components=3), PointCloudGMM(num_components=3, target="fitted")
+    fitted.load_state_dict(held_out.state_dict())
+    mixture = held_out(batch.points, batch.mask)
+    assert held_out.step(batch, "train")["loss"].item() == pytest.approx(-mixture.log_prob(batch.held_out).mean().item())
+    assert fitted.step(batch, "train")["loss"].item() == pytest.approx(-mixture.log_prob(batch.points).mean().item())
