@@ -33,7 +33,7 @@ def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
     """
     from em_lightning.plots.style import figure_style, new_figure
 
-    responsibilities = softmin(energies.detach().float().flatten(0, -2)).responsibilities.cpu()
+    responsibilities = softmin(energies.detach().float().flatten(0, -2)).responsibilities.cpu().numpy()
     with figure_style():
         figure, axes = new_figure(1, 2, width=4.0, height=3.0)
         image = axes[0, 0].imshow(responsibilities[:max_items], aspect="auto", vmin=0.0, interpolation="nearest")

@@ -78,7 +78,7 @@ class Taps:
                 f"the {self.tap} of {path!r} is {type(value).__name__}, not a tensor or a tuple that begins with one: "
                 f"tap a layer inside"
             )
-        self.captured.setdefault(path, []).append((value, value._version))
+        self.captured.setdefault(path, []).append((value, _version(value)))
 
     def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
         """Return what was captured and is wanted, by path, and forget it.
@@ -93,9 +93,13 @@ class Taps:
                 (taken if wanted(pair[0]) else left).setdefault(path, []).append(pair)
         self.captured = left
         for path, pairs in taken.items():
-            if any(tensor._version != version for tensor, version in pairs):
+            if any(_version(tensor) != version for tensor, version in pairs):
                 raise RuntimeError(
                     f"the {self.tap} of {path!r} was overwritten in place after it was captured, as "
                     f"nn.ReLU(inplace=True) does: set inplace=False in the layer that follows, or tap its output"
                 )
         return {path: [tensor for tensor, _ in pairs] for path, pairs in taken.items()}
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep no count
