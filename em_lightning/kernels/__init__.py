@@ -7,7 +7,8 @@ from em_lightning.kernels.additive import (
     LogisticKernel,
     PseudoHuberKernel,
 )
-from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError, pairwise, squared_distance
+from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
+from em_lightning.kernels.distance import pairwise, squared_distance
 from em_lightning.kernels.radial import GaussianKernel, MahalanobisKernel, StudentTKernel
 from em_lightning.kernels.similarity import CosineKernel, DotProductKernel, LearnedEnergyKernel
 

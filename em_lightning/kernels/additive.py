@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError, pairwise
+from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
+from em_lightning.kernels.distance import pairwise
 from em_lightning.kernels.special import scaled_bessel_k
 
 # exp(40) = 2.4e17: its square still fits float32, so that norms of gradients do.

@@ -29,6 +29,7 @@ class Kernel(nn.Module):
     energies come back in the inputs' dtype, in float16 no higher than its largest finite number.
 
     Example:
+        >>> from em_lightning.kernels import pairwise
         >>> class CubicKernel(Kernel):
         ...     '''d = sum over features of abs(x - mu)^3 / scale^3.'''
         ...
@@ -112,8 +113,14 @@ class Kernel(nn.Module):
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
     def get_extra_state(self) -> Tensor:
-        """Return the declared values, float64, in their order, for the ``state_dict``."""
-        return torch.tensor(list(self._initial.values()), dtype=torch.float64)
+        """Return the declared values for the ``state_dict``: one row each, that sums to it in float64."""
+        # Not a float64 tensor, which some devices cannot load, nor a number, which tensor-only formats cannot save.
+        rest = torch.tensor(list(self._initial.values()), dtype=torch.float64)
+        parts = []
+        for _ in range(3):
+            parts.append(rest.float())
+            rest = rest - parts[-1]
+        return torch.stack(parts, dim=-1)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take the declared values from a ``state_dict``."""
@@ -122,14 +129,15 @@ class Kernel(nn.Module):
                 f"the state has {len(state)} shape parameters and {type(self).__name__} has {len(self._initial)} "
                 f"({', '.join(self._initial)}); build the kernel that was saved"
             )
-        self._initial = dict(zip(self._initial, state.tolist(), strict=True))
+        self._initial = dict(zip(self._initial, state.cpu().double().sum(-1).tolist(), strict=True))
 
     def extra_repr(self) -> str:
         """Show each shape parameter, and whether it is learned."""
-        return ", ".join(
-            f"{name}={float(self.positive(name)):g}" + (" (learnable)" if f"log_{name}" in self._parameters else "")
-            for name in self._initial
-        )
+        with torch.no_grad():
+            return ", ".join(
+                f"{name}={float(self.positive(name)):g}" + (" (learnable)" if f"log_{name}" in self._parameters else "")
+                for name in self._initial
+            )
 
 
 def positive_number(name: str, value: Any) -> float:
@@ -175,13 +183,3 @@ def check_inputs(x: Tensor, centers: Tensor) -> None:
 def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
     available = torch.amp.is_autocast_available(device_type)  # not on "meta", where shapes are worked out
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
-
-
-def pairwise(x: Tensor, centers: Tensor) -> Tensor:
-    """Return the differences x - centers (..., N, K, D) of x (..., N, D) and centers (..., K, D)."""
-    return x.unsqueeze(-2) - centers.unsqueeze(-3)
-
-
-def squared_distance(x: Tensor, centers: Tensor) -> Tensor:
-    """Return squared Euclidean distances (..., N, K), from differences, so that none is lost to cancellation."""
-    return pairwise(x, centers).square().sum(-1)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError, squared_distance
+from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
+from em_lightning.kernels.distance import squared_distance
 
 
 @KERNELS.register("gaussian")

@@ -39,7 +39,18 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw what is inside the ``with`` in the library's style, and leave matplotlib's settings as they were."""
+    """Draw in the library's style, as a ``with`` or a decorator, and leave matplotlib's settings as they were.
+
+    Titles and legends take their style when they are made, so a function that draws is decorated as a whole:
+
+    Example:
+        >>> @figure_style()
+        ... def draw():
+        ...     figure, axes = new_figure()
+        ...     return axes[0, 0].set_title("bold").get_weight()
+        >>> draw()
+        'bold'
+    """
     import matplotlib
     from cycler import cycler
 
@@ -53,7 +64,7 @@ def new_figure(
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure and its axes as a (rows, columns) array, in the library's style.
 
-    The figure belongs to no pyplot state, so nothing has to be closed and any thread may draw.
+    The figure belongs to no pyplot state, so nothing has to be closed.
 
     Args:
         rows: how many rows of axes.

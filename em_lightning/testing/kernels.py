@@ -165,7 +165,9 @@ class KernelContract:
             parameters = {name: value.detach().requires_grad_() for name, value in kernel.named_parameters()}
 
             def log_normalizer(*values: Tensor, kernel=kernel, names=tuple(parameters), size=size) -> Tensor:
-                return functional_call(_Normalizer(kernel, size), {f"kernel.{n}": v for n, v in zip(names, values)}, ())
+                return functional_call(
+                    _Normalizer(kernel, size), {f"kernel.{n}": v for n, v in zip(names, values, strict=True)}, ()
+                )
 
             if parameters:
                 assert gradcheck(log_normalizer, tuple(parameters.values()))

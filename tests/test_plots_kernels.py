@@ -1,0 +1,50 @@
+import matplotlib
+import numpy as np
+import pytest
+
+from em_lightning.kernels import KERNELS
+from em_lightning.plots.kernels import SCALAR_KERNELS, kernel_gallery
+from em_lightning.plots.style import PALETTE, figure_style, new_figure, save_figure
+
+
+def test_gallery_shows_energies_above_responsibilities():
+    figure = kernel_gallery(["gaussian", "laplace", "huber", "student_t", "exponential"])
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in panels if axes.get_title()] == [
+        "gaussian",
+        "laplace",
+        "huber",
+        "student_t",
+        "exponential",
+    ]
+    above, below = figure.axes[0], figure.axes[4]
+    z, energy = above.lines[0].get_data()
+    np.testing.assert_allclose(np.asarray(energy), (np.asarray(z) + 2) ** 2 / 2, rtol=1e-5, atol=1e-6)
+    responsibilities = [np.asarray(line.get_ydata()) for line in below.lines if len(line.get_ydata()) > 2]
+    assert len(responsibilities) == 3
+    np.testing.assert_allclose(sum(responsibilities), 1, rtol=1e-5)
+
+
+def test_gallery_has_every_kernel_of_one_feature_that_can_be_built_by_name():
+    needs_more = {"mahalanobis", "learned", "cosine"}  # a size, a network, and a direction in the plane
+    built_in = {key for key in KERNELS if KERNELS[key].__module__.startswith("em_lightning.")}
+    assert set(SCALAR_KERNELS) == built_in - needs_more
+
+
+def test_style_leaves_no_trace(tmp_path):
+    def settings():  # without the backend, which matplotlib settles whenever it is first asked
+        return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
+
+    before = settings()
+    with figure_style():
+        assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(PALETTE)
+    figure, axes = new_figure(2, 3, sharex=True)
+    assert axes.shape == (2, 3)
+    path = save_figure(figure, tmp_path / "new" / "figure.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert settings() == before
+
+
+def test_unknown_kernels_are_named():
+    with pytest.raises(ValueError, match="unknown kernel 'gausian'; did you mean 'gaussian'"):
+        kernel_gallery(["gausian"])
