@@ -1,28 +1,32 @@
-"""The gallery of activations: value and derivative of each."""
+"""The gallery: value and derivative of every activation, responsibilities under every kernel."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from em_lightning.activations import ACTIVATIONS, Activation, SignedActivation
+from em_lightning.competition import softmin
+from em_lightning.kernels import KERNELS
+from em_lightning.plots.kernels import SCALAR_KERNELS
 from em_lightning.plots.style import NEUTRAL, PALETTE, figure_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from em_lightning.activations import Activation
-
 # What the other unit holds while the first is swept: not 0, where a gated rival would be blind to the competition.
 _RIVAL = 0.5
+_CENTERS = (-2.0, 0.0, 2.0)
 
 
 def activation_gallery(reach: float = 4.0, columns: int = 4) -> Figure:
-    """Draw value and derivative of every registered activation, and of signed activations under every scalar kernel.
+    """Draw value and derivative of every activation, and what every scalar kernel makes responsible for z.
 
     A unit's value y is drawn over its own pre-activation z, with its derivative dy/dz. Where units compete, a rival
-    stands at 0.5, and its derivative by z is drawn as well: zero would be no competition.
+    stands at 0.5, and its derivative by z is drawn as well: zero would be no competition. Signed activations are drawn
+    under each kernel. The last panels hold the responsibilities of three centers, at -2, 0 and 2, under each kernel.
 
     Args:
         reach: z runs from -reach to reach.
@@ -39,22 +43,24 @@ def activation_gallery(reach: float = 4.0, columns: int = 4) -> Figure:
         raise ValueError(f"reach={reach!r} must be positive, the largest pre-activation drawn")
     if columns < 1:
         raise ValueError(f"columns={columns!r} must be at least 1")
-    from em_lightning.activations import ACTIVATIONS, SignedActivation
-
     scalar = ("gaussian", "laplace", "student_t", "logistic", "huber", "pseudo_huber", "exponential")
     panels: list[tuple[str, Activation]] = [(f"signed, {key}", SignedActivation(key)) for key in scalar]
     panels += [(key, ACTIVATIONS.build(key)) for key in ACTIVATIONS if key != "signed"]
-    rows = -(-len(panels) // columns)
+    rows = -(-(len(panels) + len(SCALAR_KERNELS)) // columns)
     figure, axes = new_figure(rows, columns, width=2.2, height=1.9, sharex=True)
     with figure_style():
-        for panel, (title, activation) in zip(axes.flat, panels, strict=False):
-            _draw(panel, title, activation, reach)
+        places = iter(axes.flat)
+        for title, activation in panels:
+            _draw(next(places), title, activation, reach)
+        for key in SCALAR_KERNELS:
+            _draw_responsibilities(next(places), key, reach)
         for panel in axes[-1]:
             panel.set_xlabel("pre-activation z")
-        for empty in list(axes.flat)[len(panels) :]:
+        for empty in places:
             empty.remove()
-        handles = {label: line for panel in figure.axes for line, label in zip(*_legend(panel), strict=True)}
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+        lines = {str(line.get_label()): line for panel in figure.axes for line in panel.lines}
+        labels = [label for label in lines if not label.startswith("_")]
+        figure.legend([lines[label] for label in labels], labels, loc="outside lower center", ncols=3)
     return figure
 
 
@@ -76,5 +82,11 @@ def _draw(panel: Axes, title: str, activation: Activation, reach: float) -> None
     panel.set_title(title)
 
 
-def _legend(panel: Axes) -> tuple[list[Any], list[str]]:
-    return panel.get_legend_handles_labels()
+def _draw_responsibilities(panel: Axes, key: str, reach: float) -> None:
+    z = torch.linspace(-reach, reach, 401, dtype=torch.float64)
+    centers = torch.tensor(_CENTERS, dtype=torch.float64)
+    posterior = softmin(KERNELS.build(key)(z.unsqueeze(-1), centers.unsqueeze(-1)))
+    for center, color, r in zip(_CENTERS, PALETTE[3:], posterior.responsibilities.unbind(-1), strict=False):
+        panel.axvline(center, color=color, linewidth=0.8, linestyle=":")
+        panel.plot(z, r, color=color, label=f"responsibility of the center at {center:g}")
+    panel.set_title(f"kernel {key}")
