@@ -289,3 +289,50 @@ def test_an_activation_of_ones_own_is_two_methods():
             return posterior.responsibilities
 
     torch.testing.assert_close(Mine()(torch.zeros(4)), torch.full((4,), 0.25))
+
+
+BLOCKED = {
+    "neg_log_softmin": lambda z: z + torch.logsumexp(-z, -1, keepdim=True),
+    "softmax_gated": lambda z: z * z.softmax(-1),
+    "relu_gated": lambda z: z.relu() * z.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("key", BLOCKED)
+def test_block_passes_are_the_formula(key):
+    # More rows than a block holds, and a last block that is not full.
+    z = torch.randn(3, 70, 1000, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(70, 3, 1000, dtype=torch.float64).movedim(0, 1)
+    found, expected = ACTIVATIONS.build(key)(z), BLOCKED[key](z)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found, z, grad), torch.autograd.grad(expected, z, grad))
+
+
+@pytest.mark.parametrize("key", BLOCKED)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_block_passes_in_every_mode_of_differentiation(key):
+    activation, z = ACTIVATIONS.build(key), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(activation, z, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(activation, z)
+    hessian = torch.func.hessian(lambda z: activation(z).square().sum())(z.detach())
+    expected = torch.func.hessian(lambda z: BLOCKED[key](z).square().sum())(z.detach())
+    torch.testing.assert_close(hessian, expected)
+
+
+def saved_elements(call, z):
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = call(z)
+    assert y.shape == z.shape
+    return sum(size for pointer, size in saved.items() if pointer != z.untyped_storage().data_ptr())
+
+
+@pytest.mark.parametrize("key", [*BLOCKED, "log_softmax", "residual_softmax", "signed", "gated"])
+def test_no_more_is_saved_than_one_tensor_beside_the_input(key):
+    z = torch.randn(32, 64, requires_grad=True)
+    assert saved_elements(ACTIVATIONS.build(key), z) <= z.numel()
