@@ -1,0 +1,31 @@
+# Two commands set everything up on a machine with Python 3.10 or later and make:
+#   make train    install, train an EM operator on point clouds, and write its table and pictures to lightning_logs/
+#   make test     install, and run all tests
+# Both keep what they install in .venv; ARGS="..." is handed on.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: train test lint clean
+
+train: $(INSTALLED)
+	$(BIN)/em-lightning run point_cloud_gmm $(ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than 3.10; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,232 @@
+"""The table and the pictures at the end of a point-cloud run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from em_lightning.data import PointCloudBatch
+from em_lightning.mixture import Mixture
+from em_lightning.operators import EMOperator
+from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
+from em_lightning.plots.style import save_figure
+from em_lightning.results import write_results
+
+HELD_OUT = "held-out log-likelihood (nats a point)"
+FITTED = "log-likelihood of the fitted points"
+OWN_UNITS = "held-out, in the data's own units"
+EFFECTIVE = "effective components"
+SECONDS = "ms a cloud"
+
+
+class MixtureReport(lightning.Callback):
+    """Compare a trained :class:`~em_lightning.EMOperator` with classical EM and scikit-learn on the test clouds.
+
+    At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json`` (held-out
+    log-likelihood, time a cloud), ``clouds.png`` (responsibilities and ellipsoids), ``samples.png``,
+    ``training.png`` and ``iterations.png`` (likelihood by iteration), and the same figures and a point-cloud view to
+    TensorBoard. It works with any module that has an ``operator`` and any data module of point clouds.
+
+    Args:
+        num_pictured: clouds in the pictures.
+        sklearn: whether to fit scikit-learn's ``GaussianMixture`` to every cloud, until it gains less than
+            ``sklearn_tol`` an iteration.
+        sklearn_tol: see there.
+        curve_iters: iterations that the likelihood of classical EM is followed for.
+    """
+
+    def __init__(
+        self, num_pictured: int = 8, sklearn: bool = True, sklearn_tol: float = 1e-4, curve_iters: int = 20
+    ) -> None:
+        super().__init__()
+        self.num_pictured = num_pictured
+        self.sklearn = sklearn
+        self.sklearn_tol = sklearn_tol
+        self.curve_iters = curve_iters
+        self.history: dict[str, list[list[float]]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the training curves, which a resumed run goes on with."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the training curves."""
+        self.history = state_dict["history"]
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the likelihoods of the epoch."""
+        for name in ("train/log_likelihood", "val/log_likelihood"):
+            if name in trainer.callback_metrics:
+                value = float(trainer.callback_metrics[name])
+                self.history.setdefault(name, []).append([float(trainer.global_step), value])
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, write and draw."""
+        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
+            return
+        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
+        training = pl_module.training
+        pl_module.eval()
+        with torch.no_grad():
+            self._report(trainer, pl_module, folder)
+        pl_module.train(training)
+
+    def _report(self, trainer: Any, module: Any, folder: Path) -> None:
+        operator: EMOperator = module.operator
+        batches = [
+            PointCloudBatch(*(part.to(module.device) for part in batch))
+            for batch in trainer.datamodule.test_dataloader()
+        ]
+        steps = operator.num_iters
+        first = batches[0]
+        rows = [
+            _measure(f"classical EM, {steps} steps, same start", operator.classical(), batches),
+            _measure(f"trained operator, {steps} steps", operator, batches),
+        ]
+        if self.sklearn:
+            rows.insert(1, self._measure_sklearn(operator, batches, trainer.datamodule.seed))
+        notes = [
+            f"Data: {trainer.datamodule.describe()}. Likelihoods are of fresh points of the {len_of(batches)} test "
+            f"clouds, normalized to radius 1, K = {operator.num_components}, {operator.covariance} covariance, "
+            f"floor {operator.covariance_floor:g}; seed {trainer.datamodule.seed}.",
+            "Times are wall-clock on this machine; the operator fits a batch of clouds at a time.",
+        ]
+        text = write_results(folder, "Mixtures of point clouds", notes, rows, seed=trainer.datamodule.seed)
+        print(f"\n{text}\nWritten to {folder}")
+
+        shown = PointCloudBatch(*(part[: self.num_pictured] for part in first))
+        mixture = operator(shown.points, shown.mask)
+        names = trainer.datamodule.class_names
+        titles = [names[i] if names else "" for i in shown.label.tolist()]
+        samples = mixture.sample(shown.points.shape[1])
+        figures = {
+            "clouds": mixture_grid(shown.points, mixture, shown.mask, titles),
+            "samples": mixture_grid(samples, mixture, titles=[f"{title}, sampled" for title in titles]),
+            "iterations": self._iterations(operator, batches, rows),
+        }
+        if self.history:
+            figures["training"] = curves(
+                {name.split("/")[0]: tuple(zip(*points, strict=True)) for name, points in self.history.items()},
+                "optimizer step",
+                "log-likelihood a point (nats)",
+                "Training",
+            )
+        writer = getattr(trainer.logger, "experiment", None)
+        for name, figure in figures.items():
+            save_figure(figure, folder / f"{name}.png")
+            if hasattr(writer, "add_figure"):
+                writer.add_figure(name, figure, trainer.global_step, close=False)
+        if hasattr(writer, "add_mesh") and shown.points.shape[-1] == 3:
+            colors = mixture.posterior(shown.points).responsibilities @ component_colors(operator.num_components).to(
+                shown.points
+            )
+            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, {}, 0)
+            writer.flush()
+
+    def _iterations(self, operator: EMOperator, batches: list[PointCloudBatch], rows: list[dict[str, Any]]) -> Any:
+        series = {}
+        for name, each, steps in (
+            ("classical EM", operator.classical(), max(self.curve_iters, operator.num_iters)),
+            ("trained operator", operator, operator.num_iters),
+        ):
+            totals = torch.zeros(steps + 1)
+            for batch in batches:
+                for i, mixture in enumerate(each.iterate(batch.points, batch.mask, num_iters=steps)):
+                    totals[i] += mixture.log_prob(batch.held_out, batch.held_out_mask).sum().cpu()
+            points = sum(int(batch.held_out_mask.sum()) for batch in batches)
+            series[name] = (list(range(steps + 1)), (totals / points).tolist())
+        levels = {row["method"]: row[HELD_OUT] for row in rows if row["method"].startswith("scikit-learn")}
+        return curves(series, "EM iteration", "held-out log-likelihood (nats a point)", "Likelihood by iteration", levels)
+
+    def _measure_sklearn(self, operator: EMOperator, batches: list[PointCloudBatch], seed: int) -> dict[str, Any]:
+        import warnings
+
+        from rich.progress import track
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
+        from threadpoolctl import threadpool_limits
+
+        mixtures, seconds = [], 0.0
+        clouds = [(batch, i) for batch in batches for i in range(len(batch.points))]
+        for batch, i in track(clouds, "scikit-learn on every test cloud", transient=True):
+            points = batch.points[i][batch.mask[i]].double().cpu().numpy()
+            start = time.perf_counter()
+            # Its threads cost more than they gain on sets as small as these.
+            with warnings.catch_warnings(), threadpool_limits(1):
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                fit = GaussianMixture(
+                    min(operator.num_components, len(points)),
+                    covariance_type=operator.covariance,
+                    reg_covar=operator.covariance_floor,
+                    tol=self.sklearn_tol,
+                    max_iter=1000,
+                    random_state=seed,
+                ).fit(points)
+            seconds += time.perf_counter() - start
+            parts = (torch.from_numpy(part)[None] for part in (fit.weights_, fit.means_, fit.covariances_))
+            weights, means, covariances = (part.to(batch.points.device) for part in parts)
+            if operator.covariance == "tied":
+                covariances = covariances.unsqueeze(1)
+            mixtures.append(Mixture(weights.log(), means, covariances))
+        return _row("scikit-learn GaussianMixture, converged", _one_by_one(mixtures, clouds), seconds, len(clouds))
+
+
+def len_of(batches: list[PointCloudBatch]) -> int:
+    """Return the number of clouds in batches."""
+    return sum(len(batch.points) for batch in batches)
+
+
+class _Scores:
+    """Sums over clouds of what the table shows."""
+
+    def __init__(self) -> None:
+        self.held_out, self.fitted, self.own, self.effective = [], [], [], []  # type: ignore[var-annotated]
+
+    def add(self, mixture: Mixture, batch: PointCloudBatch) -> None:
+        held_out = _mean(mixture.log_prob(batch.held_out, batch.held_out_mask), batch.held_out_mask)
+        self.held_out += held_out.tolist()
+        self.fitted += _mean(mixture.log_prob(batch.points, batch.mask), batch.mask).tolist()
+        self.own += (held_out + batch.normalization.log_jacobian()).tolist()
+        self.effective += torch.special.entr(mixture.weights).sum(-1).exp().tolist()
+
+
+def _mean(log_prob: Tensor, mask: Tensor) -> Tensor:
+    return log_prob.sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def _row(method: str, scores: _Scores, seconds: float, clouds: int) -> dict[str, Any]:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    return {
+        "method": method,
+        HELD_OUT: mean(scores.held_out),
+        FITTED: mean(scores.fitted),
+        OWN_UNITS: mean(scores.own),
+        EFFECTIVE: mean(scores.effective),
+        SECONDS: 1e3 * seconds / clouds,
+    }
+
+
+def _measure(method: str, operator: EMOperator, batches: list[PointCloudBatch]) -> dict[str, Any]:
+    scores, seconds = _Scores(), 0.0
+    operator(batches[0].points, batches[0].mask)  # warm up
+    for batch in batches:
+        start = time.perf_counter()
+        mixture = operator(batch.points, batch.mask)
+        mixture.means.cpu()  # waits for a GPU
+        seconds += time.perf_counter() - start
+        scores.add(mixture, batch)
+    return _row(method, scores, seconds, len_of(batches))
+
+
+def _one_by_one(mixtures: list[Mixture], clouds: list[tuple[PointCloudBatch, int]]) -> _Scores:
+    scores = _Scores()
+    for mixture, (batch, i) in zip(mixtures, clouds, strict=True):
+        scores.add(mixture, PointCloudBatch(*(part[i : i + 1] for part in batch)))
+    return scores

@@ -1,0 +1,221 @@
+"""The command line: ``em-lightning ls`` and ``em-lightning run RECIPE``, the same as ``python -m em_lightning.cli``."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+# What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*LightningCLI's args parameter is intended to run from within Python.*",
+    ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+    ".*torch.jit.script. is.*deprecated.*",
+)
+
+
+class UsageError(Exception):
+    """A mistake of the user: its message is all that is printed."""
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder ``recipes`` or ``configs``: inside the package of a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def recipes() -> dict[str, Path]:
+    """Return the scripts of all recipes by name."""
+    return {path.stem: path for path in sorted(folder_of("recipes").glob("*.py")) if not path.stem.startswith("_")}
+
+
+def summary(path: Path) -> str:
+    """Return the first line of a recipe's docstring."""
+    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n")[0]
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def run(name: str, args: Sequence[str]) -> None:
+    """Run a recipe with the arguments of its LightningCLI.
+
+    ``--config NAME`` also takes the name of one of the recipe's variants; ``--seeds 0,1,2`` runs it once a seed, one
+    after the other, and combines their tables.
+
+    Raises:
+        UsageError: there is no such recipe, or an argument is wrong.
+    """
+    known = recipes()
+    if name not in known:
+        raise UsageError(f"unknown recipe {name!r}{_nearest(name, list(known))} Known: {', '.join(known)}")
+    args = _with_variant(name, list(args))
+    seeds, args = _take_seeds(args)
+    if seeds:
+        return _run_seeds(name, args, seeds)
+    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{name}", known[name])
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    recipe.main(args)
+
+
+def _with_variant(name: str, args: list[str]) -> list[str]:
+    """Replace the name of a variant behind ``--config`` by its path."""
+    variants = {path.stem: path for path in sorted((folder_of("configs") / name).glob("*.yaml"))}
+    resolved = []
+    for before, arg in zip(["", *args], args, strict=False):
+        flag, equals, value = arg.partition("=")
+        if before in ("--config", "-c"):
+            flag, equals, value = "", "", arg
+        elif flag not in ("--config", "-c") or not equals:
+            resolved.append(arg)
+            continue
+        if not Path(value).is_file():
+            if value not in variants:
+                raise UsageError(
+                    f"--config={value!r} is neither a file nor a variant of {name}"
+                    f"{_nearest(value, list(variants))} Variants: {', '.join(variants) or 'none'}"
+                )
+            value = str(variants[value])
+        resolved.append(f"{flag}{equals}{value}")
+    return resolved
+
+
+def _take_seeds(args: list[str]) -> tuple[list[int], list[str]]:
+    joined = [arg for arg in args if arg.startswith("--seeds")]
+    if not joined:
+        return [], args
+    place = args.index(joined[0])
+    value = args[place].partition("=")[2] if "=" in args[place] else "".join(args[place + 1 : place + 2])
+    rest = args[:place] + args[place + (1 if "=" in args[place] else 2) :]
+    if not re.fullmatch(r"\d+(,\d+)*", value):
+        raise UsageError(f"--seeds={value!r} is no list of seeds; write for instance --seeds=0,1,2")
+    return [int(seed) for seed in value.split(",")], rest
+
+
+def _run_seeds(name: str, args: list[str], seeds: list[int]) -> None:
+    """Run each seed in a process of its own, as a strategy's launcher expects, and write their combined table."""
+    from em_lightning.results import combine, markdown_table
+
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path("lightning_logs") / name
+    versions = [f"{stamp}-seed{seed}" for seed in seeds]
+    for seed, version in zip(seeds, versions, strict=True):
+        options = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
+        done = subprocess.run([sys.executable, "-m", "em_lightning.cli", "run", name, *args, *options])
+        if done.returncode:
+            raise UsageError(f"the run of seed {seed} ended with exit code {done.returncode}; its message is above")
+    rows = combine([folder / version / "results.json" for version in versions])
+    text = f"# {name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation\n\n{markdown_table(rows)}\n"
+    target = folder / f"{stamp}-seeds"
+    target.mkdir(parents=True)
+    (target / "results.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\nWritten to {target}")
+
+
+def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass_data: bool = True) -> Any:
+    """Return a LightningCLI with the recipe's default config, after it has instantiated what the arguments ask for.
+
+    Args:
+        model: the LightningModule.
+        data: the LightningDataModule, or the base class of those that may be chosen.
+        name: of the recipe: its default config is ``configs/<name>.yaml``.
+        args: of the command line.
+        subclass_data: whether ``--data`` names a subclass.
+
+    Raises:
+        UsageError: an argument is unknown or has a wrong value.
+    """
+    from jsonargparse import ArgumentError
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    class RecipeCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
+
+    for words in _NOISE:
+        warnings.filterwarnings("ignore", words)
+    options = {
+        "allow_abbrev": False,
+        "exit_on_error": False,
+        "default_config_files": [str(folder_of("configs") / f"{name}.yaml")],
+        "prog": f"em-lightning run {name}",
+    }
+    try:
+        return RecipeCLI(
+            model,
+            data,
+            subclass_mode_data=subclass_data,
+            run=False,
+            args=list(args),
+            parser_kwargs=options,
+            save_config_kwargs={"overwrite": True},
+        )
+    except ArgumentError as error:
+        raise UsageError(_shorten(str(error))) from error
+
+
+def _shorten(message: str) -> str:
+    """Return the first complaint of a parser's long message on one line."""
+    return re.sub(r"\s+", " ", message.split("\n\n")[0]).strip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 for success, 2 for a mistake in what was asked for."""
+    parser = argparse.ArgumentParser("em-lightning", description="EM inside neural networks.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("ls", help="list the recipes")
+    runner = commands.add_parser("run", help="run a recipe; arguments after its name go to its LightningCLI")
+    runner.add_argument("recipe")
+    runner.add_argument("arguments", nargs=argparse.REMAINDER, help="for instance --trainer.max_epochs=3, or --help")
+    parsed = parser.parse_args(argv)
+    try:
+        if parsed.command == "ls":
+            _print_recipes()
+        else:
+            run(parsed.recipe, parsed.arguments)
+    except (UsageError, ValueError, TypeError, FileNotFoundError, ConnectionError) as error:
+        if not isinstance(error, UsageError) and not _is_ours(error):
+            raise
+        print(f"em-lightning: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Return whether the library itself raised an error: such a message is complete without its traceback."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+
+
+def _print_recipes() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "what it does", "variants", box=None, header_style="bold")
+    for name, path in recipes().items():
+        variants = sorted(variant.stem for variant in (folder_of("configs") / name).glob("*.yaml"))
+        table.add_row(name, summary(path), ", ".join(variants))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Metrics of the units of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+
+from em_lightning.losses import weight_redundancy
+from em_lightning.metrics.base import MeanOfItems, UnitMoments
+from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntropy
+
+__all__ = ["L0", "DeadUnits", "EffectiveRank", "MinVariance", "Redundancy", "WeightRedundancy", "layer_metrics"]
+
+
+class L0(MeanOfItems):
+    r"""Mean number of active units of an item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`.
+
+    Args:
+        threshold: the activation above which a unit is active.
+        dim: the axis of the units.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = L0()
+        >>> metric.update(torch.tensor([[0.0, 0.5, 2.0], [0.0, 0.0, 0.001]]))
+        >>> metric.compute().item()
+        1.0
+    """
+
+    def __init__(self, threshold: float = 0.01, dim: int = -1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.threshold = threshold
+        self.dim = dim
+
+    def update(self, activations: Tensor, mask: Tensor | None = None) -> None:
+        """Add items: activations with D units along ``dim``, and booleans of the other axes."""
+        self._add((activations > self.threshold).sum(self.dim), mask)
+
+
+class WeightRedundancy(MeanOfItems):
+    r"""Sum over pairs of rows of their squared cosine, :math:`\sum_{i \ne j} \cos^2(w_i, w_j)`, averaged over updates.
+
+    A row of zeros is at a right angle to every other.
+
+    Example:
+        >>> metric = WeightRedundancy()
+        >>> metric.update(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
+        >>> metric.compute().item()
+        2.0
+    """
+
+    higher_is_better = False
+
+    def update(self, weight: Tensor) -> None:
+        """Add a weight matrix (D, ...) whose rows belong to the units; further axes are flattened."""
+        self._add(weight_redundancy(weight.detach().to(self.sums.dtype)))
+
+
+class DeadUnits(UnitMoments):
+    r"""Number of units with :math:`\mathrm{Var}(a_j) <` ``threshold``, the variance unbiased and over all items.
+
+    Args:
+        threshold: the variance below which a unit counts as dead.
+        dim: the axis of the units.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = DeadUnits()
+        >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
+        >>> metric.compute().item()
+        1.0
+    """
+
+    higher_is_better = False
+
+    def __init__(self, threshold: float = 0.01, dim: int = -1, **kwargs: Any) -> None:
+        super().__init__(dim, **kwargs)
+        self.threshold = threshold
+
+    def compute(self) -> Tensor:
+        """Return the number of dead units."""
+        return (self.covariance().diagonal() < self.threshold).sum().to(self.moments.dtype)
+
+
+class MinVariance(UnitMoments):
+    r"""Smallest variance of a unit, :math:`\min_j \mathrm{Var}(a_j)`, unbiased and over all items.
+
+    Args:
+        dim: the axis of the units.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = MinVariance()
+        >>> metric.update(torch.tensor([[0.0, 1.0], [1.0, 3.0]]))
+        >>> metric.compute().item()
+        0.5
+    """
+
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
+        """Return the smallest variance."""
+        return self.covariance().diagonal().amin()
+
+
+class Redundancy(UnitMoments):
+    r"""Sum of squared correlations between units, :math:`\sum_{i \ne j} \mathrm{Corr}(a_i, a_j)^2`, over all items.
+
+    The standard deviations in the denominator carry + 1e-8, so a constant unit correlates with none.
+
+    Args:
+        dim: the axis of the units.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = Redundancy()
+        >>> metric.update(torch.tensor([[0.0, 1.0, 5.0], [1.0, 3.0, 5.0]]))
+        >>> round(metric.compute().item(), 6)
+        2.0
+    """
+
+    higher_is_better = False
+
+    def compute(self) -> Tensor:
+        """Return the sum over ordered pairs of different units."""
+        covariance = self.covariance()
+        std = covariance.diagonal().sqrt() + 1e-8
+        return (covariance / std / std[:, None]).square().fill_diagonal_(0.0).sum()
+
+
+class EffectiveRank(UnitMoments):
+    r"""Effective rank of the units' covariance, :math:`\exp H(p)` with its normalized eigenvalues p: from 1 to D.
+
+    Of Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007). It is 0 where no
+    unit varies.
+
+    Args:
+        dim: the axis of the units.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = EffectiveRank()
+        >>> metric.update(torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, -1.0, 0.0]]))
+        >>> round(metric.compute().item(), 6)
+        2.0
+    """
+
+    higher_is_better = True
+
+    def compute(self) -> Tensor:
+        """Return the effective rank."""
+        covariance = self.covariance()
+        if covariance.isnan().any():
+            return covariance.new_full((), torch.nan)
+        spectrum = torch.linalg.eigvalsh(covariance).clamp_min(0.0)
+        total = spectrum.sum()
+        if total <= 0:
+            return torch.zeros_like(total)
+        return torch.special.entr(spectrum / total).sum().exp()
+
+
+def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
+    """Return the metrics of a competing layer, each updated with its post-activation energies (low energy wins).
+
+    The four that need the moments of the units share one state.
+
+    Args:
+        dim: the axis of the units.
+        **kwargs: for :class:`torchmetrics.MetricCollection`, ``prefix`` for one.
+
+    Example:
+        >>> metrics = layer_metrics()
+        >>> metrics.update(torch.rand(20, 4))
+        >>> sorted(metrics.compute())
+        ['dead_units', 'effective_rank', 'entropy', 'l0', 'max_responsibility', 'min_variance', 'redundancy']
+    """
+    return MetricCollection(
+        {
+            "dead_units": DeadUnits(dim=dim),
+            "min_variance": MinVariance(dim=dim),
+            "redundancy": Redundancy(dim=dim),
+            "effective_rank": EffectiveRank(dim=dim),
+            "entropy": ResponsibilityEntropy(from_energies=True, dim=dim),
+            "max_responsibility": MaxResponsibility(from_energies=True, dim=dim),
+            "l0": L0(dim=dim),
+        },
+        compute_groups=[
+            ["dead_units", "min_variance", "redundancy", "effective_rank"],
+            ["entropy"],
+            ["max_responsibility"],
+            ["l0"],
+        ],
+        **kwargs,
+    )

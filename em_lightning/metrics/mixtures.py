@@ -1,0 +1,143 @@
+"""Metrics of mixtures and their posteriors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from em_lightning.metrics.base import MeanOfItems
+
+__all__ = [
+    "DeadComponents",
+    "EffectiveComponents",
+    "MaxResponsibility",
+    "MixtureLogLikelihood",
+    "ResponsibilityEntropy",
+]
+
+
+class MixtureLogLikelihood(MeanOfItems):
+    r"""Mean log-likelihood of a point: :math:`\sum_{bn} w_{bn} \log p(x_{bn}) / \sum_{bn} w_{bn}`, in nats.
+
+    Example:
+        >>> metric = MixtureLogLikelihood()
+        >>> metric.update(torch.tensor([[-1.0, -3.0, 0.0]]), mask=torch.tensor([[True, True, False]]))
+        >>> metric.compute().item()
+        -2.0
+    """
+
+    higher_is_better = True
+
+    def update(self, log_prob: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add points.
+
+        Args:
+            log_prob: log-likelihoods (B, N), as ``Mixture.log_prob`` gives them; any shape will do.
+            mask: booleans of the same shape; False points are not counted.
+            weights: non-negative numbers of the same shape.
+        """
+        self._add(log_prob, mask, weights)
+
+
+class EffectiveComponents(MeanOfItems):
+    r"""Perplexity of the mixture weights, :math:`\exp(-\sum_k \pi_k \log \pi_k)`, averaged over the sets: from 1 to K.
+
+    Example:
+        >>> metric = EffectiveComponents()
+        >>> metric.update(torch.tensor([[0.5, 0.5, 0.0]]).log())
+        >>> round(metric.compute().item(), 6)
+        2.0
+    """
+
+    def update(self, log_weights: Tensor) -> None:
+        """Add sets by the logarithms of their mixture weights (B, K), as in ``Mixture.log_weights``."""
+        self._add(torch.special.entr(log_weights.to(self.sums.dtype).exp()).sum(-1).exp())
+
+
+class DeadComponents(MeanOfItems):
+    r"""Number of components with :math:`\pi_k <` ``threshold``, averaged over the sets.
+
+    Args:
+        threshold: the weight below which a component counts as dead; the default is the share of one point in
+            a thousand.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``threshold`` is not between 0 and 1.
+
+    Example:
+        >>> metric = DeadComponents()
+        >>> metric.update(torch.tensor([[0.5, 0.4995, 0.0005], [0.3, 0.3, 0.4]]).log())
+        >>> metric.compute().item()
+        0.5
+    """
+
+    higher_is_better = False
+
+    def __init__(self, threshold: float = 1e-3, **kwargs: Any) -> None:
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold} is no mixture weight; give a number from 0 to 1 such as 1e-3")
+        super().__init__(**kwargs)
+        self.threshold = threshold
+
+    def update(self, log_weights: Tensor) -> None:
+        """Add sets by the logarithms of their mixture weights (B, K), as in ``Mixture.log_weights``."""
+        self._add((log_weights.exp() < self.threshold).sum(-1))
+
+
+class ResponsibilityEntropy(MeanOfItems):
+    r"""Mean entropy of an item's responsibilities, :math:`H(r) = -\sum_k r_k \log r_k`, in nats.
+
+    Args:
+        from_energies: whether ``update`` is given energies, of which the responsibilities are softmax(-energies),
+            and not the responsibilities themselves.
+        dim: the axis of the components or units.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ResponsibilityEntropy()
+        >>> metric.update(torch.tensor([[0.5, 0.5], [1.0, 0.0]]))
+        >>> round(metric.compute().item(), 4)
+        0.3466
+    """
+
+    def __init__(self, from_energies: bool = False, dim: int = -1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.from_energies = from_energies
+        self.dim = dim
+
+    def update(self, values: Tensor, mask: Tensor | None = None) -> None:
+        """Add items.
+
+        Args:
+            values: responsibilities, or energies under ``from_energies=True``, with K components along ``dim``.
+            mask: booleans of the shape of ``values`` without ``dim``; False items are not counted.
+        """
+        values = values.movedim(self.dim, -1)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        self._add(self._read(torch.softmax(-values, dim=-1) if self.from_energies else values), mask)
+
+    def _read(self, responsibilities: Tensor) -> Tensor:
+        return torch.special.entr(responsibilities).sum(-1)
+
+
+class MaxResponsibility(ResponsibilityEntropy):
+    r"""Mean largest responsibility of an item, :math:`\max_k r_k`: from 1/K (undecided) to 1 (a hard assignment).
+
+    Args:
+        from_energies: whether ``update`` is given energies, of which the responsibilities are softmax(-energies),
+            and not the responsibilities themselves.
+        dim: the axis of the components or units.
+        **kwargs: for :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = MaxResponsibility(from_energies=True)
+        >>> metric.update(torch.zeros(3, 4))
+        >>> metric.compute().item()
+        0.25
+    """
+
+    def _read(self, responsibilities: Tensor) -> Tensor:
+        return responsibilities.amax(-1)

@@ -1,0 +1,124 @@
+"""Where EM starts: centers of point sets, and a mixture around them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from em_lightning.mixture.covariance import Factors, State, Structure
+from em_lightning.mixture.step import Cloud
+
+# The share of a cell's mean squared distance that bounds its core.
+_CORE = 0.4
+
+
+def farthest_points(cloud: Cloud, num_components: int) -> Tensor:
+    """Choose centers (B, K, D) one by one, each the point farthest from those before it.
+
+    The first is the point farthest from the mean. Nothing is random, and the order of the points plays no part
+    except between exact ties. Sets with fewer distinct points than components repeat a point.
+
+    Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985.
+    """
+    nearest = torch.full_like(cloud.points[:, 0], torch.inf)
+    center = torch.zeros_like(cloud.center)
+    chosen = []
+    valid = None if cloud.weights is None else cloud.weights > 0
+    for step in range(num_components):
+        distance = (cloud.points - center.unsqueeze(-1)).square().sum(1)
+        # The distance to the mean chooses the first point and is then forgotten: the mean is no center.
+        nearest = distance if step <= 1 else torch.minimum(nearest, distance)
+        score = nearest if valid is None else torch.where(valid, nearest, -1.0)
+        center = _gather(cloud.points, score.argmax(-1))
+        chosen.append(center)
+    return torch.stack(chosen, 1)
+
+
+def kmeans_plus_plus(cloud: Cloud, num_components: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw centers (B, K, D) with probability proportional to the squared distance from those before them.
+
+    Each draw is greedy: of ``2 + floor(ln K)`` candidates the one that lowers the total distance most is kept.
+
+    Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007.
+    """
+    sets, _, items = cloud.points.shape
+    candidates = 2 + int(math.log(num_components))
+    weights = torch.ones_like(cloud.points[:, 0]) if cloud.weights is None else cloud.weights
+    # A set without any valid point draws from all its (centred, hence equal) rows: the result is finite.
+    weights = torch.where(cloud.mass.unsqueeze(-1) > 0, weights, 1.0)
+    center = _gather(cloud.points, torch.multinomial(weights, 1, generator=generator).squeeze(-1))
+    nearest = (cloud.points - center.unsqueeze(-1)).square().sum(1)
+    chosen = [center]
+    for _ in range(num_components - 1):
+        potential = nearest * weights
+        # Where every point is a center already, any point is as good.
+        potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, weights)
+        drawn = torch.multinomial(potential, candidates, replacement=True, generator=generator)
+        points = cloud.points.gather(2, drawn.unsqueeze(1).expand(-1, cloud.points.shape[1], -1))
+        distances = (points.unsqueeze(-1) - cloud.points.unsqueeze(2)).square().sum(1)
+        distances = torch.minimum(distances, nearest.unsqueeze(1))
+        best = (distances * weights.unsqueeze(1)).sum(-1).argmin(-1)
+        nearest = distances[torch.arange(sets, device=best.device), best]
+        chosen.append(_gather(points, best))
+    return torch.stack(chosen, 1)
+
+
+def random_points(cloud: Cloud, num_components: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw centers (B, K, D) among the points, without replacement while there are enough."""
+    weights = torch.ones_like(cloud.points[:, 0]) if cloud.weights is None else (cloud.weights > 0).to(cloud.points)
+    noise = torch.rand(weights.shape, generator=generator, device=weights.device, dtype=weights.dtype)
+    order = torch.where(weights > 0, noise, noise - 2.0).argsort(dim=-1, descending=True)
+    valid = (weights > 0).sum(-1, keepdim=True).clamp(min=1)
+    rank = torch.arange(num_components, device=order.device) % valid
+    rows = order.gather(1, rank)
+    return cloud.points.gather(2, rows.unsqueeze(1).expand(-1, cloud.points.shape[1], -1)).mT.contiguous()
+
+
+def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Tensor) -> State:
+    """Return the mixture whose components are the points nearest to each center (B, K, D).
+
+    Weights are those of the cells. Means and the shape of covariances are those of a cell's core, the points nearer
+    to the center than ``_CORE`` of the cell's mean squared distance, and the size of covariances is that of the cell:
+    at its rim a cell holds points of its neighbours, and EM takes many iterations to give them back. A core or a cell
+    of too few points leaves the matter to the cell, or to the variance that all cells share.
+    """
+    components, features = centers.shape[1:]
+    wide, centers = floor.dtype, centers.to(floor.dtype)
+    distance = (centers.unsqueeze(-1) - cloud.points.unsqueeze(1)).square().sum(2)
+    nearest = torch.zeros_like(distance).scatter_(1, distance.argmin(1, keepdim=True), 1.0)
+    if cloud.weights is not None:
+        nearest = nearest * cloud.weights.unsqueeze(1)
+    mass = nearest.sum(-1)
+    inertia = (nearest * distance).sum(-1)
+    core = nearest * (distance <= _CORE * (inertia / mass.clamp(min=1.0)).unsqueeze(-1))
+    phi = structure.features(cloud.points, wide).mT
+
+    cells, cores = (structure.maximize(torch.bmm(part, phi), floor) for part in (nearest, core))
+    within = inertia.sum(-1, keepdim=True) / (features * cloud.mass.unsqueeze(-1).clamp(min=1.0)) + floor.unsqueeze(-1)
+    shared = structure.expand(within.expand(-1, features), components, features)
+    enough = core.sum(-1) > 2 * features
+    means = torch.where(enough.unsqueeze(-1), cores.means, cells.means)
+    means = torch.where((mass > 0).unsqueeze(-1), means, centers)
+    if shared.scale.shape[1] != components:
+        return State(cells.log_weights, means, cells.factors)  # one covariance for all: no cell is too small for it
+
+    def choose(condition: Tensor, one: Factors, other: Factors) -> Factors:
+        condition = condition.reshape(*condition.shape, *[1] * (shared.scale.ndim - 2))
+        return Factors(*(torch.where(condition, a, b) for a, b in zip(one, other, strict=True)))
+
+    ratio = _size(cells.factors.scale) / _size(cores.factors.scale)
+    scaled = Factors(cores.factors.scale * ratio, cores.factors.inverse / ratio)
+    factors = choose(mass > features, choose(enough, scaled, cells.factors), shared)
+    return State(cells.log_weights, means, factors)
+
+
+def _size(scale: Tensor) -> Tensor:
+    """Return the root of each covariance's trace, in the shape of its factor with ones."""
+    return scale.square().sum(tuple(range(2, scale.ndim)), keepdim=True).sqrt()
+
+
+def _gather(points: Tensor, index: Tensor) -> Tensor:
+    """Pick one point (B, D) from each set of points (B, D, N)."""
+    return points.gather(2, index[:, None, None].expand(-1, points.shape[1], 1)).squeeze(-1)

@@ -1,0 +1,6 @@
+"""LightningModules to subclass."""
+
+from em_lightning.modules.base import EMModule
+from em_lightning.modules.point_cloud_gmm import PointCloudGMM
+
+__all__ = ["EMModule", "PointCloudGMM"]

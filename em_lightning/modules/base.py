@@ -1,0 +1,101 @@
+"""The LightningModule that the others, and a user's own, stand on."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor
+
+
+class EMModule(lightning.LightningModule):
+    """Do the bookkeeping of a training run: a subclass writes ``forward`` and ``step``.
+
+    ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
+    term is logged as ``<stage>/<name>``, averaged over the epoch and over ranks, with stages ``train``, ``val`` and
+    ``test``. Metrics are logged by the subclass through ``self.log`` or ``self.log_dict`` under the same prefix.
+
+    Args:
+        lr: learning rate of Adam, its largest under a schedule.
+        schedule: ``"one_cycle"`` warms up and anneals to zero over the run; ``"constant"`` keeps the rate.
+        weight_decay: decoupled weight decay.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> class Regression(EMModule):
+        ...     def __init__(self):
+        ...         super().__init__(lr=0.1)
+        ...         self.layer = torch.nn.Linear(1, 1)
+        ...
+        ...     def forward(self, x):
+        ...         return self.layer(x)
+        ...
+        ...     def step(self, batch, stage):
+        ...         x, y = batch
+        ...         return torch.nn.functional.mse_loss(self(x), y)
+        >>> Regression().lr
+        0.1
+    """
+
+    def __init__(
+        self, lr: float = 1e-3, schedule: Literal["one_cycle", "constant"] = "constant", weight_decay: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not lr > 0:
+            raise ValueError(f"lr={lr} must be positive; 1e-3 is a usual start")
+        if schedule not in ("one_cycle", "constant"):
+            raise ValueError(f"schedule={schedule!r} is unknown; choose 'one_cycle' or 'constant'")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay={weight_decay} must not be negative; 0 switches it off")
+        self.lr = lr
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+
+    def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
+        """Return the loss of a batch, or a dictionary of terms with the entry ``"loss"``."""
+        raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
+
+    def batch_size(self, batch: Any) -> int:
+        """Return the number of items that a logged average counts a batch with."""
+        while not isinstance(batch, Tensor):
+            batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+        return len(batch)
+
+    def _step(self, batch: Any, stage: str) -> Tensor:
+        terms = self.step(batch, stage)
+        terms = terms if isinstance(terms, dict) else {"loss": terms}
+        if "loss" not in terms:
+            raise ValueError(f"step returned the terms {sorted(terms)}; add 'loss', which is minimized")
+        training = stage == "train"
+        self.log_dict(
+            {f"{stage}/{name}": value.detach() for name, value in terms.items()},
+            batch_size=self.batch_size(batch),
+            on_step=training,
+            on_epoch=not training,
+            sync_dist=not training,
+        )
+        return terms["loss"]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a training batch."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the terms of a validation batch."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the terms of a test batch."""
+        self._step(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam with the schedule asked for."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        if self.schedule == "constant":
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=max(steps, 2))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,6 @@
+"""EM as a layer."""
+
+from em_lightning.operators.em import EMOperator
+from em_lightning.operators.residual import ResidualCorrection
+
+__all__ = ["EMOperator", "ResidualCorrection"]

@@ -1,0 +1,38 @@
+"""Run a function on several processes, as tests of global-batch statistics need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+__all__ = ["run_ranks"]
+
+
+def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, world_size: int = 2) -> list[Any]:
+    """Call ``function(rank, *arguments)`` on each rank of a gloo group on this machine and return what they returned.
+
+    Args:
+        function: a module-level function, as the processes are spawned; the arguments are pickled for the same reason.
+        *arguments: handed to every rank.
+        folder: an empty folder for the rendezvous and the results, such as pytest's ``tmp_path``.
+        world_size: number of processes.
+
+    Returns:
+        The ranks' results in order; tensors, numbers, strings and containers of these.
+    """
+    mp.spawn(_rank, (function, arguments, str(folder), world_size), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _rank(rank: int, function: Callable[..., Any], arguments: tuple[Any, ...], folder: str, world_size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,491 @@
+"""Clouds are uniform on their surfaces and the same wherever they are drawn; every source fails with a clear line."""
+
+import math
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from em_lightning import data
+from em_lightning.data import point_clouds
+
+OFF = "OFF\n4 4 0\n0 0 0\n2 0 0\n0 2 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
+REAL = Path(os.environ.get("GEOMETRIC_SHAPES", Path(__file__).parents[2] / "shared/data/geometric_shapes/raw.zip"))
+# PyG scripts functions when it is imported, which newer versions of torch deprecate.
+imports_pyg = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def same(a, b):
+    return torch.equal(a.points, b.points) and torch.equal(a.held_out, b.held_out)
+
+
+# Sampling and normalization.
+
+
+def test_triangles_are_drawn_by_area_and_points_uniformly_in_them():
+    vertices = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [5, 0, 1], [9, 0, 1], [5, 1, 1]])
+    faces = torch.tensor([[0, 1, 2], [0, 0, 1], [3, 4, 5]])  # areas 1/2, 0 and 2
+    points = data.sample_surface(vertices, faces, 20_000, generator())
+    assert points.dtype == torch.float32 and points.shape == (20_000, 3)
+    first = points[points[:, 2] == 0].double()
+    assert stats.binomtest(len(first), 20_000, 0.2).pvalue > 1e-3
+    # In a uniform triangle each barycentric coordinate is distributed as Beta(1, 2).
+    for coordinate in (first[:, 0], first[:, 1], 1 - first[:, 0] - first[:, 1]):
+        assert stats.kstest(coordinate.numpy(), stats.beta(1, 2).cdf).pvalue > 1e-3
+
+
+def test_sphere_and_torus_are_uniform_by_area():
+    vertices, faces = data.random_surface("sphere", generator())
+    z = data.sample_surface(vertices, faces, 5000, generator(1))[:, 2]
+    assert stats.kstest(z.numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3  # Archimedes
+    vertices, faces = data.random_surface("torus", generator())
+    ring = data.sample_surface(vertices, faces, 20_000, generator(1))[:, :2].norm(dim=1)
+    minor = float(vertices[:, 2].max())
+    # The mean distance of a torus surface from its axis is R + r^2 / (2 R), with R = 1.
+    assert abs(ring.mean() - (1 + minor**2 / 2)) < 5 * ring.std() / math.sqrt(20_000) + 2e-3
+
+
+def test_sampling_is_a_function_of_the_generator():
+    surface = data.random_surface("chair", generator())
+    draws = [data.sample_surface(*surface, 10, generator(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    ("vertices", "faces", "num_points", "message"),
+    [
+        (torch.zeros(3, 2), torch.tensor([[0, 1, 2]]), 1, r"\(3, 2\).*give \(V, 3\)"),
+        (torch.eye(3), torch.tensor([[0, 1, 3]]), 1, "0 to 3 of 3; count from 0"),
+        (torch.ones(3, 3), torch.tensor([[0, 1, 2]]), 1, "area 0.0; give finite triangles"),
+        (torch.eye(3), torch.empty(0, 3, dtype=torch.long), 1, "area 0.0"),
+        (torch.eye(3) * math.nan, torch.tensor([[0, 1, 2]]), 1, "area nan"),
+        (torch.eye(3), torch.tensor([[0, 1, 2]]), 0, "num_points=0 draws nothing; give 1"),
+    ],
+)
+def test_bad_surfaces_are_refused(vertices, faces, num_points, message):
+    with pytest.raises(ValueError, match=message):
+        data.sample_surface(vertices, faces, num_points)
+
+
+def test_normalization_fills_the_unit_ball_and_changes_densities_as_it_says():
+    x = torch.randn(50, 3, dtype=torch.float64) * 4 + 7
+    unit = data.Normalization.of(x)
+    assert unit.apply(x).norm(dim=1).max() == pytest.approx(1)
+    torch.testing.assert_close(unit.invert(unit.apply(x)), x)
+    # A Gaussian written in the data's units and in normalized ones.
+    ours = torch.distributions.Normal(2.0, 3.0)
+    theirs = torch.distributions.Normal((2.0 - unit.center) / unit.scale, 3.0 / unit.scale)
+    log_prob = theirs.log_prob(unit.apply(x)).sum(1) + unit.log_jacobian()
+    torch.testing.assert_close(log_prob, ours.log_prob(x).sum(1))
+    batch = data.Normalization(torch.stack([unit.center] * 2), torch.stack([unit.scale, 2 * unit.scale]))
+    assert batch.apply(x.expand(2, -1, -1))[1].norm(dim=1).max() == pytest.approx(0.5)
+    assert data.Normalization.of(torch.ones(4, 3)).scale == 1
+
+
+@pytest.mark.parametrize("axis", ["z", "so3"])
+def test_rotations(axis):
+    rotations = torch.stack([data.random_rotation(generator(seed), axis) for seed in range(400)])
+    torch.testing.assert_close(rotations @ rotations.mT, torch.eye(3).double().expand(400, 3, 3))
+    assert (torch.linalg.det(rotations) > 0).all()
+    angle = torch.atan2(rotations[:, 1, 0], rotations[:, 0, 0])
+    assert stats.kstest(angle.numpy(), stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > 1e-3
+    if axis == "z":
+        assert torch.equal(rotations[:, 2, 2], torch.ones(400).double())
+    else:  # the image of an axis is uniform on the sphere
+        assert stats.kstest(rotations[:, 2, 2].numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("family", data.FAMILIES)
+def test_families(family):
+    for seed in range(20):
+        vertices, faces = data.random_surface(family, generator(seed))
+        points = data.sample_surface(vertices, faces, 64, generator(seed))
+        assert points.isfinite().all()
+    again = data.random_surface(family, generator(19))[0]
+    assert torch.equal(vertices, again)
+    assert family == "sphere" or not torch.equal(again, data.random_surface(family, generator(18))[0])
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="family='cube' is unknown; choose from sphere, "):
+        data.random_surface("cube", generator())
+
+
+# Batches.
+
+
+@imports_pyg
+def test_from_pyg_agrees_with_pyg_where_it_is_right_and_is_right_where_it_is_not():
+    from torch_geometric.data import Batch, Data
+    from torch_geometric.utils import to_dense_batch
+
+    sets = [torch.randn(n, 3) for n in (4, 0, 2)]
+    batch = Batch.from_data_list([Data(pos=points) for points in sets])
+    points, mask = data.from_pyg(batch)
+    expected, expected_mask = to_dense_batch(batch.pos, batch.batch, batch_size=3)
+    assert torch.equal(points, expected) and torch.equal(mask, expected_mask)
+    order = torch.randperm(6)
+    shuffled = SimpleNamespace(pos=batch.pos[order], batch=batch.batch[order], num_graphs=3)
+    points, mask = data.from_pyg(shuffled)
+    for i, cloud in enumerate(sets):
+        assert torch.equal(points[i][mask[i]].sort(0).values, cloud.sort(0).values)
+        assert not points[i][~mask[i]].any()
+    single, _ = data.from_pyg(Data(x=sets[0]))
+    assert torch.equal(single[0], sets[0])
+    with pytest.raises(ValueError, match="neither positions 'pos' nor features 'x'"):
+        data.from_pyg(Data())
+
+
+# The data modules: items depend on (seed, split, epoch, index) alone.
+
+
+def epochs(module, count, **options):
+    """Return the first batch of each epoch that a trainer with these options sees."""
+    seen = []
+
+    class Model(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, index):
+            if index == 0:
+                seen.append(batch)
+            return self.weight * batch.points.sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            max_epochs=count,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            **{key: value for key, value in options.items() if key != "ckpt_path"},
+        )
+        trainer.fit(Model(), datamodule=module, ckpt_path=options.get("ckpt_path"))
+    return seen, trainer
+
+
+def small(**options):
+    return data.ProceduralSurfaces(**{"num_points": 8, "batch_size": 4, "train_clouds": 6, **options})
+
+
+def test_training_is_drawn_afresh_and_a_resumed_run_goes_on_as_a_straight_one(tmp_path):
+    straight, _ = epochs(small(), 3)
+    first, second = straight[:2]
+    shared = set(first.index.tolist()) & set(second.index.tolist())  # four of six items each
+    for item in shared:
+        assert not torch.equal(first.points[first.index == item], second.points[second.index == item])
+    assert shared
+    _, trainer = epochs(small(), 2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, _ = epochs(small(), 3, ckpt_path=tmp_path / "two.ckpt")
+    assert len(resumed) == 1 and same(resumed[0], straight[2])
+
+
+def test_workers_change_nothing():
+    by_workers = []
+    for num_workers in (0, 2):
+        loader = small(num_workers=num_workers).train_dataloader()
+        batches = []
+        for epoch in range(2):  # the workers live on, and yet the second epoch is a fresh one
+            loader.sampler.set_epoch(epoch)
+            batches += list(loader)
+        by_workers.append(batches)
+    assert all(same(a, b) for a, b in zip(*by_workers, strict=True))
+    assert not same(by_workers[1][0], by_workers[1][2])
+
+
+def test_ranks_share_an_epoch():
+    shares = []
+    for rank in range(2):
+        module = small()
+        module.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        shares += [index for batch in module.train_dataloader() for index in batch.index.tolist()]
+    assert sorted(shares) == list(range(6))
+
+
+def test_evaluation_is_fixed_and_splits_differ():
+    first, second = small(), small()
+    for name in ("val_dataloader", "test_dataloader", "predict_dataloader"):
+        batches = [next(iter(loader)) for loader in (getattr(first, name)(), getattr(second, name)())]
+        assert same(*batches)
+    assert not same(first.datasets["val"][0], first.datasets["test"][0])
+    assert not same(first.datasets["val"][0], small(seed=1).val_dataloader().dataset[0])
+    with pytest.raises(IndexError, match="index=6 is outside the 6 clouds of the train split"):
+        first.datasets["train"][6]
+
+
+def test_held_out_points_are_fresh_points_of_the_same_shape():
+    module = small(num_points=500, families=["sphere"])
+    batch = next(iter(module.train_dataloader()))
+    assert batch.points.shape == batch.held_out.shape == (4, 500, 3) and batch.points.dtype == torch.float32
+    assert torch.cdist(batch.points, batch.held_out).amin() > 0
+    for points in (batch.points, batch.held_out):
+        assert (points.norm(dim=-1) - 1).abs().max() < 1e-2
+    assert batch.normalization.log_jacobian().abs().max() < 1e-5  # a unit sphere
+    noisy = next(iter(small(num_points=500, families=["sphere"], noise=0.1).train_dataloader()))
+    assert (noisy.points.norm(dim=-1) - 1).std() == pytest.approx(0.1, rel=0.1)
+
+
+def test_the_default_in_one_line():
+    module = small()
+    assert "18 families" in module.describe() and "train" not in module.describe()
+    module.setup()
+    assert module.describe().endswith("held out: 6 train, 64 val, 64 test clouds")
+    assert module.class_names == list(data.FAMILIES)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for scale, name in enumerate(["ball", "cube", "cone"], 1):
+            for split in ("train", "test"):
+                file.writestr(f"raw/{name}/{split}/{name}.off", OFF.replace("2 0 0\n0", f"{2 * scale} 0 0\n0"))
+    return tmp_path / "raw.zip"
+
+
+def test_geometric_shapes_from_archive_and_folder(archive, tmp_path):
+    modules = [data.GeometricShapes(root=str(root), num_points=16) for root in (archive, tmp_path)]
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(tmp_path / "unpacked")
+    modules += [data.GeometricShapes(root=str(tmp_path / p), num_points=16) for p in ("unpacked", "unpacked/raw")]
+    for module in modules:
+        module.setup()
+        assert module.class_names == ["ball", "cone", "cube"]
+        assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [48, 3, 3]
+        assert same(module.datasets["train"][4], modules[0].datasets["train"][4])
+        assert not same(module.datasets["train"][4], module.datasets["train"][7])  # another draw of that mesh
+    assert str(archive) in modules[0].describe()
+    assert archive.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["raw.zip", "unpacked"]
+
+
+def test_geometric_shapes_keeps_classes_for_the_test(archive):
+    module = data.GeometricShapes(root=str(archive), num_points=4, clouds_per_mesh=2, held_out_classes=1)
+    module.setup()
+    labels = {split: {cloud.label for cloud in module.datasets[split]} for split in module.datasets}
+    assert labels["train"] == labels["val"] and len(labels["test"]) == 1
+    assert labels["train"] | labels["test"] == {0, 1, 2} and not labels["train"] & labels["test"]
+
+
+def test_geometric_shapes_rotates_training_clouds_alone(archive):
+    for rotate, fixed in (("none", 3), ("z", 1), ("so3", 0)):
+        plain, turned = (data.GeometricShapes(root=str(archive), num_points=8, rotate=r) for r in ("none", rotate))
+        plain.setup(), turned.setup()
+        assert same(plain.datasets["test"][1], turned.datasets["test"][1])
+        a, b = plain.datasets["train"][1].points, turned.datasets["train"][1].points
+        torch.testing.assert_close(a.norm(dim=1), b.norm(dim=1))
+        assert int(torch.isclose(a, b, atol=1e-5).all(0).sum()) == fixed
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the published archive is not at hand")
+def test_the_published_archive():
+    module = data.GeometricShapes(root=str(REAL), num_points=32)
+    module.setup()
+    assert len(module.class_names) == 40
+    assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [640, 40, 40]
+    assert all(cloud.points.isfinite().all() for cloud in module.datasets["test"])
+
+
+@imports_pyg
+def test_geometric_shapes_download(monkeypatch, tmp_path, archive):
+    import torch_geometric.datasets
+
+    class Source:
+        url = "https://example.org/raw.zip"
+        raw_dir = str(tmp_path / "raw")
+
+        def __init__(self, root):
+            assert root == str(tmp_path / "GeometricShapes")
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(tmp_path)
+
+    monkeypatch.setattr(point_clouds, "CACHE", str(tmp_path))
+    monkeypatch.setattr(torch_geometric.datasets, "GeometricShapes", Source)
+    module = data.GeometricShapes(num_points=4)
+    module.prepare_data()
+    module.setup()
+    assert len(module.datasets["train"]) == 48 and "downloaded by PyG" in module.describe()
+
+    def offline(self, root):
+        raise OSError("no network")
+
+    monkeypatch.setattr(Source, "__init__", offline)
+    with pytest.raises(ConnectionError, match=r"no network.*fetch https://example.org/raw.zip and give it as root"):
+        data.GeometricShapes().prepare_data()
+
+
+@imports_pyg
+def test_model_net_through_pyg(tmp_path):
+    names = ["bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet"]
+    for name in names:  # PyG finds its raw folder filled and downloads nothing
+        for split, count in (("train", 3), ("test", 1)):
+            (tmp_path / "raw" / name / split).mkdir(parents=True)
+            for i in range(count):
+                (tmp_path / "raw" / name / split / f"{name}_{i}.off").write_text(OFF)
+    module = data.ModelNet("10", root=str(tmp_path), num_points=16, rotate="z")
+    module.prepare_data()
+    module.setup()
+    assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [27, 3, 10]
+    assert module.class_names == names
+    assert sorted(cloud.label for cloud in module.datasets["test"]) == list(range(10))
+    cloud = module.datasets["val"][0]
+    torch.testing.assert_close(cloud.normalization.center, torch.ones(3).double())
+    assert "ModelNet10" in module.describe()
+
+
+# A folder of the user's own files.
+
+
+def folder(path, names):
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(OFF)
+
+
+def test_folder_splits_by_name(tmp_path):
+    folder(tmp_path, [f"{kind}/{i}.off" for kind in ("a", "b") for i in range(10)] + ["a/.hidden.off", "a/notes.md"])
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=16)
+    module.setup()
+    assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [16, 2, 2]
+    files = module._files
+    assert len({name for names in files.values() for name in names}) == 20
+    assert module.class_names == ["a", "b"] and {c.label for c in module.datasets["train"]} == {0, 1}
+    again = data.PointCloudFolder(root=str(tmp_path))
+    again.setup()
+    assert again._files == files
+
+
+def test_folder_with_train_and_test(tmp_path):
+    folder(tmp_path, [f"a/train/{i}.off" for i in range(9)] + ["a/test/x.off", "test/b/y.off"])
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=16, clouds_per_file=2)
+    module.setup()
+    assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [16, 1, 2]
+    assert [cloud.label for cloud in module.datasets["test"]] == [0, 1]
+    folder(tmp_path, ["stray.off"])
+    with pytest.raises(ValueError, match="'stray.off' lies in none; move or remove it"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
+
+
+def test_folder_with_test_alone(tmp_path):
+    folder(tmp_path, ["test/a.off"])
+    with pytest.raises(ValueError, match="no file for train and val; add such a folder"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
+
+
+def test_sets_of_points_are_halved_and_padded(tmp_path):
+    for size in (1, 7, 100):
+        np.save(tmp_path / f"{size}.npy", np.random.default_rng(size).normal(5, 3, (size, 4)))
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=16, batch_size=3)
+    for split in ("train", "val", "test"):
+        (batch,) = getattr(module, f"{split}_dataloader")()
+        sizes = {(int(a.sum()), int(b.sum())) for a, b in zip(batch.mask, batch.held_out_mask, strict=True)}
+        assert sizes <= {(1, 0), (4, 3), (16, 16)}
+        assert not batch.points[~batch.mask].any() and not batch.held_out[~batch.held_out_mask].any()
+        original = {len(points): points for points in (np.load(p)[:, :3] for p in tmp_path.glob("*.npy"))}
+        for i in range(len(batch.mask)):
+            fit, held = batch.mask[i].sum(), batch.held_out_mask[i].sum()
+            both = torch.cat([batch.points[i][batch.mask[i]], batch.held_out[i][batch.held_out_mask[i]]])
+            found = torch.cdist(
+                batch.normalization.invert(torch.stack([both] * len(batch.mask)))[i].double(),
+                torch.from_numpy(original[{1: 1, 4: 7, 16: 100}[int(fit)]]),
+            )
+            # Each point is one of the file's, and none occurs twice, so that held-out points are unseen.
+            assert found.amin(1).max() < 1e-4 and len(found.argmin(1).unique()) == fit + held
+            assert batch.points[i].norm(dim=-1).max() == pytest.approx(1 if fit > 1 else 0, abs=1e-5)
+
+
+def test_bad_files_are_named_at_setup(tmp_path):
+    folder(tmp_path, ["a.off", "b.off", "c.off"])
+    (tmp_path / "b.off").write_text(OFF.replace("3 1 2 3", "3 1 2 9"))
+    with pytest.raises(ValueError, match=r"b\.off: a face names point 9.*; repair, export or fetch"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
+    (tmp_path / "b.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n2 0 0\n3 0 1 2\n")
+    with pytest.raises(ValueError, match=r"b\.off: .*area 0.0.*; repair or remove the file"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
+
+
+def test_bad_archives_are_named(tmp_path, archive):
+    content = archive.read_bytes()
+    for name, damaged in {
+        "cut.zip": content[: len(content) // 2],
+        "flipped.zip": content[:60] + bytes([content[60] ^ 0xFF]) + content[61:],
+        "text.zip": b"not an archive",
+    }.items():
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{name}.*(fetch it again|fetch the file again)"):
+            data.GeometricShapes(root=str(tmp_path / name)).setup()
+
+
+def test_archives_that_unpack_to_too_much_are_refused(archive, monkeypatch):
+    monkeypatch.setattr(point_clouds, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match=r"raw.zip: its meshes unpack to \d+ bytes, more than 100; fetch it again"):
+        data.GeometricShapes(root=str(archive)).setup()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_points": 0}, "num_points=0 is too small; give 1 or more"),
+        ({"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
+        ({"num_workers": -1}, "num_workers=-1 is too small; give 0 or more"),
+        ({"seed": -1}, "seed=-1 is too small; give 0 or more"),
+        ({"noise": -0.1}, "noise=-0.1 is too small; give 0 or more"),
+        ({"noise": math.nan}, "noise=nan is too small; give 0 or more"),
+        ({"rotate": "x"}, "rotate='x' is unknown; choose from none, z, so3"),
+        ({"train_clouds": 0}, "train_clouds=0 is too small"),
+        ({"families": ["cube"]}, r"families=\['cube'\] is not known; choose from sphere"),
+        ({"families": []}, r"families=\[\] is not known"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data.ProceduralSurfaces(**arguments)
+
+
+def test_bad_arguments_of_the_other_sources(tmp_path, archive):
+    with pytest.raises(ValueError, match="root='/no/such' does not exist; give raw.zip or its folder"):
+        data.GeometricShapes(root="/no/such")
+    with pytest.raises(ValueError, match="held_out_classes=3 leaves none of the 3 classes"):
+        data.GeometricShapes(root=str(archive), held_out_classes=3).setup()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no CLASS/train/\*.off .*give the published raw.zip"):
+        data.GeometricShapes(root=str(tmp_path / "empty")).setup()
+    with pytest.raises(ValueError, match="name='30' is no ModelNet; choose '10' or '40'"):
+        data.ModelNet("30")
+    with pytest.raises(ValueError, match="val_fraction=1.0 must lie between 0 and 1"):
+        data.ModelNet(val_fraction=1.0)
+    with pytest.raises(ValueError, match="root='/no/such' is no folder; give one that holds .off, .ply"):
+        data.PointCloudFolder("/no/such")
+    with pytest.raises(ValueError, match="holds no .off, .ply, .obj, .xyz, .txt, .npy file; give another folder"):
+        data.PointCloudFolder(str(tmp_path / "empty")).setup()
+    with pytest.raises(ValueError, match="test_fraction=0.6 must lie between 0 and 0.5"):
+        data.PointCloudFolder(str(tmp_path), test_fraction=0.6)
+
+
+@pytest.mark.parametrize("name", ["ProceduralSurfaces", "GeometricShapes", "ModelNet", "PointCloudFolder"])
+def test_the_command_line_knows_every_argument(name):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_class_arguments(getattr(data, name), "data")
+    text = parser.format_help()
+    for argument in ("num_points", "batch_size", "num_workers", "seed", "noise", "rotate"):
+        assert f"--data.{argument}" in text
+    assert "points of a cloud to fit, and as many held out" in text

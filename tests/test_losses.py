@@ -1,0 +1,257 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from em_lightning.losses import (
+    LOSSES,
+    BalanceLoss,
+    BoundedVarianceLoss,
+    DecorrelationLoss,
+    EMLoss,
+    EnergyLoss,
+    FreeEnergyLoss,
+    LogDetLoss,
+    VarianceLoss,
+    WeightRedundancyLoss,
+)
+from em_lightning.testing.losses import LossContract, assert_ranks_agree
+
+DOUBLE = torch.float64
+
+
+class TestFreeEnergySum(LossContract):
+    def make(self):
+        return FreeEnergyLoss()
+
+
+class TestFreeEnergyMean(LossContract):
+    def make(self):
+        return FreeEnergyLoss(reduction="mean", temperature=0.5)
+
+
+class TestVariance(LossContract):
+    def make(self):
+        return VarianceLoss()
+
+
+class TestBoundedVariance(LossContract):
+    def make(self):
+        return BoundedVarianceLoss(target=0.5)
+
+
+class TestDecorrelation(LossContract):
+    def make(self):
+        return DecorrelationLoss()
+
+
+class TestLogDetOfCovariance(LossContract):
+    def make(self):
+        return LogDetLoss()
+
+
+class TestLogDetOfCorrelation(LossContract):
+    def make(self):
+        return LogDetLoss(of="correlation")
+
+
+class TestBalance(LossContract):
+    def make(self):
+        return BalanceLoss(temperature=2.0)
+
+
+class TestWeightRedundancy(LossContract):
+    takes_mask = has_dim = False
+
+    def make(self):
+        return WeightRedundancyLoss()
+
+
+class TestEM(LossContract):
+    def make(self):
+        return EMLoss(log_det=0.5, balance=0.1, bounded_variance={"weight": 2.0, "target": 4.0})
+
+
+def published(a):
+    """The objective of arXiv 2601.06478 as its text has it, from torch's own statistics."""
+    off_diagonal = ~torch.eye(a.shape[1], dtype=torch.bool)
+    std = a.std(0) + 1e-8
+    return {
+        "free_energy": -torch.logsumexp(-a, dim=1).sum(),
+        "variance": -(a.var(0) + 1e-6).log().sum(),
+        "decorrelation": (torch.cov(a.T) / std / std[:, None])[off_diagonal].square().sum(),
+    }
+
+
+def test_the_default_is_the_published_objective():
+    x = torch.rand(128, 10, dtype=DOUBLE)
+    a = torch.relu(x @ torch.randn(10, 16, dtype=DOUBLE)).requires_grad_()
+    terms, expected = EMLoss()(a), published(a)
+    assert list(terms) == list(expected)
+    for name in terms:
+        torch.testing.assert_close(terms[name], expected[name], rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad(each[name], a, retain_graph=True)[0] for each in (terms, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert EMLoss().total(a) == sum(terms.values())
+
+
+def test_terms_equal_plain_loops():
+    a = np.random.default_rng(0).random((7, 3)) * 2
+    free = variance = correlation = 0.0
+    for row in a:
+        free -= math.log(sum(math.exp(-value) for value in row))
+    means = [sum(a[:, j]) / 7 for j in range(3)]
+    var = [sum((value - means[j]) ** 2 for value in a[:, j]) / 6 for j in range(3)]
+    for i in range(3):
+        variance -= math.log(var[i] + 1e-6)
+        for j in range(3):
+            if i != j:
+                cov = sum((a[n, i] - means[i]) * (a[n, j] - means[j]) for n in range(7)) / 6
+                correlation += (cov / (math.sqrt(var[i]) + 1e-8) / (math.sqrt(var[j]) + 1e-8)) ** 2
+    terms = EMLoss(reduction="mean")(torch.from_numpy(a))
+    assert [value.item() for value in terms.values()] == pytest.approx([free / 7, variance, correlation], rel=1e-12)
+
+
+def test_a_dead_unit_adds_to_the_variance_term_alone():
+    a = torch.rand(20, 3, dtype=DOUBLE)
+    dead = torch.cat([a, torch.zeros(20, 1, dtype=DOUBLE)], dim=1)
+    assert DecorrelationLoss()(dead) == DecorrelationLoss()(a)
+    assert (VarianceLoss()(dead) - VarianceLoss()(a)).item() == pytest.approx(-math.log(1e-6))
+
+
+def test_the_gradient_of_the_free_energy_is_the_responsibilities():
+    energies = (torch.randn(6, 5, dtype=DOUBLE) * 100).requires_grad_()
+    FreeEnergyLoss(temperature=0.7)(energies).backward()
+    torch.testing.assert_close(energies.grad, torch.softmax(-energies / 0.7, dim=-1), rtol=0, atol=1e-12)
+
+
+def test_sum_and_mean_differ_by_the_number_of_items():
+    a = torch.rand(3, 4, 5)
+    torch.testing.assert_close(EMLoss()(a)["free_energy"], 12 * EMLoss(reduction="mean")(a)["free_energy"])
+    assert EMLoss()(a)["variance"] == EMLoss(reduction="mean")(a)["variance"]
+
+
+def test_log_det_against_numpy_and_its_bounds():
+    a = torch.randn(40, 6, dtype=DOUBLE) @ torch.randn(6, 6, dtype=DOUBLE)
+    expected = -np.linalg.slogdet(np.cov(a.numpy().T) + 1e-6 * np.eye(6))[1]
+    assert LogDetLoss()(a).item() == pytest.approx(expected, rel=1e-10)
+    assert LogDetLoss()(a) > VarianceLoss()(a)
+    apart = LogDetLoss()(a) - VarianceLoss()(a)
+    torch.testing.assert_close(LogDetLoss(of="correlation")(a), apart, rtol=1e-3, atol=0)
+    nearly = torch.randn(200_000, 4, dtype=DOUBLE) + 0.02 * torch.randn(200_000, 1, dtype=DOUBLE)
+    half = 0.5 * DecorrelationLoss()(nearly)
+    torch.testing.assert_close(LogDetLoss(of="correlation", eps=1e-12)(nearly), half, rtol=0.02, atol=0)
+
+
+def test_balance_against_scipy_and_its_bounds():
+    a = torch.rand(9, 5, dtype=DOUBLE) * 5
+    mean = torch.softmax(-a, dim=1).mean(0).numpy()
+    assert BalanceLoss()(a).item() == pytest.approx(stats.entropy(mean, np.full(5, 0.2)), rel=1e-12)
+    one_for_all = torch.tensor([0.0, 1e6, 1e6, 1e6]).expand(8, 4)
+    assert BalanceLoss()(one_for_all).item() == pytest.approx(math.log(4))
+
+
+def test_scaling_lowers_the_published_loss_without_limit_but_not_the_bounded_one():
+    a = torch.relu(torch.randn(128, 64, dtype=DOUBLE))
+    assert EMLoss().total(a) - EMLoss().total(a * 1e4) > 1000
+    assert VarianceLoss()(a) - VarianceLoss()(a * 1e4) > 1000
+    for loss in (BoundedVarianceLoss(), LogDetLoss(of="correlation")):
+        assert all(loss(a * scale) >= 0 for scale in (1.0, 1e2, 1e4, 1e8))
+    bounded = EMLoss(variance=0.0, bounded_variance=1.0)
+    free = FreeEnergyLoss()(a).item()
+    assert all(bounded.total(a * scale) > free - 1 for scale in (1e1, 1e2, 1e4, 1e8))
+    # Below its target it is the published term, gradient too: a unit that dies is pulled as hard.
+    dying = (a * 1e-2).requires_grad_()
+    (pull,) = torch.autograd.grad(BoundedVarianceLoss()(dying), dying)
+    (wanted,) = torch.autograd.grad(VarianceLoss()(dying), dying)
+    torch.testing.assert_close(pull, wanted, rtol=1e-4, atol=0)
+
+
+def test_terms_are_weighted_and_those_of_weight_zero_are_not_computed():
+    class Explosive(EnergyLoss):
+        def forward(self, energies, mask=None, weights=None):
+            raise AssertionError("computed")
+
+    a = torch.rand(8, 3)
+    loss = EMLoss(free_energy=0.5, variance=0, decorrelation={"weight": 2.0, "eps": 1e-3})
+    loss.terms["variance"] = Explosive()
+    terms = loss(a)
+    assert list(terms) == ["free_energy", "decorrelation"]
+    assert terms["free_energy"] == 0.5 * FreeEnergyLoss()(a)
+    assert terms["decorrelation"] == 2 * DecorrelationLoss(eps=1e-3)(a)
+    loss.weights["free_energy"] = 0.0
+    assert list(loss(a)) == ["decorrelation"]
+
+
+def test_a_plug_in_is_a_term_by_its_name(monkeypatch):
+    class Mean(EnergyLoss):
+        def __init__(self, power=1):
+            super().__init__()
+            self.power = power
+
+        def forward(self, energies, mask=None, weights=None):
+            return energies.pow(self.power).mean()
+
+    monkeypatch.setitem(LOSSES._classes, "mean_energy", Mean)
+    a = torch.rand(2, 3, 4)
+    terms = EMLoss(mean_energy={"weight": 3.0, "power": 2}, dim=1)(a)
+    assert terms["mean_energy"] == 3 * a.pow(2).mean()
+
+
+def test_weight_redundancy_reads_the_weight():
+    layer = nn.Linear(6, 4)
+    loss = EMLoss(weight_redundancy=0.1)
+    cosines = np.corrcoef(np.hstack([layer.weight.detach().numpy(), -layer.weight.detach().numpy()]))
+    expected = 0.1 * (np.square(cosines).sum() - 4)
+    terms = loss(layer(torch.rand(9, 6)), weight_matrix=layer.weight)
+    assert terms["weight_redundancy"].item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="weight_redundancy acts on a weight.*weight_matrix=layer.weight"):
+        loss(torch.rand(9, 4))
+    with pytest.raises(ValueError, match=r"weight has shape \(4,\); give a matrix"):
+        WeightRedundancyLoss()(torch.rand(4))
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: EMLoss(variance=-1.0), ValueError, "variance=-1.0 is out of range; a weight is finite and at least 0"),
+        (lambda: EMLoss(variance=math.nan), ValueError, "variance=nan is out of range"),
+        (lambda: EMLoss(free_energy={"weight": math.inf}), ValueError, "free_energy=inf is out of range"),
+        (lambda: EMLoss(variance="high"), TypeError, "variance='high' is no weight; give a number"),
+        (lambda: EMLoss(variance=True), TypeError, "variance=True is no weight"),
+        (lambda: EMLoss(0, 0, 0), ValueError, "every weight is 0 (free_energy, variance, decorrelation)"),
+        (lambda: EMLoss(decorelation=1.0), ValueError, "unknown loss 'decorelation'; did you mean 'decorrelation'?"),
+        (lambda: EMLoss(reduction="none"), ValueError, "reduction='none' is unknown; give 'sum' or 'mean'"),
+        (lambda: EMLoss(balance={"temprature": 1.0}), TypeError, "loss 'balance'"),
+        (
+            lambda: FreeEnergyLoss(temperature=0.0),
+            ValueError,
+            "temperature=0.0 is out of range; give a positive",
+        ),
+        (lambda: BalanceLoss(temperature=-1), ValueError, "temperature=-1 is out of range"),
+        (lambda: BoundedVarianceLoss(target=0), ValueError, "target=0 is out of range"),
+        (lambda: VarianceLoss(eps=0), ValueError, "eps=0 is out of range"),
+        (lambda: LogDetLoss(of="precision"), ValueError, "of='precision' is unknown; give 'covariance' or"),
+        (lambda: EMLoss()(torch.zeros(4, 0)), ValueError, "no units along dim=-1; give at least one"),
+    ],
+)
+def test_wrong_use_is_answered(make, error, words):
+    with pytest.raises(error) as caught:
+        make()
+    assert words in str(caught.value)
+
+
+def test_the_registry_names_them_all():
+    assert {"free_energy", "variance", "decorrelation", "weight_redundancy", "log_det", "balance"} <= set(LOSSES)
+    assert all(LOSSES.name_of(LOSSES.build(key)) == key for key in LOSSES)
+
+
+def test_two_processes_equal_one(tmp_path):
+    published = [EMLoss(), EMLoss(reduction="mean"), FreeEnergyLoss(), VarianceLoss(), DecorrelationLoss()]
+    others = [BoundedVarianceLoss(), BalanceLoss(), LogDetLoss(), LogDetLoss(of="correlation")]
+    # The inverse in the gradient of a log-determinant magnifies float32's own rounding.
+    differences = assert_ranks_agree([*published, *others], tmp_path, tolerance=5e-6)
+    assert max(max(pair) for pair in differences[: len(published)]) < 1e-6

@@ -1,0 +1,238 @@
+import copy
+import math
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torchmetrics import MetricCollection
+
+from em_lightning.metrics import (
+    L0,
+    DeadComponents,
+    DeadUnits,
+    EffectiveComponents,
+    EffectiveRank,
+    MaxResponsibility,
+    MinVariance,
+    MixtureLogLikelihood,
+    Redundancy,
+    ResponsibilityEntropy,
+    WeightRedundancy,
+    layer_metrics,
+)
+from em_lightning.testing.distributed import run_ranks
+
+
+def activations(items=200, units=6, offset=0.0, seed=0):
+    """Correlated activations behind a ReLU; unit 0 is dead and unit 1 nearly so."""
+    rng = np.random.default_rng(seed)
+    a = np.maximum(rng.standard_normal((items, units)) @ rng.standard_normal((units, units)), 0)
+    a[:, 0] = 0.0
+    a[:, 1] = 0.05 * rng.standard_normal(items)
+    return torch.from_numpy(a + offset).float()
+
+
+def oracle(a):
+    """The definitions of the published tables, in numpy over the whole set."""
+    a = a.double().numpy()
+    var = a.var(0, ddof=1)
+    std = np.sqrt(var) + 1e-8
+    corr = np.cov(a.T) / np.outer(std, std)
+    r = np.exp(-(a - a.min(1, keepdims=True)))
+    r /= r.sum(1, keepdims=True)
+    spectrum = np.linalg.svd(np.cov(a.T), compute_uv=False)
+    return {
+        "dead_units": (var < 0.01).sum(),
+        "min_variance": var.min(),
+        "redundancy": (corr**2).sum() - (np.diag(corr) ** 2).sum(),
+        "effective_rank": np.exp(stats.entropy(spectrum)),
+        "entropy": stats.entropy(r, axis=1).mean(),
+        "max_responsibility": r.max(1).mean(),
+        "l0": (a > 0.01).sum(1).mean(),
+    }
+
+
+def assert_equal_to_oracle(values, expected, rel):
+    assert {key: value.item() for key, value in values.items()} == {
+        key: pytest.approx(value, rel=rel, abs=1e-12) for key, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize("splits", [[], [100], [1, 2, 50, 51, 199], [10, 10, 150]])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_layer_metrics_equal_numpy_over_any_split(splits, offset):
+    a = activations(offset=offset)
+    metrics = layer_metrics()
+    for batch in a.tensor_split(splits):
+        metrics.update(batch)
+    # The float32 softmax of energies near 1,000 is the only step that is not in float64.
+    assert_equal_to_oracle(metrics.compute(), oracle(a), rel=1e-6)
+    moments = {key: metrics[key] for key in ("min_variance", "redundancy", "effective_rank")}
+    assert_equal_to_oracle(
+        {key: metric.compute() for key, metric in moments.items()},
+        {key: oracle(a)[key] for key in moments},
+        rel=1e-9,
+    )
+    assert ["dead_units", *moments] in metrics.compute_groups.values()
+
+
+def test_layer_metrics_of_a_feature_map_and_a_mask():
+    a = activations(items=24)
+    metrics = layer_metrics(dim=1)
+    metrics.update(a.reshape(2, 3, 4, 6).movedim(-1, 1))
+    assert_equal_to_oracle(metrics.compute(), oracle(a), rel=1e-6)
+    mask = torch.arange(24) % 3 > 0
+    metrics = layer_metrics(prefix="hidden/")
+    metrics.update(torch.where(mask[:, None], a, torch.nan), mask)
+    expected = {f"hidden/{key}": value for key, value in oracle(a[mask]).items()}
+    assert_equal_to_oracle(metrics.compute(), expected, rel=1e-6)
+
+
+def test_a_dead_layer_is_described():
+    metrics = layer_metrics()
+    metrics.update(torch.zeros(50, 8))
+    values = {key: value.item() for key, value in metrics.compute().items()}
+    assert values == {
+        "dead_units": 8,
+        "min_variance": 0,
+        "redundancy": 0,
+        "effective_rank": 0,
+        "entropy": pytest.approx(math.log(8)),
+        "max_responsibility": 0.125,
+        "l0": 0,
+    }
+
+
+def test_one_item_has_no_variance():
+    for metric in (MinVariance(), Redundancy(), EffectiveRank()):
+        metric.update(torch.ones(1, 3))
+        assert metric.compute().isnan()
+
+
+def test_forward_gives_the_batch_and_keeps_the_total():
+    first, second = activations(40, seed=1), activations(30, seed=2)
+    metric = Redundancy()
+    assert metric(first).item() == pytest.approx(oracle(first)["redundancy"])
+    assert metric(second).item() == pytest.approx(oracle(second)["redundancy"])
+    assert metric.compute().item() == pytest.approx(oracle(torch.cat([first, second]))["redundancy"])
+    metric.reset()
+    metric.update(activations(20, units=3))
+    with pytest.raises(ValueError, match="activations have 6 units but earlier ones had 3; reset"):
+        metric.update(first)
+
+
+def test_mixture_metrics_equal_plain_loops():
+    log_prob = torch.randn(3, 4)
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    points = torch.rand(3, 4)
+    likelihood, weighted = MixtureLogLikelihood(), MixtureLogLikelihood()
+    for row in range(3):
+        likelihood.update(log_prob[row : row + 1], mask[row : row + 1])
+        weighted.update(torch.where(mask, log_prob, -torch.inf)[row], mask[row], points[row])
+    kept = [(b, n) for b in range(3) for n in range(4) if mask[b, n]]
+    mean = sum(log_prob[i].item() for i in kept) / len(kept)
+    assert likelihood.compute().item() == pytest.approx(mean)
+    mean = sum(log_prob[i].item() * points[i].item() for i in kept) / sum(points[i].item() for i in kept)
+    assert weighted.compute().item() == pytest.approx(mean)
+
+    weights = torch.tensor([[0.7, 0.2995, 0.0005, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    effective, dead, dead_at_30 = EffectiveComponents(), DeadComponents(), DeadComponents(threshold=0.3)
+    for metric in (effective, dead, dead_at_30):
+        metric.update(weights[:1].log())
+        metric.update(weights[1:].log())
+    expected = [math.exp(-sum(w * math.log(w) for w in row if w > 0)) for row in weights.tolist()]
+    assert effective.compute().item() == pytest.approx(sum(expected) / 2, rel=1e-6)
+    assert dead.compute().item() == 1.0 and dead_at_30.compute().item() == 3.5
+
+    r = torch.softmax(torch.randn(3, 4, 5), dim=-1)
+    entropy, largest = ResponsibilityEntropy(), MaxResponsibility()
+    entropy.update(r, mask)
+    largest.update(r, mask)
+    assert entropy.compute().item() == pytest.approx(np.mean([stats.entropy(r[i].numpy()) for i in kept]), rel=1e-6)
+    assert largest.compute().item() == pytest.approx(np.mean([r[i].max().item() for i in kept]), rel=1e-6)
+
+
+def test_weight_redundancy_equals_a_plain_loop():
+    weight = torch.randn(4, 3, 2)
+    rows = weight.flatten(1).double().numpy()
+    expected = sum(
+        (rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j])) ** 2
+        for i in range(4)
+        for j in range(4)
+        if i != j
+    )
+    metric = WeightRedundancy()
+    metric.update(nn.Parameter(weight))
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_means_that_agree_by_chance_are_not_taken_for_one_metric():
+    collection = MetricCollection({"few": DeadComponents(1e-3), "many": DeadComponents(0.4)})
+    collection.update(torch.tensor([[0.5, 0.5]]).log())
+    collection.update(torch.tensor([[0.3, 0.7]]).log())
+    assert {key: value.item() for key, value in collection.compute().items()} == {"few": 0.0, "many": 0.5}
+
+
+def test_many_small_updates_keep_float64_accuracy():
+    a = activations(items=4000, offset=1000.0)
+    metric, total = MinVariance(), MixtureLogLikelihood()
+    for batch in a[:, 2:].split(8):
+        metric.update(batch)
+        total.update(batch)
+    assert metric.compute().item() == pytest.approx(a[:, 2:].double().numpy().var(0, ddof=1).min(), rel=1e-11)
+    assert total.compute().item() == pytest.approx(a[:, 2:].double().mean().item(), rel=1e-14)
+
+
+def test_states_stay_wide_and_copies_agree():
+    module = nn.ModuleDict({"redundancy": Redundancy(), "entropy": ResponsibilityEntropy()})
+    for cast in (nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float16)):
+        cast(module)
+        assert module["redundancy"].moments.dtype == module["entropy"].sums.dtype == torch.float64
+    metric = Redundancy()
+    metric.update(activations().bfloat16().requires_grad_())
+    for other in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        assert other.compute() == metric.compute()
+
+
+def test_wrong_use_is_answered():
+    with pytest.raises(ValueError, match="threshold=2 is no mixture weight; give a number from 0 to 1"):
+        DeadComponents(threshold=2)
+    with pytest.raises(ValueError, match=r"mask has shape \(3,\) but the items have shape \(2, 3\)"):
+        MixtureLogLikelihood().update(torch.zeros(2, 3), torch.ones(3, dtype=torch.bool))
+
+
+def on_a_rank(rank):
+    metrics = layer_metrics()
+    for batch in activations(offset=1000.0).tensor_split([70, 80])[rank::2]:
+        metrics.update(batch)
+    likelihood, one_sided = MixtureLogLikelihood(), DeadUnits()
+    likelihood.update(torch.arange(3.0 + rank))
+    if rank == 1:
+        one_sided.update(activations())
+    else:
+        one_sided._update_count = 1  # torchmetrics warns of a compute without an update
+    return {**metrics.compute(), "likelihood": likelihood.compute(), "one_sided": one_sided.compute()}
+
+
+def test_two_processes_equal_one(tmp_path):
+    expected = oracle(activations(offset=1000.0)) | {"likelihood": 9 / 7, "one_sided": 2}
+    for values in run_ranks(on_a_rank, folder=tmp_path):
+        assert_equal_to_oracle(values, expected, rel=1e-6)
+        assert values["redundancy"].item() == pytest.approx(expected["redundancy"], rel=1e-9)
+
+
+def test_the_room_does_not_load_lightning():
+    heavy = "{'lightning', 'pytorch_lightning', 'torch_geometric'}"
+    code = f"import sys, em_lightning.metrics; print(*{heavy} & {{*sys.modules}})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize("metric", [L0(), L0(threshold=0.5)])
+def test_l0_counts_what_is_above_the_threshold(metric):
+    metric.update(torch.tensor([[0.0, 0.3, 0.7], [0.6, 0.9, 0.01]]))
+    assert metric.compute().item() == {0.01: 2.0, 0.5: 1.5}[metric.threshold]
