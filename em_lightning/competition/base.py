@@ -55,7 +55,7 @@ class Tempered(nn.Module):
     def extra_repr(self) -> str:
         """Return the settings that a reader needs."""
         learnable = ", learnable=True" if self.log_temperature_ratio is not None else ""
-        return f"temperature={float(self.temperature):g}{learnable}"
+        return f"temperature={float(torch.as_tensor(self.temperature).detach()):g}{learnable}"
 
 
 class Competition(Tempered):
@@ -123,7 +123,9 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         # The derivative by T is d / T^2 times zero there: 0 * inf.
         excluded = torch.isposinf(energies)
-        logits = (energies.masked_fill(excluded, 0.0) / -temperature).masked_fill(excluded, -torch.inf)
+        logits = (energies.masked_fill(excluded, 0.0) / -temperature.to(energies.dtype)).masked_fill(
+            excluded, -torch.inf
+        )
     elif isinstance(temperature, Tensor):
         logits = energies / -temperature.to(energies.dtype)
     else:

@@ -235,7 +235,7 @@ class Background(Competition):
     def extra_repr(self) -> str:
         """Return the settings that a reader needs."""
         learnable = ", learnable_energy=True" if isinstance(self.energy, Tensor) else ""
-        return f"energy={float(self.energy):g}{learnable}, {super().extra_repr()}"
+        return f"energy={float(torch.as_tensor(self.energy).detach()):g}{learnable}, {super().extra_repr()}"
 
 
 def topk(

@@ -1,0 +1,214 @@
+"""Activations in which every unit holds a competition of its own: signed and gated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from em_lightning.activations.base import ACTIVATIONS, Activation
+from em_lightning.competition import Posterior, softmin
+from em_lightning.kernels import (
+    KERNELS,
+    DotProductKernel,
+    ExponentialKernel,
+    GaussianKernel,
+    HuberKernel,
+    Kernel,
+    LaplaceKernel,
+    LogisticKernel,
+    PseudoHuberKernel,
+    StudentTKernel,
+)
+
+
+@ACTIVATIONS.register("signed")
+class SignedActivation(Activation):
+    r"""Posterior mean of a sign: hypotheses s = -1 and s = +1 at -m and +m under a scalar kernel.
+
+    y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T). With z the pre-activation, m the margin and T the temperature:
+
+    ============  =========================================================================================
+    kernel        y, at T = 1
+    ============  =========================================================================================
+    gaussian      tanh(m z / s^2)
+    laplace       tanh(clip(z, -m, m) / b)
+    logistic      -tanh(a m) sigmoid(log cosh(a m) - a z): one-sided, as that energy falls with z
+    student_t     2 m z / (df s^2 + z^2 + m^2): back to 0 for outliers
+    huber         tanh of the integral of clip(t, -delta, delta) / 2 over [z - m, z + m]
+    pseudo_huber  tanh(2 m z / (S_+ + S_-)), S_pm = sqrt(1 + ((z pm m) / delta)^2)
+    exponential   tanh(exp(a max(abs(z), m)) sinh(a clip(z, -m, m)))
+    dot_product   tanh(scale m z)
+    ============  =========================================================================================
+
+    Other kernels over one feature go by the generic path. Values lie in (-1, 1). Units do not compete with each other:
+    the Jacobian is diagonal, dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, which is (1 - y^2) m / (s^2 T) for the
+    Gaussian.
+
+    Args:
+        kernel: key, class, mapping or instance of a kernel.
+        margin: m > 0.
+        temperature: T > 0, which divides the energies.
+        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
+        dim: the axis of the units; nothing depends on it.
+
+    Raises:
+        ValueError: the margin is not positive, or the kernel is unknown.
+
+    Example:
+        >>> SignedActivation()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.7616,  0.0000,  0.7616])
+        >>> SignedActivation({"name": "laplace", "scale": 0.5}, margin=2.0)(torch.tensor([1.0, 9.0]))
+        tensor([0.9640, 0.9993])
+    """
+
+    competes = False
+
+    def __init__(
+        self,
+        kernel: str | Kernel | type[Kernel] | Mapping[str, Any] = "gaussian",
+        margin: float = 1.0,
+        temperature: float = 1.0,
+        learnable: bool = False,
+        dim: int = -1,
+    ) -> None:
+        super().__init__(temperature, learnable, dim)
+        if not margin > 0:
+            raise ValueError(f"margin={margin!r} must be positive, the distance of both hypotheses from 0")
+        self.margin = float(margin)
+        self.kernel = KERNELS.build(kernel)
+
+    def posterior(self, z: Tensor) -> Posterior:
+        """Return the posterior over (-m, +m), on a new last axis."""
+        centers = z.new_tensor([[-self.margin], [self.margin]])
+        energies = self.kernel(z.reshape(-1, 1), centers).reshape(*z.shape, 2)
+        return softmin(energies, self.temperature)
+
+    def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
+        """Return the posterior mean of the sign."""
+        return posterior.mean(z.new_tensor([-1.0, 1.0]))
+
+    def closed_form(self, z: Tensor) -> Tensor:
+        """Return the closed form of the kernel, tanh of half the gap between the energies, where it has one."""
+        closed_form = _CLOSED_FORMS.get(type(self.kernel))
+        if closed_form is None:
+            return self.generic(z)
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(z.dtype)
+        return closed_form(self.kernel, z, self.margin, temperature)
+
+    def extra_repr(self) -> str:
+        """Return the settings that a reader needs."""
+        return f"margin={self.margin:g}, {super().extra_repr()}"
+
+
+Number = float | Tensor
+
+
+def _times(z: Tensor, factor: Number) -> Tensor:
+    return z if isinstance(factor, float) and factor == 1 else z * factor
+
+
+def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    return torch.tanh(_times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
+
+
+def _dot_product(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    return torch.tanh(_times(z, kernel.positive("scale", z.dtype) * m / t))
+
+
+def _laplace(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    return torch.tanh(_times(z.clamp(-m, m), 1 / (kernel.positive("scale", z.dtype) * t)))
+
+
+def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    slope = kernel.positive("slope", z.dtype)
+    low, high = slope * (z - m), slope * (z + m)
+    # Each side in the form whose terms vanish there: no difference of large numbers.
+    above = functional.logsigmoid(low) - functional.logsigmoid(high)
+    below = functional.logsigmoid(-low) - functional.logsigmoid(-high) - 2 * slope * m
+    return torch.tanh(torch.where(z > 0, above, below) / (2 * t))
+
+
+def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    spread = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
+    if not kernel.density and isinstance(t, float) and t == 1:
+        return 2 * m * z / (z.square() + (spread + m * m))
+    above = torch.log1p(4 * m * z.clamp_min(0.0) / (spread + (z - m).square()))
+    below = torch.log1p(4 * m * (-z).clamp_min(0.0) / (spread + (z + m).square()))
+    exponent = (kernel.positive("df", z.dtype) + 1) / 2 if kernel.density else 1.0
+    return torch.tanh((above - below) * (exponent / (2 * t)))
+
+
+def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    delta = kernel.positive("delta", z.dtype)
+    # The energy is delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2: the linear parts cancel by hand.
+    round_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
+    return torch.tanh((delta * z.clamp(-m, m) + round_part / 4) / t)
+
+
+def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    delta = kernel.positive("delta", z.dtype)
+    roots = (1 + ((z + m) / delta).square()).sqrt() + (1 + ((z - m) / delta).square()).sqrt()
+    return torch.tanh(2 * m * z / (roots * t))
+
+
+def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    rate = kernel.positive("rate", z.dtype)
+    # Beyond an exponent of 40 the tangent is 1 to the last digit, and 2^127 is near.
+    outer = (rate * z.abs().clamp_min(m)).clamp(max=40.0).exp()
+    inner = (rate * z.clamp(-m, m)).clamp(-40.0, 40.0).sinh()
+    return torch.tanh(outer * inner / t)
+
+
+_CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
+    GaussianKernel: _gaussian,
+    DotProductKernel: _dot_product,
+    LaplaceKernel: _laplace,
+    LogisticKernel: _logistic,
+    StudentTKernel: _student_t,
+    HuberKernel: _huber,
+    PseudoHuberKernel: _pseudo_huber,
+    ExponentialKernel: _exponential,
+}
+
+
+@ACTIVATIONS.register("gated")
+class GatedActivation(Activation):
+    """Posterior mean under the hypotheses {on, off}: on has energy -z and value z, off has energy 0 and value 0.
+
+    y = z sigmoid(z / T), which is SiLU at T = 1 and ReLU as T -> 0, where the gate turns hard. Minus the free energy is
+    T softplus(z / T). Units do not compete with each other: the Jacobian is diagonal,
+    dy/dz = r + (z / T) r (1 - r), r = sigmoid(z / T).
+
+    Args:
+        temperature: T > 0, which divides the energies.
+        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
+        dim: the axis of the units; nothing depends on it.
+
+    Example:
+        >>> GatedActivation()(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([-0.2689,  0.0000,  0.7311])
+
+    Source: Elfwing, Uchibe and Doya, "Sigmoid-weighted linear units", 2018.
+    """
+
+    competes = False
+
+    def posterior(self, z: Tensor) -> Posterior:
+        """Return the posterior over (on, off), on a new last axis."""
+        return softmin(torch.stack([-z, torch.zeros_like(z)], -1), self.temperature)
+
+    def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
+        """Return the posterior mean of the value, z where on and 0 where off."""
+        values = torch.stack([z, torch.zeros_like(z)], -1)
+        return (posterior.responsibilities * values).sum(-1)
+
+    def closed_form(self, z: Tensor) -> Tensor:
+        """Return z sigmoid(z / T)."""
+        scaled = self.divided(z)
+        return functional.silu(z) if scaled is z else z * scaled.sigmoid()

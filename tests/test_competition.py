@@ -1,0 +1,383 @@
+import warnings
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+import torch
+
+from em_lightning.competition import (
+    COMPETITIONS,
+    Background,
+    Balanced,
+    Entmin,
+    Grouped,
+    Hardmin,
+    ScopeWarning,
+    Softmin,
+    Sparsemin,
+    TopK,
+    background,
+    balanced,
+    entmin,
+    grouped,
+    hardmin,
+    none_of_the_above,
+    softmin,
+    sparsemin,
+    topk,
+)
+from em_lightning.testing.competition import CompetitionContract
+
+FUNCTIONS = {
+    "softmin": softmin,
+    "sparsemin": sparsemin,
+    "entmin": entmin,
+    "grouped": grouped,
+    "background": background,
+    "topk": topk,
+    "balanced": balanced,
+    "hardmin": hardmin,
+}
+
+
+class TestSoftmin(CompetitionContract):
+    def build(self, **arguments):
+        return Softmin(**arguments)
+
+
+class TestSparsemin(CompetitionContract):
+    def build(self, **arguments):
+        return Sparsemin(**arguments)
+
+
+class TestEntmin(CompetitionContract):
+    def build(self, **arguments):
+        return Entmin(**arguments)
+
+
+class TestTopK(CompetitionContract):
+    def build(self, **arguments):
+        return TopK(k=3, **arguments)
+
+    def warm(self, energies):
+        best = energies.argsort(-1).argsort(-1) < 3
+        return best / best.sum(-1, keepdim=True).to(energies.dtype)
+
+
+class TestGrouped(CompetitionContract):
+    def build(self, **arguments):
+        return Grouped(num_groups=2, **arguments)
+
+    def totals(self, responsibilities):
+        return responsibilities.unflatten(-1, (2, -1)).sum(-1)
+
+    def permutation(self, size):
+        return torch.cat([size // 2 + torch.randperm(size // 2), torch.randperm(size // 2)])
+
+    def cold(self, energies):
+        halves = energies.unflatten(-1, (2, -1))
+        return torch.nn.functional.one_hot(halves.argmin(-1), halves.shape[-1]).to(energies).flatten(-2)
+
+    def warm(self, energies):
+        return torch.full_like(energies, 2 / energies.shape[-1])
+
+    def test_one_hypothesis(self):
+        posterior = Grouped(num_groups=1)(torch.tensor([[3.0]]))
+        assert posterior.responsibilities.tolist() == [[1.0]] and posterior.free_energy.tolist() == [[3.0]]
+
+
+class TestBackground(CompetitionContract):
+    def build(self, **arguments):
+        return Background(energy=-0.5, learnable_energy=arguments.get("learnable", False), **arguments)
+
+    def shift(self, operator, c):
+        return Background(energy=operator.energy + c, temperature=operator.temperature)
+
+    def with_background(self, energies):
+        return torch.cat([energies, torch.full_like(energies[..., :1], -0.5)], -1)
+
+    def cold(self, energies):
+        return super().cold(self.with_background(energies))
+
+    def warm(self, energies):
+        return super().warm(self.with_background(energies))
+
+    def test_equal_prior_changes_no_responsibility(self):
+        d = self.energies(16, 8)
+        zeros = torch.zeros(8, dtype=torch.float64)
+        torch.testing.assert_close(self.build()(d, zeros).responsibilities, self.build()(d).responsibilities)
+
+
+class TestBalanced(CompetitionContract):
+    tolerance = 1e-6
+    excludes = False
+
+    def build(self, **arguments):
+        return Balanced(**arguments)
+
+    def cold(self, energies):
+        return None
+
+    def test_compiles_to_one_graph(self):
+        d, operator = self.energies(6, 8), Balanced(num_iters=3)
+        compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(tuple(compiled(d)), tuple(operator(d)))
+
+
+@pytest.mark.filterwarnings("ignore::em_lightning.competition.ScopeWarning")
+class TestHardmin(CompetitionContract):
+    def build(self, **arguments):
+        return Hardmin(**arguments)
+
+    def warm(self, energies):
+        return self.cold(energies)
+
+
+def test_every_operator_is_registered_and_has_a_contract():
+    assert set(COMPETITIONS) == set(FUNCTIONS)
+    contracts = {cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, CompetitionContract)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ScopeWarning)
+        covered = {type(cls().build()) for cls in contracts - {CompetitionContract}}
+    assert covered == {COMPETITIONS[key] for key in COMPETITIONS}
+
+
+@pytest.mark.filterwarnings("ignore::em_lightning.competition.ScopeWarning")
+@pytest.mark.parametrize("key", FUNCTIONS)
+def test_module_is_its_function(key):
+    d, log_prior = torch.randn(6, 4).double(), torch.randn(4).double()
+    module = COMPETITIONS.build({"name": key, "temperature": 0.3})
+    torch.testing.assert_close(tuple(module(d, log_prior)), tuple(FUNCTIONS[key](d, 0.3, log_prior)), rtol=0, atol=0)
+    assert "temperature=0.3" in repr(module)
+
+
+def test_softmin_is_scipys():
+    d = torch.randn(5, 7, dtype=torch.float64) * 100
+    posterior = softmin(d, temperature=0.7)
+    np.testing.assert_allclose(posterior.responsibilities, scipy.special.softmax(-d.numpy() / 0.7, -1), atol=1e-14)
+    np.testing.assert_allclose(posterior.free_energy, -0.7 * scipy.special.logsumexp(-d.numpy() / 0.7, -1), rtol=1e-13)
+
+
+def test_softmin_prior_is_the_limit_of_high_temperature():
+    log_prior = torch.tensor([0.2, 0.3, 0.5]).double().log()
+    r = softmin(torch.randn(3).double(), 1e9, log_prior).responsibilities
+    torch.testing.assert_close(r, log_prior.exp())
+
+
+def test_nothing_is_responsible_where_all_are_excluded():
+    for function in (softmin, sparsemin, entmin, topk):
+        d = torch.full((2, 3), torch.inf, requires_grad=True)
+        posterior = function(d)
+        assert (posterior.free_energy == torch.inf).all() and (posterior.responsibilities == 0).all()
+        assert (torch.autograd.grad(posterior.responsibilities.sum(), d)[0] == 0).all()
+    assert background(torch.full((3,), torch.inf)).responsibilities.tolist() == [0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_softmin_in_higher_order_and_forward_mode():
+    d = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def call(d):
+        return tuple(softmin(d, 0.7))[1:]
+
+    assert torch.autograd.gradcheck(call, d, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(call, d)
+    # The Hessian of F is minus the covariance of the assignment: -(diag r - r r^T) / T.
+    r = softmin(d[0].detach(), 0.7).responsibilities
+    hessian = torch.func.hessian(lambda d: softmin(d, 0.7).free_energy)(d[0].detach())
+    torch.testing.assert_close(hessian, -(torch.diag(r) - torch.outer(r, r)) / 0.7)
+
+
+def test_softmin_saves_only_the_responsibilities():
+    d = torch.randn(64, 32, requires_grad=True)
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        softmin(d)
+    assert sum(saved.values()) == d.numel()
+
+
+def test_temperature_tensor_for_each_item():
+    d = torch.randn(5, 4, dtype=torch.float64)
+    temperature = torch.rand(5, 1, dtype=torch.float64) + 0.5
+    posterior = softmin(d, temperature)
+    for n in range(5):
+        torch.testing.assert_close(posterior.free_energy[n], softmin(d[n], float(temperature[n])).free_energy)
+
+
+@pytest.mark.parametrize(
+    "function, entropy",
+    [
+        (softmin, lambda r: -(r * np.log(np.maximum(r, 1e-300))).sum()),
+        (sparsemin, lambda r: (r - r**2).sum() / 2),
+        (entmin, lambda r: (r - r**1.5).sum() * 4 / 3),
+    ],
+)
+def test_free_energy_is_the_minimum_over_the_simplex(function, entropy):
+    d, temperature = torch.randn(5, dtype=torch.float64) * 2, 1.3
+    posterior = function(d, temperature)
+    found = scipy.optimize.minimize(
+        lambda r: r @ d.numpy() - temperature * entropy(np.maximum(r, 0)),
+        np.full(5, 0.2),
+        bounds=[(0, 1)] * 5,
+        constraints={"type": "eq", "fun": lambda r: r.sum() - 1},
+        tol=1e-14,
+    )
+    np.testing.assert_allclose(posterior.free_energy, found.fun, atol=1e-8)
+    np.testing.assert_allclose(posterior.responsibilities, found.x, atol=1e-3)
+
+
+@pytest.mark.parametrize("function, power", [(sparsemin, 1), (entmin, 2)])
+def test_sparse_operators_are_the_root_found_by_bisection(function, power):
+    for row in torch.randn(20, 9, dtype=torch.float64) * 2:
+        z = -row.numpy() / power
+        tau = scipy.optimize.brentq(lambda t, z=z: (np.maximum(z - t, 0) ** power).sum() - 1, z.max() - 1, z.max())
+        np.testing.assert_allclose(function(row).responsibilities, np.maximum(z - tau, 0) ** power, atol=1e-11)
+
+
+@pytest.mark.parametrize("function", [sparsemin, entmin])
+def test_sparse_operators_have_zeros_ties_and_second_derivatives(function):
+    assert (function(torch.tensor([0.0, 0.1, 9.0])).responsibilities == 0).tolist() == [False, False, True]
+    torch.testing.assert_close(function(torch.zeros(4)).responsibilities, torch.full((4,), 0.25))
+    d = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda d: tuple(function(d))[1:], d)
+
+
+@pytest.mark.parametrize("function", [sparsemin, entmin])
+def test_sparse_operators_sum_to_one_in_float32_over_many(function):
+    r = function(torch.randn(8, 4096) * 3).responsibilities
+    assert (r.sum(-1) - 1).abs().max() < 2e-5
+
+
+def test_groups_compete_alone():
+    d = torch.randn(2, 6, 3, dtype=torch.float64)
+    posterior = grouped(d, 0.7, dim=1, num_groups=2)
+    assert posterior.free_energy.shape == (2, 2, 3)
+    for g in range(2):
+        alone = softmin(d[:, 3 * g : 3 * g + 3], 0.7, dim=1)
+        torch.testing.assert_close(posterior.responsibilities[:, 3 * g : 3 * g + 3], alone.responsibilities)
+        torch.testing.assert_close(posterior.free_energy[:, g], alone.free_energy)
+
+
+def test_grouped_refuses_what_does_not_divide():
+    with pytest.raises(ValueError, match="5 hypotheses on axis dim=-1 make no equal groups with group_size=2"):
+        grouped(torch.zeros(5))
+    with pytest.raises(ValueError, match="with num_groups=3; give a divisor"):
+        Grouped(num_groups=3)(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="num_groups=2 and group_size=2 say the same twice"):
+        Grouped(num_groups=2, group_size=2)
+    with pytest.raises(ValueError, match="group_size=0 must be at least 1"):
+        Grouped(group_size=0)
+
+
+def test_background_reads_none_of_the_above():
+    d = torch.randn(5, 3, dtype=torch.float64)
+    posterior = background(d, energy=0.4)
+    known = posterior.responsibilities[:, :3]
+    torch.testing.assert_close(known.sum(-1), 1 - none_of_the_above(posterior))
+    torch.testing.assert_close(none_of_the_above(posterior), (-0.4 - torch.logsumexp(-posterior.energies, -1)).exp())
+    assert none_of_the_above(background(d + 50, energy=0.4)).min() > 0.999
+    assert none_of_the_above(background(d, dim=0), dim=0).shape == (3,)
+
+
+def test_background_energy_is_learned():
+    module = Background(energy=1.0, learnable_energy=True)
+    none_of_the_above(module(torch.zeros(4, 3))).sum().backward()
+    assert module.energy.shape == (1,) and module.energy.grad.item() < 0
+    assert "energy=1, learnable_energy=True" in repr(module)
+
+
+def test_topk_keeps_ties_and_refuses_zero():
+    assert topk(torch.tensor([0.0, 0.0, 0.0, 1.0]), k=1).responsibilities.tolist() == pytest.approx([1 / 3] * 3 + [0])
+    with pytest.raises(ValueError, match="k=0 must be at least 1"):
+        TopK(k=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
+@pytest.mark.parametrize("shape", [(6, 4), (3, 8), (7, 5), (64, 16)])
+def test_balanced_shares_the_batch(shape, size):
+    d = (torch.rand(shape, dtype=torch.float64) * 2 - 1) * size
+    r = balanced(d).responsibilities
+    torch.testing.assert_close(r.sum(-1), torch.ones(shape[0]).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(r.sum(0), torch.full(shape[1:], shape[0] / shape[1], dtype=r.dtype), rtol=0, atol=1e-9)
+
+
+def test_balanced_is_the_plan_of_plain_sinkhorn():
+    d, shares = torch.rand(7, 3, dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2]).double()
+    plan, mass = torch.exp(-d / 0.5), 7 * shares
+    for _ in range(2000):
+        plan = plan * (mass / plan.sum(0))
+        plan = plan / plan.sum(1, keepdim=True)
+    posterior = balanced(d, 0.5, shares.log())
+    torch.testing.assert_close(posterior.responsibilities, plan, rtol=0, atol=1e-10)
+    cost = (plan * d).sum() + 0.5 * torch.special.xlogy(plan, plan).sum()
+    torch.testing.assert_close(posterior.free_energy.sum(), cost)
+
+
+def test_cold_balanced_is_the_best_assignment():
+    d = torch.rand(6, 6, dtype=torch.float64)
+    rows, columns = scipy.optimize.linear_sum_assignment(d.numpy())
+    r = balanced(d, temperature=1e-3, num_iters=200).responsibilities
+    assert (r[rows, columns] > 0.99).all()
+
+
+def test_balanced_over_one_axis_solves_each_problem_alone():
+    d = torch.randn(3, 5, 4, dtype=torch.float64)
+    posterior = balanced(d, item_dim=1)
+    swapped = balanced(d.movedim(2, 0), dim=0, item_dim=-1)
+    for n in range(3):
+        torch.testing.assert_close(posterior.responsibilities[n], balanced(d[n]).responsibilities)
+        torch.testing.assert_close(posterior.free_energy[n], balanced(d[n]).free_energy)
+    torch.testing.assert_close(swapped.responsibilities.movedim(0, 2), posterior.responsibilities)
+    torch.testing.assert_close(swapped.free_energy, posterior.free_energy)
+
+
+def test_balanced_stays_finite_in_float32():
+    for d in (torch.randn(32, 8) * 1e3, torch.zeros(4, 4), torch.randn(1, 5) * 100):
+        d.requires_grad_()
+        posterior = balanced(d)
+        (posterior.free_energy.sum() + posterior.responsibilities.square().sum()).backward()
+        assert d.grad.isfinite().all() and posterior.free_energy.isfinite().all()
+        torch.testing.assert_close(posterior.responsibilities.sum(-1), torch.ones(len(d)))
+
+
+def test_balanced_refuses_bad_arguments():
+    with pytest.raises(ValueError, match="item_dim=1 is the hypothesis axis dim=-1"):
+        balanced(torch.zeros(3, 2), item_dim=1)
+    with pytest.raises(ValueError, match="num_iters=0 must be at least 1"):
+        Balanced(num_iters=0)
+    with pytest.raises(ValueError, match=r"log_prior of shape \(3,\) must hold one share for each of 2"):
+        balanced(torch.zeros(3, 2), 1.0, torch.zeros(3))
+
+
+def test_hard_assignment_says_what_it_breaks():
+    broken = "hard gating, outside the scope of implicit EM: one hypothesis has all responsibility, the others get no"
+    with pytest.warns(ScopeWarning, match=broken):
+        posterior = hardmin(torch.tensor([3.0, 1.0, 1.0]))
+    assert posterior.responsibilities.tolist() == [0.0, 0.5, 0.5] and posterior.free_energy == 1.0
+    with pytest.warns(ScopeWarning, match=broken):
+        Hardmin()
+
+
+def test_learnable_temperature_has_a_gradient_and_stays_positive():
+    module = Softmin(temperature=0.3, learnable=True)
+    assert module.temperature.item() == torch.tensor(0.3).item()
+    optimizer = torch.optim.SGD(module.parameters(), lr=100.0)
+    module(torch.randn(4, 3)).free_energy.sum().backward()
+    optimizer.step()
+    assert module.temperature.item() > 0 and module.temperature.item() != pytest.approx(0.3)
+
+
+def test_scheduled_temperature_does_not_recompile_without_end():
+    torch._dynamo.reset()
+    module = Softmin()
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    d = torch.randn(3, 4)
+    for step in range(20):
+        module.temperature = 1.0 + step
+        torch.testing.assert_close(compiled(d).free_energy, softmin(d, 1.0 + step).free_energy)
