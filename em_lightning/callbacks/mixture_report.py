@@ -111,12 +111,15 @@ class MixtureReport(lightning.Callback):
         }
         if self.history:
             figures["training"] = curves(
-                {name.split("/")[0]: tuple(zip(*points, strict=True)) for name, points in self.history.items()},
+                {
+                    name.split("/")[0]: ([step for step, _ in points], [value for _, value in points])
+                    for name, points in self.history.items()
+                },
                 "optimizer step",
                 "log-likelihood a point (nats)",
                 "Training",
             )
-        writer = getattr(trainer.logger, "experiment", None)
+        writer: Any = getattr(trainer.logger, "experiment", None)
         for name, figure in figures.items():
             save_figure(figure, folder / f"{name}.png")
             if hasattr(writer, "add_figure"):
@@ -141,7 +144,9 @@ class MixtureReport(lightning.Callback):
             points = sum(int(batch.held_out_mask.sum()) for batch in batches)
             series[name] = (list(range(steps + 1)), (totals / points).tolist())
         levels = {row["method"]: row[HELD_OUT] for row in rows if row["method"].startswith("scikit-learn")}
-        return curves(series, "EM iteration", "held-out log-likelihood (nats a point)", "Likelihood by iteration", levels)
+        return curves(
+            series, "EM iteration", "held-out log-likelihood (nats a point)", "Likelihood by iteration", levels
+        )
 
     def _measure_sklearn(self, operator: EMOperator, batches: list[PointCloudBatch], seed: int) -> dict[str, Any]:
         import warnings
