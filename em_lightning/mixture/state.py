@@ -142,5 +142,6 @@ def _check_points(mixture: Mixture, x: Tensor) -> None:
     sets, _, features = mixture.means.shape
     if x.ndim != 3 or x.shape[0] not in (1, sets) or x.shape[-1] != features:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} does not fit {sets} mixtures of {features} features; give ({sets}, N, {features})"
+            f"x of shape {tuple(x.shape)} does not fit {sets} mixtures of {features} features; "
+            f"give ({sets}, N, {features})"
         )
