@@ -6,6 +6,8 @@ import argparse
 import ast
 import difflib
 import importlib.util
+import inspect
+import linecache
 import re
 import subprocess
 import sys
@@ -15,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
 _NOISE = (
     ".*does not have many workers.*",
@@ -23,6 +24,13 @@ _NOISE = (
     ".*LightningCLI's args parameter is intended to run from within Python.*",
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",
     ".*torch.jit.script. is.*deprecated.*",
+    ".*dirpath has changed.*",
+)
+
+_UNKNOWN_KEY = (
+    r"unrecognized arguments: (?:--)?([\w.]+)",
+    r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'",
+    r"Parser key \"([\w.]+)\".*Option '([\w.]+)' is not accepted",
 )
 
 
@@ -145,9 +153,13 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
     from jsonargparse import ArgumentError
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    keys: list[str] = []
+
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
+            keys.extend(option.lstrip("-") for action in parser._actions for option in action.option_strings)
+            keys.extend(f"data.{name}" for cls in [data, *data.__subclasses__()] for name in parameters_of(cls))
 
     for words in _NOISE:
         warnings.filterwarnings("ignore", words)
@@ -169,12 +181,28 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
             save_config_kwargs={"overwrite": True},
         )
     except ArgumentError as error:
-        raise UsageError(_shorten(str(error))) from error
+        raise UsageError(_shorten(str(error), keys)) from error
 
 
-def _shorten(message: str) -> str:
-    """Return the first complaint of a parser's long message on one line."""
-    return re.sub(r"\s+", " ", message.split("\n\n")[0]).strip()
+def parameters_of(cls: type) -> list[str]:
+    """Return the names of the constructor's arguments of a class and those before it."""
+    names = {name for base in cls.__mro__ if "__init__" in vars(base) for name in inspect.signature(base).parameters}
+    return sorted(names)
+
+
+def _shorten(message: str, keys: Sequence[str]) -> str:
+    """Return a parser's complaint on one line, with the valid key that is nearest to an unknown one."""
+    line = re.sub(r"\s+", " ", message).strip()
+    for pattern in _UNKNOWN_KEY:
+        found = re.search(pattern, line)
+        if found:
+            key = ".".join(found.groups())
+            return f"unknown key {key!r}{_nearest(key, keys)}"
+    line = re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
+    line = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", line)
+    line = re.sub(r"Expected a dot import path string: (\w+)", r"there is no class \1 here", line)
+    # Of the complaints of a union the first is about what was given, the others about what was not meant.
+    return re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,20 +219,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_recipes()
         else:
             run(parsed.recipe, parsed.arguments)
-    except (UsageError, ValueError, TypeError, FileNotFoundError, ConnectionError) as error:
-        if not isinstance(error, UsageError) and not _is_ours(error):
+    except (UsageError, ValueError, TypeError, OSError) as error:
+        told = _own_error(error)
+        if told is None:
             raise
-        print(f"em-lightning: {error}", file=sys.stderr)
+        print(f"em-lightning: {told}", file=sys.stderr)
         return 2
     return 0
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Return whether the library itself raised an error: such a message is complete without its traceback."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+def _own_error(error: BaseException | None) -> BaseException | None:
+    """Return what the library itself raised, be it wrapped by others: that message needs no traceback."""
+    while error is not None:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        if frame is not None:
+            file = frame.tb_frame.f_code.co_filename
+            raised = linecache.getline(file, frame.tb_lineno).lstrip().startswith("raise ")
+            if raised and Path(file).is_relative_to(Path(__file__).parent):
+                return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _print_recipes() -> None:
@@ -219,4 +255,7 @@ def _print_recipes() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The recipes import this module by its name: its classes must be the same ones.
+    from em_lightning.cli import main as named_main
+
+    sys.exit(named_main())

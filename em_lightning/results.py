@@ -57,7 +57,9 @@ def combine(paths: Sequence[Path]) -> list[dict[str, Any]]:
     tables = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths]
     labels = [[_label(row) for row in table] for table in tables]
     if any(label != labels[0] for label in labels):
-        raise ValueError(f"the tables of {', '.join(map(str, paths))} have different rows; run the same config for each")
+        raise ValueError(
+            f"the tables of {', '.join(map(str, paths))} have different rows; run the same config for each"
+        )
     combined = []
     for rows in zip(*tables, strict=True):
         combined.append({key: _spread([row[key] for row in rows]) for key in rows[0]})

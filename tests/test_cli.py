@@ -26,6 +26,7 @@ SMALL = [
     "--trainer.max_epochs=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=1",
 ]
 
 
@@ -118,6 +119,7 @@ def test_seeds_run_one_after_the_other_and_are_combined(here, capfd, monkeypatch
         (["point_cloud_gmm", "--model.num_components=many"], ["num_components", "many"]),
         (["point_cloud_gmm", "--model.num_components=0"], ["num_components=0", "at least 1"]),
         (["point_cloud_gmm", "--data.num_points=0"], ["num_points=0"]),
+        (["point_cloud_gmm", "--data.num_point=9"], ["data.num_point", "data.num_points"]),
         (["point_cloud_gmm", "--data", "GeometricShapes", "--data.root=/nowhere"], ["root='/nowhere'", "raw.zip"]),
     ],
 )
@@ -142,8 +144,8 @@ def test_a_corrupt_mesh_is_named(here, capsys):
 
 
 def test_a_programming_error_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "run", lambda name, args: [].index(3))
-    with pytest.raises(ValueError):
+    monkeypatch.setattr(cli, "recipes", lambda: [].index(3))
+    with pytest.raises(ValueError, match="3 is not in list"):
         cli.main(["run", "point_cloud_gmm"])
 
 

@@ -1,5 +1,3 @@
-import itertools
-import math
 import warnings
 
 import numpy as np
@@ -15,7 +13,6 @@ from em_lightning.competition import (
     Entmin,
     Grouped,
     Hardmin,
-    Posterior,
     ScopeWarning,
     Softmin,
     Sparsemin,
@@ -384,58 +381,3 @@ def test_scheduled_temperature_does_not_recompile_without_end():
     for step in range(20):
         module.temperature = 1.0 + step
         torch.testing.assert_close(compiled(d).free_energy, softmin(d, 1.0 + step).free_energy)
-
-
-class TestPosterior:
-    def posterior(self, *shape, dim=-1):
-        return softmin(torch.randn(*shape, dtype=torch.float64), dim=dim)
-
-    def test_mean_and_variance_are_weighted_sums(self):
-        posterior, values = self.posterior(2, 5, 3), torch.randn(3, 4, dtype=torch.float64) + 1e4
-        r = posterior.responsibilities
-        for b, n, v in itertools.product(range(2), range(5), range(4)):
-            mean = sum(r[b, n, k] * values[k, v] for k in range(3))
-            variance = sum(r[b, n, k] * (values[k, v] - mean) ** 2 for k in range(3))
-            torch.testing.assert_close(posterior.mean(values)[b, n, v], mean)
-            torch.testing.assert_close(posterior.variance(values)[b, n, v], variance)
-        torch.testing.assert_close(posterior.mean(values[:, 0]), posterior.mean(values)[..., 0])
-        torch.testing.assert_close(posterior.variance(values[:, 0]), posterior.variance(values)[..., 0])
-
-    def test_batched_values_follow_matmul(self):
-        posterior, values = self.posterior(2, 5, 3), torch.randn(2, 3, 4, dtype=torch.float64)
-        torch.testing.assert_close(posterior.mean(values), posterior.responsibilities @ values)
-        one = Posterior(*(x[0, 0] for x in posterior))
-        assert one.mean(values).shape == one.variance(values).shape == (2, 4)
-        torch.testing.assert_close(one.variance(values)[1], posterior.variance(values[1])[0, 0])
-
-    def test_values_take_the_place_of_the_hypotheses(self):
-        last, values = self.posterior(2, 5, 7, 3), torch.randn(3, 4, dtype=torch.float64)
-        first = Posterior(last.energies.movedim(-1, 1), last.responsibilities.movedim(-1, 1), last.free_energy)
-        for name in ("mean", "variance"):
-            torch.testing.assert_close(getattr(first, name)(values, dim=1).movedim(1, -1), getattr(last, name)(values))
-            scalar = values[:, 0]
-            torch.testing.assert_close(getattr(first, name)(scalar, dim=1), getattr(last, name)(scalar))
-
-    def test_entropy_mode_and_perplexity(self):
-        posterior = self.posterior(4, 3, dim=0)
-        r = posterior.responsibilities.numpy()
-        np.testing.assert_allclose(posterior.entropy(0), scipy.special.entr(r).sum(0), atol=1e-14)
-        np.testing.assert_allclose(posterior.perplexity(0), np.exp(scipy.special.entr(r).sum(0)))
-        np.testing.assert_array_equal(posterior.mode(0), r.argmax(0))
-        even = softmin(torch.zeros(8))
-        assert even.entropy().item() == pytest.approx(math.log(8)) and even.perplexity().item() == pytest.approx(8)
-
-    def test_entropy_gradient_is_finite_at_zero(self):
-        d = torch.tensor([0.0, 1.0, torch.inf], requires_grad=True)
-        softmin(d).entropy().backward()
-        assert d.grad.isfinite().all() and d.grad[2] == 0
-
-    def test_wrong_number_of_values(self):
-        with pytest.raises(ValueError, match=r"values of shape \(4, 2\) do not fit 3 hypotheses on axis dim=-1"):
-            self.posterior(5, 3).mean(torch.zeros(4, 2))
-
-    def test_statistics_ignore_autocast(self):
-        posterior, values = softmin(torch.randn(5, 3)), torch.randn(3, 2)
-        with torch.autocast("cpu", torch.bfloat16):
-            mean, variance = posterior.mean(values), posterior.variance(values)
-        torch.testing.assert_close((mean, variance), (posterior.mean(values), posterior.variance(values)))

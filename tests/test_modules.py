@@ -139,5 +139,7 @@ def test_the_loss_is_taken_where_it_is_asked_for():
     held_out, fitted = PointCloudGMM(num_components=3), PointCloudGMM(num_components=3, target="fitted")
     fitted.load_state_dict(held_out.state_dict())
     mixture = held_out(batch.points, batch.mask)
-    assert held_out.step(batch, "train")["loss"].item() == pytest.approx(-mixture.log_prob(batch.held_out).mean().item())
+    assert held_out.step(batch, "train")["loss"].item() == pytest.approx(
+        -mixture.log_prob(batch.held_out).mean().item()
+    )
     assert fitted.step(batch, "train")["loss"].item() == pytest.approx(-mixture.log_prob(batch.points).mean().item())

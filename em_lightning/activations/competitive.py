@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from em_lightning.activations.base import ACTIVATIONS, Activation
+from em_lightning.activations.fused import NegLogSoftmin, SoftmaxGate, in_blocks
 from em_lightning.competition import Posterior, grouped, softmin, sparsemin
 from em_lightning.statistics import STATISTICS
 
@@ -52,7 +53,11 @@ class NegLogSoftminActivation(Activation):
 
     def closed_form(self, z: Tensor) -> Tensor:
         """Return -T log_softmax(-z / T)."""
-        scaled = -functional.log_softmax(-self.divided(z), self.dim)
+        divided = self.divided(z)
+        if in_blocks(divided, self.dim):
+            scaled = NegLogSoftmin.apply(divided)
+        else:
+            scaled = -functional.log_softmax(-divided, self.dim)
         temperature = self.temperature
         return scaled if isinstance(temperature, float) and temperature == 1 else scaled * temperature
 
@@ -104,6 +109,8 @@ class SoftmaxGatedActivation(_LogitActivation):
 
     def closed_form(self, z: Tensor) -> Tensor:
         """Return z softmax(z / T)."""
+        if self.divided(z) is z and in_blocks(z, self.dim):
+            return SoftmaxGate.apply(z, False)
         return z * self.softmax(z)
 
 
@@ -131,6 +138,8 @@ class ReLUGatedActivation(_LogitActivation):
 
     def closed_form(self, z: Tensor) -> Tensor:
         """Return relu(z) softmax(z / T)."""
+        if self.divided(z) is z and in_blocks(z, self.dim):
+            return SoftmaxGate.apply(z, True)
         return z.relu() * self.softmax(z)
 
 
@@ -201,6 +210,14 @@ class GroupedActivation(Activation):
         """Return z r."""
         return z * posterior.responsibilities.narrow(self.dim, 0, z.shape[self.dim])
 
+    def closed_form(self, z: Tensor) -> Tensor:
+        """Return z softmax(z / T) in each group, the groups' axis brought to the front, where softmax is fast."""
+        if z.shape[self.dim] % self.group_size:
+            return self.generic(z)
+        axis = self.dim % z.ndim
+        groups = self.divided(z).unflatten(axis, (-1, self.group_size)).movedim(axis + 1, 0).contiguous()
+        return z * groups.softmax(0).movedim(0, axis + 1).flatten(axis, axis + 1)
+
     def extra_repr(self) -> str:
         """Return the settings that a reader needs."""
         return f"group_size={self.group_size}, {super().extra_repr()}"
@@ -257,6 +274,12 @@ class DirectionActivation(Activation):
         """Return the softmin posterior over the units, of energy -z / norm(z)."""
         norm = torch.linalg.vector_norm(z, dim=self.dim, keepdim=True)
         return softmin(-z / norm.clamp_min(torch.finfo(z.dtype).tiny), self.temperature, dim=self.dim)
+
+    def closed_form(self, z: Tensor) -> Tensor:
+        """Return norm(z) softmax(z / (T norm(z)))."""
+        norm = torch.linalg.vector_norm(z, dim=self.dim, keepdim=True)
+        units = z * norm.clamp_min(torch.finfo(z.dtype).tiny).reciprocal()
+        return norm * self.divided(units).softmax(self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
         """Return norm(z) r."""

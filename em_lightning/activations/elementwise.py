@@ -92,14 +92,14 @@ class SignedActivation(Activation):
         return posterior.mean(z.new_tensor([-1.0, 1.0]))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return the hyperbolic tangent of half the gap between the energies."""
-        half_gap = _HALF_GAPS.get(type(self.kernel))
-        if half_gap is None:
+        """Return the closed form of the kernel, tanh of half the gap between the energies, where it has one."""
+        closed_form = _CLOSED_FORMS.get(type(self.kernel))
+        if closed_form is None:
             return self.generic(z)
         temperature = self.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature.to(z.dtype)
-        return torch.tanh(half_gap(self.kernel, z, self.margin, temperature))
+        return closed_form(self.kernel, z, self.margin, temperature)
 
     def extra_repr(self) -> str:
         """Return the settings that a reader needs."""
@@ -114,15 +114,15 @@ def _times(z: Tensor, factor: Number) -> Tensor:
 
 
 def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    return _times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t))
+    return torch.tanh(_times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
 
 
 def _dot_product(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    return _times(z, kernel.positive("scale", z.dtype) * m / t)
+    return torch.tanh(_times(z, kernel.positive("scale", z.dtype) * m / t))
 
 
 def _laplace(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    return _times(z.clamp(-m, m), 1 / (kernel.positive("scale", z.dtype) * t))
+    return torch.tanh(_times(z.clamp(-m, m), 1 / (kernel.positive("scale", z.dtype) * t)))
 
 
 def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
@@ -131,28 +131,30 @@ def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     # Each side in the form whose terms vanish there: no difference of large numbers.
     above = functional.logsigmoid(low) - functional.logsigmoid(high)
     below = functional.logsigmoid(-low) - functional.logsigmoid(-high) - 2 * slope * m
-    return torch.where(z > 0, above, below) / (2 * t)
+    return torch.tanh(torch.where(z > 0, above, below) / (2 * t))
 
 
 def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     spread = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
+    if not kernel.density and isinstance(t, float) and t == 1:
+        return 2 * m * z / (z.square() + (spread + m * m))
     above = torch.log1p(4 * m * z.clamp_min(0.0) / (spread + (z - m).square()))
     below = torch.log1p(4 * m * (-z).clamp_min(0.0) / (spread + (z + m).square()))
     exponent = (kernel.positive("df", z.dtype) + 1) / 2 if kernel.density else 1.0
-    return (above - below) * (exponent / (2 * t))
+    return torch.tanh((above - below) * (exponent / (2 * t)))
 
 
 def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
     # The energy is delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2: the linear parts cancel by hand.
     round_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
-    return (delta * z.clamp(-m, m) + round_part / 4) / t
+    return torch.tanh((delta * z.clamp(-m, m) + round_part / 4) / t)
 
 
 def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
     roots = (1 + ((z + m) / delta).square()).sqrt() + (1 + ((z - m) / delta).square()).sqrt()
-    return 2 * m * z / (roots * t)
+    return torch.tanh(2 * m * z / (roots * t))
 
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
@@ -160,10 +162,10 @@ def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     # Beyond an exponent of 40 the tangent is 1 to the last digit, and 2^127 is near.
     outer = (rate * z.abs().clamp_min(m)).clamp(max=40.0).exp()
     inner = (rate * z.clamp(-m, m)).clamp(-40.0, 40.0).sinh()
-    return outer * inner / t
+    return torch.tanh(outer * inner / t)
 
 
-_HALF_GAPS: dict[type[Kernel], Callable[..., Tensor]] = {
+_CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
     GaussianKernel: _gaussian,
     DotProductKernel: _dot_product,
     LaplaceKernel: _laplace,

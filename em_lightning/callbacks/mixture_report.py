@@ -111,12 +111,15 @@ class MixtureReport(lightning.Callback):
         }
         if self.history:
             figures["training"] = curves(
-                {name.split("/")[0]: tuple(zip(*points, strict=True)) for name, points in self.history.items()},
+                {
+                    name.split("/")[0]: ([step for step, _ in points], [value for _, value in points])
+                    for name, points in self.history.items()
+                },
                 "optimizer step",
                 "log-likelihood a point (nats)",
                 "Training",
             )
-        writer = getattr(trainer.logger, "experiment", None)
+        writer: Any = getattr(trainer.logger, "experiment", None)
         for name, figure in figures.items():
             save_figure(figure, folder / f"{name}.png")
             if hasattr(writer, "add_figure"):

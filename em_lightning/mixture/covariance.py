@@ -66,7 +66,9 @@ class FullCovariance:
         inverse = state.factors.inverse
         precision = inverse.mT @ inverse
         whitened = (inverse @ state.means.unsqueeze(-1)).squeeze(-1)
-        constant = state.log_weights + self._log_det(inverse) - 0.5 * whitened.square().sum(-1) - _half_log_tau(features)
+        constant = (
+            state.log_weights + self._log_det(inverse) - 0.5 * whitened.square().sum(-1) - _half_log_tau(features)
+        )
         linear = (inverse.mT @ whitened.unsqueeze(-1)).squeeze(-1)
         square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
         return torch.cat([constant.unsqueeze(-1), linear, square.expand(*linear.shape[:-1], -1)], -1)

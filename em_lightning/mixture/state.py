@@ -82,9 +82,7 @@ class Mixture(NamedTuple):
         sets, _, features = self.means.shape
         structure = structure_of(self)
         chosen = torch.multinomial(self.weights, max(n, 1), replacement=True, generator=generator)[:, :n]
-        noise = torch.randn(
-            sets, n, features, generator=generator, dtype=self.means.dtype, device=self.means.device
-        )
+        noise = torch.randn(sets, n, features, generator=generator, dtype=self.means.dtype, device=self.means.device)
         scale = structure.factorize(self.covariances.to(widest(self.means))).scale.to(self.means.dtype)
         if scale.ndim == 4:
             rows = chosen if scale.shape[1] == self.means.shape[1] else torch.zeros_like(chosen)
@@ -134,7 +132,9 @@ def structure_of(mixture: Mixture) -> Structure:
     }
     if shape not in fitting:
         known = ", ".join(f"{name} {dims}" for dims, name in fitting.items())
-        raise ValueError(f"covariances of shape {shape} fit no structure for means {(sets, components, features)}: {known}")
+        raise ValueError(
+            f"covariances of shape {shape} fit no structure for means {(sets, components, features)}: {known}"
+        )
     return COVARIANCES[fitting[shape]]
 
 
@@ -142,5 +142,6 @@ def _check_points(mixture: Mixture, x: Tensor) -> None:
     sets, _, features = mixture.means.shape
     if x.ndim != 3 or x.shape[0] not in (1, sets) or x.shape[-1] != features:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} does not fit {sets} mixtures of {features} features; give ({sets}, N, {features})"
+            f"x of shape {tuple(x.shape)} does not fit {sets} mixtures of {features} features; "
+            f"give ({sets}, N, {features})"
         )

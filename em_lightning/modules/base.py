@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import lightning
 import torch
 from torch import Tensor
+
+_WARM_UP = 0.3
 
 
 class EMModule(lightning.LightningModule):
@@ -91,11 +94,18 @@ class EMModule(lightning.LightningModule):
         """Log the terms of a test batch."""
         self._step(batch, "test")
 
+    def _one_cycle(self, step: int) -> float:
+        """Return the share of the learning rate: a cosine up over three tenths of the run, then one down to zero."""
+        done = step / max(self.trainer.estimated_stepping_batches, 1)
+        if done < _WARM_UP:
+            return 0.04 + 0.96 * (1 - math.cos(math.pi * done / _WARM_UP)) / 2
+        return (1 + math.cos(math.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))) / 2
+
     def configure_optimizers(self) -> Any:
         """Return Adam with the schedule asked for."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         if self.schedule == "constant":
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=max(steps, 2))
+        # Not OneCycleLR: its checkpoint holds the length of the run, so a longer resumed one would fail.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

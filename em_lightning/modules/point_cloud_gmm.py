@@ -74,7 +74,7 @@ class PointCloudGMM(EMModule):
             init=init,
             covariance_floor=covariance_floor,
         )
-        self.metrics = torch.nn.ModuleDict({f"{stage}_metrics": _Metrics() for stage in ("val", "test")})
+        self.val_metrics, self.test_metrics = _Metrics(), _Metrics()
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
         """Return the mixtures of clouds (B, N, D)."""
@@ -88,7 +88,7 @@ class PointCloudGMM(EMModule):
         log_prob = mixture.log_prob(x, mask)
         log_likelihood = log_prob.sum() / mask.sum().clamp(min=1)
         if stage != "train":
-            metrics = self.metrics[f"{stage}_metrics"]
+            metrics = self.test_metrics if stage == "test" else self.val_metrics
             metrics.update(mixture, x, mask, log_prob)
             metrics.log(self, stage, len(x))
             return {"loss": -log_likelihood}

@@ -47,8 +47,8 @@ class ResidualCorrection(nn.Module):
             floor: (B,), of the variances.
             progress: the share of the loop that is done, 1 at the last iteration.
         """
-        weight = self.describe[0].weight
-        hidden = self.describe(self._features(cloud, before, after, progress).to(weight.dtype))
+        dtype = next(self.parameters()).dtype
+        hidden = self.describe(self._features(cloud, before, after, progress).to(dtype))
         hidden = torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], -1)
         shift = _bounded(self.mean_mlp(hidden), 2.0).to(after.means.dtype)
         means = after.means + self.structure.apply(after.factors.scale, shift)
