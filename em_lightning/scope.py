@@ -167,7 +167,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
             if run is not None:
                 run()
             elif hasattr(model, "training_step") and getattr(model, "automatic_optimization", True):
-                step = type(model).training_step  # without what callbacks have put around it
+                step: Any = type(model).training_step  # type: ignore[attr-defined]  # without what callbacks have put around it
                 step(model, batch, *([0] if len(inspect.signature(step).parameters) > 2 else []))
             elif hasattr(model, "training_step"):
                 model(batch[0] if isinstance(batch, (tuple, list)) else batch)

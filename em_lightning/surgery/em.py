@@ -113,7 +113,7 @@ def insert_em_operators(
         0     Linear  Linear -> EMRefinement  1
     """
 
-    def make(site: Site) -> functools.partial[nn.Module]:
+    def make(site: Site) -> functools.partial[Any]:
         width, axis = units_of(site)
         features = width if num_features is None else num_features
         if features is None:
@@ -133,7 +133,7 @@ def _per_site(
     model: nn.Module,
     where: Where,
     target: Where | None,
-    make: Callable[[Site], functools.partial[nn.Module]],
+    make: Callable[[Site], functools.partial[Any]],
     shared: str,
     calls: Calls,
     into: Surgery | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -256,7 +256,7 @@ class LayerwiseLoss:
                     f"weight='auto' compares with the gradient of the main loss, which does not depend on {path!r}, or "
                     f"lies with it in one compiled graph, where that cannot be seen: give this layer a number as weight"
                 )
-            squares = torch.stack([_square(of_main, loss), _square(list(of_aux), loss)])
+            squares = torch.stack([_square(of_main, loss), _square(of_aux, loss)])
             norms = global_sum(squares).sqrt().tolist()
             for index, norm in enumerate(norms):
                 averages[index] = self.momentum * averages[index] + (1 - self.momentum) * norm
@@ -275,7 +275,7 @@ def _graph(loss: Tensor) -> set[Any]:
     return nodes
 
 
-def _square(gradients: list[Tensor | None], like: Tensor) -> Tensor:
+def _square(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
     squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
     return torch.stack(squares).sum() if squares else torch.zeros((), device=like.device)
 
