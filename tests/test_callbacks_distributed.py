@@ -129,7 +129,7 @@ def _rank(rank, port, folder, kind):
         )
     else:
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        state = fit(folder, Net(operate=True), [rank], losses()[:1], strategy=strategy, devices=2)
+        state = fit(folder, Net(operate=True), [rank], losses(), strategy=strategy, devices=2)
     torch.save(state, f"{folder}/{rank}.pt")
 
 
@@ -146,7 +146,7 @@ def test_two_processes_equal_one(kind, tmp_path):
     mp.spawn(_rank, (port, str(tmp_path), kind), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    callbacks = [SwapActivations("signed", arguments={"learnable": True}), *losses()] if kind == "ddp" else losses()[:1]
+    callbacks = [SwapActivations("signed", arguments={"learnable": True}), *losses()] if kind == "ddp" else losses()
     single = fit(tmp_path, Net(operate=kind == "fsdp2"), [0, 1], callbacks, devices=1)
     for name, value in Net(operate=kind == "fsdp2").named_parameters():
         assert (first[name] - value).norm() > 1e-4, name  # it has been trained
