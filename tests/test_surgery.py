@@ -345,3 +345,63 @@ def test_activation_arguments():
         swap_activations(net(), "singed")
     with pytest.raises(TypeError, match="activation=3 stands for no activation: give a key"):
         swap_activations(net(), 3)
+
+
+class Functional(nn.Module):
+    """Calls relu in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = F.relu(self.inner(x) + 1)
+        x = torch.relu(x - 0.5).sub(0.25).relu()
+        x = F.relu(x - 0.1, inplace=True)
+        x = x - 0.05
+        x.relu_()
+        return x
+
+
+def test_calls_of_relu_are_swapped_where_that_is_asked_for():
+    model, x = nn.Sequential(Functional(), nn.Linear(4, 2)), torch.randn(3, 4)
+    before, keys = model(x), set(model.state_dict())
+    with pytest.raises(NoMatchError, match="where='\\*' with target=ReLU; the model holds Functional: 0"):
+        swap_activations(model, nn.Tanh)
+    surgery = swap_activations(model, nn.Tanh, functional=True)
+    y = (model[0].inner(x) + 1).tanh()
+    y = ((((y - 0.5).tanh() - 0.25).tanh() - 0.1).tanh() - 0.05).tanh()
+    expected = model[1](y)
+    assert torch.equal(model(x), expected)
+    assert set(model.state_dict()) - keys == {"0.em_functional.em_surgery"}
+    model(x).sum().backward()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    surgery.undo()
+    assert torch.equal(model(x), before) and set(model.state_dict()) == keys and "forward" not in vars(model[0])
+    with replace_modules(model, "1", nn.Identity), pytest.raises(NoMatchError, match="names relu in its forward"):
+        swap_activations(model, nn.Tanh, where="1", functional=True)
+    with (
+        swap_activations(model, Scaled, functional=True),
+        pytest.raises(RuntimeError, match="'0.em_functional' is called"),
+    ):
+        model(x)
+    with swap_activations(model, Scaled, functional=True, calls=5) as surgery:
+        assert len(model[0].em_functional.operators) == 5 and "0.em_functional" in surgery.report
+        model(x)
+
+
+def test_calls_of_relu_in_the_root_and_in_a_checkpoint(tmp_path):
+    class Net(users.MLP):
+        def forward(self, x):
+            return self.head(F.relu(self.encoder(x)))
+
+    from em_lightning.surgery import restore_surgery
+
+    model, x = Net(), torch.randn(3, 6)
+    swap_activations(model, "softmax_gated", functional=True)
+    checkpoint = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    restored = restore_surgery(Net, tmp_path / "model.ckpt")
+    assert torch.equal(restored(x), model(x)) and len(recorded_plan(restored)) == 3

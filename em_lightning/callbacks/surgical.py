@@ -127,6 +127,7 @@ class SwapActivations(SurgicalCallback):
         dim: the axis of the units; "auto" takes 1 behind convolutions and the norms of their kind, else the last.
         shared: one instance under several names becomes "separate" modules, one ("together"), or is "refuse"-d.
         calls: operators for a module that is called several times; see :func:`em_lightning.surgery.replace_modules`.
+        functional: also swap ``relu`` where a forward calls it as a function.
         arguments: of the activation.
 
     Raises:
@@ -146,13 +147,20 @@ class SwapActivations(SurgicalCallback):
         dim: int | Literal["auto"] = "auto",
         shared: Literal["separate", "together", "refuse"] = "separate",
         calls: Calls = None,
+        functional: bool = False,
         arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
         self.target = target
         self.where = where
-        self.options: dict[str, Any] = {"dim": dim, "shared": shared, "calls": calls, **(arguments or {})}
+        self.options: dict[str, Any] = {
+            "dim": dim,
+            "shared": shared,
+            "calls": calls,
+            "functional": functional,
+            **(arguments or {}),
+        }
 
     @property
     def state_key(self) -> str:

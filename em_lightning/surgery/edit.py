@@ -207,14 +207,14 @@ def _operate(
     entries = []
     for site in sites:
         new = built.get(id(site.module)) if shared == "together" else None
-        wanted = _calls_at(site.path, calls)
+        wanted = calls_at(site.path, calls)
         added: list[nn.Module] = [] if new is None else [new]
         if new is None:
-            new, added = _new_module(operation, site, make, wanted)
+            new, added = new_module(operation, site, make, wanted)
             built[id(site.module)] = new
         _put_in(surgery, operation, site, new, added)
         if shared != "together":
-            _count_calls(surgery, site, new.operator if isinstance(new, Inserted) else new, wanted)
+            count_calls(surgery, site, new.operator if isinstance(new, Inserted) else new, wanted)
         entry = describe(operation, site.path, make, added[0], wanted)
         entry["by"] = surgery.by
         entries.append(entry)
@@ -223,7 +223,8 @@ def _operate(
     return surgery
 
 
-def _calls_at(path: str, calls: Calls) -> int | str | None:
+def calls_at(path: str, calls: Calls) -> int | str | None:
+    """Return how many calls a site is made for: a number, "any", or None where that was left open."""
     if isinstance(calls, Mapping):
         calls = next((n for pattern, n in calls.items() if fnmatchcase(path, pattern)), None)
     if calls is None or calls == "any" or (isinstance(calls, int) and calls >= 1):
@@ -271,7 +272,8 @@ def _allow_fast_path(module: nn.Module, flag: str, path: str) -> None:
         del vars(module)["_em_slow_path"]
 
 
-def _new_module(operation: str, site: Site, make: Make, calls: int | str | None) -> tuple[nn.Module, list[nn.Module]]:
+def new_module(operation: str, site: Site, make: Make, calls: int | str | None) -> tuple[nn.Module, list[nn.Module]]:
+    """Build what is to stand at a site, and return it with the modules that were made for it."""
     count = calls if isinstance(calls, int) else 1
     added = []
     for index in range(count):
@@ -293,7 +295,7 @@ def _new_module(operation: str, site: Site, make: Make, calls: int | str | None)
     return new, added
 
 
-def _count_calls(surgery: Surgery, site: Site, operator: nn.Module, calls: int | str | None) -> None:
+def count_calls(surgery: Surgery, site: Site, operator: nn.Module, calls: int | str | None) -> None:
     """Let the operators of a site take turns, or guard its only one, if it has parameters."""
     if isinstance(operator, CallSites):
         visits = operator.visits
@@ -359,7 +361,9 @@ def _take_out(change: Change) -> None:
     while holder._modules.get(name) is not change.new and isinstance(holder._modules.get(name), Inserted):
         holder, name = holder._modules[name], "layer"  # another surgery has put an operator behind this one
     if holder._modules.get(name) is change.new:
-        if isinstance(old, nn.Module):
+        if change.operation == "functional":  # there was nothing
+            del holder._modules[name]
+        elif isinstance(old, nn.Module):
             holder._modules[name] = old
         else:
             delattr(holder, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -13,7 +14,8 @@ from torch import nn
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.operators import EMRefinement
 from em_lightning.surgery.edit import Calls, Surgery, insert_after, replace_modules
-from em_lightning.surgery.find import Site, Where, find_modules
+from em_lightning.surgery.find import NoMatchError, Site, Where, find_modules
+from em_lightning.surgery.functional import swap_relu_calls
 from em_lightning.surgery.units import units_of
 
 
@@ -26,13 +28,14 @@ def swap_activations(
     dim: int | Literal["auto"] = "auto",
     shared: Literal["separate", "together", "refuse"] = "separate",
     calls: Calls = None,
+    functional: bool = False,
     into: Surgery | None = None,
     **arguments: Any,
 ) -> Surgery:
     """Replace activations by competitive ones: the function behind ``SwapActivations``.
 
     Functions on attributes, as ``nn.TransformerEncoderLayer(activation="relu")`` keeps one, count as the modules that
-    compute the same. Calls of ``F.relu`` in a forward cannot be found from outside.
+    compute the same. Calls of ``F.relu`` in a forward are swapped only if ``functional`` asks for it.
 
     Args:
         model: any module.
@@ -42,6 +45,8 @@ def swap_activations(
         dim: the axis of the units; "auto" takes 1 behind convolutions and the norms of their kind, else the last.
         shared: see :func:`em_lightning.surgery.replace_modules`.
         calls: see there.
+        functional: also swap ``relu`` where the forward of a module that ``where`` selects calls it as a function; see
+            :func:`em_lightning.surgery.functional.swap_relu_calls`. The units are then on ``dim``, or the last axis.
         into: a surgery to extend; by default a new one.
         **arguments: of the activation, such as ``margin=2.0``.
 
@@ -61,7 +66,16 @@ def swap_activations(
                 f"activation={type(activation).__name__} is built already and takes neither dim= nor further "
                 f"arguments; give its key or class instead"
             )
-        return replace_modules(model, where, activation, target=target, shared=shared, calls=calls, into=into)
+        surgery = Surgery(model) if into is None else into
+        swap: Callable[..., Any] = functools.partial(replace_modules, model, where, activation, target=target)
+        return _with_functions(
+            functools.partial(swap, shared=shared, calls=calls, into=surgery),
+            activation,
+            functional,
+            where,
+            calls,
+            surgery,
+        )
     cls, given = _resolve(activation)
     given = {**arguments, **given}
 
@@ -70,7 +84,28 @@ def swap_activations(
             return functools.partial(cls, **given)
         return functools.partial(cls, dim=units_of(site)[1] if dim == "auto" else dim, **given)
 
-    return _per_site(replace_modules, model, where, target, make, shared, calls, into)
+    surgery = Surgery(model) if into is None else into
+    takes_dim = "dim" in inspect.signature(cls).parameters and "dim" not in given and dim != "auto"
+    builder = functools.partial(cls, **given, **({"dim": dim} if takes_dim else {}))
+    swap = functools.partial(_per_site, replace_modules, model, where, target, make, shared, calls, surgery)
+    return _with_functions(swap, builder, functional, where, calls, surgery)
+
+
+def _with_functions(
+    swap: Callable[[], Any], make: Any, functional: bool, where: Where, calls: Calls, surgery: Surgery
+) -> Surgery:
+    """Swap modules, function calls, or what there is of both."""
+    if not functional:
+        swap()
+        return surgery
+    try:
+        swap()
+    except NoMatchError:
+        swap_relu_calls(surgery.model, where, make, calls=calls, into=surgery)
+    else:
+        with contextlib.suppress(NoMatchError):
+            swap_relu_calls(surgery.model, where, make, calls=calls, into=surgery)
+    return surgery
 
 
 def insert_em_operators(

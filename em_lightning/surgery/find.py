@@ -88,7 +88,8 @@ def _is_a(module: nn.Module, cls: type) -> bool:
     return isinstance(inner, cls) or getattr(inner, "original_name", None) == cls.__name__  # the latter: ScriptModule
 
 
-def _matches(site: Site, where: Where) -> bool:
+def matches(site: Site, where: Where) -> bool:
+    """Return whether a selection holds for a site."""
     if isinstance(where, type):
         return _is_a(site.module, where)
     if isinstance(where, str):
@@ -97,7 +98,7 @@ def _matches(site: Site, where: Where) -> bool:
         arguments = (site.module,) if len(inspect.signature(where).parameters) == 1 else (site.path, site.module)
         return bool(where(*arguments))
     if isinstance(where, Sequence):
-        return any(_matches(site, one) for one in where)
+        return any(matches(site, one) for one in where)
     raise TypeError(
         f"where={where!r} selects no modules: give a class, a name pattern such as 'encoder.*', "
         f"a predicate (path, module) -> bool, or a list of these"
@@ -152,16 +153,17 @@ def find_modules(
         outermost: list[Site] = []
         for site in sites:
             inside = outermost and site.path.startswith(outermost[-1].path + ".")
-            if not inside and _matches(site, entry) and (target is None or _matches(site, target)):
+            if not inside and matches(site, entry) and (target is None or matches(site, target)):
                 outermost.append(site)
         found.update((site.path, site) for site in outermost)
     if not found:
-        wanted = f"where={_name(where)}" + ("" if target is None else f" with target={_name(target)}")
+        wanted = f"where={named(where)}" + ("" if target is None else f" with target={named(target)}")
         raise NoMatchError(f"nothing matches {wanted}; the model holds {contents(model)}")
     return [site for site in sites if site.path in found]
 
 
-def _name(where: Where) -> str:
+def named(where: Where) -> str:
+    """Return a selection as messages write it."""
     if isinstance(where, Sequence) and not isinstance(where, str):
-        return f"[{', '.join(_name(one) for one in where)}]"
+        return f"[{', '.join(named(one) for one in where)}]"
     return getattr(where, "__qualname__", None) or repr(where)

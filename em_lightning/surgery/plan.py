@@ -107,8 +107,13 @@ def apply_plan(
         ValueError: such a module is in the plan, and no ``make`` is given.
     """
     from em_lightning.surgery.edit import Surgery, insert_after, replace_modules
+    from em_lightning.surgery.functional import swap_relu_calls
 
-    operations: dict[str, Callable[..., Surgery]] = {"replace": replace_modules, "insert_after": insert_after}
+    operations: dict[str, Callable[..., Surgery]] = {
+        "replace": replace_modules,
+        "insert_after": insert_after,
+        "functional": swap_relu_calls,
+    }
     for entry in plan:
         if entry["init_args"] is not None:
             room, _, name = entry["class_path"].rpartition(".")
