@@ -294,7 +294,9 @@ def test_hook_set_after_a_compiled_first_call_is_refused():
 
 
 def test_automatic_weight_says_what_compile_lacks():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), torch.compile(nn.Linear(4, 2), backend="aot_eager"))
+    torch.compiler.reset()
+    head = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), backend="aot_eager")
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), head)
     losses = LayerwiseLoss(model, "1")
     with pytest.raises(RuntimeError, match="donated_buffer = False, or give weight= a number"):
         losses.add_to(model(torch.randn(3, 4)).square().sum())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from em_lightning.surgery.chain import wrap
-from em_lightning.surgery.edit import Calls, Change, Make, Surgery, calls_at, count_calls, new_module, check_operable
+from em_lightning.surgery.edit import Calls, Change, Make, Surgery, calls_at, check_operable, count_calls, new_module
 from em_lightning.surgery.find import NoMatchError, Site, Where, contents, matches, named, walk
 from em_lightning.surgery.plan import describe, keep_plan, recorded_plan
 
