@@ -237,15 +237,7 @@ class LayerwiseLoss:
         self, due: list[str], loss: Tensor, captured: Mapping[str, list[Tensor]], aux: Mapping[str, Tensor]
     ) -> None:
         tensors = [tensor for path in due for tensor in captured[path]]
-        try:
-            main = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "donated buffers" not in str(error):
-                raise
-            raise RuntimeError(
-                "weight='auto' needs a second pass through the graph, which torch.compile has freed: set "
-                "torch._functorch.config.donated_buffer = False, or give weight= a number"
-            ) from error
+        main = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         gradients = iter(main)
         for path in due:
             averages = self.norms[path]
