@@ -19,7 +19,7 @@ class LayerwiseEMLoss(Callback):
     The model's own logs lack it: it is logged as ``em/<layer>/<term>``, with the weight. ``global_step`` is the step of
     schedules, and the state of ``weight="auto"`` is in the checkpoint.
 
-    Without a Trainer: :class:`em_lightning.surgery.layerwise.LayerwiseLoss`, where all further arguments are described.
+    Without a Trainer: :class:`em_lightning.surgery.layerwise.LayerwiseLoss`, where the arguments are described at length.
 
     Args:
         where: the layers: a class, a name pattern such as ``"encoder.*"``, a predicate, or a list.
@@ -29,7 +29,11 @@ class LayerwiseEMLoss(Callback):
         target: a second selection that has to hold as well.
         schedule: a factor of the step, on all weights.
         warmup: number of steps over which the factor rises from 0.
-        **options: further arguments of ``LayerwiseLoss``: dim, every, ratio, auto_every, momentum.
+        dim: the axis of the units: 1 for feature maps (B, C, H, W).
+        every: charge the loss at each ``every``-th step, times ``every``.
+        ratio: the share of the main loss's gradient that ``weight="auto"`` aims at.
+        auto_every: steps between two measurements for ``weight="auto"``.
+        momentum: of the averages for ``weight="auto"``.
 
     Raises:
         NoMatchError: when the fit starts, if nothing is selected; the message lists what is there.
@@ -50,7 +54,11 @@ class LayerwiseEMLoss(Callback):
         *,
         target: type[nn.Module] | None = None,
         warmup: int = 0,
-        **options: Any,
+        dim: int = -1,
+        every: int = 1,
+        ratio: float = 0.1,
+        auto_every: int = 10,
+        momentum: float = 0.9,
     ) -> None:
         self.where = where
         self.options: dict[str, Any] = {
@@ -60,7 +68,11 @@ class LayerwiseEMLoss(Callback):
             "schedule": schedule,
             "target": target,
             "warmup": warmup,
-            **options,
+            "dim": dim,
+            "every": every,
+            "ratio": ratio,
+            "auto_every": auto_every,
+            "momentum": momentum,
         }
         probe = {**self.options, "target": None, "weight": 1.0 if isinstance(weight, dict) else weight}
         LayerwiseLoss(nn.Sequential(nn.Identity()), "*", **probe).remove()  # refuses bad arguments here and now
