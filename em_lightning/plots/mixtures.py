@@ -77,6 +77,8 @@ def mixture_grid(
             ax.set_axis_off()
             if flat:
                 ax.set_aspect("equal")
+            else:
+                ax.set_box_aspect((1, 1, 1), zoom=1.5)
     return figure
 
 
@@ -102,7 +104,7 @@ def _ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any, radius: fl
         [turn.cos()[:, None] * lift.sin(), turn.sin()[:, None] * lift.sin(), lift.cos().expand(len(turn), -1)], -1
     )
     surface = mean + sphere @ frame.T
-    ax.plot_surface(*surface.permute(2, 0, 1).numpy(), color=color, alpha=0.18, linewidth=0, shade=False)
+    ax.plot_surface(*surface.permute(2, 0, 1).numpy(), color=color, alpha=0.12, linewidth=0, shade=False)
 
 
 def curves(

@@ -4,7 +4,12 @@ import importlib
 from typing import Any
 
 _MODULE_OF = {
+    "ActivationContract": "activations",
+    "CompetitionContract": "competition",
     "KernelContract": "kernels",
+    "LossContract": "losses",
+    "assert_ranks_agree": "losses",
+    "run_ranks": "distributed",
 }
 
 __all__ = list(_MODULE_OF)
