@@ -1,4 +1,4 @@
-"""LayerwiseEMLoss against losses written into the model by hand: the same parameters after training, exactly."""
+"""LayerwiseEMLoss against losses written into the model by hand: the same parameters after training."""
 
 import copy
 
@@ -115,8 +115,10 @@ def test_equal_to_a_loss_written_by_hand(mixins, options, tmp_path):
     expected = fitted(tmp_path, build(ByHand, *mixins), **options)
     callback = LayerwiseEMLoss(["encoder.1", "encoder.3"], weight=WEIGHT)
     model = fitted(tmp_path, build(Silent, *mixins), [callback], **options)
+    # A compiled model takes other roundings in its own EM losses; the callback's are outside of it.
+    tolerance = 1e-6 if options.get("compiled") else 0.0
     for key, value in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=tolerance, atol=tolerance)
     assert not any(isinstance(value, Chain) for value in vars(model).values())  # all taken off again
     assert not any(module._forward_hooks for module in model.modules())
     plain = fitted(tmp_path, build(Silent, *mixins), **options)

@@ -113,6 +113,22 @@ def test_what_the_plan_cannot_build_is_asked_for(tmp_path):
         apply_plan(users.MLP(), recorded_plan(model), into=Surgery(users.MLP()))
 
 
+def test_tied_operators_are_tied_again(tmp_path):
+    class Tied(users.MLP):
+        def build(self):
+            super().build()
+            self.encoder[3] = self.encoder[1]
+
+    model = Tied()
+    fit(tmp_path, model, SwapActivations(shared="together", arguments=LEARNED)).save_checkpoint(tmp_path / "model.ckpt")
+    restored = restore_surgery(Tied, tmp_path / "model.ckpt")
+    assert restored.encoder[1] is restored.encoder[3]
+    with pytest.raises(ValueError, match="tied to encoder.1"):
+        users.trainer(tmp_path, 1, [SwapActivations(arguments=LEARNED)]).test(
+            Tied(), users.MLP.data(), ckpt_path=tmp_path / "model.ckpt"
+        )
+
+
 def test_hyperparameters_and_own_hooks_survive_a_restore(tmp_path):
     class Own(users.MLP):
         def __init__(self, width=3):

@@ -19,7 +19,7 @@ class LayerwiseEMLoss(Callback):
     The model's own logs lack it: it is logged as ``em/<layer>/<term>``, with the weight. ``global_step`` is the step of
     schedules, and the state of ``weight="auto"`` is in the checkpoint.
 
-    Without a Trainer: :class:`em_lightning.surgery.layerwise.LayerwiseLoss`, where the arguments are described at length.
+    Without a Trainer: :class:`em_lightning.surgery.layerwise.LayerwiseLoss`.
 
     Args:
         where: the layers: a class, a name pattern such as ``"encoder.*"``, a predicate, or a list.

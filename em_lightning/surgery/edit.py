@@ -217,6 +217,7 @@ def _operate(
             count_calls(surgery, site, new.operator if isinstance(new, Inserted) else new, wanted)
         entry = describe(operation, site.path, make, added[0], wanted)
         entry["by"] = surgery.by
+        entry["tied"] = names[id(site.module)][0] if shared == "together" else None
         entries.append(entry)
     surgery._entries += entries
     keep_plan(model, recorded_plan(model) + entries)

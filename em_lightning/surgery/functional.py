@@ -87,7 +87,7 @@ def swap_relu_calls(
         surgery._ways_back.append(wrap(site.module, "forward", _Around(site.module)).remove)
         count_calls(surgery, inner, new, wanted)
         entry = describe("functional", site.path, make, added[0], wanted)
-        entry["by"] = surgery.by
+        entry.update(by=surgery.by, tied=None)
         plan.append(entry)
     surgery._entries += plan
     keep_plan(model, recorded_plan(model) + plan)

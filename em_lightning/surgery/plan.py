@@ -61,7 +61,8 @@ def _readable(entry: Mapping[str, Any]) -> str:
     arguments = entry["init_args"]
     inner = "..." if arguments is None else ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     calls = "" if entry["calls"] is None else f" calls={entry['calls']}"
-    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({inner}){calls}"
+    tied = "" if entry["tied"] is None else f" tied to {entry['tied']}"
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({inner}){calls}{tied}"
 
 
 def describe(operation: str, path: str, make: Any, module: nn.Module, calls: int | str | None) -> dict[str, Any]:
@@ -126,7 +127,11 @@ def apply_plan(
                 f"pass make=, the function of the old module that builds it"
             )
         surgery = Surgery(model, entry["by"]) if into is None else into
-        operations[entry["operation"]](model, [entry["path"]], builder, calls=entry["calls"], into=surgery)
+        if entry["tied"] is None:
+            operations[entry["operation"]](model, [entry["path"]], builder, calls=entry["calls"], into=surgery)
+        elif entry["tied"] == entry["path"]:  # with the other names of the instance, at its first
+            paths = [other["path"] for other in plan if other["tied"] == entry["tied"]]
+            operations[entry["operation"]](model, paths, builder, calls=entry["calls"], shared="together", into=surgery)
 
 
 def restore_surgery(
