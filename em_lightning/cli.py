@@ -8,12 +8,14 @@ import difflib
 import importlib.util
 import inspect
 import linecache
+import os
 import re
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,8 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def run(name: str, args: Sequence[str]) -> None:
     """Run a recipe with the arguments of its LightningCLI.
 
-    ``--config NAME`` also takes the name of one of the recipe's variants; ``--seeds 0,1,2`` runs it once a seed, one
-    after the other, and combines their tables.
+    ``--config NAME`` also takes the name of one of the recipe's variants; ``--seeds 0,1,2`` runs it once a seed, in
+    processes side by side where cores allow, and combines their tables.
 
     Raises:
         UsageError: there is no such recipe, or an argument is wrong.
@@ -118,19 +120,36 @@ def _take_seeds(args: list[str]) -> tuple[list[int], list[str]]:
 
 
 def _run_seeds(name: str, args: list[str], seeds: list[int]) -> None:
-    """Run each seed in a process of its own, as a strategy's launcher expects, and write their combined table."""
+    """Run each seed in a process of its own, as many at a time as there are cores, and write their combined table."""
+    from rich.progress import track
+
     from em_lightning.results import combine, markdown_table
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("lightning_logs") / name
-    versions = [f"{stamp}-seed{seed}" for seed in seeds]
-    for seed, version in zip(seeds, versions, strict=True):
+    cores = os.cpu_count() or 1
+    # Processes of one seed talk to each other over a port and share the cores as it is.
+    at_once = 1 if any("strategy" in arg or "devices" in arg for arg in args) else min(cores, len(seeds))
+    threads = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(cores // at_once, 1))}
+
+    def run_seed(seed: int) -> Path:
+        version = f"{stamp}-seed{seed}"
+        target = folder / version
+        target.mkdir(parents=True)
         options = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
-        done = subprocess.run([sys.executable, "-m", "em_lightning.cli", "run", name, *args, *options])
+        command = [sys.executable, "-m", "em_lightning.cli", "run", name, *args, *options]
+        with open(target / "output.txt", "w", encoding="utf-8") as output:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **threads})
         if done.returncode:
-            raise UsageError(f"the run of seed {seed} ended with exit code {done.returncode}; its message is above")
-    rows = combine([folder / version / "results.json" for version in versions])
-    text = f"# {name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation\n\n{markdown_table(rows)}\n"
+            lines = (target / "output.txt").read_text(encoding="utf-8").strip().splitlines()
+            raise UsageError(f"seed {seed} ended with exit code {done.returncode}: {lines[-1]} ({target}/output.txt)")
+        return target / "results.json"
+
+    with ThreadPoolExecutor(at_once) as pool:
+        paths = list(track(pool.map(run_seed, seeds), f"seeds, {at_once} at a time", total=len(seeds)))
+    text = (
+        f"# {name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation\n\n{markdown_table(combine(paths))}\n"
+    )
     target = folder / f"{stamp}-seeds"
     target.mkdir(parents=True)
     (target / "results.md").write_text(text, encoding="utf-8")

@@ -100,11 +100,14 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
     assert history["rows"][2]["method"] == "trained operator, 2 steps"
 
 
-def test_seeds_run_one_after_the_other_and_are_combined(here, capfd, monkeypatch):
+def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert cli.main(["run", "point_cloud_gmm", *SMALL, "--seeds=0,1"]) == 0
     (table,) = (here / "lightning_logs" / "point_cloud_gmm").glob("*-seeds/results.md")
     assert "seeds 0, 1" in table.read_text() and " ± " in table.read_text()
+    capfd.readouterr()
+    assert cli.main(["run", "point_cloud_gmm", "--data", "GeometricShapes", "--data.root=gone", "--seeds=5"]) == 2
+    assert "seed 5 ended with exit code 2: em-lightning: root='gone' does not exist" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

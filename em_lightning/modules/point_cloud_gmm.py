@@ -57,7 +57,7 @@ class PointCloudGMM(EMModule):
         init: Literal["farthest", "kmeans++", "random", "learned"] = "farthest",
         covariance_floor: float = 1e-6,
         target: Literal["held_out", "fitted"] = "held_out",
-        lr: float = 3e-3,
+        lr: float = 2e-3,
         schedule: Literal["one_cycle", "constant"] = "one_cycle",
         weight_decay: float = 0.0,
     ) -> None:
