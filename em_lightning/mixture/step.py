@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance import State, Structure
-from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.moments import accumulate, log_density
 from em_lightning.mixture.state import Mixture, structure_of, widest
 
 
@@ -61,6 +61,14 @@ def iterate_once(cloud: Cloud, state: State, structure: Structure, floor: Tensor
     """Return the state after one exact EM iteration."""
     moments = accumulate(cloud.points, cloud.weights, structure.natural(state), structure, widest(cloud.points))
     return structure.maximize(moments, floor)
+
+
+def log_likelihood(cloud: Cloud, state: State, structure: Structure) -> Tensor:
+    """Return the weighted sum (B,) of the log-densities of a cloud's points."""
+    theta = structure.natural(state)
+    density = log_density(cloud.points, theta, structure, theta.dtype)
+    density = density if cloud.weights is None else density * cloud.weights
+    return density.sum(-1, dtype=theta.dtype)
 
 
 def em_step(

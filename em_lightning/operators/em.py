@@ -14,10 +14,13 @@ from em_lightning.mixture import starts
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
 from em_lightning.mixture.moments import accumulate
 from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
+from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, log_likelihood, prepare
 from em_lightning.operators.residual import ResidualCorrection
 
-STARTS = ("farthest", "kmeans++", "random", "learned")
+_RANDOM_STARTS = {"kmeans++": starts.kmeans_plus_plus, "random": starts.random_points}
+# Nats a point: a correction may trade some likelihood of the fitted points for that of others.
+_TOLERATED_LOSS = 0.5
+STARTS = ("farthest", *_RANDOM_STARTS, "learned")
 
 
 class EMOperator(nn.Module):
@@ -26,7 +29,8 @@ class EMOperator(nn.Module):
     E-step ``r_nk = pi_k N(x_n | mu_k, Sigma_k) / p(x_n)``; M-step: weights, means and covariances are the moments
     of the points under ``r``; then ``mu <- mu + MLP_mu(.)`` and ``Sigma <- Sigma + MLP_Sigma(.)``, taken so that
     ``Sigma`` stays positive definite. Both MLPs start at zero: **an untrained operator is exactly classical EM**.
-    The result is invariant to the order of the points, and components permute with their start.
+    A cloud whose own points the last correction makes much less likely does without it. The result is invariant to
+    the order of the points, and components permute with their start.
 
     Args:
         num_components: K.
@@ -37,6 +41,8 @@ class EMOperator(nn.Module):
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
+        num_starts: of so many random starts each cloud takes the one that is most likely after an iteration; while
+            training there is one, which is cheaper and more varied.
         residual: whether there are corrections to learn.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
         gradient: ``"unrolled"``, exact differentiation through all iterations.
@@ -68,12 +74,14 @@ class EMOperator(nn.Module):
         kernel: object = "gaussian",
         competition: object = "softmin",
         init: str = "farthest",
+        num_starts: int = 1,
         residual: bool = True,
         covariance_floor: float = 1e-6,
         gradient: str = "unrolled",
     ) -> None:
         super().__init__()
-        for name, value in (("num_components", num_components), ("num_features", num_features)):
+        counts = {"num_components": num_components, "num_features": num_features, "num_starts": num_starts}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if num_iters < 0:
@@ -81,6 +89,10 @@ class EMOperator(nn.Module):
         _check_choice("covariance", covariance, COVARIANCES)
         _check_choice("init", init, STARTS)
         _check_choice("gradient", gradient, ("unrolled",))
+        if num_starts > 1 and init not in _RANDOM_STARTS:
+            raise ValueError(
+                f"num_starts={num_starts} of init={init!r} would all be the same; use 'kmeans++' or 'random'"
+            )
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
         if not isinstance(KERNELS.build(kernel), GaussianKernel):
@@ -90,6 +102,7 @@ class EMOperator(nn.Module):
         self.num_iters = num_iters
         self.covariance = covariance
         self.init = init
+        self.num_starts = num_starts
         self.gradient = gradient
         self.covariance_floor = covariance_floor
         self.competition = COMPETITIONS.build(competition)
@@ -154,7 +167,22 @@ class EMOperator(nn.Module):
         after = structure.maximize(moments, floor)
         if self.correction is None:
             return after
-        return self.correction(cloud, state, after, floor, progress)
+        corrected = self.correction(cloud, state, after, floor, progress)
+        # Between iterations EM itself mends what a correction spoils.
+        return corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)
+
+    def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
+        """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
+        structure = COVARIANCES[self.covariance]
+        with torch.no_grad():
+            likelihoods = [log_likelihood(cloud, state, structure) for state in (plain, corrected)]
+            keep = likelihoods[1] >= likelihoods[0] - _TOLERATED_LOSS * cloud.mass
+
+        def choose(one: Tensor, other: Tensor) -> Tensor:
+            return torch.where(keep.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+
+        factors = Factors(*map(choose, corrected.factors, plain.factors))
+        return State(corrected.log_weights, choose(corrected.means, plain.means), factors)
 
     def _moments(self, cloud: Cloud, theta: Tensor) -> Tensor:
         structure, wide = COVARIANCES[self.covariance], theta.dtype
@@ -180,13 +208,15 @@ class EMOperator(nn.Module):
                 self.start_means * unit,
                 Factors(factors.scale * spread, factors.inverse / spread),
             )
-        with torch.no_grad():
-            if self.init == "farthest":
+        if self.init == "farthest":
+            with torch.no_grad():
                 centers = starts.farthest_points(cloud, self.num_components)
-            elif self.init == "kmeans++":
-                centers = starts.kmeans_plus_plus(cloud, self.num_components)
-            else:
-                centers = starts.random_points(cloud, self.num_components)
+            return starts.from_centers(cloud, centers, structure, floor)
+        draw = _RANDOM_STARTS[self.init]
+        with torch.no_grad():
+            count = 1 if self.training else self.num_starts
+            drawn = [draw(cloud, self.num_components) for _ in range(count)]
+            centers = drawn[0] if count == 1 else starts.best_centers(cloud, drawn, structure, floor)
         return starts.from_centers(cloud, centers, structure, floor)
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
@@ -222,7 +252,8 @@ class EMOperator(nn.Module):
         """Return what distinguishes this operator."""
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, covariance={self.covariance!r}, "
-            f"init={self.init!r}, covariance_floor={self.covariance_floor:g}, gradient={self.gradient!r}"
+            f"init={self.init!r}, num_starts={self.num_starts}, covariance_floor={self.covariance_floor:g}, "
+            f"gradient={self.gradient!r}"
         )
 
 
