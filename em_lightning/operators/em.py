@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from em_lightning.kernels import KERNELS, GaussianKernel
 from em_lightning.mixture import starts
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
 from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.state import Mixture, structure_of
 from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
 from em_lightning.operators.residual import ResidualCorrection
@@ -38,7 +40,10 @@ class EMOperator(nn.Module):
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
         residual: whether there are corrections to learn.
+        prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
+            M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
+        relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead.
         gradient: ``"unrolled"``, exact differentiation through all iterations.
 
     Shape:
@@ -69,7 +74,9 @@ class EMOperator(nn.Module):
         competition: object = "softmin",
         init: str = "farthest",
         residual: bool = True,
+        prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
+        relative_floor: bool = False,
         gradient: str = "unrolled",
     ) -> None:
         super().__init__()
@@ -83,6 +90,8 @@ class EMOperator(nn.Module):
         _check_choice("gradient", gradient, ("unrolled",))
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
+        if not isinstance(prior, (MixturePrior, Mapping, type(None))):
+            raise TypeError(f"prior={prior!r} is no prior; give a MixturePrior, a mapping of its arguments or None")
         if not isinstance(KERNELS.build(kernel), GaussianKernel):
             raise ValueError(f"kernel={kernel!r} has no M-step here; use 'gaussian'")
         self.num_components = num_components
@@ -92,6 +101,8 @@ class EMOperator(nn.Module):
         self.init = init
         self.gradient = gradient
         self.covariance_floor = covariance_floor
+        self.relative_floor = relative_floor
+        self.prior = MixturePrior(**prior) if isinstance(prior, Mapping) else prior
         self.competition = COMPETITIONS.build(competition)
         self.correction = ResidualCorrection(num_features, covariance) if residual else None
         if init == "learned":
@@ -134,7 +145,7 @@ class EMOperator(nn.Module):
             raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
         with torch.autocast(x.device.type, enabled=False):
             cloud = prepare(x, mask, weights)
-            floor = effective_floor(cloud, self.covariance_floor)
+            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
             structure = COVARIANCES[self.covariance]
             state = self._start(cloud, floor) if init is None else enter(cloud, init)
             yield leave(cloud, state, structure)
@@ -150,7 +161,9 @@ class EMOperator(nn.Module):
 
     def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
         structure = COVARIANCES[self.covariance]
+        counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
         moments = self._moments(cloud, structure.natural(state))
+        moments = posterior_moments(moments, structure, self.num_features, counts)
         after = structure.maximize(moments, floor)
         if self.correction is None:
             return after
@@ -222,7 +235,8 @@ class EMOperator(nn.Module):
         """Return what distinguishes this operator."""
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, covariance={self.covariance!r}, "
-            f"init={self.init!r}, covariance_floor={self.covariance_floor:g}, gradient={self.gradient!r}"
+            f"init={self.init!r}, covariance_floor={self.covariance_floor:g}, relative_floor={self.relative_floor}, "
+            f"gradient={self.gradient!r}"
         )
 
 
