@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.competition import COMPETITIONS, Softmin
-from em_lightning.kernels import KERNELS, GaussianKernel
+from em_lightning.competition import COMPETITIONS, Posterior, Softmin
+from em_lightning.kernels import KERNELS
 from em_lightning.mixture import starts
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
+from em_lightning.mixture.general import general_moments, log_joint, peaks
 from em_lightning.mixture.moments import accumulate
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
+from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, structure_of
 from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
 from em_lightning.operators.residual import ResidualCorrection
@@ -35,7 +37,11 @@ class EMOperator(nn.Module):
         num_features: D.
         num_iters: T, iterations a call.
         covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-        kernel: the energy of a point under a component; Gaussian.
+        kernel: the energy of a point under a component, a key or an instance of ``KERNELS``: ``"gaussian"``, or a
+            robust one of its Mahalanobis distance, ``"student_t"`` (the density, of one degree of freedom unless
+            given), ``"laplace"``, ``"huber"`` or ``"pseudo_huber"``; the formulas are those of
+            :func:`~em_lightning.mixture.radial.radial_of`. Their M-step reweights, covariances are scale matrices,
+            and the likelihood is that of :meth:`log_prob`: a mixture's own is the one of Gaussians of that scale.
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
@@ -92,8 +98,8 @@ class EMOperator(nn.Module):
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
         if not isinstance(prior, (MixturePrior, Mapping, type(None))):
             raise TypeError(f"prior={prior!r} is no prior; give a MixturePrior, a mapping of its arguments or None")
-        if not isinstance(KERNELS.build(kernel), GaussianKernel):
-            raise ValueError(f"kernel={kernel!r} has no M-step here; use 'gaussian'")
+        self.kernel = KERNELS.build({"name": kernel, "density": True} if kernel == "student_t" else kernel)
+        radial_of(self.kernel, num_features)
         self.num_components = num_components
         self.num_features = num_features
         self.num_iters = num_iters
@@ -153,6 +159,26 @@ class EMOperator(nn.Module):
                 state = self._iteration(cloud, state, floor, (step + 1) / steps)
                 yield leave(cloud, state, structure)
 
+    def log_joint(self, x: Tensor, mixture: Mixture) -> Tensor:
+        """Return ``log pi_k + log p_k(x_n)`` of points (B, N, D) under the operator's kernel, as (B, N, K)."""
+        cloud = prepare(x)
+        structure = structure_of(mixture)
+        state = enter(cloud, mixture)
+        theta = structure.natural(state)
+        radial = radial_of(self.kernel, self.num_features)
+        return log_joint(cloud.points, theta, peaks(theta, state, structure), structure, radial)[1].mT.to(x.dtype)
+
+    def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
+        """Return ``log p(x)`` of points (B, N, D) under the operator's kernel, as (B, N); zero where masked."""
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), x, 0.0)
+        density = self.log_joint(x, mixture).logsumexp(-1)
+        return density if mask is None else torch.where(mask, density, 0.0)
+
+    def posterior(self, x: Tensor, mixture: Mixture) -> Posterior:
+        """Return what the E-step makes of points (B, N, D), with responsibilities (B, N, K)."""
+        return self.competition(-self.log_joint(x, mixture))
+
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
         plain = copy.copy(self)
@@ -162,23 +188,26 @@ class EMOperator(nn.Module):
     def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
         structure = COVARIANCES[self.covariance]
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
-        moments = self._moments(cloud, structure.natural(state))
-        moments = posterior_moments(moments, structure, self.num_features, counts)
+        moments, pull = self._moments(cloud, state)
+        moments = posterior_moments(moments, structure, self.num_features, counts, pull)
         after = structure.maximize(moments, floor)
         if self.correction is None:
             return after
         return self.correction(cloud, state, after, floor, progress)
 
-    def _moments(self, cloud: Cloud, theta: Tensor) -> Tensor:
-        structure, wide = COVARIANCES[self.covariance], theta.dtype
-        if isinstance(self.competition, Softmin):
-            return accumulate(cloud.points, cloud.weights, theta / self.competition.temperature, structure, wide)
-        features = structure.features(cloud.points, wide)
-        energies = -torch.bmm(theta, features).to(cloud.points.dtype)
-        responsibilities = self.competition(energies, dim=1).responsibilities
-        if cloud.weights is not None:
-            responsibilities = responsibilities * cloud.weights.unsqueeze(1)
-        return torch.bmm(responsibilities.to(wide), features.mT)
+    def _moments(self, cloud: Cloud, state: State) -> tuple[Tensor, Tensor | None]:
+        """Return the moments under the responsibilities, and the sums of the pulls of a robust kernel."""
+        structure = COVARIANCES[self.covariance]
+        radial = radial_of(self.kernel, self.num_features)
+        soft = isinstance(self.competition, Softmin)
+        if soft and radial is None:
+            theta = structure.natural(state) / self.competition.temperature
+            return accumulate(cloud.points, cloud.weights, theta, structure, theta.dtype), None
+
+        def respond(joint: Tensor, clouds: slice) -> Tensor:
+            return self.competition(-joint, dim=1).responsibilities[:, : self.num_components]
+
+        return general_moments(cloud, state, structure, radial, respond, whole=not soft)
 
     def _start(self, cloud: Cloud, floor: Tensor) -> State:
         structure = COVARIANCES[self.covariance]
