@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.kernels.base import positive_number
-from em_lightning.mixture.covariance import Structure
+from em_lightning.mixture.covariance import State, Structure
 from em_lightning.mixture.state import Mixture, structure_of
 from em_lightning.mixture.step import Cloud, enter, prepare
 
@@ -161,21 +161,25 @@ class MixturePrior(nn.Module):
         cloud, structure = prepare(x, mask, weights), structure_of(mixture)
         state = enter(cloud, mixture)
         counts = self.beside(cloud, structure, state.means.shape[1])
-        # Under natural parameters without weights: theta . phi is the log-density of a Gaussian.
-        theta = structure.natural(state._replace(log_weights=torch.zeros_like(state.log_weights)))
-        own = structure.features(state.means.mT, theta.dtype).mT
-        pull = (theta * (counts.place - own)).sum(-1)
-        features = state.means.shape[-1]
-        shape = (theta * own).sum(-1) + (theta[..., 1 + features :] * counts.spread).sum(-1)
-        shape = shape + 0.5 * features * math.log(2.0 * math.pi)
-        shape = shape[:, 0] if structure.name == "tied" else shape.sum(-1)
-        total = counts.weight * state.log_weights.sum(-1) + counts.mean * pull.sum(-1) + counts.covariance * shape
-        return total.to(x.dtype)
+        return log_prior(state, structure, counts).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Return the pseudo-counts."""
         with torch.no_grad():
             return ", ".join(f"{name}={float(self.count(name)):g}" for name in self._counts)
+
+
+def log_prior(state: State, structure: Structure, counts: PseudoCounts) -> Tensor:
+    """Return the logarithm of the prior density of the loop's parameters, up to a constant, as (B,)."""
+    # Under natural parameters without weights: theta . phi is the log-density of a Gaussian.
+    theta = structure.natural(state._replace(log_weights=torch.zeros_like(state.log_weights)))
+    own = structure.features(state.means.mT, theta.dtype).mT
+    pull = (theta * (counts.place - own)).sum(-1)
+    features = state.means.shape[-1]
+    shape = (theta * own).sum(-1) + (theta[..., 1 + features :] * counts.spread).sum(-1)
+    shape = shape + 0.5 * features * math.log(2.0 * math.pi)
+    shape = shape[:, 0] if structure.name == "tied" else shape.sum(-1)
+    return counts.weight * state.log_weights.sum(-1) + counts.mean * pull.sum(-1) + counts.covariance * shape
 
 
 def posterior_moments(

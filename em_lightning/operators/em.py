@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from em_lightning.competition import COMPETITIONS, Posterior, Softmin
-from em_lightning.kernels import KERNELS
+from em_lightning.competition import Softmin
 from em_lightning.mixture import starts
+from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
-from em_lightning.mixture.general import general_moments, log_joint, peaks
+from em_lightning.mixture.general import general_moments
 from em_lightning.mixture.moments import accumulate
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, structure_of
 from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
+from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
 
 STARTS = ("farthest", "kmeans++", "random", "learned")
 
 
-class EMOperator(nn.Module):
+class EMOperator(MixtureModel):
     r"""Fit a Gaussian mixture to each point set by T unrolled EM iterations with learned corrections.
 
     E-step ``r_nk = pi_k N(x_n | mu_k, Sigma_k) / p(x_n)``; M-step: weights, means and covariances are the moments
@@ -43,6 +45,10 @@ class EMOperator(nn.Module):
             :func:`~em_lightning.mixture.radial.radial_of`. Their M-step reweights, covariances are scale matrices,
             and the likelihood is that of :meth:`log_prob`: a mixture's own is the one of Gaussians of that scale.
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
+        background: a component that is uniform over the bounding box of each cloud, for outliers: its weight, a
+            :class:`~em_lightning.mixture.UniformBackground` or its arguments.
+        temperature: divides the logarithms of the joint density in the E-step; a pair ``(first, last)`` anneals
+            geometrically, ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
         residual: whether there are corrections to learn.
@@ -83,9 +89,10 @@ class EMOperator(nn.Module):
         prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
         relative_floor: bool = False,
+        background: UniformBackground | Mapping[str, Any] | float | None = None,
+        temperature: float | tuple[float, float] = 1.0,
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__()
         for name, value in (("num_components", num_components), ("num_features", num_features)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -96,20 +103,16 @@ class EMOperator(nn.Module):
         _check_choice("gradient", gradient, ("unrolled",))
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
-        if not isinstance(prior, (MixturePrior, Mapping, type(None))):
-            raise TypeError(f"prior={prior!r} is no prior; give a MixturePrior, a mapping of its arguments or None")
-        self.kernel = KERNELS.build({"name": kernel, "density": True} if kernel == "student_t" else kernel)
-        radial_of(self.kernel, num_features)
-        self.num_components = num_components
-        self.num_features = num_features
+        super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
         self.num_iters = num_iters
-        self.covariance = covariance
         self.init = init
         self.gradient = gradient
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
-        self.prior = MixturePrior(**prior) if isinstance(prior, Mapping) else prior
-        self.competition = COMPETITIONS.build(competition)
+        pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, temperature)
+        if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
+            raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
+        self.temperature = (float(pair[0]), float(pair[1]))
         self.correction = ResidualCorrection(num_features, covariance) if residual else None
         if init == "learned":
             self.start_means = nn.Parameter(torch.randn(num_components, num_features))
@@ -159,25 +162,54 @@ class EMOperator(nn.Module):
                 state = self._iteration(cloud, state, floor, (step + 1) / steps)
                 yield leave(cloud, state, structure)
 
-    def log_joint(self, x: Tensor, mixture: Mixture) -> Tensor:
-        """Return ``log pi_k + log p_k(x_n)`` of points (B, N, D) under the operator's kernel, as (B, N, K)."""
-        cloud = prepare(x)
-        structure = structure_of(mixture)
-        state = enter(cloud, mixture)
-        theta = structure.natural(state)
-        radial = radial_of(self.kernel, self.num_features)
-        return log_joint(cloud.points, theta, peaks(theta, state, structure), structure, radial)[1].mT.to(x.dtype)
+    def fit(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        init: Mixture | None = None,
+        max_iters: int = 100,
+        tol: float = 1e-3,
+    ) -> tuple[Mixture, Tensor]:
+        """Iterate each cloud until its objective rises by less than ``tol`` a point; return mixtures and steps (B,).
 
-    def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
-        """Return ``log p(x)`` of points (B, N, D) under the operator's kernel, as (B, N); zero where masked."""
-        if mask is not None:
-            x = torch.where(mask.unsqueeze(-1), x, 0.0)
-        density = self.log_joint(x, mixture).logsumexp(-1)
-        return density if mask is None else torch.where(mask, density, 0.0)
+        The objective is :meth:`objective` over the mass of the cloud. A cloud that has converged is left as it is, so
+        its result does not depend on the others. A temperature schedule runs over the first ``num_iters`` iterations,
+        and no cloud stops before it has. Data decide the length of the loop: use :meth:`forward` under a compiler.
 
-    def posterior(self, x: Tensor, mixture: Mixture) -> Posterior:
-        """Return what the E-step makes of points (B, N, D), with responsibilities (B, N, K)."""
-        return self.competition(-self.log_joint(x, mixture))
+        Args:
+            x: points (B, N, D).
+            mask: (B, N), false where a row is padding.
+            weights: (B, N), how often each point counts.
+            init: mixtures to start from.
+            max_iters: the most iterations; a cloud that reports it may not have converged.
+            tol: of the change of the objective, in nats a point, as scikit-learn's.
+        """
+        x = self._checked(x, mask, weights, init)
+        if max_iters < 0 or not tol >= 0:
+            raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
+        with torch.autocast(x.device.type, enabled=False):
+            cloud = prepare(x, mask, weights)
+            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
+            state = self._start(cloud, floor) if init is None else enter(cloud, init)
+            schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
+            steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            running = torch.ones_like(steps, dtype=torch.bool)
+            with torch.no_grad():
+                before = self._objective(cloud, state)
+            for step in range(1, max_iters + 1):
+                after = self._iteration(cloud, state, floor, min(step / schedule, 1.0))
+                state = _where(running, after, state)
+                steps = steps + running
+                with torch.no_grad():
+                    objective = self._objective(cloud, state)
+                    change = (objective - before).abs() / cloud.mass.clamp(min=torch.finfo(cloud.mass.dtype).tiny)
+                    before = objective
+                if step >= schedule:
+                    running = running & (change >= tol)
+                    if not running.any():
+                        break
+            return leave(cloud, state, COVARIANCES[self.covariance]), steps
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -188,26 +220,28 @@ class EMOperator(nn.Module):
     def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
         structure = COVARIANCES[self.covariance]
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
-        moments, pull = self._moments(cloud, state)
+        moments, pull = self._moments(cloud, state, progress)
         moments = posterior_moments(moments, structure, self.num_features, counts, pull)
         after = structure.maximize(moments, floor)
         if self.correction is None:
             return after
         return self.correction(cloud, state, after, floor, progress)
 
-    def _moments(self, cloud: Cloud, state: State) -> tuple[Tensor, Tensor | None]:
+    def _moments(self, cloud: Cloud, state: State, progress: float) -> tuple[Tensor, Tensor | None]:
         """Return the moments under the responsibilities, and the sums of the pulls of a robust kernel."""
         structure = COVARIANCES[self.covariance]
         radial = radial_of(self.kernel, self.num_features)
+        first, last = self.temperature
+        temperature = first ** (1.0 - progress) * last**progress
         soft = isinstance(self.competition, Softmin)
-        if soft and radial is None:
-            theta = structure.natural(state) / self.competition.temperature
+        if soft and radial is None and self.background is None:
+            theta = structure.natural(state) / (self.competition.temperature * temperature)
             return accumulate(cloud.points, cloud.weights, theta, structure, theta.dtype), None
 
-        def respond(joint: Tensor, clouds: slice) -> Tensor:
-            return self.competition(-joint, dim=1).responsibilities[:, : self.num_components]
+        def respond(joint: Tensor) -> Tensor:
+            return self.competition(-joint / temperature, dim=1).responsibilities
 
-        return general_moments(cloud, state, structure, radial, respond, whole=not soft)
+        return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole=not soft)
 
     def _start(self, cloud: Cloud, floor: Tensor) -> State:
         structure = COVARIANCES[self.covariance]
@@ -273,6 +307,16 @@ def _check_choice(name: str, value: object, choices: object) -> None:
     known = list(choices)  # type: ignore[call-overload]
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
+
+
+def _where(condition: Tensor, one: State, other: State) -> State:
+    """Return one state for the clouds where a condition (B,) holds and the other elsewhere."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    factors = Factors(*(choose(a, b) for a, b in zip(one.factors, other.factors, strict=True)))
+    return State(choose(one.log_weights, other.log_weights), choose(one.means, other.means), factors)
 
 
 def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
