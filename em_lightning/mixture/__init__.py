@@ -1,7 +1,9 @@
 """Gaussian mixtures over batches of point sets, and the EM step that fits them."""
 
+from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES
+from em_lightning.mixture.prior import MixturePrior
 from em_lightning.mixture.state import Mixture
 from em_lightning.mixture.step import em_step
 
-__all__ = ["COVARIANCES", "Mixture", "em_step"]
+__all__ = ["COVARIANCES", "Mixture", "MixturePrior", "UniformBackground", "em_step"]

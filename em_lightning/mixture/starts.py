@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance import Factors, State, Structure
-from em_lightning.mixture.step import Cloud, iterate_once, log_likelihood
+from em_lightning.mixture.step import Cloud
 
 # The share of a cell's mean squared distance that bounds its core.
 _CORE = 0.4
@@ -113,17 +112,6 @@ def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Ten
     scaled = Factors(cores.factors.scale * ratio, cores.factors.inverse / ratio)
     factors = choose(mass > features, choose(enough, scaled, cells.factors), shared)
     return State(cells.log_weights, means, factors)
-
-
-def best_centers(cloud: Cloud, candidates: Sequence[Tensor], structure: Structure, floor: Tensor) -> Tensor:
-    """Return for each set those of several centers (B, K, D) whose mixture is most likely after one EM iteration."""
-    best, chosen = torch.full_like(cloud.mass, -torch.inf), candidates[0]
-    for centers in candidates:
-        state = iterate_once(cloud, from_centers(cloud, centers, structure, floor), structure, floor)
-        likelihood = log_likelihood(cloud, state, structure)
-        chosen = torch.where((likelihood > best)[:, None, None], centers, chosen)
-        best = torch.maximum(best, likelihood)
-    return chosen
 
 
 def _size(scale: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Mixture(NamedTuple):
 
     def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, Structure]:
         """Return centred points (B, D, N) and natural parameters: far from the origin digits are kept that way."""
-        _check_points(self, x)
+        check_points(self, x)
         structure = structure_of(self)
         log_weights, means, covariances = (part.to(widest(x)) for part in self)
         center = means.mean(1, keepdim=True)
@@ -138,7 +138,8 @@ def structure_of(mixture: Mixture) -> Structure:
     return COVARIANCES[fitting[shape]]
 
 
-def _check_points(mixture: Mixture, x: Tensor) -> None:
+def check_points(mixture: Mixture, x: Tensor) -> None:
+    """Raise ValueError unless points (B, N, D) fit the mixtures."""
     sets, _, features = mixture.means.shape
     if x.ndim != 3 or x.shape[0] not in (1, sets) or x.shape[-1] != features:
         raise ValueError(

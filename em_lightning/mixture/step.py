@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance import State, Structure
-from em_lightning.mixture.moments import accumulate, log_density
+from em_lightning.mixture.moments import accumulate
 from em_lightning.mixture.state import Mixture, structure_of, widest
 
 
@@ -50,25 +50,21 @@ def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
     return Cloud(points.mT.to(x.dtype).contiguous(), weights, mass, center, variance)
 
 
-def effective_floor(cloud: Cloud, floor: float) -> Tensor:
-    """Return the floor (B,) of a variance: as asked, but never below what the rounding of the points can show."""
+def effective_floor(cloud: Cloud, floor: float, relative: bool = False) -> Tensor:
+    """Return the floor (B,) of a variance: as asked, but never below what the rounding of the points can show.
+
+    A relative floor is a share of the mean variance of the cloud's features.
+    """
     eps = torch.finfo(cloud.points.dtype).eps
-    extent = cloud.variance.detach().sum(-1)
-    return (eps * eps * extent).clamp(min=max(floor, eps**4))
+    variance = cloud.variance.detach()
+    least = (eps * eps * variance.sum(-1)).clamp(min=eps**4)
+    return torch.maximum(least, floor * variance.mean(-1)) if relative else least.clamp(min=floor)
 
 
 def iterate_once(cloud: Cloud, state: State, structure: Structure, floor: Tensor) -> State:
     """Return the state after one exact EM iteration."""
     moments = accumulate(cloud.points, cloud.weights, structure.natural(state), structure, widest(cloud.points))
     return structure.maximize(moments, floor)
-
-
-def log_likelihood(cloud: Cloud, state: State, structure: Structure) -> Tensor:
-    """Return the weighted sum (B,) of the log-densities of a cloud's points."""
-    theta = structure.natural(state)
-    density = log_density(cloud.points, theta, structure, theta.dtype)
-    density = density if cloud.weights is None else density * cloud.weights
-    return density.sum(-1, dtype=theta.dtype)
 
 
 def em_step(

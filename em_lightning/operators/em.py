@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from em_lightning.competition import COMPETITIONS, Softmin
-from em_lightning.kernels import KERNELS, GaussianKernel
+from em_lightning.competition import Softmin
 from em_lightning.mixture import starts
+from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
+from em_lightning.mixture.general import general_moments
 from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.prior import MixturePrior, posterior_moments
+from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, log_likelihood, prepare
+from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
+from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
 
 _RANDOM_STARTS = {"kmeans++": starts.kmeans_plus_plus, "random": starts.random_points}
@@ -23,7 +29,7 @@ _TOLERATED_LOSS = 0.5
 STARTS = ("farthest", *_RANDOM_STARTS, "learned")
 
 
-class EMOperator(nn.Module):
+class EMOperator(MixtureModel):
     r"""Fit a Gaussian mixture to each point set by T unrolled EM iterations with learned corrections.
 
     E-step ``r_nk = pi_k N(x_n | mu_k, Sigma_k) / p(x_n)``; M-step: weights, means and covariances are the moments
@@ -37,14 +43,25 @@ class EMOperator(nn.Module):
         num_features: D.
         num_iters: T, iterations a call.
         covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-        kernel: the energy of a point under a component; Gaussian.
+        kernel: the energy of a point under a component, a key or an instance of ``KERNELS``: ``"gaussian"``, or a
+            robust one of its Mahalanobis distance, ``"student_t"`` (the density, of one degree of freedom unless
+            given), ``"laplace"``, ``"huber"`` or ``"pseudo_huber"``; the formulas are those of
+            :func:`~em_lightning.mixture.radial.radial_of`. Their M-step reweights, covariances are scale matrices,
+            and the likelihood is that of :meth:`log_prob`: a mixture's own is the one of Gaussians of that scale.
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
+        background: a component that is uniform over the bounding box of each cloud, for outliers: its weight, a
+            :class:`~em_lightning.mixture.UniformBackground` or its arguments.
+        temperature: divides the logarithms of the joint density in the E-step; a pair ``(first, last)`` anneals
+            geometrically, ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
         num_starts: of so many random starts each cloud takes the one that is most likely after an iteration; while
             training there is one, which is cheaper and more varied.
         residual: whether there are corrections to learn.
+        prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
+            M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
+        relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead.
         gradient: ``"unrolled"``, exact differentiation through all iterations.
 
     Shape:
@@ -76,10 +93,13 @@ class EMOperator(nn.Module):
         init: str = "farthest",
         num_starts: int = 1,
         residual: bool = True,
+        prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
+        relative_floor: bool = False,
+        background: UniformBackground | Mapping[str, Any] | float | None = None,
+        temperature: float | tuple[float, float] = 1.0,
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__()
         counts = {"num_components": num_components, "num_features": num_features, "num_starts": num_starts}
         for name, value in counts.items():
             if value < 1:
@@ -95,17 +115,17 @@ class EMOperator(nn.Module):
             )
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
-        if not isinstance(KERNELS.build(kernel), GaussianKernel):
-            raise ValueError(f"kernel={kernel!r} has no M-step here; use 'gaussian'")
-        self.num_components = num_components
-        self.num_features = num_features
+        super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
         self.num_iters = num_iters
-        self.covariance = covariance
         self.init = init
         self.num_starts = num_starts
         self.gradient = gradient
         self.covariance_floor = covariance_floor
-        self.competition = COMPETITIONS.build(competition)
+        self.relative_floor = relative_floor
+        pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, temperature)
+        if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
+            raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
+        self.temperature = (float(pair[0]), float(pair[1]))
         self.correction = ResidualCorrection(num_features, covariance) if residual else None
         if init == "learned":
             self.start_means = nn.Parameter(torch.randn(num_components, num_features))
@@ -147,13 +167,62 @@ class EMOperator(nn.Module):
             raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
         with torch.autocast(x.device.type, enabled=False):
             cloud = prepare(x, mask, weights)
-            floor = effective_floor(cloud, self.covariance_floor)
+            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
             structure = COVARIANCES[self.covariance]
             state = self._start(cloud, floor) if init is None else enter(cloud, init)
             yield leave(cloud, state, structure)
             for step in range(steps):
                 state = self._iteration(cloud, state, floor, (step + 1) / steps)
                 yield leave(cloud, state, structure)
+
+    def fit(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        init: Mixture | None = None,
+        max_iters: int = 100,
+        tol: float = 1e-3,
+    ) -> tuple[Mixture, Tensor]:
+        """Iterate each cloud until its objective rises by less than ``tol`` a point; return mixtures and steps (B,).
+
+        The objective is :meth:`objective` over the mass of the cloud. A cloud that has converged is left as it is, so
+        its result does not depend on the others. A temperature schedule runs over the first ``num_iters`` iterations,
+        and no cloud stops before it has. Data decide the length of the loop: use :meth:`forward` under a compiler.
+
+        Args:
+            x: points (B, N, D).
+            mask: (B, N), false where a row is padding.
+            weights: (B, N), how often each point counts.
+            init: mixtures to start from.
+            max_iters: the most iterations; a cloud that reports it may not have converged.
+            tol: of the change of the objective, in nats a point, as scikit-learn's.
+        """
+        x = self._checked(x, mask, weights, init)
+        if max_iters < 0 or not tol >= 0:
+            raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
+        with torch.autocast(x.device.type, enabled=False):
+            cloud = prepare(x, mask, weights)
+            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
+            state = self._start(cloud, floor) if init is None else enter(cloud, init)
+            schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
+            steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            running = torch.ones_like(steps, dtype=torch.bool)
+            with torch.no_grad():
+                before = self._objective(cloud, state)
+            for step in range(1, max_iters + 1):
+                after = self._iteration(cloud, state, floor, min(step / schedule, 1.0))
+                state = _where(running, after, state)
+                steps = steps + running
+                with torch.no_grad():
+                    objective = self._objective(cloud, state)
+                    change = (objective - before).abs() / cloud.mass.clamp(min=torch.finfo(cloud.mass.dtype).tiny)
+                    before = objective
+                if step >= schedule:
+                    running = running & (change >= tol)
+                    if not running.any():
+                        break
+            return leave(cloud, state, COVARIANCES[self.covariance]), steps
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -162,38 +231,42 @@ class EMOperator(nn.Module):
         return plain
 
     def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
-        structure = COVARIANCES[self.covariance]
-        moments = self._moments(cloud, structure.natural(state))
-        after = structure.maximize(moments, floor)
+        after = self._exact_iteration(cloud, state, floor, progress)
         if self.correction is None:
             return after
         corrected = self.correction(cloud, state, after, floor, progress)
         # Between iterations EM itself mends what a correction spoils.
         return corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)
 
+    def _exact_iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
+        structure = COVARIANCES[self.covariance]
+        counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
+        moments, pull = self._moments(cloud, state, progress)
+        moments = posterior_moments(moments, structure, self.num_features, counts, pull)
+        return structure.maximize(moments, floor)
+
     def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
         """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
-        structure = COVARIANCES[self.covariance]
         with torch.no_grad():
-            likelihoods = [log_likelihood(cloud, state, structure) for state in (plain, corrected)]
-            keep = likelihoods[1] >= likelihoods[0] - _TOLERATED_LOSS * cloud.mass
+            least = self._objective(cloud, plain) - _TOLERATED_LOSS * cloud.mass
+            keep = self._objective(cloud, corrected) >= least
+        return _where(keep, corrected, plain)
 
-        def choose(one: Tensor, other: Tensor) -> Tensor:
-            return torch.where(keep.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+    def _moments(self, cloud: Cloud, state: State, progress: float) -> tuple[Tensor, Tensor | None]:
+        """Return the moments under the responsibilities, and the sums of the pulls of a robust kernel."""
+        structure = COVARIANCES[self.covariance]
+        radial = radial_of(self.kernel, self.num_features)
+        first, last = self.temperature
+        temperature = first ** (1.0 - progress) * last**progress
+        soft = isinstance(self.competition, Softmin)
+        if soft and radial is None and self.background is None:
+            theta = structure.natural(state) / (self.competition.temperature * temperature)
+            return accumulate(cloud.points, cloud.weights, theta, structure, theta.dtype), None
 
-        factors = Factors(*map(choose, corrected.factors, plain.factors))
-        return State(corrected.log_weights, choose(corrected.means, plain.means), factors)
+        def respond(joint: Tensor) -> Tensor:
+            return self.competition(-joint / temperature, dim=1).responsibilities
 
-    def _moments(self, cloud: Cloud, theta: Tensor) -> Tensor:
-        structure, wide = COVARIANCES[self.covariance], theta.dtype
-        if isinstance(self.competition, Softmin):
-            return accumulate(cloud.points, cloud.weights, theta / self.competition.temperature, structure, wide)
-        features = structure.features(cloud.points, wide)
-        energies = -torch.bmm(theta, features).to(cloud.points.dtype)
-        responsibilities = self.competition(energies, dim=1).responsibilities
-        if cloud.weights is not None:
-            responsibilities = responsibilities * cloud.weights.unsqueeze(1)
-        return torch.bmm(responsibilities.to(wide), features.mT)
+        return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole=not soft)
 
     def _start(self, cloud: Cloud, floor: Tensor) -> State:
         structure = COVARIANCES[self.covariance]
@@ -212,12 +285,22 @@ class EMOperator(nn.Module):
             with torch.no_grad():
                 centers = starts.farthest_points(cloud, self.num_components)
             return starts.from_centers(cloud, centers, structure, floor)
-        draw = _RANDOM_STARTS[self.init]
+        count = 1 if self.training else self.num_starts
         with torch.no_grad():
-            count = 1 if self.training else self.num_starts
-            drawn = [draw(cloud, self.num_components) for _ in range(count)]
-            centers = drawn[0] if count == 1 else starts.best_centers(cloud, drawn, structure, floor)
+            drawn = [_RANDOM_STARTS[self.init](cloud, self.num_components) for _ in range(count)]
+            centers = drawn[0] if count == 1 else self._best_centers(cloud, drawn, floor)
         return starts.from_centers(cloud, centers, structure, floor)
+
+    def _best_centers(self, cloud: Cloud, drawn: list[Tensor], floor: Tensor) -> Tensor:
+        """Return for each set those of several centers whose mixture is most likely after one exact iteration."""
+        structure = COVARIANCES[self.covariance]
+        best, chosen = torch.full_like(cloud.mass, -torch.inf), drawn[0]
+        for centers in drawn:
+            state = starts.from_centers(cloud, centers, structure, floor)
+            objective = self._objective(cloud, self._exact_iteration(cloud, state, floor, 0.0))
+            chosen = torch.where((objective > best)[:, None, None], centers, chosen)
+            best = torch.maximum(best, objective)
+        return chosen
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""
@@ -253,6 +336,7 @@ class EMOperator(nn.Module):
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, covariance={self.covariance!r}, "
             f"init={self.init!r}, num_starts={self.num_starts}, covariance_floor={self.covariance_floor:g}, "
+            f"relative_floor={self.relative_floor}, "
             f"gradient={self.gradient!r}"
         )
 
@@ -261,6 +345,16 @@ def _check_choice(name: str, value: object, choices: object) -> None:
     known = list(choices)  # type: ignore[call-overload]
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
+
+
+def _where(condition: Tensor, one: State, other: State) -> State:
+    """Return one state for the clouds where a condition (B,) holds and the other elsewhere."""
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    factors = Factors(*(choose(a, b) for a, b in zip(one.factors, other.factors, strict=True)))
+    return State(choose(one.log_weights, other.log_weights), choose(one.means, other.means), factors)
 
 
 def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:

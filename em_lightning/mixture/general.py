@@ -1,0 +1,135 @@
+"""The passes over points for anything but softmin among Gaussians: robust kernels, a background, other competitions.
+
+Blocks of points are formed again in the backward pass, so memory does not grow with the number of iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from em_lightning.mixture.background import Level
+from em_lightning.mixture.covariance import State, Structure
+from em_lightning.mixture.radial import Radial
+from em_lightning.mixture.step import Cloud
+
+# Responsibilities a block.
+_BLOCK = 2**18
+
+
+def log_joint(
+    points: Tensor, theta: Tensor, peak: Tensor, structure: Structure, radial: Radial | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    r"""Return features (B, F, N), ``log pi_k + log p_k(x_n)`` (B, K, N) and the pulls ``u_nk`` (B, K, N) of points.
+
+    Args:
+        points: (B, D, N), centred.
+        theta: (B, K, F), natural parameters of Gaussians.
+        peak: (B, K, 1), what ``theta . phi`` is at the mean: a point's Mahalanobis distance is what it lies below.
+        structure: the covariance structure.
+        radial: the density, ``None`` for the Gaussian's, whose pulls are ``None``.
+    """
+    features = structure.features(points, theta.dtype)
+    gaussian = torch.bmm(theta, features)
+    if radial is None:
+        return features, gaussian, None
+    energies, pull = radial.energy((2.0 * (peak - gaussian)).clamp(min=0.0))
+    # The Gaussian's normalizer gives way to the kernel's.
+    constant = 0.5 * points.shape[1] * math.log(2.0 * math.pi) - radial.log_normalizer
+    return features, peak + constant - energies, pull
+
+
+def peaks(theta: Tensor, state: State, structure: Structure) -> Tensor:
+    """Return ``theta_k . phi(mu_k)`` as (B, K, 1)."""
+    return (theta * structure.features(state.means.mT, theta.dtype).mT).sum(-1, keepdim=True)
+
+
+def with_background(joint: Tensor, level: Level | None, clouds: slice = slice(None)) -> Tensor:
+    """Return ``log pi_k + log p_k`` (B, K, N), and where there is a background that last: (B, K + 1, N)."""
+    if level is None:
+        return joint
+    constant = level.background[clouds, None, None].to(joint).expand(-1, 1, joint.shape[-1])
+    return torch.cat([joint + level.rest.to(joint), constant], 1)
+
+
+def general_moments(
+    cloud: Cloud,
+    state: State,
+    structure: Structure,
+    radial: Radial | None,
+    level: Level | None,
+    respond: Callable[[Tensor], Tensor],
+    whole: bool,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Return moments ``sum_n w_n r_nk [1, u_nk x_n, u_nk x_n x_n^T]`` (B, K, F) and ``sum_n w_n r_nk u_nk`` (B, K).
+
+    Args:
+        cloud: the point sets.
+        state: the mixture.
+        structure: its covariance structure.
+        radial: its density, ``None`` for the Gaussian's: then ``u = 1`` and the second result is ``None``.
+        level: its background.
+        respond: from ``log pi_k + log p_k(x_n)`` (b, K, n), the background last, to responsibilities (b, K, n).
+        whole: whether ``respond`` must see all points at once.
+    """
+    theta = structure.natural(state)
+    peak = peaks(theta, state, structure)
+
+    def block(points: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, clouds: slice) -> Tensor:
+        features, joint, pull = log_joint(points, theta, peak, structure, radial)
+        share = respond(with_background(joint.to(points.dtype), level, clouds))[:, : theta.shape[1]]
+        if weights is not None:
+            share = share * weights.unsqueeze(1)
+        share = share.to(theta.dtype)
+        pulled = share if pull is None else share * pull
+        return torch.cat([share.sum(-1, keepdim=True), torch.bmm(pulled, features.mT)], -1)
+
+    parts = []
+    for clouds, blocks in _blocks(cloud, theta, whole):
+        total = torch.zeros_like(theta[:1, :1, :1])
+        for rows in blocks:
+            weights = None if cloud.weights is None else cloud.weights[clouds, rows]
+            total = total + _again(block, cloud.points[clouds, :, rows], weights, theta[clouds], peak[clouds], clouds)
+        parts.append(total)
+    sums = torch.cat(parts)
+    if radial is None:
+        return sums[..., 1:], None
+    return torch.cat([sums[..., :1], sums[..., 2:]], -1), sums[..., 1]
+
+
+def general_log_density(
+    cloud: Cloud, state: State, structure: Structure, radial: Radial | None, level: Level | None
+) -> Tensor:
+    """Return ``log p(x_n)`` (B, N) of points; arguments are those of :func:`general_moments`."""
+    theta = structure.natural(state)
+    peak = peaks(theta, state, structure)
+
+    def block(points: Tensor, theta: Tensor, peak: Tensor, clouds: slice) -> Tensor:
+        joint = log_joint(points, theta, peak, structure, radial)[1].to(points.dtype)
+        return with_background(joint, level, clouds).logsumexp(1)
+
+    parts = []
+    for clouds, blocks in _blocks(cloud, theta, False):
+        rows = [_again(block, cloud.points[clouds, :, row], theta[clouds], peak[clouds], clouds) for row in blocks]
+        parts.append(torch.cat(rows, -1))
+    return torch.cat(parts)
+
+
+def _blocks(cloud: Cloud, theta: Tensor, whole: bool) -> list[tuple[slice, list[slice]]]:
+    """Return which clouds, and which of their points, are worked on together."""
+    sets, _, items = cloud.points.shape
+    rows = items if whole else max(_BLOCK // theta.shape[1], 1)
+    size = sets if whole else max(rows // items, 1)
+    points = [slice(row, row + rows) for row in range(0, items, rows)]
+    return [(slice(first, first + size), points) for first in range(0, sets, size)]
+
+
+def _again(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """Call a function that the backward pass is to call once more instead of keeping what it made."""
+    if torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(*arguments)

@@ -1,0 +1,112 @@
+"""What an operator takes its points to be drawn from: the density of a mixture, and the prior of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from em_lightning.competition import COMPETITIONS, Background, Posterior
+from em_lightning.kernels import KERNELS
+from em_lightning.mixture.background import Level, UniformBackground
+from em_lightning.mixture.covariance import COVARIANCES, State, Structure
+from em_lightning.mixture.general import general_log_density, log_joint, peaks, with_background
+from em_lightning.mixture.prior import MixturePrior, log_prior
+from em_lightning.mixture.radial import radial_of
+from em_lightning.mixture.state import Mixture, check_points, structure_of
+from em_lightning.mixture.step import Cloud, enter, prepare
+
+
+class MixtureModel(nn.Module):
+    r"""The density :math:`p(x) = w_0 p_0 + (1 - w_0) \sum_k \pi_k p_k(x)` of a kernel and a background, and a prior.
+
+    Args:
+        num_components: K.
+        num_features: D.
+        covariance: the covariance structure.
+        kernel: the energy of a point under a component.
+        competition: how components share points.
+        prior: of the parameters of the mixture.
+        background: a component of constant density.
+
+    Raises:
+        TypeError: the prior or the background is none.
+        ValueError: the kernel has no M-step, or the competition has a background too.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        num_features: int,
+        covariance: str,
+        kernel: object,
+        competition: object,
+        prior: MixturePrior | Mapping[str, Any] | None,
+        background: UniformBackground | Mapping[str, Any] | float | None,
+    ) -> None:
+        super().__init__()
+        self.num_components = num_components
+        self.num_features = num_features
+        self.covariance = covariance
+        self.kernel = KERNELS.build({"name": kernel, "density": True} if kernel == "student_t" else kernel)
+        radial_of(self.kernel, num_features)  # says which kernels can be fitted
+        self.competition = COMPETITIONS.build(competition)
+        if isinstance(background, (int, float)):
+            background = {"weight": background}
+        self.background = UniformBackground(**background) if isinstance(background, Mapping) else background
+        self.prior = MixturePrior(**prior) if isinstance(prior, Mapping) else prior
+        for name, value, cls in (
+            ("prior", self.prior, MixturePrior),
+            ("background", self.background, UniformBackground),
+        ):
+            if value is not None and not isinstance(value, cls):
+                raise TypeError(f"{name}={value!r} is none; give a {cls.__name__}, a mapping of its arguments or None")
+        if self.background is not None and isinstance(self.competition, Background):
+            raise ValueError("background and competition='background' are two backgrounds; give one of them")
+
+    def objective(
+        self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return what EM climbs, (B,): ``sum_n w_n log p(x_n)`` and the logarithm of the prior, up to a constant."""
+        check_points(mixture, x)
+        cloud = prepare(x, mask, weights)
+        return self._objective(cloud, enter(cloud, mixture)).to(x.dtype)
+
+    def _objective(self, cloud: Cloud, state: State) -> Tensor:
+        structure = COVARIANCES[self.covariance]
+        density = self._log_density(cloud, state, structure).to(cloud.mass.dtype)
+        total = density.sum(-1) if cloud.weights is None else (density * cloud.weights).sum(-1)
+        if self.prior is None:
+            return total
+        return total + log_prior(state, structure, self.prior.beside(cloud, structure, self.num_components))
+
+    def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
+        """Return ``log p(x)`` of points (B, N, D) under the operator's kernel and background, as (B, N).
+
+        Zero where masked. A background without an energy is uniform over the bounding box of these points.
+        """
+        check_points(mixture, x)
+        cloud = prepare(x, mask)
+        density = self._log_density(cloud, enter(cloud, mixture), structure_of(mixture)).to(x.dtype)
+        return density if mask is None else torch.where(mask, density, 0.0)
+
+    def posterior(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Posterior:
+        """Return what the competition makes of points (B, N, D): responsibilities (B, N, K).
+
+        A background is one more hypothesis, the last: ``competition.none_of_the_above`` reads it.
+        """
+        check_points(mixture, x)
+        cloud = prepare(x, mask)
+        structure, state = structure_of(mixture), enter(cloud, mixture)
+        theta, radial = structure.natural(state), radial_of(self.kernel, self.num_features)
+        joint = log_joint(cloud.points, theta, peaks(theta, state, structure), structure, radial)[1]
+        return self.competition(-with_background(joint.to(x.dtype), self._level(cloud)).mT)
+
+    def _log_density(self, cloud: Cloud, state: State, structure: Structure) -> Tensor:
+        radial = radial_of(self.kernel, self.num_features)
+        return general_log_density(cloud, state, structure, radial, self._level(cloud))
+
+    def _level(self, cloud: Cloud) -> Level | None:
+        return None if self.background is None else self.background.beside(cloud)

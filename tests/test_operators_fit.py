@@ -1,0 +1,228 @@
+import math
+import pickle
+
+import pytest
+import torch
+
+from em_lightning import EMOperator, Mixture
+from em_lightning.competition import none_of_the_above
+from em_lightning.mixture import COVARIANCES, UniformBackground
+
+KINDS = sorted(COVARIANCES)
+
+
+def clouds(sets=3, items=150):
+    return torch.randn(sets, items, 2, dtype=torch.float64) + 6 * torch.randint(0, 2, (sets, items, 1))
+
+
+def with_outliers(sets=3, items=200, outliers=50):
+    x = clouds(sets, items)
+    x[:, :outliers] = 30 * torch.rand(sets, outliers, 2, dtype=torch.float64) - 12
+    return x
+
+
+def start_of(x):
+    means = torch.tensor([[0.0, 0.0], [6.0, 6.0]], dtype=x.dtype).expand(len(x), -1, -1)
+    return Mixture(x.new_full((len(x), 2), math.log(0.5)), means, torch.eye(2, dtype=x.dtype).expand(len(x), 2, 2, 2))
+
+
+def test_a_background_is_a_uniform_component():
+    x = with_outliers()
+    operator = EMOperator(2, 2, background=0.25, residual=False)
+    mixture = operator(x, init=start_of(x))
+    volume = (x.amax(1) - x.amin(1)).prod(-1, keepdim=True)
+    expected = (0.25 / volume + 0.75 * mixture.log_prob(x).exp()).log()
+    assert torch.allclose(operator.log_prob(x, mixture), expected, atol=1e-12)
+    outlier = none_of_the_above(operator.posterior(x, mixture))
+    assert torch.allclose(outlier, 0.25 / volume / expected.exp(), atol=1e-12)
+    assert outlier[:, :50].mean() > 0.8 and outlier[:, 50:].mean() < 0.1
+    # One step by hand: the other components share what the background leaves.
+    (after,) = list(operator.iterate(x, init=mixture, num_iters=1))[1:]
+    r = mixture.posterior(x).responsibilities * (1 - outlier).unsqueeze(-1)
+    assert torch.allclose(after.weights, r.sum(1) / r.sum((1, 2)).unsqueeze(-1), atol=1e-10)
+    assert torch.allclose(after.means, r.mT @ x / r.sum(1).unsqueeze(-1), atol=1e-9)
+    plain = EMOperator(2, 2, residual=False)(x, init=start_of(x))
+    truth = start_of(x).means
+    assert (mixture.means - truth).norm(dim=-1).max() < 0.5 < (plain.means - truth).norm(dim=-1).max()
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "huber"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_objective_never_falls_beside_a_background(kind, kernel):
+    x = with_outliers()
+    mask, weights = torch.rand(3, 200) < 0.8, torch.rand(3, 200, dtype=torch.float64)
+    operator = EMOperator(
+        2, 2, covariance=kind, kernel=kernel, background=0.2, prior={}, covariance_floor=0.0, residual=False
+    )
+    before = torch.full((3,), -math.inf, dtype=torch.float64)
+    for mixture in operator.iterate(x, mask, weights, num_iters=30):
+        after = operator.objective(x, mixture, mask, weights)
+        by_hand = (operator.log_prob(x, mixture, mask) * weights).sum(-1)
+        by_hand = by_hand + operator.prior.log_prob(mixture, x, mask, weights)
+        assert torch.allclose(after, by_hand) and (after >= before - 1e-9).all()
+        before = after
+
+
+def test_masked_points_do_not_stretch_the_box():
+    x = with_outliers()
+    padded = torch.cat([x, torch.full((3, 5, 2), 1e6, dtype=x.dtype)], 1)
+    mask = torch.arange(205).expand(3, -1) < 200
+    operator = EMOperator(2, 2, background=0.2, residual=False)
+    one, two = operator(x, init=start_of(x)), operator(padded, mask, init=start_of(x))
+    assert torch.allclose(one.means, two.means, atol=1e-9)
+    assert torch.allclose(operator.log_prob(padded, two, mask)[:, :200], operator.log_prob(x, one), atol=1e-9)
+    assert torch.allclose(
+        operator.posterior(padded, two, mask).responsibilities[:, :200], operator.posterior(x, one).responsibilities
+    )
+
+
+def test_a_given_energy_is_the_competition_background():
+    x = with_outliers()
+    by_energy = EMOperator(2, 2, background={"weight": 0.5, "energy": 4.0}, residual=False)
+    by_competition = EMOperator(2, 2, competition={"name": "background", "energy": 4.0}, residual=False)
+    one, two = by_energy(x, init=start_of(x)), by_competition(x, init=start_of(x))
+    assert torch.allclose(one.means, two.means, atol=1e-9) and torch.allclose(one.weights, two.weights, atol=1e-9)
+
+
+def test_the_weight_of_a_background_is_learned():
+    x = with_outliers()
+    operator = EMOperator(2, 2, background=UniformBackground(0.01, learnable=True), residual=False)
+    optimizer = torch.optim.Adam(operator.parameters(), lr=0.3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = -operator.log_prob(x, operator(x, init=start_of(x))).mean()
+        loss.backward()
+        optimizer.step()
+    assert operator.background.weight.item() == pytest.approx(0.25, abs=0.05)
+    assert "learnable" in repr(operator.background)
+
+
+def test_temperature_divides_the_joint_density():
+    x = clouds()
+    by_argument = EMOperator(4, 2, temperature=2.5, residual=False)
+    by_competition = EMOperator(4, 2, competition={"name": "softmin", "temperature": 2.5}, residual=False)
+    for one, two in zip(by_argument(x), by_competition(x), strict=True):
+        assert torch.allclose(one, two, atol=1e-12)
+    # Robust kernels and other competitions take another path to the same temperature.
+    wide = {"name": "huber", "delta": 60.0}
+    for one, two in zip(by_argument(x), EMOperator(4, 2, temperature=2.5, kernel=wide, residual=False)(x), strict=True):
+        assert torch.allclose(one, two, atol=1e-9)
+
+
+def test_annealing_is_geometric():
+    x = clouds()
+    annealed = EMOperator(4, 2, num_iters=4, temperature=(16.0, 1.0), residual=False)
+    path = list(annealed.iterate(x))
+    for t, (before, after) in enumerate(zip(path, path[1:], strict=False), start=1):
+        step = EMOperator(4, 2, temperature=16.0 ** (1 - t / 4), residual=False)(x, init=before, num_iters=1)
+        assert torch.allclose(after.means, step.means, atol=1e-9)
+
+
+def test_annealing_leaves_a_poor_start():
+    """From two means that are almost one plain EM leaves slowly; a low temperature at first drives them apart."""
+    x = clouds()
+    near = start_of(x)._replace(means=x.mean(1, keepdim=True) + torch.tensor([[0.0, 0.1], [0.0, -0.1]]).double())
+    near = near._replace(covariances=36 * near.covariances)
+    plain = EMOperator(2, 2, residual=False, num_iters=8)
+    annealed = EMOperator(2, 2, residual=False, num_iters=8, temperature=(0.2, 1.0))
+    assert (annealed(x, init=near).log_prob(x).mean(1) > plain(x, init=near).log_prob(x).mean(1) + 0.1).all()
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "student_t"])
+def test_fit_stops_each_cloud_by_itself(kernel):
+    x = clouds()
+    x[0] = torch.randn(150, 2)  # no two clusters here: slow
+    operator = EMOperator(2, 2, kernel=kernel, residual=False)
+    mixture, steps = operator.fit(x, tol=1e-5, max_iters=500)
+    assert len(set(steps.tolist())) > 1 and steps.max() < 500
+    for b in range(3):
+        alone, own_steps = operator.fit(x[b : b + 1], tol=1e-5, max_iters=500)
+        assert own_steps.item() == steps[b].item()
+        for one, two in zip(alone, mixture, strict=True):
+            assert torch.allclose(one[0], two[b], atol=1e-10)
+        path = list(operator.iterate(x[b : b + 1], num_iters=own_steps.item()))
+        assert torch.allclose(path[-1].means, alone.means, atol=1e-10)
+        values = [operator.objective(x[b : b + 1], step).item() / 150 for step in path]
+        rises = [after - before for before, after in zip(values, values[1:], strict=False)]
+        assert rises[-1] < 1e-5 <= min(rises[:-1])
+
+
+def test_fit_ends_at_its_limit_and_after_the_schedule():
+    x = clouds()
+    mixture, steps = EMOperator(2, 2, residual=False).fit(x, tol=0.0, max_iters=3)
+    assert steps.tolist() == [3, 3, 3] and mixture.means.shape == (3, 2, 2)
+    start, none = EMOperator(2, 2, residual=False).fit(x, max_iters=0)
+    assert none.tolist() == [0, 0, 0] and torch.equal(
+        start.means, EMOperator(2, 2, residual=False)(x, num_iters=0).means
+    )
+    _, cooled = EMOperator(2, 2, num_iters=12, temperature=(4.0, 1.0), residual=False).fit(x, tol=1e9)
+    assert cooled.tolist() == [12, 12, 12]
+    empty = torch.zeros(3, 150, dtype=torch.bool)
+    nothing, steps = EMOperator(2, 2, residual=False).fit(x, empty)
+    assert steps.tolist() == [1, 1, 1] and all(part.isfinite().all() for part in nothing)
+
+
+def test_fit_is_differentiable():
+    x = clouds(1, 20).requires_grad_()
+    operator = EMOperator(2, 2, residual=False)
+    mixture, steps = operator.fit(x, tol=1e-4)
+    (one,) = torch.autograd.grad(mixture.means.sum(), x)
+    (two,) = torch.autograd.grad(operator(x, num_iters=steps.item()).means.sum(), x)
+    assert torch.allclose(one, two)
+
+
+DEGENERATE = {
+    "one point repeated": torch.ones(1, 40, 3),
+    "collinear": torch.linspace(-1, 1, 40)[None, :, None] * torch.tensor([1.0, 0.0, 0.0]),
+    "one point": torch.ones(1, 1, 3),
+    "empty": torch.randn(1, 10, 3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_clouds_stay_finite(kind, name):
+    x = DEGENERATE[name].clone().requires_grad_()
+    mask = torch.zeros(1, 10, dtype=torch.bool) if name == "empty" else None
+    operator = EMOperator(4, 3, covariance=kind, background={"learnable": True}, temperature=(5.0, 1.0))
+    mixture = operator(x, mask)
+    log_prob = operator.log_prob(x, mixture, mask)
+    (log_prob.sum() + mixture.means.sum()).backward()
+    assert all(part.isfinite().all() for part in mixture) and log_prob.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in operator.parameters())
+
+
+def test_round_trips():
+    x = with_outliers()
+    build = dict(kernel="student_t", prior={"learnable": True}, background={"learnable": True}, temperature=(2.0, 1.0))
+    operator, fresh = EMOperator(2, 2, **build).double(), EMOperator(2, 2, **build).double()
+    for parameter in operator.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    fresh.load_state_dict(operator.state_dict())
+    for other in (fresh, pickle.loads(pickle.dumps(operator))):
+        assert torch.equal(other(x).means, operator(x).means)
+        assert torch.equal(other.log_prob(x, other(x)), operator.log_prob(x, operator(x)))
+
+
+X = torch.randn(2, 10, 3)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: EMOperator(4, 3, background=1.5), ValueError, ["weight=1.5", "between 0 and 1"]),
+        (lambda: EMOperator(4, 3, background={"energy": math.nan}), ValueError, ["energy=nan", "bounding box"]),
+        (lambda: EMOperator(4, 3, background="box"), TypeError, ["background='box'", "UniformBackground"]),
+        (lambda: EMOperator(4, 3, background=0.1, competition="background"), ValueError, ["two backgrounds"]),
+        (lambda: EMOperator(4, 3, temperature=0.0), ValueError, ["temperature=0.0", "positive"]),
+        (lambda: EMOperator(4, 3, temperature=(1.0, 2.0, 3.0)), ValueError, ["(1.0, 2.0, 3.0)", "pair"]),
+        (lambda: EMOperator(4, 3).fit(X, max_iters=-1), ValueError, ["max_iters=-1"]),
+        (lambda: EMOperator(4, 3).fit(X, tol=-1.0), ValueError, ["tol=-1.0"]),
+        (lambda: EMOperator(4, 3).log_prob(X[..., :2], EMOperator(4, 3)(X)), ValueError, ["(2, 10, 2)", "3 features"]),
+    ],
+)
+def test_wrong_use_is_answered(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
