@@ -248,18 +248,21 @@ class _Recorder(TorchDispatchMode):
             return output  # checked as a whole, by its contract
         if func in _SOFTMAX:
             self._softmax(_SOFTMAX[func], args[0], args[1], output)
-        elif func is aten.logsumexp.default and len(args[1]) == 1:
+        elif func is aten.logsumexp.default and len(args[1]) == 1 and not self._in_operator():  # its own likelihood
             self._softmax("logsumexp", args[0], args[1][0], output)
         elif func in _LIKELIHOOD and self.log_softmax is not None:
             logs, event = self.log_softmax
             if args[0].data_ptr() == logs.data_ptr():
                 event[2] = "cross-entropy"
-        elif func in _HARD and not any(isinstance(module, EMOperator) for _, module in self.stack):  # but for its start
+        elif func in _HARD and not self._in_operator():  # its start
             path, module = self.stack[-1] if self.stack else ("", nn.Module())
             reason = _RELU if _HARD[func] == "relu" else "hard selection: one takes all, the others cannot recover"
             finding = Finding(path, type(module).__name__, _HARD[func], reason=reason)
             self.found.setdefault((path, finding.operation), finding)
         return output
+
+    def _in_operator(self) -> bool:
+        return any(isinstance(module, EMOperator) for _, module in self.stack)
 
     def _softmax(self, operation: str, logits: Tensor, dim: int, output: Tensor) -> None:
         path, module = self.stack[-1] if self.stack else ("", nn.Module())

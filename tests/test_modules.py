@@ -68,7 +68,7 @@ def test_a_step_with_a_huge_or_broken_gradient_is_left_out(tmp_path):
         module = Regression(lr=0.1, skip_gradients_above=10.0)
         before = module.layer.weight.item()
         loader = DataLoader(TensorDataset(x, target * x), batch_size=4)
-        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, loader)
+        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, loader, loader)
         assert (module.layer.weight.item() != before) == moves
 
 
