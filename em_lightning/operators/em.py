@@ -24,6 +24,8 @@ from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
 
 STARTS = ("farthest", "kmeans++", "random", "learned")
+# Iterations after which one start is told from another.
+_TRIAL = 5
 
 
 class EMOperator(MixtureModel):
@@ -50,7 +52,11 @@ class EMOperator(MixtureModel):
         temperature: divides the logarithms of the joint density in the E-step; a pair ``(first, last)`` anneals
             geometrically, ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
-            (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
+            (trained centers and scales, in units of the cloud).
+        lloyd_steps: steps of k-means that centers take before a mixture is made of them.
+        num_starts: how often a random start draws; each cloud keeps the draw whose objective is highest after five
+            iterations.
+        seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
         residual: whether there are corrections to learn.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
@@ -85,6 +91,9 @@ class EMOperator(MixtureModel):
         kernel: object = "gaussian",
         competition: object = "softmin",
         init: str = "farthest",
+        lloyd_steps: int = 0,
+        num_starts: int = 1,
+        seed: int | None = None,
         residual: bool = True,
         prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
@@ -103,9 +112,19 @@ class EMOperator(MixtureModel):
         _check_choice("gradient", gradient, ("unrolled",))
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
+        if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
+            raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and 0 for init='learned'")
+        if num_starts < 1 or (init not in ("kmeans++", "random") and (num_starts > 1 or seed is not None)):
+            raise ValueError(
+                f"num_starts={num_starts} and seed={seed} are for init='kmeans++' and 'random', at least one start; "
+                f"init={init!r} draws nothing"
+            )
         super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
         self.num_iters = num_iters
         self.init = init
+        self.lloyd_steps = lloyd_steps
+        self.num_starts = num_starts
+        self.seed = seed
         self.gradient = gradient
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
@@ -257,13 +276,31 @@ class EMOperator(MixtureModel):
                 Factors(factors.scale * spread, factors.inverse / spread),
             )
         with torch.no_grad():
-            if self.init == "farthest":
-                centers = starts.farthest_points(cloud, self.num_components)
-            elif self.init == "kmeans++":
-                centers = starts.kmeans_plus_plus(cloud, self.num_components)
-            else:
-                centers = starts.random_points(cloud, self.num_components)
+            centers = self._centers(cloud, floor)
         return starts.from_centers(cloud, centers, structure, floor)
+
+    def _centers(self, cloud: Cloud, floor: Tensor) -> Tensor:
+        """Return the centers (B, K, D) that a start is made from: of several draws the best for each cloud."""
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
+        plain, structure = self.classical(), COVARIANCES[self.covariance]
+        best = score = None
+        for _ in range(self.num_starts):
+            centers = starts.draw_centers(self.init, cloud, self.num_components, generator)
+            centers = starts.lloyd(cloud, centers, self.lloyd_steps)
+            if self.num_starts == 1:
+                return centers
+            state = starts.from_centers(cloud, centers, structure, floor)
+            for _ in range(_TRIAL):
+                state = plain._iteration(cloud, state, floor, 1.0)
+            reached = self._objective(cloud, state)
+            if best is None or score is None:
+                best, score = centers, reached
+            better = reached > score
+            best, score = torch.where(better[:, None, None], centers, best), torch.maximum(reached, score)
+        assert best is not None
+        return best
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""
