@@ -265,6 +265,26 @@ def test_round_trips():
         assert torch.equal(other.log_prob(x, other(x)), operator.log_prob(x, operator(x)))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(kernel={"name": "huber", "learnable": True}, prior={"learnable": True}, temperature=(2.0, 1.0)),
+        dict(kernel="student_t", background={"learnable": True}, init="kmeans++", lloyd_steps=2),
+    ],
+)
+def test_compiles_without_a_break(arguments):
+    x = clouds(2, 20).requires_grad_()
+    operator = EMOperator(3, 2, num_iters=2, **arguments)
+    compiled = torch.compile(operator, fullgraph=True, backend="eager")
+    outcomes = []
+    for call in (operator, compiled):
+        torch.manual_seed(1)
+        means = call(x).means
+        outcomes.append([means, *torch.autograd.grad(means.square().sum(), x)])
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.allclose(one, two, atol=1e-9)
+
+
 X = torch.randn(2, 10, 3)
 
 

@@ -284,23 +284,28 @@ class EMOperator(MixtureModel):
         generator = None
         if self.seed is not None:
             generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
-        plain, structure = self.classical(), COVARIANCES[self.covariance]
-        best = score = None
-        for _ in range(self.num_starts):
-            centers = starts.draw_centers(self.init, cloud, self.num_components, generator)
-            centers = starts.lloyd(cloud, centers, self.lloyd_steps)
-            if self.num_starts == 1:
-                return centers
-            state = starts.from_centers(cloud, centers, structure, floor)
-            for _ in range(_TRIAL):
-                state = plain._iteration(cloud, state, floor, 1.0)
-            reached = self._objective(cloud, state)
-            if best is None or score is None:
-                best, score = centers, reached
-            better = reached > score
-            best, score = torch.where(better[:, None, None], centers, best), torch.maximum(reached, score)
-        assert best is not None
-        return best
+        centers = self._draw(cloud, generator)
+        if self.num_starts == 1:
+            return centers
+        plain = self.classical()
+        score = plain._trial(cloud, centers, floor)
+        for _ in range(self.num_starts - 1):
+            others = self._draw(cloud, generator)
+            reached = plain._trial(cloud, others, floor)
+            centers = torch.where((reached > score)[:, None, None], others, centers)
+            score = torch.maximum(reached, score)
+        return centers
+
+    def _draw(self, cloud: Cloud, generator: torch.Generator | None) -> Tensor:
+        centers = starts.draw_centers(self.init, cloud, self.num_components, generator)
+        return starts.lloyd(cloud, centers, self.lloyd_steps)
+
+    def _trial(self, cloud: Cloud, centers: Tensor, floor: Tensor) -> Tensor:
+        """Return the objective (B,) that a few iterations reach from centers."""
+        state = starts.from_centers(cloud, centers, COVARIANCES[self.covariance], floor)
+        for _ in range(_TRIAL):
+            state = self._iteration(cloud, state, floor, 1.0)
+        return self._objective(cloud, state)
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""
