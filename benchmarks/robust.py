@@ -88,7 +88,7 @@ def main():
                 seed=0,
                 **arguments,
             )
-            found[name].append(errors(best(x).means, truth))
+            found[name].append(errors(best.eval()(x).means, truth))
 
     def row(name):
         cells = []

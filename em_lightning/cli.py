@@ -1,4 +1,4 @@
-"""The command line: ``em-lightning ls`` and ``em-lightning run RECIPE``, the same as ``python -m em_lightning.cli``."""
+"""The command line: ``em-lightning ls | run | audit``, the same as ``python -m em_lightning.cli``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import difflib
 import importlib.util
 import inspect
 import linecache
+import os
 import re
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,8 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 def run(name: str, args: Sequence[str]) -> None:
     """Run a recipe with the arguments of its LightningCLI.
 
-    ``--config NAME`` also takes the name of one of the recipe's variants; ``--seeds 0,1,2`` runs it once a seed, one
-    after the other, and combines their tables.
+    ``--config NAME`` also takes the name of one of the recipe's variants; ``--seeds 0,1,2`` runs it once a seed, in
+    processes side by side where cores allow, and combines their tables.
 
     Raises:
         UsageError: there is no such recipe, or an argument is wrong.
@@ -118,19 +120,36 @@ def _take_seeds(args: list[str]) -> tuple[list[int], list[str]]:
 
 
 def _run_seeds(name: str, args: list[str], seeds: list[int]) -> None:
-    """Run each seed in a process of its own, as a strategy's launcher expects, and write their combined table."""
+    """Run each seed in a process of its own, as many at a time as there are cores, and write their combined table."""
+    from rich.progress import track
+
     from em_lightning.results import combine, markdown_table
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path("lightning_logs") / name
-    versions = [f"{stamp}-seed{seed}" for seed in seeds]
-    for seed, version in zip(seeds, versions, strict=True):
+    cores = os.cpu_count() or 1
+    # Processes of one seed talk to each other over a port and share the cores as it is.
+    at_once = 1 if any("strategy" in arg or "devices" in arg for arg in args) else min(cores, len(seeds))
+    threads = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(cores // at_once, 1))}
+
+    def run_seed(seed: int) -> Path:
+        version = f"{stamp}-seed{seed}"
+        target = folder / version
+        target.mkdir(parents=True)
         options = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
-        done = subprocess.run([sys.executable, "-m", "em_lightning.cli", "run", name, *args, *options])
+        command = [sys.executable, "-m", "em_lightning.cli", "run", name, *args, *options]
+        with open(target / "output.txt", "w", encoding="utf-8") as output:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **threads})
         if done.returncode:
-            raise UsageError(f"the run of seed {seed} ended with exit code {done.returncode}; its message is above")
-    rows = combine([folder / version / "results.json" for version in versions])
-    text = f"# {name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation\n\n{markdown_table(rows)}\n"
+            lines = (target / "output.txt").read_text(encoding="utf-8").strip().splitlines()
+            raise UsageError(f"seed {seed} ended with exit code {done.returncode}: {lines[-1]} ({target}/output.txt)")
+        return target / "results.json"
+
+    with ThreadPoolExecutor(at_once) as pool:
+        paths = list(track(pool.map(run_seed, seeds), f"seeds, {at_once} at a time", total=len(seeds)))
+    text = (
+        f"# {name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation\n\n{markdown_table(combine(paths))}\n"
+    )
     target = folder / f"{stamp}-seeds"
     target.mkdir(parents=True)
     (target / "results.md").write_text(text, encoding="utf-8")
@@ -205,6 +224,58 @@ def _shorten(message: str, keys: Sequence[str]) -> str:
     return re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
 
 
+def load_model(target: str, checkpoint: str | None = None) -> Any:
+    """Return the model that ``package.module:NAME`` or ``path/to/file.py:NAME`` stands for.
+
+    NAME is a module, or a class or function that makes one without arguments; with a checkpoint it is a
+    LightningModule class, which loads it.
+
+    Raises:
+        UsageError: there is no such file, module or name, or it makes no model.
+    """
+    import torch
+
+    place, colon, name = target.rpartition(":")
+    if not colon:
+        raise UsageError(f"{target!r} names no model; write package.module:NAME or path/to/file.py:NAME")
+    try:
+        if place.endswith(".py"):
+            sys.path.insert(0, str(Path(place).resolve().parent))
+            place = Path(place).stem
+        else:
+            sys.path.insert(0, str(Path.cwd()))
+        made = getattr(importlib.import_module(place), name)
+    except ImportError as error:
+        raise UsageError(f"{target!r} cannot be imported: {error}") from error
+    except AttributeError as error:
+        raise UsageError(f"{place} has no {name!r}; check the name behind the colon") from error
+    if checkpoint is not None:
+        made = made.load_from_checkpoint(checkpoint, map_location="cpu")
+    elif not isinstance(made, torch.nn.Module):
+        try:
+            made = made()
+        except TypeError as error:
+            raise UsageError(
+                f"{target!r} cannot be made without arguments ({error}); name a function that can"
+            ) from error
+    if not isinstance(made, torch.nn.Module):
+        raise UsageError(f"{target!r} is a {type(made).__name__} and no torch.nn.Module")
+    return made
+
+
+def _audit(target: str, shape: str, checkpoint: str | None) -> None:
+    import torch
+
+    from em_lightning.scope import audit
+
+    if not re.fullmatch(r"\d+(,\d+)*", shape):
+        raise UsageError(f"--input={shape!r} is no shape; write for instance --input=32,784")
+    batch = torch.randn(*map(int, shape.split(",")), generator=torch.Generator().manual_seed(0))
+    model = load_model(target, checkpoint)
+    # A random input has no labels, so only the forward is run, also where there is a training step.
+    print(audit(model, batch, run=lambda: model(batch)))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 for success, 2 for a mistake in what was asked for."""
     parser = argparse.ArgumentParser("em-lightning", description="EM inside neural networks.", allow_abbrev=False)
@@ -213,10 +284,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     runner = commands.add_parser("run", help="run a recipe; arguments after its name go to its LightningCLI")
     runner.add_argument("recipe")
     runner.add_argument("arguments", nargs=argparse.REMAINDER, help="for instance --trainer.max_epochs=3, or --help")
+    auditor = commands.add_parser("audit", help="tell where EM lives in a model, layer by layer")
+    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME, made without arguments")
+    auditor.add_argument("--input", required=True, help="shape of a random input, for instance 32,784")
+    auditor.add_argument("--ckpt_path", help="checkpoint for NAME, a LightningModule class, to load")
     parsed = parser.parse_args(argv)
     try:
         if parsed.command == "ls":
             _print_recipes()
+        elif parsed.command == "audit":
+            _audit(parsed.model, parsed.input, parsed.ckpt_path)
         else:
             run(parsed.recipe, parsed.arguments)
     except (UsageError, ValueError, TypeError, OSError) as error:

@@ -100,11 +100,14 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
     assert history["rows"][2]["method"] == "trained operator, 2 steps"
 
 
-def test_seeds_run_one_after_the_other_and_are_combined(here, capfd, monkeypatch):
+def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert cli.main(["run", "point_cloud_gmm", *SMALL, "--seeds=0,1"]) == 0
     (table,) = (here / "lightning_logs" / "point_cloud_gmm").glob("*-seeds/results.md")
     assert "seeds 0, 1" in table.read_text() and " ± " in table.read_text()
+    capfd.readouterr()
+    assert cli.main(["run", "point_cloud_gmm", "--data", "GeometricShapes", "--data.root=gone", "--seeds=5"]) == 2
+    assert "seed 5 ended with exit code 2: em-lightning: root='gone' does not exist" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -163,3 +166,59 @@ def test_two_processes_train_to_the_same_likelihood(here):
         results.append(rows[2]["held-out log-likelihood (nats a point)"])
     assert len(list((here / "lightning_logs" / "point_cloud_gmm").iterdir())) == 2
     assert results[0] == pytest.approx(results[1], abs=0.02)
+
+
+MODELS = """
+import torch
+from em_lightning.modules import PointCloudGMM
+
+def classifier():
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3), torch.nn.Softmax(-1))
+
+def needs(arguments):
+    return None
+
+ready = classifier()
+number = lambda: 3
+"""
+
+
+@pytest.mark.parametrize("name", ["classifier", "ready"])
+def test_audit_prints_where_em_lives(name, here, capsys):
+    Path("networks.py").write_text(MODELS)
+    assert cli.main(["audit", f"networks.py:{name}", "--input=5,8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    relu, softmax = (next(line for line in lines if kind in line) for kind in ("ReLU", "Softmax"))
+    assert "elementwise, no normalization, hard zeros" in relu and " no " in relu
+    assert " yes " in softmax
+
+
+def test_audit_loads_a_checkpoint(here, capsys):
+    import lightning
+
+    from em_lightning.modules import PointCloudGMM
+
+    trainer = lightning.Trainer(logger=False, enable_checkpointing=False, max_steps=0, accelerator="cpu")
+    trainer.strategy.connect(PointCloudGMM(num_components=3))
+    trainer.save_checkpoint("trained.ckpt")
+    args = ["audit", "em_lightning.modules:PointCloudGMM", "--input=2,40,3", "--ckpt_path=trained.ckpt"]
+    assert cli.main(args) == 0
+    assert "E-step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["networks.py", "--input=5,8"], ["'networks.py' names no model", "path/to/file.py:NAME"]),
+        (["networks.py:clasifier", "--input=5,8"], ["no 'clasifier'"]),
+        (["nowhere:Model", "--input=5,8"], ["'nowhere:Model' cannot be imported"]),
+        (["networks.py:needs", "--input=5,8"], ["without arguments", "arguments"]),
+        (["networks.py:number", "--input=5,8"], ["is a int and no torch.nn.Module"]),
+        (["networks.py:ready", "--input=5x8"], ["--input='5x8'", "--input=32,784"]),
+    ],
+)
+def test_a_mistake_of_an_audit_gets_one_line(args, words, here, capsys):
+    Path("networks.py").write_text(MODELS)
+    assert cli.main(["audit", *args]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("em-lightning: ") and all(word in message for word in words), message

@@ -173,7 +173,22 @@ def test_corrected_covariances_stay_above_the_floor(kind, floor):
         operator.correction.covariance_mlp[-1].bias -= 5.0
     covariances = operator(clusters()).covariances
     values = torch.linalg.eigvalsh(covariances) if kind in ("full", "tied") else covariances
-    assert values.min() > 0 and values.min() >= floor * (1 - 1e-9)
+    # Without a floor a component may be thinner than what rounding leaves of the sums in L L^T.
+    assert values.min() >= floor * (1 - 1e-9) - 1e-15 * values.max()
+    assert torch.isfinite(operator(clusters()).log_prob(clusters())).all()
+
+
+def test_a_ruinous_last_correction_is_dropped_for_the_clouds_it_ruins():
+    x = clusters(8)
+    operator = EMOperator(4, 3, num_iters=2).double()
+    with torch.no_grad():
+        operator.correction.covariance_mlp[-1].bias[:3] = -9.0  # far too narrow
+        operator.correction.mean_mlp[-1].bias[:] = 9.0
+    ruined, plain = operator(x).log_prob(x).mean(-1), operator.classical()(x).log_prob(x).mean(-1)
+    assert (ruined >= plain - 3.0).all()
+    operator.correction.mean_mlp[-1].bias.data.zero_()
+    operator.correction.covariance_mlp[-1].bias.data[:3] = 0.05  # hardly any change: kept
+    assert not torch.allclose(operator(x).covariances, operator.classical()(x).covariances)
 
 
 def test_classical_is_the_operator_without_its_corrections():
@@ -217,6 +232,20 @@ def test_kmeans_plus_plus_finds_separated_clusters():
     assert torch.equal(cells, torch.arange(4).expand(20, -1))
 
 
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+def test_the_best_of_several_starts_is_at_least_as_likely_after_a_step(init):
+    x = clusters(20, 60)
+    torch.manual_seed(5)
+    one = EMOperator(6, 3, init=init, residual=False, num_iters=1).double()
+    likelihoods = torch.stack([one(x).log_prob(x).mean(-1) for _ in range(5)])
+    torch.manual_seed(5)
+    several = EMOperator(6, 3, init=init, residual=False, num_iters=1, num_starts=5).double().eval()
+    assert torch.allclose(several(x).log_prob(x).mean(-1), likelihoods.amax(0), atol=1e-9)
+    several.train()
+    torch.manual_seed(5)
+    assert torch.allclose(several(x).log_prob(x).mean(-1), likelihoods[0], atol=1e-9)
+
+
 def test_other_competitions_give_the_responsibilities():
     x = torch.randn(2, 120, 3, dtype=torch.float64)
     soft = EMOperator(4, 3, residual=False).double()
@@ -255,6 +284,8 @@ X = torch.randn(2, 10, 3)
     "call, error, words",
     [
         (lambda: EMOperator(0, 3), ValueError, ["num_components=0", "at least 1"]),
+        (lambda: EMOperator(4, 3, num_starts=0), ValueError, ["num_starts=0", "at least 1"]),
+        (lambda: EMOperator(4, 3, num_starts=2), ValueError, ["num_starts=2", "'farthest'", "'kmeans++'"]),
         (lambda: EMOperator(4, 0), ValueError, ["num_features=0", "at least 1"]),
         (lambda: EMOperator(4, 3, num_iters=-1), ValueError, ["num_iters=-1"]),
         (lambda: EMOperator(4, 3)(X, num_iters=-2), ValueError, ["num_iters=-2"]),

@@ -211,12 +211,14 @@ def test_a_seed_gives_the_same_start_in_every_call(init):
 def test_the_best_of_several_starts_is_kept_for_each_cloud(kernel):
     x = clouds(4)
     arguments = dict(init="random", kernel=kernel, prior={}, residual=False)
-    best = EMOperator(5, 2, num_starts=6, seed=3, **arguments)(x, num_iters=0)
+    several = EMOperator(5, 2, num_starts=6, seed=3, **arguments)
+    best = several.eval()(x, num_iters=0)
+    assert torch.equal(several.train().fit(x, max_iters=0)[0].means, best.means)  # a fit is no training
     # Six draws in a row from the same generator.
     torch.manual_seed(3)
     one = EMOperator(5, 2, **arguments)
     tries = [one(x, num_iters=0) for _ in range(6)]
-    scores = torch.stack([one.objective(x, one(x, init=start, num_iters=5)) for start in tries])
+    scores = torch.stack([one.objective(x, one(x, init=start, num_iters=1)) for start in tries])
     for b, row in enumerate(scores.argmax(0).tolist()):
         assert torch.allclose(best.means[b], tries[row].means[b])
     assert len(set(scores.argmax(0).tolist())) > 1
@@ -244,7 +246,7 @@ def test_degenerate_clouds_stay_finite(kind, name):
         init="kmeans++",
         num_starts=2,
         lloyd_steps=3,
-    )
+    ).eval()
     mixture = operator(x, mask)
     log_prob = operator.log_prob(x, mixture, mask)
     (log_prob.sum() + mixture.means.sum()).backward()
@@ -299,9 +301,7 @@ X = torch.randn(2, 10, 3)
         (lambda: EMOperator(4, 3, temperature=(1.0, 2.0, 3.0)), ValueError, ["(1.0, 2.0, 3.0)", "pair"]),
         (lambda: EMOperator(4, 3, lloyd_steps=-1), ValueError, ["lloyd_steps=-1", "negative"]),
         (lambda: EMOperator(4, 3, init="learned", lloyd_steps=1), ValueError, ["lloyd_steps=1", "'learned'"]),
-        (lambda: EMOperator(4, 3, num_starts=2), ValueError, ["num_starts=2", "'farthest' draws nothing"]),
         (lambda: EMOperator(4, 3, seed=2), ValueError, ["seed=2", "'kmeans++'"]),
-        (lambda: EMOperator(4, 3, init="random", num_starts=0), ValueError, ["num_starts=0", "at least one"]),
         (lambda: EMOperator(4, 3).fit(X, max_iters=-1), ValueError, ["max_iters=-1"]),
         (lambda: EMOperator(4, 3).fit(X, tol=-1.0), ValueError, ["tol=-1.0"]),
         (lambda: EMOperator(4, 3).log_prob(X[..., :2], EMOperator(4, 3)(X)), ValueError, ["(2, 10, 2)", "3 features"]),

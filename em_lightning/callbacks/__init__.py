@@ -1,6 +1,22 @@
-"""Lightning callbacks."""
+"""Lightning callbacks: EM put into a model, scheduled, watched and audited; reports of runs."""
 
+from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.mixture_report import MixtureReport
+from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
+from em_lightning.callbacks.temperature import TemperatureSchedule
 from em_lightning.callbacks.time_left import TimeLeft
+from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor, responsibilities_figure
 
-__all__ = ["MixtureReport", "TimeLeft"]
+__all__ = [
+    "EMAudit",
+    "InsertEMOperator",
+    "LayerwiseEMLoss",
+    "MixtureReport",
+    "PosteriorMonitor",
+    "RestoreSurgery",
+    "SurgicalCallback",
+    "SwapActivations",
+    "TemperatureSchedule",
+    "TimeLeft",
+    "responsibilities_figure",
+]

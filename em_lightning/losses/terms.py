@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, batch_mean, batch_moments, flatten_units, global_sum
 from em_lightning.registry import Registry
 
@@ -110,7 +111,7 @@ class FreeEnergyLoss(EnergyLoss):
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the summed or mean free energy of the global batch: a scalar."""
         items, counts = flatten_units(energies, self.dim, mask, weights)
-        free_energy = -self.temperature * torch.logsumexp(-items / self.temperature, dim=-1)
+        free_energy = softmin(items, self.temperature).free_energy
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
         return global_sum((free_energy if counts is None else free_energy * counts).sum())

@@ -66,9 +66,8 @@ class FullCovariance:
         inverse = state.factors.inverse
         precision = inverse.mT @ inverse
         whitened = (inverse @ state.means.unsqueeze(-1)).squeeze(-1)
-        constant = (
-            state.log_weights + self._log_det(inverse) - 0.5 * whitened.square().sum(-1) - _half_log_tau(features)
-        )
+        log_det = inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = state.log_weights + log_det - 0.5 * whitened.square().sum(-1) - _half_log_tau(features)
         linear = (inverse.mT @ whitened.unsqueeze(-1)).squeeze(-1)
         square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
         return torch.cat([constant.unsqueeze(-1), linear, square.expand(*linear.shape[:-1], -1)], -1)
@@ -111,28 +110,32 @@ class FullCovariance:
         return (factor @ vectors.unsqueeze(-1)).squeeze(-1)
 
     def step_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: log-diagonal, then the strict lower triangle."""
-        return num_features * (num_features + 1) // 2
+        """Return how many numbers describe a correction: log-diagonal, strict lower triangle, two repetitions."""
+        return num_features * (num_features + 1) // 2 + 2
 
-    def correct(self, factors: Factors, correction: Tensor, floor: Tensor) -> Factors:
+    def correct(self, before: Factors, after: Factors, correction: Tensor, floor: Tensor) -> Factors:
         """Return the factors of ``L (E (I - V) E^T + V) L^T``, ``V`` the share of the floor that ``Sigma`` contains.
 
-        ``E`` is lower triangular with a positive diagonal, so the result is positive definite whatever the
-        correction (B, K, step_size), never below the floor, and ``Sigma`` itself where the correction is zero.
+        ``E = T (I + a (M - I) + b (M^2 - M))``: a lower triangle ``T`` with a positive diagonal, and the change ``M``
+        that the last M-step made, repeated by ``a`` and ``b`` (EM shrinks a thin component by a constant factor an
+        iteration; here it may take several at once). The result is positive definite whatever the correction
+        (B, K, step_size), never below the floor, and ``Sigma`` itself where the correction is zero.
         """
-        features = factors.scale.shape[-1]
+        features = after.scale.shape[-1]
         below = torch.tril_indices(features, features, -1, device=correction.device)
-        step = correction.new_zeros(*correction.shape[:-1], features, features)
-        step[..., below[0], below[1]] = correction[..., features:]
-        step = step + correction[..., :features].exp().diag_embed()
-        share = floor[:, None, None, None] * (factors.inverse @ factors.inverse.mT)
-        eye = torch.eye(features, dtype=share.dtype, device=share.device)
+        eye = torch.eye(features, dtype=after.scale.dtype, device=after.scale.device)
+        change = before.inverse @ after.scale
+        change = change.mT @ change
+        change = change / change.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1.0)[..., None, None]
+        once, twice = correction[..., -2:].tanh()[..., None, None].unbind(-3)
+        repeated = eye + once * (change - eye) + twice * (change @ change - change)
+        triangle = correction.new_zeros(*correction.shape[:-1], features, features)
+        triangle[..., below[0], below[1]] = correction[..., features:-2]
+        step = (triangle + correction[..., :features].exp().diag_embed()) @ repeated
+        share = floor[:, None, None, None] * (after.inverse @ after.inverse.mT)
         spread = step @ (eye - share) @ step.mT + share
         taken = cholesky_with_inverse(spread, _least_pivots(spread.diagonal(dim1=-2, dim2=-1)))
-        return Factors(factors.scale @ taken.scale, taken.inverse @ factors.inverse)
-
-    def _log_det(self, inverse: Tensor) -> Tensor:
-        return inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return Factors(after.scale @ taken.scale, taken.inverse @ after.inverse)
 
 
 class TiedCovariance(FullCovariance):
@@ -150,9 +153,9 @@ class TiedCovariance(FullCovariance):
         largest = (share * second).sum(1, keepdim=True).diagonal(dim1=-2, dim2=-1)
         return _with_floor(spread, largest, floor)
 
-    def correct(self, factors: Factors, correction: Tensor, floor: Tensor) -> Factors:
+    def correct(self, before: Factors, after: Factors, correction: Tensor, floor: Tensor) -> Factors:
         """Return the corrected factors; the correction is the mean of what the components ask for."""
-        return super().correct(factors, correction.mean(1, keepdim=True), floor)
+        return super().correct(before, after, correction.mean(1, keepdim=True), floor)
 
 
 class DiagonalCovariance:
@@ -227,15 +230,19 @@ class DiagonalCovariance:
         return factor * vectors
 
     def step_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: the log of the step in each feature."""
-        return num_features
+        """Return how many numbers describe a correction: the log of the step in each feature, two repetitions."""
+        return num_features + 2
 
-    def correct(self, factors: Factors, correction: Tensor, floor: Tensor) -> Factors:
-        """Return the factors of ``L (exp(2 c) (1 - V) + V) L``, ``V`` the share of the floor (see the full case)."""
-        share = floor[:, None, None] * factors.inverse.square()
-        spread = (2.0 * correction).exp() * (1.0 - share) + share
+    def correct(self, before: Factors, after: Factors, correction: Tensor, floor: Tensor) -> Factors:
+        """Return the factors of ``L (E^2 (1 - V) + V) L``, feature by feature what the full case is."""
+        change = (before.inverse * after.scale).square()
+        change = change / change.mean(-1, keepdim=True).clamp(min=1.0)
+        once, twice = correction[..., -2:].tanh().unsqueeze(-1).unbind(-2)
+        repeated = 1.0 + once * (change - 1.0) + twice * (change.square() - change)
+        share = floor[:, None, None] * after.inverse.square()
+        spread = (correction[..., :-2].exp() * repeated).square() * (1.0 - share) + share
         root = torch.maximum(spread, _least_pivots(spread)).sqrt()
-        return Factors(factors.scale * root, factors.inverse / root)
+        return Factors(after.scale * root, after.inverse / root)
 
 
 class SphericalCovariance(DiagonalCovariance):
@@ -272,8 +279,8 @@ class SphericalCovariance(DiagonalCovariance):
         return scale.square().squeeze(-1)
 
     def step_size(self, num_features: int) -> int:
-        """Return 1: the log of the step."""
-        return 1
+        """Return how many numbers describe a correction: the log of the step, two repetitions."""
+        return 3
 
 
 Structure = FullCovariance | DiagonalCovariance

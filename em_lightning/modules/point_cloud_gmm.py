@@ -28,6 +28,7 @@ class PointCloudGMM(EMModule):
         num_iters: T, EM iterations a cloud.
         covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
         init: ``"farthest"``, ``"kmeans++"``, ``"random"`` or ``"learned"``.
+        num_starts: random starts of which each cloud takes the best, outside training.
         covariance_floor: added to every variance, in squared normalized units.
         target: where the loss is taken: ``"held_out"`` points of the shape, or the ``"fitted"`` ones.
         lr: largest learning rate.
@@ -55,9 +56,10 @@ class PointCloudGMM(EMModule):
         num_iters: int = 5,
         covariance: Literal["full", "diag", "spherical", "tied"] = "full",
         init: Literal["farthest", "kmeans++", "random", "learned"] = "farthest",
+        num_starts: int = 1,
         covariance_floor: float = 1e-6,
         target: Literal["held_out", "fitted"] = "held_out",
-        lr: float = 3e-3,
+        lr: float = 2e-3,
         schedule: Literal["one_cycle", "constant"] = "one_cycle",
         weight_decay: float = 0.0,
     ) -> None:
@@ -72,6 +74,7 @@ class PointCloudGMM(EMModule):
             num_iters=num_iters,
             covariance=covariance,
             init=init,
+            num_starts=num_starts,
             covariance_floor=covariance_floor,
         )
         self.val_metrics, self.test_metrics = _Metrics(), _Metrics()

@@ -1,6 +1,7 @@
 """EM as a layer."""
 
 from em_lightning.operators.em import EMOperator
+from em_lightning.operators.refinement import EMRefinement
 from em_lightning.operators.residual import ResidualCorrection
 
-__all__ = ["EMOperator", "ResidualCorrection"]
+__all__ = ["EMOperator", "EMRefinement", "ResidualCorrection"]

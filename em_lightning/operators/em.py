@@ -23,9 +23,10 @@ from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prep
 from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
 
-STARTS = ("farthest", "kmeans++", "random", "learned")
-# Iterations after which one start is told from another.
-_TRIAL = 5
+_RANDOM_STARTS = ("kmeans++", "random")
+# Nats a point: a correction may trade some likelihood of the fitted points for that of others.
+_TOLERATED_LOSS = 0.5
+STARTS = ("farthest", *_RANDOM_STARTS, "learned")
 
 
 class EMOperator(MixtureModel):
@@ -34,7 +35,8 @@ class EMOperator(MixtureModel):
     E-step ``r_nk = pi_k N(x_n | mu_k, Sigma_k) / p(x_n)``; M-step: weights, means and covariances are the moments
     of the points under ``r``; then ``mu <- mu + MLP_mu(.)`` and ``Sigma <- Sigma + MLP_Sigma(.)``, taken so that
     ``Sigma`` stays positive definite. Both MLPs start at zero: **an untrained operator is exactly classical EM**.
-    The result is invariant to the order of the points, and components permute with their start.
+    A cloud whose own points the last correction makes much less likely does without it. The result is invariant to
+    the order of the points, and components permute with their start.
 
     Args:
         num_components: K.
@@ -54,8 +56,8 @@ class EMOperator(MixtureModel):
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the cloud).
         lloyd_steps: steps of k-means that centers take before a mixture is made of them.
-        num_starts: how often a random start draws; each cloud keeps the draw whose objective is highest after five
-            iterations.
+        num_starts: of so many random starts each cloud takes the one whose objective is highest after an iteration;
+            while training :meth:`forward` has one, which is cheaper and more varied.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
         residual: whether there are corrections to learn.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
@@ -102,7 +104,8 @@ class EMOperator(MixtureModel):
         temperature: float | tuple[float, float] = 1.0,
         gradient: str = "unrolled",
     ) -> None:
-        for name, value in (("num_components", num_components), ("num_features", num_features)):
+        counts = {"num_components": num_components, "num_features": num_features, "num_starts": num_starts}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         if num_iters < 0:
@@ -110,15 +113,16 @@ class EMOperator(MixtureModel):
         _check_choice("covariance", covariance, COVARIANCES)
         _check_choice("init", init, STARTS)
         _check_choice("gradient", gradient, ("unrolled",))
-        if not covariance_floor >= 0:
-            raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
+        if num_starts > 1 and init not in _RANDOM_STARTS:
+            raise ValueError(
+                f"num_starts={num_starts} of init={init!r} would all be the same; use 'kmeans++' or 'random'"
+            )
+        if seed is not None and init not in _RANDOM_STARTS:
+            raise ValueError(f"seed={seed} is for the draws of 'kmeans++' and 'random'; init={init!r} draws nothing")
         if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
             raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and 0 for init='learned'")
-        if num_starts < 1 or (init not in ("kmeans++", "random") and (num_starts > 1 or seed is not None)):
-            raise ValueError(
-                f"num_starts={num_starts} and seed={seed} are for init='kmeans++' and 'random', at least one start; "
-                f"init={init!r} draws nothing"
-            )
+        if not covariance_floor >= 0:
+            raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
         super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
         self.num_iters = num_iters
         self.init = init
@@ -175,7 +179,11 @@ class EMOperator(MixtureModel):
             cloud = prepare(x, mask, weights)
             floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
             structure = COVARIANCES[self.covariance]
-            state = self._start(cloud, floor) if init is None else enter(cloud, init)
+            state = (
+                self._start(cloud, floor, 1 if self.training else self.num_starts)
+                if init is None
+                else enter(cloud, init)
+            )
             yield leave(cloud, state, structure)
             for step in range(steps):
                 state = self._iteration(cloud, state, floor, (step + 1) / steps)
@@ -210,7 +218,7 @@ class EMOperator(MixtureModel):
         with torch.autocast(x.device.type, enabled=False):
             cloud = prepare(x, mask, weights)
             floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
-            state = self._start(cloud, floor) if init is None else enter(cloud, init)
+            state = self._start(cloud, floor, self.num_starts) if init is None else enter(cloud, init)
             schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
             steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
             running = torch.ones_like(steps, dtype=torch.bool)
@@ -237,14 +245,26 @@ class EMOperator(MixtureModel):
         return plain
 
     def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
+        after = self._exact_iteration(cloud, state, floor, progress)
+        if self.correction is None:
+            return after
+        corrected = self.correction(cloud, state, after, floor, progress)
+        # Between iterations EM itself mends what a correction spoils.
+        return corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)
+
+    def _exact_iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
         structure = COVARIANCES[self.covariance]
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
         moments, pull = self._moments(cloud, state, progress)
         moments = posterior_moments(moments, structure, self.num_features, counts, pull)
-        after = structure.maximize(moments, floor)
-        if self.correction is None:
-            return after
-        return self.correction(cloud, state, after, floor, progress)
+        return structure.maximize(moments, floor)
+
+    def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
+        """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
+        with torch.no_grad():
+            least = self._objective(cloud, plain) - _TOLERATED_LOSS * cloud.mass
+            keep = self._objective(cloud, corrected) >= least
+        return _where(keep, corrected, plain)
 
     def _moments(self, cloud: Cloud, state: State, progress: float) -> tuple[Tensor, Tensor | None]:
         """Return the moments under the responsibilities, and the sums of the pulls of a robust kernel."""
@@ -262,7 +282,7 @@ class EMOperator(MixtureModel):
 
         return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole=not soft)
 
-    def _start(self, cloud: Cloud, floor: Tensor) -> State:
+    def _start(self, cloud: Cloud, floor: Tensor, num_starts: int) -> State:
         structure = COVARIANCES[self.covariance]
         if self.init == "learned":
             unit = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.points.dtype).tiny).sqrt()[:, None, None]
@@ -276,36 +296,25 @@ class EMOperator(MixtureModel):
                 Factors(factors.scale * spread, factors.inverse / spread),
             )
         with torch.no_grad():
-            centers = self._centers(cloud, floor)
+            centers = self._centers(cloud, floor, num_starts)
         return starts.from_centers(cloud, centers, structure, floor)
 
-    def _centers(self, cloud: Cloud, floor: Tensor) -> Tensor:
-        """Return the centers (B, K, D) that a start is made from: of several draws the best for each cloud."""
+    def _centers(self, cloud: Cloud, floor: Tensor, num_starts: int) -> Tensor:
+        """Return for each set those of several drawn centers whose objective is highest after one exact iteration."""
         generator = None
         if self.seed is not None:
             generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
-        centers = self._draw(cloud, generator)
-        if self.num_starts == 1:
-            return centers
-        plain = self.classical()
-        score = plain._trial(cloud, centers, floor)
-        for _ in range(self.num_starts - 1):
-            others = self._draw(cloud, generator)
-            reached = plain._trial(cloud, others, floor)
-            centers = torch.where((reached > score)[:, None, None], others, centers)
-            score = torch.maximum(reached, score)
-        return centers
-
-    def _draw(self, cloud: Cloud, generator: torch.Generator | None) -> Tensor:
-        centers = starts.draw_centers(self.init, cloud, self.num_components, generator)
-        return starts.lloyd(cloud, centers, self.lloyd_steps)
-
-    def _trial(self, cloud: Cloud, centers: Tensor, floor: Tensor) -> Tensor:
-        """Return the objective (B,) that a few iterations reach from centers."""
-        state = starts.from_centers(cloud, centers, COVARIANCES[self.covariance], floor)
-        for _ in range(_TRIAL):
-            state = self._iteration(cloud, state, floor, 1.0)
-        return self._objective(cloud, state)
+        drawn = [starts.draw_centers(self.init, cloud, self.num_components, generator) for _ in range(num_starts)]
+        drawn = [starts.lloyd(cloud, centers, self.lloyd_steps) for centers in drawn]
+        if num_starts == 1:
+            return drawn[0]
+        best, chosen = torch.full_like(cloud.mass, -torch.inf), drawn[0]
+        for centers in drawn:
+            state = starts.from_centers(cloud, centers, COVARIANCES[self.covariance], floor)
+            objective = self._objective(cloud, self._exact_iteration(cloud, state, floor, 1.0))
+            chosen = torch.where((objective > best)[:, None, None], centers, chosen)
+            best = torch.maximum(best, objective)
+        return chosen
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""
@@ -340,8 +349,8 @@ class EMOperator(MixtureModel):
         """Return what distinguishes this operator."""
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, covariance={self.covariance!r}, "
-            f"init={self.init!r}, covariance_floor={self.covariance_floor:g}, relative_floor={self.relative_floor}, "
-            f"gradient={self.gradient!r}"
+            f"init={self.init!r}, num_starts={self.num_starts}, covariance_floor={self.covariance_floor:g}, "
+            f"relative_floor={self.relative_floor}, gradient={self.gradient!r}"
         )
 
 

@@ -16,8 +16,8 @@ class ResidualCorrection(nn.Module):
 
     ``h_k`` describes component k: its weight, its place and spread relative to the cloud, how far the last M-step
     moved and reshaped it, how much of the loop is left, and the mean of the same over all components of its cloud.
-    Steps are taken in the component's own frame ``L``, so they follow the scale of the data, and ``E`` is a lower
-    triangle with a positive diagonal, so covariances stay positive definite and above their floor. Both networks
+    Steps are taken in the component's own frame ``L``, so they follow the scale of the data; ``E`` stretches, turns and
+    repeats the change that the M-step made, and covariances stay positive definite and above their floor. Both networks
     end in zeros: before training the correction is nothing, exactly. Components are treated alike (equivariant).
 
     Args:
@@ -32,7 +32,7 @@ class ResidualCorrection(nn.Module):
         super().__init__()
         self.structure: Structure = COVARIANCES[covariance]
         shape_size = self.structure.step_size(num_features)
-        inputs = 1 + 2 * num_features + 2 * shape_size + 2
+        inputs = 1 + 2 * num_features + 2 * (shape_size - 2) + 2
         self.describe = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.mean_mlp = _mlp(2 * width, width, num_features)
         self.covariance_mlp = _mlp(2 * width, width, shape_size)
@@ -50,10 +50,11 @@ class ResidualCorrection(nn.Module):
         dtype = next(self.parameters()).dtype
         hidden = self.describe(self._features(cloud, before, after, progress).to(dtype))
         hidden = torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], -1)
-        shift = _bounded(self.mean_mlp(hidden), 2.0).to(after.means.dtype)
+        # Wider bounds learn no better, and now and then throw a component out of its cloud.
+        shift = _bounded(self.mean_mlp(hidden), 1.0).to(after.means.dtype)
         means = after.means + self.structure.apply(after.factors.scale, shift)
-        stretch = _bounded(self.covariance_mlp(hidden), 3.0).to(after.means.dtype)
-        return State(after.log_weights, means, self.structure.correct(after.factors, stretch, floor))
+        stretch = _bounded(self.covariance_mlp(hidden), 2.0).to(after.means.dtype)
+        return State(after.log_weights, means, self.structure.correct(before.factors, after.factors, stretch, floor))
 
     def _features(self, cloud: Cloud, before: State, after: State, progress: float) -> Tensor:
         components = after.means.shape[1]

@@ -1,0 +1,80 @@
+"""What the callbacks cost: a training step with EM over the plain step, in one run.
+
+`python benchmarks/callbacks.py [--threads 1]` prints the medians of interleaved steps of a 4 x 512 MLP at batch 1,024.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from em_lightning.surgery.em import swap_activations
+from em_lightning.surgery.layerwise import LayerwiseLoss
+
+ROUNDS = 15
+
+
+def mlp() -> nn.Sequential:
+    """Four hidden layers of 512 units between 512 inputs and 10 classes."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(512, 512), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(512, 10))
+
+
+class Step:
+    """One training step of one variant."""
+
+    def __init__(self, swap: str | None = None, **em: object) -> None:
+        self.model = mlp()
+        if swap is not None:
+            swap_activations(self.model, swap)
+        self.losses = LayerwiseLoss(self.model, nn.ReLU, **em) if em else None  # type: ignore[arg-type]
+        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.x, self.y = torch.randn(1024, 512), torch.randint(10, (1024,))
+
+    def __call__(self) -> float:
+        """Return the seconds that it took."""
+        start = time.perf_counter()
+        loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        if self.losses is not None:
+            loss = self.losses.add_to(loss)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=1)
+    torch.set_num_threads(parser.parse_args().threads)
+    moments = {"name": "em", "decorrelation": 0.0}
+    steps = {
+        "plain": Step(),
+        "LayerwiseEMLoss, free energy and variance": Step(loss=moments, weight=0.01),
+        "the same, weight='auto'": Step(loss=moments, weight="auto"),
+        "LayerwiseEMLoss, with decorrelation": Step(weight=0.01),
+        "with decorrelation, every=4": Step(weight=0.01, every=4),
+        "SwapActivations('signed')": Step(swap="signed"),
+        "SwapActivations('gated')": Step(swap="gated"),
+        "SwapActivations('softmax_gated')": Step(swap="softmax_gated"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            times[name].append(statistics.mean(step() for _ in range(4)))  # as many as the longest cycle of every=
+    print(f"{'':45s} ms/step   ratio")
+    for name, measured in times.items():
+        # Each round is a pair of neighbours in time, so that a busy machine slows both.
+        ratio = statistics.median(one / base for one, base in zip(measured, times["plain"], strict=True))
+        print(f"{name:45s} {1e3 * statistics.median(measured):7.2f} {ratio:7.2f}")
+
+
+if __name__ == "__main__":
+    main()

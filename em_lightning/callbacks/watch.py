@@ -1,0 +1,210 @@
+"""Callbacks that watch: posteriors of layers as they train, and an audit of the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from em_lightning.competition import softmin
+from em_lightning.metrics import layer_metrics
+from em_lightning.scope import Audit, audit
+from em_lightning.surgery.edit import take_slow_path
+from em_lightning.surgery.taps import Taps
+
+
+def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
+    """Draw the responsibilities of the first items (rows) for all hypotheses (columns), and the mean of each.
+
+    Args:
+        energies: (..., K), low energy wins.
+        max_items: rows to draw.
+
+    Returns:
+        A matplotlib figure.
+
+    Example:
+        >>> len(responsibilities_figure(torch.rand(100, 8)).axes)
+        3
+    """
+    from em_lightning.plots.style import figure_style, new_figure
+
+    responsibilities = softmin(energies.detach().float().flatten(0, -2)).responsibilities.cpu().numpy()
+    with figure_style():
+        figure, axes = new_figure(1, 2, width=4.0, height=3.0)
+        image = axes[0, 0].imshow(responsibilities[:max_items], aspect="auto", vmin=0.0, interpolation="nearest")
+        axes[0, 0].set(title="responsibilities", xlabel="hypothesis", ylabel="item")
+        axes[0, 0].grid(False)
+        figure.colorbar(image, ax=axes[0, 0])
+        axes[0, 1].bar(range(responsibilities.shape[-1]), responsibilities.mean(0))
+        axes[0, 1].set(title="mean responsibility", xlabel="hypothesis")
+    return figure
+
+
+class PosteriorMonitor(Callback):
+    """Logs how the units of layers compete: metrics, a histogram and a figure of responsibilities.
+
+    What flows through a layer is read as energies, and the responsibilities are their softmin. In training the metrics
+    are those of one batch in ``every_n_steps``, logged as ``em/<layer>/<metric>``; in validation and test those of the
+    whole set over all ranks, as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's also get a histogram
+    and a figure, of the last batch that was seen.
+
+    Without a Trainer: :func:`em_lightning.metrics.layer_metrics` and :func:`responsibilities_figure`.
+
+    Args:
+        where: the layers: a class, a name pattern, a predicate, or a list.
+        target: a second selection that has to hold as well.
+        tap: "output" of the layer, or its "input".
+        dim: the axis of the units: 1 for feature maps.
+        every_n_steps: training steps between two looks.
+        figures: whether to draw.
+
+    Raises:
+        NoMatchError: at the start, if nothing is selected; the message lists what is there.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PosteriorMonitor("encoder.*")], logger=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        where: Any,
+        *,
+        target: type[nn.Module] | None = None,
+        tap: Literal["output", "input"] = "output",
+        dim: int = -1,
+        every_n_steps: int = 50,
+        figures: bool = True,
+    ) -> None:
+        if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
+            raise ValueError(f"every_n_steps={every_n_steps!r} is no number of steps: give an int of at least 1")
+        if tap not in ("output", "input"):
+            raise ValueError(f"tap={tap!r} is unknown: use 'output' or 'input'")
+        self.where = where
+        self.target = target
+        self.tap = tap
+        self.dim = dim
+        self.every_n_steps = every_n_steps
+        self.figures = figures
+        self._taps: Taps | None = None
+        self._metrics: dict[str, MetricCollection] = {}
+        self._last: dict[str, Tensor] = {}
+        self._ways_back: list[Callable[[], Any]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Tell two such callbacks apart."""
+        return self._generate_state_key(where=str(self.where), tap=self.tap)
+
+    def _start(self, pl_module: Any) -> None:
+        self._stop()
+        self._taps = Taps(pl_module, self.where, self.tap, self.target)
+        for site in self._taps.sites:
+            self._ways_back.extend(take_slow_path(site))  # the fused inference of transformers calls no hooks
+            self._metrics[site.path] = layer_metrics(self.dim).to(pl_module.device)
+        self._taps.attach()
+
+    def _stop(self) -> None:
+        if self._taps is not None:
+            self._taps.remove()
+        for way_back in reversed(self._ways_back):
+            way_back()
+        self._taps, self._metrics, self._last, self._ways_back = None, {}, {}, []
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        assert self._taps is not None
+        for path, tensors in self._taps.take().items():
+            for tensor in tensors:
+                self._metrics[path].update(tensor.detach())
+                self._last[path] = tensor.detach().movedim(self.dim, -1)
+
+    def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
+        for path, energies in self._last.items():
+            values = self._metrics[path].compute()
+            pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                experiment = logger.experiment
+                if hasattr(experiment, "add_histogram"):
+                    tag = f"{prefix}/{path}/responsibilities"
+                    responsibilities = softmin(energies.float()).responsibilities
+                    experiment.add_histogram(tag, responsibilities.flatten(), trainer.global_step)
+                    if self.figures:
+                        experiment.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
+        self._stop()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Look at every n-th step."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._start(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what was seen in this step."""
+        if self._taps is not None:
+            self._update()
+            self._report(trainer, pl_module, "em")
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start to collect."""
+        self._start(pl_module)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Collect a batch."""
+        self._update()
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the set."""
+        self._report(trainer, pl_module, "em_val")
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start to collect."""
+        self._start(pl_module)
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Collect a batch."""
+        self._update()
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log the set."""
+        self._report(trainer, pl_module, "em_test")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks off: Lightning calls no teardown after an exception."""
+        self._stop()
+
+
+class EMAudit(Callback):
+    """Prints, at the first training batch, where EM lives in the model; TensorBoard gets the table as text.
+
+    Without a Trainer: :func:`em_lightning.audit`. The model's ``training_step`` is run once more, in eval mode and
+    without its logs.
+
+    Args:
+        printed: whether to print the table.
+
+    Attributes:
+        audit: the findings, after the first batch.
+    """
+
+    def __init__(self, printed: bool = True) -> None:
+        self.printed = printed
+        self.audit: Audit | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Audit once."""
+        if self.audit is not None:
+            return
+        self.audit = audit(pl_module, batch)
+        if not trainer.is_global_zero:
+            return
+        if self.printed:
+            print(self.audit)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_text"):
+                table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
+                logger.experiment.add_text("em/audit", table, trainer.global_step)

@@ -1,0 +1,85 @@
+"""A layer that keeps its input's shape and pulls each item towards the mixture of its set."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from em_lightning.competition import Softmin
+from em_lightning.operators.em import EMOperator
+
+
+class EMRefinement(nn.Module):
+    r"""Add to each item what a mixture of its set makes of it: ``x_n + gate * sum_k r_nk mu_k``.
+
+    ``mu`` and ``r`` are the means and responsibilities of an :class:`EMOperator` fitted to the set, so the second term
+    is the posterior mean of the component means, of rank K at most. ``gate`` starts at 0: a new layer is the identity.
+    Differences of log-densities grow with D until every responsibility is 0 or 1: they are divided by ``temperature``,
+    the square root of D unless it is given. (D itself melts well-separated clusters into one.)
+
+    Args:
+        num_components: K.
+        num_features: D, the size of ``dim``.
+        dim: the axis of the features; all axes but the first and this one count the items of a set.
+        num_iters: EM iterations a call.
+        covariance: "spherical", "diag", or for few features "full" or "tied".
+        temperature: T of the responsibilities.
+        **operator: further arguments of :class:`EMOperator`, such as ``residual=False``.
+
+    Shape:
+        - input and output: (B, N, D), with ``dim=1`` feature maps (B, D, H, W) as sets of positions; (N, D) is one set.
+
+    Raises:
+        ValueError: the input has another number of features, or fewer than two axes.
+
+    Example:
+        >>> layer = EMRefinement(4, 16)
+        >>> x = torch.randn(2, 10, 16)
+        >>> torch.equal(layer(x), x)
+        True
+
+    Source: the reconstruction of Li et al., "Expectation-Maximization Attention Networks", 2019.
+    """
+
+    def __init__(
+        self,
+        num_components: int,
+        num_features: int,
+        *,
+        dim: int = -1,
+        num_iters: int = 3,
+        covariance: str = "spherical",
+        temperature: float | None = None,
+        **operator: Any,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.operator = EMOperator(
+            num_components,
+            num_features,
+            num_iters=num_iters,
+            covariance=covariance,
+            competition=Softmin(math.sqrt(num_features) if temperature is None else temperature),
+            **operator,
+        )
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the refined items, of the shape and dtype of ``x``."""
+        if x.ndim < 2 or x.shape[self.dim] != self.operator.num_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; give at least two axes, with {self.operator.num_features} features "
+                f"along dim={self.dim}"
+            )
+        moved = x.movedim(self.dim, -1)
+        sets = 1 if x.ndim == 2 else moved.shape[0]
+        items = moved.reshape(sets, math.prod(moved.shape[:-1]) // sets, moved.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            items = items.to(torch.promote_types(x.dtype, torch.float32))
+            mixture = self.operator(items)
+            responsibilities = self.operator.competition(-mixture.log_joint(items)).responsibilities
+            refined = (responsibilities @ mixture.means).reshape(moved.shape).movedim(-1, self.dim)
+        return x + self.gate * refined.to(x.dtype)

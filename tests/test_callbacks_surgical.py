@@ -1,0 +1,232 @@
+"""What can go wrong around a surgery in a run, provoked; and each message read."""
+
+import copy
+import pickle
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+import user_models as users
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
+from em_lightning.callbacks import InsertEMOperator, LayerwiseEMLoss, RestoreSurgery, SwapActivations
+from em_lightning.surgery import (
+    NoMatchError,
+    Surgery,
+    apply_plan,
+    insert_after,
+    read_plan,
+    recorded_plan,
+    replace_modules,
+    restore_surgery,
+)
+from em_lightning.surgery.chain import Chain
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:The number of training batches",
+    "ignore:`isinstance.treespec, LeafSpec.`",
+)
+LEARNED = {"learnable": True}
+
+
+def fit(folder, model, *callbacks, **options):
+    trainer = users.trainer(folder, 1, callbacks, **options)
+    trainer.fit(model, users.MLP.data())
+    return trainer
+
+
+def test_parameters_that_no_optimizer_trains_are_named(tmp_path):
+    class Groups(users.MLP):
+        def configure_optimizers(self):
+            layers = [self.encoder[0], self.encoder[2], self.head]
+            return torch.optim.SGD([{"params": layer.parameters()} for layer in layers], lr=0.1)
+
+    with pytest.raises(ValueError, match=r"no optimizer trains encoder.1.log_temperature_ratio, encoder.3.log.*: conf"):
+        fit(tmp_path, Groups(), SwapActivations(arguments=LEARNED))
+    fit(tmp_path, Groups(), SwapActivations())  # nothing to train
+
+
+def test_an_optimizer_that_was_built_before_the_fit_needs_the_plain_function(tmp_path):
+    class Cli(users.MLP):
+        def configure_optimizers(self):
+            return self.optimizer
+
+    model = Cli()
+    model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="or operate with em_lightning.surgery before the optimizer is built"):
+        fit(tmp_path, model, InsertEMOperator("encoder.0", 2))
+    model = Cli()
+    insert_after(model, "encoder.0", nn.LayerNorm(16))
+    model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fit(tmp_path, model)
+
+
+@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.1)])
+def test_surgery_comes_before_weight_averaging(averaging, tmp_path):
+    with pytest.raises(ValueError, match="WeightAveraging stands before SwapActivations .*: put SwapActivations first"):
+        fit(tmp_path, users.MLP(), averaging(), SwapActivations())
+    fit(tmp_path, users.MLP(), SwapActivations(arguments=LEARNED), averaging())
+
+
+def test_swap_that_matches_nothing_lists_what_is_there(tmp_path):
+    for model in (users.MLP(), users.LateMLP(), users.SetupMLP()):
+        with pytest.raises(NoMatchError, match="nothing matches where='\\*' with target=GELU; the model holds .*ReLU"):
+            fit(tmp_path, model, SwapActivations(target=nn.GELU))
+        assert not any(isinstance(value, Chain) for value in vars(model).values())
+
+
+def test_another_surgery_with_the_same_keys_does_not_load(tmp_path):
+    trainer = fit(tmp_path, users.MLP(), SwapActivations("softmax_gated"))
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    for other in (
+        SwapActivations("residual_softmax"),
+        SwapActivations("softmax_gated", arguments={"temperature": 2.0}),
+    ):
+        with pytest.raises(
+            ValueError, match=r"saved after another surgery: only in it: replace encoder.1: .*SoftmaxGated"
+        ):
+            users.trainer(tmp_path, 1, [other]).test(users.MLP(), users.MLP.data(), ckpt_path=tmp_path / "model.ckpt")
+    plain = fit(tmp_path, users.MLP())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="only in it: nothing; only in the model: replace encoder.1"):
+        users.trainer(tmp_path, 2, [SwapActivations()]).fit(
+            users.MLP(), users.MLP.data(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True
+        )
+    with pytest.raises(ValueError, match="plain.ckpt was saved without surgery; load it with MLP.load_from_checkpoint"):
+        restore_surgery(users.MLP, tmp_path / "plain.ckpt")
+
+
+def test_what_the_plan_cannot_build_is_asked_for(tmp_path):
+    model = users.MLP()
+    replace_modules(model, nn.ReLU, lambda old: nn.PReLU())
+    fit(tmp_path, model).save_checkpoint(tmp_path / "model.ckpt")
+    assert read_plan(tmp_path / "model.ckpt") == recorded_plan(model)
+    with pytest.raises(ValueError, match="'encoder.1' holds a torch.nn.*PReLU whose arguments .*: pass make="):
+        restore_surgery(users.MLP, tmp_path / "model.ckpt")
+    restored = restore_surgery(users.MLP, tmp_path / "model.ckpt", make=lambda old: nn.PReLU())
+    assert type(restored) is users.MLP and torch.equal(restored.encoder[1].weight, model.encoder[1].weight)
+    with pytest.raises(ValueError, match="pass make="):
+        apply_plan(users.MLP(), recorded_plan(model), into=Surgery(users.MLP()))
+
+
+def test_tied_operators_are_tied_again(tmp_path):
+    class Tied(users.MLP):
+        def build(self):
+            super().build()
+            self.encoder[3] = self.encoder[1]
+
+    model = Tied()
+    fit(tmp_path, model, SwapActivations(shared="together", arguments=LEARNED)).save_checkpoint(tmp_path / "model.ckpt")
+    restored = restore_surgery(Tied, tmp_path / "model.ckpt")
+    assert restored.encoder[1] is restored.encoder[3]
+    with pytest.raises(ValueError, match="tied to encoder.1"):
+        users.trainer(tmp_path, 1, [SwapActivations(arguments=LEARNED)]).test(
+            Tied(), users.MLP.data(), ckpt_path=tmp_path / "model.ckpt"
+        )
+
+
+def test_hyperparameters_and_own_hooks_survive_a_restore(tmp_path):
+    class Own(users.MLP):
+        def __init__(self, width=3):
+            super().__init__()
+            self.save_hyperparameters()
+            self.extra = nn.Linear(width, 1)
+            self.loaded = False
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["own"] = 5
+
+        def on_load_checkpoint(self, checkpoint):
+            self.loaded = checkpoint["own"] == 5
+
+    fit(tmp_path, Own(7), SwapActivations()).save_checkpoint(tmp_path / "model.ckpt")
+    restored = restore_surgery(Own, tmp_path / "model.ckpt")
+    assert restored.loaded and restored.extra.in_features == 7
+
+
+def test_a_second_run_does_not_operate_again(tmp_path):
+    model, swap = users.MLP(), SwapActivations()
+    fit(tmp_path, model, swap)
+    first = model.encoder[1]
+    fit(tmp_path, model, swap)
+    fit(tmp_path, model, SwapActivations())
+    users.trainer(tmp_path, 1, [SwapActivations()]).test(model, users.MLP.data(), verbose=False)
+    assert model.encoder[1] is first
+    swap.surgery.undo()
+    assert isinstance(model.encoder[1], nn.ReLU) and "on_save_checkpoint" not in vars(model)
+
+
+def test_nested_lightning_modules(tmp_path):
+    class Outer(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = users.MLP()
+
+        def training_step(self, batch):
+            return F.cross_entropy(self.inner(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    model = Outer()
+    trainer = fit(tmp_path, model, SwapActivations(), LayerwiseEMLoss("inner.encoder"))
+    assert [entry["path"] for entry in recorded_plan(model)] == ["inner.encoder.1", "inner.encoder.3"]
+    assert "em/inner.encoder/variance" in trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:<class 'torch.autograd.function.Function'>"
+)
+def test_compiled_lightning_module(tmp_path):
+    class Silent(users.MLP):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    states = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        model = Silent()
+        given = torch.compile(model, backend="eager") if compiled else model
+        swap = SwapActivations("softmax_gated", arguments=LEARNED)
+        users.trainer(tmp_path, 1, [swap, InsertEMOperator("encoder.0", 2)]).fit(given, users.MLP.data())
+        states.append(model.state_dict())
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value)
+
+
+def test_callbacks_pickle_and_copy():
+    for callback in (
+        SwapActivations(),
+        InsertEMOperator("encoder.0"),
+        LayerwiseEMLoss("encoder.0"),
+        RestoreSurgery("a"),
+    ):
+        for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+            assert twin.state_key == callback.state_key
+    assert SwapActivations("signed").state_key != SwapActivations("gated").state_key
+    assert SwapActivations(where="a").state_key != SwapActivations(where="b").state_key
+
+
+def test_hooks_are_set_after_batch_norms_are_converted(tmp_path):
+    """The strategy does this between setup and on_fit_start."""
+
+    class Normed(users.MLP):
+        def build(self):
+            super().build()
+            self.encoder.append(nn.BatchNorm1d(16))
+
+    class Convert(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            assert not pl_module.encoder[4]._forward_hooks
+            pl_module.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(pl_module.encoder)
+            assert isinstance(pl_module.encoder[4].layer, nn.SyncBatchNorm)
+            pl_module.encoder[4].layer.forward = nn.BatchNorm1d.forward.__get__(pl_module.encoder[4].layer)
+
+    insert = InsertEMOperator("encoder.4", 2)
+    model = Normed()
+    trainer = fit(tmp_path, model, insert, Convert(), LayerwiseEMLoss("encoder.4"))
+    assert "em/encoder.4/variance" in trainer.callback_metrics and model.encoder[4].operator.gate != 0

@@ -1,0 +1,117 @@
+import math
+
+import pytest
+import torch
+import user_models as users
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from em_lightning.callbacks import EMAudit, LayerwiseEMLoss, PosteriorMonitor, SwapActivations, TemperatureSchedule
+from em_lightning.metrics import layer_metrics
+from em_lightning.surgery import NoMatchError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:The number of training batches",
+    "ignore:`isinstance.treespec, LeafSpec.`",
+    "ignore:.*enable_nested_tensor",
+)
+
+
+def test_temperature_is_scheduled_logged_and_saved(tmp_path):
+    schedule = TemperatureSchedule(4.0, 1.0, 4)
+    callbacks = [SwapActivations("softmax_gated", where="encoder.1"), SwapActivations(where="encoder.3"), schedule]
+    model = users.MLP()
+    trainer = users.trainer(tmp_path, 2, callbacks, limit_train_batches=1)
+    trainer.fit(model, users.MLP.data())
+    assert model.encoder[1].temperature == model.encoder[3].temperature == pytest.approx(4.0 / 4**0.25)
+    assert trainer.callback_metrics["em/temperature"].item() == pytest.approx(4.0 / 4**0.25)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    other = users.MLP()
+    users.trainer(tmp_path, 1, callbacks[:2]).test(
+        other, users.MLP.data(), ckpt_path=tmp_path / "model.ckpt", verbose=False
+    )
+    assert other.encoder[1].temperature == model.encoder[1].temperature
+
+
+def test_curves():
+    for shape, middle in (("linear", 2.5), ("cosine", 2.5), ("exponential", 2.0)):
+        schedule = TemperatureSchedule(4.0, 1.0, 10, shape)
+        assert [schedule.value(0), schedule.value(5), schedule.value(99)] == pytest.approx([4.0, middle, 1.0])
+    assert TemperatureSchedule(4.0, 1.0, 4, "cosine").value(1) == pytest.approx(1 + 1.5 * (1 + math.sqrt(0.5)))
+
+
+def test_temperature_schedule_refuses(tmp_path):
+    for arguments, match in (
+        ((0.0, 1.0, 5), "start=0.0 is no temperature: give a positive number"),
+        ((1.0, -1.0, 5), "end=-1.0 is no temperature"),
+        ((1.0, 2.0, 0), "steps=0 is no number of steps"),
+        ((1.0, 2.0, 5, "step"), "shape='step' is unknown: use 'exponential'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            TemperatureSchedule(*arguments)
+    with pytest.raises(NoMatchError, match="the model holds Sequential: encoder"):
+        users.trainer(tmp_path, 1, [TemperatureSchedule(2.0, 1.0, 5)]).fit(users.MLP(), users.MLP.data())
+    learned = [SwapActivations(arguments={"learnable": True}), TemperatureSchedule(2.0, 1.0, 5)]
+    with pytest.raises(ValueError, match="the temperature of 'encoder.1' is learned, so a schedule would fight"):
+        users.trainer(tmp_path, 1, learned).fit(users.MLP(), users.MLP.data())
+
+
+def test_monitor_logs_metrics_histograms_and_figures(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    monitor = PosteriorMonitor(["encoder.1"], every_n_steps=2)
+    model, data = users.MLP(), users.MLP.data()
+    trainer = users.trainer(tmp_path, 1, [monitor], logger=logger, log_every_n_steps=1)
+    trainer.fit(model, data, data)
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    assert events.Tags()["histograms"] == ["em/encoder.1/responsibilities", "em_val/encoder.1/responsibilities"]
+    assert events.Tags()["images"] == ["em/encoder.1/responsibilities", "em_val/encoder.1/responsibilities"]
+    assert [event.step for event in events.Histograms("em/encoder.1/responsibilities")] == [1, 3]
+    expected = layer_metrics()
+    expected.update(model.encoder[:2](torch.cat([batch[0] for batch in data])))
+    for name, value in expected.compute().items():
+        assert trainer.callback_metrics[f"em_val/encoder.1/{name}"].item() == pytest.approx(value.item(), rel=1e-4)
+    result = users.trainer(tmp_path, 1, [monitor]).test(model, data, verbose=False)[0]
+    assert result["em_test/encoder.1/entropy"] == pytest.approx(expected.compute()["entropy"].item(), rel=1e-4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_monitor_sees_through_the_fast_path_of_transformers(tmp_path):
+    model = users.Transformer().eval()
+    trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("encoder.layers.1.linear1", dim=-1)])
+    result = trainer.test(model, users.Transformer.data(), verbose=False)[0]
+    assert result["em_test/encoder.layers.1.linear1/effective_rank"] > 1
+    assert model.encoder.layers[1].activation_relu_or_gelu == 1
+
+
+def test_monitor_refuses(tmp_path):
+    with pytest.raises(ValueError, match="every_n_steps=0 is no number of steps"):
+        PosteriorMonitor("encoder.1", every_n_steps=0)
+    with pytest.raises(ValueError, match="tap='middle' is unknown"):
+        PosteriorMonitor("encoder.1", tap="middle")
+    with pytest.raises(NoMatchError, match="nothing matches where='decoder'"):
+        users.trainer(tmp_path, 1, [PosteriorMonitor("decoder")]).fit(users.MLP(), users.MLP.data())
+
+
+def test_audit_is_printed_and_logged_once(tmp_path, capsys):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    callback = EMAudit()
+    callbacks = [SwapActivations("softmax_gated"), callback, LayerwiseEMLoss("encoder.1")]
+    model = users.MLP()
+    users.trainer(tmp_path, 2, callbacks, logger=logger).fit(model, users.MLP.data())
+    assert [finding.path for finding in callback.audit if finding.em] == ["encoder.1", "encoder.3", "head"]
+    assert capsys.readouterr().out.count("cross-entropy") == 1
+    logger.experiment.flush()
+    assert "em/audit/text_summary" in EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"]
+    torch.manual_seed(3)
+    plain = users.MLP()
+    quiet = EMAudit(printed=False)
+    users.trainer(tmp_path, 1, [quiet]).fit(users.TwoOptimizers(), users.MLP.data())
+    assert capsys.readouterr().out == "" and not any(finding.em for finding in quiet.audit)
+    users.trainer(tmp_path, 1, [EMAudit(printed=False)]).fit(plain, users.MLP.data())
+    torch.manual_seed(3)
+    unwatched = users.MLP()
+    users.trainer(tmp_path, 1).fit(unwatched, users.MLP.data())
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in unwatched.state_dict().items())

@@ -1,0 +1,407 @@
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import user_models as users
+from torch import nn
+
+from em_lightning.surgery import NoMatchError, find_modules, insert_after, recorded_plan, replace_modules
+from em_lightning.surgery.chain import wrap
+from em_lightning.surgery.em import insert_em_operators, swap_activations
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:`torch.jit")
+
+
+class Scaled(nn.Module):
+    """An activation with a parameter, whose starting value tells how it was built."""
+
+    def __init__(self, start=1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(1) * start)
+
+    def forward(self, x):
+        return x.relu() * self.scale
+
+
+def paths(*arguments):
+    return [site.path for site in find_modules(*arguments)]
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+
+
+def test_selection_by_class_name_predicate_and_list():
+    model = net()
+    assert paths(model, nn.ReLU) == ["1", "2.1"]
+    assert paths(model, "2.*") == ["2.0", "2.1"]
+    assert paths(model, "*") == ["0", "1", "2"]  # the outermost
+    assert paths(model, ["2", "2.0"]) == ["2", "2.0"]  # each entry by itself
+    assert paths(model, lambda path, module: path.endswith("1")) == ["1", "2.1"]
+    assert paths(model, lambda module: isinstance(module, nn.Linear)) == ["0", "2.0"]
+    assert paths(model, (nn.Linear, "1")) == ["0", "1", "2.0"]
+    assert paths(model, nn.ReLU, "2.*") == ["2.1"]
+    with pytest.raises(TypeError, match="where=3 selects no modules: give a class"):
+        find_modules(model, 3)
+
+
+def test_no_match_lists_what_is_there():
+    with pytest.raises(NoMatchError, match=r"where=GELU; the model holds Linear: 0, 2.0; ReLU: 1, 2.1; Sequential: 2"):
+        replace_modules(net(), nn.GELU, nn.Tanh)
+
+
+def test_every_name_of_a_shared_instance_is_a_site_of_its_own():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
+    replace_modules(model, nn.ReLU, Scaled)
+    assert model[1] is not model[3] and model[1].scale != model[3].scale
+    model = nn.Sequential(act, nn.Sequential(act))
+    replace_modules(model, nn.ReLU, Scaled, shared="together").undo()
+    assert model[0] is act and model[1][0] is act
+    replace_modules(model, nn.ReLU, Scaled, shared="together")
+    assert model[0] is model[1][0]
+    model = nn.Sequential(act, act)
+    with pytest.raises(ValueError, match="0 and 1 are one instance and shared='refuse': give each name"):
+        replace_modules(model, nn.ReLU, Scaled, shared="refuse")
+    with pytest.raises(ValueError, match="shared='both' is unknown: use 'separate'"):
+        replace_modules(model, nn.ReLU, Scaled, shared="both")
+
+
+@pytest.mark.parametrize("on_root", [False, True])
+def test_reused_module_gets_an_operator_per_call_or_is_refused(on_root):
+    model = users.ReusedMLP() if on_root else nn.Sequential(users.ReusedMLP())
+    name, x = ("relu", "0.relu")[not on_root], torch.randn(3, 6)
+    with replace_modules(model, nn.ReLU, Scaled):
+        with pytest.raises(RuntimeError, match=f"'{name}' is called more than 1 time.* set calls=N .* or calls='any'"):
+            model(x)
+    with replace_modules(model, nn.ReLU, Scaled, calls="any"):
+        model(x)
+    with replace_modules(model, nn.ReLU, Scaled, calls=3):
+        with pytest.raises(RuntimeError, match="was called 2 times in one forward, but calls=3 .* set calls=2"):
+            model(x)
+    with replace_modules(model, nn.ReLU, Scaled, calls={"*relu": 2}):
+        inner = model if on_root else model[0]
+        first, second = inner.relu.operators
+        hidden = first(inner.first(x))
+        assert torch.equal(model(x), inner.head(second(inner.second(hidden))))
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+    with pytest.raises(ValueError, match="calls=0 is no number of calls: use a positive int"):
+        replace_modules(model, nn.ReLU, Scaled, calls=0)
+    replace_modules(model, nn.ReLU, nn.Tanh)  # nothing to tie: no limit
+    model(x)
+
+
+def test_calls_in_a_list_are_counted_by_the_module_that_calls():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.acts = nn.ModuleList([nn.ReLU()])
+
+        def forward(self, x):
+            return self.acts[0](self.acts[0](x))
+
+    model = nn.Sequential(Stack())
+    replace_modules(model, nn.ReLU, Scaled)
+    with pytest.raises(RuntimeError, match="'0.acts.0' is called more than 1"):
+        model(torch.randn(2))
+
+
+def test_hooks_device_dtype_and_mode_are_kept():
+    model = net().double().eval()
+    model[2][1].train()
+    seen = []
+    early = model[1].register_forward_hook(lambda *_: seen.append("early"))
+    surgery = replace_modules(model, nn.ReLU, Scaled)
+    assert model[1].scale.dtype == torch.float64 and not model[1].training and model[2][1].training
+    model(torch.randn(2, 4).double())
+    early.remove()
+    model[1].register_forward_hook(lambda *_: seen.append("late"))
+    model(torch.randn(2, 4).double())
+    surgery.undo()
+    model(torch.randn(2, 4).double())
+    assert seen == ["early", "late", "late"]
+    with torch.device("meta"):
+        empty = net()
+    replace_modules(empty, nn.ReLU, Scaled)
+    assert empty[1].scale.is_meta
+
+
+def test_random_stream_is_untouched_and_every_rank_builds_the_same():
+    built = []
+    for seed in (1, 2):
+        model = net()
+        torch.manual_seed(seed)
+        replace_modules(model, nn.ReLU, Scaled)
+        built.append(model[1].scale.item())
+        after = torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(after, torch.rand(1))
+    assert built[0] == built[1]
+
+
+def test_make_may_be_a_class_a_partial_a_prototype_or_a_function():
+    model = net()
+    replace_modules(model, "1", functools.partial(Scaled, start=0.0))
+    assert model[1].scale == 0
+    prototype = Scaled()
+    replace_modules(model, "2.1", prototype)
+    assert model[2][1] is not prototype and torch.equal(model[2][1].scale, prototype.scale)
+    replace_modules(model, nn.Linear, lambda old: nn.Linear(old.in_features, old.out_features, bias=False))
+    assert model[0].bias is None
+    with pytest.raises(TypeError, match="make returned 3 for '0'; it has to return an nn.Module"):
+        replace_modules(model, "0", lambda old: 3)
+    with pytest.raises(ValueError, match="make returned the module that stands at '0' already"):
+        replace_modules(model, "0", lambda old: old)
+
+
+def test_report_names_what_changed():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    surgery = insert_after(model, "0", nn.LayerNorm(8))
+    assert surgery.report.splitlines()[1].split() == ["0", "Linear", "Linear", "->", "LayerNorm", "16"]
+    assert list(surgery.parameters()) == ["0.operator.weight", "0.operator.bias"] and len(surgery) == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 2, 1), (2, 0, 1)])
+def test_surgeries_are_undone_in_any_order(order):
+    model, x = net(), torch.randn(3, 4)
+    before, modules = model(x), [id(m) for m in model.modules()]
+    surgeries = [
+        replace_modules(model, nn.ReLU, Scaled),
+        insert_after(model, ["1", "2"], Scaled),
+        replace_modules(model, [Scaled, "1.layer"], nn.Tanh),
+    ]
+    for number in order:
+        surgeries[number].undo()
+        model(x)
+    assert [id(m) for m in model.modules()] == modules
+    assert torch.equal(model(x), before) and recorded_plan(model) == []
+
+
+def test_links_of_one_method_are_removed_in_any_order():
+    class Greeter:
+        def greet(self, name):
+            return name
+
+    for order in ((0, 1), (1, 0)):
+        greeter = Greeter()
+        handles = [wrap(greeter, "greet", lambda proceed, name, mark=m: proceed(name) + mark) for m in "ab"]
+        assert greeter.greet("x") == "xab"
+        for number in order:
+            handles[number].remove()
+        assert greeter.greet("x") == "x" and "greet" not in vars(greeter)
+    other = Greeter()
+    other.greet = lambda name: name.upper()  # somebody else's
+    wrap(other, "greet", lambda proceed, name: proceed(name) + "!").remove()
+    assert other.greet("x") == "X"
+
+
+def test_operated_model_can_be_copied_and_pickled():
+    model = users.MLP()
+    replace_modules(model, nn.ReLU, Scaled)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.encoder[1] is not model.encoder[1]
+        checkpoint = {}
+        twin.on_save_checkpoint(checkpoint)
+        assert [entry["path"] for entry in checkpoint["em_lightning"]["surgery"]] == ["encoder.1", "encoder.3"]
+        assert twin.on_save_checkpoint.owner is twin
+        twin(torch.randn(2, 6))
+
+
+def test_a_swap_without_parameters_does_not_load_into_a_plain_model():
+    model = net()
+    plain = copy.deepcopy(model)
+    replace_modules(model, nn.ReLU, nn.Tanh)
+    with pytest.raises(RuntimeError, match="Unexpected key.*1.em_surgery"):
+        plain.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("activation", ["relu", nn.ReLU()], ids=["function", "module"])
+def test_transformer_in_eval_takes_the_swapped_activation(activation):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=activation, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2))
+    x, padding = torch.randn(3, 5, 8), torch.arange(5) > torch.tensor([[4], [2], [3]])
+    encoder = model[0]
+    before = encoder.eval()(x, src_key_padding_mask=padding)
+    assert encoder.use_nested_tensor
+    first, second = swap_activations(model, where="*0.activation"), swap_activations(model, where="*1.activation")
+    with torch.no_grad():
+        fast, fast_padded = encoder.eval()(x), encoder(x, src_key_padding_mask=padding)
+        slow, slow_padded = encoder.train()(x), encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast_padded, slow_padded)
+    assert not torch.allclose(before[~padding], slow_padded[~padding], atol=1e-2)
+    first.undo()
+    assert not encoder.use_nested_tensor and encoder.layers[0].activation_relu_or_gelu == 1
+    second.undo()
+    assert encoder.use_nested_tensor
+    assert (
+        encoder.layers[0].activation is activation
+        or encoder.layers[0].activation is F.relu
+        or isinstance(encoder.layers[0].activation, nn.ReLU)
+    )
+    assert torch.equal(encoder.eval()(x, src_key_padding_mask=padding), before)
+
+
+def test_inside_of_attention_and_scripts_is_refused():
+    with pytest.raises(ValueError, match="'0.out_proj' lies inside nn.MultiheadAttention, which reads the weights"):
+        replace_modules(nn.Sequential(nn.MultiheadAttention(4, 2)), nn.Linear, nn.Identity)
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+    with pytest.raises(ValueError, match="'0.1' belongs to a ScriptModule, .* before torch.jit.script"):
+        replace_modules(model, nn.ReLU, nn.Tanh)
+
+
+def test_operator_behind_an_attention_takes_the_first_of_its_outputs():
+    model = nn.Sequential(nn.MultiheadAttention(4, 2, batch_first=True))
+    x = torch.randn(2, 3, 4)
+    before = model[0](x, x, x)
+    insert_after(model, "0", nn.Tanh)
+    after = model[0](x, x, x)
+    assert torch.equal(after[0], before[0].tanh()) and torch.equal(after[1], before[1])
+    assert model[0].batch_first and model[0].embed_dim == 4  # what code reads off the layer
+    model = nn.Sequential(nn.LSTMCell(2, 2), nn.Flatten())
+    insert_after(model, "0", nn.Tanh)
+    model[0].layer.forward = lambda x: {"x": x}
+    with pytest.raises(TypeError, match="LSTMCell returns dict, and an operator can stand only behind a tensor"):
+        model[0](x)
+
+
+def test_compiled_modules_keep_their_paths():
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), backend="eager"))
+    assert paths(model, nn.ReLU) == ["0.1"] and paths(torch.compile(net()), nn.ReLU) == ["1", "2.1"]
+    x = torch.randn(3, 2)
+    model(x)
+    surgery = replace_modules(model, nn.ReLU, nn.Tanh)
+    assert torch.equal(model(x), model[0]._orig_mod[0](x).tanh())
+    surgery.undo()
+    assert torch.equal(model(x), model[0]._orig_mod[0](x).relu())
+
+
+@pytest.mark.parametrize("calls", [None, 2])
+def test_operated_models_compile_whole(calls):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.relu = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            x = self.relu(self.lin(x))
+            return self.relu(self.lin(x)) if calls else x
+
+    model = nn.Sequential(Block(), nn.Linear(4, 2))
+    replace_modules(model, nn.ReLU, Scaled, calls=calls)
+    insert_after(model, "1", Scaled)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_units_axis_and_width_are_read_off_the_layers():
+    model = users.ResNet()
+    surgery = swap_activations(model, "softmax_gated", calls="any")
+    assert {change.added[0].dim for change in surgery.changes} == {1}
+    assert swap_activations(net(), "softmax_gated").changes[0].added[0].dim == -1
+    inserted = insert_em_operators(
+        users.ResNet(), ["layer2", "layer3.0.relu", "fc", "bn1"], 2, residual=False, calls="any"
+    )
+    found = {change.path: change.added[0] for change in inserted.changes}
+    assert {path: (op.operator.num_features, op.dim) for path, op in found.items()} == {
+        "layer2": (8, 1),
+        "layer3.0.relu": (16, 1),
+        "fc": (3, -1),
+        "bn1": (4, 1),
+    }
+    with pytest.raises(ValueError, match="'0' is a Flatten, which does not tell its width: give num_features="):
+        insert_em_operators(nn.Sequential(nn.Flatten()), "0")
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    assert insert_em_operators(encoder, "0", 2).changes[0].added[0].operator.num_features == 8
+
+
+def test_inserted_operators_leave_outputs_alone_bit_for_bit():
+    model, x = users.ResNet().eval(), torch.randn(2, 3, 32, 32)
+    before = model(x)
+    with insert_em_operators(model, ["layer1", "layer3"], 4):
+        after = model(x)
+        assert torch.equal(after, before)
+        after.sum().backward()
+        assert all(op.operator.gate.grad != 0 for op in (model.layer1, model.layer3))
+
+
+def test_activation_arguments():
+    model = net()
+    swap_activations(model, {"name": "signed", "margin": 2.0}, where="1")
+    swap_activations(model, "signed", where="2.1", margin=3.0)
+    assert (model[1].margin, model[2][1].margin) == (2.0, 3.0)
+    swap_activations(model, nn.GELU, target=type(model[1]), where="1")
+    swap_activations(model, {"class_path": "torch.nn.SiLU"}, target=nn.GELU)
+    assert isinstance(model[1], nn.SiLU)
+    with pytest.raises(TypeError, match="activation=Tanh is built already and takes neither dim="):
+        swap_activations(net(), nn.Tanh(), dim=1)
+    with pytest.raises(ValueError, match="unknown activation 'singed'; did you mean 'signed'"):
+        swap_activations(net(), "singed")
+    with pytest.raises(TypeError, match="activation=3 stands for no activation: give a key"):
+        swap_activations(net(), 3)
+
+
+class Functional(nn.Module):
+    """Calls relu in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = F.relu(self.inner(x) + 1)
+        x = torch.relu(x - 0.5).sub(0.25).relu()
+        x = F.relu(x - 0.1, inplace=True)
+        x = x - 0.05
+        x.relu_()
+        return x
+
+
+def test_calls_of_relu_are_swapped_where_that_is_asked_for():
+    model, x = nn.Sequential(Functional(), nn.Linear(4, 2)), torch.randn(3, 4)
+    before, keys = model(x), set(model.state_dict())
+    with pytest.raises(NoMatchError, match="where='\\*' with target=ReLU; the model holds Functional: 0"):
+        swap_activations(model, nn.Tanh)
+    surgery = swap_activations(model, nn.Tanh, functional=True)
+    y = (model[0].inner(x) + 1).tanh()
+    y = ((((y - 0.5).tanh() - 0.25).tanh() - 0.1).tanh() - 0.05).tanh()
+    expected = model[1](y)
+    assert torch.equal(model(x), expected)
+    assert set(model.state_dict()) - keys == {"0.em_functional.em_surgery"}
+    model(x).sum().backward()
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    surgery.undo()
+    assert torch.equal(model(x), before) and set(model.state_dict()) == keys and "forward" not in vars(model[0])
+    with replace_modules(model, "1", nn.Identity), pytest.raises(NoMatchError, match="names relu in its forward"):
+        swap_activations(model, nn.Tanh, where="1", functional=True)
+    with (
+        swap_activations(model, Scaled, functional=True),
+        pytest.raises(RuntimeError, match="'0.em_functional' is called"),
+    ):
+        model(x)
+    with swap_activations(model, Scaled, functional=True, calls=5) as surgery:
+        assert len(model[0].em_functional.operators) == 5 and "0.em_functional" in surgery.report
+        model(x)
+
+
+def test_calls_of_relu_in_the_root_and_in_a_checkpoint(tmp_path):
+    class Net(users.MLP):
+        def forward(self, x):
+            return self.head(F.relu(self.encoder(x)))
+
+    from em_lightning.surgery import restore_surgery
+
+    model, x = Net(), torch.randn(3, 6)
+    swap_activations(model, "softmax_gated", functional=True)
+    checkpoint = {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.6.0"}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    restored = restore_surgery(Net, tmp_path / "model.ckpt")
+    assert torch.equal(restored(x), model(x)) and len(recorded_plan(restored)) == 3
