@@ -218,7 +218,7 @@ def test_the_best_of_several_starts_is_kept_for_each_cloud(kernel):
     torch.manual_seed(3)
     one = EMOperator(5, 2, **arguments)
     tries = [one(x, num_iters=0) for _ in range(6)]
-    scores = torch.stack([one.objective(x, one(x, init=start, num_iters=1)) for start in tries])
+    scores = torch.stack([one.objective(x, one(x, init=start, num_iters=5)) for start in tries])
     for b, row in enumerate(scores.argmax(0).tolist()):
         assert torch.allclose(best.means[b], tries[row].means[b])
     assert len(set(scores.argmax(0).tolist())) > 1

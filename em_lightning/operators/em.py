@@ -26,6 +26,8 @@ from em_lightning.operators.residual import ResidualCorrection
 _RANDOM_STARTS = ("kmeans++", "random")
 # Nats a point: a correction may trade some likelihood of the fitted points for that of others.
 _TOLERATED_LOSS = 0.5
+# Exact iterations after which one start is told from another.
+_TRIAL = 5
 STARTS = ("farthest", *_RANDOM_STARTS, "learned")
 
 
@@ -56,8 +58,8 @@ class EMOperator(MixtureModel):
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the cloud).
         lloyd_steps: steps of k-means that centers take before a mixture is made of them.
-        num_starts: of so many random starts each cloud takes the one whose objective is highest after an iteration;
-            while training :meth:`forward` has one, which is cheaper and more varied.
+        num_starts: of so many random starts each cloud takes the one whose objective is highest after ``num_iters``
+            exact iterations, at most five; while training :meth:`forward` has one, which is cheaper and more varied.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
         residual: whether there are corrections to learn.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
@@ -300,7 +302,7 @@ class EMOperator(MixtureModel):
         return starts.from_centers(cloud, centers, structure, floor)
 
     def _centers(self, cloud: Cloud, floor: Tensor, num_starts: int) -> Tensor:
-        """Return for each set those of several drawn centers whose objective is highest after one exact iteration."""
+        """Return for each set those of several drawn centers whose objective is highest after a few iterations."""
         generator = None
         if self.seed is not None:
             generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
@@ -311,7 +313,9 @@ class EMOperator(MixtureModel):
         best, chosen = torch.full_like(cloud.mass, -torch.inf), drawn[0]
         for centers in drawn:
             state = starts.from_centers(cloud, centers, COVARIANCES[self.covariance], floor)
-            objective = self._objective(cloud, self._exact_iteration(cloud, state, floor, 1.0))
+            for _ in range(min(max(self.num_iters, 1), _TRIAL)):
+                state = self._exact_iteration(cloud, state, floor, 1.0)
+            objective = self._objective(cloud, state)
             chosen = torch.where((objective > best)[:, None, None], centers, chosen)
             best = torch.maximum(best, objective)
         return chosen
