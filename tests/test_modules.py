@@ -62,11 +62,22 @@ def test_a_subclass_writes_forward_and_step_and_has_the_rest(tmp_path, schedule)
     assert fit.test(module, loader, verbose=False)[0]["test/loss"] < 1e-2
 
 
+def test_a_step_with_a_huge_or_broken_gradient_is_left_out(tmp_path):
+    x = torch.ones(4, 1)
+    for target, moves in ((2.0, True), (1e9, False), (torch.nan, False)):
+        module = Regression(lr=0.1, skip_gradients_above=10.0)
+        before = module.layer.weight.item()
+        loader = DataLoader(TensorDataset(x, target * x), batch_size=4)
+        trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, loader)
+        assert (module.layer.weight.item() != before) == moves
+
+
 @pytest.mark.parametrize(
     "call, error, words",
     [
         (lambda: Regression(lr=0.0), ValueError, ["lr=0.0", "positive"]),
         (lambda: Regression(schedule="cosine"), ValueError, ["schedule='cosine'", "'one_cycle'"]),
+        (lambda: Regression(skip_gradients_above=0.0), ValueError, ["skip_gradients_above=0.0", "None"]),
         (lambda: Regression(weight_decay=-1.0), ValueError, ["weight_decay=-1.0"]),
         (lambda: PointCloudGMM(target="both"), ValueError, ["target='both'", "'held_out'"]),
         (lambda: PointCloudGMM(num_components=0), ValueError, ["num_components=0"]),

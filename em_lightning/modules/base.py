@@ -23,6 +23,8 @@ class EMModule(lightning.LightningModule):
         lr: learning rate of Adam, its largest under a schedule.
         schedule: ``"one_cycle"`` warms up and anneals to zero over the run; ``"constant"`` keeps the rate.
         weight_decay: decoupled weight decay.
+        skip_gradients_above: a step whose gradient has a larger norm, or is not finite, is left out: a single set on
+            which the model fails badly would else decide where it goes.
 
     Raises:
         ValueError: an argument is out of range.
@@ -44,7 +46,11 @@ class EMModule(lightning.LightningModule):
     """
 
     def __init__(
-        self, lr: float = 1e-3, schedule: Literal["one_cycle", "constant"] = "constant", weight_decay: float = 0.0
+        self,
+        lr: float = 1e-3,
+        schedule: Literal["one_cycle", "constant"] = "constant",
+        weight_decay: float = 0.0,
+        skip_gradients_above: float | None = None,
     ) -> None:
         super().__init__()
         if not lr > 0:
@@ -53,9 +59,12 @@ class EMModule(lightning.LightningModule):
             raise ValueError(f"schedule={schedule!r} is unknown; choose 'one_cycle' or 'constant'")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay={weight_decay} must not be negative; 0 switches it off")
+        if skip_gradients_above is not None and not skip_gradients_above > 0:
+            raise ValueError(f"skip_gradients_above={skip_gradients_above} must be positive; None keeps every step")
         self.lr = lr
         self.schedule = schedule
         self.weight_decay = weight_decay
+        self.skip_gradients_above = skip_gradients_above
 
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
         """Return the loss of a batch, or a dictionary of terms with the entry ``"loss"``."""
@@ -93,6 +102,16 @@ class EMModule(lightning.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the terms of a test batch."""
         self._step(batch, "test")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Log the norm of the gradient, and drop a gradient that is too large."""
+        if self.skip_gradients_above is None:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/gradient_norm", norm)
+        if not norm <= self.skip_gradients_above:
+            optimizer.zero_grad(set_to_none=True)
 
     def _one_cycle(self, step: int) -> float:
         """Return the share of the learning rate: a cosine up over three tenths of the run, then one down to zero."""

@@ -34,6 +34,8 @@ class PointCloudGMM(EMModule):
         lr: largest learning rate.
         schedule: ``"one_cycle"`` or ``"constant"``.
         weight_decay: decoupled weight decay.
+        skip_gradients_above: the norm of a gradient that is left out: one cloud under a component that is thinner
+            than it would else outweigh all others.
 
     Shape:
         - batch: a :class:`~em_lightning.data.PointCloudBatch` of B clouds.
@@ -59,11 +61,12 @@ class PointCloudGMM(EMModule):
         num_starts: int = 1,
         covariance_floor: float = 1e-6,
         target: Literal["held_out", "fitted"] = "held_out",
-        lr: float = 2e-3,
+        lr: float = 1e-3,
         schedule: Literal["one_cycle", "constant"] = "one_cycle",
         weight_decay: float = 0.0,
+        skip_gradients_above: float | None = 5.0,
     ) -> None:
-        super().__init__(lr=lr, schedule=schedule, weight_decay=weight_decay)
+        super().__init__(lr, schedule, weight_decay, skip_gradients_above)
         if target not in ("held_out", "fitted"):
             raise ValueError(f"target={target!r} is unknown; choose 'held_out' or 'fitted'")
         self.save_hyperparameters()
