@@ -1,12 +1,16 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.competition import none_of_the_above
 from em_lightning.mixture import COVARIANCES, UniformBackground
+from em_lightning.mixture.starts import from_centers, kmeans_plus_plus, lloyd, random_points
+from em_lightning.mixture.step import prepare
 
 KINDS = sorted(COVARIANCES)
 
@@ -171,6 +175,55 @@ def test_fit_is_differentiable():
     assert torch.allclose(one, two)
 
 
+def test_lloyd_is_scikit_learns():
+    x = clouds(2, 60)
+    weights = torch.rand(2, 60, dtype=torch.float64)
+    cloud = prepare(x, weights=weights)
+    centers = random_points(cloud, 4)
+    found = lloyd(cloud, centers, 100)
+    for b in range(2):
+        reference = KMeans(4, init=centers[b].numpy(), n_init=1, tol=0, max_iter=100, algorithm="lloyd")
+        reference.fit(cloud.points[b].mT.numpy(), sample_weight=weights[b].numpy())
+        np.testing.assert_allclose(found[b], reference.cluster_centers_, atol=1e-9)
+    far = centers + 1e3 * (torch.arange(4) == 3).unsqueeze(-1)
+    assert torch.equal(lloyd(cloud, far, 3)[:, 3], far[:, 3])  # nobody's nearest: it stays
+
+
+def test_lloyd_steps_start_from_the_means_of_k_means():
+    x = clouds()
+    operator = EMOperator(4, 2, init="kmeans++", lloyd_steps=50, seed=1, residual=False)
+    cloud = prepare(x)
+    centers = kmeans_plus_plus(cloud, 4, torch.Generator().manual_seed(1))
+    expected = from_centers(cloud, lloyd(cloud, centers, 50), COVARIANCES["full"], torch.full((3,), 1e-6).double())
+    assert torch.allclose(operator(x, num_iters=0).means, expected.means + x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("init", ["kmeans++", "random"])
+def test_a_seed_gives_the_same_start_in_every_call(init):
+    x = clouds()
+    seeded, other = EMOperator(4, 2, init=init, seed=3), EMOperator(4, 2, init=init, seed=4)
+    state = torch.get_rng_state()
+    assert torch.equal(seeded(x).means, seeded(x).means) and not torch.equal(seeded(x).means, other(x).means)
+    assert torch.equal(state, torch.get_rng_state())  # the global stream is left alone
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "student_t"])
+def test_the_best_of_several_starts_is_kept_for_each_cloud(kernel):
+    x = clouds(4)
+    arguments = dict(init="random", kernel=kernel, prior={}, residual=False)
+    several = EMOperator(5, 2, num_starts=6, seed=3, **arguments)
+    best = several.eval()(x, num_iters=0)
+    assert torch.equal(several.train().fit(x, max_iters=0)[0].means, best.means)  # a fit is no training
+    # Six draws in a row from the same generator.
+    torch.manual_seed(3)
+    one = EMOperator(5, 2, **arguments)
+    tries = [one(x, num_iters=0) for _ in range(6)]
+    scores = torch.stack([one.objective(x, one(x, init=start, num_iters=5)) for start in tries])
+    for b, row in enumerate(scores.argmax(0).tolist()):
+        assert torch.allclose(best.means[b], tries[row].means[b])
+    assert len(set(scores.argmax(0).tolist())) > 1
+
+
 DEGENERATE = {
     "one point repeated": torch.ones(1, 40, 3),
     "collinear": torch.linspace(-1, 1, 40)[None, :, None] * torch.tensor([1.0, 0.0, 0.0]),
@@ -184,7 +237,16 @@ DEGENERATE = {
 def test_degenerate_clouds_stay_finite(kind, name):
     x = DEGENERATE[name].clone().requires_grad_()
     mask = torch.zeros(1, 10, dtype=torch.bool) if name == "empty" else None
-    operator = EMOperator(4, 3, covariance=kind, background={"learnable": True}, temperature=(5.0, 1.0))
+    operator = EMOperator(
+        4,
+        3,
+        covariance=kind,
+        background={"learnable": True},
+        temperature=(5.0, 1.0),
+        init="kmeans++",
+        num_starts=2,
+        lloyd_steps=3,
+    ).eval()
     mixture = operator(x, mask)
     log_prob = operator.log_prob(x, mixture, mask)
     (log_prob.sum() + mixture.means.sum()).backward()
@@ -205,6 +267,26 @@ def test_round_trips():
         assert torch.equal(other.log_prob(x, other(x)), operator.log_prob(x, operator(x)))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(kernel={"name": "huber", "learnable": True}, prior={"learnable": True}, temperature=(2.0, 1.0)),
+        dict(kernel="student_t", background={"learnable": True}, init="kmeans++", lloyd_steps=2),
+    ],
+)
+def test_compiles_without_a_break(arguments):
+    x = clouds(2, 20).requires_grad_()
+    operator = EMOperator(3, 2, num_iters=2, **arguments)
+    compiled = torch.compile(operator, fullgraph=True, backend="eager")
+    outcomes = []
+    for call in (operator, compiled):
+        torch.manual_seed(1)
+        means = call(x).means
+        outcomes.append([means, *torch.autograd.grad(means.square().sum(), x)])
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.allclose(one, two, atol=1e-9)
+
+
 X = torch.randn(2, 10, 3)
 
 
@@ -217,6 +299,9 @@ X = torch.randn(2, 10, 3)
         (lambda: EMOperator(4, 3, background=0.1, competition="background"), ValueError, ["two backgrounds"]),
         (lambda: EMOperator(4, 3, temperature=0.0), ValueError, ["temperature=0.0", "positive"]),
         (lambda: EMOperator(4, 3, temperature=(1.0, 2.0, 3.0)), ValueError, ["(1.0, 2.0, 3.0)", "pair"]),
+        (lambda: EMOperator(4, 3, lloyd_steps=-1), ValueError, ["lloyd_steps=-1", "negative"]),
+        (lambda: EMOperator(4, 3, init="learned", lloyd_steps=1), ValueError, ["lloyd_steps=1", "'learned'"]),
+        (lambda: EMOperator(4, 3, seed=2), ValueError, ["seed=2", "'kmeans++'"]),
         (lambda: EMOperator(4, 3).fit(X, max_iters=-1), ValueError, ["max_iters=-1"]),
         (lambda: EMOperator(4, 3).fit(X, tol=-1.0), ValueError, ["tol=-1.0"]),
         (lambda: EMOperator(4, 3).log_prob(X[..., :2], EMOperator(4, 3)(X)), ValueError, ["(2, 10, 2)", "3 features"]),

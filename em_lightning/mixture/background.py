@@ -58,12 +58,13 @@ class UniformBackground(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, () in double precision."""
+        """The weight, () in double precision where fixed, else in the parameter's."""
         return self._logits().sigmoid()
 
     def _logits(self) -> Tensor:
-        fixed = torch.tensor(self._logit, dtype=torch.float64)
-        return fixed if self.logit_shift is None else (self.logit_shift.double() + self._logit).reshape(())
+        if self.logit_shift is None:
+            return torch.tensor(self._logit, dtype=torch.float64)
+        return (self.logit_shift + self._logit).reshape(())
 
     def beside(self, cloud: Cloud) -> Level:
         """Return the background's log-density and what it leaves, for clouds in the frame of the loop."""

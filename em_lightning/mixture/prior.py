@@ -73,9 +73,6 @@ class MixturePrior(nn.Module):
     Source: Fraley and Raftery, Bayesian Regularization for Normal Mixture Estimation and Model-Based Clustering, 2007.
     """
 
-    mean: Tensor | None
-    covariance: Tensor | None
-
     def __init__(
         self,
         *,
@@ -106,17 +103,17 @@ class MixturePrior(nn.Module):
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
         self.share = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
-        self.register_buffer("mean", None if mean is None else torch.as_tensor(mean, dtype=torch.float64))
-        given = covariance is not None and self.share is None
-        self.register_buffer("covariance", torch.as_tensor(covariance, dtype=torch.float64) if given else None)
-        if self.covariance is not None and not bool((self.covariance > 0).all()):
-            raise ValueError(f"covariance={self.covariance.tolist()} holds variances: each must be positive")
+        # Numbers, not buffers: exact in every dtype, on every device.
+        self.mean = None if mean is None else _numbers(mean)
+        self.covariance = None if covariance is None or self.share is not None else _numbers(covariance)
+        if self.covariance is not None and not all(value > 0 for value in self.covariance):
+            raise ValueError(f"covariance={list(self.covariance)} holds variances: each must be positive")
 
-    def count(self, name: str) -> Tensor | float:
+    def count(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
         """Return the pseudo-count of ``"weight"``, ``"mean"`` or ``"covariance"``: a tensor (1,) where learned."""
         log_ratio: Tensor | None = self._parameters.get(f"log_{name}")
         value = self._counts[name]
-        return value if log_ratio is None else value * log_ratio.double().exp()
+        return value if log_ratio is None else value * log_ratio.to(dtype or log_ratio.dtype).exp()
 
     def beside(self, cloud: Cloud, structure: Structure, num_components: int) -> PseudoCounts:
         """Return the pseudo-counts for clouds in the frame of the loop.
@@ -126,24 +123,24 @@ class MixturePrior(nn.Module):
         """
         features = cloud.center.shape[1]
         for name, value in (("mean", self.mean), ("covariance", self.covariance)):
-            if value is not None and value.shape != (features,):
-                raise ValueError(
-                    f"the prior's {name} has shape {tuple(value.shape)}; give ({features},), one a feature"
-                )
-        place = torch.zeros_like(cloud.center) if self.mean is None else self.mean.to(cloud.center) - cloud.center
+            if value is not None and len(value) != features:
+                raise ValueError(f"the prior's {name} has shape ({len(value)},); give ({features},), one a feature")
+        place = torch.zeros_like(cloud.center)
+        if self.mean is not None:
+            place = cloud.center.new_tensor(self.mean) - cloud.center
         if self.covariance is None:
             share = num_components ** (-2.0 / features) if self.share is None else self.share
             variance = share * cloud.variance
         else:
-            variance = self.covariance.to(cloud.variance).expand_as(cloud.variance)
+            variance = cloud.center.new_tensor(self.covariance).expand_as(cloud.center)
         axes = torch.eye(features, dtype=variance.dtype, device=variance.device).unsqueeze(0)
         spread = variance @ squares_of(structure, axes)[0]
-        wide = {name: _to(self.count(name), variance) for name in self._counts}
+        dtype = cloud.center.dtype
         return PseudoCounts(
-            wide["weight"],
-            wide["mean"],
-            wide["covariance"],
-            structure.features(place.unsqueeze(-1), place.dtype).mT,
+            self.count("weight", dtype),
+            self.count("mean", dtype),
+            self.count("covariance", dtype),
+            structure.features(place.unsqueeze(-1), dtype).mT,
             spread.unsqueeze(1),
         )
 
@@ -224,5 +221,5 @@ def squares_of(structure: Structure, vectors: Tensor) -> Tensor:
     return structure.features(vectors.mT, vectors.dtype)[:, 1 + vectors.shape[-1] :].mT
 
 
-def _to(count: Tensor | float, like: Tensor) -> Tensor | float:
-    return count.to(like) if isinstance(count, Tensor) else count
+def _numbers(values: Tensor | Sequence[float] | float) -> tuple[float, ...]:
+    return tuple(torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten().tolist())

@@ -76,6 +76,33 @@ def random_points(cloud: Cloud, num_components: int, generator: torch.Generator 
     return cloud.points.gather(2, rows.unsqueeze(1).expand(-1, cloud.points.shape[1], -1)).mT.contiguous()
 
 
+def draw_centers(name: str, cloud: Cloud, num_components: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return centers (B, K, D) by the start of that name: ``"farthest"``, ``"kmeans++"`` or ``"random"``."""
+    if name == "farthest":
+        return farthest_points(cloud, num_components)
+    draw = {"kmeans++": kmeans_plus_plus, "random": random_points}[name]
+    return draw(cloud, num_components, generator)
+
+
+def lloyd(cloud: Cloud, centers: Tensor, num_steps: int) -> Tensor:
+    """Return centers (B, K, D) after steps that move each to the mean of the points nearest to it.
+
+    The sum of squared distances never rises. A center without points stays where it is.
+
+    Source: Lloyd, Least Squares Quantization in PCM, 1982.
+    """
+    points = cloud.points.mT
+    for _ in range(num_steps):
+        nearest = torch.cdist(centers, points, compute_mode="donot_use_mm_for_euclid_dist").argmin(1, keepdim=True)
+        members = centers.new_zeros(*centers.shape[:2], points.shape[1]).scatter_(1, nearest, 1.0)
+        if cloud.weights is not None:
+            members = members * cloud.weights.unsqueeze(1)
+        mass = members.sum(-1, keepdim=True)
+        means = torch.bmm(members, points) / torch.where(mass > 0, mass, 1.0)
+        centers = torch.where(mass > 0, means, centers)
+    return centers
+
+
 def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Tensor) -> State:
     """Return the mixture whose components are the points nearest to each center (B, K, D).
 

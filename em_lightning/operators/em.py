@@ -23,9 +23,11 @@ from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prep
 from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
 
-_RANDOM_STARTS = {"kmeans++": starts.kmeans_plus_plus, "random": starts.random_points}
+_RANDOM_STARTS = ("kmeans++", "random")
 # Nats a point: a correction may trade some likelihood of the fitted points for that of others.
 _TOLERATED_LOSS = 0.5
+# Exact iterations after which one start is told from another.
+_TRIAL = 5
 STARTS = ("farthest", *_RANDOM_STARTS, "learned")
 
 
@@ -54,9 +56,11 @@ class EMOperator(MixtureModel):
         temperature: divides the logarithms of the joint density in the E-step; a pair ``(first, last)`` anneals
             geometrically, ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
-            (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
-        num_starts: of so many random starts each cloud takes the one that is most likely after an iteration; while
-            training there is one, which is cheaper and more varied.
+            (trained centers and scales, in units of the cloud).
+        lloyd_steps: steps of k-means that centers take before a mixture is made of them.
+        num_starts: of so many random starts each cloud takes the one whose objective is highest after ``num_iters``
+            exact iterations, at most five; while training :meth:`forward` has one, which is cheaper and more varied.
+        seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
         residual: whether there are corrections to learn.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
@@ -91,7 +95,9 @@ class EMOperator(MixtureModel):
         kernel: object = "gaussian",
         competition: object = "softmin",
         init: str = "farthest",
+        lloyd_steps: int = 0,
         num_starts: int = 1,
+        seed: int | None = None,
         residual: bool = True,
         prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
@@ -113,12 +119,18 @@ class EMOperator(MixtureModel):
             raise ValueError(
                 f"num_starts={num_starts} of init={init!r} would all be the same; use 'kmeans++' or 'random'"
             )
+        if seed is not None and init not in _RANDOM_STARTS:
+            raise ValueError(f"seed={seed} is for the draws of 'kmeans++' and 'random'; init={init!r} draws nothing")
+        if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
+            raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and 0 for init='learned'")
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
         super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
         self.num_iters = num_iters
         self.init = init
+        self.lloyd_steps = lloyd_steps
         self.num_starts = num_starts
+        self.seed = seed
         self.gradient = gradient
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
@@ -169,7 +181,11 @@ class EMOperator(MixtureModel):
             cloud = prepare(x, mask, weights)
             floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
             structure = COVARIANCES[self.covariance]
-            state = self._start(cloud, floor) if init is None else enter(cloud, init)
+            state = (
+                self._start(cloud, floor, 1 if self.training else self.num_starts)
+                if init is None
+                else enter(cloud, init)
+            )
             yield leave(cloud, state, structure)
             for step in range(steps):
                 state = self._iteration(cloud, state, floor, (step + 1) / steps)
@@ -204,7 +220,7 @@ class EMOperator(MixtureModel):
         with torch.autocast(x.device.type, enabled=False):
             cloud = prepare(x, mask, weights)
             floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
-            state = self._start(cloud, floor) if init is None else enter(cloud, init)
+            state = self._start(cloud, floor, self.num_starts) if init is None else enter(cloud, init)
             schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
             steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
             running = torch.ones_like(steps, dtype=torch.bool)
@@ -268,7 +284,7 @@ class EMOperator(MixtureModel):
 
         return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole=not soft)
 
-    def _start(self, cloud: Cloud, floor: Tensor) -> State:
+    def _start(self, cloud: Cloud, floor: Tensor, num_starts: int) -> State:
         structure = COVARIANCES[self.covariance]
         if self.init == "learned":
             unit = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.points.dtype).tiny).sqrt()[:, None, None]
@@ -281,23 +297,25 @@ class EMOperator(MixtureModel):
                 self.start_means * unit,
                 Factors(factors.scale * spread, factors.inverse / spread),
             )
-        if self.init == "farthest":
-            with torch.no_grad():
-                centers = starts.farthest_points(cloud, self.num_components)
-            return starts.from_centers(cloud, centers, structure, floor)
-        count = 1 if self.training else self.num_starts
         with torch.no_grad():
-            drawn = [_RANDOM_STARTS[self.init](cloud, self.num_components) for _ in range(count)]
-            centers = drawn[0] if count == 1 else self._best_centers(cloud, drawn, floor)
+            centers = self._centers(cloud, floor, num_starts)
         return starts.from_centers(cloud, centers, structure, floor)
 
-    def _best_centers(self, cloud: Cloud, drawn: list[Tensor], floor: Tensor) -> Tensor:
-        """Return for each set those of several centers whose mixture is most likely after one exact iteration."""
-        structure = COVARIANCES[self.covariance]
+    def _centers(self, cloud: Cloud, floor: Tensor, num_starts: int) -> Tensor:
+        """Return for each set those of several drawn centers whose objective is highest after a few iterations."""
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
+        drawn = [starts.draw_centers(self.init, cloud, self.num_components, generator) for _ in range(num_starts)]
+        drawn = [starts.lloyd(cloud, centers, self.lloyd_steps) for centers in drawn]
+        if num_starts == 1:
+            return drawn[0]
         best, chosen = torch.full_like(cloud.mass, -torch.inf), drawn[0]
         for centers in drawn:
-            state = starts.from_centers(cloud, centers, structure, floor)
-            objective = self._objective(cloud, self._exact_iteration(cloud, state, floor, 0.0))
+            state = starts.from_centers(cloud, centers, COVARIANCES[self.covariance], floor)
+            for _ in range(min(max(self.num_iters, 1), _TRIAL)):
+                state = self._exact_iteration(cloud, state, floor, 1.0)
+            objective = self._objective(cloud, state)
             chosen = torch.where((objective > best)[:, None, None], centers, chosen)
             best = torch.maximum(best, objective)
         return chosen
@@ -336,8 +354,7 @@ class EMOperator(MixtureModel):
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, covariance={self.covariance!r}, "
             f"init={self.init!r}, num_starts={self.num_starts}, covariance_floor={self.covariance_floor:g}, "
-            f"relative_floor={self.relative_floor}, "
-            f"gradient={self.gradient!r}"
+            f"relative_floor={self.relative_floor}, gradient={self.gradient!r}"
         )
 
 
