@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Moments", "batch_mean", "batch_moments", "flatten_units", "global_sum"]
+__all__ = ["Moments", "batch_mean", "batch_moments", "flatten_units", "global_sum", "row_blocks", "units_last"]
+
+
+_BLOCK = 2**17
 
 
 class _GlobalSum(torch.autograd.Function):
@@ -57,6 +61,15 @@ def _global_sums(values: Tensor, scalar: Tensor, group: Any) -> tuple[Tensor, Te
     return sums[:-1], sums[-1]
 
 
+def units_last(values: Tensor, dim: int) -> Tensor:
+    """Move the axis of the units to the end.
+
+    Nothing is done where it is there: through a view that changes nothing, autograd would no longer add gradients in
+    place, which costs more than to compute them.
+    """
+    return values if dim in (-1, values.dim() - 1) else values.movedim(dim, -1)
+
+
 def flatten_units(
     values: Tensor, dim: int = -1, mask: Tensor | None = None, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -85,10 +98,11 @@ def flatten_units(
     """
     if not -values.dim() <= dim < values.dim():
         raise ValueError(f"dim={dim} is no axis of values of shape {tuple(values.shape)}; name the axis of the units")
-    values = values.movedim(dim, -1)
+    values = units_last(values, dim)
     if values.shape[-1] == 0:
         raise ValueError(f"values have no units along dim={dim}; give at least one")
-    items = values.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, values.shape[-1])
+    items = values.to(torch.promote_types(values.dtype, torch.float32))
+    items = items if items.dim() == 2 else items.reshape(-1, values.shape[-1])
     for name, given in (("mask", mask), ("weights", weights)):
         if given is not None and given.shape != values.shape[:-1]:
             raise ValueError(
@@ -116,6 +130,49 @@ def batch_mean(items: Tensor, weights: Tensor | None = None, group: Any = None) 
     return total.reshape(items.shape[1:]) / torch.where(count > 0, count, 1.0)
 
 
+def row_blocks(items: Tensor, width: int | None = None) -> Sequence[Tensor]:
+    """Split items into rows whose intermediate results stay in a processor's cache; elsewhere, leave them whole.
+
+    Args:
+        items: items (N, D).
+        width: number of units that count, where it is not that of ``items``.
+    """
+    if items.device.type != "cpu" or torch.compiler.is_compiling():
+        return (items,)
+    return items.split(max(1, _BLOCK // (width or items.shape[1])))
+
+
+class _Squares(torch.autograd.Function):
+    """The sum over items (N, D) of squared deviations from their mean: one pass, which saves no copy of the items.
+
+    The gradient in the mean is left out, as that of such a sum is 0 over all ranks. The mean comes as a number and its
+    rounding error, or that of a mean of 1,000 would be a part of each item's gradient.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(items: Tensor, mean: Tensor, error: Tensor) -> Tensor:
+        parts = [torch.square(block - mean).sum(0) for block in row_blocks(items)]
+        return torch.stack(parts).sum(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        items, mean, error = ctx.saved_tensors
+        slope = 2 * gradient
+        return torch.addcmul(-slope * error, items - mean, slope), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Tensor) -> Tensor:
+        items, mean, error = ctx.saved_tensors
+        return 2 * ((items - mean - error) * tangent).sum(0)
+
+
 class _Gram(torch.autograd.Function):
     """The product of a matrix with itself, whose gradient is one product where autograd would take two."""
 
@@ -135,6 +192,43 @@ class _Gram(torch.autograd.Function):
         return items @ (gradient + gradient.T)
 
 
+class _Redundancy(torch.autograd.Function):
+    r"""The sum of squares of :math:`C_{ij} = s_i s_j P_{ij}` off the diagonal, P the products of deviations, all ranks'.
+
+    P and C are symmetric, so :math:`dL/dP = 2 C_{ij} s_i s_j` and :math:`dL/ds_i = 4 \sum_j C_{ij}^2 / s_i`. All ranks
+    hold the same C: of the gradient in P, only the factor that comes from outside has to be summed.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(items: Tensor, mean: Tensor, error: Tensor, scale: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+        scaled = _off_diagonal(items, mean, scale, group)
+        flat = scaled.flatten()
+        return flat.dot(flat), scaled
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.group = inputs[4]
+        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, Tensor, None]:
+        items, mean, error, scale, scaled = ctx.saved_tensors
+        if torch.is_grad_enabled():  # what was saved hides how it depends on the items
+            scaled = _off_diagonal(items, mean, scale, ctx.group)
+        slope = scaled * ((4 * global_sum(gradient, ctx.group) * scale)[:, None] * scale)
+        by_item = torch.addmm(-(error @ slope), items - mean, slope)
+        return by_item, None, None, 4 * gradient * scaled.square().sum(1) / scale, None
+
+
+def _off_diagonal(items: Tensor, mean: Tensor, scale: Tensor, group: Any) -> Tensor:
+    scaled = global_sum(_Gram.apply(items - mean), group) * scale[:, None] * scale
+    scaled.diagonal().zero_()
+    return scaled
+
+
 class Moments(NamedTuple):
     """Moments of the units over the global batch, and the local items that they were made of.
 
@@ -142,7 +236,8 @@ class Moments(NamedTuple):
         size: number of items in the global batch, or the sum of their weights: a scalar.
         mean: mean of each unit (D,).
         variance: unbiased variance of each unit (D,); 0 where there are fewer than two items.
-        centred: this rank's items less the mean (N, D).
+        items: this rank's items (N, D).
+        error: what rounding to the dtype of the items took from the mean (D,).
         weights: this rank's weights (N,), ``None`` where all weigh the same.
         group: the process group, the default one where ``None``.
     """
@@ -150,7 +245,8 @@ class Moments(NamedTuple):
     size: Tensor
     mean: Tensor
     variance: Tensor
-    centred: Tensor
+    items: Tensor
+    error: Tensor
     weights: Tensor | None
     group: Any = None
 
@@ -158,6 +254,11 @@ class Moments(NamedTuple):
     def std(self) -> Tensor:
         """Square root of the variance (D,), with a gradient of zero, not infinity, where a unit is constant."""
         return self.variance.clamp_min(torch.finfo(self.variance.dtype).tiny).sqrt()
+
+    @property
+    def centred(self) -> Tensor:
+        """This rank's items less the mean (N, D)."""
+        return self.items - self.mean
 
     def covariance(self) -> Tensor:
         """Return the unbiased covariance (D, D)."""
@@ -172,11 +273,23 @@ class Moments(NamedTuple):
 
     def _products(self, items: Tensor) -> Tensor:
         with torch.autocast(items.device.type, enabled=False):
-            if self.weights is None and not torch.compiler.is_compiling():
+            if _fused(self.weights):
                 local = _Gram.apply(items)
             else:
                 local = items.T @ (items if self.weights is None else items * self.weights[:, None])
         return global_sum(local, self.group) / _freedom(self.size)
+
+    def redundancy(self, eps: float = 1e-8) -> Tensor:
+        """Return the sum of squares of the correlation off its diagonal: a scalar."""
+        if not _fused(self.weights):
+            return self.correlation(eps).triu(1).square().sum() * 2
+        with torch.autocast(self.items.device.type, enabled=False):
+            scale = 1 / ((self.std + eps) * _freedom(self.size).sqrt())
+            return _Redundancy.apply(self.items, self.mean, self.error, scale, self.group)[0]
+
+
+def _fused(weights: Tensor | None) -> bool:
+    return weights is None and not torch.compiler.is_compiling()  # dynamo fuses the plain formulas by itself
 
 
 def _freedom(count: Tensor) -> Tensor:
@@ -208,11 +321,16 @@ def batch_moments(
     items, counts = flatten_units(values, dim, mask, weights)
     wide = torch.float32 if items.device.type == "mps" else torch.float64
     weighted = items if counts is None else items * counts[:, None]
+    total = torch.stack([block.sum(0, dtype=wide) for block in row_blocks(weighted)]).sum(0)
     count = items.new_full((), items.shape[0], dtype=wide) if counts is None else counts.sum(dtype=wide)
-    total, count = _global_sums(weighted.sum(0, dtype=wide), count, group)
-    mean = (total / torch.where(count > 0, count, 1.0)).to(items.dtype)
-    count = count.to(items.dtype)
-    centred = items - mean
-    squares = centred.square() if counts is None else centred.square() * counts[:, None]
-    variance = global_sum(squares.sum(0), group) / _freedom(count)
-    return Moments(count, mean, variance, centred, counts, group)
+    total, count = _global_sums(total, count, group)
+    exact = total / torch.where(count > 0, count, 1.0)
+    mean, count = exact.to(items.dtype), count.to(items.dtype)
+    error = (exact - mean).detach().to(items.dtype)
+    if _fused(counts):
+        squares = _Squares.apply(items, mean, error)
+    else:
+        squares = (items - mean).square()
+        squares = (squares if counts is None else squares * counts[:, None]).sum(0)
+    variance = global_sum(squares, group) / _freedom(count)
+    return Moments(count, mean, variance, items, error, counts, group)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.distributed import batch_moments
+from em_lightning.distributed import batch_moments, units_last
 from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
 
 __all__ = ["EMLoss"]
@@ -92,7 +92,7 @@ class EMLoss(nn.Module):
         Raises:
             ValueError: ``weight_redundancy`` has a weight and ``weight_matrix`` is not given.
         """
-        energies = energies.movedim(self.dim, -1)
+        energies = units_last(energies, self.dim)
         active = {name: weight for name, weight in self.weights.items() if weight}
         moments = None
         values: dict[str, Tensor] = {}

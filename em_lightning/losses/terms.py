@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, batch_mean, batch_moments, flatten_units, global_sum
+from em_lightning.losses.free_energy import free_energy_of
 from em_lightning.registry import Registry
 
 __all__ = [
@@ -111,7 +111,7 @@ class FreeEnergyLoss(EnergyLoss):
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the summed or mean free energy of the global batch: a scalar."""
         items, counts = flatten_units(energies, self.dim, mask, weights)
-        free_energy = softmin(items, self.temperature).free_energy
+        free_energy = free_energy_of(items, self.temperature)
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
         return global_sum((free_energy if counts is None else free_energy * counts).sum())
@@ -210,7 +210,7 @@ class DecorrelationLoss(MomentLoss):
 
     def from_moments(self, moments: Moments) -> Tensor:
         """Return the loss, given the moments of the global batch."""
-        return _off_diagonal_squares(moments.correlation(self.eps))
+        return moments.redundancy(self.eps)
 
 
 @LOSSES.register("log_det")
@@ -322,8 +322,4 @@ def weight_redundancy(weight: Tensor) -> Tensor:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; give a matrix with one row for each unit")
     with torch.autocast(weight.device.type, enabled=False):
         rows = F.normalize(weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32)), dim=1)
-        return _off_diagonal_squares(rows @ rows.T)
-
-
-def _off_diagonal_squares(symmetric: Tensor) -> Tensor:
-    return 2 * symmetric.triu(1).square().sum()
+        return 2 * (rows @ rows.T).triu(1).square().sum()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from em_lightning.distributed import global_sum
+from em_lightning.distributed import global_sum, units_last
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.find import Where
 from em_lightning.surgery.taps import Taps
@@ -223,7 +223,7 @@ class LayerwiseLoss:
                 )
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
-        energies = [tensor.movedim(self.dim, -1) for tensor in tensors]
+        energies = [units_last(tensor, self.dim) for tensor in tensors]
         if len(energies) > 1:
             energies = [torch.cat([tensor.flatten(0, -2) for tensor in energies])]
         self.num_items = energies[0][..., 0].numel()
