@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance import State, Structure
-from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.moments import Ready, accumulate, lost_digits
 from em_lightning.mixture.state import Mixture, structure_of, widest
 
 
@@ -21,6 +22,7 @@ class Cloud(NamedTuple):
     mass: (B,), the sum of the weights.
     center: (B, D), what was subtracted.
     variance: (B, D), of each feature.
+    ready: what passes over the points share, where there are several.
 
     What is not of the size of the points is held in double precision, which costs nothing and keeps thin components.
     """
@@ -30,6 +32,7 @@ class Cloud(NamedTuple):
     mass: Tensor
     center: Tensor
     variance: Tensor
+    ready: Ready | None = None
 
 
 def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Cloud:
@@ -59,8 +62,23 @@ def effective_floor(cloud: Cloud, floor: float) -> Tensor:
 
 def iterate_once(cloud: Cloud, state: State, structure: Structure, floor: Tensor) -> State:
     """Return the state after one exact EM iteration."""
-    moments = accumulate(cloud.points, cloud.weights, structure.natural(state), structure, widest(cloud.points))
-    return structure.maximize(moments, floor)
+    theta = structure.natural(state)
+
+    def step(precision: torch.dtype | None = None) -> State:
+        moments = accumulate(cloud.points, cloud.weights, theta, structure, precision, cloud.ready)
+        return structure.maximize(moments, floor)
+
+    return with_all_digits(step, cloud, theta, structure)
+
+
+def with_all_digits(
+    step: Callable[[torch.dtype | None], State], cloud: Cloud, theta: Tensor, structure: Structure
+) -> State:
+    """Return the state after a step in the precision that the pass chooses, or in double where that was not enough."""
+    after = step(None)
+    with torch.no_grad():
+        lost = lost_digits(theta, structure.natural(after), cloud.points, structure, cloud.ready)
+    return step(theta.dtype) if lost else after
 
 
 def em_step(

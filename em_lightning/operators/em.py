@@ -12,9 +12,9 @@ from em_lightning.competition import COMPETITIONS, Softmin
 from em_lightning.kernels import KERNELS, GaussianKernel
 from em_lightning.mixture import starts
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
-from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.moments import accumulate, get_ready
 from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
+from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare, with_all_digits
 from em_lightning.operators.residual import ResidualCorrection
 
 STARTS = ("farthest", "kmeans++", "random", "learned")
@@ -116,8 +116,8 @@ class EMOperator(nn.Module):
             init: mixtures to start from instead of the operator's own start.
             num_iters: T for this call.
         """
-        *_, mixture = self.iterate(x, mask, weights, init, num_iters)
-        return mixture
+        *_, (cloud, state) = self._loop(x, mask, weights, init, num_iters)
+        return leave(cloud, state, COVARIANCES[self.covariance])
 
     def iterate(
         self,
@@ -128,6 +128,12 @@ class EMOperator(nn.Module):
         num_iters: int | None = None,
     ) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
+        for cloud, state in self._loop(x, mask, weights, init, num_iters):
+            yield leave(cloud, state, COVARIANCES[self.covariance])
+
+    def _loop(
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, num_iters: int | None
+    ) -> Iterator[tuple[Cloud, State]]:
         x = self._checked(x, mask, weights, init)
         steps = self.num_iters if num_iters is None else num_iters
         if steps < 0:
@@ -137,10 +143,11 @@ class EMOperator(nn.Module):
             floor = effective_floor(cloud, self.covariance_floor)
             structure = COVARIANCES[self.covariance]
             state = self._start(cloud, floor) if init is None else enter(cloud, init)
-            yield leave(cloud, state, structure)
+            cloud = cloud._replace(ready=get_ready(cloud.points, structure) if steps > 1 else None)
+            yield cloud, state
             for step in range(steps):
                 state = self._iteration(cloud, state, floor, (step + 1) / steps)
-                yield leave(cloud, state, structure)
+                yield cloud, state
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -150,16 +157,21 @@ class EMOperator(nn.Module):
 
     def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
         structure = COVARIANCES[self.covariance]
-        moments = self._moments(cloud, structure.natural(state))
-        after = structure.maximize(moments, floor)
+        theta = structure.natural(state)
+
+        def step(precision: torch.dtype | None) -> State:
+            return structure.maximize(self._moments(cloud, theta, precision), floor)
+
+        after = with_all_digits(step, cloud, theta, structure)
         if self.correction is None:
             return after
         return self.correction(cloud, state, after, floor, progress)
 
-    def _moments(self, cloud: Cloud, theta: Tensor) -> Tensor:
+    def _moments(self, cloud: Cloud, theta: Tensor, precision: torch.dtype | None) -> Tensor:
         structure, wide = COVARIANCES[self.covariance], theta.dtype
         if isinstance(self.competition, Softmin):
-            return accumulate(cloud.points, cloud.weights, theta / self.competition.temperature, structure, wide)
+            theta = theta / self.competition.temperature
+            return accumulate(cloud.points, cloud.weights, theta, structure, precision, cloud.ready)
         features = structure.features(cloud.points, wide)
         energies = -torch.bmm(theta, features).to(cloud.points.dtype)
         responsibilities = self.competition(energies, dim=1).responsibilities
