@@ -12,6 +12,10 @@ from em_lightning.mixture.covariance import State, Structure
 from em_lightning.mixture.moments import Ready, accumulate, lost_digits
 from em_lightning.mixture.state import Mixture, structure_of, widest
 
+# Points up to this many numbers are made ready at once, more of them by chunks.
+_WHOLE = 2**22
+_CHUNK = 2**16
+
 
 class Cloud(NamedTuple):
     """Point sets made ready for EM.
@@ -47,10 +51,33 @@ def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
     else:
         mass = weights.sum(-1, dtype=wide)
         shares = (weights / mass.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1)).unsqueeze(-1)
-    center = (shares * x).sum(1)
-    points = (x - center.unsqueeze(1)) if weights is None else (x - center.unsqueeze(1)) * (weights != 0).unsqueeze(-1)
-    variance = (points.square() * shares).sum(1)
-    return Cloud(points.mT.to(x.dtype).contiguous(), weights, mass, center, variance)
+    chunks = _chunks(x)
+    center = _sum([(shares[:, rows] * x[:, rows]).sum(1) for rows in chunks])
+
+    def centred(rows: slice) -> Tensor:
+        moved = x[:, rows] - center.unsqueeze(1)
+        return (moved if weights is None else moved * (weights[:, rows] != 0).unsqueeze(-1)).mT
+
+    if len(chunks) == 1:
+        points = centred(chunks[0]).to(x.dtype).contiguous()
+    else:
+        points = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+        for rows in chunks:
+            points[..., rows] = centred(rows)
+    variance = _sum([(points[..., rows].square() * shares[:, rows].mT).sum(2) for rows in chunks])
+    return Cloud(points, weights, mass, center, variance)
+
+
+def _chunks(x: Tensor) -> list[slice]:
+    """Return slices of rows: one unless the points are so many that a temporary copy of them matters."""
+    sets, items, features = x.shape
+    rows = items if x.numel() <= _WHOLE else max(_CHUNK // (sets * features), 1)
+    return [slice(row, row + rows) for row in range(0, items, rows)]
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def effective_floor(cloud: Cloud, floor: float) -> Tensor:

@@ -15,6 +15,7 @@ from em_lightning.mixture.covariance import COVARIANCES, Factors, State
 from em_lightning.mixture.moments import accumulate, get_ready
 from em_lightning.mixture.state import Mixture, structure_of
 from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare, with_all_digits
+from em_lightning.operators import gradients
 from em_lightning.operators.residual import ResidualCorrection
 
 STARTS = ("farthest", "kmeans++", "random", "learned")
@@ -39,7 +40,9 @@ class EMOperator(nn.Module):
             (trained centers and scales, in units of the cloud). Random starts draw from torch's global generator.
         residual: whether there are corrections to learn.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
-        gradient: ``"unrolled"``, exact differentiation through all iterations.
+        gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
+            last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
+            (:func:`~em_lightning.operators.gradients.iterate` has what each means).
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
@@ -80,7 +83,7 @@ class EMOperator(nn.Module):
             raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
         _check_choice("covariance", covariance, COVARIANCES)
         _check_choice("init", init, STARTS)
-        _check_choice("gradient", gradient, ("unrolled",))
+        _check_choice("gradient", gradient, gradients.GRADIENTS)
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
         if not isinstance(KERNELS.build(kernel), GaussianKernel):
@@ -145,9 +148,12 @@ class EMOperator(nn.Module):
             state = self._start(cloud, floor) if init is None else enter(cloud, init)
             cloud = cloud._replace(ready=get_ready(cloud.points, structure) if steps > 1 else None)
             yield cloud, state
-            for step in range(steps):
-                state = self._iteration(cloud, state, floor, (step + 1) / steps)
-                yield cloud, state
+
+            def step(state: State, progress: float) -> State:
+                return self._iteration(cloud, state, floor, progress)
+
+            for after in gradients.iterate(step, state, steps, self.gradient):
+                yield cloud, after
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -245,6 +251,8 @@ def _check_choice(name: str, value: object, choices: object) -> None:
 
 
 def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
+    if mask is None and weights is None and x.detach().sum().isfinite():
+        return  # one pass and no temporary of the size of x; a sum may overflow, and then each point is looked at
     finite = x.isfinite().all(-1)
     if mask is not None:
         finite = finite | ~mask
