@@ -18,6 +18,7 @@ from em_lightning.activations.base import Activation
 from em_lightning.activations.competitive import SparseminActivation
 from em_lightning.competition import Entmin, Hardmin, Sparsemin
 from em_lightning.competition.base import Competition
+from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 from em_lightning.surgery.find import walk
 
@@ -236,6 +237,9 @@ class _Recorder(TorchDispatchMode):
         if isinstance(module, (Competition, Activation)) and not inside and inputs and isinstance(inputs[0], Tensor):
             with torch.utils._python_dispatch._disable_current_modes():
                 self._contract(path, module, inputs[0].detach(), inputs[1:], kwargs)
+        if isinstance(module, EMOperator) and isinstance(output, Mixture):
+            with torch.utils._python_dispatch._disable_current_modes():
+                self._e_step(path, module, inputs, kwargs, output)
         while self.stack and self.stack.pop()[1] is not module:
             pass
         if isinstance(output, Tensor):
@@ -244,25 +248,22 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if any(isinstance(module, (Competition, Activation)) for _, module in self.stack):
+        if any(isinstance(module, (Competition, Activation, EMOperator)) for _, module in self.stack):
             return output  # checked as a whole, by its contract
         if func in _SOFTMAX:
             self._softmax(_SOFTMAX[func], args[0], args[1], output)
-        elif func is aten.logsumexp.default and len(args[1]) == 1 and not self._in_operator():  # its own likelihood
+        elif func is aten.logsumexp.default and len(args[1]) == 1:
             self._softmax("logsumexp", args[0], args[1][0], output)
         elif func in _LIKELIHOOD and self.log_softmax is not None:
             logs, event = self.log_softmax
             if args[0].data_ptr() == logs.data_ptr():
                 event[2] = "cross-entropy"
-        elif func in _HARD and not self._in_operator():  # its start
+        elif func in _HARD:
             path, module = self.stack[-1] if self.stack else ("", nn.Module())
             reason = _RELU if _HARD[func] == "relu" else "hard selection: one takes all, the others cannot recover"
             finding = Finding(path, type(module).__name__, _HARD[func], reason=reason)
             self.found.setdefault((path, finding.operation), finding)
         return output
-
-    def _in_operator(self) -> bool:
-        return any(isinstance(module, EMOperator) for _, module in self.stack)
 
     def _softmax(self, operation: str, logits: Tensor, dim: int, output: Tensor) -> None:
         path, module = self.stack[-1] if self.stack else ("", nn.Module())
@@ -271,8 +272,6 @@ class _Recorder(TorchDispatchMode):
             path, module = maker[0], maker[1]
         if isinstance(module, nn.MultiheadAttention):
             operation = "attention"
-        elif isinstance(module, EMOperator):
-            operation = "E-step"
         # Below autograd nothing can be differentiated: the check waits for the end of the pass.
         event = [path, module, operation, logits.clone().movedim(dim, -1), output.clone(), dim % logits.ndim]
         self.events.append(event)
@@ -297,6 +296,20 @@ class _Recorder(TorchDispatchMode):
         known = self.found.setdefault((path, operation), finding)
         if known is not finding and finding.error is not None:
             known.error = max(known.error or 0.0, finding.error)
+
+    def _e_step(self, path: str, module: EMOperator, inputs: Any, kwargs: Any, mixture: Mixture) -> None:
+        x = inputs[0] if inputs else kwargs["x"]
+        mask = inputs[1] if len(inputs) > 1 else kwargs.get("mask")
+        with torch.enable_grad():
+            energies = module.posterior(
+                x.detach(), Mixture(*(part.detach() for part in mixture)), mask
+            ).energies.double()
+            posterior = module.competition(energies.detach().requires_grad_())
+            (gradient,) = torch.autograd.grad(posterior.free_energy.sum(), posterior.energies)
+        used = posterior.responsibilities.detach()
+        finding = _measured(path, module, "E-step", used, gradient, "components")
+        finding.reason = _MEANING["E-step"]
+        self.found.setdefault((path, "E-step"), finding)
 
     def _contract(self, path: str, module: Any, value: Tensor, others: Any, kwargs: Any) -> None:
         name = type(module).__name__

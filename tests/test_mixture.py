@@ -135,17 +135,17 @@ def test_gradients_of_both_passes(kind, weighted, monkeypatch):
     points = torch.randn(2, 2, 7, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 7, dtype=torch.float64, requires_grad=True) if weighted else None
     theta = torch.randn(2, 3, structure.num_moments(2), dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda p, w, t: accumulate(p, w, t, structure, torch.float64), (points, weights, theta))
-    assert gradcheck(lambda p, t: log_density(p, t, structure, torch.float64), (points, theta))
+    assert gradcheck(lambda p, w, t: accumulate(p, w, t, structure), (points, weights, theta))
+    assert gradcheck(lambda p, t: log_density(p, t, structure), (points, theta))
 
 
 def test_blocks_change_nothing(monkeypatch):
     structure = COVARIANCES["full"]
     points, theta = torch.randn(5, 3, 40, dtype=torch.float64), torch.randn(5, 4, 10, dtype=torch.float64)
-    whole = accumulate(points, None, theta, structure, torch.float64)
+    whole = accumulate(points, None, theta, structure)
     for block in (1, 7, 100, 350):
         monkeypatch.setattr("em_lightning.mixture.moments._BLOCK", block)
-        assert torch.allclose(accumulate(points, None, theta, structure, torch.float64), whole, atol=1e-12)
+        assert torch.allclose(accumulate(points, None, theta, structure), whole, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])

@@ -46,9 +46,9 @@ class FullCovariance:
 
     def features(self, points: Tensor, dtype: torch.dtype) -> Tensor:
         """Return phi (B, F, N) of points (B, D, N)."""
-        i, j = _pairs(points.shape[1], points.device)
         points = points.to(dtype)
-        return torch.cat([torch.ones_like(points[:, :1]), points, points[:, i] * points[:, j]], 1)
+        pairs = [points[:, i : i + 1] * points[:, i:] for i in range(points.shape[1])]
+        return torch.cat([torch.ones_like(points[:, :1]), points, *pairs], 1)
 
     def pull_back(self, points: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of points (B, D, N) that a gradient (B, F, N) of their features stands for."""
@@ -62,8 +62,10 @@ class FullCovariance:
     def natural(self, state: State) -> Tensor:
         """Return theta (B, K, F) with ``theta . phi(x) = log pi + log N(x | mu, Sigma)``."""
         features = state.means.shape[-1]
-        i, j = _pairs(features, state.means.device)
         inverse = state.factors.inverse
+        if features <= _UNROLLED_UP_TO:
+            return _unrolled_natural(state)
+        i, j = _pairs(features, inverse.device)
         precision = inverse.mT @ inverse
         whitened = (inverse @ state.means.unsqueeze(-1)).squeeze(-1)
         log_det = inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -325,6 +327,31 @@ def cholesky_with_inverse(matrix: Tensor, least_pivots: Tensor) -> Factors:
         return torch.stack([entry for row in filled for entry in row], -1).unflatten(-1, (size, size))
 
     return Factors(assemble(lower), assemble(inverse))
+
+
+def _unrolled_natural(state: State) -> Tensor:
+    """Return theta (B, K, F) of full covariances, in operations on (B, K) tensors."""
+    size = state.means.shape[-1]
+    # Contiguous (B, K) tensors, once: what follows reads each several times.
+    inverse = [row.unbind(0) for row in state.factors.inverse.permute(2, 3, 0, 1).contiguous().unbind(0)]
+    means = state.means.permute(2, 0, 1).contiguous().unbind(0)
+
+    def total(left: list[Tensor], right: list[Tensor]) -> Tensor:
+        out = left[0] * right[0]
+        for a, b in zip(left[1:], right[1:], strict=True):
+            out = torch.addcmul(out, a, b)
+        return out
+
+    columns = [[inverse[i][j] for i in range(j, size)] for j in range(size)]
+    whitened = [total(list(inverse[i][: i + 1]), list(means[: i + 1])) for i in range(size)]
+    constant = state.log_weights - _half_log_tau(size)
+    for i in range(size):
+        constant = torch.addcmul(constant + inverse[i][i].log(), whitened[i], whitened[i], value=-0.5)
+    linear = [total(columns[j], whitened[j:]) for j in range(size)]
+    square = [
+        total(columns[i][j - i :], columns[j]) * (-0.5 if i == j else -1.0) for i in range(size) for j in range(i, size)
+    ]
+    return torch.stack([constant, *linear, *(entry.expand_as(constant) for entry in square)], -1)
 
 
 def _library_cholesky(matrix: Tensor, least_pivots: Tensor) -> Factors:

@@ -56,7 +56,7 @@ class Mixture(NamedTuple):
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0.0)
         points, theta, structure = self._ready(x)
-        density = log_density(points, theta, structure, theta.dtype)
+        density = log_density(points, theta, structure)
         return density if mask is None else torch.where(mask, density, 0.0)
 
     def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, Structure]:

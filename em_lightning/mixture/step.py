@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance import State, Structure
-from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.moments import Ready, accumulate, lost_digits
 from em_lightning.mixture.state import Mixture, structure_of, widest
+
+# Points up to this many numbers are made ready at once, more of them by chunks.
+_WHOLE = 2**22
+_CHUNK = 2**16
 
 
 class Cloud(NamedTuple):
@@ -21,6 +26,7 @@ class Cloud(NamedTuple):
     mass: (B,), the sum of the weights.
     center: (B, D), what was subtracted.
     variance: (B, D), of each feature.
+    ready: what passes over the points share, where there are several.
 
     What is not of the size of the points is held in double precision, which costs nothing and keeps thin components.
     """
@@ -30,6 +36,7 @@ class Cloud(NamedTuple):
     mass: Tensor
     center: Tensor
     variance: Tensor
+    ready: Ready | None = None
 
 
 def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Cloud:
@@ -44,10 +51,33 @@ def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
     else:
         mass = weights.sum(-1, dtype=wide)
         shares = (weights / mass.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1)).unsqueeze(-1)
-    center = (shares * x).sum(1)
-    points = (x - center.unsqueeze(1)) if weights is None else (x - center.unsqueeze(1)) * (weights != 0).unsqueeze(-1)
-    variance = (points.square() * shares).sum(1)
-    return Cloud(points.mT.to(x.dtype).contiguous(), weights, mass, center, variance)
+    chunks = _chunks(x)
+    center = _sum([(shares[:, rows] * x[:, rows]).sum(1) for rows in chunks])
+
+    def centred(rows: slice) -> Tensor:
+        moved = x[:, rows] - center.unsqueeze(1)
+        return (moved if weights is None else moved * (weights[:, rows] != 0).unsqueeze(-1)).mT
+
+    if len(chunks) == 1:
+        points = centred(chunks[0]).to(x.dtype).contiguous()
+    else:
+        points = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+        for rows in chunks:
+            points[..., rows] = centred(rows)
+    variance = _sum([(points[..., rows].square() * shares[:, rows].mT).sum(2) for rows in chunks])
+    return Cloud(points, weights, mass, center, variance)
+
+
+def _chunks(x: Tensor) -> list[slice]:
+    """Return slices of rows: one unless the points are so many that a temporary copy of them matters."""
+    sets, items, features = x.shape
+    rows = items if x.numel() <= _WHOLE else max(_CHUNK // (sets * features), 1)
+    return [slice(row, row + rows) for row in range(0, items, rows)]
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def effective_floor(cloud: Cloud, floor: float, relative: bool = False) -> Tensor:
@@ -63,8 +93,23 @@ def effective_floor(cloud: Cloud, floor: float, relative: bool = False) -> Tenso
 
 def iterate_once(cloud: Cloud, state: State, structure: Structure, floor: Tensor) -> State:
     """Return the state after one exact EM iteration."""
-    moments = accumulate(cloud.points, cloud.weights, structure.natural(state), structure, widest(cloud.points))
-    return structure.maximize(moments, floor)
+    theta = structure.natural(state)
+
+    def step(precision: torch.dtype | None = None) -> State:
+        moments = accumulate(cloud.points, cloud.weights, theta, structure, precision, cloud.ready)
+        return structure.maximize(moments, floor)
+
+    return with_all_digits(step, cloud, theta, structure)
+
+
+def with_all_digits(
+    step: Callable[[torch.dtype | None], State], cloud: Cloud, theta: Tensor, structure: Structure
+) -> State:
+    """Return the state after a step in the precision that the pass chooses, or in double where that was not enough."""
+    after = step(None)
+    with torch.no_grad():
+        lost = lost_digits(theta, structure.natural(after), cloud.points, structure, cloud.ready)
+    return step(theta.dtype) if lost else after
 
 
 def em_step(

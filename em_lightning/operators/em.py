@@ -15,11 +15,12 @@ from em_lightning.mixture import starts
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
 from em_lightning.mixture.general import general_moments
-from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.moments import accumulate, get_ready
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare
+from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare, with_all_digits
+from em_lightning.operators import gradients
 from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
 
@@ -66,7 +67,9 @@ class EMOperator(MixtureModel):
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
         relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead.
-        gradient: ``"unrolled"``, exact differentiation through all iterations.
+        gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
+            last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
+            (:func:`~em_lightning.operators.gradients.iterate` has what each means).
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
@@ -114,7 +117,7 @@ class EMOperator(MixtureModel):
             raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
         _check_choice("covariance", covariance, COVARIANCES)
         _check_choice("init", init, STARTS)
-        _check_choice("gradient", gradient, ("unrolled",))
+        _check_choice("gradient", gradient, gradients.GRADIENTS)
         if num_starts > 1 and init not in _RANDOM_STARTS:
             raise ValueError(
                 f"num_starts={num_starts} of init={init!r} would all be the same; use 'kmeans++' or 'random'"
@@ -161,8 +164,8 @@ class EMOperator(MixtureModel):
             init: mixtures to start from instead of the operator's own start.
             num_iters: T for this call.
         """
-        *_, mixture = self.iterate(x, mask, weights, init, num_iters)
-        return mixture
+        *_, (cloud, state) = self._loop(x, mask, weights, init, num_iters)
+        return leave(cloud, state, COVARIANCES[self.covariance])
 
     def iterate(
         self,
@@ -173,6 +176,12 @@ class EMOperator(MixtureModel):
         num_iters: int | None = None,
     ) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
+        for cloud, state in self._loop(x, mask, weights, init, num_iters):
+            yield leave(cloud, state, COVARIANCES[self.covariance])
+
+    def _loop(
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, num_iters: int | None
+    ) -> Iterator[tuple[Cloud, State]]:
         x = self._checked(x, mask, weights, init)
         steps = self.num_iters if num_iters is None else num_iters
         if steps < 0:
@@ -186,10 +195,14 @@ class EMOperator(MixtureModel):
                 if init is None
                 else enter(cloud, init)
             )
-            yield leave(cloud, state, structure)
-            for step in range(steps):
-                state = self._iteration(cloud, state, floor, (step + 1) / steps)
-                yield leave(cloud, state, structure)
+            cloud = cloud._replace(ready=get_ready(cloud.points, structure) if steps > 1 else None)
+            yield cloud, state
+
+            def step(state: State, progress: float) -> State:
+                return self._iteration(cloud, state, floor, progress)
+
+            for after in gradients.iterate(step, state, steps, self.gradient):
+                yield cloud, after
 
     def fit(
         self,
@@ -257,9 +270,14 @@ class EMOperator(MixtureModel):
     def _exact_iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
         structure = COVARIANCES[self.covariance]
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
-        moments, pull = self._moments(cloud, state, progress)
-        moments = posterior_moments(moments, structure, self.num_features, counts, pull)
-        return structure.maximize(moments, floor)
+        theta = structure.natural(state)
+
+        def step(precision: torch.dtype | None) -> State:
+            moments, pull = self._moments(cloud, state, theta, progress, precision)
+            moments = posterior_moments(moments, structure, self.num_features, counts, pull)
+            return structure.maximize(moments, floor)
+
+        return with_all_digits(step, cloud, theta, structure)
 
     def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
         """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
@@ -268,7 +286,9 @@ class EMOperator(MixtureModel):
             keep = self._objective(cloud, corrected) >= least
         return _where(keep, corrected, plain)
 
-    def _moments(self, cloud: Cloud, state: State, progress: float) -> tuple[Tensor, Tensor | None]:
+    def _moments(
+        self, cloud: Cloud, state: State, theta: Tensor, progress: float, precision: torch.dtype | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the moments under the responsibilities, and the sums of the pulls of a robust kernel."""
         structure = COVARIANCES[self.covariance]
         radial = radial_of(self.kernel, self.num_features)
@@ -276,8 +296,8 @@ class EMOperator(MixtureModel):
         temperature = first ** (1.0 - progress) * last**progress
         soft = isinstance(self.competition, Softmin)
         if soft and radial is None and self.background is None:
-            theta = structure.natural(state) / (self.competition.temperature * temperature)
-            return accumulate(cloud.points, cloud.weights, theta, structure, theta.dtype), None
+            theta = theta / (self.competition.temperature * temperature)
+            return accumulate(cloud.points, cloud.weights, theta, structure, precision, cloud.ready), None
 
         def respond(joint: Tensor) -> Tensor:
             return self.competition(-joint / temperature, dim=1).responsibilities
@@ -375,6 +395,8 @@ def _where(condition: Tensor, one: State, other: State) -> State:
 
 
 def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
+    if mask is None and weights is None and x.detach().sum().isfinite():
+        return  # one pass and no temporary of the size of x; a sum may overflow, and then each point is looked at
     finite = x.isfinite().all(-1)
     if mask is not None:
         finite = finite | ~mask
