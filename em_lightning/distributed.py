@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Moments", "batch_mean", "batch_moments", "flatten_units", "global_sum", "row_blocks", "units_last"]
+__all__ = ["Moments", "batch_mean", "batch_moments", "flatten_units", "global_sum", "row_blocks", "times", "units_last"]
 
 
 _BLOCK = 2**17
@@ -142,6 +142,14 @@ def row_blocks(items: Tensor, width: int | None = None) -> Sequence[Tensor]:
     return items.split(max(1, _BLOCK // (width or items.shape[1])))
 
 
+def times(fresh: Tensor, factor: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return ``fresh * factor + offset`` for a tensor that nobody else holds: in its place, unless autograd watches."""
+    batched = torch._C._functorch.is_batchedtensor(factor) or torch._C._functorch.is_legacy_batchedtensor(factor)
+    if torch.is_grad_enabled() or batched:
+        return fresh * factor if offset is None else torch.addcmul(offset, fresh, factor)
+    return fresh.mul_(factor) if offset is None else fresh.mul_(factor).add_(offset)
+
+
 class _Squares(torch.autograd.Function):
     """The sum over items (N, D) of squared deviations from their mean: one pass, which saves no copy of the items.
 
@@ -165,7 +173,7 @@ class _Squares(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         items, mean, error = ctx.saved_tensors
         slope = 2 * gradient
-        return torch.addcmul(-slope * error, items - mean, slope), None, None
+        return times(items - mean, slope, -slope * error), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Tensor) -> Tensor:
@@ -193,7 +201,7 @@ class _Gram(torch.autograd.Function):
 
 
 class _Redundancy(torch.autograd.Function):
-    r"""The sum of squares of :math:`C_{ij} = s_i s_j P_{ij}` off the diagonal, P the products of deviations, all ranks'.
+    r"""The sum of squares of :math:`C_{ij} = s_i s_j P_{ij}` off the diagonal, P being products over all ranks.
 
     P and C are symmetric, so :math:`dL/dP = 2 C_{ij} s_i s_j` and :math:`dL/ds_i = 4 \sum_j C_{ij}^2 / s_i`. All ranks
     hold the same C: of the gradient in P, only the factor that comes from outside has to be summed.

@@ -118,13 +118,14 @@ def _rank(rank, port, folder, kind):
         MASTER_PORT=str(port),
         TORCHELASTIC_RUN_ID="test",
     )
-    if kind == "ddp":
+    if kind != "fsdp2":
+        options = {"static_graph": {"static_graph": True}, "unused": {"find_unused_parameters": True}}.get(kind, {})
         state = fit(
             folder,
             Net(),
             [rank],
             [SwapActivations("signed", arguments={"learnable": True}), *losses()],
-            strategy=DDPStrategy(),
+            strategy=DDPStrategy(**options),
             devices=2,
         )
     else:
@@ -138,7 +139,7 @@ def _rank(rank, port, folder, kind):
     "ignore:The number of training batches",
     "ignore:`isinstance.treespec, LeafSpec.`",
 )
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "static_graph", "unused", "fsdp2"])
 def test_two_processes_equal_one(kind, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -146,7 +147,7 @@ def test_two_processes_equal_one(kind, tmp_path):
     mp.spawn(_rank, (port, str(tmp_path), kind), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    callbacks = [SwapActivations("signed", arguments={"learnable": True}), *losses()] if kind == "ddp" else losses()
+    callbacks = [SwapActivations("signed", arguments={"learnable": True}), *losses()] if kind != "fsdp2" else losses()
     single = fit(tmp_path, Net(operate=kind == "fsdp2"), [0, 1], callbacks, devices=1)
     for name, value in Net(operate=kind == "fsdp2").named_parameters():
         assert (first[name] - value).norm() > 1e-4, name  # it has been trained

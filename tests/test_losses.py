@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from em_lightning.competition import softmin
 from em_lightning.losses import (
     LOSSES,
     BalanceLoss,
@@ -18,6 +19,7 @@ from em_lightning.losses import (
     VarianceLoss,
     WeightRedundancyLoss,
 )
+from em_lightning.losses.free_energy import free_energy_of
 from em_lightning.testing.losses import LossContract, assert_ranks_agree
 
 DOUBLE = torch.float64
@@ -126,6 +128,48 @@ def test_the_gradient_of_the_free_energy_is_the_responsibilities():
     energies = (torch.randn(6, 5, dtype=DOUBLE) * 100).requires_grad_()
     FreeEnergyLoss(temperature=0.7)(energies).backward()
     torch.testing.assert_close(energies.grad, torch.softmax(-energies / 0.7, dim=-1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+def test_the_free_energy_is_that_of_the_competition(temperature, shift):
+    x = torch.randn(700, 300) + shift  # more rows than one block holds
+    x[0], x[1, ::2], x[2] = math.inf, math.inf, 1e6
+    values = []
+    for one in (lambda d: softmin(d, temperature).free_energy, lambda d: free_energy_of(d, temperature)):
+        energies = x.clone().requires_grad_()
+        free_energy = one(energies)
+        slopes = torch.linspace(-1, 1, 700)
+        (free_energy * slopes)[1:].sum().backward()
+        values.append((free_energy.detach(), energies.grad))
+    for expected, found in zip(*values, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", [FreeEnergyLoss(temperature=0.7), VarianceLoss(), DecorrelationLoss(), EMLoss().total])
+def test_second_derivatives(loss):
+    x = torch.rand(7, 3, dtype=DOUBLE)
+    assert torch.autograd.gradgradcheck(loss, (x.clone().requires_grad_(),))
+    one_by_one = torch.autograd.functional.jacobian(lambda x: torch.stack([loss(x), 2 * loss(x)]), x)
+    at_once = torch.autograd.functional.jacobian(lambda x: torch.stack([loss(x), 2 * loss(x)]), x, vectorize=True)
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [FreeEnergyLoss(temperature=0.7), VarianceLoss()])
+def test_forward_over_reverse(loss):
+    x = torch.rand(7, 3, dtype=DOUBLE)
+    torch.testing.assert_close(torch.func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
+
+
+def test_blocks_of_rows_change_nothing():
+    x = (torch.rand(1500, 300) * 4).requires_grad_()
+    found = EMLoss()(x)
+    exact = x.detach().double().requires_grad_()
+    for name, expected in published(exact).items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=0)
+        (gradient,) = torch.autograd.grad(found[name], x, retain_graph=True)
+        (wanted,) = torch.autograd.grad(expected, exact)
+        assert (gradient - wanted).norm() < 1e-5 * wanted.norm(), name
 
 
 def test_sum_and_mean_differ_by_the_number_of_items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -231,7 +232,7 @@ class LayerwiseLoss:
             result = self.losses[path](energies[0].to(torch.promote_types(energies[0].dtype, torch.float32)))
         terms = result if isinstance(result, Mapping) else {"em": result}
         self.values.update({f"{path}/{name}": value.detach() for name, value in terms.items()})
-        return torch.stack(list(terms.values())).sum()
+        return functools.reduce(torch.add, terms.values())
 
     def _measure(
         self, due: list[str], loss: Tensor, captured: Mapping[str, list[Tensor]], aux: Mapping[str, Tensor]
