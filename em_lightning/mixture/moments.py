@@ -24,9 +24,8 @@ from em_lightning.mixture.covariance import Structure
 _BLOCK = 2**18
 # On other devices a block has to fill the device; work spaces stay below 64 MiB.
 _DEVICE_BLOCK = 2**21
-# Float32 is accurate while no term of a log-density can exceed this: its rounding is then below 1e-3 in the worst case,
-# and was measured below 1e-5 in the log-likelihood. A round component in three dimensions gets there at about a
-# fiftieth of the cloud's extent.
+# Float32 is accurate while no term of a log-density can exceed this: its rounding is then about 1e-3 at the very worst,
+# and far less in a mean over points (docs/results/operator.md).
 _LARGEST_TERM = 1e4
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25

@@ -1,0 +1,354 @@
+"""Speed, memory, gradients and accuracy of the EM operator, each beside the likelihood that was reached.
+
+    python benchmarks/em_operator.py clouds      many clouds, beside a loop over scikit-learn
+    python benchmarks/em_operator.py large       one large set, beside scikit-learn
+    python benchmarks/em_operator.py gradients   a training step, beside autograd through the textbook formulation
+    python benchmarks/em_operator.py scaling     time over B, N, T and K, with a plot
+    python benchmarks/em_operator.py accuracy    float32 beside float64
+
+``--scale 0.1`` makes each about ten times smaller. Times are medians of repeats that take turns in one process.
+"""
+
+import argparse
+import math
+import os
+import resource
+import statistics
+import time
+import warnings
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from em_lightning import EMOperator, Mixture
+from em_lightning.mixture import moments
+
+
+def blobs(sets, items, features, components, spread=3.0):
+    """Return points (B, N, D) of Gaussian clusters with random centers, and a start at some of the points."""
+    centers = spread * torch.randn(sets, components, features)
+    x = torch.randn(sets, items, features)
+    x += centers.gather(1, torch.randint(0, components, (sets, items, 1)).expand(-1, -1, features))
+    return x
+
+
+def medians(calls, repeats):
+    """Return the median seconds of each call, after one call that does not count; the calls take turns."""
+    times = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            if repeat:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def sklearn_fit(x, start, b, iterations, kind):
+    """Return scikit-learn's mixture of one set, from the same start."""
+    from sklearn.mixture import GaussianMixture
+
+    covariance = start.covariances[b].double()
+    precisions = torch.linalg.inv(covariance) if kind == "full" else 1 / covariance
+    weights = start.weights[b].double().numpy()
+    fit = GaussianMixture(
+        start.means.shape[1],
+        covariance_type=kind,
+        max_iter=iterations,
+        tol=0,
+        weights_init=weights / weights.sum(),
+        means_init=start.means[b].numpy(),
+        precisions_init=precisions.to(x.dtype).numpy(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fit.fit(x[b].numpy())
+
+
+def peak_mib():
+    """Return the largest resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def table(title, head, rows):
+    """Print a table in markdown."""
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for row in rows:
+        print(f"| {' | '.join(str(cell) for cell in row)} |")
+
+
+def clouds(options):
+    """Compare 256 clouds of 1,024 points with a loop over scikit-learn."""
+    sets, items, iterations = max(int(256 * options.scale), 1), 1024, 20
+    x = blobs(sets, items, 3, 16)
+    operator = EMOperator(16, 3, num_iters=iterations, residual=False)
+    start = operator(x, num_iters=0)
+    wide = Mixture(*(part.double() for part in start))
+    fits = {}
+
+    def reference():
+        fits["scikit-learn"] = [sklearn_fit(x, start, b, iterations, "full") for b in range(sets)]
+
+    def ours():
+        fits["em_lightning"] = operator(x, init=start)
+
+    times = medians({"em_lightning": ours}, options.repeats) | medians({"scikit-learn": reference}, 1)
+    exact = operator(x.double(), init=wide).log_prob(x.double()).mean(1)
+    found = fits["em_lightning"].log_prob(x).double().mean(1)
+    theirs = torch.tensor([fit.score(x[b].numpy()) for b, fit in enumerate(fits["scikit-learn"])])
+    rows = [
+        [name, f"{seconds:.3f}", f"{times['scikit-learn'] / seconds:.1f}", f"{value.mean():.6f}"]
+        for (name, seconds), value in zip(times.items(), (found, theirs), strict=True)
+    ]
+    rows.append(["em_lightning, float64", "", "", f"{exact.mean():.6f}"])
+    title = f"{sets} clouds x {items} x 3, K = 16, full, {iterations} iterations, float32"
+    table(title, ["", "seconds", "x scikit-learn", "log-likelihood a point"], rows)
+    print(f"\nlargest difference of a cloud's log-likelihood from float64: {(found - exact).abs().max():.1e} a point")
+
+
+def large(options):
+    """Compare one set of a million points with scikit-learn, two iterations of which are timed and scaled."""
+    items, features, components, iterations = int(1_000_000 * options.scale), 16, 64, 10
+    x = blobs(1, items, features, components)
+    rows = []
+    for kind in ("full", "diag"):
+        eye = torch.eye(features) if kind == "full" else torch.ones(features)
+        spread = 4.0 * eye.expand(1, components, *eye.shape)
+        start = Mixture(torch.full((1, components), 1 / components).log(), x[:, :components].clone(), spread)
+        operator = EMOperator(components, features, num_iters=iterations, covariance=kind, residual=False)
+        operator(x[:, :1000], init=start)  # libraries take memory when first used
+        begin_mib, begin = peak_mib(), time.perf_counter()
+        found = operator(x, init=start)
+        seconds, used = time.perf_counter() - begin, peak_mib() - begin_mib
+        likelihood = found.log_prob(x[:, :50_000]).mean()
+        two = operator(x, init=start, num_iters=2).log_prob(x[:, :50_000]).mean()
+        begin_mib, begin = peak_mib(), time.perf_counter()
+        fit = sklearn_fit(x, start, 0, 2, kind)
+        theirs, their_mib = (time.perf_counter() - begin) / 2 * iterations, peak_mib() - begin_mib
+        rows.append([kind, f"{seconds:.2f}", f"{theirs:.1f}", f"{theirs / seconds:.1f}", f"{used:.0f}"])
+        rows[-1] += [f"{their_mib:.0f}", f"{likelihood:.5f}", f"{two:.5f} / {fit.score(x[0, :50_000].numpy()):.5f}"]
+    head = ["", "seconds", "scikit-learn (2 timed)", "x", "MiB beyond the data", "scikit-learn's", "log-likelihood"]
+    title = f"one set of {items:,} x {features}, K = {components}, {iterations} iterations, float32"
+    table(title, [*head, "after 2, ours / theirs"], rows)
+    print("\nMiB: growth of the peak resident memory of the process; the full case runs first, so later rows may hide.")
+
+
+def textbook(x, start, iterations, floor=1e-6):
+    """Return the mixture after EM as a textbook writes it, every product an einsum over (B, N, K, D, D)."""
+    log_weights, means, covariances = start
+    eye = floor * torch.eye(x.shape[-1])
+    for _ in range(iterations):
+        inverse = torch.linalg.inv(covariances)
+        offset = x.unsqueeze(2) - means.unsqueeze(1)
+        distance = torch.einsum("bnki,bkij,bnkj->bnk", offset, inverse, offset)
+        log_det = torch.linalg.slogdet(covariances)[1]
+        responsibilities = (log_weights.unsqueeze(1) - 0.5 * (distance + log_det.unsqueeze(1))).softmax(-1)
+        mass = responsibilities.sum(1) + 1e-8
+        log_weights = (mass / mass.sum(-1, keepdim=True)).log()
+        means = torch.einsum("bnk,bni->bki", responsibilities, x) / mass.unsqueeze(-1)
+        offset = x.unsqueeze(2) - means.unsqueeze(1)
+        scatter = torch.einsum("bnk,bnki,bnkj->bkij", responsibilities, offset, offset)
+        covariances = scatter / mass[..., None, None] + eye
+    return Mixture(log_weights, means, covariances)
+
+
+def saved_mib(call):
+    """Return how much memory torch had taken at most during a call, beyond what it had before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    most = now = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most / 2**20
+
+
+def backward_of(call, x):
+    """Return a function that makes the gradient of a mean over the mixtures that a call makes of points."""
+
+    def step():
+        points = x.clone().requires_grad_()
+        mixture = call(points)
+        loss = mixture.means.square().sum() + mixture.covariances.sum()
+        return torch.autograd.grad(loss, points)[0]
+
+    return step
+
+
+def train(mode, iterations, steps):
+    """Return the log-likelihood a point that corrections reach after training with one gradient mode."""
+    torch.manual_seed(1)
+    x = blobs(16, 256, 3, 8, spread=1.5)
+    operator = EMOperator(8, 3, num_iters=iterations, gradient=mode)
+    optimizer = torch.optim.Adam(operator.parameters(), 1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-operator(x).log_prob(x).mean()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return operator(x).log_prob(x).mean().item()
+
+
+def gradients(options):
+    """Compare a training step with autograd through the textbook formulation, in the four gradient modes."""
+    sets, items, components = max(int(32 * options.scale), 1), 1024, 16
+    x = blobs(sets, items, 3, components)
+    rows, exact, calls, memory = [], None, {}, {}
+    for iterations in (10, 40):
+        operators = {
+            mode: EMOperator(components, 3, num_iters=iterations, residual=False, gradient=mode)
+            for mode in ("unrolled", "checkpoint", "last")
+        }
+        start = operators["last"](x, num_iters=0)
+        steps = {mode: backward_of(lambda p, o=o, s=start: o(p, init=s), x) for mode, o in operators.items()}
+        if iterations == 10:
+            book = backward_of(lambda p, s=start: textbook(p, s, 10), x)
+            calls, exact = {"textbook einsum": book, **steps}, steps["unrolled"]()
+            memory = {(name, 10): saved_mib(call) for name, call in calls.items()}
+        else:
+            memory |= {(name, iterations): saved_mib(call) for name, call in steps.items()}
+    times = medians(calls, options.repeats)
+    for name, seconds in times.items():
+        error = (calls[name]() - exact).norm() / exact.norm()
+        ratio, part = times["textbook einsum"] / seconds, memory["textbook einsum", 10] / memory[name, 10]
+        later = f"{memory[name, 40]:.1f}" if (name, 40) in memory else ""
+        reached = f"{train(name, 5, options.steps):.4f}" if name in operators else ""
+        rows.append([name, f"{1e3 * seconds:.1f}", f"{ratio:.1f}", f"{memory[name, 10]:.1f}", f"{part:.0f}"])
+        rows[-1] += [later, f"{error:.1e}", reached]
+    head = ["T = 10", "ms", "x textbook", "peak MiB", "1 / textbook", "at T = 40", "error of the gradient"]
+    title = f"forward + backward, {sets} clouds x {items} x 3, K = {components}, full, float32"
+    table(title, [*head, f"log-likelihood after {options.steps} steps of training, T = 5"], rows)
+
+    torch.manual_seed(2)
+    corners = torch.tensor([[0.0, 0.0], [7.0, 0.0], [0.0, 7.0]], dtype=torch.float64)
+    x = corners.repeat_interleave(100, 0) + torch.randn(4, 300, 2, dtype=torch.float64)
+    reference, rows = None, []
+    for mode in ("unrolled", "checkpoint", "last", "implicit"):
+        operator = EMOperator(3, 2, num_iters=100, residual=False, gradient=mode)
+        start = operator(x, num_iters=0)
+        step = backward_of(lambda p, o=operator, s=start: o(p, init=s), x)
+        grad = step()
+        reference = grad if reference is None else reference
+        seconds = medians({mode: step}, options.repeats)[mode]
+        rows.append([mode, f"{1e3 * seconds:.1f}", f"{(grad - reference).norm() / reference.norm():.1e}"])
+    title = "converged loops: 4 clouds x 300 x 2, K = 3, full, T = 100, float64"
+    table(title, ["", "ms", "error of the gradient, beside unrolled"], rows)
+
+
+def scaling(options):
+    """Measure the time of ten iterations over two decades of B, N, T and K."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base = {"B": 16, "N": 512, "T": 10, "K": 8}
+    ranges = {
+        "B": [4, 12, 40, 120, 400],
+        "N": [128, 384, 1280, 3840, 12800],
+        "T": [2, 6, 20, 60, 200],
+        "K": [2, 6, 20, 60, 200],
+    }
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.4), layout="constrained")
+    rows = []
+    for axis, (letter, values) in zip(axes, ranges.items(), strict=True):
+        calls = {}
+        for value in values:
+            size = base | {letter: value} | ({"N": 2048} if letter == "K" else {})
+            x = blobs(size["B"], size["N"], 3, size["K"])
+            operator = EMOperator(size["K"], 3, num_iters=size["T"], residual=False)
+            start = operator(x, num_iters=0)
+            calls[value] = lambda o=operator, p=x, s=start: o(p, init=s)
+        seconds = list(medians(calls, options.repeats).values())
+        slope = math.log(seconds[-1] / seconds[-3]) / math.log(values[-1] / values[-3])
+        rows.append([letter, *(f"{1e3 * s:.1f}" for s in seconds), f"{slope:.2f}"])
+        axis.loglog(values, seconds, "o-")
+        axis.loglog(values, [seconds[-1] * v / values[-1] for v in values], "--", color="0.6", label="linear")
+        axis.set(xlabel=letter, ylabel="seconds", title=f"exponent of the last decade {slope:.2f}")
+    axes[0].legend()
+    figure.savefig(options.plot, dpi=90)
+    table(f"ms over two decades, from B, N, T, K = {base}", ["", "1st", "2nd", "3rd", "4th", "5th", "exponent"], rows)
+
+
+def accuracy(options):
+    """Compare float32 with float64 where components are thin or far from the origin, and say which path was taken."""
+    items = int(2000 * options.scale) or 1
+    turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
+    round_ = blobs(8, items, 3, 8).double()
+    angle = 2 * math.pi * torch.rand(8, items, 1, dtype=torch.float64)
+    height = torch.rand(8, items, 1, dtype=torch.float64)
+    surface = torch.cat([angle.cos(), angle.sin(), 2 * height], -1)
+    stretch = torch.tensor([1.0, 1e-2, 1e-4], dtype=torch.float64)
+    data = {
+        "centred": round_,
+        "offset by 1e3": round_ + 1e3,
+        "offset by 1e6": round_ + 1e6,
+        "axes 1 : 1e-2 : 1e-4": round_ * stretch,
+        "the same, turned": (round_ * stretch) @ turn,
+        "surface of a cylinder": surface,
+        "slab 1 : 1 : 1e-3, turned": (round_ * torch.tensor([1.0, 1.0, 1e-3], dtype=torch.float64)) @ turn,
+    }
+    chosen, rows, features_of = [], [], moments._Plan.features_of
+
+    def record(plan, points, block):
+        chosen.append((block.precision, (block.clouds.stop - block.clouds.start)))
+        return features_of(plan, points, block)
+
+    moments._Plan.features_of = record
+    for name, points in data.items():
+        x = points.float()
+        operator = EMOperator(8, 3, num_iters=20, residual=False, covariance_floor=1e-10)
+        start = operator(x, num_iters=0)
+        chosen.clear()
+        narrow = operator(x, init=start)
+        share = sum(n for p, n in chosen if p == torch.float64) / sum(n for _, n in chosen)
+        # The same rounded points in double: what float32 costs beyond the rounding of the data.
+        wide = operator(x.double(), init=Mixture(*(part.double() for part in start))).log_prob(x.double())
+        held = _held(operator, x, start).log_prob(x.double())
+        errors = [(found.double().mean(1) - wide.mean(1)).abs().max() for found in (held, narrow.log_prob(x))]
+        rows.append([name, f"{100 * share:.0f} %", *(f"{error:.1e}" for error in errors), f"{wide.mean():.4f}"])
+    moments._Plan.features_of = features_of
+    head = [
+        "8 clouds, K = 8, T = 20",
+        "in float64",
+        "error in the loop",
+        "error of the float32 result",
+        "log-likelihood",
+    ]
+    table("largest error of a cloud's log-likelihood a point, float32 against float64 on the same points", head, rows)
+
+
+def _held(operator, x, start):
+    from em_lightning.mixture.covariance import COVARIANCES
+    from em_lightning.mixture.step import leave
+
+    *_, (cloud, state) = operator._loop(x, None, None, start, None)
+    return leave(cloud._replace(points=cloud.points.double()), state, COVARIANCES[operator.covariance])
+
+
+COMMANDS = {call.__name__: call for call in (clouds, large, gradients, scaling, accuracy)}
+
+
+def main():
+    """Run one comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--plot", default="operator-scaling.png")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(f"threads {options.threads}, load before {os.getloadavg()[0]:.1f}", end="")
+    with torch.set_grad_enabled(options.command == "gradients"), threadpool_limits(options.threads):
+        COMMANDS[options.command](options)
+    print(f"\nload after {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
