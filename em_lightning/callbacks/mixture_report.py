@@ -100,7 +100,9 @@ class MixtureReport(lightning.Callback):
         text = write_results(folder, "Mixtures of point clouds", notes, rows, seed=trainer.datamodule.seed)
         print(f"\n{text}\nWritten to {folder}")
 
-        shown = PointCloudBatch(*(part[: self.num_pictured] for part in first))
+        # Spread over the batch, whose order goes by class.
+        rows_shown = torch.linspace(0, len(first.points) - 1, min(self.num_pictured, len(first.points))).long()
+        shown = PointCloudBatch(*(part[rows_shown] for part in first))
         mixture = operator(shown.points, shown.mask)
         names = trainer.datamodule.class_names
         titles = [names[i] if names else "" for i in shown.label.tolist()]

@@ -78,7 +78,7 @@ def mixture_grid(
             if flat:
                 ax.set_aspect("equal")
             else:
-                ax.set_box_aspect((1, 1, 1), zoom=1.5)
+                ax.set_box_aspect((1, 1, 1), zoom=1.3)
     return figure
 
 
