@@ -72,7 +72,9 @@ class MixtureReport(lightning.Callback):
         folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
         training = pl_module.training
         pl_module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            # Random starts that do not depend on how the training was spread over processes.
+            torch.manual_seed(trainer.datamodule.seed)
             self._report(trainer, pl_module, folder)
         pl_module.train(training)
 
