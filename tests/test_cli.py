@@ -133,7 +133,10 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
     events.Reload()
     tags = events.Tags()
     assert {"clouds", "samples", "iterations", "training"} <= set(tags["images"])
-    assert any("responsibilities" in tag for tag in tags["tensors"])
+    assert any(tag.startswith("responsibilities") for tag in tags["tensors"])
+    assert {"by EM iteration/weights of the components", "by EM iteration/largest responsibility of a point"} == set(
+        tags["histograms"]
+    )
     assert {"train/log_likelihood", "val/log_likelihood"} <= set(tags["scalars"])
 
     resumed = cli.main(

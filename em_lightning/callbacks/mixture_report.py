@@ -29,8 +29,9 @@ class MixtureReport(lightning.Callback):
 
     At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json`` (held-out
     log-likelihood, time a cloud), ``clouds.png`` (responsibilities and ellipsoids), ``samples.png``,
-    ``training.png`` and ``iterations.png`` (likelihood by iteration), and the same figures and a point-cloud view to
-    TensorBoard. It works with any module that has an ``operator`` and any data module of point clouds.
+    ``training.png`` and ``iterations.png`` (likelihood by iteration), and the same figures, a point-cloud view and
+    histograms by EM iteration to TensorBoard. It works with any module that has an ``operator`` and any data module of
+    point clouds.
 
     Args:
         num_pictured: clouds in the pictures.
@@ -134,6 +135,11 @@ class MixtureReport(lightning.Callback):
                 shown.points
             )
             writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, {}, 0)
+        if hasattr(writer, "add_histogram"):
+            for i, mixture in enumerate(operator.iterate(shown.points, shown.mask)):
+                largest = mixture.posterior(shown.points).responsibilities.amax(-1)[shown.mask]
+                writer.add_histogram("by EM iteration/weights of the components", mixture.weights, i)
+                writer.add_histogram("by EM iteration/largest responsibility of a point", largest, i)
             writer.flush()
 
     def _iterations(

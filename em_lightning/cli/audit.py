@@ -68,5 +68,9 @@ def print_audit(target: str, shape: str, checkpoint: str | None) -> None:
         raise UsageError(f"--input={shape!r} is no shape; write for instance --input=32,784")
     batch = torch.randn(*map(int, shape.split(",")), generator=torch.Generator().manual_seed(0))
     model = load_model(target, checkpoint)
+    try:
+        model(batch)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the model takes no input of shape {shape}: {error}") from error
     # A random input has no labels, so only the forward is run, also where there is a training step.
     print(audit(model, batch, run=lambda: model(batch)))

@@ -145,6 +145,7 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
         UsageError: an argument is unknown or has a wrong value.
     """
     from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     script = Path(sys._getframe(1).f_globals.get("__file__", name)).with_name(f"{name}.py")
@@ -161,6 +162,21 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
                 print(_short_help(script, parser))
                 raise SystemExit(0)
             super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
+            checkpoint = self.config.ckpt_path
+            # Lightning knows some words and addresses too: "last", "s3://...".
+            if (
+                checkpoint
+                and checkpoint.endswith(".ckpt")
+                and "://" not in checkpoint
+                and not Path(checkpoint).is_file()
+            ):
+                raise UsageError(f"--ckpt_path={checkpoint!r} is no file; give the path of a checkpoint")
+
+        def instantiate_trainer(self, **options: Any) -> Any:
+            try:
+                return super().instantiate_trainer(**options)
+            except (ValueError, MisconfigurationException) as error:
+                raise UsageError(f"the trainer cannot be built: {error}") from error
 
     for words in _NOISE:
         warnings.filterwarnings("ignore", words)
@@ -233,5 +249,6 @@ def _shorten(message: str, keys: Sequence[str]) -> str:
     line = re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
     line = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", line)
     line = re.sub(r"Expected a dot import path string: (\w+)", r"there is no class \1 here", line)
+    line = re.sub(r"(there is no class \w+ here)(?: - \1)+", r"\1", line)
     # Of the complaints of a union the first is about what was given, the others about what was not meant.
     return re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
