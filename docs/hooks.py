@@ -21,6 +21,8 @@ class Docstrings(Extension):
         """Rewrite the docstring of an object that was just read."""
         if obj.docstring:
             text = obj.docstring.value
+            if obj.is_class and any(str(base).endswith("NamedTuple") for base in obj.bases):
+                text = re.sub(r"^Args:$", "Attributes:", text, flags=re.MULTILINE)
             text = re.sub(r":math:`(.+?)`", r"\\(\1\\)", text, flags=re.DOTALL)
             text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
@@ -85,7 +87,8 @@ def on_config(config):
 
 def on_files(files, config):
     """Add the pages that are made from the code."""
-    readme = (ROOT / "README.md").read_text().replace("](docs/", "](")
+    readme = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
+    readme = re.sub(r"\[(.+?)\]\((?:CITATION.cff|LICENSE)\)", r"\1", readme)
     pages = {
         "index.md": readme,
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(),

@@ -60,6 +60,8 @@ def folder(tmp_path, monkeypatch):
     from em_lightning.modules import PointCloudGMM
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "networks", raising=False)
     for variable in ("LOGGER", "ENABLE_PROGRESS_BAR", "ENABLE_MODEL_SUMMARY"):
         monkeypatch.setenv(f"PL_TRAINER_{variable}", "False")
     monkeypatch.setenv("COLUMNS", "200")
@@ -143,6 +145,7 @@ def run_python(code, names, name):
     "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
     "ignore:.*args parameter is intended",
     "ignore:.*`weights_only` was not set",
+    "ignore:Checkpoint directory .* exists and is not empty",
 )
 @pytest.mark.parametrize("page", [page for page in PAGES if page != PLUGIN], ids=lambda page: page.stem)
 def test_page(page, folder):
