@@ -134,7 +134,8 @@ class MixtureReport(lightning.Callback):
             colors = mixture.posterior(shown.points).responsibilities @ component_colors(operator.num_components).to(
                 shown.points
             )
-            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, {}, 0)
+            dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
+            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, dots, 0)
         if hasattr(writer, "add_histogram"):
             for i, mixture in enumerate(operator.iterate(shown.points, shown.mask)):
                 largest = mixture.posterior(shown.points).responsibilities.amax(-1)[shown.mask]
