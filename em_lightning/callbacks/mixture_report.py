@@ -80,6 +80,8 @@ class MixtureReport(lightning.Callback):
         pl_module.train(training)
 
     def _report(self, trainer: Any, module: Any, folder: Path) -> None:
+        from rich.progress import track
+
         operator: EMOperator = module.operator
         batches = [
             PointCloudBatch(*(part.to(module.device) for part in batch))
@@ -126,7 +128,7 @@ class MixtureReport(lightning.Callback):
                 "Training",
             )
         writer: Any = getattr(trainer.logger, "experiment", None)
-        for name, figure in figures.items():
+        for name, figure in track(figures.items(), "pictures", transient=True):
             save_figure(figure, folder / f"{name}.png")
             if hasattr(writer, "add_figure"):
                 writer.add_figure(name, figure, trainer.global_step, close=False)
@@ -235,9 +237,11 @@ def _row(method: str, scores: _Scores, seconds: float, clouds: int) -> dict[str,
 def _measure(
     method: str, operator: EMOperator, batches: list[PointCloudBatch], starts: list[Mixture]
 ) -> dict[str, Any]:
+    from rich.progress import track
+
     scores, seconds = _Scores(), 0.0
     operator(batches[0].points, batches[0].mask)  # warm up
-    for batch, start in zip(batches, starts, strict=True):
+    for batch, start in track(list(zip(batches, starts, strict=True)), method, transient=True):
         began = time.perf_counter()
         operator(batch.points, batch.mask).means.cpu()  # waits for a GPU
         seconds += time.perf_counter() - began

@@ -52,10 +52,13 @@ def run(name: str, args: Sequence[str]) -> None:
     seeds, args = _take_seeds(list(args))
     if seeds:
         return _run_seeds(name, args, seeds)
+    from rich.console import Console
+
     spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
+        spec.loader.exec_module(recipe)
     recipe.main(args)
 
 
