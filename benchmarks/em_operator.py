@@ -293,9 +293,9 @@ def accuracy(options):
     }
     chosen, rows, features_of = [], [], moments._Plan.features_of
 
-    def record(plan, points, block):
+    def record(plan, points, shift, block):
         chosen.append((block.precision, (block.clouds.stop - block.clouds.start)))
-        return features_of(plan, points, block)
+        return features_of(plan, points, shift, block)
 
     moments._Plan.features_of = record
     for name, points in data.items():

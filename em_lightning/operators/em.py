@@ -12,13 +12,14 @@ from torch import Tensor
 
 from em_lightning.competition import Softmin
 from em_lightning.mixture.background import UniformBackground
+from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
 from em_lightning.mixture.general import general_moments
 from em_lightning.mixture.moments import accumulate, get_ready
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture
-from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare, with_all_digits
+from em_lightning.mixture.step import enter, leave, with_all_digits
 from em_lightning.operators import gradients
 from em_lightning.operators.checks import check_choice, check_init, check_sets
 from em_lightning.operators.model import MixtureModel
@@ -173,7 +174,7 @@ class EMOperator(MixtureModel):
             raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
         with torch.autocast(x.device.type, enabled=False):
             cloud, state, floor = self._begin(x, mask, weights, init, choose=not self.training)
-            ready = get_ready(cloud.points, COVARIANCES[self.covariance]) if steps > 1 else None
+            ready = get_ready(cloud, COVARIANCES[self.covariance]) if steps > 1 else None
             cloud = cloud._replace(ready=ready)
             yield cloud, state
 
@@ -274,7 +275,7 @@ class EMOperator(MixtureModel):
         soft = isinstance(self.competition, Softmin)
         if soft and radial is None and self.background is None:
             theta = theta / (self.competition.temperature * temperature)
-            return accumulate(cloud.points, cloud.weights, theta, structure, precision, cloud.ready), None
+            return accumulate(cloud, theta, structure, precision)[0], None
 
         def respond(joint: Tensor) -> Tensor:
             return self.competition(-joint / temperature, dim=1).responsibilities

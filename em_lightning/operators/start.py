@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.mixture import starts
+from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import Factors, State, Structure
-from em_lightning.mixture.step import Cloud
 
 _RANDOM = ("kmeans++", "random")
 STARTS = ("farthest", *_RANDOM, "learned")
