@@ -2,7 +2,7 @@
 
 Products are taken in float32 while that is accurate and in float64, at about twice the cost, where it is not: the
 terms of ``theta . phi`` of a component that is thin beside its cloud are large and cancel. How large is known before
-the pass, since ``sum_f |theta_f phi_f(x)|`` is at most ``|theta| . phi(e)`` with ``e`` the largest coordinates of the
+the pass, since ``|theta_f phi_f(x)|`` is at most ``|theta_f| phi_f(e)`` with ``e`` the largest coordinates of the
 cloud, and the choice is made for each cloud.
 """
 
@@ -15,9 +15,9 @@ from em_lightning.mixture.cloud import Cloud, Ready
 from em_lightning.mixture.covariance import Structure
 from em_lightning.mixture.passes import LogDensity, Moments, Plan
 
-# Float32 is accurate while no term of a log-density can exceed this: its rounding is then about 1e-3 at the very worst,
-# and far less in a mean over points (docs/results/operator.md).
-_LARGEST_TERM = 1e4
+# Float32 is accurate while the terms of a log-density are no larger than this: rounding is then below 1e-3 for the worst
+# point, and far less in a mean over points (docs/results/operator.md).
+_LARGEST_TERM = 5e3
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25
 
@@ -95,8 +95,12 @@ def _by_precision(
 
 @torch.no_grad()
 def largest_term(theta: Tensor, extent: Tensor, structure: Structure) -> Tensor:
-    """Return a bound (B,) of the terms of ``theta . phi(x)`` for points within the extent (B, D)."""
-    return torch.bmm(theta.abs(), structure.features(extent.unsqueeze(-1), theta.dtype)).amax((1, 2))
+    """Return how large the terms of ``theta . phi(x)`` are together, (B,), for points within the extent (B, D).
+
+    Terms are rounded independently of each other: it is their squares that add up.
+    """
+    squares = structure.features(extent.unsqueeze(-1), theta.dtype).square()
+    return torch.bmm(theta.square(), squares).amax((1, 2)).sqrt()
 
 
 @torch.no_grad()
