@@ -21,12 +21,12 @@ class EMAggregation(Aggregation):
 
     .. math:: y = \sum_k s_k \mu_k, \qquad s = \operatorname{softmax}_k(a \log \pi_k - b \log \sigma_k)
 
-    with :math:`a = 1, b = 0` learned from there on. At the start it is the mean; a large a picks the largest cluster of a
-    neighbourhood and b prefers tight ones, which leaves outliers out. With ``out_channels`` it is an :class:`EMPooling`
-    with a linear layer on top, for the readout of a graph.
+    with :math:`a = 1, b = 0` learned from there on. At the start it is the mean; a large a picks the largest cluster of
+    a neighbourhood and b prefers tight ones, which leaves outliers out. With ``out_channels`` it is an
+    :class:`EMPooling` with a linear layer on top, for the readout of a graph.
 
-    Groups may come in any order, and empty groups give zeros. Rows are laid out as (groups, largest group, features), as
-    PyG's own set aggregations do.
+    Groups may come in any order, and empty groups give zeros. Rows are laid out as (groups, largest group, features),
+    as PyG's own set aggregations do.
 
     Args:
         num_components: K.
@@ -80,7 +80,7 @@ class EMAggregation(Aggregation):
             return
         for module in self.pooling.modules():
             if module is not self.pooling and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+                module.reset_parameters()  # type: ignore[operator]
 
     def forward(
         self,
