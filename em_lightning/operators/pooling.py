@@ -16,8 +16,8 @@ SUMMARIES = ("weights", "means", "scales", "values", "value_scales", "log_prob")
 class EMPooling(nn.Module):
     r"""Summarize each set by the mixture that EM fits to it: permutation-invariant, for sets of any size.
 
-    In each of H heads the items are projected to ``head_features`` coordinates z, and a mixture of K components is fitted
-    to them. The output is, component by component, the parts asked for in ``summary``:
+    In each of H heads the items are projected to ``head_features`` coordinates z, and a mixture of K components is
+    fitted to them. The output is, component by component, the parts asked for in ``summary``:
 
     ============== ======= ==================================================================
     weights        1       :math:`\pi_k`
