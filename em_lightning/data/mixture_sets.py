@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from em_lightning.data.base import at_least
-from em_lightning.data.clouds import SPLITS, EpochSampler
+from em_lightning.data.clouds import EpochSampler, item_generator
 from em_lightning.mixture import Mixture
 
 
@@ -170,7 +170,5 @@ class _Batches(Dataset[MixtureSetBatch]):
         source = self.source
         start = index * source.batch_size
         num_sets = min(source.batch_size, source.num_sets[self.split] - start)
-        # One number that differs for different keys: each is far below 2**20.
-        seed = ((source.seed * 3 + SPLITS.index(self.split)) * 2**20 + epoch) * 2**20 + index
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        generator = item_generator(source.seed, self.split, epoch, index)
         return source.draw(num_sets, source.fresh[self.split], generator)
