@@ -49,9 +49,15 @@ def run(name: str, args: Sequence[str]) -> None:
         UsageError: there is no such recipe, or an argument is wrong.
     """
     script = find_recipe(name)
-    seeds, args = _take_seeds(list(args))
+    args = _with_variant(script, list(args))
+    seeds, args = _take_seeds(args)
     if seeds:
         return _run_seeds(name, args, seeds)
+    load_recipe(script).main(args)
+
+
+def load_recipe(script: Path) -> Any:
+    """Return the script of a recipe as a module."""
     from rich.console import Console
 
     spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
@@ -59,7 +65,7 @@ def run(name: str, args: Sequence[str]) -> None:
     recipe = importlib.util.module_from_spec(spec)
     with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
         spec.loader.exec_module(recipe)
-    recipe.main(args)
+    return recipe
 
 
 def _with_variant(script: Path, args: list[str]) -> list[str]:
