@@ -207,7 +207,10 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
             save_config_kwargs={"overwrite": True},
         )
     except ArgumentError as error:
-        raise UsageError(_shorten(str(error), keys)) from error
+        import em_lightning.callbacks
+
+        classes = [each.__name__ for each in data.__subclasses__()] + em_lightning.callbacks.__all__
+        raise UsageError(_shorten(str(error), keys, classes)) from error
 
 
 def _short_help(script: Path, parser: Any) -> str:
@@ -247,8 +250,8 @@ def parameters_of(cls: type) -> list[str]:
     return sorted(names)
 
 
-def _shorten(message: str, keys: Sequence[str]) -> str:
-    """Return a parser's complaint on one line, with the valid key that is nearest to an unknown one."""
+def _shorten(message: str, keys: Sequence[str], classes: Sequence[str]) -> str:
+    """Return a parser's complaint on one line, with the valid key or class that is nearest to an unknown one."""
     line = re.sub(r"\s+", " ", message).strip()
     for pattern in _UNKNOWN_KEY:
         found = re.search(pattern, line)
@@ -257,7 +260,11 @@ def _shorten(message: str, keys: Sequence[str]) -> str:
             return f"unknown key {key!r}{nearest(key, keys)}"
     line = re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
     line = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", line)
-    line = re.sub(r"Expected a dot import path string: (\w+)", r"there is no class \1 here", line)
-    line = re.sub(r"(there is no class \w+ here)(?: - \1)+", r"\1", line)
+    unknown = re.search(r"([\w.]+): .*Expected a dot import path string: (\w+)", line)
+    if unknown:
+        return f"{unknown[1]}: there is no class {unknown[2]!r} here{nearest(unknown[2], classes)}"
     # Of the complaints of a union the first is about what was given, the others about what was not meant.
-    return re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
+    line = re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
+    line = re.sub(r"Expected a <class '([\w.]+)'>\. Got value: (.*)", r"\2 is no \1", line)
+    line = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", r"\2 is none of \1", line)
+    return re.sub(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", r"give \1\2", line)
