@@ -209,7 +209,8 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
     except ArgumentError as error:
         import em_lightning.callbacks
 
-        classes = [each.__name__ for each in data.__subclasses__()] + em_lightning.callbacks.__all__
+        subclasses: list[type] = data.__subclasses__()
+        classes = [cls.__name__ for cls in subclasses] + em_lightning.callbacks.__all__
         raise UsageError(_shorten(str(error), keys, classes)) from error
 
 
