@@ -293,9 +293,9 @@ def accuracy(options):
     }
     chosen, rows, features_of = [], [], moments._Plan.features_of
 
-    def record(plan, points, block):
+    def record(plan, points, shift, block):
         chosen.append((block.precision, (block.clouds.stop - block.clouds.start)))
-        return features_of(plan, points, block)
+        return features_of(plan, points, shift, block)
 
     moments._Plan.features_of = record
     for name, points in data.items():
@@ -344,7 +344,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"threads {options.threads}, load before {os.getloadavg()[0]:.1f}", end="")
+    print(f"threads {options.threads}, load before {os.getloadavg()[0]:.1f}", end="", flush=True)
     with torch.set_grad_enabled(options.command == "gradients"), threadpool_limits(options.threads):
         COMMANDS[options.command](options)
     print(f"\nload after {os.getloadavg()[0]:.1f}")

@@ -5,6 +5,7 @@ import torch
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, em_step, moments
+from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import State
 from em_lightning.mixture.moments import accumulate
 from em_lightning.mixture.step import leave
@@ -18,9 +19,9 @@ def precisions(monkeypatch):
     seen = []
     plan = moments._Plan.features_of
 
-    def record(self, points, block):
+    def record(self, points, shift, block):
         seen.append((block.clouds.start, block.clouds.stop, block.precision))
-        return plan(self, points, block)
+        return plan(self, points, shift, block)
 
     monkeypatch.setattr(moments._Plan, "features_of", record)
     return seen
@@ -92,7 +93,8 @@ def test_float32_gradients_are_float64s(kind, weighted):
     for dtype in (torch.float32, torch.float64):
         p = points.to(dtype).requires_grad_()
         w = None if weights is None else weights.to(dtype).requires_grad_()
-        out = accumulate(p, w, theta, structure)
+        none = torch.zeros(3, 3)
+        out, _ = accumulate(Cloud(p, w, none[:, 0], none, none), theta, structure)
         wanted = [p, theta] if w is None else [p, theta, w]
         grads.append(torch.autograd.grad((out * target).sum(), wanted))
     for narrow, wide in zip(*grads, strict=True):

@@ -9,8 +9,8 @@ from sklearn.cluster import KMeans
 from em_lightning import EMOperator, Mixture
 from em_lightning.competition import none_of_the_above
 from em_lightning.mixture import COVARIANCES, UniformBackground
+from em_lightning.mixture.cloud import prepare
 from em_lightning.mixture.starts import from_centers, kmeans_plus_plus, lloyd, random_points
-from em_lightning.mixture.step import prepare
 
 KINDS = sorted(COVARIANCES)
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from em_lightning.mixture.background import Level
+from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import State, Structure
 from em_lightning.mixture.radial import Radial
-from em_lightning.mixture.step import Cloud
 
 # Responsibilities a block.
 _BLOCK = 2**18
@@ -93,7 +93,7 @@ def general_moments(
         total = torch.zeros_like(theta[:1, :1, :1])
         for rows in blocks:
             weights = None if cloud.weights is None else cloud.weights[clouds, rows]
-            total = total + _again(block, cloud.points[clouds, :, rows], weights, theta[clouds], peak[clouds], clouds)
+            total = total + _again(block, cloud.part(clouds, rows), weights, theta[clouds], peak[clouds], clouds)
         parts.append(total)
     sums = torch.cat(parts)
     if radial is None:
@@ -114,7 +114,7 @@ def general_log_density(
 
     parts = []
     for clouds, blocks in _blocks(cloud, theta, False):
-        rows = [_again(block, cloud.points[clouds, :, row], theta[clouds], peak[clouds], clouds) for row in blocks]
+        rows = [_again(block, cloud.part(clouds, row), theta[clouds], peak[clouds], clouds) for row in blocks]
         parts.append(torch.cat(rows, -1))
     return torch.cat(parts)
 

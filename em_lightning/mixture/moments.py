@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.mixture.cloud import Cloud, Ready, centred
 from em_lightning.mixture.covariance import Structure
 
 # Numbers a block: its responsibilities and its features fit into the second-level cache of a core.
@@ -31,47 +32,38 @@ _LARGEST_TERM = 1e4
 _KEPT = 2**25
 
 
-class Ready(NamedTuple):
-    """What passes over the same points have in common: largest coordinates (B, D) and features (B, F, N) if small."""
-
-    extent: Tensor
-    features: Tensor | None
-
-
-def get_ready(points: Tensor, structure: Structure) -> Ready:
-    """Return what passes over points (B, D, N) share; features only where they take little memory."""
-    points = points.detach()
+def get_ready(cloud: Cloud, structure: Structure) -> Ready:
+    """Return what passes over the points of clouds share; features only where they take little memory."""
+    points = cloud.points.detach()
     size = structure.num_moments(points.shape[1]) * points[:, 0].numel() * points.element_size()
     low, high = points.aminmax(dim=2)
-    return Ready(torch.maximum(-low, high), structure.features(points, points.dtype) if size <= _KEPT else None)
+    if cloud.shift is not None:
+        low, high = low - cloud.shift.detach(), high - cloud.shift.detach()
+    extent = torch.maximum(-low, high).to(points.dtype)
+    return Ready(extent, structure.features(cloud.part().detach(), points.dtype) if size <= _KEPT else None)
 
 
 def accumulate(
-    points: Tensor,
-    weights: Tensor | None,
-    theta: Tensor,
-    structure: Structure,
-    precision: torch.dtype | None = None,
-    ready: Ready | None = None,
-) -> Tensor:
-    r"""Return the moments ``sum_n w_n r_nk phi(x_n)`` under the responsibilities of ``theta``.
+    cloud: Cloud, theta: Tensor, structure: Structure, precision: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Return the moments under the responsibilities of ``theta`` (B, K, F), and the log-likelihood.
+
+    The moments are ``sum_n w_n r_nk phi(x_n)``, (B, K, F) in the type of ``theta``; the log-likelihood is
+    ``sum_n w_n log sum_k exp(theta_k . phi(x_n))``, (B,), and has no gradient.
 
     Args:
-        points: (B, D, N), centred.
-        weights: (B, N).
-        theta: (B, K, F), whose type the moments (B, K, F) have.
+        cloud: the point sets.
+        theta: (B, K, F), natural parameters.
         structure: whose features phi are.
         precision: of the products; chosen for each cloud unless given.
-        ready: what passes over the same points share.
     """
-    ready = get_ready(points, structure) if ready is None else ready
-    return _Moments.apply(points, weights, theta, _Plan.of(points, theta, structure, precision, ready))
+    plan = _Plan.of(cloud, theta, structure, precision)
+    return _Moments.apply(cloud.points, cloud.shift, cloud.weights, theta, plan)
 
 
-def log_density(points: Tensor, theta: Tensor, structure: Structure, precision: torch.dtype | None = None) -> Tensor:
-    """Return ``log sum_k exp(theta_k . phi(x_n))`` (B, N) of centred points (B, D, N)."""
-    plan = _Plan.of(points, theta, structure, precision, get_ready(points, structure))
-    return _LogDensity.apply(points, theta, plan)
+def log_density(cloud: Cloud, theta: Tensor, structure: Structure, precision: torch.dtype | None = None) -> Tensor:
+    """Return ``log sum_k exp(theta_k . phi(x_n))`` (B, N) of the points of clouds."""
+    return _LogDensity.apply(cloud.points, cloud.shift, theta, _Plan.of(cloud, theta, structure, precision))
 
 
 @torch.no_grad()
@@ -80,7 +72,7 @@ def largest_term(theta: Tensor, extent: Tensor, structure: Structure) -> Tensor:
     return torch.bmm(theta.abs(), structure.features(extent.unsqueeze(-1), theta.dtype)).amax((1, 2))
 
 
-def lost_digits(before: Tensor, after: Tensor, points: Tensor, structure: Structure, ready: Ready | None) -> bool:
+def lost_digits(before: Tensor, after: Tensor, cloud: Cloud, structure: Structure) -> bool:
     """Return whether an M-step made components so thin that float32 moments do not determine them.
 
     The E-step before it saw components for which float32 was enough. A loop that comes here in small steps has
@@ -89,13 +81,12 @@ def lost_digits(before: Tensor, after: Tensor, points: Tensor, structure: Struct
     Args:
         before: natural parameters (B, K, F) of the E-step.
         after: natural parameters that the M-step led to.
-        points: (B, D, N).
+        cloud: the point sets.
         structure: the covariance structure.
-        ready: what passes over the points share.
     """
-    if points.dtype == before.dtype:
+    if cloud.points.dtype == before.dtype:
         return False
-    extent = (get_ready(points, structure) if ready is None else ready).extent
+    extent = (get_ready(cloud, structure) if cloud.ready is None else cloud.ready).extent
     narrow = largest_term(before, extent, structure) <= _LARGEST_TERM
     # Written so that NaN counts as thin.
     return bool((narrow & ~(largest_term(after, extent, structure) <= 10.0 * _LARGEST_TERM)).any())
@@ -113,22 +104,21 @@ class _Plan(NamedTuple):
     blocks: list[_Block]
 
     @classmethod
-    def of(
-        cls, points: Tensor, theta: Tensor, structure: Structure, precision: torch.dtype | None, ready: Ready
-    ) -> _Plan:
-        runs = [(0, points.shape[0], precision or torch.promote_types(points.dtype, torch.float32))]
+    def of(cls, cloud: Cloud, theta: Tensor, structure: Structure, precision: torch.dtype | None) -> _Plan:
+        ready = get_ready(cloud, structure) if cloud.ready is None else cloud.ready
+        runs = [(0, len(theta), precision or torch.promote_types(cloud.points.dtype, torch.float32))]
         if precision is None and runs[0][2] != theta.dtype:
             thin = ~(largest_term(theta, ready.extent, structure) <= _LARGEST_TERM)
             runs = [
                 (first, last, theta.dtype if is_thin else runs[0][2]) for first, last, is_thin in _runs(thin.tolist())
             ]
-        return cls(structure, ready.features, list(_blocks(points, theta, runs)))
+        return cls(structure, ready.features, list(_blocks(cloud.points, theta, runs)))
 
-    def features_of(self, points: Tensor, block: _Block) -> Tensor:
+    def features_of(self, points: Tensor, shift: Tensor | None, block: _Block) -> Tensor:
         """Return the features of a block of points in the block's precision."""
         if self.features is not None and self.features.dtype == block.precision:
             return self.features[block.clouds, :, block.rows]
-        return self.structure.features(points[block.clouds, :, block.rows], block.precision)
+        return self.structure.features(centred(points, shift, block.clouds, block.rows), block.precision)
 
 
 def _runs(flags: list[bool]) -> Iterator[tuple[int, int, bool]]:
@@ -189,32 +179,42 @@ class _Space:
 
 class _Moments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, points: Tensor, weights: Tensor | None, theta: Tensor, plan: _Plan) -> Tensor:
-        ctx.save_for_backward(points, weights, theta)
+    def forward(
+        ctx: Any, points: Tensor, shift: Tensor | None, weights: Tensor | None, theta: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(points, shift, weights, theta)
         ctx.plan = plan
         moments, space, narrow = torch.zeros_like(theta), _Space(theta.device), theta.to(points.dtype)
+        likelihood = theta.new_zeros(len(theta))
         for block in plan.blocks:
             clouds, rows, precision = block
-            features = plan.features_of(points, block)
+            features = plan.features_of(points, shift, block)
             natural = narrow[clouds] if narrow.dtype == precision else theta[clouds].to(precision)
             joint = space.product("joint", natural, features, points.dtype)
             weight = None if weights is None else weights[clouds, None, rows]
-            responsibilities, _, _ = space.softmax_(joint, weight)
+            responsibilities, largest, total = space.softmax_(joint, weight)
+            density = total.log_().add_(largest)
+            density = density if weight is None else density.mul_(weight)
+            likelihood[clouds] += density.sum((1, 2), dtype=likelihood.dtype)
             moments[clouds] += torch.bmm(space.cast("product", responsibilities, precision), features.mT)
-        return moments
+        ctx.mark_non_differentiable(likelihood)
+        return moments, likelihood
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        points, weights, theta = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+        points, shift, weights, theta = ctx.saved_tensors
         plan, dtype, space = ctx.plan, points.dtype, _Space(theta.device)
-        need_points, need_weights, need_theta = ctx.needs_input_grad[:3]
+        need_points, need_shift, need_weights, need_theta = ctx.needs_input_grad[:4]
         grad_points = torch.zeros_like(points) if need_points else None
+        grad_shift = torch.zeros_like(shift) if need_shift else None
         grad_weights = torch.zeros_like(weights) if need_weights else None
         grad_theta = torch.zeros_like(theta) if need_theta else None
         for block in plan.blocks:
             clouds, rows, precision = block
-            features = plan.features_of(points, block)
+            features = plan.features_of(points, shift, block)
             natural, outer = theta[clouds].to(precision), grad[clouds].to(precision)
             responsibilities, _, _ = space.softmax_(space.product("joint", natural, features, dtype))
             reach = space.product("reach", outer, features, dtype).mul_(responsibilities)
@@ -228,47 +228,64 @@ class _Moments(torch.autograd.Function):
             slope = space.cast("slope", slope, precision)
             if grad_theta is not None:
                 grad_theta[clouds] += torch.bmm(slope, features.mT)
-            if grad_points is not None:
+            if need_points or need_shift:
                 if weights is not None:
                     responsibilities.mul_(weights[clouds, None, rows])
                 back = torch.bmm(natural.mT, slope)
                 back.baddbmm_(outer.mT, space.cast("product", responsibilities, precision))
-                grad_points[clouds, :, rows] = plan.structure.pull_back(points[clouds, :, rows], back).to(dtype)
-        return grad_points, grad_weights, grad_theta, None
+                _pull_back(plan, points, shift, block, back, grad_points, grad_shift)
+        return grad_points, grad_shift, grad_weights, grad_theta, None
 
 
 class _LogDensity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, points: Tensor, theta: Tensor, plan: _Plan) -> Tensor:
-        ctx.save_for_backward(points, theta)
+    def forward(ctx: Any, points: Tensor, shift: Tensor | None, theta: Tensor, plan: _Plan) -> Tensor:
+        ctx.save_for_backward(points, shift, theta)
         ctx.plan = plan
-        density, space = torch.empty_like(points[:, 0]), _Space(theta.device)
+        density, space = points.new_empty(points.shape[0], points.shape[2]), _Space(theta.device)
         for block in plan.blocks:
             clouds, rows, precision = block
             natural = theta[clouds].to(precision)
-            joint = space.product("joint", natural, plan.features_of(points, block), points.dtype)
+            joint = space.product("joint", natural, plan.features_of(points, shift, block), points.dtype)
             _, largest, total = space.softmax_(joint)
             density[clouds, rows] = total.log_().add_(largest).squeeze(1)
         return density
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        points, theta = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        points, shift, theta = ctx.saved_tensors
         plan, dtype, space = ctx.plan, points.dtype, _Space(theta.device)
         grad_points = torch.zeros_like(points) if ctx.needs_input_grad[0] else None
-        grad_theta = torch.zeros_like(theta) if ctx.needs_input_grad[1] else None
+        grad_shift = torch.zeros_like(shift) if ctx.needs_input_grad[1] else None
+        grad_theta = torch.zeros_like(theta) if ctx.needs_input_grad[2] else None
         for block in plan.blocks:
             clouds, rows, precision = block
-            features = plan.features_of(points, block)
+            features = plan.features_of(points, shift, block)
             natural = theta[clouds].to(precision)
             # The gradient of logsumexp is the responsibility: backpropagation is the E-step.
             joint = space.product("joint", natural, features, dtype)
             slope, _, _ = space.softmax_(joint, grad[clouds, None, rows])
-            slope = space.cast("product", slope, precision)
+            slope = space.cast("slope", slope, precision)
             if grad_theta is not None:
                 grad_theta[clouds] += torch.bmm(slope, features.mT)
-            if grad_points is not None:
-                back = torch.bmm(natural.mT, slope)
-                grad_points[clouds, :, rows] = plan.structure.pull_back(points[clouds, :, rows], back).to(dtype)
-        return grad_points, grad_theta, None
+            if grad_points is not None or grad_shift is not None:
+                _pull_back(plan, points, shift, block, torch.bmm(natural.mT, slope), grad_points, grad_shift)
+        return grad_points, grad_shift, grad_theta, None
+
+
+def _pull_back(
+    plan: _Plan,
+    points: Tensor,
+    shift: Tensor | None,
+    block: _Block,
+    back: Tensor,
+    grad_points: Tensor | None,
+    grad_shift: Tensor | None,
+) -> None:
+    """Add the gradient that a gradient (b, F, n) of features stands for to those of points and shift."""
+    grad = plan.structure.pull_back(centred(points, shift, block.clouds, block.rows), back)
+    if grad_points is not None:
+        grad_points[block.clouds, :, block.rows] = grad.to(points.dtype)
+    if grad_shift is not None:
+        grad_shift[block.clouds] -= grad.sum(2)

@@ -8,28 +8,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from em_lightning.competition import Softmin
-from em_lightning.mixture import starts
 from em_lightning.mixture.background import UniformBackground
+from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import COVARIANCES, Factors, State
 from em_lightning.mixture.general import general_moments
 from em_lightning.mixture.moments import accumulate, get_ready
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.radial import radial_of
-from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare, with_all_digits
+from em_lightning.mixture.state import Mixture
+from em_lightning.mixture.step import enter, leave, with_all_digits
 from em_lightning.operators import gradients
+from em_lightning.operators.checks import check_choice, check_init, check_sets
 from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
+from em_lightning.operators.start import build_start
 
-_RANDOM_STARTS = ("kmeans++", "random")
 # Nats a point: a correction may trade some likelihood of the fitted points for that of others.
 _TOLERATED_LOSS = 0.5
 # Exact iterations after which one start is told from another.
 _TRIAL = 5
-STARTS = ("farthest", *_RANDOM_STARTS, "learned")
 
 
 class EMOperator(MixtureModel):
@@ -115,25 +115,14 @@ class EMOperator(MixtureModel):
                 raise ValueError(f"{name}={value} must be at least 1")
         if num_iters < 0:
             raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
-        _check_choice("covariance", covariance, COVARIANCES)
-        _check_choice("init", init, STARTS)
-        _check_choice("gradient", gradient, gradients.GRADIENTS)
-        if num_starts > 1 and init not in _RANDOM_STARTS:
-            raise ValueError(
-                f"num_starts={num_starts} of init={init!r} would all be the same; use 'kmeans++' or 'random'"
-            )
-        if seed is not None and init not in _RANDOM_STARTS:
-            raise ValueError(f"seed={seed} is for the draws of 'kmeans++' and 'random'; init={init!r} draws nothing")
-        if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
-            raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and 0 for init='learned'")
+        check_choice("covariance", covariance, COVARIANCES)
+        check_choice("gradient", gradient, gradients.GRADIENTS)
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
         super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
         self.num_iters = num_iters
         self.init = init
-        self.lloyd_steps = lloyd_steps
         self.num_starts = num_starts
-        self.seed = seed
         self.gradient = gradient
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
@@ -142,10 +131,7 @@ class EMOperator(MixtureModel):
             raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
         self.temperature = (float(pair[0]), float(pair[1]))
         self.correction = ResidualCorrection(num_features, covariance) if residual else None
-        if init == "learned":
-            self.start_means = nn.Parameter(torch.randn(num_components, num_features))
-            self.start_log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
-            self.start_logits = nn.Parameter(torch.zeros(num_components))
+        self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def forward(
         self,
@@ -187,15 +173,9 @@ class EMOperator(MixtureModel):
         if steps < 0:
             raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
         with torch.autocast(x.device.type, enabled=False):
-            cloud = prepare(x, mask, weights)
-            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
-            structure = COVARIANCES[self.covariance]
-            state = (
-                self._start(cloud, floor, 1 if self.training else self.num_starts)
-                if init is None
-                else enter(cloud, init)
-            )
-            cloud = cloud._replace(ready=get_ready(cloud.points, structure) if steps > 1 else None)
+            cloud, state, floor = self._begin(x, mask, weights, init, choose=not self.training)
+            ready = get_ready(cloud, COVARIANCES[self.covariance]) if steps > 1 else None
+            cloud = cloud._replace(ready=ready)
             yield cloud, state
 
             def step(state: State, progress: float) -> State:
@@ -231,9 +211,7 @@ class EMOperator(MixtureModel):
         if max_iters < 0 or not tol >= 0:
             raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
         with torch.autocast(x.device.type, enabled=False):
-            cloud = prepare(x, mask, weights)
-            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
-            state = self._start(cloud, floor, self.num_starts) if init is None else enter(cloud, init)
+            cloud, state, floor = self._begin(x, mask, weights, init, choose=True)
             schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
             steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
             running = torch.ones_like(steps, dtype=torch.bool)
@@ -297,77 +275,35 @@ class EMOperator(MixtureModel):
         soft = isinstance(self.competition, Softmin)
         if soft and radial is None and self.background is None:
             theta = theta / (self.competition.temperature * temperature)
-            return accumulate(cloud.points, cloud.weights, theta, structure, precision, cloud.ready), None
+            return accumulate(cloud, theta, structure, precision)[0], None
 
         def respond(joint: Tensor) -> Tensor:
             return self.competition(-joint / temperature, dim=1).responsibilities
 
         return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole=not soft)
 
-    def _start(self, cloud: Cloud, floor: Tensor, num_starts: int) -> State:
-        structure = COVARIANCES[self.covariance]
-        if self.init == "learned":
-            unit = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.points.dtype).tiny).sqrt()[:, None, None]
-            factors = structure.expand(torch.ones_like(cloud.center), self.num_components, self.num_features)
-            spread = unit * self.start_log_scale.exp() + floor.sqrt()[:, None, None]
-            spread = spread if self.covariance != "tied" else spread.mean(1, keepdim=True)
-            spread = spread if factors.scale.ndim == 3 else spread.unsqueeze(-1)
-            return State(
-                self.start_logits.log_softmax(-1).to(unit.dtype).expand(len(unit), -1),
-                self.start_means * unit,
-                Factors(factors.scale * spread, factors.inverse / spread),
-            )
-        with torch.no_grad():
-            centers = self._centers(cloud, floor, num_starts)
-        return starts.from_centers(cloud, centers, structure, floor)
+    def _begin(
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, choose: bool
+    ) -> tuple[Cloud, State, Tensor]:
+        """Return points, start and floor as the loop holds them; ``choose`` among several starts, or take one."""
+        cloud = prepare(x, mask, weights)
+        floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
+        if init is not None:
+            return cloud, enter(cloud, init), floor
 
-    def _centers(self, cloud: Cloud, floor: Tensor, num_starts: int) -> Tensor:
-        """Return for each set those of several drawn centers whose objective is highest after a few iterations."""
-        generator = None
-        if self.seed is not None:
-            generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
-        drawn = [starts.draw_centers(self.init, cloud, self.num_components, generator) for _ in range(num_starts)]
-        drawn = [starts.lloyd(cloud, centers, self.lloyd_steps) for centers in drawn]
-        if num_starts == 1:
-            return drawn[0]
-        best, chosen = torch.full_like(cloud.mass, -torch.inf), drawn[0]
-        for centers in drawn:
-            state = starts.from_centers(cloud, centers, COVARIANCES[self.covariance], floor)
+        def judge(state: State) -> Tensor:
             for _ in range(min(max(self.num_iters, 1), _TRIAL)):
                 state = self._exact_iteration(cloud, state, floor, 1.0)
-            objective = self._objective(cloud, state)
-            chosen = torch.where((objective > best)[:, None, None], centers, chosen)
-            best = torch.maximum(best, objective)
-        return chosen
+            return self._objective(cloud, state)
+
+        return cloud, self.start(cloud, COVARIANCES[self.covariance], floor, judge if choose else None), floor
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x is of type {given}; give a floating-point tensor, for instance x.float()")
-        if x.ndim != 3 or x.shape[-1] != self.num_features or x.shape[1] == 0:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; give (B, N, {self.num_features}) with at least one point, "
-                f"padded and masked where a set has fewer"
-            )
-        for name, value in (("mask", mask), ("weights", weights)):
-            if value is not None and value.shape != x.shape[:2]:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; give {tuple(x.shape[:2])}, one value a point")
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask is of type {mask.dtype}; give a boolean tensor, for instance mask.bool()")
-        if not torch.compiler.is_compiling():
-            _check_values(x, mask, weights)
+        x = check_sets(x, mask, weights, self.num_features)
         if init is not None:
-            if structure_of(init).name not in (self.covariance, "full" if self.num_components == 1 else ""):
-                raise ValueError(
-                    f"init has {structure_of(init).name} covariances and the operator {self.covariance}; convert one"
-                )
-            if init.means.shape != (x.shape[0], self.num_components, self.num_features):
-                raise ValueError(
-                    f"init.means has shape {tuple(init.means.shape)}; "
-                    f"give {(x.shape[0], self.num_components, self.num_features)}"
-                )
-        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            check_init(init, self.covariance, (x.shape[0], self.num_components, self.num_features))
+        return x
 
     def extra_repr(self) -> str:
         """Return what distinguishes this operator."""
@@ -378,12 +314,6 @@ class EMOperator(MixtureModel):
         )
 
 
-def _check_choice(name: str, value: object, choices: object) -> None:
-    known = list(choices)  # type: ignore[call-overload]
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
-
-
 def _where(condition: Tensor, one: State, other: State) -> State:
     """Return one state for the clouds where a condition (B,) holds and the other elsewhere."""
 
@@ -392,20 +322,3 @@ def _where(condition: Tensor, one: State, other: State) -> State:
 
     factors = Factors(*(choose(a, b) for a, b in zip(one.factors, other.factors, strict=True)))
     return State(choose(one.log_weights, other.log_weights), choose(one.means, other.means), factors)
-
-
-def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
-    if mask is None and weights is None and x.detach().sum().isfinite():
-        return  # one pass and no temporary of the size of x; a sum may overflow, and then each point is looked at
-    finite = x.isfinite().all(-1)
-    if mask is not None:
-        finite = finite | ~mask
-    if not finite.all():
-        cloud, row = (int(i) for i in (~finite).nonzero()[0])
-        bad = x[cloud, row].tolist()
-        raise ValueError(f"x has a point that is not finite: cloud {cloud}, row {row} is {bad}; drop it or mask it")
-    if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
-        cloud, row = (int(i) for i in (~((weights >= 0) & weights.isfinite())).nonzero()[0])
-        raise ValueError(
-            f"weights must be finite and not negative: cloud {cloud}, row {row} is {weights[cloud, row].item()}"
-        )

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from em_lightning.competition import COMPETITIONS, Background, Posterior
 from em_lightning.kernels import KERNELS
 from em_lightning.mixture.background import Level, UniformBackground
+from em_lightning.mixture.cloud import Cloud, prepare
 from em_lightning.mixture.covariance import COVARIANCES, State, Structure
 from em_lightning.mixture.general import general_log_density, log_joint, peaks, with_background
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, check_points, structure_of
-from em_lightning.mixture.step import Cloud, enter, prepare
+from em_lightning.mixture.step import enter
 
 
 class MixtureModel(nn.Module):
@@ -101,7 +102,7 @@ class MixtureModel(nn.Module):
         cloud = prepare(x, mask)
         structure, state = structure_of(mixture), enter(cloud, mixture)
         theta, radial = structure.natural(state), radial_of(self.kernel, self.num_features)
-        joint = log_joint(cloud.points, theta, peaks(theta, state, structure), structure, radial)[1]
+        joint = log_joint(cloud.part(), theta, peaks(theta, state, structure), structure, radial)[1]
         return self.competition(-with_background(joint.to(x.dtype), self._level(cloud)).mT)
 
     def _log_density(self, cloud: Cloud, state: State, structure: Structure) -> Tensor:
