@@ -2,6 +2,7 @@
 
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.mixture_report import MixtureReport
+from em_lightning.callbacks.selection_report import SelectionReport
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
 from em_lightning.callbacks.temperature import TemperatureSchedule
 from em_lightning.callbacks.time_left import TimeLeft
@@ -14,6 +15,7 @@ __all__ = [
     "MixtureReport",
     "PosteriorMonitor",
     "RestoreSurgery",
+    "SelectionReport",
     "SurgicalCallback",
     "SwapActivations",
     "TemperatureSchedule",

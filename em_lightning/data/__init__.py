@@ -1,4 +1,4 @@
-"""Point clouds for training: LightningDataModules, file readers, surfaces and how they are sampled."""
+"""LightningDataModules: point clouds with their readers and samplers, and large tables in blocks of rows."""
 
 from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
@@ -7,12 +7,15 @@ from em_lightning.data.point_clouds import GeometricShapes, ModelNet, Procedural
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
 from em_lightning.data.surfaces import FAMILIES, random_surface
+from em_lightning.data.tables import Table, TableBatch, TableBlocks
+from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
 
 __all__ = [
     "FAMILIES",
     "Cloud",
     "CloudDataset",
     "EpochSampler",
+    "GaussianBlobs",
     "GeometricShapes",
     "ModelNet",
     "Normalization",
@@ -22,6 +25,10 @@ __all__ = [
     "ProceduralSurfaces",
     "Shape",
     "Surface",
+    "Table",
+    "TableBatch",
+    "TableBlocks",
+    "TabularDataModule",
     "collate_clouds",
     "from_pyg",
     "parse_points",
