@@ -145,10 +145,10 @@ class GaussianBlobs(TabularDataModule):
 
     def __init__(
         self,
-        num_points: int = 200_000,
+        num_points: int = 50_000,
         num_features: int = 8,
         true_components: int = 12,
-        held_out_points: int = 20_000,
+        held_out_points: int = 10_000,
         storage: Literal["memory", "npy", "shards"] = "memory",
         folder: str = "lightning_logs/gaussian_mixture/data",
         block_rows: int = 2**16,
