@@ -137,7 +137,7 @@ def test_likelihood_never_falls(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted, shifted", [(False, False), (True, True)])
 def test_gradients_of_both_passes(kind, weighted, shifted, monkeypatch):
-    monkeypatch.setattr("em_lightning.mixture.moments._BLOCK", 12)  # several blocks of clouds and rows
+    monkeypatch.setattr("em_lightning.mixture.passes._BLOCK", 12)  # several blocks of clouds and rows
     structure = COVARIANCES[kind]
     points = torch.randn(2, 2, 7, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 7, dtype=torch.float64, requires_grad=True) if weighted else None
@@ -154,10 +154,10 @@ def test_gradients_of_both_passes(kind, weighted, shifted, monkeypatch):
 def test_blocks_change_nothing(monkeypatch):
     structure = COVARIANCES["full"]
     points, theta = torch.randn(5, 3, 40, dtype=torch.float64), torch.randn(5, 4, 10, dtype=torch.float64)
-    whole = accumulate(cloud_of(points), theta, structure)
+    whole = accumulate(cloud_of(points), theta, structure, likelihood=True)
     for block in (1, 7, 100, 350):
-        monkeypatch.setattr("em_lightning.mixture.moments._BLOCK", block)
-        for one, two in zip(accumulate(cloud_of(points), theta, structure), whole, strict=True):
+        monkeypatch.setattr("em_lightning.mixture.passes._BLOCK", block)
+        for one, two in zip(accumulate(cloud_of(points), theta, structure, likelihood=True), whole, strict=True):
             assert torch.allclose(one, two, atol=1e-12)
 
 

@@ -74,7 +74,7 @@ def test_large_sets_are_fitted_without_a_copy_and_alike(kind, init, monkeypatch)
             monkeypatch.setattr("em_lightning.mixture.cloud._WHOLE", 0)
             monkeypatch.setattr("em_lightning.mixture.cloud._CHUNK", 70)
             monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 100)
-            monkeypatch.setattr("em_lightning.mixture.moments._BLOCK", 100)
+            monkeypatch.setattr("em_lightning.mixture.passes._BLOCK", 100)
         for counted in (None, weights):
             torch.manual_seed(1)
             mixture = operator(x, weights=counted)

@@ -1,8 +1,9 @@
-"""LightningDataModules: point clouds with their readers and samplers, and large tables in blocks of rows."""
+"""LightningDataModules: point clouds with their readers and samplers, sets of mixtures, and large tables."""
 
 from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
 from em_lightning.data.folder import PointCloudFolder
+from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
@@ -17,6 +18,8 @@ __all__ = [
     "EpochSampler",
     "GaussianBlobs",
     "GeometricShapes",
+    "MixtureSetBatch",
+    "MixtureSets",
     "ModelNet",
     "Normalization",
     "PointCloudBatch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -74,12 +75,12 @@ def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
         mass = weights.sum(-1, dtype=wide)
         shares = (weights / mass.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1)).unsqueeze(-1)
     chunks = _chunks(x)
-    center = _sum([(shares[:, rows] * x[:, rows]).sum(1) for rows in chunks])
+    center = _sum(lambda rows: (shares[:, rows] * x[:, rows]).sum(1), chunks)
     points, shift = about(x, center)
     if weights is not None:
         counted = (weights != 0).unsqueeze(1)
         points, shift = torch.where(counted, centred(points, shift), 0.0), None
-    variance = _sum([(centred(points, shift, rows=rows).square() * shares[:, rows].mT).sum(2) for rows in chunks])
+    variance = _sum(lambda rows: (centred(points, shift, rows=rows).square() * shares[:, rows].mT).sum(2), chunks)
     return Cloud(points, weights, mass, center, variance, shift)
 
 
@@ -90,9 +91,12 @@ def _chunks(x: Tensor) -> list[slice]:
     return [slice(row, row + rows) for row in range(0, items, rows)]
 
 
-def _sum(parts: list[Tensor]) -> Tensor:
-    """Return the sum of tensors of one shape."""
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def _sum(part: Callable[[slice], Tensor], chunks: list[slice]) -> Tensor:
+    """Return the sum of a function of chunks."""
+    total = part(chunks[0])
+    for rows in chunks[1:]:  # a list of small results would lie between large temporaries, and keep their memory apart
+        total = total + part(rows)
+    return total
 
 
 def effective_floor(cloud: Cloud, floor: float, relative: bool = False) -> Tensor:

@@ -13,7 +13,9 @@ from em_lightning.mixture.covariance import Factors, State, Structure
 # The share of a cell's mean squared distance that bounds its core.
 _CORE = 0.4
 # Numbers of a temporary.
-_BLOCK = 2**22
+_BLOCK = 2**20
+# How distances are taken: not as differences of squares.
+_EXACT = "donot_use_mm_for_euclid_dist"
 
 
 def farthest_points(cloud: Cloud, num_components: int) -> Tensor:
@@ -94,9 +96,9 @@ def lloyd(cloud: Cloud, centers: Tensor, num_steps: int) -> Tensor:
     """
     for _ in range(num_steps):
         mass, total = torch.zeros_like(centers[..., :1]), torch.zeros_like(centers)
-        for rows in _blocks(cloud, centers[0].numel()):
+        for rows in _blocks(cloud, max(centers.shape[1:])):
             points = cloud.part(rows=rows).mT
-            nearest = torch.cdist(centers, points, compute_mode="donot_use_mm_for_euclid_dist").argmin(1, keepdim=True)
+            nearest = torch.cdist(centers, points, compute_mode=_EXACT).argmin(1, keepdim=True)
             members = centers.new_zeros(*centers.shape[:2], points.shape[1]).scatter_(1, nearest, 1.0)
             if cloud.weights is not None:
                 members = members * cloud.weights[:, None, rows]
@@ -116,12 +118,13 @@ def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Ten
     """
     components, features = centers.shape[1:]
     wide, centers = floor.dtype, centers.to(floor.dtype)
-    blocks = _blocks(cloud, max(components * features, structure.num_moments(features)))
+    blocks = _blocks(cloud, max(components, structure.num_moments(features)))
     nearest, squares, inertia = [], [], torch.zeros_like(centers[..., 0])
     whole = core = centers.new_zeros(*centers.shape[:2], structure.num_moments(features))
     for rows in blocks:
         points = cloud.part(rows=rows)
-        distance, cell = (centers.unsqueeze(-1) - points.unsqueeze(1)).square().sum(2).min(1)
+        distance, cell = torch.cdist(centers, points.mT.to(wide), compute_mode=_EXACT).min(1)
+        distance = distance.square()
         members = _members(cloud, cell, rows, inertia)
         inertia = inertia + torch.bmm(members, distance.unsqueeze(-1)).squeeze(-1)
         whole = whole + torch.bmm(members, structure.features(points, wide).mT)

@@ -12,26 +12,21 @@ from em_lightning.mixture.covariance import State, Structure
 from em_lightning.mixture.moments import accumulate, lost_digits
 from em_lightning.mixture.state import Mixture, structure_of
 
-
-def iterate_once(cloud: Cloud, state: State, structure: Structure, floor: Tensor) -> State:
-    """Return the state after one exact EM iteration."""
-    theta = structure.natural(state)
-
-    def step(precision: torch.dtype | None = None) -> State:
-        moments, _ = accumulate(cloud, theta, structure, precision)
-        return structure.maximize(moments, floor)
-
-    return with_all_digits(step, cloud, theta, structure)
+# The state after an iteration, and the log-likelihood (B,) of the state before it if asked for.
+Step = tuple[State, Tensor | None]
 
 
 def with_all_digits(
-    step: Callable[[torch.dtype | None], State], cloud: Cloud, theta: Tensor, structure: Structure
-) -> State:
-    """Return the state after a step in the precision that the pass chooses, or in double where that was not enough."""
-    after = step(None)
-    with torch.no_grad():
-        lost = lost_digits(theta, structure.natural(after), cloud, structure)
-    return step(theta.dtype) if lost else after
+    step: Callable[[torch.dtype | None], Step], cloud: Cloud, theta: Tensor, structure: Structure
+) -> Step:
+    """Return what a step makes in the precision that the pass chooses, or in double where that was not enough."""
+    after, objective = step(None)
+    if cloud.points.dtype == theta.dtype:
+        return after, objective
+    natural = structure.natural(after)
+    if lost_digits(theta, natural, cloud, structure):
+        return step(theta.dtype)
+    return after._replace(theta=natural), objective
 
 
 def em_step(
@@ -59,8 +54,13 @@ def em_step(
     """
     structure = structure_of(mixture)
     cloud = prepare(x, mask, weights)
-    state = iterate_once(cloud, enter(cloud, mixture), structure, effective_floor(cloud, floor))
-    return leave(cloud, state, structure)
+    theta, least = structure.natural(enter(cloud, mixture)), effective_floor(cloud, floor)
+
+    def step(precision: torch.dtype | None) -> Step:
+        moments, _ = accumulate(cloud, theta, structure, precision)
+        return structure.maximize(moments, least), None
+
+    return leave(cloud, with_all_digits(step, cloud, theta, structure)[0], structure)
 
 
 def enter(cloud: Cloud, mixture: Mixture) -> State:

@@ -86,7 +86,8 @@ def collect(
     with torch.autocast(x.device.type, enabled=False):
         cloud = _frame(x, statistics.center, weights)
         structure = structure_of(mixture)
-        moments, likelihood = accumulate(cloud, structure.natural(enter(cloud, mixture)), structure)
+        moments, likelihood = accumulate(cloud, structure.natural(enter(cloud, mixture)), structure, likelihood=True)
+    assert likelihood is not None
     return Statistics(statistics.moments + moments, statistics.log_likelihood + likelihood, statistics.center)
 
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from em_lightning.competition import Softmin
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
-from em_lightning.mixture.covariance import COVARIANCES, Factors, State
+from em_lightning.mixture.covariance import COVARIANCES, Factors, State, compiled
 from em_lightning.mixture.general import general_moments
 from em_lightning.mixture.moments import accumulate, get_ready
-from em_lightning.mixture.prior import MixturePrior, posterior_moments
+from em_lightning.mixture.prior import MixturePrior, log_prior, posterior_moments
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture
-from em_lightning.mixture.step import enter, leave, with_all_digits
+from em_lightning.mixture.step import Step, enter, leave, with_all_digits
 from em_lightning.operators import gradients
 from em_lightning.operators.checks import check_choice, check_init, check_sets
 from em_lightning.operators.model import MixtureModel
@@ -151,7 +151,7 @@ class EMOperator(MixtureModel):
             num_iters: T for this call.
         """
         *_, (cloud, state) = self._loop(x, mask, weights, init, num_iters)
-        return leave(cloud, state, COVARIANCES[self.covariance])
+        return leave(cloud, state, self.structure)
 
     def iterate(
         self,
@@ -163,7 +163,7 @@ class EMOperator(MixtureModel):
     ) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
         for cloud, state in self._loop(x, mask, weights, init, num_iters):
-            yield leave(cloud, state, COVARIANCES[self.covariance])
+            yield leave(cloud, state, self.structure)
 
     def _loop(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, num_iters: int | None
@@ -174,12 +174,12 @@ class EMOperator(MixtureModel):
             raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
         with torch.autocast(x.device.type, enabled=False):
             cloud, state, floor = self._begin(x, mask, weights, init, choose=not self.training)
-            ready = get_ready(cloud, COVARIANCES[self.covariance]) if steps > 1 else None
+            ready = get_ready(cloud, self.structure) if steps > 1 else None
             cloud = cloud._replace(ready=ready)
             yield cloud, state
 
             def step(state: State, progress: float) -> State:
-                return self._iteration(cloud, state, floor, progress)
+                return self._iteration(cloud, state, floor, progress)[0]
 
             for after in gradients.iterate(step, state, steps, self.gradient):
                 yield cloud, after
@@ -212,24 +212,39 @@ class EMOperator(MixtureModel):
             raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
         with torch.autocast(x.device.type, enabled=False):
             cloud, state, floor = self._begin(x, mask, weights, init, choose=True)
+            cloud = cloud._replace(ready=get_ready(cloud, self.structure))
             schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
             steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
             running = torch.ones_like(steps, dtype=torch.bool)
-            with torch.no_grad():
-                before = self._objective(cloud, state)
+            before = torch.full_like(cloud.mass, -torch.inf)
             for step in range(1, max_iters + 1):
-                after = self._iteration(cloud, state, floor, min(step / schedule, 1.0))
-                state = _where(running, after, state)
-                steps = steps + running
-                with torch.no_grad():
-                    objective = self._objective(cloud, state)
-                    change = (objective - before).abs() / cloud.mass.clamp(min=torch.finfo(cloud.mass.dtype).tiny)
-                    before = objective
-                if step >= schedule:
+                # The objective that an iteration finds is that of the state it begins with.
+                after, objective = self._iteration(cloud, state, floor, min(step / schedule, 1.0), likelihood=True)
+                assert objective is not None
+                change = (objective - before).abs() / cloud.mass.clamp(min=torch.finfo(cloud.mass.dtype).tiny)
+                before = objective
+                if step > schedule:
                     running = running & (change >= tol)
                     if not running.any():
                         break
-            return leave(cloud, state, COVARIANCES[self.covariance]), steps
+                state = _where(running, after, state)
+                steps = steps + running
+            return leave(cloud, state, self.structure), steps
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile what an iteration does between its passes over the points, once for all iterations.
+
+        The loop itself stays as it is: ``torch.compile(operator)`` unrolls it, which takes long to compile and is not
+        possible without a graph break in float32, where each pass chooses its precision by looking at the data. Copies
+        and pickles of the operator are not compiled. Options are those of ``torch.compile``.
+        """
+        if args:
+            raise TypeError(f"compile() takes the options of torch.compile by name; {args!r} are not named")
+        self._compiled = compiled(self.covariance, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled"}
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -237,25 +252,34 @@ class EMOperator(MixtureModel):
         plain._modules = {**self._modules, "correction": None}
         return plain
 
-    def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
-        after = self._exact_iteration(cloud, state, floor, progress)
+    def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float, likelihood: bool = False) -> Step:
+        """Return the state after an iteration, and the objective (B,) of the state before it if asked for."""
+        after, objective = self._exact_iteration(cloud, state, floor, progress, likelihood)
         if self.correction is None:
-            return after
+            return after, objective
         corrected = self.correction(cloud, state, after, floor, progress)
         # Between iterations EM itself mends what a correction spoils.
-        return corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)
+        return (corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)), objective
 
-    def _exact_iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
-        structure = COVARIANCES[self.covariance]
+    def _exact_iteration(
+        self, cloud: Cloud, state: State, floor: Tensor, progress: float, likelihood: bool = False
+    ) -> Step:
+        structure = self.structure
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
-        theta = structure.natural(state)
+        theta = structure.natural(state) if state.theta is None else state.theta
 
-        def step(precision: torch.dtype | None) -> State:
-            moments, pull = self._moments(cloud, state, theta, progress, precision)
+        def step(precision: torch.dtype | None) -> Step:
+            moments, pull, found = self._moments(cloud, state, theta, progress, precision, likelihood)
             moments = posterior_moments(moments, structure, self.num_features, counts, pull)
-            return structure.maximize(moments, floor)
+            return structure.maximize(moments, floor), found
 
-        return with_all_digits(step, cloud, theta, structure)
+        after, found = with_all_digits(step, cloud, theta, structure)
+        if not likelihood:
+            return after, None
+        with torch.no_grad():
+            if found is None:
+                return after, self._objective(cloud, state)
+            return after, found if counts is None else found + log_prior(state, structure, counts)
 
     def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
         """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
@@ -265,22 +289,34 @@ class EMOperator(MixtureModel):
         return _where(keep, corrected, plain)
 
     def _moments(
-        self, cloud: Cloud, state: State, theta: Tensor, progress: float, precision: torch.dtype | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the moments under the responsibilities, and the sums of the pulls of a robust kernel."""
-        structure = COVARIANCES[self.covariance]
+        self,
+        cloud: Cloud,
+        state: State,
+        theta: Tensor,
+        progress: float,
+        precision: torch.dtype | None,
+        likelihood: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return moments under the responsibilities, sums of a robust kernel's pulls, and the log-likelihood if found.
+
+        A pass at another temperature does not come by the log-likelihood, one that is not asked for it may.
+        """
+        structure = self.structure
         radial = radial_of(self.kernel, self.num_features)
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
-        soft = isinstance(self.competition, Softmin)
-        if soft and radial is None and self.background is None:
-            theta = theta / (self.competition.temperature * temperature)
-            return accumulate(cloud, theta, structure, precision)[0], None
+        if isinstance(self.competition, Softmin) and radial is None and self.background is None:
+            temperature = self.competition.temperature * temperature
+            plain = isinstance(temperature, float) and temperature == 1.0
+            theta = theta if plain else theta / temperature
+            moments, found = accumulate(cloud, theta, structure, precision, likelihood and plain)
+            return moments, None, found
 
         def respond(joint: Tensor) -> Tensor:
             return self.competition(-joint / temperature, dim=1).responsibilities
 
-        return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole=not soft)
+        whole = not isinstance(self.competition, Softmin)
+        return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole)
 
     def _begin(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, choose: bool
@@ -293,10 +329,10 @@ class EMOperator(MixtureModel):
 
         def judge(state: State) -> Tensor:
             for _ in range(min(max(self.num_iters, 1), _TRIAL)):
-                state = self._exact_iteration(cloud, state, floor, 1.0)
+                state, _ = self._exact_iteration(cloud, state, floor, 1.0)
             return self._objective(cloud, state)
 
-        return cloud, self.start(cloud, COVARIANCES[self.covariance], floor, judge if choose else None), floor
+        return cloud, self.start(cloud, self.structure, floor, judge if choose else None), floor
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""

@@ -37,6 +37,8 @@ class MixtureModel(nn.Module):
         ValueError: the kernel has no M-step, or the competition has a background too.
     """
 
+    _compiled: Structure | None = None
+
     def __init__(
         self,
         num_components: int,
@@ -67,6 +69,11 @@ class MixtureModel(nn.Module):
         if self.background is not None and isinstance(self.competition, Background):
             raise ValueError("background and competition='background' are two backgrounds; give one of them")
 
+    @property
+    def structure(self) -> Structure:
+        """The covariance structure."""
+        return self._compiled or COVARIANCES[self.covariance]
+
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
@@ -76,7 +83,7 @@ class MixtureModel(nn.Module):
         return self._objective(cloud, enter(cloud, mixture)).to(x.dtype)
 
     def _objective(self, cloud: Cloud, state: State) -> Tensor:
-        structure = COVARIANCES[self.covariance]
+        structure = self.structure
         density = self._log_density(cloud, state, structure).to(cloud.mass.dtype)
         total = density.sum(-1) if cloud.weights is None else (density * cloud.weights).sum(-1)
         if self.prior is None:
