@@ -15,8 +15,8 @@ from em_lightning.mixture.cloud import Cloud, Ready
 from em_lightning.mixture.covariance import Structure
 from em_lightning.mixture.passes import LogDensity, Moments, Plan
 
-# Float32 is accurate while the terms of a log-density are no larger than this: rounding is then below 1e-3 for the worst
-# point, and far less in a mean over points (docs/results/operator.md).
+# Float32 is accurate while the terms of a log-density are no larger than this: rounding is then below 1e-3 for the
+# worst point, and far less in a mean over points (docs/results/operator.md).
 _LARGEST_TERM = 5e3
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25
