@@ -56,11 +56,15 @@ class FullCovariance:
     def pull_back(self, points: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of points (B, D, N) that a gradient (B, F, N) of their features stands for."""
         features = points.shape[1]
-        i, j = _pairs(features, points.device)
         points = points.to(grad.dtype)
-        pairs = grad[:, 1 + features :]
-        own = grad[:, 1 : 1 + features].index_add(1, i, pairs * points[:, j])
-        return own.index_add(1, j, pairs * points[:, i])
+        own = grad[:, 1 : 1 + features].clone()
+        place = 1 + features
+        for i in range(features):
+            pairs = grad[:, place : place + features - i]
+            own[:, i:].addcmul_(pairs, points[:, i : i + 1])
+            own[:, i].add_((pairs * points[:, i:]).sum(1))
+            place += features - i
+        return own
 
     def natural(self, state: State) -> Tensor:
         """Return theta (B, K, F) with ``theta . phi(x) = log pi + log N(x | mu, Sigma)``."""
