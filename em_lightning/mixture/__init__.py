@@ -2,6 +2,7 @@
 
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES
+from em_lightning.mixture.directional import DirectionalMixture
 from em_lightning.mixture.lowrank import LowRankCovariance
 from em_lightning.mixture.prior import MixturePrior
 from em_lightning.mixture.state import Mixture
@@ -10,6 +11,7 @@ from em_lightning.mixture.stream import Statistics, collect, maximize, no_statis
 
 __all__ = [
     "COVARIANCES",
+    "DirectionalMixture",
     "LowRankCovariance",
     "Mixture",
     "MixturePrior",
