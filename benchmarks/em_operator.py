@@ -282,7 +282,7 @@ def scaling(options):
             size = base | {letter: value} | ({"N": 2048} if letter == "K" else {})
             x = blobs(size["B"], size["N"], 3, size["K"])
             # The floor keeps components thick: at some T they would turn thin, and their passes to double precision.
-            operator = EMOperator(size["K"], 3, num_iters=size["T"], covariance_floor=1e-2, residual=False)
+            operator = EMOperator(size["K"], 3, num_iters=size["T"], covariance_floor=0.1, residual=False)
             start = operator(x, num_iters=0)
             calls[value] = lambda o=operator, p=x, s=start: o(p, init=s)
         seconds = list(medians(calls, options.repeats).values())
