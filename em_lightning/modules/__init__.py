@@ -1,6 +1,9 @@
 """LightningModules to subclass."""
 
 from em_lightning.modules.base import EMModule
+from em_lightning.modules.classifier import EMClassifier
+from em_lightning.modules.decoder_free import DecoderFreeEncoder, SparseAutoencoder
+from em_lightning.modules.layer import EnergyLayer
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 
-__all__ = ["EMModule", "PointCloudGMM"]
+__all__ = ["DecoderFreeEncoder", "EMClassifier", "EMModule", "EnergyLayer", "PointCloudGMM", "SparseAutoencoder"]
