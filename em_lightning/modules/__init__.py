@@ -3,7 +3,18 @@
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.classifier import EMClassifier
 from em_lightning.modules.decoder_free import DecoderFreeEncoder, SparseAutoencoder
+from em_lightning.modules.image_classifier import ImageClassifier
 from em_lightning.modules.layer import EnergyLayer
+from em_lightning.modules.mixture_encoder import MixtureEncoder
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 
-__all__ = ["DecoderFreeEncoder", "EMClassifier", "EMModule", "EnergyLayer", "PointCloudGMM", "SparseAutoencoder"]
+__all__ = [
+    "DecoderFreeEncoder",
+    "EMClassifier",
+    "EMModule",
+    "EnergyLayer",
+    "ImageClassifier",
+    "MixtureEncoder",
+    "PointCloudGMM",
+    "SparseAutoencoder",
+]
