@@ -4,7 +4,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from scipy.stats import multivariate_normal
+from scipy.stats import entropy, multivariate_normal
 from sklearn.decomposition import PCA
 
 from em_lightning.callbacks import SwapActivations
@@ -97,16 +97,13 @@ def test_the_classifier_measures_the_activations_that_were_swapped_in(tmp_path, 
     with torch.no_grad():
         hidden = [part(x).double().movedim(1, -1).flatten(0, -2).numpy() for part in (first, second)]
         confidence, guess = module(x).softmax(-1).max(-1)
-    variances = [a.var(0, ddof=1) for a in hidden]
-    correlation = np.corrcoef(hidden[1].T)
-    units = len(correlation)
-    assert measured["test/dead_units"] == sum((v < 1e-3 * v.mean()).sum() for v in variances)
-    assert measured["test/redundancy"] == pytest.approx(
-        ((correlation**2).sum() - units) / (units * (units - 1)), rel=1e-4
-    )
-    spectrum = np.linalg.eigvalsh(np.cov(hidden[1].T))
-    share = spectrum / spectrum.sum()
-    assert measured["test/effective_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+    for number, a in enumerate(hidden, 1):
+        found = {name.rpartition("/")[2]: value for name, value in measured.items() if f"activation{number}" in name}
+        variance = a.var(0, ddof=1)
+        assert found["dead_units"] == (variance < 1e-3 * variance.mean()).sum()
+        assert found["redundancy"] == pytest.approx((np.corrcoef(a.T) ** 2).sum() - a.shape[1], rel=1e-3)
+        spectrum = np.linalg.eigvalsh(np.cov(a.T)).clip(0)
+        assert found["effective_rank"] == pytest.approx(np.exp(entropy(spectrum)), rel=1e-4)
     hit = (guess == y).double().numpy()
     assert measured["test/accuracy"] == pytest.approx(hit.mean())
     bins = np.ceil(confidence.double().numpy() * 15)

@@ -7,26 +7,26 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from em_lightning.metrics import DeadUnits, EffectiveRank, Redundancy
 from em_lightning.modules.base import EMModule
 
 NETWORKS = ("mlp", "cnn")
+_ACTIVATIONS = ("activation1", "activation2")
 
 
 class ImageClassifier(EMModule):
     r"""A plain classifier of two hidden layers, each a linear map and a ReLU, that measures what its activations do.
 
     It knows nothing of EM: :class:`~em_lightning.callbacks.SwapActivations` replaces ``activation1`` and
-    ``activation2`` of its ``network``. At the test it logs, besides cross-entropy and accuracy, the expected
-    calibration error in 15 bins of confidence; the mean :math:`\mathrm{Corr}_{ij}^2` over pairs of units and the
-    effective rank of the activations that the head reads, as ``test/redundancy`` and ``test/effective_rank``; and the
-    dead units of both layers. As activations differ in scale, a unit is dead where its variance is below 0.001 of the
-    mean of its layer. The units of a feature map are its channels, and each place of it is an item.
+    ``activation2`` of its ``network``. Outside training it logs, besides cross-entropy and accuracy, the expected
+    calibration error in 15 bins of confidence, and for each of the two, as ``val/activation1/...``, its dead units,
+    redundancy and effective rank. As activations differ in scale, a unit is dead where its variance is below 0.001 of
+    the mean of its layer. The units of a feature map are its channels, and each place of it is an item.
 
     Args:
         shape: of an image, channels first.
@@ -44,6 +44,7 @@ class ImageClassifier(EMModule):
         ValueError: an argument is out of range.
 
     Example:
+        >>> import torch
         >>> module = ImageClassifier((1, 8, 8), network="cnn")
         >>> module(torch.rand(5, 1, 8, 8)).shape
         torch.Size([5, 10])
@@ -69,14 +70,10 @@ class ImageClassifier(EMModule):
         self.save_hyperparameters()
         layers = _mlp(shape, num_classes, width or 128) if network == "mlp" else _cnn(shape, num_classes, width or 8)
         self.network = nn.Sequential(OrderedDict(layers))
-        self.accuracy: Any = nn.ModuleDict(
-            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("val", "test")}
+        self.scores: Any = nn.ModuleDict({stage: _scores(stage, num_classes) for stage in ("val", "test")})
+        self.units: Any = nn.ModuleDict(
+            {f"{stage}/{name}": _unit_metrics(f"{stage}/{name}/") for stage in ("val", "test") for name in _ACTIVATIONS}
         )
-        self.calibration = MulticlassCalibrationError(num_classes, n_bins=15)
-        self.dead: Any = nn.ModuleDict(
-            {name: DeadUnits(threshold=1e-3, relative=True, dim=1) for name in ("activation1", "activation2")}
-        )
-        self.redundancy, self.effective_rank = Redundancy(dim=1), EffectiveRank(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, C) of images (N, ...)."""
@@ -87,29 +84,36 @@ class ImageClassifier(EMModule):
         x, y = batch
         if stage == "train":
             return functional.cross_entropy(self.network(x), y)
-        logits, activations = x, {}
+        logits = x
         for name, layer in self.network.named_children():
             logits = layer(logits)
-            activations[name] = logits
-        self.accuracy[stage].update(logits, y)
-        self.log(f"{stage}/accuracy", self.accuracy[stage], batch_size=len(x))
-        if stage == "test":
-            self.calibration.update(logits.softmax(-1), y)
-            for name, metric in self.dead.items():
-                metric.update(activations[name])
-            for metric in (self.redundancy, self.effective_rank):
-                metric.update(activations["activation2"])
+            if name in _ACTIVATIONS:
+                metrics = self.units[f"{stage}/{name}"]
+                metrics.update(logits)
+                self.log_dict(metrics, batch_size=len(x))
+        self.scores[stage].update(logits.softmax(-1), y)
+        self.log_dict(self.scores[stage], batch_size=len(x))
         return functional.cross_entropy(logits, y)
 
-    def on_test_epoch_end(self) -> None:
-        """Log what was measured of the activations."""
-        units = len(self.redundancy.moments) - 1
-        self.log("test/calibration_error", self.calibration)
-        self.log("test/dead_units", torch.stack([metric.compute() for metric in self.dead.values()]).sum())
-        self.log("test/redundancy", self.redundancy.compute() / max(units * (units - 1), 1))
-        self.log("test/effective_rank", self.effective_rank.compute())
-        for metric in (*self.dead.values(), self.redundancy, self.effective_rank):
-            metric.reset()
+
+def _scores(stage: str, num_classes: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
+        },
+        prefix=f"{stage}/",
+        compute_groups=False,
+    )
+
+
+def _unit_metrics(prefix: str) -> MetricCollection:
+    metrics: dict[str, Any] = {
+        "dead_units": DeadUnits(threshold=1e-3, relative=True, dim=1),
+        "redundancy": Redundancy(dim=1),
+        "effective_rank": EffectiveRank(dim=1),
+    }
+    return MetricCollection(metrics, prefix=prefix, compute_groups=[list(metrics)])
 
 
 def _mlp(shape: Sequence[int], num_classes: int, width: int) -> list[tuple[str, nn.Module]]:
