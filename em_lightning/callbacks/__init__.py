@@ -1,5 +1,6 @@
 """Lightning callbacks: EM put into a model, scheduled, watched and audited; reports of runs."""
 
+from em_lightning.callbacks.layer_report import LayerReport
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.mixture_report import MixtureReport
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
@@ -10,6 +11,7 @@ from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor, responsibili
 __all__ = [
     "EMAudit",
     "InsertEMOperator",
+    "LayerReport",
     "LayerwiseEMLoss",
     "MixtureReport",
     "PosteriorMonitor",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.distributed import batch_moments, units_last
+from em_lightning.losses.fused import published_terms
 from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
 
 __all__ = ["EMLoss"]
@@ -95,9 +96,13 @@ class EMLoss(nn.Module):
         energies = units_last(energies, self.dim)
         active = {name: weight for name, weight in self.weights.items() if weight}
         moments = None
+        at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms)
         values: dict[str, Tensor] = {}
         for name, weight in active.items():
             term = self.terms[name]
+            if name in at_once:
+                values[name] = at_once[name] if weight == 1 else weight * at_once[name]
+                continue
             if isinstance(term, WeightRedundancyLoss):
                 if weight_matrix is None:
                     raise ValueError(f"{name} acts on a weight: call the loss with weight_matrix=layer.weight")

@@ -17,8 +17,9 @@ class EMModule(lightning.LightningModule):
     """Do the bookkeeping of a training run: a subclass writes ``forward`` and ``step``.
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
-    term is logged as ``<stage>/<name>``, averaged over the epoch and over ranks, with stages ``train``, ``val`` and
-    ``test``. Metrics are logged by the subclass through ``self.log`` or ``self.log_dict`` under the same prefix.
+    term is logged as ``<stage>/<name>``: in the stages ``val`` and ``test`` averaged over the epoch and over ranks, in
+    ``train`` as it is at every ``log_every_n_steps`` and at an epoch's last step. Metrics are logged by the subclass
+    through ``self.log`` or ``self.log_dict`` under the same prefix.
 
     Args:
         lr: learning rate, its largest under a schedule.
@@ -88,14 +89,30 @@ class EMModule(lightning.LightningModule):
         if "loss" not in terms:
             raise ValueError(f"step returned the terms {sorted(terms)}; add 'loss', which is minimized")
         training = stage == "train"
-        self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in terms.items()},
-            batch_size=self.batch_size(batch),
-            on_step=training,
-            on_epoch=not training,
-            sync_dist=not training,
-        )
+        if not training or self._is_logged():
+            self.log_dict(
+                {f"{stage}/{name}": value.detach() for name, value in terms.items()},
+                batch_size=self.batch_size(batch),
+                on_step=training,
+                on_epoch=not training,
+                sync_dist=not training,
+            )
         return terms["loss"]
+
+    def _is_logged(self) -> bool:
+        """Return whether anybody reads what this training step logs: logging costs as much as a small step."""
+        trainer: Any = self._trainer
+        if trainer is None:
+            return True
+        every = trainer.log_every_n_steps
+        return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets this name some forty times a step, which takes PyTorch's way for modules too long.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a training batch."""

@@ -1,0 +1,190 @@
+"""Published tables: rows times seeds of a recipe, in processes side by side, continued where they stopped.
+
+A variant config with the entry ``table`` is such a table; the rest of it is an ordinary config, shared by all rows:
+
+    table:
+      title: Ablation
+      seeds: [1, 2, 3]
+      rows:
+        lse:
+          arguments: {model.variance: 0, model.decorrelation: 0}
+          published: {dead_units: 64}
+          checked: {dead_units: 64}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from em_lightning.results import write_results
+
+
+class Cell(NamedTuple):
+    """One row of a table under one seed: the recipe's arguments, and the folder that its result goes to."""
+
+    row: str
+    seed: int
+    arguments: list[str]
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        """The file that says that the cell is finished."""
+        return self.folder / "results.json"
+
+
+def table_of(args: Sequence[str]) -> dict[str, Any] | None:
+    """Return the table of the one config that has it among ``--config`` arguments."""
+    for before, arg in zip(["", *args], args, strict=False):
+        path = arg if before in ("--config", "-c") else arg.partition("=")[2] if arg.startswith("--config=") else ""
+        if path:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "table" in content:
+                return {"path": path, **content}
+    return None
+
+
+def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequence[int], jobs: int | None) -> None:
+    """Run what is not finished of a table, and write it.
+
+    A cell's folder, in ``lightning_logs/NAME/cells``, is named by a hash of all that it depends on: the same command
+    again continues, other arguments start anew, and tables share the cells that they have in common.
+
+    Args:
+        name: of the recipe.
+        args: of its command line, with the config of the table.
+        table: as :func:`table_of` gives it.
+        seeds: those to run in place of the table's own, if any.
+        jobs: processes side by side, one thread each; ``None`` takes as many as there are cores.
+
+    Raises:
+        RuntimeError: a cell failed.
+    """
+    path = table.pop("path")
+    content = table.pop("table")
+    logs = Path("lightning_logs") / name
+    from em_lightning.cli import folder_of, run
+
+    text = yaml.safe_dump(table)
+    defaults = yaml.safe_load((folder_of("configs") / f"{name}.yaml").read_text(encoding="utf-8"))
+    config = logs / "cells" / f"{_digest(text)}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(text, encoding="utf-8")
+    args = [arg.replace(path, str(config)) for arg in args]
+    cells = []
+    for seed in seeds or content["seeds"]:  # outside, so that all rows are seen early
+        for row, spec in content["rows"].items():
+            given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
+            own = [*args, *given, f"--seed_everything={seed}", f"--data.seed={seed}"]
+            version = f"cells/{_digest(json.dumps([defaults, own]))}-seed{seed}"
+            cells.append(Cell(row, seed, [*own, f"--trainer.logger.version={version}"], logs / version))
+    if any("fast_dev_run" in arg for arg in args):
+        for cell in cells:
+            if cell.seed == cells[0].seed:
+                run(name, cell.arguments)
+        return
+    _run_cells(name, [cell for cell in cells if not cell.result.exists()], jobs)
+    _write(logs / Path(path).stem, content, cells, f"em-lightning run {name} --config {Path(path).stem}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
+    from rich.progress import track
+
+    if not cells:
+        return
+    jobs = min(jobs or os.cpu_count() or 1, len(cells))
+    # Read by the processes' libraries as they start.
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        done = [pool.submit(_run_cell, name, cell) for cell in cells]
+        try:
+            for future in track(done, f"rows and seeds, {jobs} at a time"):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            os.environ.pop("OMP_NUM_THREADS")
+            if before is not None:
+                os.environ["OMP_NUM_THREADS"] = before
+
+
+def _run_cell(name: str, cell: Cell) -> None:
+    from em_lightning.cli import run
+
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    last = cell.folder / "checkpoints" / "last.ckpt"
+    resume = [f"--ckpt_path={last}"] if last.exists() else []
+    with open(cell.folder / "output.txt", "a", encoding="utf-8") as output:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            try:
+                run(name, [*cell.arguments, *resume])
+            except Exception as error:
+                raise RuntimeError(f"{cell.row}, seed {cell.seed}: {error} (see {output.name})") from error
+
+
+def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: str) -> None:
+    seeds = sorted({cell.seed for cell in cells})
+    rows = []
+    for row, spec in content["rows"].items():
+        results = [json.loads(cell.result.read_text(encoding="utf-8"))["values"] for cell in cells if cell.row == row]
+        published, checked = spec.get("published", {}), spec.get("checked", {})
+        for metric in [*published, *(key for key in checked if key not in published)]:
+            values = [float(result[metric]) for result in results]
+            rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
+    notes = [
+        f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
+        *content.get("notes", []),
+        "Difference: reproduced less published, or less checked where nothing is published; inside: it is at most the "
+        "larger standard deviation of these two, and half a unit of the last digit that was printed.",
+    ]
+    cell_folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
+    text = write_results(folder, content["title"], notes, rows, seeds=seeds, cells=cell_folders)
+    print(f"\n{text}\nWritten to {folder}")
+
+
+def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, Any]:
+    """Return a line of the table: what was published, checked and reproduced, and how far apart they are.
+
+    Args:
+        values: reproduced, one for each seed.
+        published: a number, or a text such as ``"93.4 ± .3"``; ``None`` where there is none.
+        checked: the same.
+
+    Example:
+        >>> compare([93.0, 93.4], "93.4 ± .3", None)["difference"], compare([93.0, 93.4], 94.0, None)["inside"]
+        ('-0.2', 'no')
+    """
+    mean = statistics.fmean(values)
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    parsed = [_number(value) for value in (published, checked) if value is not None]
+    difference = mean - parsed[0][0]
+    allowed = max(deviation for _, deviation, _ in parsed) + parsed[0][2]
+    return {
+        "published": "" if published is None else str(published),
+        "checked": "" if checked is None else str(checked),
+        "reproduced": f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else ""),
+        "difference": f"{difference:+.2g}",
+        "inside": "yes" if abs(difference) <= allowed + 1e-12 else "no",
+    }
+
+
+def _number(value: Any) -> tuple[float, float, float]:
+    """Return a number, its standard deviation and half a unit of its last digit."""
+    mean, _, deviation = str(value).partition("±")
+    digits = mean.strip().partition(".")[2]
+    return float(mean), float(deviation or 0.0), 0.5 * 10.0 ** -len(digits)
