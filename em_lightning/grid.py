@@ -10,6 +10,19 @@ A variant config with the entry ``table`` is such a table; the rest of it is an 
           arguments: {model.variance: 0, model.decorrelation: 0}
           published: {dead_units: 64}
           checked: {dead_units: 64}
+
+A table of one's own, where nothing was published, names its ``columns``, and a row may name another that it is read
+``against``:
+
+    table:
+      title: Widths
+      seeds: [1, 2, 3]
+      columns: [accuracy %, dead_units]
+      rows:
+        baseline:
+          arguments: {model.weight: 0}
+        with volume control:
+          against: baseline
 """
 
 from __future__ import annotations
@@ -139,22 +152,77 @@ def _run_cell(name: str, cell: Cell) -> None:
 
 def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: str) -> None:
     seeds = sorted({cell.seed for cell in cells})
-    rows = []
-    for row, spec in content["rows"].items():
-        results = [json.loads(cell.result.read_text(encoding="utf-8"))["values"] for cell in cells if cell.row == row]
-        published, checked = spec.get("published", {}), spec.get("checked", {})
-        for metric in [*published, *(key for key in checked if key not in published)]:
-            values = [float(result[metric]) for result in results]
-            rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
+    values = {
+        row: [json.loads(cell.result.read_text(encoding="utf-8"))["values"] for cell in cells if cell.row == row]
+        for row in content["rows"]
+    }
+    rows, explained = _own_table(content, values) if "columns" in content else _published_table(content, values)
     notes = [
         f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
         *content.get("notes", []),
-        "Difference: reproduced less published, or less checked where nothing is published; inside: it is at most the "
-        "larger standard deviation of these two, and half a unit of the last digit that was printed.",
+        explained,
     ]
-    cell_folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
-    text = write_results(folder, content["title"], notes, rows, seeds=seeds, cells=cell_folders)
+    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values)
     print(f"\n{text}\nWritten to {folder}")
+
+
+Results = dict[str, list[dict[str, float]]]
+
+
+def _published_table(content: dict[str, Any], results: Results) -> tuple[list[dict[str, Any]], str]:
+    rows = []
+    for row, spec in content["rows"].items():
+        published, checked = spec.get("published", {}), spec.get("checked", {})
+        for metric in [*published, *(key for key in checked if key not in published)]:
+            values = [float(result[metric]) for result in results[row]]
+            rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
+    return rows, (
+        "Difference: reproduced less published, or less checked where nothing is published; inside: it is at most the "
+        "larger standard deviation of these two, and half a unit of the last digit that was printed."
+    )
+
+
+def _own_table(content: dict[str, Any], results: Results) -> tuple[list[dict[str, Any]], str]:
+    first = content["columns"][0]
+    rows = []
+    for row, spec in content["rows"].items():
+        line = {"row": row}
+        for metric in content["columns"]:
+            values = [float(result[metric]) for result in results[row] if metric in result]
+            line[metric] = spread(values) if values else ""
+        if any("against" in each for each in content["rows"].values()):
+            line["gain"] = ""
+            if "against" in spec:
+                line["gain"] = paired(*([float(r[first]) for r in results[name]] for name in (row, spec["against"])))
+        rows.append(line)
+    against = {row: spec["against"] for row, spec in content["rows"].items() if "against" in spec}
+    if not against:
+        return rows, "Nothing was published."
+    pairs = {other: [row for row, of in against.items() if of == other] for other in dict.fromkeys(against.values())}
+    named = "; ".join(f"{', '.join(names)} over {other}" for other, names in pairs.items())
+    return rows, f"Gain: of {first}, mean ± standard error of the differences at the same seed: {named}."
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean ± standard deviation of values, or their one value.
+
+    Example:
+        >>> spread([93.0, 93.4])
+        '93.2 ± 0.28'
+    """
+    return f"{statistics.fmean(values):.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> str:
+    """Return the mean ± standard error of the differences of values at the same seeds.
+
+    Example:
+        >>> paired([93.0, 93.4, 93.2], [92.5, 92.7, 92.9])
+        '+0.50 ± 0.12'
+    """
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    mean = f"{statistics.fmean(differences):+.2f}"
+    return f"{mean} ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else mean
 
 
 def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, Any]:
@@ -170,14 +238,13 @@ def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, 
         ('-0.2', 'no')
     """
     mean = statistics.fmean(values)
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
     parsed = [_number(value) for value in (published, checked) if value is not None]
     difference = mean - parsed[0][0]
     allowed = max(deviation for _, deviation, _ in parsed) + parsed[0][2]
     return {
         "published": "" if published is None else str(published),
         "checked": "" if checked is None else str(checked),
-        "reproduced": f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else ""),
+        "reproduced": spread(values),
         "difference": f"{difference:+.2g}",
         "inside": "yes" if abs(difference) <= allowed + 1e-12 else "no",
     }

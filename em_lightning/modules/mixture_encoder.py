@@ -27,12 +27,6 @@ class SubspaceMixture(nn.Module):
         covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
     """
 
-    mean: Tensor
-    basis: Tensor
-    log_weights: Tensor
-    means: Tensor
-    covariances: Tensor
-
     def __init__(self, num_features: int, num_components: int, subspace: int, covariance: str) -> None:
         super().__init__()
         shapes: dict[str, tuple[int, ...]] = {
@@ -41,11 +35,11 @@ class SubspaceMixture(nn.Module):
             "diag": (num_components, subspace),
             "spherical": (num_components,),
         }
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("basis", torch.zeros(num_features, subspace))
-        self.register_buffer("log_weights", torch.zeros(num_components))
-        self.register_buffer("means", torch.zeros(num_components, subspace))
-        self.register_buffer("covariances", torch.zeros(shapes[covariance]))
+        self.mean = nn.Parameter(torch.zeros(num_features), requires_grad=False)
+        self.basis = nn.Parameter(torch.zeros(num_features, subspace), requires_grad=False)
+        self.log_weights = nn.Parameter(torch.zeros(num_components), requires_grad=False)
+        self.means = nn.Parameter(torch.zeros(num_components, subspace), requires_grad=False)
+        self.covariances = nn.Parameter(torch.zeros(shapes[covariance]), requires_grad=False)
 
     @torch.no_grad()
     def fit(self, x: Tensor, operator: EMOperator) -> None:
@@ -149,6 +143,10 @@ class MixtureEncoder(EnergyLayer):
     def energies(self, x: Tensor) -> Tensor:
         """Return the energies (N, K) of items (N, ...)."""
         return self.encoder(x.flatten(1))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what a linear probe reads of items (N, ...): the summary of the posterior (N, K)."""
+        return self(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the posterior of items (N, ...), summarized as (N, K)."""
