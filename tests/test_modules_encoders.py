@@ -124,7 +124,7 @@ def test_the_classifier_says_what_is_wrong():
 def test_with_a_reference_width_each_term_keeps_the_weight_of_its_mean(width):
     torch.manual_seed(0)
     module = EMClassifier(64, width, weight=1e-3, variance=2.0, decorrelation=3.0, reference_width=25)
-    x, y = torch.rand(200, 64), torch.randint(10, (200,))
+    x, y = torch.randn(200, 64), torch.randint(10, (200,))
     terms = module.step((x, y), "train")
     d = module.energies(x).detach().double()
     correlation = torch.corrcoef(d.T)
