@@ -85,11 +85,16 @@ def run(name: str, args: Sequence[str]) -> None:
         return run_table(name, args, table, seeds, jobs[0] if jobs else None)
     if seeds:
         return _run_seeds(name, args, seeds, jobs[0] if jobs else None)
-    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{name}", known[name])
+    load_recipe(name).main(args)
+
+
+def load_recipe(name: str) -> Any:
+    """Return the script of a recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{name}", recipes()[name])
     assert spec is not None and spec.loader is not None
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    recipe.main(args)
+    return recipe
 
 
 def _with_variant(name: str, args: list[str]) -> list[str]:

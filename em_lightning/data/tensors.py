@@ -81,7 +81,8 @@ class TensorBatches:
         generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
         return torch.randperm(self.size, generator=generator)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def indices(self) -> Iterator[Tensor]:
+        """Yield the indices of this rank's batches in this epoch."""
         order = self.order()
         whole = self.batch_size * self.num_replicas
         left = self.size % whole
@@ -89,7 +90,11 @@ class TensorBatches:
             # No rank may go without, as all of them take part in the statistics of a batch.
             order = torch.cat([order, order[: self.num_replicas - left]])
         for batch in order.split(whole):
-            yield self.take(batch[self.rank :: self.num_replicas])
+            yield batch[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for index in self.indices():
+            yield self.take(index)
 
     def take(self, index: Tensor) -> tuple[Tensor, ...]:
         """Return the items of these indices."""

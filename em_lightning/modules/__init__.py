@@ -5,5 +5,15 @@ from em_lightning.modules.classifier import EMClassifier
 from em_lightning.modules.decoder_free import DecoderFreeEncoder, SparseAutoencoder
 from em_lightning.modules.layer import EnergyLayer
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
+from em_lightning.modules.replicas import ReplicaData, Replicas
 
-__all__ = ["DecoderFreeEncoder", "EMClassifier", "EMModule", "EnergyLayer", "PointCloudGMM", "SparseAutoencoder"]
+__all__ = [
+    "DecoderFreeEncoder",
+    "EMClassifier",
+    "EMModule",
+    "EnergyLayer",
+    "PointCloudGMM",
+    "ReplicaData",
+    "Replicas",
+    "SparseAutoencoder",
+]
