@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from em_lightning.catalog import folder_of, load_recipe
 from em_lightning.results import write_results
 
 
@@ -74,8 +75,6 @@ def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequ
     path = table.pop("path")
     content = table.pop("table")
     logs = Path("lightning_logs") / name
-    from em_lightning.cli import folder_of, run
-
     text = yaml.safe_dump(table)
     defaults = yaml.safe_load((folder_of("configs") / f"{name}.yaml").read_text(encoding="utf-8"))
     config = logs / "cells" / f"{_digest(text)}.yaml"
@@ -92,7 +91,7 @@ def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequ
     if any("fast_dev_run" in arg for arg in args):
         for cell in cells:
             if cell.seed == cells[0].seed:
-                run(name, cell.arguments)
+                load_recipe(name).main(cell.arguments)
         return
     _run_cells(name, [cell for cell in cells if not cell.result.exists()], jobs)
     _write(logs / Path(path).stem, content, cells, f"em-lightning run {name} --config {Path(path).stem}")
@@ -126,8 +125,6 @@ def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
 
 def _run_row(name: str, cells: list[Cell]) -> None:
     """Train the seeds of a row, together where the recipe can prepare them so."""
-    from em_lightning.cli import load_recipe
-
     recipe = load_recipe(name)
     together = len(cells) > 1 and hasattr(recipe, "prepare")
     for group in [cells] if together else [[cell] for cell in cells]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,8 +79,8 @@ class TensorBatches:
         """Return the indices of this epoch, those of all ranks."""
         if not self.shuffle:
             return torch.arange(self.size)
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
-        return torch.randperm(self.size, generator=generator)
+        words = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(int(words[0])))
 
     def indices(self) -> Iterator[Tensor]:
         """Yield the indices of this rank's batches in this epoch."""
