@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from em_lightning.catalog import folder_of, load_recipe, recipes
 from em_lightning.grid import run_table, table_of
 
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
@@ -40,17 +41,6 @@ _UNKNOWN_KEY = (
 
 class UsageError(Exception):
     """A mistake of the user: its message is all that is printed."""
-
-
-def folder_of(name: str) -> Path:
-    """Return the folder ``recipes`` or ``configs``: inside the package of a wheel, beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / name if (package / name).is_dir() else package.parent / name
-
-
-def recipes() -> dict[str, Path]:
-    """Return the scripts of all recipes by name."""
-    return {path.stem: path for path in sorted(folder_of("recipes").glob("*.py")) if not path.stem.startswith("_")}
 
 
 def summary(path: Path) -> str:
@@ -85,11 +75,7 @@ def run(name: str, args: Sequence[str]) -> None:
         return run_table(name, args, table, seeds, jobs[0] if jobs else None)
     if seeds:
         return _run_seeds(name, args, seeds, jobs[0] if jobs else None)
-    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{name}", known[name])
-    assert spec is not None and spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    recipe.main(args)
+    load_recipe(name).main(args)
 
 
 def _with_variant(name: str, args: list[str]) -> list[str]:

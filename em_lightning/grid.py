@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from em_lightning.catalog import folder_of, load_recipe
 from em_lightning.results import write_results
 
 
@@ -87,8 +88,6 @@ def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequ
     path = table.pop("path")
     content = table.pop("table")
     logs = Path("lightning_logs") / name
-    from em_lightning.cli import folder_of, run
-
     text = yaml.safe_dump(table)
     defaults = yaml.safe_load((folder_of("configs") / f"{name}.yaml").read_text(encoding="utf-8"))
     config = logs / "cells" / f"{_digest(text)}.yaml"
@@ -105,7 +104,7 @@ def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequ
     if any("fast_dev_run" in arg for arg in args):
         for cell in cells:
             if cell.seed == cells[0].seed:
-                run(name, cell.arguments)
+                load_recipe(name).main(cell.arguments)
         return
     _run_cells(name, [cell for cell in cells if not cell.result.exists()], jobs)
     _write(logs / Path(path).stem, content, cells, f"em-lightning run {name} --config {Path(path).stem}")
@@ -120,14 +119,15 @@ def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
 
     if not cells:
         return
-    jobs = min(jobs or os.cpu_count() or 1, len(cells))
+    groups = [[cell for cell in cells if cell.row == row] for row in dict.fromkeys(cell.row for cell in cells)]
+    jobs = min(jobs or os.cpu_count() or 1, len(groups))
     # Read by the processes' libraries as they start.
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        done = [pool.submit(_run_cell, name, cell) for cell in cells]
+        done = [pool.submit(_run_row, name, group) for group in groups]
         try:
-            for future in track(done, f"rows and seeds, {jobs} at a time"):
+            for future in track(done, f"rows, {jobs} at a time"):
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
@@ -136,18 +136,55 @@ def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
                 os.environ["OMP_NUM_THREADS"] = before
 
 
-def _run_cell(name: str, cell: Cell) -> None:
-    from em_lightning.cli import run
+def _run_row(name: str, cells: list[Cell]) -> None:
+    """Train the seeds of a row, together where the recipe can prepare them so."""
+    recipe = load_recipe(name)
+    together = (
+        len(cells) > 1
+        and hasattr(recipe, "prepare")
+        and recipe.prepare(cells[0].arguments).model.automatic_optimization  # others train in ways of their own
+    )
+    for group in [cells] if together else [[cell] for cell in cells]:
+        folder = group[0].folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "output.txt", "a", encoding="utf-8") as output:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                try:
+                    if together:
+                        _train_together(recipe, group)
+                    else:
+                        recipe.main([*group[0].arguments, *_resumed(folder)])
+                except Exception as error:
+                    raise RuntimeError(f"{group[0].row}, seed {group[0].seed}: {error} (see {output.name})") from error
 
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    last = cell.folder / "checkpoints" / "last.ckpt"
-    resume = [f"--ckpt_path={last}"] if last.exists() else []
-    with open(cell.folder / "output.txt", "a", encoding="utf-8") as output:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            try:
-                run(name, [*cell.arguments, *resume])
-            except Exception as error:
-                raise RuntimeError(f"{cell.row}, seed {cell.seed}: {error} (see {output.name})") from error
+
+def _resumed(folder: Path) -> list[str]:
+    last = folder / "checkpoints" / "last.ckpt"
+    return [f"--ckpt_path={last}"] if last.exists() else []
+
+
+def _train_together(recipe: Any, cells: list[Cell]) -> None:
+    """Train the networks of several seeds at once, with the trainer of the first and a report for each."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from em_lightning.callbacks import LayerReport
+    from em_lightning.modules import ReplicaData, Replicas
+
+    made = [recipe.prepare(cell.arguments) for cell in cells]
+    folder = cells[0].folder.parent / f"together-{_digest(json.dumps([cell.arguments for cell in cells]))}"
+    trainer = made[0].trainer
+    callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.dirpath = str(folder / "checkpoints")
+    for r, cli in enumerate(made):
+        for report in [callback for callback in cli.trainer.callbacks if isinstance(callback, LayerReport)]:
+            report.follow(r, cells[r].folder, cli.model, cli.datamodule)
+            callbacks.insert(0, report)
+    trainer.callbacks = callbacks
+    last = folder / "checkpoints" / "last.ckpt"
+    model, data = Replicas([cli.model for cli in made]), ReplicaData([cli.datamodule for cli in made])
+    trainer.fit(model, data, ckpt_path=str(last) if last.exists() else None)
 
 
 def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: str) -> None:

@@ -18,11 +18,16 @@ from em_lightning.data import TensorDataModule
 from em_lightning.modules import EnergyLayer
 
 
-def main(args):
-    """Train, and let the callbacks of the config report."""
+def prepare(args):
+    """Return model, data and trainer as the arguments ask for them."""
     torch.set_num_threads(1)  # more of them make networks as small as these several times slower
     options = {"subclass_model": True, "links": ["num_features"]}
-    cli = recipe_cli(EnergyLayer, TensorDataModule, "decoder_free_sae", args, **options)
+    return recipe_cli(EnergyLayer, TensorDataModule, "decoder_free_sae", args, **options)
+
+
+def main(args):
+    """Train, and let the callbacks of the config report."""
+    cli = prepare(args)
     cli.datamodule.prepare_data()
     if cli.trainer.is_global_zero:
         print(f"Data: {cli.datamodule.describe()}")

@@ -53,6 +53,17 @@ class LayerReport(lightning.Callback):
         self.figures = figures
         self.history: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
+        self._replica: int | None = None
+        self._own: tuple[Path, Any, Any] | None = None
+
+    def follow(self, replica: int, folder: Path, module: Any, data: Any) -> None:
+        """Report one of :class:`~em_lightning.modules.Replicas`, by its number, into a folder of its own."""
+        self._replica, self._own = replica, (folder, module, data)
+
+    @property
+    def state_key(self) -> str:
+        """Return another key for each replica."""
+        return f"LayerReport{'' if self._replica is None else self._replica}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return the metrics so far, which a resumed run goes on with."""
@@ -68,17 +79,15 @@ class LayerReport(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the loss of the batch."""
-        self._losses.append(outputs["loss"])
+        self._losses.append(outputs["loss"] if self._replica is None else outputs["losses"][self._replica])
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the metrics of the epoch."""
         if trainer.sanity_checking or not self._losses:
             return
-        values = {
-            name.removeprefix("val/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith("val/")
-        }
+        prefix = "val/" if self._replica is None else f"{self._replica}/val/"
+        logged = trainer.callback_metrics.items()
+        values = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
         values["loss"] = float(torch.stack(self._losses).mean())
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
@@ -87,16 +96,15 @@ class LayerReport(lightning.Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted or not self.history:
             return
         folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
-        row = self._row(trainer.datamodule, pl_module)
-        note = (
-            f"Data: {trainer.datamodule.describe()}. Seed {trainer.datamodule.seed}, {trainer.current_epoch} epochs; "
-        )
+        folder, module, data = self._own or (folder, pl_module, trainer.datamodule)
+        row = self._row(data, module)
+        note = f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; "
         note += f"metrics of the validation items, mean over the last {min(self.last_epochs, len(self.history))}."
         table = [{"metric": name, "value": value} for name, value in row.items()]
-        text = write_results(folder, type(pl_module).__name__, [note], table, values=row, history=self.history)
+        text = write_results(folder, type(module).__name__, [note], table, values=row, history=self.history)
         print(f"\n{text}\nWritten to {folder}")
         if self.figures:
-            self._draw(trainer, pl_module, folder)
+            self._draw(trainer, module, data, folder)
 
     def _row(self, data: Any, module: Any) -> dict[str, float]:
         last = self.history[-self.last_epochs :]
@@ -108,8 +116,7 @@ class LayerReport(lightning.Callback):
             row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
         return {f"{k} %" if k in _IN_PERCENT else k: 100 * v if k in _IN_PERCENT else v for k, v in row.items()}
 
-    def _draw(self, trainer: Any, module: Any, folder: Path) -> None:
-        data = trainer.datamodule
+    def _draw(self, trainer: Any, module: Any, data: Any, folder: Path) -> None:
         energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
         (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
         figures = {"gradients": gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,10 +79,11 @@ class TensorBatches:
         """Return the indices of this epoch, those of all ranks."""
         if not self.shuffle:
             return torch.arange(self.size)
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
-        return torch.randperm(self.size, generator=generator)
+        words = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(int(words[0])))
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def indices(self) -> Iterator[Tensor]:
+        """Yield the indices of this rank's batches in this epoch."""
         order = self.order()
         whole = self.batch_size * self.num_replicas
         left = self.size % whole
@@ -89,7 +91,11 @@ class TensorBatches:
             # No rank may go without, as all of them take part in the statistics of a batch.
             order = torch.cat([order, order[: self.num_replicas - left]])
         for batch in order.split(whole):
-            yield self.take(batch[self.rank :: self.num_replicas])
+            yield batch[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for index in self.indices():
+            yield self.take(index)
 
     def take(self, index: Tensor) -> tuple[Tensor, ...]:
         """Return the items of these indices."""

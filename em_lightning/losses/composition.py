@@ -96,7 +96,7 @@ class EMLoss(nn.Module):
         energies = units_last(energies, self.dim)
         active = {name: weight for name, weight in self.weights.items() if weight}
         moments = None
-        at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms)
+        at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms, active)
         values: dict[str, Tensor] = {}
         for name, weight in active.items():
             term = self.terms[name]

@@ -7,6 +7,7 @@ from em_lightning.modules.image_classifier import ImageClassifier
 from em_lightning.modules.layer import EnergyLayer
 from em_lightning.modules.mixture_encoder import MixtureEncoder
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
+from em_lightning.modules.replicas import ReplicaData, Replicas
 
 __all__ = [
     "DecoderFreeEncoder",
@@ -16,5 +17,7 @@ __all__ = [
     "ImageClassifier",
     "MixtureEncoder",
     "PointCloudGMM",
+    "ReplicaData",
+    "Replicas",
     "SparseAutoencoder",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _WARM_UP = 0.3
-_OPTIMIZERS = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_OPTIMIZERS = ("adam", "sgd")
 
 
 class EMModule(lightning.LightningModule):
@@ -143,13 +143,19 @@ class EMModule(lightning.LightningModule):
             return 0.04 + 0.96 * (1 - math.cos(math.pi * done / _WARM_UP)) / 2
         return (1 + math.cos(math.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))) / 2
 
+    def make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimizer of some parameters."""
+        # One kernel for a whole step; on a GPU it would forbid clipping under mixed precision.
+        fused = all(p.device.type == "cpu" for p in parameters)
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": fused}
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, **options)
+        # Without decay they are the same, and Adam is the faster one.
+        return (torch.optim.AdamW if self.weight_decay else torch.optim.Adam)(parameters, **options)
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer with the schedule asked for."""
-        # One kernel for a whole step; on a GPU it would forbid clipping under mixed precision.
-        fused = all(p.device.type == "cpu" for p in self.parameters())
-        optimizer = _OPTIMIZERS[self.optimizer](
-            self.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=fused
-        )
+        optimizer = self.make_optimizer(list(self.parameters()))
         if self.schedule == "constant":
             return optimizer
         # Not OneCycleLR: its checkpoint holds the length of the run, so a longer resumed one would fail.

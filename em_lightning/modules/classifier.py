@@ -88,6 +88,7 @@ class EMClassifier(EnergyLayer):
         if weight:
             weights = {"free_energy": 0.0, "variance": variance, "decorrelation": decorrelation}
             self.loss = EMLoss(**{**weights, **(terms or {})})
+            self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
         self.accuracy: Any = nn.ModuleDict(
             {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("val", "test")}
         )
@@ -106,5 +107,5 @@ class EMClassifier(EnergyLayer):
         if stage != "train":
             self.accuracy[stage].update(logits, y)
             self.log(f"{stage}/accuracy", self.accuracy[stage], batch_size=len(x))
-        terms = {} if self.loss is None else {name: self.weight * term for name, term in self.loss(energies).items()}
+        terms = {} if self.loss is None else self.loss(energies)
         return {"cross_entropy": functional.cross_entropy(logits, y), **terms}

@@ -1,0 +1,27 @@
+"""Where recipes and their configs are: inside the package of a wheel, beside it in a checkout."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder ``recipes`` or ``configs``: inside the package of a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def recipes() -> dict[str, Path]:
+    """Return the scripts of all recipes by name."""
+    return {path.stem: path for path in sorted(folder_of("recipes").glob("*.py")) if not path.stem.startswith("_")}
+
+
+def load_recipe(name: str) -> Any:
+    """Return the script of a recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{name}", recipes()[name])
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    return recipe
