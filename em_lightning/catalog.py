@@ -1,4 +1,4 @@
-"""Where recipes and their configs are, inside the package of a wheel or beside it in a checkout; what users are told."""
+"""Where recipes and their configs are (inside the package of a wheel, or beside it), and what users are told."""
 
 from __future__ import annotations
 
