@@ -1,8 +1,9 @@
-"""Where recipes and their configs are: inside the package of a wheel, beside it in a checkout."""
+"""Where recipes and their configs are (inside the package of a wheel, or beside it), and what users are told."""
 
 from __future__ import annotations
 
 import importlib.util
+import linecache
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,22 @@ def load_recipe(name: str) -> Any:
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     return recipe
+
+
+class UsageError(Exception):
+    """A mistake of the user: its message is all that is printed."""
+
+
+def own_error(error: BaseException | None) -> BaseException | None:
+    """Return what the library itself raised, be it wrapped by others: that message needs no traceback."""
+    while error is not None:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        if frame is not None:
+            file = frame.tb_frame.f_code.co_filename
+            raised = linecache.getline(file, frame.tb_lineno).lstrip().startswith("raise ")
+            if raised and Path(file).is_relative_to(Path(__file__).parent):
+                return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -7,7 +7,6 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import linecache
 import os
 import re
 import subprocess
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from em_lightning.catalog import folder_of, load_recipe, recipes
+from em_lightning.catalog import UsageError, folder_of, load_recipe, own_error, recipes
 from em_lightning.grid import run_table, table_of
 
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
@@ -37,10 +36,6 @@ _UNKNOWN_KEY = (
     r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'",
     r"Parser key \"([\w.]+)\".*Option '([\w.]+)' is not accepted",
 )
-
-
-class UsageError(Exception):
-    """A mistake of the user: its message is all that is printed."""
 
 
 def summary(path: Path) -> str:
@@ -306,27 +301,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run(parsed.recipe, parsed.arguments)
     except (UsageError, ValueError, TypeError, OSError) as error:
-        told = _own_error(error)
+        told = own_error(error)
         if told is None:
             raise
         print(f"em-lightning: {told}", file=sys.stderr)
         return 2
     return 0
-
-
-def _own_error(error: BaseException | None) -> BaseException | None:
-    """Return what the library itself raised, be it wrapped by others: that message needs no traceback."""
-    while error is not None:
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        if frame is not None:
-            file = frame.tb_frame.f_code.co_filename
-            raised = linecache.getline(file, frame.tb_lineno).lstrip().startswith("raise ")
-            if raised and Path(file).is_relative_to(Path(__file__).parent):
-                return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _print_recipes() -> None:

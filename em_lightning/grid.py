@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from em_lightning.catalog import folder_of, load_recipe
+from em_lightning.catalog import UsageError, folder_of, load_recipe, own_error
 from em_lightning.results import write_results
 
 
@@ -83,7 +83,7 @@ def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequ
         jobs: processes side by side, one thread each; ``None`` takes as many as there are cores.
 
     Raises:
-        RuntimeError: a cell failed.
+        UsageError: a cell failed.
     """
     path = table.pop("path")
     content = table.pop("table")
@@ -129,6 +129,8 @@ def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
         try:
             for future in track(done, f"rows, {jobs} at a time"):
                 future.result()
+        except RuntimeError as error:
+            raise UsageError(str(error)) from error
         finally:
             pool.shutdown(cancel_futures=True)
             os.environ.pop("OMP_NUM_THREADS")
@@ -155,7 +157,8 @@ def _run_row(name: str, cells: list[Cell]) -> None:
                     else:
                         recipe.main([*group[0].arguments, *_resumed(folder)])
                 except Exception as error:
-                    raise RuntimeError(f"{group[0].row}, seed {group[0].seed}: {error} (see {output.name})") from error
+                    told = own_error(error) or error
+                    raise RuntimeError(f"{group[0].row}, seed {group[0].seed}: {told} (see {output.name})") from error
 
 
 def _resumed(folder: Path) -> list[str]:
