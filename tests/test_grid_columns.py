@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from em_lightning.cli import grid, run
+from em_lightning.cli import folders, grid, run
 
 
 def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
@@ -61,6 +61,6 @@ def test_a_module_without_an_optimizer_trains_one_seed_after_the_other(tmp_path,
         folder = tmp_path / f"lightning_logs/decoder_free_sae/cell{seed}"
         own = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version=cell{seed}"]
         cells.append(grid.Cell("mixture", seed, [*given, *own], folder))
-    grid._run_row("decoder_free_sae", cells)
+    grid._run_row(folders.find_recipe("decoder_free_sae"), cells)
     losses = [json.loads(cell.result.read_text())["values"]["free_energy"] for cell in cells]
     assert np.isfinite(losses).all() and losses[0] != losses[1]
