@@ -82,9 +82,9 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
     config.write_text(text, encoding="utf-8")
     args = [arg.replace(path, str(config)) for arg in args]
     cells = []
-    for seed in seeds or content["seeds"]:  # outside, so that all rows are seen early
-        for row, spec in content["rows"].items():
-            given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
+    for row, spec in content["rows"].items():
+        given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
+        for seed in seeds or content["seeds"]:
             own = [*args, *given, f"--seed_everything={seed}", f"--data.seed={seed}"]
             version = f"cells/{_digest(json.dumps([defaults, own]))}-seed{seed}"
             cells.append(Cell(row, seed, [*own, f"--trainer.logger.version={version}"], logs / version))
