@@ -11,7 +11,7 @@ from em_lightning.cli import KINDS, config_of, docstring, parts_of, recipes, var
 ROOT = Path(__file__).parents[1]
 START = ["index.md", "getting-started.md", "tutorial.ipynb", "theory.md"]
 END = ["command-line.md", "mistakes.md", "comparison.md", "contributing.md", "changelog.md"]
-UNLISTED = ("_version", "registry", "cli", "__init__")
+UNLISTED = ("_version", "registry", "catalog", "cli", "__init__")
 
 
 class Docstrings(Extension):

@@ -31,6 +31,7 @@ ORDER = [
     "modules",
     "callbacks",
     "testing",
+    "catalog",
     "cli",
 ]
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from em_lightning.cli.folders import UsageError
+from em_lightning.catalog import UsageError
 
 
 def load_model(target: str, checkpoint: str | None = None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import re
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from em_lightning.cli.folders import UsageError, config_of, docstring, find_recipe, nearest, variants_of
+from em_lightning.catalog import UsageError, config_of, docstring, find_recipe, load_recipe, nearest, variants_of
 
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
 _NOISE = (
@@ -53,19 +52,7 @@ def run(name: str, args: Sequence[str]) -> None:
     seeds, args = _take_seeds(args)
     if seeds:
         return _run_seeds(name, args, seeds)
-    load_recipe(script).main(args)
-
-
-def load_recipe(script: Path) -> Any:
-    """Return the script of a recipe as a module."""
-    from rich.console import Console
-
-    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
-    assert spec is not None and spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
-        spec.loader.exec_module(recipe)
-    return recipe
+    load_recipe(name).main(args)
 
 
 def _with_variant(script: Path, args: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from em_lightning.cli.folders import docstring, recipes, variants_of
+from em_lightning.catalog import docstring, recipes, variants_of
 
 KINDS = ("kernels", "competitions", "statistics", "activations", "losses")
 

@@ -1,11 +1,14 @@
-"""Recipes and their configs: found in a checkout, in an installed wheel or in a user's copy, and copied."""
+"""Recipes and their configs: where they are (in a wheel, a checkout or a user's copy); what users are told."""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
+import linecache
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class UsageError(Exception):
@@ -20,7 +23,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def folder_of(name: str) -> Path:
     """Return the folder ``recipes`` or ``configs``: inside the package of a wheel, beside it in a checkout."""
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parent
     return package / name if (package / name).is_dir() else package.parent / name
 
 
@@ -61,6 +64,19 @@ def docstring(script: Path) -> str:
     return ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
 
 
+def load_recipe(name: str) -> Any:
+    """Return the script of a recipe, given by its name or the path of a copy, as a module."""
+    from rich.console import Console
+
+    script = find_recipe(name)
+    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
+        spec.loader.exec_module(recipe)
+    return recipe
+
+
 def copy(name: str, folder: Path) -> list[Path]:
     """Copy a recipe's script and configs into a folder, to be edited and run there, and return the new files.
 
@@ -81,3 +97,18 @@ def copy(name: str, folder: Path) -> list[Path]:
         text = text.replace(f"em-lightning run {script.stem}", f"em-lightning run {script.name}")
         target.write_text(text, encoding="utf-8")
     return list(targets.values())
+
+
+def own_error(error: BaseException | None) -> BaseException | None:
+    """Return what the library itself raised, be it wrapped by others: that message needs no traceback."""
+    while error is not None:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        if frame is not None:
+            file = frame.tb_frame.f_code.co_filename
+            raised = linecache.getline(file, frame.tb_lineno).lstrip().startswith("raise ")
+            if raised and Path(file).is_relative_to(Path(__file__).parent):
+                return error
+        error = error.__cause__ or error.__context__
+    return None
