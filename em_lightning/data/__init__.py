@@ -3,6 +3,7 @@
 from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
 from em_lightning.data.folder import PointCloudFolder
+from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
@@ -14,6 +15,8 @@ __all__ = [
     "CloudDataset",
     "EpochSampler",
     "GeometricShapes",
+    "MixtureSetBatch",
+    "MixtureSets",
     "ModelNet",
     "Normalization",
     "PointCloudBatch",

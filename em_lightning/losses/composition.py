@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.distributed import batch_moments, units_last
-from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
+from em_lightning.losses.terms import LOSSES, FreeEnergyLoss, MomentLoss, WeightRedundancyLoss
 
 __all__ = ["EMLoss"]
 
@@ -94,18 +94,30 @@ class EMLoss(nn.Module):
         """
         energies = units_last(energies, self.dim)
         active = {name: weight for name, weight in self.weights.items() if weight}
-        moments = None
         values: dict[str, Tensor] = {}
+        moments = None
+        of_moments = [term for name, term in self.terms.items() if name in active and isinstance(term, MomentLoss)]
+        if of_moments:
+            free_energy = self.terms["free_energy"]
+            assert isinstance(free_energy, FreeEnergyLoss)
+            # The free energy joins in: one pass over the energies forward, one backward.
+            moments = batch_moments(
+                energies,
+                mask=mask,
+                weights=weights,
+                products=any(term.products for term in of_moments),
+                temperature=free_energy.temperature if "free_energy" in active else None,
+            )
         for name, weight in active.items():
             term = self.terms[name]
             if isinstance(term, WeightRedundancyLoss):
                 if weight_matrix is None:
                     raise ValueError(f"{name} acts on a weight: call the loss with weight_matrix=layer.weight")
                 value = term(weight_matrix)
-            elif isinstance(term, MomentLoss):
-                if moments is None:
-                    moments = batch_moments(energies, mask=mask, weights=weights)
+            elif moments is not None and isinstance(term, MomentLoss):
                 value = term.from_moments(moments)
+            elif isinstance(term, FreeEnergyLoss) and moments is not None and moments.free_energy is not None:
+                value = term.reduce(moments.free_energy, moments.weights)
             else:
                 value = term(energies, mask, weights)
             values[name] = weight * value

@@ -1,6 +1,7 @@
 """LightningModules to subclass."""
 
+from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 
-__all__ = ["EMModule", "PointCloudGMM"]
+__all__ = ["AmortizedClustering", "EMModule", "PointCloudGMM"]
