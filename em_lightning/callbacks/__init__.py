@@ -1,8 +1,10 @@
 """Lightning callbacks: EM put into a model, scheduled, watched and audited; reports of runs."""
 
 from em_lightning.callbacks.clustering_report import ClusteringReport
+from em_lightning.callbacks.layer_report import LayerReport
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.mixture_report import MixtureReport
+from em_lightning.callbacks.selection_report import SelectionReport
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
 from em_lightning.callbacks.temperature import TemperatureSchedule
 from em_lightning.callbacks.time_left import TimeLeft
@@ -12,10 +14,12 @@ __all__ = [
     "ClusteringReport",
     "EMAudit",
     "InsertEMOperator",
+    "LayerReport",
     "LayerwiseEMLoss",
     "MixtureReport",
     "PosteriorMonitor",
     "RestoreSurgery",
+    "SelectionReport",
     "SurgicalCallback",
     "SwapActivations",
     "TemperatureSchedule",

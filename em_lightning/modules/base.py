@@ -10,21 +10,24 @@ import torch
 from torch import Tensor
 
 _WARM_UP = 0.3
+_OPTIMIZERS = ("adam", "sgd")
 
 
 class EMModule(lightning.LightningModule):
     """Do the bookkeeping of a training run: a subclass writes ``forward`` and ``step``.
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
-    term is logged as ``<stage>/<name>``, averaged over the epoch and over ranks, with stages ``train``, ``val`` and
-    ``test``. Metrics are logged by the subclass through ``self.log`` or ``self.log_dict`` under the same prefix.
+    term is logged as ``<stage>/<name>``: in the stages ``val`` and ``test`` averaged over the epoch and over ranks, in
+    ``train`` as it is at every ``log_every_n_steps`` and at an epoch's last step. Metrics are logged by the subclass
+    through ``self.log`` or ``self.log_dict`` under the same prefix.
 
     Args:
-        lr: learning rate of Adam, its largest under a schedule.
+        lr: learning rate, its largest under a schedule.
         schedule: ``"one_cycle"`` warms up and anneals to zero over the run; ``"constant"`` keeps the rate.
         weight_decay: decoupled weight decay.
         skip_gradients_above: a step whose gradient has a larger norm, or is not finite, is left out: a single set on
             which the model fails badly would else decide where it goes.
+        optimizer: ``"adam"``, or ``"sgd"`` without momentum.
 
     Raises:
         ValueError: an argument is out of range.
@@ -51,6 +54,7 @@ class EMModule(lightning.LightningModule):
         schedule: Literal["one_cycle", "constant"] = "constant",
         weight_decay: float = 0.0,
         skip_gradients_above: float | None = None,
+        optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
         super().__init__()
         if not lr > 0:
@@ -61,7 +65,10 @@ class EMModule(lightning.LightningModule):
             raise ValueError(f"weight_decay={weight_decay} must not be negative; 0 switches it off")
         if skip_gradients_above is not None and not skip_gradients_above > 0:
             raise ValueError(f"skip_gradients_above={skip_gradients_above} must be positive; None keeps every step")
+        if optimizer not in _OPTIMIZERS:
+            raise ValueError(f"optimizer={optimizer!r} is unknown; choose from {', '.join(_OPTIMIZERS)}")
         self.lr = lr
+        self.optimizer = optimizer
         self.schedule = schedule
         self.weight_decay = weight_decay
         self.skip_gradients_above = skip_gradients_above
@@ -82,14 +89,30 @@ class EMModule(lightning.LightningModule):
         if "loss" not in terms:
             raise ValueError(f"step returned the terms {sorted(terms)}; add 'loss', which is minimized")
         training = stage == "train"
-        self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in terms.items()},
-            batch_size=self.batch_size(batch),
-            on_step=training,
-            on_epoch=not training,
-            sync_dist=not training,
-        )
+        if not training or self._is_logged():
+            self.log_dict(
+                {f"{stage}/{name}": value.detach() for name, value in terms.items()},
+                batch_size=self.batch_size(batch),
+                on_step=training,
+                on_epoch=not training,
+                sync_dist=not training,
+            )
         return terms["loss"]
+
+    def _is_logged(self) -> bool:
+        """Return whether anybody reads what this training step logs: logging costs as much as a small step."""
+        trainer: Any = self._trainer
+        if trainer is None:
+            return True
+        every = trainer.log_every_n_steps
+        return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets this name some forty times a step, which takes PyTorch's way for modules too long.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a training batch."""
@@ -120,9 +143,19 @@ class EMModule(lightning.LightningModule):
             return 0.04 + 0.96 * (1 - math.cos(math.pi * done / _WARM_UP)) / 2
         return (1 + math.cos(math.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))) / 2
 
+    def make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        """Return the optimizer of some parameters."""
+        # One kernel for a whole step; on a GPU it would forbid clipping under mixed precision.
+        fused = all(p.device.type == "cpu" for p in parameters)
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": fused}
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, **options)
+        # Without decay they are the same, and Adam is the faster one.
+        return (torch.optim.AdamW if self.weight_decay else torch.optim.Adam)(parameters, **options)
+
     def configure_optimizers(self) -> Any:
-        """Return Adam with the schedule asked for."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        """Return the optimizer with the schedule asked for."""
+        optimizer = self.make_optimizer(list(self.parameters()))
         if self.schedule == "constant":
             return optimizer
         # Not OneCycleLR: its checkpoint holds the length of the run, so a longer resumed one would fail.
