@@ -203,7 +203,8 @@ def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: st
         *content.get("notes", []),
         explained,
     ]
-    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values)
+    folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
+    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values, cells=folders)
     print(f"\n{text}\nWritten to {folder}")
 
 
