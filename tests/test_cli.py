@@ -46,7 +46,11 @@ def configs():
 @pytest.mark.parametrize("args", list(configs()))
 def test_every_config_of_every_recipe_runs(args, here, request):
     # Tables of MNIST are run on the embedded digits.
-    extra = ["--data=Digits"] if args[0] in ("decoder_free_sae", "volume_control") else ["--data.num_points=64"]
+    extra = {
+        "point_cloud_gmm": ["--data.num_points=64"],
+        "decoder_free_sae": ["--data=Digits"],
+        "volume_control": ["--data=Digits"],
+    }.get(args[0], [])
     if "geometric_shapes" in args:
         root = ROOT.parent / "shared" / "data" / "geometric_shapes" / "raw.zip"
         if not root.exists():
