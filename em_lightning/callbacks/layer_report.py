@@ -25,11 +25,13 @@ _PANELS = {
     "min_variance": "least variance of a unit",
     "effective_rank": "effective rank",
 }
-_IN_PERCENT = ("accuracy", "probe")
+_IN_PERCENT = ("accuracy", "probe", "calibration_error")
 
 
 class LayerReport(lightning.Callback):
     """Measure an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit, and draw it.
+
+    Without probe and figures it serves any module whose validation logs metrics.
 
     It writes to the folder of the logger: ``results.md`` and ``results.json`` with the metrics of the validation that
     the fit runs, as means over its last epochs, and pictures: ``prototypes.png`` (weights as images), ``training.png``
@@ -38,7 +40,7 @@ class LayerReport(lightning.Callback):
 
     Args:
         last_epochs: epochs whose validations are averaged.
-        probe: whether to train a linear probe on the energies of the training items and score it on the test items.
+        probe: whether to train a linear probe on the features of the training items and score it on the test items.
         figures: whether to draw.
     """
 
@@ -110,11 +112,12 @@ class LayerReport(lightning.Callback):
         row["parameters"] = sum(p.numel() for p in module.parameters())
         if self.probe:
             train, test = data.whole("train"), data.whole("test")
-            row["probe"] = linear_probe(_energies(module, train.x), train.y, _energies(module, test.x), test.y)
+            features = [_in_parts(module, module.features, part.x) for part in (train, test)]
+            row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
         return {f"{k} %" if k in _IN_PERCENT else k: 100 * v if k in _IN_PERCENT else v for k, v in row.items()}
 
     def _draw(self, trainer: Any, module: Any, data: Any, folder: Path) -> None:
-        energies = _energies(module, data.whole("test").x[:256]).requires_grad_()
+        energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
         (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
         figures = {"gradients": gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
         if len(data.shape) == 3 and data.shape[0] == 1:
@@ -129,5 +132,5 @@ class LayerReport(lightning.Callback):
 
 
 @torch.no_grad()
-def _energies(module: Any, x: Tensor) -> Tensor:
-    return torch.cat([module.energies(part.to(module.device)).cpu() for part in x.split(10_000)])
+def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
+    return torch.cat([function(part.to(module.device)).cpu() for part in x.split(10_000)])

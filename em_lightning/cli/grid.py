@@ -10,6 +10,19 @@ A variant config with the entry ``table`` is such a table; the rest of it is an 
           arguments: {model.variance: 0, model.decorrelation: 0}
           published: {dead_units: 64}
           checked: {dead_units: 64}
+
+A table of one's own, where nothing was published, names its ``columns``, and a row may name another that it is read
+``against``:
+
+    table:
+      title: Widths
+      seeds: [1, 2, 3]
+      columns: [accuracy %, dead_units]
+      rows:
+        baseline:
+          arguments: {model.weight: 0}
+        with volume control:
+          against: baseline
 """
 
 from __future__ import annotations
@@ -74,7 +87,8 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
     """
     path = table.pop("path")
     content = table.pop("table")
-    logs = Path("lightning_logs") / script.stem
+    name = script.stem
+    logs = Path("lightning_logs") / name
     text = yaml.safe_dump(table)
     defaults = yaml.safe_load(config_of(script).read_text(encoding="utf-8"))
     config = logs / "cells" / f"{_digest(text)}.yaml"
@@ -82,9 +96,9 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
     config.write_text(text, encoding="utf-8")
     args = [arg.replace(path, str(config)) for arg in args]
     cells = []
-    for row, spec in content["rows"].items():
-        given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
-        for seed in seeds or content["seeds"]:
+    for seed in seeds or content["seeds"]:  # outside, so that all rows are seen early
+        for row, spec in content["rows"].items():
+            given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
             own = [*args, *given, f"--seed_everything={seed}", f"--data.seed={seed}"]
             version = f"cells/{_digest(json.dumps([defaults, own]))}-seed{seed}"
             cells.append(Cell(row, seed, [*own, f"--trainer.logger.version={version}"], logs / version))
@@ -94,7 +108,7 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
                 load_recipe(script).main(cell.arguments)
         return
     _run_cells(script, [cell for cell in cells if not cell.result.exists()], jobs)
-    _write(logs / Path(path).stem, content, cells, f"em-lightning run {script.stem} --config {Path(path).stem}")
+    _write(logs / Path(path).stem, content, cells, f"em-lightning run {name} --config {Path(path).stem}")
 
 
 def _digest(text: str) -> str:
@@ -128,7 +142,11 @@ def _run_cells(script: Path, cells: list[Cell], jobs: int | None) -> None:
 def _run_row(script: Path, cells: list[Cell]) -> None:
     """Train the seeds of a row, together where the recipe can prepare them so."""
     recipe = load_recipe(script)
-    together = len(cells) > 1 and hasattr(recipe, "prepare")
+    together = (
+        len(cells) > 1
+        and hasattr(recipe, "prepare")
+        and recipe.prepare(cells[0].arguments).model.automatic_optimization  # others train in ways of their own
+    )
     for group in [cells] if together else [[cell] for cell in cells]:
         folder = group[0].folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,22 +193,77 @@ def _train_together(recipe: Any, cells: list[Cell]) -> None:
 
 def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: str) -> None:
     seeds = sorted({cell.seed for cell in cells})
-    rows = []
-    for row, spec in content["rows"].items():
-        results = [json.loads(cell.result.read_text(encoding="utf-8"))["values"] for cell in cells if cell.row == row]
-        published, checked = spec.get("published", {}), spec.get("checked", {})
-        for metric in [*published, *(key for key in checked if key not in published)]:
-            values = [float(result[metric]) for result in results]
-            rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
+    values = {
+        row: [json.loads(cell.result.read_text(encoding="utf-8"))["values"] for cell in cells if cell.row == row]
+        for row in content["rows"]
+    }
+    rows, explained = _own_table(content, values) if "columns" in content else _published_table(content, values)
     notes = [
         f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
         *content.get("notes", []),
-        "Difference: reproduced less published, or less checked where nothing is published; inside: it is at most the "
-        "larger standard deviation of these two, and half a unit of the last digit that was printed.",
+        explained,
     ]
-    cell_folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
-    text = write_results(folder, content["title"], notes, rows, seeds=seeds, cells=cell_folders)
+    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values)
     print(f"\n{text}\nWritten to {folder}")
+
+
+Results = dict[str, list[dict[str, float]]]
+
+
+def _published_table(content: dict[str, Any], results: Results) -> tuple[list[dict[str, Any]], str]:
+    rows = []
+    for row, spec in content["rows"].items():
+        published, checked = spec.get("published", {}), spec.get("checked", {})
+        for metric in [*published, *(key for key in checked if key not in published)]:
+            values = [float(result[metric]) for result in results[row]]
+            rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
+    return rows, (
+        "Difference: reproduced less published, or less checked where nothing is published; inside: it is at most the "
+        "larger standard deviation of these two, and half a unit of the last digit that was printed."
+    )
+
+
+def _own_table(content: dict[str, Any], results: Results) -> tuple[list[dict[str, Any]], str]:
+    first = content["columns"][0]
+    rows = []
+    for row, spec in content["rows"].items():
+        line = {"row": row}
+        for metric in content["columns"]:
+            values = [float(result[metric]) for result in results[row] if metric in result]
+            line[metric] = spread(values) if values else ""
+        if any("against" in each for each in content["rows"].values()):
+            line["gain"] = ""
+            if "against" in spec:
+                line["gain"] = paired(*([float(r[first]) for r in results[name]] for name in (row, spec["against"])))
+        rows.append(line)
+    against = {row: spec["against"] for row, spec in content["rows"].items() if "against" in spec}
+    if not against:
+        return rows, "Nothing was published."
+    pairs = {other: [row for row, of in against.items() if of == other] for other in dict.fromkeys(against.values())}
+    named = "; ".join(f"{', '.join(names)} over {other}" for other, names in pairs.items())
+    return rows, f"Gain: of {first}, mean ± standard error of the differences at the same seed: {named}."
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean ± standard deviation of values, or their one value.
+
+    Example:
+        >>> spread([93.0, 93.4])
+        '93.2 ± 0.28'
+    """
+    return f"{statistics.fmean(values):.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> str:
+    """Return the mean ± standard error of the differences of values at the same seeds.
+
+    Example:
+        >>> paired([93.0, 93.4, 93.2], [92.5, 92.7, 92.9])
+        '+0.50 ± 0.12'
+    """
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    mean = f"{statistics.fmean(differences):+.2f}"
+    return f"{mean} ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else mean
 
 
 def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, Any]:
@@ -206,14 +279,13 @@ def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, 
         ('-0.2', 'no')
     """
     mean = statistics.fmean(values)
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
     parsed = [_number(value) for value in (published, checked) if value is not None]
     difference = mean - parsed[0][0]
     allowed = max(deviation for _, deviation, _ in parsed) + parsed[0][2]
     return {
         "published": "" if published is None else str(published),
         "checked": "" if checked is None else str(checked),
-        "reproduced": f"{mean:.4g}" + (f" ± {spread:.2g}" if len(values) > 1 else ""),
+        "reproduced": spread(values),
         "difference": f"{difference:+.2g}",
         "inside": "yes" if abs(difference) <= allowed + 1e-12 else "no",
     }

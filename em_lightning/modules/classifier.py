@@ -29,6 +29,10 @@ class EMClassifier(EnergyLayer):
         variance: weight, inside lambda, of the term against dead units.
         decorrelation: weight, inside lambda, of the term against redundant units.
         terms: further terms or arguments for :class:`~em_lightning.EMLoss`, inside lambda.
+        reference_width: the width K_0 that ``variance`` and ``decorrelation`` are meant for. Both terms are sums, over
+            K units and K (K - 1) pairs: at other widths they are multiplied by :math:`K_0 / K` and
+            :math:`K_0 (K_0 - 1) / (K (K - 1))`, so that each keeps the weight of its mean. ``None`` takes the weights
+            as they are, as published.
         lr: learning rate.
         optimizer: ``"adam"`` or ``"sgd"``.
 
@@ -60,6 +64,7 @@ class EMClassifier(EnergyLayer):
         variance: float = 1.0,
         decorrelation: float = 1.0,
         terms: dict[str, Any] | None = None,
+        reference_width: int | None = None,
         lr: float = 1e-3,
         optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
@@ -68,7 +73,14 @@ class EMClassifier(EnergyLayer):
             raise ValueError(f"num_classes={num_classes} must be at least 2")
         if not weight >= 0:
             raise ValueError(f"weight={weight} must not be negative; 1e-3 is published, 0 leaves the term out")
+        if reference_width is not None and reference_width < 2:
+            raise ValueError(f"reference_width={reference_width} must be at least 2, a pair of units; give 25, say")
+        if reference_width is not None and num_components < 2:
+            raise ValueError(f"num_components={num_components} has no pairs of units; leave reference_width out")
         self.save_hyperparameters()
+        if reference_width is not None:
+            variance *= reference_width / num_components
+            decorrelation *= reference_width * (reference_width - 1) / (num_components * (num_components - 1))
         self.weight = weight
         self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
         self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))

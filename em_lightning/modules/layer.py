@@ -51,6 +51,10 @@ class EnergyLayer(EMModule):
         """Return the energies (N, K) of items (N, ...)."""
         return torch.relu(self.encoder(x.flatten(1)))
 
+    def features(self, x: Tensor) -> Tensor:
+        """Return what a linear probe reads of items (N, ...): the energies (N, K)."""
+        return self.energies(x)
+
     def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
         """Return the terms whose sum is minimized, by name."""
         raise NotImplementedError(f"{type(self).__name__} must define objective(x, y, energies, stage)")
