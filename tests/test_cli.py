@@ -45,13 +45,14 @@ def configs():
 
 @pytest.mark.parametrize("args", list(configs()))
 def test_every_config_of_every_recipe_runs(args, here, request):
-    extra = []
+    # Tables of MNIST are run on the embedded digits.
+    extra = ["--data.num_points=64"] if args[0] == "point_cloud_gmm" else ["--data=Digits"]
     if "geometric_shapes" in args:
         root = ROOT.parent / "shared" / "data" / "geometric_shapes" / "raw.zip"
         if not root.exists():
             pytest.skip("needs the published meshes beside the project")
-        extra = [f"--data.root={root}"]
-    assert cli.main(["run", *args, "--trainer.fast_dev_run=true", "--data.num_points=64", *extra]) == 0
+        extra.append(f"--data.root={root}")
+    assert cli.main(["run", *args, "--trainer.fast_dev_run=true", *extra]) == 0
 
 
 def test_every_recipe_has_a_config_and_says_what_it_does():
@@ -117,6 +118,10 @@ def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monke
         (["point_cloud_gmm", "--config", "geometric"], ["--config='geometric'", "Variants: geometric_shapes"]),
         (["point_cloud_gmm", "--config=nowhere.yaml"], ["--config='nowhere.yaml'", "neither a file nor a variant"]),
         (["point_cloud_gmm", "--seeds", "a"], ["--seeds='a'", "--seeds=0,1,2"]),
+        (["volume_control", "--config=ablation", "--jobs=-1"], ["--jobs='-1'", "list of numbers"]),
+        (["volume_control", "--model.num_component=3"], ["model.num_component", "model.num_components"]),
+        (["volume_control", "--data", "MNIST", "--data.root=gone"], ["root='gone' is no folder", "train-images"]),
+        (["decoder_free_sae", "--model.variance=-1"], ["variance=-1", "at least 0"]),
         (["point_cloud_gmm", "--trainer.max_epoch=3"], ["trainer.max_epoch", "trainer.max_epochs"]),
         (["point_cloud_gmm", "--model.num_component=3"], ["model.num_component", "model.num_components"]),
         (["point_cloud_gmm", "--model.num_components=many"], ["num_components", "many"]),
