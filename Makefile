@@ -1,13 +1,14 @@
 # Two commands set everything up on a machine with Python 3.10 or later and make:
 #   make train    install, train an EM operator on point clouds, and write its table and pictures to lightning_logs/
 #   make test     install, and run all tests
-# Both keep what they install in .venv; ARGS="..." is handed on.
+# Both keep what they install in .venv; ARGS="..." is handed on. For those who change something there are make lint and
+# make docs, which builds the documentation into site/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 train: $(INSTALLED)
 	$(BIN)/em-lightning run point_cloud_gmm $(ARGS)
@@ -20,6 +21,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is older than 3.10; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
@@ -28,4 +32,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

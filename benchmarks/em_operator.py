@@ -12,16 +12,16 @@
 import argparse
 import math
 import os
-import resource
 import statistics
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from em_lightning import EMOperator, Mixture
-from em_lightning.mixture import moments
+from em_lightning.mixture import passes
 
 
 def blobs(sets, items, features, components, spread=3.0):
@@ -65,9 +65,17 @@ def sklearn_fit(x, start, b, iterations, kind):
         return fit.fit(x[b].numpy())
 
 
-def peak_mib():
-    """Return the largest resident memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_of(call):
+    """Return what a call gives, its seconds, and by how many MiB resident memory grew at most during it (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before, begin = _mib("VmRSS"), time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - begin, _mib("VmHWM") - before
+
+
+def _mib(name):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
 def table(title, head, rows):
@@ -78,59 +86,70 @@ def table(title, head, rows):
 
 
 def clouds(options):
-    """Compare 256 clouds of 1,024 points with a loop over scikit-learn."""
+    """Compare 256 clouds of 1,024 points with a loop over scikit-learn, on the threads that suit it best."""
     sets, items, iterations = max(int(256 * options.scale), 1), 1024, 20
     x = blobs(sets, items, 3, 16)
-    operator = EMOperator(16, 3, num_iters=iterations, residual=False)
+    operator, compiled = (EMOperator(16, 3, num_iters=iterations, residual=False) for _ in range(2))
+    compiled.compile()
     start = operator(x, num_iters=0)
-    wide = Mixture(*(part.double() for part in start))
     fits = {}
 
-    def reference():
-        fits["scikit-learn"] = [sklearn_fit(x, start, b, iterations, "full") for b in range(sets)]
+    def reference(threads, count=sets):
+        with threadpool_limits(threads):
+            fits["scikit-learn"] = [sklearn_fit(x, start, b, iterations, "full") for b in range(count)]
 
-    def ours():
-        fits["em_lightning"] = operator(x, init=start)
-
-    times = medians({"em_lightning": ours}, options.repeats) | medians({"scikit-learn": reference}, 1)
-    exact = operator(x.double(), init=wide).log_prob(x.double()).mean(1)
-    found = fits["em_lightning"].log_prob(x).double().mean(1)
-    theirs = torch.tensor([fit.score(x[b].numpy()) for b, fit in enumerate(fits["scikit-learn"])])
-    rows = [
-        [name, f"{seconds:.3f}", f"{times['scikit-learn'] / seconds:.1f}", f"{value.mean():.6f}"]
-        for (name, seconds), value in zip(times.items(), (found, theirs), strict=True)
-    ]
-    rows.append(["em_lightning, float64", "", "", f"{exact.mean():.6f}"])
+    trial = medians({n: lambda n=n: reference(n, sets // 8 + 1) for n in range(1, options.threads + 1)}, 1)
+    threads = min(trial, key=trial.get)
+    calls = {"em_lightning": operator, "em_lightning, compiled": compiled}
+    runs = {name: lambda o=o, name=name: fits.update({name: o(x, init=start)}) for name, o in calls.items()}
+    times = medians(runs, options.repeats)
+    begin = time.perf_counter()
+    reference(threads)
+    times["scikit-learn"] = time.perf_counter() - begin
+    exact = operator(x.double(), init=Mixture(*(part.double() for part in start))).log_prob(x.double()).mean(1)
+    rows = []
+    for name, seconds in times.items():
+        if name == "scikit-learn":
+            found = torch.tensor([fit.score(x[b].numpy()) for b, fit in enumerate(fits[name])])
+        else:
+            found = fits[name].log_prob(x).double().mean(1)
+        error = f"{(found - exact).abs().max():.1e}"
+        ratio = f"{times['scikit-learn'] / seconds:.1f}"
+        rows.append([name, f"{seconds:.3f}", ratio, f"{found.mean():.6f}", error])
+    rows.append(["em_lightning, float64", "", "", f"{exact.mean():.6f}", ""])
     title = f"{sets} clouds x {items} x 3, K = 16, full, {iterations} iterations, float32"
-    table(title, ["", "seconds", "x scikit-learn", "log-likelihood a point"], rows)
-    print(f"\nlargest difference of a cloud's log-likelihood from float64: {(found - exact).abs().max():.1e} a point")
+    head = ["seconds", "x scikit-learn", "log-likelihood a point", "largest error of a cloud's, beside float64"]
+    table(title, ["", *head], rows)
+    print(f"\nscikit-learn was fastest on {threads} of the threads: {trial} s for {sets // 8 + 1} clouds")
 
 
 def large(options):
-    """Compare one set of a million points with scikit-learn, two iterations of which are timed and scaled."""
+    """Compare one set of a million points with scikit-learn, whose iterations are timed by a difference."""
     items, features, components, iterations = int(1_000_000 * options.scale), 16, 64, 10
-    x = blobs(1, items, features, components)
+    x, few = blobs(1, items, features, components), 50_000
     rows = []
-    for kind in ("full", "diag"):
+    for kind in options.covariance:
         eye = torch.eye(features) if kind == "full" else torch.ones(features)
         spread = 4.0 * eye.expand(1, components, *eye.shape)
         start = Mixture(torch.full((1, components), 1 / components).log(), x[:, :components].clone(), spread)
         operator = EMOperator(components, features, num_iters=iterations, covariance=kind, residual=False)
         operator(x[:, :1000], init=start)  # libraries take memory when first used
-        begin_mib, begin = peak_mib(), time.perf_counter()
-        found = operator(x, init=start)
-        seconds, used = time.perf_counter() - begin, peak_mib() - begin_mib
-        likelihood = found.log_prob(x[:, :50_000]).mean()
-        two = operator(x, init=start, num_iters=2).log_prob(x[:, :50_000]).mean()
-        begin_mib, begin = peak_mib(), time.perf_counter()
-        fit = sklearn_fit(x, start, 0, 2, kind)
-        theirs, their_mib = (time.perf_counter() - begin) / 2 * iterations, peak_mib() - begin_mib
-        rows.append([kind, f"{seconds:.2f}", f"{theirs:.1f}", f"{theirs / seconds:.1f}", f"{used:.0f}"])
-        rows[-1] += [f"{their_mib:.0f}", f"{likelihood:.5f}", f"{two:.5f} / {fit.score(x[0, :50_000].numpy()):.5f}"]
-    head = ["", "seconds", "scikit-learn (2 timed)", "x", "MiB beyond the data", "scikit-learn's", "log-likelihood"]
+        runs = [peak_of(lambda o=operator, s=start: o(x, init=s)) for _ in range(options.repeats)]
+        seconds, used = statistics.median(run[1] for run in runs), max(run[2] for run in runs)
+        likelihood = runs[0][0].log_prob(x[:, :few]).mean()
+        steps = 2 if kind == "full" else 6
+        early = operator(x, init=start, num_iters=steps).log_prob(x[:, :few]).mean()
+        calls = [lambda n=n, s=start, k=kind: sklearn_fit(x, s, 0, n, k) for n in (1, 1, steps)]
+        _, (_, one, _), (fit, more, their_mib) = (peak_of(call) for call in calls)  # the first takes memory
+        theirs = (more - one) / (steps - 1)
+        rows.append([kind, f"{seconds / iterations:.3f}", f"{theirs:.2f}", f"{theirs * iterations / seconds:.1f}"])
+        rows[-1] += [f"{used:.0f}", f"{their_mib:.0f}", f"{likelihood:.5f}"]
+        rows[-1] += [f"{steps}: {early:.5f} / {fit.score(x[0, :few].numpy()):.5f}"]
+    head = ["s an iteration", "scikit-learn", "x", "MiB beyond the data", "scikit-learn's", "log-likelihood"]
     title = f"one set of {items:,} x {features}, K = {components}, {iterations} iterations, float32"
-    table(title, [*head, "after 2, ours / theirs"], rows)
-    print("\nMiB: growth of the peak resident memory of the process; the full case runs first, so later rows may hide.")
+    table(title, ["", *head, "early, ours / theirs"], rows)
+    print("\nours: the median of runs of 10 iterations with all that goes before them; scikit-learn: a fit of so many")
+    print("iterations as the last column says less a fit of 1. MiB: growth of resident memory at most, during a fit.")
 
 
 def textbook(x, start, iterations, floor=1e-6):
@@ -291,26 +310,26 @@ def accuracy(options):
         "surface of a cylinder": surface,
         "slab 1 : 1 : 1e-3, turned": (round_ * torch.tensor([1.0, 1.0, 1e-3], dtype=torch.float64)) @ turn,
     }
-    chosen, rows, features_of = [], [], moments._Plan.features_of
+    chosen, rows, forward = [], [], passes.Moments.forward
 
-    def record(plan, points, block):
-        chosen.append((block.precision, (block.clouds.stop - block.clouds.start)))
-        return features_of(plan, points, block)
+    def record(ctx, points, shift, weights, theta, plan):
+        chosen.append((plan.precision, len(points if plan.chosen is None else plan.chosen)))
+        return forward(ctx, points, shift, weights, theta, plan)
 
-    moments._Plan.features_of = record
+    passes.Moments.forward = record
     for name, points in data.items():
         x = points.float()
         operator = EMOperator(8, 3, num_iters=20, residual=False, covariance_floor=1e-10)
         start = operator(x, num_iters=0)
         chosen.clear()
         narrow = operator(x, init=start)
-        share = sum(n for p, n in chosen if p == torch.float64) / sum(n for _, n in chosen)
+        share = sum(n for p, n in chosen if p == torch.float64) / (len(x) * operator.num_iters)
         # The same rounded points in double: what float32 costs beyond the rounding of the data.
         wide = operator(x.double(), init=Mixture(*(part.double() for part in start))).log_prob(x.double())
         held = _held(operator, x, start).log_prob(x.double())
         errors = [(found.double().mean(1) - wide.mean(1)).abs().max() for found in (held, narrow.log_prob(x))]
         rows.append([name, f"{100 * share:.0f} %", *(f"{error:.1e}" for error in errors), f"{wide.mean():.4f}"])
-    moments._Plan.features_of = features_of
+    passes.Moments.forward = forward
     head = [
         "8 clouds, K = 8, T = 20",
         "in float64",
@@ -340,11 +359,12 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--covariance", nargs="+", default=["full", "diag"], help="of the large set")
     parser.add_argument("--plot", default="operator-scaling.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(f"threads {options.threads}, load before {os.getloadavg()[0]:.1f}", end="")
+    print(f"threads {options.threads}, load before {os.getloadavg()[0]:.1f}", end="", flush=True)
     with torch.set_grad_enabled(options.command == "gradients"), threadpool_limits(options.threads):
         COMMANDS[options.command](options)
     print(f"\nload after {os.getloadavg()[0]:.1f}")

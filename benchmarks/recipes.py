@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from em_lightning.callbacks import LayerReport
-from em_lightning.cli import load_recipe
+from em_lightning.cli.folders import find_recipe, load_recipe
 
 
 class Loop:
@@ -104,7 +104,7 @@ def measure(recipe, root, rounds, validate):
     args = ["--data=MNIST", f"--data.root={root}", f"--trainer.max_epochs={rounds + 1}", *validation]
     args += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        cli = load_recipe(recipe).prepare(args)
+        cli = load_recipe(find_recipe(recipe)).prepare(args)
         loops = {name: Loop(recipe, cli.datamodule, validate, fused) for name, fused in ADAM.items()}
         timed = Rounds(loops)
         for report in [callback for callback in cli.trainer.callbacks if isinstance(callback, LayerReport)]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import user_models as users
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -89,6 +90,9 @@ def build(base, *mixins):
 
 
 def fitted(tmp_path, model, callbacks=(), compiled=False, **options):
+    if options.get("plugins") == "16-mixed":  # asked for by name, Lightning takes bf16 on a CPU
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        options = {**options, "plugins": MixedPrecision("16-mixed", "cpu", scaler)}
     given = torch.compile(model, backend="aot_eager") if compiled else model
     users.trainer(tmp_path, 2, callbacks, **options).fit(given, users.MLP.data())
     return model
@@ -101,6 +105,8 @@ def fitted(tmp_path, model, callbacks=(), compiled=False, **options):
         ((), {"accumulate_grad_batches": 2}),
         ((), {"gradient_clip_val": 0.1}),
         ((), {"precision": "bf16-mixed"}),
+        ((), {"plugins": "16-mixed"}),
+        ((), {"plugins": "16-mixed", "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}),
         ((LBFGS,), {}),
         ((Dict,), {}),
         ((Manual,), {}),

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*logging interval"),
 ]
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 SMALL = [
     "--data.num_points=64",
     "--data.train_clouds=16",
@@ -46,7 +46,7 @@ def configs():
 @pytest.mark.parametrize("args", list(configs()))
 def test_every_config_of_every_recipe_runs(args, here, request):
     # Tables of MNIST are run on the embedded digits.
-    extra = ["--data.num_points=64"] if args[0] == "point_cloud_gmm" else ["--data=Digits"]
+    extra = ["--data=Digits"] if args[0] in ("decoder_free_sae", "volume_control") else ["--data.num_points=64"]
     if "geometric_shapes" in args:
         root = ROOT.parent / "shared" / "data" / "geometric_shapes" / "raw.zip"
         if not root.exists():
@@ -58,13 +58,57 @@ def test_every_config_of_every_recipe_runs(args, here, request):
 def test_every_recipe_has_a_config_and_says_what_it_does():
     for name, path in cli.recipes().items():
         assert (cli.folder_of("configs") / f"{name}.yaml").read_text().startswith(f"# em-lightning run {name}\n")
-        assert cli.summary(path).endswith(".") and len(path.read_text().splitlines()) <= 60
+        assert cli.docstring(path).splitlines()[0].endswith(".") and len(path.read_text().splitlines()) <= 60
 
 
 def test_ls_lists_the_recipes(capsys):
     assert cli.main(["ls"]) == 0
     printed = capsys.readouterr().out
     assert "point_cloud_gmm" in printed and "geometric_shapes" in printed
+
+
+@pytest.mark.parametrize("kind", cli.KINDS)
+def test_the_parts_of_every_registry_are_listed(kind, capsys):
+    assert cli.main(["kernels", kind]) == 0
+    printed = capsys.readouterr().out
+    for key, _, _, sentence in cli.parts_of(kind):
+        assert key in printed and sentence and "`" not in sentence
+
+
+def test_the_help_fits_a_screen(here, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for args in [[], ["cp"], ["run"], ["audit"], ["kernels"], *(["run", name] for name in cli.recipes())]:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*args, "--help"])
+        printed = capsys.readouterr().out
+        assert len(printed.splitlines()) <= 40 and max(map(len, printed.splitlines())) <= 120, args
+    assert "--model." in printed and "--trainer.max_epochs=" in printed
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", "point_cloud_gmm", "--help=all"])
+    assert "--trainer.gradient_clip_val" in capsys.readouterr().out
+
+
+def test_a_whole_config_can_be_printed_and_run(here, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", "point_cloud_gmm", "--model.num_components=3", "--print_config"])
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    assert "num_components: 3" in Path("mine.yaml").read_text()
+    assert cli.main(["run", "point_cloud_gmm", "--config", "mine.yaml", "--trainer.fast_dev_run=true"]) == 0
+
+
+def test_a_copy_is_edited_and_run(here, capsys):
+    assert cli.main(["cp", "point_cloud_gmm", "mine"]) == 0
+    script, config, variant = capsys.readouterr().out.split()
+    assert "em-lightning run point_cloud_gmm.py" in Path(script).read_text()
+    Path(config).write_text(Path(config).read_text().replace("num_components: 16", "num_components: 5"))
+    Path(variant).write_text("model: {lr: 0.5}\n")
+    Path(script).write_text(Path(script).read_text().replace("def main(args):", "def main(args):\n    print('edited')"))
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", script, "--config", "geometric_shapes", "--print_config"])
+    printed = capsys.readouterr().out
+    assert "edited" in printed and "num_components: 5" in printed and "lr: 0.5" in printed
+    assert cli.main(["cp", "point_cloud_gmm", "mine"]) == 2
+    assert f"{script} is there already; name another folder" in capsys.readouterr().err
 
 
 def test_a_run_leaves_table_pictures_and_events(here, capsys):
@@ -90,7 +134,10 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
     events.Reload()
     tags = events.Tags()
     assert {"clouds", "samples", "iterations", "training"} <= set(tags["images"])
-    assert any("responsibilities" in tag for tag in tags["tensors"])
+    assert any(tag.startswith("responsibilities") for tag in tags["tensors"])
+    assert {"by EM iteration/weights of the components", "by EM iteration/largest responsibility of a point"} == set(
+        tags["histograms"]
+    )
     assert {"train/log_likelihood", "val/log_likelihood"} <= set(tags["scalars"])
 
     resumed = cli.main(
@@ -115,6 +162,7 @@ def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monke
     "args, words",
     [
         (["point_cloud_gm"], ["unknown recipe 'point_cloud_gm'", "did you mean 'point_cloud_gmm'"]),
+        (["mine.py"], ["no file 'mine.py'", "a recipe's name"]),
         (["point_cloud_gmm", "--config", "geometric"], ["--config='geometric'", "Variants: geometric_shapes"]),
         (["point_cloud_gmm", "--config=nowhere.yaml"], ["--config='nowhere.yaml'", "neither a file nor a variant"]),
         (["point_cloud_gmm", "--seeds", "a"], ["--seeds='a'", "--seeds=0,1,2"]),
@@ -152,9 +200,9 @@ def test_a_corrupt_mesh_is_named(here, capsys):
 
 
 def test_a_programming_error_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "recipes", lambda: [].index(3))
+    monkeypatch.setattr(cli, "print_recipes", lambda: [].index(3))
     with pytest.raises(ValueError, match="3 is not in list"):
-        cli.main(["run", "point_cloud_gmm"])
+        cli.main(["ls"])
 
 
 @pytest.mark.slow
@@ -220,6 +268,8 @@ def test_audit_loads_a_checkpoint(here, capsys):
         (["nowhere:Model", "--input=5,8"], ["'nowhere:Model' cannot be imported"]),
         (["networks.py:needs", "--input=5,8"], ["without arguments", "arguments"]),
         (["networks.py:number", "--input=5,8"], ["is a int and no torch.nn.Module"]),
+        (["network.py:ready", "--input=5,8"], ["no file 'network.py'"]),
+        (["networks.py:ready", "--input=5,8", "--ckpt_path=gone"], ["--ckpt_path='gone'"]),
         (["networks.py:ready", "--input=5x8"], ["--input='5x8'", "--input=32,784"]),
     ],
 )

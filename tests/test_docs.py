@@ -1,55 +1,221 @@
-"""What the README shows is what happens."""
+"""What the README and the documentation show is what happens: every block of every page is run.
 
+Python blocks run as they stand, and what they print, or the error they end in, is compared with the ``text`` block
+behind them. Commands run as they stand too, except that ``em-lightning run`` becomes a ``fast_dev_run`` without
+``--seeds``, and that what installs, builds or serves something is looked up, because other tests or CI itself run it.
+A block below ``<!-- not run: WHY -->`` is left out.
+"""
+
+import contextlib
+import doctest
+import io
 import re
+import shlex
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-import torch
 
-import em_lightning
+from em_lightning import cli
 
-ROOT = Path(em_lightning.__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(
+    r'^(?P<skip><!-- not run: .+ -->\n)?```(?P<language>\w+)(?: title="(?P<title>.+?)")?\n(?P<code>.*?)^```$',
+    re.MULTILINE | re.DOTALL,
+)
+FAST = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
+PLUGIN = DOCS / "how-to" / "add-a-kernel.md"  # a package, which tests/test_kernels_plugin.py installs
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+TETRAHEDRON = "OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 1\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    title: str | None
+    skip: bool
+    line: int
+
+
+def blocks_of(page):
+    text = page.read_text()
+    found = [
+        Block(m["language"], m["code"], m["title"], bool(m["skip"]), text[: m.start()].count("\n") + 1)
+        for m in FENCE.finditer(text)
+    ]
+    assert text.count("```") == 2 * len(found), f"{page.name}: a block that is indented or has no language is not run"
+    return found
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    """Put a checkpoint where the README's run leaves one."""
+def folder(tmp_path, monkeypatch):
+    """Work where a reader has meshes, an archive of GeometricShapes' form, a model and a finished run."""
     import lightning
 
     from em_lightning.modules import PointCloudGMM
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "networks", raising=False)
+    for variable in ("LOGGER", "ENABLE_PROGRESS_BAR", "ENABLE_MODEL_SUMMARY"):
+        monkeypatch.setenv(f"PL_TRAINER_{variable}", "False")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "MY_MESHES").mkdir()
+    for i in range(5):
+        (tmp_path / "MY_MESHES" / f"mesh{i}.off").write_text(TETRAHEDRON)
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w") as archive:
+        for split in ("train", "test"):
+            for name in ("tetrahedron", "pyramid"):
+                archive.writestr(f"raw/{name}/{split}/{name}.off", TETRAHEDRON)
+    (tmp_path / "networks.py").write_text(
+        "import torch\n\nclass MyModel(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(784, 10)\n"
+    )
     trainer = lightning.Trainer(logger=False, enable_checkpointing=False, max_steps=0, accelerator="cpu")
-    trainer.strategy.connect(PointCloudGMM(num_components=3))
-    path = tmp_path / "lightning_logs/point_cloud_gmm/version_0/checkpoints/last.ckpt"
-    trainer.save_checkpoint(path)
+    trainer.strategy.connect(PointCloudGMM())
+    trainer.save_checkpoint(tmp_path / "lightning_logs/point_cloud_gmm/version_0/checkpoints/last.ckpt")
+    return tmp_path
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[block.strip().splitlines()[-1][:30] for block in BLOCKS])
-def test_every_block_of_the_readme_runs(block, checkpoint):
-    points, mask = torch.randn(2, 40, 3), torch.ones(2, 40, dtype=torch.bool)
-    scope = {"points": points, "mask": mask}
-    exec(compile(block, "README.md", "exec"), scope)
-    if "Prototypes" in scope:
-        module = scope["Prototypes"]()
-        assert {"loss", "free_energy", "variance", "decorrelation"} == set(
-            module.step((torch.randn(8, 784), None), "train")
-        )
-    if "mixture" in scope:
-        assert scope["mixture"].means.shape[0] in (2, 8)
+def in_process(arguments):
+    """Run the command line here, or, where it starts processes itself, in one of its own; return what it prints."""
+    if any("strategy" in argument for argument in arguments):
+        command = [sys.executable, "-m", "em_lightning.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = cli.main(arguments)
+        except SystemExit as end:
+            code = end.code
+    return code, printed.getvalue()
 
 
-def test_what_the_readme_points_to_is_there():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+def without_seeds(arguments):
+    joined = re.sub(r"--seeds[= ]\S+", "", shlex.join(arguments))
+    return shlex.split(joined)
 
 
-def test_every_option_of_the_readme_is_one_of_the_command():
-    from em_lightning.cli import folder_of, recipes
+def run_command(line):
+    """Run one line of a shell block, or look it up, and return what it prints."""
+    words = shlex.split(line, comments=True)
+    program, arguments = Path(words[0]).name, words[1:]
+    if program == "em-lightning":
+        if arguments[0] == "run" and "--help" not in arguments and "--print_config" not in arguments:
+            arguments = [*without_seeds(arguments), *FAST]
+        code, printed = in_process(arguments)
+        return printed if code == 0 else [line for line in printed.splitlines() if line.startswith("em-lightning")][-1]
+    if program == "make":
+        done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif program == "tensorboard":
+        command = [sys.executable, "-m", "tensorboard.main", "--inspect", *arguments]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    elif words == ["python", "docs/make_images.py"]:
+        subprocess.run([sys.executable, ROOT / "docs" / "make_images.py", "pictures"], check=True)
+        assert Path("pictures/activations.png").stat().st_size > 10_000
+    elif line.split("#")[0].strip() in ("pip install .", ".ci/run"):
+        pass  # tests/test_wheel.py, and CI itself
+    else:
+        raise AssertionError(f"no way is known to try {line!r}")
+    return ""
 
-    for name in re.findall(r"em-lightning run (\w+)", README):
-        assert name in recipes()
-    for variant in re.findall(r"em-lightning run \w+ --config (\w+)", README):
-        assert list(folder_of("configs").rglob(f"{variant}.yaml"))
+
+def run_python(code, names, name):
+    """Execute a block and return what it prints, with the error that ends it, if any, on the last line."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(compile(code, name, "exec"), names)
+        except Exception as error:
+            if not isinstance(names.get("expected"), str) or "Error: " not in names["expected"]:
+                raise
+            return f"{printed.getvalue()}{type(error).__name__}: {error}"
+    return printed.getvalue()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:.*args parameter is intended",
+    "ignore:.*`weights_only` was not set",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != PLUGIN], ids=lambda page: page.stem)
+def test_page(page, folder):
+    blocks = blocks_of(page)
+    names = {}
+    if page.parent.name == "how-to" and page.stem != "index" or page.stem == "mistakes":
+        run_python(blocks_of(DOCS / "how-to" / "index.md")[0].code, names, "index.md")
+    for block, after in zip(blocks, [*blocks[1:], None], strict=False):
+        names["expected"] = after.code if after and after.language == "text" and not after.title else None
+        if block.skip:
+            continue
+        if block.title:
+            Path(block.title).parent.mkdir(exist_ok=True)
+            Path(block.title).write_text(block.code)
+        elif block.language == "python":
+            printed = run_python(block.code, names, f"{page.name}:{block.line}")
+        elif block.language == "sh":
+            lines = [line for line in block.code.replace("\\\n", "").splitlines() if line.partition("#")[0].strip()]
+            printed = "".join(run_command(line) for line in lines)
+        elif block.language != "text":
+            raise AssertionError(f"{page.name}:{block.line}: {block.language} is not run; give it a title")
+        if names["expected"] is not None and block.title is None:
+            same = doctest.OutputChecker().check_output(names["expected"], printed, OPTIONS)
+            assert same, f"{page.name}:{block.line} says\n{names['expected']}\nand prints\n{printed}"
+
+
+PROGRAMS = ("em-lightning", "python", "tensorboard", "make")
+COMMANDS = [
+    pytest.param(page, " ".join(code.split()), id=f"{page.stem}: {code[:60]}")
+    for page in PAGES
+    for code in re.findall(r"`([^`]+)`", FENCE.sub("", page.read_text()))
+    if Path(code.split()[0]).name in PROGRAMS and len(code.split()) > 1
+]
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_a_command_in_a_sentence_is_one(page, command, folder):
+    """A command inside a sentence is parsed: its recipe, config, keys and options have to be there."""
+    words = shlex.split(command)
+    program, arguments = Path(words[0]).name, words[1:]
+    if program == "em-lightning" and arguments[0] == "run":
+        if not arguments[1:] or arguments[1].isupper():
+            return  # the command itself is what the sentence is about
+        code, printed = in_process([*without_seeds(arguments), "--print_config"])
+        assert code == 0, printed
+    elif program == "em-lightning":
+        assert arguments[0] in ("ls", "cp", "audit", "kernels", "ls | cp | run | audit | kernels")
+    elif program == "make":
+        run_command(command)
+    elif program == "python" and arguments[0].startswith(("benchmarks/", "-m")):
+        script = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
+        source = (ROOT / script.replace("em_lightning/cli.py", "em_lightning/cli/__main__.py")).read_text()
+        for option in re.findall(r" --([\w-]+)", command):
+            assert option in source, f"{script} has no option {option}"
+    else:
+        assert command in ("python docs/make_images.py", "python docs/make_tables.py") or program == "tensorboard"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_points_to_is_there(page):
+    made = {"recipes.md", "parts.md", "changelog.md", "api"}  # by docs/hooks.py; `mkdocs build --strict` looks at them
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http") and target.removeprefix("../").split("/")[0] not in made:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_table_of_what_is_inside_is_up_to_date():
+    sys.path.insert(0, str(DOCS))
+    try:
+        from make_tables import README, updated
+    finally:
+        sys.path.remove(str(DOCS))
+    assert README.read_text() == updated(README.read_text()), "run python docs/make_tables.py"

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from em_lightning import catalog, cli, grid
+from em_lightning import cli
+from em_lightning.cli import folders, grid
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*args parameter is intended"),
@@ -18,7 +19,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*logging interval"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
 ]
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).parents[2]
+SCRIPT = folders.find_recipe("decoder_free_sae")
 
 
 @pytest.fixture
@@ -106,10 +108,10 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(here, monkeypatch):
     def run(seeds, stop=False):
         args, made = ["--config", write_table(epochs=4)], []
         table = grid.table_of(args)
-        monkeypatch.setattr(grid, "_run_cells", lambda name, cells, jobs: made.extend(cells))
+        monkeypatch.setattr(grid, "_run_cells", lambda script, cells, jobs: made.extend(cells))
         monkeypatch.setattr(grid, "_write", lambda *args: None)
-        grid.run_table("decoder_free_sae", args, table, seeds, 1)
-        recipe = catalog.load_recipe("decoder_free_sae")
+        grid.run_table(SCRIPT, args, table, seeds, 1)
+        recipe = folders.load_recipe(SCRIPT)
         prepare = recipe.prepare
 
         def with_stop(arguments):
@@ -119,9 +121,9 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(here, monkeypatch):
 
         if stop:
             recipe.prepare = with_stop
-        monkeypatch.setattr(grid, "load_recipe", lambda name: recipe)
+        monkeypatch.setattr(grid, "load_recipe", lambda script: recipe)
         row = [cell for cell in made if cell.row == "published"]
-        grid._run_row("decoder_free_sae", row)
+        grid._run_row(SCRIPT, row)
         return [json.loads(cell.result.read_text()) for cell in row]
 
     for seeds in ([1, 2], [1]):  # together, and one alone
@@ -161,7 +163,7 @@ def test_a_line_compares_with_what_was_published(values, published, checked, exp
 
 
 def test_published_tables_name_metrics_that_exist():
-    for path in sorted(catalog.folder_of("configs").glob("*/*.yaml")):
+    for path in sorted(folders.folder_of("configs").glob("*/*.yaml")):
         table = (yaml.safe_load(path.read_text()) or {}).get("table")
         if table:
             for row in table["rows"].values():

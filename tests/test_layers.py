@@ -31,8 +31,6 @@ ORDER = [
     "modules",
     "callbacks",
     "testing",
-    "catalog",
-    "grid",
     "cli",
 ]
 

@@ -7,6 +7,7 @@ from scipy import stats
 from torch import nn
 
 from em_lightning.competition import softmin
+from em_lightning.distributed import free_energy_of
 from em_lightning.losses import (
     LOSSES,
     BalanceLoss,
@@ -19,7 +20,6 @@ from em_lightning.losses import (
     VarianceLoss,
     WeightRedundancyLoss,
 )
-from em_lightning.losses.free_energy import free_energy_of
 from em_lightning.testing.losses import LossContract, assert_ranks_agree
 
 DOUBLE = torch.float64

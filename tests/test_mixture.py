@@ -7,6 +7,7 @@ from scipy.stats import multivariate_normal
 from torch.autograd import gradcheck
 
 from em_lightning.mixture import COVARIANCES, Mixture, em_step
+from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import cholesky_with_inverse
 from em_lightning.mixture.moments import accumulate, log_density
 
@@ -24,6 +25,12 @@ def random_mixture(kind, sets=2, components=3, features=2, dtype=torch.float64):
     }[kind]
     log_weights = torch.randn(sets, components, dtype=dtype).log_softmax(-1)
     return Mixture(log_weights, torch.randn(sets, components, features, dtype=dtype), covariances)
+
+
+def cloud_of(points, weights=None, shift=None):
+    """The given points in the frame of the loop, without centring."""
+    none = points.new_zeros(points.shape[:2])
+    return Cloud(points, weights, none[:, 0], none, none, shift)
 
 
 def covariance_of(mixture, b, k):
@@ -128,24 +135,30 @@ def test_likelihood_never_falls(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_of_both_passes(kind, weighted, monkeypatch):
-    monkeypatch.setattr("em_lightning.mixture.moments._BLOCK", 12)  # several blocks of clouds and rows
+@pytest.mark.parametrize("weighted, shifted", [(False, False), (True, True)])
+def test_gradients_of_both_passes(kind, weighted, shifted, monkeypatch):
+    monkeypatch.setattr("em_lightning.mixture.passes._BLOCK", 12)  # several blocks of clouds and rows
     structure = COVARIANCES[kind]
     points = torch.randn(2, 2, 7, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 7, dtype=torch.float64, requires_grad=True) if weighted else None
     theta = torch.randn(2, 3, structure.num_moments(2), dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda p, w, t: accumulate(p, w, t, structure), (points, weights, theta))
-    assert gradcheck(lambda p, t: log_density(p, t, structure), (points, theta))
+    shift = torch.randn(2, 2, dtype=torch.float64, requires_grad=True) if shifted else None
+
+    def passes(points, shift, weights, theta):
+        cloud = cloud_of(points, weights, shift)
+        return accumulate(cloud, theta, structure)[0], log_density(cloud, theta, structure)
+
+    assert gradcheck(passes, (points, shift, weights, theta))
 
 
 def test_blocks_change_nothing(monkeypatch):
     structure = COVARIANCES["full"]
     points, theta = torch.randn(5, 3, 40, dtype=torch.float64), torch.randn(5, 4, 10, dtype=torch.float64)
-    whole = accumulate(points, None, theta, structure)
+    whole = accumulate(cloud_of(points), theta, structure, likelihood=True)
     for block in (1, 7, 100, 350):
-        monkeypatch.setattr("em_lightning.mixture.moments._BLOCK", block)
-        assert torch.allclose(accumulate(points, None, theta, structure), whole, atol=1e-12)
+        monkeypatch.setattr("em_lightning.mixture.passes._BLOCK", block)
+        for one, two in zip(accumulate(cloud_of(points), theta, structure, likelihood=True), whole, strict=True):
+            assert torch.allclose(one, two, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 9])

@@ -133,7 +133,7 @@ def test_strong_priors_are_obeyed():
 
 def test_pseudo_counts_are_learned():
     prior = MixturePrior(weight_concentration=2.0, mean_strength=0.0, covariance_strength=3.0, learnable=True)
-    assert sorted(name for name, _ in prior.named_parameters()) == ["log_covariance", "log_weight"]
+    assert sorted(name for name, _ in prior.named_parameters()) == ["log_covariance", "log_spread", "log_weight"]
     operator = EMOperator(3, 2, prior=prior, residual=False)
     x = clouds()
     operator(x).log_prob(x).sum().backward()

@@ -11,8 +11,8 @@ from torch.autograd import gradcheck
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES
+from em_lightning.mixture.cloud import prepare
 from em_lightning.mixture.starts import farthest_points, kmeans_plus_plus, random_points
-from em_lightning.mixture.step import prepare
 
 KINDS = sorted(COVARIANCES)
 INITS = ["farthest", "kmeans++", "random", "learned"]

@@ -9,8 +9,8 @@ from sklearn.cluster import KMeans
 from em_lightning import EMOperator, Mixture
 from em_lightning.competition import none_of_the_above
 from em_lightning.mixture import COVARIANCES, UniformBackground
+from em_lightning.mixture.cloud import prepare
 from em_lightning.mixture.starts import from_centers, kmeans_plus_plus, lloyd, random_points
-from em_lightning.mixture.step import prepare
 
 KINDS = sorted(COVARIANCES)
 
@@ -311,3 +311,16 @@ def test_wrong_use_is_answered(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kernel": "huber"}, {"background": 0.1}])
+def test_a_fit_passes_over_the_points_once_an_iteration(arguments, monkeypatch):
+    """The objective comes out of the pass itself: one pass more than there are iterations sees the last of them."""
+    from em_lightning.mixture import general, passes
+
+    seen, forward, log_joint = [], passes.Moments.forward, general.log_joint
+    monkeypatch.setattr(passes.Moments, "forward", lambda *args: seen.append(0) or forward(*args))
+    monkeypatch.setattr(general, "log_joint", lambda *args: seen.append(0) or log_joint(*args))
+    monkeypatch.setattr(passes.LogDensity, "forward", None)
+    _, steps = EMOperator(2, 2, residual=False, **arguments).fit(clouds(), tol=1e-4)
+    assert len(seen) == steps.max() + 1

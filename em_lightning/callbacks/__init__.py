@@ -1,5 +1,6 @@
 """Lightning callbacks: EM put into a model, scheduled, watched and audited; reports of runs."""
 
+from em_lightning.callbacks.clustering_report import ClusteringReport
 from em_lightning.callbacks.layer_report import LayerReport
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.mixture_report import MixtureReport
@@ -9,6 +10,7 @@ from em_lightning.callbacks.time_left import TimeLeft
 from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor, responsibilities_figure
 
 __all__ = [
+    "ClusteringReport",
     "EMAudit",
     "InsertEMOperator",
     "LayerReport",

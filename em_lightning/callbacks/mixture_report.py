@@ -29,8 +29,9 @@ class MixtureReport(lightning.Callback):
 
     At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json`` (held-out
     log-likelihood, time a cloud), ``clouds.png`` (responsibilities and ellipsoids), ``samples.png``,
-    ``training.png`` and ``iterations.png`` (likelihood by iteration), and the same figures and a point-cloud view to
-    TensorBoard. It works with any module that has an ``operator`` and any data module of point clouds.
+    ``training.png`` and ``iterations.png`` (likelihood by iteration), and the same figures, a point-cloud view and
+    histograms by EM iteration to TensorBoard. It works with any module that has an ``operator`` and any data module of
+    point clouds.
 
     Args:
         num_pictured: clouds in the pictures.
@@ -79,6 +80,8 @@ class MixtureReport(lightning.Callback):
         pl_module.train(training)
 
     def _report(self, trainer: Any, module: Any, folder: Path) -> None:
+        from rich.progress import track
+
         operator: EMOperator = module.operator
         batches = [
             PointCloudBatch(*(part.to(module.device) for part in batch))
@@ -125,7 +128,7 @@ class MixtureReport(lightning.Callback):
                 "Training",
             )
         writer: Any = getattr(trainer.logger, "experiment", None)
-        for name, figure in figures.items():
+        for name, figure in track(figures.items(), "pictures", transient=True):
             save_figure(figure, folder / f"{name}.png")
             if hasattr(writer, "add_figure"):
                 writer.add_figure(name, figure, trainer.global_step, close=False)
@@ -133,7 +136,13 @@ class MixtureReport(lightning.Callback):
             colors = mixture.posterior(shown.points).responsibilities @ component_colors(operator.num_components).to(
                 shown.points
             )
-            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, {}, 0)
+            dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
+            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, dots, 0)
+        if hasattr(writer, "add_histogram"):
+            for i, mixture in enumerate(operator.iterate(shown.points, shown.mask)):
+                largest = mixture.posterior(shown.points).responsibilities.amax(-1)[shown.mask]
+                writer.add_histogram("by EM iteration/weights of the components", mixture.weights, i)
+                writer.add_histogram("by EM iteration/largest responsibility of a point", largest, i)
             writer.flush()
 
     def _iterations(
@@ -228,9 +237,11 @@ def _row(method: str, scores: _Scores, seconds: float, clouds: int) -> dict[str,
 def _measure(
     method: str, operator: EMOperator, batches: list[PointCloudBatch], starts: list[Mixture]
 ) -> dict[str, Any]:
+    from rich.progress import track
+
     scores, seconds = _Scores(), 0.0
     operator(batches[0].points, batches[0].mask)  # warm up
-    for batch, start in zip(batches, starts, strict=True):
+    for batch, start in track(list(zip(batches, starts, strict=True)), method, transient=True):
         began = time.perf_counter()
         operator(batch.points, batch.mask).means.cpu()  # waits for a GPU
         seconds += time.perf_counter() - began

@@ -5,6 +5,7 @@ from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointClo
 from em_lightning.data.folder import PointCloudFolder
 from em_lightning.data.idx import idx_shape, read_idx
 from em_lightning.data.images import MNIST, Digits
+from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
@@ -19,6 +20,8 @@ __all__ = [
     "Digits",
     "EpochSampler",
     "GeometricShapes",
+    "MixtureSetBatch",
+    "MixtureSets",
     "ModelNet",
     "Normalization",
     "PointCloudBatch",

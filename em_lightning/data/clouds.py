@@ -262,7 +262,7 @@ class EpochSampler(DistributedSampler[Any]):
         seed: of the shuffling.
     """
 
-    def __init__(self, dataset: CloudDataset, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
+    def __init__(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
 
     def __iter__(self) -> Iterator[Any]:

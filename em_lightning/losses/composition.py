@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from em_lightning.distributed import batch_moments, units_last
 from em_lightning.losses.fused import published_terms
-from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
+from em_lightning.losses.terms import LOSSES, FreeEnergyLoss, MomentLoss, WeightRedundancyLoss
 
 __all__ = ["EMLoss"]
 
@@ -95,9 +95,21 @@ class EMLoss(nn.Module):
         """
         energies = units_last(energies, self.dim)
         active = {name: weight for name, weight in self.weights.items() if weight}
+        values: dict[str, Tensor] = {}
         moments = None
         at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms, active)
-        values: dict[str, Tensor] = {}
+        of_moments = [term for name, term in self.terms.items() if name in active and isinstance(term, MomentLoss)]
+        if of_moments and not set(active) <= set(at_once):
+            free_energy = self.terms["free_energy"]
+            assert isinstance(free_energy, FreeEnergyLoss)
+            # The free energy joins in: one pass over the energies forward, one backward.
+            moments = batch_moments(
+                energies,
+                mask=mask,
+                weights=weights,
+                products=any(term.products for term in of_moments),
+                temperature=free_energy.temperature if "free_energy" in active else None,
+            )
         for name, weight in active.items():
             term = self.terms[name]
             if name in at_once:
@@ -107,10 +119,10 @@ class EMLoss(nn.Module):
                 if weight_matrix is None:
                     raise ValueError(f"{name} acts on a weight: call the loss with weight_matrix=layer.weight")
                 value = term(weight_matrix)
-            elif isinstance(term, MomentLoss):
-                if moments is None:
-                    moments = batch_moments(energies, mask=mask, weights=weights)
+            elif moments is not None and isinstance(term, MomentLoss):
                 value = term.from_moments(moments)
+            elif isinstance(term, FreeEnergyLoss) and moments is not None and moments.free_energy is not None:
+                value = term.reduce(moments.free_energy, moments.weights)
             else:
                 value = term(energies, mask, weights)
             values[name] = weight * value

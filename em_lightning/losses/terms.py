@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from em_lightning.distributed import Moments, batch_mean, batch_moments, flatten_units, global_sum
-from em_lightning.losses.free_energy import free_energy_of
+from em_lightning.distributed import Moments, batch_mean, batch_moments, flatten_units, free_energy_of, global_sum
 from em_lightning.registry import Registry
 
 __all__ = [
@@ -68,11 +67,17 @@ class EnergyLoss(nn.Module):
 
 
 class MomentLoss(EnergyLoss):
-    """A loss of the batch moments alone; ``EMLoss`` computes these once for all such terms."""
+    """A loss of the batch moments alone; ``EMLoss`` computes these once for all such terms.
+
+    Attributes:
+        products: whether it reads covariance, correlation or redundancy, so that they are taken with the variance.
+    """
+
+    products = False
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the loss of the global batch: a scalar."""
-        return self.from_moments(batch_moments(energies, self.dim, mask, weights))
+        return self.from_moments(batch_moments(energies, self.dim, mask, weights, products=self.products))
 
     def from_moments(self, moments: Moments) -> Tensor:
         """Return the loss, given the moments of the global batch."""
@@ -111,7 +116,10 @@ class FreeEnergyLoss(EnergyLoss):
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the summed or mean free energy of the global batch: a scalar."""
         items, counts = flatten_units(energies, self.dim, mask, weights)
-        free_energy = free_energy_of(items, self.temperature)
+        return self.reduce(free_energy_of(items, self.temperature), counts)
+
+    def reduce(self, free_energy: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the sum or mean over the global batch of free energies (N,), by their counts (N,)."""
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
         return global_sum((free_energy if counts is None else free_energy * counts).sum())
@@ -204,6 +212,8 @@ class DecorrelationLoss(MomentLoss):
     Oursland, arXiv 2601.06478.
     """
 
+    products = True
+
     def __init__(self, eps: float = 1e-8, dim: int = -1) -> None:
         super().__init__(dim)
         self.eps = _positive("eps", eps)
@@ -237,6 +247,8 @@ class LogDetLoss(MomentLoss):
         tensor(True)
     """
 
+    products = True
+
     def __init__(self, of: str = "covariance", eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(dim)
         if of not in ("covariance", "correlation"):
@@ -252,8 +264,10 @@ class LogDetLoss(MomentLoss):
             matrix = moments.correlation()
             matrix, scale = matrix - torch.diag(matrix.diagonal() - 1.0), 1.0 + self.eps
         # Eigenvalues, as rounding may leave a singular matrix indefinite and a Cholesky factor would not exist.
-        spectrum = torch.linalg.eigvalsh(matrix).clamp_min(0.0)
-        return -((spectrum + self.eps) / scale).log().sum()
+        # In float64 where the device has it: near a loss of 0 the logarithms cancel to the last digits of float32.
+        wide = matrix if matrix.device.type == "mps" else matrix.double()
+        spectrum = torch.linalg.eigvalsh(wide).clamp_min(0.0)
+        return -((spectrum + self.eps) / scale).log().sum().to(matrix.dtype)
 
     def extra_repr(self) -> str:
         """Show the matrix meant."""

@@ -5,5 +5,16 @@ from em_lightning.mixture.covariance import COVARIANCES
 from em_lightning.mixture.prior import MixturePrior
 from em_lightning.mixture.state import Mixture
 from em_lightning.mixture.step import em_step
+from em_lightning.mixture.stream import Statistics, collect, maximize, no_statistics
 
-__all__ = ["COVARIANCES", "Mixture", "MixturePrior", "UniformBackground", "em_step"]
+__all__ = [
+    "COVARIANCES",
+    "Mixture",
+    "MixturePrior",
+    "Statistics",
+    "UniformBackground",
+    "collect",
+    "em_step",
+    "maximize",
+    "no_statistics",
+]

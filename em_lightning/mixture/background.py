@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from em_lightning.mixture.step import Cloud
+from em_lightning.mixture.cloud import Cloud
 
 # A side of the box of a flat cloud, as a share of its longest.
 _THINNEST = 1e-3

@@ -7,8 +7,9 @@ Covariances are held by a *factor* ``L`` with ``Sigma = L L^T`` and its inverse 
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ class Factors(NamedTuple):
 
 
 class State(NamedTuple):
-    """The parameters inside the loop, means relative to the centre of the cloud."""
+    """The parameters inside the loop, means relative to the centre of the cloud; natural ones where at hand."""
 
     log_weights: Tensor
     means: Tensor
     factors: Factors
+    theta: Tensor | None = None
 
 
 class FullCovariance:
@@ -49,6 +51,17 @@ class FullCovariance:
         points = points.to(dtype)
         pairs = [points[:, i : i + 1] * points[:, i:] for i in range(points.shape[1])]
         return torch.cat([torch.ones_like(points[:, :1]), points, *pairs], 1)
+
+    def fill(self, points: Tensor, out: Tensor) -> Tensor:
+        """Write phi of points (B, D, N) of the same type into ``out`` (B, F, N)."""
+        features = points.shape[1]
+        out[:, 0] = 1.0
+        out[:, 1 : 1 + features] = points
+        place = 1 + features
+        for i in range(features):
+            torch.mul(points[:, i : i + 1], points[:, i:], out=out[:, place : place + features - i])
+            place += features - i
+        return out
 
     def pull_back(self, points: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of points (B, D, N) that a gradient (B, F, N) of their features stands for."""
@@ -81,6 +94,8 @@ class FullCovariance:
         """
         features = _features_of(moments.shape[-1])
         mass, log_weights = _mass(moments)
+        if features <= _UNROLLED_UP_TO:
+            return self._unrolled(moments, mass, log_weights, floor)
         shares = moments[..., 1:] / mass.unsqueeze(-1)
         means = shares[..., :features]
         i, j = _pairs(features, moments.device)
@@ -93,6 +108,26 @@ class FullCovariance:
     def _factors(self, mass: Tensor, means: Tensor, second: Tensor, floor: Tensor) -> Factors:
         spread = second - means.unsqueeze(-1) * means.unsqueeze(-2)
         return _with_floor(spread, second.diagonal(dim1=-2, dim2=-1), floor)
+
+    def _unrolled(self, moments: Tensor, mass: Tensor, log_weights: Tensor, floor: Tensor) -> State:
+        """Return the same in operations on (B, K) tensors."""
+        size = _features_of(moments.shape[-1])
+        shares = (moments[..., 1:] / mass.unsqueeze(-1)).permute(2, 0, 1).contiguous().unbind(0)
+        means, second = shares[:size], iter(shares[size:])
+        spread: list[list[Tensor]] = [[] for _ in range(size)]  # rows of the lower triangle
+        least = []
+        for i in range(size):
+            for j in range(i, size):
+                square = next(second)
+                difference = self._pool(torch.addcmul(square, means[i], means[j], value=-1), mass)
+                spread[j].append(difference if i != j else difference + floor.unsqueeze(-1))
+                if i == j:
+                    least.append(_least_pivots(self._pool(square, mass)))
+        return State(log_weights, torch.stack(means, -1), _cholesky_of_rows(spread, least))
+
+    def _pool(self, entry: Tensor, mass: Tensor) -> Tensor:
+        """Return an entry (B, K) of the covariances as the components share it."""
+        return entry
 
     def expand(self, variance: Tensor, num_components: int, num_features: int) -> Factors:
         """Return the factors of ``variance (B, D) * I`` for every component."""
@@ -149,6 +184,9 @@ class TiedCovariance(FullCovariance):
         """Return the factors of ``variance (B, D) * I``, once a set."""
         return super().expand(variance, 1, num_features)
 
+    def _pool(self, entry: Tensor, mass: Tensor) -> Tensor:
+        return (mass * entry).sum(-1, keepdim=True) / mass.sum(-1, keepdim=True)
+
     def _factors(self, mass: Tensor, means: Tensor, second: Tensor, floor: Tensor) -> Factors:
         share = (mass / mass.sum(-1, keepdim=True))[..., None, None]
         spread = (share * (second - means.unsqueeze(-1) * means.unsqueeze(-2))).sum(1, keepdim=True)
@@ -176,6 +214,14 @@ class DiagonalCovariance:
         """Return phi (B, F, N) of points (B, D, N)."""
         points = points.to(dtype)
         return torch.cat([torch.ones_like(points[:, :1]), points, self._squares(points)], 1)
+
+    def fill(self, points: Tensor, out: Tensor) -> Tensor:
+        """Write phi of points (B, D, N) of the same type into ``out`` (B, F, N)."""
+        features = points.shape[1]
+        out[:, 0] = 1.0
+        out[:, 1 : 1 + features] = points
+        out[:, 1 + features :] = self._squares(points)
+        return out
 
     def _squares(self, points: Tensor) -> Tensor:
         return points.square()
@@ -291,6 +337,14 @@ COVARIANCES: dict[str, Structure] = {
 }
 
 
+def compiled(name: str, **options: Any) -> Structure:
+    """Return the structure of that name, what an iteration calls compiled; options are those of ``torch.compile``."""
+    structure = copy.copy(COVARIANCES[name])
+    for function in (structure.natural, structure.maximize):
+        setattr(structure, function.__name__, torch.compile(function, **options))
+    return structure
+
+
 def cholesky_with_inverse(matrix: Tensor, least_pivots: Tensor) -> Factors:
     """Return the lower Cholesky factor of (..., D, D) matrices and its inverse, finite for every finite input.
 
@@ -301,26 +355,34 @@ def cholesky_with_inverse(matrix: Tensor, least_pivots: Tensor) -> Factors:
     size = matrix.shape[-1]
     if size > _UNROLLED_UP_TO:
         return _library_cholesky(matrix, least_pivots)
+    rows = [[matrix[..., i, j] for j in range(i + 1)] for i in range(size)]
+    return _cholesky_of_rows(rows, list(least_pivots.unbind(-1)))
+
+
+def _cholesky_of_rows(rows: list[list[Tensor]], least_pivots: list[Tensor]) -> Factors:
+    """Return the factor and its inverse of matrices given by the rows of their lower triangles."""
+    size = len(rows)
     lower: list[list[Tensor]] = [[] for _ in range(size)]
     inverse: list[list[Tensor]] = [[] for _ in range(size)]
-    zero = torch.zeros_like(matrix[..., 0, 0])
+    zero = torch.zeros_like(rows[0][0])
     for i in range(size):
         for j in range(i):
-            entry = matrix[..., i, j]
+            entry = rows[i][j]
             for p in range(j):
-                entry = entry - lower[i][p] * lower[j][p]
+                entry = torch.addcmul(entry, lower[i][p], lower[j][p], value=-1)
             lower[i].append(entry * inverse[j][j])
-        pivot = matrix[..., i, i]
+        pivot = rows[i][i]
         for p in range(i):
-            pivot = pivot - lower[i][p] * lower[i][p]
-        root = torch.maximum(pivot, least_pivots[..., i]).sqrt()
+            pivot = torch.addcmul(pivot, lower[i][p], lower[i][p], value=-1)
+        root = torch.maximum(pivot, least_pivots[i]).sqrt()
         lower[i].append(root)
+        reciprocal = root.reciprocal()
         for j in range(i):
             entry = lower[i][j] * inverse[j][j]
             for p in range(j + 1, i):
-                entry = entry + lower[i][p] * inverse[p][j]
-            inverse[i].append(-entry / root)
-        inverse[i].append(root.reciprocal())
+                entry = torch.addcmul(entry, lower[i][p], inverse[p][j])
+            inverse[i].append(-entry * reciprocal)
+        inverse[i].append(reciprocal)
 
     def assemble(rows: list[list[Tensor]]) -> Tensor:
         filled = [row + [zero] * (size - len(row)) for row in rows]

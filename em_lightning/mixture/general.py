@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from em_lightning.mixture.background import Level
+from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import State, Structure
 from em_lightning.mixture.radial import Radial
-from em_lightning.mixture.step import Cloud
 
+Sums = tuple[Tensor, Tensor]
 # Responsibilities a block.
 _BLOCK = 2**18
 
@@ -64,8 +66,10 @@ def general_moments(
     level: Level | None,
     respond: Callable[[Tensor], Tensor],
     whole: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     r"""Return moments ``sum_n w_n r_nk [1, u_nk x_n, u_nk x_n x_n^T]`` (B, K, F) and ``sum_n w_n r_nk u_nk`` (B, K).
+
+    The third result is the log-likelihood ``sum_n w_n log p(x_n)`` (B,), which has no gradient.
 
     Args:
         cloud: the point sets.
@@ -79,26 +83,32 @@ def general_moments(
     theta = structure.natural(state)
     peak = peaks(theta, state, structure)
 
-    def block(points: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, clouds: slice) -> Tensor:
+    def block(points: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, clouds: slice) -> Sums:
         features, joint, pull = log_joint(points, theta, peak, structure, radial)
-        share = respond(with_background(joint.to(points.dtype), level, clouds))[:, : theta.shape[1]]
+        logits = with_background(joint.to(points.dtype), level, clouds)
+        density = logits.detach().logsumexp(1)
+        density = density if weights is None else density * weights.detach()
+        share = respond(logits)[:, : theta.shape[1]]
         if weights is not None:
             share = share * weights.unsqueeze(1)
         share = share.to(theta.dtype)
         pulled = share if pull is None else share * pull
-        return torch.cat([share.sum(-1, keepdim=True), torch.bmm(pulled, features.mT)], -1)
+        sums = torch.cat([share.sum(-1, keepdim=True), torch.bmm(pulled, features.mT)], -1)
+        return sums, density.sum(-1, dtype=theta.dtype)
 
-    parts = []
+    parts, likelihoods = [], []
     for clouds, blocks in _blocks(cloud, theta, whole):
-        total = torch.zeros_like(theta[:1, :1, :1])
+        total, likelihood = torch.zeros_like(theta[:1, :1, :1]), torch.zeros_like(theta[:1, 0, 0])
         for rows in blocks:
             weights = None if cloud.weights is None else cloud.weights[clouds, rows]
-            total = total + _again(block, cloud.points[clouds, :, rows], weights, theta[clouds], peak[clouds], clouds)
+            sums, density = _again(block, cloud.part(clouds, rows), weights, theta[clouds], peak[clouds], clouds)
+            total, likelihood = total + sums, likelihood + density
         parts.append(total)
-    sums = torch.cat(parts)
+        likelihoods.append(likelihood)
+    sums, likelihood = torch.cat(parts), torch.cat(likelihoods)
     if radial is None:
-        return sums[..., 1:], None
-    return torch.cat([sums[..., :1], sums[..., 2:]], -1), sums[..., 1]
+        return sums[..., 1:], None, likelihood
+    return torch.cat([sums[..., :1], sums[..., 2:]], -1), sums[..., 1], likelihood
 
 
 def general_log_density(
@@ -114,7 +124,7 @@ def general_log_density(
 
     parts = []
     for clouds, blocks in _blocks(cloud, theta, False):
-        rows = [_again(block, cloud.points[clouds, :, row], theta[clouds], peak[clouds], clouds) for row in blocks]
+        rows = [_again(block, cloud.part(clouds, row), theta[clouds], peak[clouds], clouds) for row in blocks]
         parts.append(torch.cat(rows, -1))
     return torch.cat(parts)
 
@@ -128,7 +138,7 @@ def _blocks(cloud: Cloud, theta: Tensor, whole: bool) -> list[tuple[slice, list[
     return [(slice(first, first + size), points) for first in range(0, sets, size)]
 
 
-def _again(function: Callable[..., Tensor], *arguments: object) -> Tensor:
+def _again(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function that the backward pass is to call once more instead of keeping what it made."""
     if torch.is_grad_enabled():
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.kernels.base import positive_number
+from em_lightning.mixture.cloud import Cloud, prepare
 from em_lightning.mixture.covariance import State, Structure
 from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, enter, prepare
+from em_lightning.mixture.step import enter
 
 
 class PseudoCounts(NamedTuple):
@@ -58,8 +59,8 @@ class MixturePrior(nn.Module):
         covariance_strength: :math:`s \ge 0`, in points.
         covariance: :math:`S_0`, diagonal: a number, the share of the variance that the cloud has in each feature, or
             variances (D,) in squared units of the points; by default the share :math:`K^{-2/D}`.
-        learnable: learn the pseudo-counts :math:`\alpha - 1, \kappa, s` that are not zero, each as its value here times
-            the exponential of a parameter (1,) that starts at zero.
+        learnable: learn the pseudo-counts :math:`\alpha - 1, \kappa, s` that are not zero and, where s is not, the
+            size of :math:`S_0`, each as its value here times the exponential of a parameter (1,) that starts at zero.
 
     Raises:
         ValueError: a pseudo-count is negative, none is positive, or the prior covariance is not positive.
@@ -102,6 +103,7 @@ class MixturePrior(nn.Module):
         for name, count in counts.items():
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
+        self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None
         self.share = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
         # Numbers, not buffers: exact in every dtype, on every device.
         self.mean = None if mean is None else _numbers(mean)
@@ -133,6 +135,8 @@ class MixturePrior(nn.Module):
             variance = share * cloud.variance
         else:
             variance = cloud.center.new_tensor(self.covariance).expand_as(cloud.center)
+        if self.log_spread is not None:
+            variance = variance * self.log_spread.to(variance.dtype).exp()
         axes = torch.eye(features, dtype=variance.dtype, device=variance.device).unsqueeze(0)
         spread = variance @ squares_of(structure, axes)[0]
         dtype = cloud.center.dtype

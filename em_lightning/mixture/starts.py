@@ -7,11 +7,15 @@ import math
 import torch
 from torch import Tensor
 
+from em_lightning.mixture.cloud import Cloud, centred
 from em_lightning.mixture.covariance import Factors, State, Structure
-from em_lightning.mixture.step import Cloud
 
 # The share of a cell's mean squared distance that bounds its core.
 _CORE = 0.4
+# Numbers of a temporary.
+_BLOCK = 2**20
+# How distances are taken: not as differences of squares.
+_EXACT = "donot_use_mm_for_euclid_dist"
 
 
 def farthest_points(cloud: Cloud, num_components: int) -> Tensor:
@@ -27,11 +31,11 @@ def farthest_points(cloud: Cloud, num_components: int) -> Tensor:
     chosen = []
     valid = None if cloud.weights is None else cloud.weights > 0
     for step in range(num_components):
-        distance = (cloud.points - center.unsqueeze(-1)).square().sum(1)
+        distance = _distance(cloud, center)
         # The distance to the mean chooses the first point and is then forgotten: the mean is no center.
         nearest = distance if step <= 1 else torch.minimum(nearest, distance)
         score = nearest if valid is None else torch.where(valid, nearest, -1.0)
-        center = _gather(cloud.points, score.argmax(-1))
+        center = _pick(cloud, score.argmax(-1, keepdim=True)).squeeze(-1)
         chosen.append(center)
     return torch.stack(chosen, 1)
 
@@ -43,25 +47,24 @@ def kmeans_plus_plus(cloud: Cloud, num_components: int, generator: torch.Generat
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007.
     """
-    sets, _, items = cloud.points.shape
+    sets = len(cloud.points)
     candidates = 2 + int(math.log(num_components))
     weights = torch.ones_like(cloud.points[:, 0]) if cloud.weights is None else cloud.weights
     # A set without any valid point draws from all its (centred, hence equal) rows: the result is finite.
     weights = torch.where(cloud.mass.unsqueeze(-1) > 0, weights, 1.0)
-    center = _gather(cloud.points, torch.multinomial(weights, 1, generator=generator).squeeze(-1))
-    nearest = (cloud.points - center.unsqueeze(-1)).square().sum(1)
+    center = _pick(cloud, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
+    nearest = _distance(cloud, center)
     chosen = [center]
     for _ in range(num_components - 1):
         potential = nearest * weights
         # Where every point is a center already, any point is as good.
         potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, weights)
         drawn = torch.multinomial(potential, candidates, replacement=True, generator=generator)
-        points = cloud.points.gather(2, drawn.unsqueeze(1).expand(-1, cloud.points.shape[1], -1))
-        distances = (points.unsqueeze(-1) - cloud.points.unsqueeze(2)).square().sum(1)
-        distances = torch.minimum(distances, nearest.unsqueeze(1))
+        points = _pick(cloud, drawn)
+        distances = torch.stack([torch.minimum(_distance(cloud, point), nearest) for point in points.unbind(-1)], 1)
         best = (distances * weights.unsqueeze(1)).sum(-1).argmin(-1)
         nearest = distances[torch.arange(sets, device=best.device), best]
-        chosen.append(_gather(points, best))
+        chosen.append(points[torch.arange(sets, device=best.device), :, best])
     return torch.stack(chosen, 1)
 
 
@@ -73,7 +76,7 @@ def random_points(cloud: Cloud, num_components: int, generator: torch.Generator 
     valid = (weights > 0).sum(-1, keepdim=True).clamp(min=1)
     rank = torch.arange(num_components, device=order.device) % valid
     rows = order.gather(1, rank)
-    return cloud.points.gather(2, rows.unsqueeze(1).expand(-1, cloud.points.shape[1], -1)).mT.contiguous()
+    return _pick(cloud, rows).mT.contiguous()
 
 
 def draw_centers(name: str, cloud: Cloud, num_components: int, generator: torch.Generator | None = None) -> Tensor:
@@ -91,15 +94,17 @@ def lloyd(cloud: Cloud, centers: Tensor, num_steps: int) -> Tensor:
 
     Source: Lloyd, Least Squares Quantization in PCM, 1982.
     """
-    points = cloud.points.mT
     for _ in range(num_steps):
-        nearest = torch.cdist(centers, points, compute_mode="donot_use_mm_for_euclid_dist").argmin(1, keepdim=True)
-        members = centers.new_zeros(*centers.shape[:2], points.shape[1]).scatter_(1, nearest, 1.0)
-        if cloud.weights is not None:
-            members = members * cloud.weights.unsqueeze(1)
-        mass = members.sum(-1, keepdim=True)
-        means = torch.bmm(members, points) / torch.where(mass > 0, mass, 1.0)
-        centers = torch.where(mass > 0, means, centers)
+        mass, total = torch.zeros_like(centers[..., :1]), torch.zeros_like(centers)
+        for rows in _blocks(cloud, max(centers.shape[1:])):
+            points = cloud.part(rows=rows).mT
+            nearest = torch.cdist(centers, points, compute_mode=_EXACT).argmin(1, keepdim=True)
+            members = centers.new_zeros(*centers.shape[:2], points.shape[1]).scatter_(1, nearest, 1.0)
+            if cloud.weights is not None:
+                members = members * cloud.weights[:, None, rows]
+            mass = mass + members.sum(-1, keepdim=True)
+            total = total + torch.bmm(members, points)
+        centers = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), centers)
     return centers
 
 
@@ -113,19 +118,28 @@ def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Ten
     """
     components, features = centers.shape[1:]
     wide, centers = floor.dtype, centers.to(floor.dtype)
-    distance = (centers.unsqueeze(-1) - cloud.points.unsqueeze(1)).square().sum(2)
-    nearest = torch.zeros_like(distance).scatter_(1, distance.argmin(1, keepdim=True), 1.0)
-    if cloud.weights is not None:
-        nearest = nearest * cloud.weights.unsqueeze(1)
-    mass = nearest.sum(-1)
-    inertia = (nearest * distance).sum(-1)
-    core = nearest * (distance <= _CORE * (inertia / mass.clamp(min=1.0)).unsqueeze(-1))
-    phi = structure.features(cloud.points, wide).mT
+    blocks = _blocks(cloud, max(components, structure.num_moments(features)))
+    nearest, squares, inertia = [], [], torch.zeros_like(centers[..., 0])
+    whole = core = centers.new_zeros(*centers.shape[:2], structure.num_moments(features))
+    for rows in blocks:
+        points = cloud.part(rows=rows)
+        distance, cell = torch.cdist(centers, points.mT.to(wide), compute_mode=_EXACT).min(1)
+        distance = distance.square()
+        members = _members(cloud, cell, rows, inertia)
+        inertia = inertia + torch.bmm(members, distance.unsqueeze(-1)).squeeze(-1)
+        whole = whole + torch.bmm(members, structure.features(points, wide).mT)
+        nearest.append(cell)
+        squares.append(distance)
+    mass = whole[..., 0]
+    reach = _CORE * inertia / mass.clamp(min=1.0)
+    for rows, cell, distance in zip(blocks, nearest, squares, strict=True):
+        members = _members(cloud, cell, rows, inertia) * (distance <= reach.gather(1, cell)).unsqueeze(1)
+        core = core + torch.bmm(members, structure.features(cloud.part(rows=rows), wide).mT)
+    enough = core[..., 0] > 2 * features
 
-    cells, cores = (structure.maximize(torch.bmm(part, phi), floor) for part in (nearest, core))
+    cells, cores = structure.maximize(whole, floor), structure.maximize(core, floor)
     within = inertia.sum(-1, keepdim=True) / (features * cloud.mass.unsqueeze(-1).clamp(min=1.0)) + floor.unsqueeze(-1)
     shared = structure.expand(within.expand(-1, features), components, features)
-    enough = core.sum(-1) > 2 * features
     means = torch.where(enough.unsqueeze(-1), cores.means, cells.means)
     means = torch.where((mass > 0).unsqueeze(-1), means, centers)
     if shared.scale.shape[1] != components:
@@ -146,6 +160,27 @@ def _size(scale: Tensor) -> Tensor:
     return scale.square().sum(tuple(range(2, scale.ndim)), keepdim=True).sqrt()
 
 
-def _gather(points: Tensor, index: Tensor) -> Tensor:
-    """Pick one point (B, D) from each set of points (B, D, N)."""
-    return points.gather(2, index[:, None, None].expand(-1, points.shape[1], 1)).squeeze(-1)
+def _blocks(cloud: Cloud, numbers: int) -> list[slice]:
+    """Return slices of rows that are worked on together, for temporaries of so many numbers a point."""
+    sets, _, items = cloud.points.shape
+    rows = max(_BLOCK // (sets * numbers), 1)
+    return [slice(row, row + rows) for row in range(0, items, rows)]
+
+
+def _members(cloud: Cloud, cell: Tensor, rows: slice, like: Tensor) -> Tensor:
+    """Return the weight (B, K, n) of each of some points in the cell (B, n) that it lies in, and zeros elsewhere."""
+    members = torch.zeros(*like.shape, cell.shape[1], dtype=like.dtype, device=like.device)
+    weights = torch.ones_like(cell, dtype=like.dtype) if cloud.weights is None else cloud.weights[:, rows].to(like)
+    return members.scatter(1, cell.unsqueeze(1), weights.unsqueeze(1))
+
+
+def _distance(cloud: Cloud, center: Tensor) -> Tensor:
+    """Return the squared distance (B, N) of points from a center (B, D) of each set."""
+    blocks = _blocks(cloud, cloud.points.shape[1])
+    return torch.cat([(cloud.part(rows=rows) - center.unsqueeze(-1)).square().sum(1) for rows in blocks], -1)
+
+
+def _pick(cloud: Cloud, index: Tensor) -> Tensor:
+    """Return some points (B, D, C) of each set, by their rows (B, C)."""
+    picked = cloud.points.gather(2, index.unsqueeze(1).expand(-1, cloud.points.shape[1], -1))
+    return centred(picked, cloud.shift)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from em_lightning.competition import Posterior, softmin
+from em_lightning.mixture.cloud import Cloud, about, widest
 from em_lightning.mixture.covariance import COVARIANCES, State, Structure
 from em_lightning.mixture.moments import log_density
 
@@ -48,25 +49,27 @@ class Mixture(NamedTuple):
 
     def log_joint(self, x: Tensor) -> Tensor:
         """Return ``log pi_k + log N(x_n | mu_k, Sigma_k)`` of points (B, N, D), as (B, N, K)."""
-        points, theta, structure = self._ready(x)
-        return torch.bmm(theta, structure.features(points, theta.dtype)).mT.to(x.dtype)
+        cloud, theta, structure = self._ready(x)
+        return torch.bmm(theta, structure.features(cloud.part(), theta.dtype)).mT.to(x.dtype)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false."""
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0.0)
-        points, theta, structure = self._ready(x)
-        density = log_density(points, theta, structure)
+        cloud, theta, structure = self._ready(x)
+        density = log_density(cloud, theta, structure)
         return density if mask is None else torch.where(mask, density, 0.0)
 
-    def _ready(self, x: Tensor) -> tuple[Tensor, Tensor, Structure]:
-        """Return centred points (B, D, N) and natural parameters: far from the origin digits are kept that way."""
+    def _ready(self, x: Tensor) -> tuple[Cloud, Tensor, Structure]:
+        """Return points and natural parameters about the means: far from the origin digits are kept that way."""
         check_points(self, x)
         structure = structure_of(self)
         log_weights, means, covariances = (part.to(widest(x)) for part in self)
-        center = means.mean(1, keepdim=True)
-        theta = structure.natural(State(log_weights, means - center, structure.factorize(covariances)))
-        return (x - center).mT.to(x.dtype).expand(len(theta), -1, -1), theta, structure
+        center = means.mean(1)
+        theta = structure.natural(State(log_weights, means - center.unsqueeze(1), structure.factorize(covariances)))
+        points, shift = about(x, center)
+        none = torch.zeros_like(center)
+        return Cloud(points, None, none[:, 0], none, none, shift), theta, structure
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of points (B, N, D).
@@ -109,11 +112,6 @@ class Mixture(NamedTuple):
         return Mixture(
             self.log_weights, self.means * scale[:, None, None] + shift.unsqueeze(1), self.covariances * spread
         )
-
-
-def widest(x: Tensor) -> torch.dtype:
-    """Return the widest floating-point type of the device: double, but for Apple's."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def structure_of(mixture: Mixture) -> Structure:

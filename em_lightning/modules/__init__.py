@@ -1,5 +1,6 @@
 """LightningModules to subclass."""
 
+from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.classifier import EMClassifier
 from em_lightning.modules.decoder_free import DecoderFreeEncoder, SparseAutoencoder
@@ -10,6 +11,7 @@ from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 from em_lightning.modules.replicas import ReplicaData, Replicas
 
 __all__ = [
+    "AmortizedClustering",
     "DecoderFreeEncoder",
     "EMClassifier",
     "EMModule",

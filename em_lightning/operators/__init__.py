@@ -1,7 +1,27 @@
 """EM as a layer."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from em_lightning.operators.em import EMOperator
+from em_lightning.operators.pooling import EMPooling
 from em_lightning.operators.refinement import EMRefinement
 from em_lightning.operators.residual import ResidualCorrection
 
-__all__ = ["EMOperator", "EMRefinement", "ResidualCorrection"]
+if TYPE_CHECKING:
+    from em_lightning.operators.aggregation import EMAggregation, register_aggregation
+
+__all__ = [
+    "EMAggregation",
+    "EMOperator",
+    "EMPooling",
+    "EMRefinement",
+    "ResidualCorrection",
+    "register_aggregation",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("EMAggregation", "register_aggregation"):  # they load PyG
+        return getattr(importlib.import_module("em_lightning.operators.aggregation"), name)
+    raise AttributeError(f"module 'em_lightning.operators' has no attribute {name!r}")

@@ -8,28 +8,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from em_lightning.competition import Softmin
-from em_lightning.mixture import starts
 from em_lightning.mixture.background import UniformBackground
-from em_lightning.mixture.covariance import COVARIANCES, Factors, State
+from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
+from em_lightning.mixture.covariance import COVARIANCES, Factors, State, compiled
 from em_lightning.mixture.general import general_moments
 from em_lightning.mixture.moments import accumulate, get_ready
-from em_lightning.mixture.prior import MixturePrior, posterior_moments
+from em_lightning.mixture.prior import MixturePrior, log_prior, posterior_moments
 from em_lightning.mixture.radial import radial_of
-from em_lightning.mixture.state import Mixture, structure_of
-from em_lightning.mixture.step import Cloud, effective_floor, enter, leave, prepare, with_all_digits
+from em_lightning.mixture.state import Mixture
+from em_lightning.mixture.step import Step, enter, leave, with_all_digits
 from em_lightning.operators import gradients
+from em_lightning.operators.checks import check_choice, check_init, check_sets
 from em_lightning.operators.model import MixtureModel
 from em_lightning.operators.residual import ResidualCorrection
+from em_lightning.operators.start import build_start
 
-_RANDOM_STARTS = ("kmeans++", "random")
 # Nats a point: a correction may trade some likelihood of the fitted points for that of others.
 _TOLERATED_LOSS = 0.5
 # Exact iterations after which one start is told from another.
 _TRIAL = 5
-STARTS = ("farthest", *_RANDOM_STARTS, "learned")
 
 
 class EMOperator(MixtureModel):
@@ -115,25 +115,14 @@ class EMOperator(MixtureModel):
                 raise ValueError(f"{name}={value} must be at least 1")
         if num_iters < 0:
             raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
-        _check_choice("covariance", covariance, COVARIANCES)
-        _check_choice("init", init, STARTS)
-        _check_choice("gradient", gradient, gradients.GRADIENTS)
-        if num_starts > 1 and init not in _RANDOM_STARTS:
-            raise ValueError(
-                f"num_starts={num_starts} of init={init!r} would all be the same; use 'kmeans++' or 'random'"
-            )
-        if seed is not None and init not in _RANDOM_STARTS:
-            raise ValueError(f"seed={seed} is for the draws of 'kmeans++' and 'random'; init={init!r} draws nothing")
-        if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
-            raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and 0 for init='learned'")
+        check_choice("covariance", covariance, COVARIANCES)
+        check_choice("gradient", gradient, gradients.GRADIENTS)
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
         super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
         self.num_iters = num_iters
         self.init = init
-        self.lloyd_steps = lloyd_steps
         self.num_starts = num_starts
-        self.seed = seed
         self.gradient = gradient
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
@@ -142,10 +131,7 @@ class EMOperator(MixtureModel):
             raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
         self.temperature = (float(pair[0]), float(pair[1]))
         self.correction = ResidualCorrection(num_features, covariance) if residual else None
-        if init == "learned":
-            self.start_means = nn.Parameter(torch.randn(num_components, num_features))
-            self.start_log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
-            self.start_logits = nn.Parameter(torch.zeros(num_components))
+        self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def forward(
         self,
@@ -165,7 +151,7 @@ class EMOperator(MixtureModel):
             num_iters: T for this call.
         """
         *_, (cloud, state) = self._loop(x, mask, weights, init, num_iters)
-        return leave(cloud, state, COVARIANCES[self.covariance])
+        return leave(cloud, state, self.structure)
 
     def iterate(
         self,
@@ -177,7 +163,7 @@ class EMOperator(MixtureModel):
     ) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
         for cloud, state in self._loop(x, mask, weights, init, num_iters):
-            yield leave(cloud, state, COVARIANCES[self.covariance])
+            yield leave(cloud, state, self.structure)
 
     def _loop(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, num_iters: int | None
@@ -187,19 +173,13 @@ class EMOperator(MixtureModel):
         if steps < 0:
             raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
         with torch.autocast(x.device.type, enabled=False):
-            cloud = prepare(x, mask, weights)
-            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
-            structure = COVARIANCES[self.covariance]
-            state = (
-                self._start(cloud, floor, 1 if self.training else self.num_starts)
-                if init is None
-                else enter(cloud, init)
-            )
-            cloud = cloud._replace(ready=get_ready(cloud.points, structure) if steps > 1 else None)
+            cloud, state, floor = self._begin(x, mask, weights, init, choose=not self.training)
+            ready = get_ready(cloud, self.structure) if steps > 1 else None
+            cloud = cloud._replace(ready=ready)
             yield cloud, state
 
             def step(state: State, progress: float) -> State:
-                return self._iteration(cloud, state, floor, progress)
+                return self._iteration(cloud, state, floor, progress)[0]
 
             for after in gradients.iterate(step, state, steps, self.gradient):
                 yield cloud, after
@@ -231,27 +211,40 @@ class EMOperator(MixtureModel):
         if max_iters < 0 or not tol >= 0:
             raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
         with torch.autocast(x.device.type, enabled=False):
-            cloud = prepare(x, mask, weights)
-            floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
-            state = self._start(cloud, floor, self.num_starts) if init is None else enter(cloud, init)
+            cloud, state, floor = self._begin(x, mask, weights, init, choose=True)
+            cloud = cloud._replace(ready=get_ready(cloud, self.structure))
             schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
             steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
             running = torch.ones_like(steps, dtype=torch.bool)
-            with torch.no_grad():
-                before = self._objective(cloud, state)
+            before = torch.full_like(cloud.mass, -torch.inf)
             for step in range(1, max_iters + 1):
-                after = self._iteration(cloud, state, floor, min(step / schedule, 1.0))
-                state = _where(running, after, state)
-                steps = steps + running
-                with torch.no_grad():
-                    objective = self._objective(cloud, state)
-                    change = (objective - before).abs() / cloud.mass.clamp(min=torch.finfo(cloud.mass.dtype).tiny)
-                    before = objective
-                if step >= schedule:
+                # The objective that an iteration finds is that of the state it begins with.
+                after, objective = self._iteration(cloud, state, floor, min(step / schedule, 1.0), likelihood=True)
+                assert objective is not None
+                change = (objective - before).abs() / cloud.mass.clamp(min=torch.finfo(cloud.mass.dtype).tiny)
+                before = objective
+                if step > schedule:
                     running = running & (change >= tol)
                     if not running.any():
                         break
-            return leave(cloud, state, COVARIANCES[self.covariance]), steps
+                state = _where(running, after, state)
+                steps = steps + running
+            return leave(cloud, state, self.structure), steps
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile what an iteration does between its passes over the points, once for all iterations.
+
+        The loop itself stays as it is: ``torch.compile(operator)`` unrolls it, which takes long to compile and is not
+        possible without a graph break in float32, where each pass chooses its precision by looking at the data. Copies
+        and pickles of the operator are not compiled. Options are those of ``torch.compile``.
+        """
+        if args:
+            raise TypeError(f"compile() takes the options of torch.compile by name; {args!r} are not named")
+        self._compiled = compiled(self.covariance, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled"}
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -259,25 +252,34 @@ class EMOperator(MixtureModel):
         plain._modules = {**self._modules, "correction": None}
         return plain
 
-    def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
-        after = self._exact_iteration(cloud, state, floor, progress)
+    def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float, likelihood: bool = False) -> Step:
+        """Return the state after an iteration, and the objective (B,) of the state before it if asked for."""
+        after, objective = self._exact_iteration(cloud, state, floor, progress, likelihood)
         if self.correction is None:
-            return after
+            return after, objective
         corrected = self.correction(cloud, state, after, floor, progress)
         # Between iterations EM itself mends what a correction spoils.
-        return corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)
+        return (corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)), objective
 
-    def _exact_iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float) -> State:
-        structure = COVARIANCES[self.covariance]
+    def _exact_iteration(
+        self, cloud: Cloud, state: State, floor: Tensor, progress: float, likelihood: bool = False
+    ) -> Step:
+        structure = self.structure
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
-        theta = structure.natural(state)
+        theta = structure.natural(state) if state.theta is None else state.theta
 
-        def step(precision: torch.dtype | None) -> State:
-            moments, pull = self._moments(cloud, state, theta, progress, precision)
+        def step(precision: torch.dtype | None) -> Step:
+            moments, pull, found = self._moments(cloud, state, theta, progress, precision, likelihood)
             moments = posterior_moments(moments, structure, self.num_features, counts, pull)
-            return structure.maximize(moments, floor)
+            return structure.maximize(moments, floor), found
 
-        return with_all_digits(step, cloud, theta, structure)
+        after, found = with_all_digits(step, cloud, theta, structure)
+        if not likelihood:
+            return after, None
+        with torch.no_grad():
+            if found is None:
+                return after, self._objective(cloud, state)
+            return after, found if counts is None else found + log_prior(state, structure, counts)
 
     def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
         """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
@@ -287,87 +289,57 @@ class EMOperator(MixtureModel):
         return _where(keep, corrected, plain)
 
     def _moments(
-        self, cloud: Cloud, state: State, theta: Tensor, progress: float, precision: torch.dtype | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the moments under the responsibilities, and the sums of the pulls of a robust kernel."""
-        structure = COVARIANCES[self.covariance]
+        self,
+        cloud: Cloud,
+        state: State,
+        theta: Tensor,
+        progress: float,
+        precision: torch.dtype | None,
+        likelihood: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return moments under the responsibilities, sums of a robust kernel's pulls, and the log-likelihood if found.
+
+        A pass at another temperature does not come by the log-likelihood, one that is not asked for it may.
+        """
+        structure = self.structure
         radial = radial_of(self.kernel, self.num_features)
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
-        soft = isinstance(self.competition, Softmin)
-        if soft and radial is None and self.background is None:
-            theta = theta / (self.competition.temperature * temperature)
-            return accumulate(cloud.points, cloud.weights, theta, structure, precision, cloud.ready), None
+        if isinstance(self.competition, Softmin) and radial is None and self.background is None:
+            temperature = self.competition.temperature * temperature
+            plain = isinstance(temperature, float) and temperature == 1.0
+            theta = theta if plain else theta / temperature
+            moments, found = accumulate(cloud, theta, structure, precision, likelihood and plain)
+            return moments, None, found
 
         def respond(joint: Tensor) -> Tensor:
             return self.competition(-joint / temperature, dim=1).responsibilities
 
-        return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole=not soft)
+        whole = not isinstance(self.competition, Softmin)
+        return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole)
 
-    def _start(self, cloud: Cloud, floor: Tensor, num_starts: int) -> State:
-        structure = COVARIANCES[self.covariance]
-        if self.init == "learned":
-            unit = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.points.dtype).tiny).sqrt()[:, None, None]
-            factors = structure.expand(torch.ones_like(cloud.center), self.num_components, self.num_features)
-            spread = unit * self.start_log_scale.exp() + floor.sqrt()[:, None, None]
-            spread = spread if self.covariance != "tied" else spread.mean(1, keepdim=True)
-            spread = spread if factors.scale.ndim == 3 else spread.unsqueeze(-1)
-            return State(
-                self.start_logits.log_softmax(-1).to(unit.dtype).expand(len(unit), -1),
-                self.start_means * unit,
-                Factors(factors.scale * spread, factors.inverse / spread),
-            )
-        with torch.no_grad():
-            centers = self._centers(cloud, floor, num_starts)
-        return starts.from_centers(cloud, centers, structure, floor)
+    def _begin(
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, choose: bool
+    ) -> tuple[Cloud, State, Tensor]:
+        """Return points, start and floor as the loop holds them; ``choose`` among several starts, or take one."""
+        cloud = prepare(x, mask, weights)
+        floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
+        if init is not None:
+            return cloud, enter(cloud, init), floor
 
-    def _centers(self, cloud: Cloud, floor: Tensor, num_starts: int) -> Tensor:
-        """Return for each set those of several drawn centers whose objective is highest after a few iterations."""
-        generator = None
-        if self.seed is not None:
-            generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
-        drawn = [starts.draw_centers(self.init, cloud, self.num_components, generator) for _ in range(num_starts)]
-        drawn = [starts.lloyd(cloud, centers, self.lloyd_steps) for centers in drawn]
-        if num_starts == 1:
-            return drawn[0]
-        best, chosen = torch.full_like(cloud.mass, -torch.inf), drawn[0]
-        for centers in drawn:
-            state = starts.from_centers(cloud, centers, COVARIANCES[self.covariance], floor)
+        def judge(state: State) -> Tensor:
             for _ in range(min(max(self.num_iters, 1), _TRIAL)):
-                state = self._exact_iteration(cloud, state, floor, 1.0)
-            objective = self._objective(cloud, state)
-            chosen = torch.where((objective > best)[:, None, None], centers, chosen)
-            best = torch.maximum(best, objective)
-        return chosen
+                state, _ = self._exact_iteration(cloud, state, floor, 1.0)
+            return self._objective(cloud, state)
+
+        return cloud, self.start(cloud, self.structure, floor, judge if choose else None), floor
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x is of type {given}; give a floating-point tensor, for instance x.float()")
-        if x.ndim != 3 or x.shape[-1] != self.num_features or x.shape[1] == 0:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; give (B, N, {self.num_features}) with at least one point, "
-                f"padded and masked where a set has fewer"
-            )
-        for name, value in (("mask", mask), ("weights", weights)):
-            if value is not None and value.shape != x.shape[:2]:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; give {tuple(x.shape[:2])}, one value a point")
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(f"mask is of type {mask.dtype}; give a boolean tensor, for instance mask.bool()")
-        if not torch.compiler.is_compiling():
-            _check_values(x, mask, weights)
+        x = check_sets(x, mask, weights, self.num_features)
         if init is not None:
-            if structure_of(init).name not in (self.covariance, "full" if self.num_components == 1 else ""):
-                raise ValueError(
-                    f"init has {structure_of(init).name} covariances and the operator {self.covariance}; convert one"
-                )
-            if init.means.shape != (x.shape[0], self.num_components, self.num_features):
-                raise ValueError(
-                    f"init.means has shape {tuple(init.means.shape)}; "
-                    f"give {(x.shape[0], self.num_components, self.num_features)}"
-                )
-        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            check_init(init, self.covariance, (x.shape[0], self.num_components, self.num_features))
+        return x
 
     def extra_repr(self) -> str:
         """Return what distinguishes this operator."""
@@ -378,12 +350,6 @@ class EMOperator(MixtureModel):
         )
 
 
-def _check_choice(name: str, value: object, choices: object) -> None:
-    known = list(choices)  # type: ignore[call-overload]
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
-
-
 def _where(condition: Tensor, one: State, other: State) -> State:
     """Return one state for the clouds where a condition (B,) holds and the other elsewhere."""
 
@@ -392,20 +358,3 @@ def _where(condition: Tensor, one: State, other: State) -> State:
 
     factors = Factors(*(choose(a, b) for a, b in zip(one.factors, other.factors, strict=True)))
     return State(choose(one.log_weights, other.log_weights), choose(one.means, other.means), factors)
-
-
-def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
-    if mask is None and weights is None and x.detach().sum().isfinite():
-        return  # one pass and no temporary of the size of x; a sum may overflow, and then each point is looked at
-    finite = x.isfinite().all(-1)
-    if mask is not None:
-        finite = finite | ~mask
-    if not finite.all():
-        cloud, row = (int(i) for i in (~finite).nonzero()[0])
-        bad = x[cloud, row].tolist()
-        raise ValueError(f"x has a point that is not finite: cloud {cloud}, row {row} is {bad}; drop it or mask it")
-    if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
-        cloud, row = (int(i) for i in (~((weights >= 0) & weights.isfinite())).nonzero()[0])
-        raise ValueError(
-            f"weights must be finite and not negative: cloud {cloud}, row {row} is {weights[cloud, row].item()}"
-        )

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from em_lightning.competition import COMPETITIONS, Background, Posterior
 from em_lightning.kernels import KERNELS
 from em_lightning.mixture.background import Level, UniformBackground
+from em_lightning.mixture.cloud import Cloud, prepare
 from em_lightning.mixture.covariance import COVARIANCES, State, Structure
 from em_lightning.mixture.general import general_log_density, log_joint, peaks, with_background
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, check_points, structure_of
-from em_lightning.mixture.step import Cloud, enter, prepare
+from em_lightning.mixture.step import enter
 
 
 class MixtureModel(nn.Module):
@@ -35,6 +36,8 @@ class MixtureModel(nn.Module):
         TypeError: the prior or the background is none.
         ValueError: the kernel has no M-step, or the competition has a background too.
     """
+
+    _compiled: Structure | None = None
 
     def __init__(
         self,
@@ -66,6 +69,11 @@ class MixtureModel(nn.Module):
         if self.background is not None and isinstance(self.competition, Background):
             raise ValueError("background and competition='background' are two backgrounds; give one of them")
 
+    @property
+    def structure(self) -> Structure:
+        """The covariance structure."""
+        return self._compiled or COVARIANCES[self.covariance]
+
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
@@ -75,7 +83,7 @@ class MixtureModel(nn.Module):
         return self._objective(cloud, enter(cloud, mixture)).to(x.dtype)
 
     def _objective(self, cloud: Cloud, state: State) -> Tensor:
-        structure = COVARIANCES[self.covariance]
+        structure = self.structure
         density = self._log_density(cloud, state, structure).to(cloud.mass.dtype)
         total = density.sum(-1) if cloud.weights is None else (density * cloud.weights).sum(-1)
         if self.prior is None:
@@ -101,7 +109,7 @@ class MixtureModel(nn.Module):
         cloud = prepare(x, mask)
         structure, state = structure_of(mixture), enter(cloud, mixture)
         theta, radial = structure.natural(state), radial_of(self.kernel, self.num_features)
-        joint = log_joint(cloud.points, theta, peaks(theta, state, structure), structure, radial)[1]
+        joint = log_joint(cloud.part(), theta, peaks(theta, state, structure), structure, radial)[1]
         return self.competition(-with_background(joint.to(x.dtype), self._level(cloud)).mT)
 
     def _log_density(self, cloud: Cloud, state: State, structure: Structure) -> Tensor:

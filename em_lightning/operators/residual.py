@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import COVARIANCES, State, Structure
-from em_lightning.mixture.step import Cloud
 
 
 class ResidualCorrection(nn.Module):

@@ -126,8 +126,12 @@ def curves(
     Example:
         >>> figure = curves({"trained": ([0, 1], [-1.0, 0.5])}, "EM iteration", "log-likelihood a point (nats)")
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_figure(width=4.6, height=3.0)
     ax = axes[0, 0]
+    if all(value == int(value) for x, _ in series.values() for value in x):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     with figure_style():
         for name, (x, y) in series.items():
             ax.plot(x, y, label=name, marker="o" if len(x) <= 20 else None, markersize=3)

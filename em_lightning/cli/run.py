@@ -1,16 +1,13 @@
-"""The command line: ``em-lightning ls | run | audit``, the same as ``python -m em_lightning.cli``."""
+"""``em-lightning run``: a recipe by its LightningCLI, once or for several seeds."""
 
 from __future__ import annotations
 
-import argparse
-import ast
-import difflib
-import importlib.util
 import inspect
 import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from em_lightning.catalog import UsageError, folder_of, load_recipe, own_error, recipes
-from em_lightning.grid import run_table, table_of
+from em_lightning.cli.folders import UsageError, config_of, docstring, find_recipe, load_recipe, nearest, variants_of
+from em_lightning.cli.grid import run_table, table_of
 
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
 _NOISE = (
@@ -38,17 +35,6 @@ _UNKNOWN_KEY = (
 )
 
 
-def summary(path: Path) -> str:
-    """Return the first line of a recipe's docstring."""
-    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return doc.partition("\n")[0]
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
-
-
 def run(name: str, args: Sequence[str]) -> None:
     """Run a recipe with the arguments of its LightningCLI.
 
@@ -56,26 +42,31 @@ def run(name: str, args: Sequence[str]) -> None:
     processes side by side where cores allow (``--jobs`` of them), and combines their tables. A variant that is a
     published table runs all of its rows and seeds so, and continues where it stopped.
 
+    Args:
+        name: of the recipe, or the path of a copy of its script.
+        args: for its LightningCLI.
+
     Raises:
         UsageError: there is no such recipe, or an argument is wrong.
     """
-    known = recipes()
-    if name not in known:
-        raise UsageError(f"unknown recipe {name!r}{_nearest(name, list(known))} Known: {', '.join(known)}")
-    args = _with_variant(name, list(args))
-    seeds, args = _take_numbers("seeds", args)
+    script = find_recipe(name)
+    seeds, args = _take_numbers("seeds", _with_variant(script, list(args)))
     jobs, args = _take_numbers("jobs", args)
     table = table_of(args)
     if table is not None:
-        return run_table(name, args, table, seeds, jobs[0] if jobs else None)
+        return run_table(script, args, table, seeds, jobs[0] if jobs else None)
     if seeds:
         return _run_seeds(name, args, seeds, jobs[0] if jobs else None)
-    load_recipe(name).main(args)
+    from rich.console import Console
+
+    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
+        recipe = load_recipe(script)
+    recipe.main(args)
 
 
-def _with_variant(name: str, args: list[str]) -> list[str]:
+def _with_variant(script: Path, args: list[str]) -> list[str]:
     """Replace the name of a variant behind ``--config`` by its path."""
-    variants = {path.stem: path for path in sorted((folder_of("configs") / name).glob("*.yaml"))}
+    variants = variants_of(script)
     resolved = []
     for before, arg in zip(["", *args], args, strict=False):
         flag, equals, value = arg.partition("=")
@@ -87,8 +78,8 @@ def _with_variant(name: str, args: list[str]) -> list[str]:
         if not Path(value).is_file():
             if value not in variants:
                 raise UsageError(
-                    f"--config={value!r} is neither a file nor a variant of {name}"
-                    f"{_nearest(value, list(variants))} Variants: {', '.join(variants) or 'none'}"
+                    f"--config={value!r} is neither a file nor a variant of {script.stem}"
+                    f"{nearest(value, list(variants))} Variants: {', '.join(variants) or 'none'}"
                 )
             value = str(variants[value])
         resolved.append(f"{flag}{equals}{value}")
@@ -115,7 +106,7 @@ def _run_seeds(name: str, args: list[str], seeds: list[int], jobs: int | None) -
     from em_lightning.results import combine, markdown_table
 
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path("lightning_logs") / name
+    folder = Path("lightning_logs") / Path(name).stem
     cores = os.cpu_count() or 1
     # Processes of one seed talk to each other over a port and share the cores as it is.
     at_once = 1 if any("strategy" in arg or "devices" in arg for arg in args) else min(jobs or cores, len(seeds))
@@ -159,8 +150,9 @@ def recipe_cli(
     Args:
         model: the LightningModule.
         data: the LightningDataModule, or the base class of those that may be chosen.
-        name: of the recipe: its default config is ``configs/<name>.yaml``.
-        args: of the command line.
+        name: of the recipe: its default config is ``<name>.yaml`` beside the script that calls this, or else in the
+            folder of configs.
+        args: of the command line; ``--help`` prints what fits a screen and ends, ``--help=all`` everything.
         subclass_data: whether ``--data`` names a subclass.
         subclass_model: whether ``--model`` names a subclass.
         links: arguments of the model that are attributes of the data, such as ``"num_features"``.
@@ -169,8 +161,10 @@ def recipe_cli(
         UsageError: an argument is unknown or has a wrong value.
     """
     from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    script = Path(sys._getframe(1).f_globals.get("__file__", name)).with_name(f"{name}.py")
     keys: list[str] = []
 
     class RecipeCLI(LightningCLI):
@@ -183,13 +177,34 @@ def recipe_cli(
                 target = f"model.init_args.{link}" if subclass_model else f"model.{link}"
                 parser.link_arguments(f"data.{link}", target, apply_on="instantiate")
 
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            if {"-h", "--help"} & set(args):
+                print(_short_help(script, parser))
+                raise SystemExit(0)
+            super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
+            checkpoint = self.config.ckpt_path
+            # Lightning knows some words and addresses too: "last", "s3://...".
+            if (
+                checkpoint
+                and checkpoint.endswith(".ckpt")
+                and "://" not in checkpoint
+                and not Path(checkpoint).is_file()
+            ):
+                raise UsageError(f"--ckpt_path={checkpoint!r} is no file; give the path of a checkpoint")
+
+        def instantiate_trainer(self, **options: Any) -> Any:
+            try:
+                return super().instantiate_trainer(**options)
+            except (ValueError, MisconfigurationException) as error:
+                raise UsageError(f"the trainer cannot be built: {error}") from error
+
     for words in _NOISE:
         warnings.filterwarnings("ignore", words)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
     options = {
         "allow_abbrev": False,
         "exit_on_error": False,
-        "default_config_files": [str(folder_of("configs") / f"{name}.yaml")],
+        "default_config_files": [str(config_of(script))],
         "prog": f"em-lightning run {name}",
     }
     try:
@@ -199,12 +214,43 @@ def recipe_cli(
             subclass_mode_model=subclass_model,
             subclass_mode_data=subclass_data,
             run=False,
-            args=list(args),
+            args=_with_variant(script, list(args)),
             parser_kwargs=options,
             save_config_kwargs={"overwrite": True},
         )
     except ArgumentError as error:
         raise UsageError(_shorten(str(error), keys)) from error
+
+
+def _short_help(script: Path, parser: Any) -> str:
+    """Return what a recipe says about itself, and its own arguments with their defaults, wrapped to a screen."""
+    defaults = parser.get_defaults()
+
+    def flat(prefix: str, values: Any) -> list[str]:
+        return [f"--{prefix}.{key}={value}" for key, value in sorted(vars(values).items()) if value is not None]
+
+    def of_data(data: Any) -> list[str]:
+        if "class_path" not in data:
+            return flat("data", data)
+        return [f"--data={data.class_path.rpartition('.')[2]}", *flat("data", data.init_args)]
+
+    sections = {
+        "Model": flat("model", defaults.model),
+        "Data": of_data(defaults.data),
+        "Training": [
+            f"--{key}={defaults[key]}" for key in ("seed_everything", "trainer.max_epochs", "trainer.accelerator")
+        ],
+    }
+    lines = [docstring(script)]
+    for title, options in sections.items():
+        text = textwrap.fill(
+            " ".join(options), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+        )
+        lines.append(f"{title}, with defaults:\n{text}")
+    variants = ", ".join(variants_of(script)) or "none"
+    lines.append(f"--config NAME or FILE: variants: {variants}. --seeds 0,1,2: once a seed, and one table of all.")
+    lines.append("--help=all: every argument of Lightning's Trainer too. --print_config: the whole config.")
+    return "\n\n".join(lines)
 
 
 def parameters_of(cls: type) -> list[str]:
@@ -220,108 +266,10 @@ def _shorten(message: str, keys: Sequence[str]) -> str:
         found = re.search(pattern, line)
         if found:
             key = ".".join(found.groups())
-            return f"unknown key {key!r}{_nearest(key, keys)}"
+            return f"unknown key {key!r}{nearest(key, keys)}"
     line = re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
     line = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", line)
     line = re.sub(r"Expected a dot import path string: (\w+)", r"there is no class \1 here", line)
+    line = re.sub(r"(there is no class \w+ here)(?: - \1)+", r"\1", line)
     # Of the complaints of a union the first is about what was given, the others about what was not meant.
     return re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
-
-
-def load_model(target: str, checkpoint: str | None = None) -> Any:
-    """Return the model that ``package.module:NAME`` or ``path/to/file.py:NAME`` stands for.
-
-    NAME is a module, or a class or function that makes one without arguments; with a checkpoint it is a
-    LightningModule class, which loads it.
-
-    Raises:
-        UsageError: there is no such file, module or name, or it makes no model.
-    """
-    import torch
-
-    place, colon, name = target.rpartition(":")
-    if not colon:
-        raise UsageError(f"{target!r} names no model; write package.module:NAME or path/to/file.py:NAME")
-    try:
-        if place.endswith(".py"):
-            sys.path.insert(0, str(Path(place).resolve().parent))
-            place = Path(place).stem
-        else:
-            sys.path.insert(0, str(Path.cwd()))
-        made = getattr(importlib.import_module(place), name)
-    except ImportError as error:
-        raise UsageError(f"{target!r} cannot be imported: {error}") from error
-    except AttributeError as error:
-        raise UsageError(f"{place} has no {name!r}; check the name behind the colon") from error
-    if checkpoint is not None:
-        made = made.load_from_checkpoint(checkpoint, map_location="cpu")
-    elif not isinstance(made, torch.nn.Module):
-        try:
-            made = made()
-        except TypeError as error:
-            raise UsageError(
-                f"{target!r} cannot be made without arguments ({error}); name a function that can"
-            ) from error
-    if not isinstance(made, torch.nn.Module):
-        raise UsageError(f"{target!r} is a {type(made).__name__} and no torch.nn.Module")
-    return made
-
-
-def _audit(target: str, shape: str, checkpoint: str | None) -> None:
-    import torch
-
-    from em_lightning.scope import audit
-
-    if not re.fullmatch(r"\d+(,\d+)*", shape):
-        raise UsageError(f"--input={shape!r} is no shape; write for instance --input=32,784")
-    batch = torch.randn(*map(int, shape.split(",")), generator=torch.Generator().manual_seed(0))
-    model = load_model(target, checkpoint)
-    # A random input has no labels, so only the forward is run, also where there is a training step.
-    print(audit(model, batch, run=lambda: model(batch)))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 for success, 2 for a mistake in what was asked for."""
-    parser = argparse.ArgumentParser("em-lightning", description="EM inside neural networks.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("ls", help="list the recipes")
-    runner = commands.add_parser("run", help="run a recipe; arguments after its name go to its LightningCLI")
-    runner.add_argument("recipe")
-    runner.add_argument("arguments", nargs=argparse.REMAINDER, help="for instance --trainer.max_epochs=3, or --help")
-    auditor = commands.add_parser("audit", help="tell where EM lives in a model, layer by layer")
-    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME, made without arguments")
-    auditor.add_argument("--input", required=True, help="shape of a random input, for instance 32,784")
-    auditor.add_argument("--ckpt_path", help="checkpoint for NAME, a LightningModule class, to load")
-    parsed = parser.parse_args(argv)
-    try:
-        if parsed.command == "ls":
-            _print_recipes()
-        elif parsed.command == "audit":
-            _audit(parsed.model, parsed.input, parsed.ckpt_path)
-        else:
-            run(parsed.recipe, parsed.arguments)
-    except (UsageError, ValueError, TypeError, OSError) as error:
-        told = own_error(error)
-        if told is None:
-            raise
-        print(f"em-lightning: {told}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _print_recipes() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("recipe", "what it does", "variants", box=None, header_style="bold")
-    for name, path in recipes().items():
-        variants = sorted(variant.stem for variant in (folder_of("configs") / name).glob("*.yaml"))
-        table.add_row(name, summary(path), ", ".join(variants))
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    # The recipes import this module by its name: its classes must be the same ones.
-    from em_lightning.cli import main as named_main
-
-    sys.exit(named_main())

@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from em_lightning.catalog import UsageError, folder_of, load_recipe, own_error
+from em_lightning.cli.folders import UsageError, config_of, load_recipe, own_error
 from em_lightning.results import write_results
 
 
@@ -69,14 +69,14 @@ def table_of(args: Sequence[str]) -> dict[str, Any] | None:
     return None
 
 
-def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequence[int], jobs: int | None) -> None:
+def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: Sequence[int], jobs: int | None) -> None:
     """Run what is not finished of a table, and write it.
 
     A cell's folder, in ``lightning_logs/NAME/cells``, is named by a hash of all that it depends on: the same command
     again continues, other arguments start anew, and tables share the cells that they have in common.
 
     Args:
-        name: of the recipe.
+        script: of the recipe.
         args: of its command line, with the config of the table.
         table: as :func:`table_of` gives it.
         seeds: those to run in place of the table's own, if any.
@@ -87,34 +87,34 @@ def run_table(name: str, args: Sequence[str], table: dict[str, Any], seeds: Sequ
     """
     path = table.pop("path")
     content = table.pop("table")
-    logs = Path("lightning_logs") / name
+    logs = Path("lightning_logs") / script.stem
     text = yaml.safe_dump(table)
-    defaults = yaml.safe_load((folder_of("configs") / f"{name}.yaml").read_text(encoding="utf-8"))
+    defaults = yaml.safe_load(config_of(script).read_text(encoding="utf-8"))
     config = logs / "cells" / f"{_digest(text)}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(text, encoding="utf-8")
     args = [arg.replace(path, str(config)) for arg in args]
     cells = []
-    for seed in seeds or content["seeds"]:  # outside, so that all rows are seen early
-        for row, spec in content["rows"].items():
-            given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
+    for row, spec in content["rows"].items():
+        given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
+        for seed in seeds or content["seeds"]:
             own = [*args, *given, f"--seed_everything={seed}", f"--data.seed={seed}"]
             version = f"cells/{_digest(json.dumps([defaults, own]))}-seed{seed}"
             cells.append(Cell(row, seed, [*own, f"--trainer.logger.version={version}"], logs / version))
     if any("fast_dev_run" in arg for arg in args):
         for cell in cells:
             if cell.seed == cells[0].seed:
-                load_recipe(name).main(cell.arguments)
+                load_recipe(script).main(cell.arguments)
         return
-    _run_cells(name, [cell for cell in cells if not cell.result.exists()], jobs)
-    _write(logs / Path(path).stem, content, cells, f"em-lightning run {name} --config {Path(path).stem}")
+    _run_cells(script, [cell for cell in cells if not cell.result.exists()], jobs)
+    _write(logs / Path(path).stem, content, cells, f"em-lightning run {script.stem} --config {Path(path).stem}")
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
+def _run_cells(script: Path, cells: list[Cell], jobs: int | None) -> None:
     from rich.progress import track
 
     if not cells:
@@ -125,7 +125,7 @@ def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        done = [pool.submit(_run_row, name, group) for group in groups]
+        done = [pool.submit(_run_row, script, group) for group in groups]
         try:
             for future in track(done, f"rows, {jobs} at a time"):
                 future.result()
@@ -138,9 +138,9 @@ def _run_cells(name: str, cells: list[Cell], jobs: int | None) -> None:
                 os.environ["OMP_NUM_THREADS"] = before
 
 
-def _run_row(name: str, cells: list[Cell]) -> None:
+def _run_row(script: Path, cells: list[Cell]) -> None:
     """Train the seeds of a row, together where the recipe can prepare them so."""
-    recipe = load_recipe(name)
+    recipe = load_recipe(script)
     together = (
         len(cells) > 1
         and hasattr(recipe, "prepare")
@@ -202,7 +202,8 @@ def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: st
         *content.get("notes", []),
         explained,
     ]
-    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values)
+    cell_folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
+    text = write_results(folder, content["title"], notes, rows, seeds=seeds, cells=cell_folders)
     print(f"\n{text}\nWritten to {folder}")
 
 

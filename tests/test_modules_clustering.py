@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from em_lightning.callbacks import ClusteringReport
+from em_lightning.data import MixtureSets
+from em_lightning.mixture import Mixture, MixturePrior
+from em_lightning.modules import AmortizedClustering
+
+
+def small(**arguments):
+    return MixtureSets(
+        **{"train_batches": 4, "val_sets": 8, "test_sets": 8, "held_out": 50, "train_held_out": 50, **arguments}
+    )
+
+
+def test_sets_are_of_their_mixtures():
+    data = MixtureSets(num_components=3, min_points=2000, max_points=2000, test_sets=20, batch_size=20, held_out=2000)
+    batch = next(iter(data.test_dataloader()))
+    assert batch.mask.all() and (batch.truth.means.abs() <= 4).all()
+    torch.testing.assert_close(batch.truth.weights.sum(1), torch.ones(20))
+    shares = torch.nn.functional.one_hot(batch.labels, 3).float().mean(1)
+    assert (shares - batch.truth.weights).abs().max() < 0.06
+    centers = batch.truth.means.gather(1, batch.labels.unsqueeze(-1).expand(-1, -1, 2))
+    assert abs(float((batch.points - centers).std()) - 0.3) < 0.005
+    fitted, fresh = (batch.truth.log_prob(x).mean() for x in (batch.points, batch.held_out))
+    assert abs(fitted - fresh) < 0.03
+
+
+def test_batches_depend_on_seed_split_epoch_and_index_alone():
+    data = small()
+    first, again = next(iter(data.val_dataloader())), next(iter(small().val_dataloader()))
+    assert torch.equal(first.points, again.points)
+    assert not torch.equal(first.points, next(iter(data.test_dataloader())).points)
+    assert not torch.equal(first.points, next(iter(small(seed=1).val_dataloader())).points)
+    assert first.mask.sum(1).min() >= 100 and (first.points[~first.mask] == 0).all()
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(torch.cat([batch.points.flatten() for batch in loader]))
+    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"min_points": 10, "max_points": 5}, "max_points=5 is too small; give 10 or more"),
+        ({"scale": 0.0}, "scale=0.0 must be positive"),
+        ({"batch_size": 0}, "batch_size=0 is too small"),
+    ],
+)
+def test_wrong_data_is_answered(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        MixtureSets(**arguments)
+
+
+def test_before_training_it_is_em_with_the_prior():
+    batch = next(iter(small().val_dataloader()))
+    module = AmortizedClustering(init="farthest", open_world=False)
+    found = module(batch.points, batch.mask)
+    expected = module.operator.classical()(batch.points, batch.mask)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(module.log_prob(found, batch.held_out, batch.points), found.log_prob(batch.held_out))
+
+
+def test_the_open_world_is_one_more_component():
+    batch = next(iter(small().val_dataloader()))
+    module = AmortizedClustering(prior_scale=0.3).double()
+    points, x = batch.points.double(), batch.held_out.double()
+    mixture = module(points, batch.mask)
+    size = batch.mask.sum(1, keepdim=True).double()
+    center = torch.stack([one[mask].mean(0) for one, mask in zip(points, batch.mask, strict=True)])
+    weights = torch.cat([mixture.weights * size / (size + 1), 1 / (size + 1)], 1)
+    means = torch.cat([mixture.means, center[:, None]], 1)
+    covariances = torch.cat([mixture.covariances, torch.full_like(size, 9.0)], 1)
+    expected = Mixture(weights.log(), means, covariances).log_prob(x)
+    torch.testing.assert_close(module.log_prob(mixture, x, points, batch.mask), expected)
+
+
+def test_it_serves_other_numbers_of_components():
+    torch.manual_seed(0)
+    module = AmortizedClustering(init="farthest", num_iters=3)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.add_(0.01 * torch.randn_like(value))
+    other = module.for_components(7)
+    batch = next(iter(small(num_components=7).val_dataloader()))
+    assert other(batch.points, batch.mask).means.shape == (8, 7, 2)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_a_prior_learns_the_size_of_clusters():
+    prior = MixturePrior(mean_strength=0.0, covariance_strength=50.0, covariance=[1.0, 1.0], learnable=True)
+    assert sorted(dict(prior.named_parameters())) == ["log_covariance", "log_spread"]
+    batch = next(iter(small().val_dataloader()))
+    module = AmortizedClustering(residual=False, init="farthest", prior_scale=1.0)
+    loss = module.step(batch, "train")["loss"]
+    loss.backward()
+    assert module.operator.prior.log_spread.grad > 0  # clusters are smaller than that
+    assert all(value.grad.isfinite().all() for value in module.parameters())
+
+
+def test_a_run_lowers_the_loss_and_writes_its_tables(tmp_path):
+    torch.manual_seed(0)
+    module, data = AmortizedClustering(num_iters=4, num_starts=2, prior_scale=1.0, prior_lr=0.2), small(val_sets=64)
+    trainer = Trainer(
+        max_epochs=5,
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        callbacks=[ClusteringReport(classical=False, sizes=(60,), components=(3,), transfer_sets=8)],
+    )
+    before = trainer.validate(module, data, verbose=False)[0]["val/gap_to_oracle"]
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["val/gap_to_oracle"] > before + 0.1
+    results = json.loads((tmp_path / "results.json").read_text())
+    oracle, trained = results["rows"][:2]
+    assert oracle["method"] == "oracle" and trained["method"] == "trained operator"
+    assert trained["LL1 - oracle"] == pytest.approx(trained["LL1"] - oracle["LL0"])
+    assert 0 < trained["adjusted Rand"] <= 1 and [row["K"] for row in results["transfer"]] == ["4", "3"]
+    assert "Sets unlike those of the training" in (tmp_path / "results.md").read_text()

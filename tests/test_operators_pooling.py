@@ -1,0 +1,200 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch_geometric.nn import MLP, EdgeConv, GINConv, GraphSAGE, PointNetConv, SAGEConv
+from torch_geometric.nn.aggr import MeanAggregation, MultiAggregation
+from torch_geometric.nn.resolver import aggregation_resolver
+
+from em_lightning.operators import EMAggregation, EMPooling, register_aggregation
+from em_lightning.operators.pooling import SUMMARIES
+
+
+def sets(sizes=(7, 3, 0, 12), features=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(sizes), max(sizes), features, generator=generator, dtype=torch.float64)
+    return x, torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+
+
+def pooling(**arguments):
+    torch.manual_seed(1)
+    return EMPooling(2, 3, **{"summary": SUMMARIES, "residual": False, **arguments}).double()
+
+
+@pytest.mark.parametrize("covariance", ["diag", "spherical", "full", "tied"])
+@pytest.mark.parametrize("init", ["learned", "farthest"])
+def test_a_vector_of_the_promised_size_whatever_the_order_and_the_padding(covariance, init):
+    pool = pooling(covariance=covariance, init=init, out_features=None)
+    x, mask = sets()
+    vectors = pool(x, mask)
+    assert vectors.shape == (4, pool.out_features) and vectors.isfinite().all()
+    torch.testing.assert_close(pool(x.flip(1), mask.flip(1)), vectors)
+    torch.testing.assert_close(pool(torch.where(mask.unsqueeze(-1), x, torch.nan), mask), vectors)
+    torch.testing.assert_close(pool(x[:1, :7]), vectors[:1])
+
+
+def test_the_parts_are_what_they_say():
+    pool = pooling(init="farthest")
+    x, mask = sets((9,))
+    mixture = pool.operators[0](x)
+    posterior = mixture.posterior(x)
+    r = posterior.responsibilities[0]
+    expected = []
+    for k in range(2):
+        share = r[:, k] / r[:, k].sum()
+        mean = (share[:, None] * x[0]).sum(0)
+        variance = (share[:, None] * (x[0] - mean) ** 2).sum(0)
+        parts = [mixture.weights[0, k : k + 1], mixture.means[0, k], mixture.covariances[0, k].log() / 2]
+        expected += [*parts, mean, variance.log() / 2]
+    expected.append(-posterior.free_energy.mean(1))
+    torch.testing.assert_close(pool(x, mask)[0], torch.cat(expected))
+
+
+def test_weights_count_items():
+    pool = pooling(init="learned")
+    x, _ = sets((4,))
+    repeated = x[:, [0, 0, 1, 2, 3, 3, 3]]
+    torch.testing.assert_close(pool(x, weights=torch.tensor([[2.0, 1.0, 1.0, 3.0]]).double()), pool(repeated))
+
+
+def test_heads_gradients_and_copies():
+    pool = EMPooling(3, 3, heads=2, head_features=2, out_features=5, summary=("weights", "means", "values"))
+    x, mask = sets()
+    x = x.float().requires_grad_()
+    vectors = pool(x, mask)
+    assert vectors.shape == (4, 5) and pool.out_features == 5
+    vectors.square().sum().backward()
+    assert x.grad.isfinite().all() and (x.grad[~mask] == 0).all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in pool.parameters())
+    assert pool.project.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(copy.deepcopy(pool)(x, mask), vectors)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(pool(x, mask), vectors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"summary": ("weights", "mean")},
+            r"summary=\('weights', 'mean'\) must name parts once, out of weights, means",
+        ),
+        ({"summary": ("means", "means")}, "must name parts once"),
+        ({"heads": 2}, "heads=2 with head_features=None: several heads need coordinates, e.g. 4"),
+    ],
+)
+def test_mistakes_are_answered(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        EMPooling(2, 3, **arguments)
+
+
+def test_items_of_another_size_are_answered():
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3\); give \(B, N, 3\)"):
+        EMPooling(2, 3)(torch.zeros(2, 3))
+
+
+# PyG
+
+
+def ragged(seed=0):
+    x, mask = sets(seed=seed)
+    return x[mask], mask.nonzero()[:, 0], x, mask
+
+
+@pytest.mark.parametrize("arguments", [{}, {"in_channels": 3, "out_channels": 4}])
+def test_ragged_equals_dense_in_any_order(arguments):
+    torch.manual_seed(0)
+    aggregation = EMAggregation(2, **arguments).double()
+    rows, index, x, mask = ragged()
+    found = aggregation(rows, index, dim_size=4)
+    assert found.isfinite().all() and (found[2] == 0).all()  # the empty group
+    dense = aggregation._shape_preserving(x, mask) if aggregation.pooling is None else aggregation.pooling(x, mask)
+    torch.testing.assert_close(found[mask.any(1)], dense[mask.any(1)])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(aggregation(rows[order], index[order], dim_size=4), found)
+    ptr = torch.tensor([0, 7, 10, 10, 22])
+    torch.testing.assert_close(aggregation(rows, ptr=ptr), found)
+    torch.testing.assert_close(aggregation(rows, index=index, ptr=ptr), found)
+    torch.testing.assert_close(aggregation(rows[:7]), found[:1])
+    torch.testing.assert_close(aggregation(rows, index, dim=0, dim_size=4), found)
+    several = torch.stack([rows, 2 * rows])
+    torch.testing.assert_close(aggregation(several, index, dim_size=4, dim=1)[0], found)
+    with pytest.raises(ValueError, match="invalid 'dim_size'"):
+        aggregation(rows, index, dim_size=2)
+    assert aggregation(rows[:0], index[:0], dim_size=2).shape == (2, found.shape[1])
+
+
+def test_it_starts_as_the_mean():
+    rows, index, *_ = ragged()
+    expected = MeanAggregation()(rows, index, dim_size=4)
+    torch.testing.assert_close(EMAggregation(3).double()(rows, index, dim_size=4), expected)
+
+
+def test_a_large_slope_of_weights_leaves_outliers_out():
+    rows = torch.cat([torch.randn(20, 2, generator=torch.Generator().manual_seed(0)) * 0.1, torch.full((2, 2), 50.0)])
+    aggregation = EMAggregation(2, num_iters=5)
+    with torch.no_grad():
+        aggregation.by_weight.fill_(20.0)
+    torch.testing.assert_close(aggregation(rows)[0], rows[:20].mean(0), rtol=0, atol=1e-4)
+    assert (rows.mean(0) > 4).all()
+    aggregation.reset_parameters()
+    torch.testing.assert_close(aggregation(rows)[0], rows.mean(0))
+
+
+def graph():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(3))
+    edges = torch.randint(8, (2, 30), generator=torch.Generator().manual_seed(4))  # node 8 is alone
+    return x, edges, torch.randn(9, 3, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SAGEConv(4, 6, aggr="em"),
+        lambda: GINConv(nn.Linear(4, 6), aggr="em"),
+        lambda: EdgeConv(MLP([8, 6]), aggr="em"),
+        lambda: GraphSAGE(4, 5, 2, 6, aggr="em"),
+        lambda: SAGEConv(4, 6, aggr=["em", "max"]),
+        lambda: SAGEConv(4, 6, aggr="em", aggr_kwargs={"num_components": 3}),
+    ],
+    ids=["sage", "gin", "edge", "graphsage", "multi", "kwargs"],
+)
+def test_one_word_in_a_convolution(make, monkeypatch):
+    import torch_geometric.nn.aggr
+
+    register_aggregation()
+    monkeypatch.setattr(torch_geometric.nn.aggr, "EMAggregation", EMAggregation)
+    torch.manual_seed(0)
+    conv, (x, edges, _) = make(), graph()
+    x.requires_grad_()
+    out = conv(x, edges)
+    assert out.shape == (9, 6) and out.isfinite().all()
+    out.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert any("by_weight" in name and p.grad is not None for name, p in conv.named_parameters())
+    shuffled = edges[:, torch.randperm(30, generator=torch.Generator().manual_seed(6))]
+    torch.testing.assert_close(conv(x, shuffled), out, rtol=1e-4, atol=1e-5)
+
+
+def test_pointnet_and_the_resolver():
+    register_aggregation()
+    x, edges, position = graph()
+    conv = PointNetConv(MLP([7, 6]), aggr="em")
+    out = conv(x, position, edges)
+    assert out.shape == (9, 6) and out.isfinite().all()
+    assert isinstance(aggregation_resolver("em"), EMAggregation)
+    several = MultiAggregation(["mean", EMAggregation(2)])
+    assert several(x, torch.tensor([0, 0, 1, 1, 1, 1, 3, 3, 3]), dim_size=4).shape == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"out_channels": 3}, "in_channels=None and out_channels=3 go together: give both or none"),
+        ({"heads": 2}, "heads go with out_channels, which is not given"),
+    ],
+)
+def test_wrong_aggregations_are_answered(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        EMAggregation(2, **arguments)

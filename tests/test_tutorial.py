@@ -1,0 +1,41 @@
+"""The tutorial notebook, executed from its first cell to its last."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+
+
+# Of the kernel's own insides, and of sockets that it leaves to the garbage collector.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_tutorial_runs_and_shows_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
+    stored = [kinds(cell) for cell in notebook.cells]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert [kinds(cell) for cell in notebook.cells] == stored, "store its outputs anew: run the notebook and save it"
+    printed = "".join(
+        out.text for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type == "stream"
+    )
+    alone, variance, both = (line.split() for line in printed.splitlines() if "units alive" in line)
+    assert alone[-7] == "0" and variance[-7] == both[-7] == "8"
+    assert float(both[-1]) < 1 < float(variance[-1])
+    ours, theirs = (
+        float(word) for word in printed.split("em_lightning ")[1].split(" nats")[0].split(", scikit-learn ")
+    )
+    assert abs(ours - theirs) < 1e-5
+    classical, trained = printed.split("classical EM ")[1].split(" nats")[0].split(", trained ")
+    assert float(trained) > float(classical) + 0.3
+
+
+def kinds(cell):
+    """Return what the outputs of a cell are, and what they print up to its numbers."""
+    return [
+        out.text.split(" ")[0] if out.output_type == "stream" else sorted(set(out.data) - {"text/plain"})
+        for out in cell.get("outputs", [])
+    ]
