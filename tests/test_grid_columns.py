@@ -5,8 +5,7 @@ import json
 import numpy as np
 import yaml
 
-from em_lightning import cli
-from em_lightning.cli import folders, grid
+from em_lightning.cli import folders, grid, run
 
 
 def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
@@ -23,7 +22,7 @@ def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
     table = {"title": "Scores", "seeds": [0, 1, 2], "columns": ["score", "dead"]}
     table["rows"] = {"plain": {"arguments": {"model.width": 4}}, "swapped": {"against": "plain"}}
     (tmp_path / "scores.yaml").write_text(yaml.safe_dump({"table": table}))
-    assert cli.main(["run", "swap_activations", "--config", "scores.yaml"]) == 0
+    run("swap_activations", ["--config", "scores.yaml"])
     (written,) = tmp_path.glob("lightning_logs/swap_activations/scores*/results.json")
     rows = json.loads(written.read_text())["rows"]
     difference = np.subtract(values["swapped"], values["plain"])
@@ -38,7 +37,7 @@ def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
 def test_swapped_activations_are_measured_from_a_config(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     given = ["--trainer.callbacks.activation=softmax_gated", "--trainer.max_epochs=1", "--trainer.logger.version=one"]
-    assert cli.main(["run", "swap_activations", *given]) == 0
+    run("swap_activations", given)
     found = json.loads((tmp_path / "lightning_logs/swap_activations/one/results.json").read_text())["values"]
     assert {"accuracy %", "calibration_error %", "activation1/dead_units", "activation2/redundancy"} <= set(found)
     assert "Data: scikit-learn's digits" in capsys.readouterr().out
@@ -55,6 +54,6 @@ def test_a_module_without_an_optimizer_trains_one_seed_after_the_other(tmp_path,
         folder = tmp_path / f"lightning_logs/decoder_free_sae/cell{seed}"
         own = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version=cell{seed}"]
         cells.append(grid.Cell("mixture", seed, [*given, *own], folder))
-    grid._run_row(folders.recipes()["decoder_free_sae"], cells)
+    grid._run_row(folders.find_recipe("decoder_free_sae"), cells)
     losses = [json.loads(cell.result.read_text())["values"]["free_energy"] for cell in cells]
     assert np.isfinite(losses).all() and losses[0] != losses[1]

@@ -22,6 +22,7 @@ ORDER = [
     "losses",
     "mixture",
     "operators",
+    "estimator",
     "surgery",
     "scope",
     "metrics",

@@ -48,15 +48,6 @@ def find_recipe(name: str) -> Path:
     return known[name]
 
 
-def load_recipe(script: Path) -> Any:
-    """Return the script of a recipe as a module."""
-    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
-    assert spec is not None and spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    return recipe
-
-
 def config_of(script: Path) -> Path:
     """Return the default config of a recipe's script: beside it in a user's copy, else in the folder of configs."""
     beside = script.with_suffix(".yaml")
@@ -93,6 +84,18 @@ def copy(name: str, folder: Path) -> list[Path]:
         text = text.replace(f"em-lightning run {script.stem}", f"em-lightning run {script.name}")
         target.write_text(text, encoding="utf-8")
     return list(targets.values())
+
+
+def load_recipe(script: Path) -> Any:
+    """Return the script of a recipe as a module."""
+    from rich.console import Console
+
+    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
+        spec.loader.exec_module(recipe)
+    return recipe
 
 
 def own_error(error: BaseException | None) -> BaseException | None:

@@ -87,7 +87,8 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
     """
     path = table.pop("path")
     content = table.pop("table")
-    logs = Path("lightning_logs") / script.stem
+    name = script.stem
+    logs = Path("lightning_logs") / name
     text = yaml.safe_dump(table)
     defaults = yaml.safe_load(config_of(script).read_text(encoding="utf-8"))
     config = logs / "cells" / f"{_digest(text)}.yaml"
@@ -95,9 +96,9 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
     config.write_text(text, encoding="utf-8")
     args = [arg.replace(path, str(config)) for arg in args]
     cells = []
-    for row, spec in content["rows"].items():
-        given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
-        for seed in seeds or content["seeds"]:
+    for seed in seeds or content["seeds"]:  # outside, so that all rows are seen early
+        for row, spec in content["rows"].items():
+            given = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
             own = [*args, *given, f"--seed_everything={seed}", f"--data.seed={seed}"]
             version = f"cells/{_digest(json.dumps([defaults, own]))}-seed{seed}"
             cells.append(Cell(row, seed, [*own, f"--trainer.logger.version={version}"], logs / version))
@@ -107,7 +108,7 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
                 load_recipe(script).main(cell.arguments)
         return
     _run_cells(script, [cell for cell in cells if not cell.result.exists()], jobs)
-    _write(logs / Path(path).stem, content, cells, f"em-lightning run {script.stem} --config {Path(path).stem}")
+    _write(logs / Path(path).stem, content, cells, f"em-lightning run {name} --config {Path(path).stem}")
 
 
 def _digest(text: str) -> str:

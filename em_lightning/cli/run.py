@@ -15,7 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from em_lightning.cli.folders import UsageError, config_of, docstring, find_recipe, load_recipe, nearest, variants_of
+from em_lightning.cli.folders import (
+    UsageError,
+    config_of,
+    docstring,
+    find_recipe,
+    load_recipe,
+    nearest,
+    variants_of,
+)
 from em_lightning.cli.grid import run_table, table_of
 
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
@@ -50,18 +58,16 @@ def run(name: str, args: Sequence[str]) -> None:
         UsageError: there is no such recipe, or an argument is wrong.
     """
     script = find_recipe(name)
-    seeds, args = _take_numbers("seeds", _with_variant(script, list(args)))
+    args = _with_variant(script, list(args))
+    seeds, args = _take_numbers("seeds", args)
     jobs, args = _take_numbers("jobs", args)
+    at_once = jobs[0] if jobs else None
     table = table_of(args)
     if table is not None:
-        return run_table(script, args, table, seeds, jobs[0] if jobs else None)
+        return run_table(script, args, table, seeds, at_once)
     if seeds:
-        return _run_seeds(name, args, seeds, jobs[0] if jobs else None)
-    from rich.console import Console
-
-    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
-        recipe = load_recipe(script)
-    recipe.main(args)
+        return _run_seeds(name, args, seeds, at_once)
+    load_recipe(script).main(args)
 
 
 def _with_variant(script: Path, args: list[str]) -> list[str]:
@@ -219,7 +225,11 @@ def recipe_cli(
             save_config_kwargs={"overwrite": True},
         )
     except ArgumentError as error:
-        raise UsageError(_shorten(str(error), keys)) from error
+        import em_lightning.callbacks
+
+        subclasses: list[type] = data.__subclasses__()
+        classes = [cls.__name__ for cls in subclasses] + em_lightning.callbacks.__all__
+        raise UsageError(_shorten(str(error), keys, classes)) from error
 
 
 def _short_help(script: Path, parser: Any) -> str:
@@ -229,14 +239,14 @@ def _short_help(script: Path, parser: Any) -> str:
     def flat(prefix: str, values: Any) -> list[str]:
         return [f"--{prefix}.{key}={value}" for key, value in sorted(vars(values).items()) if value is not None]
 
-    def of_data(data: Any) -> list[str]:
-        if "class_path" not in data:
-            return flat("data", data)
-        return [f"--data={data.class_path.rpartition('.')[2]}", *flat("data", data.init_args)]
+    def of_group(group: str, values: Any) -> list[str]:
+        if "class_path" not in values:
+            return flat(group, values)
+        return [f"--{group}={values.class_path.rpartition('.')[2]}", *flat(group, values.init_args)]
 
     sections = {
-        "Model": flat("model", defaults.model),
-        "Data": of_data(defaults.data),
+        "Model": of_group("model", defaults.model),
+        "Data": of_group("data", defaults.data),
         "Training": [
             f"--{key}={defaults[key]}" for key in ("seed_everything", "trainer.max_epochs", "trainer.accelerator")
         ],
@@ -259,8 +269,8 @@ def parameters_of(cls: type) -> list[str]:
     return sorted(names)
 
 
-def _shorten(message: str, keys: Sequence[str]) -> str:
-    """Return a parser's complaint on one line, with the valid key that is nearest to an unknown one."""
+def _shorten(message: str, keys: Sequence[str], classes: Sequence[str]) -> str:
+    """Return a parser's complaint on one line, with the valid key or class that is nearest to an unknown one."""
     line = re.sub(r"\s+", " ", message).strip()
     for pattern in _UNKNOWN_KEY:
         found = re.search(pattern, line)
@@ -269,7 +279,11 @@ def _shorten(message: str, keys: Sequence[str]) -> str:
             return f"unknown key {key!r}{nearest(key, keys)}"
     line = re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
     line = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", line)
-    line = re.sub(r"Expected a dot import path string: (\w+)", r"there is no class \1 here", line)
-    line = re.sub(r"(there is no class \w+ here)(?: - \1)+", r"\1", line)
+    unknown = re.search(r"([\w.]+): .*Expected a dot import path string: (\w+)", line)
+    if unknown:
+        return f"{unknown[1]}: there is no class {unknown[2]!r} here{nearest(unknown[2], classes)}"
     # Of the complaints of a union the first is about what was given, the others about what was not meant.
-    return re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
+    line = re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
+    line = re.sub(r"Expected a <class '([\w.]+)'>\. Got value: (.*)", r"\2 is no \1", line)
+    line = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", r"\2 is none of \1", line)
+    return re.sub(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", r"give \1\2", line)

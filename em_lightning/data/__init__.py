@@ -1,4 +1,4 @@
-"""LightningDataModules: point clouds with their readers and samplers, and small images held as tensors."""
+"""LightningDataModules: point clouds with their readers and samplers, small images, sets of mixtures, large tables."""
 
 from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
@@ -10,6 +10,8 @@ from em_lightning.data.point_clouds import GeometricShapes, ModelNet, Procedural
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
 from em_lightning.data.surfaces import FAMILIES, random_surface
+from em_lightning.data.tables import Table, TableBatch, TableBlocks
+from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
 from em_lightning.data.tensors import TensorBatches, TensorDataModule, Tensors
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "CloudDataset",
     "Digits",
     "EpochSampler",
+    "GaussianBlobs",
     "GeometricShapes",
     "MixtureSetBatch",
     "MixtureSets",
@@ -30,6 +33,10 @@ __all__ = [
     "ProceduralSurfaces",
     "Shape",
     "Surface",
+    "Table",
+    "TableBatch",
+    "TableBlocks",
+    "TabularDataModule",
     "TensorBatches",
     "TensorDataModule",
     "Tensors",

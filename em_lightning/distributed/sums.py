@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["batch_mean", "flatten_units", "global_sum", "global_sums", "row_blocks", "units_last"]
+__all__ = ["batch_mean", "flatten_units", "global_sum", "global_sums", "is_spread", "row_blocks", "units_last"]
 
 
 _BLOCK = 2**17

@@ -95,11 +95,12 @@ class EMLoss(nn.Module):
         """
         energies = units_last(energies, self.dim)
         active = {name: weight for name, weight in self.weights.items() if weight}
+        at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms, active)
         values: dict[str, Tensor] = {}
         moments = None
-        at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms, active)
-        of_moments = [term for name, term in self.terms.items() if name in active and isinstance(term, MomentLoss)]
-        if of_moments and not set(active) <= set(at_once):
+        left = [self.terms[name] for name in active if name not in at_once]
+        of_moments = [term for term in left if isinstance(term, MomentLoss)]
+        if of_moments:
             free_energy = self.terms["free_energy"]
             assert isinstance(free_energy, FreeEnergyLoss)
             # The free energy joins in: one pass over the energies forward, one backward.
@@ -108,7 +109,7 @@ class EMLoss(nn.Module):
                 mask=mask,
                 weights=weights,
                 products=any(term.products for term in of_moments),
-                temperature=free_energy.temperature if "free_energy" in active else None,
+                temperature=free_energy.temperature if free_energy in left else None,
             )
         for name, weight in active.items():
             term = self.terms[name]

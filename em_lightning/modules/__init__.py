@@ -4,9 +4,11 @@ from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.classifier import EMClassifier
 from em_lightning.modules.decoder_free import DecoderFreeEncoder, SparseAutoencoder
+from em_lightning.modules.gaussian_mixture import GaussianMixtureModule
 from em_lightning.modules.image_classifier import ImageClassifier
 from em_lightning.modules.layer import EnergyLayer
 from em_lightning.modules.mixture_encoder import MixtureEncoder
+from em_lightning.modules.point_cloud_classifier import PointCloudClassifier
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 from em_lightning.modules.replicas import ReplicaData, Replicas
 
@@ -16,8 +18,10 @@ __all__ = [
     "EMClassifier",
     "EMModule",
     "EnergyLayer",
+    "GaussianMixtureModule",
     "ImageClassifier",
     "MixtureEncoder",
+    "PointCloudClassifier",
     "PointCloudGMM",
     "ReplicaData",
     "Replicas",

@@ -1,0 +1,313 @@
+"""One mixture of a large table: speed beside scikit-learn, memory, and processes side by side.
+
+    python benchmarks/gaussian_mixture.py sklearn --covariance full     1,000,000 x 16, K = 64, 10 iterations
+    python benchmarks/gaussian_mixture.py memory --storage npy --rows 20000000 --iterations 2
+    python benchmarks/gaussian_mixture.py scaling --processes 2         one thread each, beside one process
+    python benchmarks/gaussian_mixture.py kill --times 20               SIGKILL at random moments, and the same command
+
+All go through the module, its loader and Lightning's Trainer. ``--rows 100000`` makes any of them smaller.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+
+from em_lightning.data import GaussianBlobs, Table, TableBlocks, TabularDataModule
+from em_lightning.modules import GaussianMixtureModule
+from em_lightning.operators import EMOperator
+
+# What Lightning says of short runs.
+warnings.filterwarnings("ignore", ".*no .val_dataloader.*|.*LeafSpec.*|.*torch.jit.script.*|.*Checkpoint directory.*")
+
+
+def quiet_trainer(**options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
+    return lightning.Trainer(**{"accelerator": "cpu", "enable_checkpointing": False, **quiet, **options})
+
+
+def table_of(rows, features, path=None):
+    """Write or return a table of overlapping clusters, a block at a time."""
+    generator = torch.Generator().manual_seed(0)
+    centers = 2.0 * torch.randn(64, features, generator=generator)
+    out = (
+        torch.empty(rows, features) if path is None else np.lib.format.open_memmap(path, "w+", "<f4", (rows, features))
+    )
+    for start in range(0, rows, 2**18):
+        size = min(2**18, rows - start)
+        block = torch.randn(size, features, generator=generator)
+        block += centers[torch.randint(0, 64, (size,), generator=generator)]
+        out[start : start + size] = block if path is None else block.numpy()
+    if path is not None:
+        out.flush()
+    return out
+
+
+def start_of(blocks, components, kind):
+    sample = blocks.sample(2**14).points
+    operator = EMOperator(components, sample.shape[1], covariance=kind, init="kmeans++", seed=0, residual=False)
+    return operator(sample[None].double(), num_iters=0)
+
+
+def module_of(components, features, kind, start):
+    module = GaussianMixtureModule(components, features, covariance=kind, tol=0.0)
+    module.start_from(start)
+    return module
+
+
+def resident():
+    """Return the memory of this process now, and the largest since it was last asked for, in MiB."""
+    text = Path("/proc/self/status").read_text()
+    now, peak = (int(text.split(f"{name}:")[1].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
+    Path("/proc/self/clear_refs").write_text("5")
+    return now, peak
+
+
+def warm_up(options, start):
+    """Let libraries load what they need at the first fit."""
+    small = TabularDataModule(torch.randn(3000, options.features))
+    quiet_trainer(max_epochs=1).fit(module_of(options.components, options.features, options.covariance, start), small)
+
+
+def sklearn_seconds(rows, start, options, iterations):
+    """Return the seconds of a fit and the log-likelihood before its last M-step."""
+    from sklearn.mixture import GaussianMixture
+
+    covariances = start.covariances[0].double()
+    precisions = torch.linalg.inv(covariances) if options.covariance in ("full", "tied") else 1 / covariances
+    reference = GaussianMixture(
+        options.components,
+        covariance_type=options.covariance,
+        max_iter=iterations,
+        tol=0,
+        weights_init=(start.weights[0] / start.weights[0].sum()).numpy(),
+        means_init=start.means[0].numpy(),
+        precisions_init=precisions.numpy().astype(np.float32),
+    )
+    begin = time.perf_counter()
+    reference.fit(rows)
+    return time.perf_counter() - begin, reference.lower_bound_
+
+
+def beside_sklearn(options):
+    from sklearn.exceptions import ConvergenceWarning
+
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    torch.set_num_threads(options.threads)
+    kind, steps, theirs = options.covariance, options.iterations, options.sklearn_iterations
+    x = table_of(options.rows, options.features)
+    data = TabularDataModule(x)
+    start = start_of(data.blocks(), options.components, kind)
+    warm_up(options, start)
+    before, _ = resident()
+    ours, levels = [], {}
+    for _ in range(options.repeats):
+        module = module_of(options.components, options.features, kind, start)
+        watch = _Levels(levels)
+        begin = time.perf_counter()
+        quiet_trainer(max_epochs=steps, callbacks=[watch]).fit(module, data)
+        ours.append(time.perf_counter() - begin)
+    _, peak = resident()
+    seconds = sorted(ours)[len(ours) // 2]
+    longest, level = sklearn_seconds(x.numpy(), start, options, theirs)
+    _, their_peak = resident()
+    expected, how = longest, "measured"
+    if theirs < steps:
+        # A fit is a constant and so much an iteration.
+        shortest, _ = sklearn_seconds(x.numpy(), start, options, 1)
+        expected = shortest + (longest - shortest) / (theirs - 1) * (steps - 1)
+        how = f"from {shortest:.1f} s for 1 iteration and {longest:.1f} s for {theirs}"
+    print(
+        f"{kind}: {options.rows:,} x {options.features}, K = {options.components}, {steps} iterations, "
+        f"{options.threads} threads: {seconds:.2f} s through module and loader, scikit-learn {expected:.1f} s ({how}): "
+        f"{expected / seconds:.1f} x"
+    )
+    print(f"  log-likelihood a row before M-step {theirs}: {levels[theirs]:.7f}, scikit-learn {level:.7f}")
+    print(f"  peak beyond the data {peak - before:.0f} MiB, scikit-learn {their_peak - before:.0f} MiB")
+
+
+class _Levels(lightning.Callback):
+    def __init__(self, levels):
+        self.levels = levels
+
+    def on_train_epoch_end(self, trainer, module):
+        self.levels[int(module.iterations)] = float(module.level)
+
+
+def memory(options):
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.npy"
+        source = table_of(options.rows, options.features, None if options.storage == "memory" else path)
+        data = TabularDataModule(source if options.storage == "memory" else str(path))
+        del source
+        start = start_of(data.blocks(), options.components, options.covariance)
+        warm_up(options, start)
+        module = module_of(options.components, options.features, options.covariance, start)
+        before, _ = resident()
+        begin = time.perf_counter()
+        quiet_trainer(max_epochs=options.iterations).fit(module, data)
+        seconds = time.perf_counter() - begin
+        _, peak = resident()
+    print(
+        f"{options.covariance}, {options.storage}: {options.rows:,} x {options.features}, K = {options.components}, "
+        f"{options.iterations} iterations: {seconds:.1f} s, peak beyond what was there before {peak - before:.0f} MiB, "
+        f"log-likelihood a row {float(module.level):.6f}"
+    )
+
+
+def scaling(options):
+    """Time the fit of the same table by one process and by several, one thread each."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.npy"
+        table_of(options.rows, options.features, path)
+        for processes in (1, options.processes):
+            command = [sys.executable, __file__, "worker", f"--path={path}", f"--processes={processes}"]
+            command += [f"--covariance={options.covariance}", f"--components={options.components}"]
+            command += [f"--iterations={options.iterations}", f"--features={options.features}"]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            lines = [line for line in done.stdout.splitlines() if line.startswith("seconds")]
+            if not lines:
+                raise SystemExit(done.stdout + done.stderr)
+            found[processes] = [float(word) for word in lines[0].split()[1:]]
+    print(f"{options.covariance}: {options.rows:,} x {options.features}, K = {options.components}, one thread each")
+    print(
+        "| processes | seconds an iteration | million rows a second | x one | log-likelihood a row |\n"
+        "|---|---|---|---|---|"
+    )
+    for processes, (seconds, level) in found.items():
+        speed = options.rows / seconds / 1e6
+        print(f"| {processes} | {seconds:.3f} | {speed:.2f} | {found[1][0] / seconds:.2f} | {level:.9f} |")
+
+
+class _Clock(lightning.Callback):
+    def __init__(self):
+        self.times = []
+
+    def on_train_epoch_start(self, trainer, module):
+        trainer.strategy.barrier()
+        self.begin = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.strategy.barrier()
+        self.times.append(time.perf_counter() - self.begin)
+
+
+def worker(options):
+    torch.set_num_threads(1)
+    blocks = TableBlocks(Table(options.path))
+    start = start_of(blocks, options.components, options.covariance)
+    clock = _Clock()
+    spread = {"strategy": "ddp", "devices": options.processes} if options.processes > 1 else {}
+    fit = quiet_trainer(max_epochs=options.iterations, callbacks=[clock], **spread)
+    module = module_of(options.components, options.features, options.covariance, start)
+    fit.fit(module, TabularDataModule(options.path))
+    if fit.is_global_zero:
+        print("seconds", sorted(clock.times)[len(clock.times) // 2], float(module.level), flush=True)
+
+
+def kill(options):
+    """Kill a run at random moments until it ends, and compare with one that was left alone."""
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        run = [sys.executable, __file__, "killed", f"--method={options.method}", f"--iterations={options.iterations}"]
+        begin = time.perf_counter()
+        subprocess.run([*run, f"--path={folder}/alone"], check=True)
+        whole = time.perf_counter() - begin
+        expected = torch.load(f"{folder}/alone/mixture.pt", weights_only=True)
+        kills, started = 0, 0
+        while not (Path(folder) / "killed" / "mixture.pt").exists() or kills < options.times:
+            if (Path(folder) / "killed" / "mixture.pt").exists():
+                compare(expected, folder, kills)
+                subprocess.run(["rm", "-r", f"{folder}/killed"], check=True)
+            process = subprocess.Popen([*run, f"--path={folder}/killed"])
+            started += 1
+            marker = Path(folder) / "killed" / "begun"
+            marker.unlink(missing_ok=True)
+            while process.poll() is None and not marker.exists():
+                time.sleep(0.01)
+            if kills < options.times:
+                try:
+                    process.wait(draw.random() * options.window)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+            process.wait()
+        compare(expected, folder, kills)
+    print(f"{options.method}: {kills} kills, {started} starts, a whole run takes {whole:.0f} s: all bitwise the same")
+
+
+def compare(expected, folder, kills):
+    found = torch.load(f"{folder}/killed/mixture.pt", weights_only=True)
+    same = all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
+    print(f"after {kills} kills in all: {'bitwise the same' if same else 'ANOTHER MIXTURE'}", flush=True)
+    if not same:
+        raise SystemExit(1)
+
+
+class _Begun(lightning.Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_start(self, trainer, module):
+        (self.folder / "begun").touch()
+
+    def on_train_batch_end(self, *_):
+        time.sleep(0.02)  # so that kills fall everywhere in a run that is short
+
+
+def killed(options):
+    """Run, or go on with, a fit whose folder is given."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    warnings.filterwarnings("ignore", ".*ckpt_path=.last.*|.*dirpath has changed.*")
+    torch.set_num_threads(1)
+    folder = Path(options.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=3)
+    fit = quiet_trainer(max_epochs=options.iterations, callbacks=[keep, _Begun(folder)], enable_checkpointing=True)
+    module = GaussianMixtureModule(6, 4, method=options.method, tol=0.0)
+    data = GaussianBlobs(8000, 4, true_components=6, held_out_points=100, block_rows=1000, shuffle=True)
+    last = folder / "last.ckpt"
+    fit.fit(module, data, ckpt_path=last if last.exists() else None)
+    torch.save([part.detach() for part in module.mixture], folder / "partial.pt")
+    (folder / "partial.pt").rename(folder / "mixture.pt")
+
+
+def main():
+    jobs = {"sklearn": beside_sklearn, "memory": memory, "scaling": scaling, "kill": kill}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=[*jobs, "worker", "killed"])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--features", type=int, default=16)
+    parser.add_argument("--components", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--sklearn_iterations", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--covariance", default="full")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--storage", choices=["memory", "npy"], default="memory")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--method", default="em")
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--window", type=float, default=1.5, help="seconds within which a kill falls")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--path")
+    options = parser.parse_args()
+    options.sklearn_iterations = options.sklearn_iterations or options.iterations
+    {**jobs, "worker": worker, "killed": killed}[options.job](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The table and the pictures at the end of a fit of one mixture to one data set."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from em_lightning.data import GaussianBlobs, TabularDataModule
+from em_lightning.mixture import Mixture
+from em_lightning.mixture.fit import criteria, fit_blocks, num_parameters
+from em_lightning.operators import EMOperator
+from em_lightning.plots.mixtures import curves, mixture_grid
+from em_lightning.plots.style import save_figure
+from em_lightning.results import write_results
+
+_PICTURED = 4000
+
+
+class SelectionReport(lightning.Callback):
+    """Compare a fitted :class:`~em_lightning.modules.GaussianMixtureModule` with others by likelihood, BIC and AIC.
+
+    At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json``, with this run,
+    scikit-learn's mixture of as many components, the mixture that the data were drawn from where that is known, and EM
+    with other numbers of components, each on all rows; ``components.png`` (rows and components in the plane in which
+    the means differ most), ``selection.png`` (BIC by the number of components) and ``likelihood.png``, in TensorBoard
+    too. It works with a :class:`~em_lightning.data.TabularDataModule`.
+
+    Args:
+        components: further numbers of components, fitted by EM from the same kind of start.
+        max_iters: most iterations of each.
+        sklearn_rows: fit scikit-learn where there are at most so many rows; 0 never does.
+    """
+
+    def __init__(self, components: Sequence[int] = (), max_iters: int = 50, sklearn_rows: int = 200_000) -> None:
+        super().__init__()
+        if any(size < 1 for size in components):
+            raise ValueError(f"components={list(components)} must be at least 1 each")
+        self.components = list(components)
+        self.max_iters = max_iters
+        self.sklearn_rows = sklearn_rows
+        self.levels: list[float] = []
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the likelihoods and the seconds so far, which a resumed run goes on with."""
+        return {"levels": self.levels, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what was kept."""
+        self.levels, self.seconds = list(state_dict["levels"]), state_dict["seconds"]
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the clock of an epoch."""
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the likelihood and the time of an epoch; one that was resumed in its middle has no time."""
+        self.levels.append(float(pl_module.level))
+        self.seconds += time.perf_counter() - getattr(self, "_began", time.perf_counter())
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, write and draw."""
+        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
+            return
+        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
+        with torch.no_grad():
+            self._report(trainer, pl_module, folder)
+
+    def _report(self, trainer: Any, module: Any, folder: Path) -> None:
+        data: TabularDataModule = trainer.datamodule
+        mixture = Mixture(*(part.cpu() for part in module.mixture))
+        own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
+        rows = [_row(own, mixture, data, int(module.iterations), self.seconds)]
+        if isinstance(data, GaussianBlobs):
+            rows.append(_row("the mixture the rows were drawn from", data.truth(), data))
+        if len(data.tables["train"]) <= self.sklearn_rows and data.tables.get("weights") is None:
+            rows.append(self._sklearn(module, mixture, data))
+        others = [self._other(size, module, data) for size in self.components]
+        notes = [
+            f"Data: {data.describe()}. {module.covariance} covariance, floor {module.covariance_floor:g}, tol "
+            f"{module.tol:g} nats a row; seed {module.seed}. Likelihoods are in nats a row, BIC and AIC of the fitted "
+            f"rows, the lower the better. EM rows start by {module.hparams['init']} in {module.sample_size:,} rows, "
+            f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer.",
+        ]
+        text = write_results(folder, "One mixture of one data set", notes, rows + others, seed=module.seed)
+        print(f"\n{text}\nWritten to {folder}")
+
+        figures = {"components": _picture(mixture, data)}
+        if self.levels:
+            series = {"this run": (list(range(1, len(self.levels) + 1)), self.levels)}
+            figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats a row)", "Training")
+        if others:
+            tried = sorted((row["K"], row["BIC"]) for row in [rows[0], *others])
+            line = {"EM": ([size for size, _ in tried], [value for _, value in tried])}
+            truth = {row["mixture"]: row["BIC"] for row in rows[1:2] if isinstance(data, GaussianBlobs)}
+            figures["selection"] = curves(line, "number of components K", "BIC", "Selection", truth)
+        writer: Any = getattr(trainer.logger, "experiment", None)
+        for name, figure in figures.items():
+            save_figure(figure, folder / f"{name}.png")
+            if hasattr(writer, "add_figure"):
+                writer.add_figure(name, figure, trainer.global_step, close=False)
+        if hasattr(writer, "flush"):
+            writer.flush()
+
+    def _other(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
+        blocks = data.blocks(whole=True)
+        points, weights = blocks.sample(module.sample_size, module.seed)
+        init = module.hparams["init"]
+        operator = EMOperator(
+            size,
+            data.num_features,
+            covariance=module.covariance,
+            init=init,
+            seed=None if init == "farthest" else module.seed,
+            covariance_floor=module.covariance_floor,
+            residual=False,
+        )
+        began = time.perf_counter()
+        counts = None if weights is None else weights[None].double()
+        start = operator(points[None].double(), weights=counts, num_iters=0)
+        fit = fit_blocks(lambda: blocks, start, max_iters=self.max_iters, tol=module.tol, floor=module.covariance_floor)
+        return _row("EM", fit.mixture, data, len(fit.log_likelihoods), time.perf_counter() - began)
+
+    def _sklearn(self, module: Any, mixture: Mixture, data: TabularDataModule) -> dict[str, Any]:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
+
+        table = data.tables["train"]
+        rows = table.rows(0, len(table)).cpu().numpy()
+        began = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fit = GaussianMixture(
+                mixture.means.shape[1],
+                covariance_type=module.covariance,
+                reg_covar=module.covariance_floor,
+                tol=module.tol,
+                max_iter=self.max_iters,
+                random_state=module.seed,
+            ).fit(rows)
+        seconds = time.perf_counter() - began
+        parts = [torch.as_tensor(part, dtype=torch.float64)[None] for part in (fit.weights_, fit.means_)]
+        covariances = torch.as_tensor(fit.covariances_, dtype=torch.float64)[None]
+        covariances = covariances[None] if module.covariance == "tied" else covariances
+        return _row("scikit-learn", Mixture(parts[0].log(), parts[1], covariances), data, fit.n_iter_, seconds)
+
+
+def _row(
+    name: str, mixture: Mixture, data: TabularDataModule, iterations: int | str = "", seconds: float | str = ""
+) -> dict[str, Any]:
+    total, mass = _likelihood(mixture, data, "train")
+    found = criteria(mixture, total, mass)
+    held_out: float | str = ""
+    if "held_out" in data.tables:
+        likelihood, count = _likelihood(mixture, data, "held_out")
+        held_out = round(likelihood / count, 5)
+    return {
+        "mixture": name,
+        "K": mixture.means.shape[1],
+        "parameters": num_parameters(mixture),
+        "log-likelihood": round(total / mass, 5),
+        "held out": held_out,
+        "BIC": round(found.bic),
+        "AIC": round(found.aic),
+        "iterations": iterations,
+        "seconds": seconds,
+    }
+
+
+def _likelihood(mixture: Mixture, data: TabularDataModule, split: str) -> tuple[float, float]:
+    total = mass = 0.0
+    for points, weights in data.blocks(split, whole=True):
+        log_prob = mixture.log_prob(points[None])[0].double()
+        total += float(log_prob.sum() if weights is None else (log_prob * weights).sum())
+        mass += len(points) if weights is None else float(weights.sum())
+    return total, mass
+
+
+def _picture(mixture: Mixture, data: TabularDataModule) -> Any:
+    """Draw rows and components in the plane of the two largest principal axes of the means."""
+    points = data.blocks(whole=True).sample(_PICTURED).points.double()
+    middle = mixture.means.mean(1)
+    axes = torch.linalg.svd(mixture.means[0] - middle, full_matrices=True).Vh[: min(2, points.shape[1])].T
+    if axes.shape[1] < 2:
+        axes = torch.cat([axes, torch.zeros_like(axes)], 1)
+    kind, covariances = mixture.covariance_type, mixture.covariances
+    if kind in ("diag", "spherical"):
+        covariances = (covariances if kind == "diag" else covariances.unsqueeze(-1)).expand_as(mixture.means)
+        covariances = covariances.diag_embed()
+    covariances = (axes.T @ covariances @ axes).expand(*mixture.means.shape[:2], 2, 2)
+    flat = Mixture(mixture.log_weights, mixture.means @ axes, covariances + 1e-9 * torch.eye(2).double())
+    return mixture_grid((points @ axes)[None], flat, titles=["rows and components"])

@@ -1,0 +1,233 @@
+"""A Gaussian mixture with the interface of scikit-learn's estimators; importing this room loads scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor
+
+from em_lightning.mixture import COVARIANCES, Mixture
+from em_lightning.mixture.fit import criteria, fit_blocks
+from em_lightning.operators import EMOperator
+
+_STARTS = {"k-means++": "kmeans++", "farthest": "farthest", "random_from_data": "random"}
+_SAMPLE = 2**14
+_ROWS = 2**16
+
+
+class GaussianMixture(DensityMixin, BaseEstimator):
+    r"""Fit :math:`p(x) = \sum_k \pi_k N(x | \mu_k, \Sigma_k)` by EM, as ``sklearn.mixture.GaussianMixture`` does.
+
+    Parameters, attributes and results are those of scikit-learn's class: from the same start the same mixture after as
+    many iterations. The rows are read in blocks and responsibilities are never held for all of them; a memory-mapped
+    array goes. Each row may have a weight.
+
+    Args:
+        n_components: K.
+        covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
+        tol: EM ends when the log-likelihood a row changes by less.
+        reg_covar: added to every variance.
+        max_iter: most iterations.
+        init_params: how centers are drawn: ``"k-means++"``, ``"random_from_data"``, or ``"farthest"``, which draws
+            nothing at random.
+        weights_init: (K,), weights of the start.
+        means_init: (K, D), means of the start.
+        precisions_init: inverse covariances of the start, in scikit-learn's shape. All three of the start are given, or
+            none.
+        random_state: of the start and of :meth:`sample`.
+
+    Attributes:
+        weights_: (K,).
+        means_: (K, D).
+        covariances_: full (K, D, D), tied (D, D), diagonal (K, D), spherical (K,).
+        precisions_cholesky_: upper factors of the inverse covariances, of the same shape.
+        converged_: whether ``tol`` was reached.
+        n_iter_: iterations made.
+        lower_bound_: log-likelihood a row before the last M-step.
+
+    Example:
+        >>> X = np.array([[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]])
+        >>> fit = GaussianMixture(n_components=2, random_state=0).fit(X)
+        >>> sorted(fit.means_.round(3).ravel().tolist())
+        [-2.0, 3.0]
+        >>> len(set(fit.predict(X)[:3])), len(set(fit.predict(X)))
+        (1, 2)
+    """
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        covariance_type: str = "full",
+        tol: float = 1e-3,
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        init_params: str = "k-means++",
+        weights_init: Any = None,
+        means_init: Any = None,
+        precisions_init: Any = None,
+        random_state: Any = None,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance_type = covariance_type
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.max_iter = max_iter
+        self.init_params = init_params
+        self.weights_init = weights_init
+        self.means_init = means_init
+        self.precisions_init = precisions_init
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
+        """Fit the mixture to rows X (N, D), each counting ``sample_weight`` (N,) times.
+
+        Raises:
+            ValueError: an argument is out of range, or rows are fewer than components.
+        """
+        self._check()
+        X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
+        if len(X) < self.n_components:
+            raise ValueError(f"n_samples={len(X)} is less than n_components={self.n_components}; fit more rows")
+        counts = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        start = self._start(X, counts)
+        fit = fit_blocks(lambda: _blocks(X, counts), start, max_iters=self.max_iter, tol=self.tol, floor=self.reg_covar)
+        if not fit.converged and self.tol > 0:
+            warnings.warn(
+                f"EM did not converge in max_iter={self.max_iter} iterations; allow more or raise tol={self.tol}",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        weights, means, covariances = (part[0].numpy() for part in (fit.mixture.weights, *fit.mixture[1:]))
+        self.weights_, self.means_ = weights / weights.sum(), means
+        self.covariances_ = covariances[0] if self.covariance_type == "tied" else covariances
+        self.precisions_cholesky_ = _roots_of_inverses(self.covariances_, self.covariance_type)
+        self.converged_, self.n_iter_, self.lower_bound_ = (
+            fit.converged,
+            len(fit.log_likelihoods),
+            fit.log_likelihoods[-1],
+        )
+        return self
+
+    def _check(self) -> None:
+        for name, value in (("n_components", self.n_components), ("max_iter", self.max_iter)):
+            if not value >= 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        for name, number in (("tol", self.tol), ("reg_covar", self.reg_covar)):
+            if not number >= 0:
+                raise ValueError(f"{name}={number} must not be negative")
+        for name, choice, known in (
+            ("covariance_type", self.covariance_type, list(COVARIANCES)),
+            ("init_params", self.init_params, list(_STARTS)),
+        ):
+            if choice not in known:
+                raise ValueError(f"{name}={choice!r} is unknown; choose from {', '.join(known)}")
+        given = [part is not None for part in (self.weights_init, self.means_init, self.precisions_init)]
+        if any(given) and not all(given):
+            raise ValueError("give weights_init, means_init and precisions_init together, or none of them")
+
+    def _start(self, X: np.ndarray, counts: np.ndarray | None) -> Mixture:
+        if self.means_init is not None:
+            weights, means, precisions = (
+                torch.as_tensor(np.asarray(part), dtype=torch.float64)[None]
+                for part in (self.weights_init, self.means_init, self.precisions_init)
+            )
+            if means.shape[1:] != (self.n_components, X.shape[1]):
+                raise ValueError(f"means_init has shape {tuple(means.shape[1:])}; give one row for each component")
+            full = self.covariance_type in ("full", "tied")
+            covariances = torch.linalg.inv(precisions) if full else precisions.reciprocal()
+            covariances = covariances.unsqueeze(1) if self.covariance_type == "tied" else covariances
+            return Mixture(weights.log(), means, covariances)
+        random = check_random_state(self.random_state)
+        seed = int(random.randint(2**31 - 1))
+        rows = np.sort(random.choice(len(X), _SAMPLE, replace=False)) if len(X) > _SAMPLE else slice(None)
+        init = _STARTS[self.init_params]
+        operator = EMOperator(
+            self.n_components,
+            X.shape[1],
+            covariance=self.covariance_type,
+            init=init,
+            seed=None if init == "farthest" else seed,
+            covariance_floor=self.reg_covar,
+            residual=False,
+        )
+        chosen = None if counts is None else torch.from_numpy(counts[rows].astype(np.float64))[None]
+        return operator(torch.from_numpy(X[rows].astype(np.float64))[None], weights=chosen, num_iters=0)
+
+    @property
+    def _mixture(self) -> Mixture:
+        check_is_fitted(self)
+        covariances = torch.from_numpy(self.covariances_)[None]
+        covariances = covariances.unsqueeze(1) if self.covariance_type == "tied" else covariances
+        return Mixture(torch.from_numpy(self.weights_).log()[None], torch.from_numpy(self.means_)[None], covariances)
+
+    def _read(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        return validate_data(self, X, dtype=[np.float64, np.float32], order="C", reset=False)
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Return the log-density (N,) of rows."""
+        X, mixture = self._read(X), self._mixture
+        return np.concatenate([mixture.log_prob(block[None])[0].numpy() for block, _ in _blocks(X)])
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Return the mean log-density of rows."""
+        return float(self.score_samples(X).mean(dtype=np.float64))
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return the responsibilities (N, K)."""
+        X, mixture = self._read(X), self._mixture
+        return np.concatenate([mixture.posterior(block[None]).responsibilities[0].numpy() for block, _ in _blocks(X)])
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return the component of largest responsibility, (N,)."""
+        X, mixture = self._read(X), self._mixture
+        return np.concatenate([mixture.log_joint(block[None])[0].argmax(-1).numpy() for block, _ in _blocks(X)])
+
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> np.ndarray:
+        """Fit, and return the component of each row."""
+        return self.fit(X, y, sample_weight).predict(X)
+
+    def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Draw rows (n, D) from the mixture; return them with their components (n,), in the order of the components."""
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise ValueError(f"n_samples={n_samples} draws nothing; give 1 or more")
+        random = check_random_state(self.random_state)
+        labels = np.repeat(np.arange(self.n_components), random.multinomial(n_samples, self.weights_))
+        mixture = self._mixture
+        scale = COVARIANCES[self.covariance_type].factorize(mixture.covariances).scale[0].numpy()
+        noise = random.standard_normal((n_samples, self.means_.shape[1]))
+        scale = scale[labels] if len(scale) == self.n_components else scale
+        noise = (scale @ noise[..., None])[..., 0] if scale.ndim == 3 else scale * noise
+        return self.means_[labels] + noise, labels
+
+    def bic(self, X: Any) -> float:
+        """Return the Bayesian information criterion of the mixture on rows, the lower the better."""
+        return criteria(self._mixture, self.score(X) * len(X), len(X)).bic
+
+    def aic(self, X: Any) -> float:
+        """Return Akaike's information criterion of the mixture on rows, the lower the better."""
+        return criteria(self._mixture, self.score(X) * len(X), len(X)).aic
+
+
+def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for start in range(0, len(X), _ROWS):
+        rows = slice(start, start + _ROWS)
+        # Torch warns of arrays that it could write to and may not.
+        block = X[rows] if X.flags.writeable else X[rows].copy()
+        yield torch.from_numpy(block), None if counts is None else torch.from_numpy(counts[rows].astype(X.dtype))
+
+
+def _roots_of_inverses(covariances: np.ndarray, kind: str) -> np.ndarray:
+    if kind in ("diag", "spherical"):
+        return 1.0 / np.sqrt(covariances)
+    return np.linalg.inv(np.linalg.cholesky(covariances)).swapaxes(-1, -2)

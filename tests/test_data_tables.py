@@ -1,0 +1,185 @@
+"""Tables in memory and in files, cut into blocks that no row is left out of."""
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from em_lightning.data import GaussianBlobs, Table, TableBlocks, TabularDataModule
+
+
+def shards(folder, x, cuts):
+    folder.mkdir()
+    bounds = [0, *cuts, len(x)]
+    for number, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        np.save(folder / f"{number:03d}.npy", x[low:high].numpy())
+    return folder
+
+
+@pytest.fixture
+def x():
+    return torch.randn(101, 4)
+
+
+def tables(x, folder):
+    np.save(folder / "x.npy", x.numpy())
+    np.save(folder / "columns_first.npy", np.asfortranarray(x.numpy()))
+    return [
+        Table(x),
+        Table(x.numpy()),
+        Table(folder / "x.npy"),
+        Table(str(folder / "columns_first.npy")),
+        Table(shards(folder / "shards", x, [1, 60, 100])),
+    ]
+
+
+def test_rows_are_the_same_whatever_holds_them(x, tmp_path):
+    chosen = torch.tensor([0, 1, 2, 59, 60, 99, 100])
+    for table in tables(x, tmp_path):
+        assert len(table) == 101 and table.shape == (101, 4)
+        for start, stop in ((0, 101), (0, 1), (1, 60), (30, 100), (59, 61), (100, 101)):
+            assert torch.equal(table.rows(start, stop), x[start:stop])
+        assert torch.equal(table.take(chosen), x[chosen])
+
+
+def test_blocks_in_memory_are_views_and_those_of_files_may_be_changed(x, tmp_path):
+    assert Table(x).rows(3, 50).data_ptr() == x[3:].data_ptr()
+    np.save(tmp_path / "x.npy", x.numpy())
+    Table(tmp_path / "x.npy").rows(0, 5).zero_()
+    assert torch.equal(Table(tmp_path / "x.npy").rows(0, 5), x[:5])
+
+
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [("f4", "float32"), ("f8", "float64"), ("f2", "float32"), ("i2", "float32"), ("i8", "float64"), (">f4", "float32")],
+)
+def test_numbers_keep_their_value(dtype, expected, tmp_path):
+    numbers = np.arange(12).reshape(6, 2).astype(dtype)
+    np.save(tmp_path / "x.npy", numbers)
+    rows = Table(tmp_path / "x.npy").rows(2, 5)
+    assert str(rows.dtype) == f"torch.{expected}" and np.array_equal(rows.numpy(), numbers[2:5].astype(expected))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world, block_rows", [(1, 1000), (1, 7), (2, 30), (4, 8), (5, 1), (101, 3)])
+def test_every_row_is_in_one_block_of_one_rank(world, block_rows, shuffle, x):
+    counts = torch.arange(101.0)
+    seen, lengths = [], set()
+    for rank in range(world):
+        blocks = TableBlocks(Table(x), Table(counts, ndim=1), block_rows, shuffle, world, rank)
+        batches = list(blocks)
+        assert len(batches) == len(blocks)
+        lengths.add(len(blocks))
+        for points, weights in batches:
+            assert 0 < len(points) <= max(block_rows, 2) and torch.equal(points, x[weights.long()])
+            seen.append(weights)
+    assert len(lengths) == 1 and torch.equal(torch.cat(seen).sort().values, counts)
+    sizes = {len(weights) for weights in seen}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_shuffling_is_a_function_of_seed_and_epoch(x):
+    def order(seed, epoch):
+        blocks = TableBlocks(Table(x), block_rows=10, shuffle=True, seed=seed)
+        blocks.set_epoch(epoch)
+        return torch.cat([points for points, _ in blocks])
+
+    assert torch.equal(order(1, 3), order(1, 3))
+    assert not torch.equal(order(1, 3), order(1, 4)) and not torch.equal(order(1, 3), order(2, 3))
+
+
+def test_a_loader_goes_on_behind_the_block_it_gave_last(x):
+    straight = TableBlocks(Table(x), block_rows=10, shuffle=True)
+    straight.set_epoch(2)
+    blocks = list(straight)
+    for given in range(len(blocks) + 1):
+        first = TableBlocks(Table(x), block_rows=10, shuffle=True)
+        first.set_epoch(2)
+        iterator = iter(first)
+        for _ in range(given):
+            next(iterator)
+        second = TableBlocks(Table(x), block_rows=10, shuffle=True)
+        second.load_state_dict(first.state_dict())
+        iterator = iter(second)
+        second.set_epoch(2)  # which Lightning calls after it has made the iterator
+        rest = blocks[given:] or blocks
+        assert all(torch.equal(one.points, two.points) for one, two in zip(rest, iterator, strict=True))
+        assert len(list(second)) == len(blocks)
+
+
+def test_a_sample_is_spread_over_the_table_and_the_same_on_every_rank(x):
+    numbers = Table(torch.arange(1000.0)[:, None])
+    samples = [TableBlocks(numbers, None, 100, False, 4, rank).sample(50, seed=3).points for rank in range(4)]
+    assert all(torch.equal(samples[0], other) for other in samples)
+    assert torch.equal((samples[0][:, 0] / 20).floor(), torch.arange(50.0))
+    assert torch.equal(TableBlocks(Table(x)).sample(10**6).points, x)
+
+
+@pytest.mark.parametrize("storage", ["memory", "npy", "shards"])
+def test_blobs_are_the_same_whatever_the_storage(storage, tmp_path):
+    options = {"num_points": 1001, "num_features": 3, "true_components": 4, "held_out_points": 50, "seed": 2}
+    data = GaussianBlobs(**options, storage=storage, folder=str(tmp_path / "made"), block_rows=300)
+    data.prepare_data()
+    found = torch.cat([points for points, _ in data.train_dataloader()])
+    assert torch.equal(found, torch.cat([points for points, _ in GaussianBlobs(**options).train_dataloader()]))
+    assert sum(len(points) for points, _ in data.val_dataloader()) == 50
+    assert "1,001 x 3 from a mixture of 4 Gaussians" in data.describe() and data.num_features == 3
+    if storage == "shards":
+        assert len({len(np.load(path)) for path in (tmp_path / "made").glob("*/*.npy")}) == 3
+    stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").rglob("*.npy"))]
+    data.prepare_data()
+    assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").rglob("*.npy"))]
+    # Each component's rows lie where the truth says, by the likelihood's own law: E log p = -entropy.
+    truth = data.truth()
+    assert truth.weights.sum().item() == pytest.approx(1.0)
+    other = truth.sample(2000).float()
+    assert truth.log_prob(found[None]).mean().item() == pytest.approx(truth.log_prob(other).mean().item(), abs=0.2)
+
+
+def test_the_data_module_serves_every_stage(x):
+    data = TabularDataModule(x, torch.ones(101), x[:20], block_rows=40, shuffle=True)
+    assert data.describe() == "101 x 4 from a tensor of float32, weighted; 20 held out"
+    assert [len(batch.points) for batch in data.test_dataloader()] == [20]
+    assert next(iter(data.val_dataloader())).weights is None and next(iter(data.train_dataloader())).weights is not None
+    plain = TabularDataModule(x)
+    assert sum(len(points) for points, _ in plain.predict_dataloader()) == 101
+    assert "101 x 4" in plain.describe()
+    assert isinstance(plain, lightning.LightningDataModule)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda f: Table(f / "gone.npy"), ["data=", "gone.npy", "neither an .npy file nor a folder"]),
+        (lambda f: Table(f / "empty"), ["data=", "neither an .npy file nor a folder"]),
+        (lambda f: Table(torch.zeros(3)), ["data has shape (3,)", "give (N, D)"]),
+        (lambda f: Table(torch.zeros(0, 3)), ["shape (0, 3)", "at least one row"]),
+        (lambda f: Table(torch.zeros(3, 2), ndim=1, name="weights"), ["weights has shape (3, 2)", "give (N,)"]),
+        (lambda f: Table(f / "objects.npy"), ["objects.npy cannot be read", "numpy.save"]),
+        (lambda f: Table(f / "text.npy"), ["text.npy", "numpy.save"]),
+        (lambda f: Table(f / "complex.npy"), ["complex.npy is no array of real numbers"]),
+        (lambda f: Table(f / "uneven"), ["shape (4, 3) in 001.npy", "the same D in all shards"]),
+        (lambda f: TableBlocks(Table(torch.zeros(3, 2)), Table(torch.ones(2), 1)), ["weights count 2 rows", "has 3"]),
+        (lambda f: TableBlocks(Table(torch.zeros(3, 2)), num_replicas=4), ["3 rows are too few for 4 ranks"]),
+        (lambda f: TableBlocks(Table(torch.zeros(3, 2)), block_rows=0), ["block_rows=0"]),
+        (
+            lambda f: list(TableBlocks(Table(torch.zeros(2, 2)), Table(torch.tensor([1.0, -1.0]), 1))),
+            ["weights of rows 0 to 2 are not all 0 or more"],
+        ),
+        (lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(), ["held_out has 4", "2"]),
+        (lambda f: GaussianBlobs(storage="tape"), ["storage='tape'", "memory, npy, shards"]),
+        (lambda f: GaussianBlobs(num_points=1), ["num_points=1"]),
+        (lambda f: GaussianBlobs(true_components=0), ["true_components=0"]),
+        (lambda f: TabularDataModule(torch.zeros(3, 2), seed=-1), ["seed=-1"]),
+    ],
+)
+def test_wrong_data_are_answered(call, words, tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "text.npy").write_text("1,2,3")
+    np.save(tmp_path / "complex.npy", np.zeros((3, 2), dtype=complex))
+    (tmp_path / "empty").mkdir()
+    shards(tmp_path / "uneven", torch.zeros(9, 2), [5])
+    np.save(tmp_path / "uneven" / "001.npy", np.zeros((4, 3)))
+    with pytest.raises(ValueError) as caught:
+        call(tmp_path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -1,0 +1,266 @@
+"""One mixture of one large data set, under the Trainer: beside scikit-learn, in blocks, resumed."""
+
+import math
+import warnings
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch.utils.data import DataLoader, TensorDataset
+
+from em_lightning import Mixture
+from em_lightning.data import GaussianBlobs, TabularDataModule
+from em_lightning.mixture import COVARIANCES, MixturePrior, em_step
+from em_lightning.mixture.fit import criteria, fit_blocks
+from em_lightning.modules import GaussianMixtureModule
+from em_lightning.operators import EMOperator
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+KINDS = sorted(COVARIANCES)
+
+
+def trainer(folder, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"default_root_dir": folder, "accelerator": "cpu", "enable_checkpointing": False, **quiet, **options}
+    return lightning.Trainer(**options)
+
+
+def rows(size=700, features=3, components=3):
+    centers = 4 * torch.randn(components, features, dtype=torch.float64)
+    return centers[torch.randint(0, components, (size,))] + torch.randn(size, features, dtype=torch.float64)
+
+
+def start_of(x, kind, components=3):
+    return EMOperator(components, x.shape[1], covariance=kind, residual=False)(x[None], num_iters=0)
+
+
+def sklearn_of(x, start, kind, iterations, tol=0.0):
+    covariances = start.covariances[0].numpy()
+    precisions = np.linalg.inv(covariances) if kind in ("full", "tied") else 1 / covariances
+    fit = GaussianMixture(
+        start.means.shape[1],
+        covariance_type=kind,
+        tol=tol,
+        max_iter=iterations,
+        weights_init=start.weights[0].numpy(),
+        means_init=start.means[0].numpy(),
+        precisions_init=precisions[0] if kind == "tied" else precisions,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return fit.fit(x.numpy())
+
+
+def assert_same(mixture, fit, kind, atol=1e-8):
+    assert np.allclose(mixture.weights[0].numpy(), fit.weights_, atol=atol)
+    assert np.allclose(mixture.means[0].numpy(), fit.means_, atol=atol)
+    covariances = mixture.covariances[0].numpy()
+    assert np.allclose(covariances[0] if kind == "tied" else covariances, fit.covariances_, atol=atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_iterations_under_the_trainer_are_scikit_learns(kind, tmp_path):
+    x = rows()
+    start = start_of(x, kind)
+    module = GaussianMixtureModule(3, 3, covariance=kind, tol=0.0)
+    module.start_from(start)
+    fit = trainer(tmp_path, max_epochs=20)
+    fit.fit(module, TabularDataModule(x, block_rows=100))
+    expected = sklearn_of(x, start, kind, 20)
+    assert_same(module.mixture, expected, kind)
+    assert float(module.level) == pytest.approx(expected.lower_bound_, abs=1e-10)
+    assert fit.global_step == 20 * 7 and int(module.iterations) == 20
+    (tested,) = fit.test(module, TabularDataModule(x, block_rows=100), verbose=False)
+    assert tested["test/bic"] == pytest.approx(expected.bic(x.numpy()), rel=1e-6)
+    assert tested["test/aic"] == pytest.approx(expected.aic(x.numpy()), rel=1e-6)
+    assert tested["test/log_likelihood"] == pytest.approx(expected.score(x.numpy()), abs=1e-6)
+
+
+def test_it_stops_where_scikit_learn_stops(tmp_path):
+    x = rows()
+    start = start_of(x, "full")
+    module = GaussianMixtureModule(3, 3, tol=1e-4)
+    module.start_from(start)
+    fit = trainer(tmp_path, max_epochs=500)
+    fit.fit(module, TabularDataModule(x, block_rows=100))
+    expected = sklearn_of(x, start, "full", 500, tol=1e-4)
+    assert module.converged and int(module.iterations) == expected.n_iter_ < 500
+    assert float(fit.callback_metrics["train/log_likelihood"]) == pytest.approx(expected.lower_bound_, abs=1e-5)
+    before = module.mixture.means.clone()
+    trainer(tmp_path, max_epochs=500).fit(module, TabularDataModule(x, block_rows=100))
+    assert torch.equal(before, module.mixture.means)
+
+
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+def test_weights_count_rows(method, tmp_path):
+    x = rows(300)
+    counts = torch.randint(0, 4, (300,))
+    start = start_of(x, "full")
+    found = []
+    for data in (TabularDataModule(x, counts.double()), TabularDataModule(x.repeat_interleave(counts, 0))):
+        module = GaussianMixtureModule(3, 3, method=method, tol=0.0)
+        module.start_from(start)
+        trainer(tmp_path, max_epochs=4).fit(module, data)
+        found.append(module)
+    for one, two in zip(found[0].mixture, found[1].mixture, strict=True):
+        assert torch.allclose(one, two, atol=1e-5 if method == "gradient" else 1e-9)
+    assert float(found[0].level) == pytest.approx(float(found[1].level), abs=1e-6)
+
+
+@pytest.mark.parametrize("method, kind", [("stochastic", "tied"), *(("gradient", kind) for kind in KINDS)])
+def test_other_methods_come_to_the_mixture_that_em_finds(method, kind, tmp_path):
+    data = GaussianBlobs(6000, 2, true_components=3, held_out_points=500, block_rows=500, shuffle=True)
+    module = GaussianMixtureModule(3, 2, covariance=kind, method=method, tol=0.0, lr=0.1, schedule="one_cycle")
+    fit = trainer(tmp_path, max_epochs=12)
+    fit.fit(module, data)
+    held_out = float(fit.callback_metrics["val/log_likelihood"])
+    (tested,) = fit.test(module, data, verbose=False)
+    assert held_out == pytest.approx(tested["test/log_likelihood"], abs=1e-5)
+    best = fit_blocks(
+        lambda: data.blocks(whole=True), Mixture(*(part.detach() for part in module.mixture)), max_iters=50, tol=0.0
+    ).log_likelihoods
+    assert best[-1] - 0.02 < best[0] < best[-1] and float(module.level) == pytest.approx(best[0], abs=0.05)
+
+
+def test_steps_of_stochastic_em_are_the_published_recursion(tmp_path):
+    x = rows(400)
+    start = start_of(x, "diag")
+    module = GaussianMixtureModule(3, 3, covariance="diag", method="stochastic", step_exponent=0.6, step_offset=2.0)
+    module.start_from(start)
+    trainer(tmp_path, max_epochs=2).fit(module, TabularDataModule(x, block_rows=100))
+
+    weights, means, variances = (part[0].numpy() for part in (start.weights, start.means, start.covariances))
+    averages = None
+    for t in range(8):
+        block = x.numpy()[100 * (t % 4) : 100 * (t % 4 + 1)]
+        joint = np.log(weights) - 0.5 * (
+            np.log(2 * np.pi * variances).sum(1) + ((block[:, None] - means) ** 2 / variances).sum(2)
+        )
+        shares = np.exp(joint - joint.max(1, keepdims=True))
+        shares /= shares.sum(1, keepdims=True)
+        new = [shares.mean(0), shares.T @ block / 100, shares.T @ block**2 / 100]
+        gamma = 1.0 if t == 0 else (t + 2.0) ** -0.6
+        averages = new if t == 0 else [(1 - gamma) * a + gamma * b for a, b in zip(averages, new, strict=True)]
+        weights, means = averages[0], averages[1] / averages[0][:, None]
+        variances = averages[2] / averages[0][:, None] - means**2 + 1e-6
+    assert np.allclose(module.mixture.weights[0].numpy(), weights)
+    assert np.allclose(module.mixture.means[0].numpy(), means)
+    assert np.allclose(module.mixture.covariances[0].numpy(), variances)
+
+
+def test_the_start_is_drawn_in_a_sample_of_the_table(tmp_path):
+    data = GaussianBlobs(4000, 2, true_components=4, held_out_points=100, block_rows=500)
+    module = GaussianMixtureModule(4, 2, sample_size=1000, seed=5, num_starts=3)
+    seen = []
+    module.start_from = lambda *given: seen.append(given)
+    fit = trainer(tmp_path, fast_dev_run=1)
+    fit.fit(module, data)
+    sample = data.blocks().sample(1000, 5).points.double()
+    ((mixture, center, variance),) = seen
+    operator = EMOperator(4, 2, init="kmeans++", num_starts=3, seed=5, residual=False).double().eval()
+    for one, two in zip(mixture, operator(sample[None], num_iters=0), strict=True):
+        assert torch.equal(one, two)
+    assert torch.allclose(center, sample.mean(0)) and torch.allclose(variance, sample.var(0, correction=0))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_any_loader_of_rows_goes(tmp_path):
+    x, w = rows(120), torch.rand(120, dtype=torch.float64)
+    reference = None
+    for dataset in (TensorDataset(x, w), [(point, weight) for point, weight in zip(x, w, strict=True)]):
+        module = GaussianMixtureModule(3, 3, seed=1)
+        trainer(tmp_path, max_epochs=3).fit(module, DataLoader(dataset, batch_size=50))
+        reference = module.mixture if reference is None else reference
+        assert torch.equal(reference.means, module.mixture.means)
+    plain = GaussianMixtureModule(3, 3)
+    trainer(tmp_path, max_epochs=3).fit(plain, DataLoader(x, batch_size=50))
+    (shares,) = trainer(tmp_path).predict(plain, DataLoader(x, batch_size=120))
+    assert torch.allclose(shares, plain.mixture.posterior(x[None]).responsibilities[0])
+    assert torch.allclose(plain(x).free_energy, -plain.log_prob(x))
+
+
+def test_a_prior_weighs_as_in_the_operator(tmp_path):
+    x = rows(300)
+    start = start_of(x, "full")
+    counts = {"weight_concentration": 4.0, "mean_strength": 3.0, "covariance_strength": 20.0}
+    module = GaussianMixtureModule(3, 3, prior=counts, tol=0.0)
+    module.start_from(start, x.mean(0, keepdim=True), x.var(0, correction=0, keepdim=True))
+    trainer(tmp_path, max_epochs=5).fit(module, TabularDataModule(x, block_rows=70))
+    expected = EMOperator(3, 3, prior=MixturePrior(**counts), residual=False)(x[None], init=start, num_iters=5)
+    for one, two in zip(module.mixture, expected, strict=True):
+        assert torch.allclose(one, two, atol=1e-9)
+
+
+def test_half_precision_of_the_trainer_leaves_the_statistics_alone(tmp_path):
+    x = rows(300).float()
+    start = start_of(x.double(), "full")
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        module = GaussianMixtureModule(3, 3, tol=0.0)
+        module.start_from(start)
+        trainer(tmp_path, max_epochs=5, precision=precision).fit(module, TabularDataModule(x, block_rows=70))
+        found.append(module.mixture)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_blocks_without_a_trainer_make_the_same_steps():
+    x = rows(200)
+    mixture = start = start_of(x, "tied")
+    fit = fit_blocks(lambda: [(block, None) for block in x.split(60)], start, max_iters=4, tol=0.0)
+    for _ in range(4):
+        mixture = em_step(x[None], mixture)
+    for one, two in zip(fit.mixture, mixture, strict=True):
+        assert torch.allclose(one, two)
+    assert len(fit.log_likelihoods) == 4 and not fit.converged
+    assert fit.log_likelihoods[0] == pytest.approx(float(start.log_prob(x[None]).mean()))
+    with pytest.raises(ValueError, match="log-likelihood is nan; the points hold NaN"):
+        fit_blocks(lambda: [(x * math.nan, None)], start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_criteria_are_scikit_learns(kind):
+    x = rows(200)
+    expected = sklearn_of(x, start_of(x, kind), kind, 5)
+    parts = [torch.as_tensor(part)[None] for part in (expected.weights_, expected.means_, expected.covariances_)]
+    mixture = Mixture(parts[0].log(), parts[1], parts[2][None] if kind == "tied" else parts[2])
+    found = criteria(mixture, float(mixture.log_prob(x[None]).sum()), 200.0)
+    assert found.bic == pytest.approx(expected.bic(x.numpy())) and found.aic == pytest.approx(expected.aic(x.numpy()))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"method": "newton"}, ["method='newton'", "stochastic"]),
+        ({"sample_size": 0}, ["sample_size=0", "16384"]),
+        ({"tol": -1.0}, ["tol=-1.0", "0 makes all epochs"]),
+        ({"step_exponent": 0.5}, ["step_exponent=0.5", "above 1/2"]),
+        ({"step_offset": 0.0}, ["step_offset=0.0", "at least 1"]),
+        ({"prior": {"mean_strength": 1.0}, "method": "gradient"}, ["method='gradient'", "'em' or 'stochastic'"]),
+        ({"num_components": 0}, ["num_components=0"]),
+        ({"covariance": "round"}, ["covariance='round'"]),
+        ({"init": "learned"}, ["init='learned'"]),
+    ],
+)
+def test_wrong_arguments_are_answered(options, words):
+    with pytest.raises(ValueError) as caught:
+        GaussianMixtureModule(**{"num_components": 2, "num_features": 2, **options})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_broken_data_are_answered(tmp_path):
+    x = rows(50)
+    module = GaussianMixtureModule(3, 3)
+    module.start_from(start_of(x, "full"))
+    x[7, 1] = math.nan
+    with pytest.raises(ValueError, match="log-likelihood is nan: the data hold NaN"):
+        trainer(tmp_path, max_epochs=1).fit(module, TabularDataModule(x))
+    with pytest.raises(ValueError, match="x holds|NaN|finite"):
+        trainer(tmp_path, max_epochs=1).fit(GaussianMixtureModule(3, 3), TabularDataModule(x))
+    with pytest.raises(ValueError, match=r"does not fit 1 mixtures of 2 features"):
+        two = GaussianMixtureModule(3, 2)
+        two.start_from(start_of(rows(50, 2), "full"))
+        trainer(tmp_path, max_epochs=1).fit(two, TabularDataModule(rows(50)))

@@ -1,0 +1,147 @@
+"""The mixture does not depend on the number of processes, and a killed run ends where an uninterrupted one does."""
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_gaussian_mixture import KINDS, assert_same, rows, sklearn_of, start_of, trainer
+
+import em_lightning
+from em_lightning.data import TabularDataModule
+from em_lightning.modules import GaussianMixtureModule
+from em_lightning.testing.distributed import run_ranks
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+ITERATIONS = 20
+
+
+def fit_on_ranks(rank, folder, weighted, resume):
+    """Fit all covariance types under Lightning's DDP, and resume a run of two ranks within an epoch."""
+    import warnings
+
+    warnings.filterwarnings("ignore", ".*no .val_dataloader.*|Checkpoint directory.*")
+    found = {}
+    for kind in KINDS:
+        module = GaussianMixtureModule(3, 3, covariance=kind, tol=0.0)
+        module.start_from(torch.load(f"{folder}/start-{kind}.pt", weights_only=False))
+        weights = f"{folder}/weights.npy" if weighted else None
+        data = TabularDataModule(f"{folder}/shards", weights, block_rows=60)
+        on_ranks(folder, max_epochs=ITERATIONS).fit(module, data)
+        found[kind] = [*module.mixture, module.level]
+    found["stopped"] = fit_until_it_stops(on_ranks(folder, max_epochs=300), folder)
+    # 6 blocks an epoch on each of two ranks: step 15 is within the third epoch, step 12 ends the second.
+    for step in (None, 15, 12) if resume else ():
+        checkpoint = step and f"{folder}/None/step={step}.ckpt"
+        found[f"resumed {step}"] = list(checkpointed(on_ranks, f"{folder}/{step}", checkpoint, folder).mixture)
+    return found
+
+
+def fit_until_it_stops(fit, folder):
+    module = GaussianMixtureModule(3, 3, tol=1e-4)
+    fit.fit(module, TabularDataModule(f"{folder}/shards", block_rows=60))
+    return [*module.mixture, module.iterations]
+
+
+def checkpointed(make, target, checkpoint, folder):
+    """Run five epochs with a checkpoint at each step, or resume from one."""
+    module = GaussianMixtureModule(3, 3, tol=0.0)
+    keep = ModelCheckpoint(target, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit = make(target, max_epochs=5, enable_checkpointing=True, callbacks=[keep])
+    fit.fit(module, TabularDataModule(f"{folder}/shards", block_rows=60), ckpt_path=checkpoint)
+    return module
+
+
+def on_ranks(folder, **options):
+    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+
+    class Spawned(LightningEnvironment):
+        """This process is a rank already."""
+
+        creates_processes_externally = True
+
+        def world_size(self):
+            return world
+
+        def global_rank(self):
+            return rank
+
+        def local_rank(self):
+            return rank
+
+        def node_rank(self):
+            return 0
+
+        def set_world_size(self, size):
+            pass
+
+        def set_global_rank(self, rank):
+            pass
+
+    strategy = DDPStrategy(cluster_environment=Spawned(), process_group_backend="gloo")
+    return trainer(folder, devices=world, strategy=strategy, **options)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A folder of three shards whose lengths have no common divisor, and the starts."""
+    folder = tmp_path_factory.mktemp("shards")
+    torch.manual_seed(0)
+    x = rows(701)
+    (folder / "shards").mkdir()
+    for number, (low, high) in enumerate(((0, 350), (350, 639), (639, 701))):
+        np.save(folder / "shards" / f"{number}.npy", x[low:high].numpy())
+    np.save(folder / "weights.npy", torch.ones(701).numpy())
+    for kind in KINDS:
+        torch.save(start_of(x, kind), folder / f"start-{kind}.pt")
+    return folder, x
+
+
+def test_two_and_four_processes_find_the_mixture_of_scikit_learn(shards, tmp_path):
+    folder, x = shards
+    alone = fit_until_it_stops(trainer(tmp_path, max_epochs=300), folder)
+    assert 1 < int(alone[3]) < 300
+    for world in (2, 4):
+        (tmp_path / str(world)).mkdir()
+        arguments = (str(folder), world == 2, world == 2)
+        first, *others = run_ranks(fit_on_ranks, *arguments, folder=tmp_path / str(world), world_size=world)
+        for name, values in first.items():
+            for other in others:
+                assert all(torch.equal(one, two) for one, two in zip(values, other[name], strict=True))
+        for kind in KINDS:
+            start = torch.load(folder / f"start-{kind}.pt", weights_only=False)
+            expected = sklearn_of(x, start, kind, ITERATIONS)
+            assert_same(em_lightning.Mixture(*first[kind][:3]), expected, kind)
+            assert float(first[kind][3]) == pytest.approx(expected.lower_bound_, abs=1e-10)
+        assert int(first["stopped"][3]) == int(alone[3])
+        assert all(torch.allclose(one, two, atol=1e-8) for one, two in zip(first["stopped"], alone, strict=True))
+        for step in (15, 12) if world == 2 else ():
+            for one, two in zip(first["resumed None"], first[f"resumed {step}"], strict=True):
+                assert torch.equal(one, two)
+    with pytest.raises(ValueError, match="within an epoch by 2 processes and this run has 1; resume with as many"):
+        checkpointed(trainer, tmp_path / "alone", folder / "None" / "step=15.ckpt", folder)
+
+
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+@pytest.mark.parametrize("step", [1, 4, 6, 7, 9, 12])
+def test_one_process_resumes_from_any_block_bitwise(method, step, tmp_path):
+    torch.manual_seed(0)
+    data = TabularDataModule(rows(220), block_rows=70, shuffle=True)  # 4 blocks
+    straight = None
+    checkpoint = None
+    for _ in range(2):
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        module = GaussianMixtureModule(3, 3, method=method, tol=0.0)
+        fit = trainer(tmp_path, max_epochs=3, callbacks=[keep], enable_checkpointing=True)
+        fit.fit(module, data, ckpt_path=checkpoint)
+        assert fit.global_step == 12 and int(module.iterations) == 3
+        straight = straight or module
+        checkpoint = tmp_path / f"step={step}.ckpt"
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
