@@ -266,7 +266,7 @@ class GaussianMixtureModule(EMModule):
         """Count the epoch, where Lightning has not."""
         # A run that is resumed from a checkpoint of an epoch's last batch leaves the next epoch uncounted, and then
         # checkpoints within that epoch or later ones are taken for those of an epoch's end.
-        progress = self.trainer.fit_loop.epoch_progress
+        progress: Any = self.trainer.fit_loop.epoch_progress
         if progress.total.ready == progress.total.processed:
             progress.increment_ready()
             progress.increment_started()
