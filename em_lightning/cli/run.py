@@ -258,7 +258,11 @@ def _short_help(script: Path, parser: Any) -> str:
         )
         lines.append(f"{title}, with defaults:\n{text}")
     variants = ", ".join(variants_of(script)) or "none"
-    lines.append(f"--config NAME or FILE: variants: {variants}. --seeds 0,1,2: once a seed, and one table of all.")
+    lines.append(
+        textwrap.fill(
+            f"--config NAME or FILE: variants: {variants}. --seeds 0,1,2: once a seed, and one table of all.", 100
+        )
+    )
     lines.append("--help=all: every argument of Lightning's Trainer too. --print_config: the whole config.")
     return "\n\n".join(lines)
 
