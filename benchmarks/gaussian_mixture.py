@@ -176,6 +176,7 @@ def scaling(options):
             command = [sys.executable, __file__, "worker", f"--path={path}", f"--processes={processes}"]
             command += [f"--covariance={options.covariance}", f"--components={options.components}"]
             command += [f"--iterations={options.iterations}", f"--features={options.features}"]
+            command += [f"--block_rows={options.block_rows}"]
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             lines = [line for line in done.stdout.splitlines() if line.startswith("seconds")]
             if not lines:
@@ -212,7 +213,7 @@ def worker(options):
     spread = {"strategy": "ddp", "devices": options.processes} if options.processes > 1 else {}
     fit = quiet_trainer(max_epochs=options.iterations, callbacks=[clock], **spread)
     module = module_of(options.components, options.features, options.covariance, start)
-    fit.fit(module, TabularDataModule(options.path))
+    fit.fit(module, TabularDataModule(options.path, block_rows=options.block_rows))
     if fit.is_global_zero:
         print("seconds", sorted(clock.times)[len(clock.times) // 2], float(module.level), flush=True)
 
@@ -291,6 +292,7 @@ def main():
     parser.add_argument("job", choices=[*jobs, "worker", "killed"])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=16)
+    parser.add_argument("--block_rows", type=int, default=2**16)
     parser.add_argument("--components", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--sklearn_iterations", type=int)

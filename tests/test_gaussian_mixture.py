@@ -264,3 +264,17 @@ def test_broken_data_are_answered(tmp_path):
         two = GaussianMixtureModule(3, 2)
         two.start_from(start_of(rows(50, 2), "full"))
         trainer(tmp_path, max_epochs=1).fit(two, TabularDataModule(rows(50)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_finds_the_mixture_of_the_cpu(kind, precision, tmp_path):
+    x = rows(5000)
+    start = start_of(x, kind)
+    module = GaussianMixtureModule(3, 3, covariance=kind, tol=0.0)
+    module.start_from(start)
+    fit = trainer(tmp_path, max_epochs=20, precision=precision, accelerator="gpu", devices=1)
+    fit.fit(module, TabularDataModule(x.float(), block_rows=1000))
+    expected = sklearn_of(x, start, kind, 20)
+    assert_same(Mixture(*(part.cpu() for part in module.mixture)), expected, kind, atol=1e-4)

@@ -49,6 +49,8 @@ class Activation(Tempered):
         """Return the activation of pre-activations z of any shape, in the same shape and dtype."""
         if not z.is_floating_point():
             raise TypeError(f"z is of dtype {z.dtype}; give a floating-point tensor")
+        if self.competes and not -z.dim() <= self.dim < z.dim():
+            raise ValueError(f"dim={self.dim} is no axis of z of shape {tuple(z.shape)}; name the axis of the units")
         if z.dtype in (torch.float16, torch.bfloat16):
             return self.closed_form(z.float()).to(z.dtype)
         return self.closed_form(z)

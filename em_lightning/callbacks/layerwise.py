@@ -29,7 +29,7 @@ class LayerwiseEMLoss(Callback):
         target: a second selection that has to hold as well.
         schedule: a factor of the step, on all weights.
         warmup: number of steps over which the factor rises from 0.
-        dim: the axis of the units: 1 for feature maps (B, C, H, W).
+        dim: the axis of the units; "auto" takes 1 at convolutions and what follows them, else the last.
         every: charge the loss at each ``every``-th step, times ``every``.
         ratio: the share of the main loss's gradient that ``weight="auto"`` aims at.
         auto_every: steps between two measurements for ``weight="auto"``.
@@ -54,7 +54,7 @@ class LayerwiseEMLoss(Callback):
         *,
         target: type[nn.Module] | None = None,
         warmup: int = 0,
-        dim: int = -1,
+        dim: int | Literal["auto"] = "auto",
         every: int = 1,
         ratio: float = 0.1,
         auto_every: int = 10,

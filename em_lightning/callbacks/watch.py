@@ -59,7 +59,7 @@ class PosteriorMonitor(Callback):
         where: the layers: a class, a name pattern, a predicate, or a list.
         target: a second selection that has to hold as well.
         tap: "output" of the layer, or its "input".
-        dim: the axis of the units: 1 for feature maps.
+        dim: the axis of the units; "auto" takes 1 at convolutions and what follows them, else the last.
         every_n_steps: training steps between two looks.
         figures: whether to draw.
 
@@ -77,7 +77,7 @@ class PosteriorMonitor(Callback):
         *,
         target: type[nn.Module] | None = None,
         tap: Literal["output", "input"] = "output",
-        dim: int = -1,
+        dim: int | Literal["auto"] = "auto",
         every_n_steps: int = 50,
         figures: bool = True,
     ) -> None:
@@ -93,6 +93,7 @@ class PosteriorMonitor(Callback):
         self.figures = figures
         self._taps: Taps | None = None
         self._metrics: dict[str, MetricCollection] = {}
+        self._dims: dict[str, int] = {}
         self._last: dict[str, Tensor] = {}
         self._ways_back: list[Callable[[], Any]] = []
 
@@ -106,7 +107,8 @@ class PosteriorMonitor(Callback):
         self._taps = Taps(pl_module, self.where, self.tap, self.target)
         for site in self._taps.sites:
             self._ways_back.extend(take_slow_path(site))  # the fused inference of transformers calls no hooks
-            self._metrics[site.path] = layer_metrics(self.dim).to(pl_module.device)
+            self._dims[site.path] = axis_of(site, self.dim)
+            self._metrics[site.path] = layer_metrics(self._dims[site.path]).to(pl_module.device)
         self._taps.attach()
 
     def _stop(self) -> None:
@@ -122,7 +124,7 @@ class PosteriorMonitor(Callback):
         for path, tensors in self._taps.take().items():
             for tensor in tensors:
                 self._metrics[path].update(tensor.detach())
-                self._last[path] = tensor.detach().movedim(self.dim, -1)
+                self._last[path] = tensor.detach().movedim(self._dims[path], -1)
 
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():

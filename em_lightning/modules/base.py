@@ -107,8 +107,8 @@ class EMModule(lightning.LightningModule):
             copies = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
             self.add_module(f"{stage}_metrics", torch.nn.ModuleDict(copies))
 
-    def metrics_of(self, stage: str) -> Mapping[str, Any]:
-        """Return the metrics of a stage by name."""
+    def metrics_of(self, stage: str) -> Any:
+        """Return the metrics of a stage, a mapping from their names."""
         found: Any = self._modules.get(f"{stage}_metrics")
         return dict(found.items()) if isinstance(found, torch.nn.ModuleDict) else {}
 

@@ -175,7 +175,9 @@ class GaussianMixtureModule(EMModule):
             size = COVARIANCES[covariance].num_moments(num_features)
             self.register_buffer("running", torch.zeros(1, num_components, size, dtype=wide))
             self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
-        # Of this rank alone, so no buffers, which data-parallel training copies from rank 0.
+        # Ranks agree on buffers; data-parallel training would yet copy them before every block.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        # Of this rank alone.
         self._clear()
         self._held_out = torch.zeros(2, dtype=wide)
         self._restored: Tensor | None = None

@@ -15,7 +15,7 @@ from em_lightning.activations import ACTIVATIONS
 from em_lightning.operators import EMRefinement
 from em_lightning.surgery.edit import Calls, Surgery, insert_after, replace_modules
 from em_lightning.surgery.find import NoMatchError, Site, Where, find_modules
-from em_lightning.surgery.functional import swap_relu_calls
+from em_lightning.surgery.functional import calls_relu, swap_relu_calls
 from em_lightning.surgery.units import units_of
 
 
@@ -46,7 +46,8 @@ def swap_activations(
         shared: see :func:`em_lightning.surgery.replace_modules`.
         calls: see there.
         functional: also swap ``relu`` where the forward of a module that ``where`` selects calls it as a function; see
-            :func:`em_lightning.surgery.functional.swap_relu_calls`. The units are then on ``dim``, or the last axis.
+            :func:`em_lightning.surgery.functional.swap_relu_calls`. The units are then on ``dim``; "auto" takes axis 1
+            of what convolutions and their norms have made in that forward, else the last.
         into: a surgery to extend; by default a new one.
         **arguments: of the activation, such as ``margin=2.0``.
 
@@ -96,7 +97,14 @@ def _with_functions(
 ) -> Surgery:
     """Swap modules, function calls, or what there is of both."""
     if not functional:
-        swap()
+        try:
+            swap()
+        except NoMatchError as error:
+            if calls_relu(surgery.model):
+                raise NoMatchError(
+                    f"{error}; forwards here call relu as a function, which functional=True swaps"
+                ) from None
+            raise
         return surgery
     try:
         swap()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from em_lightning.surgery.chain import wrap
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, calls_at, check_operable, count_calls, new_module
@@ -20,21 +21,56 @@ _IN_PLACE = {torch.relu_, F.relu_, Tensor.relu_}
 _RELU = {F.relu, torch.relu, Tensor.relu, *_IN_PLACE}
 
 
+_CHANNELS_FIRST = {
+    F.conv1d,
+    F.conv2d,
+    F.conv3d,
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    F.batch_norm,
+    F.group_norm,
+    F.instance_norm,
+}
+
+
 class _Swapped(TorchFunctionMode):
-    """Calls an operator wherever relu is called."""
+    """Calls an operator wherever relu is called, with the channels last that convolutions and their norms put second.
+
+    An operator over the last axis is meant for units. What was made of a convolution's result and has as many axes is
+    taken to keep its channels where they were.
+    """
 
     def __init__(self, operator: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.operator = operator
+        self.channels_first = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _RELU:
-            return func(*args, **kwargs)
+            return self._followed(func, args, func(*args, **kwargs))
         x = args[0] if args else kwargs["input"]
         if func in _IN_PLACE or kwargs.get("inplace") or len(args) > 1:
-            return x.copy_(self.operator(x.clone()))
-        return self.operator(x)
+            return x.copy_(self._operated(x, x.clone()))
+        return self._operated(x, x)
+
+    def _operated(self, x: Tensor, value: Tensor) -> Tensor:
+        if x not in self.channels_first or getattr(self.operator, "dim", None) != -1:
+            return self.operator(value)
+        result = self.operator(value.movedim(1, -1)).movedim(-1, 1)
+        self.channels_first[result] = True
+        return result
+
+    def _followed(self, func: Any, args: Any, result: Any) -> Any:
+        if isinstance(result, Tensor) and result.dim() > 2 and not torch.compiler.is_compiling():
+            of = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == result.dim()]
+            if func in _CHANNELS_FIRST or any(arg in self.channels_first for arg in of):
+                self.channels_first[result] = True
+        return result
 
 
 def swap_relu_calls(
@@ -109,3 +145,8 @@ def _calls_relu(module: nn.Module) -> bool:
     forward = type(module).forward
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return not type(module).__module__.startswith("torch.nn.") and ("relu" in names or "relu_" in names)
+
+
+def calls_relu(model: nn.Module) -> bool:
+    """Return whether the forward of any module, those of torch.nn aside, names ``relu``."""
+    return any(_calls_relu(module) for module in model.modules())

@@ -16,6 +16,7 @@ from em_lightning.distributed import global_sum, units_last
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.find import Where
 from em_lightning.surgery.taps import Taps
+from em_lightning.surgery.units import axis_of
 
 Weight = float | Literal["auto"]
 
@@ -42,7 +43,8 @@ class LayerwiseLoss:
         weight: a number, "auto", or a mapping from name patterns to either.
         tap: "output" of the layer, or its "input".
         target: a second selection that has to hold as well.
-        dim: the axis of the units: 1 for feature maps (B, C, H, W).
+        dim: the axis of the units; "auto" takes 1 at convolutions and the norms of their kind, and at what follows
+            them, else the last.
         schedule: a factor f(t) of the step, on all weights.
         warmup: number of steps over which the factor rises linearly from 0.
         every: charge the loss at each ``every``-th step, times ``every``: the same gradient on average, for less work.
@@ -75,7 +77,7 @@ class LayerwiseLoss:
         *,
         tap: Literal["output", "input"] = "output",
         target: Where | None = None,
-        dim: int = -1,
+        dim: int | Literal["auto"] = "auto",
         schedule: Callable[[int], float] | None = None,
         warmup: int = 0,
         every: int = 1,
@@ -93,7 +95,7 @@ class LayerwiseLoss:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum!r} is out of range: give a number in [0, 1)")
         self.taps = Taps(model, where, tap, target)
-        self.dim = dim
+        self.dims = {site.path: axis_of(site, dim) for site in self.taps.sites}
         self.schedule = schedule
         self.warmup = warmup
         self.every = every
@@ -224,7 +226,14 @@ class LayerwiseLoss:
                 )
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
-        energies = [units_last(tensor, self.dim) for tensor in tensors]
+        dim = self.dims[path]
+        for tensor in tensors:
+            if not -tensor.dim() <= dim < tensor.dim():
+                raise ValueError(
+                    f"dim={dim} is no axis of the {self.taps.tap} of {path!r}, of shape {tuple(tensor.shape)}: name that "
+                    f"of the units"
+                )
+        energies = [units_last(tensor, dim) for tensor in tensors]
         if len(energies) > 1:
             energies = [torch.cat([tensor.flatten(0, -2) for tensor in energies])]
         self.num_items = energies[0][..., 0].numel()

@@ -22,6 +22,11 @@ def num_units(module: nn.Module) -> int | None:
     return None
 
 
+def axis_of(site: Site, dim: int | str) -> int:
+    """Return the axis of a site's units: ``dim``, or what the layers around it tell where that is "auto"."""
+    return units_of(site)[1] if dim == "auto" else int(dim)
+
+
 def units_of(site: Site) -> tuple[int | None, int]:
     """Return the number of units of a site's output and the axis they are on.
 
