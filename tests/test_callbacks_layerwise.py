@@ -377,3 +377,21 @@ def test_pytorch_lightning_trainer(tmp_path):
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     assert torch.load(tmp_path / "model.ckpt")["em_lightning"]["surgery"][2]["path"] == "late.1"
     assert "em/late/free_energy" in trainer.callback_metrics
+
+
+def test_units_of_feature_maps_are_their_channels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 6), nn.ReLU())
+    losses = LayerwiseLoss(net, nn.ReLU, weight=1.0)
+    x = torch.randn(8, 2, 6, 6)
+    maps = net[:3](x)
+    vectors = net[3:](maps)
+    losses.taps.captured = {}
+    losses.add_to(net(x).sum())
+    for path, energies in (("2", maps.movedim(1, -1)), ("5", vectors)):
+        for name, value in EMLoss()(energies).items():
+            torch.testing.assert_close(losses.values[f"{path}/{name}"], value.detach())
+    losses.remove()
+    wrong = LayerwiseLoss(net, "5", weight=1.0, dim=5)
+    with pytest.raises(ValueError, match=r"dim=5 is no axis of the output of '5', of shape \(8, 6\)"):
+        wrong.add_to(net(x).sum())

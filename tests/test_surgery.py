@@ -8,7 +8,15 @@ import torch.nn.functional as F
 import user_models as users
 from torch import nn
 
-from em_lightning.surgery import NoMatchError, find_modules, insert_after, recorded_plan, replace_modules
+from em_lightning.activations import ACTIVATIONS
+from em_lightning.surgery import (
+    NoMatchError,
+    find_modules,
+    insert_after,
+    recorded_plan,
+    replace_modules,
+    restore_surgery,
+)
 from em_lightning.surgery.chain import wrap
 from em_lightning.surgery.em import insert_em_operators, swap_activations
 
@@ -405,3 +413,44 @@ def test_calls_of_relu_in_the_root_and_in_a_checkpoint(tmp_path):
     torch.save(checkpoint, tmp_path / "model.ckpt")
     restored = restore_surgery(Net, tmp_path / "model.ckpt")
     assert torch.equal(restored(x), model(x)) and len(recorded_plan(restored)) == 3
+
+
+class Functional(nn.Module):
+    """Channels are on axis 1 behind convolutions, also after a sum, and on the last behind linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = F.relu(self.norm(self.conv(x)))
+        h = torch.relu(h + self.conv(x))
+        return F.relu(self.linear(h.mean((2, 3))))
+
+
+def test_functional_relu_competes_over_channels():
+    torch.manual_seed(0)
+    net, x = Functional().eval(), torch.randn(2, 3, 6, 7)
+    h = net.norm(net.conv(x))
+    h = h * h.softmax(1)
+    h = h + net.conv(x)
+    h = h * h.softmax(1)
+    h = net.linear(h.mean((2, 3)))
+    swap_activations(net, "softmax_gated", functional=True)
+    torch.testing.assert_close(net(x), h * h.softmax(-1))
+
+
+def test_a_forward_that_calls_relu_is_hinted_at():
+    with pytest.raises(NoMatchError, match="call relu as a function, which functional=True swaps"):
+        swap_activations(Functional(), "signed")
+
+
+@pytest.mark.parametrize("name", ["softmax_gated", "neg_log_softmin", "relu_gated", "log_softmax", "direction"])
+def test_an_axis_that_is_none_is_answered(name):
+    with pytest.raises(ValueError, match=r"dim=7 is no axis of z of shape \(3, 5\); name the axis of the units"):
+        ACTIVATIONS.build(name, dim=7)(torch.randn(3, 5))
+
+
+def test_restoring_wants_a_class():
+    with pytest.raises(TypeError, match="cls is an instance of Functional; give the class itself"):
+        restore_surgery(Functional(), "any.ckpt")

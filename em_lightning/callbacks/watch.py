@@ -15,6 +15,7 @@ from em_lightning.metrics import layer_metrics
 from em_lightning.scope import Audit, audit
 from em_lightning.surgery.edit import take_slow_path
 from em_lightning.surgery.taps import Taps
+from em_lightning.surgery.units import axis_of
 
 
 def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:

@@ -48,7 +48,7 @@ def load_model(target: str, checkpoint: str | None = None) -> Any:
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise UsageError(f"--ckpt_path={checkpoint!r} is no file; give the path of a checkpoint")
-        made = made.load_from_checkpoint(checkpoint, map_location="cpu")
+        made = _loaded(made, checkpoint)
     elif not isinstance(made, torch.nn.Module):
         try:
             made = made()
@@ -59,6 +59,24 @@ def load_model(target: str, checkpoint: str | None = None) -> Any:
     if not isinstance(made, torch.nn.Module):
         raise UsageError(f"{target!r} is a {type(made).__name__} and no torch.nn.Module")
     return made
+
+
+def _loaded(cls: Any, checkpoint: str) -> Any:
+    """Load a LightningModule, with the surgery that its checkpoint records."""
+    import torch
+
+    from em_lightning.surgery import restore_surgery
+    from em_lightning.surgery.plan import plan_in
+
+    if not hasattr(cls, "load_from_checkpoint"):
+        raise UsageError(f"--ckpt_path={checkpoint!r} goes with a LightningModule class, which {cls!r} is not")
+    try:
+        operated = bool(plan_in(torch.load(checkpoint, map_location="cpu", weights_only=True)))
+        if operated:
+            return restore_surgery(cls, checkpoint, map_location="cpu")
+        return cls.load_from_checkpoint(checkpoint, map_location="cpu")
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UsageError(f"--ckpt_path={checkpoint!r} does not fit {cls.__name__}: {error}") from error
 
 
 def print_audit(target: str, shape: str, checkpoint: str | None) -> None:

@@ -230,8 +230,8 @@ class LayerwiseLoss:
         for tensor in tensors:
             if not -tensor.dim() <= dim < tensor.dim():
                 raise ValueError(
-                    f"dim={dim} is no axis of the {self.taps.tap} of {path!r}, of shape {tuple(tensor.shape)}: name that "
-                    f"of the units"
+                    f"dim={dim} is no axis of the {self.taps.tap} of {path!r}, of shape {tuple(tensor.shape)}: name "
+                    f"that of the units"
                 )
         energies = [units_last(tensor, dim) for tensor in tensors]
         if len(energies) > 1:

@@ -154,14 +154,17 @@ def restore_surgery(
 
     Raises:
         ValueError: the checkpoint holds no plan.
+        TypeError: ``cls`` is no class.
     """
+    if not isinstance(cls, type):
+        raise TypeError(f"cls is an instance of {type(cls).__name__}; give the class itself")
 
     def on_load_checkpoint(model: Any, checkpoint: dict[str, Any]) -> None:
         plan = plan_in(checkpoint)
         if not plan:
             raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
         apply_plan(model, plan, make)
-        cls.on_load_checkpoint(model, checkpoint)
+        cls.on_load_checkpoint(model, checkpoint)  # type: ignore[attr-defined]
 
     # load_from_checkpoint builds the model, then calls this hook, then loads the weights
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
