@@ -1,11 +1,15 @@
 """Modules with one layer of energies: objective, metrics, subclasses; replicas go the way that each would go alone."""
 
+import re
+from pathlib import Path
+
 import lightning
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from em_lightning import modules
 from em_lightning.data import Digits
 from em_lightning.metrics import linear_probe
 from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer, ReplicaData, Replicas, SparseAutoencoder
@@ -207,3 +211,12 @@ def test_a_layer_says_what_it_needs():
     layer = EnergyLayer(4, 2)
     with pytest.raises(NotImplementedError, match="EnergyLayer must define objective"):
         layer.step((torch.rand(3, 4), None), "train")
+
+
+def test_the_page_on_tables_shows_a_subclass_that_trains():
+    page = Path(modules.__file__).parents[2] / "docs" / "how-to" / "reprint-published-tables.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    found = {}
+    exec(compile(code, str(page), "exec"), found)
+    assert list(found["terms"]) == ["loss", "free_energy", "variance", "decorrelation"]
+    assert fit(found["module"], Digits()).callback_metrics["val/dead_units"] >= 0
