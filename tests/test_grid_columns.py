@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 import yaml
 
 from em_lightning.cli import folders, grid, run
@@ -33,12 +32,6 @@ def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
         {"row": "swapped", "score": "1.75 ± 0.66", "dead": "", "gain": f"{difference.mean():+.2f} ± {error:.2f}"},
     ]
     assert "swapped over plain" in written.with_name("results.md").read_text()
-
-
-@pytest.mark.parametrize("variant", ["mixture", "mixture_ablation"])
-def test_the_mixture_runs_from_its_configs(tmp_path, monkeypatch, variant):
-    monkeypatch.chdir(tmp_path)
-    run("decoder_free_sae", ["--config", variant, "--data", "Digits", "--trainer.fast_dev_run=1"])
 
 
 def test_swapped_activations_are_measured_from_a_config(tmp_path, monkeypatch, capsys):

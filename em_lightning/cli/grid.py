@@ -142,11 +142,7 @@ def _run_cells(script: Path, cells: list[Cell], jobs: int | None) -> None:
 def _run_row(script: Path, cells: list[Cell]) -> None:
     """Train the seeds of a row, together where the recipe can prepare them so."""
     recipe = load_recipe(script)
-    together = (
-        len(cells) > 1
-        and hasattr(recipe, "prepare")
-        and recipe.prepare(cells[0].arguments).model.automatic_optimization  # others train in ways of their own
-    )
+    together = len(cells) > 1 and hasattr(recipe, "prepare") and _trains_together(recipe, cells[0])
     for group in [cells] if together else [[cell] for cell in cells]:
         folder = group[0].folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,6 +156,13 @@ def _run_row(script: Path, cells: list[Cell]) -> None:
                 except Exception as error:
                     told = own_error(error) or error
                     raise RuntimeError(f"{group[0].row}, seed {group[0].seed}: {told} (see {output.name})") from error
+
+
+def _trains_together(recipe: Any, cell: Cell) -> bool:
+    try:
+        return recipe.prepare(cell.arguments).model.automatic_optimization  # others train in ways of their own
+    except Exception:  # told as that of the cell, when it runs
+        return False
 
 
 def _resumed(folder: Path) -> list[str]:
@@ -203,7 +206,8 @@ def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: st
         *content.get("notes", []),
         explained,
     ]
-    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values)
+    folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
+    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values, cells=folders)
     print(f"\n{text}\nWritten to {folder}")
 
 
