@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch.utils.data import DataLoader, TensorDataset
@@ -45,6 +45,7 @@ def write_set(folder, train=40, test=10, size=5, pack=False):
 
 
 @pytest.mark.parametrize("dtype", CODES)
+@settings(deadline=None)  # a busy machine is no fault
 @given(values=st.data())
 def test_arrays_come_back_as_they_were(tmp_path_factory, dtype, values):
     array = values.draw(arrays(np.dtype(dtype), array_shapes(max_dims=4, max_side=4)))

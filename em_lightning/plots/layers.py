@@ -63,7 +63,7 @@ def gradient_scatter(gradients: Tensor, responsibilities: Tensor, most: int = 50
     ax.set(
         xlabel="responsibility softmax(-d)",
         ylabel="gradient of the free energy by d",
-        title=f"correlation {correlation:.6f}, largest difference {error:.1e}",
+        title=f"correlation {correlation:.6f},\nlargest difference {error:.1e}",
     )
     ax.legend(loc="upper left")
     return figure
