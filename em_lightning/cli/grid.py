@@ -142,7 +142,11 @@ def _run_cells(script: Path, cells: list[Cell], jobs: int | None) -> None:
 def _run_row(script: Path, cells: list[Cell]) -> None:
     """Train the seeds of a row, together where the recipe can prepare them so."""
     recipe = load_recipe(script)
+<<<<<<< HEAD
     together = len(cells) > 1 and hasattr(recipe, "prepare") and _trains_together(recipe, cells[0])
+=======
+    together = len(cells) > 1 and hasattr(recipe, "prepare")
+>>>>>>> d2
     for group in [cells] if together else [[cell] for cell in cells]:
         folder = group[0].folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,6 +182,10 @@ def _train_together(recipe: Any, cells: list[Cell]) -> None:
     from em_lightning.modules import ReplicaData, Replicas
 
     made = [recipe.prepare(cell.arguments) for cell in cells]
+    if not made[0].model.automatic_optimization:  # it trains in a way of its own
+        for cell in cells:
+            recipe.main([*cell.arguments, *_resumed(cell.folder)])
+        return
     folder = cells[0].folder.parent / f"together-{_digest(json.dumps([cell.arguments for cell in cells]))}"
     trainer = made[0].trainer
     callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
