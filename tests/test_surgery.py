@@ -415,7 +415,7 @@ def test_calls_of_relu_in_the_root_and_in_a_checkpoint(tmp_path):
     assert torch.equal(restored(x), model(x)) and len(recorded_plan(restored)) == 3
 
 
-class Functional(nn.Module):
+class FunctionalConv(nn.Module):
     """Channels are on axis 1 behind convolutions, also after a sum, and on the last behind linear layers."""
 
     def __init__(self):
@@ -430,7 +430,7 @@ class Functional(nn.Module):
 
 def test_functional_relu_competes_over_channels():
     torch.manual_seed(0)
-    net, x = Functional().eval(), torch.randn(2, 3, 6, 7)
+    net, x = FunctionalConv().eval(), torch.randn(2, 3, 6, 7)
     h = net.norm(net.conv(x))
     h = h * h.softmax(1)
     h = h + net.conv(x)
@@ -442,7 +442,7 @@ def test_functional_relu_competes_over_channels():
 
 def test_a_forward_that_calls_relu_is_hinted_at():
     with pytest.raises(NoMatchError, match="call relu as a function, which functional=True swaps"):
-        swap_activations(Functional(), "signed")
+        swap_activations(FunctionalConv(), "signed")
 
 
 @pytest.mark.parametrize("name", ["softmax_gated", "neg_log_softmin", "relu_gated", "log_softmax", "direction"])
@@ -452,5 +452,5 @@ def test_an_axis_that_is_none_is_answered(name):
 
 
 def test_restoring_wants_a_class():
-    with pytest.raises(TypeError, match="cls is an instance of Functional; give the class itself"):
-        restore_surgery(Functional(), "any.ckpt")
+    with pytest.raises(TypeError, match="cls is an instance of FunctionalConv; give the class itself"):
+        restore_surgery(FunctionalConv(), "any.ckpt")

@@ -142,11 +142,7 @@ def _run_cells(script: Path, cells: list[Cell], jobs: int | None) -> None:
 def _run_row(script: Path, cells: list[Cell]) -> None:
     """Train the seeds of a row, together where the recipe can prepare them so."""
     recipe = load_recipe(script)
-<<<<<<< HEAD
     together = len(cells) > 1 and hasattr(recipe, "prepare") and _trains_together(recipe, cells[0])
-=======
-    together = len(cells) > 1 and hasattr(recipe, "prepare")
->>>>>>> d2
     for group in [cells] if together else [[cell] for cell in cells]:
         folder = group[0].folder
         folder.mkdir(parents=True, exist_ok=True)
