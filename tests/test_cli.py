@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,26 +39,33 @@ def here(tmp_path, monkeypatch):
 
 
 def configs():
-    for recipe in cli.recipes():
-        yield pytest.param([recipe], id=recipe)
-        for variant in sorted((cli.folder_of("configs") / recipe).glob("*.yaml")):
-            yield pytest.param([recipe, "--config", variant.stem], id=f"{recipe}/{variant.stem}")
+    for name, script in cli.recipes().items():
+        yield pytest.param(name, cli.config_of(script), id=name)
+        for variant, path in cli.variants_of(script).items():
+            yield pytest.param(name, path, id=f"{name}/{variant}")
 
 
-@pytest.mark.parametrize("args", list(configs()))
-def test_every_config_of_every_recipe_runs(args, here, request):
-    extra = []
-    if "geometric_shapes" in args:
-        root = ROOT.parent / "shared" / "data" / "geometric_shapes" / "raw.zip"
-        if not root.exists():
-            pytest.skip("needs the published meshes beside the project")
-        extra = [f"--data.root={root}"]
-    assert cli.main(["run", *args, "--trainer.fast_dev_run=true", "--data.num_points=64", *extra]) == 0
+def published(argument):
+    """Return an argument of a header with the data that it asks for, where they lie beside the project."""
+    if "PATH/TO/" not in argument:
+        return argument
+    found = sorted((ROOT.parent / "shared" / "data").rglob(Path(argument).name))
+    return str(found[0]) if found else pytest.skip(f"needs {argument} beside the project")
 
 
-def test_every_recipe_has_a_config_and_says_what_it_does():
-    for name, path in cli.recipes().items():
-        assert (cli.folder_of("configs") / f"{name}.yaml").read_text().startswith(f"# em-lightning run {name}\n")
+@pytest.mark.parametrize("name, config", list(configs()))
+def test_every_config_runs_by_the_command_in_its_header(name, config, here):
+    command, needs = config.read_text().splitlines()[:2]
+    program, run, recipe, *arguments = shlex.split(command.removeprefix("# "))
+    assert (program, run, recipe) == ("em-lightning", "run", name)
+    assert arguments[:2] == ([] if config.stem == name else ["--config", config.stem])
+    assert re.search("second|minute|hour", needs) and re.search("[GM]B", needs), f"{config}: time, memory"
+    fast = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
+    assert cli.main([run, recipe, *map(published, arguments), *fast]) == 0
+
+
+def test_every_recipe_says_what_it_does():
+    for path in cli.recipes().values():
         assert cli.docstring(path).splitlines()[0].endswith(".") and len(path.read_text().splitlines()) <= 60
 
 

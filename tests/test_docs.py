@@ -61,7 +61,6 @@ def folder(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "networks", raising=False)
     for variable in ("LOGGER", "ENABLE_PROGRESS_BAR", "ENABLE_MODEL_SUMMARY"):
         monkeypatch.setenv(f"PL_TRAINER_{variable}", "False")
     monkeypatch.setenv("COLUMNS", "200")
@@ -170,6 +169,13 @@ def test_page(page, folder):
         if names["expected"] is not None and block.title is None:
             same = doctest.OutputChecker().check_output(names["expected"], printed, OPTIONS)
             assert same, f"{page.name}:{block.line} says\n{names['expected']}\nand prints\n{printed}"
+
+
+def test_every_mistake_has_its_message():
+    text = (DOCS / "mistakes.md").read_text()
+    sections = re.split(r"^\*\*(\d+)\. ", text, flags=re.MULTILINE)[1:]
+    assert [int(number) for number in sections[::2]] == list(range(1, len(sections) // 2 + 1)) and len(sections) >= 50
+    assert all("```text\n" in section for section in sections[1::2])
 
 
 PROGRAMS = ("em-lightning", "python", "tensorboard", "make")

@@ -236,3 +236,14 @@ def test_the_room_does_not_load_lightning():
 def test_l0_counts_what_is_above_the_threshold(metric):
     metric.update(torch.tensor([[0.0, 0.3, 0.7], [0.6, 0.9, 0.01]]))
     assert metric.compute().item() == {0.01: 2.0, 0.5: 1.5}[metric.threshold]
+
+
+def test_dead_units_of_any_scale_by_a_share_of_the_mean_variance():
+    a = activations()
+    for scale in (1e-6, 1.0, 1e6):
+        metric = DeadUnits(threshold=1e-2, relative=True)
+        metric.update(scale * a)
+        assert metric.compute() == 2
+    metric = DeadUnits(relative=True)
+    metric.update(torch.zeros(5, 3))
+    assert metric.compute() == 3

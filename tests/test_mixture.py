@@ -165,11 +165,11 @@ def test_blocks_change_nothing(monkeypatch):
 def test_cholesky_and_its_inverse(size):
     root = torch.randn(4, size, size, dtype=torch.float64)
     matrix = root @ root.mT + 0.1 * torch.eye(size, dtype=torch.float64)
-    scale, inverse = cholesky_with_inverse(matrix, torch.zeros(4, size, dtype=torch.float64))
+    scale, inverse, _ = cholesky_with_inverse(matrix, torch.zeros(4, size, dtype=torch.float64))
     assert torch.allclose(scale, torch.linalg.cholesky(matrix), atol=1e-12)
     assert torch.allclose(inverse @ scale, torch.eye(size, dtype=torch.float64).expand(4, -1, -1), atol=1e-9)
     indefinite = -torch.eye(size, dtype=torch.float64).expand(4, -1, -1)
-    scale, inverse = cholesky_with_inverse(indefinite, torch.full((4, size), 1e-8, dtype=torch.float64))
+    scale, inverse, _ = cholesky_with_inverse(indefinite, torch.full((4, size), 1e-8, dtype=torch.float64))
     assert scale.isfinite().all() and inverse.isfinite().all()
 
 

@@ -90,7 +90,9 @@ def test_float32_gradients_are_float64s(kind, weighted, thicknesses):
     weights = torch.rand(3, 600) if weighted else None
     spread = structure.expand(torch.full((3, 3), 0.1), 4, 3)
     means = points[..., :4].mT.double()
-    state = State(torch.full((3, 4), -1.4).double(), means, type(spread)(*(part.double() for part in spread)))
+    state = State(
+        torch.full((3, 4), -1.4).double(), means, type(spread)(spread.scale.double(), spread.inverse.double())
+    )
     theta = structure.natural(state).requires_grad_()
     target = torch.randn_like(theta)
     grads = []

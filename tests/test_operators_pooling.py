@@ -51,6 +51,18 @@ def test_the_parts_are_what_they_say():
     torch.testing.assert_close(pool(x, mask)[0], torch.cat(expected))
 
 
+def test_coordinates_say_who_belongs_together():
+    pool = EMPooling(2, 5, num_coordinates=3, summary=("weights", "values"), init="farthest", residual=False).double()
+    x, mask = sets((9, 6))
+    features = torch.randn(2, 9, 5, dtype=torch.float64)
+    r = pool.operators[0](x, mask).posterior(x).responsibilities * mask[..., None]
+    values = r.mT @ features / r.sum(1)[..., None]
+    found = pool(features, mask, coordinates=x).reshape(2, 2, 6)
+    torch.testing.assert_close(found[..., 1:], values)
+    with pytest.raises(ValueError, match="coordinates have None columns; the pooling was made for 3"):
+        pool(features, mask)
+
+
 def test_weights_count_items():
     pool = pooling(init="learned")
     x, _ = sets((4,))
@@ -81,6 +93,7 @@ def test_heads_gradients_and_copies():
             r"summary=\('weights', 'mean'\) must name parts once, out of weights, means",
         ),
         ({"summary": ("means", "means")}, "must name parts once"),
+        ({"num_coordinates": 2, "head_features": 2}, "num_coordinates=2 are given and not projected"),
         ({"heads": 2}, "heads=2 with head_features=None: several heads need coordinates, e.g. 4"),
     ],
 )

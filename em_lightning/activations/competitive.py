@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from em_lightning.activations.base import ACTIVATIONS, Activation
-from em_lightning.activations.fused import NegLogSoftmin, SoftmaxGate, in_blocks
+from em_lightning.activations.fused import BLOCK, NegLogSoftmin, SoftmaxGate, in_blocks
 from em_lightning.competition import Posterior, grouped, softmin, sparsemin
 from em_lightning.statistics import STATISTICS
 
@@ -54,7 +54,7 @@ class NegLogSoftminActivation(Activation):
     def closed_form(self, z: Tensor) -> Tensor:
         """Return -T log_softmax(-z / T)."""
         divided = self.divided(z)
-        if in_blocks(divided, self.dim):
+        if divided.numel() > BLOCK and in_blocks(divided, self.dim):
             scaled = NegLogSoftmin.apply(divided)
         else:
             scaled = -functional.log_softmax(-divided, self.dim)

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.forward_ad import unpack_dual
 
 # Elements a block: 256 KiB in float32, a few of which fit a second-level cache.
-_BLOCK = 65536
+BLOCK = 65536
 _aten = torch.ops.aten
 
 
@@ -37,7 +37,7 @@ def in_blocks(z: Tensor, dim: int) -> bool:
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield the same rows of all tensors, after two work spaces of their size that every block uses again."""
     size = tensors[0].shape[-1]
-    rows = max(_BLOCK // size, 1)
+    rows = max(BLOCK // size, 1)
     works = tensors[0].new_empty(2, rows, size)
     for block in zip(*(tensor.reshape(-1, size).split(rows) for tensor in tensors), strict=True):
         yield *works[:, : len(block[0])], *block

@@ -1,6 +1,7 @@
 """Lightning callbacks: EM put into a model, scheduled, watched and audited; reports of runs."""
 
 from em_lightning.callbacks.clustering_report import ClusteringReport
+from em_lightning.callbacks.layer_report import LayerReport
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.mixture_report import MixtureReport
 from em_lightning.callbacks.selection_report import SelectionReport
@@ -13,6 +14,7 @@ __all__ = [
     "ClusteringReport",
     "EMAudit",
     "InsertEMOperator",
+    "LayerReport",
     "LayerwiseEMLoss",
     "MixtureReport",
     "PosteriorMonitor",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import linecache
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.folders import UsageError, config_of, copy, docstring, folder_of, recipes, variants_of
+from em_lightning.cli.folders import UsageError, config_of, copy, docstring, folder_of, own_error, recipes, variants_of
 from em_lightning.cli.run import recipe_cli, run
 from em_lightning.cli.tables import KINDS, parts_of, print_parts, print_recipes
 
@@ -73,24 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run(parsed.recipe, parsed.arguments)
     except (UsageError, ValueError, TypeError, OSError) as error:
-        told = _own_error(error)
+        told = own_error(error)
         if told is None:
             raise
         print(f"em-lightning: {told}", file=sys.stderr)
         return 2
     return 0
-
-
-def _own_error(error: BaseException | None) -> BaseException | None:
-    """Return what the library itself raised, be it wrapped by others: that message needs no traceback."""
-    while error is not None:
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        if frame is not None:
-            file = frame.tb_frame.f_code.co_filename
-            raised = linecache.getline(file, frame.tb_lineno).lstrip().startswith("raise ")
-            if raised and Path(file).is_relative_to(Path(__file__).parents[1]):
-                return error
-        error = error.__cause__ or error.__context__
-    return None

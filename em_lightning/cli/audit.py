@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -30,10 +31,16 @@ def load_model(target: str, checkpoint: str | None = None) -> Any:
             if not Path(place).is_file():
                 raise UsageError(f"there is no file {place!r}; give its path from here, {Path.cwd()}")
             sys.path.insert(0, str(Path(place).resolve().parent))
-            place = Path(place).stem
+            # Not by its own name, which may be that of a module loaded already.
+            spec = importlib.util.spec_from_file_location(f"audited_{Path(place).stem}", place)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
         else:
             sys.path.insert(0, str(Path.cwd()))
-        made = getattr(importlib.import_module(place), name)
+            module = importlib.import_module(place)
+        made = getattr(module, name)
     except ImportError as error:
         raise UsageError(f"{target!r} cannot be imported: {error}") from error
     except AttributeError as error:

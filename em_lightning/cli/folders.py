@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
+import linecache
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class UsageError(Exception):
@@ -81,3 +84,30 @@ def copy(name: str, folder: Path) -> list[Path]:
         text = text.replace(f"em-lightning run {script.stem}", f"em-lightning run {script.name}")
         target.write_text(text, encoding="utf-8")
     return list(targets.values())
+
+
+def load_recipe(script: Path) -> Any:
+    """Return the script of a recipe as a module."""
+    from rich.console import Console
+
+    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
+        spec.loader.exec_module(recipe)
+    return recipe
+
+
+def own_error(error: BaseException | None) -> BaseException | None:
+    """Return what the library itself raised, be it wrapped by others: that message needs no traceback."""
+    while error is not None:
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        if frame is not None:
+            file = frame.tb_frame.f_code.co_filename
+            raised = linecache.getline(file, frame.tb_lineno).lstrip().startswith("raise ")
+            if raised and Path(file).is_relative_to(Path(__file__).parents[1]):
+                return error
+        error = error.__cause__ or error.__context__
+    return None

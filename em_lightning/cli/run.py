@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import re
@@ -16,7 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from em_lightning.cli.folders import UsageError, config_of, docstring, find_recipe, nearest, variants_of
+from em_lightning.cli.folders import (
+    UsageError,
+    config_of,
+    docstring,
+    find_recipe,
+    load_recipe,
+    nearest,
+    variants_of,
+)
+from em_lightning.cli.grid import run_table, table_of
 
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
 _NOISE = (
@@ -39,7 +47,8 @@ def run(name: str, args: Sequence[str]) -> None:
     """Run a recipe with the arguments of its LightningCLI.
 
     ``--config NAME`` also takes the name of one of the recipe's variants; ``--seeds 0,1,2`` runs it once a seed, in
-    processes side by side where cores allow, and combines their tables.
+    processes side by side where cores allow (``--jobs`` of them), and combines their tables. A variant that is a
+    published table runs all of its rows and seeds so, and continues where it stopped.
 
     Args:
         name: of the recipe, or the path of a copy of its script.
@@ -49,17 +58,16 @@ def run(name: str, args: Sequence[str]) -> None:
         UsageError: there is no such recipe, or an argument is wrong.
     """
     script = find_recipe(name)
-    seeds, args = _take_seeds(list(args))
+    args = _with_variant(script, list(args))
+    seeds, args = _take_numbers("seeds", args)
+    jobs, args = _take_numbers("jobs", args)
+    at_once = jobs[0] if jobs else None
+    table = table_of(args)
+    if table is not None:
+        return run_table(script, args, table, seeds, at_once)
     if seeds:
-        return _run_seeds(name, args, seeds)
-    from rich.console import Console
-
-    spec = importlib.util.spec_from_file_location(f"em_lightning_recipe_{script.stem}", script)
-    assert spec is not None and spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
-        spec.loader.exec_module(recipe)
-    recipe.main(args)
+        return _run_seeds(name, args, seeds, at_once)
+    load_recipe(script).main(args)
 
 
 def _with_variant(script: Path, args: list[str]) -> list[str]:
@@ -84,19 +92,20 @@ def _with_variant(script: Path, args: list[str]) -> list[str]:
     return resolved
 
 
-def _take_seeds(args: list[str]) -> tuple[list[int], list[str]]:
-    joined = [arg for arg in args if arg.startswith("--seeds")]
+def _take_numbers(flag: str, args: list[str]) -> tuple[list[int], list[str]]:
+    """Take ``--flag=0,1,2``, or ``--flag 0,1,2``, out of the arguments."""
+    joined = [arg for arg in args if arg.partition("=")[0] == f"--{flag}"]
     if not joined:
         return [], args
     place = args.index(joined[0])
     value = args[place].partition("=")[2] if "=" in args[place] else "".join(args[place + 1 : place + 2])
     rest = args[:place] + args[place + (1 if "=" in args[place] else 2) :]
     if not re.fullmatch(r"\d+(,\d+)*", value):
-        raise UsageError(f"--seeds={value!r} is no list of seeds; write for instance --seeds=0,1,2")
-    return [int(seed) for seed in value.split(",")], rest
+        raise UsageError(f"--{flag}={value!r} is no list of numbers; write for instance --{flag}=0,1,2")
+    return [int(number) for number in value.split(",")], rest
 
 
-def _run_seeds(name: str, args: list[str], seeds: list[int]) -> None:
+def _run_seeds(name: str, args: list[str], seeds: list[int], jobs: int | None) -> None:
     """Run each seed in a process of its own, as many at a time as there are cores, and write their combined table."""
     from rich.progress import track
 
@@ -106,7 +115,7 @@ def _run_seeds(name: str, args: list[str], seeds: list[int]) -> None:
     folder = Path("lightning_logs") / Path(name).stem
     cores = os.cpu_count() or 1
     # Processes of one seed talk to each other over a port and share the cores as it is.
-    at_once = 1 if any("strategy" in arg or "devices" in arg for arg in args) else min(cores, len(seeds))
+    at_once = 1 if any("strategy" in arg or "devices" in arg for arg in args) else min(jobs or cores, len(seeds))
     threads = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(cores // at_once, 1))}
 
     def run_seed(seed: int) -> Path:
@@ -133,7 +142,15 @@ def _run_seeds(name: str, args: list[str], seeds: list[int]) -> None:
     print(f"\n{text}\nWritten to {target}")
 
 
-def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass_data: bool = True) -> Any:
+def recipe_cli(
+    model: type,
+    data: type,
+    name: str,
+    args: Sequence[str],
+    subclass_data: bool = True,
+    subclass_model: bool = False,
+    links: Sequence[str] = (),
+) -> Any:
     """Return a LightningCLI with the recipe's default config, after it has instantiated what the arguments ask for.
 
     Args:
@@ -143,6 +160,8 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
             folder of configs.
         args: of the command line; ``--help`` prints what fits a screen and ends, ``--help=all`` everything.
         subclass_data: whether ``--data`` names a subclass.
+        subclass_model: whether ``--model`` names a subclass.
+        links: arguments of the model that are attributes of the data, such as ``"num_features"``.
 
     Raises:
         UsageError: an argument is unknown or has a wrong value.
@@ -158,7 +177,11 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
             keys.extend(option.lstrip("-") for action in parser._actions for option in action.option_strings)
-            keys.extend(f"data.{name}" for cls in [data, *data.__subclasses__()] for name in parameters_of(cls))
+            for group, base in (("data", data), ("model", model)):
+                keys.extend(f"{group}.{name}" for cls in [base, *base.__subclasses__()] for name in parameters_of(cls))
+            for link in links:
+                target = f"model.init_args.{link}" if subclass_model else f"model.{link}"
+                parser.link_arguments(f"data.{link}", target, apply_on="instantiate")
 
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             if {"-h", "--help"} & set(args):
@@ -194,6 +217,7 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
         return RecipeCLI(
             model,
             data,
+            subclass_mode_model=subclass_model,
             subclass_mode_data=subclass_data,
             run=False,
             args=_with_variant(script, list(args)),
@@ -201,7 +225,11 @@ def recipe_cli(model: type, data: type, name: str, args: Sequence[str], subclass
             save_config_kwargs={"overwrite": True},
         )
     except ArgumentError as error:
-        raise UsageError(_shorten(str(error), keys)) from error
+        import em_lightning.callbacks
+
+        subclasses: list[type] = data.__subclasses__()
+        classes = [cls.__name__ for cls in subclasses] + em_lightning.callbacks.__all__
+        raise UsageError(_shorten(str(error), keys, classes)) from error
 
 
 def _short_help(script: Path, parser: Any) -> str:
@@ -211,14 +239,14 @@ def _short_help(script: Path, parser: Any) -> str:
     def flat(prefix: str, values: Any) -> list[str]:
         return [f"--{prefix}.{key}={value}" for key, value in sorted(vars(values).items()) if value is not None]
 
-    def of_data(data: Any) -> list[str]:
-        if "class_path" not in data:
-            return flat("data", data)
-        return [f"--data={data.class_path.rpartition('.')[2]}", *flat("data", data.init_args)]
+    def of_group(group: str, values: Any) -> list[str]:
+        if "class_path" not in values:
+            return flat(group, values)
+        return [f"--{group}={values.class_path.rpartition('.')[2]}", *flat(group, values.init_args)]
 
     sections = {
-        "Model": flat("model", defaults.model),
-        "Data": of_data(defaults.data),
+        "Model": of_group("model", defaults.model),
+        "Data": of_group("data", defaults.data),
         "Training": [
             f"--{key}={defaults[key]}" for key in ("seed_everything", "trainer.max_epochs", "trainer.accelerator")
         ],
@@ -241,8 +269,8 @@ def parameters_of(cls: type) -> list[str]:
     return sorted(names)
 
 
-def _shorten(message: str, keys: Sequence[str]) -> str:
-    """Return a parser's complaint on one line, with the valid key that is nearest to an unknown one."""
+def _shorten(message: str, keys: Sequence[str], classes: Sequence[str]) -> str:
+    """Return a parser's complaint on one line, with the valid key or class that is nearest to an unknown one."""
     line = re.sub(r"\s+", " ", message).strip()
     for pattern in _UNKNOWN_KEY:
         found = re.search(pattern, line)
@@ -251,7 +279,11 @@ def _shorten(message: str, keys: Sequence[str]) -> str:
             return f"unknown key {key!r}{nearest(key, keys)}"
     line = re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
     line = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", line)
-    line = re.sub(r"Expected a dot import path string: (\w+)", r"there is no class \1 here", line)
-    line = re.sub(r"(there is no class \w+ here)(?: - \1)+", r"\1", line)
+    unknown = re.search(r"([\w.]+): .*Expected a dot import path string: (\w+)", line)
+    if unknown:
+        return f"{unknown[1]}: there is no class {unknown[2]!r} here{nearest(unknown[2], classes)}"
     # Of the complaints of a union the first is about what was given, the others about what was not meant.
-    return re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
+    line = re.sub(r"Does not validate against any of the Union subtypes.*?Errors: - (.*?) - Expected.*", r"\1", line)
+    line = re.sub(r"Expected a <class '([\w.]+)'>\. Got value: (.*)", r"\2 is no \1", line)
+    line = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)", r"\2 is none of \1", line)
+    return re.sub(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", r"give \1\2", line)

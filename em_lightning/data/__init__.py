@@ -1,8 +1,10 @@
-"""LightningDataModules: point clouds with their readers and samplers, sets of mixtures, and large tables."""
+"""LightningDataModules: point clouds with their readers and samplers, small images, sets of mixtures, large tables."""
 
 from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
 from em_lightning.data.folder import PointCloudFolder
+from em_lightning.data.idx import idx_shape, read_idx
+from em_lightning.data.images import MNIST, Digits
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
@@ -10,11 +12,14 @@ from em_lightning.data.sampling import Normalization, Surface, random_rotation, 
 from em_lightning.data.surfaces import FAMILIES, random_surface
 from em_lightning.data.tables import Table, TableBatch, TableBlocks
 from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
+from em_lightning.data.tensors import TensorBatches, TensorDataModule, Tensors
 
 __all__ = [
     "FAMILIES",
+    "MNIST",
     "Cloud",
     "CloudDataset",
+    "Digits",
     "EpochSampler",
     "GaussianBlobs",
     "GeometricShapes",
@@ -32,11 +37,16 @@ __all__ = [
     "TableBatch",
     "TableBlocks",
     "TabularDataModule",
+    "TensorBatches",
+    "TensorDataModule",
+    "Tensors",
     "collate_clouds",
     "from_pyg",
+    "idx_shape",
     "parse_points",
     "random_rotation",
     "random_surface",
+    "read_idx",
     "read_points",
     "sample_surface",
 ]

@@ -2,7 +2,7 @@
 
 from em_lightning.distributed.moments import Moments, batch_moments
 from em_lightning.distributed.passes import free_energy_of
-from em_lightning.distributed.sums import batch_mean, flatten_units, global_sum, row_blocks, units_last
+from em_lightning.distributed.sums import batch_mean, flatten_units, global_sum, is_spread, row_blocks, units_last
 
 __all__ = [
     "Moments",
@@ -11,6 +11,7 @@ __all__ = [
     "flatten_units",
     "free_energy_of",
     "global_sum",
+    "is_spread",
     "row_blocks",
     "units_last",
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["batch_mean", "flatten_units", "global_sum", "global_sums", "row_blocks", "units_last"]
+__all__ = ["batch_mean", "flatten_units", "global_sum", "global_sums", "is_spread", "row_blocks", "units_last"]
 
 
 _BLOCK = 2**17
@@ -46,16 +46,17 @@ def global_sum(values: Tensor, group: Any = None) -> Tensor:
         >>> global_sum(torch.ones(2))
         tensor([1., 1.])
     """
-    return _GlobalSum.apply(values, group) if _is_spread(group) else values
+    return _GlobalSum.apply(values, group) if is_spread(group) else values
 
 
-def _is_spread(group: Any) -> bool:
+def is_spread(group: Any = None) -> bool:
+    """Return whether there are several ranks to sum over."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def global_sums(values: Tensor, scalar: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     """Sum a vector and a scalar by one message."""
-    if not _is_spread(group):
+    if not is_spread(group):
         return values, scalar
     sums = global_sum(torch.cat([values, scalar[None]]), group)
     return sums[:-1], sums[-1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.distributed import batch_moments, units_last
+from em_lightning.losses.fused import published_terms
 from em_lightning.losses.terms import LOSSES, FreeEnergyLoss, MomentLoss, WeightRedundancyLoss
 
 __all__ = ["EMLoss"]
@@ -94,9 +95,11 @@ class EMLoss(nn.Module):
         """
         energies = units_last(energies, self.dim)
         active = {name: weight for name, weight in self.weights.items() if weight}
+        at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms, active)
         values: dict[str, Tensor] = {}
         moments = None
-        of_moments = [term for name, term in self.terms.items() if name in active and isinstance(term, MomentLoss)]
+        left = [self.terms[name] for name in active if name not in at_once]
+        of_moments = [term for term in left if isinstance(term, MomentLoss)]
         if of_moments:
             free_energy = self.terms["free_energy"]
             assert isinstance(free_energy, FreeEnergyLoss)
@@ -106,10 +109,13 @@ class EMLoss(nn.Module):
                 mask=mask,
                 weights=weights,
                 products=any(term.products for term in of_moments),
-                temperature=free_energy.temperature if "free_energy" in active else None,
+                temperature=free_energy.temperature if free_energy in left else None,
             )
         for name, weight in active.items():
             term = self.terms[name]
+            if name in at_once:
+                values[name] = at_once[name] if weight == 1 else weight * at_once[name]
+                continue
             if isinstance(term, WeightRedundancyLoss):
                 if weight_matrix is None:
                     raise ValueError(f"{name} acts on a weight: call the loss with weight_matrix=layer.weight")

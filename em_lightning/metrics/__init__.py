@@ -21,6 +21,7 @@ from em_lightning.metrics.mixtures import (
     MixtureLogLikelihood,
     ResponsibilityEntropy,
 )
+from em_lightning.metrics.probe import linear_probe
 
 __all__ = [
     "L0",
@@ -37,4 +38,5 @@ __all__ = [
     "UnitMoments",
     "WeightRedundancy",
     "layer_metrics",
+    "linear_probe",
 ]

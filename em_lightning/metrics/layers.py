@@ -65,6 +65,8 @@ class DeadUnits(UnitMoments):
     Args:
         threshold: the variance below which a unit counts as dead.
         dim: the axis of the units.
+        relative: whether the threshold is a share of the mean variance of the units: for comparing activations of
+            different scale. Where no unit varies, all are dead.
         **kwargs: for :class:`torchmetrics.Metric`.
 
     Example:
@@ -76,13 +78,16 @@ class DeadUnits(UnitMoments):
 
     higher_is_better = False
 
-    def __init__(self, threshold: float = 0.01, dim: int = -1, **kwargs: Any) -> None:
+    def __init__(self, threshold: float = 0.01, dim: int = -1, relative: bool = False, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
         self.threshold = threshold
+        self.relative = relative
 
     def compute(self) -> Tensor:
         """Return the number of dead units."""
-        return (self.covariance().diagonal() < self.threshold).sum().to(self.moments.dtype)
+        variance = self.covariance().diagonal()
+        threshold = self.threshold * variance.mean() if self.relative else self.threshold
+        return ((variance < threshold) | (variance == 0)).sum().to(self.moments.dtype)
 
 
 class MinVariance(UnitMoments):

@@ -2,6 +2,8 @@
 
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES
+from em_lightning.mixture.directional import DirectionalMixture
+from em_lightning.mixture.lowrank import LowRankCovariance
 from em_lightning.mixture.prior import MixturePrior
 from em_lightning.mixture.state import Mixture
 from em_lightning.mixture.step import em_step
@@ -9,6 +11,8 @@ from em_lightning.mixture.stream import Statistics, collect, maximize, no_statis
 
 __all__ = [
     "COVARIANCES",
+    "DirectionalMixture",
+    "LowRankCovariance",
     "Mixture",
     "MixturePrior",
     "Statistics",

@@ -9,29 +9,19 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Up to this many features a Cholesky factorization written out over (B, K) tensors is faster than the library's.
-_UNROLLED_UP_TO = 4
-
-
-class Factors(NamedTuple):
-    """A factor of each covariance and its inverse, in the shape that the structure prescribes."""
-
-    scale: Tensor
-    inverse: Tensor
-
-
-class State(NamedTuple):
-    """The parameters inside the loop, means relative to the centre of the cloud; natural ones where at hand."""
-
-    log_weights: Tensor
-    means: Tensor
-    factors: Factors
-    theta: Tensor | None = None
+from em_lightning.mixture.factors import (
+    UNROLLED_UP_TO,
+    Factors,
+    State,
+    cholesky_of_rows,
+    cholesky_with_inverse,
+    least_pivots_of,
+)
 
 
 class FullCovariance:
@@ -66,17 +56,21 @@ class FullCovariance:
     def pull_back(self, points: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient of points (B, D, N) that a gradient (B, F, N) of their features stands for."""
         features = points.shape[1]
-        i, j = _pairs(features, points.device)
         points = points.to(grad.dtype)
-        pairs = grad[:, 1 + features :]
-        own = grad[:, 1 : 1 + features].index_add(1, i, pairs * points[:, j])
-        return own.index_add(1, j, pairs * points[:, i])
+        own = grad[:, 1 : 1 + features].clone()
+        place = 1 + features
+        for i in range(features):
+            pairs = grad[:, place : place + features - i]
+            own[:, i:].addcmul_(pairs, points[:, i : i + 1])
+            own[:, i].add_((pairs * points[:, i:]).sum(1))
+            place += features - i
+        return own
 
     def natural(self, state: State) -> Tensor:
         """Return theta (B, K, F) with ``theta . phi(x) = log pi + log N(x | mu, Sigma)``."""
         features = state.means.shape[-1]
         inverse = state.factors.inverse
-        if features <= _UNROLLED_UP_TO:
+        if features <= UNROLLED_UP_TO:
             return _unrolled_natural(state)
         i, j = _pairs(features, inverse.device)
         precision = inverse.mT @ inverse
@@ -87,31 +81,24 @@ class FullCovariance:
         square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
         return torch.cat([constant.unsqueeze(-1), linear, square.expand(*linear.shape[:-1], -1)], -1)
 
-    def maximize(self, moments: Tensor, floor: Tensor) -> State:
+    def maximize(self, moments: Tensor, floor: Tensor, before: Factors | None = None) -> State:
         """Return weights, means and covariances of largest expected log-likelihood for moments (B, K, F).
 
-        A floor (B,) is added to the variances.
+        A floor (B,) is added to the variances. The factors that the E-step saw play no part.
         """
-        features = _features_of(moments.shape[-1])
-        mass, log_weights = _mass(moments)
-        if features <= _UNROLLED_UP_TO:
-            return self._unrolled(moments, mass, log_weights, floor)
-        shares = moments[..., 1:] / mass.unsqueeze(-1)
-        means = shares[..., :features]
-        i, j = _pairs(features, moments.device)
-        # Twice the triangle makes the matrix symmetric: entry (i, j) is the pair's place in the list.
-        place = torch.empty(features, features, dtype=torch.long, device=moments.device)
-        place[i, j] = place[j, i] = torch.arange(len(i), device=moments.device)
-        second = shares[..., features:][..., place]
-        return State(log_weights, means, self._factors(mass, means, second, floor))
+        if _features_of(moments.shape[-1]) <= UNROLLED_UP_TO:
+            return self._unrolled(moments, floor)
+        log_weights, means, second = moments_of(moments)
+        return State(log_weights, means, self._factors(_mass(moments)[0], means, second, floor))
 
     def _factors(self, mass: Tensor, means: Tensor, second: Tensor, floor: Tensor) -> Factors:
         spread = second - means.unsqueeze(-1) * means.unsqueeze(-2)
         return _with_floor(spread, second.diagonal(dim1=-2, dim2=-1), floor)
 
-    def _unrolled(self, moments: Tensor, mass: Tensor, log_weights: Tensor, floor: Tensor) -> State:
+    def _unrolled(self, moments: Tensor, floor: Tensor) -> State:
         """Return the same in operations on (B, K) tensors."""
         size = _features_of(moments.shape[-1])
+        mass, log_weights = _mass(moments)
         shares = (moments[..., 1:] / mass.unsqueeze(-1)).permute(2, 0, 1).contiguous().unbind(0)
         means, second = shares[:size], iter(shares[size:])
         spread: list[list[Tensor]] = [[] for _ in range(size)]  # rows of the lower triangle
@@ -122,8 +109,8 @@ class FullCovariance:
                 difference = self._pool(torch.addcmul(square, means[i], means[j], value=-1), mass)
                 spread[j].append(difference if i != j else difference + floor.unsqueeze(-1))
                 if i == j:
-                    least.append(_least_pivots(self._pool(square, mass)))
-        return State(log_weights, torch.stack(means, -1), _cholesky_of_rows(spread, least))
+                    least.append(least_pivots_of(self._pool(square, mass)))
+        return State(log_weights, torch.stack(means, -1), cholesky_of_rows(spread, least))
 
     def _pool(self, entry: Tensor, mass: Tensor) -> Tensor:
         """Return an entry (B, K) of the covariances as the components share it."""
@@ -136,7 +123,7 @@ class FullCovariance:
 
     def factorize(self, covariances: Tensor) -> Factors:
         """Return the factors of given covariances."""
-        return cholesky_with_inverse(covariances, _least_pivots(covariances.diagonal(dim1=-2, dim2=-1)))
+        return cholesky_with_inverse(covariances, least_pivots_of(covariances.diagonal(dim1=-2, dim2=-1)))
 
     def covariances(self, scale: Tensor) -> Tensor:
         """Return ``L L^T``."""
@@ -171,7 +158,7 @@ class FullCovariance:
         step = (triangle + correction[..., :features].exp().diag_embed()) @ repeated
         share = floor[:, None, None, None] * (after.inverse @ after.inverse.mT)
         spread = step @ (eye - share) @ step.mT + share
-        taken = cholesky_with_inverse(spread, _least_pivots(spread.diagonal(dim1=-2, dim2=-1)))
+        taken = cholesky_with_inverse(spread, least_pivots_of(spread.diagonal(dim1=-2, dim2=-1)))
         return Factors(after.scale @ taken.scale, taken.inverse @ after.inverse)
 
 
@@ -240,16 +227,16 @@ class DiagonalCovariance:
         constant = state.log_weights + log_det - 0.5 * whitened.square().sum(-1) - _half_log_tau(features)
         return torch.cat([constant.unsqueeze(-1), inverse * whitened, -0.5 * inverse.square()], -1)
 
-    def maximize(self, moments: Tensor, floor: Tensor) -> State:
+    def maximize(self, moments: Tensor, floor: Tensor, before: Factors | None = None) -> State:
         """Return weights, means and variances of largest expected log-likelihood for moments (B, K, F).
 
-        A floor (B,) is added to the variances.
+        A floor (B,) is added to the variances. The factors that the E-step saw play no part.
         """
         mass, log_weights = _mass(moments)
         shares = moments[..., 1:] / mass.unsqueeze(-1)
         means, second = self._split(shares)
         spread = self._average(second, means) + floor[:, None, None]
-        root = torch.maximum(spread, _least_pivots(second)).sqrt()
+        root = torch.maximum(spread, least_pivots_of(second)).sqrt()
         return State(log_weights, means, Factors(root, root.reciprocal()))
 
     def _split(self, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,7 +253,7 @@ class DiagonalCovariance:
 
     def factorize(self, covariances: Tensor) -> Factors:
         """Return the factors of given variances."""
-        root = torch.maximum(covariances, _least_pivots(covariances)).sqrt()
+        root = torch.maximum(covariances, least_pivots_of(covariances)).sqrt()
         return Factors(root, root.reciprocal())
 
     def covariances(self, scale: Tensor) -> Tensor:
@@ -289,7 +276,7 @@ class DiagonalCovariance:
         repeated = 1.0 + once * (change - 1.0) + twice * (change.square() - change)
         share = floor[:, None, None] * after.inverse.square()
         spread = (correction[..., :-2].exp() * repeated).square() * (1.0 - share) + share
-        root = torch.maximum(spread, _least_pivots(spread)).sqrt()
+        root = torch.maximum(spread, least_pivots_of(spread)).sqrt()
         return Factors(after.scale * root, after.inverse / root)
 
 
@@ -337,58 +324,12 @@ COVARIANCES: dict[str, Structure] = {
 }
 
 
-def compiled(name: str, **options: Any) -> Structure:
-    """Return the structure of that name, what an iteration calls compiled; options are those of ``torch.compile``."""
-    structure = copy.copy(COVARIANCES[name])
+def compiled(structure: Structure, **options: Any) -> Structure:
+    """Return a structure, what an iteration calls compiled; options are those of ``torch.compile``."""
+    structure = copy.copy(structure)
     for function in (structure.natural, structure.maximize):
         setattr(structure, function.__name__, torch.compile(function, **options))
     return structure
-
-
-def cholesky_with_inverse(matrix: Tensor, least_pivots: Tensor) -> Factors:
-    """Return the lower Cholesky factor of (..., D, D) matrices and its inverse, finite for every finite input.
-
-    Args:
-        matrix: symmetric, positive definite up to rounding.
-        least_pivots: (..., D), what a pivot that rounding made smaller is raised to.
-    """
-    size = matrix.shape[-1]
-    if size > _UNROLLED_UP_TO:
-        return _library_cholesky(matrix, least_pivots)
-    rows = [[matrix[..., i, j] for j in range(i + 1)] for i in range(size)]
-    return _cholesky_of_rows(rows, list(least_pivots.unbind(-1)))
-
-
-def _cholesky_of_rows(rows: list[list[Tensor]], least_pivots: list[Tensor]) -> Factors:
-    """Return the factor and its inverse of matrices given by the rows of their lower triangles."""
-    size = len(rows)
-    lower: list[list[Tensor]] = [[] for _ in range(size)]
-    inverse: list[list[Tensor]] = [[] for _ in range(size)]
-    zero = torch.zeros_like(rows[0][0])
-    for i in range(size):
-        for j in range(i):
-            entry = rows[i][j]
-            for p in range(j):
-                entry = torch.addcmul(entry, lower[i][p], lower[j][p], value=-1)
-            lower[i].append(entry * inverse[j][j])
-        pivot = rows[i][i]
-        for p in range(i):
-            pivot = torch.addcmul(pivot, lower[i][p], lower[i][p], value=-1)
-        root = torch.maximum(pivot, least_pivots[i]).sqrt()
-        lower[i].append(root)
-        reciprocal = root.reciprocal()
-        for j in range(i):
-            entry = lower[i][j] * inverse[j][j]
-            for p in range(j + 1, i):
-                entry = torch.addcmul(entry, lower[i][p], inverse[p][j])
-            inverse[i].append(-entry * reciprocal)
-        inverse[i].append(reciprocal)
-
-    def assemble(rows: list[list[Tensor]]) -> Tensor:
-        filled = [row + [zero] * (size - len(row)) for row in rows]
-        return torch.stack([entry for row in filled for entry in row], -1).unflatten(-1, (size, size))
-
-    return Factors(assemble(lower), assemble(inverse))
 
 
 def _unrolled_natural(state: State) -> Tensor:
@@ -416,31 +357,27 @@ def _unrolled_natural(state: State) -> Tensor:
     return torch.stack([constant, *linear, *(entry.expand_as(constant) for entry in square)], -1)
 
 
-def _library_cholesky(matrix: Tensor, least_pivots: Tensor) -> Factors:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if torch.compiler.is_compiling() or bool((info != 0).any()):
-        # Rounding made a matrix indefinite: its diagonal is the nearest thing that can be factored.
-        diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), least_pivots).diag_embed()
-        factor = torch.linalg.cholesky_ex(torch.where((info != 0)[..., None, None], diagonal, matrix))[0]
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return Factors(factor, torch.linalg.solve_triangular(factor, eye.expand_as(matrix), upper=False))
-
-
 def _with_floor(spread: Tensor, largest: Tensor, floor: Tensor) -> Factors:
     eye = torch.eye(spread.shape[-1], dtype=spread.dtype, device=spread.device)
-    return cholesky_with_inverse(spread + floor[:, None, None, None] * eye, _least_pivots(largest))
+    return cholesky_with_inverse(spread + floor[:, None, None, None] * eye, least_pivots_of(largest))
+
+
+def moments_of(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-weights (B, K), means (B, K, D) and mean squares (B, K, D, D) of moments of all pairs of features."""
+    features = _features_of(moments.shape[-1])
+    mass, log_weights = _mass(moments)
+    shares = moments[..., 1:] / mass.unsqueeze(-1)
+    i, j = _pairs(features, moments.device)
+    # Twice the triangle makes the matrix symmetric: entry (i, j) is the pair's place in the list.
+    place = torch.empty(features, features, dtype=torch.long, device=moments.device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=moments.device)
+    return log_weights, shares[..., :features], shares[..., features:][..., place]
 
 
 def _mass(moments: Tensor) -> tuple[Tensor, Tensor]:
     # The same guard against empty components as scikit-learn's, so that results agree step for step.
     mass = moments[..., 0] + 10.0 * torch.finfo(moments.dtype).eps
     return mass, mass.log() - mass.sum(-1, keepdim=True).log()
-
-
-def _least_pivots(largest: Tensor) -> Tensor:
-    """Return what rounding leaves of a difference of numbers as large as these, and never zero."""
-    info = torch.finfo(largest.dtype)
-    return (4.0 * info.eps * largest.detach()).clamp(min=info.eps**4)
 
 
 def _half_log_tau(num_features: int) -> float:

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from em_lightning.mixture.background import Level
 from em_lightning.mixture.cloud import Cloud
-from em_lightning.mixture.covariance import State, Structure
+from em_lightning.mixture.covariance import Structure
+from em_lightning.mixture.factors import State
 from em_lightning.mixture.radial import Radial
 
 Sums = tuple[Tensor, Tensor]

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.cloud import Cloud, Ready
-from em_lightning.mixture.covariance import Structure
-from em_lightning.mixture.passes import LogDensity, Moments, Plan
+from em_lightning.mixture.passes import Features, LogDensity, Moments, Plan
 
-# Float32 is accurate while the terms of a log-density are no larger than this: rounding is then below 1e-3 for the worst
-# point, and far less in a mean over points (docs/results/operator.md).
+# Float32 is accurate while the terms of a log-density are no larger than this: rounding is then below 1e-3 for the
+# worst point, and far less in a mean over points (docs/results/operator.md).
 _LARGEST_TERM = 5e3
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25
 
 
-def get_ready(cloud: Cloud, structure: Structure) -> Ready:
+def get_ready(cloud: Cloud, structure: Features) -> Ready:
     """Return what passes over the points of clouds share; features only where they take little memory."""
     points = cloud.points.detach()
     size = structure.num_moments(points.shape[1]) * points[:, 0].numel() * points.element_size()
@@ -36,7 +35,7 @@ def get_ready(cloud: Cloud, structure: Structure) -> Ready:
 def accumulate(
     cloud: Cloud,
     theta: Tensor,
-    structure: Structure,
+    structure: Features,
     precision: torch.dtype | None = None,
     likelihood: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -56,7 +55,7 @@ def accumulate(
     return moments, found if likelihood else None
 
 
-def log_density(cloud: Cloud, theta: Tensor, structure: Structure, precision: torch.dtype | None = None) -> Tensor:
+def log_density(cloud: Cloud, theta: Tensor, structure: Features, precision: torch.dtype | None = None) -> Tensor:
     """Return ``log sum_k exp(theta_k . phi(x_n))`` (B, N) of the points of clouds."""
     return _by_precision(LogDensity, cloud, theta, structure, precision)[0]
 
@@ -65,7 +64,7 @@ def _by_precision(
     function: type[Moments] | type[LogDensity],
     cloud: Cloud,
     theta: Tensor,
-    structure: Structure,
+    structure: Features,
     precision: torch.dtype | None,
     likelihood: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -94,7 +93,7 @@ def _by_precision(
 
 
 @torch.no_grad()
-def largest_term(theta: Tensor, extent: Tensor, structure: Structure) -> Tensor:
+def largest_term(theta: Tensor, extent: Tensor, structure: Features) -> Tensor:
     """Return how large the terms of ``theta . phi(x)`` are together, (B,), for points within the extent (B, D).
 
     Terms are rounded independently of each other: it is their squares that add up.
@@ -104,7 +103,7 @@ def largest_term(theta: Tensor, extent: Tensor, structure: Structure) -> Tensor:
 
 
 @torch.no_grad()
-def lost_digits(before: Tensor, after: Tensor, cloud: Cloud, structure: Structure) -> bool:
+def lost_digits(before: Tensor, after: Tensor, cloud: Cloud, structure: Features) -> bool:
     """Return whether an M-step made components so thin that float32 moments do not determine them.
 
     The E-step before it saw components for which float32 was enough. A loop that comes here in small steps has

@@ -8,18 +8,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from em_lightning.mixture.cloud import centred
-from em_lightning.mixture.covariance import Structure
 
 # Numbers a block: its responsibilities and its features stay in the second-level caches of two cores.
 _BLOCK = 2**19
 # On other devices a block has to fill the device; work spaces stay below 64 MiB.
 _DEVICE_BLOCK = 2**21
+
+
+class Features(Protocol):
+    """What a pass asks of a structure."""
+
+    def num_moments(self, num_features: int) -> int:
+        """Return F, the number of features."""
+
+    def features(self, points: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return phi (B, F, N) of points (B, D, N)."""
+
+    def fill(self, points: Tensor, out: Tensor) -> Tensor:
+        """Write phi of points (B, D, N) of the same type into ``out`` (B, F, N)."""
+
+    def pull_back(self, points: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient of points (B, D, N) that a gradient (B, F, N) of their features stands for."""
 
 
 class Plan(NamedTuple):
@@ -32,7 +47,7 @@ class Plan(NamedTuple):
     likelihood: whether the log-likelihood is wanted beside the moments.
     """
 
-    structure: Structure
+    structure: Features
     features: Tensor | None
     precision: torch.dtype
     chosen: Tensor | None = None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from em_lightning.kernels.base import positive_number
 from em_lightning.mixture.cloud import Cloud, prepare
-from em_lightning.mixture.covariance import State, Structure
+from em_lightning.mixture.covariance import Structure
+from em_lightning.mixture.factors import State
 from em_lightning.mixture.state import Mixture, structure_of
 from em_lightning.mixture.step import enter
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.cloud import Cloud, centred
-from em_lightning.mixture.covariance import Factors, State, Structure
+from em_lightning.mixture.covariance import Structure
+from em_lightning.mixture.factors import State, choose
 
 # The share of a cell's mean squared distance that bounds its core.
 _CORE = 0.4
@@ -145,12 +146,7 @@ def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Ten
     if shared.scale.shape[1] != components:
         return State(cells.log_weights, means, cells.factors)  # one covariance for all: no cell is too small for it
 
-    def choose(condition: Tensor, one: Factors, other: Factors) -> Factors:
-        condition = condition.reshape(*condition.shape, *[1] * (shared.scale.ndim - 2))
-        return Factors(*(torch.where(condition, a, b) for a, b in zip(one, other, strict=True)))
-
-    ratio = _size(cells.factors.scale) / _size(cores.factors.scale)
-    scaled = Factors(cores.factors.scale * ratio, cores.factors.inverse / ratio)
+    scaled = cores.factors.times(_size(cells.factors.scale) / _size(cores.factors.scale))
     factors = choose(mass > features, choose(enough, scaled, cells.factors), shared)
     return State(cells.log_weights, means, factors)
 

@@ -10,7 +10,8 @@ from torch.distributions import Categorical, Distribution, Independent, MixtureS
 
 from em_lightning.competition import Posterior, softmin
 from em_lightning.mixture.cloud import Cloud, about, widest
-from em_lightning.mixture.covariance import COVARIANCES, State, Structure
+from em_lightning.mixture.covariance import COVARIANCES, Structure
+from em_lightning.mixture.factors import State
 from em_lightning.mixture.moments import log_density
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
-from em_lightning.mixture.covariance import State, Structure
+from em_lightning.mixture.covariance import Structure
+from em_lightning.mixture.factors import State
 from em_lightning.mixture.moments import accumulate, lost_digits
 from em_lightning.mixture.state import Mixture, structure_of
 

@@ -2,7 +2,28 @@
 
 from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
+from em_lightning.modules.classifier import EMClassifier
+from em_lightning.modules.decoder_free import DecoderFreeEncoder, SparseAutoencoder
 from em_lightning.modules.gaussian_mixture import GaussianMixtureModule
+from em_lightning.modules.image_classifier import ImageClassifier
+from em_lightning.modules.layer import EnergyLayer
+from em_lightning.modules.mixture_encoder import MixtureEncoder
+from em_lightning.modules.point_cloud_classifier import PointCloudClassifier
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
+from em_lightning.modules.replicas import ReplicaData, Replicas
 
-__all__ = ["AmortizedClustering", "EMModule", "GaussianMixtureModule", "PointCloudGMM"]
+__all__ = [
+    "AmortizedClustering",
+    "DecoderFreeEncoder",
+    "EMClassifier",
+    "EMModule",
+    "EnergyLayer",
+    "GaussianMixtureModule",
+    "ImageClassifier",
+    "MixtureEncoder",
+    "PointCloudClassifier",
+    "PointCloudGMM",
+    "ReplicaData",
+    "Replicas",
+    "SparseAutoencoder",
+]

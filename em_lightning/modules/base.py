@@ -110,7 +110,7 @@ class EMModule(lightning.LightningModule):
     def metrics_of(self, stage: str) -> Any:
         """Return the metrics of a stage, a mapping from their names."""
         found: Any = self._modules.get(f"{stage}_metrics")
-        return found if isinstance(found, torch.nn.ModuleDict) else {}
+        return dict(found.items()) if isinstance(found, torch.nn.ModuleDict) else {}
 
     def batch_size(self, batch: Any) -> int:
         """Return the number of items that a logged average counts a batch with."""

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from em_lightning.operators.directional import DirectionalEM
 from em_lightning.operators.em import EMOperator
 from em_lightning.operators.pooling import EMPooling
 from em_lightning.operators.refinement import EMRefinement
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from em_lightning.operators.aggregation import EMAggregation, register_aggregation
 
 __all__ = [
+    "DirectionalEM",
     "EMAggregation",
     "EMOperator",
     "EMPooling",

@@ -45,7 +45,7 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
 def check_init(init: Mixture, covariance: str, shape: tuple[int, int, int]) -> None:
     """Raise ValueError unless mixtures have a covariance structure and means of a shape (B, K, D)."""
     own = structure_of(init).name
-    if own not in (covariance, "full" if shape[1] == 1 else ""):
+    if own not in (covariance, "full" if shape[1] == 1 or covariance == "lowrank" else ""):
         raise ValueError(f"init has {own} covariances and the operator {covariance}; convert one")
     if init.means.shape != shape:
         raise ValueError(f"init.means has shape {tuple(init.means.shape)}; give {shape}")

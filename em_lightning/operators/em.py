@@ -13,7 +13,8 @@ from torch import Tensor
 from em_lightning.competition import Softmin
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
-from em_lightning.mixture.covariance import COVARIANCES, Factors, State, compiled
+from em_lightning.mixture.covariance import COVARIANCES, compiled
+from em_lightning.mixture.factors import State, choose
 from em_lightning.mixture.general import general_moments
 from em_lightning.mixture.moments import accumulate, get_ready
 from em_lightning.mixture.prior import MixturePrior, log_prior, posterior_moments
@@ -45,7 +46,9 @@ class EMOperator(MixtureModel):
         num_components: K.
         num_features: D.
         num_iters: T, iterations a call.
-        covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
+        covariance: ``"full"``, ``"diag"``, ``"spherical"``, ``"tied"``, or ``"lowrank"``: of rank ``rank`` plus a
+            diagonal (:class:`~em_lightning.mixture.LowRankCovariance`), given back as full ones.
+        rank: of low-rank covariances, at least 1 and less than D.
         kernel: the energy of a point under a component, a key or an instance of ``KERNELS``: ``"gaussian"``, or a
             robust one of its Mahalanobis distance, ``"student_t"`` (the density, of one degree of freedom unless
             given), ``"laplace"``, ``"huber"`` or ``"pseudo_huber"``; the formulas are those of
@@ -95,6 +98,7 @@ class EMOperator(MixtureModel):
         *,
         num_iters: int = 5,
         covariance: str = "full",
+        rank: int | None = None,
         kernel: object = "gaussian",
         competition: object = "softmin",
         init: str = "farthest",
@@ -115,11 +119,11 @@ class EMOperator(MixtureModel):
                 raise ValueError(f"{name}={value} must be at least 1")
         if num_iters < 0:
             raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
-        check_choice("covariance", covariance, COVARIANCES)
+        check_choice("covariance", covariance, (*COVARIANCES, "lowrank"))
         check_choice("gradient", gradient, gradients.GRADIENTS)
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
-        super().__init__(num_components, num_features, covariance, kernel, competition, prior, background)
+        super().__init__(num_components, num_features, covariance, rank, kernel, competition, prior, background)
         self.num_iters = num_iters
         self.init = init
         self.num_starts = num_starts
@@ -130,7 +134,7 @@ class EMOperator(MixtureModel):
         if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
             raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
         self.temperature = (float(pair[0]), float(pair[1]))
-        self.correction = ResidualCorrection(num_features, covariance) if residual else None
+        self.correction = ResidualCorrection(num_features, self.structure) if residual else None
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def forward(
@@ -240,7 +244,7 @@ class EMOperator(MixtureModel):
         """
         if args:
             raise TypeError(f"compile() takes the options of torch.compile by name; {args!r} are not named")
-        self._compiled = compiled(self.covariance, **options)
+        self._compiled = compiled(self.structure, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy takes over."""
@@ -271,7 +275,7 @@ class EMOperator(MixtureModel):
         def step(precision: torch.dtype | None) -> Step:
             moments, pull, found = self._moments(cloud, state, theta, progress, precision, likelihood)
             moments = posterior_moments(moments, structure, self.num_features, counts, pull)
-            return structure.maximize(moments, floor), found
+            return structure.maximize(moments, floor, state.factors), found
 
         after, found = with_all_digits(step, cloud, theta, structure)
         if not likelihood:
@@ -353,8 +357,8 @@ class EMOperator(MixtureModel):
 def _where(condition: Tensor, one: State, other: State) -> State:
     """Return one state for the clouds where a condition (B,) holds and the other elsewhere."""
 
-    def choose(a: Tensor, b: Tensor) -> Tensor:
+    def pick(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
-    factors = Factors(*(choose(a, b) for a, b in zip(one.factors, other.factors, strict=True)))
-    return State(choose(one.log_weights, other.log_weights), choose(one.means, other.means), factors)
+    factors = choose(condition, one.factors, other.factors)
+    return State(pick(one.log_weights, other.log_weights), pick(one.means, other.means), factors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from em_lightning.mixture.covariance import Factors, State
+from em_lightning.mixture.factors import Factors, State
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
@@ -143,15 +143,18 @@ def _check_arrived(before: State, after: State) -> None:
         )
 
 
+def _parts(state: State) -> list[Tensor]:
+    return [part for part in (state.log_weights, state.means, *state.factors) if part is not None]
+
+
 def _pack(state: State) -> Tensor:
-    parts = (state.log_weights, state.means, *state.factors)
-    return torch.cat([part.flatten(1) for part in parts], 1)
+    return torch.cat([part.flatten(1) for part in _parts(state)], 1)
 
 
 def _unpack(packed: Tensor, like: State) -> State:
-    parts = (like.log_weights, like.means, *like.factors)
+    parts = _parts(like)
     sizes = [part[0].numel() for part in parts]
-    log_weights, means, scale, inverse = (
+    log_weights, means, *factors = (
         flat.view(part.shape) for flat, part in zip(packed.split(sizes, 1), parts, strict=True)
     )
-    return State(log_weights, means, Factors(scale, inverse))
+    return State(log_weights, means, Factors(*factors))

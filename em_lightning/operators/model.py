@@ -12,8 +12,10 @@ from em_lightning.competition import COMPETITIONS, Background, Posterior
 from em_lightning.kernels import KERNELS
 from em_lightning.mixture.background import Level, UniformBackground
 from em_lightning.mixture.cloud import Cloud, prepare
-from em_lightning.mixture.covariance import COVARIANCES, State, Structure
+from em_lightning.mixture.covariance import COVARIANCES, Structure
+from em_lightning.mixture.factors import State
 from em_lightning.mixture.general import general_log_density, log_joint, peaks, with_background
+from em_lightning.mixture.lowrank import LowRankCovariance
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, check_points, structure_of
@@ -27,6 +29,7 @@ class MixtureModel(nn.Module):
         num_components: K.
         num_features: D.
         covariance: the covariance structure.
+        rank: of low-rank covariances.
         kernel: the energy of a point under a component.
         competition: how components share points.
         prior: of the parameters of the mixture.
@@ -44,6 +47,7 @@ class MixtureModel(nn.Module):
         num_components: int,
         num_features: int,
         covariance: str,
+        rank: int | None,
         kernel: object,
         competition: object,
         prior: MixturePrior | Mapping[str, Any] | None,
@@ -52,7 +56,12 @@ class MixtureModel(nn.Module):
         super().__init__()
         self.num_components = num_components
         self.num_features = num_features
+        if (rank is not None) != (covariance == "lowrank"):
+            raise ValueError(f"rank={rank} with covariance={covariance!r}: give a rank for 'lowrank' and for it alone")
+        if rank is not None and not 1 <= rank < num_features:
+            raise ValueError(f"rank={rank} must be at least 1 and less than num_features={num_features}")
         self.covariance = covariance
+        self.rank = rank
         self.kernel = KERNELS.build({"name": kernel, "density": True} if kernel == "student_t" else kernel)
         radial_of(self.kernel, num_features)  # says which kernels can be fitted
         self.competition = COMPETITIONS.build(competition)
@@ -72,7 +81,7 @@ class MixtureModel(nn.Module):
     @property
     def structure(self) -> Structure:
         """The covariance structure."""
-        return self._compiled or COVARIANCES[self.covariance]
+        return self._compiled or (COVARIANCES[self.covariance] if self.rank is None else LowRankCovariance(self.rank))
 
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None

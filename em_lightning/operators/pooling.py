@@ -16,8 +16,9 @@ SUMMARIES = ("weights", "means", "scales", "values", "value_scales", "log_prob")
 class EMPooling(nn.Module):
     r"""Summarize each set by the mixture that EM fits to it: permutation-invariant, for sets of any size.
 
-    In each of H heads the items are projected to ``head_features`` coordinates z, and a mixture of K components is
-    fitted to them. The output is, component by component, the parts asked for in ``summary``:
+    In each of H heads the items are projected to ``head_features`` coordinates z, or have coordinates of their own
+    beside their features, and a mixture of K components is fitted to these. The output is, component by component, the
+    parts asked for in ``summary``:
 
     ============== ======= ==================================================================
     weights        1       :math:`\pi_k`
@@ -36,6 +37,8 @@ class EMPooling(nn.Module):
         num_features: F, of the items.
         heads: H.
         head_features: d, coordinates of a head; ``None`` fits to the features themselves, for one head.
+        num_coordinates: d, where coordinates are given to :meth:`forward` beside the features, as the points of a
+            cloud are.
         summary: which parts, in which order.
         num_iters: EM iterations a call.
         covariance: ``"diag"``, ``"spherical"``, ``"full"`` or ``"tied"``.
@@ -67,6 +70,7 @@ class EMPooling(nn.Module):
         *,
         heads: int = 1,
         head_features: int | None = None,
+        num_coordinates: int | None = None,
         summary: Sequence[str] = ("weights", "means", "scales"),
         num_iters: int = 3,
         covariance: str = "diag",
@@ -82,7 +86,12 @@ class EMPooling(nn.Module):
             raise ValueError(
                 f"heads={heads} with head_features={head_features}: several heads need coordinates, e.g. 4"
             )
-        coordinates = num_features if head_features is None else head_features
+        if num_coordinates is not None and (heads > 1 or head_features is not None):
+            raise ValueError(
+                f"num_coordinates={num_coordinates} are given and not projected: leave out heads and head_features"
+            )
+        coordinates = next(size for size in (num_coordinates, head_features, num_features) if size is not None)
+        self.num_coordinates = num_coordinates
         self.num_features = num_features
         self.heads = heads
         self.summary = tuple(summary)
@@ -97,24 +106,35 @@ class EMPooling(nn.Module):
         self.output = None if out_features is None else nn.Linear(size, out_features)
         self.out_features = size if out_features is None else out_features
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        coordinates: Tensor | None = None,
+    ) -> Tensor:
         """Return one vector for each set.
 
         Args:
             x: items (B, N, F).
             mask: (B, N), false where a row is padding; a set without items gives a finite vector.
             weights: (B, N), how often each item counts.
+            coordinates: (B, N, d), what mixtures are fitted to, where ``num_coordinates`` is given.
 
         Raises:
-            ValueError: the items have another number of features.
+            ValueError: the items have another number of features or coordinates.
         """
+        given = None if coordinates is None else coordinates.shape[-1]
+        if given != self.num_coordinates:
+            raise ValueError(f"coordinates have {given} columns; the pooling was made for {self.num_coordinates}")
         if x.ndim != 3 or x.shape[-1] != self.num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}; give (B, N, {self.num_features})")
         with torch.autocast(x.device.type, enabled=False):
             items = x.to(torch.promote_types(x.dtype, torch.float32))
             if mask is not None:
                 items = torch.where(mask.unsqueeze(-1), items, 0.0)
-            heads = [items] if self.project is None else self.project(items).chunk(self.heads, -1)
+            places = items if coordinates is None else coordinates.to(items.dtype)
+            heads = [places] if self.project is None else self.project(items).chunk(self.heads, -1)
             vectors = [
                 self._summary(operator, z, items, mask, weights)
                 for operator, z in zip(self.operators, heads, strict=True)

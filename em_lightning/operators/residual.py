@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.mixture.cloud import Cloud
-from em_lightning.mixture.covariance import COVARIANCES, State, Structure
+from em_lightning.mixture.covariance import COVARIANCES, Structure
+from em_lightning.mixture.factors import State
 
 
 class ResidualCorrection(nn.Module):
@@ -22,15 +23,15 @@ class ResidualCorrection(nn.Module):
 
     Args:
         num_features: D.
-        covariance: the covariance structure.
+        covariance: the covariance structure, or its key.
         width: of the hidden layers.
 
     Source: the residual operator core ``mu <- mu + MLP(mu), Sigma <- Sigma + MLP(Sigma)`` of EM as a neural operator.
     """
 
-    def __init__(self, num_features: int, covariance: str = "full", width: int = 64) -> None:
+    def __init__(self, num_features: int, covariance: str | Structure = "full", width: int = 64) -> None:
         super().__init__()
-        self.structure: Structure = COVARIANCES[covariance]
+        self.structure: Structure = COVARIANCES[covariance] if isinstance(covariance, str) else covariance
         shape_size = self.structure.step_size(num_features)
         inputs = 1 + 2 * num_features + 2 * (shape_size - 2) + 2
         self.describe = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from em_lightning.mixture import starts
 from em_lightning.mixture.cloud import Cloud
-from em_lightning.mixture.covariance import Factors, State, Structure
+from em_lightning.mixture.covariance import Structure
+from em_lightning.mixture.factors import State
 
 _RANDOM = ("kmeans++", "random")
 STARTS = ("farthest", *_RANDOM, "learned")
@@ -79,11 +80,8 @@ class LearnedStart(nn.Module):
         spread = unit * self.log_scale.exp() + floor.sqrt()[:, None, None]
         spread = spread if factors.scale.shape[1] == spread.shape[1] else spread.mean(1, keepdim=True)
         spread = spread if factors.scale.ndim == 3 else spread.unsqueeze(-1)
-        return State(
-            self.logits.log_softmax(-1).to(unit.dtype).expand(len(unit), -1),
-            self.means * unit,
-            Factors(factors.scale * spread, factors.inverse / spread),
-        )
+        log_weights = self.logits.log_softmax(-1).to(unit.dtype).expand(len(unit), -1)
+        return State(log_weights, self.means * unit, factors.times(spread))
 
 
 def build_start(

@@ -1,0 +1,136 @@
+"""The table and the pictures at the end of a run of a layer of energies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from em_lightning.competition import softmin
+from em_lightning.losses import FreeEnergyLoss
+from em_lightning.metrics import linear_probe
+from em_lightning.plots.layers import gradient_scatter, panels, prototype_grid
+from em_lightning.plots.style import save_figure
+from em_lightning.results import write_results
+
+_PANELS = {
+    "loss": "training loss",
+    "accuracy": "accuracy",
+    "l0": "active units an item",
+    "entropy": "entropy of r (nats)",
+    "redundancy": "redundancy",
+    "min_variance": "least variance of a unit",
+    "effective_rank": "effective rank",
+}
+_IN_PERCENT = ("accuracy", "probe", "calibration_error")
+
+
+class LayerReport(lightning.Callback):
+    """Measure an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit, and draw it.
+
+    Without probe and figures it serves any module whose validation logs metrics.
+
+    It writes to the folder of the logger: ``results.md`` and ``results.json`` with the metrics of the validation that
+    the fit runs, as means over its last epochs, and pictures: ``prototypes.png`` (weights as images), ``training.png``
+    and ``gradients.png`` (the gradient of the free energy by the energies against the responsibilities), also for
+    TensorBoard.
+
+    Args:
+        last_epochs: epochs whose validations are averaged.
+        probe: whether to train a linear probe on the features of the training items and score it on the test items.
+        figures: whether to draw.
+    """
+
+    def __init__(self, last_epochs: int = 1, probe: bool = False, figures: bool = True) -> None:
+        super().__init__()
+        if last_epochs < 1:
+            raise ValueError(f"last_epochs={last_epochs} must be at least 1")
+        self.last_epochs = last_epochs
+        self.probe = probe
+        self.figures = figures
+        self.history: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []
+        self._replica: int | None = None
+        self._own: tuple[Path, Any, Any] | None = None
+
+    def follow(self, replica: int, folder: Path, module: Any, data: Any) -> None:
+        """Report one of :class:`~em_lightning.modules.Replicas`, by its number, into a folder of its own."""
+        self._replica, self._own = replica, (folder, module, data)
+
+    @property
+    def state_key(self) -> str:
+        """Return another key for each replica."""
+        return f"LayerReport{'' if self._replica is None else self._replica}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the metrics so far, which a resumed run goes on with."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the metrics."""
+        self.history = state_dict["history"]
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Start the mean of the loss."""
+        self._losses = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the loss of the batch."""
+        self._losses.append(outputs["loss"] if self._replica is None else outputs["losses"][self._replica])
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the metrics of the epoch."""
+        if trainer.sanity_checking or not self._losses:
+            return
+        prefix = "val/" if self._replica is None else f"{self._replica}/val/"
+        logged = trainer.callback_metrics.items()
+        values = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
+        values["loss"] = float(torch.stack(self._losses).mean())
+        self.history.append({"epoch": trainer.current_epoch + 1, **values})
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure, write and draw."""
+        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted or not self.history:
+            return
+        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
+        folder, module, data = self._own or (folder, pl_module, trainer.datamodule)
+        row = self._row(data, module)
+        note = f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; "
+        note += f"metrics of the validation items, mean over the last {min(self.last_epochs, len(self.history))}."
+        table = [{"metric": name, "value": value} for name, value in row.items()]
+        text = write_results(folder, type(module).__name__, [note], table, values=row, history=self.history)
+        print(f"\n{text}\nWritten to {folder}")
+        if self.figures:
+            self._draw(trainer, module, data, folder)
+
+    def _row(self, data: Any, module: Any) -> dict[str, float]:
+        last = self.history[-self.last_epochs :]
+        row = {name: sum(each[name] for each in last) / len(last) for name in last[0] if name != "epoch"}
+        row["parameters"] = sum(p.numel() for p in module.parameters())
+        if self.probe:
+            train, test = data.whole("train"), data.whole("test")
+            features = [_in_parts(module, module.features, part.x) for part in (train, test)]
+            row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
+        return {f"{k} %" if k in _IN_PERCENT else k: 100 * v if k in _IN_PERCENT else v for k, v in row.items()}
+
+    def _draw(self, trainer: Any, module: Any, data: Any, folder: Path) -> None:
+        energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
+        (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
+        figures = {"gradients": gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
+        if len(data.shape) == 3 and data.shape[0] == 1:
+            figures["prototypes"] = prototype_grid(module.prototypes, data.shape[1:])
+        series = {title: [each[k] for each in self.history] for k, title in _PANELS.items() if k in self.history[0]}
+        figures["training"] = panels([each["epoch"] for each in self.history], series, "epoch")
+        writer: Any = getattr(trainer.logger, "experiment", None)
+        for name, figure in figures.items():
+            save_figure(figure, folder / f"{name}.png")
+            if hasattr(writer, "add_figure"):
+                writer.add_figure(name, figure, trainer.global_step, close=False)
+
+
+@torch.no_grad()
+def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
+    return torch.cat([function(part.to(module.device)).cpu() for part in x.split(10_000)])

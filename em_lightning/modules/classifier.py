@@ -1,0 +1,111 @@
+"""A classifier whose hidden layer competes, with volume control as an auxiliary loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+
+from em_lightning.activations import NegLogSoftminActivation
+from em_lightning.losses import EMLoss
+from em_lightning.modules.layer import EnergyLayer
+
+
+class EMClassifier(EnergyLayer):
+    r"""A classifier of one hidden layer of energies, with volume control on them.
+
+    With :math:`d = \mathrm{relu}(W x + b)`, :math:`y = d + \log \sum_j e^{-d_j}` (or d itself) and logits
+    :math:`\mathrm{LayerNorm}(V y + c)` it minimizes cross-entropy :math:`+ \lambda\,(` variance + decorrelation of d
+    :math:`)`. Cross-entropy stands where the decoder-free encoder has its free energy.
+
+    Args:
+        num_features: D.
+        num_components: K.
+        num_classes: C.
+        neg_log_softmin: whether the head reads y, or d.
+        weight: lambda; 0 leaves the auxiliary loss out.
+        variance: weight, inside lambda, of the term against dead units.
+        decorrelation: weight, inside lambda, of the term against redundant units.
+        terms: further terms or arguments for :class:`~em_lightning.EMLoss`, inside lambda.
+        reference_width: the width K_0 that ``variance`` and ``decorrelation`` are meant for. Both terms are sums, over
+            K units and K (K - 1) pairs: at other widths they are multiplied by :math:`K_0 / K` and
+            :math:`K_0 (K_0 - 1) / (K (K - 1))`, so that each keeps the weight of its mean. ``None`` takes the weights
+            as they are, as published.
+        lr: learning rate.
+        optimizer: ``"adam"`` or ``"sgd"``.
+
+    Shape:
+        - batch: x (N, ...) of D features in all, and labels y (N,).
+        - ``forward(x)``: logits (N, C).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> module = EMClassifier(num_features=64, num_components=16)
+        >>> module(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+        >>> list(module.step((torch.rand(5, 64), torch.arange(5)), "train"))
+        ['loss', 'cross_entropy', 'variance', 'decorrelation']
+
+    Oursland, the supervised study of implicit EM.
+    """
+
+    def __init__(
+        self,
+        num_features: int = 784,
+        num_components: int = 25,
+        num_classes: int = 10,
+        neg_log_softmin: bool = True,
+        weight: float = 1e-3,
+        variance: float = 1.0,
+        decorrelation: float = 1.0,
+        terms: dict[str, Any] | None = None,
+        reference_width: int | None = None,
+        lr: float = 1e-3,
+        optimizer: Literal["adam", "sgd"] = "adam",
+    ) -> None:
+        super().__init__(num_features, num_components, lr, optimizer)
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} must be at least 2")
+        if not weight >= 0:
+            raise ValueError(f"weight={weight} must not be negative; 1e-3 is published, 0 leaves the term out")
+        if reference_width is not None and reference_width < 2:
+            raise ValueError(f"reference_width={reference_width} must be at least 2, a pair of units; give 25, say")
+        if reference_width is not None and num_components < 2:
+            raise ValueError(f"num_components={num_components} has no pairs of units; leave reference_width out")
+        self.save_hyperparameters()
+        if reference_width is not None:
+            variance *= reference_width / num_components
+            decorrelation *= reference_width * (reference_width - 1) / (num_components * (num_components - 1))
+        self.weight = weight
+        self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
+        self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))
+        self.loss = None
+        if weight:
+            weights = {"free_energy": 0.0, "variance": variance, "decorrelation": decorrelation}
+            self.loss = EMLoss(**{**weights, **(terms or {})})
+            self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
+        self.accuracy: Any = nn.ModuleDict(
+            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("val", "test")}
+        )
+
+    def logits(self, energies: Tensor) -> Tensor:
+        """Return the logits (N, C) of energies (N, K)."""
+        return self.head(self.activation(energies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, C) of items (N, ...)."""
+        return self.logits(self.energies(x))
+
+    def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+        """Return the cross-entropy, and the weighted volume control of the energies."""
+        logits = self.logits(energies)
+        if stage != "train":
+            self.accuracy[stage].update(logits, y)
+            self.log(f"{stage}/accuracy", self.accuracy[stage], batch_size=len(x))
+        terms = {} if self.loss is None else self.loss(energies)
+        return {"cross_entropy": functional.cross_entropy(logits, y), **terms}

@@ -1,0 +1,170 @@
+"""A published table: rows times seeds, continued where it stopped, beside what was published."""
+
+import json
+import shutil
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import yaml
+
+from em_lightning import cli
+from em_lightning.cli import folders, grid
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*args parameter is intended"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
+    pytest.mark.filterwarnings("ignore:.*logging interval"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
+]
+ROOT = Path(cli.__file__).parents[2]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def write_table(name="small.yaml", epochs=4, seeds=(1, 2), **rows):
+    rows = rows or {
+        "published": {"published": {"probe %": "90 ± 2", "parameters": 520}, "checked": {"l0": 4.0}},
+        "mean": {"arguments": {"model.free_energy": 0.0}, "published": {"dead_units": 0}},
+    }
+    table = {
+        "model": {"class_path": "em_lightning.modules.DecoderFreeEncoder", "init_args": {"num_components": 8}},
+        "trainer": {
+            "max_epochs": epochs,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "check_val_every_n_epoch": 1,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False},
+                },
+                {
+                    "class_path": "em_lightning.callbacks.LayerReport",
+                    "init_args": {"last_epochs": 2, "probe": True, "figures": False},
+                },
+            ],
+        },
+        "table": {"title": "A small table", "seeds": list(seeds), "notes": ["A note."], "rows": rows},
+    }
+    Path(name).write_text(yaml.safe_dump(table))
+    return name
+
+
+def cells(here):
+    return sorted((here / "lightning_logs" / "decoder_free_sae" / "cells").glob("*/results.json"))
+
+
+def test_a_table_is_run_and_continued(here, capfd):
+    assert cli.main(["run", "decoder_free_sae", "--config", write_table(), "--jobs=2"]) == 0
+    printed = capfd.readouterr().out
+    table = (here / "lightning_logs" / "decoder_free_sae" / "small" / "results.md").read_text()
+    assert table in printed and "| row | metric | published | checked | reproduced | difference | inside |" in table
+    assert "| published | parameters | 520 |  | 520 ± 0 | +0 | yes |" in table and "A note." in table
+    content = json.loads((here / "lightning_logs" / "decoder_free_sae" / "small" / "results.json").read_text())
+    assert content["seeds"] == [1, 2] and len(content["cells"]) == len(cells(here)) == 4
+
+    # Every cell is what a run of its own gives; those of one row differ by the seed.
+    values = {
+        name: json.loads((here / folder / "results.json").read_text()) for name, folder in content["cells"].items()
+    }
+    losses = [round(value["values"]["loss"], 3) for value in values.values()]
+    assert len(set(losses)) == 4
+    name = "published, seed 2"
+    missing = here / content["cells"][name] / "results.json"
+    missing.unlink()
+    before = {path: path.stat().st_mtime_ns for path in cells(here)}
+    assert cli.main(["run", "decoder_free_sae", "--config", "small.yaml"]) == 0
+    after = {path: path.stat().st_mtime_ns for path in cells(here)}
+    assert set(after) - set(before) == {missing} and all(after[path] == before[path] for path in before)
+    again = json.loads(missing.read_text())  # trained alone, not together with seed 1
+    assert again["values"]["loss"] == pytest.approx(values[name]["values"]["loss"], rel=1e-3)
+    assert again["history"][-1]["epoch"] == 4
+
+    # Another table takes over the cells that it shares.
+    shared = ["--config", write_table("shared.yaml", seeds=[2], published={"published": {"l0": 1}})]
+    assert cli.main(["run", "decoder_free_sae", *shared]) == 0
+    folders = json.loads((here / "lightning_logs/decoder_free_sae/shared/results.json").read_text())["cells"]
+    assert folders == {name: content["cells"][name]} and len(cells(here)) == 4
+
+
+class _Stop(lightning.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise RuntimeError("the lights went out")
+
+
+def test_an_interrupted_row_goes_on_from_its_checkpoint(here, monkeypatch):
+    """In this process, so that the interruption can be made."""
+
+    def run(seeds, stop=False):
+        args, made = ["--config", write_table(epochs=4)], []
+        table = grid.table_of(args)
+        monkeypatch.setattr(grid, "_run_cells", lambda script, cells, jobs: made.extend(cells))
+        monkeypatch.setattr(grid, "_write", lambda *args: None)
+        grid.run_table(folders.find_recipe("decoder_free_sae"), args, table, seeds, 1)
+        recipe = folders.load_recipe(folders.find_recipe("decoder_free_sae"))
+        prepare = recipe.prepare
+
+        def with_stop(arguments):
+            made = prepare(arguments)
+            made.trainer.callbacks.insert(0, _Stop())
+            return made
+
+        if stop:
+            recipe.prepare = with_stop
+        monkeypatch.setattr(grid, "load_recipe", lambda script: recipe)
+        row = [cell for cell in made if cell.row == "published"]
+        grid._run_row(folders.find_recipe("decoder_free_sae"), row)
+        return [json.loads(cell.result.read_text()) for cell in row]
+
+    for seeds in ([1, 2], [1]):  # together, and one alone
+        with pytest.raises(RuntimeError, match="published, seed 1: the lights went out"):
+            run(seeds, stop=True)
+        resumed = run(seeds)
+        shutil.rmtree("lightning_logs")
+        straight = run(seeds)
+        shutil.rmtree("lightning_logs")
+        for found, expected in zip(resumed, straight, strict=True):
+            assert [each["epoch"] for each in found["history"]] == [1, 2, 3, 4]
+            assert found["values"] == pytest.approx(expected["values"], rel=1e-6)
+    assert torch.get_num_threads() == 1
+
+
+def test_a_row_that_fails_is_named(here, capfd):
+    write_table(broken={"arguments": {"model.num_components": 0}, "published": {"l0": 1}})
+    assert cli.main(["run", "decoder_free_sae", "--config", "small.yaml"]) == 2
+    message = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "broken, seed 1: num_components=0 must be at least 1" in message and "output.txt" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "published", "checked", "expected"),
+    [
+        ([93.0, 93.4], "93.43 ± .38", "93.41 ± .26", ("93.2 ± 0.28", "-0.23", "yes")),
+        ([92.0, 92.2], "93.43 ± .38", "93.41 ± .26", ("92.1 ± 0.14", "-1.3", "no")),
+        ([92.96], 92.9, None, ("92.96", "+0.06", "no")),
+        ([92.94], 92.9, None, ("92.94", "+0.04", "yes")),
+        ([28.0, 28.2], 27.6, "27.9 ± 0.4", ("28.1 ± 0.14", "+0.5", "no")),
+        ([27.0, 28.0], None, 27.9, ("27.5 ± 0.71", "-0.4", "no")),
+    ],
+)
+def test_a_line_compares_with_what_was_published(values, published, checked, expected):
+    line = grid.compare(values, published, checked)
+    assert (line["reproduced"], line["difference"], line["inside"]) == expected
+
+
+def test_published_tables_name_metrics_that_exist():
+    for path in sorted(folders.folder_of("configs").glob("*/*.yaml")):
+        table = (yaml.safe_load(path.read_text()) or {}).get("table")
+        if table:
+            for row in table["rows"].values():
+                for value in [*row.get("published", {}).values(), *row.get("checked", {}).values()]:
+                    assert len(grid._number(value)) == 3

@@ -1,0 +1,59 @@
+"""Tables of one's own: columns by row, and gains paired by seed."""
+
+import json
+
+import numpy as np
+import yaml
+
+from em_lightning.cli import folders, grid, run
+
+
+def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"plain": [0.5, 0.75, 1.0], "swapped": [1.5, 1.25, 2.5]}
+
+    def finish(script, cells, jobs):
+        for cell in cells:
+            cell.folder.mkdir(parents=True)
+            found = {"score": values[cell.row][cell.seed], **({"dead": 1.0} if cell.row == "plain" else {})}
+            cell.result.write_text(json.dumps({"values": found}))
+
+    monkeypatch.setattr(grid, "_run_cells", finish)
+    table = {"title": "Scores", "seeds": [0, 1, 2], "columns": ["score", "dead"]}
+    table["rows"] = {"plain": {"arguments": {"model.width": 4}}, "swapped": {"against": "plain"}}
+    (tmp_path / "scores.yaml").write_text(yaml.safe_dump({"table": table}))
+    run("swap_activations", ["--config", "scores.yaml"])
+    (written,) = tmp_path.glob("lightning_logs/swap_activations/scores*/results.json")
+    rows = json.loads(written.read_text())["rows"]
+    difference = np.subtract(values["swapped"], values["plain"])
+    error = difference.std(ddof=1) / 3**0.5
+    assert rows == [
+        {"row": "plain", "score": "0.75 ± 0.25", "dead": "1 ± 0", "gain": ""},
+        {"row": "swapped", "score": "1.75 ± 0.66", "dead": "", "gain": f"{difference.mean():+.2f} ± {error:.2f}"},
+    ]
+    assert "swapped over plain" in written.with_name("results.md").read_text()
+
+
+def test_swapped_activations_are_measured_from_a_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = ["--trainer.callbacks.activation=softmax_gated", "--trainer.max_epochs=1", "--trainer.logger.version=one"]
+    run("swap_activations", given)
+    found = json.loads((tmp_path / "lightning_logs/swap_activations/one/results.json").read_text())["values"]
+    assert {"accuracy %", "calibration_error %", "activation1/dead_units", "activation2/redundancy"} <= set(found)
+    assert "Data: scikit-learn's digits" in capsys.readouterr().out
+
+
+def test_a_module_without_an_optimizer_trains_one_seed_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [
+        "--model=em_lightning.modules.MixtureEncoder", "--model.num_components=4", "--model.subspace=3",
+        "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--data=Digits",
+    ]  # fmt: skip
+    cells = []
+    for seed in (1, 2):
+        folder = tmp_path / f"lightning_logs/decoder_free_sae/cell{seed}"
+        own = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version=cell{seed}"]
+        cells.append(grid.Cell("mixture", seed, [*given, *own], folder))
+    grid._run_row(folders.find_recipe("decoder_free_sae"), cells)
+    losses = [json.loads(cell.result.read_text())["values"]["free_energy"] for cell in cells]
+    assert np.isfinite(losses).all() and losses[0] != losses[1]

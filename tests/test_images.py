@@ -1,0 +1,252 @@
+"""IDX files, hostile ones too; whole data sets as tensors; the order of batches on one rank and on several."""
+
+import gzip
+import hashlib
+import os
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from torch.utils.data import DataLoader, TensorDataset
+
+from em_lightning import data
+from em_lightning.data import images
+
+REAL = Path(os.environ.get("MNIST", Path(__file__).parents[2] / "shared/data/mnist"))
+CODES = {">u1": 8, ">i1": 9, ">i2": 11, ">i4": 12, ">f4": 13, ">f8": 14}
+
+
+def idx(array, code=8):
+    head = struct.pack(">HBB", 0, code, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    return head + array.tobytes()
+
+
+def write_set(folder, train=40, test=10, size=5, pack=False):
+    """Write the four files of a data set of random images, and return its arrays."""
+    draw = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    arrays = {}
+    for part, count in (("train", train), ("t10k", test)):
+        arrays[part] = draw.integers(0, 256, (count, size, size), np.uint8), np.arange(count, dtype=np.uint8) % 3
+        for name, array in zip(("images-idx3", "labels-idx1"), arrays[part], strict=True):
+            content = idx(array)
+            path = folder / f"{part}-{name}-ubyte{'.gz' if pack else ''}"
+            path.write_bytes(gzip.compress(content) if pack else content)
+    return arrays
+
+
+# Files.
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@given(values=st.data())
+def test_arrays_come_back_as_they_were(tmp_path_factory, dtype, values):
+    array = values.draw(arrays(np.dtype(dtype), array_shapes(max_dims=4, max_side=4)))
+    path = tmp_path_factory.mktemp("idx") / "file"
+    content = idx(array, CODES[dtype])
+    path.write_bytes(gzip.compress(content) if len(content) % 2 else content)
+    found = data.read_idx(path)
+    assert data.idx_shape(path) == array.shape
+    np.testing.assert_array_equal(found.numpy(), array)
+    assert found.numpy().dtype == array.dtype.newbyteorder("=")
+
+
+GOOD = idx(np.arange(6, dtype=np.uint8).reshape(2, 3))
+PACKED = gzip.compress(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "4 bytes are announced, but 0 follow"),
+        (b"\x00\x00", "but 2 follow"),
+        (b"P5 28 28 255", "no IDX file"),
+        (b"\x00\x00\x07\x01" + bytes(8), "no IDX file"),
+        (b"\x00\x00\x08\x00", "no IDX file"),
+        (GOOD[:-1], r"6 bytes are announced, but 5 follow \(truncated\?\)"),
+        (GOOD + b"\x00", r"more than the array of shape \(2, 3\)"),
+        (GOOD[:10], "8 bytes are announced, but 6 follow"),
+        (b"\x00\x00\x08\x03" + b"\xff" * 12, "4294967295, 4294967295, 4294967295.*split the file"),
+        (b"\x00\x00\x0e\xff" + b"\x00\x00\x00\x02" * 255, "is announced, over"),
+        (PACKED[:-9], "damaged"),
+        (PACKED[:-8] + b"12345678", "damaged"),
+        (b"\x1f\x8b" + b"garbage of some length", "damaged"),
+    ],
+)
+def test_a_hostile_file_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "bad-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"bad-idx3-ubyte: .*{message}"):
+        data.read_idx(path)
+
+
+def test_a_packed_file_that_grows_is_not_read_beyond_what_it_announces(tmp_path, monkeypatch):
+    monkeypatch.setattr("em_lightning.data.idx.MAX_BYTES", 100)
+    bomb = gzip.compress(struct.pack(">HBBI", 0, 8, 1, 101) + bytes(10**6))
+    (tmp_path / "bomb").write_bytes(bomb)
+    with pytest.raises(ValueError, match="over 100 bytes"):
+        data.read_idx(tmp_path / "bomb")
+    with pytest.raises(FileNotFoundError, match="gone: there is no such file"):
+        data.read_idx(tmp_path / "gone")
+
+
+# Batches.
+
+
+def test_batches_are_those_of_a_data_loader():
+    x, y = torch.randn(10, 3), torch.arange(10)
+    expected = DataLoader(TensorDataset(x, y), batch_size=4)
+    batches = data.TensorBatches([x, y], batch_size=4, shuffle=False)
+    assert len(batches) == len(expected) == 3
+    for found, (a, b) in zip(batches, expected, strict=True):
+        assert torch.equal(found[0], a) and torch.equal(found[1], b)
+
+
+def test_every_epoch_has_an_order_of_its_own_which_seed_and_epoch_decide():
+    def order(seed, epoch):
+        batches = data.TensorBatches([torch.arange(50)], batch_size=8, seed=seed)
+        batches.sampler.set_epoch(epoch)
+        return torch.cat([batch for (batch,) in batches]).tolist()
+
+    assert order(0, 3) == order(0, 3)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert sorted(order(1, 1)) == list(range(50))
+
+
+@pytest.mark.parametrize("size", [64, 61, 57])
+def test_ranks_share_each_batch_of_a_single_process(size):
+    one = list(data.TensorBatches([torch.arange(size)], batch_size=8, seed=5))
+    parts = [list(data.TensorBatches([torch.arange(size)], 4, num_replicas=2, rank=rank, seed=5)) for rank in (0, 1)]
+    assert len(one) == len(parts[0]) == len(parts[1])
+    for (whole,), (left,), (right,) in zip(one, *parts, strict=True):
+        assert set(left.tolist()) | set(right.tolist()) == set(whole.tolist()) or len(whole) == 1
+        assert len(left) and len(right)  # also where one item is left over
+
+
+def test_bytes_become_pixels_from_0_to_1():
+    (pixels,) = next(iter(data.TensorBatches([torch.tensor([[0, 51, 255]], dtype=torch.uint8)], 1)))
+    assert pixels.dtype == torch.float32 and torch.equal(pixels, torch.tensor([[0, 51, 255]]) / 255)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: data.TensorBatches([torch.zeros(2), torch.zeros(3)], 1), r"\[2, 3\] items; give tensors"),
+        (lambda: data.TensorBatches([torch.zeros(2)], 1, num_replicas=3), "2 items are too few for 3 ranks"),
+        (lambda: data.TensorBatches([torch.zeros(2)], 0), "batch_size=0"),
+        (lambda: data.Digits(val_size=-1), "val_size=-1"),
+        (lambda: data.Digits(val_size=1437).setup(), "val_size=1437 leaves none of 1437"),
+        (lambda: data.MNIST("nowhere"), "root='nowhere' is no folder; give one with train-images"),
+    ],
+)
+def test_wrong_arguments_are_answered(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Data modules.
+
+
+def test_digits_are_split_in_the_order_of_the_file():
+    digits = data.Digits()
+    x, y = digits.whole("train")
+    assert x.shape == (1437, 1, 8, 8) and (x.min(), x.max()) == (0, 1) and y.dtype == torch.int64
+    assert len(digits.whole("test").y) == 360 and digits.num_features == 64 and digits.num_classes == 10
+    assert torch.equal(digits.whole("val").x, digits.whole("test").x)
+    assert digits.describe() == "scikit-learn's digits (8 x 8 pixels, embedded): 1437 train, 360 val, 360 test"
+
+
+def test_a_validation_set_is_kept_apart_whatever_the_seed():
+    splits = []
+    for seed in (0, 1):
+        digits = data.Digits(val_size=100, seed=seed)
+        train, val = digits.whole("train"), digits.whole("val")
+        assert (len(train.y), len(val.y)) == (1337, 100)
+        assert not {tuple(x.flatten().tolist()) for x in val.x} & {tuple(x.flatten().tolist()) for x in train.x}
+        splits.append(val.x)
+    assert torch.equal(*splits)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_four_files_are_a_data_set(tmp_path, pack):
+    arrays = write_set(tmp_path, pack=pack)
+    mnist = data.MNIST(str(tmp_path), batch_size=16, eval_batch_size=4)
+    assert (mnist.shape, mnist.num_features, mnist.num_classes) == ((1, 5, 5), 25, 10)
+    x, y = mnist.whole("train")
+    np.testing.assert_allclose(x.numpy()[:, 0], arrays["train"][0] / np.float32(255), rtol=1e-6)
+    np.testing.assert_array_equal(y.numpy(), arrays["train"][1])
+    assert mnist.num_classes == 3
+    assert [len(part) for part, _ in mnist.train_dataloader()] == [16, 16, 8]
+    assert [len(part) for part, _ in mnist.test_dataloader()] == [4, 4, 2]
+    assert "images, not MNIST's, from" in mnist.describe() and "40 train, 10 val, 10 test" in mnist.describe()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: (root / "t10k-labels-idx1-ubyte").unlink(), "has no t10k-labels-idx1-ubyte or"),
+        (lambda root: (root / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((10, 4, 4), np.uint8))), "not images"),
+        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(9, np.uint8))), "not one label"),
+        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 7, np.uint8))), "has label 7"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(tmp_path, spoil, message):
+    write_set(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        data.MNIST(str(tmp_path)).setup()
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """Serve a small data set under the names of MNIST, with the sums of its files."""
+    write_set(tmp_path / "served", pack=True)
+    sums = {
+        path.stem: hashlib.md5(gzip.decompress(path.read_bytes())).hexdigest()
+        for path in (tmp_path / "served").iterdir()
+    }
+    monkeypatch.setattr(images, "_MNIST", {name: sums[name] for name in images._MNIST})
+    monkeypatch.setattr(images, "_MIRROR", (tmp_path / "served").as_uri() + "/")
+    monkeypatch.setattr(images, "CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_the_download_is_checked_and_kept(mirror):
+    mnist = data.MNIST()
+    mnist.shape = (1, 5, 5)
+    mnist.prepare_data()
+    for path in (mirror / "served").iterdir():
+        path.unlink()
+    assert mnist.describe() == "MNIST: 40 train, 10 val, 10 test"  # from the cache
+    assert not list((mirror / "cache").rglob("fetched-*"))
+
+
+def test_another_file_than_the_published_one_is_not_kept(mirror, monkeypatch):
+    monkeypatch.setitem(images._MNIST, "t10k-labels-idx1-ubyte", "0" * 32)
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz unpacks to another file than MNIST's"):
+        data.MNIST().prepare_data()
+    assert len(list((mirror / "cache").rglob("*.gz"))) == 3
+
+
+def test_without_a_network_the_remedy_is_told(mirror, monkeypatch):
+    monkeypatch.setattr(images, "_MIRROR", (mirror / "gone").as_uri() + "/")
+    with pytest.raises(ConnectionError, match="give their folder as root"):
+        data.MNIST().prepare_data()
+
+
+def test_a_module_of_several_ranks_deals_its_batches():
+    digits = data.Digits(batch_size=32)
+    digits.trainer = SimpleNamespace(world_size=2, global_rank=1)
+    assert len(digits.train_dataloader()) == 23 and digits.train_dataloader().rank == 1
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs MNIST beside the project")
+def test_mnist_is_recognized():
+    mnist = data.MNIST(str(REAL))
+    assert mnist.source() == f"MNIST from {REAL}" and mnist.shape == (1, 28, 28)

@@ -1,0 +1,222 @@
+"""Modules with one layer of energies: objective, metrics, subclasses; replicas go the way that each would go alone."""
+
+import re
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from em_lightning import modules
+from em_lightning.data import Digits
+from em_lightning.metrics import linear_probe
+from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer, ReplicaData, Replicas, SparseAutoencoder
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script"),
+    pytest.mark.filterwarnings("ignore:.*logging interval"),
+]
+MAKE = {
+    "encoder": lambda **options: DecoderFreeEncoder(64, 12, **options),
+    "autoencoder": lambda **options: SparseAutoencoder(64, 12, **options),
+    "classifier": lambda **options: EMClassifier(64, 12, **options),
+    "baseline": lambda **options: EMClassifier(64, 12, neg_log_softmin=False, weight=0.0, **options),
+}
+
+
+def fit(module, data, epochs=2, **options):
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, **options,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return trainer
+
+
+def volume(a):
+    """The published terms, one number at a time."""
+    a = a.double()
+    variance = [float(np.var(unit.detach().numpy(), ddof=1)) for unit in a.T]
+    correlation = np.corrcoef(a.detach().numpy().T)
+    redundancy = sum(correlation[i, j] ** 2 for i in range(len(variance)) for j in range(len(variance)) if i != j)
+    return -sum(np.log(v + 1e-6) for v in variance), redundancy
+
+
+def test_the_encoder_minimizes_what_was_published():
+    module, x = MAKE["encoder"](), torch.rand(100, 64)
+    a = functional.relu(x @ module.prototypes.T + module.encoder.bias)
+    variance, redundancy = volume(a)
+    terms = module.step((x, None), "train")
+    assert terms["free_energy"].item() == pytest.approx(-torch.logsumexp(-a, 1).sum().item(), rel=1e-5)
+    assert terms["variance"].item() == pytest.approx(variance, rel=1e-4)
+    assert terms["decorrelation"].item() == pytest.approx(redundancy, rel=1e-4)
+    assert terms["loss"].item() == pytest.approx(sum(terms[k].item() for k in terms if k != "loss"), rel=1e-5)
+    assert sum(p.numel() for p in DecoderFreeEncoder().parameters()) == 50_240
+
+
+def test_the_autoencoder_minimizes_what_was_published():
+    module, x = MAKE["autoencoder"](), torch.rand(100, 64)
+    a = functional.relu(x @ module.prototypes.T + module.encoder.bias)
+    back = a @ module.decoder.weight.T + module.decoder.bias
+    expected = (back - x).square().mean() + 0.01 * a.abs().mean()
+    torch.testing.assert_close(module.step((x, None), "train")["loss"], expected)
+    torch.testing.assert_close(module(x.unflatten(1, (8, 8))), back)
+    assert sum(p.numel() for p in SparseAutoencoder().parameters()) == 101_200
+
+
+@pytest.mark.parametrize("nls", [True, False])
+def test_the_classifier_minimizes_what_was_published(nls):
+    module, x, labels = EMClassifier(64, 12, neg_log_softmin=nls), torch.rand(100, 64), torch.arange(100) % 10
+    d = functional.relu(x @ module.prototypes.T + module.encoder.bias)
+    y = d + torch.logsumexp(-d, 1, keepdim=True) if nls else d
+    linear, norm = module.head
+    logits = functional.layer_norm(y @ linear.weight.T + linear.bias, (10,), norm.weight, norm.bias)
+    expected = functional.cross_entropy(logits, labels).item() + 1e-3 * sum(volume(d))
+    assert module.step((x, labels), "train")["loss"].item() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(module(x), logits)
+
+
+def test_further_terms_replace_the_published_ones():
+    module = MAKE["encoder"](terms={"variance": 0.0, "bounded_variance": {"weight": 1.0, "target": 4.0}})
+    assert list(module.step((torch.rand(9, 64), None), "train")) == [
+        "loss", "free_energy", "decorrelation", "bounded_variance",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MAKE)
+def test_training_lowers_the_loss_and_logs_the_metrics(key):
+    module, data = MAKE[key](), Digits()
+    batch = data.whole("train")
+    before = module.step(batch, "train")["loss"].detach()
+    trainer = fit(module, data, epochs=5)
+    assert module.step(batch, "train")["loss"].detach() < before
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    with torch.no_grad():
+        a = module.energies(data.whole("test").x).double()
+    assert metrics["val/dead_units"] == (a.var(0) < 0.01).sum()
+    assert metrics["val/min_variance"] == pytest.approx(a.var(0).min().item(), abs=1e-6)
+    assert metrics["val/l0"] == pytest.approx((a > 0.01).sum(1).double().mean().item(), abs=1e-6)
+    r = torch.softmax(-a, 1)
+    assert metrics["val/entropy"] == pytest.approx(-(r * r.log()).sum(1).mean().item(), abs=1e-5)
+    assert metrics["val/max_responsibility"] == pytest.approx(r.amax(1).mean().item(), abs=1e-5)
+    cosines = functional.cosine_similarity(module.prototypes[:, None], module.prototypes[None], dim=-1)
+    redundancy = cosines.fill_diagonal_(0).square().sum().item()
+    assert metrics["val/weight_redundancy"] == pytest.approx(redundancy, rel=1e-4)
+    if "classifier" in key or key == "baseline":
+        right = module(data.whole("test").x).argmax(1) == data.whole("test").y
+        assert metrics["val/accuracy"] == pytest.approx(right.double().mean().item(), abs=1e-6)
+    assert "test/entropy" in trainer.test(module, data, verbose=False)[0]
+
+
+def test_a_subclass_may_take_other_energies():
+    class Squared(DecoderFreeEncoder):
+        def energies(self, x):
+            return self.encoder(x.flatten(1)).square()
+
+    module = Squared(64, 6)
+    assert fit(module, Digits()).callback_metrics["val/dead_units"] >= 0
+    assert torch.equal(module(torch.ones(1, 64)), module.encoder(torch.ones(1, 64)).square())
+
+
+def test_training_steps_are_logged_when_somebody_reads_them():
+    class Counted(DecoderFreeEncoder):
+        steps = ()
+
+        def log_dict(self, values, **options):
+            if "train/loss" in values:
+                self.steps += (self.trainer.global_step,)
+            super().log_dict(values, **options)
+
+    module = Counted(64, 12)
+    trainer = fit(module, Digits(), epochs=1, log_every_n_steps=5, limit_val_batches=0)
+    assert module.steps == (4, 9, 11)  # of 12: every fifth, and the last of the epoch
+    assert "train/variance" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_the_optimizer_is_the_one_asked_for(optimizer):
+    module = MAKE["encoder"](optimizer=optimizer, lr=1e-2)
+    expected = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
+    other = MAKE["encoder"](optimizer=optimizer, lr=1e-2)
+    other.load_state_dict(module.state_dict())
+    x = torch.rand(50, 64)
+    ours, theirs = module.configure_optimizers(), expected(other.parameters(), lr=1e-2)
+    for each, step in ((module, ours), (other, theirs)):
+        for _ in range(3):
+            step.zero_grad()
+            each.step((x, None), "train")["loss"].backward()
+            step.step()
+    torch.testing.assert_close(module.prototypes, other.prototypes, rtol=1e-4, atol=1e-5)
+
+
+# Replicas.
+
+
+@pytest.mark.parametrize("key", MAKE)
+def test_replicas_go_the_way_that_each_goes_alone(key):
+    def make(seed):
+        torch.manual_seed(seed)
+        return MAKE[key](lr=1e-4)
+
+    replicas = Replicas([make(seed) for seed in range(3)])
+    data = ReplicaData([Digits(seed=seed) for seed in range(3)])
+    together = fit(replicas, data).callback_metrics
+    for seed, layer in enumerate(replicas.layers):
+        alone = make(seed)
+        metrics = fit(alone, Digits(seed=seed)).callback_metrics
+        torch.testing.assert_close(layer.prototypes, alone.prototypes, rtol=1e-3, atol=2e-5)
+        assert not torch.equal(layer.prototypes, make(seed).prototypes)
+        for name in ("entropy", "l0", "min_variance", *(["accuracy"] if "accuracy" in metrics else [])):
+            found, expected = together[f"{seed}/val/{name}"], metrics[f"val/{name}"]
+            assert float(found) == pytest.approx(float(expected), rel=1e-2, abs=1e-3), name
+
+
+def test_replicas_that_are_not_alike_are_refused():
+    with pytest.raises(ValueError, match="hyperparameters that differ; give layers that are made alike"):
+        Replicas([MAKE["classifier"](), MAKE["baseline"]()])
+
+
+def test_a_probe_is_the_regression_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = Digits().whole("train")
+    test_x, test_y = Digits().whole("test")
+    scale = x.flatten(1).std(0, unbiased=False)
+    scaled = [(part.flatten(1) - x.flatten(1).mean(0)) / torch.where(scale > 0, scale, 1) for part in (x, test_x)]
+    expected = LogisticRegression(max_iter=5000).fit(scaled[0], y).score(scaled[1], test_y)
+    assert linear_probe(x.flatten(1), y, test_x.flatten(1), test_y) == pytest.approx(expected, abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DecoderFreeEncoder(num_features=0), "num_features=0 must be at least 1"),
+        (lambda: DecoderFreeEncoder(num_components=0), "num_components=0 must be at least 1"),
+        (lambda: SparseAutoencoder(sparsity=-1), "sparsity=-1 must not be negative"),
+        (lambda: EMClassifier(num_classes=1), "num_classes=1 must be at least 2"),
+        (lambda: EMClassifier(weight=-1), "weight=-1 must not be negative"),
+        (lambda: EMClassifier(optimizer="lion"), "optimizer='lion' is unknown; choose from adam, sgd"),
+        (lambda: DecoderFreeEncoder(free_energy=0, variance=0, decorrelation=0), "every weight is 0"),
+    ],
+)
+def test_wrong_arguments_are_answered(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_layer_says_what_it_needs():
+    layer = EnergyLayer(4, 2)
+    with pytest.raises(NotImplementedError, match="EnergyLayer must define objective"):
+        layer.step((torch.rand(3, 4), None), "train")
+
+
+def test_the_page_on_tables_shows_a_subclass_that_trains():
+    page = Path(modules.__file__).parents[2] / "docs" / "how-to" / "reprint-published-tables.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    found = {}
+    exec(compile(code, str(page), "exec"), found)
+    assert list(found["terms"]) == ["loss", "free_energy", "variance", "decorrelation"]
+    assert fit(found["module"], Digits()).callback_metrics["val/dead_units"] >= 0
