@@ -54,6 +54,7 @@ def fit_blocks(
         prior: of the parameters, with its mean and covariance given.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[-2.0], [-1.9], [3.0], [3.1]])
         >>> start = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2, 1))
         >>> fit = fit_blocks(lambda: [(x[:3], None), (x[3:], None)], start)
@@ -95,6 +96,7 @@ def num_parameters(mixture: Mixture) -> int:
     """Return how many free parameters each of the mixtures has.
 
     Example:
+        >>> import torch
         >>> num_parameters(Mixture(torch.zeros(1, 3), torch.zeros(1, 3, 2), torch.ones(1, 3, 2)))  # 2 + 6 + 6
         14
     """
