@@ -47,7 +47,7 @@ def swap_activations(
         calls: see there.
         functional: also swap ``relu`` where the forward of a module that ``where`` selects calls it as a function; see
             :func:`em_lightning.surgery.functional.swap_relu_calls`. The units are then on ``dim``; "auto" takes axis 1
-            of what convolutions and their norms have made in that forward, else the last.
+            of tensors with as many axes as the module's convolutions and their norms put out, else the last.
         into: a surgery to extend; by default a new one.
         **arguments: of the activation, such as ``margin=2.0``.
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from em_lightning.surgery.chain import wrap
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, calls_at, check_operable, count_calls, new_module
@@ -21,56 +22,37 @@ _IN_PLACE = {torch.relu_, F.relu_, Tensor.relu_}
 _RELU = {F.relu, torch.relu, Tensor.relu, *_IN_PLACE}
 
 
-_CHANNELS_FIRST = {
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    torch.conv1d,
-    torch.conv2d,
-    torch.conv3d,
-    F.batch_norm,
-    F.group_norm,
-    F.instance_norm,
-}
-
-
 class _Swapped(TorchFunctionMode):
-    """Calls an operator wherever relu is called, with the channels last that convolutions and their norms put second.
+    """Calls an operator wherever relu is called.
 
-    An operator over the last axis is meant for units. What was made of a convolution's result and has as many axes is
-    taken to keep its channels where they were.
+    An operator over the last axis is meant for units, which feature maps have on axis 1: of tensors with as many axes
+    as the convolutions of the module put out, the channels are handed over last.
     """
 
-    def __init__(self, operator: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, operator: Callable[[Tensor], Tensor], map_dims: frozenset[int]) -> None:
         super().__init__()
         self.operator = operator
-        self.channels_first = WeakTensorKeyDictionary()
+        self.map_dims = map_dims
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in _RELU:
-            return self._followed(func, args, func(*args, **kwargs))
+            return func(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
         if func in _IN_PLACE or kwargs.get("inplace") or len(args) > 1:
-            return x.copy_(self._operated(x, x.clone()))
-        return self._operated(x, x)
+            return x.copy_(self._operated(x.clone()))
+        return self._operated(x)
 
-    def _operated(self, x: Tensor, value: Tensor) -> Tensor:
-        if x not in self.channels_first or getattr(self.operator, "dim", None) != -1:
-            return self.operator(value)
-        result = self.operator(value.movedim(1, -1)).movedim(-1, 1)
-        self.channels_first[result] = True
-        return result
+    def _operated(self, x: Tensor) -> Tensor:
+        if x.dim() not in self.map_dims or getattr(self.operator, "dim", None) != -1:
+            return self.operator(x)
+        return self.operator(x.movedim(1, -1)).movedim(-1, 1)
 
-    def _followed(self, func: Any, args: Any, result: Any) -> Any:
-        if isinstance(result, Tensor) and result.dim() > 2 and not torch.compiler.is_compiling():
-            of = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == result.dim()]
-            if func in _CHANNELS_FIRST or any(arg in self.channels_first for arg in of):
-                self.channels_first[result] = True
-        return result
+
+def _map_dims(module: nn.Module) -> frozenset[int]:
+    """Return the numbers of axes that the feature maps of a module's convolutions and their norms have."""
+    layers = [type(layer).__name__ for layer in module.modules() if isinstance(layer, (_ConvNd, _NormBase))]
+    return frozenset(2 + int(name[-2]) for name in layers if name[-2:] in ("1d", "2d", "3d"))
 
 
 def swap_relu_calls(
@@ -135,9 +117,10 @@ class _Around:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.map_dims = _map_dims(module)
 
     def __call__(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _Swapped(getattr(self.module, _NAME)):
+        with _Swapped(getattr(self.module, _NAME), self.map_dims):
             return proceed(*args, **kwargs)
 
 
