@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists"),
 ]
 ROOT = Path(cli.__file__).parents[2]
-SCRIPT = folders.find_recipe("decoder_free_sae")
 
 
 @pytest.fixture
@@ -110,8 +109,8 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(here, monkeypatch):
         table = grid.table_of(args)
         monkeypatch.setattr(grid, "_run_cells", lambda script, cells, jobs: made.extend(cells))
         monkeypatch.setattr(grid, "_write", lambda *args: None)
-        grid.run_table(SCRIPT, args, table, seeds, 1)
-        recipe = folders.load_recipe(SCRIPT)
+        grid.run_table(folders.find_recipe("decoder_free_sae"), args, table, seeds, 1)
+        recipe = folders.load_recipe(folders.find_recipe("decoder_free_sae"))
         prepare = recipe.prepare
 
         def with_stop(arguments):
@@ -123,7 +122,7 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(here, monkeypatch):
             recipe.prepare = with_stop
         monkeypatch.setattr(grid, "load_recipe", lambda script: recipe)
         row = [cell for cell in made if cell.row == "published"]
-        grid._run_row(SCRIPT, row)
+        grid._run_row(folders.find_recipe("decoder_free_sae"), row)
         return [json.loads(cell.result.read_text()) for cell in row]
 
     for seeds in ([1, 2], [1]):  # together, and one alone

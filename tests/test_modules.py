@@ -2,6 +2,7 @@ import lightning
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanAbsoluteError
 
 from em_lightning.data import ProceduralSurfaces
 from em_lightning.modules import EMModule, PointCloudGMM
@@ -62,6 +63,34 @@ def test_a_subclass_writes_forward_and_step_and_has_the_rest(tmp_path, schedule)
     assert fit.test(module, loader, verbose=False)[0]["test/loss"] < 1e-2
 
 
+class Weighed(Regression):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.add_metrics(error=MeanAbsoluteError())
+
+    def step(self, batch, stage):
+        self.metrics_of(stage)["error"].update(self(batch[0]), batch[1])
+        return super().step(batch, stage)
+
+
+def test_auxiliary_terms_are_minimized_and_metrics_are_those_of_the_epoch(tmp_path):
+    x = torch.randn(50, 1)
+    loader = DataLoader(TensorDataset(x, 3 * x), batch_size=16)  # whose last batch is smaller
+    found = {}
+    for weight in (0.0, 5.0):
+        module = Weighed(lr=0.05, auxiliary={"size": weight})
+        fit = trainer(tmp_path, max_epochs=30, enable_checkpointing=False)
+        fit.fit(module, loader, loader)
+        found[weight] = module.layer.weight.item()
+        logged = {name: float(value) for name, value in fit.callback_metrics.items()}
+        assert logged["val/total"] == pytest.approx(logged["val/loss"] + weight * logged["val/size"], rel=1e-5)
+        assert logged["val/error"] == pytest.approx((module(x) - 3 * x).abs().mean().item(), rel=1e-5)
+        assert {"train/error", "train/total"} <= set(logged)
+    assert abs(found[5.0]) < 1.5 < found[0.0]
+    with pytest.raises(ValueError, match=r"auxiliary weighs \['gone'\], and step returned \['loss', 'size'\]"):
+        Regression(auxiliary={"gone": 1.0}).training_step((x, x), 0)
+
+
 def test_a_step_with_a_huge_or_broken_gradient_is_left_out(tmp_path):
     x = torch.ones(4, 1)
     for target, moves in ((2.0, True), (1e9, False), (torch.nan, False)):
@@ -78,6 +107,8 @@ def test_a_step_with_a_huge_or_broken_gradient_is_left_out(tmp_path):
         (lambda: Regression(lr=0.0), ValueError, ["lr=0.0", "positive"]),
         (lambda: Regression(schedule="cosine"), ValueError, ["schedule='cosine'", "'one_cycle'"]),
         (lambda: Regression(skip_gradients_above=0.0), ValueError, ["skip_gradients_above=0.0", "None"]),
+        (lambda: Regression(optimizer="lion"), ValueError, ["optimizer='lion'", "adam"]),
+        (lambda: Regression(auxiliary={"loss": 1.0}), ValueError, ["auxiliary={'loss': 1.0}", "beside 'loss'"]),
         (lambda: Regression(weight_decay=-1.0), ValueError, ["weight_decay=-1.0"]),
         (lambda: PointCloudGMM(target="both"), ValueError, ["target='both'", "'held_out'"]),
         (lambda: PointCloudGMM(num_components=0), ValueError, ["num_components=0"]),

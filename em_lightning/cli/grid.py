@@ -142,7 +142,7 @@ def _run_cells(script: Path, cells: list[Cell], jobs: int | None) -> None:
 def _run_row(script: Path, cells: list[Cell]) -> None:
     """Train the seeds of a row, together where the recipe can prepare them so."""
     recipe = load_recipe(script)
-    together = len(cells) > 1 and hasattr(recipe, "prepare")
+    together = len(cells) > 1 and hasattr(recipe, "prepare") and _trains_together(recipe, cells[0])
     for group in [cells] if together else [[cell] for cell in cells]:
         folder = group[0].folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +158,13 @@ def _run_row(script: Path, cells: list[Cell]) -> None:
                     raise RuntimeError(f"{group[0].row}, seed {group[0].seed}: {told} (see {output.name})") from error
 
 
+def _trains_together(recipe: Any, cell: Cell) -> bool:
+    try:
+        return recipe.prepare(cell.arguments).model.automatic_optimization  # others train in ways of their own
+    except Exception:  # told as that of the cell, when it runs
+        return False
+
+
 def _resumed(folder: Path) -> list[str]:
     last = folder / "checkpoints" / "last.ckpt"
     return [f"--ckpt_path={last}"] if last.exists() else []
@@ -171,10 +178,6 @@ def _train_together(recipe: Any, cells: list[Cell]) -> None:
     from em_lightning.modules import ReplicaData, Replicas
 
     made = [recipe.prepare(cell.arguments) for cell in cells]
-    if not made[0].model.automatic_optimization:  # it trains in a way of its own
-        for cell in cells:
-            recipe.main([*cell.arguments, *_resumed(cell.folder)])
-        return
     folder = cells[0].folder.parent / f"together-{_digest(json.dumps([cell.arguments for cell in cells]))}"
     trainer = made[0].trainer
     callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
@@ -203,8 +206,8 @@ def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: st
         *content.get("notes", []),
         explained,
     ]
-    cell_folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
-    text = write_results(folder, content["title"], notes, rows, seeds=seeds, cells=cell_folders)
+    folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
+    text = write_results(folder, content["title"], notes, rows, seeds=seeds, values=values, cells=folders)
     print(f"\n{text}\nWritten to {folder}")
 
 

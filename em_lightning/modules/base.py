@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 _WARM_UP = 0.3
 _OPTIMIZERS = ("adam", "sgd")
+_STAGES = ("train", "val", "test")
 
 
 class EMModule(lightning.LightningModule):
@@ -18,8 +22,9 @@ class EMModule(lightning.LightningModule):
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
     term is logged as ``<stage>/<name>``: in the stages ``val`` and ``test`` averaged over the epoch and over ranks, in
-    ``train`` as it is at every ``log_every_n_steps`` and at an epoch's last step. Metrics are logged by the subclass
-    through ``self.log`` or ``self.log_dict`` under the same prefix.
+    ``train`` as it is at every ``log_every_n_steps`` and at an epoch's last step. Terms with an auxiliary weight are
+    added to the loss, and the sum is logged as ``<stage>/total``. Metrics given to :meth:`add_metrics` are logged under
+    the same prefix, over whole epochs and all ranks; ``step`` updates those of its stage.
 
     Args:
         lr: learning rate, its largest under a schedule.
@@ -27,25 +32,40 @@ class EMModule(lightning.LightningModule):
         weight_decay: decoupled weight decay.
         skip_gradients_above: a step whose gradient has a larger norm, or is not finite, is left out: a single set on
             which the model fails badly would else decide where it goes.
-        optimizer: ``"adam"``, or ``"sgd"`` without momentum.
+        optimizer: ``"adam"``, or ``"sgd"`` without momentum; for another override ``configure_optimizers``.
+        auxiliary: weights of the terms of ``step`` that are minimized beside its loss; others are only logged.
 
     Raises:
         ValueError: an argument is out of range.
 
     Example:
+        A regression with an EM loss of its hidden layer, whose weight is the user's, and a metric:
+
+        >>> from torchmetrics import MeanAbsoluteError
+        >>> from em_lightning import EMLoss
         >>> class Regression(EMModule):
-        ...     def __init__(self):
-        ...         super().__init__(lr=0.1)
-        ...         self.layer = torch.nn.Linear(1, 1)
+        ...     def __init__(self, **options):
+        ...         super().__init__(**options)
+        ...         self.hidden, self.head = torch.nn.Linear(1, 8), torch.nn.Linear(8, 1)
+        ...         self.em = EMLoss()
+        ...         self.add_metrics(error=MeanAbsoluteError())
         ...
         ...     def forward(self, x):
-        ...         return self.layer(x)
+        ...         return self.head(self.hidden(x).relu())
         ...
         ...     def step(self, batch, stage):
         ...         x, y = batch
-        ...         return torch.nn.functional.mse_loss(self(x), y)
-        >>> Regression().lr
-        0.1
+        ...         guess = self(x)
+        ...         self.metrics_of(stage)["error"].update(guess, y)
+        ...         return {"loss": (guess - y).square().mean(), **self.em(self.hidden(x))}
+        >>> module = Regression(lr=0.1, auxiliary={"free_energy": 1e-3, "variance": 1e-2})
+        >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
+        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, 3 * x), batch_size=16)
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = lightning.Trainer(max_epochs=9, accelerator="cpu", enable_model_summary=False, **quiet)
+        >>> trainer.fit(module, loader, loader)
+        >>> sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        ['val/decorrelation', 'val/error', 'val/free_energy', 'val/loss', 'val/total', 'val/variance']
     """
 
     def __init__(
@@ -55,6 +75,7 @@ class EMModule(lightning.LightningModule):
         weight_decay: float = 0.0,
         skip_gradients_above: float | None = None,
         optimizer: Literal["adam", "sgd"] = "adam",
+        auxiliary: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         if not lr > 0:
@@ -67,6 +88,9 @@ class EMModule(lightning.LightningModule):
             raise ValueError(f"skip_gradients_above={skip_gradients_above} must be positive; None keeps every step")
         if optimizer not in _OPTIMIZERS:
             raise ValueError(f"optimizer={optimizer!r} is unknown; choose from {', '.join(_OPTIMIZERS)}")
+        self.auxiliary = {name: float(weight) for name, weight in (auxiliary or {}).items()}
+        if "loss" in self.auxiliary or not all(math.isfinite(weight) for weight in self.auxiliary.values()):
+            raise ValueError(f"auxiliary={self.auxiliary} must weigh terms beside 'loss' by finite numbers")
         self.lr = lr
         self.optimizer = optimizer
         self.schedule = schedule
@@ -76,6 +100,17 @@ class EMModule(lightning.LightningModule):
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
         """Return the loss of a batch, or a dictionary of terms with the entry ``"loss"``."""
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
+
+    def add_metrics(self, **metrics: Metric) -> None:
+        """Keep a copy of each metric for each of the stages ``train``, ``val`` and ``test``, and log it there."""
+        for stage in _STAGES:
+            copies = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
+            self.add_module(f"{stage}_metrics", torch.nn.ModuleDict(copies))
+
+    def metrics_of(self, stage: str) -> Mapping[str, Any]:
+        """Return the metrics of a stage by name."""
+        found: Any = self._modules.get(f"{stage}_metrics")
+        return dict(found.items()) if isinstance(found, torch.nn.ModuleDict) else {}
 
     def batch_size(self, batch: Any) -> int:
         """Return the number of items that a logged average counts a batch with."""
@@ -88,7 +123,16 @@ class EMModule(lightning.LightningModule):
         terms = terms if isinstance(terms, dict) else {"loss": terms}
         if "loss" not in terms:
             raise ValueError(f"step returned the terms {sorted(terms)}; add 'loss', which is minimized")
+        loss = terms["loss"]
+        if self.auxiliary:
+            missing = sorted(set(self.auxiliary) - set(terms))
+            if missing:
+                raise ValueError(f"auxiliary weighs {missing}, and step returned {sorted(terms)}; mend one of them")
+            loss = loss + sum(weight * terms[name] for name, weight in self.auxiliary.items())
+            terms = {**terms, "total": loss}
         training = stage == "train"
+        for name, metric in self.metrics_of(stage).items():
+            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=self.batch_size(batch))
         if not training or self._is_logged():
             self.log_dict(
                 {f"{stage}/{name}": value.detach() for name, value in terms.items()},
@@ -97,7 +141,7 @@ class EMModule(lightning.LightningModule):
                 on_epoch=not training,
                 sync_dist=not training,
             )
-        return terms["loss"]
+        return loss
 
     def _is_logged(self) -> bool:
         """Return whether anybody reads what this training step logs: logging costs as much as a small step."""

@@ -262,6 +262,15 @@ class GaussianMixtureModule(EMModule):
         """Return the optimizer of gradient training, or what stands for one in EM."""
         return super().configure_optimizers() if self.method == "gradient" else _Iteration(self.parameters())
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Count the epoch, where Lightning has not."""
+        # A run that is resumed from a checkpoint of an epoch's last batch leaves the next epoch uncounted, and then
+        # checkpoints within that epoch or later ones are taken for those of an epoch's end.
+        progress: Any = self.trainer.fit_loop.epoch_progress
+        if progress.total.ready == progress.total.processed:
+            progress.increment_ready()
+            progress.increment_started()
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of the epoch."""
         if self.method == "gradient":
