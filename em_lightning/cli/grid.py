@@ -178,10 +178,6 @@ def _train_together(recipe: Any, cells: list[Cell]) -> None:
     from em_lightning.modules import ReplicaData, Replicas
 
     made = [recipe.prepare(cell.arguments) for cell in cells]
-    if not made[0].model.automatic_optimization:  # it trains in a way of its own
-        for cell in cells:
-            recipe.main([*cell.arguments, *_resumed(cell.folder)])
-        return
     folder = cells[0].folder.parent / f"together-{_digest(json.dumps([cell.arguments for cell in cells]))}"
     trainer = made[0].trainer
     callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
