@@ -264,6 +264,32 @@ def test_audit_loads_a_checkpoint(here, capsys):
     assert "E-step" in capsys.readouterr().out
 
 
+def test_audit_loads_a_checkpoint_with_its_surgery(here, capsys):
+    import lightning
+
+    from em_lightning.surgery.em import swap_activations
+
+    Path("nets.py").write_text(
+        "import lightning, torch\n"
+        "class Net(lightning.LightningModule):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layers = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())\n"
+        "    def forward(self, x):\n"
+        "        return self.layers(x)\n"
+    )
+    model = cli.load_model("nets.py:Net")
+    swap_activations(model, "softmax_gated")
+    trainer = lightning.Trainer(logger=False, enable_checkpointing=False, max_steps=0, accelerator="cpu")
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint("swapped.ckpt")
+    assert cli.main(["audit", "nets.py:Net", "--input=5,8", "--ckpt_path=swapped.ckpt"]) == 0
+    assert "SoftmaxGatedActivation" in capsys.readouterr().out
+    Path("nets.py").write_text(Path("nets.py").read_text().replace("8, 4", "8, 5"))
+    assert cli.main(["audit", "nets.py:Net", "--input=5,8", "--ckpt_path=swapped.ckpt"]) == 2
+    assert "--ckpt_path='swapped.ckpt' does not fit Net" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
