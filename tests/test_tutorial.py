@@ -34,8 +34,10 @@ def test_the_tutorial_runs_and_shows_what_it_says(tmp_path, monkeypatch):
 
 
 def kinds(cell):
-    """Return what the outputs of a cell are, and what they print up to its numbers."""
-    return [
-        out.text.split(" ")[0] if out.output_type == "stream" else sorted(set(out.data) - {"text/plain"})
-        for out in cell.get("outputs", [])
-    ]
+    """Return what the outputs of a cell are, and the first words of the lines that they print.
+
+    A kernel may send what is printed in one piece or several.
+    """
+    streams = [out.text for out in cell.get("outputs", []) if out.output_type == "stream"]
+    others = [sorted(set(out.data) - {"text/plain"}) for out in cell.get("outputs", []) if out.output_type != "stream"]
+    return [line.split(" ")[0] for line in "".join(streams).splitlines()] + others
