@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from em_lightning.operators.abstraction import EMAbstraction
 from em_lightning.operators.directional import DirectionalEM
 from em_lightning.operators.em import EMOperator
 from em_lightning.operators.pooling import EMPooling
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DirectionalEM",
+    "EMAbstraction",
     "EMAggregation",
     "EMOperator",
     "EMPooling",
