@@ -20,7 +20,7 @@ STUDENT_T = {"name": "student_t", "df": 3.0, "density": True}
 MAHALANOBIS = {"name": "mahalanobis", "num_features": 2}
 DENSITIES = {
     "gaussian": "gaussian",
-    "student_t": STUDENT_T,
+    "student_t": "student_t",
     "laplace": "laplace",
     "huber": "huber",
     "pseudo_huber": "pseudo_huber",

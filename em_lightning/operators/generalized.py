@@ -39,8 +39,9 @@ class GeneralizedEM(nn.Module):
     Args:
         num_components: K.
         num_features: D.
-        kernel: a key or an instance of ``KERNELS``, or a kernel of your own. Its shape parameters stay as they are, or
-            are trained by gradient where they are learnable. Work spaces are of size N x K x D.
+        kernel: a key or an instance of ``KERNELS`` (``"student_t"`` is the density), or a kernel of your own. Its shape
+            parameters stay as they are, or are trained by gradient where they are learnable. Work spaces are of size
+            N x K x D.
         num_iters: T, iterations a call.
         num_steps: steps of the centers in an M-step.
         estimate_scale: whether each component has a scale of its own, ``d(x / s_k, mu_k / s_k) + D log s_k``, fitted
@@ -108,7 +109,7 @@ class GeneralizedEM(nn.Module):
         self.scale_floor = scale_floor
         self.init = init
         self.gradient = gradient
-        self.kernel = KERNELS.build(kernel)
+        self.kernel = KERNELS.build({"name": kernel, "density": True} if kernel == "student_t" else kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
             raise ValueError(
                 "kernel=LearnedEnergyKernel has no centers that an M-step could move: its hypotheses live in the "
