@@ -121,7 +121,7 @@ def whole(case, folder):
 
 
 def partial(folder):
-    return next(folder.rglob("*.ckpt.partial"), None)
+    return next(folder.glob("lightning_logs/*/run/checkpoints/*.partial"), None)
 
 
 def killed(case, folder, draw, seconds, in_writing):
@@ -130,9 +130,8 @@ def killed(case, folder, draw, seconds, in_writing):
     if not wait(number, folder, (folder / "began").exists):
         return False, None
     moment = time.perf_counter() + draw.random() * seconds
-    checkpoints = next(iter(folder.rglob("checkpoints")), folder)
     if wait(number, folder, lambda: False, moment) and in_writing:
-        wait(number, checkpoints, lambda: partial(checkpoints), moment + seconds, pause=0)
+        wait(number, folder, lambda: partial(folder), moment + seconds, pause=0.0005)
     try:
         os.kill(number, signal.SIGKILL)  # not yet waited for: it is that process or a zombie
     except ProcessLookupError:
