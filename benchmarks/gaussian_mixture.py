@@ -164,42 +164,62 @@ def memory(options):
 
 
 def scaling(options):
-    """Time the fit of the same table by one process and by several, one thread each."""
+    """Time the fit of the same table by one process, by several, and by as many that know nothing of each other."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
         table_of(options.rows, options.features, path)
-        for processes in (1, options.processes):
-            command = [sys.executable, __file__, "worker", f"--path={path}", f"--processes={processes}"]
-            command += [f"--covariance={options.covariance}", f"--components={options.components}"]
-            command += [f"--iterations={options.iterations}", f"--features={options.features}"]
-            command += [f"--block_rows={options.block_rows}"]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            lines = [line for line in done.stdout.splitlines() if line.startswith("seconds")]
-            if not lines:
-                raise SystemExit(done.stdout + done.stderr)
-            found[processes] = [float(word) for word in lines[0].split()[1:]]
+        command = [sys.executable, __file__, "worker", f"--path={path}", f"--block_rows={options.block_rows}"]
+        command += [f"--covariance={options.covariance}", f"--components={options.components}"]
+        command += [f"--iterations={options.iterations}", f"--features={options.features}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        for name, processes, copies in (
+            ("one process", 1, 1),
+            (f"{options.processes} ranks", options.processes, 1),
+            (f"{options.processes} unrelated processes, the whole table each", 1, options.processes),
+        ):
+            each = [*command, f"--processes={processes}"]
+            runs = [subprocess.Popen(each, stdout=-1, stderr=-1, text=True, env=environment) for _ in range(copies)]
+            outputs = [run.communicate() for run in runs]
+            lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("seconds")]
+            if len(lines) < copies:
+                raise SystemExit("".join(out + err for out, err in outputs))
+            figures = [[float(word) for word in line.split()[1:]] for line in lines]
+            found[name] = (copies, *(sum(column) / copies for column in zip(*figures, strict=True)))
     print(f"{options.covariance}: {options.rows:,} x {options.features}, K = {options.components}, one thread each")
     print(
-        "| processes | seconds an iteration | million rows a second | x one | log-likelihood a row |\n"
-        "|---|---|---|---|---|"
+        "| | seconds an iteration | of these in blocks | million rows a second | x one | log-likelihood |\n"
+        "|---|---|---|---|---|---|"
     )
-    for processes, (seconds, level) in found.items():
-        speed = options.rows / seconds / 1e6
-        print(f"| {processes} | {seconds:.3f} | {speed:.2f} | {found[1][0] / seconds:.2f} | {level:.9f} |")
+    for name, (copies, seconds, inside, level) in found.items():
+        speed = copies * options.rows / seconds / 1e6
+        ratio = copies * found["one process"][1] / seconds
+        print(f"| {name} | {seconds:.3f} | {inside:.3f} | {speed:.2f} | {ratio:.2f} | {level:.9f} |")
 
 
 class _Clock(lightning.Callback):
+    """Keep the seconds of each epoch, and those that the first rank spends on statistics of its blocks."""
+
     def __init__(self):
-        self.times = []
+        self.epochs, self.inside = [], []
+
+    def on_fit_start(self, trainer, module):
+        learn = module.learner.learn
+
+        def timed(*arguments):
+            begin = time.perf_counter()
+            loss = learn(*arguments)
+            self.inside[-1] += time.perf_counter() - begin
+            return loss
+
+        module.learner.learn = timed
 
     def on_train_epoch_start(self, trainer, module):
-        trainer.strategy.barrier()
         self.begin = time.perf_counter()
+        self.inside.append(0.0)
 
     def on_train_epoch_end(self, trainer, module):
-        trainer.strategy.barrier()
-        self.times.append(time.perf_counter() - self.begin)
+        self.epochs.append(time.perf_counter() - self.begin)
 
 
 def worker(options):
@@ -212,7 +232,8 @@ def worker(options):
     module = module_of(options.components, options.features, options.covariance, start)
     fit.fit(module, TabularDataModule(options.path, block_rows=options.block_rows))
     if fit.is_global_zero:
-        print("seconds", sorted(clock.times)[len(clock.times) // 2], float(module.level), flush=True)
+        middle = len(clock.epochs) // 2
+        print("seconds", sorted(clock.epochs)[middle], sorted(clock.inside)[middle], float(module.level), flush=True)
 
 
 def main():
