@@ -139,7 +139,7 @@ def test_bytes_become_pixels_from_0_to_1():
     ("make", "message"),
     [
         (lambda: data.TensorBatches([torch.zeros(2), torch.zeros(3)], 1), r"\[2, 3\] items; give tensors"),
-        (lambda: data.TensorBatches([torch.zeros(2)], 1, num_replicas=3), "2 items are too few for 3 ranks"),
+        (lambda: data.TensorBatches([torch.zeros(2)], 1, num_replicas=3), "2 rows are too few for 3 ranks"),
         (lambda: data.TensorBatches([torch.zeros(2)], 0), "batch_size=0"),
         (lambda: data.Digits(val_size=-1), "val_size=-1"),
         (lambda: data.Digits(val_size=1437).setup(), "val_size=1437 leaves none of 1437"),
