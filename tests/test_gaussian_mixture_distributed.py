@@ -1,9 +1,4 @@
-"""The mixture does not depend on the number of processes, and a killed run ends where an uninterrupted one does."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The mixture does not depend on the number of processes, and a resumed run ends where an uninterrupted one does."""
 
 import numpy as np
 import pytest
@@ -151,13 +146,3 @@ def test_one_process_resumes_from_any_block_bitwise(method, steps, tmp_path):
         checkpoint = tmp_path / str(step) / f"step={step}.ckpt"
         for name, value in straight.state_dict().items():
             assert torch.equal(value, module.state_dict()[name]), (name, step)
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_ends_where_an_uninterrupted_one_does():
-    script = Path(em_lightning.__file__).parents[1] / "benchmarks" / "gaussian_mixture.py"
-    command = [sys.executable, script, "kill", "--times=2", "--iterations=4", "--window=1"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "em: 2 kills" in done.stdout and "all bitwise the same" in done.stdout
