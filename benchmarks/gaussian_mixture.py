@@ -3,15 +3,12 @@
     python benchmarks/gaussian_mixture.py sklearn --covariance full     1,000,000 x 16, K = 64, 10 iterations
     python benchmarks/gaussian_mixture.py memory --storage npy --rows 20000000 --iterations 2
     python benchmarks/gaussian_mixture.py scaling --processes 2         one thread each, beside one process
-    python benchmarks/gaussian_mixture.py kill --times 20               SIGKILL at random moments, and the same command
 
 All go through the module, its loader and Lightning's Trainer. ``--rows 100000`` makes any of them smaller.
 """
 
 import argparse
 import os
-import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +20,7 @@ import lightning
 import numpy as np
 import torch
 
-from em_lightning.data import GaussianBlobs, Table, TableBlocks, TabularDataModule
+from em_lightning.data import Table, TableBlocks, TabularDataModule
 from em_lightning.modules import GaussianMixtureModule
 from em_lightning.operators import EMOperator
 
@@ -167,42 +164,62 @@ def memory(options):
 
 
 def scaling(options):
-    """Time the fit of the same table by one process and by several, one thread each."""
+    """Time the fit of the same table by one process, by several, and by as many that know nothing of each other."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
         table_of(options.rows, options.features, path)
-        for processes in (1, options.processes):
-            command = [sys.executable, __file__, "worker", f"--path={path}", f"--processes={processes}"]
-            command += [f"--covariance={options.covariance}", f"--components={options.components}"]
-            command += [f"--iterations={options.iterations}", f"--features={options.features}"]
-            command += [f"--block_rows={options.block_rows}"]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            lines = [line for line in done.stdout.splitlines() if line.startswith("seconds")]
-            if not lines:
-                raise SystemExit(done.stdout + done.stderr)
-            found[processes] = [float(word) for word in lines[0].split()[1:]]
+        command = [sys.executable, __file__, "worker", f"--path={path}", f"--block_rows={options.block_rows}"]
+        command += [f"--covariance={options.covariance}", f"--components={options.components}"]
+        command += [f"--iterations={options.iterations}", f"--features={options.features}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        for name, processes, copies in (
+            ("one process", 1, 1),
+            (f"{options.processes} ranks", options.processes, 1),
+            (f"{options.processes} unrelated processes, the whole table each", 1, options.processes),
+        ):
+            each = [*command, f"--processes={processes}"]
+            runs = [subprocess.Popen(each, stdout=-1, stderr=-1, text=True, env=environment) for _ in range(copies)]
+            outputs = [run.communicate() for run in runs]
+            lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("seconds")]
+            if len(lines) < copies:
+                raise SystemExit("".join(out + err for out, err in outputs))
+            figures = [[float(word) for word in line.split()[1:]] for line in lines]
+            found[name] = (copies, *(sum(column) / copies for column in zip(*figures, strict=True)))
     print(f"{options.covariance}: {options.rows:,} x {options.features}, K = {options.components}, one thread each")
     print(
-        "| processes | seconds an iteration | million rows a second | x one | log-likelihood a row |\n"
-        "|---|---|---|---|---|"
+        "| | seconds an iteration | of these in blocks | million rows a second | x one | log-likelihood |\n"
+        "|---|---|---|---|---|---|"
     )
-    for processes, (seconds, level) in found.items():
-        speed = options.rows / seconds / 1e6
-        print(f"| {processes} | {seconds:.3f} | {speed:.2f} | {found[1][0] / seconds:.2f} | {level:.9f} |")
+    for name, (copies, seconds, inside, level) in found.items():
+        speed = copies * options.rows / seconds / 1e6
+        ratio = copies * found["one process"][1] / seconds
+        print(f"| {name} | {seconds:.3f} | {inside:.3f} | {speed:.2f} | {ratio:.2f} | {level:.9f} |")
 
 
 class _Clock(lightning.Callback):
+    """Keep the seconds of each epoch, and those that the first rank spends on statistics of its blocks."""
+
     def __init__(self):
-        self.times = []
+        self.epochs, self.inside = [], []
+
+    def on_fit_start(self, trainer, module):
+        learn = module.learner.learn
+
+        def timed(*arguments):
+            begin = time.perf_counter()
+            loss = learn(*arguments)
+            self.inside[-1] += time.perf_counter() - begin
+            return loss
+
+        module.learner.learn = timed
 
     def on_train_epoch_start(self, trainer, module):
-        trainer.strategy.barrier()
         self.begin = time.perf_counter()
+        self.inside.append(0.0)
 
     def on_train_epoch_end(self, trainer, module):
-        trainer.strategy.barrier()
-        self.times.append(time.perf_counter() - self.begin)
+        self.epochs.append(time.perf_counter() - self.begin)
 
 
 def worker(options):
@@ -215,81 +232,14 @@ def worker(options):
     module = module_of(options.components, options.features, options.covariance, start)
     fit.fit(module, TabularDataModule(options.path, block_rows=options.block_rows))
     if fit.is_global_zero:
-        print("seconds", sorted(clock.times)[len(clock.times) // 2], float(module.level), flush=True)
-
-
-def kill(options):
-    """Kill a run at random moments until it ends, and compare with one that was left alone."""
-    draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, __file__, "killed", f"--method={options.method}", f"--iterations={options.iterations}"]
-        begin = time.perf_counter()
-        subprocess.run([*run, f"--path={folder}/alone"], check=True)
-        whole = time.perf_counter() - begin
-        expected = torch.load(f"{folder}/alone/mixture.pt", weights_only=True)
-        kills, started = 0, 0
-        while not (Path(folder) / "killed" / "mixture.pt").exists() or kills < options.times:
-            if (Path(folder) / "killed" / "mixture.pt").exists():
-                compare(expected, folder, kills)
-                subprocess.run(["rm", "-r", f"{folder}/killed"], check=True)
-            process = subprocess.Popen([*run, f"--path={folder}/killed"])
-            started += 1
-            marker = Path(folder) / "killed" / "begun"
-            marker.unlink(missing_ok=True)
-            while process.poll() is None and not marker.exists():
-                time.sleep(0.01)
-            if kills < options.times:
-                try:
-                    process.wait(draw.random() * options.window)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-            process.wait()
-        compare(expected, folder, kills)
-    print(f"{options.method}: {kills} kills, {started} starts, a whole run takes {whole:.0f} s: all bitwise the same")
-
-
-def compare(expected, folder, kills):
-    found = torch.load(f"{folder}/killed/mixture.pt", weights_only=True)
-    same = all(torch.equal(one, two) for one, two in zip(expected, found, strict=True))
-    print(f"after {kills} kills in all: {'bitwise the same' if same else 'ANOTHER MIXTURE'}", flush=True)
-    if not same:
-        raise SystemExit(1)
-
-
-class _Begun(lightning.Callback):
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_start(self, trainer, module):
-        (self.folder / "begun").touch()
-
-    def on_train_batch_end(self, *_):
-        time.sleep(0.02)  # so that kills fall everywhere in a run that is short
-
-
-def killed(options):
-    """Run, or go on with, a fit whose folder is given."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    warnings.filterwarnings("ignore", ".*ckpt_path=.last.*|.*dirpath has changed.*")
-    torch.set_num_threads(1)
-    folder = Path(options.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    keep = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=3)
-    fit = quiet_trainer(max_epochs=options.iterations, callbacks=[keep, _Begun(folder)], enable_checkpointing=True)
-    module = GaussianMixtureModule(6, 4, method=options.method, tol=0.0)
-    data = GaussianBlobs(8000, 4, true_components=6, held_out_points=100, block_rows=1000, shuffle=True)
-    last = folder / "last.ckpt"
-    fit.fit(module, data, ckpt_path=last if last.exists() else None)
-    torch.save([part.detach() for part in module.mixture], folder / "partial.pt")
-    (folder / "partial.pt").rename(folder / "mixture.pt")
+        middle = len(clock.epochs) // 2
+        print("seconds", sorted(clock.epochs)[middle], sorted(clock.inside)[middle], float(module.level), flush=True)
 
 
 def main():
-    jobs = {"sklearn": beside_sklearn, "memory": memory, "scaling": scaling, "kill": kill}
+    jobs = {"sklearn": beside_sklearn, "memory": memory, "scaling": scaling}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=[*jobs, "worker", "killed"])
+    parser.add_argument("job", choices=[*jobs, "worker"])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=16)
     parser.add_argument("--block_rows", type=int, default=2**16)
@@ -301,14 +251,10 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--storage", choices=["memory", "npy"], default="memory")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--method", default="em")
-    parser.add_argument("--times", type=int, default=20)
-    parser.add_argument("--window", type=float, default=1.5, help="seconds within which a kill falls")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--path")
     options = parser.parse_args()
     options.sklearn_iterations = options.sklearn_iterations or options.iterations
-    {**jobs, "worker": worker, "killed": killed}[options.job](options)
+    {**jobs, "worker": worker}[options.job](options)
 
 
 if __name__ == "__main__":

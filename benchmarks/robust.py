@@ -21,6 +21,7 @@ COMPONENTS, FEATURES, ITEMS, SIDE, ITERATIONS = 5, 3, 600, 30.0, 100
 METHODS = {
     "Gaussian": {},
     "Gaussian + background": {"background": 0.2},
+    "Gaussian + estimated background": {"background": {"estimate": True}},
     "Student-t, 1 degree of freedom": {"kernel": "student_t"},
     "Student-t, 3 degrees of freedom": {"kernel": {"name": "student_t", "df": 3.0, "density": True}},
     "Laplace": {"kernel": "laplace"},

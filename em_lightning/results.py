@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from em_lightning.files import write_whole
+
 Row = Mapping[str, Any]
 
 
@@ -42,9 +44,9 @@ def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n"
-    (folder / "results.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "results.md", text)
     content = {"title": title, "notes": list(notes), "rows": [dict(row) for row in rows], **facts}
-    (folder / "results.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(content, indent=2) + "\n")
     return text
 
 

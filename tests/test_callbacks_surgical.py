@@ -230,3 +230,16 @@ def test_hooks_are_set_after_batch_norms_are_converted(tmp_path):
     model = Normed()
     trainer = fit(tmp_path, model, insert, Convert(), LayerwiseEMLoss("encoder.4"))
     assert "em/encoder.4/variance" in trainer.callback_metrics and model.encoder[4].operator.gate != 0
+
+
+def test_a_test_of_untrained_weights_is_refused(tmp_path):
+    trainer = fit(tmp_path, users.MLP(), SwapActivations(arguments=LEARNED))
+    path = str(tmp_path / "operated.ckpt")
+    trainer.save_checkpoint(path)
+    for run in ("validate", "test", "predict"):
+        fresh = users.trainer(tmp_path, 1, [RestoreSurgery(path)])
+        with pytest.raises(ValueError, match=f"{run} was called without ckpt_path, .*: give ckpt_path='.*operated.c"):
+            getattr(fresh, run)(users.MLP(), users.MLP.data())
+    data, loaded = users.MLP.data(), restore_surgery(users.MLP, path)
+    users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(users.MLP(), data, ckpt_path=path, verbose=False)
+    users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(loaded, data, verbose=False)

@@ -69,6 +69,7 @@ def test_monitor_logs_metrics_histograms_and_figures(tmp_path):
     assert events.Tags()["histograms"] == ["em/encoder.1/responsibilities", "em_val/encoder.1/responsibilities"]
     assert events.Tags()["images"] == ["em/encoder.1/responsibilities", "em_val/encoder.1/responsibilities"]
     assert [event.step for event in events.Histograms("em/encoder.1/responsibilities")] == [1, 3]
+    assert [event.step for event in events.Histograms("em_val/encoder.1/responsibilities")] == [3]
     expected = layer_metrics()
     expected.update(model.encoder[:2](torch.cat([batch[0] for batch in data])))
     for name, value in expected.compute().items():

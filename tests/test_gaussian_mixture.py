@@ -12,7 +12,7 @@ from sklearn.mixture import GaussianMixture
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import Mixture
-from em_lightning.data import GaussianBlobs, TabularDataModule
+from em_lightning.data import GaussianBlobs, TableBatch, TabularDataModule
 from em_lightning.mixture import COVARIANCES, MixturePrior, em_step
 from em_lightning.mixture.fit import criteria, fit_blocks
 from em_lightning.modules import GaussianMixtureModule
@@ -194,6 +194,22 @@ def test_a_prior_weighs_as_in_the_operator(tmp_path):
         assert torch.allclose(one, two, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_objective_of_gradients_has_its_maximum_where_em_with_the_prior_ends(kind, tmp_path):
+    x = rows(300)
+    prior = {"weight_concentration": 4.0, "mean_strength": 3.0, "mean": [0.5, 0.0, -0.5], "covariance_strength": 20.0}
+    options = {"covariance": kind, "tol": 0.0, "covariance_floor": 1e-12}
+    exact = GaussianMixtureModule(3, 3, prior=prior, **options)
+    trainer(tmp_path, max_epochs=100).fit(exact, TabularDataModule(x))
+    steepest = {}
+    for name, given, blocks in (("whole", prior, [x]), ("blocks", prior, x.split(100)), ("without", None, [x])):
+        module = GaussianMixtureModule(3, 3, method="gradient", prior=given, **options).double()
+        module.start_from(exact.mixture, exact.learner.center, exact.learner.variance)
+        sum(module.learner.learn(TableBatch(block, None), len(blocks)) for block in blocks).backward()
+        steepest[name] = max(float(parameter.grad.abs().max()) for parameter in module.parameters())
+    assert steepest["whole"] < 1e-8 and steepest["blocks"] < 1e-8 and steepest["without"] > 1e-3
+
+
 def test_half_precision_of_the_trainer_leaves_the_statistics_alone(tmp_path):
     x = rows(300).float()
     start = start_of(x.double(), "full")
@@ -239,7 +255,7 @@ def test_criteria_are_scikit_learns(kind):
         ({"tol": -1.0}, ["tol=-1.0", "0 makes all epochs"]),
         ({"step_exponent": 0.5}, ["step_exponent=0.5", "above 1/2"]),
         ({"step_offset": 0.0}, ["step_offset=0.0", "at least 1"]),
-        ({"prior": {"mean_strength": 1.0}, "method": "gradient"}, ["method='gradient'", "'em' or 'stochastic'"]),
+        ({"prior": {"learnable": True}}, ["prior={'learnable': True", "give the pseudo-counts"]),
         ({"num_components": 0}, ["num_components=0"]),
         ({"covariance": "round"}, ["covariance='round'"]),
         ({"init": "learned"}, ["init='learned'"]),

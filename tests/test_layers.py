@@ -13,6 +13,7 @@ import em_lightning.testing
 PACKAGE = Path(em_lightning.__file__).parent
 ORDER = [
     "_version",
+    "files",
     "registry",
     "distributed",
     "kernels",
@@ -28,6 +29,7 @@ ORDER = [
     "metrics",
     "plots",
     "results",
+    "checkpoints",
     "data",
     "modules",
     "callbacks",

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, MixturePrior, collect, em_step, maximize, no_statistics
@@ -107,3 +109,30 @@ def test_a_start_is_the_same_in_blocks(kind, monkeypatch):
     monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 500)
     blocks = from_centers(cloud, centers, COVARIANCES[kind], floor)
     assert torch.allclose(whole.means, blocks.means) and torch.allclose(whole.factors.scale, blocks.factors.scale)
+
+
+class LargestResult(TorchDispatchMode):
+    """Watches how many bytes the largest result of an operation has, views apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            results = [part for part in tree_leaves(result) if isinstance(part, torch.Tensor)]
+            self.bytes = max([self.bytes, *(part.numel() * part.element_size() for part in results)])
+        return result
+
+
+@pytest.mark.parametrize("init", ["farthest", "kmeans++", "random"])
+def test_a_start_takes_no_more_than_a_number_or_two_a_point(init, monkeypatch):
+    monkeypatch.setattr("em_lightning.mixture.cloud._WHOLE", 0)
+    monkeypatch.setattr("em_lightning.mixture.cloud._CHUNK", 2**12)
+    monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 2**12)
+    x = torch.randn(1, 20_000, 8)
+    operator = EMOperator(6, 8, init=init, lloyd_steps=1, residual=False)
+    with torch.no_grad(), LargestResult() as seen:
+        operator(x, num_iters=0)
+    assert 4 * x.shape[1] <= seen.bytes <= 8 * x.shape[1]

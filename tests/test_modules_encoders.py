@@ -121,7 +121,7 @@ def test_the_classifier_says_what_is_wrong():
 
 
 @pytest.mark.parametrize("width", [8, 25, 40])
-def test_with_a_reference_width_each_term_keeps_the_weight_of_its_mean(width):
+def test_with_a_reference_width_weights_fall_with_the_width_and_its_pairs(width):
     torch.manual_seed(0)
     module = EMClassifier(64, width, weight=1e-3, variance=2.0, decorrelation=3.0, reference_width=25)
     x, y = torch.randn(200, 64), torch.randint(10, (200,))
@@ -129,9 +129,10 @@ def test_with_a_reference_width_each_term_keeps_the_weight_of_its_mean(width):
     d = module.energies(x).detach().double()
     correlation = torch.corrcoef(d.T)
     off_diagonal = correlation[~torch.eye(width, dtype=torch.bool)]
-    mean_of_units, mean_of_pairs = -(d.var(0) + 1e-6).log().mean(), off_diagonal.square().mean()
-    assert terms["variance"].item() == pytest.approx(1e-3 * 2 * 25 * mean_of_units.item(), rel=1e-4)
-    assert terms["decorrelation"].item() == pytest.approx(1e-3 * 3 * 25 * 24 * mean_of_pairs.item(), rel=1e-4)
+    of_units, mean_of_pairs = -(d.var(0) + 1e-6).log().sum(), off_diagonal.square().mean()
+    factor = 1e-3 * (25 / width) ** 2.5
+    assert terms["variance"].item() == pytest.approx(2 * factor * of_units.item(), rel=1e-4)
+    assert terms["decorrelation"].item() == pytest.approx(3 * factor * 25 * 24 * mean_of_pairs.item(), rel=1e-4)
 
 
 def test_the_reference_width_needs_pairs_of_units():

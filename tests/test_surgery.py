@@ -19,6 +19,7 @@ from em_lightning.surgery import (
 )
 from em_lightning.surgery.chain import wrap
 from em_lightning.surgery.em import insert_em_operators, swap_activations
+from em_lightning.surgery.layerwise import LayerwiseLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:`torch.jit")
 
@@ -454,3 +455,27 @@ def test_an_axis_that_is_none_is_answered(name):
 def test_restoring_wants_a_class():
     with pytest.raises(TypeError, match="cls is an instance of FunctionalConv; give the class itself"):
         restore_surgery(FunctionalConv(), "any.ckpt")
+
+
+def test_misspelt_arguments_are_named():
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+    with pytest.raises(TypeError, match="SignedActivation takes no argument 'margn'; did you mean margin?"):
+        swap_activations(net, "signed", margn=2.0)
+    with pytest.raises(TypeError, match="EMRefinement takes no argument 'num_iter'; did you mean num_iters?"):
+        insert_em_operators(net, "0", num_iter=3)
+    with pytest.raises(TypeError, match="EMRefinement takes no argument 'zzz'; it takes num_components, .*lloyd_steps"):
+        insert_em_operators(net, "0", zzz=3)
+    with pytest.raises(TypeError, match="num_components='4' is no number of components; give an int such as 8"):
+        insert_em_operators(net, "0", "4")
+    with pytest.raises(NoMatchError, match=r"target='ReLU' \('ReLU' is read as a name pattern; give the class"):
+        swap_activations(net, "signed", "ReLU")
+    with pytest.raises(NoMatchError, match=r"target='nn.ReLU' \('nn.ReLU' is read as a name pattern"):
+        swap_activations(net, "signed", "nn.ReLU")
+
+
+def test_patterns_of_weights_have_to_match():
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+    with pytest.raises(ValueError, match=r"no layer matches 'head\*'; selected are 0"):
+        LayerwiseLoss(net, "0", weight={"0": 0.1, "head*": 0.2})
+    with pytest.raises(ValueError, match="unknown loss 'emm'.*; or 'em', the sum of the parts of EMLoss"):
+        LayerwiseLoss(net, "0", loss="emm")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.data import MixtureSetBatch, MixtureSets
+from em_lightning.files import write_whole
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 from em_lightning.results import markdown_table, write_results
@@ -99,7 +100,7 @@ class ClusteringReport(lightning.Callback):
         )
         if transfer:
             more = "\n## Sets unlike those of the training\n\n" + markdown_table(transfer) + "\n"
-            (folder / "results.md").write_text(text + more, encoding="utf-8")
+            write_whole(folder / "results.md", text + more)
             text += more
         print(f"\n{text}\nWritten to {folder}")
         pl_module.train(training)

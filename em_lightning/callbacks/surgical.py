@@ -238,18 +238,39 @@ class RestoreSurgery(SurgicalCallback):
 
     Args:
         path: the checkpoint whose plan to follow, the one that is given to the Trainer as ``ckpt_path``.
+
+    Raises:
+        ValueError: before a validation, test or prediction whose Trainer loaded no checkpoint: the model would be
+            measured with the weights that it was built with.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         super().__init__()
         self.path = path
         self._plan: list[dict[str, Any]] = []
+        self._loaded = True
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read the plan and operate, unless the model has been operated already."""
         self._plan = read_plan(self.path)
         if self._plan and recorded_plan(pl_module) != self._plan:
+            self._loaded = False
             super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Note that the weights came too."""
+        self._loaded = True
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse to measure weights that nobody trained; a fit may start from them."""
+        if not self._loaded and trainer.state.fn != "fit":
+            raise ValueError(
+                f"{trainer.state.fn.value} was called without ckpt_path, so the operated model would run on the "
+                f"weights that it was built with: give ckpt_path={str(self.path)!r}, or a model from restore_surgery"
+            )
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
         """Follow the part of the plan whose sites exist by now and are not operated yet."""

@@ -153,16 +153,19 @@ class PosteriorMonitor(Callback):
             self._report(trainer, pl_module, "em")
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start to collect."""
-        self._start(pl_module)
+        """Start to collect, unless this is the check before training: its few batches are no set to report."""
+        if not trainer.sanity_checking:
+            self._start(pl_module)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
         """Collect a batch."""
-        self._update()
+        if not trainer.sanity_checking:
+            self._update()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the set."""
-        self._report(trainer, pl_module, "em_val")
+        if not trainer.sanity_checking:
+            self._report(trainer, pl_module, "em_val")
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to collect."""

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from em_lightning.cli.configs import check_configs
 from em_lightning.cli.folders import (
     UsageError,
     config_of,
@@ -25,6 +26,7 @@ from em_lightning.cli.folders import (
     variants_of,
 )
 from em_lightning.cli.grid import run_table, table_of
+from em_lightning.files import write_whole
 
 # What Lightning and PyTorch say about their own insides, or about loaders whose items are made in a millisecond.
 _NOISE = (
@@ -89,6 +91,7 @@ def _with_variant(script: Path, args: list[str]) -> list[str]:
                 )
             value = str(variants[value])
         resolved.append(f"{flag}{equals}{value}")
+    check_configs(resolved)
     return resolved
 
 
@@ -138,7 +141,7 @@ def _run_seeds(name: str, args: list[str], seeds: list[int], jobs: int | None) -
     )
     target = folder / f"{stamp}-seeds"
     target.mkdir(parents=True)
-    (target / "results.md").write_text(text, encoding="utf-8")
+    write_whole(target / "results.md", text)
     print(f"\n{text}\nWritten to {target}")
 
 
@@ -167,8 +170,11 @@ def recipe_cli(
         UsageError: an argument is unknown or has a wrong value.
     """
     from jsonargparse import ArgumentError
+    from lightning.fabric.plugins.io import TorchCheckpointIO
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from em_lightning.checkpoints import AtomicCheckpointIO
 
     script = Path(sys._getframe(1).f_globals.get("__file__", name)).with_name(f"{name}.py")
     keys: list[str] = []
@@ -197,12 +203,19 @@ def recipe_cli(
                 and not Path(checkpoint).is_file()
             ):
                 raise UsageError(f"--ckpt_path={checkpoint!r} is no file; give the path of a checkpoint")
+            if checkpoint and Path(checkpoint).is_file():
+                from em_lightning.surgery import read_checkpoint
+
+                read_checkpoint(checkpoint)  # before the data are made, and with its sums
 
         def instantiate_trainer(self, **options: Any) -> Any:
             try:
-                return super().instantiate_trainer(**options)
+                trainer = super().instantiate_trainer(**options)
             except (ValueError, MisconfigurationException) as error:
                 raise UsageError(f"the trainer cannot be built: {error}") from error
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+            return trainer
 
     for words in _NOISE:
         warnings.filterwarnings("ignore", words)

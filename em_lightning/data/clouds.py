@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, DistributedSampler
 
+from em_lightning.data.loader import generator_of
 from em_lightning.data.sampling import Normalization, Surface, random_rotation
 
 SPLITS = ("train", "val", "test")
@@ -193,8 +193,7 @@ def item_generator(seed: int, split: str, epoch: int, index: int) -> torch.Gener
 
     No state is shared, so neither the number of workers nor of ranks, nor a resumed run, changes any cloud.
     """
-    words = np.random.SeedSequence((seed, SPLITS.index(split), epoch, index)).generate_state(1)
-    return torch.Generator().manual_seed(int(words[0]))
+    return generator_of(seed, SPLITS.index(split), epoch, index)
 
 
 class CloudDataset(Dataset[Cloud]):

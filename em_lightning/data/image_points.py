@@ -12,7 +12,7 @@ from torch import Tensor
 from em_lightning.data.base import at_least
 from em_lightning.data.clouds import SPLITS
 from em_lightning.data.images import MNIST, Digits
-from em_lightning.data.tables import generator_of
+from em_lightning.data.loader import generator_of
 from em_lightning.data.tensors import TensorBatches, TensorDataModule
 
 IMAGES = ("digits", "mnist")

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from em_lightning.data.base import at_least
+from em_lightning.data.loader import RankLoader
+from em_lightning.data.readers import map_npy
 
 # Rows that are read under one mapping: pages count as memory of the process until the mapping is closed.
 _SCATTERED = 4096
-
-
-def generator_of(*key: int) -> torch.Generator:
-    """Return a generator seeded by several numbers, of which torch's own seed would take 32 bits together."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
 class TableBatch(NamedTuple):
@@ -85,10 +82,10 @@ class Table:
 
     def _open(self, path: Path) -> np.ndarray:
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            array = map_npy(path)
+        except ValueError as error:
             raise ValueError(f"{self.name}: {path} cannot be read ({error}); write it with numpy.save") from error
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} is no array of real numbers; write one with numpy.save")
         return array
 
@@ -124,7 +121,7 @@ class Table:
         return torch.cat(found)
 
 
-class TableBlocks:
+class TableBlocks(RankLoader):
     """A loader of contiguous blocks of a table, this rank's share of them.
 
     With N rows, W ranks and blocks of b rows, each rank has ``ceil(N / (W b))`` blocks, and the sizes of all blocks
@@ -162,28 +159,11 @@ class TableBlocks:
         at_least(1, block_rows=block_rows)
         if weights is not None and len(weights) != len(table):
             raise ValueError(f"weights count {len(weights)} rows and the data has {len(table)}; give one for each row")
-        if len(table) < num_replicas:
-            raise ValueError(f"{len(table)} rows are too few for {num_replicas} ranks; give one for each or more")
+        super().__init__(len(table), shuffle, num_replicas, rank, seed)
         self.table = table
         self.weights = weights
-        self.shuffle = shuffle
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
         self.position = 0
         self.size = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
-
-    batch_sampler = None
-
-    @property
-    def sampler(self) -> TableBlocks:
-        """Return itself: Lightning looks here for :meth:`set_epoch`, as in a ``DataLoader``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch's order comes next."""
-        self.epoch = epoch
 
     def state_dict(self) -> dict[str, int]:
         """Return how many blocks of this epoch were given."""
@@ -201,9 +181,7 @@ class TableBlocks:
         return self._blocks(first)
 
     def _blocks(self, first: int) -> Iterator[TableBatch]:
-        order = list(range(self.size))
-        if self.shuffle:
-            order = torch.randperm(self.size, generator=generator_of(self.seed, self.epoch)).tolist()
+        order = self.order(self.size).tolist()
         for place in range(first, self.size):
             self.position = place + 1
             yield self._block(self.rank * self.size + order[place])

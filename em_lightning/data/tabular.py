@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from em_lightning.data.base import at_least
-from em_lightning.data.tables import Table, TableBlocks, generator_of
+from em_lightning.data.loader import generator_of
+from em_lightning.data.tables import Table, TableBlocks
 from em_lightning.mixture import Mixture
 
 STORAGES = ("memory", "npy", "shards")

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import lightning
-import numpy as np
 import torch
 from torch import Tensor
 
 from em_lightning.data.base import at_least
+from em_lightning.data.loader import RankLoader
 
 
-class TensorBatches:
+class TensorBatches(RankLoader):
     """Batches of tensors, cut from them at once and not collected item by item.
 
     Each epoch's order is a function of (seed, epoch). Lightning calls :meth:`set_epoch`; a plain loop does so itself,
@@ -49,42 +49,18 @@ class TensorBatches:
         lengths = {len(tensor) for tensor in tensors}
         if len(lengths) != 1:
             raise ValueError(f"tensors have {sorted(lengths)} items; give tensors of the same length")
-        self.size = lengths.pop()
-        if self.size < num_replicas:
-            raise ValueError(f"{self.size} items are too few for {num_replicas} ranks; give one for each or more")
         at_least(1, batch_size=batch_size)
+        self.size = lengths.pop()
+        super().__init__(self.size, shuffle, num_replicas, rank, seed)
         self.tensors = tensors
         self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-
-    batch_sampler = None
-
-    @property
-    def sampler(self) -> TensorBatches:
-        """Return itself: Lightning looks here for :meth:`set_epoch`, as in a ``DataLoader``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch's order comes next."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return math.ceil(self.size / (self.batch_size * self.num_replicas))
 
-    def order(self) -> Tensor:
-        """Return the indices of this epoch, those of all ranks."""
-        if not self.shuffle:
-            return torch.arange(self.size)
-        words = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(int(words[0])))
-
     def indices(self) -> Iterator[Tensor]:
         """Yield the indices of this rank's batches in this epoch."""
-        order = self.order()
+        order = self.order(self.size)
         whole = self.batch_size * self.num_replicas
         left = self.size % whole
         if 0 < left < self.num_replicas:

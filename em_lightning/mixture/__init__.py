@@ -3,6 +3,7 @@
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES
 from em_lightning.mixture.directional import DirectionalMixture
+from em_lightning.mixture.generalized import KernelMixture
 from em_lightning.mixture.lowrank import LowRankCovariance
 from em_lightning.mixture.prior import MixturePrior
 from em_lightning.mixture.state import Mixture
@@ -12,6 +13,7 @@ from em_lightning.mixture.stream import Statistics, collect, maximize, no_statis
 __all__ = [
     "COVARIANCES",
     "DirectionalMixture",
+    "KernelMixture",
     "LowRankCovariance",
     "Mixture",
     "MixturePrior",

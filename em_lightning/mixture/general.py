@@ -19,7 +19,7 @@ from em_lightning.mixture.covariance import Structure
 from em_lightning.mixture.factors import State
 from em_lightning.mixture.radial import Radial
 
-Sums = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, ...]
 # Responsibilities a block.
 _BLOCK = 2**18
 
@@ -51,6 +51,12 @@ def peaks(theta: Tensor, state: State, structure: Structure) -> Tensor:
     return (theta * structure.features(state.means.mT, theta.dtype).mT).sum(-1, keepdim=True)
 
 
+def background_row(theta: Tensor, level: Level) -> Tensor:
+    """Return natural parameters (B, K + 1, F) of the components and, last, of the background: phi begins with 1."""
+    row = torch.cat([level.background.reshape(-1, 1, 1), torch.zeros_like(theta[:, :1, 1:])], -1)
+    return torch.cat([torch.cat([theta[..., :1] + level.rest, theta[..., 1:]], -1), row], 1)
+
+
 def with_background(joint: Tensor, level: Level | None, clouds: slice = slice(None)) -> Tensor:
     """Return ``log pi_k + log p_k`` (B, K, N), and where there is a background that last: (B, K + 1, N)."""
     if level is None:
@@ -67,10 +73,11 @@ def general_moments(
     level: Level | None,
     respond: Callable[[Tensor], Tensor],
     whole: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     r"""Return moments ``sum_n w_n r_nk [1, u_nk x_n, u_nk x_n x_n^T]`` (B, K, F) and ``sum_n w_n r_nk u_nk`` (B, K).
 
-    The third result is the log-likelihood ``sum_n w_n log p(x_n)`` (B,), which has no gradient.
+    The third result is the log-likelihood ``sum_n w_n log p(x_n)`` (B,), which has no gradient; the fourth the mass
+    (B,) of the background, zero without one.
 
     Args:
         cloud: the point sets.
@@ -89,27 +96,26 @@ def general_moments(
         logits = with_background(joint.to(points.dtype), level, clouds)
         density = logits.detach().logsumexp(1)
         density = density if weights is None else density * weights.detach()
-        share = respond(logits)[:, : theta.shape[1]]
+        share = respond(logits)
         if weights is not None:
             share = share * weights.unsqueeze(1)
-        share = share.to(theta.dtype)
+        share, outside = share.to(theta.dtype).split([theta.shape[1], share.shape[1] - theta.shape[1]], 1)
         pulled = share if pull is None else share * pull
         sums = torch.cat([share.sum(-1, keepdim=True), torch.bmm(pulled, features.mT)], -1)
-        return sums, density.sum(-1, dtype=theta.dtype)
+        return sums, density.sum(-1, dtype=theta.dtype), outside.sum((1, 2))
 
-    parts, likelihoods = [], []
+    parts = []
     for clouds, blocks in _blocks(cloud, theta, whole):
-        total, likelihood = torch.zeros_like(theta[:1, :1, :1]), torch.zeros_like(theta[:1, 0, 0])
+        total: Sums | None = None
         for rows in blocks:
             weights = None if cloud.weights is None else cloud.weights[clouds, rows]
-            sums, density = _again(block, cloud.part(clouds, rows), weights, theta[clouds], peak[clouds], clouds)
-            total, likelihood = total + sums, likelihood + density
+            sums = _again(block, cloud.part(clouds, rows), weights, theta[clouds], peak[clouds], clouds)
+            total = sums if total is None else tuple(map(torch.add, total, sums))
         parts.append(total)
-        likelihoods.append(likelihood)
-    sums, likelihood = torch.cat(parts), torch.cat(likelihoods)
+    sums, likelihood, outside = map(torch.cat, zip(*parts, strict=True))
     if radial is None:
-        return sums[..., 1:], None, likelihood
-    return torch.cat([sums[..., :1], sums[..., 2:]], -1), sums[..., 1], likelihood
+        return sums[..., 1:], None, likelihood, outside
+    return torch.cat([sums[..., :1], sums[..., 2:]], -1), sums[..., 1], likelihood, outside
 
 
 def general_log_density(

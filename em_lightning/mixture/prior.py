@@ -160,10 +160,15 @@ class MixturePrior(nn.Module):
             mask: (B, N), false where a row is padding.
             weights: (B, N), how often each point counts.
         """
-        cloud, structure = prepare(x, mask, weights), structure_of(mixture)
+        cloud = prepare(x, mask, weights)
+        return self.log_density(mixture, cloud.center, cloud.variance).to(x.dtype)
+
+    def log_density(self, mixture: Mixture, center: Tensor, variance: Tensor) -> Tensor:
+        """Return the same as :meth:`log_prob` for points of this mean and these variances, (B, D) both."""
+        structure = structure_of(mixture)
+        cloud = Cloud(center.unsqueeze(-1), None, torch.ones_like(center[:, 0]), center, variance)
         state = enter(cloud, mixture)
-        counts = self.beside(cloud, structure, state.means.shape[1])
-        return log_prior(state, structure, counts).to(x.dtype)
+        return log_prior(state, structure, self.beside(cloud, structure, state.means.shape[1]))
 
     def extra_repr(self) -> str:
         """Return the pseudo-counts."""

@@ -75,8 +75,8 @@ def radial_of(kernel: Kernel, num_features: int) -> Radial | None:
     if isinstance(kernel, PseudoHuberKernel):
         return _pseudo_huber(kernel, num_features)
     raise ValueError(
-        f"kernel={kernel!r} has no M-step here; use 'gaussian', 'student_t', 'laplace', 'huber' or 'pseudo_huber', or "
-        f"for the cosine em_lightning.operators.DirectionalEM"
+        f"kernel={kernel!r} has no M-step here; use 'gaussian', 'student_t', 'laplace', 'huber' or 'pseudo_huber', "
+        f"for the cosine em_lightning.operators.DirectionalEM, or for any kernel em_lightning.operators.GeneralizedEM"
     )
 
 

@@ -13,8 +13,8 @@ from em_lightning.mixture.factors import State, choose
 
 # The share of a cell's mean squared distance that bounds its core.
 _CORE = 0.4
-# Numbers of a temporary.
-_BLOCK = 2**20
+# Numbers of a temporary: several of these and a few numbers a point are all the memory that a start takes.
+_BLOCK = 2**18
 # How distances are taken: not as differences of squares.
 _EXACT = "donot_use_mm_for_euclid_dist"
 
@@ -28,13 +28,12 @@ def farthest_points(cloud: Cloud, num_components: int) -> Tensor:
     Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985.
     """
     nearest = torch.full_like(cloud.points[:, 0], torch.inf)
-    center = torch.zeros_like(cloud.center)
+    center = torch.zeros_like(cloud.points[:, :, 0])
     chosen = []
     valid = None if cloud.weights is None else cloud.weights > 0
     for step in range(num_components):
-        distance = _distance(cloud, center)
         # The distance to the mean chooses the first point and is then forgotten: the mean is no center.
-        nearest = distance if step <= 1 else torch.minimum(nearest, distance)
+        _approach(cloud, center, nearest.fill_(torch.inf) if step <= 1 else nearest)
         score = nearest if valid is None else torch.where(valid, nearest, -1.0)
         center = _pick(cloud, score.argmax(-1, keepdim=True)).squeeze(-1)
         chosen.append(center)
@@ -48,24 +47,29 @@ def kmeans_plus_plus(cloud: Cloud, num_components: int, generator: torch.Generat
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007.
     """
-    sets = len(cloud.points)
     candidates = 2 + int(math.log(num_components))
-    weights = torch.ones_like(cloud.points[:, 0]) if cloud.weights is None else cloud.weights
+    nearest = torch.full_like(cloud.points[:, 0], torch.inf)
+    weights = torch.ones_like(nearest) if cloud.weights is None else cloud.weights
     # A set without any valid point draws from all its (centred, hence equal) rows: the result is finite.
     weights = torch.where(cloud.mass.unsqueeze(-1) > 0, weights, 1.0)
     center = _pick(cloud, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
-    nearest = _distance(cloud, center)
     chosen = [center]
+    blocks = _blocks(cloud, max(candidates, cloud.points.shape[1]))
     for _ in range(num_components - 1):
+        _approach(cloud, center, nearest)
         potential = nearest * weights
         # Where every point is a center already, any point is as good.
         potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, weights)
-        drawn = torch.multinomial(potential, candidates, replacement=True, generator=generator)
-        points = _pick(cloud, drawn)
-        distances = torch.stack([torch.minimum(_distance(cloud, point), nearest) for point in points.unbind(-1)], 1)
-        best = (distances * weights.unsqueeze(1)).sum(-1).argmin(-1)
-        nearest = distances[torch.arange(sets, device=best.device), best]
-        chosen.append(points[torch.arange(sets, device=best.device), :, best])
+        points = _pick(cloud, torch.multinomial(potential, candidates, replacement=True, generator=generator))
+        totals = torch.zeros_like(points[:, 0])
+        for rows in blocks:
+            part = cloud.part(rows=rows)
+            distances = torch.stack([_distance(part, point) for point in points.unbind(-1)], 1)
+            distances = torch.minimum(distances, nearest[:, None, rows])
+            totals = totals + torch.bmm(distances, weights[:, rows].unsqueeze(-1)).squeeze(-1)
+        best = totals.argmin(-1)
+        center = points[torch.arange(len(best), device=best.device), :, best]
+        chosen.append(center)
     return torch.stack(chosen, 1)
 
 
@@ -73,7 +77,7 @@ def random_points(cloud: Cloud, num_components: int, generator: torch.Generator 
     """Draw centers (B, K, D) among the points, without replacement while there are enough."""
     weights = torch.ones_like(cloud.points[:, 0]) if cloud.weights is None else (cloud.weights > 0).to(cloud.points)
     noise = torch.rand(weights.shape, generator=generator, device=weights.device, dtype=weights.dtype)
-    order = torch.where(weights > 0, noise, noise - 2.0).argsort(dim=-1, descending=True)
+    order = torch.where(weights > 0, noise, noise - 2.0).topk(min(num_components, noise.shape[1])).indices
     valid = (weights > 0).sum(-1, keepdim=True).clamp(min=1)
     rank = torch.arange(num_components, device=order.device) % valid
     rows = order.gather(1, rank)
@@ -120,7 +124,10 @@ def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Ten
     components, features = centers.shape[1:]
     wide, centers = floor.dtype, centers.to(floor.dtype)
     blocks = _blocks(cloud, max(components, structure.num_moments(features)))
-    nearest, squares, inertia = [], [], torch.zeros_like(centers[..., 0])
+    inertia = torch.zeros_like(centers[..., 0])
+    # Two passes: the second one needs of the first which cell a point lies in, and how far from its center.
+    nearest = torch.empty_like(cloud.points[:, 0], dtype=torch.int32)
+    squares = torch.empty_like(nearest, dtype=wide)
     whole = core = centers.new_zeros(*centers.shape[:2], structure.num_moments(features))
     for rows in blocks:
         points = cloud.part(rows=rows)
@@ -129,12 +136,12 @@ def from_centers(cloud: Cloud, centers: Tensor, structure: Structure, floor: Ten
         members = _members(cloud, cell, rows, inertia)
         inertia = inertia + torch.bmm(members, distance.unsqueeze(-1)).squeeze(-1)
         whole = whole + torch.bmm(members, structure.features(points, wide).mT)
-        nearest.append(cell)
-        squares.append(distance)
+        nearest[:, rows], squares[:, rows] = cell, distance.detach()
     mass = whole[..., 0]
     reach = _CORE * inertia / mass.clamp(min=1.0)
-    for rows, cell, distance in zip(blocks, nearest, squares, strict=True):
-        members = _members(cloud, cell, rows, inertia) * (distance <= reach.gather(1, cell)).unsqueeze(1)
+    for rows in blocks:
+        cell = nearest[:, rows].long()
+        members = _members(cloud, cell, rows, inertia) * (squares[:, rows] <= reach.gather(1, cell)).unsqueeze(1)
         core = core + torch.bmm(members, structure.features(cloud.part(rows=rows), wide).mT)
     enough = core[..., 0] > 2 * features
 
@@ -170,10 +177,16 @@ def _members(cloud: Cloud, cell: Tensor, rows: slice, like: Tensor) -> Tensor:
     return members.scatter(1, cell.unsqueeze(1), weights.unsqueeze(1))
 
 
-def _distance(cloud: Cloud, center: Tensor) -> Tensor:
-    """Return the squared distance (B, N) of points from a center (B, D) of each set."""
-    blocks = _blocks(cloud, cloud.points.shape[1])
-    return torch.cat([(cloud.part(rows=rows) - center.unsqueeze(-1)).square().sum(1) for rows in blocks], -1)
+def _approach(cloud: Cloud, center: Tensor, nearest: Tensor) -> None:
+    """Lower squared distances (B, N) in place to those of points from a center (B, D) of each set."""
+    for rows in _blocks(cloud, cloud.points.shape[1]):
+        own = nearest[:, rows]
+        own.copy_(torch.minimum(own, _distance(cloud.part(rows=rows), center)))
+
+
+def _distance(points: Tensor, center: Tensor) -> Tensor:
+    """Return the squared distance (B, n) of points (B, D, n) from a center (B, D) of each set."""
+    return (points - center.unsqueeze(-1)).square().sum(1)
 
 
 def _pick(cloud: Cloud, index: Tensor) -> Tensor:

@@ -29,10 +29,11 @@ class EMClassifier(EnergyLayer):
         variance: weight, inside lambda, of the term against dead units.
         decorrelation: weight, inside lambda, of the term against redundant units.
         terms: further terms or arguments for :class:`~em_lightning.EMLoss`, inside lambda.
-        reference_width: the width K_0 that ``variance`` and ``decorrelation`` are meant for. Both terms are sums, over
-            K units and K (K - 1) pairs: at other widths they are multiplied by :math:`K_0 / K` and
-            :math:`K_0 (K_0 - 1) / (K (K - 1))`, so that each keeps the weight of its mean. ``None`` takes the weights
-            as they are, as published.
+        reference_width: the width K_0 that ``variance`` and ``decorrelation`` are meant for. At K units the first is
+            multiplied by :math:`(K_0 / K)^{5/2}`, about as the gradient of cross-entropy at the hidden layer falls
+            with its width (measured on MNIST), and the second by that and by
+            :math:`K_0 (K_0 - 1) / (K (K - 1))`, as it is a sum over so many pairs. ``None`` takes the weights as they
+            are, as published.
         lr: learning rate.
         optimizer: ``"adam"`` or ``"sgd"``.
 
@@ -79,8 +80,9 @@ class EMClassifier(EnergyLayer):
             raise ValueError(f"num_components={num_components} has no pairs of units; leave reference_width out")
         self.save_hyperparameters()
         if reference_width is not None:
-            variance *= reference_width / num_components
-            decorrelation *= reference_width * (reference_width - 1) / (num_components * (num_components - 1))
+            share = (reference_width / num_components) ** 2.5
+            pairs = reference_width * (reference_width - 1) / (num_components * (num_components - 1))
+            variance, decorrelation = variance * share, decorrelation * share * pairs
         self.weight = weight
         self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
         self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))

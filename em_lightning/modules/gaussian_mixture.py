@@ -8,15 +8,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from em_lightning.data import TableBatch
-from em_lightning.distributed import batch_mean, global_sum
-from em_lightning.mixture import COVARIANCES, Mixture, MixturePrior, Statistics, collect, maximize, no_statistics
-from em_lightning.mixture.fit import criteria, marginal
+from em_lightning.distributed import global_sum
+from em_lightning.mixture import Mixture, MixturePrior
+from em_lightning.mixture.fit import criteria
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
+from em_lightning.modules.learners import (
+    FullBatchEM,
+    GradientAscent,
+    MixtureLearner,
+    StochasticEM,
+    rows_of,
+    sample_of,
+    start_in,
+    sums_of,
+)
 from em_lightning.operators import EMOperator
 
 METHODS = ("em", "stochastic", "gradient")
@@ -34,7 +41,7 @@ class GaussianMixtureModule(EMModule):
       It stops when the log-likelihood a point changes by less than ``tol``, as scikit-learn's does.
     - ``"stochastic"``: every block maximizes, after :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with
       :math:`\gamma_t = (t + t_0)^{-\alpha}`, for data that should not be seen whole before something is learned.
-    - ``"gradient"``: an optimizer, on parameters without constraints.
+    - ``"gradient"``: an optimizer, on parameters without constraints; with a prior its maximum is that of EM.
 
     No responsibilities are kept, so memory beyond a block does not depend on the rows. Ranks end an epoch with the
     same mixture, whatever their number. A checkpoint in the middle of an epoch holds the statistics so far: with a
@@ -52,8 +59,8 @@ class GaussianMixtureModule(EMModule):
         num_starts: starts in the sample of which the best after five iterations is kept.
         covariance_floor: added to every variance, in squared units of the data.
         tol: the run stops when the log-likelihood a point changes by less over an epoch; 0 makes all epochs.
-        prior: arguments of :class:`~em_lightning.mixture.MixturePrior`; a mean or covariance that is not given is that
-            of the sample.
+        prior: arguments of :class:`~em_lightning.mixture.MixturePrior`, whose density is maximized with the likelihood;
+            a mean or covariance that is not given is that of the sample.
         step_exponent: :math:`\alpha`, above 1/2 and up to 1, of stochastic EM.
         step_offset: :math:`t_0`, at least 1; the first block counts whole in any case.
         seed: of the sample and the start.
@@ -91,16 +98,7 @@ class GaussianMixtureModule(EMModule):
     Source: Cappé and Moulines, On-line Expectation-Maximization Algorithm for Latent Data Models, 2009.
     """
 
-    center: Tensor
-    variance: Tensor
-    level: Tensor
-    change: Tensor
-    iterations: Tensor
-    started: Tensor
-    running: Tensor
-    blocks_seen: Tensor
-    _moments: Tensor
-    _totals: Tensor
+    _held_out: Tensor
 
     def __init__(
         self,
@@ -133,18 +131,15 @@ class GaussianMixtureModule(EMModule):
                 f"step_exponent={step_exponent} and step_offset={step_offset}: an exponent above 1/2 and up to 1, and "
                 f"an offset of at least 1, let stochastic EM converge"
             )
-        if prior is not None and method == "gradient":
-            raise ValueError("method='gradient' maximizes the likelihood alone; use 'em' or 'stochastic' with a prior")
+        if prior is not None and prior.get("learnable"):
+            raise ValueError("prior={'learnable': True, ...} is for many data sets; of one give the pseudo-counts")
         self.save_hyperparameters()
         self.method = method
         self.covariance = covariance
         self.sample_size = sample_size
         self.covariance_floor = covariance_floor
         self.tol = tol
-        self.step_exponent = step_exponent
-        self.step_offset = step_offset
         self.seed = seed
-        self.prior = None if prior is None else MixturePrior(**prior)
         self._start = functools.partial(
             EMOperator,
             num_components,
@@ -159,27 +154,16 @@ class GaussianMixtureModule(EMModule):
             covariance_floor=covariance_floor,
         )
         self._start()  # which checks the arguments
-        self.parametrization = (
-            UnconstrainedMixture(num_components, num_features, covariance, covariance_floor)
-            if method == "gradient"
-            else PlainMixture(num_components, num_features, covariance)
-        )
-        wide = torch.float64
-        self.register_buffer("center", torch.zeros(1, num_features, dtype=wide))
-        self.register_buffer("variance", torch.ones(1, num_features, dtype=wide))
-        self.register_buffer("level", torch.tensor(-math.inf, dtype=wide))
-        self.register_buffer("change", torch.tensor(math.inf, dtype=wide))
-        self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        counts = None if prior is None else MixturePrior(**prior)
+        common = (num_components, num_features, covariance, covariance_floor, counts)
+        self.learner: MixtureLearner
         if method == "stochastic":
-            size = COVARIANCES[covariance].num_moments(num_features)
-            self.register_buffer("running", torch.zeros(1, num_components, size, dtype=wide))
-            self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
-        # Ranks agree on buffers; data-parallel training would yet copy them before every block.
+            self.learner = StochasticEM(*common, exponent=step_exponent, offset=step_offset)
+        else:
+            self.learner = (FullBatchEM if method == "em" else GradientAscent)(*common)
+        self.register_buffer("_held_out", torch.zeros(2, dtype=torch.float64), persistent=False)
+        # Ranks agree on buffers, or hold their own; data-parallel training would copy them before every block.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        # Of this rank alone.
-        self._clear()
-        self._held_out = torch.zeros(2, dtype=wide)
         self._restored: Tensor | None = None
 
     # The mixture, and where it starts.
@@ -187,12 +171,22 @@ class GaussianMixtureModule(EMModule):
     @property
     def mixture(self) -> Mixture:
         """The mixture, of one set and in double precision."""
-        return self.parametrization()
+        return self.learner.mixture
+
+    @property
+    def level(self) -> Tensor:
+        """The log-likelihood a row in the last epoch: in EM of the mixture before its M-step."""
+        return self.learner.level
+
+    @property
+    def iterations(self) -> Tensor:
+        """The number of epochs so far."""
+        return self.learner.iterations
 
     @property
     def converged(self) -> bool:
         """Whether the last epoch changed the log-likelihood a point by less than ``tol``."""
-        return bool(self.change < self.tol)
+        return bool(self.learner.change < self.tol)
 
     def configure_model(self) -> None:
         """Use single precision where the device has no other."""
@@ -207,14 +201,7 @@ class GaussianMixtureModule(EMModule):
             center: (1, D), near the mean of the data; the mean of the mixture unless given.
             variance: (1, D), of the data, for a prior; that of the mixture unless given.
         """
-        mixture = Mixture(*(part.detach().to(self.center) for part in mixture))
-        mean, spread = marginal(mixture)
-        self.parametrization.assign(mixture)
-        self.center.copy_(mean if center is None else center)
-        self.variance.copy_(spread if variance is None else variance)
-        self.level.fill_(-math.inf)
-        self.change.fill_(math.inf)
-        self.started.fill_(True)
+        self.learner.start_from(mixture, center, variance)
 
     def on_fit_start(self) -> None:
         """Let a run that has converged, and is resumed, end at once."""
@@ -223,40 +210,18 @@ class GaussianMixtureModule(EMModule):
 
     def on_train_start(self) -> None:
         """Draw the start on one rank for all, and take up the statistics of a checkpoint within an epoch."""
-        if not self.started:
-            found: Any = self._drawn() if self.trainer.is_global_zero else None
-            mixture, center, variance = self.trainer.strategy.broadcast(found)
-            self.start_from(Mixture(*mixture), center, variance)
-        self._clear()
+        if not self.learner.started:
+            found: Any = None
+            if self.trainer.is_global_zero:
+                rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
+                mixture, *moments = start_in(rows, self._start())
+                found = (tuple(mixture), *moments)
+            parts, center, variance = self.trainer.strategy.broadcast(found)
+            self.start_from(Mixture(*parts), center, variance)
+        self.learner.own.zero_()
         if self._restored is not None and self.trainer.fit_loop.epoch_loop.batch_progress.current.ready:
-            self._resume(self._restored)
+            self.learner.resume(self._restored)
         self._restored = None
-
-    @torch.no_grad()
-    def _drawn(self) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-        points, weights = self._sample()
-        points = points.to(self.device, self.center.dtype).unsqueeze(0)
-        counts = None if weights is None else weights.to(points).unsqueeze(0)
-        mixture = self._start().to(points).eval()(points, weights=counts, num_iters=0)
-        share = torch.ones_like(points[..., :1]) if counts is None else counts.unsqueeze(-1)
-        share = share / share.sum(1, keepdim=True)
-        center = (share * points).sum(1)
-        variance = (share * (points - center.unsqueeze(1)).square()).sum(1)
-        return tuple(part.cpu() for part in mixture), center.cpu(), variance.cpu()
-
-    def _sample(self) -> TableBatch:
-        loader: Any = self.trainer.train_dataloader
-        if hasattr(loader, "sample"):
-            return loader.sample(self.sample_size, self.seed)
-        found: list[TableBatch] = []
-        for batch in loader:
-            found.append(rows_of(batch))
-            if sum(len(rows.points) for rows in found) >= self.sample_size:
-                break
-        points = torch.cat([rows.points for rows in found])[: self.sample_size]
-        if found[0].weights is None:
-            return TableBatch(points, None)
-        return TableBatch(points, torch.cat([rows.weights for rows in found])[: self.sample_size])  # type: ignore[misc]
 
     # Training.
 
@@ -273,76 +238,33 @@ class GaussianMixtureModule(EMModule):
             progress.increment_ready()
             progress.increment_started()
 
+    def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
+        """Learn from a block of rows, and return the loss: without a gradient where there is nothing left to learn."""
+        blocks = self.trainer.num_training_batches
+        return {"loss": self.learner.learn(rows_of(batch), blocks if math.isfinite(blocks) else 1)}
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of the epoch."""
-        if self.method == "gradient":
-            loss = super().training_step(batch, batch_idx)
-            if self.trainer.is_last_batch:
-                self._end_epoch(global_sum(self._totals))
-            return loss
-        return self._learn(rows_of(batch)) if self.method == "em" else self._learn_by_steps(rows_of(batch))
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.is_last_batch:
+            self._end_epoch()
+        return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Propagate the loss of gradient training; EM has learned already."""
         if self.method == "gradient":
             super().backward(loss, *args, **kwargs)
 
-    @torch.no_grad()
-    def _learn(self, rows: TableBatch) -> Tensor:
-        found = self._collect(rows, Statistics(self._moments, self._totals[:1], self.center))
-        self._moments, self._totals[0] = found.moments, found.log_likelihood[0]
-        if self.trainer.is_last_batch:
-            moments, level = _over_ranks(found)
-            self._end_epoch(torch.stack([level, moments[..., 0].sum()]))
-            self._maximize(moments)
-        return -found.log_likelihood[0] / found.moments[..., 0].sum()
-
-    @torch.no_grad()
-    def _learn_by_steps(self, rows: TableBatch) -> Tensor:
-        moments, level = _over_ranks(self._collect(rows, no_statistics(self.mixture, self.center)))
-        self._totals += torch.stack([level, moments[..., 0].sum()])
-        share = 1.0 if self.blocks_seen == 0 else float(self.blocks_seen + self.step_offset) ** -self.step_exponent
-        blocks = self.trainer.num_training_batches
-        # In the mass of the whole data set, beside which a prior has its weight.
-        self.running.lerp_(moments * (blocks if math.isfinite(blocks) else 1), share)
-        self.blocks_seen += 1
-        self._maximize(self.running)
-        if self.trainer.is_last_batch:
-            self._end_epoch(self._totals)
-        return -level / moments[..., 0].sum()
-
-    def _collect(self, rows: TableBatch, before: Statistics) -> Statistics:
-        weights = None if rows.weights is None else rows.weights.to(rows.points.dtype).unsqueeze(0)
-        return collect(rows.points.unsqueeze(0), self.mixture, before, weights=weights)
-
-    def _maximize(self, moments: Tensor) -> None:
-        statistics = Statistics(moments, moments.new_zeros(1), self.center)
-        found = maximize(statistics, self.covariance, self.covariance_floor, self.prior, self.variance)
-        self.parametrization.assign(found)
-
-    @torch.no_grad()
-    def _end_epoch(self, totals: Tensor) -> None:
+    def _end_epoch(self) -> None:
         """Log the log-likelihood of an epoch and stop where it changes no more."""
-        level = totals[0] / totals[1]
-        if not torch.isfinite(level):
-            raise ValueError(f"the log-likelihood is {float(level)}: the data hold NaN or infinity, or no row counts")
-        self.change.copy_((level - self.level).abs())
-        self.level.copy_(level)
-        self.iterations += 1
-        self._clear()
+        self.learner.end_pass()
         # The same on all ranks; Lightning advises to say so.
         alike: Any = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
-        self.log("train/log_likelihood", level, prog_bar=True, **alike)
+        self.log("train/log_likelihood", self.level, prog_bar=True, **alike)
         if self.iterations > 1:
-            self.log("train/change", self.change, **alike)
+            self.log("train/change", self.learner.change, **alike)
         if self.trainer.strategy.reduce_boolean_decision(self.converged):
             self.trainer.should_stop = True
-
-    def _clear(self) -> None:
-        """Begin an epoch's sums: moments of EM, and the log-likelihood and the mass of the rows."""
-        empty = no_statistics(self.mixture, self.center)
-        self._moments = empty.moments if self.method == "em" else empty.moments[:0]
-        self._totals = torch.zeros(2, dtype=self.center.dtype, device=self.center.device)
 
     # Evaluation.
 
@@ -357,18 +279,10 @@ class GaussianMixtureModule(EMModule):
         with torch.autocast(points.device.type, enabled=False):
             return self.mixture.log_prob(points.unsqueeze(0)).squeeze(0)
 
-    def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        """Return the mean negative log-likelihood of a block of rows, the mean taken over ranks."""
-        points, weights = rows_of(batch)
-        log_prob = self.log_prob(points)
-        self._totals += _totals_of(log_prob, weights, self._totals)
-        return {"loss": -batch_mean(log_prob, weights)}
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add a block of held-out rows."""
         points, weights = rows_of(batch)
-        self._held_out = self._held_out.to(self.center.device)
-        self._held_out += _totals_of(self.log_prob(points), weights, self._held_out)
+        self._held_out += sums_of(self.log_prob(points).to(self._held_out), weights)
 
     test_step = validation_step
 
@@ -384,7 +298,7 @@ class GaussianMixtureModule(EMModule):
 
     def _log_held_out(self, stage: str) -> tuple[float, float]:
         total, mass = global_sum(self._held_out).tolist()
-        self._held_out = torch.zeros_like(self._held_out)
+        self._held_out.zero_()
         level = total / mass if mass else math.nan
         self.log_dict({f"{stage}/log_likelihood": level, f"{stage}/loss": -level}, sync_dist=True)
         return total, mass
@@ -397,27 +311,11 @@ class GaussianMixtureModule(EMModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the statistics that each rank has gathered in this epoch; all ranks take part."""
-        own = torch.cat([self._totals, self._moments.flatten()])
-        rank, world = _place()
-        pending = own.new_zeros(world, len(own))
-        pending[rank] = own
-        checkpoint["em_pending"] = global_sum(pending).cpu()
+        checkpoint["em_pending"] = self.learner.pending()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the statistics of an epoch that was left off in its middle."""
         self._restored = checkpoint.get("em_pending")
-
-    def _resume(self, pending: Tensor) -> None:
-        rank, world = _place()
-        if len(pending) != world:
-            if bool(pending.any()):
-                raise ValueError(
-                    f"the checkpoint was made within an epoch by {len(pending)} processes and this run has {world}; "
-                    f"resume with as many, or from the end of an epoch"
-                )
-            return
-        own = pending[rank].to(self.center.device)
-        self._totals, self._moments = own[:2].clone(), own[2:].reshape(self._moments.shape).clone()
 
 
 class _Iteration(torch.optim.Optimizer):
@@ -431,30 +329,3 @@ class _Iteration(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return None if closure is None else closure()
-
-
-def rows_of(batch: Any) -> TableBatch:
-    """Return points and weights of a batch: a tensor, or a sequence of points and perhaps weights."""
-    if isinstance(batch, Tensor):
-        return TableBatch(batch, None)
-    return TableBatch(batch[0], batch[1] if len(batch) > 1 else None)
-
-
-def _over_ranks(statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Return moments and log-likelihood summed over ranks, by one message."""
-    moments = statistics.moments
-    total = global_sum(torch.cat([moments.flatten(), statistics.log_likelihood]))
-    return total[:-1].reshape(moments.shape), total[-1]
-
-
-def _totals_of(log_prob: Tensor, weights: Tensor | None, like: Tensor) -> Tensor:
-    log_prob = log_prob.detach().to(like)
-    if weights is None:
-        return torch.stack([log_prob.sum(), log_prob.new_tensor(float(len(log_prob)))])
-    return torch.stack([(log_prob * weights).sum(), weights.to(like).sum()])
-
-
-def _place() -> tuple[int, int]:
-    """Return the rank and the number of ranks."""
-    spread = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)

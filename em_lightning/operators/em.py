@@ -15,12 +15,12 @@ from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import COVARIANCES, compiled
 from em_lightning.mixture.factors import State, choose
-from em_lightning.mixture.general import general_moments
+from em_lightning.mixture.general import background_row, general_moments
 from em_lightning.mixture.moments import accumulate, get_ready
-from em_lightning.mixture.prior import MixturePrior, log_prior, posterior_moments
+from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture
-from em_lightning.mixture.step import Step, enter, leave, with_all_digits
+from em_lightning.mixture.step import Step, leave, with_all_digits
 from em_lightning.operators import gradients
 from em_lightning.operators.checks import check_choice, check_init, check_sets
 from em_lightning.operators.model import MixtureModel
@@ -56,7 +56,8 @@ class EMOperator(MixtureModel):
             and the likelihood is that of :meth:`log_prob`: a mixture's own is the one of Gaussians of that scale.
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
         background: a component that is uniform over the bounding box of each cloud, for outliers: its weight, a
-            :class:`~em_lightning.mixture.UniformBackground` or its arguments.
+            :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}`` for a
+            weight that EM finds for each cloud.
         temperature: divides the logarithms of the joint density in the E-step; a pair ``(first, last)`` anneals
             geometrically, ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
@@ -273,9 +274,14 @@ class EMOperator(MixtureModel):
         theta = structure.natural(state) if state.theta is None else state.theta
 
         def step(precision: torch.dtype | None) -> Step:
-            moments, pull, found = self._moments(cloud, state, theta, progress, precision, likelihood)
+            moments, pull, found, outside = self._moments(cloud, state, theta, progress, precision, likelihood)
             moments = posterior_moments(moments, structure, self.num_features, counts, pull)
-            return structure.maximize(moments, floor, state.factors), found
+            after = structure.maximize(moments, floor, state.factors)
+            if self.background is not None:
+                outside = outside if counts is None else outside + counts.weight
+                mass = moments[..., 0].sum(-1)
+                after = after._replace(log_weights=self.background.maximize(after.log_weights, mass, outside))
+            return after, found
 
         after, found = with_all_digits(step, cloud, theta, structure)
         if not likelihood:
@@ -283,7 +289,7 @@ class EMOperator(MixtureModel):
         with torch.no_grad():
             if found is None:
                 return after, self._objective(cloud, state)
-            return after, found if counts is None else found + log_prior(state, structure, counts)
+            return after, found if counts is None else found + self._log_prior(cloud, state)
 
     def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
         """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
@@ -300,27 +306,30 @@ class EMOperator(MixtureModel):
         progress: float,
         precision: torch.dtype | None,
         likelihood: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return moments under the responsibilities, sums of a robust kernel's pulls, and the log-likelihood if found.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Return moments under the responsibilities, and what else a pass comes by.
 
-        A pass at another temperature does not come by the log-likelihood, one that is not asked for it may.
+        That is the sums of a robust kernel's pulls, the log-likelihood, which a pass at another temperature does not
+        find and one that is not asked for it may, and the mass of a background.
         """
-        structure = self.structure
+        structure, level = self.structure, self._level(cloud, state)
         radial = radial_of(self.kernel, self.num_features)
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
-        if isinstance(self.competition, Softmin) and radial is None and self.background is None:
+        if isinstance(self.competition, Softmin) and radial is None:
             temperature = self.competition.temperature * temperature
             plain = isinstance(temperature, float) and temperature == 1.0
+            theta = theta if level is None else background_row(theta, level)
             theta = theta if plain else theta / temperature
             moments, found = accumulate(cloud, theta, structure, precision, likelihood and plain)
-            return moments, None, found
+            moments, outside = moments.split([self.num_components, moments.shape[1] - self.num_components], 1)
+            return moments, None, found, outside[..., 0].sum(-1)
 
         def respond(joint: Tensor) -> Tensor:
             return self.competition(-joint / temperature, dim=1).responsibilities
 
         whole = not isinstance(self.competition, Softmin)
-        return general_moments(cloud, state, structure, radial, self._level(cloud), respond, whole)
+        return general_moments(cloud, state, structure, radial, level, respond, whole)
 
     def _begin(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, choose: bool
@@ -329,14 +338,15 @@ class EMOperator(MixtureModel):
         cloud = prepare(x, mask, weights)
         floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
         if init is not None:
-            return cloud, enter(cloud, init), floor
+            return cloud, self._enter(cloud, init), floor
 
         def judge(state: State) -> Tensor:
+            state = self._with_room(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL)):
                 state, _ = self._exact_iteration(cloud, state, floor, 1.0)
             return self._objective(cloud, state)
 
-        return cloud, self.start(cloud, self.structure, floor, judge if choose else None), floor
+        return cloud, self._with_room(self.start(cloud, self.structure, floor, judge if choose else None)), floor
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""

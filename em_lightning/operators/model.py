@@ -89,15 +89,21 @@ class MixtureModel(nn.Module):
         """Return what EM climbs, (B,): ``sum_n w_n log p(x_n)`` and the logarithm of the prior, up to a constant."""
         check_points(mixture, x)
         cloud = prepare(x, mask, weights)
-        return self._objective(cloud, enter(cloud, mixture)).to(x.dtype)
+        return self._objective(cloud, self._enter(cloud, mixture)).to(x.dtype)
 
     def _objective(self, cloud: Cloud, state: State) -> Tensor:
         structure = self.structure
         density = self._log_density(cloud, state, structure).to(cloud.mass.dtype)
         total = density.sum(-1) if cloud.weights is None else (density * cloud.weights).sum(-1)
-        if self.prior is None:
-            return total
-        return total + log_prior(state, structure, self.prior.beside(cloud, structure, self.num_components))
+        return total if self.prior is None else total + self._log_prior(cloud, state)
+
+    def _log_prior(self, cloud: Cloud, state: State) -> Tensor:
+        """Return the logarithm of the prior density, up to a constant, as (B,)."""
+        assert self.prior is not None
+        counts = self.prior.beside(cloud, self.structure, self.num_components)
+        own = log_prior(state, self.structure, counts)
+        level = self._level(cloud, state)
+        return own if level is None or not self._estimates else own + counts.weight * level.weight
 
     def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D) under the operator's kernel and background, as (B, N).
@@ -106,7 +112,7 @@ class MixtureModel(nn.Module):
         """
         check_points(mixture, x)
         cloud = prepare(x, mask)
-        density = self._log_density(cloud, enter(cloud, mixture), structure_of(mixture)).to(x.dtype)
+        density = self._log_density(cloud, self._enter(cloud, mixture), structure_of(mixture)).to(x.dtype)
         return density if mask is None else torch.where(mask, density, 0.0)
 
     def posterior(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Posterior:
@@ -116,14 +122,28 @@ class MixtureModel(nn.Module):
         """
         check_points(mixture, x)
         cloud = prepare(x, mask)
-        structure, state = structure_of(mixture), enter(cloud, mixture)
+        structure, state = structure_of(mixture), self._enter(cloud, mixture)
         theta, radial = structure.natural(state), radial_of(self.kernel, self.num_features)
         joint = log_joint(cloud.part(), theta, peaks(theta, state, structure), structure, radial)[1]
-        return self.competition(-with_background(joint.to(x.dtype), self._level(cloud)).mT)
+        return self.competition(-with_background(joint.to(x.dtype), self._level(cloud, state)).mT)
 
     def _log_density(self, cloud: Cloud, state: State, structure: Structure) -> Tensor:
         radial = radial_of(self.kernel, self.num_features)
-        return general_log_density(cloud, state, structure, radial, self._level(cloud))
+        return general_log_density(cloud, state, structure, radial, self._level(cloud, state))
 
-    def _level(self, cloud: Cloud) -> Level | None:
-        return None if self.background is None else self.background.beside(cloud)
+    @property
+    def _estimates(self) -> bool:
+        """Whether the weight of a background is estimated."""
+        return self.background is not None and self.background.estimate
+
+    def _enter(self, cloud: Cloud, mixture: Mixture) -> State:
+        """Return a mixture's parameters as the loop holds them."""
+        return self._with_room(enter(cloud, mixture))
+
+    def _with_room(self, state: State) -> State:
+        if self.background is None:
+            return state
+        return state._replace(log_weights=self.background.leave_room(state.log_weights))
+
+    def _level(self, cloud: Cloud, state: State) -> Level | None:
+        return None if self.background is None else self.background.beside(cloud, state.log_weights)

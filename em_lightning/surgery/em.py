@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
-from em_lightning.operators import EMRefinement
+from em_lightning.operators import EMOperator, EMRefinement
+from em_lightning.registry import import_class
 from em_lightning.surgery.edit import Calls, Surgery, insert_after, replace_modules
 from em_lightning.surgery.find import NoMatchError, Site, Where, find_modules
 from em_lightning.surgery.functional import calls_relu, swap_relu_calls
@@ -79,6 +80,7 @@ def swap_activations(
         )
     cls, given = _resolve(activation)
     given = {**arguments, **given}
+    _check_arguments(cls, given)
 
     def make(site: Site) -> functools.partial[nn.Module]:
         if "dim" not in inspect.signature(cls).parameters or "dim" in given:
@@ -148,6 +150,7 @@ def insert_em_operators(
     Raises:
         NoMatchError: nothing is selected; the message lists what is there.
         ValueError: the width of a layer cannot be read off it.
+        TypeError: the operator does not take the arguments.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
@@ -155,6 +158,9 @@ def insert_em_operators(
         path  before  after                   parameters
         0     Linear  Linear -> EMRefinement  1
     """
+    _check_arguments(EMRefinement, arguments, EMOperator)
+    if not isinstance(num_components, int):
+        raise TypeError(f"num_components={num_components!r} is no number of components; give an int such as 8")
 
     def make(site: Site) -> functools.partial[Any]:
         width, axis = units_of(site)
@@ -193,14 +199,26 @@ def _per_site(
     return surgery
 
 
+def _check_arguments(cls: type, given: Mapping[str, Any], *behind: type) -> None:
+    """Raise TypeError for arguments that neither a class nor those behind it take."""
+    parameters = [parameter for one in (cls, *behind) for parameter in inspect.signature(one).parameters.values()]
+    if not behind and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(dict.fromkeys(known)) or 'none'}"
+            raise TypeError(f"{cls.__name__} takes no argument {name!r}{hint}")
+
+
 def _resolve(spec: Any) -> tuple[type[nn.Module], dict[str, Any]]:
     if isinstance(spec, str):
         return ACTIVATIONS[spec], {}
     if isinstance(spec, type):
         return spec, {}
     if isinstance(spec, Mapping) and "class_path" in spec:
-        room, _, name = spec["class_path"].rpartition(".")
-        return getattr(importlib.import_module(room), name), dict(spec.get("init_args") or {})
+        return import_class(spec["class_path"], nn.Module), dict(spec.get("init_args") or {})
     if isinstance(spec, Mapping) and "name" in spec:
         return ACTIVATIONS[spec["name"]], {key: value for key, value in spec.items() if key != "name"}
     raise TypeError(

@@ -158,7 +158,10 @@ def find_modules(
         found.update((site.path, site) for site in outermost)
     if not found:
         wanted = f"where={named(where)}" + ("" if target is None else f" with target={named(target)}")
-        raise NoMatchError(f"nothing matches {wanted}; the model holds {contents(model)}")
+        kinds = {type(site.module).__name__ for site in sites}
+        misread = [one for one in (where, target) if isinstance(one, str) and one.removeprefix("nn.") in kinds]
+        hint = f" ({misread[0]!r} is read as a name pattern; give the class itself)" if misread else ""
+        raise NoMatchError(f"nothing matches {wanted}{hint}; the model holds {contents(model)}")
     return [site for site in sites if site.path in found]
 
 

@@ -108,6 +108,12 @@ class LayerwiseLoss:
         self._charged: set[str] = set()
         self.losses = {site.path: build_loss(loss) for site in self.taps.sites}
         self.weights = {site.path: _weight_at(site.path, weight) for site in self.taps.sites}
+        if isinstance(weight, Mapping):
+            for pattern in weight:
+                if not any(fnmatchcase(path, pattern) for path in self.weights):
+                    raise ValueError(
+                        f"weight={dict(weight)!r}: no layer matches {pattern!r}; selected are {', '.join(self.weights)}"
+                    )
         # path -> averages of both norms, and the step from which they are due to be measured again
         self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
         self.taps.attach()
@@ -303,7 +309,10 @@ def build_loss(loss: Any) -> Callable[[Tensor], Any]:
     elif isinstance(loss, Mapping) and loss.get("name") == "em":
         built = EMLoss(**{str(key): value for key, value in loss.items() if key != "name"})
     else:
-        built = LOSSES.build(loss)
+        try:
+            built = LOSSES.build(loss)
+        except ValueError as error:
+            raise ValueError(f"{error}; or 'em', the sum of the parts of EMLoss") from None
     if isinstance(built, nn.Module) and any(True for _ in built.parameters()):
         raise ValueError(
             f"loss={type(built).__name__} has parameters, which no optimizer would train: use fixed ones, or make the "

@@ -1,0 +1,213 @@
+"""Kill runs of the recipes by SIGKILL at random moments, start them again, and compare with runs left alone.
+
+    python benchmarks/kills.py                                   every case, 20 kills each
+    python benchmarks/kills.py volume_control --kills 5
+    python benchmarks/kills.py --kills 0                         no kills: two runs of each, which have to be the same
+
+Every second kill waits for a checkpoint to be written and falls into that. The same command goes on until the run has
+ended; then weights must be the same bit for bit, results.json too but for seconds, and no file may be left unfinished.
+Processes are forked from one that has the libraries loaded; what is killed is a process of its own.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import lightning
+import sklearn.mixture  # noqa: F401
+import torch
+import torch_geometric  # noqa: F401
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+import em_lightning.callbacks  # noqa: F401
+from em_lightning.cli import main as em_lightning_main
+
+MIXTURE = ["--model.num_features=3", "--model.num_components=4", "--model.tol=0", "--data.num_features=3"]
+MIXTURE += ["--data.num_points=6000", "--data.true_components=4", "--data.held_out_points=500"]
+MIXTURE += ["--data.block_rows=700", "--trainer.max_epochs=12", "--trainer.callbacks.components=[]"]
+NO_FIGURES = "--trainer.callbacks.figures=false"
+CASES = {
+    "gaussian_mixture": ["gaussian_mixture", *MIXTURE],
+    "gaussian_mixture_stochastic": ["gaussian_mixture", "--config=stochastic", *MIXTURE],
+    "gaussian_mixture_gradient": ["gaussian_mixture", "--config=gradient", *MIXTURE],
+    "volume_control": ["volume_control", "--trainer.max_epochs=12", NO_FIGURES],
+    "decoder_free_sae": [
+        *("decoder_free_sae", "--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=4", NO_FIGURES)
+    ],
+    "point_cloud_gmm": [
+        "point_cloud_gmm",
+        *("--model.num_components=4", "--model.num_starts=2", "--data.num_points=64", "--data.batch_size=4"),
+        *("--data.train_clouds=32", "--data.val_clouds=8", "--data.test_clouds=8", "--trainer.max_epochs=8"),
+    ],
+    "amortized_clustering": [
+        "amortized_clustering",
+        *("--model.num_starts=2", "--model.num_iters=3", "--data.batch_size=4", "--data.train_batches=6"),
+        *("--data.val_sets=16", "--data.test_sets=16", "--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=2"),
+        *("--trainer.callbacks.classical=false", "--trainer.callbacks.transfer_sets=0", "--data.held_out=50"),
+    ],
+    "swap_activations": ["swap_activations", "--trainer.max_epochs=12"],
+}
+COMMON = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+COMMON += ["--trainer.logger.version=run", "--ckpt_path=last", "--trainer.callbacks+=__main__.Moments"]
+
+
+class Moments(lightning.Callback):
+    """Tell when training begins, and keep the last weights."""
+
+    def on_train_start(self, trainer, pl_module):
+        Path("began").touch()
+
+    def on_fit_end(self, trainer, pl_module):
+        if trainer.is_global_zero:
+            torch.save(pl_module.state_dict(), "weights.pt")
+
+
+def start(arguments, folder):
+    """Start a run in a folder, in a process of its own, and return its number."""
+    (folder / "began").unlink(missing_ok=True)
+    number = os.fork()
+    if number:
+        return number
+    code = 1
+    try:
+        os.chdir(folder)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = em_lightning_main(["run", *arguments, *COMMON])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(number, folder):
+    """Return whether a run has ended; one that has failed ends this program too."""
+    found, status = os.waitpid(number, os.WNOHANG)
+    if found and status:
+        raise SystemExit(f"the run ended with status {status}:\n{(folder / 'output.txt').read_text()[-3000:]}")
+    return bool(found)
+
+
+def wait(number, folder, until, deadline=float("inf"), pause=0.005):
+    """Wait for something, a deadline or the end of a run; return whether the run still goes."""
+    while not ended(number, folder):
+        if until() or time.perf_counter() > deadline:
+            return True
+        time.sleep(pause)
+    return False
+
+
+def whole(case, folder):
+    """Run once, uninterrupted, and return how long the training and what follows it took."""
+    folder.mkdir()
+    number = start(CASES[case], folder)
+    if wait(number, folder, (folder / "began").exists):
+        begin = time.perf_counter()
+        wait(number, folder, lambda: False)
+        return time.perf_counter() - begin
+    raise SystemExit(f"{case} never began to train:\n{(folder / 'output.txt').read_text()[-3000:]}")
+
+
+def partial(folder):
+    return next(folder.glob("lightning_logs/*/run/checkpoints/*.partial"), None)
+
+
+def killed(case, folder, draw, seconds, in_writing):
+    """Start a run, or go on with it, and kill it: return whether it was killed, and what half-written file it left."""
+    number = start(CASES[case], folder)
+    if not wait(number, folder, (folder / "began").exists):
+        return False, None
+    moment = time.perf_counter() + draw.random() * seconds
+    if wait(number, folder, lambda: False, moment) and in_writing:
+        wait(number, folder, lambda: partial(folder), moment + seconds, pause=0.0005)
+    try:
+        os.kill(number, signal.SIGKILL)  # not yet waited for: it is that process or a zombie
+    except ProcessLookupError:
+        return False, None
+    _, status = os.waitpid(number, 0)
+    return os.WIFSIGNALED(status), partial(folder)
+
+
+def outcome(folder):
+    """Return the weights and the results of a run that has ended."""
+    unfinished = list(folder.rglob("*.partial"))
+    if unfinished:
+        raise SystemExit(f"left unfinished: {unfinished}")
+    (results,) = folder.rglob("results.json")
+    return torch.load(folder / "weights.pt", weights_only=True), timeless(json.loads(results.read_text()))
+
+
+def timeless(content):
+    """Return content without what a clock measured."""
+    if isinstance(content, dict):
+        return {key: timeless(value) for key, value in content.items() if key != "seconds" and key[:3] != "ms "}
+    return [timeless(value) for value in content] if isinstance(content, list) else content
+
+
+def differences(one, two):
+    weights = [name for name in {**one[0], **two[0]} if not torch.equal(one[0][name], two[0][name])]
+    return weights + (["results.json"] if one[1] != two[1] else [])
+
+
+def digest(found):
+    """Return a word for weights and results, by which those of other processes can be compared."""
+    weights, results = found
+    sums = hashlib.sha256(json.dumps(results, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        sums.update(name.encode() + value.numpy().tobytes())
+    return sums.hexdigest()[:16]
+
+
+def compare(case, kills, draw, root):
+    """Kill runs of a case until so many kills have fallen, and compare each run that ends with one left alone."""
+    seconds = whole(case, root / "alone")
+    expected = outcome(root / "alone")
+    folder, fallen, torn, runs = root / "killed", 0, 0, 0
+    while fallen < kills or not runs:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        alive = True
+        while alive and fallen < kills:
+            alive, left = killed(case, folder, draw, seconds, in_writing=fallen % 2 == 1)
+            fallen, torn = fallen + alive, torn + (left is not None)
+        if alive:
+            wait(start(CASES[case], folder), folder, lambda: False)
+        runs += 1
+        differ = differences(expected, outcome(folder))
+        if differ:
+            raise SystemExit(f"{case}: after {fallen} kills other {', '.join(differ)}; see {folder}")
+    print(
+        f"{case}: {fallen} kills ({torn} within the writing of a checkpoint) in {runs} runs of {seconds:.1f} s: "
+        f"all end bitwise the same, {digest(expected)}",
+        flush=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help=", ".join(CASES))
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    draw = random.Random(options.seed)
+    for case in options.cases or CASES:
+        root = Path(tempfile.mkdtemp())
+        compare(case, options.kills, draw, root)
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+r"""Mixtures under any kernel, and a generalized M-step that needs nothing of it but its energy.
+
+The expected energy of a component, :math:`Q_k(\mu) = \sum_n w_n r_{nk} \, d(x_n, \mu)`, has the slope
+:math:`\sum_n w_n r_{nk} \, g_n`, :math:`g_n = \partial d(x_n, \mu) / \partial \mu`. A kernel of a difference pulls
+along it, :math:`g_n = u_n (\mu - x_n)`, and its M-step reweights: :math:`\mu = \sum r u x / \sum r u`. Here
+:math:`u_n = |g_n| / |\mu - x_n|`, feature by feature, is read off the slopes, so the same step
+
+.. math:: \mu \leftarrow \mu - t \, \frac{\sum_n w_n r_{nk} \, g_n}{\sum_n w_n r_{nk} \, u_n}
+
+is the weighted mean for a Gaussian, the reweighted one for a robust kernel and a scaled gradient step for any other.
+:math:`t` is halved from 1 on until the expected energy falls (Armijo), and is 0 where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_lightning.kernels import Kernel
+from em_lightning.mixture.cloud import widest
+
+# Numbers (B, K, n, D) of a block of points.
+_BLOCK = 2**22
+_HALVINGS = 30
+# The share of the decrease that the slope promises, of which a step has to keep its word.
+_ARMIJO = 1e-4
+# A point this near to a center, as a share of the box, does not tell how strongly it is pulled.
+_NEAR = 1e-9
+# The most that one step may change a squared scale, as a ratio.
+_RATIO = 16.0
+
+
+class KernelMixture(NamedTuple):
+    r"""A batch of mixtures under a kernel, of energies ``d(x / s_k, mu_k / s_k) + D log s_k - log pi_k``.
+
+    Shape:
+        - log_weights: (B, K), normalized over components.
+        - centers: (B, K, D).
+        - scales: (B, K), 1 unless they are estimated.
+    """
+
+    log_weights: Tensor
+    centers: Tensor
+    scales: Tensor
+
+
+class Points(NamedTuple):
+    """Point sets x (B, N, D), how often each point counts (B, N), and the box (B, 1, D) that centers stay in."""
+
+    x: Tensor
+    counts: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def points_of(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Points:
+    """Return points (B, N, D) with mask and weights (B, N) as one weight each; masked ones are moved to zero."""
+    counts = torch.ones_like(x[..., 0]) if weights is None else weights.to(x.dtype)
+    if mask is not None:
+        x, counts = torch.where(mask.unsqueeze(-1), x, 0.0), torch.where(mask, counts, 0.0)
+    counted = (counts > 0).unsqueeze(-1)
+    low = torch.where(counted, x, torch.inf).amin(1, keepdim=True)
+    high = torch.where(counted, x, -torch.inf).amax(1, keepdim=True)
+    some = counted.any(1, keepdim=True)
+    return Points(x, counts, torch.where(some, low, 0.0), torch.where(some, high, 0.0))
+
+
+def energies_of(kernel: Kernel, x: Tensor, centers: Tensor, scales: Tensor | None) -> Tensor:
+    """Return ``d(x / s_k, mu_k / s_k) + D log s_k`` (B, N, K); without scales, which are 1, in one call."""
+    if scales is None:
+        return kernel(x, centers)
+    own = scales[..., None, None]
+    energies = kernel(x.unsqueeze(1) / own, centers.unsqueeze(2) / own).squeeze(-1).mT
+    return energies + x.shape[-1] * scales.log().unsqueeze(1)
+
+
+def generalized_step(
+    kernel: Kernel, points: Points, mixture: KernelMixture, *, estimate_scale: bool, floor: float, num_steps: int
+) -> KernelMixture:
+    """Return the mixtures after an iteration of generalized EM: no iteration lowers the objective.
+
+    Args:
+        kernel: the energy.
+        points: the point sets.
+        mixture: B mixtures.
+        estimate_scale: whether scales are fitted.
+        floor: the least square of a scale.
+        num_steps: steps of centers, and of scales, on the expected energy.
+    """
+    scales = mixture.scales if estimate_scale else None
+    joint = mixture.log_weights.unsqueeze(1) - energies_of(kernel, points.x, mixture.centers, scales)
+    shares = joint.softmax(-1) * points.counts.unsqueeze(-1)
+    mass = _sum(shares)
+    guarded = mass + 10.0 * torch.finfo(mass.dtype).eps
+    log_weights = guarded.log() - guarded.sum(-1, keepdim=True).log()
+    centers, scales = mixture.centers, mixture.scales
+    for _ in range(num_steps):
+        centers = _move(kernel, points, shares, mass, centers, scales if estimate_scale else None)
+        if estimate_scale:
+            scales = _resize(kernel, points, shares, mass, centers, scales, floor)
+    return KernelMixture(log_weights, centers, scales)
+
+
+def _move(
+    kernel: Kernel, points: Points, shares: Tensor, mass: Tensor, centers: Tensor, scales: Tensor | None
+) -> Tensor:
+    """Return centers (B, K, D) of no larger expected energy."""
+    near = _NEAR * (points.high - points.low).detach()
+    rows = max(_BLOCK // centers.numel(), 1)
+    parts = [
+        _pulls(kernel, x, share, centers, scales, near)
+        for x, share in zip(points.x.split(rows, 1), shares.split(rows, 1), strict=True)
+    ]
+    slope, pull, told = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    # Points that do not tell their pull are taken to have that of the others.
+    pull = pull * mass.unsqueeze(-1)
+    step = torch.where(pull > 0, -slope * told / torch.where(pull > 0, pull, 1.0), 0.0).to(centers.dtype)
+
+    def place(t: Tensor) -> Tensor:
+        return (centers + t.unsqueeze(-1) * step).clamp(points.low, points.high)
+
+    def decrease(place: Tensor) -> Tensor:
+        return (slope * (place - centers)).sum(-1)
+
+    return _search(lambda place: _sum(shares * energies_of(kernel, points.x, place, scales)), centers, place, decrease)
+
+
+def _pulls(
+    kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, scales: Tensor | None, near: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums (B, K, D) over points: slopes, pulls, and the shares of the points that tell their pull."""
+    own = torch.ones_like(centers[..., 0]) if scales is None else scales
+    own = own[..., None, None]
+
+    def energy(each: Tensor) -> Tensor:
+        return kernel((x.unsqueeze(1) / own).unsqueeze(-2), (each / own).unsqueeze(-2))
+
+    each = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # a center of its own for each point
+    slopes = _slope(energy, each)
+    apart = (each - x.unsqueeze(1)).abs()
+    told = apart > near.unsqueeze(1)
+    share = shares.mT.unsqueeze(-1)
+    pulls = torch.where(told, share * slopes.abs() / torch.where(told, apart, 1.0), 0.0)
+    wide = widest(x)
+    return (share * slopes).sum(2, dtype=wide), pulls.sum(2, dtype=wide), (share * told).sum(2, dtype=wide)
+
+
+def _resize(
+    kernel: Kernel, points: Points, shares: Tensor, mass: Tensor, centers: Tensor, scales: Tensor, floor: float
+) -> Tensor:
+    r"""Return scales (B, K) of no larger expected energy: a Gaussian's M-step, reweighted as that of the centers is."""
+    features = points.x.shape[-1]
+
+    def expected(log_scales: Tensor) -> Tensor:
+        return _sum(shares * energies_of(kernel, points.x, centers, log_scales.exp()))
+
+    log_scales = scales.log()
+    slope = _slope(expected, log_scales)
+    full = features * torch.where(mass > 0, mass, 1.0)
+    ratio = (1.0 - slope / full).clamp(1.0 / _RATIO, _RATIO)
+    step = (0.5 * ratio.log()).to(scales.dtype)
+
+    def place(t: Tensor) -> Tensor:
+        return (log_scales + t * step).clamp(min=0.5 * torch.as_tensor(floor, dtype=scales.dtype).log().item())
+
+    def decrease(place: Tensor) -> Tensor:
+        return slope * (place - log_scales)
+
+    return _search(expected, log_scales, place, decrease).exp()
+
+
+def _search(
+    expected: Callable[[Tensor], Tensor],
+    before: Tensor,
+    place: Callable[[Tensor], Tensor],
+    decrease: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return parameters of components at the first step, halved from 1 on, whose expected energy (B, K) falls enough.
+
+    The length of a step is a constant of the gradient, as it is but where a step is just as good as another.
+    """
+    with torch.no_grad():
+        least = expected(before)
+        t = torch.ones_like(least, dtype=before.dtype)
+        for _ in range(_HALVINGS):
+            there = place(t)
+            good = expected(there) <= least + _ARMIJO * decrease(there)
+            if good.all():
+                break
+            t = torch.where(good, t, 0.5 * t)
+        taken = good.reshape(*good.shape, *[1] * (before.ndim - 2))
+    return torch.where(taken, place(t), before)
+
+
+def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Return the gradient of the sum of a function, itself differentiable where gradients are recorded."""
+    keep = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = at if keep and at.requires_grad else at.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(at).sum(), at, create_graph=keep)
+    return slope
+
+
+def _sum(shares: Tensor) -> Tensor:
+    """Return the sum over points of (B, N, K)."""
+    return shares.sum(1, dtype=widest(shares))

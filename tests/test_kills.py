@@ -1,0 +1,114 @@
+"""Runs that are killed and started again end where a run ends that was left alone; a rank does not outlive another."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import em_lightning
+
+ROOT = Path(em_lightning.__file__).parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+LINE = r"([\w]+): (\d+) kills .* all end bitwise the same, (\w+)"
+
+
+def kills(*arguments, seed=0):
+    """Return, for each case of benchmarks/kills.py, how many kills fell and what its weights and results come to."""
+    script = ROOT / "benchmarks" / "kills.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": str(seed)}
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {name: (int(fallen), digest) for name, fallen, digest in re.findall(LINE, done.stdout)}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_where_an_uninterrupted_one_does():
+    (found,) = kills("gaussian_mixture", "--kills=2").values()
+    assert found[0] == 2
+
+
+@pytest.mark.nightly
+def test_every_recipe_is_killed_twenty_times():
+    found = kills("--kills=20")
+    assert all(any(name.startswith(recipe) for name in found) for recipe in RECIPES)
+    assert all(fallen == 20 for fallen, _ in found.values())
+
+
+@pytest.mark.nightly
+def test_the_same_seed_gives_the_same_weights_in_every_process():
+    first, second = kills("--kills=0", seed=1), kills("--kills=0", seed=2)
+    assert first == second and all(any(name.startswith(recipe) for name in first) for recipe in RECIPES)
+
+
+def group_of(leader):
+    """Return the processes of a session that still run, and whether each is another rank than the first."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                if int(session) == leader and state != "Z":
+                    found[int(folder.name)] = b"LOCAL_RANK=1" in (folder / "environ").read_bytes()
+            except OSError:
+                continue
+    return found
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc, as Linux has")
+
+
+@on_linux
+def test_a_rank_ends_with_the_process_that_started_it():
+    watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_first_rank as end; end(0.05)"
+    child = [sys.executable, "-c", f"{watch}; time.sleep(60)"]
+    code = f"{watch}; subprocess.Popen({child!r}, env={{**os.environ, 'LOCAL_RANK': '1'}}).wait()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, stderr=-1)
+    wait_until(lambda: len(group_of(parent.pid)) == 2, 60)
+    time.sleep(1.0)  # while it imports
+    assert len(group_of(parent.pid)) == 2
+    parent.kill()
+    wait_until(lambda: not group_of(parent.pid), 60)
+    assert "the process that started rank 1 is gone" in parent.communicate()[1].decode()
+
+
+@on_linux
+@pytest.mark.nightly
+@pytest.mark.parametrize("moment", ["at the start", "in training"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_of_two_ranks_is_killed_the_other_ends(rank, moment, tmp_path):
+    command = [sys.executable, "-m", "em_lightning.cli", "run", "gaussian_mixture", "--trainer.strategy=ddp"]
+    command += ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.max_epochs=1000000", "--model.tol=0"]
+    command += ["--trainer.logger.version=v", "--trainer.enable_progress_bar=false", "--data.block_rows=5000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "output.txt", "w") as output:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        begun = any if moment == "at the start" else lambda _: list(tmp_path.rglob("last.ckpt"))
+        wait_until(lambda: any(group_of(process.pid).values()) and begun(group_of(process.pid).values()), 300)
+        (other,) = (number for number, is_other in group_of(process.pid).items() if is_other)
+        os.kill(other if rank else process.pid, signal.SIGKILL)
+        wait_until(lambda: process.poll() is not None and not group_of(process.pid), 60)
+        assert process.returncode not in (0, None)
+    finally:
+        for number in group_of(process.pid):
+            os.kill(number, signal.SIGKILL)
+    assert not list(tmp_path.rglob("results.*")) and not list(tmp_path.rglob("*.partial"))
+    if moment == "in training":
+        (last,) = tmp_path.rglob("last.ckpt")
+        assert torch.load(last, weights_only=True)["global_step"] > 0

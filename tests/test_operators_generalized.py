@@ -1,0 +1,279 @@
+"""Generalized EM: mixtures under any kernel."""
+
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import nn
+from torch.autograd import gradcheck
+
+from em_lightning import KERNELS, EMOperator, Mixture
+from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, pairwise
+from em_lightning.mixture import KernelMixture
+from em_lightning.operators import GeneralizedEM
+
+STUDENT_T = {"name": "student_t", "df": 3.0, "density": True}
+MAHALANOBIS = {"name": "mahalanobis", "num_features": 2}
+DENSITIES = {
+    "gaussian": "gaussian",
+    "student_t": "student_t",
+    "laplace": "laplace",
+    "huber": "huber",
+    "pseudo_huber": "pseudo_huber",
+    "exponential": "exponential",
+    "mahalanobis": MAHALANOBIS,
+}
+OTHERS = {"logistic": "logistic", "dot_product": "dot_product", "cosine": "cosine"}
+
+
+class QuarticKernel(Kernel):
+    """A user's own: sum of abs(x - mu)^p with a network that knows how far is far."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1), nn.Softplus()).double()
+
+    def energy(self, x, centers):
+        apart = pairwise(x, centers)
+        return (apart**4).sum(-1) / 50 + self.network(apart).squeeze(-1)
+
+
+def clouds(sets=2, items=60):
+    x = torch.randn(sets, items, 2, dtype=torch.float64) + 5 * (torch.arange(items) % 2).unsqueeze(-1)
+    x[:, ::12] = 20 * torch.rand(sets, items // 12, 2, dtype=torch.float64) - 8
+    return x
+
+
+def padded(x):
+    """The same points under a mask with rows of NaN, and weights."""
+    mask = torch.rand(x.shape[:2]) < 0.8
+    return x.masked_fill(~mask.unsqueeze(-1), torch.nan), mask, torch.rand(x.shape[:2], dtype=torch.float64) + 0.1
+
+
+def test_a_gaussian_step_is_the_weighted_mean():
+    x = clouds()
+    dirty, mask, weights = padded(x)
+    operator = GeneralizedEM(3, 2, kernel={"name": "gaussian", "scale": 1.5})
+    start, after = operator.iterate(dirty, mask, weights, num_iters=1)
+    distances = (x.unsqueeze(2) - start.centers.unsqueeze(1)).square().sum(-1)
+    r = (mask * weights).unsqueeze(-1) * (start.log_weights.unsqueeze(1) - distances / 2 / 1.5**2).softmax(-1)
+    assert torch.allclose(after.centers, r.mT @ x / r.sum(1).unsqueeze(-1), atol=1e-10)
+    assert torch.allclose(after.log_weights.exp(), r.sum(1) / r.sum((1, 2)).unsqueeze(-1), atol=1e-12)
+    assert torch.equal(after.scales, torch.ones_like(after.scales))
+
+
+def test_with_scales_it_is_the_spherical_mixture():
+    dirty, mask, weights = padded(clouds())
+    operator = GeneralizedEM(3, 2, estimate_scale=True, num_iters=6)
+    start = operator(dirty, mask, weights, num_iters=0)
+    spherical = EMOperator(3, 2, covariance="spherical", covariance_floor=0.0, residual=False, num_iters=6)
+    given = Mixture(start.log_weights, start.centers, start.scales.square())
+    expected, found = spherical(dirty, mask, weights, init=given), operator(dirty, mask, weights)
+    assert torch.allclose(found.centers, expected.means, atol=1e-9)
+    assert torch.allclose(found.scales.square(), expected.covariances, atol=1e-9)
+    assert torch.allclose(operator.log_prob(dirty, found, mask), expected.log_prob(dirty, mask), atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel, arguments", [("laplace", {}), ("huber", {"delta": 0.8})])
+def test_robust_kernels_arrive_where_reweighting_does(kernel, arguments):
+    """One component: the weighted median, and Huber's location by his own reweighting, feature by feature."""
+    x, weights = torch.randn(2, 51, 2, dtype=torch.float64) ** 3, torch.rand(2, 51, dtype=torch.float64) + 0.1
+    operator = GeneralizedEM(1, 2, kernel={"name": kernel, **arguments}, num_iters=200)
+    found = operator(x, weights=weights).centers[:, 0]
+    for b in range(2):
+        for i in range(2):
+            values, counts = x[b, :, i].numpy(), weights[b].numpy()
+            if kernel == "laplace":
+                order = values.argsort()
+                middle = np.searchsorted(counts[order].cumsum(), counts.sum() / 2)
+                expected, tolerance = values[order][middle], 1e-3
+            else:
+                expected, tolerance = np.median(values), 1e-6
+                for _ in range(500):
+                    pull = counts * np.minimum(1, 0.8 / np.maximum(abs(values - expected), 1e-12))
+                    expected = (pull * values).sum() / pull.sum()
+            assert found[b, i].item() == pytest.approx(expected, abs=tolerance)
+
+
+def test_one_feature_ends_where_the_operator_does():
+    x = torch.randn(2, 80, 1, dtype=torch.float64) + 8 * (torch.arange(80) % 2).unsqueeze(-1)
+    operator = GeneralizedEM(2, 1, kernel=STUDENT_T, num_iters=60, estimate_scale=True)
+    found = operator(x)
+    reference = EMOperator(2, 1, kernel=STUDENT_T, covariance_floor=0.0, residual=False)
+    start = Mixture(found.log_weights, found.centers, found.scales.square()[..., None, None])
+    again = reference(x, init=start, num_iters=20)
+    assert torch.allclose(again.means, found.centers, atol=1e-6)
+    assert torch.allclose(again.covariances.flatten(1), found.scales.square(), atol=1e-6)
+    assert torch.allclose(operator.log_prob(x, found), reference.log_prob(x, start), atol=1e-9)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", [*DENSITIES, *OTHERS, "user"])
+def test_the_objective_never_falls(name, scaled):
+    if scaled and name not in DENSITIES:
+        pytest.skip("no density over space")
+    dirty, mask, weights = padded(clouds())
+    kernel = QuarticKernel() if name == "user" else {**DENSITIES, **OTHERS}[name]
+    operator = GeneralizedEM(3, 2, kernel=kernel, estimate_scale=scaled, num_steps=2)
+    before = torch.full((2,), -math.inf, dtype=torch.float64)
+    with torch.no_grad():
+        path = list(operator.iterate(dirty, mask, weights, num_iters=15))
+    low = dirty.masked_fill(~mask.unsqueeze(-1), math.inf).amin(1, keepdim=True)
+    high = dirty.masked_fill(~mask.unsqueeze(-1), -math.inf).amax(1, keepdim=True)
+    for mixture in path:
+        after = operator.objective(dirty, mixture, mask, weights)
+        if name in (*DENSITIES, "cosine"):
+            by_hand = (operator.log_prob(dirty, mixture, mask) * weights).sum(-1)
+            assert torch.allclose(after, by_hand)
+        assert (after >= before - 1e-9).all()
+        assert (mixture.centers >= low).all() and (mixture.centers <= high).all()
+        before = after
+    assert (before > operator.objective(dirty, path[0], mask, weights) + 1.0).all()
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "user", "exponential"])
+def test_many_steps_find_the_centers_of_least_expected_energy(name):
+    """Beside a general minimizer, under the responsibilities of the start."""
+    x = clouds(1, 48)
+    kernel = QuarticKernel() if name == "user" else KERNELS.build(DENSITIES[name])
+    operator = GeneralizedEM(2, 2, kernel=kernel, num_steps=150)
+    with torch.no_grad():
+        start, after = operator.iterate(x, num_iters=1)
+        r = operator.posterior(x, start).responsibilities
+
+        def expected(flat):
+            return float((r * kernel(x, torch.from_numpy(flat).view(1, 2, 2))).sum())
+
+        best = minimize(expected, start.centers.flatten().numpy(), method="Nelder-Mead", options={"maxiter": 2000})
+        assert expected(after.centers.flatten().numpy()) <= best.fun + 1e-3
+
+
+def test_scales_of_a_density_are_densities():
+    x = torch.linspace(-60, 60, 240_001, dtype=torch.float64)[None, :, None]
+    mixture = KernelMixture(
+        torch.tensor([[0.3, 0.7]]).log().double(),
+        torch.tensor([[[-2.0], [1.0]]]).double(),
+        torch.tensor([[0.5, 3.0]]).double(),
+    )
+    for kernel in ("laplace", "huber", "exponential"):
+        density = GeneralizedEM(2, 1, kernel=kernel, estimate_scale=True).log_prob(x, mixture).exp()
+        assert torch.trapezoid(density[0], x[0, :, 0]).item() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("arguments", [{"kernel": "pseudo_huber"}, {"kernel": STUDENT_T, "estimate_scale": True}])
+def test_gradients(arguments):
+    x = clouds(1, 12).requires_grad_()
+    weights = (torch.rand(1, 12, dtype=torch.float64) + 0.5).requires_grad_()
+    start = GeneralizedEM(2, 2, **arguments)(x.detach(), num_iters=0)
+    start = start._replace(centers=start.centers + 0.1)  # a center that is a point does not tell how it is pulled
+
+    def outcome(gradient, x, weights):
+        operator = GeneralizedEM(2, 2, num_iters=2, gradient=gradient, **arguments)
+        mixture = operator(x, weights=weights, init=start)
+        return *mixture[:2], operator.objective(x, mixture)
+
+    assert gradcheck(lambda *args: outcome("unrolled", *args), (x, weights), fast_mode=True)
+    grads = []
+    for gradient in ("unrolled", "checkpoint", "last"):
+        value = outcome(gradient, x, weights)[1].square().sum()
+        grads.append(torch.autograd.grad(value, (x, weights)))
+    assert all(torch.allclose(one, two) for one, two in zip(*grads[:2], strict=True))
+    assert not torch.allclose(grads[0][0], grads[2][0])
+
+
+def test_the_kernel_is_trained_through_the_loop():
+    x = clouds()
+    operator = GeneralizedEM(2, 2, kernel=QuarticKernel())
+    operator.objective(x, operator(x)).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in operator.parameters())
+    with torch.no_grad():
+        assert not operator(x).centers.requires_grad
+    assert not GeneralizedEM(2, 2)(x).centers.requires_grad
+
+
+def test_blocks_of_points_add_up(monkeypatch):
+    dirty, mask, weights = padded(clouds())
+    operator = GeneralizedEM(3, 2, kernel="laplace", estimate_scale=True)
+    whole = operator(dirty, mask, weights)
+    monkeypatch.setattr("em_lightning.mixture.generalized._BLOCK", 100)
+    for one, two in zip(whole, operator(dirty, mask, weights), strict=True):
+        assert torch.allclose(one, two, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["one point repeated", "one point", "empty", "two points"])
+def test_degenerate_sets_stay_finite(name, dtype):
+    x = {
+        "one point repeated": torch.ones(1, 10, 2),
+        "one point": torch.ones(1, 1, 2),
+        "empty": torch.randn(1, 10, 2),
+        "two points": torch.tensor([[[0.0, 0.0], [1.0, 1.0]]]),
+    }[name].to(dtype)  # fmt: skip
+    x.requires_grad_()
+    mask = torch.zeros(1, 10, dtype=torch.bool) if name == "empty" else None
+    for kernel in ("laplace", "gaussian"):
+        operator = GeneralizedEM(3, 2, kernel=kernel, estimate_scale=True)
+        mixture = operator(x, mask)
+        assert all(part.isfinite().all() and part.dtype == dtype for part in mixture)
+        (grad,) = torch.autograd.grad(operator.objective(x, mixture, mask).sum() + mixture.centers.sum(), x)
+        assert grad.isfinite().all()
+
+
+def test_modes_and_round_trips():
+    x = clouds()
+    operator = GeneralizedEM(2, 2, kernel={"name": "huber", "learnable": True}, estimate_scale=True, num_iters=3)
+    operator.kernel.log_delta.data += 0.3
+    with torch.no_grad():
+        expected = operator(x).centers
+    with torch.inference_mode():
+        assert torch.allclose(operator(x.clone()).centers, expected)
+    fresh = GeneralizedEM(2, 2, kernel={"name": "huber", "learnable": True}, estimate_scale=True, num_iters=3)
+    fresh.load_state_dict(operator.state_dict())
+    for other in (fresh, copy.deepcopy(operator), pickle.loads(pickle.dumps(operator))):
+        assert torch.equal(other(x).centers, expected)
+    assert operator(x.half()).centers.dtype == torch.float32
+    again = operator(x, init=operator(x, num_iters=1), num_iters=2)
+    assert torch.allclose(again.centers, expected) and "estimate_scale=True" in repr(operator)
+
+
+X = torch.randn(2, 10, 3)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: GeneralizedEM(0, 3), ValueError, ["num_components=0"]),
+        (lambda: GeneralizedEM(2, 3, num_steps=0), ValueError, ["num_steps=0", "at least 1"]),
+        (lambda: GeneralizedEM(2, 3, gradient="implicit"), ValueError, ["not exact", "'unrolled'"]),
+        (lambda: GeneralizedEM(2, 3, gradient="exact"), ValueError, ["gradient='exact'", "'last'"]),
+        (lambda: GeneralizedEM(2, 3, init="learned"), ValueError, ["init='learned'", "'farthest'"]),
+        (lambda: GeneralizedEM(2, 3, scale_floor=0.0), ValueError, ["scale_floor=0.0", "positive"]),
+        (
+            lambda: GeneralizedEM(2, 3, kernel=LearnedEnergyKernel(nn.Linear(3, 2))),
+            ValueError,
+            ["no centers", "FreeEnergyLoss"],
+        ),
+        (
+            lambda: GeneralizedEM(2, 3, kernel="logistic", estimate_scale=True),
+            ValueError,
+            ["needs a density", "Logistic"],
+        ),
+        (lambda: GeneralizedEM(2, 3, kernel="cosine", estimate_scale=True), ValueError, ["'cosine'", "DirectionalEM"]),
+        (lambda: GeneralizedEM(2, 3)(X[..., :2]), ValueError, ["(2, 10, 2)", "(B, N, 3)"]),
+        (lambda: GeneralizedEM(2, 3)(X, num_iters=-1), ValueError, ["num_iters=-1"]),
+        (lambda: GeneralizedEM(2, 3)(X, init=GeneralizedEM(3, 3)(X)), ValueError, ["(2, 3, 3)", "give (2, 2, 3)"]),
+        (
+            lambda: GeneralizedEM(2, 3, kernel="logistic").log_prob(X, GeneralizedEM(2, 3)(X)),
+            NoDensityError,
+            ["no density"],
+        ),
+    ],
+)
+def test_wrong_use_is_answered(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert all(word in str(caught.value) for word in words), str(caught.value)
