@@ -11,6 +11,28 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
+def import_class(path: str, base: type = object) -> type[Any]:
+    """Return the class that a dotted path such as ``package.module.Name`` stands for.
+
+    Args:
+        path: the path, which may come from a file that somebody else wrote.
+        base: what the class must be derived from, so that such a file cannot have anything else called.
+
+    Raises:
+        ValueError: there is no such class, or it is not derived from the base.
+    """
+    room, _, name = str(path).rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(room), name, None) if room else None
+    except (ImportError, TypeError) as error:  # TypeError: a relative path
+        raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error
+    if not isinstance(cls, type):
+        raise ValueError(f"class_path={path!r} is no class; write package.module.ClassName")
+    if not issubclass(cls, base):
+        raise ValueError(f"class_path={path!r} is no {base.__module__}.{base.__qualname__}, and is not built")
+    return cls
+
+
 class Registry(Generic[T]):
     """A mapping from names to classes that builds a part from whatever names it.
 
@@ -21,6 +43,7 @@ class Registry(Generic[T]):
     Args:
         kind: what the parts are, in the singular, as error messages say it ("kernel").
         group: the last word of the entry-point group; ``None`` takes no plug-ins.
+        base: what a class named by ``class_path`` must be derived from.
 
     Example:
         >>> shapes = Registry("shape")
@@ -37,8 +60,9 @@ class Registry(Generic[T]):
         ValueError: unknown shape 'rond'; did you mean 'round'? Known: round
     """
 
-    def __init__(self, kind: str, group: str | None = None) -> None:
+    def __init__(self, kind: str, group: str | None = None, base: type = object) -> None:
         self.kind = kind
+        self.base = base
         self.group = None if group is None else f"em_lightning.{group}"
         self._classes: dict[str, type[T]] = {}
         self._plugins_read = group is None
@@ -145,14 +169,8 @@ class Registry(Generic[T]):
     def _build_mapping(self, spec: Mapping[str, Any], arguments: dict[str, Any]) -> T:
         if "class_path" in spec:
             given = spec.get("init_args") or {}
-            path, _, name = str(spec["class_path"]).rpartition(".")
-            try:
-                cls = getattr(importlib.import_module(path), name, None) if path else None
-            except ImportError as error:
-                raise ValueError(f"class_path={spec['class_path']!r} cannot be imported: {error}") from error
-            if not isinstance(cls, type):
-                raise ValueError(f"class_path={spec['class_path']!r} is no class; write package.module.ClassName")
-            return self._construct(cls, name, {**arguments, **given})
+            cls = import_class(spec["class_path"], self.base)
+            return self._construct(cls, cls.__name__, {**arguments, **given})
         if "name" not in spec:
             raise ValueError(f"{dict(spec)!r} names no {self.kind}; write {{'name': KEY, ...}}")
         given = {str(key): value for key, value in spec.items() if key != "name"}

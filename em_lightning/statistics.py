@@ -23,7 +23,7 @@ class Statistic(nn.Module):
         raise NotImplementedError
 
 
-STATISTICS: Registry[Statistic] = Registry("statistic", "statistics")
+STATISTICS: Registry[Statistic] = Registry("statistic", "statistics", nn.Module)
 
 
 def _given(values: Tensor | None, statistic: str) -> Tensor:

@@ -27,7 +27,7 @@ def main(args):
     if cli.trainer.is_global_zero:
         cli.datamodule.prepare_data()
         print(f"Data: {cli.datamodule.describe()}")
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
 
 
 if __name__ == "__main__":

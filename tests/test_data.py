@@ -1,5 +1,6 @@
 """Clouds are uniform on their surfaces and the same wherever they are drawn; every source fails with a clear line."""
 
+import hashlib
 import math
 import os
 import warnings
@@ -14,7 +15,7 @@ import torch
 from scipy import stats
 
 from em_lightning import data
-from em_lightning.data import point_clouds
+from em_lightning.data import download, point_clouds
 
 OFF = "OFF\n4 4 0\n0 0 0\n2 0 0\n0 2 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 REAL = Path(os.environ.get("GEOMETRIC_SHAPES", Path(__file__).parents[2] / "shared/data/geometric_shapes/raw.zip"))
@@ -303,31 +304,26 @@ def test_the_published_archive():
     assert all(cloud.points.isfinite().all() for cloud in module.datasets["test"])
 
 
-@imports_pyg
 def test_geometric_shapes_download(monkeypatch, tmp_path, archive):
-    import torch_geometric.datasets
-
-    class Source:
-        url = "https://example.org/raw.zip"
-        raw_dir = str(tmp_path / "raw")
-
-        def __init__(self, root):
-            assert root == str(tmp_path / "GeometricShapes")
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(tmp_path)
-
-    monkeypatch.setattr(point_clouds, "CACHE", str(tmp_path))
-    monkeypatch.setattr(torch_geometric.datasets, "GeometricShapes", Source)
+    (tmp_path / "served").mkdir()
+    served = tmp_path / "served" / "raw.zip"
+    served.write_bytes(Path(archive).read_bytes())
+    monkeypatch.setattr(point_clouds, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(point_clouds, "_SHAPES", served.as_uri())
+    with pytest.raises(ValueError, match="raw.zip is not fetched over https; fetch file:.* and give it as root"):
+        data.GeometricShapes().prepare_data()
+    monkeypatch.setattr(download, "SCHEMES", ("file://",))
+    with pytest.raises(ValueError, match=r"another file than the published one .* and give it as root"):
+        data.GeometricShapes().prepare_data()
+    assert not list((tmp_path / "cache").rglob("*.zip"))
+    monkeypatch.setattr(point_clouds, "_SHAPES_SHA256", hashlib.sha256(served.read_bytes()).hexdigest())
     module = data.GeometricShapes(num_points=4)
     module.prepare_data()
+    served.unlink()
     module.setup()
-    assert len(module.datasets["train"]) == 48 and "downloaded by PyG" in module.describe()
-
-    def offline(self, root):
-        raise OSError("no network")
-
-    monkeypatch.setattr(Source, "__init__", offline)
-    with pytest.raises(ConnectionError, match=r"no network.*fetch https://example.org/raw.zip and give it as root"):
+    assert len(module.datasets["train"]) == 48 and "GeometricShapes downloaded" in module.describe()
+    monkeypatch.setattr(point_clouds, "CACHE", str(tmp_path / "empty"))
+    with pytest.raises(ConnectionError, match=r"could not be downloaded.*fetch file:.*raw.zip and give it as root"):
         data.GeometricShapes().prepare_data()
 
 
@@ -348,6 +344,22 @@ def test_model_net_through_pyg(tmp_path):
     cloud = module.datasets["val"][0]
     torch.testing.assert_close(cloud.normalization.center, torch.ones(3).double())
     assert "ModelNet10" in module.describe()
+    # A converted file that somebody else made is read as tensors, or not at all.
+    ran = tmp_path / "ran"
+    torch.save(Runs(str(ran)), tmp_path / "processed" / "training.pt")
+    with pytest.raises(ValueError, match="processed holds more than tensors; remove it"):
+        data.ModelNet("10", root=str(tmp_path)).setup()
+    assert not ran.exists()
+    with pytest.raises(ValueError, match=r"no raw/bathtub; fetch http.*ModelNet40.zip and unpack its classes into"):
+        data.ModelNet("40", root=str(tmp_path / "processed")).setup()
+
+
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
 
 
 # A folder of the user's own files.

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import data
-from em_lightning.data import images
+from em_lightning.data import download, images
 
 REAL = Path(os.environ.get("MNIST", Path(__file__).parents[2] / "shared/data/mnist"))
 CODES = {">u1": 8, ">i1": 9, ">i2": 11, ">i4": 12, ">f4": 13, ">f8": 14}
@@ -214,6 +214,7 @@ def mirror(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(images, "_MNIST", {name: sums[name] for name in images._MNIST})
     monkeypatch.setattr(images, "_MIRROR", (tmp_path / "served").as_uri() + "/")
+    monkeypatch.setattr(download, "SCHEMES", ("file://",))
     monkeypatch.setattr(images, "CACHE", str(tmp_path / "cache"))
     return tmp_path
 
@@ -230,7 +231,11 @@ def test_the_download_is_checked_and_kept(mirror):
 
 def test_another_file_than_the_published_one_is_not_kept(mirror, monkeypatch):
     monkeypatch.setitem(images._MNIST, "t10k-labels-idx1-ubyte", "0" * 32)
-    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz unpacks to another file than MNIST's"):
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz is another file than the published one"):
+        data.MNIST().prepare_data()
+    assert len(list((mirror / "cache").rglob("*.gz"))) == 3
+    (mirror / "served" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"<html>no such page</html>")
+    with pytest.raises(ValueError, match="digest none, damaged: Not a gzipped file"):
         data.MNIST().prepare_data()
     assert len(list((mirror / "cache").rglob("*.gz"))) == 3
 

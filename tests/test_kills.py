@@ -72,9 +72,10 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="look
 
 @on_linux
 def test_a_rank_ends_with_the_process_that_started_it():
-    child = "import time; from em_lightning.cli.ranks import end_with_parent; end_with_parent(0.05); time.sleep(60)"
-    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"}
+    watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_first_rank as end; end(0.05)"
+    child = [sys.executable, "-c", f"{watch}; time.sleep(60)"]
+    code = f"{watch}; subprocess.Popen({child!r}, env={{**os.environ, 'LOCAL_RANK': '1'}}).wait()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, stderr=-1)
     wait_until(lambda: len(group_of(parent.pid)) == 2, 60)
     time.sleep(1.0)  # while it imports

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from em_lightning.competition import Posterior
 from em_lightning.competition.base import Tempered
@@ -83,4 +83,4 @@ class Activation(Tempered):
         return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 
-ACTIVATIONS: Registry[Activation] = Registry("activation", "activations")
+ACTIVATIONS: Registry[Activation] = Registry("activation", "activations", nn.Module)

@@ -272,15 +272,21 @@ class DirectionActivation(Activation):
 
     def posterior(self, z: Tensor) -> Posterior:
         """Return the softmin posterior over the units, of energy -z / norm(z)."""
-        norm = torch.linalg.vector_norm(z, dim=self.dim, keepdim=True)
+        norm = self._norm(z)
         return softmin(-z / norm.clamp_min(torch.finfo(z.dtype).tiny), self.temperature, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
         """Return norm(z) softmax(z / (T norm(z)))."""
-        norm = torch.linalg.vector_norm(z, dim=self.dim, keepdim=True)
-        units = z * norm.clamp_min(torch.finfo(z.dtype).tiny).reciprocal()
+        norm = self._norm(z)
+        units = z / norm.clamp_min(torch.finfo(z.dtype).tiny)
         return norm * self.divided(units).softmax(self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
         """Return norm(z) r."""
-        return torch.linalg.vector_norm(z, dim=self.dim, keepdim=True) * posterior.responsibilities
+        return self._norm(z) * posterior.responsibilities
+
+    def _norm(self, z: Tensor) -> Tensor:
+        # In units of the largest, whose square may lie outside the range of the dtype.
+        largest = z.detach().abs().amax(self.dim, keepdim=True)
+        unit = torch.where(largest > 0, largest, 1.0)
+        return unit * torch.linalg.vector_norm(z / unit, dim=self.dim, keepdim=True)

@@ -52,7 +52,7 @@ class LayerReport(lightning.Callback):
         self.probe = probe
         self.figures = figures
         self.history: list[dict[str, float]] = []
-        self._losses: list[Tensor] = []
+        self._losses: tuple[Any, int] = (0.0, 0)  # sum and number: a long epoch has many
         self._replica: int | None = None
         self._own: tuple[Path, Any, Any] | None = None
 
@@ -75,20 +75,21 @@ class LayerReport(lightning.Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the mean of the loss."""
-        self._losses = []
+        self._losses = (0.0, 0)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the loss of the batch."""
-        self._losses.append(outputs["loss"] if self._replica is None else outputs["losses"][self._replica])
+        loss = outputs["loss"] if self._replica is None else outputs["losses"][self._replica]
+        self._losses = (self._losses[0] + loss.detach(), self._losses[1] + 1)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the metrics of the epoch."""
-        if trainer.sanity_checking or not self._losses:
+        if trainer.sanity_checking or not self._losses[1]:
             return
         prefix = "val/" if self._replica is None else f"{self._replica}/val/"
         logged = trainer.callback_metrics.items()
         values = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
-        values["loss"] = float(torch.stack(self._losses).mean())
+        values["loss"] = float(self._losses[0]) / self._losses[1]
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

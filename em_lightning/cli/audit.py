@@ -63,18 +63,16 @@ def load_model(target: str, checkpoint: str | None = None) -> Any:
 
 def _loaded(cls: Any, checkpoint: str) -> Any:
     """Load a LightningModule, with the surgery that its checkpoint records."""
-    import torch
-
-    from em_lightning.surgery import restore_surgery
+    from em_lightning.surgery import read_checkpoint, restore_surgery
     from em_lightning.surgery.plan import plan_in
 
     if not hasattr(cls, "load_from_checkpoint"):
         raise UsageError(f"--ckpt_path={checkpoint!r} goes with a LightningModule class, which {cls!r} is not")
     try:
-        operated = bool(plan_in(torch.load(checkpoint, map_location="cpu", weights_only=True)))
+        operated = bool(plan_in(read_checkpoint(checkpoint)))
         if operated:
             return restore_surgery(cls, checkpoint, map_location="cpu")
-        return cls.load_from_checkpoint(checkpoint, map_location="cpu")
+        return cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UsageError(f"--ckpt_path={checkpoint!r} does not fit {cls.__name__}: {error}") from error
 

@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from em_lightning.cli.configs import read_config
 from em_lightning.cli.folders import UsageError, config_of, load_recipe, own_error
 from em_lightning.results import write_results
 
@@ -63,7 +64,7 @@ def table_of(args: Sequence[str]) -> dict[str, Any] | None:
     for before, arg in zip(["", *args], args, strict=False):
         path = arg if before in ("--config", "-c") else arg.partition("=")[2] if arg.startswith("--config=") else ""
         if path:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = read_config(path)
             if isinstance(content, dict) and "table" in content:
                 return {"path": path, **content}
     return None
@@ -191,7 +192,7 @@ def _train_together(recipe: Any, cells: list[Cell]) -> None:
     trainer.callbacks = callbacks
     last = folder / "checkpoints" / "last.ckpt"
     model, data = Replicas([cli.model for cli in made]), ReplicaData([cli.datamodule for cli in made])
-    trainer.fit(model, data, ckpt_path=str(last) if last.exists() else None)
+    trainer.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
 
 
 def _write(folder: Path, content: dict[str, Any], cells: list[Cell], command: str) -> None:

@@ -7,26 +7,29 @@ import sys
 import threading
 import time
 
+_FIRST = "EM_LIGHTNING_FIRST_RANK"
 
-def end_with_parent(seconds: float = 1.0) -> None:
+
+def end_with_first_rank(seconds: float = 1.0) -> None:
     """End this process when the one that started it is gone, if that is the first of several ranks on this machine.
 
     A rank that waits for one that was killed hears of it from their connection, but not before there is one: it would
-    wait for half an hour. Lightning itself watches the other way round. ``torchrun`` and SLURM look after theirs.
+    wait for half an hour. Lightning itself watches the other way round, and ``torchrun`` and SLURM over all of theirs.
 
     Args:
         seconds: between two looks.
     """
-    parent = os.getppid()
-    if os.environ.get("LOCAL_RANK", "0") == "0" or {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"} & set(os.environ):
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank == "0":
+        os.environ[_FIRST] = str(os.getpid())  # which those that Lightning starts inherit
         return
 
-    def watch() -> None:
-        while os.getppid() == parent:
+    def watch(first: int) -> None:
+        while os.getppid() == first:
             time.sleep(seconds)
-        rank = os.environ["LOCAL_RANK"]
         print(f"em-lightning: the process that started rank {rank} is gone, and so this one ends", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if _FIRST in os.environ:
+        threading.Thread(target=watch, args=[int(os.environ[_FIRST])], daemon=True).start()

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from em_lightning.cli.configs import check_configs
 from em_lightning.cli.folders import (
     UsageError,
     config_of,
@@ -90,6 +91,7 @@ def _with_variant(script: Path, args: list[str]) -> list[str]:
                 )
             value = str(variants[value])
         resolved.append(f"{flag}{equals}{value}")
+    check_configs(resolved)
     return resolved
 
 
@@ -201,6 +203,10 @@ def recipe_cli(
                 and not Path(checkpoint).is_file()
             ):
                 raise UsageError(f"--ckpt_path={checkpoint!r} is no file; give the path of a checkpoint")
+            if checkpoint and Path(checkpoint).is_file():
+                from em_lightning.surgery import read_checkpoint
+
+                read_checkpoint(checkpoint)  # before the data are made, and with its sums
 
         def instantiate_trainer(self, **options: Any) -> Any:
             try:

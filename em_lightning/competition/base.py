@@ -90,7 +90,7 @@ class Competition(Tempered):
         return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 
-COMPETITIONS: Registry[Competition] = Registry("competition", "competitions")
+COMPETITIONS: Registry[Competition] = Registry("competition", "competitions", nn.Module)
 
 
 def check_temperature(temperature: float | Tensor) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from em_lightning.data.download import fetch, file_digest
 from em_lightning.data.idx import idx_shape, read_idx
 from em_lightning.data.point_clouds import CACHE
 from em_lightning.data.tensors import TensorDataModule, Tensors
@@ -85,7 +85,8 @@ class MNIST(TensorDataModule):
         """Download the files where no ``root`` was given."""
         if self.root is None:
             for name, md5 in _MNIST.items():
-                _download(_MIRROR + name + ".gz", self._folder() / f"{name}.gz", md5)
+                path, remedy = self._folder() / f"{name}.gz", "fetch MNIST's four files and give their folder as root"
+                fetch(_MIRROR + name + ".gz", path, md5, remedy, unpacked=True)
 
     def _folder(self) -> Path:
         return Path(CACHE if self.root is None else self.root).expanduser() / ("MNIST" if self.root is None else "")
@@ -116,30 +117,7 @@ class MNIST(TensorDataModule):
 
     def source(self) -> str:
         """Return in a few words what data this is."""
-        name = "MNIST" if all(_md5(self._path(name)) == md5 for name, md5 in _MNIST.items()) else "images, not MNIST's,"
+        paths = {self._path(name): md5 for name, md5 in _MNIST.items()}
+        known = all(file_digest(path, "md5", path.suffix == ".gz") == md5 for path, md5 in paths.items())
+        name = "MNIST" if known else "images, not MNIST's,"
         return name if self.root is None else f"{name} from {self.root}"
-
-
-def _md5(path: Path) -> str:
-    import gzip
-
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        return hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
-
-
-def _download(url: str, path: Path, md5: str) -> None:
-    """Fetch a file unless it is there, and keep it only if what it unpacks to has this MD5 sum."""
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fetched = path.with_name("fetched-" + path.name)
-    try:
-        torch.hub.download_url_to_file(url, str(fetched), progress=False)
-    except OSError as error:
-        raise ConnectionError(
-            f"{url} could not be downloaded ({error}); fetch MNIST's four files elsewhere and give their folder as root"
-        ) from error
-    if _md5(fetched) != md5:
-        fetched.unlink()
-        raise ValueError(f"{url} unpacks to another file than MNIST's (MD5 not {md5}); give a folder with it as root")
-    fetched.replace(path)

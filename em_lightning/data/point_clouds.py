@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +14,17 @@ import torch
 
 from em_lightning.data.base import PointCloudDataModule, at_least
 from em_lightning.data.clouds import KnownShapes, Shape, Shapes
+from em_lightning.data.download import fetch
 from em_lightning.data.readers import MAX_BYTES, parse_points, read_points
 from em_lightning.data.sampling import random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 
 CACHE = "~/.cache/em_lightning"
+# The archive that PyG's data set of that name is made of.
+_SHAPES = "https://github.com/Yannick-S/geometric_shapes/raw/master/raw.zip"
+# What PyG looks for, in ModelNet40 too.
+_CLASSES = ("bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet")
+_SHAPES_SHA256 = "fb5e5d132db7f871b415b6d9cb6e0fd258192ccb1aa64a172839146527c082dd"
 
 
 class _RandomShapes:
@@ -79,14 +87,6 @@ class ProceduralSurfaces(PointCloudDataModule):
         return f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
 
 
-def _download(make: Callable[[], Any], name: str, remedy: str) -> Any:
-    """Let PyG download what is not there yet, and say what to do where there is no network."""
-    try:
-        return make()
-    except OSError as error:
-        raise ConnectionError(f"{name} could not be downloaded ({error}); {remedy}") from error
-
-
 Meshes = list[tuple[str, str, Shape]]  # class, split, shape
 
 
@@ -104,7 +104,7 @@ def _zip_meshes(path: Path) -> Meshes:
                 if len(parts) >= 3 and parts[-2] in ("train", "test"):
                     points, faces = parse_points(archive.read(info), f"{path}/{info.filename}")
                     meshes.append((parts[-3], parts[-2], _shape(points, faces, f"{path}/{info.filename}")))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: no sound zip archive ({error}); fetch it again") from error
     return meshes
 
@@ -130,7 +130,7 @@ class GeometricShapes(PointCloudDataModule):
 
     Args:
         root: the published ``raw.zip``, a folder with it, or a folder with its content; nothing is written to it.
-            ``None`` downloads with PyG to ~/.cache/em_lightning.
+            ``None`` downloads it to ~/.cache/em_lightning, checked against its SHA-256 sum.
         clouds_per_mesh: clouds of a training mesh in an epoch.
         eval_clouds_per_mesh: clouds of a mesh in validation and in test.
         held_out_classes: so many classes, drawn by the seed, are seen in the test alone and are all it has.
@@ -162,20 +162,15 @@ class GeometricShapes(PointCloudDataModule):
     def prepare_data(self) -> None:
         """Download the meshes where no ``root`` was given."""
         if self.root is None:
-            self._folder()
+            fetch(_SHAPES, self._folder(), _SHAPES_SHA256, f"fetch {_SHAPES} and give it as root")
 
     def _folder(self) -> Path:
-        if self.root is not None:
-            return Path(self.root).expanduser()
-        from torch_geometric.datasets import GeometricShapes as Source
-
-        folder = str(Path(CACHE).expanduser() / "GeometricShapes")
-        source = _download(lambda: Source(folder), "GeometricShapes", f"fetch {Source.url} and give it as root")
-        return Path(source.raw_dir)
+        return Path(f"{CACHE}/GeometricShapes/raw.zip" if self.root is None else self.root).expanduser()
 
     def _read(self) -> None:
         if self._meshes:
             return
+        self.prepare_data()
         folder = self._folder()
         if folder.is_file():
             meshes = _zip_meshes(folder)
@@ -211,7 +206,7 @@ class GeometricShapes(PointCloudDataModule):
 
     def source(self) -> str:
         """Return in a few words what is drawn from."""
-        where = "downloaded by PyG" if self.root is None else f"from {self.root}"
+        where = "downloaded" if self.root is None else f"from {self.root}"
         kept = f", {self.held_out_classes} classes for the test alone" if self.held_out_classes else ""
         return f"meshes of PyG's GeometricShapes {where}{kept}"
 
@@ -231,19 +226,21 @@ class _PyGShapes:
 
 
 class ModelNet(PointCloudDataModule):
-    """ModelNet10 or ModelNet40 (Wu et al., "3D ShapeNets", 2015) as PyG provides it: CAD models of 10 or 40 classes.
+    """ModelNet10 or ModelNet40 (Wu et al., "3D ShapeNets", 2015) as PyG converts it: CAD models of 10 or 40 classes.
 
-    The published test set is the test; a part of the training set, drawn by the seed, is the validation.
+    Its authors publish no sum to check a download by, so nothing is downloaded: unpack their archive. The published
+    test set is the test; a part of the training set, drawn by the seed, is the validation.
 
     Args:
         name: ``"10"`` or ``"40"``.
-        root: PyG's folder of the data set, filled by a download where it is not yet; ``None`` is one in
-            ~/.cache/em_lightning.
+        root: PyG's folder of the data set, with the classes of the archive in its subfolder ``raw``; ``None`` is
+            ~/.cache/em_lightning/ModelNet10 or 40. PyG writes what it converts beside them.
         val_fraction: the part of the training set that is kept for validation.
         **options: the arguments of :class:`PointCloudDataModule`.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is outside its range, ``root`` lacks the classes, or what PyG once converted holds
+            more than tensors.
     """
 
     def __init__(
@@ -259,15 +256,28 @@ class ModelNet(PointCloudDataModule):
         self.val_fraction = val_fraction
 
     def prepare_data(self) -> None:
-        """Download and convert the data set where that has not been done."""
+        """Convert the data set where that has not been done."""
         self._source(True)
 
     def _source(self, train: bool) -> Any:
         from torch_geometric.datasets import ModelNet as Source
 
-        folder = str(Path(self.root or f"{CACHE}/ModelNet{self.name}").expanduser())
-        remedy = f"fetch {Source.urls[self.name]} on another machine and put its classes into {folder}/raw"
-        return _download(lambda: Source(folder, self.name, train=train), f"ModelNet{self.name}", remedy)
+        folder = Path(self.root or f"{CACHE}/ModelNet{self.name}").expanduser()
+        lacking = [name for name in _CLASSES if not (folder / "raw" / name).is_dir()]
+        if lacking:  # PyG would download, without a look at certificate or sum
+            raise ValueError(
+                f"root={str(folder)!r} has no raw/{lacking[0]}; fetch {Source.urls[self.name]} and unpack its classes "
+                f"into {folder / 'raw'}"
+            )
+        with warnings.catch_warnings():
+            # Behind this warning PyG goes on and unpickles anything.
+            warnings.filterwarnings("error", "Weights only load failed")
+            try:
+                return Source(str(folder), self.name, train=train)
+            except (UserWarning, pickle.UnpicklingError) as error:
+                raise ValueError(
+                    f"{folder / 'processed'} holds more than tensors; remove it, and it is made again"
+                ) from error
 
     def shapes(self, split: str) -> Shapes:
         """Return the meshes of a split."""

@@ -95,13 +95,21 @@ def _checked(name: str, read: Callable[[], tuple[Points, Faces | None]]) -> tupl
         raise ValueError(f"{name}: {error}; repair, export or fetch the file again") from error
 
 
-def _load_npy(path: Path) -> Points:
-    # A memory map compares the header with the file's size and never unpickles.
+def map_npy(path: Path) -> np.ndarray:
+    """Return an NPY file as a memory map, which compares the header with the file's size and never unpickles.
+
+    Raises:
+        ValueError: the file is no array, or not as long as its header says.
+    """
     try:
         with np.errstate(over="raise"):
-            array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OverflowError, FloatingPointError, EOFError, SyntaxError, TypeError) as error:
+            return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # the header is a Python literal, and its faults are as many as Python's
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from error
+
+
+def _load_npy(path: Path) -> Points:
+    array = map_npy(path)
     if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu":
         raise ValueError(f"the array is {array.dtype} of shape {array.shape}, not numbers of shape (N, 3) or wider")
     return np.array(array[:, :3], dtype=np.float64)

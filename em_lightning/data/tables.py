@@ -15,6 +15,7 @@ from torch import Tensor
 
 from em_lightning.data.base import at_least
 from em_lightning.data.loader import RankLoader
+from em_lightning.data.readers import map_npy
 
 # Rows that are read under one mapping: pages count as memory of the process until the mapping is closed.
 _SCATTERED = 4096
@@ -81,10 +82,10 @@ class Table:
 
     def _open(self, path: Path) -> np.ndarray:
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            array = map_npy(path)
+        except ValueError as error:
             raise ValueError(f"{self.name}: {path} cannot be read ({error}); write it with numpy.save") from error
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} is no array of real numbers; write one with numpy.save")
         return array
 

@@ -187,9 +187,10 @@ class PseudoHuberKernel(Kernel):
         return self.positive_tensor("delta")
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
-        # The same formula without its difference, which would cancel near the center.
-        square = pairwise(x, centers).square()
-        return (square / (1 + (1 + square / self.positive("delta", x.dtype) ** 2).sqrt())).sum(-1)
+        # The same formula without its difference, which would cancel near the center, and without an overflow far away.
+        z = pairwise(x, centers)
+        ratio = z / self.positive("delta", x.dtype)
+        return (z * (z / (1 + torch.hypot(ratio, torch.ones_like(ratio))))).sum(-1)
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         delta = self.delta.reshape(())
@@ -239,7 +240,7 @@ class ExponentialKernel(Kernel):
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         exponent = self.positive("rate", x.dtype) * pairwise(x, centers).abs()
         within = exponent.clamp(max=_LARGEST_EXPONENT)
-        return (within.exp() * (1 + (exponent - within))).sum(-1)
+        return (within.exp() + math.exp(_LARGEST_EXPONENT) * (exponent - within)).sum(-1)
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         return num_features * (math.log(2 * _EXPONENTIAL_INTEGRAL) - self.rate.log()).reshape(())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from em_lightning.registry import Registry
 
-KERNELS: Registry[Kernel] = Registry("kernel", group="kernels")
+KERNELS: Registry[Kernel] = Registry("kernel", "kernels", nn.Module)
 
 
 class NoDensityError(ValueError):
@@ -26,7 +26,9 @@ class Kernel(nn.Module):
     prototypes, M-step means and fixed hypotheses can all share one kernel.
 
     Half-precision inputs, and any input under autocast, are computed in float32 or the wider of the input dtypes;
-    energies come back in the inputs' dtype, in float16 no higher than its largest finite number.
+    energies come back in the inputs' dtype, in float16 no higher than its largest finite number. An energy beyond the
+    range of float32 is infinite, as is that of a kernel of the squared distance where the square is (beyond 1e19): it
+    excludes its hypothesis, and no gradient is NaN.
 
     Example:
         >>> from em_lightning.kernels import pairwise

@@ -42,6 +42,9 @@ class CosineKernel(Kernel):
 
 
 def _direction(x: Tensor) -> Tensor:
+    # A direction has no size: without its own, neither the squares nor their sum leave the range of the dtype.
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
     square = x.square().sum(-1, keepdim=True)
     return x / torch.where(square > 0, square, 1).sqrt()
 

@@ -31,7 +31,7 @@ __all__ = [
     "weight_redundancy",
 ]
 
-LOSSES: Registry[nn.Module] = Registry("loss", group="losses")
+LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
 
 
 def _positive(name: str, value: float) -> float:

@@ -73,7 +73,8 @@ def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
         shares = (mass.reciprocal()[:, None, None]).expand(-1, x.shape[1], 1)
     else:
         mass = weights.sum(-1, dtype=wide)
-        shares = (weights / mass.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1)).unsqueeze(-1)
+        # A set without any weight has no shares, and its weights no infinite slope.
+        shares = (weights / torch.where(mass > 0, mass, 1.0).unsqueeze(-1)).unsqueeze(-1)
     chunks = _chunks(x)
     center = _sum(lambda rows: (shares[:, rows] * x[:, rows]).sum(1), chunks)
     points, shift = about(x, center)

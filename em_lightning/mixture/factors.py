@@ -70,11 +70,14 @@ def cholesky_of_rows(rows: list[list[Tensor]], least_pivots: list[Tensor]) -> Fa
     inverse: list[list[Tensor]] = [[] for _ in range(size)]
     zero = torch.zeros_like(rows[0][0])
     for i in range(size):
+        # The squares of a row add up to the diagonal, unless rounding made the matrix indefinite: then the inverse of
+        # rows that are longer would grow beyond every number.
+        longest = 1.001 * torch.maximum(rows[i][i].detach(), least_pivots[i]).sqrt()
         for j in range(i):
             entry = rows[i][j]
             for p in range(j):
                 entry = torch.addcmul(entry, lower[i][p], lower[j][p], value=-1)
-            lower[i].append(entry * inverse[j][j])
+            lower[i].append((entry * inverse[j][j]).clamp(-longest, longest))
         pivot = rows[i][i]
         for p in range(i):
             pivot = torch.addcmul(pivot, lower[i][p], lower[i][p], value=-1)

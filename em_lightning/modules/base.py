@@ -182,7 +182,9 @@ class EMModule(lightning.LightningModule):
 
     def _one_cycle(self, step: int) -> float:
         """Return the share of the learning rate: a cosine up over three tenths of the run, then one down to zero."""
-        done = step / max(self.trainer.estimated_stepping_batches, 1)
+        # At step 0 not even the length of the run is asked for: Lightning would set up the loader to tell it, and then
+        # leave it where it is when a run is resumed within an epoch.
+        done = step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0
         if done < _WARM_UP:
             return 0.04 + 0.96 * (1 - math.cos(math.pi * done / _WARM_UP)) / 2
         return (1 + math.cos(math.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))) / 2

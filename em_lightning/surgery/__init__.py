@@ -1,5 +1,6 @@
 """Find, replace and insert modules in any ``nn.Module``, and undo it."""
 
+from em_lightning.surgery.checkpoint import read_checkpoint
 from em_lightning.surgery.edit import Change, Surgery, insert_after, replace_modules
 from em_lightning.surgery.find import NoMatchError, Site, find_modules
 from em_lightning.surgery.plan import apply_plan, read_plan, recorded_plan, restore_surgery
@@ -12,6 +13,7 @@ __all__ = [
     "apply_plan",
     "find_modules",
     "insert_after",
+    "read_checkpoint",
     "read_plan",
     "recorded_plan",
     "replace_modules",

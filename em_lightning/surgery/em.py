@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.operators import EMOperator, EMRefinement
+from em_lightning.registry import import_class
 from em_lightning.surgery.edit import Calls, Surgery, insert_after, replace_modules
 from em_lightning.surgery.find import NoMatchError, Site, Where, find_modules
 from em_lightning.surgery.functional import calls_relu, swap_relu_calls
@@ -218,8 +218,7 @@ def _resolve(spec: Any) -> tuple[type[nn.Module], dict[str, Any]]:
     if isinstance(spec, type):
         return spec, {}
     if isinstance(spec, Mapping) and "class_path" in spec:
-        room, _, name = spec["class_path"].rpartition(".")
-        return getattr(importlib.import_module(room), name), dict(spec.get("init_args") or {})
+        return import_class(spec["class_path"], nn.Module), dict(spec.get("init_args") or {})
     if isinstance(spec, Mapping) and "name" in spec:
         return ACTIVATIONS[spec["name"]], {key: value for key, value in spec.items() if key != "name"}
     raise TypeError(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import nn
 
+from em_lightning.registry import import_class
 from em_lightning.surgery.chain import Handle, wrap
+from em_lightning.surgery.checkpoint import read_checkpoint
 
 KEY = "em_lightning"  # under which a checkpoint holds the plan
 _PLAN = "_em_surgery_plan"
+_ENTRY = {"operation", "path", "class_path", "init_args", "calls", "tied", "by"}
+_OPERATIONS = ("replace", "insert_after", "functional")
 
 
 def recorded_plan(model: nn.Module) -> list[dict[str, Any]]:
@@ -86,8 +88,18 @@ def _primitive(value: Any) -> bool:
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the plan that a loaded checkpoint holds; empty where it was saved without surgery."""
-    return list(checkpoint.get(KEY, {}).get("surgery", []))
+    """Return the plan that a loaded checkpoint holds; empty where it was saved without surgery.
+
+    Raises:
+        ValueError: what stands in its place is no plan.
+    """
+    kept = checkpoint.get(KEY, {})
+    plan = kept.get("surgery", []) if isinstance(kept, Mapping) else None
+    if not isinstance(plan, list) or not all(
+        isinstance(entry, Mapping) and _ENTRY <= set(entry) and entry["operation"] in _OPERATIONS for entry in plan
+    ):
+        raise ValueError(f"checkpoint[{KEY!r}] holds no plan of a surgery; take a checkpoint that was not altered")
+    return list(plan)
 
 
 def apply_plan(
@@ -117,10 +129,11 @@ def apply_plan(
     }
     for entry in plan:
         if entry["init_args"] is not None:
-            room, _, name = entry["class_path"].rpartition(".")
-            builder = functools.partial(getattr(importlib.import_module(room), name), **entry["init_args"])
+            # The plan may come from somebody else's file, which must not have anything but a module built.
+            cls: Callable[..., nn.Module] = import_class(entry["class_path"], nn.Module)
+            builder: Any = functools.partial(cls, **entry["init_args"])
         elif make is not None:
-            builder = make  # type: ignore[assignment]
+            builder = make
         else:
             raise ValueError(
                 f"{entry['path']!r} holds a {entry['class_path']} whose arguments the checkpoint does not know: "
@@ -153,7 +166,7 @@ def restore_surgery(
         A model of class ``cls`` with the surgery and the weights of the checkpoint.
 
     Raises:
-        ValueError: the checkpoint holds no plan.
+        ValueError: the checkpoint holds no plan, or is damaged.
         TypeError: ``cls`` is no class.
     """
     if not isinstance(cls, type):
@@ -166,13 +179,14 @@ def restore_surgery(
         apply_plan(model, plan, make)
         cls.on_load_checkpoint(model, checkpoint)  # type: ignore[attr-defined]
 
+    read_checkpoint(path)  # which says more of a damaged file
     # load_from_checkpoint builds the model, then calls this hook, then loads the weights
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
-    model = loader.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
+    model = loader.load_from_checkpoint(path, **{"weights_only": True, **arguments})  # type: ignore[attr-defined]
     model.__class__ = cls
     return model
 
 
 def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:
     """Return the plan in a checkpoint file."""
-    return plan_in(torch.load(path, map_location="cpu", weights_only=True))
+    return plan_in(read_checkpoint(path))

@@ -1,0 +1,212 @@
+"""Files that somebody else wrote: checkpoints, configs and meshes end in data or a clear error, and run nothing."""
+
+import time
+import zipfile
+from pathlib import Path
+
+import fuzz_readers
+import pytest
+import torch
+from torch import nn
+
+from em_lightning import ACTIVATIONS, KERNELS, cli, surgery
+from em_lightning.cli.configs import read_config
+from em_lightning.surgery.em import swap_activations
+
+RAN = []
+
+
+def run_something(*_, **__):
+    RAN.append(True)
+    return nn.Identity()
+
+
+class Runs:
+    """Not a module: building it is running what a file says."""
+
+    def __init__(self, **_):
+        run_something()
+
+
+class RunsWhenLoaded:
+    def __reduce__(self):
+        return (run_something, ())
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs():
+    RAN.clear()
+    yield
+    assert not RAN
+
+
+@pytest.mark.parametrize("name", fuzz_readers.READERS)
+def test_mutated_files_end_in_data_or_in_a_documented_error(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ends, _, _ = fuzz_readers.fuzz(name, 10 if name == "config" else 100, tmp_path, seed=1)
+    assert set(ends) <= {"ValueError", "read"} and ends["ValueError"] > 5, ends
+
+
+# Checkpoints.
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+def rewritten(path, change, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((64,), 2.0).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+DAMAGED = {
+    "pickle": (lambda p: saved(p, {"hyper_parameters": {"network": RunsWhenLoaded()}}), "Weights only load failed"),
+    "list": (lambda p: saved(p, [1, 2]), "it holds a list and no dictionary"),
+    "text": (lambda p: p.write_text("no archive"), "not a zip file"),
+    "empty": (lambda p: p.write_bytes(b""), "not a zip file"),
+    "cut": (lambda p: p.write_bytes(saved(p, {"w": torch.ones(99)}).read_bytes()[:-30]), "not a zip file"),
+    "flipped": (
+        lambda p: flipped(saved(p, {"w": torch.full((64,), 2.0)})),
+        "the sum of 'bad/data/0' is another|Bad CRC",
+    ),
+    "bomb": (
+        lambda p: rewritten(saved(p, {"w": torch.zeros(10**5)}), lambda m: None, zipfile.ZIP_DEFLATED),
+        "unpacks to more than its own size",
+    ),
+    "short": (
+        lambda p: rewritten(saved(p, {"w": torch.zeros(9)}), lambda m: m.update({"bad/data/0": b"1234"})),
+        "record|storage|size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_named_and_nothing_in_it_runs(name, tmp_path):
+    make, words = DAMAGED[name]
+    path = tmp_path / "bad.ckpt"
+    make(path)
+    with pytest.raises(ValueError, match=f"bad.ckpt: no sound checkpoint .*({words}).*take another one") as caught:
+        surgery.read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="bad.ckpt: no sound checkpoint"):
+        surgery.read_plan(path)
+    with pytest.raises(ValueError, match="bad.ckpt: no sound checkpoint"):
+        surgery.restore_surgery(nn.Module, path)
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.ckpt: there is no such checkpoint; check the path"):
+        surgery.read_checkpoint(tmp_path / "gone.ckpt")
+
+
+def entry(**changes):
+    kept = {"operation": "replace", "path": "1", "class_path": "torch.nn.modules.activation.SiLU", "init_args": {}}
+    return {**kept, "calls": None, "tied": None, "by": "them", **changes}
+
+
+def test_the_plan_of_a_checkpoint_builds_modules_alone(tmp_path):
+    def model():
+        return nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+
+    swapped = model()
+    surgery.apply_plan(swapped, [entry()])
+    assert isinstance(swapped[1], nn.SiLU)
+    for path in (
+        f"{__name__}.Runs",
+        f"{__name__}.run_something",
+        "subprocess.Popen",
+        "builtins.exec",
+        "nowhere.X",
+        ".x",
+    ):
+        with pytest.raises(ValueError, match=f"class_path='{path}' (is no|cannot be imported)"):
+            surgery.apply_plan(model(), [entry(class_path=path)])
+
+
+@pytest.mark.parametrize(
+    "plan", [3, {"surgery": 3}, {"surgery": [3]}, {"surgery": [{}]}, {"surgery": [entry(operation="rm")]}]
+)
+def test_a_plan_that_is_none_is_refused(plan, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint\['em_lightning'\] holds no plan of a surgery"):
+        surgery.read_plan(saved(tmp_path / "x.ckpt", {"em_lightning": plan}))
+
+
+def test_a_class_path_builds_modules_alone():
+    spec = {"class_path": f"{__name__}.Runs", "init_args": {"args": ["rm"]}}
+    for build in (KERNELS.build, ACTIVATIONS.build, lambda spec: swap_activations(nn.Sequential(nn.ReLU()), spec)):
+        with pytest.raises(ValueError, match="Runs' is no torch.nn.modules.module.Module, and is not built"):
+            build(spec)
+
+
+def test_the_command_line_reads_a_checkpoint_before_it_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved(Path("bad.ckpt"), {"state_dict": RunsWhenLoaded()})
+    assert cli.main(["run", "gaussian_mixture", "--ckpt_path=bad.ckpt"]) == 2
+    assert "bad.ckpt: no sound checkpoint (Weights only load failed" in capsys.readouterr().err.splitlines()[-1]
+
+
+# Configs.
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+CONFIGS = {
+    "laughs": (LAUGHS, "stands for more than 50000 values, aliases written out; shorten it"),
+    "deep": ("[" * 10**5 + "]" * 10**5, "nests deeper than 40 levels"),
+    "indented": ("".join(" " * depth + "a:\n" for depth in range(500)), "nests deeper than 40 levels"),
+    "python": ("a: 1\nb: !!python/object/apply:os.system [ls]\n", "line 2 has the tag tag:yaml.org,2002:python/object"),
+    "own": ("a: !mine 3\n", "line 1 has the tag !mine; write plain values"),
+    "around": ("a: &a [*a]\n", r"line 1 has \*a, which stands for nothing"),
+    "unknown": ("a: *b\n", r"line 1 has \*b, which stands for nothing"),
+    "date": ("a: 2001-99-99\n", "is no YAML file .month must be in 1..12"),
+    "digits": (f"a: {'9' * 5000}\n", "is no YAML file .Exceeds the limit"),
+    "broken": ("a: [1\n", "is no YAML file .*repair it"),
+    "bytes": ("a: \x00\n", "is no YAML file"),
+    "long": ("# a comment\n" * 10**5, "has more than 1048576 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_hostile_config_is_refused_at_once(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content, words = CONFIGS[name]
+    Path("bad.yaml").write_text(content)
+    start = time.process_time()
+    with pytest.raises(cli.UsageError, match=f"bad.yaml: {words}"):
+        read_config("bad.yaml")
+    assert time.process_time() - start < 2
+    for args in (["--config", "bad.yaml"], ["--config=bad.yaml"], ["--model=bad.yaml"], ["--trainer", "bad.yaml"]):
+        assert cli.main(["run", "gaussian_mixture", *args]) == 2
+        assert "em-lightning: bad.yaml: " in capsys.readouterr().err
+
+
+def test_a_plain_config_is_read_with_its_aliases(tmp_path):
+    (tmp_path / "good.yaml").write_text("a: &a {x: 1, y: [!!str 2, ! 3]}\nb: {<<: *a, y: *a}\nc: 1e400\n")
+    assert read_config(tmp_path / "good.yaml")["b"] == {"x": 1, "y": {"x": 1, "y": ["2", 3]}}
+
+
+def test_mapped_arrays_with_a_header_that_is_no_header(tmp_path):
+    for header in (
+        b"{'descr': (((",
+        b"(" * 3000,
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (3,",
+        b"\xff" * 50,
+    ):
+        file = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+        (tmp_path / "a.npy").write_bytes(file)
+        for read in (fuzz_readers.read_table, fuzz_readers.READERS["npy"][2]):
+            with pytest.raises(ValueError, match="not a plain NumPy array of numbers"):
+                read(tmp_path / "a.npy")
