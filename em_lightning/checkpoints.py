@@ -47,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_whole(path, buffer.getbuffer())
 
     @override
-    def load_checkpoint(self, path: Any, *args: Any, weights_only: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint: as :func:`~em_lightning.surgery.read_checkpoint` does, unless objects are asked for.
 
         Raises:
@@ -55,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: it is truncated, altered, or no checkpoint.
         """
         if weights_only is False or not _is_local(path):
-            return super().load_checkpoint(path, *args, weights_only=weights_only, **kwargs)
+            return super().load_checkpoint(path, map_location, weights_only)
         return read_checkpoint(path)
 
 
