@@ -59,6 +59,8 @@ def test_coordinates_say_who_belongs_together():
     values = r.mT @ features / r.sum(1)[..., None]
     found = pool(features, mask, coordinates=x).reshape(2, 2, 6)
     torch.testing.assert_close(found[..., 1:], values)
+    padded = (torch.where(mask.unsqueeze(-1), part, torch.nan) for part in (features, x))
+    torch.testing.assert_close(pool(next(padded), mask, coordinates=next(padded)).reshape(2, 2, 6), found)
     with pytest.raises(ValueError, match="coordinates have None columns; the pooling was made for 3"):
         pool(features, mask)
 

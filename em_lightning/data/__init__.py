@@ -4,6 +4,7 @@ from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
 from em_lightning.data.folder import PointCloudFolder
 from em_lightning.data.idx import idx_shape, read_idx
+from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
 from em_lightning.data.images import MNIST, Digits
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
@@ -23,6 +24,7 @@ __all__ = [
     "EpochSampler",
     "GaussianBlobs",
     "GeometricShapes",
+    "ImagePointSets",
     "MixtureSetBatch",
     "MixtureSets",
     "ModelNet",
@@ -30,6 +32,8 @@ __all__ = [
     "PointCloudBatch",
     "PointCloudDataModule",
     "PointCloudFolder",
+    "PointSetBatch",
+    "PointSetBatches",
     "ProceduralSurfaces",
     "Shape",
     "Surface",
@@ -40,6 +44,7 @@ __all__ = [
     "TensorBatches",
     "TensorDataModule",
     "Tensors",
+    "bright_pixels",
     "collate_clouds",
     "from_pyg",
     "idx_shape",

@@ -72,6 +72,12 @@ class PointCloudDataModule(lightning.LightningDataModule):
         self.class_names: list[str] = []
         self.datasets: dict[str, CloudDataset] = {}
 
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, which :meth:`setup` finds."""
+        self.setup()
+        return len(self.class_names)
+
     def shapes(self, split: str) -> Shapes:
         """Return the source of shapes of a split, and set ``class_names``."""
         raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")

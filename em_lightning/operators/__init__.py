@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from em_lightning.operators.abstraction import EMAbstraction
 from em_lightning.operators.directional import DirectionalEM
 from em_lightning.operators.em import EMOperator
 from em_lightning.operators.generalized import GeneralizedEM
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DirectionalEM",
+    "EMAbstraction",
     "EMAggregation",
     "EMOperator",
     "EMPooling",

@@ -131,9 +131,9 @@ class EMPooling(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; give (B, N, {self.num_features})")
         with torch.autocast(x.device.type, enabled=False):
             items = x.to(torch.promote_types(x.dtype, torch.float32))
-            if mask is not None:
-                items = torch.where(mask.unsqueeze(-1), items, 0.0)
             places = items if coordinates is None else coordinates.to(items.dtype)
+            if mask is not None:
+                items, places = (torch.where(mask.unsqueeze(-1), part, 0.0) for part in (items, places))
             heads = [places] if self.project is None else self.project(items).chunk(self.heads, -1)
             vectors = [
                 self._summary(operator, z, items, mask, weights)

@@ -108,11 +108,12 @@ class LayerwiseLoss:
         self._charged: set[str] = set()
         self.losses = {site.path: build_loss(loss) for site in self.taps.sites}
         self.weights = {site.path: _weight_at(site.path, weight) for site in self.taps.sites}
-        for pattern in weight if isinstance(weight, Mapping) else ():
-            if not any(fnmatchcase(path, pattern) for path in self.weights):
-                raise ValueError(
-                    f"weight={dict(weight)!r}: no layer matches {pattern!r}; selected are {', '.join(self.weights)}"
-                )
+        if isinstance(weight, Mapping):
+            for pattern in weight:
+                if not any(fnmatchcase(path, pattern) for path in self.weights):
+                    raise ValueError(
+                        f"weight={dict(weight)!r}: no layer matches {pattern!r}; selected are {', '.join(self.weights)}"
+                    )
         # path -> averages of both norms, and the step from which they are due to be measured again
         self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
         self.taps.attach()

@@ -130,9 +130,10 @@ def apply_plan(
     for entry in plan:
         if entry["init_args"] is not None:
             # The plan may come from somebody else's file, which must not have anything but a module built.
-            builder = functools.partial(import_class(entry["class_path"], nn.Module), **entry["init_args"])
+            cls: Callable[..., nn.Module] = import_class(entry["class_path"], nn.Module)
+            builder: Any = functools.partial(cls, **entry["init_args"])
         elif make is not None:
-            builder = make  # type: ignore[assignment]
+            builder = make
         else:
             raise ValueError(
                 f"{entry['path']!r} holds a {entry['class_path']} whose arguments the checkpoint does not know: "

@@ -1,0 +1,50 @@
+"""Time of a training step and of a prediction of PointCloudClassifier by its pooling, at equal parameters, one thread.
+
+Every round times all poolings one after the other, so that a change of the machine's load meets all of them; shown are
+medians over the rounds, in milliseconds a cloud, for the clouds of the tables ``pooling`` and ``shapes_pooling``.
+
+Run: python -m benchmarks.poolings [rounds]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from em_lightning.modules import PointCloudClassifier
+from em_lightning.modules.point_cloud_classifier import POOLINGS
+
+BATCH, POINTS = 128, 64
+
+
+def main(rounds: int = 15) -> None:
+    """Time all poolings, and print a table."""
+    torch.set_num_threads(1)
+    for name, features, classes in (("MNIST", 2, 10), ("GeometricShapes", 3, 40)):
+        torch.manual_seed(0)
+        points, labels = torch.rand(BATCH, POINTS, features) * 2 - 1, torch.randint(classes, (BATCH,))
+        modules = {p: PointCloudClassifier(classes, features, pooling=p, num_parameters=100_000) for p in POOLINGS}
+        optimizers = {p: torch.optim.AdamW(module.parameters(), fused=True) for p, module in modules.items()}
+        times: dict[str, list[tuple[float, float]]] = {p: [] for p in POOLINGS}
+        for _ in range(rounds):
+            for pooling, module in modules.items():
+                start = time.perf_counter()
+                optimizers[pooling].zero_grad()
+                cross_entropy(module.train()(points), labels).backward()
+                optimizers[pooling].step()
+                middle = time.perf_counter()
+                with torch.no_grad():
+                    module.eval()(points)
+                times[pooling].append((middle - start, time.perf_counter() - middle))
+        print(f"\n| {name} | parameters | ms a cloud, training | ms a cloud, predicting |\n|---|---|---|---|")
+        for pooling, module in modules.items():
+            step, guess = (1e3 / BATCH * statistics.median(each) for each in zip(*times[pooling], strict=True))
+            print(f"| {pooling} | {sum(p.numel() for p in module.parameters()):,} | {step:.3f} | {guess:.3f} |")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

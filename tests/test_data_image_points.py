@@ -1,0 +1,111 @@
+"""Images as point sets: where the points lie, and what a draw depends on."""
+
+import numpy as np
+import pytest
+import torch
+from test_images import write_set
+
+from em_lightning import data
+
+
+def mnist(folder, **options):
+    arrays = write_set(folder)
+    module = data.ImagePointSets("mnist", str(folder), **{"jitter": 0.0, "batch_size": 8, **options})
+    return module, arrays
+
+
+def test_points_are_the_places_of_bright_pixels_each_as_often_as_the_others(tmp_path):
+    module, arrays = mnist(tmp_path / "set", num_points=40)
+    (batch,) = module.test_dataloader()
+    assert batch.mask.all() and batch.label.tolist() == arrays["t10k"][1].tolist()
+    for points, image in zip(batch.points, arrays["t10k"][0], strict=True):
+        rows, columns = np.nonzero(image > 127.5)
+        expected = {(2 * c - 4, 4 - 2 * r) for r, c in zip(rows, columns, strict=True)}
+        places, times = points.mul(5).round().unique(dim=0, return_counts=True)
+        assert {tuple(place) for place in places.tolist()} == expected
+        assert times.sum() == 40 and times.max() - times.min() <= 1
+        torch.testing.assert_close(points * 5, points.mul(5).round())
+
+
+def test_fewer_points_than_pixels_are_drawn_without_replacement(tmp_path):
+    module, _ = mnist(tmp_path / "set", num_points=3)
+    for batch in module.train_dataloader():
+        assert all(len(points.unique(dim=0)) == 3 for points in batch.points)
+
+
+def test_jitter_is_clipped_and_of_its_size():
+    still, moved = (data.ImagePointSets(num_points=64, jitter=jitter, seed=3) for jitter in (0.0, 0.02))
+    pairs = zip(still.val_dataloader(), moved.val_dataloader(), strict=True)
+    noise = torch.cat([b.points - a.points for a, b in pairs])
+    assert noise.abs().max() <= 0.06 + 1e-6 and 0.0197 < noise.std() < 0.0202
+
+
+def test_a_draw_depends_on_seed_split_epoch_and_batch_alone():
+    def first(split="train", epoch=0, seed=0, **options):
+        module = data.ImagePointSets(num_points=16, seed=seed, batch_size=32, eval_batch_size=32, **options)
+        loader = getattr(module, f"{split}_dataloader")()
+        loader.set_epoch(epoch)
+        torch.manual_seed(epoch + 17)  # the global generator plays no part
+        return next(iter(loader)).points
+
+    torch.testing.assert_close(first(), first(), rtol=0, atol=0)
+    torch.testing.assert_close(first("val", epoch=1), first("val"), rtol=0, atol=0)
+    for other in (first(epoch=1), first(seed=1), first("val"), first("test")):
+        assert not torch.equal(other, first())
+    assert not torch.equal(first("val"), first("test")), "of the same images, but drawn by themselves"
+
+
+def test_every_epoch_has_each_image_once_on_all_ranks_together():
+    module = data.ImagePointSets(num_points=4, batch_size=10)
+    module.setup()
+    loaders = [module.train_dataloader() for _ in range(2)]
+    for rank, loader in enumerate(loaders):
+        loader.num_replicas, loader.rank = 2, rank
+    labels = torch.cat([batch.label for loader in loaders for batch in loader])
+    expected = module.images.splits["train"].y
+    assert labels.bincount().tolist() == expected.bincount().tolist()
+    assert not torch.equal(next(iter(loaders[0])).points, next(iter(loaders[1])).points)
+
+
+def test_an_image_without_bright_pixels_is_an_empty_set():
+    images = torch.zeros(2, 1, 4, 4)
+    images[1, 0, 1, 2] = 1.0
+    pixels, counts = data.bright_pixels(images, 0.5)
+    assert pixels.tolist() == [[0], [6]] and counts.tolist() == [0, 1]
+    batches = data.PointSetBatches(
+        pixels,
+        counts,
+        torch.tensor([0, 1]),
+        shape=(4, 4),
+        num_points=3,
+        jitter=0.1,
+        split="val",
+        batch_size=2,
+        shuffle=False,
+    )
+    (batch,) = batches
+    assert batch.mask.tolist() == [[False] * 3, [True] * 3] and (batch.points[0] == 0).all()
+
+
+def test_validation_is_set_aside_and_described():
+    module = data.ImagePointSets(num_points=8, val_size=100)
+    assert module.num_classes == 10 and module.num_features == 2
+    sizes = [sum(len(batch.label) for batch in getattr(module, f"{s}_dataloader")()) for s in ("train", "val", "test")]
+    assert sizes == [1337, 100, 360]
+    assert module.describe().endswith("1337 train, 100 val, 360 test images, each as 8 points")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"images": "cifar"}, "images='cifar' is unknown; choose 'digits' or 'mnist'"),
+        ({"root": "here"}, "root='here' is for images='mnist'"),
+        ({"num_points": 0}, "num_points=0 is too small; give 1 or more"),
+        ({"jitter": -1.0}, "jitter=-1.0 is too small"),
+        ({"threshold": 1.0}, "threshold=1.0 must be at least 0 and less than 1"),
+        ({"seed": -1}, "seed=-1 is too small"),
+    ],
+)
+def test_mistakes_are_answered(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        data.ImagePointSets(**arguments)

@@ -1,0 +1,119 @@
+"""Point clouds to classes: every pooling under the same contract, with and without a pyramid."""
+
+import lightning
+import pytest
+import torch
+
+from em_lightning.data import FAMILIES, ImagePointSets, PointSetBatch, ProceduralSurfaces
+from em_lightning.modules import PointCloudClassifier
+from em_lightning.modules.point_cloud_classifier import POOLINGS
+
+LEVELS = [
+    {"num_components": 8, "out_features": 16, "pitch": 0.3, "grid": 5, "blocks": 1},
+    {"num_components": 3, "out_features": 32, "pitch": 0.5},
+]
+
+
+def clouds(features=3):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(6, 20, features, generator=generator)
+    mask = torch.arange(20) < torch.tensor([20, 13, 20, 9, 1, 20])[:, None]
+    return PointSetBatch(points, mask, torch.tensor([0, 1, 2, 3, 0, 1]))
+
+
+def classifier(pooling, levels=(), **options):
+    torch.manual_seed(0)
+    return PointCloudClassifier(
+        4, pooling=pooling, levels=levels, **{"num_parameters": 90_000, "num_components": 4, **options}
+    )
+
+
+@pytest.mark.parametrize("levels", [(), LEVELS], ids=["points", "pyramid"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_order_and_padding_play_no_part(pooling, levels):
+    module = classifier(pooling, levels).eval()
+    points, mask, _ = clouds()
+    logits = module(points, mask)
+    assert logits.shape == (6, 4) and logits.isfinite().all()
+    # PyG pads sets itself, and the sums of its attention go with the length of the padding.
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(module(points.flip(1), mask.flip(1)), logits, **close)
+    torch.testing.assert_close(module(torch.where(mask.unsqueeze(-1), points, torch.nan), mask), logits, **close)
+    torch.testing.assert_close(module(points[1:2, :13]), logits[1:2], **close)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_poolings_have_equally_many_parameters(pooling):
+    sizes = sum(value.numel() for value in classifier(pooling, num_parameters=100_000).parameters())
+    assert 98_500 <= sizes <= 100_000
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_few_steps_lower_the_loss_and_every_parameter_takes_part(pooling):
+    module = classifier(pooling, dropout=0.0, scale=0.0, shift=0.0, jitter=0.0)
+    batch = clouds()
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = module.step(batch, "train")
+        loss.backward()
+        assert all(value.grad is not None for value in module.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_pyramid_learns_digits():
+    lightning.seed_everything(0)
+    data = ImagePointSets(num_points=48, batch_size=32)
+    levels = [
+        {"num_components": 12, "out_features": 24, "pitch": 0.25, "grid": 5, "num_iters": 2},
+        {"num_components": 1, "out_features": 48, "pitch": 0.5, "grid": 4, "num_iters": 1},
+    ]
+    module = PointCloudClassifier(10, 2, pooling="max", levels=levels, hidden=32, lr=5e-3)
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    (scores,) = trainer.test(module, data, verbose=False)
+    assert scores["test/accuracy"] > 0.6
+
+
+def test_augmentation_is_a_linear_map_and_a_shift():
+    module = classifier("max", distort=0.3, scale=0.1, shift=0.2, jitter=0.0)
+    points = clouds().points
+    moved = module._augmented(points)
+    for before, after in zip(points, moved, strict=True):
+        columns = torch.cat([before, torch.ones(len(before), 1)], 1)
+        fitted = torch.linalg.lstsq(columns, after).solution
+        torch.testing.assert_close(columns @ fitted, after, atol=1e-4, rtol=1e-4)
+        assert (fitted[3].abs() <= 0.2 + 1e-5).all()
+        assert ((fitted[:3] - torch.eye(3)).abs() <= 1.1 * 1.3 - 1).all() and not torch.allclose(
+            fitted[:3], torch.eye(3), atol=1e-3
+        )
+    still = classifier("max", scale=0.0, shift=0.0, jitter=0.0)
+    torch.testing.assert_close(still._augmented(points), points)
+
+
+def test_surfaces_know_how_many_classes_they_have():
+    names = list(FAMILIES)[:3]
+    assert ProceduralSurfaces(families=names).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"pooling": "median"}, "pooling='median' is unknown; choose one of em, max, mean, attention"),
+        ({"num_parameters": 10}, "num_parameters=10 leave none for the head: give more, or less width"),
+        ({"levels": [{"num_components": 3}]}, r"levels\[0\]={'num_components': 3} lacks out_features, pitch"),
+    ],
+)
+def test_mistakes_are_answered(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        PointCloudClassifier(4, **arguments)
