@@ -2,6 +2,7 @@
 
     python benchmarks/em_operator.py clouds      many clouds, beside a loop over scikit-learn
     python benchmarks/em_operator.py large       one large set, beside scikit-learn
+    python benchmarks/em_operator.py starts      memory of the starts on one large set
     python benchmarks/em_operator.py gradients   a training step, beside autograd through the textbook formulation
     python benchmarks/em_operator.py scaling     time over B, N, T and K, with a plot
     python benchmarks/em_operator.py accuracy    float32 beside float64
@@ -151,6 +152,17 @@ def large(options):
     table(title, ["", *head, "early, ours / theirs"], rows)
     print("\nours: the median of runs of 10 iterations with all that goes before them; scikit-learn: a fit of so many")
     print("iterations as the last column says less a fit of 1. MiB: growth of resident memory at most, during a fit.")
+
+
+def starts(options):
+    """Measure the memory that each start takes on one set of a million points."""
+    items, features, components = int(1_000_000 * options.scale), 16, 64
+    x, rows = blobs(1, items, features, components), []
+    for init in ("random", "farthest", "kmeans++"):
+        operator = EMOperator(components, features, init=init, residual=False)
+        operator(x[:, :1000].clone(), num_iters=1)  # libraries take memory when first used
+        rows.append([init, f"{peak_of(lambda o=operator: o(x, num_iters=0))[2]:.0f}"])
+    table(f"start on one set of {items:,} x {features}, K = {components}, full", ["init", "MiB beyond the data"], rows)
 
 
 def textbook(x, start, iterations, floor=1e-6):
@@ -352,7 +364,7 @@ def _held(operator, x, start):
     return leave(cloud._replace(points=cloud.points.double()), state, COVARIANCES[operator.covariance])
 
 
-COMMANDS = {call.__name__: call for call in (clouds, large, gradients, scaling, accuracy)}
+COMMANDS = {call.__name__: call for call in (clouds, large, starts, gradients, scaling, accuracy)}
 
 
 def main():

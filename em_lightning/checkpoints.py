@@ -12,6 +12,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from typing_extensions import override
 
 from em_lightning.files import write_whole
+from em_lightning.surgery import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,22 +47,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_whole(path, buffer.getbuffer())
 
     @override
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint.
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint: as :func:`~em_lightning.surgery.read_checkpoint` does, unless objects are asked for.
 
         Raises:
-            ValueError: it is truncated, or no checkpoint.
+            FileNotFoundError: there is no such file.
+            ValueError: it is truncated, altered, or no checkpoint.
         """
-        try:
-            return super().load_checkpoint(path, *args, **kwargs)
-        except OSError:
-            raise
-        except Exception as error:  # whatever an altered file makes zipfile, pickle and torch complain of
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-            raise ValueError(
-                f"the checkpoint {path} cannot be read ({reason}): it is truncated, altered or none; name another by "
-                f"ckpt_path, or remove it to begin anew"
-            ) from error
+        if weights_only is False or not _is_local(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        return read_checkpoint(path)
 
 
 def _is_local(path: Any) -> bool:

@@ -135,7 +135,7 @@ def test_the_objective_never_falls(name, scaled):
     assert (before > operator.objective(dirty, path[0], mask, weights) + 1.0).all()
 
 
-@pytest.mark.parametrize("name", ["mahalanobis", "user", "exponential"])
+@pytest.mark.parametrize("name", ["mahalanobis", "user", "pseudo_huber"])
 def test_many_steps_find_the_centers_of_least_expected_energy(name):
     """Beside a general minimizer, under the responsibilities of the start."""
     x = clouds(1, 48)

@@ -240,7 +240,8 @@ class ExponentialKernel(Kernel):
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         exponent = self.positive("rate", x.dtype) * pairwise(x, centers).abs()
         within = exponent.clamp(max=_LARGEST_EXPONENT)
-        return (within.exp() + math.exp(_LARGEST_EXPONENT) * (exponent - within)).sum(-1)
+        tangent = math.exp(_LARGEST_EXPONENT) * (exponent - (_LARGEST_EXPONENT - 1))
+        return torch.where(exponent > _LARGEST_EXPONENT, tangent, within.exp()).sum(-1)
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         return num_features * (math.log(2 * _EXPONENTIAL_INTEGRAL) - self.rate.log()).reshape(())

@@ -31,7 +31,8 @@ class GeneralizedEM(nn.Module):
     **A log-likelihood where the kernel is a density** (Gaussian, Student-t, Laplace, Huber, pseudo-Huber, exponential,
     Mahalanobis; the cosine on the unit sphere). A logistic or dot-product energy has no :math:`Z`: the objective is
     then a score that still never falls, but compares no two kernels, and its best centers lie where energies are low,
-    which may be a corner of the data. Centers never leave the bounding box of their set.
+    which may be a corner of the data. Centers never leave the bounding box of their set. Where an energy has a corner
+    at its center (Laplace, exponential) they may stop short of the best place, level with a point in one feature.
 
     :class:`EMOperator` is faster, has full covariances, and is what to take for a Gaussian, Student-t, Laplace, Huber
     or pseudo-Huber kernel of the Mahalanobis distance; :class:`DirectionalEM` fits concentrations.

@@ -1,0 +1,174 @@
+"""Whether anything grows: many steps under each callback, and many fits and undos of one model.
+
+    python benchmarks/soak.py [--steps 50000] [--fits 200] [CALLBACK ...]
+
+Each case runs in a process of its own, on a model of a few hundred parameters. Memory is the resident set; its growth
+is from the first tenth of the steps, when everything has been used once, to the end. The time of a step is processor
+time, which a busy machine disturbs less, and its ratio that of the last tenth to the first after a warm-up. Hooks are
+those of all modules of the model, and instance attributes what surgery wraps methods by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+
+import lightning
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from em_lightning import callbacks
+from em_lightning.modules import EMModule
+
+WARM = 0.1
+
+
+class Small(EMModule):
+    """A classifier with one hidden layer, and a temperature to schedule."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=1e-3)
+        self.hidden = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits."""
+        return self.out(self.hidden(x))
+
+    def step(self, batch, stage):
+        """Return the loss."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def annealed() -> list[lightning.Callback]:
+    return [callbacks.SwapActivations("gated"), callbacks.TemperatureSchedule(4.0, 1.0, steps=50_000)]
+
+
+CASES = {
+    "no callback": lambda: [],
+    "SwapActivations": lambda: [callbacks.SwapActivations("signed")],
+    "InsertEMOperator": lambda: [callbacks.InsertEMOperator("hidden", num_components=2)],
+    "LayerwiseEMLoss": lambda: [callbacks.LayerwiseEMLoss("hidden")],
+    "TemperatureSchedule": annealed,
+    "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10, figures=False)],
+    "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
+    "TimeLeft": lambda: [callbacks.TimeLeft()],
+}
+
+
+def resident() -> float:
+    """Return the resident set in MiB."""
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def hooks(model: nn.Module) -> int:
+    """Return the number of hooks on the modules of a model, and of methods that an instance has of its own."""
+    found = 0
+    for module in model.modules():
+        found += sum(
+            len(value) for name, value in vars(module).items() if name.endswith("_hooks") and value is not None
+        )
+        found += sum(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
+    return found
+
+
+class Watch(lightning.Callback):
+    """Notes memory, hooks and processor time at every tenth of the steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.every = max(steps // 10, 1)
+        self.notes: list[tuple[float, int, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        """Note."""
+        if trainer.global_step % self.every == 1:
+            self.notes.append((resident(), hooks(pl_module), time.process_time()))
+
+
+def trainer(steps: int, extra: list[lightning.Callback], folder: str) -> lightning.Trainer:
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    return lightning.Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=extra, default_root_dir=folder, **quiet
+    )
+
+
+def loader() -> DataLoader:
+    torch.manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(3200, 8), torch.randint(0, 3, (3200,))), batch_size=32)
+
+
+def soak(name: str, steps: int) -> str:
+    """Train one model for so many steps under a callback, and return the row of the table."""
+    watch = Watch(steps)
+    model = Small()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer(steps, [*CASES[name](), watch], folder).fit(model, loader())
+    memory, held, clock = zip(*watch.notes, (resident(), watch.notes[-1][1], time.process_time()), strict=True)
+    parts = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+    growth = memory[-2] / memory[1] - 1
+    return (
+        f"| {name} | {steps} | {memory[1]:.0f} | {100 * growth:+.2f} | {held[1]} | {held[-2]} | "
+        f"{1e3 * parts[1] / watch.every:.2f} | {parts[-2] / parts[1]:.2f} |"
+    )
+
+
+def fit_and_undo(name: str, fits: int) -> str:
+    """Fit one model again and again under a callback that is taken back each time, and return the row of the table."""
+    model, data, notes = Small(), loader(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(fits):
+            start, extra = time.process_time(), CASES[name]()
+            trainer(3, extra, folder).fit(model, data)
+            for callback in extra:
+                if getattr(callback, "surgery", None) is not None:
+                    callback.surgery.undo()
+            notes.append((resident(), hooks(model), time.process_time() - start))
+    memory, held, seconds = zip(*notes, strict=True)
+    tenth = max(fits // 10, 1)
+    growth = memory[-1] / memory[tenth] - 1
+    ratio = sum(seconds[-tenth:]) / sum(seconds[tenth : 2 * tenth])
+    return (
+        f"| {name}, fit and undo | {fits} | {memory[tenth]:.0f} | {100 * growth:+.2f} | {held[0]} | {held[-1]} | "
+        f"{1e3 * sum(seconds[tenth : 2 * tenth]) / tenth:.0f} | {ratio:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("callbacks", nargs="*", metavar="CALLBACK", help=", ".join(CASES))
+    parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--fits", type=int, default=200)
+    parser.add_argument("--here", choices=["soak", "undo"], help="in this process, as the others call it")
+    args = parser.parse_args()
+    if args.here:
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        (name,) = args.callbacks
+        print(soak(name, args.steps) if args.here == "soak" else fit_and_undo(name, args.fits), flush=True)
+        return
+    print("| | steps or fits | MiB at a tenth | growth % | hooks | hooks at the end | ms each | last / first tenth |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in args.callbacks or CASES:
+        for kind in ("soak", "undo"):
+            if args.steps if kind == "soak" else args.fits:
+                numbers = [f"--steps={args.steps}", f"--fits={args.fits}"]
+                subprocess.run([sys.executable, __file__, name, *numbers, "--here", kind], check=True)
+
+
+if __name__ == "__main__":
+    main()
