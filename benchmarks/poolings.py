@@ -1,7 +1,8 @@
 """Time of a training step and of a prediction of PointCloudClassifier by its pooling, at equal parameters, one thread.
 
 Every round times all poolings one after the other, so that a change of the machine's load meets all of them; shown are
-medians over the rounds, in milliseconds a cloud, for the clouds of the tables ``pooling`` and ``shapes_pooling``.
+medians over the rounds, in milliseconds of processor time a cloud, for the clouds of the tables ``pooling`` and
+``shapes_pooling``.
 
 Run: python -m benchmarks.poolings [rounds]
 """
@@ -32,14 +33,14 @@ def main(rounds: int = 15) -> None:
         times: dict[str, list[tuple[float, float]]] = {p: [] for p in POOLINGS}
         for _ in range(rounds):
             for pooling, module in modules.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 optimizers[pooling].zero_grad()
                 cross_entropy(module.train()(points), labels).backward()
                 optimizers[pooling].step()
-                middle = time.perf_counter()
+                middle = time.process_time()
                 with torch.no_grad():
                     module.eval()(points)
-                times[pooling].append((middle - start, time.perf_counter() - middle))
+                times[pooling].append((middle - start, time.process_time() - middle))
         print(f"\n| {name} | parameters | ms a cloud, training | ms a cloud, predicting |\n|---|---|---|---|")
         for pooling, module in modules.items():
             step, guess = (1e3 / BATCH * statistics.median(each) for each in zip(*times[pooling], strict=True))
