@@ -26,7 +26,7 @@ def main(args):
     cli.datamodule.setup()
     if cli.trainer.is_global_zero:
         print(f"Data: {cli.datamodule.describe()}")
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
 
 
 if __name__ == "__main__":
