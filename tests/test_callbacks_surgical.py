@@ -241,5 +241,8 @@ def test_a_test_of_untrained_weights_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{run} was called without ckpt_path, .*: give ckpt_path='.*operated.c"):
             getattr(fresh, run)(users.MLP(), users.MLP.data())
     data, loaded = users.MLP.data(), restore_surgery(users.MLP, path)
+    once_more, model = users.trainer(tmp_path, 1, [RestoreSurgery(path)]), users.MLP()
+    once_more.fit(model, data)
+    once_more.test(model, data, verbose=False)
     users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(users.MLP(), data, ckpt_path=path, verbose=False)
     users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(loaded, data, verbose=False)

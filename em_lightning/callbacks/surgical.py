@@ -248,22 +248,19 @@ class RestoreSurgery(SurgicalCallback):
         super().__init__()
         self.path = path
         self._plan: list[dict[str, Any]] = []
-        self._loaded = True
+        self._operated = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read the plan and operate, unless the model has been operated already."""
         self._plan = read_plan(self.path)
+        before = self.surgery
         if self._plan and recorded_plan(pl_module) != self._plan:
-            self._loaded = False
             super().setup(trainer, pl_module, stage)
-
-    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Note that the weights came too."""
-        self._loaded = True
+        self._operated = self.surgery is not before
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to measure weights that nobody trained; a fit may start from them."""
-        if not self._loaded and trainer.state.fn != "fit":
+        if self._operated and trainer.state.fn != "fit" and trainer.ckpt_path is None:
             raise ValueError(
                 f"{trainer.state.fn.value} was called without ckpt_path, so the operated model would run on the "
                 f"weights that it was built with: give ckpt_path={str(self.path)!r}, or a model from restore_surgery"
