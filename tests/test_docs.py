@@ -201,7 +201,7 @@ def test_a_command_in_a_sentence_is_one(page, command, folder):
         assert arguments[0] in ("ls", "cp", "audit", "kernels", "ls | cp | run | audit | kernels")
     elif program == "make":
         run_command(command)
-    elif program == "python" and arguments[0].startswith(("benchmarks/", "-m")):
+    elif program == "python" and arguments[0].startswith(("benchmarks/", "tests/", "-m")):
         script = arguments[1].replace(".", "/") + ".py" if arguments[0] == "-m" else arguments[0]
         source = (ROOT / script.replace("em_lightning/cli.py", "em_lightning/cli/__main__.py")).read_text()
         for option in re.findall(r" --([\w-]+)", command):
