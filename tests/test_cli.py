@@ -308,3 +308,8 @@ def test_a_mistake_of_an_audit_gets_one_line(args, words, here, capsys):
     assert cli.main(["audit", *args]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("em-lightning: ") and all(word in message for word in words), message
+
+
+def test_a_key_of_another_class_is_no_misspelling(here, capsys):
+    assert cli.main(["run", "decoder_free_sae", "--data.root", "somewhere"]) == 2
+    assert "'data.root' is no key of the data class chosen here; choose one that has it" in capsys.readouterr().err

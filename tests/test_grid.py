@@ -1,6 +1,7 @@
 """A published table: rows times seeds, continued where it stopped, beside what was published."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -168,3 +169,28 @@ def test_published_tables_name_metrics_that_exist():
             for row in table["rows"].values():
                 for value in [*row.get("published", {}).values(), *row.get("checked", {}).values()]:
                     assert len(grid._number(value)) == 3
+
+
+def test_a_fit_that_is_over_before_its_first_validation_reports(here):
+    table = yaml.safe_load(Path(write_table(epochs=2, seeds=[1])).read_text())
+    table["trainer"]["check_val_every_n_epoch"] = 10
+    Path("small.yaml").write_text(yaml.safe_dump({key: part for key, part in table.items() if key != "table"}))
+    assert cli.main(["run", "decoder_free_sae", "--config", "small.yaml"]) == 0
+    (results,) = Path("lightning_logs").rglob("results.json")
+    assert [each["epoch"] for each in json.loads(results.read_text())["history"]] == [2]
+
+
+def test_an_interrupt_ends_the_processes(here, monkeypatch):
+    def interrupted(rows, description):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rich.progress.track", interrupted)
+    with pytest.raises(folders.UsageError, match="interrupted; the same command goes on with what has been trained"):
+        grid.run_table(
+            folders.find_recipe("decoder_free_sae"),
+            args := ["--config", write_table(epochs=10_000)],
+            grid.table_of(args),
+            None,
+            2,
+        )
+    assert not multiprocessing.active_children()

@@ -160,7 +160,7 @@ def test_digits_are_split_in_the_order_of_the_file():
     assert x.shape == (1437, 1, 8, 8) and (x.min(), x.max()) == (0, 1) and y.dtype == torch.int64
     assert len(digits.whole("test").y) == 360 and digits.num_features == 64 and digits.num_classes == 10
     assert torch.equal(digits.whole("val").x, digits.whole("test").x)
-    assert digits.describe() == "scikit-learn's digits (8 x 8 pixels, embedded): 1437 train, 360 val, 360 test"
+    assert digits.describe() == "scikit-learn's digits (8 x 8 pixels, embedded): 1437 train, 360 test, which validate too"
 
 
 def test_a_validation_set_is_kept_apart_whatever_the_seed():
@@ -185,7 +185,9 @@ def test_four_files_are_a_data_set(tmp_path, pack):
     assert mnist.num_classes == 3
     assert [len(part) for part, _ in mnist.train_dataloader()] == [16, 16, 8]
     assert [len(part) for part, _ in mnist.test_dataloader()] == [4, 4, 2]
-    assert "images, not MNIST's, from" in mnist.describe() and "40 train, 10 val, 10 test" in mnist.describe()
+    assert "images, not MNIST's, from" in mnist.describe() and mnist.describe().endswith(
+        "40 train, 10 test, which validate too"
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_the_download_is_checked_and_kept(mirror):
     mnist.prepare_data()
     for path in (mirror / "served").iterdir():
         path.unlink()
-    assert mnist.describe() == "MNIST: 40 train, 10 val, 10 test"  # from the cache
+    assert mnist.describe() == "MNIST: 40 train, 10 test, which validate too"  # from the cache
     assert not list((mirror / "cache").rglob("fetched-*"))
 
 

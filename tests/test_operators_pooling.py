@@ -213,3 +213,11 @@ def test_pointnet_and_the_resolver():
 def test_wrong_aggregations_are_answered(arguments, words):
     with pytest.raises(ValueError, match=words):
         EMAggregation(2, **arguments)
+
+
+def test_a_mask_of_another_shape_is_named():
+    x, mask = sets()
+    with pytest.raises(ValueError, match=r"mask has shape \(4, 11\); give \(4, 12\), one value an item"):
+        pooling()(x, mask[:, 1:])
+    with pytest.raises(ValueError, match=r"weights has shape \(3, 12\); give \(4, 12\), one value an item"):
+        pooling()(x, weights=mask[1:].double())

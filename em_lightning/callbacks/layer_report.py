@@ -73,6 +73,12 @@ class LayerReport(lightning.Callback):
         """Restore the metrics."""
         self.history = state_dict["history"]
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """See to a validation, the last thing of a fit that would be over before its first."""
+        every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+        if every and epochs and 0 < epochs < every:
+            trainer.check_val_every_n_epoch = epochs
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the mean of the loss."""
         self._losses = (0.0, 0)

@@ -84,7 +84,7 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
         jobs: processes side by side, one thread each; ``None`` takes as many as there are cores.
 
     Raises:
-        UsageError: a cell failed.
+        UsageError: a cell failed, or the user interrupted it.
     """
     path = table.pop("path")
     content = table.pop("table")
@@ -133,6 +133,10 @@ def _run_cells(script: Path, cells: list[Cell], jobs: int | None) -> None:
                 future.result()
         except RuntimeError as error:
             raise UsageError(str(error)) from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()  # they would take up the next row; a checkpoint is there whole or not at all
+            raise UsageError("interrupted; the same command goes on with what has been trained") from None
         finally:
             pool.shutdown(cancel_futures=True)
             os.environ.pop("OMP_NUM_THREADS")

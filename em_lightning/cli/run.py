@@ -293,6 +293,8 @@ def _shorten(message: str, keys: Sequence[str], classes: Sequence[str]) -> str:
         found = re.search(pattern, line)
         if found:
             key = ".".join(found.groups())
+            if key in keys:  # of other classes than the one that was chosen
+                return f"{key!r} is no key of the {key.partition('.')[0]} class chosen here; choose one that has it"
             return f"unknown key {key!r}{nearest(key, keys)}"
     line = re.sub(r'Parser key "([\w.]+)":', r"\1:", line)
     line = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", line)

@@ -138,7 +138,9 @@ class TensorDataModule(lightning.LightningDataModule):
     def describe(self) -> str:
         """Return one line that says what data is used."""
         self.setup()
-        return f"{self.source()}: " + ", ".join(f"{len(part.y)} {split}" for split, part in self.splits.items())
+        same = self.splits["val"] is self.splits["test"]
+        sizes = [f"{len(part.y)} {split}" for split, part in self.splits.items() if not (same and split == "val")]
+        return f"{self.source()}: {', '.join(sizes)}" + (", which validate too" if same else "")
 
     def setup(self, stage: str | None = None) -> None:
         """Load all splits, once."""

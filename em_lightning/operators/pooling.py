@@ -129,6 +129,9 @@ class EMPooling(nn.Module):
             raise ValueError(f"coordinates have {given} columns; the pooling was made for {self.num_coordinates}")
         if x.ndim != 3 or x.shape[-1] != self.num_features:
             raise ValueError(f"x has shape {tuple(x.shape)}; give (B, N, {self.num_features})")
+        for name, value in {"mask": mask, "weights": weights}.items():
+            if value is not None and value.shape != x.shape[:2]:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; give {tuple(x.shape[:2])}, one value an item")
         with torch.autocast(x.device.type, enabled=False):
             items = x.to(torch.promote_types(x.dtype, torch.float32))
             places = items if coordinates is None else coordinates.to(items.dtype)
