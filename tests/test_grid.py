@@ -69,6 +69,7 @@ def test_a_table_is_run_and_continued(here, capfd):
     table = (here / "lightning_logs" / "decoder_free_sae" / "small" / "results.md").read_text()
     assert table in printed and "| row | metric | published | checked | reproduced | difference | inside |" in table
     assert "| published | parameters | 520 |  | 520 ± 0 | +0 | yes |" in table and "A note." in table
+    assert "`em-lightning run decoder_free_sae --config small.yaml`, seeds 1, 2: mean" in table
     content = json.loads((here / "lightning_logs" / "decoder_free_sae" / "small" / "results.json").read_text())
     assert content["seeds"] == [1, 2] and len(content["cells"]) == len(cells(here)) == 4
 
@@ -178,6 +179,20 @@ def test_a_fit_that_is_over_before_its_first_validation_reports(here):
     assert cli.main(["run", "decoder_free_sae", "--config", "small.yaml"]) == 0
     (results,) = Path("lightning_logs").rglob("results.json")
     assert [each["epoch"] for each in json.loads(results.read_text())["history"]] == [2]
+
+
+def test_a_table_tells_the_command_that_made_it(here, monkeypatch):
+    told = []
+    monkeypatch.setattr(grid, "_run_cells", lambda *args: None)
+    monkeypatch.setattr(grid, "_write", lambda folder, content, cells, command: told.append(command))
+    script = folders.find_recipe("decoder_free_sae")
+    variant = str(folders.variants_of(script)["ablation"])
+    for args in (["--config", variant, "--data", "Digits"], [f"--config={variant}", "--trainer.max_epochs=2"]):
+        grid.run_table(script, args, grid.table_of(args), None, 1)
+    assert told == [
+        "em-lightning run decoder_free_sae --config ablation --data Digits",
+        "em-lightning run decoder_free_sae --config=ablation --trainer.max_epochs=2",
+    ]
 
 
 def test_an_interrupt_ends_the_processes(here, monkeypatch):

@@ -160,7 +160,9 @@ def test_digits_are_split_in_the_order_of_the_file():
     assert x.shape == (1437, 1, 8, 8) and (x.min(), x.max()) == (0, 1) and y.dtype == torch.int64
     assert len(digits.whole("test").y) == 360 and digits.num_features == 64 and digits.num_classes == 10
     assert torch.equal(digits.whole("val").x, digits.whole("test").x)
-    assert digits.describe() == "scikit-learn's digits (8 x 8 pixels, embedded): 1437 train, 360 test, which validate too"
+    assert (
+        digits.describe() == "scikit-learn's digits (8 x 8 pixels, embedded): 1437 train, 360 test, which validate too"
+    )
 
 
 def test_a_validation_set_is_kept_apart_whatever_the_seed():

@@ -32,6 +32,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +42,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from em_lightning.cli.configs import read_config
-from em_lightning.cli.folders import UsageError, config_of, load_recipe, own_error
+from em_lightning.cli.folders import UsageError, config_of, load_recipe, own_error, variants_of
 from em_lightning.results import write_results
 
 
@@ -95,6 +96,8 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
     config = logs / "cells" / f"{_digest(text)}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(text, encoding="utf-8")
+    variant = Path(path).stem if path == str(variants_of(script).get(Path(path).stem)) else path
+    command = shlex.join(["em-lightning", "run", name, *(arg.replace(path, variant) for arg in args)])
     args = [arg.replace(path, str(config)) for arg in args]
     cells = []
     for seed in seeds or content["seeds"]:  # outside, so that all rows are seen early
@@ -109,7 +112,7 @@ def run_table(script: Path, args: Sequence[str], table: dict[str, Any], seeds: S
                 load_recipe(script).main(cell.arguments)
         return
     _run_cells(script, [cell for cell in cells if not cell.result.exists()], jobs)
-    _write(logs / Path(path).stem, content, cells, f"em-lightning run {name} --config {Path(path).stem}")
+    _write(logs / Path(path).stem, content, cells, command)
 
 
 def _digest(text: str) -> str:
