@@ -208,6 +208,25 @@ def test_temperature_tensor_for_each_item():
     posterior = softmin(d, temperature)
     for n in range(5):
         torch.testing.assert_close(posterior.free_energy[n], softmin(d[n], float(temperature[n])).free_energy)
+    posterior = softmin(d.T, temperature.flatten(), dim=0)  # along an axis that is not the hypotheses'
+    torch.testing.assert_close(posterior.free_energy, softmin(d, temperature).free_energy)
+
+
+@pytest.mark.parametrize(
+    "key, arguments, shown",
+    [
+        ("softmin", {}, "temperature=1"),
+        ("softmin", {"temperature": 2.0, "learnable": True, "dim": 1}, "temperature=2, learnable=True, dim=1"),
+        ("grouped", {"num_groups": 3}, "num_groups=3, temperature=1"),
+        ("grouped", {}, "group_size=2, temperature=1"),
+        ("background", {"energy": 2.0}, "energy=2, temperature=1"),
+        ("topk", {"k": 3}, "k=3, temperature=1"),
+        ("balanced", {"item_dim": 0, "num_iters": 9}, "item_dim=0, num_iters=9, temperature=1"),
+        ("balanced", {}, "num_iters=40, temperature=1"),
+    ],
+)
+def test_what_a_module_shows(key, arguments, shown):
+    assert COMPETITIONS.build(key, **arguments).extra_repr() == shown
 
 
 @pytest.mark.parametrize(

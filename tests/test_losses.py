@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
+from torch.autograd import forward_ad
 
 from em_lightning.competition import softmin
 from em_lightning.distributed import free_energy_of
@@ -159,6 +160,31 @@ def test_second_derivatives(loss):
 def test_forward_over_reverse(loss):
     x = torch.rand(7, 3, dtype=DOUBLE)
     torch.testing.assert_close(torch.func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp calls it
+def test_directional_derivatives_without_a_decorrelation():
+    x, direction = torch.rand(7, 3, dtype=DOUBLE), torch.randn(7, 3, dtype=DOUBLE)
+    loss = EMLoss(decorrelation=0.0).total
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(found, (torch.autograd.functional.jacobian(loss, x) * direction).sum())
+
+
+def test_the_published_objective_of_batches_of_batches():
+    x = torch.rand(2, 3, 7, 4, dtype=DOUBLE)
+    loss = EMLoss().total
+    expected = torch.stack([torch.stack([loss(each) for each in row]) for row in x])
+    torch.testing.assert_close(torch.vmap(torch.vmap(loss))(x), expected)
+    torch.testing.assert_close(torch.vmap(torch.vmap(loss, in_dims=2), in_dims=1)(x.permute(2, 0, 3, 1)), expected)
+
+
+@pytest.mark.parametrize("key", sorted(set(LOSSES) - {"weight_redundancy"}))
+def test_the_units_are_on_the_last_axis_unless_another_is_named(key):
+    x = torch.rand(4, 5, 3, dtype=DOUBLE)
+    loss = LOSSES.build(key)
+    torch.testing.assert_close(loss(x), loss(x.reshape(20, 3)))
+    torch.testing.assert_close(LOSSES.build(key, dim=1)(x.movedim(-1, 1)), loss(x))
 
 
 def test_blocks_of_rows_change_nothing():

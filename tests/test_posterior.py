@@ -56,6 +56,8 @@ class TestPosterior:
     def test_wrong_number_of_values(self):
         with pytest.raises(ValueError, match=r"values of shape \(4, 2\) do not fit 3 hypotheses on axis dim=-1"):
             self.posterior(5, 3).mean(torch.zeros(4, 2))
+        with pytest.raises(ValueError, match=r"values of shape \(\) do not fit 1 hypotheses"):
+            self.posterior(5, 1).mean(torch.tensor(2.0))
 
     def test_statistics_ignore_autocast(self):
         posterior, values = softmin(torch.randn(5, 3)), torch.randn(3, 2)
