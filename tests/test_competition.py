@@ -27,6 +27,7 @@ from em_lightning.competition import (
     sparsemin,
     topk,
 )
+from em_lightning.competition.base import Tempered
 from em_lightning.testing.competition import CompetitionContract
 
 FUNCTIONS = {
@@ -172,6 +173,19 @@ def test_nothing_is_responsible_where_all_are_excluded():
         assert (posterior.free_energy == torch.inf).all() and (posterior.responsibilities == 0).all()
         assert (torch.autograd.grad(posterior.responsibilities.sum(), d)[0] == 0).all()
     assert background(torch.full((3,), torch.inf)).responsibilities.tolist() == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_a_compiled_softmin_excludes_as_the_plain_one_does():
+    d = torch.randn(4, 3)
+    d[0], d[1, 2] = torch.inf, torch.inf
+    found = torch.compile(lambda d: softmin(d)[1:], backend="eager", fullgraph=True)(d)
+    torch.testing.assert_close(tuple(found), softmin(d)[1:])
+    assert (found[0][0] == 0).all() and found[1][0] == torch.inf
+
+
+def test_a_temperature_is_fixed_unless_it_is_asked_to_learn():
+    assert not list(Tempered(2.0).parameters()) and Tempered(2.0).temperature == 2.0
+    assert [parameter.shape for parameter in Tempered(2.0, learnable=True).parameters()] == [(1,)]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

@@ -101,6 +101,37 @@ def test_the_default_is_the_published_objective():
     assert EMLoss().total(a) == sum(terms.values())
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_objective_at_once_is_its_terms_one_by_one(reduction, temperature):
+    a = torch.rand(9, 4, dtype=DOUBLE, requires_grad=True)
+    terms = EMLoss(free_energy={"temperature": temperature}, reduction=reduction)(a)
+    logits = torch.logsumexp(-a / temperature, 1)
+    expected = -temperature * (logits.sum() if reduction == "sum" else logits.mean())
+    torch.testing.assert_close(terms["free_energy"], expected)
+    for found, wanted in (
+        (terms["free_energy"], expected),
+        (terms["free_energy"] + terms["decorrelation"], expected + DecorrelationLoss()(a)),
+        (terms["variance"], VarianceLoss()(a)),
+    ):
+        gradients = [torch.autograd.grad(each, a, retain_graph=True)[0] for each in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss, shown",
+    [
+        (VarianceLoss(), ""),
+        (VarianceLoss(dim=1), "dim=1"),
+        (FreeEnergyLoss("mean", 2.0), "reduction='mean', temperature=2.0"),
+        (LogDetLoss(of="correlation"), "of='correlation'"),
+        (EMLoss(variance=0.5, decorrelation=0), "free_energy=1, variance=0.5, decorrelation=0"),
+    ],
+)
+def test_what_a_loss_shows(loss, shown):
+    assert loss.extra_repr() == shown
+
+
 def test_terms_equal_plain_loops():
     a = np.random.default_rng(0).random((7, 3)) * 2
     free = variance = correlation = 0.0
