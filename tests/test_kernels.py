@@ -311,7 +311,11 @@ class Sum(nn.Module):
         (lambda: MahalanobisKernel(2, torch.eye(3)), ValueError, ["(3, 3)", "(2, 2)"]),
         (lambda: MahalanobisKernel(2, -torch.eye(2)), ValueError, ["covariance=", "positive definite"]),
         (lambda: MahalanobisKernel(2, [[1.0, 0.9], [0.0, 1.0]]), ValueError, ["covariance=", "symmetric"]),
-        (lambda: MahalanobisKernel(2)(torch.zeros(4, 3), torch.zeros(1, 3)), ValueError, ["(4, 3)", "num_features=2"]),
+        (
+            lambda: MahalanobisKernel(2)(torch.zeros(4, 3), torch.zeros(1, 3)),
+            ValueError,
+            ["(4, 3) has 3 features", "num_features=2"],
+        ),
         (lambda: MahalanobisKernel(2).log_normalizer(3), ValueError, ["num_features=3", "2 features"]),
         (lambda: GaussianKernel()(torch.zeros(4), torch.zeros(1, 1)), ValueError, ["x has shape (4,)", "(..., N, D)"]),
         (lambda: GaussianKernel()(torch.zeros(1, 1), torch.zeros(4)), ValueError, ["centers has shape", "(..., K, D)"]),
