@@ -95,9 +95,11 @@ def test_affine_changes_units(kind):
     assert torch.allclose(moved, mixture.log_prob(x) - 2 * scale.log()[:, None], atol=1e-12)
 
 
+@pytest.mark.parametrize("features", [1, 2, 6])  # more than four are not written out but left to the library
 @pytest.mark.parametrize("kind", KINDS)
-def test_em_step_is_the_textbook_loop(kind):
-    mixture, x = random_mixture(kind), torch.randn(2, 30, 2, dtype=torch.float64)
+def test_em_step_is_the_textbook_loop(kind, features):
+    mixture = random_mixture(kind, features=features)
+    x = torch.randn(2, 30, features, dtype=torch.float64)
     weights = torch.rand(2, 30, dtype=torch.float64)
     new = em_step(x, mixture, weights=weights, floor=1e-3)
     r = mixture.posterior(x).responsibilities * weights.unsqueeze(-1)
@@ -110,14 +112,14 @@ def test_em_step_is_the_textbook_loop(kind):
             assert torch.allclose(new.means[b, k], mean, atol=1e-12)
             offset = x[b] - mean
             scatter.append(sum(r[b, n, k] * torch.outer(offset[n], offset[n]) for n in range(30)) / mass[k])
-        eye = torch.eye(2, dtype=torch.float64)
+        eye = torch.eye(features, dtype=torch.float64)
         tied = sum(m * s for m, s in zip(mass, scatter, strict=True)) / mass.sum()
         for k in range(3):
             expected = {
                 "full": scatter[k],
                 "tied": tied,
                 "diag": scatter[k].diag().diag(),
-                "spherical": scatter[k].trace() / 2 * eye,
+                "spherical": scatter[k].trace() / features * eye,
             }[kind] + 1e-3 * eye
             assert torch.allclose(covariance_of(new, b, k), expected, atol=1e-12)
 
