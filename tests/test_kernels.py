@@ -343,6 +343,16 @@ def test_wrong_use_is_answered(call, error, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+def test_leading_axes_of_size_one_meet_any_other():
+    kernel = GaussianKernel()
+    x, centers = torch.randn(3, 1, 4, 2), torch.randn(5, 6, 2)
+    expected = torch.stack([torch.stack([kernel(x[i, 0], centers[j]) for j in range(5)]) for i in range(3)])
+    torch.testing.assert_close(kernel(x, centers), expected)
+    torch.testing.assert_close(kernel(centers, x).mT, expected)
+    with pytest.raises(ValueError, match=r"x \(3, 4, 1\) and centers \(2, 4, 1\) do not broadcast"):
+        kernel(torch.zeros(3, 4, 1), torch.zeros(2, 4, 1))
+
+
 def test_shapes_can_be_worked_out_on_meta():
     energies = GaussianKernel()(torch.zeros(5, 2, device="meta"), torch.zeros(3, 2, device="meta"))
     assert energies.shape == (5, 3)
