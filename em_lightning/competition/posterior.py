@@ -56,12 +56,14 @@ class Posterior(NamedTuple):
         single = responsibilities.ndim == 1
         responsibilities = responsibilities.unsqueeze(0) if single else responsibilities
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
+        # A square leaves the range of float16 from 256 on, where the variance may well be within.
+        wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(values.device.type, enabled=False):
-            responsibilities, values = responsibilities.to(dtype), values.to(dtype)
+            responsibilities, values = responsibilities.to(wide), values.to(wide)
             # Two passes: E[v^2] - E[v]^2 loses every digit where the mean is large.
             mean = torch.matmul(responsibilities, values)
             squares = (values.unsqueeze(-3) - mean.unsqueeze(-2)).square()
-            variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2)
+            variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2).to(dtype)
         variance = variance.squeeze(-2) if single else variance
         if scalar:
             return variance.squeeze(-1)
