@@ -194,7 +194,7 @@ def test_softmin_is_its_formula(values):
     rel = 1e-13 + 1e-15 * max(abs(z) for z in logits)
     if rel < 0.1:
         assert posterior.responsibilities.tolist() == pytest.approx(expected, rel=rel, abs=rel)
-    # The sum is rounded, near 1 by eps of 1, and its logarithm then too: F has an error of eps T where it is less than T.
+    # The sum is rounded, near 1 by eps, and its logarithm so too: an F below T has an error of eps T.
     free = -temperature * (top + math.log(total))
     assert posterior.free_energy.item() == pytest.approx(free, rel=1e-12, abs=1e-300 + 1e-15 * temperature)
 
