@@ -62,7 +62,7 @@ class TemperatureSchedule(Callback):
         """Return T at a step."""
         share = min(step / self.steps, 1.0)
         if self.shape == "exponential":
-            return self.start * (self.end / self.start) ** share
+            return self.start ** (1.0 - share) * self.end**share  # a ratio may lie outside the range of floats
         if self.shape == "linear":
             return self.start + (self.end - self.start) * share
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * share)) / 2
