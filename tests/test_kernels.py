@@ -314,6 +314,12 @@ class Sum(nn.Module):
         (lambda: MahalanobisKernel(2)(torch.zeros(4, 3), torch.zeros(1, 3)), ValueError, ["(4, 3)", "num_features=2"]),
         (lambda: MahalanobisKernel(2).log_normalizer(3), ValueError, ["num_features=3", "2 features"]),
         (lambda: GaussianKernel()(torch.zeros(4), torch.zeros(1, 1)), ValueError, ["x has shape (4,)", "(..., N, D)"]),
+        (lambda: GaussianKernel()(torch.zeros(1, 1), torch.zeros(4)), ValueError, ["centers has shape", "(..., K, D)"]),
+        (
+            lambda: GaussianKernel()(torch.zeros(4, 3), torch.zeros(5, 2)),
+            ValueError,
+            ["x (4, 3) has 3 features and centers (5, 2) 2;"],
+        ),
         (lambda: GaussianKernel()(torch.zeros(4, 1), [0.0]), TypeError, ["centers", "not list"]),
         (
             lambda: GaussianKernel()(torch.zeros(2, 4, 1), torch.zeros(3, 4, 1)),

@@ -221,3 +221,18 @@ def test_a_mask_of_another_shape_is_named():
         pooling()(x, mask[:, 1:])
     with pytest.raises(ValueError, match=r"weights has shape \(3, 12\); give \(4, 12\), one value an item"):
         pooling()(x, weights=mask[1:].double())
+
+
+@pytest.mark.parametrize("channels", [{}, {"in_channels": 3, "out_channels": 5, "head_features": 4}])
+def test_reset_parameters_forgets_what_was_learned(channels):
+    torch.manual_seed(1)
+    aggregation = EMAggregation(2, **channels)
+    torch.manual_seed(1)
+    fresh = EMAggregation(2, **channels)
+    with torch.no_grad():
+        for parameter in aggregation.parameters():
+            parameter.add_(3.0)
+    torch.manual_seed(1)
+    aggregation.reset_parameters()
+    for (name, one), two in zip(aggregation.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, two), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -64,9 +65,10 @@ class EMAggregation(Aggregation):
         self.num_iters = num_iters
         self.pooling = None
         if in_channels is not None:
-            self.pooling = EMPooling(
-                num_components, in_channels, num_iters=num_iters, out_features=out_channels, **pooling
+            self._build = functools.partial(
+                EMPooling, num_components, in_channels, num_iters=num_iters, out_features=out_channels, **pooling
             )
+            self.pooling = self._build()
         else:
             self.by_weight = nn.Parameter(torch.ones(1))
             self.by_scale = nn.Parameter(torch.zeros(1))
@@ -78,9 +80,10 @@ class EMAggregation(Aggregation):
             nn.init.ones_(self.by_weight)
             nn.init.zeros_(self.by_scale)
             return
-        for module in self.pooling.modules():
-            if module is not self.pooling and hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
+        # Built anew, since much of it starts at other values than its layers do by themselves.
+        with torch.no_grad():
+            for parameter, fresh in zip(self.pooling.parameters(), self._build().parameters(), strict=True):
+                parameter.copy_(fresh)
 
     def forward(
         self,
