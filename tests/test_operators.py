@@ -224,6 +224,17 @@ def test_random_starts_are_seeded_points_of_the_cloud(start):
             assert len(distance.argmin(1).unique()) == 5
 
 
+@pytest.mark.parametrize("start", [kmeans_plus_plus, random_points, lambda cloud, *_: farthest_points(cloud, 5)])
+def test_points_without_weight_are_no_start(start):
+    x = clusters(3, 40)
+    weights = torch.rand(3, 40, dtype=x.dtype) * (torch.arange(40) % 4 == 0) * torch.tensor([[1.0], [1e-3], [1e-6]])
+    cloud = prepare(x, weights=weights)
+    found = start(cloud, 5, torch.Generator().manual_seed(1))
+    for b in range(3):
+        nearest = torch.cdist(found[b], (x - cloud.center[:, None].to(x))[b]).min(1)
+        assert nearest.values.max() < 1e-6 and (nearest.indices % 4 == 0).all()
+
+
 def test_kmeans_plus_plus_finds_separated_clusters():
     centers = torch.tensor([[0.0, 0], [100, 0], [0, 100], [100, 100]])
     x = (centers.repeat_interleave(25, 0) + torch.randn(100, 2))[None].expand(20, -1, -1)

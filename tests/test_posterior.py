@@ -66,7 +66,7 @@ class TestPosterior:
         with pytest.raises(ValueError, match=r"values of shape \(4, 2\) do not fit 3 hypotheses on axis dim=-1"):
             self.posterior(5, 3).mean(torch.zeros(4, 2))
         with pytest.raises(ValueError, match=r"values of shape \(3,\) do not fit 4 hypotheses on axis dim=0; give one"):
-            self.posterior(4, 3, dim=0).mean(torch.zeros(3), dim=0)
+            self.posterior(4, 2, 3, dim=0).mean(torch.zeros(3), dim=0)
         with pytest.raises(ValueError, match=r"values of shape \(\) do not fit 1 hypotheses"):
             self.posterior(5, 1).mean(torch.tensor(2.0))
 
