@@ -242,6 +242,8 @@ def test_it_ends_with_the_first_change_below_a_thousandth():
     fit = fit_blocks(lambda: [(x, None)], start_of(x, "full"))
     changes = np.abs(np.diff(fit.log_likelihoods))
     assert fit.converged and changes[-1] < 1e-3 <= changes[:-1].min()
+    one = fit_blocks(lambda: [(x, None)], start_of(x, "diag", 1), max_iters=6, tol=0.0)
+    assert len(one.log_likelihoods) == 6 and not one.converged  # though nothing changes after the first
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -153,6 +153,24 @@ def test_gradients_of_both_passes(kind, weighted, shifted, monkeypatch):
     assert gradcheck(passes, (points, shift, weights, theta))
 
 
+@pytest.mark.parametrize("wanted", range(4))
+def test_the_gradient_of_one_input_alone(wanted):
+    structure = COVARIANCES["full"]
+    shapes = [(2, 2, 7), (2, 2), (2, 7), (2, 3, 6)]
+    inputs = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+
+    def gradients(which):
+        given = [value.clone().requires_grad_(n in which) for n, value in enumerate(inputs)]
+        points, shift, weights, theta = given
+        moments, _ = accumulate(cloud_of(points, weights, shift), theta, structure)
+        (moments * torch.arange(6)).sum().backward()
+        return [value.grad for value in given]
+
+    alone, together = gradients({wanted}), gradients(set(range(4)))
+    torch.testing.assert_close(alone[wanted], together[wanted])
+    assert all(value is None for n, value in enumerate(alone) if n != wanted)
+
+
 def test_blocks_change_nothing(monkeypatch):
     structure = COVARIANCES["full"]
     points, theta = torch.randn(5, 3, 40, dtype=torch.float64), torch.randn(5, 4, 10, dtype=torch.float64)

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES
 from em_lightning.mixture.cloud import prepare
+from em_lightning.mixture.factors import Factors
 from em_lightning.mixture.starts import farthest_points, kmeans_plus_plus, random_points
 
 KINDS = sorted(COVARIANCES)
@@ -197,6 +198,40 @@ def test_classical_is_the_operator_without_its_corrections():
     plain = EMOperator(4, 3, residual=False).double()
     assert torch.equal(operator.classical()(x).means, plain(x).means)
     assert operator.correction is not None and not torch.allclose(operator(x).means, plain(x).means)
+
+
+@pytest.mark.parametrize("features", [1, 3, 6])
+def test_a_corrected_covariance_is_the_formula(features):
+    """``L (E (I - V) E^T + V) L^T``, with matrices written out; a diagonal one is the full one feature by feature."""
+    before, after, correction = torch.rand(3, 2, 4, features, dtype=torch.float64) + 0.2
+    repetitions, floor = torch.randn(2, 4, 2, dtype=torch.float64), torch.tensor([0.01, 0.03], dtype=torch.float64)
+    diagonal, full = COVARIANCES["diag"], COVARIANCES["full"]
+    below = torch.randn(2, 4, features * (features - 1) // 2, dtype=torch.float64)
+    found = diagonal.correct(
+        Factors(before, 1 / before), Factors(after, 1 / after), torch.cat([correction, repetitions], -1), floor
+    )
+    matrices = [Factors(part.diag_embed(), (1 / part).diag_embed()) for part in (before, after)]
+    given = [torch.cat([correction, lower, repetitions], -1) for lower in (0 * below, below)]
+    torch.testing.assert_close(found.scale.diag_embed(), full.correct(*matrices, given[0], floor).scale)
+    torch.testing.assert_close(found.scale * found.inverse, torch.ones_like(after))
+
+    root = torch.randn(2, 4, features, features, dtype=torch.float64)
+    scale = torch.linalg.cholesky(root @ root.mT + torch.diag_embed(floor[:, None, None] + 0 * after))
+    moved = full.correct(matrices[0], Factors(scale, torch.linalg.inv(scale)), given[1], floor)
+    for b in range(2):
+        for k in range(4):
+            eye, step = np.eye(features), np.diag(np.exp(correction[b, k].numpy()))
+            step[np.tril_indices(features, -1)] = below[b, k].numpy()
+            change = np.linalg.inv(matrices[0].scale[b, k].numpy()) @ scale[b, k].numpy()
+            change = change.T @ change
+            change = change / max(1.0, np.trace(change) / features)
+            once, twice = np.tanh(repetitions[b, k].numpy())
+            step = step @ (eye + once * (change - eye) + twice * (change @ change - change))
+            factor = scale[b, k].numpy()
+            share = floor[b].item() * np.linalg.inv(factor) @ np.linalg.inv(factor).T
+            expected = factor @ (step @ (eye - share) @ step.T + share) @ factor.T
+            covariance = (moved.scale @ moved.scale.mT)[b, k].numpy()
+            np.testing.assert_allclose(covariance, expected, atol=1e-7 * np.abs(expected).max())
 
 
 def test_farthest_points_are_gonzalezs():
