@@ -49,7 +49,10 @@ class Posterior(NamedTuple):
         return mean if values.ndim == 1 or dim == -1 else mean.movedim(-1, dim)
 
     def variance(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Return sum_k r_k (v_k - mean)^2, the posterior variance of every value; shapes are those of :meth:`mean`."""
+        """Return sum_k r_k (v_k - mean)^2, the posterior variance of every value; shapes are those of :meth:`mean`.
+
+        Its derivative by a responsibility is a square, which in float16 is infinite from a distance of 256 on.
+        """
         responsibilities = self._last(values, dim)
         scalar = values.ndim == 1
         values = values.unsqueeze(-1) if scalar else values
