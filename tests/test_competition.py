@@ -287,6 +287,14 @@ def test_sparse_operators_sum_to_one_in_float32_over_many(function):
     assert (r.sum(-1) - 1).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("function", [sparsemin, entmin])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_energies_have_no_share_at_all(function, dtype):
+    for size in range(2, 40):
+        d = torch.full((size,), torch.inf, dtype=dtype).index_fill(0, torch.tensor([size // 2]), 1.5)
+        assert function(d).responsibilities.tolist() == [float(k == size // 2) for k in range(size)]
+
+
 def test_groups_compete_alone():
     d = torch.randn(2, 6, 3, dtype=torch.float64)
     posterior = grouped(d, 0.7, dim=1, num_groups=2)

@@ -353,6 +353,8 @@ X = torch.randn(2, 10, 3)
         (lambda: EMOperator(4, 3, gradient="none"), ValueError, ["gradient='none'", "'unrolled'"]),
         (lambda: EMOperator(4, 3, covariance_floor=-1.0), ValueError, ["covariance_floor=-1.0", "negative"]),
         (lambda: EMOperator(4, 3, kernel="gausian"), ValueError, ["'gausian'", "did you mean 'gaussian'"]),
+        (lambda: EMOperator(4, 3, background={"wait": 0.1}), TypeError, ["background={'wait': 0.1}", "give weight,"]),
+        (lambda: EMOperator(4, 3, prior={"strength": 1}), TypeError, ["prior={'strength': 1}", "mean_strength"]),
         (lambda: EMOperator(4, 3)(X[0]), ValueError, ["(10, 3)", "(B, N, 3)"]),
         (lambda: EMOperator(4, 3)(X[..., :2]), ValueError, ["(2, 10, 2)", "(B, N, 3)"]),
         (lambda: EMOperator(4, 3)(X[:, :0]), ValueError, ["(2, 0, 3)", "at least one point"]),

@@ -208,10 +208,11 @@ def test_pointnet_and_the_resolver():
     [
         ({"out_channels": 3}, "in_channels=None and out_channels=3 go together: give both or none"),
         ({"heads": 2}, "heads go with out_channels, which is not given"),
+        ({"components": 2}, "EMAggregation takes no 'components'; give num_components, in_channels, heads"),
     ],
 )
 def test_wrong_aggregations_are_answered(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         EMAggregation(2, **arguments)
 
 

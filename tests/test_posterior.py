@@ -39,6 +39,15 @@ class TestPosterior:
             scalar = values[:, 0]
             torch.testing.assert_close(getattr(first, name)(scalar, dim=1), getattr(last, name)(scalar))
 
+    def test_half_precision_holds_a_variance_whose_squares_it_cannot(self):
+        posterior = softmin(torch.tensor([[0.0, 0.0, 9.0]], dtype=torch.float16))
+        values = torch.tensor([150.0, 150.0, -250.0], dtype=torch.float16)
+        r = posterior.responsibilities.double()
+        mean = r @ values.double()
+        found = posterior.variance(values)
+        assert found.dtype == torch.float16 and (values.double() - mean).square().max() > 65504
+        torch.testing.assert_close(found.double(), r @ (values.double() - mean).square(), rtol=1e-3, atol=0)
+
     def test_entropy_mode_and_perplexity(self):
         posterior = self.posterior(4, 3, dim=0)
         r = posterior.responsibilities.numpy()

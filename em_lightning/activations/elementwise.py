@@ -153,8 +153,9 @@ def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
-    roots = (1 + ((z + m) / delta).square()).sqrt() + (1 + ((z - m) / delta).square()).sqrt()
-    return torch.tanh(2 * m * z / (roots * t))
+    one = torch.ones_like(z)
+    roots = torch.hypot((z + m) / delta, one) + torch.hypot((z - m) / delta, one)
+    return torch.tanh(2 * m * (z / roots) / t)
 
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:

@@ -62,10 +62,12 @@ class TemperatureSchedule(Callback):
         """Return T at a step."""
         share = min(step / self.steps, 1.0)
         if self.shape == "exponential":
-            return self.start * (self.end / self.start) ** share
+            return self.start ** (1.0 - share) * self.end**share  # a ratio may lie outside the range of floats
         if self.shape == "linear":
-            return self.start + (self.end - self.start) * share
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * share)) / 2
+            left = 1.0 - share
+        else:
+            left = (1 + math.cos(math.pi * share)) / 2
+        return left * self.start + (1.0 - left) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that there is something to schedule, and that nothing else moves it."""

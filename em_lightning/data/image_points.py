@@ -33,7 +33,7 @@ class PointSetBatch(NamedTuple):
 
 
 def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the places of bright pixels, as wide as the fullest image needs, and how many each image has.
+    """Return the places of bright pixels, as wide as the fullest image needs (at least 1), and how many each has.
 
     Args:
         images: (B, 1, H, W), uint8 from 0 to 255 or floats from 0 to 1.
@@ -51,7 +51,7 @@ def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     counts = bright.sum(1)
     image, pixel = bright.nonzero(as_tuple=True)
     rank = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
-    pixels = torch.zeros(len(images), int(counts.max()), dtype=torch.int32)
+    pixels = torch.zeros(len(images), max(int(counts.max()), 1), dtype=torch.int32)
     pixels[image, rank] = pixel.int()
     return pixels, counts
 

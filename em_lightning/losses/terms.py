@@ -4,6 +4,10 @@ Letters: N items (every axis but that of the units), D units. The energies of a 
 low energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients
 over its ranks, and the gradients are those of a single process; every rank must make the call. All terms are computed
 in float32 or better and returned so, under autocast too.
+
+Where the square of a deviation from the mean is beyond the range of that dtype (in float32 from 1.8e19 on), a variance
+is infinite and so is its logarithm, correlations and determinants are NaN: a training that diverges is not told a
+finite loss.
 """
 
 from __future__ import annotations
@@ -335,5 +339,8 @@ def weight_redundancy(weight: Tensor) -> Tensor:
     if weight.dim() < 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; give a matrix with one row for each unit")
     with torch.autocast(weight.device.type, enabled=False):
-        rows = F.normalize(weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32)), dim=1)
+        rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+        if rows.numel():  # in units of the largest, whose square may lie outside the range of the dtype
+            largest = rows.detach().abs().amax(1, keepdim=True)
+            rows = F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
         return 2 * (rows @ rows.T).triu(1).square().sum()

@@ -67,7 +67,8 @@ def prepare(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
     wide = widest(x)
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
-        weights = mask.to(x.dtype) if weights is None else torch.where(mask, weights, 0.0).to(x.dtype)
+        weights = mask if weights is None else torch.where(mask, weights, 0.0)
+    weights = None if weights is None else weights.to(x.dtype)
     if weights is None:
         mass = torch.full_like(x[:, 0, 0], float(x.shape[1]), dtype=wide)
         shares = (mass.reciprocal()[:, None, None]).expand(-1, x.shape[1], 1)

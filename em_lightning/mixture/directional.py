@@ -112,7 +112,11 @@ def directions(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = N
     """Return points (B, N, D) as directions; a zero vector, which has none, tells nothing but its weight."""
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
-        weights = mask.to(x.dtype) if weights is None else torch.where(mask, weights, 0.0).to(x.dtype)
+        weights = mask if weights is None else torch.where(mask, weights, 0.0)
+    weights = None if weights is None else weights.to(x.dtype)
+    # In units of the largest entry, whose square may lie outside the range of the dtype.
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)
     square = x.square().sum(-1, keepdim=True)
     points = (x / torch.where(square > 0, square, 1.0).sqrt()).mT.contiguous()
     wide, none = widest(x), torch.zeros_like(x[:, 0], dtype=widest(x))

@@ -139,13 +139,14 @@ def _pulls(
         return kernel((x.unsqueeze(1) / own).unsqueeze(-2), (each / own).unsqueeze(-2))
 
     each = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # a center of its own for each point
-    slopes = _slope(energy, each)
-    apart = (each - x.unsqueeze(1)).abs()
-    told = apart > near.unsqueeze(1)
-    share = shares.mT.unsqueeze(-1)
-    pulls = torch.where(told, share * slopes.abs() / torch.where(told, apart, 1.0), 0.0)
+    # In double: the slope of a quotient is a quotient of squares, which float32 does not hold where points are small.
     wide = widest(x)
-    return (share * slopes).sum(2, dtype=wide), pulls.sum(2, dtype=wide), (share * told).sum(2, dtype=wide)
+    slopes = _slope(energy, each).to(wide)
+    apart = (each - x.unsqueeze(1)).abs().to(wide)
+    told = apart > near.unsqueeze(1)
+    share = shares.mT.unsqueeze(-1).to(wide)
+    pulls = torch.where(told, share * slopes.abs() / torch.where(told, apart, 1.0), 0.0)
+    return (share * slopes).sum(2), pulls.sum(2), (share * told).sum(2)
 
 
 def _resize(

@@ -25,7 +25,7 @@ def get_ready(cloud: Cloud, structure: Features) -> Ready:
     """Return what passes over the points of clouds share; features only where they take little memory."""
     points = cloud.points.detach()
     size = structure.num_moments(points.shape[1]) * points[:, 0].numel() * points.element_size()
-    low, high = points.aminmax(dim=2)
+    low, high = points.aminmax(dim=2) if points.shape[2] else (torch.zeros_like(points.sum(2)),) * 2
     if cloud.shift is not None:
         low, high = low - cloud.shift.detach(), high - cloud.shift.detach()
     extent = torch.maximum(-low, high).to(points.dtype)

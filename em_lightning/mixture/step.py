@@ -11,7 +11,7 @@ from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import Structure
 from em_lightning.mixture.factors import State
 from em_lightning.mixture.moments import accumulate, lost_digits
-from em_lightning.mixture.state import Mixture, structure_of
+from em_lightning.mixture.state import Mixture, check_points, structure_of
 
 # The state after an iteration, and the log-likelihood (B,) of the state before it if asked for.
 Step = tuple[State, Tensor | None]
@@ -45,6 +45,9 @@ def em_step(
         weights: (B, N), how often each point counts.
         floor: added to every variance, in squared units of the points.
 
+    Raises:
+        ValueError: the points do not fit the mixtures, or there are none.
+
     Example:
         >>> x = torch.tensor([[[-1.0], [-0.9], [1.0], [1.1]]])
         >>> start = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2))
@@ -53,6 +56,9 @@ def em_step(
 
     Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
     """
+    check_points(mixture, x)
+    if x.shape[1] == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)} has no points; give at least one, masked where a set has none")
     structure = structure_of(mixture)
     cloud = prepare(x, mask, weights)
     theta, least = structure.natural(enter(cloud, mixture)), effective_floor(cloud, floor)

@@ -142,7 +142,7 @@ class FullBatchEM(MixtureLearner):
         """Add the statistics of a block."""
         found = self._collect(rows, Statistics(self.own[1:].view(self.shape), self.own[:1], self.center))
         torch.cat([found.log_likelihood, found.moments.flatten()], out=self.own)
-        return -found.log_likelihood[0] / found.moments[..., 0].sum()
+        return loss_of(found.log_likelihood[0], found.moments[..., 0].sum())
 
     def summarize(self, total: Tensor) -> Tensor:
         """Maximize, and return the log-likelihood a row before that."""
@@ -177,12 +177,14 @@ class StochasticEM(MixtureLearner):
         self.own += torch.stack([found.log_likelihood[0], found.moments[..., 0].sum()])
         total = global_sum(torch.cat([found.log_likelihood, found.moments.flatten()]))
         moments = total[1:].view(self.shape)
-        share = 1.0 if self.blocks_seen == 0 else float(self.blocks_seen + self.offset) ** -self.exponent
-        # In the mass of the whole data set, beside which a prior has its weight.
-        self.running.lerp_(moments * blocks, share)
-        self.blocks_seen += 1
-        self._maximize(self.running)
-        return -total[0] / moments[..., 0].sum()
+        mass = moments[..., 0].sum()
+        if mass > 0:  # a block of rows that do not count tells nothing
+            share = 1.0 if self.blocks_seen == 0 else float(self.blocks_seen + self.offset) ** -self.exponent
+            # In the mass of the whole data set, beside which a prior has its weight.
+            self.running.lerp_(moments * blocks, share)
+            self.blocks_seen += 1
+            self._maximize(self.running)
+        return loss_of(total[0], mass)
 
 
 class GradientAscent(MixtureLearner):
@@ -209,7 +211,12 @@ class GradientAscent(MixtureLearner):
             total, mass = global_sum(found)
             if self.prior is not None:
                 total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / blocks
-        return -total / torch.where(mass > 0, mass, 1.0)
+        return loss_of(total, mass)
+
+
+def loss_of(log_likelihood: Tensor, mass: Tensor) -> Tensor:
+    """Return the negative log-likelihood a row, 0 where no row counts."""
+    return -log_likelihood / torch.where(mass > 0, mass, 1.0)
 
 
 def rows_of(batch: Any) -> TableBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class EMAggregation(Aggregation):
 
     Raises:
         ValueError: one of ``in_channels`` and ``out_channels`` is given without the other.
+        TypeError: an argument is unknown.
 
     Example:
         >>> from torch_geometric.nn import SAGEConv
@@ -59,6 +61,11 @@ class EMAggregation(Aggregation):
             raise ValueError(
                 f"in_channels={in_channels} and out_channels={out_channels} go together: give both or none"
             )
+        own = {"num_features": "in_channels", "out_features": "out_channels"}
+        known = [own.get(name, name) for name in inspect.signature(EMPooling).parameters]
+        for name in pooling:
+            if name not in known:
+                raise TypeError(f"EMAggregation takes no {name!r}; give {', '.join(known[:-1])} or {known[-1]}")
         if pooling and out_channels is None:
             raise ValueError(f"{', '.join(pooling)} go with out_channels, which is not given")
         self.num_components = num_components

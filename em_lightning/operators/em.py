@@ -70,7 +70,9 @@ class EMOperator(MixtureModel):
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
-        relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead.
+        relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead. Where
+            all points of a cloud are the same, its components then have next to no width (1e-14 in float32), and the
+            density of other points under them a gradient beyond float32.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
             last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
             (:func:`~em_lightning.operators.gradients.iterate` has what each means).

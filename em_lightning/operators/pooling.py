@@ -169,8 +169,8 @@ class EMPooling(nn.Module):
             if "log_prob" in self.summary:
                 total = counts.sum(1, keepdim=True).clamp(min=1.0)
                 once.append(-(posterior.free_energy * counts).sum(1, keepdim=True) / total)
-        chosen = torch.cat([parts[name] for name in self.summary if name != "log_prob"], -1)
-        return torch.cat([chosen.flatten(1), *once], -1)
+        chosen = [parts[name] for name in self.summary if name != "log_prob"]
+        return torch.cat([torch.cat(chosen, -1).flatten(1), *once] if chosen else once, -1)
 
 
 def _variances(covariances: Tensor, means: Tensor) -> Tensor:

@@ -1,0 +1,494 @@
+"""Activations, losses and metrics at any shape, dtype and magnitude, against plain Python and numpy in float64.
+
+Keys come from the registries.
+"""
+
+import math
+from decimal import Decimal, localcontext
+
+import drawing
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from em_lightning import ACTIVATIONS, LOSSES, EMLoss, metrics
+from em_lightning.activations import SignedActivation
+from em_lightning.distributed import (
+    Moments,
+    batch_mean,
+    batch_moments,
+    flatten_units,
+    free_energy_of,
+    global_sum,
+    is_spread,
+    row_blocks,
+    units_last,
+)
+from em_lightning.losses import weight_redundancy
+
+# Activations.
+
+
+def shares(logits):
+    """Return softmax of numbers by the definition."""
+    top = max(logits)
+    powers = [math.exp(z - top) for z in logits]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def log_total(logits):
+    top = max(logits)
+    return top + math.log(math.fsum(math.exp(z - top) for z in logits))
+
+
+def on_simplex(logits):
+    """Return the nearest point of the simplex, by a search through every size of the support."""
+    logits = [z - max(logits) for z in logits]
+    ordered = sorted(logits, reverse=True)
+    for size in range(len(logits), 0, -1):
+        threshold = (math.fsum(ordered[:size]) - 1.0) / size
+        if ordered[size - 1] > threshold:
+            return [max(z - threshold, 0.0) for z in logits]
+    raise AssertionError(logits)
+
+
+def direction(row, t):
+    norm = math.hypot(*row)
+    return [norm * r for r in shares([z / norm / t for z in row])] if norm else [0.0] * len(row)
+
+
+def in_groups(row, t):
+    pairs = [row[i : i + 2] for i in range(0, len(row), 2)]
+    return [z * r for pair in pairs for z, r in zip(pair, shares([z / t for z in pair]), strict=True)]
+
+
+def gate(z, t):
+    return 1 / (1 + math.exp(-z / t)) if z > -700 * t else 0.0
+
+
+# From the units of an item and T to what each becomes.
+FORMULAS = {
+    "neg_log_softmin": lambda row, t: [z + t * log_total([-z / t for z in row]) for z in row],
+    "log_softmax": lambda row, t: [z / t - log_total([z / t for z in row]) for z in row],
+    "softmax_gated": lambda row, t: [z * r for z, r in zip(row, shares([z / t for z in row]), strict=True)],
+    "relu_gated": lambda row, t: [max(z, 0.0) * r for z, r in zip(row, shares([z / t for z in row]), strict=True)],
+    "residual_softmax": lambda row, t: [z + r for z, r in zip(row, shares([z / t for z in row]), strict=True)],
+    "grouped": in_groups,
+    "sparsemin": lambda row, t: on_simplex([-z / t for z in row]),
+    "direction": direction,
+    "signed": lambda row, t: [math.tanh(z / t) for z in row],
+    "gated": lambda row, t: [z * gate(z, t) for z in row],
+}
+
+
+def slack_of(key, row, t, units):
+    """Return what rounding z / T to a relative eps does to each unit, in units of eps."""
+    reach = max(abs(z) for z in row)
+    if key == "neg_log_softmin":
+        return [reach + t * (1 + math.log(units))] * units
+    if key == "log_softmax":
+        return [reach / t + 1 + math.log(units)] * units
+    if key in ("signed", "sparsemin"):
+        return [1.0 + (reach / t if key == "sparsemin" else 0.0)] * units
+    if key == "direction":
+        return [math.hypot(*row) * (1 + 1 / t)] * units
+    return [abs(z) * (2 + reach / t) + (reach / t if key == "residual_softmax" else 0.0) for z in row]
+
+
+@pytest.mark.parametrize("key", list(ACTIVATIONS))
+@given(values=st.data())
+def test_activations_of_any_input(key, values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    items, units = values.draw(st.integers(0, 3)), values.draw(st.integers(1, 5))
+    temperature = 10.0 ** values.draw(st.integers(-3, 3))
+    axis = values.draw(st.sampled_from((-1, 1, 0)))
+    activation = ACTIVATIONS.build(key, temperature=temperature, dim=axis)
+    rows = values.draw(drawing.tensors((items, units), dtype))
+    # A learned temperature takes the plain formulas, a fixed one the fused ones.
+    if values.draw(st.booleans()):
+        activation = ACTIVATIONS.build(key, temperature=temperature, dim=axis, learnable=True).to(dtype)
+    z = (rows if axis else rows.T.contiguous()).requires_grad_()
+    y = activation(z)
+    assert y.shape == z.shape and y.dtype == dtype
+    (slope,) = torch.autograd.grad(y.float().sum() if y.dtype != torch.float64 else y.sum(), z)
+    found, slopes = (part.detach().double() if axis else part.detach().double().T for part in (y, slope))
+    info, inner = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
+    for row, own, steep in zip(rows.detach().double().tolist(), found.tolist(), slopes.tolist(), strict=True):
+        reach = max(abs(z) for z in row)
+        if reach / temperature > 0.1 * inner.max:
+            continue  # documented: z / T lies in the range of the dtype
+        for value, expected, slack in zip(
+            own, FORMULAS[key](row, temperature), slack_of(key, row, temperature, units), strict=True
+        ):
+            if abs(expected) > 0.9 * info.max or slack > 0.1 * inner.max:
+                assert not math.isnan(value)
+                continue
+            # A responsibility below the least number is zero.
+            lost = 64 * info.smallest_normal + reach * inner.smallest_normal
+            allowed = 32 * inner.eps * slack + info.eps * abs(expected) + lost
+            assert abs(value - expected) <= allowed, (value, expected, allowed)
+        assert all(map(math.isfinite, steep)) or dtype == torch.float16 and not any(map(math.isnan, steep)), steep
+
+
+# In decimals of a hundred digits: the difference of two energies is small beside them.
+ENERGIES = {
+    "gaussian": lambda z: z**2 / 2,
+    "laplace": abs,
+    "logistic": lambda z: (1 + (-abs(z)).exp()).ln() + max(-z, 0),
+    "student_t": lambda z: (1 + z**2).ln(),
+    "huber": lambda z: z**2 / 2 if abs(z) <= 1 else abs(z) - Decimal("0.5"),
+    "pseudo_huber": lambda z: (1 + z**2).sqrt() - 1,
+}
+
+
+def tangent(x):
+    power = (-2 * abs(x)).exp()
+    return float(((1 - power) / (1 + power)).copy_sign(x))
+
+
+@pytest.mark.parametrize("kernel", ENERGIES)
+@given(values=st.data())
+def test_signed_activations_of_any_kernel(kernel, values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    margin, temperature = (10.0 ** values.draw(st.integers(-2, 2)) for _ in range(2))
+    z = values.draw(drawing.tensors((values.draw(st.integers(0, 2)),), dtype)).requires_grad_()
+    y = SignedActivation(kernel, margin=margin, temperature=temperature)(z)
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    with localcontext() as context:
+        context.prec = 100
+        for number, value in zip(z.tolist(), y.tolist(), strict=True):
+            low, high = (ENERGIES[kernel](Decimal(number) + side * Decimal(margin)) for side in (1, -1))
+            expected = tangent((low - high) / (2 * Decimal(temperature)))
+            # What rounding z, and for the logistic its softplus, does to the difference of the energies.
+            slack = 64 * eps * (1 + (1 + margin + abs(number)) / temperature * (abs(number) < 1e3 * (1 + margin)))
+            assert abs(value - expected) <= slack + torch.finfo(dtype).eps, (number, value, expected)
+            assert -1 <= value <= 1
+    (slope,) = torch.autograd.grad(y.float().sum(), z)
+    assert slope.isfinite().all() or (dtype == torch.float16 and not slope.isnan().any()), (z, slope)
+
+
+# Batch statistics and losses.
+
+
+def batch(values, dtype, most=30):
+    """Return energies (N, D), mask and weights (N,), and the items that count with their weights, in numpy."""
+    items, units = values.draw(st.integers(0, 5)), values.draw(st.integers(1, 4))
+    x = values.draw(drawing.tensors((items, units), dtype, -30, most))
+    mask, weights = values.draw(drawing.holes((items,))), values.draw(drawing.counts((items,), dtype))
+    w = np.ones(items) if weights is None else weights.double().numpy().copy()
+    if mask is not None:
+        w[~mask.numpy()] = 0.0
+        x = torch.where(mask[:, None], x, torch.nan)
+    kept = x.double().numpy()[w > 0]
+    return x, mask, weights, kept, w[w > 0]
+
+
+def in_numpy(x, w):
+    """Return mean and unbiased covariance by the definition."""
+    total = w.sum()
+    if total == 0:
+        return np.zeros(x.shape[1]), np.zeros((x.shape[1],) * 2)
+    mean = (w[:, None] * x).sum(0) / total
+    centred = x - mean
+    return mean, centred.T @ (w[:, None] * centred) / (total - 1) if total > 1 else np.zeros((x.shape[1],) * 2)
+
+
+def squares_fit(kept, dtype):
+    """Return whether squares of these numbers are in the range of the dtype that statistics are taken in."""
+    return np.abs(kept).max(initial=0.0) ** 2 < 1e-2 * torch.finfo(torch.promote_types(dtype, torch.float32)).max
+
+
+@given(values=st.data())
+def test_means_and_layouts_of_any_batch(values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    x, mask, weights, kept, w = batch(values, dtype)
+    items, counts = flatten_units(x, -1, mask, weights)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert items.dtype == wide and items.isfinite().all()
+    assert torch.equal(sum(map(len, row_blocks(items))) * torch.ones(()), len(items) * torch.ones(()))
+    assert torch.equal(torch.cat(list(row_blocks(items, width=2**16))), items)
+    assert torch.equal(units_last(x.T, 0), x) or x.isnan().any()
+    assert not is_spread() and torch.equal(global_sum(items), items)
+    mean = batch_mean(items, counts)
+    eps = 64 * torch.finfo(wide).eps
+    expected = (w[:, None] * kept).sum(0) / max(w.sum(), 1e-300)
+    size = float(np.abs(kept).max(initial=0.0))
+    np.testing.assert_allclose(mean.double(), expected, rtol=eps, atol=eps * size + 1e-37)
+    temperature = 10.0 ** values.draw(st.integers(-3, 3))
+    free = free_energy_of(items, temperature).double().tolist()
+    for row, value in zip(items.double().tolist(), free, strict=True):
+        expected = -temperature * log_total([-z / temperature for z in row])
+        reach = max(map(abs, row)) + temperature * (1 + math.log(len(row)))
+        assert abs(value - expected) <= eps * reach
+
+
+@given(values=st.data())
+def test_moments_of_any_batch(values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    x, mask, weights, kept, w = batch(values, dtype)
+    moments = batch_moments(x, mask=mask, weights=weights, products=True)
+    assert isinstance(moments, Moments)
+    mean, covariance = in_numpy(kept, w)
+    eps = 64 * torch.finfo(moments.mean.dtype).eps
+    size = float(np.abs(kept).max(initial=0.0))
+    np.testing.assert_allclose(moments.mean.double(), mean, rtol=eps, atol=eps * size + 1e-37)
+    if not squares_fit(kept, dtype):
+        return  # documented
+    # Deviations carry the rounding of the mean and of the items.
+    total = float(w.sum())
+    freedom = total / (total - 1) if total > 1 else 1.0
+    # Of N - 1 the digits near 1 are lost, which are given in the dtype of the weights.
+    freedom = freedom * (1 + freedom)
+    spread = float(np.abs(kept - mean).max(initial=0.0)) + eps * size
+    allowed = eps * freedom * (spread**2 + spread * size) + 1e-37
+    found = moments.covariance().double().numpy()
+    assert np.abs(found - covariance).max(initial=0.0) <= allowed, (found, covariance)
+    np.testing.assert_allclose(moments.variance.double(), found.diagonal(), rtol=eps, atol=allowed)
+    assert moments.correlation().isfinite().all() and moments.redundancy().isfinite()
+    assert (moments.correlation().abs() <= 1 + 1e-3).all()
+
+
+def expected_loss(key, kept, w):
+    """Return a loss in numpy, and how far its own rounding error is from this one's in units of eps."""
+    _, covariance = in_numpy(kept, w)
+    variance = covariance.diagonal()
+    lows = kept.min(1, keepdims=True)
+    total = np.exp(lows - kept).sum(1, keepdims=True)
+    free = (lows - np.log(total))[:, 0]
+    share = (w[:, None] * np.exp(lows - kept) / total).sum(0) / max(w.sum(), 1e-300)
+    std = np.sqrt(variance) + 1e-8
+    correlation = covariance / std / std[:, None]
+    spectrum = np.linalg.eigvalsh(covariance).clip(0) + 1e-6
+    reach = np.abs(kept).max(initial=0.0)
+    # A variance carries the rounding of the items: 2 |x| sigma + |x|^2 eps, and the logarithm divides it by itself.
+    shake = (2 * reach * np.sqrt(variance) + 1e-3 * reach**2) / (variance + 1e-6)
+    return {
+        "free_energy": ((w * free).sum(), (w * (np.abs(free) + 1)).sum() + (w.sum() * reach)),
+        "variance": (-np.log(variance + 1e-6).sum(), shake.sum() + 20 * len(variance)),
+        "bounded_variance": (np.log1p(1 / (variance + 1e-6)).sum(), shake.sum() + 20 * len(variance)),
+        "decorrelation": (
+            (correlation**2).sum() - (correlation.diagonal() ** 2).sum(),
+            len(std) ** 2 * (1 + (reach / std).max()),
+        ),
+        "log_det": (
+            -np.log(spectrum).sum(),
+            ((spectrum.max() + reach * np.sqrt(spectrum.max())) / spectrum).sum() + 20 * len(std),
+        ),
+        "balance": (math.log(len(std)) + (share * np.log(share.clip(1e-300))).sum(), 20 + 2 * reach),
+    }[key]
+
+
+# Their argument is a weight, not a batch of energies.
+OF_ENERGIES = [key for key in LOSSES if key != "weight_redundancy"]
+OF_SQUARES = ("variance", "bounded_variance", "decorrelation", "log_det")
+
+
+@pytest.mark.parametrize("key", OF_ENERGIES)
+@given(values=st.data())
+def test_losses_of_any_batch(key, values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    # Documented: squares of energies lie in the range of the dtype.
+    most = 18 if key in OF_SQUARES and dtype != torch.float64 else 30
+    x, mask, weights, kept, w = batch(values, dtype, most)
+    found = LOSSES.build(key)(x.requires_grad_(), mask, weights)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert found.shape == () and found.dtype == wide
+    assert found.isfinite(), (found, x)
+    (grad,) = torch.autograd.grad(found, x)
+    assert grad.isfinite().all() or (dtype == torch.float16 and not grad.isnan().any()), grad
+    if mask is not None:
+        assert not grad[~mask].any()
+    if len(kept) and (w.sum() > 1.5 or key in ("free_energy", "balance")):
+        expected, slack = expected_loss(key, kept, w)
+        allowed = 64 * torch.finfo(wide).eps * (slack + abs(expected))
+        assert abs(found.item() - expected) <= allowed or allowed > 0.1 * (1 + abs(expected)), (found, expected)
+
+
+@given(values=st.data())
+def test_composed_losses_are_the_sum_of_their_terms(values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    x, mask, weights, kept, w = batch(values, dtype, 18 if dtype != torch.float64 else 30)
+    chosen = {key: values.draw(st.sampled_from((0.0, 0.5, 2.0))) for key in OF_ENERGIES}
+    if not any(chosen.values()):
+        with pytest.raises(ValueError, match="every weight is 0"):
+            EMLoss(**chosen)
+        return
+    loss = EMLoss(**chosen)
+    terms = loss(x.requires_grad_(), mask, weights)
+    assert set(terms) == {key for key, weight in chosen.items() if weight}
+    for key, value in terms.items():
+        expected = chosen[key] * LOSSES.build(key)(x, mask, weights).item()
+        slack = expected_loss(key, kept, w)[1] if len(kept) else 1.0
+        allowed = 128 * torch.finfo(value.dtype).eps * (slack + abs(expected))
+        assert abs(value.item() - expected) <= chosen[key] * allowed or allowed > 0.1, (key, value, expected)
+    whole = loss.total(x, mask, weights)
+    assert whole.item() == pytest.approx(sum(value.item() for value in terms.values()), rel=1e-5, abs=1e-3)
+    grad = torch.autograd.grad(whole, x)[0]
+    assert grad.isfinite().all() or (dtype == torch.float16 and not grad.isnan().any())
+
+
+def test_energies_whose_squares_have_no_float_give_no_finite_loss():
+    x = 1e25 * torch.tensor([[1.0, 2.0], [-1.0, 1.0], [0.5, -2.0]])
+    assert LOSSES.build("variance")(x) == -torch.inf  # documented
+    assert LOSSES.build("decorrelation")(x).isnan()
+    assert EMLoss()(x)["decorrelation"].isnan()
+    assert LOSSES.build("log_det")(x).isnan()
+    assert LOSSES.build("decorrelation")(x.double()).isfinite()
+
+
+@given(values=st.data())
+def test_weight_redundancy_of_any_matrix(values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    rows, columns = values.draw(st.integers(0, 4)), values.draw(st.integers(0, 3))
+    weight = values.draw(drawing.tensors((rows, columns), dtype)).requires_grad_()
+    numbers = weight.detach().double().tolist()
+    expected = 0.0
+    for i, a in enumerate(numbers):
+        for j, b in enumerate(numbers):
+            p, q = math.hypot(*a), math.hypot(*b)
+            if i != j and p and q:
+                expected += math.fsum(s / p * (t / q) for s, t in zip(a, b, strict=True)) ** 2
+    found = weight_redundancy(weight)
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert LOSSES.build("weight_redundancy")(weight).item() == found.item()
+    assert found.item() == pytest.approx(expected, rel=64 * eps, abs=64 * eps * rows**2)
+    (grad,) = torch.autograd.grad(found, weight)
+    least = weight.detach().abs()[weight.detach() != 0].double().min().item() if weight.any() else 1.0
+    assert grad.isfinite().all() or (not grad.isnan().any() and torch.finfo(dtype).max * least < 1e3), grad
+
+
+# Metrics.
+
+
+def moments_of(x):
+    mean, covariance = in_numpy(x, np.ones(len(x)))
+    return covariance if len(x) > 1 else np.full_like(covariance, np.nan)
+
+
+def rank(x):
+    if len(x) < 2:
+        return math.nan
+    spectrum = np.linalg.eigvalsh(moments_of(x)).clip(0)
+    share = spectrum / spectrum.sum() if spectrum.sum() > 0 else spectrum
+    return math.exp(-sum(p * math.log(p) for p in share if p > 0)) if spectrum.sum() > 0 else 0.0
+
+
+def redundancy(x):
+    if x.shape[1] == 1:
+        return 0.0
+    covariance = moments_of(x)
+    std = np.sqrt(covariance.diagonal()) + 1e-8
+    correlation = covariance / std / std[:, None]
+    return (correlation**2).sum() - (correlation.diagonal() ** 2).sum()
+
+
+def entropy(p):
+    return -sum(q * math.log(q) for q in p if q > 0)
+
+
+def mean_of(function):
+    return lambda x: np.mean([function(row) for row in x]) if len(x) else math.nan
+
+
+# From all items, in float64, to the number.
+METRICS = {
+    "L0": mean_of(lambda row: (row > 0.01).sum()),
+    "DeadComponents": mean_of(lambda row: (np.exp(row) < 1e-3).sum()),
+    "DeadUnits": lambda x: 0.0 if len(x) < 2 else (moments_of(x).diagonal() < 0.01).sum(),
+    "EffectiveComponents": mean_of(lambda row: math.exp(entropy(np.exp(row)))),
+    "EffectiveRank": rank,
+    "MaxResponsibility": mean_of(max),
+    "MinVariance": lambda x: moments_of(x).diagonal().min(),
+    "MixtureLogLikelihood": mean_of(lambda row: row[0]),
+    "Redundancy": redundancy,
+    "ResponsibilityEntropy": mean_of(entropy),
+}
+OF_WEIGHTS = ("EffectiveComponents", "DeadComponents")
+
+
+def update(name, metric, x, mask):
+    """Give a metric items (N, K)."""
+    if name in OF_WEIGHTS:
+        metric.update(x if mask is None else x[mask])
+    elif name == "MixtureLogLikelihood":
+        metric.update(x[:, 0], mask)
+    else:
+        metric.update(x, mask)
+
+
+@pytest.mark.parametrize("name", METRICS)
+@given(values=st.data())
+def test_metrics_of_any_batches(name, values):
+    metric = getattr(metrics, name)()
+    items, units, cut = values.draw(st.integers(0, 6)), values.draw(st.integers(1, 4)), values.draw(st.integers(0, 6))
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    x = values.draw(drawing.tensors((items, units), dtype))
+    if name == "L0":
+        x = torch.where(x == x.new_tensor(0.01), 0.0, x)  # the threshold itself, rounded as the items are
+    elif name in OF_WEIGHTS:
+        x = x.double().log_softmax(-1)
+    elif "Responsibility" in name:
+        x = x.double().softmax(-1)
+    mask = values.draw(drawing.holes((items,)))
+    dirty = x if mask is None else torch.where(mask[:, None], x, torch.nan)
+    for part in (slice(0, cut), slice(cut, None)):
+        update(name, metric, dirty[part], None if mask is None else mask[part])
+    kept = (x if mask is None else x[mask]).double().numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        expected = METRICS[name](kept)
+    found = metric.compute().item()
+    if math.isnan(expected):
+        assert math.isnan(found)  # documented: nothing was counted, or one item, which has no variance
+        return
+    assert math.isfinite(found)
+    covariance = moments_of(kept) if len(kept) > 1 else np.zeros((units, units))
+    size = np.abs(kept).max(initial=0.0)
+    std = np.sqrt(covariance.diagonal())
+    if name == "Redundancy" and (1e-13 * size > 1e-6 * (std + 1e-8)).any():
+        assert -1e-9 <= found <= units**2 + 1e-6  # correlations of rounding errors
+    elif name == "EffectiveRank" and 1e-12 * size > 1e-6 * std.max():
+        assert 0 <= found <= units + 1e-6
+    elif name == "DeadUnits" and (np.abs(covariance.diagonal() - 0.01) < 1e-14 * size**2 + 1e-12).any():
+        assert 0 <= found <= units
+    else:
+        scale = size**2 if name == "MinVariance" else size if name == "MixtureLogLikelihood" else 1.0
+        assert found == pytest.approx(expected, rel=1e-5 if name == "EffectiveRank" else 1e-9, abs=1e-12 * scale)
+
+
+@given(values=st.data())
+def test_metrics_of_layers_and_weights(values):
+    items, units = values.draw(st.integers(2, 4)), values.draw(st.integers(1, 3))
+    x = values.draw(drawing.tensors((items, units), values.draw(st.sampled_from(drawing.DTYPES))))
+    together = metrics.layer_metrics()
+    together.update(x)
+    found = {name: value.item() for name, value in together.compute().items()}
+    assert all(map(math.isfinite, found.values()))
+    share = (-x.double()).softmax(-1)
+    for name, alone in {
+        "dead_units": metrics.DeadUnits(),
+        "min_variance": metrics.MinVariance(),
+        "redundancy": metrics.Redundancy(),
+        "effective_rank": metrics.EffectiveRank(),
+        "entropy": metrics.ResponsibilityEntropy(),
+        "max_responsibility": metrics.MaxResponsibility(),
+        "l0": metrics.L0(),
+    }.items():
+        alone.update(share if name in ("entropy", "max_responsibility") else x)
+        # Half and single precision take responsibilities in float32.
+        assert found[name] == pytest.approx(alone.compute().item(), rel=1e-5, abs=1e-5)
+    redundancy = metrics.WeightRedundancy()
+    redundancy.update(x), redundancy.update(x)
+    assert redundancy.compute().item() == pytest.approx(weight_redundancy(x.double()).item(), abs=1e-12)
+
+
+@given(values=st.data())
+def test_probes_of_any_features(values):
+    items, units = values.draw(st.integers(2, 6)), values.draw(st.integers(1, 3))
+    x = values.draw(drawing.tensors((items, units), values.draw(st.sampled_from(drawing.WIDE)), -9, 9))
+    labels = torch.arange(items) % 2
+    accuracy = metrics.linear_probe(x, labels, x, labels)
+    assert accuracy * items == pytest.approx(round(accuracy * items)) and 0 <= accuracy <= 1
+    if units == 1 and (x[0] < x[1:2]).all():  # two points that can be told apart are told apart
+        assert metrics.linear_probe(x[:2], labels[:2], x[:2], labels[:2]) == 1.0

@@ -1,0 +1,467 @@
+"""Mixtures, EM steps, priors, backgrounds, other densities and the estimator against numpy, scipy and sklearn."""
+
+import math
+import warnings
+
+import drawing
+import numpy as np
+import pytest
+import sklearn.mixture
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import ive, logsumexp
+from sklearn.exceptions import ConvergenceWarning
+
+from em_lightning import EMOperator, Mixture
+from em_lightning.competition import Posterior
+from em_lightning.estimator import GaussianMixture
+from em_lightning.mixture import (
+    COVARIANCES,
+    DirectionalMixture,
+    KernelMixture,
+    LowRankCovariance,
+    MixturePrior,
+    Statistics,
+    UniformBackground,
+    collect,
+    em_step,
+    maximize,
+    no_statistics,
+)
+from em_lightning.operators import GeneralizedEM
+
+KINDS = sorted(COVARIANCES)
+
+
+@st.composite
+def mixtures(draw, kind, sets, components, features, dtype=torch.float64, size=1.0):
+    """Draw mixtures about the origin, of one size."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    options = {"generator": generator, "dtype": torch.float64}
+    log_weights = (2 * torch.randn(sets, components, **options)).log_softmax(-1)
+    means = 2 * torch.randn(sets, components, features, **options)
+    root = 0.3 * torch.randn(sets, components, features, features, **options).tril(-1)
+    scale = 0.3 + torch.rand(sets, components, features, **options)
+    root = root + scale.diag_embed()
+    covariances = {
+        "full": root @ root.mT,
+        "tied": (root @ root.mT)[:, :1],
+        "diag": scale.square(),
+        "spherical": scale[..., 0].square(),
+    }[kind]
+    return Mixture(*(part.to(dtype) for part in (log_weights, size * means, size**2 * covariances)))
+
+
+def matrices(mixture):
+    """Return covariances as (B, K, D, D), in numpy."""
+    sets, components, features = mixture.means.shape
+    spread = mixture.covariances.double().numpy()
+    if spread.ndim == 4:
+        return np.broadcast_to(spread, (sets, components, features, features))
+    return np.eye(features) * (spread[..., None, None] if spread.ndim == 2 else spread[..., None])
+
+
+def log_joint(x, mixture):
+    """Return log pi_k + log N(x_n | mu_k, Sigma_k) by numpy, as (B, N, K)."""
+    weights, means = (part.double().numpy() for part in mixture[:2])
+    spread = matrices(mixture)
+    x = x.double().numpy()
+    sets, components, features = means.shape
+    found = np.zeros((sets, x.shape[1], components))
+    for b in range(sets):
+        for k in range(components):
+            offset = x[b] - means[b, k]
+            square = (offset * np.linalg.solve(spread[b, k], offset.T).T).sum(1)
+            log_det = np.log(np.linalg.cholesky(spread[b, k]).diagonal()).sum()
+            found[b, :, k] = weights[b, k] - 0.5 * square - log_det - 0.5 * features * math.log(2 * math.pi)
+    return found
+
+
+def shapes(values, features=3, items=7):
+    """Return sets, items, components and features."""
+    return (values.draw(st.integers(1, 2)), *(values.draw(st.integers(1, n)) for n in (items, 3, features)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(values=st.data())
+def test_densities_posteriors_and_samples(kind, values):
+    sets, items, components, features = shapes(values)
+    items -= values.draw(st.sampled_from((0, items)))
+    dtype = values.draw(st.sampled_from(drawing.WIDE))
+    # Covariances, which are squares, have to be numbers of the dtype.
+    size = 10.0 ** values.draw(st.integers(-14, 14) if dtype == torch.float32 else st.integers(-30, 30))
+    mixture = values.draw(mixtures(kind, sets, components, features, dtype, size))
+    assert mixture.covariance_type == ("full" if kind == "tied" and components == 1 else kind)
+    x = (values.draw(drawing.tensors((sets, items, features), least=-6, most=3)) * size).to(dtype).requires_grad_()
+    joint = log_joint(x.detach(), mixture)
+    density = logsumexp(joint, axis=2)
+    # Documented: in float32 rounding is below 1e-3 for the worst point.
+    eps = 1e-9 if dtype == torch.float64 else 2e-4
+    found = mixture.log_prob(x)
+    np.testing.assert_allclose(found.detach(), density, rtol=eps, atol=eps * 10)
+    np.testing.assert_allclose(mixture.log_joint(x).detach(), joint, rtol=eps, atol=eps * 10)
+    posterior = mixture.posterior(x)
+    assert isinstance(posterior, Posterior)
+    share = np.exp(joint - density[..., None])
+    np.testing.assert_allclose(
+        posterior.responsibilities.detach(), share, atol=eps * 10 * (1 + np.abs(joint).max(initial=0.0))
+    )
+    np.testing.assert_allclose(-posterior.free_energy.detach(), density, rtol=eps, atol=eps * 10)
+    assert torch.autograd.grad(found.sum(), x)[0].isfinite().all()
+    mask = values.draw(drawing.holes((sets, items)))
+    if mask is not None:
+        dirty = torch.where(mask.unsqueeze(-1), x.detach(), torch.inf)
+        torch.testing.assert_close(mixture.log_prob(dirty, mask), torch.where(mask, found.detach(), 0.0))
+    drawn = mixture.sample(items)
+    assert drawn.shape == (sets, items, features) and drawn.dtype == dtype and drawn.isfinite().all()
+    torch.testing.assert_close(mixture.weights.sum(-1), torch.ones(sets, dtype=dtype))
+    moved = mixture.affine(torch.full((sets,), 2.0, dtype=dtype), torch.full((sets, features), size, dtype=dtype))
+    again = moved.log_prob(2 * x.detach() + size) + features * math.log(2)
+    close = torch.isclose(again, found.detach(), rtol=10 * eps, atol=eps * 100)
+    assert (close | (x.detach().abs().amax(-1) > 50 * size)).all()
+    if not items:
+        return  # torch's own mixtures take no empty batch
+    other = mixture.to_distribution().log_prob(x.detach().movedim(1, 0)).movedim(0, 1).double()
+    close = torch.isclose(other, torch.from_numpy(density), rtol=2 * eps, atol=10 * eps)
+    assert (close | (x.detach().abs().amax(-1) > 50 * size)).all()
+
+
+def sums(x, mixture, w):
+    """Return responsibilities times weights (B, N, K) and the log-likelihood (B,)."""
+    joint = log_joint(x, mixture)
+    density = logsumexp(joint, axis=2)
+    return np.exp(joint - density[..., None]) * w.numpy()[..., None], (density * w.numpy()).sum(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(values=st.data())
+def test_a_step_is_numpys(kind, values):
+    sets, items, components, features = shapes(values)
+    dtype = values.draw(st.sampled_from(drawing.WIDE))
+    size = 10.0 ** values.draw(st.integers(-12, 12) if dtype == torch.float32 else st.integers(-30, 30))
+    mixture = values.draw(mixtures(kind, sets, components, features, dtype, size))
+    x = (size * values.draw(drawing.tensors((sets, items, features), least=-2, most=1))).to(dtype)
+    mask, weights = values.draw(drawing.holes((sets, items))), values.draw(drawing.counts((sets, items), dtype))
+    w = torch.ones(sets, items, dtype=torch.float64) if weights is None else weights.double()
+    w = w if mask is None else w * mask
+    dirty = x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
+    floor = 1e-2 * size**2
+    new = em_step(dirty, mixture, mask, weights, floor=floor)
+    assert all(part.isfinite().all() and part.dtype == dtype for part in new)
+    r, density = sums(x, mixture, w)
+    statistics = no_statistics(mixture, x.mean(1))
+    for part in range(0, items, 3):
+        rows = slice(part, part + 3)
+        own = None if mask is None else mask[:, rows]
+        statistics = collect(dirty[:, rows], mixture, statistics, own, None if weights is None else weights[:, rows])
+    assert isinstance(statistics, Statistics)
+    prior = MixturePrior(
+        weight_concentration=values.draw(st.sampled_from((1.0, 2.5))),
+        mean_strength=values.draw(st.sampled_from((0.0, 0.5))),
+        mean=[size] * features,
+        covariance_strength=values.draw(st.sampled_from((0.5, 3.0))),
+        covariance=[size**2] * features,
+    )
+    # In float32 logits are off by 1e-3 and so are shares, relative to themselves.
+    eps = 1e-8 if dtype == torch.float64 else 1e-2
+    reach = float(x.abs().max()) + size
+    np.testing.assert_allclose(statistics.log_likelihood, density, rtol=eps, atol=eps * (1 + w.sum().item()))
+    for given_prior, results in ((None, (new, maximize(statistics, kind, floor))), (prior, ())):
+        results = results or (maximize(statistics, kind, floor, prior),)
+        for found in results:
+            assert all(part.isfinite().all() for part in found)
+            for b in range(sets):
+                check_step(found, b, kind, x[b].double().numpy(), r[b], floor, given_prior, size, eps, reach)
+
+
+def check_step(found, b, kind, x, r, floor, prior, size, eps, reach):
+    mass = r.sum(0)
+    if mass.min() < 1e-3 * max(mass.sum(), 1.0):
+        return  # components that nothing belongs to are finite, as is asserted above, and no more is known
+    alpha, kappa, s = (
+        (0.0, 0.0, 0.0) if prior is None else (prior.count(name) for name in ("weight", "mean", "covariance"))
+    )
+    features = x.shape[1]
+    place, shape = size * np.ones(features), size**2 * np.eye(features)
+    np.testing.assert_allclose(found.weights[b], (mass + alpha) / (mass + alpha).sum(), atol=eps)
+    means = (r.T @ x + kappa * place) / (mass + kappa)[:, None]
+    np.testing.assert_allclose(found.means[b], means, atol=eps * reach)
+    apart, pull = x[:, None] - means, means - place
+    scatter = np.einsum("nk,nki,nkj->kij", r, apart, apart) + kappa * pull[:, :, None] * pull[:, None]
+    if kind == "tied":
+        spread = (scatter.sum(0, keepdims=True) + s * shape) / (mass.sum() + s)
+    else:
+        spread = (scatter + s * shape) / (mass + s)[:, None, None]
+    spread = spread + floor * np.eye(features)
+    expected = {
+        "full": spread,
+        "tied": spread,
+        "diag": np.einsum("kii->ki", spread),
+        "spherical": np.einsum("kii->k", spread) / features,
+    }[kind]
+    np.testing.assert_allclose(found.covariances[b], expected, atol=10 * eps * reach**2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(values=st.data())
+def test_priors_are_their_formula(kind, values):
+    sets, items, components, features = shapes(values)
+    size = 10.0 ** values.draw(st.integers(-30, 30))
+    mixture = values.draw(mixtures(kind, sets, components, features, size=size))
+    x = size * values.draw(drawing.tensors((sets, items, features), least=-2, most=1))
+    alpha, kappa, s = (10.0 ** values.draw(st.integers(-3, 3)) for _ in range(3))
+    place = [values.draw(st.sampled_from((0.0, -size, 3 * size))) for _ in range(features)]
+    shape = [values.draw(st.sampled_from((0.1, 1.0, 20.0))) * size**2 for _ in range(features)]
+    prior = MixturePrior(
+        weight_concentration=1 + alpha, mean_strength=kappa, mean=place, covariance_strength=s, covariance=shape
+    )
+    alpha = prior.count("weight")
+    found = prior.log_prob(mixture, x, values.draw(drawing.holes((sets, items))))
+    spread = matrices(mixture)
+    terms, expected = np.zeros(sets), np.zeros(sets)
+    for b in range(sets):
+        parts = [alpha * mixture.log_weights[b].sum().item()]
+        for k in range(components):
+            pull = mixture.means[b, k].numpy() - np.array(place)
+            solved = np.linalg.solve(spread[b, k], pull)
+            parts.append(-0.5 * kappa * pull @ solved)
+            if kind != "tied" or k == 0:
+                root = np.linalg.cholesky(spread[b, k])
+                parts.append(-s * np.log(root.diagonal()).sum())
+                parts.append(-0.5 * s * np.trace(np.linalg.solve(spread[b, k], np.diag(shape))))
+        expected[b], terms[b] = sum(parts), sum(map(abs, parts))
+    # The pull is a difference of features about the mean of the points.
+    away = 1 + float((x.abs().max() / size) ** 2) * (1 + kappa + s)
+    assert (np.abs(found.numpy() - expected) <= 1e-12 * (terms + 100 * away)).all(), (found, expected)
+
+
+@given(values=st.data())
+def test_priors_of_the_cloud_itself(values):
+    sets, items, components, features = shapes(values)
+    dtype = values.draw(st.sampled_from(drawing.WIDE))
+    x = values.draw(drawing.tensors((sets, items, features), dtype, -9, 9))
+    prior = MixturePrior(
+        weight_concentration=1 + 10.0 ** values.draw(st.integers(-3, 3)),
+        mean_strength=10.0 ** values.draw(st.integers(-3, 3)),
+        covariance_strength=10.0 ** values.draw(st.integers(-3, 3)),
+        learnable=values.draw(st.booleans()),
+    )
+    kind = values.draw(st.sampled_from(KINDS))
+    operator = EMOperator(components, features, covariance=kind, prior=prior, residual=False, num_iters=2)
+    mask, weights = values.draw(drawing.holes((sets, items))), values.draw(drawing.counts((sets, items)))
+    mixture = operator(x, mask, weights)
+    assert all(part.isfinite().all() for part in mixture)
+    found = prior.log_prob(mixture, x, mask, weights)
+    assert found.isfinite().all()
+    if found.requires_grad:
+        grads = torch.autograd.grad(found.sum() + mixture.means.sum(), list(prior.parameters()))
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+@given(values=st.data())
+def test_backgrounds_are_one_more_component(values):
+    sets, items, components, features = shapes(values)
+    size = 10.0 ** values.draw(st.integers(-9, 9))
+    share, kind = values.draw(st.sampled_from((0.01, 0.3, 0.99))), values.draw(st.sampled_from(KINDS))
+    energy = values.draw(st.sampled_from((None, 0.0, -3.0, 700.0)))
+    estimate = values.draw(st.booleans())
+    background = UniformBackground(share, energy=energy, estimate=estimate)
+    operator = EMOperator(components, features, covariance=kind, background=background, residual=False, num_iters=1)
+    mixture = values.draw(mixtures(kind, sets, components, features, size=size))
+    x = size * values.draw(drawing.tensors((sets, items, features), least=-2, most=2))
+    mask = values.draw(drawing.holes((sets, items)))
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, x.mean(1, keepdim=True))
+    joint = log_joint(x, mixture)
+    for b in range(sets):
+        kept = x[b] if mask is None else x[b][mask[b]]
+        level = -energy if energy is not None else None
+        if level is None:
+            if not len(kept):
+                continue
+            sides = kept.amax(0) - kept.amin(0)
+            # Sides of rounding errors are those of one point: what they come to is finite, and no more.
+            if (sides < 1e-12 * kept.abs().max()).any():
+                continue
+            level = -torch.maximum(sides, 1e-3 * sides.max()).clamp(min=2.0**-52).log().sum().item()
+        outside = math.log(share) + level
+        whole = logsumexp(np.append(joint[b] + math.log1p(-share), np.full((items, 1), outside), 1), axis=1)
+        whole = whole if mask is None else np.where(mask[b], whole, 0.0)
+        found = operator.log_prob(x, mixture, mask)[b]
+        np.testing.assert_allclose(found, whole, rtol=1e-9, atol=1e-8)
+        shares = operator.posterior(x, mixture, mask).responsibilities[b, :, -1]
+        expected = np.exp(
+            outside - logsumexp(np.append(joint[b] + math.log1p(-share), np.full((items, 1), outside), 1), axis=1)
+        )
+        counted = slice(None) if mask is None else mask[b].numpy()
+        allowed = 1e-8 * (1 + np.abs(joint[b]).max())
+        np.testing.assert_allclose(shares.numpy()[counted], expected[counted], atol=allowed)
+    after = operator(x, mask, init=mixture)
+    assert all(part.isfinite().all() for part in after)
+    total = after.weights.sum(-1)
+    assert ((total > 0.9e-5) & (total < 1 + 1e-9)).all() if estimate else torch.allclose(total, torch.ones_like(total))
+
+
+@given(values=st.data())
+def test_directions_of_any_length(values):
+    sets, items, components, features = shapes(values, 9)
+    features = max(features, 2)
+    dtype = values.draw(st.sampled_from(drawing.WIDE))
+    means = torch.randn(sets, components, features, dtype=torch.float64)
+    means = (means / means.norm(dim=-1, keepdim=True)).to(dtype)
+    power = values.draw(st.integers(-6, 6))
+    concentrations = torch.full((sets, components), 10.0**power, dtype=dtype)
+    log_weights = torch.randn(sets, components, dtype=dtype).log_softmax(-1)
+    mixture = DirectionalMixture(log_weights, means, concentrations)
+    x = values.draw(drawing.tensors((sets, items, features), dtype))
+    mask = values.draw(drawing.holes((sets, items)))
+    dirty = x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
+    found = mixture.log_prob(dirty.requires_grad_(), mask)
+    order = 0.5 * features - 1
+    kappa = float(concentrations[0, 0])
+    # From scipy, whose function underflows for small kappa: there the first terms of the series are exact.
+    bessel = ive(order, kappa)
+    log_bessel = math.log(bessel) + kappa if bessel > 1e-200 else math.nan
+    constant = order * math.log(kappa) - 0.5 * features * math.log(2 * math.pi) - log_bessel
+    eps = 1e-9 if dtype == torch.float64 else 1e-5
+    for b in range(sets):
+        for n in range(items):
+            if mask is not None and not mask[b, n]:
+                assert found[b, n] == 0
+                continue
+            row = x[b, n].tolist()
+            norm = math.hypot(*row) or 1.0
+            cosines = [math.fsum(m * (z / norm) for m, z in zip(mean, row, strict=True)) for mean in means[b].tolist()]
+            logits = [w + kappa * c for w, c in zip(log_weights[b].tolist(), cosines, strict=True)]
+            expected = constant + float(logsumexp(logits))
+            assert found[b, n].item() == pytest.approx(expected, rel=eps, abs=eps * (10 + 10 * kappa))
+    (grad,) = torch.autograd.grad(found.sum(), dirty)
+    # The slope is that of a direction: kappa over the length.
+    lengths = x.double().norm(dim=-1)
+    steep = (lengths > 0) & (kappa / lengths.clamp(min=1e-300) > 0.1 * torch.finfo(dtype).max)
+    kept = ~steep if mask is None else mask & ~steep
+    assert grad[kept].isfinite().all() and not grad[mask if mask is not None else slice(None)].isnan().any()
+    assert torch.allclose(
+        mixture.posterior(x).responsibilities.sum(-1), torch.ones(sets, items, dtype=dtype), atol=1e-5
+    )
+
+
+LOG_DENSITIES = {
+    "gaussian": lambda z: -0.5 * z**2 - 0.5 * math.log(2 * math.pi),
+    "laplace": lambda z: -abs(z) - math.log(2),
+}
+
+
+@pytest.mark.parametrize("kernel", LOG_DENSITIES)
+@given(values=st.data())
+def test_kernel_mixtures_are_their_formula(kernel, values):
+    sets, items, components, features = shapes(values)
+    size = 10.0 ** values.draw(st.integers(-30, 30))
+    generator = torch.Generator().manual_seed(values.draw(st.integers(0, 2**20)))
+    centers = size * torch.randn(sets, components, features, generator=generator, dtype=torch.float64)
+    scales = size * (0.1 + torch.rand(sets, components, generator=generator, dtype=torch.float64))
+    log_weights = torch.randn(sets, components, generator=generator, dtype=torch.float64).log_softmax(-1)
+    mixture = KernelMixture(log_weights, centers, scales)
+    x = size * values.draw(drawing.tensors((sets, items, features), least=-3, most=3))
+    mask, weights = values.draw(drawing.holes((sets, items))), values.draw(drawing.counts((sets, items)))
+    operator = GeneralizedEM(components, features, kernel=kernel, estimate_scale=True, scale_floor=1e-3 * size**2)
+    found = operator.log_prob(x, mixture, mask)
+    w = torch.ones(sets, items) if weights is None else weights
+    total = (found * w).sum(-1)
+    torch.testing.assert_close(operator.objective(x, mixture, mask, weights), total, rtol=1e-9, atol=1e-9)
+    for b in range(sets):
+        for n in range(items):
+            logits = [
+                log_weights[b, k].item()
+                + math.fsum(
+                    LOG_DENSITIES[kernel]((z - c) / scales[b, k].item())
+                    for z, c in zip(x[b, n].tolist(), centers[b, k].tolist(), strict=True)
+                )
+                - features * math.log(scales[b, k].item())
+                for k in range(components)
+            ]
+            expected = logsumexp(logits) if mask is None or mask[b, n] else 0.0
+            assert found[b, n].item() == pytest.approx(expected, rel=1e-9, abs=1e-8)
+
+
+@given(values=st.data())
+def test_low_ranks_of_any_moments(values):
+    sets, items, components, _ = shapes(values)
+    features = values.draw(st.integers(2, 5))
+    rank = values.draw(st.integers(1, features - 1))
+    size = 10.0 ** values.draw(st.integers(-12, 12))
+    mixture = values.draw(mixtures("full", sets, components, features, size=size))
+    x = size * values.draw(drawing.tensors((sets, items, features), least=-2, most=1))
+    statistics = collect(x, mixture, no_statistics(mixture, x.mean(1)))
+    floor = torch.full((sets,), 1e-3 * size**2, dtype=torch.float64)
+    state = LowRankCovariance(rank).maximize(statistics.moments, floor)
+    assert state.log_weights.isfinite().all() and state.means.isfinite().all()
+    factors = state.factors
+    loadings, root = factors.loadings[..., :-1], factors.loadings[..., -1]
+    assert loadings.shape[-1] == rank and (root.square() >= floor[0] * (1 - 1e-12)).all()
+    spread = loadings @ loadings.mT + root.square().diag_embed()
+    torch.testing.assert_close(factors.scale @ factors.scale.mT, spread, rtol=1e-6, atol=1e-9 * float(spread.max()))
+    eye = torch.eye(features, dtype=torch.float64).expand_as(spread)
+    torch.testing.assert_close(factors.inverse @ factors.scale, eye, rtol=1e-6, atol=1e-6)
+    # The expected log-likelihood of a component is no lower than that of its diagonal alone, without the floor.
+    r = sums(x, mixture, torch.ones(sets, items))[0]
+    for b in range(sets):
+        for k in range(components):
+            apart = x[b].numpy() - r[b, :, k] @ x[b].numpy() / max(r[b, :, k].sum(), 1e-300)
+            moments = torch.from_numpy(apart.T @ (r[b, :, k, None] * apart) / max(r[b, :, k].sum(), 1e-300))
+            if statistics.moments[b, k, 0] < 1e-3 or (moments.diagonal() < 10 * floor[b]).any():
+                continue
+            level = -spread[b, k].logdet() - torch.linalg.solve(spread[b, k], moments).trace()
+            plain = -moments.diagonal().log().sum() - features
+            assert level >= plain - 1e-6 * features
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(values=st.data())
+def test_the_estimator_is_scikit_learns(kind, values):
+    components, features = values.draw(st.integers(1, 3)), values.draw(st.integers(1, 3))
+    rows = values.draw(st.integers(max(components, 2), 9))
+    size = 10.0 ** values.draw(st.integers(-9, 9))
+    dtype = values.draw(st.sampled_from(drawing.WIDE))
+    mixture = values.draw(mixtures(kind, 1, components, features, size=size))
+    X = (size * values.draw(drawing.tensors((rows, features), least=-1, most=1))).to(dtype).numpy()
+    precisions = np.linalg.inv(matrices(mixture)[0])
+    arguments = {
+        "covariance_type": kind,
+        "weights_init": mixture.weights[0].numpy(),
+        "means_init": mixture.means[0].numpy(),
+        "precisions_init": {
+            "full": precisions,
+            "tied": precisions[0],
+            "diag": np.einsum("kii->ki", precisions),
+            "spherical": precisions[:, 0, 0],
+        }[kind],
+        "reg_covar": 1e-2 * size**2,
+        "tol": values.draw(st.sampled_from((0.0, 1e-3))),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        most = values.draw(st.integers(1, 3))
+        for iterations in range(1, most + 1):
+            arguments["max_iter"] = iterations
+            theirs = sklearn.mixture.GaussianMixture(components, **arguments).fit(X.astype(np.float64))
+            if theirs.weights_.min() < 1e-3:
+                break  # where next to nothing belongs to a component, guards against zeros decide what becomes of it
+        ours = GaussianMixture(components, **arguments).fit(X)
+    eps = 1e-6 if dtype == torch.float64 else 2e-2
+    reach = float(np.abs(X).max()) + size
+    scores = ours.score_samples(X)
+    assert np.isfinite(scores).all() and np.isfinite(ours.covariances_).all()
+    if theirs.weights_.min() > 1e-3 and ours.n_iter_ == theirs.n_iter_:
+        np.testing.assert_allclose(ours.weights_, theirs.weights_, atol=eps)
+        np.testing.assert_allclose(ours.means_, theirs.means_, atol=eps * reach)
+        np.testing.assert_allclose(ours.covariances_, theirs.covariances_, atol=eps * reach**2)
+        if dtype == torch.float64:
+            np.testing.assert_allclose(scores, theirs.score_samples(X), rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-4)
+            assert ours.bic(X) == pytest.approx(theirs.bic(X), rel=1e-4, abs=1e-2)
+            assert ours.aic(X) == pytest.approx(theirs.aic(X), rel=1e-4, abs=1e-2)
+    assert (ours.predict(X) == ours.predict_proba(X).argmax(1)).all() or (ours.predict_proba(X).max(1) < 0.51).any()
+    drawn, labels = ours.sample(5)
+    assert drawn.shape == (5, features) and np.isfinite(drawn).all() and (np.diff(labels) >= 0).all()
