@@ -233,8 +233,8 @@ def test_statistics_of_any_posterior(key, values):
             rtol=tolerance,
             atol=tolerance * scale + torch.finfo(dtype).smallest_normal,
         )
-    # Documented: the derivative of a variance by a responsibility is a square.
-    squares = (full - mean.unsqueeze(1)).square() if key == "variance" else mean.new_zeros(1)
+    # Documented: the derivative of a variance by a responsibility is a square; here that of the sum over features.
+    squares = (full - mean.unsqueeze(1)).square().sum(-1) if key == "variance" else mean.new_zeros(1)
     if found.requires_grad and (squares < torch.finfo(dtype).max).all():
         assert torch.autograd.grad(found.float().sum(), d)[0].isfinite().all()
 
