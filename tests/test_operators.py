@@ -234,6 +234,19 @@ def test_a_corrected_covariance_is_the_formula(features):
             np.testing.assert_allclose(covariance, expected, atol=1e-7 * np.abs(expected).max())
 
 
+def test_a_tied_covariance_is_corrected_by_what_its_components_ask_on_average():
+    tied, size, floor = COVARIANCES["tied"], COVARIANCES["tied"].step_size(3), torch.full((2,), 0.01).double()
+    before, after = (tied.expand(torch.rand(2, 3, dtype=torch.float64) + 0.2, 4, 3) for _ in range(2))
+    correction = torch.randn(2, 4, size, dtype=torch.float64)
+    found = tied.correct(before, after, correction, floor).scale
+    for b in range(2):
+        one = [Factors(part.scale[b : b + 1], part.inverse[b : b + 1]) for part in (before, after)]
+        mean = sum(correction[b]) / 4
+        torch.testing.assert_close(
+            found[b, 0], COVARIANCES["full"].correct(*one, mean.reshape(1, 1, -1), floor[:1]).scale[0, 0]
+        )
+
+
 def test_farthest_points_are_gonzalezs():
     x = clusters(1, 50)
     cloud = prepare(x)

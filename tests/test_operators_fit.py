@@ -89,6 +89,8 @@ def test_a_given_energy_is_the_competition_background():
 
 
 def test_the_weight_of_a_background_is_learned():
+    for learnable in (False, True):
+        assert UniformBackground(0.2, learnable=learnable).weight.item() == pytest.approx(0.2)
     x = with_outliers()
     operator = EMOperator(2, 2, background=UniformBackground(0.01, learnable=True), residual=False)
     optimizer = torch.optim.Adam(operator.parameters(), lr=0.3)
@@ -196,6 +198,28 @@ def test_lloyd_steps_start_from_the_means_of_k_means():
     centers = kmeans_plus_plus(cloud, 4, torch.Generator().manual_seed(1))
     expected = from_centers(cloud, lloyd(cloud, centers, 50), COVARIANCES["full"], torch.full((3,), 1e-6).double())
     assert torch.allclose(operator(x, num_iters=0).means, expected.means + x.mean(1, keepdim=True))
+
+
+def test_kmeans_plus_plus_keeps_the_best_of_its_candidates(monkeypatch):
+    monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 2 * 40 * 4)  # several blocks
+    x, weights = clouds(2, 60), torch.rand(2, 60, dtype=torch.float64)
+    cloud = prepare(x, weights=weights)
+    found = kmeans_plus_plus(cloud, 8, torch.Generator().manual_seed(3))
+    generator, points = torch.Generator().manual_seed(3), x - cloud.center.unsqueeze(1)
+    rows = torch.multinomial(weights, 1, generator=generator)
+    for _ in range(7):
+        nearest = torch.stack([torch.cdist(points[b], points[b, rows[b]]).square().amin(1) for b in range(2)])
+        drawn = torch.multinomial(nearest * weights, 2 + 2, replacement=True, generator=generator)
+        best = []
+        for b in range(2):
+            totals = []
+            for row in drawn[b].tolist():
+                left = torch.minimum(nearest[b], (points[b] - points[b, row]).square().sum(1))
+                totals.append(float((left * weights[b]).sum()))
+            best.append(drawn[b, int(np.argmin(totals))])
+        rows = torch.cat([rows, torch.stack(best).unsqueeze(1)], 1)
+    for b in range(2):
+        assert torch.allclose(found[b], points[b, rows[b]])
 
 
 def test_a_start_has_the_shape_of_cores_and_the_size_of_cells():
