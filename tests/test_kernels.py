@@ -251,6 +251,21 @@ def test_float16_saturates_instead_of_overflowing():
     assert energies.item() == 65504.0
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_mahalanobis_keeps_its_digits_far_from_the_origin(offset, few, monkeypatch):
+    if not few:
+        monkeypatch.setattr("em_lightning.kernels.distance._FEW", 0)
+    x, centers = torch.randn(200, 3) + offset, torch.randn(5, 3) + offset
+    thin = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.5], [0.0, 0.5, 1.4]])
+    found, exact = (
+        MahalanobisKernel(3, thin.to(dtype))(x.to(dtype), centers.to(dtype)) for dtype in (torch.float32, torch.float64)
+    )
+    assert_close(found.double(), exact, rtol=2e-4, atol=0)
+    centers[0] = torch.inf
+    assert MahalanobisKernel(3, thin)(x, centers)[:, 1:].isfinite().all()  # one that has run away hurts no other
+
+
 def test_mahalanobis_covariance():
     kernel = MahalanobisKernel(3, sigma(3))
     assert_close(kernel.covariance.detach(), sigma(3))
