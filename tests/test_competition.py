@@ -394,6 +394,8 @@ def test_balanced_refuses_bad_arguments():
         Balanced(num_iters=0)
     with pytest.raises(ValueError, match=r"log_prior of shape \(3,\) must hold one share for each of 2"):
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"log_prior of shape \(1,\) must hold one share for each of 2"):
+        balanced(torch.zeros(3, 2), 1.0, torch.zeros(1))
 
 
 def test_hard_assignment_says_what_it_breaks():

@@ -5,9 +5,9 @@ import torch
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, em_step, passes
-from em_lightning.mixture.cloud import Cloud
+from em_lightning.mixture.cloud import Cloud, prepare
 from em_lightning.mixture.covariance import State
-from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.moments import accumulate, get_ready
 from em_lightning.mixture.step import leave
 
 KINDS = sorted(COVARIANCES)
@@ -33,6 +33,14 @@ def turned_slab(thickness, items=600):
     x[:, 2] += 2.0 * (torch.arange(items) % 4)
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     return x @ turn
+
+
+def test_the_precision_is_chosen_by_the_farthest_point_on_either_side():
+    x = torch.randn(2, 30, 3)
+    x[:, 0] = -50.0  # one far point, whose place moves the mean by little
+    cloud, structure = prepare(x), COVARIANCES["full"]
+    assert torch.equal(get_ready(cloud, structure).extent, cloud.points.abs().amax(2))
+    assert accumulate(cloud, torch.zeros(2, 1, 10).double(), structure)[1] is None  # unless it is asked for
 
 
 def test_the_choice_is_made_for_each_cloud(precisions):

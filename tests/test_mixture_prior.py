@@ -197,6 +197,7 @@ def test_a_relative_floor_follows_the_units():
     "call, error, words",
     [
         (lambda: MixturePrior(weight_concentration=0.5), ValueError, ["weight_concentration=0.5", "at least 1"]),
+        (lambda: MixturePrior(weight_concentration=math.inf), ValueError, ["weight_concentration=inf", "at least 1"]),
         (lambda: MixturePrior(mean_strength=-1.0), ValueError, ["mean_strength=-1.0", "at least 0"]),
         (lambda: MixturePrior(covariance_strength=math.inf), ValueError, ["covariance_strength=inf", "finite"]),
         (lambda: MixturePrior(mean_strength=0, covariance_strength=0), ValueError, ["flat", "no prior"]),

@@ -344,6 +344,7 @@ X = torch.randn(2, 10, 3)
     "call, error, words",
     [
         (lambda: EMOperator(4, 3, background=1.5), ValueError, ["weight=1.5", "between 0 and 1"]),
+        (lambda: EMOperator(4, 3, background=1.0), ValueError, ["weight=1.0", "between 0 and 1"]),
         (lambda: EMOperator(4, 3, background={"energy": math.nan}), ValueError, ["energy=nan", "bounding box"]),
         (lambda: EMOperator(4, 3, background="box"), TypeError, ["background='box'", "UniformBackground"]),
         (lambda: EMOperator(4, 3, background=0.1, competition="background"), ValueError, ["two backgrounds"]),
