@@ -3,6 +3,7 @@
 #   make test     install, and run all tests
 #   make nightly  the property tests with 5,000 new examples each, in place of the 200 of make test
 #   make fuzz     10,000 mutated files for every reader
+#   make coverage the tests under a tracer; it fails where fewer than 95 % of the branches are taken
 # Both keep what they install in .venv; ARGS="..." is handed on. For those who change something there are make lint and
 # make docs, which builds the documentation into site/.
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test nightly fuzz lint docs clean
+.PHONY: train test nightly fuzz coverage lint docs clean
 
 train: $(INSTALLED)
 	$(BIN)/em-lightning run point_cloud_gmm $(ARGS)
@@ -23,6 +24,13 @@ nightly: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz_readers.py $(ARGS)
+
+# Not those of the wheel, which is installed beside the checkout and timed.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -q --ignore=tests/test_wheel.py --cov --cov-report=term \
+		--cov-report=json:.coverage.json $(ARGS)
+	$(BIN)/python -c 'import json, sys; share = json.load(open(".coverage.json"))["totals"]["percent_branches_covered"]; \
+		print(f"branches: {share:.1f} %"); sys.exit(share < 95)'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,4 +48,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) site .coverage*

@@ -55,6 +55,9 @@ CASES = {
         *("--trainer.callbacks.classical=false", "--trainer.callbacks.transfer_sets=0", "--data.held_out=50"),
     ],
     "swap_activations": ["swap_activations", "--trainer.max_epochs=12"],
+    "point_cloud_classifier": [
+        *("point_cloud_classifier", "--trainer.max_epochs=6", "--model.width=8", "--data.num_points=16"),
+    ],
 }
 COMMON = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 COMMON += ["--trainer.logger.version=run", "--ckpt_path=last", "--trainer.callbacks+=__main__.Moments"]

@@ -5,12 +5,14 @@
 Each case runs in a process of its own, on a model of a few hundred parameters. Memory is the resident set; its growth
 is from the first tenth of the steps, when everything has been used once, to the end. The time of a step is processor
 time, which a busy machine disturbs less, and its ratio that of the last tenth to the first after a warm-up. Hooks are
-those of all modules of the model, and instance attributes what surgery wraps methods by.
+those of all modules of the model, and instance attributes what surgery wraps methods by. Of the reports LayerReport
+alone does something at a step; the others keep a number an epoch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from typing import Any
 
 import lightning
 import torch
@@ -25,9 +28,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import callbacks
-from em_lightning.modules import EMModule
-
-WARM = 0.1
+from em_lightning.data import Digits
+from em_lightning.modules import EMClassifier, EMModule
 
 
 class Small(EMModule):
@@ -59,8 +61,19 @@ CASES = {
     "TemperatureSchedule": annealed,
     "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10, figures=False)],
     "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
+    "StepSeeds": lambda: [callbacks.StepSeeds()],
     "TimeLeft": lambda: [callbacks.TimeLeft()],
+    "LayerReport": lambda: [callbacks.LayerReport(figures=False)],
 }
+
+
+def subject(name: str) -> tuple[lightning.LightningModule, dict[str, Any]]:
+    """Return a model, and the data as arguments of ``fit``."""
+    torch.manual_seed(0)
+    if name == "LayerReport":
+        return EMClassifier(64, 8), {"datamodule": Digits(batch_size=32)}
+    data = TensorDataset(torch.randn(3200, 8), torch.randint(0, 3, (3200,)))
+    return Small(), {"train_dataloaders": DataLoader(data, batch_size=32)}
 
 
 def resident() -> float:
@@ -106,17 +119,12 @@ def trainer(steps: int, extra: list[lightning.Callback], folder: str) -> lightni
     )
 
 
-def loader() -> DataLoader:
-    torch.manual_seed(0)
-    return DataLoader(TensorDataset(torch.randn(3200, 8), torch.randint(0, 3, (3200,))), batch_size=32)
-
-
 def soak(name: str, steps: int) -> str:
     """Train one model for so many steps under a callback, and return the row of the table."""
     watch = Watch(steps)
-    model = Small()
-    with tempfile.TemporaryDirectory() as folder:
-        trainer(steps, [*CASES[name](), watch], folder).fit(model, loader())
+    model, data = subject(name)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        trainer(steps, [*CASES[name](), watch], folder).fit(model, **data)
     memory, held, clock = zip(*watch.notes, (resident(), watch.notes[-1][1], time.process_time()), strict=True)
     parts = [b - a for a, b in zip(clock, clock[1:], strict=False)]
     growth = memory[-2] / memory[1] - 1
@@ -128,11 +136,11 @@ def soak(name: str, steps: int) -> str:
 
 def fit_and_undo(name: str, fits: int) -> str:
     """Fit one model again and again under a callback that is taken back each time, and return the row of the table."""
-    model, data, notes = Small(), loader(), []
-    with tempfile.TemporaryDirectory() as folder:
+    (model, data), notes = subject(name), []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         for _ in range(fits):
             start, extra = time.process_time(), CASES[name]()
-            trainer(3, extra, folder).fit(model, data)
+            trainer(3, extra, folder).fit(model, **data)
             for callback in extra:
                 if getattr(callback, "surgery", None) is not None:
                     callback.surgery.undo()

@@ -36,19 +36,22 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         tol: EM ends when the log-likelihood a row changes by less.
         reg_covar: added to every variance.
         max_iter: most iterations.
+        n_init: starts, each fitted to its end; the fit of the highest ``lower_bound_`` is kept.
         init_params: how centers are drawn: ``"k-means++"``, ``"random_from_data"``, or ``"farthest"``, which draws
             nothing at random.
         weights_init: (K,), weights of the start.
         means_init: (K, D), means of the start.
-        precisions_init: inverse covariances of the start, in scikit-learn's shape. All three of the start are given, or
-            none.
+        precisions_init: inverse covariances of the start, in scikit-learn's shape. What is not given of a
+            start is drawn.
         random_state: of the start and of :meth:`sample`.
+        warm_start: whether a further :meth:`fit` goes on from the mixture that the last one found.
 
     Attributes:
         weights_: (K,).
         means_: (K, D).
         covariances_: full (K, D, D), tied (D, D), diagonal (K, D), spherical (K,).
-        precisions_cholesky_: upper factors of the inverse covariances, of the same shape.
+        precisions_: inverse covariances, of the same shape.
+        precisions_cholesky_: their factors :math:`U` with :math:`U U^T = \Sigma^{-1}`, of the same shape.
         converged_: whether ``tol`` was reached.
         n_iter_: iterations made.
         lower_bound_: log-likelihood a row before the last M-step.
@@ -70,22 +73,26 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         tol: float = 1e-3,
         reg_covar: float = 1e-6,
         max_iter: int = 100,
+        n_init: int = 1,
         init_params: str = "k-means++",
         weights_init: Any = None,
         means_init: Any = None,
         precisions_init: Any = None,
         random_state: Any = None,
+        warm_start: bool = False,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
         self.tol = tol
         self.reg_covar = reg_covar
         self.max_iter = max_iter
+        self.n_init = n_init
         self.init_params = init_params
         self.weights_init = weights_init
         self.means_init = means_init
         self.precisions_init = precisions_init
         self.random_state = random_state
+        self.warm_start = warm_start
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
         """Fit the mixture to rows X (N, D), each counting ``sample_weight`` (N,) times.
@@ -98,8 +105,18 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         if len(X) < self.n_components:
             raise ValueError(f"n_samples={len(X)} is less than n_components={self.n_components}; fit more rows")
         counts = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-        start = self._start(X, counts)
-        fit = fit_blocks(lambda: _blocks(X, counts), start, max_iters=self.max_iter, tol=self.tol, floor=self.reg_covar)
+        random = check_random_state(self.random_state)
+        again = self.warm_start and hasattr(self, "means_")
+        drawn = self.init_params != "farthest" and any(
+            part is None for part in (self.weights_init, self.means_init, self.precisions_init)
+        )
+        count = self.n_init if drawn else 1  # what draws nothing would be the same again
+        starts = [self._mixture] if again else (self._start(X, counts, random) for _ in range(count))
+        fits = (
+            fit_blocks(lambda: _blocks(X, counts), start, max_iters=self.max_iter, tol=self.tol, floor=self.reg_covar)
+            for start in starts
+        )
+        fit = max(fits, key=lambda each: each.log_likelihoods[-1])
         if not fit.converged and self.tol > 0:
             warnings.warn(
                 f"EM did not converge in max_iter={self.max_iter} iterations; allow more or raise tol={self.tol}",
@@ -110,6 +127,8 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         self.weights_, self.means_ = weights / weights.sum(), means
         self.covariances_ = covariances[0] if self.covariance_type == "tied" else covariances
         self.precisions_cholesky_ = _roots_of_inverses(self.covariances_, self.covariance_type)
+        roots = self.precisions_cholesky_
+        self.precisions_ = roots @ roots.swapaxes(-1, -2) if self.covariance_type in ("full", "tied") else roots**2
         self.converged_, self.n_iter_, self.lower_bound_ = (
             fit.converged,
             len(fit.log_likelihoods),
@@ -118,7 +137,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         return self
 
     def _check(self) -> None:
-        for name, value in (("n_components", self.n_components), ("max_iter", self.max_iter)):
+        for name, value in (("n_components", self.n_components), ("max_iter", self.max_iter), ("n_init", self.n_init)):
             if not value >= 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         for name, number in (("tol", self.tol), ("reg_covar", self.reg_covar)):
@@ -130,26 +149,15 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         ):
             if choice not in known:
                 raise ValueError(f"{name}={choice!r} is unknown; choose from {', '.join(known)}")
-        given = [part is not None for part in (self.weights_init, self.means_init, self.precisions_init)]
-        if any(given) and not all(given):
-            raise ValueError("give weights_init, means_init and precisions_init together, or none of them")
 
-    def _start(self, X: np.ndarray, counts: np.ndarray | None) -> Mixture:
-        if self.means_init is not None:
-            weights, means, precisions = (
-                torch.as_tensor(np.asarray(part), dtype=torch.float64)[None]
-                for part in (self.weights_init, self.means_init, self.precisions_init)
-            )
-            if means.shape[1:] != (self.n_components, X.shape[1]):
-                raise ValueError(f"means_init has shape {tuple(means.shape[1:])}; give one row for each component")
-            full = self.covariance_type in ("full", "tied")
-            covariances = torch.linalg.inv(precisions) if full else precisions.reciprocal()
-            covariances = covariances.unsqueeze(1) if self.covariance_type == "tied" else covariances
-            return Mixture(weights.log(), means, covariances)
-        random = check_random_state(self.random_state)
-        seed = int(random.randint(2**31 - 1))
+    def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
+        given = self._given(X.shape[1])
+        weights, means, covariances = given
+        if weights is not None and means is not None and covariances is not None:
+            return Mixture(weights, means, covariances)
         rows = np.sort(random.choice(len(X), _SAMPLE, replace=False)) if len(X) > _SAMPLE else slice(None)
         init = _STARTS[self.init_params]
+        seed = int(random.randint(2**31 - 1))
         operator = EMOperator(
             self.n_components,
             X.shape[1],
@@ -160,7 +168,40 @@ class GaussianMixture(DensityMixin, BaseEstimator):
             residual=False,
         )
         chosen = None if counts is None else torch.from_numpy(counts[rows].astype(np.float64))[None]
-        return operator(torch.from_numpy(X[rows].astype(np.float64))[None], weights=chosen, num_iters=0)
+        drawn = operator(torch.from_numpy(X[rows].astype(np.float64))[None], weights=chosen, num_iters=0)
+        return Mixture(*(own if part is None else part for part, own in zip(given, drawn, strict=True)))
+
+    def _given(self, num_features: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the parts of a start that are given, as a mixture has them."""
+        K, D = self.n_components, num_features
+        shapes = {"full": (K, D, D), "tied": (D, D), "diag": (K, D), "spherical": (K,)}
+        parts = []
+        for name, value, shape in (
+            ("weights_init", self.weights_init, (K,)),
+            ("means_init", self.means_init, (K, D)),
+            ("precisions_init", self.precisions_init, shapes[self.covariance_type]),
+        ):
+            part = None if value is None else torch.as_tensor(np.asarray(value), dtype=torch.float64)[None]
+            if part is not None and part.shape[1:] != shape:
+                raise ValueError(f"{name} has shape {tuple(part.shape[1:])}; give {shape}")
+            if part is not None and not part.isfinite().all():
+                raise ValueError(f"{name} has NaN or infinity; give numbers")
+            parts.append(part)
+        weights, means, precisions = parts
+        if weights is not None and not ((weights >= 0).all() and abs(weights.sum() - 1.0) < 1e-6):
+            raise ValueError(f"weights_init={self.weights_init} are no probabilities; give numbers whose sum is 1")
+        if precisions is None:
+            return weights if weights is None else weights.log(), means, None
+        if self.covariance_type in ("full", "tied"):
+            if torch.linalg.cholesky_ex(precisions).info.any() or not torch.allclose(precisions, precisions.mT):
+                raise ValueError("precisions_init are not symmetric and positive definite; give inverse covariances")
+            covariances = torch.linalg.inv(precisions)
+            covariances = covariances.unsqueeze(1) if self.covariance_type == "tied" else covariances
+        elif not (precisions > 0).all():
+            raise ValueError("precisions_init must be positive; give inverse variances")
+        else:
+            covariances = precisions.reciprocal()
+        return weights if weights is None else weights.log(), means, covariances
 
     @property
     def _mixture(self) -> Mixture:

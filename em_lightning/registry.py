@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -183,3 +184,29 @@ class Registry(Generic[T]):
             if "argument" not in str(error):
                 raise
             raise TypeError(f"{self.kind} {name}: {error}") from error
+
+
+def from_options(argument: str, cls: type[T], options: Mapping[str, Any]) -> T:
+    """Return ``cls(**options)``, for an argument that may be a mapping of options.
+
+    Args:
+        argument: its name, for messages.
+        cls: the class that the options are for.
+        options: keyword arguments.
+
+    Raises:
+        TypeError: the class takes no such option; the message names those that it takes.
+
+    Example:
+        >>> from em_lightning.mixture import UniformBackground
+        >>> from_options("background", UniformBackground, {"wait": 0.1})
+        Traceback (most recent call last):
+            ...
+        TypeError: background={'wait': 0.1}: there is no 'wait'; give weight, energy, learnable or estimate
+    """
+    known = [str(name) for name in inspect.signature(cls).parameters]
+    for name in options:
+        if name not in known:
+            choices = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise TypeError(f"{argument}={dict(options)!r}: there is no {name!r}; give {choices}")
+    return cls(**options)

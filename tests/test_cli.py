@@ -310,6 +310,20 @@ def test_a_mistake_of_an_audit_gets_one_line(args, words, here, capsys):
     assert message.startswith("em-lightning: ") and all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--jobs=2"], "--jobs=2 is for several runs, and this is one; give --seeds too"),
+        (["--jobs=0", "--seeds=1,2"], "--jobs=0 must be one number, at least 1"),
+        (["--model.num_features=700"], "--model.num_features follows from the data and cannot be given"),
+        (["--model.init_args.num_classes", "3"], "--model.init_args.num_classes follows from the data"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(args, words, here, capsys):
+    assert cli.main(["run", "volume_control", *args]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_key_of_another_class_is_no_misspelling(here, capsys):
     assert cli.main(["run", "decoder_free_sae", "--data.root", "somewhere"]) == 2
     assert "'data.root' is no key of the data class chosen here; choose one that has it" in capsys.readouterr().err

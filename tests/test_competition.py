@@ -27,6 +27,7 @@ from em_lightning.competition import (
     sparsemin,
     topk,
 )
+from em_lightning.competition.base import Tempered
 from em_lightning.testing.competition import CompetitionContract
 
 FUNCTIONS = {
@@ -174,6 +175,19 @@ def test_nothing_is_responsible_where_all_are_excluded():
     assert background(torch.full((3,), torch.inf)).responsibilities.tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
+def test_a_compiled_softmin_excludes_as_the_plain_one_does():
+    d = torch.randn(4, 3)
+    d[0], d[1, 2] = torch.inf, torch.inf
+    found = torch.compile(lambda d: softmin(d)[1:], backend="eager", fullgraph=True)(d)
+    torch.testing.assert_close(tuple(found), softmin(d)[1:])
+    assert (found[0][0] == 0).all() and found[1][0] == torch.inf
+
+
+def test_a_temperature_is_fixed_unless_it_is_asked_to_learn():
+    assert not list(Tempered(2.0).parameters()) and Tempered(2.0).temperature == 2.0
+    assert [parameter.shape for parameter in Tempered(2.0, learnable=True).parameters()] == [(1,)]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_softmin_in_higher_order_and_forward_mode():
     d = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -208,6 +222,25 @@ def test_temperature_tensor_for_each_item():
     posterior = softmin(d, temperature)
     for n in range(5):
         torch.testing.assert_close(posterior.free_energy[n], softmin(d[n], float(temperature[n])).free_energy)
+    posterior = softmin(d.T, temperature.flatten(), dim=0)  # along an axis that is not the hypotheses'
+    torch.testing.assert_close(posterior.free_energy, softmin(d, temperature).free_energy)
+
+
+@pytest.mark.parametrize(
+    "key, arguments, shown",
+    [
+        ("softmin", {}, "temperature=1"),
+        ("softmin", {"temperature": 2.0, "learnable": True, "dim": 1}, "temperature=2, learnable=True, dim=1"),
+        ("grouped", {"num_groups": 3}, "num_groups=3, temperature=1"),
+        ("grouped", {}, "group_size=2, temperature=1"),
+        ("background", {"energy": 2.0}, "energy=2, temperature=1"),
+        ("topk", {"k": 3}, "k=3, temperature=1"),
+        ("balanced", {"item_dim": 0, "num_iters": 9}, "item_dim=0, num_iters=9, temperature=1"),
+        ("balanced", {}, "num_iters=40, temperature=1"),
+    ],
+)
+def test_what_a_module_shows(key, arguments, shown):
+    assert COMPETITIONS.build(key, **arguments).extra_repr() == shown
 
 
 @pytest.mark.parametrize(
@@ -252,6 +285,14 @@ def test_sparse_operators_have_zeros_ties_and_second_derivatives(function):
 def test_sparse_operators_sum_to_one_in_float32_over_many(function):
     r = function(torch.randn(8, 4096) * 3).responsibilities
     assert (r.sum(-1) - 1).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("function", [sparsemin, entmin])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_infinite_energies_have_no_share_at_all(function, dtype):
+    for size in range(2, 40):
+        d = torch.full((size,), torch.inf, dtype=dtype).index_fill(0, torch.tensor([size // 2]), 1.5)
+        assert function(d).responsibilities.tolist() == [float(k == size // 2) for k in range(size)]
 
 
 def test_groups_compete_alone():

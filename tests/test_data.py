@@ -445,6 +445,15 @@ def test_bad_archives_are_named(tmp_path, archive):
             data.GeometricShapes(root=str(tmp_path / name)).setup()
 
 
+def test_an_archive_whose_directory_promises_more_than_it_has_is_refused(tmp_path, archive):
+    content = bytearray(archive.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")
+    content[entry + 20 : entry + 24] = (2**31 - 1).to_bytes(4, "little")  # what a member takes up in the archive
+    (tmp_path / "more.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"more.zip: its meshes take more bytes than the archive has; fetch it again"):
+        data.GeometricShapes(root=str(tmp_path / "more.zip")).setup()
+
+
 def test_archives_that_unpack_to_too_much_are_refused(archive, monkeypatch):
     monkeypatch.setattr(point_clouds, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match=r"raw.zip: its meshes unpack to \d+ bytes, more than 100; fetch it again"):

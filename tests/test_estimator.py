@@ -44,7 +44,7 @@ def test_results_are_scikit_learns(kind, X):
     ours, theirs = pair(X, kind, max_iter=50, tol=1e-5)
     assert ours.n_iter_ == theirs.n_iter_ and ours.converged_ == theirs.converged_
     assert ours.lower_bound_ == pytest.approx(theirs.lower_bound_, abs=1e-9)
-    for name in ("weights_", "means_", "covariances_", "precisions_cholesky_"):
+    for name in ("weights_", "means_", "covariances_", "precisions_", "precisions_cholesky_"):
         assert getattr(ours, name).shape == getattr(theirs, name).shape
         assert np.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-8), name
     for name in ("predict", "predict_proba", "score_samples", "score", "bic", "aic"):
@@ -93,6 +93,31 @@ def test_it_takes_part_in_scikit_learns_model_selection(X):
     assert len(set(GaussianMixture(4, random_state=0).fit_predict(X))) == 4
 
 
+def test_of_several_starts_the_best_fit_is_kept(X):
+    random = np.random.RandomState(5)  # hands one start after the other its seed, as one estimator does
+    each = GaussianMixture(4, init_params="random_from_data", random_state=random)
+    bounds = [each.fit(X).lower_bound_ for _ in range(6)]
+    best = GaussianMixture(4, init_params="random_from_data", n_init=6, random_state=5).fit(X)
+    assert best.lower_bound_ == pytest.approx(max(bounds), abs=1e-12) and max(bounds) > min(bounds) + 1e-3
+
+
+def test_a_warm_start_goes_on(X):
+    start = {"init_params": "farthest", "tol": 0.0}
+    fit = GaussianMixture(4, max_iter=3, warm_start=True, **start).fit(X).fit(X)
+    assert np.allclose(fit.means_, GaussianMixture(4, max_iter=6, **start).fit(X).means_, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_may_be_given_in_part(kind, X):
+    means = X[:4]
+    fit = GaussianMixture(4, covariance_type=kind, means_init=means, tol=0.0, max_iter=1, random_state=0)
+    start = fit._start(X, None, np.random.RandomState(0))
+    drawn = GaussianMixture(4, covariance_type=kind)._start(X, None, np.random.RandomState(0))
+    assert np.array_equal(start.means[0], means) and not np.allclose(drawn.means[0], means)
+    assert np.array_equal(start.weights, drawn.weights) and np.array_equal(start.covariances, drawn.covariances)
+    assert np.isfinite(fit.fit(X).means_).all()
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -103,11 +128,12 @@ def test_it_takes_part_in_scikit_learns_model_selection(X):
         ({"reg_covar": -1.0}, ["reg_covar=-1.0"]),
         ({"covariance_type": "round"}, ["covariance_type='round'", "spherical"]),
         ({"init_params": "kmeans"}, ["init_params='kmeans'", "k-means++"]),
-        ({"means_init": np.zeros((1, 3))}, ["weights_init, means_init and precisions_init together"]),
-        (
-            {"means_init": np.zeros((2, 3)), "weights_init": [1.0], "precisions_init": np.eye(3)[None]},
-            ["means_init has shape (2, 3)"],
-        ),
+        ({"n_init": 0}, ["n_init=0"]),
+        ({"means_init": np.zeros((2, 3))}, ["means_init has shape (2, 3)", "give (1, 3)"]),
+        ({"means_init": np.full((1, 3), np.nan)}, ["means_init has NaN"]),
+        ({"weights_init": [0.5]}, ["weights_init=[0.5]", "sum is 1"]),
+        ({"precisions_init": -np.eye(3)[None]}, ["precisions_init", "positive definite"]),
+        ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precisions_init must be positive"]),
     ],
 )
 def test_wrong_arguments_are_answered(options, words, X):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from em_lightning import Mixture
 from em_lightning.data import GaussianBlobs, TableBatch, TabularDataModule
 from em_lightning.mixture import COVARIANCES, MixturePrior, em_step
-from em_lightning.mixture.fit import criteria, fit_blocks
+from em_lightning.mixture.fit import criteria, fit_blocks, marginal
 from em_lightning.modules import GaussianMixtureModule
 from em_lightning.operators import EMOperator
 
@@ -235,6 +235,27 @@ def test_blocks_without_a_trainer_make_the_same_steps():
     assert fit.log_likelihoods[0] == pytest.approx(float(start.log_prob(x[None]).mean()))
     with pytest.raises(ValueError, match="log-likelihood is nan; the points hold NaN"):
         fit_blocks(lambda: [(x * math.nan, None)], start)
+
+
+def test_it_ends_with_the_first_change_below_a_thousandth():
+    x = rows(300)
+    fit = fit_blocks(lambda: [(x, None)], start_of(x, "full"))
+    changes = np.abs(np.diff(fit.log_likelihoods))
+    assert fit.converged and changes[-1] < 1e-3 <= changes[:-1].min()
+    one = fit_blocks(lambda: [(x, None)], start_of(x, "diag", 1), max_iters=6, tol=0.0)
+    assert len(one.log_likelihoods) == 6 and not one.converged  # though nothing changes after the first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_moments_of_a_mixture_are_those_of_its_rows(kind):
+    x = rows(300)
+    mixture = fit_blocks(lambda: [(x, None)], start_of(x, kind), max_iters=2, floor=0.0).mixture
+    mean, variance = marginal(mixture)  # EM keeps the mean of the rows, and the sum of their variances
+    np.testing.assert_allclose(mean[0], x.mean(0))
+    if kind == "spherical":
+        assert variance.sum().item() == pytest.approx(x.var(0, correction=0).sum().item())
+    else:
+        np.testing.assert_allclose(variance[0], x.var(0, correction=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)

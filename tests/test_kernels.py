@@ -251,6 +251,21 @@ def test_float16_saturates_instead_of_overflowing():
     assert energies.item() == 65504.0
 
 
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
+def test_mahalanobis_keeps_its_digits_far_from_the_origin(offset, few, monkeypatch):
+    if not few:
+        monkeypatch.setattr("em_lightning.kernels.distance._FEW", 0)
+    x, centers = torch.randn(200, 3) + offset, torch.randn(5, 3) + offset
+    thin = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.5], [0.0, 0.5, 1.4]])
+    found, exact = (
+        MahalanobisKernel(3, thin.to(dtype))(x.to(dtype), centers.to(dtype)) for dtype in (torch.float32, torch.float64)
+    )
+    assert_close(found.double(), exact, rtol=2e-4, atol=0)
+    centers[0] = torch.inf
+    assert MahalanobisKernel(3, thin)(x, centers)[:, 1:].isfinite().all()  # one that has run away hurts no other
+
+
 def test_mahalanobis_covariance():
     kernel = MahalanobisKernel(3, sigma(3))
     assert_close(kernel.covariance.detach(), sigma(3))
@@ -311,9 +326,19 @@ class Sum(nn.Module):
         (lambda: MahalanobisKernel(2, torch.eye(3)), ValueError, ["(3, 3)", "(2, 2)"]),
         (lambda: MahalanobisKernel(2, -torch.eye(2)), ValueError, ["covariance=", "positive definite"]),
         (lambda: MahalanobisKernel(2, [[1.0, 0.9], [0.0, 1.0]]), ValueError, ["covariance=", "symmetric"]),
-        (lambda: MahalanobisKernel(2)(torch.zeros(4, 3), torch.zeros(1, 3)), ValueError, ["(4, 3)", "num_features=2"]),
+        (
+            lambda: MahalanobisKernel(2)(torch.zeros(4, 3), torch.zeros(1, 3)),
+            ValueError,
+            ["(4, 3) has 3 features", "num_features=2"],
+        ),
         (lambda: MahalanobisKernel(2).log_normalizer(3), ValueError, ["num_features=3", "2 features"]),
         (lambda: GaussianKernel()(torch.zeros(4), torch.zeros(1, 1)), ValueError, ["x has shape (4,)", "(..., N, D)"]),
+        (lambda: GaussianKernel()(torch.zeros(1, 1), torch.zeros(4)), ValueError, ["centers has shape", "(..., K, D)"]),
+        (
+            lambda: GaussianKernel()(torch.zeros(4, 3), torch.zeros(5, 2)),
+            ValueError,
+            ["x (4, 3) has 3 features and centers (5, 2) 2;"],
+        ),
         (lambda: GaussianKernel()(torch.zeros(4, 1), [0.0]), TypeError, ["centers", "not list"]),
         (
             lambda: GaussianKernel()(torch.zeros(2, 4, 1), torch.zeros(3, 4, 1)),
@@ -331,6 +356,16 @@ def test_wrong_use_is_answered(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_leading_axes_of_size_one_meet_any_other():
+    kernel = GaussianKernel()
+    x, centers = torch.randn(3, 1, 4, 2), torch.randn(5, 6, 2)
+    expected = torch.stack([torch.stack([kernel(x[i, 0], centers[j]) for j in range(5)]) for i in range(3)])
+    torch.testing.assert_close(kernel(x, centers), expected)
+    torch.testing.assert_close(kernel(centers, x).mT, expected)
+    with pytest.raises(ValueError, match=r"x \(3, 4, 1\) and centers \(2, 4, 1\) do not broadcast"):
+        kernel(torch.zeros(3, 4, 1), torch.zeros(2, 4, 1))
 
 
 def test_shapes_can_be_worked_out_on_meta():

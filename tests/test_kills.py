@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import em_lightning
+from em_lightning import cli
 
 ROOT = Path(em_lightning.__file__).parents[1]
 # A recipe that keeps no checkpoint by itself begins anew.
@@ -85,6 +87,18 @@ def test_a_rank_ends_with_the_process_that_started_it():
     parent.kill()
     wait_until(lambda: not group_of(parent.pid), 60)
     assert "the process that started rank 1 is gone" in parent.communicate()[1].decode()
+
+
+def test_a_rank_leaves_the_group_that_it_was_in(tmp_path, monkeypatch):
+    def run(recipe, arguments):
+        if arguments:
+            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli, "end_with_first_rank", lambda: None)
+    for strategy in ([], ["--trainer.strategy=ddp"]):
+        assert cli.main(["run", "gaussian_mixture", *strategy]) == 0
+        assert not dist.is_initialized()
 
 
 @on_linux

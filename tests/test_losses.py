@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import nn
+from torch.autograd import forward_ad
 
 from em_lightning.competition import softmin
 from em_lightning.distributed import free_energy_of
@@ -100,6 +101,37 @@ def test_the_default_is_the_published_objective():
     assert EMLoss().total(a) == sum(terms.values())
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_objective_at_once_is_its_terms_one_by_one(reduction, temperature):
+    a = torch.rand(9, 4, dtype=DOUBLE, requires_grad=True)
+    terms = EMLoss(free_energy={"temperature": temperature}, reduction=reduction)(a)
+    logits = torch.logsumexp(-a / temperature, 1)
+    expected = -temperature * (logits.sum() if reduction == "sum" else logits.mean())
+    torch.testing.assert_close(terms["free_energy"], expected)
+    for found, wanted in (
+        (terms["free_energy"], expected),
+        (terms["free_energy"] + terms["decorrelation"], expected + DecorrelationLoss()(a)),
+        (terms["variance"], VarianceLoss()(a)),
+    ):
+        gradients = [torch.autograd.grad(each, a, retain_graph=True)[0] for each in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss, shown",
+    [
+        (VarianceLoss(), ""),
+        (VarianceLoss(dim=1), "dim=1"),
+        (FreeEnergyLoss("mean", 2.0), "reduction='mean', temperature=2.0"),
+        (LogDetLoss(of="correlation"), "of='correlation'"),
+        (EMLoss(variance=0.5, decorrelation=0), "free_energy=1, variance=0.5, decorrelation=0"),
+    ],
+)
+def test_what_a_loss_shows(loss, shown):
+    assert loss.extra_repr() == shown
+
+
 def test_terms_equal_plain_loops():
     a = np.random.default_rng(0).random((7, 3)) * 2
     free = variance = correlation = 0.0
@@ -159,6 +191,31 @@ def test_second_derivatives(loss):
 def test_forward_over_reverse(loss):
     x = torch.rand(7, 3, dtype=DOUBLE)
     torch.testing.assert_close(torch.func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp calls it
+def test_directional_derivatives_without_a_decorrelation():
+    x, direction = torch.rand(7, 3, dtype=DOUBLE), torch.randn(7, 3, dtype=DOUBLE)
+    loss = EMLoss(decorrelation=0.0).total
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(found, (torch.autograd.functional.jacobian(loss, x) * direction).sum())
+
+
+def test_the_published_objective_of_batches_of_batches():
+    x = torch.rand(2, 3, 7, 4, dtype=DOUBLE)
+    loss = EMLoss().total
+    expected = torch.stack([torch.stack([loss(each) for each in row]) for row in x])
+    torch.testing.assert_close(torch.vmap(torch.vmap(loss))(x), expected)
+    torch.testing.assert_close(torch.vmap(torch.vmap(loss, in_dims=2), in_dims=1)(x.permute(2, 0, 3, 1)), expected)
+
+
+@pytest.mark.parametrize("key", sorted(set(LOSSES) - {"weight_redundancy"}))
+def test_the_units_are_on_the_last_axis_unless_another_is_named(key):
+    x = torch.rand(4, 5, 3, dtype=DOUBLE)
+    loss = LOSSES.build(key)
+    torch.testing.assert_close(loss(x), loss(x.reshape(20, 3)))
+    torch.testing.assert_close(LOSSES.build(key, dim=1)(x.movedim(-1, 1)), loss(x))
 
 
 def test_blocks_of_rows_change_nothing():

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import multivariate_normal
 from torch.autograd import gradcheck
 
-from em_lightning.mixture import COVARIANCES, Mixture, em_step
+from em_lightning.mixture import COVARIANCES, LowRankCovariance, Mixture, em_step
 from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import cholesky_with_inverse
 from em_lightning.mixture.moments import accumulate, log_density
@@ -95,9 +95,11 @@ def test_affine_changes_units(kind):
     assert torch.allclose(moved, mixture.log_prob(x) - 2 * scale.log()[:, None], atol=1e-12)
 
 
+@pytest.mark.parametrize("features", [1, 2, 6])  # more than four are not written out but left to the library
 @pytest.mark.parametrize("kind", KINDS)
-def test_em_step_is_the_textbook_loop(kind):
-    mixture, x = random_mixture(kind), torch.randn(2, 30, 2, dtype=torch.float64)
+def test_em_step_is_the_textbook_loop(kind, features):
+    mixture = random_mixture(kind, features=features)
+    x = torch.randn(2, 30, features, dtype=torch.float64)
     weights = torch.rand(2, 30, dtype=torch.float64)
     new = em_step(x, mixture, weights=weights, floor=1e-3)
     r = mixture.posterior(x).responsibilities * weights.unsqueeze(-1)
@@ -110,14 +112,14 @@ def test_em_step_is_the_textbook_loop(kind):
             assert torch.allclose(new.means[b, k], mean, atol=1e-12)
             offset = x[b] - mean
             scatter.append(sum(r[b, n, k] * torch.outer(offset[n], offset[n]) for n in range(30)) / mass[k])
-        eye = torch.eye(2, dtype=torch.float64)
+        eye = torch.eye(features, dtype=torch.float64)
         tied = sum(m * s for m, s in zip(mass, scatter, strict=True)) / mass.sum()
         for k in range(3):
             expected = {
                 "full": scatter[k],
                 "tied": tied,
                 "diag": scatter[k].diag().diag(),
-                "spherical": scatter[k].trace() / 2 * eye,
+                "spherical": scatter[k].trace() / features * eye,
             }[kind] + 1e-3 * eye
             assert torch.allclose(covariance_of(new, b, k), expected, atol=1e-12)
 
@@ -151,6 +153,24 @@ def test_gradients_of_both_passes(kind, weighted, shifted, monkeypatch):
     assert gradcheck(passes, (points, shift, weights, theta))
 
 
+@pytest.mark.parametrize("wanted", range(4))
+def test_the_gradient_of_one_input_alone(wanted):
+    structure = COVARIANCES["full"]
+    shapes = [(2, 2, 7), (2, 2), (2, 7), (2, 3, 6)]
+    inputs = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+
+    def gradients(which):
+        given = [value.clone().requires_grad_(n in which) for n, value in enumerate(inputs)]
+        points, shift, weights, theta = given
+        moments, _ = accumulate(cloud_of(points, weights, shift), theta, structure)
+        (moments * torch.arange(6)).sum().backward()
+        return [value.grad for value in given]
+
+    alone, together = gradients({wanted}), gradients(set(range(4)))
+    torch.testing.assert_close(alone[wanted], together[wanted])
+    assert all(value is None for n, value in enumerate(alone) if n != wanted)
+
+
 def test_blocks_change_nothing(monkeypatch):
     structure = COVARIANCES["full"]
     points, theta = torch.randn(5, 3, 40, dtype=torch.float64), torch.randn(5, 4, 10, dtype=torch.float64)
@@ -171,6 +191,21 @@ def test_cholesky_and_its_inverse(size):
     indefinite = -torch.eye(size, dtype=torch.float64).expand(4, -1, -1)
     scale, inverse, _ = cholesky_with_inverse(indefinite, torch.full((4, size), 1e-8, dtype=torch.float64))
     assert scale.isfinite().all() and inverse.isfinite().all()
+    mixed = torch.cat([matrix[:2], indefinite[:1], matrix[2:]])  # one of them spoils no other
+    scale, _, _ = cholesky_with_inverse(mixed, torch.full((5, size), 1e-8, dtype=torch.float64))
+    assert torch.allclose(scale[[0, 1, 3, 4]], torch.linalg.cholesky(matrix), atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", [*COVARIANCES.values(), LowRankCovariance(2)], ids=lambda part: part.name)
+def test_a_variance_of_each_set_becomes_that_of_all_its_components(structure):
+    variance = torch.rand(2, 4, dtype=torch.float64) + 0.1
+    found = Mixture(
+        torch.zeros(2, 3), torch.zeros(2, 3, 4), structure.covariances(structure.expand(variance, 3, 4).scale)
+    )
+    for b in range(2):
+        expected = variance[b].mean().expand(4) if structure.name == "spherical" else variance[b]
+        for k in range(3):
+            assert torch.allclose(covariance_of(found, b, k).to(expected), expected.diag())
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e5])

@@ -131,3 +131,24 @@ def test_a_rank_belongs_to_lowrank():
     x = points(1, 50, 3)
     again = EMOperator(2, 3, covariance="lowrank", rank=1, residual=False)
     assert again(x, init=again(x)).means.isfinite().all()  # a low-rank mixture is given back as a full one
+
+
+def test_a_correction_is_the_formula():
+    """``U + L (T - I) W U`` and a stretched ``Psi``, with matrices written out."""
+    structure, x = LowRankCovariance(2), points(2, groups=2)
+    mixture = EMOperator(2, 5, covariance="lowrank", rank=2, residual=False)(x, num_iters=3)
+    moments, _ = accumulate(prepare(x), structure.natural(enter(prepare(x), mixture)), structure)
+    after = structure.maximize(moments, torch.full((2,), 1e-3, dtype=torch.float64)).factors
+    correction = 0.3 * torch.randn(2, 2, structure.step_size(5), dtype=torch.float64)
+    found = structure.correct(after, after, correction, torch.full((2,), 1e-3, dtype=torch.float64))
+    unchanged = structure.correct(after, after, 0 * correction, torch.full((2,), 1e-3, dtype=torch.float64))
+    torch.testing.assert_close(unchanged.scale, after.scale)
+    for b in range(2):
+        for k in range(2):
+            triangle = np.diag(np.exp(correction[b, k, :5].numpy()))
+            triangle[np.tril_indices(5, -1)] = correction[b, k, 5:-2].numpy()
+            factor, loadings = after.scale[b, k].numpy(), after.loadings[b, k, :, :-1].numpy()
+            moved = loadings + factor @ (triangle - np.eye(5)) @ np.linalg.solve(factor, loadings)
+            noise = after.loadings[b, k, :, -1].numpy() * np.exp(correction[b, k, :5].numpy())
+            expected = moved @ moved.T + np.diag(noise**2)
+            np.testing.assert_allclose((found.scale @ found.scale.mT)[b, k], expected, rtol=1e-7, atol=1e-9)

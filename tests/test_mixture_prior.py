@@ -120,6 +120,23 @@ def test_the_prior_density_is_scipys():
     assert one - two == pytest.approx(first - second, abs=1e-9)  # equal up to the constant
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_prior_density_is_the_formula(kind):
+    x = clouds(1)
+    m0, s0, s, kappa, alpha = np.array([0.5, -0.5]), np.diag([0.7, 0.2]), 9.0, 2.0, 3.0
+    prior = MixturePrior(
+        weight_concentration=alpha, mean_strength=kappa, mean=m0, covariance_strength=s, covariance=[0.7, 0.2]
+    )
+    mixture = EMOperator(3, 2, covariance=kind, residual=False)(x)
+    expected = (alpha - 1) * mixture.log_weights.sum().item()
+    covariances = [c.numpy() for c in full_covariances(mixture, 0)]
+    for mean, covariance in zip(mixture.means[0].numpy(), covariances, strict=True):
+        expected -= 0.5 * kappa * (mean - m0) @ np.linalg.solve(covariance, mean - m0)
+    for covariance in covariances[:1] if kind == "tied" else covariances:
+        expected -= 0.5 * s * (np.linalg.slogdet(covariance)[1] + np.trace(s0 @ np.linalg.inv(covariance)))
+    assert prior.log_prob(mixture, x).item() == pytest.approx(expected, abs=1e-9)
+
+
 def test_strong_priors_are_obeyed():
     x = clouds()
     strong = MixturePrior(

@@ -1,8 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 
 from em_lightning.callbacks import ClusteringReport
 from em_lightning.data import MixtureSets
@@ -126,3 +129,41 @@ def test_a_run_lowers_the_loss_and_writes_its_tables(tmp_path):
     assert trained["LL1 - oracle"] == pytest.approx(trained["LL1"] - oracle["LL0"])
     assert 0 < trained["adjusted Rand"] <= 1 and [row["K"] for row in results["transfer"]] == ["4", "3"]
     assert "Sets unlike those of the training" in (tmp_path / "results.md").read_text()
+
+
+def test_the_table_has_classical_em_beside_the_truth(tmp_path):
+    data = small(num_components=2, min_points=30, max_points=40, test_sets=4)
+    report = ClusteringReport(transfer_sets=0)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        callbacks=[report],
+        **quiet,
+    )
+    module = AmortizedClustering(num_components=2, num_iters=2)
+    trainer.fit(module, data)
+    assert module.training
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["method"]: row for row in results["rows"]}
+    assert len(rows) == 1 + 7 + 1 + 3 and results["transfer"] == []
+    assert "Sets unlike" not in (tmp_path / "results.md").read_text()
+
+    (batch,) = data.test_dataloader()
+    expected = []
+    for x, mask, log_weights, means, variances in zip(batch.points, batch.mask, *batch.truth, strict=True):
+        one = [
+            float(weight) + multivariate_normal(mean, variance * np.eye(2)).logpdf(x[mask].numpy())
+            for weight, mean, variance in zip(log_weights, means.numpy(), variances.numpy(), strict=True)
+        ]
+        expected.append(logsumexp(one, axis=0).mean())
+    assert rows["oracle"]["LL0"] == pytest.approx(np.mean(expected), abs=1e-4)
+    steps = [rows[f"EM from farthest points, {n}"]["LL0"] for n in ("1 step", "25 steps", "50 steps")]
+    assert steps == sorted(steps)  # of one start: the likelihood never falls
+    told = rows["MAP told sigma, farthest points, 25 steps"]
+    assert told["held out"] > rows["EM from farthest points, 25 steps"]["held out"]
+    assert rows["EM from k-means++, 100 steps"]["LL1 - oracle"] == pytest.approx(
+        rows["EM from k-means++, 100 steps"]["LL1"] - rows["oracle"]["LL0"]
+    )

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES
 from em_lightning.mixture.cloud import prepare
+from em_lightning.mixture.factors import Factors
 from em_lightning.mixture.starts import farthest_points, kmeans_plus_plus, random_points
 
 KINDS = sorted(COVARIANCES)
@@ -199,6 +200,53 @@ def test_classical_is_the_operator_without_its_corrections():
     assert operator.correction is not None and not torch.allclose(operator(x).means, plain(x).means)
 
 
+@pytest.mark.parametrize("features", [1, 3, 6])
+def test_a_corrected_covariance_is_the_formula(features):
+    """``L (E (I - V) E^T + V) L^T``, with matrices written out; a diagonal one is the full one feature by feature."""
+    before, after, correction = torch.rand(3, 2, 4, features, dtype=torch.float64) + 0.2
+    repetitions, floor = torch.randn(2, 4, 2, dtype=torch.float64), torch.tensor([0.01, 0.03], dtype=torch.float64)
+    diagonal, full = COVARIANCES["diag"], COVARIANCES["full"]
+    below = torch.randn(2, 4, features * (features - 1) // 2, dtype=torch.float64)
+    found = diagonal.correct(
+        Factors(before, 1 / before), Factors(after, 1 / after), torch.cat([correction, repetitions], -1), floor
+    )
+    matrices = [Factors(part.diag_embed(), (1 / part).diag_embed()) for part in (before, after)]
+    given = [torch.cat([correction, lower, repetitions], -1) for lower in (0 * below, below)]
+    torch.testing.assert_close(found.scale.diag_embed(), full.correct(*matrices, given[0], floor).scale)
+    torch.testing.assert_close(found.scale * found.inverse, torch.ones_like(after))
+
+    root = torch.randn(2, 4, features, features, dtype=torch.float64)
+    scale = torch.linalg.cholesky(root @ root.mT + torch.diag_embed(floor[:, None, None] + 0 * after))
+    moved = full.correct(matrices[0], Factors(scale, torch.linalg.inv(scale)), given[1], floor)
+    for b in range(2):
+        for k in range(4):
+            eye, step = np.eye(features), np.diag(np.exp(correction[b, k].numpy()))
+            step[np.tril_indices(features, -1)] = below[b, k].numpy()
+            change = np.linalg.inv(matrices[0].scale[b, k].numpy()) @ scale[b, k].numpy()
+            change = change.T @ change
+            change = change / max(1.0, np.trace(change) / features)
+            once, twice = np.tanh(repetitions[b, k].numpy())
+            step = step @ (eye + once * (change - eye) + twice * (change @ change - change))
+            factor = scale[b, k].numpy()
+            share = floor[b].item() * np.linalg.inv(factor) @ np.linalg.inv(factor).T
+            expected = factor @ (step @ (eye - share) @ step.T + share) @ factor.T
+            covariance = (moved.scale @ moved.scale.mT)[b, k].numpy()
+            np.testing.assert_allclose(covariance, expected, atol=1e-7 * np.abs(expected).max())
+
+
+def test_a_tied_covariance_is_corrected_by_what_its_components_ask_on_average():
+    tied, size, floor = COVARIANCES["tied"], COVARIANCES["tied"].step_size(3), torch.full((2,), 0.01).double()
+    before, after = (tied.expand(torch.rand(2, 3, dtype=torch.float64) + 0.2, 4, 3) for _ in range(2))
+    correction = torch.randn(2, 4, size, dtype=torch.float64)
+    found = tied.correct(before, after, correction, floor).scale
+    for b in range(2):
+        one = [Factors(part.scale[b : b + 1], part.inverse[b : b + 1]) for part in (before, after)]
+        mean = sum(correction[b]) / 4
+        torch.testing.assert_close(
+            found[b, 0], COVARIANCES["full"].correct(*one, mean.reshape(1, 1, -1), floor[:1]).scale[0, 0]
+        )
+
+
 def test_farthest_points_are_gonzalezs():
     x = clusters(1, 50)
     cloud = prepare(x)
@@ -222,6 +270,17 @@ def test_random_starts_are_seeded_points_of_the_cloud(start):
         assert distance.amin(1).max() < 1e-6
         if count >= 5:
             assert len(distance.argmin(1).unique()) == 5
+
+
+@pytest.mark.parametrize("start", [kmeans_plus_plus, random_points, lambda cloud, *_: farthest_points(cloud, 5)])
+def test_points_without_weight_are_no_start(start):
+    x = clusters(3, 40)
+    weights = torch.rand(3, 40, dtype=x.dtype) * (torch.arange(40) % 4 == 0) * torch.tensor([[1.0], [1e-3], [1e-6]])
+    cloud = prepare(x, weights=weights)
+    found = start(cloud, 5, torch.Generator().manual_seed(1))
+    for b in range(3):
+        nearest = torch.cdist(found[b], (x - cloud.center[:, None].to(x))[b]).min(1)
+        assert nearest.values.max() < 1e-6 and (nearest.indices % 4 == 0).all()
 
 
 def test_kmeans_plus_plus_finds_separated_clusters():
@@ -294,6 +353,8 @@ X = torch.randn(2, 10, 3)
         (lambda: EMOperator(4, 3, gradient="none"), ValueError, ["gradient='none'", "'unrolled'"]),
         (lambda: EMOperator(4, 3, covariance_floor=-1.0), ValueError, ["covariance_floor=-1.0", "negative"]),
         (lambda: EMOperator(4, 3, kernel="gausian"), ValueError, ["'gausian'", "did you mean 'gaussian'"]),
+        (lambda: EMOperator(4, 3, background={"wait": 0.1}), TypeError, ["background={'wait': 0.1}", "give weight,"]),
+        (lambda: EMOperator(4, 3, prior={"strength": 1}), TypeError, ["prior={'strength': 1}", "mean_strength"]),
         (lambda: EMOperator(4, 3)(X[0]), ValueError, ["(10, 3)", "(B, N, 3)"]),
         (lambda: EMOperator(4, 3)(X[..., :2]), ValueError, ["(2, 10, 2)", "(B, N, 3)"]),
         (lambda: EMOperator(4, 3)(X[:, :0]), ValueError, ["(2, 0, 3)", "at least one point"]),

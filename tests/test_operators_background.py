@@ -231,3 +231,14 @@ def test_what_is_said():
     assert "weight=0.1 (estimated)" in repr(UniformBackground(estimate=True))
     with pytest.raises(ValueError, match="learnable=True .* estimate=True .* give one"):
         EMOperator(2, 2, background={"learnable": True, "estimate": True})
+
+
+@pytest.mark.parametrize("features", [1, 2])
+def test_the_energy_of_the_box_is_the_box(features):
+    x = clouds()[..., :features]
+    sides = x[0].amax(0) - x[0].amin(0)
+    found = []
+    for background in ({"weight": 0.2}, {"weight": 0.2, "energy": float(sides.log().sum())}):
+        found.append(EMOperator(2, features, background=background, residual=False)(x[:1], num_iters=5))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)

@@ -89,6 +89,8 @@ def test_a_given_energy_is_the_competition_background():
 
 
 def test_the_weight_of_a_background_is_learned():
+    for learnable in (False, True):
+        assert UniformBackground(0.2, learnable=learnable).weight.item() == pytest.approx(0.2)
     x = with_outliers()
     operator = EMOperator(2, 2, background=UniformBackground(0.01, learnable=True), residual=False)
     optimizer = torch.optim.Adam(operator.parameters(), lr=0.3)
@@ -196,6 +198,54 @@ def test_lloyd_steps_start_from_the_means_of_k_means():
     centers = kmeans_plus_plus(cloud, 4, torch.Generator().manual_seed(1))
     expected = from_centers(cloud, lloyd(cloud, centers, 50), COVARIANCES["full"], torch.full((3,), 1e-6).double())
     assert torch.allclose(operator(x, num_iters=0).means, expected.means + x.mean(1, keepdim=True))
+
+
+def test_kmeans_plus_plus_keeps_the_best_of_its_candidates(monkeypatch):
+    monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 2 * 40 * 4)  # several blocks
+    x, weights = clouds(2, 60), torch.rand(2, 60, dtype=torch.float64)
+    cloud = prepare(x, weights=weights)
+    found = kmeans_plus_plus(cloud, 8, torch.Generator().manual_seed(3))
+    generator, points = torch.Generator().manual_seed(3), x - cloud.center.unsqueeze(1)
+    rows = torch.multinomial(weights, 1, generator=generator)
+    for _ in range(7):
+        nearest = torch.stack([torch.cdist(points[b], points[b, rows[b]]).square().amin(1) for b in range(2)])
+        drawn = torch.multinomial(nearest * weights, 2 + 2, replacement=True, generator=generator)
+        best = []
+        for b in range(2):
+            totals = []
+            for row in drawn[b].tolist():
+                left = torch.minimum(nearest[b], (points[b] - points[b, row]).square().sum(1))
+                totals.append(float((left * weights[b]).sum()))
+            best.append(drawn[b, int(np.argmin(totals))])
+        rows = torch.cat([rows, torch.stack(best).unsqueeze(1)], 1)
+    for b in range(2):
+        assert torch.allclose(found[b], points[b, rows[b]])
+
+
+def test_a_start_has_the_shape_of_cores_and_the_size_of_cells():
+    x = torch.cat(
+        [torch.randn(80, 2) * torch.tensor([1.0, 3.0]), 20 + torch.randn(6, 2), 40 + torch.rand(2, 2)]
+    ).double()
+    centers = torch.tensor([[0.5, 0.0], [20.0, 21.0], [40.0, 40.0], [-90.0, 0.0]], dtype=torch.float64)
+    cloud, floor = prepare(x[None]), torch.tensor([1e-3], dtype=torch.float64)
+    found = from_centers(cloud, centers[None] - cloud.center, COVARIANCES["full"], floor)
+    covariances = COVARIANCES["full"].covariances(found.factors.scale)[0].numpy()
+
+    def spread(points):
+        return np.cov(points.T, bias=True) + 1e-3 * np.eye(2)
+
+    distances = torch.cdist(x, centers).square().numpy()
+    cell, inertia = distances.argmin(1), distances.min(1)
+    cells = [x.numpy()[cell == k] for k in range(4)]
+    cores = [x.numpy()[(cell == k) & (inertia <= 0.4 * inertia[cell == k].mean())] for k in range(3)]
+    assert [len(points) for points in cells] == [80, 6, 2, 0] and len(cores[0]) > 4 >= len(cores[1])
+    shared = (inertia.sum() / (2 * 88) + 1e-3) * np.eye(2)
+    core = spread(cores[0])
+    wanted = [core * np.trace(spread(cells[0])) / np.trace(core), spread(cells[1]), shared, shared]
+    means = [cores[0].mean(0), cells[1].mean(0), cells[2].mean(0), centers[3].numpy()]
+    np.testing.assert_allclose(covariances, wanted, atol=1e-9)
+    np.testing.assert_allclose(found.means[0] + cloud.center, means, atol=1e-9)
+    np.testing.assert_allclose(found.log_weights.exp()[0], [80 / 88, 6 / 88, 2 / 88, 0], atol=1e-9)
 
 
 @pytest.mark.parametrize("init", ["kmeans++", "random"])

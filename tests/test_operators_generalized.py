@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from em_lightning import KERNELS, EMOperator, Mixture
 from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, pairwise
 from em_lightning.mixture import KernelMixture
+from em_lightning.mixture.generalized import _search
 from em_lightning.operators import GeneralizedEM
 
 STUDENT_T = {"name": "student_t", "df": 3.0, "density": True}
@@ -277,3 +278,14 @@ def test_wrong_use_is_answered(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_step_is_halved_until_the_energy_falls():
+    before = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    reach = torch.tensor([[1.0, 20.0, -1.0]], dtype=torch.float64)  # good at once, at a sixteenth, and never
+
+    def place(t):
+        return before * (1 - t * reach)
+
+    found = _search(lambda at: at.square(), before, place, lambda at: 2 * before * (at - before))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 2.0 * (1 - 20 / 16), 3.0]], dtype=torch.float64))

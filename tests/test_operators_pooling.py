@@ -208,10 +208,11 @@ def test_pointnet_and_the_resolver():
     [
         ({"out_channels": 3}, "in_channels=None and out_channels=3 go together: give both or none"),
         ({"heads": 2}, "heads go with out_channels, which is not given"),
+        ({"components": 2}, "EMAggregation takes no 'components'; give num_components, in_channels, heads"),
     ],
 )
 def test_wrong_aggregations_are_answered(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         EMAggregation(2, **arguments)
 
 
@@ -221,3 +222,18 @@ def test_a_mask_of_another_shape_is_named():
         pooling()(x, mask[:, 1:])
     with pytest.raises(ValueError, match=r"weights has shape \(3, 12\); give \(4, 12\), one value an item"):
         pooling()(x, weights=mask[1:].double())
+
+
+@pytest.mark.parametrize("channels", [{}, {"in_channels": 3, "out_channels": 5, "head_features": 4}])
+def test_reset_parameters_forgets_what_was_learned(channels):
+    torch.manual_seed(1)
+    aggregation = EMAggregation(2, **channels)
+    torch.manual_seed(1)
+    fresh = EMAggregation(2, **channels)
+    with torch.no_grad():
+        for parameter in aggregation.parameters():
+            parameter.add_(3.0)
+    torch.manual_seed(1)
+    aggregation.reset_parameters()
+    for (name, one), two in zip(aggregation.named_parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, two), name

@@ -39,6 +39,15 @@ class TestPosterior:
             scalar = values[:, 0]
             torch.testing.assert_close(getattr(first, name)(scalar, dim=1), getattr(last, name)(scalar))
 
+    def test_half_precision_holds_a_variance_whose_squares_it_cannot(self):
+        posterior = softmin(torch.tensor([[0.0, 0.0, 9.0]], dtype=torch.float16))
+        values = torch.tensor([150.0, 150.0, -250.0], dtype=torch.float16)
+        r = posterior.responsibilities.double()
+        mean = r @ values.double()
+        found = posterior.variance(values)
+        assert found.dtype == torch.float16 and (values.double() - mean).square().max() > 65504
+        torch.testing.assert_close(found.double(), r @ (values.double() - mean).square(), rtol=1e-3, atol=0)
+
     def test_entropy_mode_and_perplexity(self):
         posterior = self.posterior(4, 3, dim=0)
         r = posterior.responsibilities.numpy()
@@ -56,6 +65,10 @@ class TestPosterior:
     def test_wrong_number_of_values(self):
         with pytest.raises(ValueError, match=r"values of shape \(4, 2\) do not fit 3 hypotheses on axis dim=-1"):
             self.posterior(5, 3).mean(torch.zeros(4, 2))
+        with pytest.raises(ValueError, match=r"values of shape \(3,\) do not fit 4 hypotheses on axis dim=0; give one"):
+            self.posterior(4, 2, 3, dim=0).mean(torch.zeros(3), dim=0)
+        with pytest.raises(ValueError, match=r"values of shape \(\) do not fit 1 hypotheses"):
+            self.posterior(5, 1).mean(torch.tensor(2.0))
 
     def test_statistics_ignore_autocast(self):
         posterior, values = softmin(torch.randn(5, 3)), torch.randn(3, 2)

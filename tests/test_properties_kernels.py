@@ -90,8 +90,6 @@ def test_energies_of_any_size(key, values):
     allowed = 64 * inner * (wide.abs() + shake) + eps * wide.abs() + info.smallest_normal * 64
     if key == "cosine":
         allowed = allowed + 16 * inner  # of a difference from 1
-    elif key == "mahalanobis":  # items and centers are whitened before their difference is taken
-        allowed = allowed + 64 * inner**2 * sum(part.detach().square().sum((-1, -2)) for part in pairs)
     assert (error <= allowed)[known].all(), (found, wide)
     # Sums of products may overflow to both sides; everything else is ordered even where it is no finite number.
     assert key == "dot_product" or not found.isnan().any(), found
@@ -193,7 +191,9 @@ def test_softmin_is_its_formula(values):
     rel = 1e-13 + 1e-15 * max(abs(z) for z in logits)
     if rel < 0.1:
         assert posterior.responsibilities.tolist() == pytest.approx(expected, rel=rel, abs=rel)
-    assert posterior.free_energy.item() == pytest.approx(-temperature * (top + math.log(total)), rel=1e-12, abs=1e-300)
+    # The sum is rounded, near 1 by eps, and its logarithm so too: an F below T has an error of eps T.
+    free = -temperature * (top + math.log(total))
+    assert posterior.free_energy.item() == pytest.approx(free, rel=1e-12, abs=1e-300 + 1e-15 * temperature)
 
 
 # Statistics.
@@ -233,7 +233,9 @@ def test_statistics_of_any_posterior(key, values):
             rtol=tolerance,
             atol=tolerance * scale + torch.finfo(dtype).smallest_normal,
         )
-    if found.requires_grad:
+    # Documented: the derivative of a variance by a responsibility is a square; here that of the sum over features.
+    squares = (full - mean.unsqueeze(1)).square().sum(-1) if key == "variance" else mean.new_zeros(1)
+    if found.requires_grad and (squares < torch.finfo(dtype).max).all():
         assert torch.autograd.grad(found.float().sum(), d)[0].isfinite().all()
 
 

@@ -57,6 +57,11 @@ def test_selection_by_class_name_predicate_and_list():
         find_modules(model, 3)
 
 
+def test_a_selection_may_narrow_by_several_names_at_once():
+    assert paths(net(), nn.Linear, ["0", "2.*"]) == ["0", "2.0"]
+    assert paths(net(), nn.Linear, ["1", lambda path, module: module.in_features == 8]) == ["2.0"]
+
+
 def test_no_match_lists_what_is_there():
     with pytest.raises(NoMatchError, match=r"where=GELU; the model holds Linear: 0, 2.0; ReLU: 1, 2.1; Sequential: 2"):
         replace_modules(net(), nn.GELU, nn.Tanh)
@@ -479,3 +484,18 @@ def test_patterns_of_weights_have_to_match():
         LayerwiseLoss(net, "0", weight={"0": 0.1, "head*": 0.2})
     with pytest.raises(ValueError, match="unknown loss 'emm'.*; or 'em', the sum of the parts of EMLoss"):
         LayerwiseLoss(net, "0", loss="emm")
+
+
+def test_an_activation_that_is_built_is_copied_to_every_site():
+    built = ACTIVATIONS.build("signed", margin=0.5)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
+    x = torch.randn(3, 4)
+    expected = built(model[2](built(model[0](x))))
+    surgery = swap_activations(model, built)
+    torch.testing.assert_close(model(x), expected)
+    assert model[1] is not model[3] and type(model[1]) is type(built)
+    surgery.undo()
+    assert type(model[1]) is nn.ReLU
+    for arguments in ({"dim": 1}, {"margin": 2.0}):
+        with pytest.raises(TypeError, match="activation=SignedActivation is built already and takes neither dim= nor"):
+            swap_activations(model, built, **arguments)

@@ -10,7 +10,7 @@ from pathlib import Path
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
 from em_lightning.cli.folders import UsageError, config_of, copy, docstring, folder_of, own_error, recipes, variants_of
-from em_lightning.cli.ranks import end_with_first_rank
+from em_lightning.cli.ranks import end_with_first_rank, leave_process_group
 from em_lightning.cli.run import recipe_cli, run
 from em_lightning.cli.tables import KINDS, parts_of, print_parts, print_recipes
 
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             end_with_first_rank()
             run(parsed.recipe, parsed.arguments)
+            leave_process_group()
     except (UsageError, ValueError, TypeError, OSError) as error:
         told = own_error(error)
         if told is None:

@@ -10,6 +10,19 @@ import time
 _FIRST = "EM_LIGHTNING_FIRST_RANK"
 
 
+def leave_process_group() -> None:
+    """Leave the process group that Lightning has opened, if there is one.
+
+    Lightning leaves those of NCCL alone. The threads of a gloo group may still hold a finished operation, and a process
+    that ends around them is now and then aborted, with an exit code that tells of a failure where there was none
+    (pytorch/pytorch#190489).
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def end_with_first_rank(seconds: float = 1.0) -> None:
     """End this process when the one that started it is gone, if that is the first of several ranks on this machine.
 

@@ -63,12 +63,16 @@ def run(name: str, args: Sequence[str]) -> None:
     args = _with_variant(script, list(args))
     seeds, args = _take_numbers("seeds", args)
     jobs, args = _take_numbers("jobs", args)
+    if jobs and (len(jobs) > 1 or jobs[0] < 1):
+        raise UsageError(f"--jobs={','.join(map(str, jobs))} must be one number, at least 1")
     at_once = jobs[0] if jobs else None
     table = table_of(args)
     if table is not None:
         return run_table(script, args, table, seeds, at_once)
     if seeds:
         return _run_seeds(name, args, seeds, at_once)
+    if at_once:
+        raise UsageError(f"--jobs={at_once} is for several runs, and this is one; give --seeds too, or leave it out")
     load_recipe(script).main(args)
 
 
@@ -193,6 +197,10 @@ def recipe_cli(
             if {"-h", "--help"} & set(args):
                 print(_short_help(script, parser))
                 raise SystemExit(0)
+            for link in links:
+                for flag in (f"--model.{link}", f"--model.init_args.{link}"):
+                    if flag in (arg.partition("=")[0] for arg in args):
+                        raise UsageError(f"{flag} follows from the data and cannot be given; leave it out")
             super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
             checkpoint = self.config.ckpt_path
             # Lightning knows some words and addresses too: "last", "s3://...".
@@ -273,7 +281,9 @@ def _short_help(script: Path, parser: Any) -> str:
     variants = ", ".join(variants_of(script)) or "none"
     lines.append(
         textwrap.fill(
-            f"--config NAME or FILE: variants: {variants}. --seeds 0,1,2: once a seed, and one table of all.", 100
+            f"--config NAME or FILE: variants: {variants}. --seeds 0,1,2: once a seed, and one table of all; "
+            "--jobs N: so many runs of a table or of seeds at a time, in place of one a core.",
+            100,
         )
     )
     lines.append("--help=all: every argument of Lightning's Trainer too. --print_config: the whole config.")

@@ -76,7 +76,8 @@ def entmax(logits: Tensor, dim: int, alpha: float) -> tuple[Tensor, Tensor]:
     shifted = logits - top
     # p is 0 at one below the maximum (of z or z / 2), so that the floor changes nothing but an infinity.
     z = shifted.clamp_min(-1.0) if alpha == 2 else (shifted / 2).clamp_min(-1.0)
-    support = _support(z.detach(), dim, alpha)
+    # What stands at the floor is out whatever rounding makes of the threshold.
+    support = _support(z.detach(), dim, alpha) & (z.detach() > -1.0)
     count = support.sum(dim, keepdim=True).to(z.dtype)
     mean = (z * support).sum(dim, keepdim=True) / count
     centered = (z - mean) * support

@@ -49,19 +49,24 @@ class Posterior(NamedTuple):
         return mean if values.ndim == 1 or dim == -1 else mean.movedim(-1, dim)
 
     def variance(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Return sum_k r_k (v_k - mean)^2, the posterior variance of every value; shapes are those of :meth:`mean`."""
+        """Return sum_k r_k (v_k - mean)^2, the posterior variance of every value; shapes are those of :meth:`mean`.
+
+        Its derivative by a responsibility is a square, which in float16 is infinite from a distance of 256 on.
+        """
         responsibilities = self._last(values, dim)
         scalar = values.ndim == 1
         values = values.unsqueeze(-1) if scalar else values
         single = responsibilities.ndim == 1
         responsibilities = responsibilities.unsqueeze(0) if single else responsibilities
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
+        # A square leaves the range of float16 from 256 on, where the variance may well be within.
+        wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(values.device.type, enabled=False):
-            responsibilities, values = responsibilities.to(dtype), values.to(dtype)
+            responsibilities, values = responsibilities.to(wide), values.to(wide)
             # Two passes: E[v^2] - E[v]^2 loses every digit where the mean is large.
             mean = torch.matmul(responsibilities, values)
             squares = (values.unsqueeze(-3) - mean.unsqueeze(-2)).square()
-            variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2)
+            variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2).to(dtype)
         variance = variance.squeeze(-2) if single else variance
         if scalar:
             return variance.squeeze(-1)

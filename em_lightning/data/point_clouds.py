@@ -99,6 +99,8 @@ def _zip_meshes(path: Path) -> Meshes:
             size = sum(info.file_size for info in members)
             if size > MAX_BYTES:
                 raise ValueError(f"{path}: its meshes unpack to {size} bytes, more than {MAX_BYTES}; fetch it again")
+            if sum(info.compress_size for info in members) > path.stat().st_size:  # which zipfile would make room for
+                raise ValueError(f"{path}: its meshes take more bytes than the archive has; fetch it again")
             for info in sorted(members, key=lambda info: info.filename):
                 parts = Path(info.filename).parts
                 if len(parts) >= 3 and parts[-2] in ("train", "test"):

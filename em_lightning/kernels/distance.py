@@ -16,6 +16,12 @@ def pairwise(x: Tensor, centers: Tensor) -> Tensor:
     return x.unsqueeze(-2) - centers.unsqueeze(-3)
 
 
+def few_differences(x: Tensor, centers: Tensor) -> bool:
+    """Return whether the differences x - centers are so few that keeping them costs little."""
+    leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
+    return math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= _FEW
+
+
 def squared_distance(x: Tensor, centers: Tensor) -> Tensor:
     """Return squared Euclidean distances (..., N, K) of x (..., N, D) and centers (..., K, D).
 
@@ -32,9 +38,9 @@ def squared_distance(x: Tensor, centers: Tensor) -> Tensor:
     # algorithms forbid.
     if torch.compiler.is_compiling() or (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
         return pairwise(x, centers).square().sum(-1)
-    leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
-    if x.shape[-1] == 1 or math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= _FEW:
+    if x.shape[-1] == 1 or few_differences(x, centers):
         return pairwise(x, centers).square().sum(-1)
+    leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
     x, centers = (value.expand(*leading, *value.shape[-2:]).contiguous() for value in (x, centers))
     return _SquaredDistance.apply(x, centers)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
-from em_lightning.kernels.distance import squared_distance
+from em_lightning.kernels.distance import few_differences, pairwise, squared_distance
 
 
 @KERNELS.register("gaussian")
@@ -178,10 +178,14 @@ class MahalanobisKernel(Kernel):
             raise ValueError(
                 f"x {tuple(x.shape)} has {x.shape[-1]} features and MahalanobisKernel num_features={self.num_features}"
             )
-        # Whitening is linear, so it is done once per item and center instead of once per pair.
         factor = self.factor.to(x.dtype)
-        white = [torch.linalg.solve_triangular(factor, value.mT, upper=False).mT for value in (x, centers)]
-        return squared_distance(*white)
+        if few_differences(x, centers):
+            apart = pairwise(x, centers)
+            return _whiten(factor, apart.flatten(0, -2)).square().sum(-1).view(apart.shape[:-1])
+        # Once per item and center, since whitening is linear. It mixes features, so the digits of what lies far from
+        # zero would go: they are seen from a place among the centers.
+        origin = centers.detach().median(-2, keepdim=True).values
+        return squared_distance(_whiten(factor, x - origin), _whiten(factor, centers - origin))
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         if num_features != self.num_features:
@@ -190,6 +194,10 @@ class MahalanobisKernel(Kernel):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"num_features={self.num_features}, learnable={self.log_factor is not None}"
+
+
+def _whiten(factor: Tensor, rows: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(factor, rows.mT, upper=False).mT
 
 
 def _factor(num_features: int, covariance: Any) -> Tensor:

@@ -25,6 +25,7 @@ from em_lightning.modules.learners import (
     sums_of,
 )
 from em_lightning.operators import EMOperator
+from em_lightning.registry import from_options
 
 METHODS = ("em", "stochastic", "gradient")
 # Iterations after which one of several starts is told from another.
@@ -154,7 +155,7 @@ class GaussianMixtureModule(EMModule):
             covariance_floor=covariance_floor,
         )
         self._start()  # which checks the arguments
-        counts = None if prior is None else MixturePrior(**prior)
+        counts = None if prior is None else from_options("prior", MixturePrior, prior)
         common = (num_components, num_features, covariance, covariance_floor, counts)
         self.learner: MixtureLearner
         if method == "stochastic":

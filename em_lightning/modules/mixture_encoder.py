@@ -70,7 +70,8 @@ class MixtureEncoder(EnergyLayer):
     unit has its own metric, :math:`\Sigma_k`, so its energy is a quadratic form; the loss is minus the mixture's
     log-likelihood :math:`-\log \sum_k e^{-d_k(x)}`, whose volume control is the :math:`\log \det \Sigma_k` in the
     energies: nothing else is needed. The fit is that of an :class:`~em_lightning.EMOperator` without corrections to the
-    whole training set of the Trainer's data module, before the first epoch: run it for one.
+    whole training set of the Trainer's data module, before the first epoch: run it for one. With ``fast_dev_run`` a few
+    of the items have to do.
 
     Args:
         num_features: D.
@@ -133,7 +134,8 @@ class MixtureEncoder(EnergyLayer):
         """Fit the mixture to the training set, unless a checkpoint brought one."""
         if not self.encoder.basis.any():
             trainer: Any = self.trainer
-            self.fit(trainer.datamodule.whole("train").x.to(self.device))
+            x = trainer.datamodule.whole("train").x
+            self.fit((x[: 32 * len(self.encoder.means)] if trainer.fast_dev_run else x).to(self.device))
 
     @property
     def prototypes(self) -> Tensor:

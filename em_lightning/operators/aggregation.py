@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class EMAggregation(Aggregation):
 
     Raises:
         ValueError: one of ``in_channels`` and ``out_channels`` is given without the other.
+        TypeError: an argument is unknown.
 
     Example:
         >>> from torch_geometric.nn import SAGEConv
@@ -58,15 +61,21 @@ class EMAggregation(Aggregation):
             raise ValueError(
                 f"in_channels={in_channels} and out_channels={out_channels} go together: give both or none"
             )
+        own = {"num_features": "in_channels", "out_features": "out_channels"}
+        known = [own.get(name, name) for name in inspect.signature(EMPooling).parameters]
+        for name in pooling:
+            if name not in known:
+                raise TypeError(f"EMAggregation takes no {name!r}; give {', '.join(known[:-1])} or {known[-1]}")
         if pooling and out_channels is None:
             raise ValueError(f"{', '.join(pooling)} go with out_channels, which is not given")
         self.num_components = num_components
         self.num_iters = num_iters
         self.pooling = None
         if in_channels is not None:
-            self.pooling = EMPooling(
-                num_components, in_channels, num_iters=num_iters, out_features=out_channels, **pooling
+            self._build = functools.partial(
+                EMPooling, num_components, in_channels, num_iters=num_iters, out_features=out_channels, **pooling
             )
+            self.pooling = self._build()
         else:
             self.by_weight = nn.Parameter(torch.ones(1))
             self.by_scale = nn.Parameter(torch.zeros(1))
@@ -78,9 +87,10 @@ class EMAggregation(Aggregation):
             nn.init.ones_(self.by_weight)
             nn.init.zeros_(self.by_scale)
             return
-        for module in self.pooling.modules():
-            if module is not self.pooling and hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
+        # Built anew, since much of it starts at other values than its layers do by themselves.
+        with torch.no_grad():
+            for parameter, fresh in zip(self.pooling.parameters(), self._build().parameters(), strict=True):
+                parameter.copy_(fresh)
 
     def forward(
         self,

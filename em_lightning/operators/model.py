@@ -20,6 +20,7 @@ from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, check_points, structure_of
 from em_lightning.mixture.step import enter
+from em_lightning.registry import from_options
 
 
 class MixtureModel(nn.Module):
@@ -67,8 +68,10 @@ class MixtureModel(nn.Module):
         self.competition = COMPETITIONS.build(competition)
         if isinstance(background, (int, float)):
             background = {"weight": background}
-        self.background = UniformBackground(**background) if isinstance(background, Mapping) else background
-        self.prior = MixturePrior(**prior) if isinstance(prior, Mapping) else prior
+        if isinstance(background, Mapping):
+            background = from_options("background", UniformBackground, background)
+        self.background = background
+        self.prior = from_options("prior", MixturePrior, prior) if isinstance(prior, Mapping) else prior
         for name, value, cls in (
             ("prior", self.prior, MixturePrior),
             ("background", self.background, UniformBackground),
