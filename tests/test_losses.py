@@ -118,6 +118,13 @@ def test_the_objective_at_once_is_its_terms_one_by_one(reduction, temperature):
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
+def test_the_free_energy_alone_counts_as_it_does_beside_others():
+    a, counts = torch.rand(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
+    expected = FreeEnergyLoss()(a.repeat_interleave(counts, 0))
+    torch.testing.assert_close(EMLoss(variance=0, decorrelation=0)(a, weights=counts)["free_energy"], expected)
+    torch.testing.assert_close(EMLoss()(a, weights=counts)["free_energy"], expected)
+
+
 @pytest.mark.parametrize(
     "loss, shown",
     [

@@ -60,6 +60,12 @@ def test_wrong_data_is_answered(arguments, words):
         MixtureSets(**arguments)
 
 
+@pytest.mark.parametrize("name", ["prior_scale", "prior_lr"])
+def test_wrong_settings_are_answered(name):
+    with pytest.raises(ValueError, match=f"{name}=0.0 must be positive"):
+        AmortizedClustering(**{name: 0.0})
+
+
 def test_before_training_it_is_em_with_the_prior():
     batch = next(iter(small().val_dataloader()))
     module = AmortizedClustering(init="farthest", open_world=False)

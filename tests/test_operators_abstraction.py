@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from em_lightning.operators import EMAbstraction, EMOperator
+from em_lightning.operators import EMAbstraction, EMOperator, EMRefinement
 from em_lightning.operators.abstraction import bumps, counts
 
 
@@ -110,3 +110,11 @@ def test_features_that_are_not_expected_are_answered():
         first(x, torch.zeros(4, 30, 3))
     with pytest.raises(ValueError, match="features have None columns; the abstraction was made for 8"):
         second(x)
+
+
+@pytest.mark.parametrize("shape, dim", [((4,), -1), ((2, 5, 4), -1), ((2, 5, 4), 2)])
+def test_a_refinement_names_the_shape_that_it_wants(shape, dim):
+    layer = EMRefinement(2, 3, dim=dim)
+    with pytest.raises(ValueError) as caught:
+        layer(torch.zeros(shape))
+    assert f"x has shape {shape}; give at least two axes, with 3 features along dim={dim}" in str(caught.value)
