@@ -61,6 +61,7 @@ CASES = {
     "TemperatureSchedule": annealed,
     "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10, figures=False)],
     "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
+    "StepSeeds": lambda: [callbacks.StepSeeds()],
     "TimeLeft": lambda: [callbacks.TimeLeft()],
     "LayerReport": lambda: [callbacks.LayerReport(figures=False)],
 }

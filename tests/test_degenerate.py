@@ -1,4 +1,4 @@
-"""The whole grid of degenerate point sets: finite in value and gradient; and points far from 0."""
+"""Degenerate point sets: finite in value and gradient, and EM never falls; points far from 0, and from each other."""
 
 import math
 
@@ -93,6 +93,151 @@ def test_degenerate_sets_under_other_gradients(kernel, dtype, gradient):
                 assert_finite(operator, x[b : b + 1], weights[b : b + 1])
             except RuntimeError as error:
                 assert "needs a converged loop" in str(error)
+
+
+# Other sizes, each with every structure, dtype and start, and kernels and gradients in turn.
+SIZES = [(1, 16), (2, 1), (2, K), (2, 16), (16, 1), (16, K), (64, 1), (64, K)]
+GRADIENTS = ["unrolled", "checkpoint", "last"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", range(len(SIZES)))
+def test_degenerate_sets_of_other_sizes_stay_finite(place, kind, dtype):
+    features, components = SIZES[place]
+    x, weights, _ = sets(features)
+    kernel = KERNELS[(place + KINDS.index(kind)) % len(KERNELS)]
+    gradient = GRADIENTS[(place + KINDS.index(kind)) % len(GRADIENTS)]
+    # Corrections of many features are large networks.
+    options = {"covariance": kind, "kernel": kernel, "gradient": gradient, "residual": features < 64}
+    operator = EMOperator(components, features, num_iters=2, **options).to(dtype)
+    for init in (None, dense_start(kind, len(x), components, features, dtype, starved=components > 1)):
+        assert_finite(operator, x.to(dtype), weights.to(dtype), init)
+
+
+# Likelihoods.
+
+FLOOR = 1e-6
+
+
+def eigenvalues(mixture):
+    """Return those of covariances as (B, K, D)."""
+    spread = mixture.covariances
+    if spread.ndim == 4:
+        spread = torch.linalg.eigvalsh(spread)
+    elif spread.ndim == 2:
+        spread = spread.unsqueeze(-1)
+    return spread.expand_as(mixture.means)
+
+
+def largest_fall(x, mass, pull, before, mixture):
+    r"""Return by how much (B,) an iteration from one mixture to the next may lower the log-likelihood.
+
+    By what adding the floor f to a covariance costs: eigenvalues are v = s + f where s would be best, and as those
+    before were at least f, log v + s / v is at most that of max(s, f), the best allowed, and the difference: its half
+    is below 0.12 a point and feature at s near f, and (f / 2s)^2 far above.
+
+    And by rounding: of squared distances, whose terms are as large as T, up to 1e12; beyond, points are taken about the
+    means of the step before, and by how far these move counts in place of T; and of covariances, which the eigenvalues
+    of a component have only to eps times its trace. An energy is as much steeper than the Gaussian's as a kernel pulls.
+    """
+    values = eigenvalues(mixture)
+    best = (values - FLOOR).clamp(min=0.0)
+    allowed = best.clamp(min=FLOOR)
+    cost = 0.5 * ((values / allowed).log() + best / values - best / allowed).sum(-1)
+    floor = (mass.unsqueeze(-1) * mixture.weights * cost).sum(-1)
+    least = values.amin(-1).clamp(min=FLOOR)
+    terms = ((x - x.mean(1, keepdim=True)).square().sum(-1).amax(1) / least.amin(1)).clamp(max=1e12)
+    moved = ((mixture.means - before.means).square().sum(-1) / least).amax(1)
+    condition = (values.sum(-1) / least).amax(1)
+    return floor + 16 * pull * x.shape[1] * x.shape[2] * torch.finfo(x.dtype).eps * (terms + moved + condition)
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_likelihood_of_degenerate_sets_never_falls(kind, features):
+    x, weights, names = sets(features)
+    mass = weights.sum(1)
+    for place, components in enumerate((1, K, 16) if features < 64 else (1, K)):
+        for kernel in KERNELS if features <= 3 else ("gaussian", KERNELS[1 + place]):
+            options = {"covariance": kind, "kernel": kernel, "covariance_floor": FLOOR, "residual": False}
+            operator = EMOperator(components, features, **options).double()
+            for init in (None, dense_start(kind, len(x), components, features, x.dtype, starved=components > 1)):
+                steps = list(operator.iterate(x, weights=weights, init=init, num_iters=6))
+                likelihoods = [operator.objective(x, mixture, weights=weights) for mixture in steps]
+                # What rounding did in one step, the next may take back.
+                pull = {"student_t": 1.0 + features, "laplace": 1e4}.get(kernel, 1.0)
+                pairs = zip(steps[:-1], steps[1:], strict=True)
+                falls = [torch.zeros_like(mass), *(largest_fall(x, mass, pull, *pair) for pair in pairs)]
+                for step in range(1, len(steps)):
+                    before, after = likelihoods[step - 1 : step + 1]
+                    assert after.isfinite().all()
+                    fell = before - after > falls[step] + falls[step - 1] + 1e-11 * (1 + before.abs())
+                    assert not fell.any(), (components, kernel, [names[b] for b in fell.nonzero().flatten()])
+
+
+# Clusters so far from each other that squares of their coordinates hold nothing of their widths.
+
+
+def far_clusters(features, items=10):
+    generator = torch.Generator().manual_seed(features)
+    noise = torch.randn(2, items, features, generator=generator, dtype=torch.float64)
+    place = torch.tensor([-5e7, 5e7], dtype=torch.float64)[:, None, None]
+    return noise + place, (noise + place).flatten(0, 1).unsqueeze(0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("features", [1, 3, 5])
+def test_clusters_far_apart_are_what_each_is_alone(features, kind, kernel):
+    clusters, x = far_clusters(features)
+    alone = EMOperator(1, features, covariance=kind, kernel=kernel, residual=False, covariance_floor=0.0, num_iters=4)
+    centers = clusters[:, :1]  # which double precision holds differences from
+    start = dense_start(kind, 2, 1, features, x.dtype)
+    expected = alone(clusters - centers, init=start)
+    both = EMOperator(2, features, covariance=kind, kernel=kernel, residual=False, covariance_floor=0.0, num_iters=4)
+    parts = (part.transpose(0, 1) for part in (start.means + centers, start.covariances))
+    found = both(x, init=Mixture(torch.full((1, 2), 0.5).log().double(), *parts))
+    torch.testing.assert_close(found.covariances[0], expected.covariances[:, 0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.means[0] - centers[:, 0], expected.means[:, 0], rtol=0, atol=1e-6)
+    density = alone.log_prob(clusters - centers, expected).flatten() - math.log(2)
+    torch.testing.assert_close(both.log_prob(x, found)[0], density, rtol=0, atol=1e-4)
+    if kernel == "gaussian":
+        torch.testing.assert_close(found.log_prob(x)[0], density, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.posterior(x).free_energy[0], -density, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel": "student_t"},
+        {"prior": {}},
+        {"background": {"estimate": True}, "prior": {"weight_concentration": 2.0}},
+        {"background": 0.1, "kernel": "huber"},
+        {"temperature": (2.0, 1.0), "competition": "sparsemin"},
+        {"gradient": "checkpoint"},
+        {"residual": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_of_their_own_change_nothing_elsewhere(kind, options, monkeypatch):
+    x, _, _ = sets(3)
+    x, weights = x[2:6].requires_grad_(), torch.linspace(0.5, 2, ITEMS, dtype=torch.float64).expand(4, -1)
+    operator = EMOperator(2, 3, **{"num_iters": 3, "covariance": kind, "residual": False} | options).double()
+
+    def results():
+        mixture = operator(x, weights=weights)
+        log_prob = operator.log_prob(x, mixture)
+        (slope,) = torch.autograd.grad(log_prob.sum() + mixture.means.square().sum(), x)
+        fitted, _ = operator.fit(x.detach(), weights=weights, max_iters=3)
+        return *mixture, log_prob, slope, *fitted, operator.posterior(x, mixture).responsibilities
+
+    usual = results()
+    monkeypatch.setattr("em_lightning.mixture.moments._LARGEST_IN_DOUBLE", 0.0)
+    for found, expected in zip(results(), usual, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 # Far from zero, as map coordinates are.

@@ -5,6 +5,7 @@ from em_lightning.callbacks.layer_report import LayerReport
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.mixture_report import MixtureReport
 from em_lightning.callbacks.selection_report import SelectionReport
+from em_lightning.callbacks.step_seeds import StepSeeds
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
 from em_lightning.callbacks.temperature import TemperatureSchedule
 from em_lightning.callbacks.time_left import TimeLeft
@@ -20,6 +21,7 @@ __all__ = [
     "PosteriorMonitor",
     "RestoreSurgery",
     "SelectionReport",
+    "StepSeeds",
     "SurgicalCallback",
     "SwapActivations",
     "TemperatureSchedule",

@@ -31,6 +31,7 @@ class Cloud(NamedTuple):
     variance: (B, D), of each feature.
     shift: (B, D), what is still to be subtracted from the points: large sets are not copied. Mostly ``None``.
     ready: what passes over the points share, where there are several.
+    narrow: whether components may be so narrow beside the cloud that double precision loses them.
 
     What is not of the size of the points is held in double precision, which costs nothing and keeps thin components.
     """
@@ -42,6 +43,7 @@ class Cloud(NamedTuple):
     variance: Tensor
     shift: Tensor | None = None
     ready: Ready | None = None
+    narrow: bool = False
 
     def part(self, clouds: slice = slice(None), rows: slice = slice(None)) -> Tensor:
         """Return centred points (b, D, n) of some clouds."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from em_lightning.mixture.background import Level
 from em_lightning.mixture.cloud import Cloud
 from em_lightning.mixture.covariance import Structure
 from em_lightning.mixture.factors import State
+from em_lightning.mixture.moments import loses_all_digits
 from em_lightning.mixture.radial import Radial
 
 Sums = tuple[Tensor, ...]
@@ -24,31 +25,73 @@ Sums = tuple[Tensor, ...]
 _BLOCK = 2**18
 
 
+class Frame(NamedTuple):
+    """What log-densities of components are formed of.
+
+    theta: (B, K, F), natural parameters of Gaussians.
+    peak: (B, K, 1), what ``theta . phi`` is at the mean: a point's Mahalanobis distance is what it lies below.
+    origins: (B, K, D), what points are taken about, where components have frames of their own.
+    """
+
+    theta: Tensor
+    peak: Tensor
+    origins: Tensor | None = None
+
+
+def frame_of(
+    state: State, structure: Structure, radial: Radial | None, cloud: Cloud | None = None, apart: Tensor | None = None
+) -> Frame:
+    """Return the frame of a mixture: one for each component where ``apart`` (B,) says so, or a cloud calls for it.
+
+    That costs K times as much: squares are those of differences ``x - mu_k``, which keeps the digits of components that
+    are narrow beside where they lie.
+    """
+    theta = structure.natural(state)
+    if cloud is not None:
+        apart = loses_all_digits(cloud, theta, structure)
+    origins = None
+    if apart is not None:
+        origins = origins_of(state, apart)
+        state = state._replace(means=state.means - origins)
+        theta = structure.natural(state)
+    if radial is None:
+        return Frame(theta, theta[..., :1], origins)  # Gaussians do without their peaks
+    peak = (theta * structure.features(state.means.mT, theta.dtype).mT).sum(-1, keepdim=True)
+    return Frame(theta, peak, origins)
+
+
+def origins_of(state: State, apart: Tensor) -> Tensor:
+    """Return what points are taken about (B, K, D): the mean of each component where ``apart`` (B,), else zero."""
+    return torch.where(apart[:, None, None], state.means, 0.0)
+
+
 def log_joint(
-    points: Tensor, theta: Tensor, peak: Tensor, structure: Structure, radial: Radial | None
+    points: Tensor, frame: Frame, structure: Structure, radial: Radial | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    r"""Return features (B, F, N), ``log pi_k + log p_k(x_n)`` (B, K, N) and the pulls ``u_nk`` (B, K, N) of points.
+    r"""Return features, ``log pi_k + log p_k(x_n)`` (B, K, N) and the pulls ``u_nk`` (B, K, N) of points.
+
+    Features are (B, F, N), or (B, K, F, N) where components have frames of their own.
 
     Args:
         points: (B, D, N), centred.
-        theta: (B, K, F), natural parameters of Gaussians.
-        peak: (B, K, 1), what ``theta . phi`` is at the mean: a point's Mahalanobis distance is what it lies below.
+        frame: of the mixture.
         structure: the covariance structure.
         radial: the density, ``None`` for the Gaussian's, whose pulls are ``None``.
     """
-    features = structure.features(points, theta.dtype)
-    gaussian = torch.bmm(theta, features)
+    theta, peak, origins = frame
+    if origins is None:
+        features = structure.features(points, theta.dtype)
+        gaussian = torch.bmm(theta, features)
+    else:
+        own = points.unsqueeze(1) - origins.unsqueeze(-1)
+        features = structure.features(own.flatten(0, 1), theta.dtype).unflatten(0, theta.shape[:2])
+        gaussian = (theta.unsqueeze(2) @ features).squeeze(2)
     if radial is None:
         return features, gaussian, None
     energies, pull = radial.energy((2.0 * (peak - gaussian)).clamp(min=0.0))
     # The Gaussian's normalizer gives way to the kernel's.
     constant = 0.5 * points.shape[1] * math.log(2.0 * math.pi) - radial.log_normalizer
     return features, peak + constant - energies, pull
-
-
-def peaks(theta: Tensor, state: State, structure: Structure) -> Tensor:
-    """Return ``theta_k . phi(mu_k)`` as (B, K, 1)."""
-    return (theta * structure.features(state.means.mT, theta.dtype).mT).sum(-1, keepdim=True)
 
 
 def background_row(theta: Tensor, level: Level) -> Tensor:
@@ -73,6 +116,7 @@ def general_moments(
     level: Level | None,
     respond: Callable[[Tensor], Tensor],
     whole: bool,
+    apart: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     r"""Return moments ``sum_n w_n r_nk [1, u_nk x_n, u_nk x_n x_n^T]`` (B, K, F) and ``sum_n w_n r_nk u_nk`` (B, K).
 
@@ -87,29 +131,31 @@ def general_moments(
         level: its background.
         respond: from ``log pi_k + log p_k(x_n)`` (b, K, n), the background last, to responsibilities (b, K, n).
         whole: whether ``respond`` must see all points at once.
+        apart: (B,), where points are taken about the mean of each component, and moments too: see :func:`frame_of`.
     """
-    theta = structure.natural(state)
-    peak = peaks(theta, state, structure)
+    frame = frame_of(state, structure, radial, apart=apart)
+    theta = frame.theta
 
-    def block(points: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, clouds: slice) -> Sums:
-        features, joint, pull = log_joint(points, theta, peak, structure, radial)
+    def block(points: Tensor, weights: Tensor | None, clouds: slice, *parts: Tensor) -> Sums:
+        features, joint, pull = log_joint(points, Frame(*parts), structure, radial)
         logits = with_background(joint.to(points.dtype), level, clouds)
         density = logits.detach().logsumexp(1)
         density = density if weights is None else density * weights.detach()
-        share = respond(logits)
+        share = respond(logits).to(theta.dtype)
         if weights is not None:
             share = share * weights.unsqueeze(1)
-        share, outside = share.to(theta.dtype).split([theta.shape[1], share.shape[1] - theta.shape[1]], 1)
+        share, outside = share.split([theta.shape[1], share.shape[1] - theta.shape[1]], 1)
         pulled = share if pull is None else share * pull
-        sums = torch.cat([share.sum(-1, keepdim=True), torch.bmm(pulled, features.mT)], -1)
+        moments = (pulled if features.ndim == 3 else pulled.unsqueeze(2)) @ features.mT
+        sums = torch.cat([share.sum(-1, keepdim=True), moments.view_as(theta[clouds])], -1)
         return sums, density.sum(-1, dtype=theta.dtype), outside.sum((1, 2))
 
     parts = []
-    for clouds, blocks in _blocks(cloud, theta, whole):
+    for clouds, blocks in _blocks(cloud, frame, whole):
         total: Sums | None = None
         for rows in blocks:
             weights = None if cloud.weights is None else cloud.weights[clouds, rows]
-            sums = _again(block, cloud.part(clouds, rows), weights, theta[clouds], peak[clouds], clouds)
+            sums = _again(block, cloud.part(clouds, rows), weights, clouds, *_part(frame, clouds))
             total = sums if total is None else tuple(map(torch.add, total, sums))
         parts.append(total)
     sums, likelihood, outside = map(torch.cat, zip(*parts, strict=True))
@@ -122,24 +168,28 @@ def general_log_density(
     cloud: Cloud, state: State, structure: Structure, radial: Radial | None, level: Level | None
 ) -> Tensor:
     """Return ``log p(x_n)`` (B, N) of points; arguments are those of :func:`general_moments`."""
-    theta = structure.natural(state)
-    peak = peaks(theta, state, structure)
+    frame = frame_of(state, structure, radial, cloud)
 
-    def block(points: Tensor, theta: Tensor, peak: Tensor, clouds: slice) -> Tensor:
-        joint = log_joint(points, theta, peak, structure, radial)[1].to(points.dtype)
+    def block(points: Tensor, clouds: slice, *parts: Tensor) -> Tensor:
+        joint = log_joint(points, Frame(*parts), structure, radial)[1].to(points.dtype)
         return with_background(joint, level, clouds).logsumexp(1)
 
     parts = []
-    for clouds, blocks in _blocks(cloud, theta, False):
-        rows = [_again(block, cloud.part(clouds, row), theta[clouds], peak[clouds], clouds) for row in blocks]
+    for clouds, blocks in _blocks(cloud, frame, False):
+        rows = [_again(block, cloud.part(clouds, row), clouds, *_part(frame, clouds)) for row in blocks]
         parts.append(torch.cat(rows, -1))
     return torch.cat(parts)
 
 
-def _blocks(cloud: Cloud, theta: Tensor, whole: bool) -> list[tuple[slice, list[slice]]]:
+def _part(frame: Frame, clouds: slice) -> list[Tensor]:
+    return [part[clouds] for part in frame if part is not None]
+
+
+def _blocks(cloud: Cloud, frame: Frame, whole: bool) -> list[tuple[slice, list[slice]]]:
     """Return which clouds, and which of their points, are worked on together."""
     sets, _, items = cloud.points.shape
-    rows = items if whole else max(_BLOCK // theta.shape[1], 1)
+    numbers = frame.theta.shape[1] * (1 if frame.origins is None else frame.theta.shape[2])
+    rows = items if whole else max(_BLOCK // numbers, 1)
     size = sets if whole else max(rows // items, 1)
     points = [slice(row, row + rows) for row in range(0, items, rows)]
     return [(slice(first, first + size), points) for first in range(0, sets, size)]

@@ -17,6 +17,8 @@ from em_lightning.mixture.passes import Features, LogDensity, Moments, Plan
 # Float32 is accurate while the terms of a log-density are no larger than this: rounding is then below 1e-3 for the
 # worst point, and far less in a mean over points (docs/results/operator.md).
 _LARGEST_TERM = 5e3
+# In double precision up to a rounding of 2e-4; beyond, points are taken about the mean of each component.
+_LARGEST_IN_DOUBLE = 1e12
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25
 
@@ -25,11 +27,16 @@ def get_ready(cloud: Cloud, structure: Features) -> Ready:
     """Return what passes over the points of clouds share; features only where they take little memory."""
     points = cloud.points.detach()
     size = structure.num_moments(points.shape[1]) * points[:, 0].numel() * points.element_size()
+    return Ready(_extent(cloud), structure.features(cloud.part().detach(), points.dtype) if size <= _KEPT else None)
+
+
+def _extent(cloud: Cloud) -> Tensor:
+    """Return the largest coordinates (B, D) of clouds."""
+    points = cloud.points.detach()
     low, high = points.aminmax(dim=2) if points.shape[2] else (torch.zeros_like(points.sum(2)),) * 2
     if cloud.shift is not None:
         low, high = low - cloud.shift.detach(), high - cloud.shift.detach()
-    extent = torch.maximum(-low, high).to(points.dtype)
-    return Ready(extent, structure.features(cloud.part().detach(), points.dtype) if size <= _KEPT else None)
+    return torch.maximum(-low, high).to(points.dtype)
 
 
 def accumulate(
@@ -119,3 +126,32 @@ def lost_digits(before: Tensor, after: Tensor, cloud: Cloud, structure: Features
     narrow = largest_term(before, extent, structure) <= _LARGEST_TERM
     # Written so that NaN counts as thin.
     return bool((narrow & ~(largest_term(after, extent, structure) <= 10.0 * _LARGEST_TERM)).any())
+
+
+@torch.no_grad()
+def may_lose_all_digits(cloud: Cloud, floor: Tensor) -> bool:
+    """Return whether components of variances no smaller than a floor (B,) may be lost in double precision."""
+    if cloud.ready is None or torch.compiler.is_compiling():
+        return False
+    return bool((2.0 * cloud.ready.extent.to(floor).square().sum(-1) > _LARGEST_IN_DOUBLE * floor).any())
+
+
+@torch.no_grad()
+def loses_all_digits(cloud: Cloud, theta: Tensor, structure: Features) -> Tensor | None:
+    """Return in which clouds (B,) not even double precision holds the terms of ``theta . phi``; ``None`` for in none.
+
+    As of two clusters 1e8 of their widths apart: energies are then differences of squares of 1e16.
+    """
+    transformed = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(theta)
+    if transformed or theta.dtype != torch.float64 or cloud.points.numel() == 0:
+        return None
+    # A bound that takes no time comes first.
+    reach = torch.linalg.vector_norm(cloud.points if cloud.ready is None else cloud.ready.extent, torch.inf)
+    if cloud.ready is None and cloud.shift is not None:
+        reach = reach + torch.linalg.vector_norm(cloud.shift, torch.inf)
+    largest = torch.linalg.vector_norm(theta, torch.inf) * reach.double().square().clamp(min=1.0)
+    if float(largest) * theta.shape[-1] <= _LARGEST_IN_DOUBLE:
+        return None
+    extent = _extent(cloud) if cloud.ready is None else cloud.ready.extent
+    lost = largest_term(theta, extent, structure) > _LARGEST_IN_DOUBLE
+    return lost if bool(lost.any()) else None

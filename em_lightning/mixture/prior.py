@@ -33,6 +33,11 @@ class PseudoCounts(NamedTuple):
     place: Tensor
     spread: Tensor
 
+    def about(self, means: Tensor, structure: Structure) -> PseudoCounts:
+        """Return the same in frames about the means (B, K, D) of components."""
+        place = self.place[..., 1 : 1 + means.shape[-1]] - means
+        return self._replace(place=structure.features(place.mT, means.dtype).mT)
+
 
 class MixturePrior(nn.Module):
     r"""Dirichlet prior of the weights and normal-inverse-Wishart prior of means and covariances.

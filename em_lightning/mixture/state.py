@@ -12,7 +12,8 @@ from em_lightning.competition import Posterior, softmin
 from em_lightning.mixture.cloud import Cloud, about, widest
 from em_lightning.mixture.covariance import COVARIANCES, Structure
 from em_lightning.mixture.factors import State
-from em_lightning.mixture.moments import log_density
+from em_lightning.mixture.general import frame_of, general_log_density, log_joint
+from em_lightning.mixture.moments import get_ready, log_density, loses_all_digits
 
 
 class Mixture(NamedTuple):
@@ -50,27 +51,32 @@ class Mixture(NamedTuple):
 
     def log_joint(self, x: Tensor) -> Tensor:
         """Return ``log pi_k + log N(x_n | mu_k, Sigma_k)`` of points (B, N, D), as (B, N, K)."""
-        cloud, theta, structure = self._ready(x)
-        return torch.bmm(theta, structure.features(cloud.part(), theta.dtype)).mT.to(x.dtype)
+        cloud, state, structure = self._ready(x)
+        frame = frame_of(state, structure, None, cloud)
+        return log_joint(cloud.part(), frame, structure, None)[1].mT.to(x.dtype)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false."""
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), x, 0.0)
-        cloud, theta, structure = self._ready(x)
-        density = log_density(cloud, theta, structure)
+        cloud, state, structure = self._ready(x)
+        theta, cloud = structure.natural(state), cloud._replace(ready=get_ready(cloud, structure))
+        if loses_all_digits(cloud, theta, structure) is None:
+            density = log_density(cloud, theta, structure)
+        else:
+            density = general_log_density(cloud, state, structure, None, None)
         return density if mask is None else torch.where(mask, density, 0.0)
 
-    def _ready(self, x: Tensor) -> tuple[Cloud, Tensor, Structure]:
-        """Return points and natural parameters about the means: far from the origin digits are kept that way."""
+    def _ready(self, x: Tensor) -> tuple[Cloud, State, Structure]:
+        """Return points and parameters about the means: far from the origin digits are kept that way."""
         check_points(self, x)
         structure = structure_of(self)
         log_weights, means, covariances = (part.to(widest(x)) for part in self)
         center = means.mean(1)
-        theta = structure.natural(State(log_weights, means - center.unsqueeze(1), structure.factorize(covariances)))
+        state = State(log_weights, means - center.unsqueeze(1), structure.factorize(covariances))
         points, shift = about(x, center)
         none = torch.zeros_like(center)
-        return Cloud(points, None, none[:, 0], none, none, shift), theta, structure
+        return Cloud(points, None, none[:, 0], none, none, shift), state, structure
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of points (B, N, D).
@@ -99,7 +105,7 @@ class Mixture(NamedTuple):
     def to_distribution(self) -> MixtureSameFamily:
         """Return the same mixtures as a ``torch.distributions`` object with batch shape (B,)."""
         structure = structure_of(self)
-        scale = structure.factorize(self.covariances).scale
+        scale = structure.factorize(self.covariances.to(widest(self.means))).scale.to(self.means.dtype)
         components: Distribution
         if scale.ndim == 4:
             components = MultivariateNormal(self.means, scale_tril=scale.expand(*self.means.shape, -1))

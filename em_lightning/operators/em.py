@@ -15,8 +15,8 @@ from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import COVARIANCES, compiled
 from em_lightning.mixture.factors import State, choose
-from em_lightning.mixture.general import background_row, general_moments
-from em_lightning.mixture.moments import accumulate, get_ready
+from em_lightning.mixture.general import background_row, general_moments, origins_of
+from em_lightning.mixture.moments import accumulate, get_ready, loses_all_digits, may_lose_all_digits
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture
@@ -181,8 +181,8 @@ class EMOperator(MixtureModel):
             raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
         with torch.autocast(x.device.type, enabled=False):
             cloud, state, floor = self._begin(x, mask, weights, init, choose=not self.training)
-            ready = get_ready(cloud, self.structure) if steps > 1 else None
-            cloud = cloud._replace(ready=ready)
+            if steps > 0:
+                cloud = self._readied(cloud, floor)
             yield cloud, state
 
             def step(state: State, progress: float) -> State:
@@ -219,7 +219,7 @@ class EMOperator(MixtureModel):
             raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
         with torch.autocast(x.device.type, enabled=False):
             cloud, state, floor = self._begin(x, mask, weights, init, choose=True)
-            cloud = cloud._replace(ready=get_ready(cloud, self.structure))
+            cloud = self._readied(cloud, floor)
             schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
             steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
             running = torch.ones_like(steps, dtype=torch.bool)
@@ -274,18 +274,22 @@ class EMOperator(MixtureModel):
         structure = self.structure
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
         theta = structure.natural(state) if state.theta is None else state.theta
+        apart = loses_all_digits(cloud, theta, structure) if cloud.narrow else None
+        origins = None if apart is None else origins_of(state, apart)
+        if origins is not None and counts is not None:
+            counts = counts.about(origins, structure)
 
         def step(precision: torch.dtype | None) -> Step:
-            moments, pull, found, outside = self._moments(cloud, state, theta, progress, precision, likelihood)
+            moments, pull, found, outside = self._moments(cloud, state, theta, progress, precision, likelihood, apart)
             moments = posterior_moments(moments, structure, self.num_features, counts, pull)
             after = structure.maximize(moments, floor, state.factors)
             if self.background is not None:
                 outside = outside if counts is None else outside + counts.weight
                 mass = moments[..., 0].sum(-1)
                 after = after._replace(log_weights=self.background.maximize(after.log_weights, mass, outside))
-            return after, found
+            return after if origins is None else after._replace(means=after.means + origins), found
 
-        after, found = with_all_digits(step, cloud, theta, structure)
+        after, found = step(None) if origins is not None else with_all_digits(step, cloud, theta, structure)
         if not likelihood:
             return after, None
         with torch.no_grad():
@@ -308,8 +312,9 @@ class EMOperator(MixtureModel):
         progress: float,
         precision: torch.dtype | None,
         likelihood: bool,
+        apart: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Return moments under the responsibilities, and what else a pass comes by.
+        """Return moments under the responsibilities, about the means where ``apart``, and what else a pass comes by.
 
         That is the sums of a robust kernel's pulls, the log-likelihood, which a pass at another temperature does not
         find and one that is not asked for it may, and the mass of a background.
@@ -318,7 +323,7 @@ class EMOperator(MixtureModel):
         radial = radial_of(self.kernel, self.num_features)
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
-        if isinstance(self.competition, Softmin) and radial is None:
+        if isinstance(self.competition, Softmin) and radial is None and apart is None:
             temperature = self.competition.temperature * temperature
             plain = isinstance(temperature, float) and temperature == 1.0
             theta = theta if level is None else background_row(theta, level)
@@ -331,7 +336,7 @@ class EMOperator(MixtureModel):
             return self.competition(-joint / temperature, dim=1).responsibilities
 
         whole = not isinstance(self.competition, Softmin)
-        return general_moments(cloud, state, structure, radial, level, respond, whole)
+        return general_moments(cloud, state, structure, radial, level, respond, whole, apart)
 
     def _begin(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, choose: bool
@@ -349,6 +354,11 @@ class EMOperator(MixtureModel):
             return self._objective(cloud, state)
 
         return cloud, self._with_room(self.start(cloud, self.structure, floor, judge if choose else None)), floor
+
+    def _readied(self, cloud: Cloud, floor: Tensor) -> Cloud:
+        """Return clouds with what all iterations have in common."""
+        cloud = cloud._replace(ready=get_ready(cloud, self.structure))
+        return cloud._replace(narrow=may_lose_all_digits(cloud, floor))
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""

@@ -14,7 +14,7 @@ from em_lightning.mixture.background import Level, UniformBackground
 from em_lightning.mixture.cloud import Cloud, prepare
 from em_lightning.mixture.covariance import COVARIANCES, Structure
 from em_lightning.mixture.factors import State
-from em_lightning.mixture.general import general_log_density, log_joint, peaks, with_background
+from em_lightning.mixture.general import frame_of, general_log_density, log_joint, with_background
 from em_lightning.mixture.lowrank import LowRankCovariance
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.mixture.radial import radial_of
@@ -126,8 +126,8 @@ class MixtureModel(nn.Module):
         check_points(mixture, x)
         cloud = prepare(x, mask)
         structure, state = structure_of(mixture), self._enter(cloud, mixture)
-        theta, radial = structure.natural(state), radial_of(self.kernel, self.num_features)
-        joint = log_joint(cloud.part(), theta, peaks(theta, state, structure), structure, radial)[1]
+        radial = radial_of(self.kernel, self.num_features)
+        joint = log_joint(cloud.part(), frame_of(state, structure, radial, cloud), structure, radial)[1]
         return self.competition(-with_background(joint.to(x.dtype), self._level(cloud, state)).mT)
 
     def _log_density(self, cloud: Cloud, state: State, structure: Structure) -> Tensor:

@@ -1,0 +1,81 @@
+"""Steps that are seeded one by one draw the same numbers however a run came to them."""
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from em_lightning.callbacks import StepSeeds
+from em_lightning.modules import EMModule
+
+
+class Noisy(EMModule):
+    """Dropout, noise, and items in random order."""
+
+    def __init__(self):
+        super().__init__(lr=0.1)
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.drawn = []
+
+    def step(self, batch, stage):
+        noise = torch.randn(())
+        self.drawn.append((self.current_epoch, batch[0].sum().item(), noise.item()))
+        return (self.net(batch[0]) + noise).square().mean()
+
+
+def fit(folder, epochs, seeds, ckpt_path=None, before=0):
+    torch.manual_seed(7)
+    torch.rand(before)  # what an interrupted program has drawn by then
+    x = torch.arange(48.0).view(12, 4).cos()
+    model = Noisy()
+    torch.manual_seed(7 + before)
+    keep = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=2)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[seeds, keep],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(model, DataLoader(TensorDataset(x), batch_size=3, shuffle=True), ckpt_path=ckpt_path)
+    return model
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers", "ignore:You defined a .validation_step"
+)
+@pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:The number of training batches", "ignore:`isinstance.treespec, LeafSpec.`"
+)
+class TestResumedRuns:
+    @pytest.mark.parametrize("step", [4, 8])  # the ends of epochs
+    @pytest.mark.parametrize("seed", [None, 5])
+    def test_a_resumed_run_draws_what_a_straight_one_does(self, step, seed, tmp_path):
+        straight = fit(tmp_path, 3, StepSeeds(seed))
+        (checkpoint,) = tmp_path.glob(f"*step={step}.ckpt")
+        resumed = fit(tmp_path / "again", 3, StepSeeds(seed), ckpt_path=checkpoint, before=9)
+        assert resumed.drawn == straight.drawn[step:]
+        for name, value in straight.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), name
+
+    def test_steps_seeds_and_fits_differ(self, tmp_path):
+        seeds = StepSeeds(5)
+        first = fit(tmp_path / "a", 3, seeds)
+        assert fit(tmp_path / "b", 3, seeds, before=3).drawn == first.drawn
+        other = fit(tmp_path / "c", 3, StepSeeds(6))
+        noise = [entry[-1] for entry in first.drawn + other.drawn]
+        assert len(set(noise)) == len(noise) == 24
+        orders = {tuple(entry[1] for entry in first.drawn[4 * epoch : 4 * epoch + 4]) for epoch in range(3)}
+        assert len(orders) == 3
+        seeds.seed = None
+        assert fit(tmp_path / "d", 3, seeds).drawn != first.drawn  # a fit of its own, with a seed of its own
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+        StepSeeds(-1)
