@@ -135,6 +135,17 @@ def test_annealing_leaves_a_poor_start():
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "student_t"])
+def test_a_fit_of_counted_points_stops_where_that_of_repeated_ones_does(kernel):
+    x, counts = 0.4 * clouds(1, 80), torch.randint(0, 4, (1, 80))  # clusters that overlap: many steps
+    operator = EMOperator(2, 2, kernel=kernel, residual=False)
+    start = start_of(x)
+    counted = operator.fit(x, weights=counts.double(), init=start, tol=1e-6, max_iters=500)
+    repeated = operator.fit(x[0].repeat_interleave(counts[0], 0)[None], init=start, tol=1e-6, max_iters=500)
+    assert counted[1].tolist() == repeated[1].tolist() and int(counted[1]) < 500
+    assert torch.allclose(counted[0].means, repeated[0].means, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "student_t"])
 def test_fit_stops_each_cloud_by_itself(kernel):
     x = clouds()
     x[0] = torch.randn(150, 2)  # no two clusters here: slow
