@@ -16,7 +16,8 @@ class Tempered(nn.Module):
     ``state_dict`` all the same, as a schedule may have moved it.
 
     Args:
-        temperature: T > 0, which divides the energies.
+        temperature: T > 0, which divides the energies: they stay within the range of the dtype (3.4e38 in float32), or
+            responsibilities are NaN.
         learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
 
     Raises:
