@@ -131,7 +131,7 @@ def test_the_free_energy_alone_counts_as_it_does_beside_others():
         (VarianceLoss(), ""),
         (VarianceLoss(dim=1), "dim=1"),
         (FreeEnergyLoss("mean", 2.0), "reduction='mean', temperature=2.0"),
-        (LogDetLoss(of="correlation"), "of='correlation'"),
+        (LogDetLoss(of="correlation", dim=0), "of='correlation', dim=0"),
         (EMLoss(variance=0.5, decorrelation=0), "free_energy=1, variance=0.5, decorrelation=0"),
     ],
 )

@@ -66,8 +66,11 @@ class EnergyLoss(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Show the axis where it is not the last."""
-        return "" if self.dim == -1 else f"dim={self.dim}"
+        """Show the settings, and the axis where it is not the last."""
+        return ", ".join([*self._shown(), *([] if self.dim == -1 else [f"dim={self.dim}"])])
+
+    def _shown(self) -> list[str]:
+        return []
 
 
 class MomentLoss(EnergyLoss):
@@ -128,9 +131,8 @@ class FreeEnergyLoss(EnergyLoss):
             return batch_mean(free_energy, counts)
         return global_sum((free_energy if counts is None else free_energy * counts).sum())
 
-    def extra_repr(self) -> str:
-        """Show the reduction and the temperature."""
-        return f"reduction={self.reduction!r}, temperature={self.temperature}"
+    def _shown(self) -> list[str]:
+        return [f"reduction={self.reduction!r}, temperature={self.temperature}"]
 
 
 @LOSSES.register("variance")
@@ -193,9 +195,8 @@ class BoundedVarianceLoss(MomentLoss):
         """Return the loss, given the moments of the global batch."""
         return torch.log1p(self.target / (moments.variance + self.eps)).sum()
 
-    def extra_repr(self) -> str:
-        """Show the target."""
-        return f"target={self.target}"
+    def _shown(self) -> list[str]:
+        return [f"target={self.target}"]
 
 
 @LOSSES.register("decorrelation")
@@ -273,9 +274,8 @@ class LogDetLoss(MomentLoss):
         spectrum = torch.linalg.eigvalsh(wide).clamp_min(0.0)
         return -((spectrum + self.eps) / scale).log().sum().to(matrix.dtype)
 
-    def extra_repr(self) -> str:
-        """Show the matrix meant."""
-        return f"of={self.of!r}"
+    def _shown(self) -> list[str]:
+        return [f"of={self.of!r}"]
 
 
 @LOSSES.register("balance")
@@ -307,9 +307,8 @@ class BalanceLoss(EnergyLoss):
         # The entropy's slope is infinite at a share of 0, where that of the share itself is 0.
         return math.log(items.shape[1]) - torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
 
-    def extra_repr(self) -> str:
-        """Show the temperature."""
-        return f"temperature={self.temperature}"
+    def _shown(self) -> list[str]:
+        return [f"temperature={self.temperature}"]
 
 
 @LOSSES.register("weight_redundancy")
