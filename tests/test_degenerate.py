@@ -8,6 +8,7 @@ import torch
 from em_lightning import EMOperator, Mixture
 from em_lightning.estimator import GaussianMixture
 from em_lightning.mixture import COVARIANCES
+from em_lightning.operators import DirectionalEM, EMAbstraction, EMPooling, EMRefinement, GeneralizedEM
 
 KINDS = sorted(COVARIANCES)
 KERNELS = ["gaussian", "student_t", "laplace", "huber", "pseudo_huber"]
@@ -98,6 +99,31 @@ def test_degenerate_sets_under_other_gradients(kernel, dtype, gradient):
 # Other sizes, each with every structure, dtype and start, and kernels and gradients in turn.
 SIZES = [(1, 16), (2, 1), (2, K), (2, 16), (16, 1), (16, K), (64, 1), (64, K)]
 GRADIENTS = ["unrolled", "checkpoint", "last"]
+
+
+@pytest.mark.parametrize("gradient", ["unrolled", "checkpoint", "last", "implicit"])
+@pytest.mark.parametrize("kernel", ["gaussian", "laplace"])
+@pytest.mark.parametrize("kind", [*KINDS, "lowrank"])
+def test_batches_without_sets_have_mixtures_of_none(kind, kernel, gradient):
+    x, rank = torch.zeros(0, 5, 2, requires_grad=True), 1 if kind == "lowrank" else None
+    for options in ({"init": "learned"}, {"init": "kmeans++", "num_starts": 2, "prior": {}}, {"background": 0.1}):
+        operator = EMOperator(3, 2, covariance=kind, rank=rank, kernel=kernel, gradient=gradient, **options)
+        for layer in (operator, operator.eval()):
+            mixture = layer(x)
+            assert mixture.means.shape == (0, 3, 2)
+            (mixture.means.sum() + layer.log_prob(x, mixture).sum()).backward()
+            assert x.grad.shape == (0, 5, 2) and layer.objective(x, mixture).shape == (0,)
+        fitted, steps = operator.fit(x, max_iters=2)
+        assert fitted.means.shape == (0, 3, 2) and steps.shape == (0,)
+
+
+def test_layers_take_batches_without_sets():
+    x = torch.zeros(0, 5, 2, requires_grad=True)
+    assert GeneralizedEM(3, 2, kernel="laplace")(x).centers.shape == (0, 3, 2)
+    assert DirectionalEM(3, 2)(x).means.shape == (0, 3, 2)
+    assert EMPooling(3, 2)(x).shape[0] == 0 and EMRefinement(3, 2)(x).shape == x.shape
+    centers, tokens = EMAbstraction(3, 2, None, 4, pitch=1.0, blocks=1).eval()(x)
+    assert centers.shape == (0, 3, 2) and tokens.shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

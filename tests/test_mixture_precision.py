@@ -88,6 +88,22 @@ def test_a_step_that_makes_components_thin_is_taken_again(precisions):
     assert torch.allclose(one.covariances.double(), two.covariances, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e12, 1e13, 1e15])
+def test_gradients_of_large_points_are_float64s(size):
+    """The gradient of natural parameters grows with the third power of a coordinate, which float32 does not hold."""
+    x = size * torch.tensor([[[1.5], [-0.3], [-2.2], [0.4]]], dtype=torch.float64)
+    start = EMOperator(2, 1, covariance="diag")(x, num_iters=0)
+    start = Mixture(start.log_weights, start.means, torch.full_like(start.covariances, size**2))
+    operator = EMOperator(2, 1, covariance="diag", num_iters=2, residual=False)
+    slopes = []
+    for dtype in (torch.float32, torch.float64):
+        points = x.to(dtype).requires_grad_()
+        mixture = operator(points, init=start)
+        total = (mixture.means * torch.tensor([1.0, -2.0])[None, :, None]).sum() + mixture.log_prob(points).sum() * size
+        slopes.append(torch.autograd.grad(total, points)[0].double())
+    assert torch.allclose(*slopes, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("thicknesses", [(1.0, 1e-3, 0.5), (1e-3, 1.0, 2e-3)])

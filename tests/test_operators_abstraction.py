@@ -52,6 +52,12 @@ def test_order_and_padding_play_no_part(init):
     torch.testing.assert_close(second(x[1:2, :11], features[1:2, :11])[1], pooled[1:2])
 
 
+def test_padding_counts_nothing_in_one_dimension():
+    x, mask = torch.randn(1, 5000, 1).double(), torch.arange(5000)[None] < 3
+    level = EMAbstraction(2, 1, None, 4, pitch=0.4).double().eval()
+    torch.testing.assert_close(level(x, mask=mask)[1], level(x[:, :3])[1], rtol=1e-12, atol=1e-12)
+
+
 def test_tokens_are_sums_over_bumps_around_the_means_of_em():
     level = EMAbstraction(3, 2, 4, 5, pitch=0.7, init="farthest", num_iters=3).eval()
     x, _ = clouds()

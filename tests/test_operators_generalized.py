@@ -17,6 +17,7 @@ from em_lightning.mixture import KernelMixture
 from em_lightning.mixture.generalized import _search
 from em_lightning.operators import GeneralizedEM
 
+ONES = torch.ones(1, 2, dtype=torch.float64)
 STUDENT_T = {"name": "student_t", "df": 3.0, "density": True}
 MAHALANOBIS = {"name": "mahalanobis", "num_features": 2}
 DENSITIES = {
@@ -184,6 +185,41 @@ def test_gradients(arguments):
         grads.append(torch.autograd.grad(value, (x, weights)))
     assert all(torch.allclose(one, two) for one, two in zip(*grads[:2], strict=True))
     assert not torch.allclose(grads[0][0], grads[2][0])
+
+
+def test_a_point_without_weight_has_the_gradient_that_weight_would_bring():
+    x = clouds(1, 12)
+    weights = (torch.rand(1, 12, dtype=torch.float64) + 0.5).index_fill(1, torch.tensor([4]), 0.0)
+    operator = GeneralizedEM(2, 2, kernel="pseudo_huber", num_iters=2)
+    start = operator(x, num_iters=0)
+    start = start._replace(centers=start.centers + 0.1)
+
+    def outcome(weights):
+        return operator(x, weights=weights, init=start).centers[0, :, 0].square().sum()
+
+    (slope,) = torch.autograd.grad(outcome(weights.requires_grad_()), weights)
+    step = torch.zeros(1, 12).double().index_fill(1, torch.tensor([4]), 1e-6)
+    quotient = (outcome(weights.detach() + step) - outcome(weights.detach())) / 1e-6
+    assert slope[0, 4].item() == pytest.approx(quotient.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "laplace", "pseudo_huber", "exponential"])
+def test_a_center_on_a_point_of_its_own_goes_where_the_point_goes(name):
+    """Though every other point is so far away that its share is no number, or next to none."""
+    x = torch.tensor([[[-1810.0], [-2516.3], [80.5]]], dtype=torch.float64, requires_grad=True)
+    operator = GeneralizedEM(3, 1, kernel=name, num_iters=3)
+    order = operator(x).centers[0, :, 0].argsort()
+    jacobian = torch.autograd.functional.jacobian(lambda x: operator(x).centers[0, order, 0], x)
+    assert torch.allclose(jacobian.squeeze(), torch.eye(3)[[1, 0, 2]].double(), atol=1e-6)
+
+
+def test_a_component_that_is_nobodys_first_choice_still_follows_its_points():
+    # Shares of 1e-400 are no number; what they say of the mean is.
+    x = torch.tensor([[[0.0], [1.0], [3.0]]], dtype=torch.float64)
+    start = KernelMixture(torch.tensor([[0.0, -1000.0]]).double(), torch.tensor([[[0.5], [2.5]]]).double(), ONES)
+    after = GeneralizedEM(2, 1, num_iters=1)(x, init=start)
+    mean = ((x[0] - start.centers[0].mT).square() / -2).diff(dim=1).softmax(0).mT @ x[0]
+    assert after.centers[0, 1, 0].item() == pytest.approx(mean.item(), rel=1e-9)
 
 
 def test_the_kernel_is_trained_through_the_loop():

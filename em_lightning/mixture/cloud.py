@@ -14,9 +14,15 @@ _CHUNK = 2**16
 
 
 class Ready(NamedTuple):
-    """What passes over the same points have in common: largest coordinates (B, D) and features (B, F, N) if small."""
+    """What passes over the same points have in common.
+
+    extent: (B, D), the largest coordinates.
+    limit: (B,), up to which terms of a log-density are taken in the type of the points.
+    features: (B, F, N), if small.
+    """
 
     extent: Tensor
+    limit: Tensor
     features: Tensor | None
 
 

@@ -192,7 +192,8 @@ def _blocks(cloud: Cloud, frame: Frame, whole: bool) -> list[tuple[slice, list[s
     rows = items if whole else max(_BLOCK // numbers, 1)
     size = sets if whole else max(rows // items, 1)
     points = [slice(row, row + rows) for row in range(0, items, rows)]
-    return [(slice(first, first + size), points) for first in range(0, sets, size)]
+    # Of no sets there is one block, empty.
+    return [(slice(first, first + size), points) for first in range(0, max(sets, 1), size)]
 
 
 def _again(function: Callable[..., Any], *arguments: object) -> Any:

@@ -13,6 +13,7 @@ is the weighted mean for a Gaussian, the reweighted one for a robust kernel and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ _HALVINGS = 30
 _ARMIJO = 1e-4
 # A point this near to a center, as a share of the box, does not tell how strongly it is pulled.
 _NEAR = 1e-9
+# The least share of the points that tell, and the least pull, that a step is made of: gradients have their squares.
+_TELLING = 1e-30
 # The most that one step may change a squared scale, as a ratio.
 _RATIO = 16.0
 
@@ -92,32 +95,48 @@ def generalized_step(
     """
     scales = mixture.scales if estimate_scale else None
     joint = mixture.log_weights.unsqueeze(1) - energies_of(kernel, points.x, mixture.centers, scales)
-    shares = joint.softmax(-1) * points.counts.unsqueeze(-1)
-    mass = _sum(shares)
+    log_shares = joint.log_softmax(-1)
+    mass = _sum(log_shares.exp() * points.counts.unsqueeze(-1))
     guarded = mass + 10.0 * torch.finfo(mass.dtype).eps
     log_weights = guarded.log() - guarded.sum(-1, keepdim=True).log()
+    shares = _within_components(log_shares, points.counts)
     centers, scales = mixture.centers, mixture.scales
     for _ in range(num_steps):
-        centers = _move(kernel, points, shares, mass, centers, scales if estimate_scale else None)
+        centers = _move(kernel, points, shares, centers, scales if estimate_scale else None)
         if estimate_scale:
-            scales = _resize(kernel, points, shares, mass, centers, scales, floor)
+            scales = _resize(kernel, points, shares, centers, scales, floor)
     return KernelMixture(log_weights, centers, scales)
 
 
-def _move(
-    kernel: Kernel, points: Points, shares: Tensor, mass: Tensor, centers: Tensor, scales: Tensor | None
-) -> Tensor:
+def _within_components(log_shares: Tensor, counts: Tensor) -> Tensor:
+    """Return the shares (B, N, K) that points have in each component, which add up to 1 over points that count.
+
+    Taken from logarithms, so that a component that is nobody's first choice still has its points, and gradients.
+    """
+    largest = (log_shares + counts.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    # Points of no weight may be beyond the largest of those that have one.
+    beyond = 0.5 * math.log(torch.finfo(log_shares.dtype).max)
+    parts = (log_shares - largest).clamp(max=beyond).exp() * counts.unsqueeze(-1)
+    total = parts.sum(1, keepdim=True)
+    return parts / torch.where(total > 0, total, 1.0)
+
+
+def _move(kernel: Kernel, points: Points, shares: Tensor, centers: Tensor, scales: Tensor | None) -> Tensor:
     """Return centers (B, K, D) of no larger expected energy."""
     near = _NEAR * (points.high - points.low).detach()
-    rows = max(_BLOCK // centers.numel(), 1)
+    rows = _BLOCK // max(centers.numel(), 1) or 1
     parts = [
         _pulls(kernel, x, share, centers, scales, near)
         for x, share in zip(points.x.split(rows, 1), shares.split(rows, 1), strict=True)
     ]
     slope, pull, told = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-    # Points that do not tell their pull are taken to have that of the others.
-    pull = pull * mass.unsqueeze(-1)
-    step = torch.where(pull > 0, -slope * told / torch.where(pull > 0, pull, 1.0), 0.0).to(centers.dtype)
+    # Points that do not tell their pull are taken to have that of the others; where none does, all lie at the center,
+    # which goes where they go.
+    known = (told > _TELLING) & (pull > _TELLING)
+    drift = (shares.mT @ points.x.to(shares.dtype)).to(centers.dtype) - centers
+    step = -slope * told / torch.where(known, pull, 1.0)
+    step = torch.where(known, step.to(centers.dtype), drift - drift.detach())
 
     def place(t: Tensor) -> Tensor:
         return (centers + t.unsqueeze(-1) * step).clamp(points.low, points.high)
@@ -143,15 +162,13 @@ def _pulls(
     wide = widest(x)
     slopes = _slope(energy, each).to(wide)
     apart = (each - x.unsqueeze(1)).abs().to(wide)
-    told = apart > near.unsqueeze(1)
     share = shares.mT.unsqueeze(-1).to(wide)
+    told = apart > near.unsqueeze(1)
     pulls = torch.where(told, share * slopes.abs() / torch.where(told, apart, 1.0), 0.0)
     return (share * slopes).sum(2), pulls.sum(2), (share * told).sum(2)
 
 
-def _resize(
-    kernel: Kernel, points: Points, shares: Tensor, mass: Tensor, centers: Tensor, scales: Tensor, floor: float
-) -> Tensor:
+def _resize(kernel: Kernel, points: Points, shares: Tensor, centers: Tensor, scales: Tensor, floor: float) -> Tensor:
     r"""Return scales (B, K) of no larger expected energy: a Gaussian's M-step, reweighted as that of the centers is."""
     features = points.x.shape[-1]
 
@@ -160,8 +177,7 @@ def _resize(
 
     log_scales = scales.log()
     slope = _slope(expected, log_scales)
-    full = features * torch.where(mass > 0, mass, 1.0)
-    ratio = (1.0 - slope / full).clamp(1.0 / _RATIO, _RATIO)
+    ratio = (1.0 - slope / features).clamp(1.0 / _RATIO, _RATIO)
     step = (0.5 * ratio.log()).to(scales.dtype)
 
     def place(t: Tensor) -> Tensor:

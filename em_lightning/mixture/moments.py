@@ -17,6 +17,8 @@ from em_lightning.mixture.passes import Features, LogDensity, Moments, Plan
 # Float32 is accurate while the terms of a log-density are no larger than this: rounding is then below 1e-3 for the
 # worst point, and far less in a mean over points (docs/results/operator.md).
 _LARGEST_TERM = 5e3
+# A gradient of natural parameters is as large as the third power of a coordinate: beyond, it is none of float32's.
+_LARGEST_POINT = 1e12
 # In double precision up to a rounding of 2e-4; beyond, points are taken about the mean of each component.
 _LARGEST_IN_DOUBLE = 1e12
 # Features of that many bytes are kept between iterations.
@@ -25,9 +27,10 @@ _KEPT = 2**25
 
 def get_ready(cloud: Cloud, structure: Features) -> Ready:
     """Return what passes over the points of clouds share; features only where they take little memory."""
-    points = cloud.points.detach()
+    points, extent = cloud.points.detach(), _extent(cloud)
+    limit = torch.where((extent > _LARGEST_POINT).any(-1), -1.0, _LARGEST_TERM)
     size = structure.num_moments(points.shape[1]) * points[:, 0].numel() * points.element_size()
-    return Ready(_extent(cloud), structure.features(cloud.part().detach(), points.dtype) if size <= _KEPT else None)
+    return Ready(extent, limit, structure.features(cloud.part().detach(), points.dtype) if size <= _KEPT else None)
 
 
 def _extent(cloud: Cloud) -> Tensor:
@@ -85,7 +88,7 @@ def _by_precision(
     usual = torch.promote_types(cloud.points.dtype, torch.float32)
     if precision is not None or usual == theta.dtype:
         return run(theta, precision or usual, None)
-    thin = ~(largest_term(theta, ready.extent, structure) <= _LARGEST_TERM)
+    thin = ~(largest_term(theta, ready.extent, structure) <= ready.limit)
     count = int(thin.sum())
     if count in (0, len(thin)):
         return run(theta, theta.dtype if count else usual, None)
@@ -122,10 +125,10 @@ def lost_digits(before: Tensor, after: Tensor, cloud: Cloud, structure: Features
         cloud: the point sets.
         structure: the covariance structure.
     """
-    extent = (get_ready(cloud, structure) if cloud.ready is None else cloud.ready).extent
-    narrow = largest_term(before, extent, structure) <= _LARGEST_TERM
+    extent, limit, _ = get_ready(cloud, structure) if cloud.ready is None else cloud.ready
+    narrow = largest_term(before, extent, structure) <= limit
     # Written so that NaN counts as thin.
-    return bool((narrow & ~(largest_term(after, extent, structure) <= 10.0 * _LARGEST_TERM)).any())
+    return bool((narrow & ~(largest_term(after, extent, structure) <= 10.0 * limit)).any())
 
 
 @torch.no_grad()

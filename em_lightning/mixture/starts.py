@@ -166,7 +166,7 @@ def _size(scale: Tensor) -> Tensor:
 def _blocks(cloud: Cloud, numbers: int) -> list[slice]:
     """Return slices of rows that are worked on together, for temporaries of so many numbers a point."""
     sets, _, items = cloud.points.shape
-    rows = max(_BLOCK // (sets * numbers), 1)
+    rows = _BLOCK // max(sets * numbers, 1) or 1
     return [slice(row, row + rows) for row in range(0, items, rows)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -116,12 +117,14 @@ class EMAbstraction(nn.Module):
             centers = self.operator(x, mask).means
             size = x.new_tensor(x.shape[1]) if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
             if mask is not None:
-                x = torch.where(mask.unsqueeze(-1), x, torch.inf)  # which no bump reaches
+                x = torch.where(mask.unsqueeze(-1), x, 0.0)
             if features is None:
-                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), strict=True)
-                found = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks]) / size
+                masks = repeat(None) if mask is None else mask.split(_BLOCK)
+                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), masks, strict=False)
+                parts = [counts(points, means, self.grid, self.pitch, own) for points, means, own in blocks]
+                found = torch.cat(parts) / size
             else:
-                outer = bumps(x, centers, self.grid, self.pitch)
+                outer = bumps(x, centers, self.grid, self.pitch)  # under features of zero where masked
             inner = bumps(centers, centers, 3, self.inner_pitch) if len(self.blocks) else None
         if features is not None:
             valid = features if mask is None else torch.where(mask.unsqueeze(-1), features, 0.0)
@@ -132,9 +135,11 @@ class EMAbstraction(nn.Module):
         return centers.to(coordinates.dtype), tokens
 
 
-def counts(x: Tensor, centers: Tensor, grid: int, pitch: float) -> Tensor:
-    """Return sum_n phi_j(x_n - mu_k) for items (B, N, D) and centers (B, K, D): (B, K, J)."""
+def counts(x: Tensor, centers: Tensor, grid: int, pitch: float, mask: Tensor | None = None) -> Tensor:
+    """Return sum_n phi_j(x_n - mu_k) for items (B, N, D), of a mask (B, N), and centers (B, K, D): (B, K, J)."""
     *most, last = _axes(x, centers, grid, pitch)
+    if mask is not None:
+        last = last * mask[:, None, None]
     product = _product(most) if most else torch.ones_like(last[:, :, :1])
     return (product @ last.mT).flatten(2)
 
@@ -166,7 +171,7 @@ def _axes(x: Tensor, centers: Tensor, grid: int, pitch: float) -> list[Tensor]:
 
 def _gather(kernel: Tensor, features: Tensor) -> Tensor:
     """Return sum_n phi_kjn h_n as (B, K, J F)."""
-    return torch.bmm(kernel.flatten(1, 2), features).view(*kernel.shape[:2], -1)
+    return torch.bmm(kernel.flatten(1, 2), features).unflatten(1, kernel.shape[1:3]).flatten(2)
 
 
 class _Layer(nn.Module):
@@ -179,7 +184,7 @@ class _Layer(nn.Module):
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.linear(x.flatten(0, 1))).view(*x.shape[:2], -1)
+        y = self.norm(self.linear(x.flatten(0, 1))).unflatten(0, x.shape[:2])
         return y.relu() if self.relu else y
 
 

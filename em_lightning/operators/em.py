@@ -78,8 +78,8 @@ class EMOperator(MixtureModel):
             (:func:`~em_lightning.operators.gradients.iterate` has what each means).
 
     Shape:
-        - x: (B, N, D), whose squares are taken: up to 1e15 in float32, and to 1e12 where gradients are wanted, which
-          beyond may be NaN; mask: (B, N), true for points that count; weights: (B, N), how often each counts.
+        - x: (B, N, D), whose squares are taken: up to 1e15 in float32; mask: (B, N), true for points that count;
+          weights: (B, N), how often each counts.
         - output: a :class:`~em_lightning.mixture.Mixture` of B mixtures, in float32 where x is of half precision.
 
     Raises:

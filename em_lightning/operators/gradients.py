@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -61,7 +62,7 @@ def iterate(step: Step, state: State, steps: int, gradient: str) -> Iterator[Sta
 def _at_fixed_point(step: Step, before: State) -> State:
     before = _unpack(_pack(before).detach(), before)
     after = step(before, 1.0)
-    if not after.means.requires_grad:
+    if not after.means.requires_grad or not len(after.means):
         return after
     _check_arrived(before, after)
     packed = _pack(after)
@@ -153,7 +154,7 @@ def _pack(state: State) -> Tensor:
 
 def _unpack(packed: Tensor, like: State) -> State:
     parts = _parts(like)
-    sizes = [part[0].numel() for part in parts]
+    sizes = [math.prod(part.shape[1:]) for part in parts]
     log_weights, means, *factors = (
         flat.view(part.shape) for flat, part in zip(packed.split(sizes, 1), parts, strict=True)
     )

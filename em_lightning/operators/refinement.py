@@ -75,8 +75,7 @@ class EMRefinement(nn.Module):
                 f"along dim={self.dim}"
             )
         moved = x.movedim(self.dim, -1)
-        sets = 1 if x.ndim == 2 else moved.shape[0]
-        items = moved.reshape(sets, math.prod(moved.shape[:-1]) // sets, moved.shape[-1])
+        items = moved.unsqueeze(0) if x.ndim == 2 else moved.flatten(1, -2)
         with torch.autocast(x.device.type, enabled=False):
             items = items.to(torch.promote_types(x.dtype, torch.float32))
             mixture = self.operator(items)
