@@ -7,6 +7,7 @@ from torch_geometric.nn import MLP, EdgeConv, GINConv, GraphSAGE, PointNetConv, 
 from torch_geometric.nn.aggr import MeanAggregation, MultiAggregation
 from torch_geometric.nn.resolver import aggregation_resolver
 
+from em_lightning import EMOperator
 from em_lightning.operators import EMAggregation, EMPooling, register_aggregation
 from em_lightning.operators.pooling import SUMMARIES
 
@@ -237,3 +238,16 @@ def test_reset_parameters_forgets_what_was_learned(channels):
     aggregation.reset_parameters()
     for (name, one), two in zip(aggregation.named_parameters(), fresh.parameters(), strict=True):
         assert torch.equal(one, two), name
+
+
+def test_a_set_without_weight_far_from_zero_has_gradients():
+    x = torch.full((1, 2, 1), 1.5e13, requires_grad=True)
+    EMPooling(1, 1, summary=["value_scales", "values"])(x, weights=torch.zeros(1, 2)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_a_set_without_weight_has_a_floor_that_is_no_share_of_nothing():
+    operator = EMOperator(1, 2, relative_floor=True, residual=False)
+    x = torch.tensor([[[0.1, 1e11]]])
+    mixture = operator(x, weights=torch.zeros(1, 1))
+    assert mixture.covariances.allclose(torch.eye(2)) and operator.log_prob(x, mixture).isfinite().all()

@@ -112,12 +112,14 @@ def _sum(part: Callable[[slice], Tensor], chunks: list[slice]) -> Tensor:
 def effective_floor(cloud: Cloud, floor: float, relative: bool = False) -> Tensor:
     """Return the floor (B,) of a variance: as asked, but never below what the rounding of the points can show.
 
-    A relative floor is a share of the mean variance of the cloud's features.
+    A relative floor is a share of the mean variance of the cloud's features; of a cloud that has no weight, 1.
     """
     eps = torch.finfo(cloud.points.dtype).eps
     variance = cloud.variance.detach()
     least = (eps * eps * variance.sum(-1)).clamp(min=eps**4)
-    return torch.maximum(least, floor * variance.mean(-1)) if relative else least.clamp(min=floor)
+    if not relative:
+        return least.clamp(min=floor)
+    return torch.where(cloud.mass.detach() > 0, torch.maximum(least, floor * variance.mean(-1)), 1.0)
 
 
 def widest(x: Tensor) -> torch.dtype:

@@ -56,7 +56,8 @@ def frame_of(
         theta = structure.natural(state)
     if radial is None:
         return Frame(theta, theta[..., :1], origins)  # Gaussians do without their peaks
-    peak = (theta * structure.features(state.means.mT, theta.dtype).mT).sum(-1, keepdim=True)
+    # Of a mixture about zero: theta . phi at a mean far away is a difference of terms as large as its square.
+    peak = structure.natural(state._replace(means=torch.zeros_like(state.means)))[..., :1]
     return Frame(theta, peak, origins)
 
 
@@ -79,19 +80,22 @@ def log_joint(
         radial: the density, ``None`` for the Gaussian's, whose pulls are ``None``.
     """
     theta, peak, origins = frame
-    if origins is None:
-        features = structure.features(points, theta.dtype)
-        gaussian = torch.bmm(theta, features)
-    else:
-        own = points.unsqueeze(1) - origins.unsqueeze(-1)
-        features = structure.features(own.flatten(0, 1), theta.dtype).unflatten(0, theta.shape[:2])
-        gaussian = (theta.unsqueeze(2) @ features).squeeze(2)
+    features = features_about(points, origins, structure, theta.dtype)
+    gaussian = torch.bmm(theta, features) if origins is None else (theta.unsqueeze(2) @ features).squeeze(2)
     if radial is None:
         return features, gaussian, None
     energies, pull = radial.energy((2.0 * (peak - gaussian)).clamp(min=0.0))
     # The Gaussian's normalizer gives way to the kernel's.
     constant = 0.5 * points.shape[1] * math.log(2.0 * math.pi) - radial.log_normalizer
     return features, peak + constant - energies, pull
+
+
+def features_about(points: Tensor, origins: Tensor | None, structure: Structure, dtype: torch.dtype) -> Tensor:
+    """Return features (B, F, N) of points (B, D, N), or (B, K, F, N) of points as seen from origins (B, K, D)."""
+    if origins is None:
+        return structure.features(points, dtype)
+    own = points.unsqueeze(1) - origins.unsqueeze(-1)
+    return structure.features(own.flatten(0, 1), dtype).unflatten(0, origins.shape[:2])
 
 
 def background_row(theta: Tensor, level: Level) -> Tensor:
@@ -117,6 +121,7 @@ def general_moments(
     respond: Callable[[Tensor], Tensor],
     whole: bool,
     apart: Tensor | None = None,
+    origins: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     r"""Return moments ``sum_n w_n r_nk [1, u_nk x_n, u_nk x_n x_n^T]`` (B, K, F) and ``sum_n w_n r_nk u_nk`` (B, K).
 
@@ -132,12 +137,15 @@ def general_moments(
         respond: from ``log pi_k + log p_k(x_n)`` (b, K, n), the background last, to responsibilities (b, K, n).
         whole: whether ``respond`` must see all points at once.
         apart: (B,), where points are taken about the mean of each component, and moments too: see :func:`frame_of`.
+        origins: (B, K, D), what moments are taken about instead; a constant.
     """
     frame = frame_of(state, structure, radial, apart=apart)
     theta = frame.theta
 
     def block(points: Tensor, weights: Tensor | None, clouds: slice, *parts: Tensor) -> Sums:
         features, joint, pull = log_joint(points, Frame(*parts), structure, radial)
+        if origins is not None:
+            features = features_about(points, origins[clouds], structure, theta.dtype)
         logits = with_background(joint.to(points.dtype), level, clouds)
         density = logits.detach().logsumexp(1)
         density = density if weights is None else density * weights.detach()
@@ -151,7 +159,7 @@ def general_moments(
         return sums, density.sum(-1, dtype=theta.dtype), outside.sum((1, 2))
 
     parts = []
-    for clouds, blocks in _blocks(cloud, frame, whole):
+    for clouds, blocks in _blocks(cloud, theta, frame.origins is not None or origins is not None, whole):
         total: Sums | None = None
         for rows in blocks:
             weights = None if cloud.weights is None else cloud.weights[clouds, rows]
@@ -175,7 +183,7 @@ def general_log_density(
         return with_background(joint, level, clouds).logsumexp(1)
 
     parts = []
-    for clouds, blocks in _blocks(cloud, frame, False):
+    for clouds, blocks in _blocks(cloud, frame.theta, frame.origins is not None, False):
         rows = [_again(block, cloud.part(clouds, row), clouds, *_part(frame, clouds)) for row in blocks]
         parts.append(torch.cat(rows, -1))
     return torch.cat(parts)
@@ -185,10 +193,10 @@ def _part(frame: Frame, clouds: slice) -> list[Tensor]:
     return [part[clouds] for part in frame if part is not None]
 
 
-def _blocks(cloud: Cloud, frame: Frame, whole: bool) -> list[tuple[slice, list[slice]]]:
+def _blocks(cloud: Cloud, theta: Tensor, framed: bool, whole: bool) -> list[tuple[slice, list[slice]]]:
     """Return which clouds, and which of their points, are worked on together."""
     sets, _, items = cloud.points.shape
-    numbers = frame.theta.shape[1] * (1 if frame.origins is None else frame.theta.shape[2])
+    numbers = theta.shape[1] * (theta.shape[2] if framed else 1)
     rows = items if whole else max(_BLOCK // numbers, 1)
     size = sets if whole else max(rows // items, 1)
     points = [slice(row, row + rows) for row in range(0, items, rows)]

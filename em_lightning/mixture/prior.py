@@ -212,6 +212,8 @@ def posterior_moments(
     empty = 10.0 * torch.finfo(moments.dtype).eps  # as in the M-step itself
     mass, first, second = moments[..., :1], moments[..., 1 : 1 + num_features], moments[..., 1 + num_features :]
     pull = mass if pull is None else pull.unsqueeze(-1)
+    # Points far from their component pull by next to nothing: what is empty is told by its mass.
+    guard = empty * torch.where(pull > 0, pull / torch.where(mass > 0, mass, 1.0), 1.0).detach()
     extra: Tensor | float = 0.0
     shape: Tensor | float = 0.0
     if counts is not None:
@@ -219,7 +221,7 @@ def posterior_moments(
         first = first + counts.mean * counts.place[..., 1 : 1 + num_features]
         second = second + counts.mean * counts.place[..., 1 + num_features :]
         extra, shape = counts.weight, counts.covariance
-    means = first / (pull + empty)
+    means = first / (pull + guard)
     squares = squares_of(structure, means)
     scatter = second - pull * squares
     divisor = mass + empty

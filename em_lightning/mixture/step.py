@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +11,55 @@ from torch import Tensor
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import Structure
 from em_lightning.mixture.factors import State
-from em_lightning.mixture.moments import accumulate, lost_digits
+from em_lightning.mixture.general import general_moments, origins_of
+from em_lightning.mixture.moments import accumulate, get_ready, loses_all_digits, lost_digits
 from em_lightning.mixture.state import Mixture, check_points, structure_of
 
 # The state after an iteration, and the log-likelihood (B,) of the state before it if asked for.
 Step = tuple[State, Tensor | None]
 
 
+class Manner(NamedTuple):
+    """How a step is to be taken.
+
+    precision: of the products; ``None`` leaves the choice to the pass.
+    apart: (B,), the clouds whose points the E-step takes about the means of the components.
+    origins: (B, K, D), what moments are taken about, and the means that come of them.
+    """
+
+    precision: torch.dtype | None = None
+    apart: Tensor | None = None
+    origins: Tensor | None = None
+
+
 def with_all_digits(
-    step: Callable[[torch.dtype | None], Step], cloud: Cloud, theta: Tensor, structure: Structure
+    step: Callable[[Manner], Step], cloud: Cloud, state: State, theta: Tensor, structure: Structure
 ) -> Step:
-    """Return what a step makes in the precision that the pass chooses, or in double where that was not enough."""
-    after, objective = step(None)
-    if cloud.points.dtype == theta.dtype:
+    """Return what a step makes in the precision that the pass chooses, or in more where that was not enough.
+
+    Where not even double precision is, as among clusters 1e8 of their widths apart, points are taken about the means:
+    in the E-step about those before it, in the M-step about those that come of it, as a component may have moved far.
+    """
+    apart = loses_all_digits(cloud, theta, structure) if cloud.narrow else None
+    if apart is None:
+        after, objective = step(Manner())
+        if cloud.points.dtype != theta.dtype:
+            natural = structure.natural(after)
+            if lost_digits(theta, natural, cloud, structure):
+                after, objective = step(Manner(theta.dtype))
+            else:
+                after = after._replace(theta=natural)
+    else:
+        with torch.no_grad():  # for the means alone
+            after, objective = step(Manner(theta.dtype, apart, origins_of(state, apart)))
+    if not cloud.narrow:
         return after, objective
-    natural = structure.natural(after)
-    if lost_digits(theta, natural, cloud, structure):
-        return step(theta.dtype)
-    return after._replace(theta=natural), objective
+    lost = loses_all_digits(cloud, structure.natural(after) if after.theta is None else after.theta, structure)
+    far = [clouds for clouds in (apart, lost) if clouds is not None]
+    if not far:
+        return after, objective
+    origins = origins_of(after, torch.stack(far).any(0)).detach()
+    return step(Manner(theta.dtype, apart, origins))[0], objective
 
 
 def em_step(
@@ -61,13 +93,23 @@ def em_step(
         raise ValueError(f"x of shape {tuple(x.shape)} has no points; give at least one, masked where a set has none")
     structure = structure_of(mixture)
     cloud = prepare(x, mask, weights)
-    theta, least = structure.natural(enter(cloud, mixture)), effective_floor(cloud, floor)
+    cloud = cloud._replace(ready=get_ready(cloud, structure), narrow=True)
+    state, least = enter(cloud, mixture), effective_floor(cloud, floor)
+    theta = structure.natural(state)
 
-    def step(precision: torch.dtype | None) -> Step:
-        moments, _ = accumulate(cloud, theta, structure, precision)
-        return structure.maximize(moments, least), None
+    def step(manner: Manner) -> Step:
+        precision, apart, origins = manner
+        if origins is None:
+            return structure.maximize(accumulate(cloud, theta, structure, precision)[0], least), None
+        moments = general_moments(cloud, state, structure, None, None, _softmax, False, apart, origins)[0]
+        after = structure.maximize(moments, least)
+        return after._replace(means=after.means + origins), None
 
-    return leave(cloud, with_all_digits(step, cloud, theta, structure)[0], structure)
+    return leave(cloud, with_all_digits(step, cloud, state, theta, structure)[0], structure)
+
+
+def _softmax(joint: Tensor) -> Tensor:
+    return joint.softmax(1)
 
 
 def enter(cloud: Cloud, mixture: Mixture) -> State:

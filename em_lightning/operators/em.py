@@ -15,12 +15,12 @@ from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import COVARIANCES, compiled
 from em_lightning.mixture.factors import State, choose
-from em_lightning.mixture.general import background_row, general_moments, origins_of
-from em_lightning.mixture.moments import accumulate, get_ready, loses_all_digits, may_lose_all_digits
+from em_lightning.mixture.general import background_row, general_moments
+from em_lightning.mixture.moments import accumulate, get_ready, may_lose_all_digits
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture
-from em_lightning.mixture.step import Step, leave, with_all_digits
+from em_lightning.mixture.step import Manner, Step, leave, with_all_digits
 from em_lightning.operators import gradients
 from em_lightning.operators.checks import check_choice, check_init, check_sets
 from em_lightning.operators.model import MixtureModel
@@ -72,7 +72,7 @@ class EMOperator(MixtureModel):
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
         relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead. Where
             all points of a cloud are the same, its components then have next to no width (1e-14 in float32), and the
-            density of other points under them a gradient beyond float32.
+            density of other points under them, and its gradient, may be beyond float32.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
             last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
             (:func:`~em_lightning.operators.gradients.iterate` has what each means).
@@ -275,14 +275,12 @@ class EMOperator(MixtureModel):
         structure = self.structure
         counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
         theta = structure.natural(state) if state.theta is None else state.theta
-        apart = loses_all_digits(cloud, theta, structure) if cloud.narrow else None
-        origins = None if apart is None else origins_of(state, apart)
-        if origins is not None and counts is not None:
-            counts = counts.about(origins, structure)
 
-        def step(precision: torch.dtype | None) -> Step:
-            moments, pull, found, outside = self._moments(cloud, state, theta, progress, precision, likelihood, apart)
-            moments = posterior_moments(moments, structure, self.num_features, counts, pull)
+        def step(manner: Manner) -> Step:
+            origins = manner.origins
+            moments, pull, found, outside = self._moments(cloud, state, theta, progress, manner, likelihood)
+            own = counts if counts is None or origins is None else counts.about(origins, structure)
+            moments = posterior_moments(moments, structure, self.num_features, own, pull)
             after = structure.maximize(moments, floor, state.factors)
             if self.background is not None:
                 outside = outside if counts is None else outside + counts.weight
@@ -290,7 +288,7 @@ class EMOperator(MixtureModel):
                 after = after._replace(log_weights=self.background.maximize(after.log_weights, mass, outside))
             return after if origins is None else after._replace(means=after.means + origins), found
 
-        after, found = step(None) if origins is not None else with_all_digits(step, cloud, theta, structure)
+        after, found = with_all_digits(step, cloud, state, theta, structure)
         if not likelihood:
             return after, None
         with torch.no_grad():
@@ -311,11 +309,10 @@ class EMOperator(MixtureModel):
         state: State,
         theta: Tensor,
         progress: float,
-        precision: torch.dtype | None,
+        manner: Manner,
         likelihood: bool,
-        apart: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Return moments under the responsibilities, about the means where ``apart``, and what else a pass comes by.
+        """Return moments under the responsibilities, and what else a pass comes by.
 
         That is the sums of a robust kernel's pulls, the log-likelihood, which a pass at another temperature does not
         find and one that is not asked for it may, and the mass of a background.
@@ -324,7 +321,8 @@ class EMOperator(MixtureModel):
         radial = radial_of(self.kernel, self.num_features)
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
-        if isinstance(self.competition, Softmin) and radial is None and apart is None:
+        precision, apart, origins = manner
+        if isinstance(self.competition, Softmin) and radial is None and origins is None:
             temperature = self.competition.temperature * temperature
             plain = isinstance(temperature, float) and temperature == 1.0
             theta = theta if level is None else background_row(theta, level)
@@ -337,7 +335,7 @@ class EMOperator(MixtureModel):
             return self.competition(-joint / temperature, dim=1).responsibilities
 
         whole = not isinstance(self.competition, Softmin)
-        return general_moments(cloud, state, structure, radial, level, respond, whole, apart)
+        return general_moments(cloud, state, structure, radial, level, respond, whole, apart, origins)
 
     def _begin(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, choose: bool

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.mixture.cloud import widest
 from em_lightning.operators.em import EMOperator
 
 SUMMARIES = ("weights", "means", "scales", "values", "value_scales", "log_prob")
@@ -150,27 +151,32 @@ class EMPooling(nn.Module):
         self, operator: nn.Module, z: Tensor, values: Tensor, mask: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         assert isinstance(operator, EMOperator)
-        mixture = operator(z, mask, weights)
+        mixture, dtype = operator(z, mask, weights), z.dtype
         parts: dict[str, Tensor] = {"weights": mixture.weights.unsqueeze(-1), "means": mixture.means}
         if "scales" in self.summary:
             parts["scales"] = 0.5 * _variances(mixture.covariances, mixture.means).log()
-        once = []
+        once, eps = [], torch.finfo(z.dtype).eps
         if {"values", "value_scales", "log_prob"} & set(self.summary):
+            if "value_scales" in self.summary:
+                # In double: gradients are squares over what may be next to no mass and no variance.
+                z, values = z.to(widest(z)), values.to(widest(z))
+                mixture = mixture._make(part.to(z.dtype) for part in mixture)
             posterior = mixture.posterior(z)
             counts = torch.ones_like(z[..., 0]) if weights is None else weights.to(z.dtype)
             counts = counts if mask is None else counts * mask
             shares = posterior.responsibilities * counts.unsqueeze(-1)
-            mass = shares.sum(1).clamp(min=torch.finfo(z.dtype).eps).unsqueeze(-1)
+            mass = shares.sum(1).clamp(min=eps).unsqueeze(-1)
             parts["values"] = shares.mT @ values / mass
             if "value_scales" in self.summary:
                 square = (values.unsqueeze(1) - parts["values"].unsqueeze(2)).square()
                 variance = (shares.mT.unsqueeze(-1) * square).sum(2) / mass
-                parts["value_scales"] = 0.5 * (variance + torch.finfo(z.dtype).eps).log()
+                parts["value_scales"] = 0.5 * (variance + eps).log()
             if "log_prob" in self.summary:
                 total = counts.sum(1, keepdim=True).clamp(min=1.0)
                 once.append(-(posterior.free_energy * counts).sum(1, keepdim=True) / total)
-        chosen = [parts[name] for name in self.summary if name != "log_prob"]
-        return torch.cat([torch.cat(chosen, -1).flatten(1), *once] if chosen else once, -1)
+        chosen = [parts[name].to(dtype) for name in self.summary if name != "log_prob"]
+        vectors = [torch.cat(chosen, -1).flatten(1)] if chosen else []
+        return torch.cat([*vectors, *(part.to(dtype) for part in once)], -1)
 
 
 def _variances(covariances: Tensor, means: Tensor) -> Tensor:
