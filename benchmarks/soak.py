@@ -5,14 +5,15 @@
 Each case runs in a process of its own, on a model of a few hundred parameters. Memory is the resident set; its growth
 is from the first tenth of the steps, when everything has been used once, to the end. The time of a step is processor
 time, which a busy machine disturbs less, and its ratio that of the last tenth to the first after a warm-up. Hooks are
-those of all modules of the model, and instance attributes what surgery wraps methods by. Of the reports LayerReport
-alone does something at a step; the others keep a number an epoch.
+those of all modules of the model, and instance attributes what surgery wraps methods by. Reports write their tables and
+pictures once a fit, so in 200 fits 200 times.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import logging
 import subprocess
@@ -28,8 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import callbacks
-from em_lightning.data import Digits
-from em_lightning.modules import EMClassifier, EMModule
+from em_lightning.data import Digits, GaussianBlobs, MixtureSets, ProceduralSurfaces
+from em_lightning.modules import AmortizedClustering, EMClassifier, EMModule, GaussianMixtureModule, PointCloudGMM
 
 
 class Small(EMModule):
@@ -53,6 +54,21 @@ def annealed() -> list[lightning.Callback]:
     return [callbacks.SwapActivations("gated"), callbacks.TemperatureSchedule(4.0, 1.0, steps=50_000)]
 
 
+@functools.cache
+def operated(folder: str) -> str:
+    """Return the path of a checkpoint of an operated model."""
+    model, data = subject("SwapActivations")
+    first = trainer(1, [callbacks.SwapActivations("signed")], folder)
+    first.fit(model, **data)
+    first.save_checkpoint(f"{folder}/operated.ckpt")
+    return f"{folder}/operated.ckpt"
+
+
+def clustering() -> list[lightning.Callback]:
+    return [callbacks.ClusteringReport(sizes=(30,), components=(3,), transfer_sets=4)]
+
+
+SCRATCH = tempfile.TemporaryDirectory()
 CASES = {
     "no callback": lambda: [],
     "SwapActivations": lambda: [callbacks.SwapActivations("signed")],
@@ -63,7 +79,11 @@ CASES = {
     "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
     "StepSeeds": lambda: [callbacks.StepSeeds()],
     "TimeLeft": lambda: [callbacks.TimeLeft()],
+    "RestoreSurgery": lambda: [callbacks.RestoreSurgery(operated(SCRATCH.name))],
     "LayerReport": lambda: [callbacks.LayerReport(figures=False)],
+    "MixtureReport": lambda: [callbacks.MixtureReport(num_pictured=2, curve_iters=4)],
+    "SelectionReport": lambda: [callbacks.SelectionReport(components=[1, 3], max_iters=4)],
+    "ClusteringReport": clustering,
 }
 
 
@@ -72,6 +92,16 @@ def subject(name: str) -> tuple[lightning.LightningModule, dict[str, Any]]:
     torch.manual_seed(0)
     if name == "LayerReport":
         return EMClassifier(64, 8), {"datamodule": Digits(batch_size=32)}
+    if name == "MixtureReport":
+        sizes = {"num_points": 32, "batch_size": 2, "train_clouds": 64, "val_clouds": 2, "test_clouds": 4}
+        return PointCloudGMM(2, num_iters=2), {"datamodule": ProceduralSurfaces(**sizes)}
+    if name == "SelectionReport":
+        blobs = GaussianBlobs(1600, 2, true_components=3, held_out_points=100, block_rows=32)
+        return GaussianMixtureModule(2, 2, method="gradient"), {"datamodule": blobs}
+    if name == "ClusteringReport":
+        sizes = {"batch_size": 2, "train_batches": 32, "val_sets": 2, "test_sets": 4, "held_out": 20}
+        sets = MixtureSets(2, min_points=20, max_points=30, train_held_out=20, **sizes)
+        return AmortizedClustering(2, num_iters=2, num_starts=1), {"datamodule": sets}
     data = TensorDataset(torch.randn(3200, 8), torch.randint(0, 3, (3200,)))
     return Small(), {"train_dataloaders": DataLoader(data, batch_size=32)}
 
