@@ -7,7 +7,7 @@ import torch
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.estimator import GaussianMixture
-from em_lightning.mixture import COVARIANCES, em_step
+from em_lightning.mixture import COVARIANCES, MixturePrior, collect, em_step, maximize, no_statistics
 from em_lightning.mixture.cloud import prepare
 from em_lightning.mixture.general import frame_of
 from em_lightning.mixture.radial import radial_of
@@ -276,6 +276,41 @@ def test_components_that_move_from_afar_are_exact(kind, kernel):
         assert torch.allclose(after.means[0], means, rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("prior", [None, MixturePrior(mean=[0.0] * 3, covariance=[1.0] * 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_far_clusters_add_up_to_the_step_on_all(kind, prior):
+    _, x = far_clusters(3)
+    means = torch.tensor([[[-5e7 - 1] * 3, [5e7 + 2] * 3]]).double()
+    start = dense_start(kind, 2, 1, 3, x.dtype)
+    covariances = start.covariances[:1] if kind == "tied" else start.covariances.transpose(0, 1)
+    start = Mixture(torch.full((1, 2), 0.5).log().double(), means, covariances)
+    # The center need not be the mean, and a set beside it has no part in this.
+    near = Mixture(start.log_weights, means.sign(), covariances)
+    both = Mixture(*(torch.cat(parts) for parts in zip(near, start, strict=True)))
+    points = torch.cat([x - 5e7 * x.sign(), x])
+    statistics = no_statistics(both, torch.tensor([[0.1] * 3, [1e7] * 3]).double())
+    for block in points.split(7, 1):
+        statistics = collect(block, both, statistics)
+    found = maximize(statistics, kind, prior=prior)
+    operator = EMOperator(2, 3, covariance=kind, prior=prior, residual=False, num_iters=1)
+    for one, two in zip(found, operator(points, init=both), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(statistics.log_likelihood, both.log_prob(points).sum(1), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_estimator_finds_far_clusters(kind):
+    clusters, x = far_clusters(3, items=40)
+    centers = clusters[:, :1]
+    scatter = torch.stack([(own - center).T.cov(correction=0) for own, center in zip(clusters, centers, strict=True)])
+    spread = scatter.diagonal(dim1=-2, dim2=-1)
+    expected = {"full": scatter, "tied": scatter.mean(0), "diag": spread, "spherical": spread.mean(-1)}[kind]
+    model = GaussianMixture(2, covariance_type=kind, reg_covar=0.0, random_state=0).fit(x[0].numpy())
+    order = model.means_[:, 0].argsort() if kind != "tied" else slice(None)
+    torch.testing.assert_close(torch.as_tensor(model.covariances_)[order], expected, rtol=1e-6, atol=1e-6)
+    assert model.converged_ and model.score(x[0].numpy()) == pytest.approx(model.lower_bound_, abs=1e-6)
+
+
 @pytest.mark.parametrize("far", [False, True])
 def test_a_component_whose_points_are_all_far_keeps_its_mean(far):
     """What a t kernel pulls by there is less than what guards an empty component."""
@@ -328,7 +363,7 @@ def test_frames_of_their_own_change_nothing_elsewhere(kind, options, monkeypatch
         return *mixture, log_prob, slope, *fitted, operator.posterior(x, mixture).responsibilities
 
     usual = results()
-    monkeypatch.setattr("em_lightning.mixture.moments._LARGEST_IN_DOUBLE", 0.0)
+    monkeypatch.setattr("em_lightning.mixture.moments.LARGEST_IN_DOUBLE", 0.0)
     for found, expected in zip(results(), usual, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -170,6 +171,17 @@ def general_moments(
     if radial is None:
         return sums[..., 1:], None, likelihood, outside
     return torch.cat([sums[..., :1], sums[..., 2:]], -1), sums[..., 1], likelihood, outside
+
+
+def softmin_moments(
+    cloud: Cloud, state: State, structure: Structure, apart: Tensor | None, origins: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return moments and log-likelihood of Gaussians as :func:`general_moments` does, of plain EM."""
+    softmax = partial(torch.softmax, dim=1)
+    moments, _, likelihood, _ = general_moments(
+        cloud, state, structure, None, None, softmax, whole=False, apart=apart, origins=origins
+    )
+    return moments, likelihood
 
 
 def general_log_density(

@@ -20,7 +20,7 @@ _LARGEST_TERM = 5e3
 # A gradient of natural parameters is as large as the third power of a coordinate: beyond, it is none of float32's.
 _LARGEST_POINT = 1e12
 # In double precision up to a rounding of 2e-4; beyond, points are taken about the mean of each component.
-_LARGEST_IN_DOUBLE = 1e12
+LARGEST_IN_DOUBLE = 1e12
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25
 
@@ -136,7 +136,7 @@ def may_lose_all_digits(cloud: Cloud, floor: Tensor) -> bool:
     """Return whether components of variances no smaller than a floor (B,) may be lost in double precision."""
     if cloud.ready is None or torch.compiler.is_compiling():
         return False
-    return bool((2.0 * cloud.ready.extent.to(floor).square().sum(-1) > _LARGEST_IN_DOUBLE * floor).any())
+    return bool((2.0 * cloud.ready.extent.to(floor).square().sum(-1) > LARGEST_IN_DOUBLE * floor).any())
 
 
 @torch.no_grad()
@@ -153,8 +153,8 @@ def loses_all_digits(cloud: Cloud, theta: Tensor, structure: Features) -> Tensor
     if cloud.ready is None and cloud.shift is not None:
         reach = reach + torch.linalg.vector_norm(cloud.shift, torch.inf)
     largest = torch.linalg.vector_norm(theta, torch.inf) * reach.double().square().clamp(min=1.0)
-    if float(largest) * theta.shape[-1] <= _LARGEST_IN_DOUBLE:
+    if float(largest) * theta.shape[-1] <= LARGEST_IN_DOUBLE:
         return None
     extent = _extent(cloud) if cloud.ready is None else cloud.ready.extent
-    lost = largest_term(theta, extent, structure) > _LARGEST_IN_DOUBLE
+    lost = largest_term(theta, extent, structure) > LARGEST_IN_DOUBLE
     return lost if bool(lost.any()) else None

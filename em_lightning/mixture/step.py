@@ -11,7 +11,7 @@ from torch import Tensor
 from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
 from em_lightning.mixture.covariance import Structure
 from em_lightning.mixture.factors import State
-from em_lightning.mixture.general import general_moments, origins_of
+from em_lightning.mixture.general import origins_of, softmin_moments
 from em_lightning.mixture.moments import accumulate, get_ready, loses_all_digits, lost_digits
 from em_lightning.mixture.state import Mixture, check_points, structure_of
 
@@ -101,15 +101,10 @@ def em_step(
         precision, apart, origins = manner
         if origins is None:
             return structure.maximize(accumulate(cloud, theta, structure, precision)[0], least), None
-        moments = general_moments(cloud, state, structure, None, None, _softmax, False, apart, origins)[0]
-        after = structure.maximize(moments, least)
+        after = structure.maximize(softmin_moments(cloud, state, structure, apart, origins)[0], least)
         return after._replace(means=after.means + origins), None
 
     return leave(cloud, with_all_digits(step, cloud, state, theta, structure)[0], structure)
-
-
-def _softmax(joint: Tensor) -> Tensor:
-    return joint.softmax(1)
 
 
 def enter(cloud: Cloud, mixture: Mixture) -> State:

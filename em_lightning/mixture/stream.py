@@ -21,7 +21,8 @@ from torch import Tensor
 
 from em_lightning.mixture.cloud import Cloud, about, widest
 from em_lightning.mixture.covariance import COVARIANCES
-from em_lightning.mixture.moments import accumulate
+from em_lightning.mixture.general import softmin_moments
+from em_lightning.mixture.moments import LARGEST_IN_DOUBLE, accumulate, largest_term
 from em_lightning.mixture.prior import MixturePrior, posterior_moments
 from em_lightning.mixture.state import Mixture, check_points, structure_of
 from em_lightning.mixture.step import enter, leave
@@ -33,6 +34,8 @@ class Statistics(NamedTuple):
     moments: (B, K, F), :math:`\sum_n w_n r_{nk} \phi(x_n - c)`; the first is the mass of component k.
     log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`.
     center: (B, D), :math:`c`, anywhere near the middle of the points. Sums of one center can be added.
+    origins: (B, K, D), what moments of a component are about instead, where components are so narrow and so far from
+        the center that double precision would lose them: 1e6 of their widths or more. ``None`` for nowhere.
 
     :math:`\phi` is :math:`[1, x_i, x_i x_j (i \le j)]` for full and tied covariances, :math:`[1, x_i, x_i^2]` for
     diagonal and :math:`[1, x_i, |x|^2]` for spherical ones.
@@ -41,15 +44,25 @@ class Statistics(NamedTuple):
     moments: Tensor
     log_likelihood: Tensor
     center: Tensor
+    origins: Tensor | None = None
 
 
 def no_statistics(mixture: Mixture, center: Tensor) -> Statistics:
-    """Return the statistics of no points, about a center (B, D)."""
+    """Return the statistics of no points under a mixture, about a center (B, D)."""
     wide = widest(center)
     sets, components, features = mixture.means.shape
     size = structure_of(mixture).num_moments(features)
     moments = torch.zeros(sets, components, size, dtype=wide, device=center.device)
-    return Statistics(moments, moments.new_zeros(sets), center.to(wide))
+    return Statistics(moments, moments.new_zeros(sets), center.to(wide), _origins(mixture, center.to(wide)))
+
+
+def _origins(mixture: Mixture, center: Tensor) -> Tensor | None:
+    """Return the means (B, K, D) of mixtures that would be lost about their center, which others have; or ``None``."""
+    if center.dtype != torch.float64:
+        return None
+    structure, state = structure_of(mixture), enter(_frame(center.unsqueeze(1), center, None), mixture)
+    lost = largest_term(structure.natural(state), state.means.abs().amax(1), structure) > LARGEST_IN_DOUBLE
+    return torch.where(lost[:, None, None], mixture.means.to(center), center.unsqueeze(1)) if lost.any() else None
 
 
 @torch.no_grad()
@@ -85,10 +98,16 @@ def collect(
         weights = mask.to(x.dtype) if weights is None else torch.where(mask, weights, 0.0).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         cloud = _frame(x, statistics.center, weights)
-        structure = structure_of(mixture)
-        moments, likelihood = accumulate(cloud, structure.natural(enter(cloud, mixture)), structure, likelihood=True)
+        structure, state = structure_of(mixture), enter(cloud, mixture)
+        if statistics.origins is None:
+            moments, likelihood = accumulate(cloud, structure.natural(state), structure, likelihood=True)
+        else:
+            origins = statistics.origins - statistics.center.unsqueeze(1)
+            moments, likelihood = softmin_moments(cloud, state, structure, origins.any(2).any(1), origins)
     assert likelihood is not None
-    return Statistics(statistics.moments + moments, statistics.log_likelihood + likelihood, statistics.center)
+    return statistics._replace(
+        moments=statistics.moments + moments, log_likelihood=statistics.log_likelihood + likelihood
+    )
 
 
 @torch.no_grad()
@@ -112,15 +131,18 @@ def maximize(
     moments, structure = statistics.moments, COVARIANCES[covariance]
     features = statistics.center.shape[1]
     cloud = _frame(statistics.center.unsqueeze(1), statistics.center, None)
+    origins = None if statistics.origins is None else statistics.origins - statistics.center.unsqueeze(1)
     if prior is not None:
         if variance is not None:
             cloud = cloud._replace(variance=variance.to(moments.dtype))
         elif prior.covariance is None:
             raise ValueError("variance=None, and the prior's covariance is a share of it; give variance=(B, D)")
         counts = prior.beside(cloud, structure, moments.shape[1])
+        counts = counts if origins is None else counts.about(origins, structure)
         moments = posterior_moments(moments, structure, features, counts)
     least = torch.full_like(statistics.center[:, 0], floor)
-    return leave(cloud, structure.maximize(moments, least), structure)
+    state = structure.maximize(moments, least)
+    return leave(cloud, state if origins is None else state._replace(means=state.means + origins), structure)
 
 
 def _frame(x: Tensor, center: Tensor, weights: Tensor | None) -> Cloud:

@@ -125,8 +125,7 @@ class MixtureLearner(nn.Module):
         weights = None if rows.weights is None else rows.weights.to(rows.points.dtype).unsqueeze(0)
         return collect(rows.points.unsqueeze(0), self.mixture, before, weights=weights)
 
-    def _maximize(self, moments: Tensor) -> None:
-        statistics = Statistics(moments, moments.new_zeros(1), self.center)
+    def _maximize(self, statistics: Statistics) -> None:
         self.parametrization.assign(maximize(statistics, self.covariance, self.floor, self.prior, self.variance))
 
 
@@ -140,19 +139,26 @@ class FullBatchEM(MixtureLearner):
     @torch.no_grad()
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
         """Add the statistics of a block."""
-        found = self._collect(rows, Statistics(self.own[1:].view(self.shape), self.own[:1], self.center))
+        found = self._collect(rows, self._statistics(self.own))
         torch.cat([found.log_likelihood, found.moments.flatten()], out=self.own)
         return loss_of(found.log_likelihood[0], found.moments[..., 0].sum())
 
     def summarize(self, total: Tensor) -> Tensor:
         """Maximize, and return the log-likelihood a row before that."""
-        moments = total[1:].view(self.shape)
-        self._maximize(moments)
-        return total[0] / moments[..., 0].sum()
+        statistics = self._statistics(total)
+        self._maximize(statistics)
+        return total[0] / statistics.moments[..., 0].sum()
+
+    def _statistics(self, sums: Tensor) -> Statistics:
+        """Return the sums of a pass as statistics under the mixture, which stays as it is until the end of the pass."""
+        none = no_statistics(self.mixture, self.center)
+        return none._replace(log_likelihood=sums[:1], moments=sums[1:].view(self.shape))
 
 
 class StochasticEM(MixtureLearner):
     r"""EM on running statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, a maximization a block.
+
+    They are about one center, so components 1e6 of their widths from it are lost in double precision.
 
     Args:
         *common: as of :class:`MixtureLearner`.
@@ -173,7 +179,7 @@ class StochasticEM(MixtureLearner):
     @torch.no_grad()
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
         """Mix the statistics of a block, of all ranks, into the running ones, and maximize."""
-        found = self._collect(rows, no_statistics(self.mixture, self.center))
+        found = self._collect(rows, Statistics(torch.zeros_like(self.running), self.own.new_zeros(1), self.center))
         self.own += torch.stack([found.log_likelihood[0], found.moments[..., 0].sum()])
         total = global_sum(torch.cat([found.log_likelihood, found.moments.flatten()]))
         moments = total[1:].view(self.shape)
@@ -183,7 +189,7 @@ class StochasticEM(MixtureLearner):
             # In the mass of the whole data set, beside which a prior has its weight.
             self.running.lerp_(moments * blocks, share)
             self.blocks_seen += 1
-            self._maximize(self.running)
+            self._maximize(Statistics(self.running, self.own.new_zeros(1), self.center))
         return loss_of(total[0], mass)
 
 
