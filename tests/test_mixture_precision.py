@@ -104,6 +104,19 @@ def test_gradients_of_large_points_are_float64s(size):
     assert torch.allclose(*slopes, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_a_cloud_without_extent_are_finite():
+    """Its components are 1e-14 wide, and a gradient of moments grows with the fourth power of the inverse."""
+    options = {"covariance": "diag", "lloyd_steps": 1, "background": {"estimate": True}, "relative_floor": True}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.zeros(1, 1, 1, requires_grad=True)
+        operator = EMOperator(3, 1, num_iters=2, **options)
+        for mlp in (operator.correction.mean_mlp, operator.correction.covariance_mlp):
+            torch.nn.init.normal_(mlp[-1].weight, std=0.3)
+        operator.log_prob(x, operator(x)).sum().backward()
+        assert all(part.grad.isfinite().all() for part in (x, *operator.parameters()) if part.grad is not None)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("thicknesses", [(1.0, 1e-3, 0.5), (1e-3, 1.0, 2e-3)])

@@ -19,6 +19,9 @@ from em_lightning.mixture.passes import Features, LogDensity, Moments, Plan
 _LARGEST_TERM = 5e3
 # A gradient of natural parameters is as large as the third power of a coordinate: beyond, it is none of float32's.
 _LARGEST_POINT = 1e12
+# One of moments is as large as the fourth power of what components are narrower than. A cloud counts as no smaller, so
+# that components which float32 loses so are thin beside it.
+_SMALLEST_CLOUD = 1e-8
 # In double precision up to a rounding of 2e-4; beyond, points are taken about the mean of each component.
 LARGEST_IN_DOUBLE = 1e12
 # Features of that many bytes are kept between iterations.
@@ -28,6 +31,7 @@ _KEPT = 2**25
 def get_ready(cloud: Cloud, structure: Features) -> Ready:
     """Return what passes over the points of clouds share; features only where they take little memory."""
     points, extent = cloud.points.detach(), _extent(cloud)
+    extent = extent if points.dtype == torch.float64 else extent.clamp(min=_SMALLEST_CLOUD)
     limit = torch.where((extent > _LARGEST_POINT).any(-1), -1.0, _LARGEST_TERM)
     size = structure.num_moments(points.shape[1]) * points[:, 0].numel() * points.element_size()
     return Ready(extent, limit, structure.features(cloud.part().detach(), points.dtype) if size <= _KEPT else None)
