@@ -104,6 +104,15 @@ def test_gradients_of_large_points_are_float64s(size):
     assert torch.allclose(*slopes, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mass", [0.0, 1e-12])
+def test_gradients_of_a_cloud_without_mass_are_finite(mass):
+    x = torch.tensor([[[1.5e6], [-2e6]]], requires_grad=True)
+    weights = torch.full((1, 2), mass)
+    operator = EMOperator(1, 1, covariance="diag", num_iters=1, init="learned", residual=False)
+    operator.log_prob(x, operator(x, weights=weights)).sum().backward()
+    assert x.grad.isfinite().all() and all(part.grad.isfinite().all() for part in operator.parameters())
+
+
 def test_gradients_of_a_cloud_without_extent_are_finite():
     """Its components are 1e-14 wide, and a gradient of moments grows with the fourth power of the inverse."""
     options = {"covariance": "diag", "lloyd_steps": 1, "background": {"estimate": True}, "relative_floor": True}

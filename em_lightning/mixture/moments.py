@@ -22,17 +22,27 @@ _LARGEST_POINT = 1e12
 # One of moments is as large as the fourth power of what components are narrower than. A cloud counts as no smaller, so
 # that components which float32 loses so are thin beside it.
 _SMALLEST_CLOUD = 1e-8
+# And it is divided by the mass of the cloud, which may be none but for a guard.
+_LEAST_MASS = 1e-6
 # In double precision up to a rounding of 2e-4; beyond, points are taken about the mean of each component.
 LARGEST_IN_DOUBLE = 1e12
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25
 
 
-def get_ready(cloud: Cloud, structure: Features) -> Ready:
-    """Return what passes over the points of clouds share; features only where they take little memory."""
+def get_ready(cloud: Cloud, structure: Features, mass: Tensor | None = None) -> Ready:
+    """Return what passes over the points of clouds share; features only where they take little memory.
+
+    Args:
+        cloud: the point sets.
+        structure: the covariance structure.
+        mass: (B,), what moments will be divided by, if they will be.
+    """
     points, extent = cloud.points.detach(), _extent(cloud)
     extent = extent if points.dtype == torch.float64 else extent.clamp(min=_SMALLEST_CLOUD)
-    limit = torch.where((extent > _LARGEST_POINT).any(-1), -1.0, _LARGEST_TERM)
+    never = (extent > _LARGEST_POINT).any(-1)
+    never = never if mass is None else never | (mass < _LEAST_MASS)
+    limit = torch.where(never, -1.0, _LARGEST_TERM)
     size = structure.num_moments(points.shape[1]) * points[:, 0].numel() * points.element_size()
     return Ready(extent, limit, structure.features(cloud.part().detach(), points.dtype) if size <= _KEPT else None)
 

@@ -93,7 +93,7 @@ def em_step(
         raise ValueError(f"x of shape {tuple(x.shape)} has no points; give at least one, masked where a set has none")
     structure = structure_of(mixture)
     cloud = prepare(x, mask, weights)
-    cloud = cloud._replace(ready=get_ready(cloud, structure), narrow=True)
+    cloud = cloud._replace(ready=get_ready(cloud, structure, cloud.mass), narrow=True)
     state, least = enter(cloud, mixture), effective_floor(cloud, floor)
     theta = structure.natural(state)
 

@@ -356,7 +356,7 @@ class EMOperator(MixtureModel):
 
     def _readied(self, cloud: Cloud, floor: Tensor) -> Cloud:
         """Return clouds with what all iterations have in common."""
-        cloud = cloud._replace(ready=get_ready(cloud, self.structure))
+        cloud = cloud._replace(ready=get_ready(cloud, self.structure, cloud.mass))
         return cloud._replace(narrow=may_lose_all_digits(cloud, floor))
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
