@@ -213,6 +213,22 @@ def test_a_center_on_a_point_of_its_own_goes_where_the_point_goes(name):
     assert torch.allclose(jacobian.squeeze(), torch.eye(3)[[1, 0, 2]].double(), atol=1e-6)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["student_t", "huber", "pseudo_huber", "logistic"])
+def test_centers_on_points_have_gradients_through_all_iterations(name, scaled):
+    """A step that pulls as a far point does would be millions of times too long for the point at the center."""
+    if scaled and name == "logistic":
+        return  # no density
+    for scale in (1.0, 300.0, 1e5, 1e10):
+        for items, components in ((3, 3), (20, 10)):
+            x = scale * torch.randn(4, items, 2, generator=torch.Generator().manual_seed(0))
+            x.requires_grad_()
+            operator = GeneralizedEM(components, 2, kernel=name, estimate_scale=scaled)
+            mixture = operator(x)
+            (mixture.centers.sum() + operator.objective(x, mixture).sum()).backward()
+            assert x.grad.isfinite().all(), (scale, items)
+
+
 def test_a_component_that_is_nobodys_first_choice_still_follows_its_points():
     # Shares of 1e-400 are no number; what they say of the mean is.
     x = torch.tensor([[[0.0], [1.0], [3.0]]], dtype=torch.float64)

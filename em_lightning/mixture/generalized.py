@@ -3,7 +3,8 @@ r"""Mixtures under any kernel, and a generalized M-step that needs nothing of it
 The expected energy of a component, :math:`Q_k(\mu) = \sum_n w_n r_{nk} \, d(x_n, \mu)`, has the slope
 :math:`\sum_n w_n r_{nk} \, g_n`, :math:`g_n = \partial d(x_n, \mu) / \partial \mu`. A kernel of a difference pulls
 along it, :math:`g_n = u_n (\mu - x_n)`, and its M-step reweights: :math:`\mu = \sum r u x / \sum r u`. Here
-:math:`u_n = |g_n| / |\mu - x_n|`, feature by feature, is read off the slopes, so the same step
+:math:`u_n = |g_n| / |\mu - x_n|`, feature by feature, is read off the slopes, and off the curvature of a point at the
+center, so the same step
 
 .. math:: \mu \leftarrow \mu - t \, \frac{\sum_n w_n r_{nk} \, g_n}{\sum_n w_n r_{nk} \, u_n}
 
@@ -28,7 +29,7 @@ _BLOCK = 2**22
 _HALVINGS = 30
 # The share of the decrease that the slope promises, of which a step has to keep its word.
 _ARMIJO = 1e-4
-# A point this near to a center, as a share of the box, does not tell how strongly it is pulled.
+# A point this near to a center, as a share of the box, tells by its curvature alone how strongly it is pulled.
 _NEAR = 1e-9
 # The least share of the points that tell, and the least pull, that a step is made of: gradients have their squares.
 _TELLING = 1e-30
@@ -162,10 +163,13 @@ def _pulls(
     wide = widest(x)
     slopes = _slope(energy, each).to(wide)
     apart = (each - x.unsqueeze(1)).abs().to(wide)
+    beside = apart <= near.unsqueeze(1)
+    pulls = slopes.abs() / torch.where(beside, 1.0, apart)
+    if beside.any():
+        pulls = torch.where(beside, _curvature(energy, each).to(wide), pulls)
+    told = ~beside | (pulls > 0)
     share = shares.mT.unsqueeze(-1).to(wide)
-    told = apart > near.unsqueeze(1)
-    pulls = torch.where(told, share * slopes.abs() / torch.where(told, apart, 1.0), 0.0)
-    return (share * slopes).sum(2), pulls.sum(2), (share * told).sum(2)
+    return (share * slopes).sum(2), (share * torch.where(told, pulls, 0.0)).sum(2), (share * told).sum(2)
 
 
 def _resize(kernel: Kernel, points: Points, shares: Tensor, centers: Tensor, scales: Tensor, floor: float) -> Tensor:
@@ -219,6 +223,17 @@ def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
         at = at if keep and at.requires_grad else at.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(at).sum(), at, create_graph=keep)
     return slope
+
+
+def _curvature(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Return the second derivative, a constant: what a smooth energy pulls by at its center, and zero at a corner."""
+    with torch.enable_grad():
+        at = at.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(at).sum(), at, create_graph=True)
+        if not slope.requires_grad:
+            return torch.zeros_like(at)
+        (found,) = torch.autograd.grad(slope.sum(), at, allow_unused=True)
+    return torch.zeros_like(at) if found is None else found.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
 
 
 def _sum(shares: Tensor) -> Tensor:
