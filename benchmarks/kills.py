@@ -6,6 +6,7 @@
 
 Every second kill waits for a checkpoint to be written and falls into that. The same command goes on until the run has
 ended; then weights must be the same bit for bit, results.json too but for seconds, and no file may be left unfinished.
+A case whose runs all began anew fails: it would end the same without any checkpoint.
 Processes are forked from one that has the libraries loaded; what is killed is a process of its own.
 """
 
@@ -64,9 +65,12 @@ COMMON += ["--trainer.logger.version=run", "--ckpt_path=last", "--trainer.callba
 
 
 class Moments(lightning.Callback):
-    """Tell when training begins, and keep the last weights."""
+    """Tell when training begins, and whether from a checkpoint; keep the last weights."""
 
     def on_train_start(self, trainer, pl_module):
+        if trainer.ckpt_path:
+            with open("resumed", "a") as file:
+                file.write(".")
         Path("began").touch()
 
     def on_fit_end(self, trainer, pl_module):
@@ -177,7 +181,7 @@ def compare(case, kills, draw, root):
     """Kill runs of a case until so many kills have fallen, and compare each run that ends with one left alone."""
     seconds = whole(case, root / "alone")
     expected = outcome(root / "alone")
-    folder, fallen, torn, runs = root / "killed", 0, 0, 0
+    folder, fallen, torn, runs, resumed = root / "killed", 0, 0, 0, 0
     while fallen < kills or not runs:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -188,12 +192,15 @@ def compare(case, kills, draw, root):
         if alive:
             wait(start(CASES[case], folder), folder, lambda: False)
         runs += 1
+        resumed += (folder / "resumed").stat().st_size if (folder / "resumed").exists() else 0
         differ = differences(expected, outcome(folder))
         if differ:
             raise SystemExit(f"{case}: after {fallen} kills other {', '.join(differ)}; see {folder}")
+    if kills >= 4 and not resumed:
+        raise SystemExit(f"{case}: every run began anew after its kill: it had no checkpoint yet")
     print(
-        f"{case}: {fallen} kills ({torn} within the writing of a checkpoint) in {runs} runs of {seconds:.1f} s: "
-        f"all end bitwise the same, {digest(expected)}",
+        f"{case}: {fallen} kills ({torn} within the writing of a checkpoint) in {runs} runs of {seconds:.1f} s, gone on "
+        f"from a checkpoint {resumed} times: all end bitwise the same, {digest(expected)}",
         flush=True,
     )
 

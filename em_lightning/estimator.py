@@ -102,6 +102,9 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         """
         self._check()
         X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
+        limit = float(np.finfo(X.dtype).max) ** 0.4
+        if max(abs(float(X.min())), abs(float(X.max()))) > limit:
+            raise ValueError(f"X has entries beyond {limit:.0e}, whose squares {X.dtype} does not hold; scale the rows")
         if len(X) < self.n_components:
             raise ValueError(f"n_samples={len(X)} is less than n_components={self.n_components}; fit more rows")
         counts = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)

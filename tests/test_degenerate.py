@@ -311,6 +311,21 @@ def test_an_estimator_finds_far_clusters(kind):
     assert model.converged_ and model.score(x[0].numpy()) == pytest.approx(model.lower_bound_, abs=1e-6)
 
 
+def test_far_float32_rows_are_fitted_and_scored_as_double_ones_are():
+    _, x = far_clusters(3, items=40)
+    rows = x[0].float().numpy()
+    model = GaussianMixture(2, random_state=0).fit(rows)
+    double = GaussianMixture(2, random_state=0).fit(rows.astype(float))
+    assert model.lower_bound_ == pytest.approx(double.lower_bound_, abs=1e-9)
+    assert model.score(rows) == pytest.approx(double.score(rows.astype(float)), abs=1e-5)
+    assert model.predict_proba(rows).sum(1) == pytest.approx(1.0)
+    mixture = Mixture(*(torch.as_tensor(part)[None] for part in (model.weights_, model.means_, model.covariances_)))
+    joint = mixture._replace(log_weights=mixture.log_weights.log()).log_joint(torch.as_tensor(rows)[None])
+    assert joint.dtype == torch.float32 and joint.logsumexp(-1).mean().item() == pytest.approx(
+        model.score(rows), abs=1e-4
+    )
+
+
 @pytest.mark.parametrize("far", [False, True])
 def test_a_component_whose_points_are_all_far_keeps_its_mean(far):
     """What a t kernel pulls by there is less than what guards an empty component."""

@@ -152,3 +152,9 @@ def test_what_did_not_converge_and_what_is_not_there_is_said(X):
 def test_the_package_and_its_modules_do_without_scikit_learn():
     code = "import sys, em_lightning; em_lightning.Mixture, em_lightning.EMOperator; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_rows_without_squares_are_answered():
+    rows = np.array([[0.0, 1.0], [1e160, 0.0], [2.0, 3.0]])
+    with pytest.raises(ValueError, match="X has entries beyond 2e.123, whose squares float64 does not hold; scale"):
+        GaussianMixture(2).fit(rows)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 import em_lightning
 from em_lightning import cli
@@ -29,6 +30,16 @@ def kills(*arguments, seed=0):
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return {name: (int(fallen), digest) for name, fallen, digest in re.findall(LINE, done.stdout)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_checkpoints_do_not_wait_for_the_end(path):
+    """Without a top-k Lightning saves the last one where a number of steps asks for it, and at the end of the fit."""
+    callbacks = (yaml.safe_load(path.read_text()).get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, dict) and callback.get("class_path", "").endswith("ModelCheckpoint"):
+            options = callback["init_args"]
+            assert options.get("save_top_k", 1) != 0 or "every_n_train_steps" in options
 
 
 @pytest.mark.slow

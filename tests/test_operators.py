@@ -369,6 +369,16 @@ X = torch.randn(2, 10, 3)
             ["not finite", "cloud 1, row 5", "nan"],
         ),
         (
+            lambda: EMOperator(4, 3)(1e16 * X),
+            ValueError,
+            ["squares are beyond torch.float32", "cloud 0, row 0", "scale the points to 3e+15"],
+        ),
+        (
+            lambda: EMOperator(4, 3).log_prob(torch.where(X > 1, torch.nan, X), EMOperator(4, 3)(X)),
+            ValueError,
+            ["not finite", "nan", "drop it or mask it"],
+        ),
+        (
             lambda: EMOperator(4, 3)(X, init=Mixture(torch.zeros(2, 4), torch.zeros(2, 4, 3), torch.ones(2, 4, 3))),
             ValueError,
             ["diag", "full"],

@@ -73,7 +73,10 @@ def fit_blocks(
             )
         levels.append(float(statistics.log_likelihood / statistics.moments[..., 0].sum()))
         if not math.isfinite(levels[-1]):
-            raise ValueError(f"the log-likelihood is {levels[-1]}; the points hold NaN or infinity, or none counts")
+            raise ValueError(
+                f"the log-likelihood is {levels[-1]}; the points hold NaN or infinity, or none counts, "
+                "or their squares are beyond floats: scale them"
+            )
         mixture = maximize(statistics, covariance, floor, prior)
         if len(levels) > 1 and abs(levels[-1] - levels[-2]) < tol:
             return Fit(mixture, levels, True)

@@ -24,8 +24,8 @@ _LARGEST_POINT = 1e12
 _SMALLEST_CLOUD = 1e-8
 # And it is divided by the mass of the cloud, which may be none but for a guard.
 _LEAST_MASS = 1e-6
-# In double precision up to a rounding of 2e-4; beyond, points are taken about the mean of each component.
-LARGEST_IN_DOUBLE = 1e12
+# In double precision, which then rounds by some 1e-5; beyond, points are taken about the mean of each component.
+LARGEST_IN_DOUBLE = 1e10
 # Features of that many bytes are kept between iterations.
 _KEPT = 2**25
 

@@ -53,6 +53,8 @@ class Mixture(NamedTuple):
         """Return ``log pi_k + log N(x_n | mu_k, Sigma_k)`` of points (B, N, D), as (B, N, K)."""
         cloud, state, structure = self._ready(x)
         frame = frame_of(state, structure, None, cloud)
+        if frame.origins is not None and x.dtype != widest(x):
+            return self.log_joint(x.to(widest(x))).to(x.dtype)  # float32 holds no points about a center far from them
         return log_joint(cloud.part(), frame, structure, None)[1].mT.to(x.dtype)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -63,8 +65,10 @@ class Mixture(NamedTuple):
         theta, cloud = structure.natural(state), cloud._replace(ready=get_ready(cloud, structure))
         if loses_all_digits(cloud, theta, structure) is None:
             density = log_density(cloud, theta, structure)
-        else:
+        elif x.dtype == widest(x):
             density = general_log_density(cloud, state, structure, None, None)
+        else:  # float32 holds no points about a center far from them
+            density = self.log_prob(x.to(widest(x))).to(x.dtype)
         return density if mask is None else torch.where(mask, density, 0.0)
 
     def _ready(self, x: Tensor) -> tuple[Cloud, State, Structure]:

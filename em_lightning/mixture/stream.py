@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
     log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`.
     center: (B, D), :math:`c`, anywhere near the middle of the points. Sums of one center can be added.
     origins: (B, K, D), what moments of a component are about instead, where components are so narrow and so far from
-        the center that double precision would lose them: 1e6 of their widths or more. ``None`` for nowhere.
+        the center that double precision would lose digits: 1e5 of their widths or more. ``None`` for nowhere.
 
     :math:`\phi` is :math:`[1, x_i, x_i x_j (i \le j)]` for full and tied covariances, :math:`[1, x_i, x_i^2]` for
     diagonal and :math:`[1, x_i, |x|^2]` for spherical ones.
@@ -97,6 +97,8 @@ def collect(
         x = torch.where(mask.unsqueeze(-1), x, statistics.center.unsqueeze(1).to(x.dtype))
         weights = mask.to(x.dtype) if weights is None else torch.where(mask, weights, 0.0).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
+        # Float32 does not hold clusters about a center far from them, even where it holds their points.
+        x = x if statistics.origins is None else x.to(widest(x))
         cloud = _frame(x, statistics.center, weights)
         structure, state = structure_of(mixture), enter(cloud, mixture)
         if statistics.origins is None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from em_lightning.mixture.state import Mixture, structure_of
 
+# Coordinates are at most this power of the largest number: 2.6e15 in float32.
+_SQUARED = 0.4
+
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless a value is one of the choices."""
@@ -17,11 +20,20 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
 
 
-def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
+def check_sets(
+    x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int, squared: bool = False
+) -> Tensor:
     """Return points (B, N, D) in at least float32.
 
+    Args:
+        x: the points.
+        mask: (B, N).
+        weights: (B, N).
+        num_features: D.
+        squared: whether squares of coordinates have to be numbers, with some room.
+
     Raises:
-        ValueError: a shape does not fit, or points are NaN or infinite, or weights negative.
+        ValueError: a shape does not fit, or points are NaN or infinite or too large, or weights negative.
         TypeError: points are no floating-point tensor, or the mask is not boolean.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -38,7 +50,7 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask is of type {mask.dtype}; give a boolean tensor, for instance mask.bool()")
     if not torch.compiler.is_compiling():
-        _check_values(x, mask, weights)
+        check_values(x, mask, weights, squared)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -51,16 +63,25 @@ def check_init(init: Mixture, covariance: str, shape: tuple[int, int, int]) -> N
         raise ValueError(f"init.means has shape {tuple(init.means.shape)}; give {shape}")
 
 
-def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
-    if mask is None and weights is None and x.detach().sum().isfinite():
-        return  # one pass and no temporary of the size of x; a sum may overflow, and then each point is looked at
-    finite = x.isfinite().all(-1)
+def check_values(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None, squared: bool = False) -> None:
+    """Raise ValueError unless points (B, N, D) and weights (B, N) are numbers; arguments are those of check_sets."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    limit = torch.finfo(dtype).max ** (_SQUARED if squared else 1.0)
+    plain = mask is None and weights is None
+    if plain and (not x.numel() or torch.linalg.vector_norm(x.detach(), torch.inf) <= limit):
+        return  # one pass and no temporary of the size of x
+    good = (x.abs() <= limit).all(-1)
     if mask is not None:
-        finite = finite | ~mask
-    if not finite.all():
-        cloud, row = (int(i) for i in (~finite).nonzero()[0])
+        good = good | ~mask
+    if not good.all():
+        cloud, row = (int(i) for i in (~good).nonzero()[0])
         bad = x[cloud, row].tolist()
-        raise ValueError(f"x has a point that is not finite: cloud {cloud}, row {row} is {bad}; drop it or mask it")
+        where = f"cloud {cloud}, row {row} is {bad}"
+        if x[cloud, row].isfinite().all():
+            raise ValueError(
+                f"x has a point whose squares are beyond {dtype}: {where}; scale the points to {limit:.0e} or less"
+            )
+        raise ValueError(f"x has a point that is not finite: {where}; drop it or mask it")
     if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
         cloud, row = (int(i) for i in (~((weights >= 0) & weights.isfinite())).nonzero()[0])
         raise ValueError(

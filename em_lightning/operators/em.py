@@ -70,20 +70,21 @@ class EMOperator(MixtureModel):
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
-        relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead. Where
-            all points of a cloud are the same, its components then have next to no width (1e-14 in float32), and the
-            density of other points under them, and its gradient, may be beyond float32.
+        relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead, but
+            no width below 1e-14 for float32 points (1e-31 for double). Where all points of a cloud are the same, its
+            components are as narrow as that, and the density of other points, and its gradient, may be beyond float32.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
             last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
             (:func:`~em_lightning.operators.gradients.iterate` has what each means).
 
     Shape:
         - x: (B, N, D), whose squares are taken: up to 1e15 in float32; mask: (B, N), true for points that count;
-          weights: (B, N), how often each counts.
+          weights: (B, N), how often each counts. A component of a mass below 1e-15 counts as empty.
         - output: a :class:`~em_lightning.mixture.Mixture` of B mixtures, in float32 where x is of half precision.
 
     Raises:
-        ValueError: an argument is out of range, a shape does not fit, or points are NaN or infinite.
+        ValueError: an argument is out of range, a shape does not fit, or points are NaN, infinite or, in float32,
+            beyond 2.6e15.
         TypeError: points are no floating-point tensor, or the mask is not boolean.
 
     Example:
@@ -361,7 +362,7 @@ class EMOperator(MixtureModel):
 
     def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
         """Return x in at least float32, or say what is wrong with the input."""
-        x = check_sets(x, mask, weights, self.num_features)
+        x = check_sets(x, mask, weights, self.num_features, squared=True)
         if init is not None:
             check_init(init, self.covariance, (x.shape[0], self.num_components, self.num_features))
         return x

@@ -20,6 +20,7 @@ from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.mixture.radial import radial_of
 from em_lightning.mixture.state import Mixture, check_points, structure_of
 from em_lightning.mixture.step import enter
+from em_lightning.operators.checks import check_values
 from em_lightning.registry import from_options
 
 
@@ -90,9 +91,15 @@ class MixtureModel(nn.Module):
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
         """Return what EM climbs, (B,): ``sum_n w_n log p(x_n)`` and the logarithm of the prior, up to a constant."""
-        check_points(mixture, x)
-        cloud = prepare(x, mask, weights)
+        cloud = self._prepared(x, mixture, mask, weights)
         return self._objective(cloud, self._enter(cloud, mixture)).to(x.dtype)
+
+    def _prepared(self, x: Tensor, mixture: Mixture, mask: Tensor | None, weights: Tensor | None = None) -> Cloud:
+        """Return points as clouds, or say what is wrong with them."""
+        check_points(mixture, x)
+        if not torch.compiler.is_compiling():
+            check_values(x, mask, weights)
+        return prepare(x, mask, weights)
 
     def _objective(self, cloud: Cloud, state: State) -> Tensor:
         structure = self.structure
@@ -113,8 +120,7 @@ class MixtureModel(nn.Module):
 
         Zero where masked. A background without an energy is uniform over the bounding box of these points.
         """
-        check_points(mixture, x)
-        cloud = prepare(x, mask)
+        cloud = self._prepared(x, mixture, mask)
         density = self._log_density(cloud, self._enter(cloud, mixture), structure_of(mixture)).to(x.dtype)
         return density if mask is None else torch.where(mask, density, 0.0)
 
@@ -123,8 +129,7 @@ class MixtureModel(nn.Module):
 
         A background is one more hypothesis, the last: ``competition.none_of_the_above`` reads it.
         """
-        check_points(mixture, x)
-        cloud = prepare(x, mask)
+        cloud = self._prepared(x, mixture, mask)
         structure, state = structure_of(mixture), self._enter(cloud, mixture)
         radial = radial_of(self.kernel, self.num_features)
         joint = log_joint(cloud.part(), frame_of(state, structure, radial, cloud), structure, radial)[1]
