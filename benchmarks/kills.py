@@ -199,8 +199,8 @@ def compare(case, kills, draw, root):
     if kills >= 4 and not resumed:
         raise SystemExit(f"{case}: every run began anew after its kill: it had no checkpoint yet")
     print(
-        f"{case}: {fallen} kills ({torn} within the writing of a checkpoint) in {runs} runs of {seconds:.1f} s, gone on "
-        f"from a checkpoint {resumed} times: all end bitwise the same, {digest(expected)}",
+        f"{case}: {fallen} kills ({torn} within the writing of a checkpoint) in {runs} runs of {seconds:.1f} s, "
+        f"gone on from a checkpoint {resumed} times: all end bitwise the same, {digest(expected)}",
         flush=True,
     )
 

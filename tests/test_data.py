@@ -510,3 +510,20 @@ def test_the_command_line_knows_every_argument(name):
     for argument in ("num_points", "batch_size", "num_workers", "seed", "noise", "rotate"):
         assert f"--data.{argument}" in text
     assert "points of a cloud to fit, and as many held out" in text
+
+
+def test_the_epoch_of_a_resumed_run_is_told_after_its_iterator_is_made():
+    loader = torch.utils.data.DataLoader(Keys(), batch_size=None, sampler=data.EpochSampler(Keys(), seed=1))
+    iterator = iter(loader)
+    loader.sampler.set_epoch(3)
+    found = list(iterator)
+    loader.sampler.set_epoch(0)
+    assert [epoch for epoch, _ in found] == [3] * 6 and [key for _, key in found] != [key for _, key in loader]
+
+
+class Keys(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, key):
+        return key

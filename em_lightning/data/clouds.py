@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -265,4 +264,6 @@ class EpochSampler(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
 
     def __iter__(self) -> Iterator[Any]:
-        return zip(itertools.repeat(self.epoch), super().__iter__())
+        # Not before the first item is asked for: a resumed run makes its iterator before it tells the epoch.
+        for index in super().__iter__():
+            yield self.epoch, index
