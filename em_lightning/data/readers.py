@@ -152,7 +152,8 @@ def _parse_off(data: bytes) -> tuple[Points, Faces | None]:
     except ValueError:
         counts = []
     if len(counts) not in (2, 3) or min(counts) < 0:
-        raise ValueError("after OFF come the numbers of points, faces and edges, which are not there")
+        given = (lines[0] if lines else "")[:40]
+        raise ValueError(f"after OFF come the numbers of points, faces and edges, 0 or more each, not {given!r}")
     num_points, num_faces = counts[:2]
     if num_points + num_faces != len(lines) - 1:
         raise ValueError(

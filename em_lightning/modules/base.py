@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from em_lightning.surgery.checkpoint import check_sums
 
 _WARM_UP = 0.3
 _OPTIMIZERS = ("adam", "sgd")
@@ -96,6 +100,17 @@ class EMModule(lightning.LightningModule):
         self.schedule = schedule
         self.weight_decay = weight_decay
         self.skip_gradients_above = skip_gradients_above
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return a model of a checkpoint as Lightning does, of tensors and plain values alone and by its sums.
+
+        Raises:
+            ValueError: a local file is truncated or altered, or no checkpoint.
+        """
+        if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
+            check_sums(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
 
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
         """Return the loss of a batch, or a dictionary of terms with the entry ``"loss"``."""

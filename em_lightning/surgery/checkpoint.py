@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle  # noqa: S403 - for the name of an error alone
 import zipfile
 from os import PathLike
 from pathlib import Path
@@ -31,6 +32,21 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
         ...     read_checkpoint(f"{folder}/last.ckpt")
         {'epoch': 3}
     """
+    check_sums(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"it holds a {type(checkpoint).__name__} and no dictionary")
+    except pickle.UnpicklingError as error:
+        # Torch's own words come with the advice to load it all the same.
+        raise _unsound(path, "it holds more than tensors and plain values, which could run code") from error
+    except Exception as error:  # whatever else an altered file makes pickle and torch complain of
+        raise _unsound(path, error) from error
+    return checkpoint
+
+
+def check_sums(path: str | PathLike[str]) -> None:
+    """Raise ValueError unless a file is an archive as ``torch.save`` writes it, with the sums of its members."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint; check the path")
@@ -41,12 +57,13 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the sum of {damaged!r} is another")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f"it holds a {type(checkpoint).__name__} and no dictionary")
-    except Exception as error:  # whatever an altered file makes zipfile, pickle and torch complain of
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path}: no sound checkpoint ({reason}); take another one, or save it again with torch.save"
-        ) from error
-    return checkpoint
+    except zipfile.BadZipFile as error:
+        size = f"of its {path.stat().st_size:,} bytes no archive can be made"
+        raise _unsound(path, f"{size}: it is empty, cut short or no file of torch.save") from error
+    except Exception as error:
+        raise _unsound(path, error) from error
+
+
+def _unsound(path: str | PathLike[str], reason: object) -> ValueError:
+    reason = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    return ValueError(f"{path}: no sound checkpoint ({reason}); take another one, or save it again with torch.save")
