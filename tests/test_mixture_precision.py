@@ -40,6 +40,10 @@ def test_the_precision_is_chosen_by_the_farthest_point_on_either_side():
     x[:, 0] = -50.0  # one far point, whose place moves the mean by little
     cloud, structure = prepare(x), COVARIANCES["full"]
     assert torch.equal(get_ready(cloud, structure).extent, cloud.points.abs().amax(2))
+    for sign in (1.0, -1.0):  # of large sets the center is still to be subtracted
+        shift = sign * torch.tensor([[3.0, -7.0, 90.0], [0.0, 1.0, 2.0]]).double()
+        shifted = cloud._replace(points=cloud.points + shift.float().unsqueeze(2), shift=shift)
+        torch.testing.assert_close(get_ready(shifted, structure).extent, cloud.points.abs().amax(2))
     assert accumulate(cloud, torch.zeros(2, 1, 10).double(), structure)[1] is None  # unless it is asked for
 
 

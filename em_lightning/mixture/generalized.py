@@ -167,9 +167,9 @@ def _pulls(
     pulls = slopes.abs() / torch.where(beside, 1.0, apart)
     if beside.any():
         pulls = torch.where(beside, _curvature(energy, each).to(wide), pulls)
-    told = ~beside | (pulls > 0)
     share = shares.mT.unsqueeze(-1).to(wide)
-    return (share * slopes).sum(2), (share * torch.where(told, pulls, 0.0)).sum(2), (share * told).sum(2)
+    told = ~beside | (pulls > 0)
+    return (share * slopes).sum(2), (share * pulls).sum(2), (share * told).sum(2)
 
 
 def _resize(kernel: Kernel, points: Points, shares: Tensor, centers: Tensor, scales: Tensor, floor: float) -> Tensor:
