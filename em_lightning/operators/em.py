@@ -72,7 +72,8 @@ class EMOperator(MixtureModel):
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
         relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead, but
             no width below 1e-14 for float32 points (1e-31 for double). Where all points of a cloud are the same, its
-            components are as narrow as that, and the density of other points, and its gradient, may be beyond float32.
+            components are as narrow as that, and the density of other points, or in one call with points far away,
+            and its gradient, may be beyond float32.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
             last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
             (:func:`~em_lightning.operators.gradients.iterate` has what each means).
