@@ -1,4 +1,4 @@
-# Two commands set everything up on a machine with Python 3.10 or later and make:
+# Two commands set everything up on a machine with Python 3.11 or later and make:
 #   make train    install, train an EM operator on point clouds, and write its table and pictures to lightning_logs/
 #   make test     install, and run all tests
 #   make nightly  the property tests with 5,000 new examples each, in place of the 200 of make test
@@ -41,8 +41,8 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "$(PYTHON) is older than 3.10; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
