@@ -1,26 +1,40 @@
 """Gaussian mixtures over batches of point sets, and the EM step that fits them."""
 
 from em_lightning.mixture.background import UniformBackground
-from em_lightning.mixture.covariance import COVARIANCES
-from em_lightning.mixture.directional import DirectionalMixture
+from em_lightning.mixture.covariance import COVARIANCES, Covariance, Parameters
+from em_lightning.mixture.e_step import SufficientStatistics, e_step
+from em_lightning.mixture.em import BlockFit, StreamedEM, em_step, fit_blocks
 from em_lightning.mixture.generalized import KernelMixture
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from em_lightning.mixture.lowrank import LowRankCovariance
+from em_lightning.mixture.m_step import m_step
+from em_lightning.mixture.mixture import Mixture, information_criteria
+from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior
-from em_lightning.mixture.state import Mixture
-from em_lightning.mixture.step import em_step
-from em_lightning.mixture.stream import Statistics, collect, maximize, no_statistics
+from em_lightning.mixture.von_mises_fisher import DirectionalMixture
 
 __all__ = [
     "COVARIANCES",
+    "BlockFit",
+    "Covariance",
     "DirectionalMixture",
     "KernelMixture",
     "LowRankCovariance",
     "Mixture",
     "MixturePrior",
-    "Statistics",
+    "Parameters",
+    "Points",
+    "StreamedEM",
+    "SufficientStatistics",
     "UniformBackground",
-    "collect",
+    "e_step",
     "em_step",
-    "maximize",
-    "no_statistics",
+    "farthest_points",
+    "fit_blocks",
+    "information_criteria",
+    "kmeans_plus_plus",
+    "lloyd",
+    "m_step",
+    "prepare",
+    "random_points",
 ]

@@ -1,165 +1,275 @@
-"""Covariance structures: which moments of the points a component needs, and what it makes of them.
+"""Covariance types: shapes, features, factorization, Gaussian log-densities, M-step estimates and conversions.
 
-A structure names *features* ``phi(x)`` such that ``log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)``. The E-step
-is then one product ``theta phi`` and a softmax, and the M-step needs nothing but the moments ``r phi^T``.
-Covariances are held by a *factor* ``L`` with ``Sigma = L L^T`` and its inverse ``W``.
+No other module branches on the covariance type. A type names the features of second degree ``s(x)`` of a point such
+that the Gaussian log-density is linear in ``phi(x) = [1, x, s(x)]``:
+
+    log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)
+
+The E-step is then one matrix product and a softmax, and the sufficient statistics are ``sum_n r_nk phi(x_n)``.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.factors import (
-    UNROLLED_UP_TO,
-    Factors,
-    State,
-    cholesky_of_rows,
-    cholesky_with_inverse,
-    least_pivots_of,
-)
+from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots
 
 
-class FullCovariance:
-    """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, lower-triangular factors.
+class Parameters(NamedTuple):
+    """The parameters of a mixture inside the EM loop, in the coordinates of its :class:`~.points.Points`.
 
-    Features are ``[1, x_i, x_i x_j for i <= j]``.
+    log_weights: (B, K).
+    means: (B, K, D).
+    covariances: in the shape of the covariance type; concentrations (B, K) for directions.
     """
+
+    log_weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+
+class Covariance(ABC):
+    """One covariance type."""
+
+    name: str
+
+    @abstractmethod
+    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
+        """Return the shape of the covariances of one set."""
+
+    @abstractmethod
+    def num_parameters(self, num_components: int, num_features: int) -> int:
+        """Return the number of free parameters of the covariances."""
+
+    @abstractmethod
+    def second_degree(self, x: Tensor) -> Tensor:
+        """Return the features of second degree (B, S, N) of points (B, D, N)."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return ``phi(x) = [1, x, s(x)]`` (B, 1 + D + S, N) of points (B, D, N)."""
+        return torch.cat([torch.ones_like(x[:, :1]), x, self.second_degree(x)], 1)
+
+    @abstractmethod
+    def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
+        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots below round-off are raised to it."""
+
+    @abstractmethod
+    def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K)."""
+
+    @abstractmethod
+    def estimate(
+        self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return means and covariances of largest expected log-likelihood.
+
+        Args:
+            means: (B, K, D), weighted means of the points.
+            scatter: (B, K, S), ``sum_n r_nk s(x_n - mu_k)``.
+            mass: (B, K), what the scatter is divided by.
+            floor: (B,), added to every variance.
+            before: covariances of the E-step.
+        """
+
+    @abstractmethod
+    def expand(self, variance: Tensor, num_components: int) -> Tensor:
+        """Return covariances with the variances (B, D) of each feature for every component."""
+
+    @abstractmethod
+    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
+        """Return covariances multiplied by a ratio (B, K) or (B, 1)."""
+
+    @abstractmethod
+    def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
+        """Return the variances (B, K, D) or, where components share them, (B, 1, D)."""
+
+    @abstractmethod
+    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
+        """Return the covariances of some features."""
+
+    @abstractmethod
+    def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
+        """Return full covariances (B, K, D, D) of components with means (B, K, D)."""
+
+    def sharing(self, num_components: int) -> int:
+        """Return how many components share a covariance."""
+        return 1
+
+    @abstractmethod
+    def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
+        """Return the product of a factor and vectors (B, K, D)."""
+
+    @abstractmethod
+    def correction_size(self, num_features: int) -> int:
+        """Return how many numbers describe a correction: see :meth:`correct`."""
+
+    @abstractmethod
+    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
+        """Return corrected covariances, never below the floor (B,), equal to ``covariances`` for a correction of zero.
+
+        ``Sigma <- G (Sigma - floor I) G^T + floor I`` with ``G = L E W``. ``E`` stretches and shears the component, and
+        repeats the change that the M-step made: EM shrinks a thin component by a constant factor per iteration, which
+        a correction may apply several times at once.
+
+        Args:
+            before: factors of the E-step.
+            after: factors ``L, W`` of the covariances.
+            covariances: of the M-step.
+            correction: (B, K, correction_size).
+            floor: (B,).
+        """
+
+    @abstractmethod
+    def describe(self, before: Factor, after: Factor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the log-size of each factor relative to a scale (B, 1, 1), and how the M-step changed it."""
+
+    def to_public(self, covariances: Tensor) -> Tensor:
+        """Return the covariances of a :class:`~.mixture.Mixture`."""
+        return covariances
+
+    def from_public(self, covariances: Tensor) -> Tensor:
+        """Return the covariances of the loop for those of a :class:`~.mixture.Mixture`."""
+        return covariances
+
+    def changes(self, before: Parameters, after: Parameters) -> Tensor:
+        """Return the largest change (B,) of weights, and of means and factors in standard deviations."""
+        own, new = self.factorize(before.covariances), self.factorize(after.covariances)
+        weights = (after.log_weights.exp() - before.log_weights.exp()).abs().amax(1)
+        shift = self.apply(new.inverse, after.means - before.means).abs().flatten(1).amax(1)
+        growth = self.compose(new.inverse, new.scale - own.scale).abs().flatten(1).amax(1)
+        return torch.stack([weights, shift, growth]).amax(0)
+
+    @abstractmethod
+    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
+        """Return the product of two factors."""
+
+
+class FullCovariance(Covariance):
+    """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``."""
 
     name = "full"
 
-    def num_moments(self, num_features: int) -> int:
-        """Return F, the number of features."""
-        return 1 + num_features + num_features * (num_features + 1) // 2
+    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
+        """Return (K, D, D)."""
+        return num_components, num_features, num_features
 
-    def features(self, points: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return phi (B, F, N) of points (B, D, N)."""
-        points = points.to(dtype)
-        pairs = [points[:, i : i + 1] * points[:, i:] for i in range(points.shape[1])]
-        return torch.cat([torch.ones_like(points[:, :1]), points, *pairs], 1)
+    def num_parameters(self, num_components: int, num_features: int) -> int:
+        """Return K D (D + 1) / 2."""
+        return num_components * num_features * (num_features + 1) // 2
 
-    def fill(self, points: Tensor, out: Tensor) -> Tensor:
-        """Write phi of points (B, D, N) of the same type into ``out`` (B, F, N)."""
-        features = points.shape[1]
-        out[:, 0] = 1.0
-        out[:, 1 : 1 + features] = points
-        place = 1 + features
-        for i in range(features):
-            torch.mul(points[:, i : i + 1], points[:, i:], out=out[:, place : place + features - i])
-            place += features - i
-        return out
+    def second_degree(self, x: Tensor) -> Tensor:
+        """Return the products of pairs of features (B, D (D + 1) / 2, N)."""
+        return torch.cat([x[:, i : i + 1] * x[:, i:] for i in range(x.shape[1])], 1)
 
-    def pull_back(self, points: Tensor, grad: Tensor) -> Tensor:
-        """Return the gradient of points (B, D, N) that a gradient (B, F, N) of their features stands for."""
-        features = points.shape[1]
-        points = points.to(grad.dtype)
-        own = grad[:, 1 : 1 + features].clone()
-        place = 1 + features
-        for i in range(features):
-            pairs = grad[:, place : place + features - i]
-            own[:, i:].addcmul_(pairs, points[:, i : i + 1])
-            own[:, i].add_((pairs * points[:, i:]).sum(1))
-            place += features - i
-        return own
+    def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
+        """Return the lower Cholesky factor and its inverse."""
+        matrix = self.to_public(covariances)
+        second_moment = matrix.diagonal(dim1=-2, dim2=-1)
+        if means is not None:
+            second_moment = second_moment + self.pool(means.square())
+        return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
-    def natural(self, state: State) -> Tensor:
-        """Return theta (B, K, F) with ``theta . phi(x) = log pi + log N(x | mu, Sigma)``."""
-        features = state.means.shape[-1]
-        inverse = state.factors.inverse
-        if features <= UNROLLED_UP_TO:
-            return _unrolled_natural(state)
-        i, j = _pairs(features, inverse.device)
+    def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """Return ``[log pi_k N(0), P mu, -P_ii / 2, -P_ij]`` with the precision ``P``, and the log-density at the mean."""
+        log_weights, means, covariances = parameters
+        features = means.shape[-1]
+        inverse = self.factorize(covariances, means).inverse
         precision = inverse.mT @ inverse
-        whitened = (inverse @ state.means.unsqueeze(-1)).squeeze(-1)
-        log_det = inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = state.log_weights + log_det - 0.5 * whitened.square().sum(-1) - _half_log_tau(features)
-        linear = (inverse.mT @ whitened.unsqueeze(-1)).squeeze(-1)
+        linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
+        peak = log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_tau(features)
+        constant = peak - 0.5 * (means * linear).sum(-1)
+        i, j = torch.triu_indices(features, features, device=means.device)
         square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
-        return torch.cat([constant.unsqueeze(-1), linear, square.expand(*linear.shape[:-1], -1)], -1)
+        square = square.expand(*linear.shape[:-1], -1)
+        return torch.cat([constant.unsqueeze(-1), linear, square], -1), peak
 
-    def maximize(self, moments: Tensor, floor: Tensor, before: Factors | None = None) -> State:
-        """Return weights, means and covariances of largest expected log-likelihood for moments (B, K, F).
+    def estimate(
+        self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the means and ``Sigma = scatter / mass + floor I``."""
+        spread = self.matrix(self.average(scatter, mass), means.shape[-1])
+        return means, spread + floor[:, None, None, None] * torch.eye(means.shape[-1]).to(spread)
 
-        A floor (B,) is added to the variances. The factors that the E-step saw play no part.
-        """
-        if _features_of(moments.shape[-1]) <= UNROLLED_UP_TO:
-            return self._unrolled(moments, floor)
-        log_weights, means, second = moments_of(moments)
-        return State(log_weights, means, self._factors(_mass(moments)[0], means, second, floor))
+    def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
+        """Return the scatter (B, K, S) per mass (B, K)."""
+        return scatter / mass.unsqueeze(-1)
 
-    def _factors(self, mass: Tensor, means: Tensor, second: Tensor, floor: Tensor) -> Factors:
-        spread = second - means.unsqueeze(-1) * means.unsqueeze(-2)
-        return _with_floor(spread, second.diagonal(dim1=-2, dim2=-1), floor)
+    def pool(self, values: Tensor) -> Tensor:
+        """Return values (B, K, D) as the components share them."""
+        return values
 
-    def _unrolled(self, moments: Tensor, floor: Tensor) -> State:
-        """Return the same in operations on (B, K) tensors."""
-        size = _features_of(moments.shape[-1])
-        mass, log_weights = _mass(moments)
-        shares = (moments[..., 1:] / mass.unsqueeze(-1)).permute(2, 0, 1).contiguous().unbind(0)
-        means, second = shares[:size], iter(shares[size:])
-        spread: list[list[Tensor]] = [[] for _ in range(size)]  # rows of the lower triangle
-        least = []
-        for i in range(size):
-            for j in range(i, size):
-                square = next(second)
-                difference = self._pool(torch.addcmul(square, means[i], means[j], value=-1), mass)
-                spread[j].append(difference if i != j else difference + floor.unsqueeze(-1))
-                if i == j:
-                    least.append(least_pivots_of(self._pool(square, mass)))
-        return State(log_weights, torch.stack(means, -1), cholesky_of_rows(spread, least))
+    def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
+        """Return symmetric matrices (..., D, D) of their upper triangles (..., S)."""
+        i, j = torch.triu_indices(num_features, num_features, device=pairs.device)
+        place = torch.empty(num_features, num_features, dtype=torch.long, device=pairs.device)
+        place[i, j] = place[j, i] = torch.arange(len(i), device=pairs.device)
+        return pairs[..., place]
 
-    def _pool(self, entry: Tensor, mass: Tensor) -> Tensor:
-        """Return an entry (B, K) of the covariances as the components share it."""
-        return entry
+    def expand(self, variance: Tensor, num_components: int) -> Tensor:
+        """Return ``diag(variance)`` for every component."""
+        return variance.unsqueeze(1).expand(-1, num_components, -1).diag_embed()
 
-    def expand(self, variance: Tensor, num_components: int, num_features: int) -> Factors:
-        """Return the factors of ``variance (B, D) * I`` for every component."""
-        root = variance.sqrt().unsqueeze(-2).expand(-1, num_components, -1)
-        return Factors(root.diag_embed(), root.reciprocal().diag_embed())
+    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
+        """Return ``ratio Sigma``."""
+        return covariances * ratio[..., None, None]
 
-    def factorize(self, covariances: Tensor) -> Factors:
-        """Return the factors of given covariances."""
-        return cholesky_with_inverse(covariances, least_pivots_of(covariances.diagonal(dim1=-2, dim2=-1)))
+    def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
+        """Return the diagonal (B, K, D)."""
+        return self.to_public(covariances).diagonal(dim1=-2, dim2=-1)
 
-    def covariances(self, scale: Tensor) -> Tensor:
-        """Return ``L L^T``."""
-        return scale @ scale.mT
+    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
+        """Return rows and columns of the features."""
+        return covariances[..., features, :][..., features]
+
+    def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
+        """Return the covariances of every component (B, K, D, D)."""
+        return self.to_public(covariances).expand(-1, means.shape[1], -1, -1)
 
     def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return the product of a factor and vectors (B, K, D)."""
+        """Return matrix-vector products (B, K, D)."""
         return (factor @ vectors.unsqueeze(-1)).squeeze(-1)
 
-    def step_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: log-diagonal, strict lower triangle, two repetitions."""
+    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
+        """Return the matrix product."""
+        return factor @ other
+
+    def correction_size(self, num_features: int) -> int:
+        """Return D (D + 1) / 2 + 2: log-diagonal and strict lower triangle of ``T``, and the two repetitions."""
         return num_features * (num_features + 1) // 2 + 2
 
-    def correct(self, before: Factors, after: Factors, correction: Tensor, floor: Tensor) -> Factors:
-        """Return the factors of ``L (E (I - V) E^T + V) L^T``, ``V`` the share of the floor that ``Sigma`` contains.
+    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
+        """Return the corrected covariances, with ``E = T (I + a (M - I) + b (M^2 - M))``.
 
-        ``E = T (I + a (M - I) + b (M^2 - M))``: a lower triangle ``T`` with a positive diagonal, and the change ``M``
-        that the last M-step made, repeated by ``a`` and ``b`` (EM shrinks a thin component by a constant factor an
-        iteration; here it may take several at once). The result is positive definite whatever the correction
-        (B, K, step_size), never below the floor, and ``Sigma`` itself where the correction is zero.
+        ``T`` is a lower triangle with a positive diagonal and ``M = L^T Sigma_before^-1 L`` the change of the M-step.
         """
-        features = after.scale.shape[-1]
-        below = torch.tril_indices(features, features, -1, device=correction.device)
-        eye = torch.eye(features, dtype=after.scale.dtype, device=after.scale.device)
+        features = covariances.shape[-1]
+        eye = torch.eye(features).to(covariances)
         change = before.inverse @ after.scale
         change = change.mT @ change
         change = change / change.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1.0)[..., None, None]
         once, twice = correction[..., -2:].tanh()[..., None, None].unbind(-3)
         repeated = eye + once * (change - eye) + twice * (change @ change - change)
-        triangle = correction.new_zeros(*correction.shape[:-1], features, features)
-        triangle[..., below[0], below[1]] = correction[..., features:-2]
-        step = (triangle + correction[..., :features].exp().diag_embed()) @ repeated
-        share = floor[:, None, None, None] * (after.inverse @ after.inverse.mT)
-        spread = step @ (eye - share) @ step.mT + share
-        taken = cholesky_with_inverse(spread, least_pivots_of(spread.diagonal(dim1=-2, dim2=-1)))
-        return Factors(after.scale @ taken.scale, taken.inverse @ after.inverse)
+        step = after.scale @ (lower_triangle(correction[..., :-2], features) @ repeated) @ after.inverse
+        least = floor[:, None, None, None] * eye
+        return step @ (covariances - least) @ step.mT + least
+
+    def describe(self, before: Factor, after: Factor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-diagonal and slopes of the factor, and of the factor of the change."""
+        features = after.scale.shape[-1]
+        below = torch.tril_indices(features, features, -1, device=scale.device)
+        diagonal = after.scale.diagonal(dim1=-2, dim2=-1)
+        slopes = after.scale[..., below[0], below[1]] / diagonal[..., below[1]]
+        change = before.inverse @ after.scale
+        shrunk = change.diagonal(dim1=-2, dim2=-1).log()
+        return (
+            torch.cat([(diagonal / scale).log(), slopes], -1),
+            torch.cat([shrunk, change[..., below[0], below[1]]], -1),
+        )
 
 
 class TiedCovariance(FullCovariance):
@@ -167,228 +277,219 @@ class TiedCovariance(FullCovariance):
 
     name = "tied"
 
-    def expand(self, variance: Tensor, num_components: int, num_features: int) -> Factors:
-        """Return the factors of ``variance (B, D) * I``, once a set."""
-        return super().expand(variance, 1, num_features)
+    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
+        """Return (1, D, D)."""
+        return 1, num_features, num_features
 
-    def _pool(self, entry: Tensor, mass: Tensor) -> Tensor:
-        return (mass * entry).sum(-1, keepdim=True) / mass.sum(-1, keepdim=True)
+    def num_parameters(self, num_components: int, num_features: int) -> int:
+        """Return D (D + 1) / 2."""
+        return num_features * (num_features + 1) // 2
 
-    def _factors(self, mass: Tensor, means: Tensor, second: Tensor, floor: Tensor) -> Factors:
-        share = (mass / mass.sum(-1, keepdim=True))[..., None, None]
-        spread = (share * (second - means.unsqueeze(-1) * means.unsqueeze(-2))).sum(1, keepdim=True)
-        largest = (share * second).sum(1, keepdim=True).diagonal(dim1=-2, dim2=-1)
-        return _with_floor(spread, largest, floor)
+    def sharing(self, num_components: int) -> int:
+        """Return K."""
+        return num_components
 
-    def correct(self, before: Factors, after: Factors, correction: Tensor, floor: Tensor) -> Factors:
-        """Return the corrected factors; the correction is the mean of what the components ask for."""
-        return super().correct(before, after, correction.mean(1, keepdim=True), floor)
+    def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
+        """Return the scatter of all components per mass of all."""
+        return scatter.sum(1, keepdim=True) / mass.sum(1, keepdim=True).unsqueeze(-1)
+
+    def pool(self, values: Tensor) -> Tensor:
+        """Return the mean over components (B, 1, D)."""
+        return values.mean(1, keepdim=True)
+
+    def expand(self, variance: Tensor, num_components: int) -> Tensor:
+        """Return ``diag(variance)``, once per set."""
+        return super().expand(variance, 1)
+
+    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
+        """Return ``Sigma`` times the mean ratio of the components."""
+        return super().scaled(covariances, ratio.mean(1, keepdim=True))
+
+    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
+        """Return the covariances under the mean of the components' corrections."""
+        return super().correct(before, after, covariances, correction.mean(1, keepdim=True), floor)
 
 
-class DiagonalCovariance:
-    """Axis-parallel components: variances ``Sigma (B, K, D)``, factors are standard deviations.
-
-    Features are ``[1, x_i, x_i^2]``.
-    """
+class DiagonalCovariance(Covariance):
+    """Axis-parallel components: variances (B, K, D), ``s(x) = [x_i^2]``; factors are standard deviations."""
 
     name = "diag"
 
-    def num_moments(self, num_features: int) -> int:
-        """Return F, the number of features."""
-        return 1 + 2 * num_features
+    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
+        """Return (K, D)."""
+        return num_components, num_features
 
-    def features(self, points: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return phi (B, F, N) of points (B, D, N)."""
-        points = points.to(dtype)
-        return torch.cat([torch.ones_like(points[:, :1]), points, self._squares(points)], 1)
+    def num_parameters(self, num_components: int, num_features: int) -> int:
+        """Return K D."""
+        return num_components * num_features
 
-    def fill(self, points: Tensor, out: Tensor) -> Tensor:
-        """Write phi of points (B, D, N) of the same type into ``out`` (B, F, N)."""
-        features = points.shape[1]
-        out[:, 0] = 1.0
-        out[:, 1 : 1 + features] = points
-        out[:, 1 + features :] = self._squares(points)
-        return out
+    def variances(self, covariances: Tensor) -> Tensor:
+        """Return covariances as (B, K, D), or (B, K, 1) where features share them."""
+        return covariances
 
-    def _squares(self, points: Tensor) -> Tensor:
-        return points.square()
+    def pack(self, variances: Tensor) -> Tensor:
+        """Return the covariances of :meth:`variances`."""
+        return variances
 
-    def pull_back(self, points: Tensor, grad: Tensor) -> Tensor:
-        """Return the gradient of points (B, D, N) that a gradient (B, F, N) of their features stands for."""
-        features = points.shape[1]
-        return grad[:, 1 : 1 + features] + 2.0 * points * grad[:, 1 + features :]
+    def second_degree(self, x: Tensor) -> Tensor:
+        """Return the squares of the features (B, D, N)."""
+        return x.square()
 
-    def natural(self, state: State) -> Tensor:
-        """Return theta (B, K, F) with ``theta . phi(x) = log pi + log N(x | mu, Sigma)``."""
-        features = state.means.shape[-1]
-        inverse = state.factors.inverse
-        whitened = inverse * state.means
+    def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
+        """Return ``sigma^2 + mu^2`` in the shape of the variances."""
+        return variances if means is None else variances + means.square()
+
+    def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
+        """Return the standard deviations and their reciprocals."""
+        variances = self.variances(covariances)
+        root = torch.maximum(variances, smallest_pivots(self.second_moments(variances, means))).sqrt()
+        return Factor(root, root.reciprocal())
+
+    def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """Return ``[log pi_k N(0), mu / sigma^2, -1 / (2 sigma^2)]`` and the log-density at the mean."""
+        log_weights, means, covariances = parameters
+        features = means.shape[-1]
+        inverse = self.factorize(covariances, means).inverse
+        precision = inverse.square()
+        linear = precision * means
         log_det = inverse.log().sum(-1) * (features / inverse.shape[-1])
-        constant = state.log_weights + log_det - 0.5 * whitened.square().sum(-1) - _half_log_tau(features)
-        return torch.cat([constant.unsqueeze(-1), inverse * whitened, -0.5 * inverse.square()], -1)
+        peak = log_weights + log_det - half_log_tau(features)
+        constant = peak - 0.5 * (means * linear).sum(-1)
+        return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
 
-    def maximize(self, moments: Tensor, floor: Tensor, before: Factors | None = None) -> State:
-        """Return weights, means and variances of largest expected log-likelihood for moments (B, K, F).
+    def estimate(
+        self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the means and ``sigma^2 = scatter / mass + floor``."""
+        variances = self.average(scatter, mass, means.shape[-1])
+        least = smallest_pivots(self.second_moments(variances.abs(), means))
+        return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
 
-        A floor (B,) is added to the variances. The factors that the E-step saw play no part.
-        """
-        mass, log_weights = _mass(moments)
-        shares = moments[..., 1:] / mass.unsqueeze(-1)
-        means, second = self._split(shares)
-        spread = self._average(second, means) + floor[:, None, None]
-        root = torch.maximum(spread, least_pivots_of(second)).sqrt()
-        return State(log_weights, means, Factors(root, root.reciprocal()))
+    def average(self, scatter: Tensor, mass: Tensor, num_features: int) -> Tensor:
+        """Return the scatter (B, K, S) per mass (B, K) and feature."""
+        return scatter / mass.unsqueeze(-1)
 
-    def _split(self, shares: Tensor) -> tuple[Tensor, Tensor]:
-        means, second = shares.chunk(2, -1)
-        return means, second
+    def expand(self, variance: Tensor, num_components: int) -> Tensor:
+        """Return the variances for every component."""
+        return self.pack(variance.unsqueeze(1).expand(-1, num_components, -1))
 
-    def _average(self, second: Tensor, means: Tensor) -> Tensor:
-        return second - means.square()
+    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
+        """Return ``ratio sigma^2``."""
+        return self.pack(self.variances(covariances) * ratio.unsqueeze(-1))
 
-    def expand(self, variance: Tensor, num_components: int, num_features: int) -> Factors:
-        """Return the factors of ``variance (B, D) * I`` for every component."""
-        root = variance.sqrt().unsqueeze(-2).expand(-1, num_components, -1)
-        return Factors(root, root.reciprocal())
+    def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
+        """Return the variances (B, K, D)."""
+        return self.variances(covariances).expand(-1, -1, num_features)
 
-    def factorize(self, covariances: Tensor) -> Factors:
-        """Return the factors of given variances."""
-        root = torch.maximum(covariances, least_pivots_of(covariances)).sqrt()
-        return Factors(root, root.reciprocal())
+    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
+        """Return the variances of the features."""
+        return covariances[..., features]
 
-    def covariances(self, scale: Tensor) -> Tensor:
-        """Return ``L L^T``, its diagonal only."""
-        return scale.square()
+    def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
+        """Return diagonal matrices (B, K, D, D)."""
+        return self.diagonal(covariances, means.shape[-1]).diag_embed()
 
     def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return the product of a factor and vectors (B, K, D)."""
+        """Return elementwise products (B, K, D)."""
         return factor * vectors
 
-    def step_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: the log of the step in each feature, two repetitions."""
+    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
+        """Return the elementwise product."""
+        return factor * other
+
+    def correction_size(self, num_features: int) -> int:
+        """Return D + 2: the log of the stretch of each feature, and the two repetitions."""
         return num_features + 2
 
-    def correct(self, before: Factors, after: Factors, correction: Tensor, floor: Tensor) -> Factors:
-        """Return the factors of ``L (E^2 (1 - V) + V) L``, feature by feature what the full case is."""
+    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
+        """Return the corrected variances, feature by feature as for full covariances."""
         change = (before.inverse * after.scale).square()
         change = change / change.mean(-1, keepdim=True).clamp(min=1.0)
         once, twice = correction[..., -2:].tanh().unsqueeze(-1).unbind(-2)
         repeated = 1.0 + once * (change - 1.0) + twice * (change.square() - change)
-        share = floor[:, None, None] * after.inverse.square()
-        spread = (correction[..., :-2].exp() * repeated).square() * (1.0 - share) + share
-        root = torch.maximum(spread, least_pivots_of(spread)).sqrt()
-        return Factors(after.scale * root, after.inverse / root)
+        step, least = correction[..., :-2].exp() * repeated, floor[:, None, None]
+        return self.pack(step.square() * (self.variances(covariances) - least) + least)
+
+    def describe(self, before: Factor, after: Factor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log standard deviations and the logs of their ratios."""
+        return (after.scale / scale).log(), (after.scale * before.inverse).log()
 
 
 class SphericalCovariance(DiagonalCovariance):
-    """Round components: one variance each, ``Sigma (B, K)``, factors (B, K, 1).
-
-    Features are ``[1, x_i, |x|^2]``.
-    """
+    """Round components: one variance each, ``Sigma (B, K)``, ``s(x) = |x|^2``."""
 
     name = "spherical"
 
-    def num_moments(self, num_features: int) -> int:
-        """Return F, the number of features."""
-        return 2 + num_features
+    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
+        """Return (K,)."""
+        return (num_components,)
 
-    def _squares(self, points: Tensor) -> Tensor:
-        return points.square().sum(1, keepdim=True)
+    def num_parameters(self, num_components: int, num_features: int) -> int:
+        """Return K."""
+        return num_components
 
-    def _split(self, shares: Tensor) -> tuple[Tensor, Tensor]:
-        return shares[..., :-1], shares[..., -1:] / (shares.shape[-1] - 1)
+    def variances(self, covariances: Tensor) -> Tensor:
+        """Return (B, K, 1)."""
+        return covariances.unsqueeze(-1)
 
-    def _average(self, second: Tensor, means: Tensor) -> Tensor:
-        return second - means.square().mean(-1, keepdim=True)
+    def pack(self, variances: Tensor) -> Tensor:
+        """Return (B, K)."""
+        return variances.mean(-1)
 
-    def expand(self, variance: Tensor, num_components: int, num_features: int) -> Factors:
-        """Return the factors of the mean of ``variance (B, D)`` for every component."""
-        return super().expand(variance.mean(-1, keepdim=True), num_components, num_features)
+    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
+        """Return the variances as they are."""
+        return covariances
 
-    def factorize(self, covariances: Tensor) -> Factors:
-        """Return the factors of given variances (B, K)."""
-        return super().factorize(covariances.unsqueeze(-1))
+    def second_degree(self, x: Tensor) -> Tensor:
+        """Return the squared norm (B, 1, N)."""
+        return x.square().sum(1, keepdim=True)
 
-    def covariances(self, scale: Tensor) -> Tensor:
-        """Return the variances (B, K)."""
-        return scale.square().squeeze(-1)
+    def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
+        """Return ``sigma^2 + |mu|^2 / D``."""
+        return variances if means is None else variances + means.square().mean(-1, keepdim=True)
 
-    def step_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: the log of the step, two repetitions."""
+    def average(self, scatter: Tensor, mass: Tensor, num_features: int) -> Tensor:
+        """Return the scatter per mass and feature (B, K, 1)."""
+        return scatter / (num_features * mass.unsqueeze(-1))
+
+    def correction_size(self, num_features: int) -> int:
+        """Return 3: the log of the stretch, and the two repetitions."""
         return 3
 
 
-Structure = FullCovariance | DiagonalCovariance
-COVARIANCES: dict[str, Structure] = {
-    part.name: part for part in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
+COVARIANCES: dict[str, Covariance] = {
+    kind.name: kind for kind in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
 }
 
 
-def compiled(structure: Structure, **options: Any) -> Structure:
-    """Return a structure, what an iteration calls compiled; options are those of ``torch.compile``."""
-    structure = copy.copy(structure)
-    for function in (structure.natural, structure.maximize):
-        setattr(structure, function.__name__, torch.compile(function, **options))
-    return structure
+def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
+    """Return the covariance type that the shape of a mixture's covariances implies.
+
+    Args:
+        covariances: (B, ...).
+        means: (B, K, D).
+
+    Raises:
+        ValueError: the shape belongs to no type.
+    """
+    components, features = means.shape[1:]
+    for kind in COVARIANCES.values():
+        if covariances.shape == (len(means), *kind.shape(components, features)):
+            return kind
+    known = ", ".join(f"{name} {(len(means), *kind.shape(components, features))}" for name, kind in COVARIANCES.items())
+    raise ValueError(
+        f"covariances of shape {tuple(covariances.shape)} fit no covariance type for means {tuple(means.shape)}: {known}"
+    )
 
 
-def _unrolled_natural(state: State) -> Tensor:
-    """Return theta (B, K, F) of full covariances, in operations on (B, K) tensors."""
-    size = state.means.shape[-1]
-    # Contiguous (B, K) tensors, once: what follows reads each several times.
-    inverse = [row.unbind(0) for row in state.factors.inverse.permute(2, 3, 0, 1).contiguous().unbind(0)]
-    means = state.means.permute(2, 0, 1).contiguous().unbind(0)
-
-    def total(left: list[Tensor], right: list[Tensor]) -> Tensor:
-        out = left[0] * right[0]
-        for a, b in zip(left[1:], right[1:], strict=True):
-            out = torch.addcmul(out, a, b)
-        return out
-
-    columns = [[inverse[i][j] for i in range(j, size)] for j in range(size)]
-    whitened = [total(list(inverse[i][: i + 1]), list(means[: i + 1])) for i in range(size)]
-    constant = state.log_weights - _half_log_tau(size)
-    for i in range(size):
-        constant = torch.addcmul(constant + inverse[i][i].log(), whitened[i], whitened[i], value=-0.5)
-    linear = [total(columns[j], whitened[j:]) for j in range(size)]
-    square = [
-        total(columns[i][j - i :], columns[j]) * (-0.5 if i == j else -1.0) for i in range(size) for j in range(i, size)
-    ]
-    return torch.stack([constant, *linear, *(entry.expand_as(constant) for entry in square)], -1)
+def lower_triangle(entries: Tensor, num_features: int) -> Tensor:
+    """Return lower triangles (..., D, D) of log-diagonals and strict lower triangles (..., D (D + 1) / 2)."""
+    below = torch.tril_indices(num_features, num_features, -1, device=entries.device)
+    triangle = entries.new_zeros(*entries.shape[:-1], num_features, num_features)
+    triangle[..., below[0], below[1]] = entries[..., num_features:]
+    return triangle + entries[..., :num_features].exp().diag_embed()
 
 
-def _with_floor(spread: Tensor, largest: Tensor, floor: Tensor) -> Factors:
-    eye = torch.eye(spread.shape[-1], dtype=spread.dtype, device=spread.device)
-    return cholesky_with_inverse(spread + floor[:, None, None, None] * eye, least_pivots_of(largest))
-
-
-def moments_of(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-weights (B, K), means (B, K, D) and mean squares (B, K, D, D) of moments of all pairs of features."""
-    features = _features_of(moments.shape[-1])
-    mass, log_weights = _mass(moments)
-    shares = moments[..., 1:] / mass.unsqueeze(-1)
-    i, j = _pairs(features, moments.device)
-    # Twice the triangle makes the matrix symmetric: entry (i, j) is the pair's place in the list.
-    place = torch.empty(features, features, dtype=torch.long, device=moments.device)
-    place[i, j] = place[j, i] = torch.arange(len(i), device=moments.device)
-    return log_weights, shares[..., :features], shares[..., features:][..., place]
-
-
-def _mass(moments: Tensor) -> tuple[Tensor, Tensor]:
-    # The same guard against empty components as scikit-learn's, so that results agree step for step.
-    mass = moments[..., 0] + 10.0 * torch.finfo(moments.dtype).eps
-    return mass, mass.log() - mass.sum(-1, keepdim=True).log()
-
-
-def _half_log_tau(num_features: int) -> float:
+def half_log_tau(num_features: int) -> float:
+    """Return ``D / 2 log(2 pi)``."""
     return 0.5 * num_features * math.log(2.0 * math.pi)
-
-
-def _pairs(num_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    i, j = torch.triu_indices(num_features, num_features, device=device)
-    return i, j
-
-
-def _features_of(num_moments: int) -> int:
-    """Return D of F = 1 + D + D (D + 1) / 2."""
-    return int((math.isqrt(8 * num_moments + 1) - 3) // 2)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance import FullCovariance, moments_of
-from em_lightning.mixture.factors import Factors, State, cholesky_with_inverse, least_pivots_of
-
-# Steps towards the best factors of given moments: in an M-step, which has those of the iteration before, and without.
-_STEPS = 4
-_FIRST_STEPS = 40
+from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.covariance import FullCovariance, lower_triangle
 
 
 class LowRankCovariance(FullCovariance):
-    r"""Covariances ``Sigma = U U^T + Psi`` with ``U (D, R)`` and a diagonal ``Psi``: a mixture of factor analysers.
+    r"""Covariances ``Sigma = U U^T + Psi`` with ``U (D, R)`` and a diagonal ``Psi``: a mixture of factor analyzers.
 
-    The moments of the points are those of full covariances, and so is the cost. Given the mean square ``S`` of a
+    Inside the loop they are held as ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full ones. The
+    sufficient statistics are those of full covariances, and so is the cost. Given the mean square ``S`` of a
     component's points about their mean, the M-step takes a few steps of EM for factor analysis,
 
     .. math::
@@ -24,73 +21,80 @@ class LowRankCovariance(FullCovariance):
         U \leftarrow S \beta^\top (I - \beta U + \beta S \beta^\top)^{-1}, \quad
         \Psi \leftarrow \operatorname{diag}(S - U \beta S)
 
-    none of which lowers the likelihood. The floor is the least value of ``Psi``.
+    none of which lowers the likelihood. The floor is the smallest value of ``Psi``.
 
     Args:
-        rank: R, of at least 1 and less than D.
+        rank: R, at least 1 and less than D.
+        num_steps: steps per M-step.
+        num_first_steps: steps from a full covariance, which has no loadings to start from.
 
     Source: Ghahramani and Hinton, The EM Algorithm for Mixtures of Factor Analyzers, 1996.
     """
 
     name = "lowrank"
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, num_steps: int = 4, num_first_steps: int = 40) -> None:
         self.rank = rank
+        self.num_steps = num_steps
+        self.num_first_steps = num_first_steps
 
-    def maximize(self, moments: Tensor, floor: Tensor, before: Factors | None = None) -> State:
-        """Return weights and means of largest expected log-likelihood, and factors better than those before.
+    def num_parameters(self, num_components: int, num_features: int) -> int:
+        """Return K (D (R + 1) - R (R - 1) / 2): rotations of the factors change nothing."""
+        return num_components * (num_features * (self.rank + 1) - self.rank * (self.rank - 1) // 2)
 
-        Args:
-            moments: (B, K, F).
-            floor: (B,), the least value of ``Psi``.
-            before: the factors that the E-step saw; without loadings the search starts anew.
-        """
-        log_weights, means, second = moments_of(moments)
-        spread = second - means.unsqueeze(-1) * means.unsqueeze(-2)
-        variance, least = spread.diagonal(dim1=-2, dim2=-1), least_pivots_of(second.diagonal(dim1=-2, dim2=-1))
-        least = torch.maximum(least, floor[:, None, None])
-        if before is None or before.loadings is None:
-            root = cholesky_with_inverse(spread, least).scale[..., : self.rank]
-            loadings, steps = 0.5**0.5 * root, _FIRST_STEPS
-            noise = torch.maximum(variance - loadings.square().sum(-1), least)
-        else:
-            loadings, noise, steps = before.loadings[..., :-1], before.loadings[..., -1].square(), _STEPS
-        eye = torch.eye(self.rank, dtype=spread.dtype, device=spread.device)
-        for _ in range(steps):
+    def estimate(
+        self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the means and loadings of no smaller expected log-likelihood than those before."""
+        spread = self.matrix(self.average(scatter, mass), means.shape[-1])
+        second_moment = spread.diagonal(dim1=-2, dim2=-1) + means.square()
+        least = torch.maximum(smallest_pivots(second_moment), floor[:, None, None])
+        loadings, noise = before[..., :-1], torch.maximum(before[..., -1].square(), least)
+        return means, self._climb(spread, loadings, noise, least, self.num_steps)
+
+    def _climb(self, spread: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, num_steps: int) -> Tensor:
+        """Return loadings and noise after steps of EM for factor analysis of mean squares (B, K, D, D)."""
+        eye = torch.eye(self.rank).to(spread)
+        variance = spread.diagonal(dim1=-2, dim2=-1)
+        for _ in range(num_steps):
             weighted = loadings / noise.unsqueeze(-1)
             inner = torch.linalg.inv(eye + loadings.mT @ weighted)
-            reach = spread @ (weighted @ inner)  # S beta^T
-            loadings = torch.linalg.solve(inner + inner @ weighted.mT @ reach, reach, left=False)
-            noise = torch.maximum(variance - (loadings * reach).sum(-1), least)
-        return State(log_weights, means, _factors(loadings, noise.sqrt()))
+            cross = spread @ (weighted @ inner)  # S beta^T
+            loadings = torch.linalg.solve(inner + inner @ weighted.mT @ cross, cross, left=False)
+            noise = torch.maximum(variance - (loadings * cross).sum(-1), least)
+        return torch.cat([loadings, noise.sqrt().unsqueeze(-1)], -1)
 
-    def expand(self, variance: Tensor, num_components: int, num_features: int) -> Factors:
-        """Return the factors of ``variance (B, D) * I`` for every component, half of some axes in ``U``."""
-        root = variance.sqrt().unsqueeze(-2).expand(-1, num_components, -1)
-        share = torch.eye(num_features, self.rank, dtype=root.dtype, device=root.device) * 0.5**0.5
+    def to_public(self, covariances: Tensor) -> Tensor:
+        """Return ``U U^T + Psi`` (B, K, D, D)."""
+        loadings = covariances[..., :-1]
+        return loadings @ loadings.mT + covariances[..., -1].square().diag_embed()
+
+    def from_public(self, covariances: Tensor) -> Tensor:
+        """Return the loadings and noise that fit full covariances best."""
+        pivots = smallest_pivots(covariances.diagonal(dim1=-2, dim2=-1))
+        loadings = 0.5**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
+        noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
+        return self._climb(covariances, loadings, torch.maximum(noise, pivots), pivots, self.num_first_steps)
+
+    def expand(self, variance: Tensor, num_components: int) -> Tensor:
+        """Return ``diag(variance)`` for every component, half of the first R variances in ``U``."""
+        root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
+        share = torch.eye(variance.shape[-1], self.rank).to(root) * 0.5**0.5
         loadings = root.unsqueeze(-1) * share
-        return _factors(loadings, (root.square() - loadings.square().sum(-1)).sqrt())
+        noise = (root.square() - loadings.square().sum(-1)).sqrt()
+        return torch.cat([loadings, noise.unsqueeze(-1)], -1)
 
-    def correct(self, before: Factors, after: Factors, correction: Tensor, floor: Tensor) -> Factors:
-        """Return the factors of ``U + L (T - I) W U`` and a stretched ``Psi``, no entry of it below the floor.
+    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
+        """Return ``ratio Sigma``."""
+        return covariances * ratio.sqrt()[..., None, None]
 
-        ``T`` is a lower triangle with a positive diagonal; ``Psi`` is stretched by its square. Both are what they were
-        where the correction (B, K, step_size) is zero.
-        """
-        assert after.loadings is not None
-        features = after.scale.shape[-1]
-        below = torch.tril_indices(features, features, -1, device=correction.device)
-        stretch = correction[..., :features]
-        change = correction.new_zeros(*correction.shape[:-1], features, features)
-        change[..., below[0], below[1]] = correction[..., features:-2]
-        change = change + stretch.expm1().diag_embed()
-        loadings, root = after.loadings[..., :-1], after.loadings[..., -1]
+    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
+        """Return ``U + L (T - I) W U`` and ``Psi`` stretched by the square of the diagonal of ``T``."""
+        features = covariances.shape[-2]
+        triangle = lower_triangle(correction[..., :-2], features)
+        loadings, root = covariances[..., :-1], covariances[..., -1]
+        change = triangle - torch.eye(features).to(triangle)
         loadings = loadings + after.scale @ (change @ (after.inverse @ loadings))
-        least = torch.maximum(floor[:, None, None], least_pivots_of(root.square()))
-        return _factors(loadings, torch.maximum((root * stretch.exp()).square(), least).sqrt())
-
-
-def _factors(loadings: Tensor, root: Tensor) -> Factors:
-    matrix = loadings @ loadings.mT + root.square().diag_embed()
-    scale, inverse, _ = cholesky_with_inverse(matrix, least_pivots_of(matrix.diagonal(dim1=-2, dim2=-1)))
-    return Factors(scale, inverse, torch.cat([loadings, root.unsqueeze(-1)], -1))
+        root = root * correction[..., :features].exp()
+        least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
+        return torch.cat([loadings, torch.maximum(root.square(), least).sqrt().unsqueeze(-1)], -1)

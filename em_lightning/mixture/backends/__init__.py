@@ -1,0 +1,5 @@
+"""Backends of the E-step: the same sums over points, computed in different ways."""
+
+from em_lightning.mixture.backends.reference import map_blocks, sum_blocks
+
+__all__ = ["map_blocks", "sum_blocks"]

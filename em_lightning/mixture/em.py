@@ -1,0 +1,243 @@
+"""Expectation-maximization: one step, and the loop to convergence for sets in memory and for blocks of one large set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from em_lightning.mixture.covariance import Covariance, Parameters, covariance_of
+from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step
+from em_lightning.mixture.m_step import m_step
+from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
+from em_lightning.mixture.points import Frame, accumulation_dtype, power_of_two, prepare
+from em_lightning.mixture.prior import MixturePrior
+
+State = TypeVar("State", bound=tuple[Tensor, ...])
+
+
+def em_step(
+    x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None, floor: float = 1e-6
+) -> Mixture:
+    r"""Return the mixtures after one EM iteration.
+
+    :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; weights, means and covariances are then the moments of
+    the points under :math:`r`, with ``floor`` added to the variances as scikit-learn's ``reg_covar`` is.
+
+    Args:
+        x: points (B, N, D).
+        mixture: B mixtures of any covariance type, which is kept.
+        mask: (B, N), false where a row is padding.
+        weights: (B, N), how often each point counts.
+        floor: added to every variance, in squared units of the points.
+
+    Raises:
+        ValueError: the points do not fit the mixtures, or there are none.
+
+    Example:
+        >>> x = torch.tensor([[[-1.0], [-0.9], [1.0], [1.1]]])
+        >>> start = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2))
+        >>> em_step(x, start).means.shape
+        torch.Size([1, 2, 1])
+
+    Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
+    """
+    check_points(mixture, x)
+    if x.shape[1] == 0:
+        raise ValueError(f"x of shape {tuple(x.shape)} must have at least one point; mask it where a set has none")
+    covariance = covariance_of(mixture.covariances, mixture.means)
+    points = prepare(x, covariance.features, mask, weights)
+    parameters = points.frame.enter_parameters(mixture.parameters())
+    statistics = e_step(points, parameters, Likelihood(covariance))
+    after = m_step(statistics, covariance, points.floor(floor), parameters.covariances)
+    return mixture_of(points, after, covariance, x.dtype)
+
+
+class Fit(NamedTuple):
+    """The result of EM iterations to convergence.
+
+    state: the parameters of each set.
+    steps: (B,), iterations of each set.
+    converged: (B,), whether the objective of a set changed by less than the tolerance.
+    objectives: one (B,) per iteration, the objective per point before its M-step.
+    """
+
+    state: tuple[Tensor, ...]
+    steps: Tensor
+    converged: Tensor
+    objectives: list[Tensor]
+
+
+def fit(
+    step: Callable[[State, int], tuple[State, Tensor]], state: State, *, max_iters: int, tol: float, min_iters: int = 1
+) -> Fit:
+    """Iterate until the objective per point of each set changes by less than ``tol``, as scikit-learn does.
+
+    A set that has converged keeps its parameters, so that its result does not depend on the other sets.
+
+    Args:
+        step: from parameters and the number of the iteration, from 1, to the parameters after an iteration and the
+            objective per point (B,) before it.
+        state: a named tuple of tensors (B, ...).
+        max_iters: largest number of iterations.
+        tol: in nats per point; 0 makes all iterations.
+        min_iters: iterations before the first test.
+    """
+    size, device = len(state[0]), state[0].device
+    steps = torch.zeros(size, dtype=torch.long, device=device)
+    running = torch.ones(size, dtype=torch.bool, device=device)
+    before, objectives = None, []
+    for iteration in range(1, max_iters + 1):
+        after, objective = step(state, iteration)
+        state, steps = where(running, after, state), steps + running
+        if before is not None and iteration > min_iters:
+            running = running & ~((objective - before).abs() < tol)
+        before = objective
+        objectives.append(objective)
+        if not running.any():
+            break
+    return Fit(state, steps, ~running, objectives)
+
+
+def where(condition: Tensor, one: State, other: State) -> State:
+    """Return one named tuple of tensors for the sets where a condition (B,) holds, and another elsewhere."""
+    parts = (
+        torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(one, other, strict=True)
+    )
+    return type(one)(*parts)
+
+
+class StreamedEM(NamedTuple):
+    """EM over points that come in blocks: statistics of blocks, and of ranks, are added before the M-step.
+
+    covariance: the covariance type.
+    frame: coordinates near the middle of all points, the same for all blocks of a pass.
+
+    Example:
+        >>> x = torch.tensor([[-1.0], [-0.9], [1.0], [1.1]])
+        >>> mixture = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2, 1))
+        >>> streamed = StreamedEM.about(mixture)
+        >>> first, second = (streamed.e_step(block, mixture) for block in x.split(2))
+        >>> streamed.m_step(first.plus(second), mixture).means.shape
+        torch.Size([1, 2, 1])
+    """
+
+    covariance: Covariance
+    frame: Frame
+
+    @classmethod
+    def about(cls, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> StreamedEM:
+        """Return streamed EM for points with the mean and variance (1, D) of a mixture, unless others are given."""
+        center = mixture.mean if center is None else center
+        variance = mixture.variance if variance is None else variance
+        dtype = accumulation_dtype(center)
+        frame = Frame(center.detach().to(dtype), power_of_two(variance.detach().to(dtype).amax(-1).sqrt()))
+        return cls(covariance_of(mixture.covariances, mixture.means), frame)
+
+    def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
+        """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
+        if x.shape[-1] != mixture.features:
+            raise ValueError(f"x has shape {tuple(x.shape)}; the mixture has {mixture.features} features")
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            points = prepare(
+                x.unsqueeze(0),
+                self.covariance.features,
+                weights=None if weights is None else weights.unsqueeze(0),
+                frame=self.frame,
+                normalized_weights=False,
+                with_moments=False,
+            )
+            parameters = points.frame.enter_parameters(mixture.parameters())
+            found = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
+            return found._replace(log_likelihood=found.log_likelihood - points.log_volume() * points.mass)
+
+    def m_step(
+        self,
+        statistics: SufficientStatistics,
+        before: Mixture,
+        floor: float = 1e-6,
+        prior: MixturePrior | None = None,
+        variance: Tensor | None = None,
+    ) -> Mixture:
+        """Return the mixture of the M-step.
+
+        Args:
+            statistics: of all points.
+            before: the mixture that the E-step saw.
+            floor: added to every variance, in squared units of the points.
+            prior: of the parameters. A mean that it does not give is the center of the frame.
+            variance: (1, D), of all points, for a prior that does not give its covariance.
+        """
+        center, scale = self.frame
+        with torch.no_grad():
+            statistics = statistics.with_mean_weight_one()
+            counts = None
+            if prior is not None:
+                if variance is None and prior.covariance is None:
+                    raise ValueError("variance=None must be given: the prior's covariance is a share of it")
+                spread = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
+                mean = torch.zeros_like(center)
+                counts = prior.pseudo_counts(self.frame, mean, spread, self.covariance, before.components)
+            covariances = self.frame.enter_parameters(before.parameters()).covariances
+            after = m_step(statistics, self.covariance, floor / scale.square(), covariances, counts)
+            return Mixture(*self.frame.leave_parameters(after))
+
+
+class BlockFit(NamedTuple):
+    """The mixture that EM found, the log-likelihood per point before each M-step, and whether EM converged."""
+
+    mixture: Mixture
+    log_likelihoods: list[float]
+    converged: bool
+
+
+def fit_blocks(
+    blocks: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
+    start: Mixture,
+    *,
+    max_iters: int = 100,
+    tol: float = 1e-3,
+    floor: float = 1e-6,
+    prior: MixturePrior | None = None,
+) -> BlockFit:
+    """Fit one mixture to points in blocks by EM, one pass over the blocks per iteration.
+
+    Args:
+        blocks: returns the blocks of a pass, each as points (n, D) and how often each counts (n,) or ``None``.
+        start: a mixture of one set.
+        max_iters: largest number of iterations.
+        tol: of the change of the log-likelihood, in nats per point; 0 makes all iterations.
+        floor: added to every variance.
+        prior: of the parameters, with its mean and covariance given.
+
+    Example:
+        >>> x = torch.tensor([[-2.0], [-1.9], [3.0], [3.1]])
+        >>> start = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2, 1))
+        >>> fit = fit_blocks(lambda: [(x[:3], None), (x[3:], None)], start)
+        >>> [round(mean, 2) for mean in fit.mixture.means.flatten().tolist()], fit.converged
+        ([-1.95, 3.05], True)
+    """
+    start = start.to(accumulation_dtype(start.means))
+    streamed = StreamedEM.about(start)
+
+    def step(parameters: Parameters, _: int) -> tuple[Parameters, Tensor]:
+        mixture = Mixture(*parameters)
+        statistics = None
+        for x, weights in blocks():
+            found = streamed.e_step(x, mixture, weights)
+            statistics = found if statistics is None else statistics.plus(found)
+        if statistics is None:
+            raise ValueError("blocks() must yield at least one block")
+        level = statistics.log_likelihood / statistics.mass.sum(-1)
+        if not math.isfinite(float(level)):
+            raise ValueError(
+                f"the log-likelihood is {float(level)}: the points hold NaN or infinity, or all weights are zero"
+            )
+        return streamed.m_step(statistics, mixture, floor, prior).parameters(), level
+
+    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol)
+    levels = [float(level) for level in found.objectives]
+    return BlockFit(Mixture(*found.state), levels, bool(found.converged))

@@ -1,0 +1,263 @@
+"""Gaussian mixtures as values: log-densities, posteriors, samples, marginals, conditionals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.export import register_dataclass
+
+from em_lightning.competition import Posterior, softmin
+from em_lightning.mixture.covariance import COVARIANCES, Covariance, Parameters, covariance_of
+from em_lightning.mixture.e_step import Likelihood, log_density, log_joint
+from em_lightning.mixture.points import Frame, Points, accumulation_dtype, prepare
+
+
+@dataclass(frozen=True)
+class Mixture:
+    r"""A batch of Gaussian mixtures, :math:`p(x) = \sum_k \pi_k N(x \mid \mu_k, \Sigma_k)`, one per set.
+
+    Densities are computed in float64 and returned in the dtype of the points. A component whose points are 1e8 of its
+    own widths away from it is at the limit of float64.
+
+    Args:
+        log_weights: :math:`\log \pi` (B, K), normalized over components.
+        means: (B, K, D).
+        covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D); the shape tells
+            which.
+
+    Example:
+        >>> mixture = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2, 1))
+        >>> mixture.posterior(torch.zeros(1, 1, 1)).responsibilities
+        tensor([[[0.5000, 0.5000]]])
+        >>> mixture.log_prob(torch.zeros(1, 1, 1)).exp()  # the standard normal density at 1
+        tensor([[0.2420]])
+
+    Source: Bishop, Pattern Recognition and Machine Learning, 2006, section 9.2.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    @property
+    def sets(self) -> int:
+        """B."""
+        return self.means.shape[0]
+
+    @property
+    def components(self) -> int:
+        """K."""
+        return self.means.shape[1]
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return self.means.shape[2]
+
+    @property
+    def covariance_type(self) -> str:
+        """``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
+
+        Raises:
+            ValueError: the covariances have the shape of none of them.
+        """
+        return self._covariance.name
+
+    @property
+    def weights(self) -> Tensor:
+        """Mixing weights (B, K)."""
+        return self.log_weights.exp()
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of each mixture (B, D)."""
+        return (self.weights.unsqueeze(-1) * self.means).sum(1) / self.weights.sum(-1, keepdim=True)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance of each mixture in each feature (B, D)."""
+        spread = self._covariance.diagonal(self.covariances, self.features)
+        second = spread + (self.means - self.mean.unsqueeze(1)).square()
+        return (self.weights.unsqueeze(-1) * second).sum(1) / self.weights.sum(-1, keepdim=True)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of free parameters of each mixture."""
+        shape = self._covariance.num_parameters(self.components, self.features)
+        return self.components - 1 + self.components * self.features + shape
+
+    @property
+    def _covariance(self) -> Covariance:
+        return covariance_of(self.covariances, self.means)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Mixture:
+        """Return the mixture of ``function`` of each tensor."""
+        return Mixture(function(self.log_weights), function(self.means), function(self.covariances))
+
+    def to(self, target: torch.dtype | torch.device | str) -> Mixture:
+        """Return the mixture in another dtype or on another device."""
+        return self.map(lambda part: part.to(target))
+
+    def detach(self) -> Mixture:
+        """Return the mixture without its graph."""
+        return self.map(Tensor.detach)
+
+    def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
+        """Return some of the mixtures; an integer gives a batch of one."""
+        if isinstance(sets, int):
+            sets = slice(sets, sets + 1 or None)
+        return self.map(lambda part: part[sets])
+
+    def parameters(self) -> Parameters:
+        """Return the three tensors."""
+        return Parameters(self.log_weights, self.means, self.covariances)
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """Return ``log pi_k + log N(x_n | mu_k, Sigma_k)`` of points (B, N, D), as (B, N, K)."""
+        points, parameters = self._enter(x)
+        theta, peak = self._covariance.natural_parameters(parameters)
+        features = points.lift(points.source, slice(None))
+        joint, _ = log_joint(features, theta, peak, self.features, None)
+        return (joint.mT - points.log_volume()[:, None, None]).to(x.dtype)
+
+    def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false.
+
+        Derivatives of every order exist.
+        """
+        points, parameters = self._enter(x, mask)
+        density = log_density(points, parameters, Likelihood(self._covariance)) - points.log_volume().unsqueeze(1)
+        density = density.to(x.dtype)
+        return density if mask is None else torch.where(mask, density, 0.0)
+
+    def _enter(self, x: Tensor, mask: Tensor | None = None) -> tuple[Points, Parameters]:
+        """Return points and parameters in coordinates about the means."""
+        check_points(self, x)
+        means = self.means.detach().to(accumulation_dtype(x))
+        frame = Frame(means.mean(1), torch.ones_like(means[:, 0, 0]))
+        x = x.expand(self.sets, -1, -1)
+        points = prepare(x, self._covariance.features, mask, frame=frame, with_moments=False)
+        return points, frame.enter_parameters(self.parameters())
+
+    def posterior(self, x: Tensor) -> Posterior:
+        """Return the posterior over components of points (B, N, D).
+
+        Energies are ``-log pi_k - log N(x | mu_k, Sigma_k)`` (B, N, K); the free energy (B, N) is ``-log p(x)``.
+        """
+        return softmin(-self.log_joint(x))
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` points from each mixture, as (B, n, D)."""
+        if n < 0:
+            raise ValueError(f"n={n} must be at least 0")
+        chosen = torch.multinomial(self.weights, max(n, 1), replacement=True, generator=generator)[:, :n]
+        noise = torch.randn(
+            self.sets, n, self.features, generator=generator, dtype=self.means.dtype, device=self.means.device
+        )
+        rows = torch.arange(self.sets, device=chosen.device).unsqueeze(1)
+        scale = self._scale_tril()[rows, chosen]
+        return self.means[rows, chosen] + (scale @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def _scale_tril(self) -> Tensor:
+        """Return lower triangular factors (B, K, D, D) of the covariances."""
+        covariances = self.full().covariances
+        return COVARIANCES["full"].factorize(covariances.to(accumulation_dtype(covariances))).scale.to(self.means.dtype)
+
+    def full(self) -> Mixture:
+        """Return the same mixtures with full covariances."""
+        return Mixture(self.log_weights, self.means, self._covariance.to_full(self.covariances, self.means))
+
+    def to_distribution(self) -> MixtureSameFamily:
+        """Return the same mixtures as a ``torch.distributions`` object with batch shape (B,)."""
+        components = MultivariateNormal(self.means, scale_tril=self._scale_tril())
+        return MixtureSameFamily(Categorical(logits=self.log_weights), components)
+
+    def affine(self, scale: Tensor, shift: Tensor) -> Mixture:
+        """Return the mixtures of ``scale * x + shift`` for a scale (B,) and a shift (B, D), such as data units."""
+        covariances = self._covariance.scaled(self.covariances, scale.square().unsqueeze(-1))
+        return Mixture(self.log_weights, self.means * scale[:, None, None] + shift.unsqueeze(1), covariances)
+
+    def marginal(self, features: Sequence[int]) -> Mixture:
+        """Return the mixtures of some features: those of ``x[..., features]``.
+
+        Example:
+            >>> one = Mixture(torch.zeros(1, 1), torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 2))
+            >>> one.marginal([1]).means
+            tensor([[[2.]]])
+        """
+        chosen = list(features)
+        covariances = self._covariance.marginal(self.covariances, chosen)
+        return Mixture(self.log_weights, self.means[..., chosen], covariances)
+
+    def condition(self, features: Sequence[int], values: Tensor) -> Mixture:
+        r"""Return the mixtures of the other features, given the values (B, d) of some.
+
+        .. math::
+            \mu_{a|b} = \mu_a + \Sigma_{ab} \Sigma_{bb}^{-1} (x_b - \mu_b), \qquad
+            \Sigma_{a|b} = \Sigma_{aa} - \Sigma_{ab} \Sigma_{bb}^{-1} \Sigma_{ba}, \qquad
+            \pi_{k|b} \propto \pi_k N(x_b \mid \mu_{kb}, \Sigma_{kbb})
+
+        Args:
+            features: indices of the known features.
+            values: their values.
+
+        Example:
+            >>> covariances = torch.tensor([[[[1.0, 0.5], [0.5, 1.0]]]])
+            >>> one = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), covariances)
+            >>> one.condition([0], torch.ones(1, 1)).means
+            tensor([[[0.5000]]])
+
+        Source: Bishop, Pattern Recognition and Machine Learning, 2006, section 2.3.
+        """
+        known = list(features)
+        rest = [i for i in range(self.features) if i not in {k % self.features for k in known}]
+        log_weights = self.marginal(known).log_joint(values.unsqueeze(1)).squeeze(1).log_softmax(-1)
+        full = self.full().covariances
+        cross = full[..., rest, :][..., known]
+        gain = torch.linalg.solve(full[..., known, :][..., known], cross, left=False)
+        offset = (values.unsqueeze(1) - self.means[..., known]).unsqueeze(-1)
+        means = self.means[..., rest] + (gain @ offset).squeeze(-1)
+        covariances = full[..., rest, :][..., rest] - gain @ cross.mT
+        return Mixture(log_weights.to(means.dtype), means, 0.5 * (covariances + covariances.mT))
+
+
+register_dataclass(Mixture, serialized_type_name="em_lightning.Mixture")
+
+
+def mixture_of(points: Points, parameters: Parameters, covariance: Covariance, dtype: torch.dtype) -> Mixture:
+    """Return the mixture, in units of the points, for parameters in their coordinates."""
+    public = parameters._replace(covariances=covariance.to_public(parameters.covariances))
+    return Mixture(*(part.to(dtype) for part in points.frame.leave_parameters(public)))
+
+
+def check_points(mixture: Mixture, x: Tensor) -> None:
+    """Raise an error unless x holds points (B, N, D) that fit the mixtures."""
+    if not x.is_floating_point():
+        raise TypeError(f"x has dtype {x.dtype}; give a floating-point tensor, for instance x.float()")
+    if x.ndim != 3 or x.shape[0] not in (1, mixture.sets) or x.shape[-1] != mixture.features:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit {mixture.sets} mixtures of {mixture.features} features; "
+            f"give ({mixture.sets}, N, {mixture.features})"
+        )
+
+
+def information_criteria(mixture: Mixture, log_likelihood: float, count: float) -> dict[str, float]:
+    r"""Return the Bayesian and Akaike's information criterion, the lower the better.
+
+    .. math:: \mathrm{BIC} = m \log N - 2 \log p(X), \qquad \mathrm{AIC} = 2 m - 2 \log p(X)
+
+    Args:
+        mixture: with m free parameters.
+        log_likelihood: :math:`\log p(X)`, in nats.
+        count: N, the number of points.
+
+    Source: Schwarz, Estimating the Dimension of a Model, 1978; Akaike, A New Look at the Statistical Model
+    Identification, 1974.
+    """
+    size = mixture.num_parameters
+    return {"bic": size * math.log(count) - 2.0 * log_likelihood, "aic": 2.0 * size - 2.0 * log_likelihood}

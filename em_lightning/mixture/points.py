@@ -1,0 +1,204 @@
+"""Point sets ready for EM: centred, scaled to unit size, mask and weights in one, in the accumulation dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from em_lightning.mixture.covariance import Parameters
+
+# Features of up to this many numbers are kept for all iterations; of larger sets each block is lifted when it is read.
+_KEPT = 2**22
+
+
+class Frame(NamedTuple):
+    """The coordinates ``z = (x - center) / scale`` of a batch of point sets. Both are constants without gradients.
+
+    center: (B, D), near the middle of the points.
+    scale: (B,), a power of two, so that dividing by it rounds nothing.
+    """
+
+    center: Tensor
+    scale: Tensor
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return coordinates (B, D, N) of points (B, D, N)."""
+        return (x - self.center.unsqueeze(-1)) / self.scale[:, None, None]
+
+    def enter_parameters(self, parameters: Parameters) -> Parameters:
+        """Return parameters in these coordinates for parameters in units of the points."""
+        log_weights, means, covariances = (part.to(self.center.dtype) for part in parameters)
+        ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
+        means = (means - self.center.unsqueeze(1)) / self.scale[:, None, None]
+        return Parameters(log_weights, means, covariances / ratio)
+
+    def leave_parameters(self, parameters: Parameters) -> Parameters:
+        """Return parameters in units of the points for parameters in these coordinates."""
+        log_weights, means, covariances = parameters
+        ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
+        means = means * self.scale[:, None, None] + self.center.unsqueeze(1)
+        return Parameters(log_weights, means, covariances * ratio)
+
+
+class Points(NamedTuple):
+    """A batch of point sets in the coordinates of their frame.
+
+    source: (B, F, N), the features ``phi(z)``; of large sets the points (B, D, N) themselves.
+    weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` where all count once.
+    mass: (B,), the sum of the weights.
+    count: (B,), the number of points that count.
+    frame: the coordinates.
+    lift: maps a block of the source, and the index of its sets, to features (b, F, n).
+    mean: (B, D), weighted mean of the coordinates; zero unless it was asked for.
+    variance: (B, D), weighted variance of the coordinates; zero unless it was asked for.
+    eps: relative precision of the points as they were given.
+    """
+
+    source: Tensor
+    weights: Tensor | None
+    mass: Tensor
+    count: Tensor
+    frame: Frame
+    lift: Callable[[Tensor, slice], Tensor]
+    mean: Tensor
+    variance: Tensor
+    eps: float
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return self.mean.shape[1]
+
+    def coordinates(self, rows: slice = slice(None)) -> Tensor:
+        """Return coordinates (B, D, n) of some points."""
+        return self.lift(self.source[:, :, rows], slice(None))[:, 1 : 1 + self.num_features]
+
+    def floor(self, covariance_floor: float, relative: bool = False) -> Tensor:
+        """Return the variance floor (B,) in these coordinates, at least the square of the points' precision.
+
+        Args:
+            covariance_floor: in squared units of the points, or as a share of the mean variance of each set.
+            relative: which of the two.
+        """
+        if relative:
+            floor = covariance_floor * self.variance.detach().mean(-1)
+        else:
+            floor = covariance_floor / self.frame.scale.square()
+        return floor.clamp(min=self.eps**2)
+
+    def log_volume(self) -> Tensor:
+        """Return ``D log(scale)`` (B,): log-densities in units of the points are lower by it."""
+        return self.num_features * self.frame.scale.log()
+
+
+def prepare(
+    x: Tensor,
+    lift: Callable[[Tensor], Tensor],
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    frame: Frame | None = None,
+    normalized_weights: bool = True,
+    with_moments: bool = True,
+    kept: int = _KEPT,
+) -> Points:
+    """Return points (B, N, D) ready for EM.
+
+    Args:
+        x: points (B, N, D).
+        lift: from coordinates (B, D, N) to features ``phi`` (B, F, N), which begin with ``[1, z]``.
+        mask: (B, N), false where a row is padding, whatever it holds.
+        weights: (B, N), not negative; a common factor has no effect.
+        frame: the coordinates; the mean and the extent of each set unless given.
+        normalized_weights: divide weights by their mean; ``False`` for a block of a larger set.
+        with_moments: whether the mean and variance of each set are wanted.
+        kept: number of features that are computed once instead of block by block.
+    """
+    dtype = accumulation_dtype(x)
+    weights, counted = _joined(mask, weights, dtype, normalized_weights)
+    if counted is not None:
+        x = torch.where(counted.unsqueeze(-1), x, 0.0 if frame is None else frame.center.unsqueeze(1).to(x.dtype))
+    if frame is None:
+        frame = frame_of(x, counted)
+        if counted is not None:  # rows that do not count lie at the center
+            x = torch.where(counted.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
+    mass = torch.full_like(frame.scale, x.shape[1]) if weights is None else weights.sum(-1)
+    count = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
+    center, scale = frame
+    source = x.mT.contiguous() if x.numel() <= kept else x.mT
+
+    def lift_block(block: Tensor, sets: slice) -> Tensor:
+        return lift(Frame(center[sets], scale[sets]).enter(block.to(dtype)))
+
+    num_numbers = source[:, 0].numel() * lift(center[:1, :, None]).shape[1]
+    if num_numbers <= kept:
+        source, lift_source = lift_block(source, slice(None)), _already_lifted
+    else:
+        lift_source = lift_block
+    none = torch.zeros_like(center)
+    points = Points(source, weights, mass, count, frame, lift_source, none, none, torch.finfo(x.dtype).eps)
+    if not with_moments:
+        return points
+    mean, variance = _moments(points)
+    return points._replace(mean=mean, variance=variance)
+
+
+def frame_of(x: Tensor, counted: Tensor | None = None) -> Frame:
+    """Return the mean of points (B, N, D) and the power of two above their extent, of the rows that count (B, N)."""
+    x, dtype = x.detach(), accumulation_dtype(x)
+    if counted is None:
+        center = x.mean(1).to(dtype)
+    else:  # rows that do not count are zero
+        center = x.sum(1).to(dtype) / counted.sum(1, keepdim=True).clamp(min=1)
+    center = torch.where(center.isfinite(), center, 0.0)
+    low, high = (side.to(dtype) for side in x.aminmax(dim=1))
+    extent = torch.maximum(high - center, center - low).amax(-1)
+    return Frame(center, power_of_two(extent))
+
+
+def power_of_two(extent: Tensor) -> Tensor:
+    """Return the power of two above an extent, 1 for an extent of zero."""
+    return torch.where(extent > 0, torch.ldexp(torch.ones_like(extent), torch.frexp(extent).exponent), 1.0)
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """Return the floating-point type in which sums are accumulated: float64, but float32 on Apple's GPUs."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _joined(
+    mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return one weight per point, zero where masked, and which points count, (B, N) both; ``None`` where all do."""
+    if weights is None:
+        return (None, None) if mask is None else (mask.to(dtype), mask)
+    weights = weights.to(dtype) if mask is None else torch.where(mask, weights.to(dtype), 0.0)
+    counted = weights > 0
+    if normalized:
+        # Divided by the largest weight first, so that the sum is neither zero nor infinite.
+        largest = weights.detach().amax(-1, keepdim=True)
+        weights = weights / torch.where(largest > 0, largest, 1.0)
+        total = weights.sum(-1, keepdim=True)
+        weights = weights * (counted.sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0))
+    return weights, counted
+
+
+def _moments(points: Points) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean and variance (B, D) of the coordinates; zero for sets without points."""
+    mass = points.mass.clamp(min=torch.finfo(points.mass.dtype).tiny).unsqueeze(-1)
+    items, size = points.source.shape[2], points.source[:, :, 0].numel()
+    rows = max(_KEPT // max(size, 1), 1)
+    first = second = torch.zeros_like(points.frame.center)
+    for start in range(0, items, rows):
+        block = slice(start, start + rows)
+        z = points.coordinates(block)
+        weighted = z if points.weights is None else z * points.weights[:, None, block]
+        first, second = first + weighted.sum(-1), second + (weighted * z).sum(-1)
+    mean = first / mass
+    return mean, (second / mass - mean.square()).clamp(min=0.0)
+
+
+def _already_lifted(block: Tensor, sets: slice) -> Tensor:
+    return block
