@@ -9,6 +9,7 @@ from em_lightning.kernels.additive import (
 )
 from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
 from em_lightning.kernels.distance import pairwise, squared_distance
+from em_lightning.kernels.elliptical import EllipticalKernel
 from em_lightning.kernels.radial import GaussianKernel, MahalanobisKernel, StudentTKernel
 from em_lightning.kernels.similarity import CosineKernel, DotProductKernel, LearnedEnergyKernel
 
@@ -16,6 +17,7 @@ __all__ = [
     "KERNELS",
     "CosineKernel",
     "DotProductKernel",
+    "EllipticalKernel",
     "ExponentialKernel",
     "GaussianKernel",
     "HuberKernel",

@@ -10,16 +10,19 @@ from torch.nn import functional
 
 from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
 from em_lightning.kernels.distance import pairwise
+from em_lightning.kernels.elliptical import EllipticalKernel, float64, huber_irls_weight, huber_rho, log_sphere_area
 from em_lightning.kernels.special import scaled_bessel_k
 
 # exp(40) = 2.4e17: its square still fits float32, so that norms of gradients do.
 _LARGEST_EXPONENT = 40.0
+# Below this distance, in scales, the elliptical Laplace energy is a parabola: its IRLS weight is infinite at 0.
+_LAPLACE_CORE = 1e-4
 # The exponential integral E_1(1), the integral of exp(-exp(u)) over u > 0 (Abramowitz and Stegun, table 5.1).
 _EXPONENTIAL_INTEGRAL = 0.21938393439552027
 
 
 @KERNELS.register("laplace")
-class LaplaceKernel(Kernel):
+class LaplaceKernel(EllipticalKernel):
     r"""Absolute distance, the energy of Laplace noise.
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \frac{|x_i - \mu_i|}{b}
@@ -56,6 +59,19 @@ class LaplaceKernel(Kernel):
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         return num_features * (math.log(2) + self.scale.log()).reshape(())
+
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        scaled = squared_distance / self.positive("scale", torch.float64) ** 2
+        return huber_rho(scaled, _LAPLACE_CORE) / _LAPLACE_CORE + 0.5 * _LAPLACE_CORE
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        variance = self.positive("scale", torch.float64) ** 2
+        return huber_irls_weight(squared_distance / variance, _LAPLACE_CORE) / (_LAPLACE_CORE * variance)
+
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+        # The area of the sphere times the integral of r^(D-1) exp(-r); the parabola changes it by less than 1e-8.
+        log_scale = float64(self.positive("scale", torch.float64)).log()
+        return log_sphere_area(num_features) + math.lgamma(num_features) + num_features * log_scale
 
 
 @KERNELS.register("logistic")
@@ -103,7 +119,7 @@ class LogisticKernel(Kernel):
 
 
 @KERNELS.register("huber")
-class HuberKernel(Kernel):
+class HuberKernel(EllipticalKernel):
     r"""Quadratic near the center, linear in the tails.
 
     .. math::
@@ -151,9 +167,26 @@ class HuberKernel(Kernel):
         tails = 2 / delta * (-0.5 * delta**2).exp()
         return num_features * (middle + tails).log()
 
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return huber_rho(squared_distance, self.positive("delta", torch.float64))
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return huber_irls_weight(squared_distance, self.positive("delta", torch.float64))
+
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+        # The integral of r^(D-1) exp(-r^2 / 2) to delta, and beyond it that of r^(D-1) exp(delta^2 / 2 - delta r),
+        # which is a finite sum of positive terms.
+        half, square = 0.5 * num_features, float64(self.positive("delta", torch.float64)) ** 2
+        middle = torch.special.gammainc(torch.full_like(square, half), 0.5 * square).log()
+        middle = middle + (half - 1.0) * math.log(2.0) + math.lgamma(half)
+        order = torch.arange(num_features, dtype=torch.float64, device=square.device)
+        terms = order * square.log() - torch.lgamma(order + 1.0)
+        tail = terms.logsumexp(0) + math.lgamma(num_features) - 0.5 * square - half * square.log()
+        return log_sphere_area(num_features) + torch.logaddexp(middle, tail)
+
 
 @KERNELS.register("pseudo_huber")
-class PseudoHuberKernel(Kernel):
+class PseudoHuberKernel(EllipticalKernel):
     r"""Smooth Huber: quadratic near the center, linear in the tails, differentiable at every order.
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \delta^2 \left(\sqrt{1 + (z_i / \delta)^2} - 1\right), \qquad z = x - \mu
@@ -195,6 +228,29 @@ class PseudoHuberKernel(Kernel):
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         delta = self.delta.reshape(())
         return num_features * (math.log(2) + delta.log() + scaled_bessel_k(delta**2, order=1).log())
+
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return squared_distance / (1.0 + self._root(squared_distance))
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return self._root(squared_distance).reciprocal()
+
+    def _root(self, squared_distance: Tensor) -> Tensor:
+        return (1.0 + squared_distance / self.positive("delta", torch.float64) ** 2).sqrt()
+
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+        # (2 pi)^((D-1)/2) 2 delta exp(delta^2) K_((D+1)/2)(delta^2) by the stable upward recurrence of ratios
+        # K_(v+1) / K_v = K_(v-1) / K_v + 2 v / x, from orders 0 and 1, or from 1/2, where K is sqrt(pi / 2x) exp(-x).
+        x = float64(self.positive("delta", torch.float64)) ** 2
+        if num_features % 2:
+            zeroth, first = scaled_bessel_k(x, 0), scaled_bessel_k(x, 1)
+            order, log_bessel, ratio = 1.0, first.log(), first / zeroth
+        else:
+            order, log_bessel, ratio = 0.5, 0.5 * (0.5 * math.pi / x).log(), torch.ones_like(x)
+        while order < 0.5 * (num_features + 1):
+            ratio = ratio.reciprocal() + 2.0 * order / x
+            log_bessel, order = log_bessel + ratio.log(), order + 1.0
+        return 0.5 * (num_features - 1) * math.log(2.0 * math.pi) + 0.5 * (4.0 * x).log() + log_bessel
 
 
 @KERNELS.register("exponential")

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
 from em_lightning.kernels.distance import few_differences, pairwise, squared_distance
+from em_lightning.kernels.elliptical import EllipticalKernel, float64
 
 
 @KERNELS.register("gaussian")
-class GaussianKernel(Kernel):
+class GaussianKernel(EllipticalKernel):
     r"""Squared distance, the energy of an isotropic Gaussian.
 
     .. math:: d(x, \mu) = \frac{\lVert x - \mu \rVert^2}{2 s^2}
@@ -51,9 +52,20 @@ class GaussianKernel(Kernel):
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log()).reshape(())
 
+    # The scale is redundant where the covariance is estimated, and left out there.
+
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return 0.5 * squared_distance
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return torch.ones_like(squared_distance)
+
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+        return torch.tensor(0.5 * num_features * math.log(2 * math.pi), dtype=torch.float64)
+
 
 @KERNELS.register("student_t")
-class StudentTKernel(Kernel):
+class StudentTKernel(EllipticalKernel):
     r"""Logarithm of the squared distance, heavy-tailed.
 
     .. math:: d(x, \mu) = p \, \log\Bigl(1 + \frac{\lVert x - \mu \rVert^2}{\nu s^2}\Bigr)
@@ -100,18 +112,34 @@ class StudentTKernel(Kernel):
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         df, scale = self.positive("df", x.dtype), self.positive("scale", x.dtype)
-        energies = (squared_distance(x, centers) / (df * scale**2)).log1p()
-        return energies * ((df + x.shape[-1]) / 2) if self.density else energies
+        return self._exponent(x.shape[-1], df) * (squared_distance(x, centers) / (df * scale**2)).log1p()
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        df, scale = self.df.reshape(()), self.scale.reshape(())
+        return self._log_normalizer(num_features, self.df.reshape(()), self.scale.reshape(()))
+
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        df, scale = self.positive("df", torch.float64), self.positive("scale", torch.float64)
+        return self._exponent(num_features, df) * (squared_distance / (df * scale**2)).log1p()
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        df, scale = self.positive("df", torch.float64), self.positive("scale", torch.float64)
+        return 2 * self._exponent(num_features, df) / (df * scale**2 + squared_distance)
+
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+        df, scale = float64(self.positive("df", torch.float64)), float64(self.positive("scale", torch.float64))
+        return self._log_normalizer(num_features, df, scale)
+
+    def _exponent(self, num_features: int, df: Tensor | float) -> Tensor | float:
+        return (df + num_features) / 2 if self.density else 1.0
+
+    def _log_normalizer(self, num_features: int, df: Tensor, scale: Tensor) -> Tensor:
         half = num_features / 2
         if not self.density and num_features >= 2:
             raise NoDensityError(
                 f"StudentTKernel has no density over num_features={num_features}: exp(-d) falls as distance^-2, which "
                 f"is integrable for one feature only; build it with density=True for the exponent (df + D) / 2"
             )
-        exponent = (df + num_features) / 2 if self.density else torch.ones_like(df)
+        exponent = torch.as_tensor(self._exponent(num_features, df), dtype=df.dtype)
         volume = half * (math.pi * df).log() + num_features * scale.log()
         return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
 
