@@ -21,6 +21,7 @@ from em_lightning.kernels import (
     NoDensityError,
     PseudoHuberKernel,
     StudentTKernel,
+    density_kernel,
 )
 from em_lightning.testing import KernelContract
 
@@ -185,16 +186,47 @@ def test_a_fixed_shape_is_as_exact_as_a_learned_one(key):
     fixed, learned = KERNELS.build(key, **{name: 0.7}), KERNELS.build(key, **{name: 0.7}, learnable=True)
     assert_close(fixed(x, centers), learned(x, centers), rtol=1e-15, atol=0)
     assert list(fixed.parameters()) == [] and all(value.shape == (1,) for value in learned.parameters())
-    assert_close(getattr(learned, name), torch.tensor([0.7]))
-    assert_close(getattr(fixed, name), torch.tensor(0.7, dtype=torch.float64), rtol=0, atol=0)
+    for kernel in (learned, fixed):
+        assert_close(getattr(kernel, name), torch.tensor(0.7, dtype=torch.float64), rtol=0, atol=0)
 
 
 def test_fixed_shapes_are_in_the_state_dict():
     kernel = StudentTKernel(df=5.0, scale=2.0)
     kernel.load_state_dict(StudentTKernel(df=3.0, scale=0.1).state_dict())
     assert kernel.extra_repr() == "df=3, scale=0.1" and kernel.scale.item() == 0.1
-    with pytest.raises(ValueError, match="1 shape parameters and StudentTKernel has 2 .df, scale."):
+    with pytest.raises(ValueError, match="1 shape.*StudentTKernel.*2.*df, scale"):
         kernel.load_state_dict(GaussianKernel().state_dict())
+
+
+def test_every_kernel_with_shape_parameters_can_learn_them():
+    for key in KERNELS:
+        if KERNELS[key] in (CosineKernel, LearnedEnergyKernel):  # no shape parameters; parameters of the network
+            continue
+        arguments = {"num_features": 2} if key == "mahalanobis" else {}
+        kernel = KERNELS.build(key, **arguments, learnable=True)
+        energies = kernel(torch.randn(4, 2), torch.randn(3, 2)).sum()
+        assert list(kernel.parameters())
+        assert all(slope.abs().sum() > 0 for slope in torch.autograd.grad(energies, list(kernel.parameters())))
+        assert list(KERNELS.build(key, **arguments, learnable=False).parameters()) == []
+
+
+@pytest.mark.parametrize(
+    "spec", ["student_t", {"name": "student_t"}, StudentTKernel, {"class_path": "em_lightning.kernels.StudentTKernel"}]
+)
+def test_density_kernel_asks_for_a_density(spec):
+    assert density_kernel(spec).density and density_kernel(spec).log_normalizer(5).isfinite()
+
+
+def test_density_kernel_leaves_choices_alone():
+    kernel = StudentTKernel()
+    assert density_kernel(kernel) is kernel
+    assert not density_kernel({"name": "student_t", "density": False}).density
+    assert density_kernel({"name": "student_t", "df": 3.0}).df == 3.0
+    assert isinstance(density_kernel("gaussian"), GaussianKernel)
+    with pytest.raises(ValueError, match="studentt.*student_t"):
+        density_kernel("studentt")
+    with pytest.raises(TypeError, match="3"):
+        density_kernel(3)
 
 
 def test_the_keys_and_classes_are_those_of_the_design():
@@ -251,19 +283,17 @@ def test_float16_saturates_instead_of_overflowing():
     assert energies.item() == 65504.0
 
 
-@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize("items", [200, 80_000])  # 80,000 x 5 x 3 differences are not stored
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
-def test_mahalanobis_keeps_its_digits_far_from_the_origin(offset, few, monkeypatch):
-    if not few:
-        monkeypatch.setattr("em_lightning.kernels.distance._FEW", 0)
-    x, centers = torch.randn(200, 3) + offset, torch.randn(5, 3) + offset
+def test_mahalanobis_keeps_its_digits_far_from_the_origin(offset, items):
+    x, centers = torch.randn(items, 3) + offset, torch.randn(5, 3) + offset
     thin = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.5], [0.0, 0.5, 1.4]])
     found, exact = (
         MahalanobisKernel(3, thin.to(dtype))(x.to(dtype), centers.to(dtype)) for dtype in (torch.float32, torch.float64)
     )
-    assert_close(found.double(), exact, rtol=2e-4, atol=0)
+    assert_close(found.double(), exact, rtol=2e-4, atol=1e-6)
     centers[0] = torch.inf
-    assert MahalanobisKernel(3, thin)(x, centers)[:, 1:].isfinite().all()  # one that has run away hurts no other
+    assert MahalanobisKernel(3, thin)(x, centers)[:, 1:].isfinite().all()  # the other centers are not affected
 
 
 def test_mahalanobis_covariance():
@@ -295,17 +325,15 @@ class TestLearned:
         assert_close(twin(x, None), kernel(x), rtol=0, atol=0)
 
     def test_it_takes_no_centers(self):
-        with pytest.raises(ValueError, match="takes no centers.*centers=None"):
+        with pytest.raises(ValueError, match="centers.*None.*LearnedEnergyKernel"):
             self.kernel()(torch.zeros(5, 2).double(), torch.zeros(3, 2).double())
 
     def test_wrong_use_is_answered(self):
-        with pytest.raises(TypeError, match="x must be a floating-point tensor, not torch.int64"):
-            self.kernel()(torch.zeros(5, 2).long())
-        with pytest.raises(ValueError, match=r"made \(3,\) of x \(5, 2\).*\(5, 'K'\)"):
+        with pytest.raises(ValueError, match=r"network.*\(3,\).*x \(5, 2\).*\(5, 'K'\)"):
             LearnedEnergyKernel(Sum())(torch.zeros(5, 2))
-        with pytest.raises(TypeError, match="network='mlp' must be a torch.nn.Module"):
+        with pytest.raises(TypeError, match="network='mlp'.*Module"):
             LearnedEnergyKernel("mlp")
-        with pytest.raises(NoDensityError, match="LearnedEnergyKernel has no known density.*VarianceLoss"):
+        with pytest.raises(NoDensityError, match="LearnedEnergyKernel.*VarianceLoss"):
             self.kernel().log_normalizer(2)
 
 
@@ -321,35 +349,35 @@ class Sum(nn.Module):
         (lambda: StudentTKernel(df=-1), ValueError, ["df=-1", "positive"]),
         (lambda: HuberKernel(math.inf), ValueError, ["delta=inf", "finite"]),
         (lambda: ExponentialKernel(math.nan), ValueError, ["rate=nan", "finite"]),
-        (lambda: LogisticKernel("steep"), TypeError, ["slope='steep'", "no number"]),
-        (lambda: MahalanobisKernel(0), ValueError, ["num_features=0", "positive integer"]),
+        (lambda: LogisticKernel("steep"), TypeError, ["slope='steep'", "number"]),
+        (lambda: MahalanobisKernel(0), ValueError, ["num_features=0", "positive"]),
         (lambda: MahalanobisKernel(2, torch.eye(3)), ValueError, ["(3, 3)", "(2, 2)"]),
         (lambda: MahalanobisKernel(2, -torch.eye(2)), ValueError, ["covariance=", "positive definite"]),
         (lambda: MahalanobisKernel(2, [[1.0, 0.9], [0.0, 1.0]]), ValueError, ["covariance=", "symmetric"]),
         (
             lambda: MahalanobisKernel(2)(torch.zeros(4, 3), torch.zeros(1, 3)),
             ValueError,
-            ["(4, 3) has 3 features", "num_features=2"],
+            ["x (4, 3)", "num_features=2"],
         ),
-        (lambda: MahalanobisKernel(2).log_normalizer(3), ValueError, ["num_features=3", "2 features"]),
-        (lambda: GaussianKernel()(torch.zeros(4), torch.zeros(1, 1)), ValueError, ["x has shape (4,)", "(..., N, D)"]),
-        (lambda: GaussianKernel()(torch.zeros(1, 1), torch.zeros(4)), ValueError, ["centers has shape", "(..., K, D)"]),
+        (lambda: MahalanobisKernel(2).log_normalizer(3), ValueError, ["num_features=3", "2"]),
+        (lambda: GaussianKernel()(torch.zeros(4), torch.zeros(1, 1)), ValueError, ["x (4,)"]),
+        (lambda: GaussianKernel()(torch.zeros(1, 1), torch.zeros(4)), ValueError, ["centers (4,)"]),
         (
             lambda: GaussianKernel()(torch.zeros(4, 3), torch.zeros(5, 2)),
             ValueError,
-            ["x (4, 3) has 3 features and centers (5, 2) 2;"],
+            ["x (4, 3)", "centers (5, 2)"],
         ),
-        (lambda: GaussianKernel()(torch.zeros(4, 1), [0.0]), TypeError, ["centers", "not list"]),
+        (lambda: GaussianKernel()(torch.zeros(4, 1), [0.0]), TypeError, ["centers", "list"]),
         (
             lambda: GaussianKernel()(torch.zeros(2, 4, 1), torch.zeros(3, 4, 1)),
             ValueError,
             ["(2, 4, 1)", "(3, 4, 1)", "broadcast"],
         ),
         (lambda: StudentTKernel().log_normalizer(2), NoDensityError, ["num_features=2", "density=True"]),
-        (lambda: LogisticKernel().log_normalizer(1), NoDensityError, ["tends to 1", "infinite"]),
-        (lambda: DotProductKernel().log_normalizer(1), NoDensityError, ["without bound", "'cosine'"]),
-        (lambda: Kernel().log_normalizer(1), NoDensityError, ["Kernel gives no log_normalizer"]),
-        (lambda: Kernel()(torch.zeros(1, 1), torch.zeros(1, 1)), NotImplementedError, ["define energy"]),
+        (lambda: LogisticKernel().log_normalizer(1), NoDensityError, ["LogisticKernel", "infinite"]),
+        (lambda: DotProductKernel().log_normalizer(1), NoDensityError, ["DotProductKernel", "infinite"]),
+        (lambda: Kernel().log_normalizer(1), NoDensityError, ["Kernel", "log_normalizer"]),
+        (lambda: Kernel()(torch.zeros(1, 1), torch.zeros(1, 1)), NotImplementedError, ["energy"]),
     ],
 )
 def test_wrong_use_is_answered(call, error, words):
@@ -364,7 +392,7 @@ def test_leading_axes_of_size_one_meet_any_other():
     expected = torch.stack([torch.stack([kernel(x[i, 0], centers[j]) for j in range(5)]) for i in range(3)])
     torch.testing.assert_close(kernel(x, centers), expected)
     torch.testing.assert_close(kernel(centers, x).mT, expected)
-    with pytest.raises(ValueError, match=r"x \(3, 4, 1\) and centers \(2, 4, 1\) do not broadcast"):
+    with pytest.raises(ValueError, match=r"x \(3, 4, 1\) and centers \(2, 4, 1\)"):
         kernel(torch.zeros(3, 4, 1), torch.zeros(2, 4, 1))
 
 

@@ -1,4 +1,4 @@
-"""Energies between items and centers: the first step of every posterior."""
+"""Kernels: energies between items and centers, and their normalizers."""
 
 from em_lightning.kernels.additive import (
     ExponentialKernel,
@@ -7,8 +7,9 @@ from em_lightning.kernels.additive import (
     LogisticKernel,
     PseudoHuberKernel,
 )
-from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
+from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError, density_kernel, positive_number
 from em_lightning.kernels.distance import pairwise, squared_distance
+from em_lightning.kernels.elliptical import EllipticalKernel
 from em_lightning.kernels.radial import GaussianKernel, MahalanobisKernel, StudentTKernel
 from em_lightning.kernels.similarity import CosineKernel, DotProductKernel, LearnedEnergyKernel
 
@@ -16,6 +17,7 @@ __all__ = [
     "KERNELS",
     "CosineKernel",
     "DotProductKernel",
+    "EllipticalKernel",
     "ExponentialKernel",
     "GaussianKernel",
     "HuberKernel",
@@ -27,6 +29,8 @@ __all__ = [
     "NoDensityError",
     "PseudoHuberKernel",
     "StudentTKernel",
+    "density_kernel",
     "pairwise",
+    "positive_number",
     "squared_distance",
 ]

@@ -1,9 +1,11 @@
-"""What every kernel is: a module from items and centers to energies, with positive shape parameters."""
+"""Base class of kernels: energies between items and centers, with positive shape parameters."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,20 +17,22 @@ KERNELS: Registry[Kernel] = Registry("kernel", "kernels", nn.Module)
 
 
 class NoDensityError(ValueError):
-    """The kernel's exp(-energy) has no finite integral; the message says why."""
+    """The integral of exp(-energy) is infinite or unknown."""
 
 
 class Kernel(nn.Module):
     r"""An energy :math:`d(x, \mu)` between items and centers; low energy wins.
 
-    A subclass writes :meth:`energy` on checked floating-point tensors, declares its shape parameters with
-    :meth:`add_positive`, and where exp(-d) is integrable gives :meth:`log_normalizer`. It owns no centers, so learned
-    prototypes, M-step means and fixed hypotheses can all share one kernel.
+    A subclass defines :meth:`energy`, declares its shape parameters with :meth:`add_positive`, and defines
+    :meth:`log_normalizer` if exp(-d) is integrable. It owns no centers, so learned prototypes, M-step means and fixed
+    hypotheses can share one kernel.
 
-    Half-precision inputs, and any input under autocast, are computed in float32 or the wider of the input dtypes;
-    energies come back in the inputs' dtype, in float16 no higher than its largest finite number. An energy beyond the
-    range of float32 is infinite, as is that of a kernel of the squared distance where the square is (beyond 1e19): it
-    excludes its hypothesis, and no gradient is NaN.
+    Half-precision inputs, and any input under autocast, are computed in float32 or the wider of the input dtypes.
+    Energies are returned in the inputs' dtype; float16 energies are clamped to its largest number. Energies beyond the
+    range of float32 are infinite; for kernels of the squared distance this happens at distances beyond 1e19.
+
+    Shape:
+        x (..., N, D) and centers (..., K, D) give energies (..., N, K), for every kernel.
 
     Example:
         >>> from em_lightning.kernels import pairwise
@@ -45,6 +49,8 @@ class Kernel(nn.Module):
         tensor([[8., 1.]])
     """
 
+    no_density = "log_normalizer is not defined"  # the reason, in messages
+
     def __init__(self) -> None:
         super().__init__()
         self._initial: dict[str, float] = {}
@@ -60,13 +66,15 @@ class Kernel(nn.Module):
             energies (..., N, K).
 
         Raises:
-            TypeError: an input is no floating-point tensor.
+            TypeError: an input is not a floating-point tensor.
             ValueError: the shapes do not fit.
         """
-        check_inputs(x, centers)
+        _check_inputs(x, centers)
         dtype = torch.promote_types(x.dtype, centers.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        with _no_autocast(x.device.type):
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device)  # not on "meta"
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             energies = self.energy(x.to(wide), centers.to(wide))
         if dtype == torch.float16:
             energies = energies.clamp(max=torch.finfo(dtype).max)
@@ -80,19 +88,21 @@ class Kernel(nn.Module):
         r"""Return :math:`\log \int e^{-d(x, \mu)} dx` over items of ``num_features`` features, a tensor of shape ().
 
         Raises:
-            NoDensityError: the integral is infinite or depends on what the kernel does not know.
+            NoDensityError: the integral is infinite or unknown.
         """
-        raise NoDensityError(f"{type(self).__name__} gives no log_normalizer: it claims no integrable exp(-energy)")
+        raise NoDensityError(
+            f"{type(self).__name__} has no density for num_features={num_features}: {self.no_density}"
+        )
 
     def add_positive(self, name: str, value: float, learnable: bool = False) -> None:
         """Declare a shape parameter that stays positive.
 
-        A learnable one is ``value * exp(log_<name>)`` with the parameter ``log_<name>`` of shape (1,) starting at zero,
-        so the value is exact at the start and weight decay pulls toward it. A fixed one is a number: exact in every
-        dtype, on every device. Both are part of the ``state_dict``.
+        A learnable one is ``value * exp(log_<name>)`` with the parameter ``log_<name>`` of shape (1,), initially zero:
+        the initial value is exact, and weight decay pulls towards it. A fixed one is a Python number. Both are part of
+        the ``state_dict``.
 
         Raises:
-            TypeError: the value is no number.
+            TypeError: the value is not a number.
             ValueError: the value is not positive and finite.
         """
         self._initial[name] = positive_number(name, value)
@@ -100,41 +110,37 @@ class Kernel(nn.Module):
             self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
-        """Return a declared shape parameter: a number where fixed, else a tensor (1,) in ``dtype``."""
+        """Return a shape parameter: a number if fixed, else a tensor of shape () in ``dtype``.
+
+        The default dtype is float64, on MPS float32. A tensor of shape () does not promote the dtype of other tensors.
+        """
         log_ratio: Tensor | None = self._parameters.get(f"log_{name}")
         if log_ratio is None:
             return self._initial[name]
-        return self._initial[name] * log_ratio.to(dtype or log_ratio.dtype).exp()
+        dtype = dtype or (torch.float32 if log_ratio.is_mps else torch.float64)
+        return self._initial[name] * log_ratio.to(dtype).exp().reshape(())
 
     def positive_tensor(self, name: str) -> Tensor:
-        """Return a declared shape parameter as a tensor: (1,) where learnable, else () in float64.
-
-        A tensor without dimensions never promotes the dtype of what it meets, and may meet tensors on any device.
-        """
+        """Return a shape parameter as a tensor of shape (), in float64 (on MPS float32)."""
         value = self.positive(name)
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
     def get_extra_state(self) -> Tensor:
-        """Return the declared values for the ``state_dict``: one row each, that sums to it in float64."""
-        # Not a float64 tensor, which some devices cannot load, nor a number, which tensor-only formats cannot save.
-        rest = torch.tensor(list(self._initial.values()), dtype=torch.float64)
-        parts = []
-        for _ in range(3):
-            parts.append(rest.float())
-            rest = rest - parts[-1]
-        return torch.stack(parts, dim=-1)
+        """Return the declared values for the ``state_dict``: float64, as integers, which load on every device."""
+        return torch.tensor(list(self._initial.values()), dtype=torch.float64).view(torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the declared values from a ``state_dict``."""
-        if len(state) != len(self._initial):
+        """Load the declared values from a ``state_dict``."""
+        values = state.cpu().view(torch.float64).tolist()
+        if len(values) != len(self._initial):
             raise ValueError(
-                f"the state has {len(state)} shape parameters and {type(self).__name__} has {len(self._initial)} "
-                f"({', '.join(self._initial)}); build the kernel that was saved"
+                f"the state_dict has {len(values)} shape parameters, but {type(self).__name__} has "
+                f"{len(self._initial)} ({', '.join(self._initial)})"
             )
-        self._initial = dict(zip(self._initial, state.cpu().double().sum(-1).tolist(), strict=True))
+        self._initial = dict(zip(self._initial, values, strict=True))
 
     def extra_repr(self) -> str:
-        """Show each shape parameter, and whether it is learned."""
+        """Return the shape parameters, and which of them are learnable."""
         with torch.no_grad():
             return ", ".join(
                 f"{name}={float(self.positive(name)):g}" + (" (learnable)" if f"log_{name}" in self._parameters else "")
@@ -142,46 +148,54 @@ class Kernel(nn.Module):
             )
 
 
+def shape_parameter(name: str) -> Any:
+    """Return a class attribute that reads a declared shape parameter as a tensor of shape ()."""
+    return property(lambda kernel: kernel.positive_tensor(name))
+
+
+def density_kernel(spec: Any) -> Kernel:
+    """Build a kernel that is a density in any number of features, if it has that option.
+
+    Kernels whose constructor has an argument ``density``, such as Student-t, get ``density=True`` unless a mapping sets
+    it. Otherwise this is ``KERNELS.build(spec)``: instances are returned unchanged.
+
+    Args:
+        spec: a key, a class, a mapping or an instance.
+
+    Example:
+        >>> density_kernel("student_t"), density_kernel({"name": "student_t", "df": 3.0, "density": False})
+        (StudentTKernel(df=1, scale=1, density=True), StudentTKernel(df=3, scale=1))
+    """
+    if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
+        return KERNELS.build(spec, density=True)
+    return KERNELS.build(spec)
+
+
 def positive_number(name: str, value: Any) -> float:
     """Return ``value`` as a float.
 
     Raises:
-        TypeError: it is no number.
+        TypeError: it is not a number.
         ValueError: it is not positive and finite.
     """
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r} is no number; give a positive one such as 1.0") from None
+        raise TypeError(f"{name}={value!r} must be a positive number") from None
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name}={value!r} must be positive and finite, such as 1.0")
+        raise ValueError(f"{name}={value!r} must be positive and finite")
     return number
 
 
-def check_inputs(x: Tensor, centers: Tensor) -> None:
-    """Raise TypeError or ValueError unless x (..., N, D) and centers (..., K, D) fit."""
+def _check_inputs(x: Tensor, centers: Tensor) -> None:
     for name, value in (("x", x), ("centers", centers)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, not {found}; convert it with .float()")
+            raise TypeError(f"{name} must be a floating-point tensor, got {found}")
         if value.dim() < 2:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; it needs at least two dimensions, (..., "
-                f"{'N' if name == 'x' else 'K'}, D): for items of one feature add a last axis with .unsqueeze(-1)"
-            )
+            raise ValueError(f"{name} {tuple(value.shape)} must have at least two axes, (..., rows, features)")
     if x.shape[-1] != centers.shape[-1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} has {x.shape[-1]} features and centers {tuple(centers.shape)} {centers.shape[-1]}; "
-            f"their last axes must be equal"
-        )
-    for size, other in zip(reversed(x.shape[:-2]), reversed(centers.shape[:-2]), strict=False):
-        if size != other and size != 1 and other != 1:
-            raise ValueError(
-                f"the leading dimensions of x {tuple(x.shape)} and centers {tuple(centers.shape)} do not broadcast; "
-                f"make them equal or 1"
-            )
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(device_type)  # not on "meta", where shapes are worked out
-    return torch.autocast(device_type, enabled=False) if available else nullcontext()
+        raise ValueError(f"x {tuple(x.shape)} and centers {tuple(centers.shape)} must have equal last axes")
+    leading = zip(reversed(x.shape[:-2]), reversed(centers.shape[:-2]), strict=False)
+    if any(size != other and size != 1 and other != 1 for size, other in leading):
+        raise ValueError(f"leading axes of x {tuple(x.shape)} and centers {tuple(centers.shape)} do not broadcast")

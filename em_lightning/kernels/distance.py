@@ -1,4 +1,4 @@
-"""Squared Euclidean distances that keep every digit in the memory of their result."""
+"""Differences, squared Euclidean distances and squared Mahalanobis distances between items and centers."""
 
 from __future__ import annotations
 
@@ -8,41 +8,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FEW = 2**20  # differences: 4 MiB in float32, about what a cache holds
-
 
 def pairwise(x: Tensor, centers: Tensor) -> Tensor:
-    """Return the differences x - centers (..., N, K, D) of x (..., N, D) and centers (..., K, D)."""
+    """Return the differences x - centers (..., N, K, D) of x (..., N, D) and centers (..., K, D).
+
+    Example:
+        >>> pairwise(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2))
+        tensor([[[2., 3.]]])
+    """
     return x.unsqueeze(-2) - centers.unsqueeze(-3)
 
 
-def few_differences(x: Tensor, centers: Tensor) -> bool:
-    """Return whether the differences x - centers are so few that keeping them costs little."""
-    leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
-    return math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= _FEW
+def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, max_differences: int = 2**20) -> Tensor:
+    r"""Return squared distances, Euclidean ones or those of a covariance :math:`L L^\top`.
 
+    .. math:: \lVert L^{-1} (x_n - \mu_k) \rVert^2
 
-def squared_distance(x: Tensor, centers: Tensor) -> Tensor:
-    """Return squared Euclidean distances (..., N, K) of x (..., N, D) and centers (..., K, D).
+    Values and gradients are sums of differences rather than an expanded square, so nothing is lost to cancellation far
+    from the origin. Derivatives of every order exist, also at distance 0. Beyond ``max_differences`` memory is that of
+    the result, forward and backward; forward-mode derivatives (``torch.func.jvp``) raise NotImplementedError there.
 
-    Values and gradients are sums of differences, not an expanded square, so none is lost to cancellation however far
-    from zero the items lie. Where the differences would be many, they are not kept: memory is that of the result,
-    forward and backward, at a fraction of the time. Derivatives of every order exist, also at distance 0; forward-mode
-    ones (``torch.func.jvp``, ``hessian``) only where the differences are few, and a NotImplementedError elsewhere.
+    Args:
+        x: items (..., N, D).
+        centers: centers (..., K, D).
+        factor: lower triangular :math:`L` (D, D), the identity by default.
+        max_differences: the largest N K D, over all sets, for which differences are stored; by default 4 MiB in
+            float32, about a CPU's cache.
+
+    Returns:
+        squared distances (..., N, K).
 
     Example:
         >>> squared_distance(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
         tensor([[25.]])
     """
-    # A compiler fuses the differences away. PyTorch's backward of cdist adds atomically on CUDA, which deterministic
-    # algorithms forbid.
-    if torch.compiler.is_compiling() or (x.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return pairwise(x, centers).square().sum(-1)
-    if x.shape[-1] == 1 or few_differences(x, centers):
-        return pairwise(x, centers).square().sum(-1)
     leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
+    few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences
+    if factor is not None and not few:
+        # Whitening items and centers instead of differences mixes features and loses digits far from the origin.
+        origin = centers.detach().median(-2, keepdim=True).values
+        x, centers, factor = _whiten(factor, x - origin), _whiten(factor, centers - origin), None
+    # A compiler fuses the differences; the backward of cdist is not deterministic on CUDA.
+    deterministic = x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    if few or x.shape[-1] == 1 or torch.compiler.is_compiling() or deterministic:
+        differences = pairwise(x, centers)
+        return (differences if factor is None else _whiten(factor, differences)).square().sum(-1)
     x, centers = (value.expand(*leading, *value.shape[-2:]).contiguous() for value in (x, centers))
     return _SquaredDistance.apply(x, centers)
+
+
+def _whiten(factor: Tensor, rows: Tensor) -> Tensor:
+    flat = rows.flatten(0, -2)
+    return torch.linalg.solve_triangular(factor, flat.mT, upper=False).mT.view(rows.shape)
 
 
 def _distance(x: Tensor, centers: Tensor) -> Tensor:
@@ -50,7 +67,7 @@ def _distance(x: Tensor, centers: Tensor) -> Tensor:
 
 
 class _SquaredDistance(torch.autograd.Function):
-    """The squared distances; cdist itself has no second derivative, and an infinite slope of its root at 0."""
+    """The square of ``torch.cdist``, with the second derivatives that cdist lacks and finite gradients at 0."""
 
     generate_vmap_rule = True
 
@@ -65,29 +82,28 @@ class _SquaredDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, centers = ctx.saved_tensors
-        return 2 * _WeightedDifference.apply(grads[0], x, centers), 2 * _WeightedDifference.apply(
-            grads[0].mT, centers, x
-        )
+        by_x, by_centers = _WeightedDifferences.apply(grads[0], x, centers)
+        return 2 * by_x, 2 * by_centers
 
 
-class _WeightedDifference(torch.autograd.Function):
-    """The sum over k of w_nk (x_n - c_k), (..., N, D), from differences but without keeping them."""
+class _WeightedDifferences(torch.autograd.Function):
+    """The sums of w_nk (x_n - c_k) over k, (..., N, D), and of w_nk (c_k - x_n) over n, (..., K, D)."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weights: Tensor, x: Tensor, centers: Tensor) -> Tensor:
-        distance = _distance(x, centers)
-        # The derivative of a distance is the difference over it.
-        return torch.ops.aten._cdist_backward((weights * distance).contiguous(), x, centers, 2.0, distance)
+    def forward(weights: Tensor, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        # The derivative of a distance is the difference divided by the distance.
+        distance, pullback = torch.func.vjp(_distance, x, centers)
+        return pullback(weights * distance)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, x, centers = ctx.saved_tensors
-        (grad,) = grads
-        by_weights = (grad * x).sum(-1, keepdim=True) - grad @ centers.mT
-        return by_weights, grad * weights.sum(-1, keepdim=True), -(weights.mT @ grad)
+        u, v = grads
+        by_weights = (u * x).sum(-1, keepdim=True) + (v * centers).sum(-1).unsqueeze(-2) - u @ centers.mT - x @ v.mT
+        return by_weights, *_WeightedDifferences.apply(weights, u, v)

@@ -8,26 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
-from em_lightning.kernels.distance import few_differences, pairwise, squared_distance
+from em_lightning.kernels.base import KERNELS, Kernel, shape_parameter
+from em_lightning.kernels.distance import squared_distance
+from em_lightning.kernels.elliptical import EllipticalKernel
 
 
 @KERNELS.register("gaussian")
-class GaussianKernel(Kernel):
+class GaussianKernel(EllipticalKernel):
     r"""Squared distance, the energy of an isotropic Gaussian.
 
     .. math:: d(x, \mu) = \frac{\lVert x - \mu \rVert^2}{2 s^2}
 
-    where :math:`x` is an item, :math:`\mu` a center and :math:`s` the ``scale``. The penalty's pull grows without
-    bound, so a single far item moves a center arbitrarily: light tails, no robustness. A density, with normalizer
-    :math:`(2 \pi s^2)^{D/2}`.
+    where :math:`x` is an item, :math:`\mu` a center and :math:`s` the ``scale``. Not robust: the gradient grows with
+    the distance without bound. A density with normalizer :math:`(2 \pi s^2)^{D/2}`.
 
     Args:
         scale: standard deviation of each feature.
         learnable: make the scale a positive parameter.
-
-    Shape:
-        x (..., N, D) and centers (..., K, D) give (..., N, K).
 
     Example:
         >>> GaussianKernel(scale=2.0)(torch.tensor([[3.0]]), torch.tensor([[1.0], [3.0]]))
@@ -36,44 +33,49 @@ class GaussianKernel(Kernel):
     Source: Bishop, *Pattern Recognition and Machine Learning* (2006), section 9.2.
     """
 
+    scale = shape_parameter("scale")
+
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
         self.add_positive("scale", scale, learnable)
-
-    @property
-    def scale(self) -> Tensor:
-        """The standard deviation."""
-        return self.positive_tensor("scale")
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         return squared_distance(x, centers) / (2 * self.positive("scale", x.dtype) ** 2)
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log()).reshape(())
+        return self.elliptical_log_normalizer(num_features) + num_features * self.scale.log()
+
+    # No scale here: it is redundant where the covariance is estimated.
+
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return 0.5 * squared_distance
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        return torch.ones_like(squared_distance)
+
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+        return torch.tensor(0.5 * num_features * math.log(2 * math.pi), dtype=torch.float64)
 
 
 @KERNELS.register("student_t")
-class StudentTKernel(Kernel):
+class StudentTKernel(EllipticalKernel):
     r"""Logarithm of the squared distance, heavy-tailed.
 
     .. math:: d(x, \mu) = p \, \log\Bigl(1 + \frac{\lVert x - \mu \rVert^2}{\nu s^2}\Bigr)
 
     with degrees of freedom :math:`\nu` (``df``), ``scale`` :math:`s` and exponent :math:`p = 1`, or with
-    ``density=True`` the exponent :math:`p = (\nu + D) / 2` of the multivariate Student-t distribution. The pull of
-    an item falls as one over its distance: very robust, and far items are shared among all centers.
+    ``density=True`` the exponent :math:`p = (\nu + D) / 2` of the multivariate Student-t distribution. Very robust: the
+    gradient decreases with the inverse of the distance.
 
-    exp(-d) is integrable if and only if :math:`2 p > D`, with normalizer
-    :math:`(\pi \nu s^2)^{D/2} \, \Gamma(p - D/2) / \Gamma(p)`. With ``density=True`` that is always so; with
-    :math:`p = 1` only for D = 1, where it is a Cauchy distribution of scale :math:`s \sqrt{\nu}`.
+    exp(-d) is integrable if :math:`2 p > D`, with normalizer
+    :math:`(\pi \nu s^2)^{D/2} \, \Gamma(p - D/2) / \Gamma(p)`. This always holds with ``density=True``, and for
+    :math:`p = 1` only if D = 1, a Cauchy distribution of scale :math:`s \sqrt{\nu}`.
 
     Args:
         df: degrees of freedom; the smaller, the heavier the tails of the density.
-        scale: length at which the logarithm sets in, over :math:`\sqrt{\nu}`.
+        scale: length scale of the distance.
         learnable: make both positive parameters.
-        density: take the exponent that makes exp(-d) the Student-t density in any number of features.
-
-    Shape:
-        x (..., N, D) and centers (..., K, D) give (..., N, K).
+        density: use the exponent of the Student-t density in any number of features.
 
     Example:
         >>> StudentTKernel(df=4.0)(torch.tensor([[2.0]]), torch.tensor([[0.0], [2.0]]))
@@ -82,38 +84,37 @@ class StudentTKernel(Kernel):
     Source: Peel and McLachlan, "Robust mixture modelling using the t distribution", Statistics and Computing 10 (2000).
     """
 
+    no_density = "exp(-d) decreases as distance^-2, so its integral is infinite for D > 1; use density=True"
+
+    df = shape_parameter("df")
+    scale = shape_parameter("scale")
+
     def __init__(self, df: float = 1.0, scale: float = 1.0, learnable: bool = False, density: bool = False) -> None:
         super().__init__()
         self.density = density
         self.add_positive("df", df, learnable)
         self.add_positive("scale", scale, learnable)
 
-    @property
-    def df(self) -> Tensor:
-        """The degrees of freedom."""
-        return self.positive_tensor("df")
-
-    @property
-    def scale(self) -> Tensor:
-        """The scale."""
-        return self.positive_tensor("scale")
-
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
-        df, scale = self.positive("df", x.dtype), self.positive("scale", x.dtype)
-        energies = (squared_distance(x, centers) / (df * scale**2)).log1p()
-        return energies * ((df + x.shape[-1]) / 2) if self.density else energies
+        return self.rho(squared_distance(x, centers), x.shape[-1])
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        df, scale = self.df.reshape(()), self.scale.reshape(())
-        half = num_features / 2
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         if not self.density and num_features >= 2:
-            raise NoDensityError(
-                f"StudentTKernel has no density over num_features={num_features}: exp(-d) falls as distance^-2, which "
-                f"is integrable for one feature only; build it with density=True for the exponent (df + D) / 2"
-            )
-        exponent = (df + num_features) / 2 if self.density else torch.ones_like(df)
-        volume = half * (math.pi * df).log() + num_features * scale.log()
+            return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
+        half, exponent = num_features / 2, torch.as_tensor(self._exponent(self.df, num_features), dtype=torch.float64)
+        volume = half * (math.pi * self.df).log() + num_features * self.scale.log()
         return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
+
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
+        return self._exponent(df, num_features) * (squared_distance / (df * scale**2)).log1p()
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+        df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
+        return 2 * self._exponent(df, num_features) / (df * scale**2 + squared_distance)
+
+    def _exponent(self, df: Tensor | float, num_features: int) -> Tensor | float:
+        return (df + num_features) / 2 if self.density else 1.0
 
     def extra_repr(self) -> str:  # noqa: D102
         return super().extra_repr() + (", density=True" if self.density else "")
@@ -125,18 +126,15 @@ class MahalanobisKernel(Kernel):
 
     .. math:: d(x, \mu) = (x - \mu)^\top \Sigma^{-1} (x - \mu), \qquad \Sigma = L L^\top
 
-    without the 1/2 of a Gaussian exponent. :math:`L` is lower triangular with a positive diagonal whatever the
-    parameters are, so :math:`\Sigma` is positive definite by construction. Tails and robustness are the Gaussian's.
-    A density, with normalizer :math:`\det(\pi \Sigma)^{1/2}`: that of a Gaussian of covariance :math:`\Sigma / 2`.
+    without the 1/2 of a Gaussian exponent. :math:`L` is lower triangular with a positive diagonal for all parameter
+    values, so :math:`\Sigma` is always positive definite. Not robust, like the Gaussian. A density with normalizer
+    :math:`\det(\pi \Sigma)^{1/2}`, that of a Gaussian of covariance :math:`\Sigma / 2`.
 
     Args:
         num_features: number of features D.
-        covariance: initial or fixed :math:`\Sigma` (D, D), symmetric and positive definite; the identity by default.
-            It is kept in the dtype it is given in.
-        learnable: learn :math:`\Sigma`; ``False`` keeps it as it is given.
-
-    Shape:
-        x (..., N, D) and centers (..., K, D) give (..., N, K).
+        covariance: initial or fixed :math:`\Sigma` (D, D), symmetric and positive definite, the identity by default;
+            its dtype is kept.
+        learnable: learn :math:`\Sigma`; ``True`` by default, unlike in other kernels.
 
     Example:
         >>> kernel = MahalanobisKernel(2, covariance=torch.tensor([[4.0, 0.0], [0.0, 1.0]]), learnable=False)
@@ -148,14 +146,12 @@ class MahalanobisKernel(Kernel):
 
     def __init__(self, num_features: int, covariance: Any = None, learnable: bool = True) -> None:
         super().__init__()
-        if isinstance(num_features, bool) or not isinstance(num_features, int) or num_features < 1:
+        if not isinstance(num_features, int) or num_features < 1:
             raise ValueError(f"num_features={num_features!r} must be a positive integer")
         self.num_features = num_features
         self.register_buffer("initial_factor", _factor(num_features, covariance))
-        if learnable:
-            self.log_factor = nn.Parameter(torch.zeros(num_features, num_features, dtype=self.initial_factor.dtype))
-        else:
-            self.register_parameter("log_factor", None)
+        log_factor = nn.Parameter(torch.zeros_like(self.initial_factor)) if learnable else None
+        self.register_parameter("log_factor", log_factor)
 
     initial_factor: Tensor
     log_factor: Tensor | None
@@ -175,29 +171,16 @@ class MahalanobisKernel(Kernel):
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         if x.shape[-1] != self.num_features:
-            raise ValueError(
-                f"x {tuple(x.shape)} has {x.shape[-1]} features and MahalanobisKernel num_features={self.num_features}"
-            )
-        factor = self.factor.to(x.dtype)
-        if few_differences(x, centers):
-            apart = pairwise(x, centers)
-            return _whiten(factor, apart.flatten(0, -2)).square().sum(-1).view(apart.shape[:-1])
-        # Once per item and center, since whitening is linear. It mixes features, so the digits of what lies far from
-        # zero would go: they are seen from a place among the centers.
-        origin = centers.detach().median(-2, keepdim=True).values
-        return squared_distance(_whiten(factor, x - origin), _whiten(factor, centers - origin))
+            raise ValueError(f"x {tuple(x.shape)} must have num_features={self.num_features} on its last axis")
+        return squared_distance(x, centers, self.factor.to(x.dtype))
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         if num_features != self.num_features:
-            raise ValueError(f"num_features={num_features}, but the covariance has {self.num_features} features")
+            raise ValueError(f"num_features={num_features} must be that of the kernel, {self.num_features}")
         return 0.5 * num_features * math.log(math.pi) + self.factor.diagonal().log().sum()
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"num_features={self.num_features}, learnable={self.log_factor is not None}"
-
-
-def _whiten(factor: Tensor, rows: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(factor, rows.mT, upper=False).mT
 
 
 def _factor(num_features: int, covariance: Any) -> Tensor:
@@ -205,10 +188,7 @@ def _factor(num_features: int, covariance: Any) -> Tensor:
         return torch.eye(num_features)
     covariance = torch.as_tensor(covariance)
     if covariance.shape != (num_features, num_features):
-        raise ValueError(
-            f"covariance has shape {tuple(covariance.shape)}; num_features={num_features} needs "
-            f"({num_features}, {num_features})"
-        )
+        raise ValueError(f"covariance {tuple(covariance.shape)} must have shape ({num_features}, {num_features})")
     if not covariance.is_floating_point():
         covariance = covariance.to(torch.get_default_dtype())
     factor, failed = torch.linalg.cholesky_ex(covariance.detach())

@@ -1,30 +1,28 @@
-"""Kernels that are no function of a difference: cosine, dot product and learned energies."""
+"""Kernels that are not functions of a difference: cosine, dot product and learned energies."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError
-from em_lightning.kernels.special import log_sphere_integral
+from em_lightning.kernels.base import KERNELS, Kernel, shape_parameter
 
 
 @KERNELS.register("cosine")
 class CosineKernel(Kernel):
-    r"""Angular distance: only directions count.
+    r"""Angular distance, which ignores the norms of items and centers.
 
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 
-    Energies lie in [0, 2], so no item pulls far, and assignments stay soft unless a temperature below 1 divides them
-    (1 / temperature is the concentration of the distribution below). A zero vector has no direction: its cosine with
-    anything is taken as 0.
+    Energies lie in [0, 2], so responsibilities are soft unless the temperature is below 1; 1 / temperature is the
+    concentration of a von Mises-Fisher distribution. The cosine of a zero vector is taken as 0. It has no shape
+    parameter, hence no argument ``learnable``.
 
-    A density on the unit sphere, von Mises-Fisher's of concentration 1; over the whole space there is none.
-    :meth:`log_normalizer` is the sphere's: :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, with :math:`I` the modified
-    Bessel function of the first kind; for D = 1 the sum over the two points +-1.
-
-    Shape:
-        x (..., N, D) and centers (..., K, D) give (..., N, K).
+    A density on the unit sphere, von Mises-Fisher of concentration 1, with normalizer
+    :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind; for
+    D = 1 the sum over the points -1 and 1. Over the whole space it has no density.
 
     Example:
         >>> CosineKernel()(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))
@@ -38,11 +36,18 @@ class CosineKernel(Kernel):
 
     def log_normalizer(self, num_features: int) -> Tensor:
         """Return the log of the integral of exp(-d) over the unit sphere, a tensor of shape ()."""
-        return torch.tensor(log_sphere_integral(num_features), dtype=torch.float64)
+        # The power series of the Bessel function (Abramowitz and Stegun 9.6.10); terms decrease faster than 2^-k / k!.
+        order = num_features / 2 - 1
+        term, total = 1.0, 0.0
+        for k in range(1, 20):
+            total += term
+            term *= 0.25 / (k * (order + k))
+        log_bessel = -order * math.log(2) - math.lgamma(order + 1) + math.log(total)
+        return torch.tensor(0.5 * num_features * math.log(2 * math.pi) + log_bessel - 1, dtype=torch.float64)
 
 
 def _direction(x: Tensor) -> Tensor:
-    # A direction has no size: without its own, neither the squares nor their sum leave the range of the dtype.
+    # Division by the largest entry keeps the squares within the range of the dtype.
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
     square = x.square().sum(-1, keepdim=True)
@@ -55,16 +60,12 @@ class DotProductKernel(Kernel):
 
     .. math:: d(x, \mu) = -a \, x^\top \mu
 
-    with ``scale`` :math:`a`. With queries as items and keys as centers, :math:`a = D^{-1/2}` and the posterior mean of
-    the values, this is scaled dot-product attention. Energies have no lower bound: long centers win wherever they
-    point, and exp(-d) is **no density**.
+    with ``scale`` :math:`a`. With queries as items, keys as centers, :math:`a = D^{-1/2}` and the posterior mean of the
+    values, this is scaled dot-product attention. Energies are unbounded below, and exp(-d) is **not a density**.
 
     Args:
-        scale: factor on the inner product.
+        scale: factor of the inner product.
         learnable: make the scale a positive parameter.
-
-    Shape:
-        x (..., N, D) and centers (..., K, D) give (..., N, K).
 
     Example:
         >>> DotProductKernel(scale=0.5)(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
@@ -73,39 +74,30 @@ class DotProductKernel(Kernel):
     Source: Vaswani et al., "Attention is all you need", NeurIPS (2017).
     """
 
+    no_density = "exp(scale x.mu) is unbounded along the center, so its integral is infinite"
+
+    scale = shape_parameter("scale")
+
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
         self.add_positive("scale", scale, learnable)
 
-    @property
-    def scale(self) -> Tensor:
-        """The factor on the inner product."""
-        return self.positive_tensor("scale")
-
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         return (-self.positive("scale", x.dtype) * x) @ centers.mT
-
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        raise NoDensityError(
-            "DotProductKernel has no density: exp(scale x.mu) grows without bound along the center, so its integral "
-            "is infinite; on the unit sphere take 'cosine', in space 'gaussian'"
-        )
 
 
 @KERNELS.register("learned")
 class LearnedEnergyKernel(Kernel):
-    r"""Energies that a network gives, without centers.
+    r"""Energies computed by a network, without centers.
 
     .. math:: d_k(x) = f_\theta(x)_k
 
-    The hypotheses live in the network, and so does everything about tails and robustness. **No density** is claimed:
-    the integral of exp(-f) is unknown, and need not be finite. Dtypes and autocast are the network's own business.
+    The network's parameters are learnable as they are, so there is no argument ``learnable``; freeze them with
+    ``requires_grad_(False)``. It also determines dtypes, tails and robustness. **Not a density**: the integral of
+    exp(-f) is unknown and may be infinite.
 
     Args:
         network: module from items (..., N, D) to energies (..., N, K).
-
-    Shape:
-        x (..., N, D) gives (..., N, K).
 
     Example:
         >>> kernel = LearnedEnergyKernel(nn.Linear(2, 5))
@@ -114,6 +106,8 @@ class LearnedEnergyKernel(Kernel):
 
     Source: LeCun et al., "A tutorial on energy-based learning" (2006).
     """
+
+    no_density = "the integral of exp(-f(x)) is unknown; use a volume-control loss (VarianceLoss, DecorrelationLoss)"
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -125,25 +119,14 @@ class LearnedEnergyKernel(Kernel):
         """Return the network's energies (..., N, K) of x (..., N, D).
 
         Raises:
-            TypeError: x is no floating-point tensor.
-            ValueError: centers were given, or the network's output does not have one row per item.
+            ValueError: centers are given, or the network's output does not have one row per item.
         """
         if centers is not None:
-            raise ValueError(
-                "LearnedEnergyKernel takes no centers: its hypotheses live in the network; call it with centers=None"
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, not {x.dtype}; convert it with .float()")
+            raise ValueError("centers must be None: the hypotheses of LearnedEnergyKernel are outputs of its network")
         energies = self.network(x)
         if energies.shape[:-1] != x.shape[:-1]:
             raise ValueError(
-                f"the network made {tuple(energies.shape)} of x {tuple(x.shape)}; it must return (..., N, K) = "
+                f"the network returned {tuple(energies.shape)} for x {tuple(x.shape)}, but must return (..., N, K) = "
                 f"{(*x.shape[:-1], 'K')}"
             )
         return energies
-
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        raise NoDensityError(
-            "LearnedEnergyKernel has no known density: nothing makes the integral of exp(-f(x)) finite or computable; "
-            "control volume with a loss instead (VarianceLoss, DecorrelationLoss)"
-        )
