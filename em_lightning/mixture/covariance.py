@@ -38,6 +38,11 @@ class Covariance(ABC):
 
     name: str
 
+    @property
+    def unrestricted(self) -> Covariance:
+        """The type whose M-step estimate is in closed form and needs no previous covariances."""
+        return self
+
     @abstractmethod
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         """Return the shape of the covariances of one set."""

@@ -96,6 +96,7 @@ def e_step(
     likelihood: Likelihood,
     respond: Respond | None = None,
     *,
+    temperature: float | Tensor = 1.0,
     with_log_likelihood: bool = False,
     couples_points: bool = False,
     shared: Sequence[Tensor] = (),
@@ -112,6 +113,7 @@ def e_step(
         parameters: of the mixture, in the coordinates of the points.
         likelihood: the density of the points.
         respond: from joint log-densities (B, K, N), the background last, to responsibilities; softmax by default.
+        temperature: divides the joint log-densities before the softmax.
         with_log_likelihood: whether the log-likelihood is wanted.
         couples_points: whether ``respond`` needs all points of a set at once.
         shared: trained parameters of ``respond``.
@@ -121,10 +123,15 @@ def e_step(
     width = max(theta.shape[1:])
     if couples_points:
         block_size = points.source.shape[0] * points.source.shape[2] * width
-    if respond is None and likelihood.kernel is None and likelihood.background is None:
-        function: Callable[..., tuple[Tensor, ...]] = _SoftmaxStatistics(points, with_log_likelihood)
+    tempered = isinstance(temperature, Tensor) or temperature != 1.0
+    plain = respond is None and likelihood.kernel is None and likelihood.background is None
+    function: Callable[..., tuple[Tensor, ...]]
+    if plain and not (tempered and with_log_likelihood):
+        function = _SoftmaxStatistics(points, with_log_likelihood)
+        theta = theta / temperature if tempered else theta
     else:
-        function = _GeneralStatistics(points, likelihood, respond, with_log_likelihood, theta.shape[1])
+        responding = respond or (lambda joint: (joint / temperature).softmax(1))
+        function = _GeneralStatistics(points, likelihood, responding, with_log_likelihood, theta.shape[1])
     level = () if likelihood.background is None else likelihood.background
     mass, moments, log_likelihood, outside = sum_blocks(
         function,
@@ -191,7 +198,7 @@ class _GeneralStatistics(NamedTuple):
 
     points: Points
     likelihood: Likelihood
-    respond: Respond | None
+    respond: Respond
     with_log_likelihood: bool
     num_components: int
 
@@ -201,7 +208,7 @@ class _GeneralStatistics(NamedTuple):
         features = self.points.lift(source, sets)
         joint, irls_weights = log_joint(features, theta, peak, self.points.num_features, self.likelihood.kernel)
         joint = with_background(joint, level)
-        responsibilities = joint.softmax(1) if self.respond is None else self.respond(joint).to(joint.dtype)
+        responsibilities = self.respond(joint).to(joint.dtype)
         log_likelihood = theta.new_zeros(len(theta))
         if self.with_log_likelihood:
             log_density = joint.logsumexp(1)

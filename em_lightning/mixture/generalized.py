@@ -16,13 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.export import register_dataclass
 
 from em_lightning.kernels import Kernel
-from em_lightning.mixture.cloud import widest
+from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.points import accumulation_dtype, join_weights
 
 # Numbers (B, K, n, D) of a block of points.
 _BLOCK = 2**22
@@ -37,39 +40,59 @@ _TELLING = 1e-30
 _RATIO = 16.0
 
 
-class KernelMixture(NamedTuple):
+@dataclass(frozen=True)
+class KernelMixture:
     r"""A batch of mixtures under a kernel, of energies ``d(x / s_k, mu_k / s_k) + D log s_k - log pi_k``.
 
-    Shape:
-        - log_weights: (B, K), normalized over components.
-        - centers: (B, K, D).
-        - scales: (B, K), 1 unless they are estimated.
+    Args:
+        log_weights: (B, K), normalized over components.
+        centers: (B, K, D).
+        scales: (B, K), 1 unless they are estimated.
     """
 
     log_weights: Tensor
     centers: Tensor
     scales: Tensor
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three tensors."""
+        return self.log_weights, self.centers, self.scales
 
-class Points(NamedTuple):
-    """Point sets x (B, N, D), how often each point counts (B, N), and the box (B, 1, D) that centers stay in."""
+
+register_dataclass(KernelMixture, serialized_type_name="em_lightning.KernelMixture")
+
+
+class PointSets(NamedTuple):
+    """Point sets ready for generalized EM.
+
+    x: (B, N, D), zero where masked.
+    counts: (B, N), weights with mean 1 over the points that count.
+    low: (B, 1, D), the lower corner of the box that centers stay in.
+    high: (B, 1, D), the upper one.
+    """
 
     x: Tensor
     counts: Tensor
     low: Tensor
     high: Tensor
 
+    @property
+    def mass(self) -> Tensor:
+        """The sum of the weights (B,)."""
+        return self.counts.sum(-1)
 
-def points_of(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Points:
-    """Return points (B, N, D) with mask and weights (B, N) as one weight each; masked ones are moved to zero."""
-    counts = torch.ones_like(x[..., 0]) if weights is None else weights.to(x.dtype)
-    if mask is not None:
-        x, counts = torch.where(mask.unsqueeze(-1), x, 0.0), torch.where(mask, counts, 0.0)
-    counted = (counts > 0).unsqueeze(-1)
+
+def point_sets(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> PointSets:
+    """Return points (B, N, D) with mask and weights (B, N) joined."""
+    joined, counted = join_weights(mask, weights, x.dtype)
+    if joined is None or counted is None:
+        return PointSets(x, torch.ones_like(x[..., 0]), x.amin(1, keepdim=True), x.amax(1, keepdim=True))
+    counted = counted.unsqueeze(-1)
+    some = counted.any(1, keepdim=True)
     low = torch.where(counted, x, torch.inf).amin(1, keepdim=True)
     high = torch.where(counted, x, -torch.inf).amax(1, keepdim=True)
-    some = counted.any(1, keepdim=True)
-    return Points(x, counts, torch.where(some, low, 0.0), torch.where(some, high, 0.0))
+    low, high = torch.where(some, low, 0.0), torch.where(some, high, 0.0)
+    return PointSets(torch.where(counted, x, 0.0), joined, low, high)
 
 
 def energies_of(kernel: Kernel, x: Tensor, centers: Tensor, scales: Tensor | None) -> Tensor:
@@ -82,31 +105,31 @@ def energies_of(kernel: Kernel, x: Tensor, centers: Tensor, scales: Tensor | Non
 
 
 def generalized_step(
-    kernel: Kernel, points: Points, mixture: KernelMixture, *, estimate_scale: bool, floor: float, num_steps: int
-) -> KernelMixture:
+    kernel: Kernel, points: PointSets, mixture: Parameters, *, estimate_scale: bool, floor: float, num_steps: int
+) -> Parameters:
     """Return the mixtures after an iteration of generalized EM: no iteration lowers the objective.
 
     Args:
         kernel: the energy.
         points: the point sets.
-        mixture: B mixtures.
+        mixture: centers as means and scales as covariances.
         estimate_scale: whether scales are fitted.
         floor: the least square of a scale.
         num_steps: steps of centers, and of scales, on the expected energy.
     """
-    scales = mixture.scales if estimate_scale else None
-    joint = mixture.log_weights.unsqueeze(1) - energies_of(kernel, points.x, mixture.centers, scales)
+    scales = mixture.covariances if estimate_scale else None
+    joint = mixture.log_weights.unsqueeze(1) - energies_of(kernel, points.x, mixture.means, scales)
     log_shares = joint.log_softmax(-1)
     mass = _sum(log_shares.exp() * points.counts.unsqueeze(-1))
     guarded = mass + 10.0 * torch.finfo(mass.dtype).eps
     log_weights = guarded.log() - guarded.sum(-1, keepdim=True).log()
     shares = _within_components(log_shares, points.counts)
-    centers, scales = mixture.centers, mixture.scales
+    centers, scales = mixture.means, mixture.covariances
     for _ in range(num_steps):
         centers = _move(kernel, points, shares, centers, scales if estimate_scale else None)
         if estimate_scale:
             scales = _resize(kernel, points, shares, centers, scales, floor)
-    return KernelMixture(log_weights, centers, scales)
+    return Parameters(log_weights, centers, scales)
 
 
 def _within_components(log_shares: Tensor, counts: Tensor) -> Tensor:
@@ -123,7 +146,7 @@ def _within_components(log_shares: Tensor, counts: Tensor) -> Tensor:
     return parts / torch.where(total > 0, total, 1.0)
 
 
-def _move(kernel: Kernel, points: Points, shares: Tensor, centers: Tensor, scales: Tensor | None) -> Tensor:
+def _move(kernel: Kernel, points: PointSets, shares: Tensor, centers: Tensor, scales: Tensor | None) -> Tensor:
     """Return centers (B, K, D) of no larger expected energy."""
     near = _NEAR * (points.high - points.low).detach()
     rows = _BLOCK // max(centers.numel(), 1) or 1
@@ -160,7 +183,7 @@ def _pulls(
 
     each = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # a center of its own for each point
     # In double: the slope of a quotient is a quotient of squares, which float32 does not hold where points are small.
-    wide = widest(x)
+    wide = accumulation_dtype(x)
     slopes = _slope(energy, each).to(wide)
     apart = (each - x.unsqueeze(1)).abs().to(wide)
     beside = apart <= near.unsqueeze(1)
@@ -172,7 +195,7 @@ def _pulls(
     return (share * slopes).sum(2), (share * pulls).sum(2), (share * told).sum(2)
 
 
-def _resize(kernel: Kernel, points: Points, shares: Tensor, centers: Tensor, scales: Tensor, floor: float) -> Tensor:
+def _resize(kernel: Kernel, points: PointSets, shares: Tensor, centers: Tensor, scales: Tensor, floor: float) -> Tensor:
     r"""Return scales (B, K) of no larger expected energy: a Gaussian's M-step, reweighted as that of the centers is."""
     features = points.x.shape[-1]
 
@@ -238,4 +261,4 @@ def _curvature(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 def _sum(shares: Tensor) -> Tensor:
     """Return the sum over points of (B, N, K)."""
-    return shares.sum(1, dtype=widest(shares))
+    return shares.sum(1, dtype=accumulation_dtype(shares))

@@ -155,28 +155,30 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
         floor: (B,), added to every variance.
     """
     features, components = centers.shape[-1], centers.shape[1]
+    family = covariance.unrestricted
     cell, squared = _nearest(points, centers)
     counts = torch.ones_like(squared) if points.weights is None else points.weights
-    inertia = torch.zeros_like(centers[..., 0]).scatter_add(1, cell, squared * counts.detach())
     cells = _cell_statistics(points, cell, counts, components)
+    inertia = torch.zeros_like(cells.mass).scatter_add(1, cell, squared * counts.detach())
     reach = _CORE * inertia / cells.mass.detach().clamp(min=1.0)
-    in_core = squared <= reach.gather(1, cell)
-    cores = _cell_statistics(points, cell, counts * in_core, components)
+    cores = _cell_statistics(points, cell, counts * (squared <= reach.gather(1, cell)), components)
+    unit = family.expand(torch.ones_like(points.mean), components)
+    of_cells, of_cores = m_step(cells, family, floor, unit), m_step(cores, family, floor, unit)
 
-    within = inertia.sum(-1, keepdim=True) / (features * points.mass.unsqueeze(-1).clamp(min=1.0))
-    shared = covariance.expand((within.expand(-1, features) + floor.unsqueeze(-1)), components)
-    of_cells = m_step(cells, covariance, floor, shared)
-    of_cores = m_step(cores, covariance, floor, shared)
+    size = family.diagonal(of_cells.covariances, features).sum(-1)
+    offset = (of_cells.means - centers).square().sum(-1)
+    within = (cells.mass * (size + offset)).sum(-1) / (features * points.mass.clamp(min=1.0))
+    within = torch.maximum(within, floor)
+    shared = family.scaled(unit, within.unsqueeze(-1).expand_as(cells.mass))
     enough, some = cores.mass > 2 * features, cells.mass > 0
     means = torch.where(enough.unsqueeze(-1), of_cores.means, of_cells.means)
     means = torch.where(some.unsqueeze(-1), means, centers)
-    if covariance.sharing(components) > 1:  # no cell is too small for a covariance of all
-        return Parameters(of_cells.log_weights, means, of_cells.covariances)
-    size = covariance.diagonal(of_cells.covariances, features).sum(-1)
-    own_size = covariance.diagonal(of_cores.covariances, features).sum(-1)
-    scaled = covariance.scaled(of_cores.covariances, size / own_size)
-    covariances = _choose(enough, scaled, of_cells.covariances)
-    return Parameters(of_cells.log_weights, means, _choose(cells.mass > features, covariances, shared))
+    covariances = of_cells.covariances
+    if covariance.sharing(components) == 1:  # no cell is too small for a covariance of all
+        ratio = size / family.diagonal(of_cores.covariances, features).sum(-1)
+        covariances = _choose(enough, family.scaled(of_cores.covariances, ratio), covariances)
+        covariances = _choose(cells.mass > features, covariances, shared)
+    return Parameters(of_cells.log_weights, means, covariance.from_public(covariances))
 
 
 @torch.no_grad()

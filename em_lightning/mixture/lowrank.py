@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots
-from em_lightning.mixture.covariance import FullCovariance, lower_triangle
+from em_lightning.mixture.covariance import COVARIANCES, Covariance, FullCovariance, lower_triangle
 
 
 class LowRankCovariance(FullCovariance):
@@ -37,6 +37,11 @@ class LowRankCovariance(FullCovariance):
         self.rank = rank
         self.num_steps = num_steps
         self.num_first_steps = num_first_steps
+
+    @property
+    def unrestricted(self) -> Covariance:
+        """Full covariances."""
+        return COVARIANCES["full"]
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
         """Return K (D (R + 1) - R (R - 1) / 2): rotations of the factors change nothing."""

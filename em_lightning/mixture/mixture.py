@@ -81,9 +81,12 @@ class Mixture:
     @property
     def variance(self) -> Tensor:
         """The variance of each mixture in each feature (B, D)."""
-        spread = self._covariance.diagonal(self.covariances, self.features)
-        second = spread + (self.means - self.mean.unsqueeze(1)).square()
+        second = self.variances() + (self.means - self.mean.unsqueeze(1)).square()
         return (self.weights.unsqueeze(-1) * second).sum(1) / self.weights.sum(-1, keepdim=True)
+
+    def variances(self) -> Tensor:
+        """Return the variances of each component in each feature (B, K, D)."""
+        return self._covariance.diagonal(self.covariances, self.features).expand_as(self.means)
 
     @property
     def num_parameters(self) -> int:

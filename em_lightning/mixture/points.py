@@ -89,6 +89,10 @@ class Points(NamedTuple):
             floor = covariance_floor / self.frame.scale.square()
         return floor.clamp(min=self.eps**2)
 
+    def unit(self) -> Tensor:
+        """Return the root mean variance of each set (B,)."""
+        return self.variance.mean(-1).clamp(min=torch.finfo(self.variance.dtype).tiny).sqrt()
+
     def log_volume(self) -> Tensor:
         """Return ``D log(scale)`` (B,): log-densities in units of the points are lower by it."""
         return self.num_features * self.frame.scale.log()
@@ -117,7 +121,7 @@ def prepare(
         kept: number of features that are computed once instead of block by block.
     """
     dtype = accumulation_dtype(x)
-    weights, counted = _joined(mask, weights, dtype, normalized_weights)
+    weights, counted = join_weights(mask, weights, dtype, normalized_weights)
     if counted is not None:
         x = torch.where(counted.unsqueeze(-1), x, 0.0 if frame is None else frame.center.unsqueeze(1).to(x.dtype))
     if frame is None:
@@ -168,8 +172,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def _joined(
-    mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool
+def join_weights(
+    mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return one weight per point, zero where masked, and which points count, (B, N) both; ``None`` where all do."""
     if weights is None:

@@ -9,6 +9,7 @@ from em_lightning.operators.em import EMOperator
 from em_lightning.operators.generalized import GeneralizedEM
 from em_lightning.operators.pooling import EMPooling
 from em_lightning.operators.refinement import EMRefinement
+from em_lightning.operators.base import SetOperator
 from em_lightning.operators.residual import ResidualCorrection
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = [
     "EMRefinement",
     "GeneralizedEM",
     "ResidualCorrection",
+    "SetOperator",
     "register_aggregation",
 ]
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from em_lightning.mixture import starts
-from em_lightning.mixture.cloud import Cloud, prepare
-from em_lightning.mixture.directional import VON_MISES_FISHER, DirectionalMixture, directions, enter_directions
-from em_lightning.mixture.factors import State
-from em_lightning.mixture.moments import accumulate
-from em_lightning.operators import gradients
-from em_lightning.operators.checks import check_choice, check_sets
+from em_lightning.competition import Posterior
+from em_lightning.mixture import initialization
+from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density
+from em_lightning.mixture.m_step import m_step
+from em_lightning.mixture.points import Points
+from em_lightning.mixture.von_mises_fisher import VON_MISES_FISHER, DirectionalMixture, directions
+from em_lightning.operators.base import SetOperator
+from em_lightning.operators.checks import check_choice
 
 
-class DirectionalEM(nn.Module):
+class _Sets(NamedTuple):
+    """Directions ready for EM, the floor (B,) of ``1 / kappa``, and the dtype of the result."""
+
+    points: Points
+    floor: Tensor
+    dtype: torch.dtype
+
+
+class DirectionalEM(SetOperator):
     r"""Fit a mixture of von Mises-Fisher distributions to the directions of each set by T iterations of EM.
 
-    ``r_nk`` is proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``: the cosine kernel's energy over a
-    temperature ``1 / kappa_k``, with the normalizer that makes a density of it. No iteration lowers the likelihood.
+    ``r_nk`` is proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``: the energy of the cosine kernel
+    over a temperature ``1 / kappa_k``, with its normalizer as a density. No iteration lowers the likelihood.
 
     Args:
         num_components: K.
@@ -55,67 +67,61 @@ class DirectionalEM(nn.Module):
         concentration_floor: float = 1e-6,
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("num_components", num_components, 1),
-            ("num_features", num_features, 2),
-            ("num_iters", num_iters, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        super().__init__(num_components, num_features, num_iters, gradient)
+        if num_features < 2:
+            raise ValueError(f"num_features={num_features} must be at least 2")
         check_choice("init", init, ("farthest", "kmeans++", "random"))
-        check_choice("gradient", gradient, gradients.GRADIENTS)
         if not concentration_floor > 0:
             raise ValueError(f"concentration_floor={concentration_floor} must be positive; 1e-6 is a thousandth radian")
-        self.num_components = num_components
-        self.num_features = num_features
-        self.num_iters = num_iters
         self.init = init
         self.concentration_floor = concentration_floor
-        self.gradient = gradient
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        weights: Tensor | None = None,
-        init: DirectionalMixture | None = None,
-        num_iters: int | None = None,
-    ) -> DirectionalMixture:
-        """Return the mixtures after the last iteration.
+    def log_prob(self, x: Tensor, mixture: DirectionalMixture, mask: Tensor | None = None) -> Tensor:
+        """Return ``log p`` of the directions of x (B, N, D), as (B, N); zero where masked."""
+        return mixture.log_prob(x, mask)
 
-        Args:
-            x: points (B, N, D), of which only the directions count.
-            mask: (B, N), false where a row is padding.
-            weights: (B, N), not negative.
-            init: mixtures to start from.
-            num_iters: T for this call.
-        """
-        x = check_sets(x, mask, weights, self.num_features)
-        steps = self.num_iters if num_iters is None else num_iters
-        with torch.autocast(x.device.type, enabled=False):
-            cloud = directions(x, mask, weights)
-            floor = torch.full_like(cloud.mass, self.concentration_floor)
-            state = self._start(cloud, floor) if init is None else enter_directions(init, cloud.mass.dtype)
+    def posterior(self, x: Tensor, mixture: DirectionalMixture, mask: Tensor | None = None) -> Posterior:
+        """Return the posterior over components of the directions of x (B, N, D)."""
+        return mixture.posterior(x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0))
 
-            def step(state: State, progress: float) -> State:
-                moments, _ = accumulate(cloud, VON_MISES_FISHER.natural(state), VON_MISES_FISHER)
-                return VON_MISES_FISHER.maximize(moments, floor)
-
-            *_, state = (state, *gradients.iterate(step, state, steps, self.gradient))
-        parts = (state.log_weights, state.means, state.factors.inverse.square().squeeze(-1))
-        return DirectionalMixture(*(part.to(x.dtype) for part in parts))
+    def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
+        points = directions(x, mask, weights)
+        return _Sets(points, torch.full_like(points.mass, self.concentration_floor), x.dtype)
 
     @torch.no_grad()
-    def _start(self, cloud: Cloud, floor: Tensor) -> State:
-        """Return what an M-step makes of the points nearest to drawn centers, all of one concentration."""
-        centred = prepare(cloud.points.mT, weights=cloud.weights)
-        drawn = starts.draw_centers(self.init, centred, self.num_components) + centred.center.unsqueeze(1)
-        cosines = torch.bmm(drawn.to(cloud.points.dtype), cloud.points)
-        members = torch.zeros_like(cosines).scatter_(1, cosines.argmax(1, keepdim=True), 1.0)
-        members = members if cloud.weights is None else members * cloud.weights.unsqueeze(1)
-        features = VON_MISES_FISHER.features(cloud.points, floor.dtype)
-        return VON_MISES_FISHER.maximize(torch.bmm(members.to(floor.dtype), features.mT), floor)
+    def _start(self, sets: _Sets, choose: bool) -> Parameters:
+        """Return the M-step of the points nearest to drawn centers."""
+        points = sets.points
+        x, weights = points.coordinates(), points.weights
+        centers = initialization.draw_centers(self.init, x.mT, self.num_components, weights=weights)
+        counts = torch.ones_like(x[:, 0]) if weights is None else weights
+        cell = (centers @ x).argmax(1, keepdim=True)
+        members = torch.zeros_like(centers @ x).scatter_(1, cell, counts.unsqueeze(1))
+        mass, none = members.sum(-1), torch.zeros_like(points.mass)
+        statistics = SufficientStatistics(mass, mass, members @ x.mT, members.new_zeros(*mass.shape, 0), none, none, none)
+        return m_step(statistics, VON_MISES_FISHER, sets.floor, mass)
+
+    def _enter(self, sets: _Sets, mixture: DirectionalMixture) -> Parameters:
+        return Parameters(*(part.to(sets.floor.dtype) for part in mixture.parameters()))
+
+    def _step(
+        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
+    ) -> tuple[Parameters, Tensor]:
+        statistics = e_step(
+            sets.points, state, Likelihood(VON_MISES_FISHER), with_log_likelihood=with_objective
+        )
+        after = m_step(statistics, VON_MISES_FISHER, sets.floor, state.covariances)
+        return after, statistics.log_likelihood
+
+    def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+        density = log_density(sets.points, state, Likelihood(VON_MISES_FISHER))
+        return (density if sets.points.weights is None else density * sets.points.weights).sum(-1)
+
+    def _mixture(self, sets: _Sets, state: Parameters) -> DirectionalMixture:
+        return DirectionalMixture(*(part.to(sets.dtype) for part in state))
+
+    def _changes(self, before: Parameters, after: Parameters) -> Tensor:
+        return VON_MISES_FISHER.changes(before, after)
 
     def extra_repr(self) -> str:
         """Return what distinguishes this operator."""

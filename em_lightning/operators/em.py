@@ -1,92 +1,114 @@
-"""The EM operator: point sets in, mixtures out, differentiable all the way."""
+"""The EM operator: point sets in, mixtures out, differentiable throughout."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_lightning.competition import Softmin
-from em_lightning.mixture.background import UniformBackground
-from em_lightning.mixture.cloud import Cloud, effective_floor, prepare
-from em_lightning.mixture.covariance import COVARIANCES, compiled
-from em_lightning.mixture.factors import State, choose
-from em_lightning.mixture.general import background_row, general_moments
-from em_lightning.mixture.moments import accumulate, get_ready, may_lose_all_digits
-from em_lightning.mixture.prior import MixturePrior, posterior_moments
-from em_lightning.mixture.radial import radial_of
-from em_lightning.mixture.state import Mixture
-from em_lightning.mixture.step import Manner, Step, leave, with_all_digits
-from em_lightning.operators import gradients
-from em_lightning.operators.checks import check_choice, check_init, check_sets
-from em_lightning.operators.model import MixtureModel
+from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
+from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
+from em_lightning.mixture import e_step as steps
+from em_lightning.mixture.background import BackgroundLevel, UniformBackground
+from em_lightning.mixture.covariance import COVARIANCES, Covariance, Parameters, covariance_of
+from em_lightning.mixture.e_step import Likelihood, e_step, log_density
+from em_lightning.mixture.em import where
+from em_lightning.mixture.lowrank import LowRankCovariance
+from em_lightning.mixture.m_step import PseudoCounts, m_step
+from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
+from em_lightning.mixture.points import Points, prepare
+from em_lightning.mixture.prior import MixturePrior, log_prior
+from em_lightning.operators.base import SetOperator
+from em_lightning.operators.checks import check_choice, check_sets
 from em_lightning.operators.residual import ResidualCorrection
-from em_lightning.operators.start import build_start
+from em_lightning.operators.start import GivenSets, build_start
+from em_lightning.registry import from_options
 
-# Nats a point: a correction may trade some likelihood of the fitted points for that of others.
+# Nats per point: a correction may trade some likelihood of the fitted points for that of others.
 _TOLERATED_LOSS = 0.5
-# Exact iterations after which one start is told from another.
+# Exact iterations after which starts are compared.
 _TRIAL = 5
 
 
-class EMOperator(MixtureModel):
+class _Sets(NamedTuple):
+    """Point sets, and what all iterations have in common.
+
+    given: the sets as they were given.
+    points: the sets ready for EM.
+    covariance: the covariance type.
+    floor: (B,), of the variances.
+    prior: pseudo-counts.
+    dtype: of the result.
+    """
+
+    given: GivenSets
+    points: Points
+    covariance: Covariance
+    floor: Tensor
+    prior: PseudoCounts | None
+    dtype: torch.dtype
+
+
+class EMOperator(SetOperator):
     r"""Fit a Gaussian mixture to each point set by T unrolled EM iterations with learned corrections.
 
-    E-step ``r_nk = pi_k N(x_n | mu_k, Sigma_k) / p(x_n)``; M-step: weights, means and covariances are the moments
-    of the points under ``r``; then ``mu <- mu + MLP_mu(.)`` and ``Sigma <- Sigma + MLP_Sigma(.)``, taken so that
-    ``Sigma`` stays positive definite. Both MLPs start at zero: **an untrained operator is exactly classical EM**.
-    A cloud whose own points the last correction makes much less likely does without it. The result is invariant to
-    the order of the points, and components permute with their start.
+    .. math::
+        r_{nk} = \frac{\pi_k N(x_n \mid \mu_k, \Sigma_k)}{p(x_n)}, \quad
+        N_k = \sum_n r_{nk}, \quad
+        \pi_k = \frac{N_k}{N}, \quad
+        \mu_k = \frac{1}{N_k} \sum_n r_{nk} x_n, \quad
+        \Sigma_k = \frac{1}{N_k} \sum_n r_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top + \epsilon I
+
+    and then ``mu <- mu + MLP_mu(.)`` and ``Sigma <- Sigma + MLP_Sigma(.)``, parametrized so that ``Sigma`` stays
+    positive definite. Both MLPs start at zero: **an untrained operator is exactly classical EM**. A set whose own
+    points the last correction makes much less likely keeps the result of its M-step. The result is invariant to the
+    order of the points, and components permute with their start.
 
     Args:
         num_components: K.
         num_features: D.
-        num_iters: T, iterations a call.
+        num_iters: T, iterations per call.
         covariance: ``"full"``, ``"diag"``, ``"spherical"``, ``"tied"``, or ``"lowrank"``: of rank ``rank`` plus a
-            diagonal (:class:`~em_lightning.mixture.LowRankCovariance`), given back as full ones.
+            diagonal (:class:`~em_lightning.mixture.LowRankCovariance`), returned as full ones.
         rank: of low-rank covariances, at least 1 and less than D.
-        kernel: the energy of a point under a component, a key or an instance of ``KERNELS``: ``"gaussian"``, or a
-            robust one of its Mahalanobis distance, ``"student_t"`` (the density, of one degree of freedom unless
-            given), ``"laplace"``, ``"huber"`` or ``"pseudo_huber"``; the formulas are those of
-            :func:`~em_lightning.mixture.radial.radial_of`. Their M-step reweights, covariances are scale matrices,
-            and the likelihood is that of :meth:`log_prob`: a mixture's own is the one of Gaussians of that scale.
+        kernel: a key or an instance of ``KERNELS``: ``"gaussian"``, or a robust kernel of the Mahalanobis distance,
+            ``"student_t"`` (the density, one degree of freedom unless given), ``"laplace"``, ``"huber"`` or
+            ``"pseudo_huber"`` (:class:`~em_lightning.kernels.EllipticalKernel`). Their M-step is IRLS, covariances are
+            scale matrices, and :meth:`log_prob` is their density; ``Mixture.log_prob`` is that of Gaussians.
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
-        background: a component that is uniform over the bounding box of each cloud, for outliers: its weight, a
+        background: a component that is uniform over the bounding box of each set, for outliers: its weight, a
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}`` for a
-            weight that EM finds for each cloud.
-        temperature: divides the logarithms of the joint density in the E-step; a pair ``(first, last)`` anneals
-            geometrically, ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
+            weight that EM estimates for each set.
+        temperature: divides the joint log-densities in the E-step; a pair ``(first, last)`` anneals geometrically,
+            ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
-            (trained centers and scales, in units of the cloud).
-        lloyd_steps: steps of k-means that centers take before a mixture is made of them.
-        num_starts: of so many random starts each cloud takes the one whose objective is highest after ``num_iters``
-            exact iterations, at most five; while training :meth:`forward` has one, which is cheaper and more varied.
+            (trained centers and scales, in units of the set).
+        lloyd_steps: steps of k-means that the centers take first.
+        num_starts: random starts, of which each set takes the one with the highest objective after ``num_iters`` exact
+            iterations, at most five; :meth:`forward` takes one while training, which is cheaper and more varied.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
         residual: whether there are corrections to learn.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
-        relative_floor: take the floor as a share of the variance of each cloud (the mean over features) instead, but
-            no width below 1e-14 for float32 points (1e-31 for double). Where all points of a cloud are the same, its
-            components are as narrow as that, and the density of other points, or in one call with points far away,
-            and its gradient, may be beyond float32.
+        relative_floor: take the floor as a share of the mean variance of each set instead.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
             last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
-            (:func:`~em_lightning.operators.gradients.iterate` has what each means).
+            (:func:`~em_lightning.operators.gradients.iterate`).
 
     Shape:
-        - x: (B, N, D), whose squares are taken: up to 1e15 in float32; mask: (B, N), true for points that count;
-          weights: (B, N), how often each counts. A component of a mass below 1e-15 counts as empty.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each point counts,
+          relative to their mean.
         - output: a :class:`~em_lightning.mixture.Mixture` of B mixtures, in float32 where x is of half precision.
 
     Raises:
-        ValueError: an argument is out of range, a shape does not fit, or points are NaN, infinite or, in float32,
-            beyond 2.6e15.
-        TypeError: points are no floating-point tensor, or the mask is not boolean.
+        ValueError: an argument is out of range, a shape does not fit, or points are NaN or infinite.
+        TypeError: points are no floating-point tensor, the mask is not boolean, or a prior or background has the wrong
+            type.
 
     Example:
         >>> operator = EMOperator(num_components=2, num_features=1, num_iters=10, residual=False)
@@ -119,142 +141,86 @@ class EMOperator(MixtureModel):
         temperature: float | tuple[float, float] = 1.0,
         gradient: str = "unrolled",
     ) -> None:
-        counts = {"num_components": num_components, "num_features": num_features, "num_starts": num_starts}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if num_iters < 0:
-            raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
+        super().__init__(num_components, num_features, num_iters, gradient)
         check_choice("covariance", covariance, (*COVARIANCES, "lowrank"))
-        check_choice("gradient", gradient, gradients.GRADIENTS)
+        if (rank is not None) != (covariance == "lowrank"):
+            raise ValueError(f"rank={rank} with covariance={covariance!r}: 'lowrank' needs a rank, others have none")
+        if rank is not None and not 1 <= rank < num_features:
+            raise ValueError(f"rank={rank} must be at least 1 and less than num_features={num_features}")
         if not covariance_floor >= 0:
             raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
-        super().__init__(num_components, num_features, covariance, rank, kernel, competition, prior, background)
-        self.num_iters = num_iters
-        self.init = init
-        self.num_starts = num_starts
-        self.gradient = gradient
-        self.covariance_floor = covariance_floor
-        self.relative_floor = relative_floor
         pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, temperature)
         if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
             raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
+        self.covariance: Covariance = COVARIANCES[covariance] if rank is None else LowRankCovariance(rank)
+        self.kernel = density_kernel(kernel)
+        if not isinstance(self.kernel, EllipticalKernel):
+            raise ValueError(
+                f"kernel={kernel!r} has no closed-form M-step; use 'gaussian', 'student_t', 'laplace', 'huber' or "
+                f"'pseudo_huber', em_lightning.operators.DirectionalEM for the cosine, or GeneralizedEM for any kernel"
+            )
+        self.kernel.elliptical_log_normalizer(num_features)  # raises where exp(-rho) is no density
+        self.competition = COMPETITIONS.build(competition)
+        if isinstance(background, (int, float)):
+            background = {"weight": background}
+        self.background = _built("background", UniformBackground, background)
+        self.prior = _built("prior", MixturePrior, prior)
+        if self.background is not None and isinstance(self.competition, Background):
+            raise ValueError("background and competition='background' are two backgrounds; give one of them")
+        self.init = init
+        self.num_starts = num_starts
+        self.covariance_floor = covariance_floor
+        self.relative_floor = relative_floor
         self.temperature = (float(pair[0]), float(pair[1]))
-        self.correction = ResidualCorrection(num_features, self.structure) if residual else None
+        self.correction = ResidualCorrection(num_features, self.covariance) if residual else None
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        weights: Tensor | None = None,
-        init: Mixture | None = None,
-        num_iters: int | None = None,
-    ) -> Mixture:
-        """Return the mixtures after the last iteration.
+    def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
+        """Return ``log p(x)`` of points (B, N, D) under the operator's kernel and background, as (B, N).
 
-        Args:
-            x: points (B, N, D).
-            mask: (B, N), false where a row is padding, whatever it holds.
-            weights: (B, N), not negative.
-            init: mixtures to start from instead of the operator's own start.
-            num_iters: T for this call.
+        Zero where masked. A background without an energy is uniform over the bounding box of these points.
         """
-        *_, (cloud, state) = self._loop(x, mask, weights, init, num_iters)
-        return leave(cloud, state, self.structure)
+        points, state, likelihood = self._evaluation(x, mixture, mask)
+        density = (log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)).to(x.dtype)
+        return density if mask is None else torch.where(mask, density, 0.0)
 
-    def iterate(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        weights: Tensor | None = None,
-        init: Mixture | None = None,
-        num_iters: int | None = None,
-    ) -> Iterator[Mixture]:
-        """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
-        for cloud, state in self._loop(x, mask, weights, init, num_iters):
-            yield leave(cloud, state, self.structure)
+    def posterior(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Posterior:
+        """Return the posterior of the competition for points (B, N, D): responsibilities (B, N, K).
 
-    def _loop(
-        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, num_iters: int | None
-    ) -> Iterator[tuple[Cloud, State]]:
-        x = self._checked(x, mask, weights, init)
-        steps = self.num_iters if num_iters is None else num_iters
-        if steps < 0:
-            raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
+        A background is one more hypothesis, the last: :func:`~em_lightning.competition.none_of_the_above` reads it.
+        """
+        points, state, likelihood = self._evaluation(x, mixture, mask)
+        theta, peak = likelihood.family.natural_parameters(state)
+        features = points.lift(points.source, slice(None))
+        joint, _ = steps.log_joint(features, theta, peak, self.num_features, likelihood.kernel)
+        joint = steps.with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
+        return self.competition(-joint.mT.to(x.dtype))
+
+    def objective(
+        self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return what EM climbs (B,): ``sum_n w_n log p(x_n)``, and the log-density of a prior up to a constant.
+
+        Weights count relative to their mean.
+        """
+        check_points(mixture, x)
+        x = check_sets(x, mask, weights, self.num_features)
+        covariance = covariance_of(mixture.covariances, mixture.means)
         with torch.autocast(x.device.type, enabled=False):
-            cloud, state, floor = self._begin(x, mask, weights, init, choose=not self.training)
-            if steps > 0:
-                cloud = self._readied(cloud, floor)
-            yield cloud, state
+            sets = self._prepare(x, mask, weights, covariance)
+            state = self._with_room(sets.points.frame.enter_parameters(mixture.parameters()))
+            return self._objective(sets, state).to(x.dtype)
 
-            def step(state: State, progress: float) -> State:
-                return self._iteration(cloud, state, floor, progress)[0]
-
-            for after in gradients.iterate(step, state, steps, self.gradient):
-                yield cloud, after
-
-    def fit(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        weights: Tensor | None = None,
-        init: Mixture | None = None,
-        max_iters: int = 100,
-        tol: float = 1e-3,
-    ) -> tuple[Mixture, Tensor]:
-        """Iterate each cloud until its objective rises by less than ``tol`` a point; return mixtures and steps (B,).
-
-        The objective is :meth:`objective` over the mass of the cloud. A cloud that has converged is left as it is, so
-        its result does not depend on the others. A temperature schedule runs over the first ``num_iters`` iterations,
-        and no cloud stops before it has. Data decide the length of the loop: use :meth:`forward` under a compiler.
-
-        Args:
-            x: points (B, N, D).
-            mask: (B, N), false where a row is padding.
-            weights: (B, N), how often each point counts.
-            init: mixtures to start from.
-            max_iters: the most iterations; a cloud that reports it may not have converged.
-            tol: of the change of the objective, in nats a point, as scikit-learn's.
-        """
-        x = self._checked(x, mask, weights, init)
-        if max_iters < 0 or not tol >= 0:
-            raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
-        with torch.autocast(x.device.type, enabled=False):
-            cloud, state, floor = self._begin(x, mask, weights, init, choose=True)
-            cloud = self._readied(cloud, floor)
-            schedule = 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
-            steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
-            running = torch.ones_like(steps, dtype=torch.bool)
-            before = torch.full_like(cloud.mass, -torch.inf)
-            for step in range(1, max_iters + 1):
-                # The objective that an iteration finds is that of the state it begins with.
-                after, objective = self._iteration(cloud, state, floor, min(step / schedule, 1.0), likelihood=True)
-                assert objective is not None
-                change = (objective - before).abs() / cloud.mass.clamp(min=torch.finfo(cloud.mass.dtype).tiny)
-                before = objective
-                if step > schedule:
-                    running = running & (change >= tol)
-                    if not running.any():
-                        break
-                state = _where(running, after, state)
-                steps = steps + running
-            return leave(cloud, state, self.structure), steps
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile what an iteration does between its passes over the points, once for all iterations.
-
-        The loop itself stays as it is: ``torch.compile(operator)`` unrolls it, which takes long to compile and is not
-        possible without a graph break in float32, where each pass chooses its precision by looking at the data. Copies
-        and pickles of the operator are not compiled. Options are those of ``torch.compile``.
-        """
-        if args:
-            raise TypeError(f"compile() takes the options of torch.compile by name; {args!r} are not named")
-        self._compiled = compiled(self.structure, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy takes over."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_compiled"}
+    def _evaluation(
+        self, x: Tensor, mixture: Mixture, mask: Tensor | None
+    ) -> tuple[Points, Parameters, Likelihood]:
+        """Return points, parameters and the density of given mixtures, of any covariance type."""
+        check_points(mixture, x)
+        check_sets(x, mask, None, self.num_features)
+        covariance = covariance_of(mixture.covariances, mixture.means)
+        points = prepare(x.expand(mixture.sets, -1, -1), covariance.features, mask, with_moments=False)
+        state = self._with_room(points.frame.enter_parameters(mixture.parameters()))
+        return points, state, self._likelihood(points, state, covariance)
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -262,126 +228,140 @@ class EMOperator(MixtureModel):
         plain._modules = {**self._modules, "correction": None}
         return plain
 
-    def _iteration(self, cloud: Cloud, state: State, floor: Tensor, progress: float, likelihood: bool = False) -> Step:
-        """Return the state after an iteration, and the objective (B,) of the state before it if asked for."""
-        after, objective = self._exact_iteration(cloud, state, floor, progress, likelihood)
-        if self.correction is None:
-            return after, objective
-        corrected = self.correction(cloud, state, after, floor, progress)
-        # Between iterations EM itself mends what a correction spoils.
-        return (corrected if progress < 1.0 else self._safeguarded(cloud, after, corrected)), objective
+    # The loop.
 
-    def _exact_iteration(
-        self, cloud: Cloud, state: State, floor: Tensor, progress: float, likelihood: bool = False
-    ) -> Step:
-        structure = self.structure
-        counts = None if self.prior is None else self.prior.beside(cloud, structure, self.num_components)
-        theta = structure.natural(state) if state.theta is None else state.theta
+    def _prepare(
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
+    ) -> _Sets:
+        covariance = covariance or self.covariance
+        points = prepare(x, covariance.features, mask, weights)
+        floor = points.floor(self.covariance_floor, self.relative_floor)
+        counts = None
+        if self.prior is not None:
+            counts = self.prior.pseudo_counts(
+                points.frame, points.mean, points.variance, covariance, self.num_components
+            )
+        return _Sets(GivenSets(x.detach(), mask, weights), points, covariance, floor, counts, x.dtype)
 
-        def step(manner: Manner) -> Step:
-            origins = manner.origins
-            moments, pull, found, outside = self._moments(cloud, state, theta, progress, manner, likelihood)
-            own = counts if counts is None or origins is None else counts.about(origins, structure)
-            moments = posterior_moments(moments, structure, self.num_features, own, pull)
-            after = structure.maximize(moments, floor, state.factors)
-            if self.background is not None:
-                outside = outside if counts is None else outside + counts.weight
-                mass = moments[..., 0].sum(-1)
-                after = after._replace(log_weights=self.background.maximize(after.log_weights, mass, outside))
-            return after if origins is None else after._replace(means=after.means + origins), found
-
-        after, found = with_all_digits(step, cloud, state, theta, structure)
-        if not likelihood:
-            return after, None
-        with torch.no_grad():
-            if found is None:
-                return after, self._objective(cloud, state)
-            return after, found if counts is None else found + self._log_prior(cloud, state)
-
-    def _safeguarded(self, cloud: Cloud, plain: State, corrected: State) -> State:
-        """Return the corrected state, but for clouds whose own points it makes less likely by more than tolerated."""
-        with torch.no_grad():
-            least = self._objective(cloud, plain) - _TOLERATED_LOSS * cloud.mass
-            keep = self._objective(cloud, corrected) >= least
-        return _where(keep, corrected, plain)
-
-    def _moments(
-        self,
-        cloud: Cloud,
-        state: State,
-        theta: Tensor,
-        progress: float,
-        manner: Manner,
-        likelihood: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Return moments under the responsibilities, and what else a pass comes by.
-
-        That is the sums of a robust kernel's pulls, the log-likelihood, which a pass at another temperature does not
-        find and one that is not asked for it may, and the mass of a background.
-        """
-        structure, level = self.structure, self._level(cloud, state)
-        radial = radial_of(self.kernel, self.num_features)
-        first, last = self.temperature
-        temperature = first ** (1.0 - progress) * last**progress
-        precision, apart, origins = manner
-        if isinstance(self.competition, Softmin) and radial is None and origins is None:
-            temperature = self.competition.temperature * temperature
-            plain = isinstance(temperature, float) and temperature == 1.0
-            theta = theta if level is None else background_row(theta, level)
-            theta = theta if plain else theta / temperature
-            moments, found = accumulate(cloud, theta, structure, precision, likelihood and plain)
-            moments, outside = moments.split([self.num_components, moments.shape[1] - self.num_components], 1)
-            return moments, None, found, outside[..., 0].sum(-1)
-
-        def respond(joint: Tensor) -> Tensor:
-            return self.competition(-joint / temperature, dim=1).responsibilities
-
-        whole = not isinstance(self.competition, Softmin)
-        return general_moments(cloud, state, structure, radial, level, respond, whole, apart, origins)
-
-    def _begin(
-        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None, choose: bool
-    ) -> tuple[Cloud, State, Tensor]:
-        """Return points, start and floor as the loop holds them; ``choose`` among several starts, or take one."""
-        cloud = prepare(x, mask, weights)
-        floor = effective_floor(cloud, self.covariance_floor, self.relative_floor)
-        if init is not None:
-            return cloud, self._enter(cloud, init), floor
-
-        def judge(state: State) -> Tensor:
+    def _start(self, sets: _Sets, choose: bool) -> Parameters:
+        def judge(state: Parameters) -> Tensor:
             state = self._with_room(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL)):
-                state, _ = self._exact_iteration(cloud, state, floor, 1.0)
-            return self._objective(cloud, state)
+                state, _ = self._exact_step(sets, state, 1.0)
+            return self._objective(sets, state)
 
-        return cloud, self._with_room(self.start(cloud, self.structure, floor, judge if choose else None)), floor
+        start = self.start(sets.given, sets.points, self.covariance, sets.floor, judge if choose else None)
+        return self._with_room(start)
 
-    def _readied(self, cloud: Cloud, floor: Tensor) -> Cloud:
-        """Return clouds with what all iterations have in common."""
-        cloud = cloud._replace(ready=get_ready(cloud, self.structure, cloud.mass))
-        return cloud._replace(narrow=may_lose_all_digits(cloud, floor))
+    def _enter(self, sets: _Sets, mixture: Mixture) -> Parameters:
+        given = covariance_of(mixture.covariances, mixture.means)
+        if given is not self.covariance and given.name != "full":
+            raise ValueError(f"init has {given.name} covariances and the operator {self.covariance.name}; convert one")
+        shape = (len(sets.given.x), self.num_components, self.num_features)
+        if tuple(mixture.means.shape) != shape:
+            raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
+        state = sets.points.frame.enter_parameters(mixture.parameters())
+        return self._with_room(state._replace(covariances=self.covariance.from_public(state.covariances)))
 
-    def _checked(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Mixture | None) -> Tensor:
-        """Return x in at least float32, or say what is wrong with the input."""
-        x = check_sets(x, mask, weights, self.num_features, squared=True)
-        if init is not None:
-            check_init(init, self.covariance, (x.shape[0], self.num_components, self.num_features))
-        return x
+    def _step(
+        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
+    ) -> tuple[Parameters, Tensor]:
+        after, objective = self._exact_step(sets, state, progress, with_objective)
+        if self.correction is None:
+            return after, objective
+        corrected = self.correction(sets.points, state, after, sets.floor, progress)
+        # Between iterations EM itself repairs what a correction spoils.
+        return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
+
+    def _exact_step(
+        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
+    ) -> tuple[Parameters, Tensor]:
+        """Return the parameters after one E-step and one M-step, and the objective (B,) before if it is wanted."""
+        points, competition = sets.points, self.competition
+        first, last = self.temperature
+        temperature = first ** (1.0 - progress) * last**progress
+        likelihood = self._likelihood(points, state, self.covariance)
+        softmin = isinstance(competition, Softmin)
+
+        def respond(joint: Tensor) -> Tensor:
+            return competition(-joint / temperature, dim=1).responsibilities
+
+        statistics = e_step(
+            points,
+            state,
+            likelihood,
+            None if softmin else respond,
+            temperature=competition.temperature * temperature if softmin else 1.0,
+            with_log_likelihood=with_objective,
+            couples_points=getattr(competition, "couples_items", False),
+            shared=tuple(competition.parameters()),
+        )
+        after = m_step(statistics, self.covariance, sets.floor, state.covariances, sets.prior, self.background)
+        log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
+        return after, self._with_prior(sets, state, likelihood, log_likelihood) if with_objective else log_likelihood
+
+    def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
+        """Return the corrected parameters, but for sets whose own points they make too unlikely."""
+        with torch.no_grad():
+            least = self._objective(sets, plain) - _TOLERATED_LOSS * sets.points.mass
+            keep = self._objective(sets, corrected) >= least
+        return where(keep, corrected, plain)
+
+    def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+        points = sets.points
+        likelihood = self._likelihood(points, state, sets.covariance)
+        density = log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)
+        total = (density if points.weights is None else density * points.weights).sum(-1)
+        return self._with_prior(sets, state, likelihood, total)
+
+    def _with_prior(
+        self, sets: _Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor
+    ) -> Tensor:
+        """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
+        if sets.prior is None:
+            return log_likelihood
+        own = log_prior(state, sets.covariance, sets.prior)
+        num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
+        own = own - sets.prior.covariance * num_covariances * sets.points.log_volume()
+        if likelihood.background is not None and self.background.estimate:
+            own = own + sets.prior.weight * likelihood.background.log_weight
+        return log_likelihood + own
+
+    def _mixture(self, sets: _Sets, state: Parameters) -> Mixture:
+        return mixture_of(sets.points, state, self.covariance, sets.dtype)
+
+    def _changes(self, before: Parameters, after: Parameters) -> Tensor:
+        return self.covariance.changes(before, after)
+
+    def _schedule_length(self) -> int:
+        return 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
+
+    def _likelihood(self, points: Points, state: Parameters, covariance: Covariance) -> Likelihood:
+        level: BackgroundLevel | None = None
+        if self.background is not None:
+            level = self.background.level(points, state.log_weights)
+        return Likelihood(covariance, None if isinstance(self.kernel, GaussianKernel) else self.kernel, level)
+
+    def _with_room(self, state: Parameters) -> Parameters:
+        """Return parameters whose weights leave room for an estimated background."""
+        if self.background is None:
+            return state
+        return state._replace(log_weights=self.background.leave_room(state.log_weights))
 
     def extra_repr(self) -> str:
         """Return what distinguishes this operator."""
         return (
-            f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, covariance={self.covariance!r}, "
-            f"init={self.init!r}, num_starts={self.num_starts}, covariance_floor={self.covariance_floor:g}, "
-            f"relative_floor={self.relative_floor}, gradient={self.gradient!r}"
+            f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, "
+            f"covariance={self.covariance.name!r}, init={self.init!r}, num_starts={self.num_starts}, "
+            f"covariance_floor={self.covariance_floor:g}, relative_floor={self.relative_floor}, "
+            f"gradient={self.gradient!r}"
         )
 
 
-def _where(condition: Tensor, one: State, other: State) -> State:
-    """Return one state for the clouds where a condition (B,) holds and the other elsewhere."""
-
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-
-    factors = choose(condition, one.factors, other.factors)
-    return State(pick(one.log_weights, other.log_weights), pick(one.means, other.means), factors)
+def _built(argument: str, cls: type[Any], value: Any) -> Any:
+    """Return an instance of a class for an instance, a mapping of its arguments, or ``None``."""
+    if isinstance(value, Mapping):
+        return from_options(argument, cls, value)
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"{argument} must be a {cls.__name__}, a dict or None, got {value!r}")
+    return value

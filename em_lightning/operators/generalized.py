@@ -1,25 +1,28 @@
-"""Generalized EM: a mixture under any kernel, whose M-step follows the slope of the energy."""
+"""Generalized EM: mixtures under any kernel, whose M-step follows the gradient of the energy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from em_lightning.competition import Posterior, softmin
-from em_lightning.kernels import KERNELS, CosineKernel, LearnedEnergyKernel, NoDensityError
-from em_lightning.mixture import starts
-from em_lightning.mixture.cloud import prepare
-from em_lightning.mixture.factors import Factors, State
-from em_lightning.mixture.generalized import KernelMixture, Points, energies_of, generalized_step, points_of
-from em_lightning.operators import gradients
-from em_lightning.operators.checks import check_choice, check_sets
-
-_GRADIENTS = ("unrolled", "checkpoint", "last")
+from em_lightning.kernels import CosineKernel, LearnedEnergyKernel, NoDensityError, density_kernel
+from em_lightning.mixture import initialization
+from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.generalized import KernelMixture, PointSets, energies_of, generalized_step, point_sets
+from em_lightning.operators.base import SetOperator
+from em_lightning.operators.checks import check_choice
 
 
-class GeneralizedEM(nn.Module):
+class _Sets(NamedTuple):
+    """Point sets ready for generalized EM."""
+
+    points: PointSets
+
+
+class GeneralizedEM(SetOperator):
     r"""Fit a mixture under any kernel to each set by T iterations of generalized EM.
 
     E-step: ``r_nk`` proportional to ``pi_k exp(-d(x_n, mu_k))``. M-step: weights as in EM; centers take steps down
@@ -71,6 +74,8 @@ class GeneralizedEM(nn.Module):
     EM); Armijo, Minimization of functions having Lipschitz continuous first partial derivatives, 1966.
     """
 
+    gradients_known = ("unrolled", "checkpoint", "last")
+
     def __init__(
         self,
         num_components: int,
@@ -84,33 +89,17 @@ class GeneralizedEM(nn.Module):
         init: str = "farthest",
         gradient: str = "unrolled",
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("num_components", num_components, 1),
-            ("num_features", num_features, 1),
-            ("num_iters", num_iters, 0),
-            ("num_steps", num_steps, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        super().__init__(num_components, num_features, num_iters, gradient)
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} must be at least 1")
         check_choice("init", init, ("farthest", "kmeans++", "random"))
-        if gradient == "implicit":
-            raise ValueError(
-                "gradient='implicit' is not exact here: at its fixed point the line search of a generalized M-step "
-                "takes no steps; use 'unrolled' or 'checkpoint'"
-            )
-        check_choice("gradient", gradient, _GRADIENTS)
         if not scale_floor > 0:
             raise ValueError(f"scale_floor={scale_floor} must be positive; 1e-6 suits data of unit scale")
-        self.num_components = num_components
-        self.num_features = num_features
-        self.num_iters = num_iters
         self.num_steps = num_steps
         self.estimate_scale = estimate_scale
         self.scale_floor = scale_floor
         self.init = init
-        self.gradient = gradient
-        self.kernel = KERNELS.build({"name": kernel, "density": True} if kernel == "student_t" else kernel)
+        self.kernel = density_kernel(kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
             raise ValueError(
                 "kernel=LearnedEnergyKernel has no centers that an M-step could move: its hypotheses live in the "
@@ -133,110 +122,73 @@ class GeneralizedEM(nn.Module):
                 f"estimate_scale=True needs a density: the energy could shrink with s alone. {error}"
             ) from error
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        weights: Tensor | None = None,
-        init: KernelMixture | None = None,
-        num_iters: int | None = None,
-    ) -> KernelMixture:
-        """Return the mixtures after the last iteration.
-
-        Args:
-            x: points (B, N, D).
-            mask: (B, N), false where a row is padding, whatever it holds.
-            weights: (B, N), not negative.
-            init: mixtures to start from.
-            num_iters: T for this call.
-        """
-        *_, mixture = self.iterate(x, mask, weights, init, num_iters)
-        return mixture
-
-    def iterate(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        weights: Tensor | None = None,
-        init: KernelMixture | None = None,
-        num_iters: int | None = None,
-    ) -> Iterator[KernelMixture]:
-        """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
-        x = check_sets(x, mask, weights, self.num_features)
-        steps = self.num_iters if num_iters is None else num_iters
-        if steps < 0:
-            raise ValueError(f"num_iters={steps} must be at least 0, where 0 returns the start")
-        with torch.autocast(x.device.type, enabled=False):
-            points = points_of(x, mask, weights)
-            start = self._start(points) if init is None else self._given(init, points)
-            yield start
-            # Slopes are taken by autograd, which would otherwise record what nothing asks for.
-            inputs = (points.x, points.counts, *start, *self.kernel.parameters())
-            wanted = any(part.requires_grad for part in inputs)
-
-            def step(state: State, progress: float) -> State:
-                recorded = wanted and torch.is_grad_enabled()
-                with torch.inference_mode(False), torch.set_grad_enabled(recorded):
-                    after = generalized_step(
-                        self.kernel,
-                        Points(*map(_normal, points)),
-                        KernelMixture(*map(_normal, _leave(state))),
-                        estimate_scale=self.estimate_scale,
-                        floor=self.scale_floor,
-                        num_steps=self.num_steps,
-                    )
-                    return _enter(after)
-
-            for state in gradients.iterate(step, _enter(start), steps, self.gradient):
-                yield KernelMixture(*(part.to(x.dtype) for part in _leave(state)))
-
     def log_prob(self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where masked.
 
         Raises:
             NoDensityError: the kernel is no density; :meth:`objective` is what its iterations climb.
         """
-        if mask is not None:
-            x = torch.where(mask.unsqueeze(-1), x, 0.0)
-        constant = self.kernel.log_normalizer(self.num_features).to(x.dtype)
-        density = -self.posterior(x, mixture).free_energy - constant
+        density = -self.posterior(x, mixture, mask).free_energy - self.kernel.log_normalizer(self.num_features).to(x)
         return density if mask is None else torch.where(mask, density, 0.0)
 
-    def objective(
-        self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return what the iterations climb, (B,): the log-likelihood, for a kernel without a density less its own."""
-        points = points_of(check_sets(x, mask, weights, self.num_features), mask, weights)
-        try:
-            constant: Tensor | float = self.kernel.log_normalizer(self.num_features).to(x.dtype)
-        except NoDensityError:
-            constant = 0.0
-        return -((self.posterior(points.x, mixture).free_energy + constant) * points.counts).sum(-1)
-
-    def posterior(self, x: Tensor, mixture: KernelMixture) -> Posterior:
+    def posterior(self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of points (B, N, D); energies contain ``-log pi_k``."""
+        x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
         scales = mixture.scales if self.estimate_scale else None
         return softmin(energies_of(self.kernel, x, mixture.centers, scales) - mixture.log_weights.unsqueeze(1))
 
+    # The loop. Its state holds centers as means and scales as covariances.
+
+    def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
+        return _Sets(point_sets(x, mask, weights))
+
     @torch.no_grad()
-    def _start(self, points: Points) -> KernelMixture:
+    def _start(self, sets: _Sets, choose: bool) -> Parameters:
         """Return equal weights, drawn centers, and the root mean square distance to the nearest of them as scales."""
-        cloud = prepare(points.x, weights=points.counts)
-        centers = starts.draw_centers(self.init, cloud, self.num_components) + cloud.center.unsqueeze(1)
-        centers = centers.to(points.x.dtype)
+        x, counts = sets.points.x, sets.points.counts
+        centers = initialization.draw_centers(self.init, x, self.num_components, weights=counts)
         log_weights = torch.zeros_like(centers[..., 0]).log_softmax(-1)
         scales = torch.ones_like(log_weights)
         if self.estimate_scale:
-            nearest = torch.cdist(points.x, centers).amin(-1).square()
-            mean = (nearest * points.counts).sum(-1) / (self.num_features * cloud.mass.clamp(min=1e-12))
-            scales = scales * mean.to(scales).clamp(min=self.scale_floor).sqrt().unsqueeze(-1)
-        return KernelMixture(log_weights, centers, scales)
+            nearest = torch.cdist(x, centers).amin(-1).square()
+            mean = (nearest * counts).sum(-1) / (self.num_features * counts.sum(-1).clamp(min=1.0))
+            scales = scales * mean.clamp(min=self.scale_floor).sqrt().unsqueeze(-1)
+        return Parameters(log_weights, centers, scales)
 
-    def _given(self, init: KernelMixture, points: Points) -> KernelMixture:
-        shape = (len(points.x), self.num_components, self.num_features)
-        if init.centers.shape != shape:
-            raise ValueError(f"init.centers has shape {tuple(init.centers.shape)}; give {shape}")
-        return KernelMixture(*(part.to(points.x.dtype) for part in init))
+    def _enter(self, sets: _Sets, mixture: KernelMixture) -> Parameters:
+        shape = (len(sets.points.x), self.num_components, self.num_features)
+        if tuple(mixture.centers.shape) != shape:
+            raise ValueError(f"init.centers has shape {tuple(mixture.centers.shape)}; it must be {shape}")
+        return Parameters(*(part.to(sets.points.x.dtype) for part in mixture.tensors()))
+
+    def _step(
+        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
+    ) -> tuple[Parameters, Tensor]:
+        # Gradients of energies are taken by autograd, whose graph is kept only where somebody asks for it.
+        inputs = (*sets.points, *state, *self.kernel.parameters())
+        recorded = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
+        with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+            after = generalized_step(
+                self.kernel,
+                PointSets(*map(_differentiable, sets.points)),
+                Parameters(*map(_differentiable, state)),
+                estimate_scale=self.estimate_scale,
+                floor=self.scale_floor,
+                num_steps=self.num_steps,
+            )
+        return after, self._objective(sets, state) if with_objective else sets.points.mass
+
+    def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+        """Return the log-likelihood; of a kernel without a density, the same without its normalizer."""
+        try:
+            constant: Tensor | float = self.kernel.log_normalizer(self.num_features).to(sets.points.x)
+        except NoDensityError:
+            constant = 0.0
+        free_energy = self.posterior(sets.points.x, KernelMixture(*state)).free_energy
+        return -((free_energy + constant) * sets.points.counts).sum(-1)
+
+    def _mixture(self, sets: _Sets, state: Parameters) -> KernelMixture:
+        return KernelMixture(*state)
 
     def extra_repr(self) -> str:
         """Return what distinguishes this operator."""
@@ -246,15 +198,6 @@ class GeneralizedEM(nn.Module):
         )
 
 
-def _normal(part: Tensor) -> Tensor:
-    """Return a tensor that autograd takes, also in inference mode."""
+def _differentiable(part: Tensor) -> Tensor:
+    """Return a tensor that autograd accepts, also in inference mode."""
     return part.clone() if part.is_inference() else part
-
-
-def _enter(mixture: KernelMixture) -> State:
-    scale = mixture.scales.unsqueeze(-1)
-    return State(mixture.log_weights, mixture.centers, Factors(scale, scale.reciprocal()))
-
-
-def _leave(state: State) -> KernelMixture:
-    return KernelMixture(state.log_weights, state.means, state.factors.scale.squeeze(-1))

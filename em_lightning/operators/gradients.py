@@ -4,42 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from em_lightning.mixture.factors import Factors, State
+from em_lightning.mixture.covariance import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
-# The largest change of an iteration, in standard deviations of a component and in the logarithm of its size, at which a
-# loop has arrived at its fixed point; of weights, as they are.
-_ARRIVED = 1e-5
-# The solution of the linear system: relative residual, and products with the Jacobian at most.
+# The largest change of an iteration at a fixed point, in standard deviations of a component.
+_CONVERGED = 1e-5
+# The linear system of the implicit gradient: relative residual, and the largest number of products with the Jacobian.
 _RESIDUAL = 1e-8
 _PRODUCTS = 300
 
-Step = Callable[[State, float], State]
+Step = Callable[[Parameters, float], Parameters]
+Changes = Callable[[Parameters, Parameters], Tensor]
 
 
-def iterate(step: Step, state: State, steps: int, gradient: str) -> Iterator[State]:
+def iterate(
+    step: Step, state: Parameters, steps: int, gradient: str, changes: Changes
+) -> Iterator[Parameters]:
     r"""Yield the states after each iteration ``step(state, progress)``, differentiable in one of four ways.
 
     - ``"unrolled"``: exact. An iteration keeps its parameters (B, K, .), nothing of the size of the points.
-    - ``"checkpoint"``: exact. Of an iteration only its result is kept; the rest is computed again.
-    - ``"last"``: of the last iteration alone, its start taken as constant. It is neither the gradient of T iterations
-      nor of the converged mixture; it costs one iteration.
+    - ``"checkpoint"``: exact. An iteration keeps its result alone and computes the rest again.
+    - ``"last"``: of the last iteration alone, whose start is taken as a constant. It is neither the gradient of T
+      iterations nor that of the converged mixture, and costs one iteration.
     - ``"implicit"``: of the fixed point :math:`z = f(z, x)`, exact at convergence whatever the number of iterations:
-      :math:`(I - \partial f / \partial z)^\top u = v` is solved by GMRES, cloud by cloud, and ``u`` passed on in
-      place of the incoming ``v``. The start has no gradient.
+      :math:`(I - \partial f / \partial z)^\top u = v` is solved by GMRES for each set, and ``u`` replaces the incoming
+      gradient ``v``. The start has no gradient.
 
     Args:
-        step: an iteration, which is told the share of the loop that is done after it. For an implicit gradient this
-            is 1 at every iteration: a fixed point belongs to one map.
+        step: an iteration. ``progress`` is the share of the loop that is done after it; it is 1 in every iteration
+            under an implicit gradient, as a fixed point belongs to one map.
         state: the start.
         steps: T.
         gradient: one of ``GRADIENTS``.
+        changes: how much an iteration changed each set (B,), in standard deviations.
 
     Raises:
         RuntimeError: the implicit gradient of a loop that has not converged is asked for.
@@ -53,18 +57,18 @@ def iterate(step: Step, state: State, steps: int, gradient: str) -> Iterator[Sta
         elif gradient == "checkpoint" and torch.is_grad_enabled():
             state = checkpoint(step, state, count / steps, use_reentrant=False, preserve_rng_state=False)
         elif gradient == "implicit":
-            state = _at_fixed_point(step, state)
+            state = _at_fixed_point(step, state, changes)
         else:
             state = step(state, count / steps)
         yield state
 
 
-def _at_fixed_point(step: Step, before: State) -> State:
+def _at_fixed_point(step: Step, before: Parameters, changes: Changes) -> Parameters:
     before = _unpack(_pack(before).detach(), before)
     after = step(before, 1.0)
     if not after.means.requires_grad or not len(after.means):
         return after
-    _check_arrived(before, after)
+    _check_converged(changes, before, after)
     packed = _pack(after)
     center = packed.detach()
 
@@ -103,7 +107,7 @@ def gmres(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
             vector = vector - (known @ part.unsqueeze(2)).squeeze(2)
             column = column + part
         length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-        # A set whose space is exhausted has its solution; zeros leave it as it is.
+        # A set whose Krylov space is exhausted is solved; zeros leave it as it is.
         ended = length <= torch.finfo(target.dtype).eps * torch.linalg.vector_norm(column, dim=1, keepdim=True)
         columns.append(torch.cat([column, torch.where(ended, 0.0, length)], 1))
         basis.append(torch.where(ended, 0.0, vector / torch.where(ended, 1.0, length)))
@@ -125,37 +129,23 @@ def gmres(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check_arrived(before: State, after: State) -> None:
-    weights = (after.log_weights.exp() - before.log_weights.exp()).abs().amax(1)
-    inverse, scale = after.factors.inverse, after.factors.scale
-    if scale.ndim == 4:
-        shift = (inverse @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
-        growth = inverse @ (scale - before.factors.scale)
-    else:
-        shift, growth = inverse * (after.means - before.means), inverse * (scale - before.factors.scale)
-    change = torch.stack([weights, shift.abs().flatten(1).amax(1), growth.abs().flatten(1).amax(1)]).amax(0)
-    late = ~(change <= _ARRIVED)
+def _check_converged(changes: Changes, before: Parameters, after: Parameters) -> None:
+    change = changes(before, after)
+    late = ~(change <= _CONVERGED)
     if late.any():
-        cloud = int(change.argmax())
+        worst = int(change.argmax())
         raise RuntimeError(
-            f"gradient='implicit' needs a converged loop: the last iteration still changed {int(late.sum())} of "
-            f"{len(late)} sets, set {cloud} by {float(change[cloud]):.1e} where {_ARRIVED:g} is allowed; "
+            f"gradient='implicit' needs a converged loop: the last iteration changed {int(late.sum())} of "
+            f"{len(late)} sets, set {worst} by {float(change[worst]):.1e} where {_CONVERGED:g} is allowed; "
             f"raise num_iters, or use gradient='unrolled'"
         )
 
 
-def _parts(state: State) -> list[Tensor]:
-    return [part for part in (state.log_weights, state.means, *state.factors) if part is not None]
+def _pack(state: Parameters) -> Tensor:
+    return torch.cat([part.flatten(1) for part in state], 1)
 
 
-def _pack(state: State) -> Tensor:
-    return torch.cat([part.flatten(1) for part in _parts(state)], 1)
-
-
-def _unpack(packed: Tensor, like: State) -> State:
-    parts = _parts(like)
-    sizes = [math.prod(part.shape[1:]) for part in parts]
-    log_weights, means, *factors = (
-        flat.view(part.shape) for flat, part in zip(packed.split(sizes, 1), parts, strict=True)
-    )
-    return State(log_weights, means, Factors(*factors))
+def _unpack(packed: Tensor, like: Parameters) -> Parameters:
+    flat = packed.split([math.prod(part.shape[1:]) for part in like], 1)
+    parts: Any = (part.view(shaped.shape) for part, shaped in zip(flat, like, strict=True))
+    return Parameters(*parts)

@@ -1,4 +1,4 @@
-"""Sets to vectors: the mixture of a set, and moments of its items under the responsibilities."""
+"""Set pooling: a vector of the mixture of each set, and of moments of its items under the responsibilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.mixture.cloud import widest
+from em_lightning.mixture.points import accumulation_dtype
 from em_lightning.operators.em import EMOperator
 
 SUMMARIES = ("weights", "means", "scales", "values", "value_scales", "log_prob")
@@ -154,13 +154,13 @@ class EMPooling(nn.Module):
         mixture, dtype = operator(z, mask, weights), z.dtype
         parts: dict[str, Tensor] = {"weights": mixture.weights.unsqueeze(-1), "means": mixture.means}
         if "scales" in self.summary:
-            parts["scales"] = 0.5 * _variances(mixture.covariances, mixture.means).log()
+            parts["scales"] = 0.5 * mixture.variances().log()
         once, eps = [], torch.finfo(z.dtype).eps
         if {"values", "value_scales", "log_prob"} & set(self.summary):
             if "value_scales" in self.summary:
-                # In double: gradients are squares over what may be next to no mass and no variance.
-                z, values = z.to(widest(z)), values.to(widest(z))
-                mixture = mixture._make(part.to(z.dtype) for part in mixture)
+                # In float64: gradients are ratios of squares to masses and variances that may be tiny.
+                z, values = z.to(accumulation_dtype(z)), values.to(accumulation_dtype(z))
+                mixture = mixture.to(z.dtype)
             posterior = mixture.posterior(z)
             counts = torch.ones_like(z[..., 0]) if weights is None else weights.to(z.dtype)
             counts = counts if mask is None else counts * mask
@@ -177,12 +177,3 @@ class EMPooling(nn.Module):
         chosen = [parts[name].to(dtype) for name in self.summary if name != "log_prob"]
         vectors = [torch.cat(chosen, -1).flatten(1)] if chosen else []
         return torch.cat([*vectors, *(part.to(dtype) for part in once)], -1)
-
-
-def _variances(covariances: Tensor, means: Tensor) -> Tensor:
-    """Return the variances (B, K, D) of covariances of any structure."""
-    if covariances.ndim == 4:
-        covariances = covariances.diagonal(dim1=-2, dim2=-1)
-    elif covariances.ndim == 2:
-        covariances = covariances.unsqueeze(-1)
-    return covariances.expand_as(means)

@@ -1,4 +1,4 @@
-"""A layer that keeps its input's shape and pulls each item towards the mixture of its set."""
+"""Shape-preserving EM layer: adds to each item the posterior mean under the mixture of its set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from em_lightning.operators.em import EMOperator
 
 
 class EMRefinement(nn.Module):
-    r"""Add to each item what a mixture of its set makes of it: ``x_n + gate * sum_k r_nk mu_k``.
+    r"""Add to each item its posterior mean under a mixture of its set: ``x_n + gate * sum_k r_nk mu_k``.
 
     ``mu`` and ``r`` are the means and responsibilities of an :class:`EMOperator` fitted to the set, so the second term
     is the posterior mean of the component means, of rank K at most. ``gate`` starts at 0: a new layer is the identity.

@@ -8,25 +8,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from em_lightning.mixture import starts
-from em_lightning.mixture.cloud import Cloud
-from em_lightning.mixture.covariance import Structure
-from em_lightning.mixture.factors import State
+from em_lightning.mixture import initialization
+from em_lightning.mixture.covariance import Covariance, Parameters
+from em_lightning.mixture.points import Points
 
 _RANDOM = ("kmeans++", "random")
 STARTS = ("farthest", *_RANDOM, "learned")
 
 # From a state to the objective (B,) that it leads to.
-Judge = Callable[[State], Tensor]
+Judge = Callable[[Parameters], Tensor]
+
+
+class GivenSets(NamedTuple):
+    """Point sets as they were given: points (B, N, D), mask and weights (B, N)."""
+
+    x: Tensor
+    mask: Tensor | None
+    weights: Tensor | None
 
 
 class DrawnStart(NamedTuple):
-    """A mixture around centers that are drawn among the points of each cloud.
+    """A mixture around centers that are drawn among the points of each set.
 
     name: ``"farthest"``, ``"kmeans++"`` or ``"random"``.
     num_components: K.
-    lloyd_steps: steps of k-means that centers take.
-    num_starts: draws of which each cloud keeps the best.
+    lloyd_steps: steps of k-means that the centers take.
+    num_starts: number of draws, of which each set keeps the best.
     seed: of the draws, the same in every call; ``None`` draws from torch's global generator.
     """
 
@@ -36,31 +43,36 @@ class DrawnStart(NamedTuple):
     num_starts: int
     seed: int | None
 
-    @torch.no_grad()
-    def centers(self, cloud: Cloud, structure: Structure, floor: Tensor, judge: Judge | None) -> Tensor:
-        """Return for each cloud the centers (B, K, D) that a judge prefers, the first drawn without one."""
+    def __call__(
+        self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
+    ) -> Parameters:
+        """Return the start of each set: the one that a judge prefers, or without a judge the first drawn."""
         generator = None
         if self.seed is not None:
-            generator = torch.Generator(cloud.points.device).manual_seed(self.seed)
-        num_starts = self.num_starts if judge is not None else 1
-        drawn = [starts.draw_centers(self.name, cloud, self.num_components, generator) for _ in range(num_starts)]
-        drawn = [starts.lloyd(cloud, centers, self.lloyd_steps) for centers in drawn]
-        if judge is None or num_starts == 1:
-            return drawn[0]
-        best, chosen = torch.full_like(cloud.mass, -torch.inf), drawn[0]
-        for centers in drawn:
-            objective = judge(starts.from_centers(cloud, centers, structure, floor))
-            chosen = torch.where((objective > best)[:, None, None], centers, chosen)
-            best = torch.maximum(best, objective)
-        return chosen
+            generator = torch.Generator(given.x.device).manual_seed(self.seed)
+        drawn = [self._centers(given, points, generator) for _ in range(1 if judge is None else self.num_starts)]
+        best = drawn[0]
+        if judge is not None and len(drawn) > 1:
+            with torch.no_grad():
+                highest = torch.full_like(points.mass, -torch.inf)
+                for centers in drawn:
+                    objective = judge(initialization.parameters_around(points, centers, covariance, floor))
+                    best = torch.where((objective > highest)[:, None, None], centers, best)
+                    highest = torch.maximum(objective, highest)
+        return initialization.parameters_around(points, best, covariance, floor)
 
-    def __call__(self, cloud: Cloud, structure: Structure, floor: Tensor, judge: Judge | None) -> State:
-        """Return the start of each cloud."""
-        return starts.from_centers(cloud, self.centers(cloud, structure, floor, judge), structure, floor)
+    @torch.no_grad()
+    def _centers(self, given: GivenSets, points: Points, generator: torch.Generator | None) -> Tensor:
+        """Return centers (B, K, D) in the coordinates of the points."""
+        x, mask, weights = given
+        centers = initialization.draw_centers(self.name, x, self.num_components, mask, weights, generator)
+        centers = initialization.lloyd(x, centers, self.lloyd_steps, mask, weights)
+        center, scale = points.frame
+        return (centers.to(center.dtype) - center.unsqueeze(1)) / scale[:, None, None]
 
 
 class LearnedStart(nn.Module):
-    """Trained centers, scales and weights, in units of the cloud.
+    """Trained centers, scales and weights, in units of the set's root mean variance, about its mean.
 
     Args:
         num_components: K.
@@ -73,15 +85,16 @@ class LearnedStart(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
         self.logits = nn.Parameter(torch.zeros(num_components))
 
-    def forward(self, cloud: Cloud, structure: Structure, floor: Tensor, judge: Judge | None) -> State:
-        """Return the start of each cloud; there is nothing to judge."""
-        unit = cloud.variance.mean(-1).clamp(min=torch.finfo(cloud.points.dtype).tiny).sqrt()[:, None, None]
-        factors = structure.expand(torch.ones_like(cloud.center), *self.means.shape)
-        spread = unit * self.log_scale.exp() + floor.sqrt()[:, None, None]
-        spread = spread if factors.scale.shape[1] == spread.shape[1] else spread.mean(1, keepdim=True)
-        spread = spread if factors.scale.ndim == 3 else spread.unsqueeze(-1)
-        log_weights = self.logits.log_softmax(-1).to(unit.dtype).expand(len(unit), -1)
-        return State(log_weights, self.means * unit, factors.times(spread))
+    def forward(
+        self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
+    ) -> Parameters:
+        """Return the start of each set; there is nothing to judge."""
+        unit = points.unit()[:, None, None]
+        root = unit * self.log_scale.exp() + floor.sqrt()[:, None, None]  # (B, K, 1)
+        ones = torch.ones_like(points.mean)
+        covariances = covariance.scaled(covariance.expand(ones, len(self.means)), root.square().squeeze(-1))
+        log_weights = self.logits.log_softmax(-1).to(unit).expand(len(unit), -1)
+        return Parameters(log_weights, points.mean.unsqueeze(1) + self.means * unit, covariances)
 
 
 def build_start(
@@ -90,16 +103,18 @@ def build_start(
     """Return the start of that name.
 
     Raises:
-        ValueError: the name is unknown, or an argument makes no sense beside it.
+        ValueError: the name is unknown, or an argument contradicts it.
     """
     if init not in STARTS:
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(map(repr, STARTS))}")
+    if num_starts < 1:
+        raise ValueError(f"num_starts={num_starts} must be at least 1")
     if num_starts > 1 and init not in _RANDOM:
-        raise ValueError(f"num_starts={num_starts} of init={init!r} would all be the same; use 'kmeans++' or 'random'")
+        raise ValueError(f"num_starts={num_starts} with init={init!r} would all be equal; use 'kmeans++' or 'random'")
     if seed is not None and init not in _RANDOM:
-        raise ValueError(f"seed={seed} is for the draws of 'kmeans++' and 'random'; init={init!r} draws nothing")
+        raise ValueError(f"seed={seed} has no effect with init={init!r}; it is for 'kmeans++' and 'random'")
     if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
-        raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and 0 for init='learned'")
+        raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and must be 0 for init='learned'")
     if init == "learned":
         return LearnedStart(num_components, num_features)
     return DrawnStart(init, num_components, lloyd_steps, num_starts, seed)

@@ -1,0 +1,183 @@
+"""The protocol that all EM operators share: forward, iterate, fit, objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from em_lightning.mixture import em
+from em_lightning.mixture.covariance import Parameters
+from em_lightning.operators import gradients
+from em_lightning.operators.checks import check_choice, check_sets
+
+
+class SetOperator(nn.Module):
+    """A layer that fits one mixture to each point set by T iterations.
+
+    A subclass defines how sets are prepared, where the loop starts, what an iteration does, and what it climbs. The
+    state of the loop is a :class:`~em_lightning.mixture.Parameters`.
+
+    Args:
+        num_components: K.
+        num_features: D.
+        num_iters: T, iterations per call.
+        gradient: how gradients pass through the loop; see :func:`~em_lightning.operators.gradients.iterate`.
+    """
+
+    gradients_known = gradients.GRADIENTS
+
+    def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("num_components", num_components, 1),
+            ("num_features", num_features, 1),
+            ("num_iters", num_iters, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        check_choice("gradient", gradient, self.gradients_known)
+        self.num_components = num_components
+        self.num_features = num_features
+        self.num_iters = num_iters
+        self.gradient = gradient
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        init: Any = None,
+        num_iters: int | None = None,
+    ) -> Any:
+        """Return the mixtures after the last iteration.
+
+        Args:
+            x: points (B, N, D).
+            mask: (B, N), false where a row is padding, whatever it holds.
+            weights: (B, N), not negative; a common factor has no effect.
+            init: mixtures to start from instead of the operator's own start.
+            num_iters: T for this call.
+        """
+        for sets, state in self._loop(x, mask, weights, init, num_iters):  # noqa: B007
+            pass
+        return self._mixture(sets, state)
+
+    def iterate(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        init: Any = None,
+        num_iters: int | None = None,
+    ) -> Iterator[Any]:
+        """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
+        for sets, state in self._loop(x, mask, weights, init, num_iters):
+            yield self._mixture(sets, state)
+
+    def _loop(
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Any, num_iters: int | None
+    ) -> Iterator[tuple[Any, Parameters]]:
+        num_iters = self.num_iters if num_iters is None else num_iters
+        if num_iters < 0:
+            raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
+        x = check_sets(x, mask, weights, self.num_features)
+        with torch.autocast(x.device.type, enabled=False):
+            sets = self._prepare(x, mask, weights)
+            state = self._start(sets, not self.training) if init is None else self._enter(sets, init)
+            yield sets, state
+
+            def step(state: Parameters, progress: float) -> Parameters:
+                return self._step(sets, state, progress)[0]
+
+            for state in gradients.iterate(step, state, num_iters, self.gradient, self._changes):
+                yield sets, state
+
+    def fit(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        weights: Tensor | None = None,
+        init: Any = None,
+        max_iters: int = 100,
+        tol: float = 1e-3,
+    ) -> tuple[Any, Tensor]:
+        """Iterate each set until its objective rises by less than ``tol`` per point; return mixtures and steps (B,).
+
+        The objective is :meth:`objective` per mass of the set. A set that has converged is left as it is, so that its
+        result does not depend on the others. A temperature schedule runs over the first ``num_iters`` iterations, and
+        no set stops before it has. The data decide the length of the loop: use :meth:`forward` under a compiler.
+
+        Args:
+            x: points (B, N, D).
+            mask: (B, N), false where a row is padding.
+            weights: (B, N), how often each point counts.
+            init: mixtures to start from.
+            max_iters: largest number of iterations; a set that reports it may not have converged.
+            tol: of the change of the objective, in nats per point, as scikit-learn's.
+        """
+        if max_iters < 0 or not tol >= 0:
+            raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
+        x = check_sets(x, mask, weights, self.num_features)
+        with torch.autocast(x.device.type, enabled=False):
+            sets = self._prepare(x, mask, weights)
+            state = self._start(sets, choose=True) if init is None else self._enter(sets, init)
+            mass = sets.points.mass.clamp(min=1.0)
+            schedule = self._schedule_length()
+
+            def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
+                after, objective = self._step(sets, state, min(iteration / schedule, 1.0), with_objective=True)
+                return after, objective / mass
+
+            found = em.fit(step, state, max_iters=max_iters, tol=tol, min_iters=schedule)
+            return self._mixture(sets, Parameters(*found.state)), found.steps
+
+    def objective(
+        self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return what the iterations climb (B,): ``sum_n w_n log p(x_n)``, and the log-density of a prior if there is one.
+
+        Weights count relative to their mean.
+        """
+        x = check_sets(x, mask, weights, self.num_features)
+        with torch.autocast(x.device.type, enabled=False):
+            sets = self._prepare(x, mask, weights)
+            return self._objective(sets, self._enter(sets, mixture)).to(x.dtype)
+
+    # What a subclass defines. ``sets`` is a named tuple of points and of what all iterations have in common.
+
+    def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Any:
+        """Return the sets."""
+        raise NotImplementedError
+
+    def _start(self, sets: Any, choose: bool) -> Parameters:
+        """Return where the loop starts; ``choose`` the best of several starts, or take one."""
+        raise NotImplementedError
+
+    def _enter(self, sets: Any, mixture: Any) -> Parameters:
+        """Return the state of given mixtures."""
+        raise NotImplementedError
+
+    def _step(
+        self, sets: Any, state: Parameters, progress: float, with_objective: bool = False
+    ) -> tuple[Parameters, Tensor]:
+        """Return the state after an iteration, and the objective (B,) before it if it is wanted."""
+        raise NotImplementedError
+
+    def _objective(self, sets: Any, state: Parameters) -> Tensor:
+        """Return the objective (B,)."""
+        raise NotImplementedError
+
+    def _mixture(self, sets: Any, state: Parameters) -> Any:
+        """Return the mixtures of a state."""
+        raise NotImplementedError
+
+    def _changes(self, before: Parameters, after: Parameters) -> Tensor:
+        """Return how much an iteration changed each set (B,), in standard deviations."""
+        raise NotImplementedError
+
+    def _schedule_length(self) -> int:
+        """Return how many iterations are different from those that follow."""
+        return 1
