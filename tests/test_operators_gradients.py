@@ -102,7 +102,9 @@ def test_second_derivatives_are_right_or_an_error(kernel, gradient, wanted):
     x = clusters(1, 20, 2, 2).requires_grad_()
     start = start_among(x, 2)
     steps = 1 if gradient == "last" else 2
-    operator = EMOperator(2, 2, num_iters=steps, kernel=kernel, residual=False, covariance_floor=1e-3, gradient=gradient)
+    operator = EMOperator(
+        2, 2, num_iters=steps, kernel=kernel, residual=False, covariance_floor=1e-3, gradient=gradient
+    )
     parameters = textbook.parameters_of(start)
     for _ in range(steps):
         spec = {"name": kernel}
