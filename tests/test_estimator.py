@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+from helpers import COVARIANCE_TYPES, assert_raises
 from sklearn.base import clone
 from sklearn.datasets import make_blobs
 from sklearn.exceptions import ConvergenceWarning
@@ -14,8 +15,6 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from em_lightning.estimator import GaussianMixture
-
-KINDS = ["full", "tied", "diag", "spherical"]
 
 
 @parametrize_with_checks([GaussianMixture(), GaussianMixture(2, init_params="farthest", covariance_type="diag")])
@@ -39,8 +38,8 @@ def pair(X, kind, **options):
         return tuple(both)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_results_are_scikit_learns(kind, X):
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_results_equal_scikit_learn(kind, X):
     ours, theirs = pair(X, kind, max_iter=50, tol=1e-5)
     assert ours.n_iter_ == theirs.n_iter_ and ours.converged_ == theirs.converged_
     assert ours.lower_bound_ == pytest.approx(theirs.lower_bound_, abs=1e-9)
@@ -52,7 +51,7 @@ def test_results_are_scikit_learns(kind, X):
     assert ours.predict_proba(X).shape == (600, 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_samples_have_the_moments_of_the_mixture(kind, X):
     fit, _ = pair(X, kind, max_iter=20)
     fit.random_state = 3
@@ -66,56 +65,72 @@ def test_samples_have_the_moments_of_the_mixture(kind, X):
         assert np.allclose(np.cov(drawn[labels == k].T), own, atol=0.25)
 
 
-def test_weights_count_rows_and_blocks_do_not_show(X, monkeypatch):
+def test_weights_count_as_repetitions_of_rows(X):
     counts = np.random.default_rng(0).integers(0, 3, len(X))
-    repeated = X.repeat(counts, 0)
     found = GaussianMixture(3, init_params="farthest").fit(X, sample_weight=counts)
-    monkeypatch.setattr("em_lightning.estimator._ROWS", 50)
-    expected = GaussianMixture(3, init_params="farthest").fit(repeated)
+    expected = GaussianMixture(3, init_params="farthest").fit(X.repeat(counts, 0))
     assert np.allclose(found.means_, expected.means_) and found.n_iter_ == expected.n_iter_
     assert np.allclose(found.score_samples(X), expected.score_samples(X))
     assert np.array_equal(found.predict(X), expected.predict(X))
 
 
-def test_memory_mapped_and_single_precision_rows_go(X, tmp_path, monkeypatch):
-    monkeypatch.setattr("em_lightning.estimator._SAMPLE", 100)
+@pytest.mark.parametrize("factor", [1e-14, 1e14])
+def test_a_common_factor_of_the_weights_does_not_matter(factor, X):
+    counts = np.random.default_rng(0).random(len(X))
+    fits = [GaussianMixture(3, init_params="farthest").fit(X, sample_weight=own) for own in (counts, factor * counts)]
+    assert np.allclose(fits[0].means_, fits[1].means_) and fits[0].n_iter_ == fits[1].n_iter_
+
+
+def test_many_rows_in_several_blocks_equal_their_weights(X):
+    start = {"weights_init": [0.25] * 4, "means_init": X[:4], "precisions_init": np.stack([np.eye(3)] * 4)}
+    many = np.tile(X, (200, 1))  # block size
+    found = GaussianMixture(4, max_iter=5, tol=0.0, **start).fit(many)
+    expected = GaussianMixture(4, max_iter=5, tol=0.0, **start).fit(X)
+    assert np.allclose(found.means_, expected.means_, atol=1e-8)
+    assert found.score(many) == pytest.approx(expected.score(X), abs=1e-9)
+    assert np.array_equal(found.predict(many), np.tile(expected.predict(X), 200))
+
+
+def test_memory_mapped_and_single_precision_rows(X, tmp_path):
     np.save(tmp_path / "x.npy", X.astype(np.float32))
     mapped = GaussianMixture(4, random_state=0).fit(np.load(tmp_path / "x.npy", mmap_mode="r"))
-    assert np.allclose(mapped.means_, GaussianMixture(4, random_state=0).fit(X).means_, atol=1e-3)
+    assert np.allclose(mapped.means_, GaussianMixture(4, random_state=0).fit(X).means_, atol=1e-2)
     assert mapped.score_samples(X.astype(np.float32)).dtype == np.float32
     assert mapped.score(X) > Reference(1).fit(X).score(X) + 0.3
 
 
-def test_it_takes_part_in_scikit_learns_model_selection(X):
+def test_grid_search_and_clone(X):
     search = GridSearchCV(GaussianMixture(random_state=0), {"n_components": [1, 4], "covariance_type": ["full"]}, cv=2)
     assert search.fit(X).best_params_["n_components"] == 4
     assert clone(search.best_estimator_).get_params()["n_components"] == 4
     assert len(set(GaussianMixture(4, random_state=0).fit_predict(X))) == 4
 
 
-def test_of_several_starts_the_best_fit_is_kept(X):
-    random = np.random.RandomState(5)  # hands one start after the other its seed, as one estimator does
+def test_the_best_of_several_starts_is_kept(X):
+    random = np.random.RandomState(5)  # gives each start its seed
     each = GaussianMixture(4, init_params="random_from_data", random_state=random)
     bounds = [each.fit(X).lower_bound_ for _ in range(6)]
     best = GaussianMixture(4, init_params="random_from_data", n_init=6, random_state=5).fit(X)
     assert best.lower_bound_ == pytest.approx(max(bounds), abs=1e-12) and max(bounds) > min(bounds) + 1e-3
 
 
-def test_a_warm_start_goes_on(X):
+def test_a_warm_start_continues_the_fit(X):
     start = {"init_params": "farthest", "tol": 0.0}
     fit = GaussianMixture(4, max_iter=3, warm_start=True, **start).fit(X).fit(X)
     assert np.allclose(fit.means_, GaussianMixture(4, max_iter=6, **start).fit(X).means_, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_a_start_may_be_given_in_part(kind, X):
-    means = X[:4]
-    fit = GaussianMixture(4, covariance_type=kind, means_init=means, tol=0.0, max_iter=1, random_state=0)
-    start = fit._start(X, None, np.random.RandomState(0))
-    drawn = GaussianMixture(4, covariance_type=kind)._start(X, None, np.random.RandomState(0))
-    assert np.array_equal(start.means[0], means) and not np.allclose(drawn.means[0], means)
-    assert np.array_equal(start.weights, drawn.weights) and np.array_equal(start.covariances, drawn.covariances)
-    assert np.isfinite(fit.fit(X).means_).all()
+    """``lower_bound_`` after one iteration is the log-likelihood of the start."""
+    _, theirs = pair(X, kind, max_iter=3)
+    whole = {"weights_init": theirs.weights_, "means_init": theirs.means_, "precisions_init": theirs.precisions_}
+    options = {"covariance_type": kind, "tol": 0.0, "max_iter": 1, "random_state": 0}
+    drawn = GaussianMixture(4, **options).fit(X).lower_bound_
+    assert GaussianMixture(4, **options, **whole).fit(X).lower_bound_ == pytest.approx(theirs.score(X), abs=1e-9)
+    for name, value in whole.items():
+        part = GaussianMixture(4, **options, **{name: value}).fit(X)
+        assert np.isfinite(part.means_).all() and abs(part.lower_bound_ - drawn) > 1e-6, name
 
 
 @pytest.mark.parametrize(
@@ -126,35 +141,27 @@ def test_a_start_may_be_given_in_part(kind, X):
         ({"max_iter": 0}, ["max_iter=0"]),
         ({"tol": -1.0}, ["tol=-1.0"]),
         ({"reg_covar": -1.0}, ["reg_covar=-1.0"]),
-        ({"covariance_type": "round"}, ["covariance_type='round'", "spherical"]),
-        ({"init_params": "kmeans"}, ["init_params='kmeans'", "k-means++"]),
+        ({"covariance_type": "round"}, ["covariance_type='round'"]),
+        ({"init_params": "kmeans"}, ["init_params='kmeans'"]),
         ({"n_init": 0}, ["n_init=0"]),
-        ({"means_init": np.zeros((2, 3))}, ["means_init has shape (2, 3)", "give (1, 3)"]),
-        ({"means_init": np.full((1, 3), np.nan)}, ["means_init has NaN"]),
-        ({"weights_init": [0.5]}, ["weights_init=[0.5]", "sum is 1"]),
-        ({"precisions_init": -np.eye(3)[None]}, ["precisions_init", "positive definite"]),
-        ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precisions_init must be positive"]),
+        ({"means_init": np.zeros((2, 3))}, ["means_init", "(2, 3)", "(1, 3)"]),
+        ({"means_init": np.full((1, 3), np.nan)}, ["means_init", "NaN"]),
+        ({"weights_init": [0.5]}, ["weights_init=[0.5]"]),
+        ({"precisions_init": -np.eye(3)[None]}, ["precisions_init"]),
+        ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precisions_init"]),
     ],
 )
-def test_wrong_arguments_are_answered(options, words, X):
-    with pytest.raises(ValueError) as caught:
-        GaussianMixture(**options).fit(X)
-    assert all(word in str(caught.value) for word in words), str(caught.value)
+def test_wrong_arguments_are_reported(options, words, X):
+    assert_raises(ValueError, words, lambda: GaussianMixture(**options).fit(X))
 
 
-def test_what_did_not_converge_and_what_is_not_there_is_said(X):
-    with pytest.warns(ConvergenceWarning, match="max_iter=2 iterations; allow more"):
+def test_a_fit_that_has_not_converged_warns(X):
+    with pytest.warns(ConvergenceWarning, match="max_iter=2"):
         fit = GaussianMixture(4, max_iter=2, tol=1e-12, random_state=0).fit(X)
-    with pytest.raises(ValueError, match="n_samples=0 draws nothing"):
-        fit.sample(0)
+    assert not fit.converged_
+    assert_raises(ValueError, ["n_samples=0"], lambda: fit.sample(0))
 
 
-def test_the_package_and_its_modules_do_without_scikit_learn():
+def test_the_package_does_not_import_scikit_learn():
     code = "import sys, em_lightning; em_lightning.Mixture, em_lightning.EMOperator; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
-
-
-def test_rows_without_squares_are_answered():
-    rows = np.array([[0.0, 1.0], [1e160, 0.0], [2.0, 3.0]])
-    with pytest.raises(ValueError, match="X has entries beyond 2e.123, whose squares float64 does not hold; scale"):
-        GaussianMixture(2).fit(rows)

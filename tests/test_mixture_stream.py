@@ -1,118 +1,84 @@
-"""Points in blocks, and large sets that are not copied."""
+"""EM over blocks of one large set equals EM on the set in memory; large sets in memory are not copied."""
 
 import pytest
 import torch
+from helpers import COVARIANCE_TYPES, assert_close, cast, clusters, mixture_at
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from em_lightning import EMOperator, Mixture
-from em_lightning.mixture import COVARIANCES, MixturePrior, collect, em_step, maximize, no_statistics
-from em_lightning.mixture.cloud import prepare
-from em_lightning.mixture.starts import from_centers, kmeans_plus_plus
-
-KINDS = sorted(COVARIANCES)
+from em_lightning import EMOperator
+from em_lightning.mixture import MixturePrior, em_step, fit_blocks
 
 
-def points(sets=2, items=90, features=3, dtype=torch.float64):
-    centers = 5 * torch.randn(sets, 3, features, dtype=dtype)
-    return centers.repeat_interleave(items // 3, 1) + torch.randn(sets, items, features, dtype=dtype) + 20.0
+def blocks_of(x, weights=None, size=7):
+    """Return a function that returns blocks of the points of one set (1, N, D)."""
+    rows = [slice(row, row + size) for row in range(0, x.shape[1], size)]
+    return lambda: [(x[0, row], None if weights is None else weights[0, row]) for row in rows]
 
 
-def start_of(x, kind):
-    return EMOperator(3, x.shape[-1], covariance=kind, residual=False)(x, num_iters=0)
+def start_of(x, covariance):
+    return EMOperator(3, x.shape[-1], covariance=covariance, residual=False)(x, num_iters=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_blocks_add_up_to_the_step_on_all_points(kind):
-    x = points()
-    mask, weights = torch.rand(2, 90) < 0.8, torch.rand(2, 90, dtype=torch.float64)
-    dirty = x.masked_fill(~mask.unsqueeze(-1), torch.nan)
-    mixture = start_of(x, kind)
-    statistics = no_statistics(mixture, x[:, 0])
-    for rows in (slice(0, 10), slice(10, 11), slice(11, 90)):
-        statistics = collect(dirty[:, rows], mixture, statistics, mask[:, rows], weights[:, rows])
-    assert torch.allclose(statistics.moments[..., 0].sum(1), (mask * weights).sum(1))
-    assert torch.allclose(statistics.log_likelihood, (mixture.log_prob(dirty, mask) * weights).sum(1))
-    for one, two in zip(maximize(statistics, kind), em_step(dirty, mixture, mask, weights), strict=True):
-        assert torch.allclose(one, two, atol=1e-9)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
+def test_blocks_add_up_to_steps_on_all_points(covariance, weighted):
+    x = 20.0 + clusters(1, 90, 3, 3)
+    weights = torch.rand(1, 90, dtype=torch.float64) if weighted else None
+    start = start_of(x, covariance)
+    fit = fit_blocks(blocks_of(x, weights), start, max_iters=3, tol=0.0, floor=1e-4)
+    expected, levels = start, []
+    for _ in range(3):
+        counts = torch.ones(1, 90).double() if weights is None else weights
+        levels.append(float((expected.log_prob(x) * counts).sum() / counts.sum()))
+        expected = em_step(x, expected, weights=weights, floor=1e-4)
+    assert_close(fit.mixture, expected, atol=1e-9)
+    assert fit.log_likelihoods == pytest.approx(levels, abs=1e-9) and not fit.converged
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_streamed_prior_is_the_operators(kind):
-    x = points()
-    prior = MixturePrior(weight_concentration=3.0, mean_strength=2.0, covariance_strength=5.0)
-    mixture = start_of(x, kind)
-    statistics = collect(x, mixture, no_statistics(mixture, x.mean(1)))
-    found = maximize(statistics, kind, prior=prior, variance=x.var(1, correction=0))
-    operator = EMOperator(3, 3, covariance=kind, prior=prior, residual=False)
-    for one, two in zip(found, operator(x, init=mixture, num_iters=1), strict=True):
-        assert torch.allclose(one, two, atol=1e-9)
-    with pytest.raises(ValueError, match="variance=None.*give variance"):
-        maximize(statistics, kind, prior=prior)
+@pytest.mark.parametrize("factor", [1e-14, 1e14])
+def test_a_common_factor_of_the_weights_does_not_matter(factor):
+    x, weights = clusters(1, 90, 3, 3), torch.rand(1, 90, dtype=torch.float64)
+    start = start_of(x, "full")
+    fits = [fit_blocks(blocks_of(x, own), start, max_iters=3, tol=0.0) for own in (weights, factor * weights)]
+    assert_close(fits[0].mixture, fits[1].mixture, atol=1e-8)
+    assert fits[0].log_likelihoods == pytest.approx(fits[1].log_likelihoods, abs=1e-8)
 
 
-def test_float32_blocks_are_summed_in_double():
-    x = points(1, 3000).float()
-    mixture = Mixture(*(part.double() for part in start_of(x, "full")))
-    for _ in range(5):
-        statistics = no_statistics(mixture, x.mean(1))
-        for block in x.split(100, 1):
-            statistics = collect(block, mixture, statistics)
-        exact = em_step(x.double(), mixture)
-        mixture = maximize(statistics, "full")
-        assert torch.allclose(mixture.covariances, exact.covariances, atol=1e-5)
+@pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
+def test_a_prior_over_blocks_is_that_of_the_operator(covariance):
+    x = clusters(1, 90, 3, 3)
+    prior = MixturePrior(
+        weight_concentration=3.0, mean_strength=2.0, mean=[0.5] * 3, covariance_strength=5.0, covariance=[0.7] * 3
+    )
+    start = start_of(x, covariance)
+    fit = fit_blocks(blocks_of(x), start, max_iters=4, tol=0.0, prior=prior)
+    operator = EMOperator(3, 3, covariance=covariance, prior=prior, residual=False)
+    assert_close(fit.mixture, operator(x, init=start, num_iters=4), atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("init", ["farthest", "kmeans++", "random"])
-def test_large_sets_are_fitted_without_a_copy_and_alike(kind, init, monkeypatch):
-    x, weights = points().requires_grad_(), torch.rand(2, 90, dtype=torch.float64)
-    operator = EMOperator(3, 3, covariance=kind, init=init, lloyd_steps=2).double()
-    for parameter in operator.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    outcomes = []
-    for large in (False, True):
-        if large:
-            monkeypatch.setattr("em_lightning.mixture.cloud._WHOLE", 0)
-            monkeypatch.setattr("em_lightning.mixture.cloud._CHUNK", 70)
-            monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 100)
-            monkeypatch.setattr("em_lightning.mixture.passes._BLOCK", 100)
-        for counted in (None, weights):
-            torch.manual_seed(1)
-            mixture = operator(x, weights=counted)
-            value = mixture.log_prob(x).sum() + mixture.covariances.sum()
-            outcomes.append([*mixture, *torch.autograd.grad(value, x)])
-        assert (prepare(x).shift is not None) == large
-    for one, two in zip(outcomes[0] + outcomes[1], outcomes[2] + outcomes[3], strict=True):
-        assert torch.allclose(one, two, atol=1e-8)
+@pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
+def test_the_size_of_blocks_does_not_matter(covariance):
+    x = clusters(1, 90, 3, 3)
+    start = start_of(x, covariance)
+    fits = [fit_blocks(blocks_of(x, size=size), start, tol=1e-6) for size in (1, 40, 1000)]
+    for fit in fits[1:]:
+        assert fit.converged and len(fit.log_likelihoods) == len(fits[0].log_likelihoods)
+        assert_close(fit.mixture, fits[0].mixture, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_robust_passes_and_backgrounds_of_large_sets(kind, monkeypatch):
-    x = points()
-    operator = EMOperator(3, 3, covariance=kind, kernel="student_t", background=0.1, residual=False)
-    whole = operator.fit(x, max_iters=3)[0]
-    density, responsibilities = operator.log_prob(x, whole), operator.posterior(x, whole).responsibilities
-    monkeypatch.setattr("em_lightning.mixture.cloud._WHOLE", 0)
-    for one, two in zip(operator.fit(x, max_iters=3)[0], whole, strict=True):
-        assert torch.allclose(one, two, atol=1e-9)
-    assert torch.allclose(operator.log_prob(x, whole), density, atol=1e-9)
-    assert torch.allclose(operator.posterior(x, whole).responsibilities, responsibilities, atol=1e-9)
+def test_sums_over_float32_blocks_are_as_accurate_as_float64():
+    x = (20.0 + clusters(1, 3000, 3, 3)).float()
+    start = cast(start_of(x, "full"), torch.float64)
+    narrow, wide = (fit_blocks(blocks_of(y, size=100), start, max_iters=5, tol=0.0) for y in (x, x.double()))
+    assert_close(cast(narrow.mixture, torch.float64), wide.mixture, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_start_is_the_same_in_blocks(kind, monkeypatch):
-    cloud = prepare(points())
-    centers = kmeans_plus_plus(cloud, 3)
-    floor = torch.full((2,), 1e-6, dtype=torch.float64)
-    whole = from_centers(cloud, centers, COVARIANCES[kind], floor)
-    monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 500)
-    blocks = from_centers(cloud, centers, COVARIANCES[kind], floor)
-    assert torch.allclose(whole.means, blocks.means) and torch.allclose(whole.factors.scale, blocks.factors.scale)
+# Large sets in memory.
 
 
 class LargestResult(TorchDispatchMode):
-    """Watches how many bytes the largest result of an operation has, views apart."""
+    """Record how many bytes the largest result of an operation has, views excluded."""
 
     def __init__(self):
         super().__init__()
@@ -127,12 +93,29 @@ class LargestResult(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("init", ["farthest", "kmeans++", "random"])
-def test_a_start_takes_no_more_than_a_number_or_two_a_point(init, monkeypatch):
-    monkeypatch.setattr("em_lightning.mixture.cloud._WHOLE", 0)
-    monkeypatch.setattr("em_lightning.mixture.cloud._CHUNK", 2**12)
-    monkeypatch.setattr("em_lightning.mixture.starts._BLOCK", 2**12)
-    x = torch.randn(1, 20_000, 8)
-    operator = EMOperator(6, 8, init=init, lloyd_steps=1, residual=False)
+def test_a_start_of_a_large_set_takes_a_few_numbers_per_point(init):
+    """Neither a matrix of points and components nor one of points and pairs of features is ever whole in memory."""
+    x = torch.randn(1, 2**18, 4)  # block size
+    operator = EMOperator(32, 4, init=init, lloyd_steps=1, residual=False)
     with torch.no_grad(), LargestResult() as seen:
         operator(x, num_iters=0)
-    assert 4 * x.shape[1] <= seen.bytes <= 8 * x.shape[1]
+    # A matrix of points and components would have 8 times the size of the points, one of pairs of features 4 times.
+    assert seen.bytes <= 4 * x.numel() * x.element_size()
+
+
+def test_an_iteration_on_a_large_set_takes_a_few_numbers_per_point():
+    x = torch.randn(1, 2**18, 4)  # block size
+    start = mixture_at(x[:, :32], "full")
+    operator = EMOperator(32, 4, num_iters=1, residual=False)
+    with torch.no_grad(), LargestResult() as seen:
+        operator(x, init=start)
+    assert seen.bytes <= 4 * x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
+def test_a_large_set_is_fitted_as_its_blocks_are(covariance):
+    x = clusters(1, 300_000, 3, 3, dtype=torch.float32)  # block size
+    start = start_of(x[:, :1000], covariance)
+    whole = EMOperator(3, 3, covariance=covariance, residual=False)(x, init=start, num_iters=2)
+    fit = fit_blocks(blocks_of(x, size=50_000), cast(start, torch.float64), max_iters=2, tol=0.0)
+    assert_close(cast(fit.mixture, torch.float32), whole, rtol=1e-3, atol=1e-3)

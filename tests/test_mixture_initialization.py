@@ -1,0 +1,101 @@
+"""Initial centers: farthest points, k-means++, random points and Lloyd's algorithm, as functions of the points."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
+from helpers import clusters, two_clusters
+from sklearn.cluster import KMeans
+
+
+def test_farthest_points_equal_gonzalez():
+    x = clusters(1, 50, 3)
+    points = x[0]
+    chosen = [(points - points.mean(0)).norm(dim=1).argmax().item()]
+    while len(chosen) < 6:
+        chosen.append(torch.cdist(points, points[chosen]).amin(1).argmax().item())
+    torch.testing.assert_close(farthest_points(x, 6)[0], points[chosen])
+
+
+@pytest.mark.parametrize("draw", [kmeans_plus_plus, random_points])
+def test_random_centers_are_seeded_points_of_the_set(draw):
+    x = clusters(3, 40, 3)
+    mask = torch.arange(40).expand(3, -1) < torch.tensor([[40], [20], [3]])
+    dirty = x.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    one, two = (draw(dirty, 5, mask, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(one, two)
+    for b, count in enumerate([40, 20, 3]):
+        distances = torch.cdist(one[b], x[b, :count])
+        assert distances.amin(1).max() < 1e-6
+        if count >= 5:
+            assert len(distances.argmin(1).unique()) == 5
+
+
+@pytest.mark.parametrize("draw", [kmeans_plus_plus, random_points, farthest_points])
+def test_points_of_zero_weight_are_no_centers(draw):
+    x = clusters(3, 40, 3)
+    weights = torch.rand(3, 40, dtype=x.dtype) * (torch.arange(40) % 4 == 0) * torch.tensor([[1.0], [1e-3], [1e-6]])
+    options = {} if draw is farthest_points else {"generator": torch.Generator().manual_seed(1)}
+    found = draw(x, 5, weights=weights, **options)
+    for b in range(3):
+        nearest = torch.cdist(found[b], x[b]).min(1)
+        assert nearest.values.max() < 1e-6 and (nearest.indices % 4 == 0).all()
+
+
+@pytest.mark.parametrize("draw", [kmeans_plus_plus, random_points, farthest_points])
+def test_sets_with_too_few_points_have_finite_centers(draw):
+    for x, mask in (
+        (torch.ones(1, 8, 2), None),
+        (torch.randn(1, 2, 2), None),
+        (torch.randn(1, 8, 2), torch.zeros(1, 8, dtype=torch.bool)),
+    ):
+        found = draw(x, 4, mask)
+        assert found.shape == (1, 4, 2) and found.isfinite().all()
+
+
+def test_kmeans_plus_plus_finds_separated_clusters():
+    centers = torch.tensor([[0.0, 0], [100, 0], [0, 100], [100, 100]])
+    x = (centers.repeat_interleave(25, 0) + torch.randn(100, 2))[None].expand(20, -1, -1)
+    cells = torch.cdist(kmeans_plus_plus(x, 4), centers.expand(20, -1, -1)).argmin(-1).sort(-1).values
+    assert torch.equal(cells, torch.arange(4).expand(20, -1))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kmeans_plus_plus_lowers_the_total_distance_more_than_random_points(weighted):
+    """Each draw keeps the best of several candidates, weighted by the distance to the centers before it."""
+    x = clusters(50, 60)
+    weights = torch.rand(50, 60, dtype=torch.float64) if weighted else torch.ones(50, 60, dtype=torch.float64)
+    totals = [
+        (torch.cdist(x, draw(x, 8, weights=weights)).square().amin(-1) * weights).sum().item()
+        for draw in (kmeans_plus_plus, random_points)
+    ]
+    assert totals[0] < 0.8 * totals[1]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_lloyd_equals_scikit_learn(weighted):
+    x = two_clusters(2, 60)
+    weights = torch.rand(2, 60, dtype=torch.float64) if weighted else None
+    centers = random_points(x, 4, weights=weights)
+    found = lloyd(x, centers, 100, weights=weights)
+    for b in range(2):
+        reference = KMeans(4, init=centers[b].numpy(), n_init=1, tol=0, max_iter=100, algorithm="lloyd")
+        reference.fit(x[b].numpy(), sample_weight=None if weights is None else weights[b].numpy())
+        np.testing.assert_allclose(found[b], reference.cluster_centers_, atol=1e-9)
+
+
+def test_a_center_without_points_stays_where_it_is():
+    x = two_clusters(2, 60)
+    centers = random_points(x, 4) + 1e3 * (torch.arange(4) == 3).unsqueeze(-1)
+    torch.testing.assert_close(lloyd(x, centers, 3)[:, 3], centers[:, 3])
+
+
+def test_masked_points_do_not_move_centers():
+    x = two_clusters(2, 60)
+    padded = torch.cat([x, torch.full((2, 5, 2), math.nan).double()], 1)
+    mask = torch.arange(65).expand(2, -1) < 60
+    centers = farthest_points(x, 3)
+    torch.testing.assert_close(farthest_points(padded, 3, mask), centers)
+    torch.testing.assert_close(lloyd(padded, centers, 5, mask), lloyd(x, centers, 5))
