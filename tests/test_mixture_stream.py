@@ -95,7 +95,7 @@ class LargestResult(TorchDispatchMode):
 @pytest.mark.parametrize("init", ["farthest", "kmeans++", "random"])
 def test_a_start_of_a_large_set_takes_a_few_numbers_per_point(init):
     """Neither a matrix of points and components nor one of points and pairs of features is ever whole in memory."""
-    x = torch.randn(1, 2**18, 4)  # block size
+    x = torch.randn(1, 2**19, 4)
     operator = EMOperator(32, 4, init=init, lloyd_steps=1, residual=False)
     with torch.no_grad(), LargestResult() as seen:
         operator(x, num_iters=0)
@@ -104,7 +104,7 @@ def test_a_start_of_a_large_set_takes_a_few_numbers_per_point(init):
 
 
 def test_an_iteration_on_a_large_set_takes_a_few_numbers_per_point():
-    x = torch.randn(1, 2**18, 4)  # block size
+    x = torch.randn(1, 2**19, 4)
     start = mixture_at(x[:, :32], "full")
     operator = EMOperator(32, 4, num_iters=1, residual=False)
     with torch.no_grad(), LargestResult() as seen:

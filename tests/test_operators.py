@@ -96,7 +96,7 @@ def test_weights_count_as_repetitions():
     weights = torch.randint(0, 3, (2, 120)).double()
     for b in range(2):
         repeated = x[b].repeat_interleave(weights[b].long(), 0)[None]
-        assert_close(operator(x[b : b + 1], weights=weights[b : b + 1]), operator(repeated), atol=1e-8)
+        assert_close(operator(x[b : b + 1], weights=weights[b : b + 1]), operator(repeated), atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1e-14, 1e-3, 2.0, 1e14])
@@ -256,7 +256,7 @@ def test_a_corrected_component_equals_its_formula(covariance, features, floor):
             step[np.tril_indices(features, -1)] = stretch[features:-2].numpy()
         change = np.linalg.inv(before[b, k].numpy()) @ factor
         change = change.T @ change
-        change = change / max(1.0, np.trace(change) / features) if covariance == "full" else change
+        change = change / max(1.0, np.trace(change) / features)
         once, twice = np.tanh(stretch[-2:].numpy())
         step = step @ (eye + once * (change - eye) + twice * (change @ change - change))
         share = floor * np.linalg.inv(factor) @ np.linalg.inv(factor).T

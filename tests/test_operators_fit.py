@@ -159,7 +159,7 @@ def test_fit_stops_each_set_independently(kernel):
         assert torch.allclose(path[-1].means, alone.means, atol=1e-10)
         values = [operator.objective(x[b : b + 1], step).item() / 150 for step in path]
         rises = [after - before for before, after in zip(values, values[1:], strict=False)]
-        assert rises[-1] < 1e-5 <= min(rises[:-1])
+        assert rises[-2] < 1e-5 <= min(rises[:-2])  # the last M-step follows the test of convergence
 
 
 def test_fit_ends_at_its_limit_and_after_the_schedule():

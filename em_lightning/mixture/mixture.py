@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -249,8 +250,15 @@ def check_points(mixture: Mixture, x: Tensor) -> None:
         )
 
 
-def information_criteria(mixture: Mixture, log_likelihood: float, count: float) -> dict[str, float]:
-    r"""Return the Bayesian and Akaike's information criterion, the lower the better.
+class InformationCriteria(NamedTuple):
+    """Criteria of a fit, in nats; the lower the better."""
+
+    bic: float
+    aic: float
+
+
+def information_criteria(mixture: Mixture, log_likelihood: float, count: float) -> InformationCriteria:
+    r"""Return the Bayesian and Akaike's information criterion.
 
     .. math:: \mathrm{BIC} = m \log N - 2 \log p(X), \qquad \mathrm{AIC} = 2 m - 2 \log p(X)
 
@@ -263,4 +271,4 @@ def information_criteria(mixture: Mixture, log_likelihood: float, count: float) 
     Identification, 1974.
     """
     size = mixture.num_parameters
-    return {"bic": size * math.log(count) - 2.0 * log_likelihood, "aic": 2.0 * size - 2.0 * log_likelihood}
+    return InformationCriteria(size * math.log(count) - 2.0 * log_likelihood, 2.0 * size - 2.0 * log_likelihood)

@@ -90,8 +90,8 @@ class Points(NamedTuple):
         return floor.clamp(min=self.eps**2)
 
     def unit(self) -> Tensor:
-        """Return the root mean variance of each set (B,)."""
-        return self.variance.mean(-1).clamp(min=torch.finfo(self.variance.dtype).tiny).sqrt()
+        """Return the root mean variance of each set (B,), at least the precision of the points."""
+        return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
     def log_volume(self) -> Tensor:
         """Return ``D log(scale)`` (B,): log-densities in units of the points are lower by it."""

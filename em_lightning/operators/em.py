@@ -12,10 +12,9 @@ from torch import Tensor
 
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
-from em_lightning.mixture import e_step as steps
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, Parameters, covariance_of
-from em_lightning.mixture.e_step import Likelihood, e_step, log_density
+from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joint, with_background
 from em_lightning.mixture.em import where
 from em_lightning.mixture.lowrank import LowRankCovariance
 from em_lightning.mixture.m_step import PseudoCounts, m_step
@@ -156,7 +155,7 @@ class EMOperator(SetOperator):
         self.kernel = density_kernel(kernel)
         if not isinstance(self.kernel, EllipticalKernel):
             raise ValueError(
-                f"kernel={kernel!r} has no closed-form M-step; use 'gaussian', 'student_t', 'laplace', 'huber' or "
+                f"kernel={self.kernel!r} has no closed-form M-step; use 'gaussian', 'student_t', 'laplace', 'huber' or "
                 f"'pseudo_huber', em_lightning.operators.DirectionalEM for the cosine, or GeneralizedEM for any kernel"
             )
         self.kernel.elliptical_log_normalizer(num_features)  # raises where exp(-rho) is no density
@@ -192,8 +191,8 @@ class EMOperator(SetOperator):
         points, state, likelihood = self._evaluation(x, mixture, mask)
         theta, peak = likelihood.family.natural_parameters(state)
         features = points.lift(points.source, slice(None))
-        joint, _ = steps.log_joint(features, theta, peak, self.num_features, likelihood.kernel)
-        joint = steps.with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
+        joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
+        joint = with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
         return self.competition(-joint.mT.to(x.dtype))
 
     def objective(
@@ -363,5 +362,5 @@ def _built(argument: str, cls: type[Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return from_options(argument, cls, value)
     if value is not None and not isinstance(value, cls):
-        raise TypeError(f"{argument} must be a {cls.__name__}, a dict or None, got {value!r}")
+        raise TypeError(f"{argument}={value!r} must be a {cls.__name__}, a dict or None")
     return value
