@@ -193,9 +193,7 @@ def test_gradients(kind, name, monkeypatch):
     monkeypatch.setattr("em_lightning.mixture.general._BLOCK", 10)  # several blocks of clouds and rows
     x = torch.randn(2, 8, 2, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(2, 8, dtype=torch.float64, requires_grad=True)
-    kernel = KERNELS.build(ROBUST[name])
-    for key, value in kernel._initial.items():
-        kernel.add_positive(key, value, learnable=True)
+    kernel = KERNELS.build(ROBUST[name], learnable=True)
     operator = EMOperator(2, 2, num_iters=2, covariance=kind, kernel=kernel.double(), residual=False)
     start = wide_start(x, 2, kind)
     parameters = list(kernel.parameters())
