@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from em_lightning import COMPETITIONS, KERNELS, STATISTICS
 from em_lightning.competition import Posterior, ScopeWarning
-from em_lightning.kernels import LearnedEnergyKernel, NoDensityError, squared_distance
+from em_lightning.kernels import EllipticalKernel, LearnedEnergyKernel, NoDensityError, density_kernel, squared_distance
 from em_lightning.testing import CompetitionContract, KernelContract
 
 FORMULAS = {
@@ -116,6 +116,21 @@ def test_normalizers_of_any_shape_parameter(key, values):
     if normalizer.requires_grad:
         for grad in torch.autograd.grad(normalizer, list(kernel.parameters()), allow_unused=True):
             assert grad is None or grad.isfinite().all()
+
+
+@pytest.mark.parametrize("key", [key for key in KERNELS if issubclass(KERNELS[key], EllipticalKernel)])
+@given(values=st.data())
+def test_elliptical_energies_of_any_size(key, values):
+    features = values.draw(st.integers(1, 8))
+    dtype = values.draw(st.sampled_from(drawing.WIDE))
+    kernel = density_kernel({"name": key, "learnable": values.draw(st.booleans())})
+    y = values.draw(drawing.tensors((5,), dtype)).abs().requires_grad_()
+    rho, weight = kernel.rho(y, features), kernel.irls_weight(y, features)
+    (slope,) = torch.autograd.grad(rho.sum(), y)
+    assert (rho >= 0).all() and rho.isfinite().all() and (weight >= 0).all() and weight.isfinite().all()
+    torch.testing.assert_close(2 * slope, weight, rtol=1e-4, atol=torch.finfo(dtype).smallest_normal)
+    if weight.requires_grad:
+        assert torch.autograd.grad(weight.sum(), y, materialize_grads=True)[0].isfinite().all()
 
 
 @given(values=st.data())
