@@ -17,8 +17,7 @@ from em_lightning.kernels.elliptical import EllipticalKernel
 _LARGEST_EXPONENT = 40.0
 # E_1(1), the integral of exp(-exp(u)) over u > 0 (Abramowitz and Stegun, table 5.1).
 _EXPONENTIAL_INTEGRAL = 0.21938393439552027
-# The distance, in scales, below which the elliptical Laplace energy is a parabola.
-_LAPLACE_CORE = 1e-4
+_LAPLACE_CORE = 1e-4  # distance, in scales, below which the elliptical Laplace energy is a parabola
 
 
 @KERNELS.register("laplace")

@@ -40,7 +40,7 @@ class GaussianKernel(EllipticalKernel):
         return squared_distance(x, centers) / (2 * self.positive("scale", x.dtype) ** 2)
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        return self.elliptical_log_normalizer(num_features) + num_features * self.scale.log()
+        return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log())
 
     # No scale here: it is redundant where the covariance is estimated.
 
@@ -93,8 +93,9 @@ class StudentTKernel(EllipticalKernel):
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         if not self.density and num_features >= 2:
             return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
-        half, exponent = num_features / 2, torch.as_tensor(self._exponent(self.df, num_features), dtype=torch.float64)
-        volume = half * (math.pi * self.df).log() + num_features * self.scale.log()
+        df, half = self.df, num_features / 2
+        exponent = torch.as_tensor(self._exponent(df, num_features), dtype=df.dtype)
+        volume = half * (math.pi * df).log() + num_features * self.scale.log()
         return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
