@@ -56,6 +56,7 @@ class Kernel(nn.Module):
 
     def __init__(self, learnable: bool = False, **shape: float) -> None:
         super().__init__()
+        self._learnable = learnable
         self._initial = {name: positive_number(name, value) for name, value in shape.items()}
         for name in shape if learnable else ():
             self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
@@ -99,9 +100,9 @@ class Kernel(nn.Module):
 
         The default dtype is float64, on MPS float32. A tensor of shape () does not promote the dtype of other tensors.
         """
-        log_ratio: Tensor | None = self._parameters.get(f"log_{name}")
-        if log_ratio is None:
+        if not self._learnable:
             return self._initial[name]
+        log_ratio: Tensor = getattr(self, f"log_{name}")
         dtype = dtype or (torch.float32 if log_ratio.is_mps else torch.float64)
         return self._initial[name] * log_ratio.to(dtype).exp().reshape(())
 
@@ -125,10 +126,8 @@ class Kernel(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the shape parameters, and which of them are learnable."""
-        return ", ".join(
-            f"{name}={getattr(self, name).item():g}{' (learnable)' * (f'log_{name}' in self._parameters)}"
-            for name in self._initial
-        )
+        learnable = " (learnable)" if self._learnable else ""
+        return ", ".join(f"{name}={getattr(self, name).item():g}{learnable}" for name in self._initial)
 
 
 def density_kernel(spec: Any) -> Kernel:
