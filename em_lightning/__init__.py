@@ -1,6 +1,6 @@
 """Expectation-maximization inside neural networks, for PyTorch Lightning.
 
-The names below are resolved when they are first used: importing the package loads neither Lightning nor PyG.
+Names are imported on first use: ``import em_lightning`` loads neither Lightning, PyG nor scikit-learn.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from em_lightning._version import __version__
 if TYPE_CHECKING:
     from em_lightning.activations import ACTIVATIONS
     from em_lightning.competition import COMPETITIONS, Posterior, softmin
+    from em_lightning.estimator import GaussianMixture
     from em_lightning.kernels import KERNELS, Kernel
     from em_lightning.losses import LOSSES, EMLoss
     from em_lightning.mixture import Mixture
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from em_lightning.scope import audit
     from em_lightning.statistics import STATISTICS
 
-_ROOM_OF = {
+_MODULE_OF = {
     "ACTIVATIONS": "activations",
     "COMPETITIONS": "competition",
     "KERNELS": "kernels",
@@ -28,6 +29,7 @@ _ROOM_OF = {
     "STATISTICS": "statistics",
     "EMLoss": "losses",
     "EMOperator": "operators",
+    "GaussianMixture": "estimator",
     "Kernel": "kernels",
     "Mixture": "mixture",
     "Posterior": "competition",
@@ -43,6 +45,7 @@ __all__ = [
     "STATISTICS",
     "EMLoss",
     "EMOperator",
+    "GaussianMixture",
     "Kernel",
     "Mixture",
     "Posterior",
@@ -53,10 +56,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    room = _ROOM_OF.get(name)
-    if room is None:
-        raise AttributeError(f"module 'em_lightning' has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"em_lightning.{room}"), name)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'em_lightning' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"em_lightning.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The identities of implicit EM, each as the text states it."""
+"""The identities of implicit EM in docs/theory.md."""
 
 import torch
 from torch.nn import functional

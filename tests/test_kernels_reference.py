@@ -1,4 +1,4 @@
-"""The kernels beside scipy, scikit-learn and PyTorch's attention."""
+"""Kernels compared with scipy, scikit-learn and PyTorch's attention."""
 
 import math
 

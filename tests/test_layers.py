@@ -68,12 +68,12 @@ def test_every_public_name_resolves():
     for name in em_lightning.__all__:
         assert getattr(em_lightning, name) is not None
     assert dir(em_lightning) == sorted(em_lightning.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'Softmin'; it offers .*softmin"):
+    with pytest.raises(AttributeError, match="'Softmin'.*softmin"):
         _ = em_lightning.Softmin
 
 
 def test_every_contract_is_offered():
     for name in em_lightning.testing.__all__:
         assert getattr(em_lightning.testing, name).__module__.startswith("em_lightning.testing.")
-    with pytest.raises(AttributeError, match="no attribute 'Contract'; it offers"):
+    with pytest.raises(AttributeError, match="'Contract'"):
         _ = em_lightning.testing.Contract

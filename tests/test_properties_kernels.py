@@ -1,6 +1,6 @@
-"""Kernels, competitions and statistics at any shape, dtype and magnitude: right by an oracle, or refused.
+"""Kernels, competitions and statistics at random shapes, dtypes and magnitudes, compared with reference formulas.
 
-Keys come from the registries, formulas from the contract tests where a key has one there.
+Keys come from the registries, formulas from the contract tests.
 """
 
 import math
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from em_lightning import COMPETITIONS, KERNELS, STATISTICS
 from em_lightning.competition import Posterior, ScopeWarning
-from em_lightning.kernels import LearnedEnergyKernel, NoDensityError, squared_distance
+from em_lightning.kernels import EllipticalKernel, LearnedEnergyKernel, NoDensityError, density_kernel, squared_distance
 from em_lightning.testing import CompetitionContract, KernelContract
 
 FORMULAS = {
@@ -42,7 +42,7 @@ def build_kernel(key, features):
 
 
 def in_plain_python(energy, item, center):
-    """Return the formula's number, or None where Python itself cannot tell."""
+    """Return the value of the formula, or None where Python's floats overflow."""
     try:
         return energy(item, center)
     except ZeroDivisionError:
@@ -63,13 +63,13 @@ def test_energies_of_any_size(key, values):
         c[0] = x[0]
     found = kernel(x.requires_grad_(), c.requires_grad_())
     assert found.shape == (items, centers) and found.dtype == dtype
-    # Each pair by itself in float64, so that a gradient is that of one energy.
+    # Each pair separately in float64, so that each gradient belongs to one energy.
     pairs = [part.detach().double().expand(items, centers, features).unsqueeze(-2) for part in (x.unsqueeze(1), c)]
     pairs = [part.clone().requires_grad_() for part in pairs]
     wide = kernel.double()(*pairs).squeeze((-1, -2))
     slopes = torch.autograd.grad(wide.sum(), pairs)
     wide = wide.detach()
-    # What rounding the inputs does to the energy, in units of eps.
+    # Error of the energy caused by rounding the inputs, in units of eps.
     shake = sum((slope * part.detach()).abs().sum((-1, -2)) for slope, part in zip(slopes, pairs, strict=True))
     if energy is not None:
         for n in range(items):
@@ -91,7 +91,7 @@ def test_energies_of_any_size(key, values):
     if key == "cosine":
         allowed = allowed + 16 * inner  # of a difference from 1
     assert (error <= allowed)[known].all(), (found, wide)
-    # Sums of products may overflow to both sides; everything else is ordered even where it is no finite number.
+    # Only sums of products may overflow to inf - inf.
     assert key == "dot_product" or not found.isnan().any(), found
     if known.all():
         for grad, slope in zip(torch.autograd.grad(found.sum(), (x, c)), slopes, strict=True):
@@ -116,6 +116,21 @@ def test_normalizers_of_any_shape_parameter(key, values):
     if normalizer.requires_grad:
         for grad in torch.autograd.grad(normalizer, list(kernel.parameters()), allow_unused=True):
             assert grad is None or grad.isfinite().all()
+
+
+@pytest.mark.parametrize("key", [key for key in KERNELS if issubclass(KERNELS[key], EllipticalKernel)])
+@given(values=st.data())
+def test_elliptical_energies_of_any_size(key, values):
+    features = values.draw(st.integers(1, 8))
+    dtype = values.draw(st.sampled_from(drawing.WIDE))
+    kernel = density_kernel({"name": key, "learnable": values.draw(st.booleans())})
+    y = values.draw(drawing.tensors((5,), dtype)).abs().requires_grad_()
+    rho, weight = kernel.rho(y, features), kernel.irls_weight(y, features)
+    (slope,) = torch.autograd.grad(rho.sum(), y)
+    assert (rho >= 0).all() and rho.isfinite().all() and (weight >= 0).all() and weight.isfinite().all()
+    torch.testing.assert_close(2 * slope, weight, rtol=1e-4, atol=torch.finfo(dtype).smallest_normal)
+    if weight.requires_grad:
+        assert torch.autograd.grad(weight.sum(), y, materialize_grads=True)[0].isfinite().all()
 
 
 @given(values=st.data())

@@ -26,7 +26,9 @@ ELSEWHERE = {
     "base classes, which subclasses are tested in place of": (
         "Competition Kernel EnergyLoss MomentLoss MeanOfItems UnitMoments PointCloudDataModule SurgicalCallback"
     ),
-    "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
+    "functions that modules of the registry call, and nothing else": (
+        "entmin hardmin none_of_the_above pairwise positive_number topk"
+    ),
     "of a whole run under a Trainer, whose tests have one": (
         "ClusteringReport EMAudit LayerReport MixtureReport ReplicaData Replicas RestoreSurgery SelectionReport "
         "StepSeeds TimeLeft"

@@ -21,7 +21,7 @@ def parts():
     return registry
 
 
-def test_every_way_to_name_a_part(parts):
+def test_build_from_a_key_class_mapping_or_instance(parts):
     instance = Part(7)
     module = types.ModuleType("module_of_parts")
     module.Part = Part
@@ -52,7 +52,7 @@ def test_every_way_to_name_a_part(parts):
         (lambda r: r.register("Not A Key"), ValueError, ["key='Not A Key'"]),
     ],
 )
-def test_wrong_use_is_answered(parts, call, error, words):
+def test_wrong_arguments_raise(parts, call, error, words):
     with pytest.raises(error) as caught:
         call(parts)
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -91,7 +91,7 @@ def test_plugins_are_read_once_and_only_when_needed(monkeypatch):
     assert calls == ["em_lightning.parts"]
 
 
-def test_a_broken_plugin_is_named(monkeypatch):
+def test_the_error_of_a_broken_plugin_has_its_name(monkeypatch):
     def load():
         raise RuntimeError("boom")
 

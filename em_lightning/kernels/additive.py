@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from em_lightning.kernels.base import KERNELS, Kernel, shape_parameter
+from em_lightning.kernels.base import KERNELS, Kernel
 from em_lightning.kernels.distance import pairwise
 from em_lightning.kernels.elliptical import EllipticalKernel
 
@@ -17,8 +17,7 @@ from em_lightning.kernels.elliptical import EllipticalKernel
 _LARGEST_EXPONENT = 40.0
 # E_1(1), the integral of exp(-exp(u)) over u > 0 (Abramowitz and Stegun, table 5.1).
 _EXPONENTIAL_INTEGRAL = 0.21938393439552027
-# The distance, in scales, below which the elliptical Laplace energy is a parabola.
-_LAPLACE_CORE = 1e-4
+_LAPLACE_CORE = 1e-4  # distance, in scales, below which the elliptical Laplace energy is a parabola
 
 
 @KERNELS.register("laplace")
@@ -41,17 +40,11 @@ class LaplaceKernel(EllipticalKernel):
     Source: Laplace, "Mémoire sur la probabilité des causes par les événements" (1774).
     """
 
-    scale = shape_parameter("scale")
-
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
-        super().__init__()
-        self.add_positive("scale", scale, learnable)
+        super().__init__(learnable, scale=scale)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         return pairwise(x, centers).abs().sum(-1) / self.positive("scale", x.dtype)
-
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        return num_features * self.elliptical_log_normalizer(1)
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
         scaled = squared_distance / self.positive("scale", squared_distance.dtype) ** 2
@@ -88,11 +81,8 @@ class LogisticKernel(Kernel):
 
     no_density = "exp(-d) tends to 1 above the center, so its integral is infinite"
 
-    slope = shape_parameter("slope")
-
     def __init__(self, slope: float = 1.0, learnable: bool = False) -> None:
-        super().__init__()
-        self.add_positive("slope", slope, learnable)
+        super().__init__(learnable, slope=slope)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         # functional.softplus turns linear beyond a threshold, an error of 2e-9.
@@ -124,20 +114,14 @@ class HuberKernel(EllipticalKernel):
     Source: Huber, "Robust estimation of a location parameter", Annals of Mathematical Statistics 35 (1964).
     """
 
-    delta = shape_parameter("delta")
-
     def __init__(self, delta: float = 1.0, learnable: bool = False) -> None:
-        super().__init__()
-        self.add_positive("delta", delta, learnable)
+        super().__init__(learnable, delta=delta)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         delta = self.positive("delta", x.dtype)
         z = pairwise(x, centers)
         size = z.abs()
         return torch.where(size <= delta, 0.5 * z.square(), delta * (size - 0.5 * delta)).sum(-1)
-
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        return num_features * self.elliptical_log_normalizer(1)
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
         return _huber_rho(squared_distance, self.positive("delta", squared_distance.dtype))
@@ -179,20 +163,14 @@ class PseudoHuberKernel(EllipticalKernel):
     the distribution: Barndorff-Nielsen, Proceedings of the Royal Society A 353 (1977).
     """
 
-    delta = shape_parameter("delta")
-
     def __init__(self, delta: float = 1.0, learnable: bool = False) -> None:
-        super().__init__()
-        self.add_positive("delta", delta, learnable)
+        super().__init__(learnable, delta=delta)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         # This form avoids cancellation near the center and overflow far from it.
         z = pairwise(x, centers)
         ratio = z / self.positive("delta", x.dtype)
         return (z * (z / (1 + torch.hypot(ratio, torch.ones_like(ratio))))).sum(-1)
-
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        return num_features * self.elliptical_log_normalizer(1)
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
         return squared_distance / (1.0 + self._root(squared_distance))
@@ -224,13 +202,10 @@ class ExponentialKernel(Kernel):
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} e^{\alpha |x_i - \mu_i|}
 
-    with ``rate`` :math:`\alpha`. Not robust: far items dominate every gradient, and responsibilities are almost hard
-    unless the temperature is high. The minimum is D, not 0. At :math:`x_i = \mu_i` the gradient is 0.
-
-    Beyond :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, so that energies stay finite and
-    ordered in float32, with the gradient :math:`\alpha e^{40} \approx 2.4 \cdot 10^{17} \alpha`.
-
-    A density with normalizer :math:`(2 E_1(1) / \alpha)^D`, where :math:`E_1(1) = 0.2194` is the exponential integral.
+    with ``rate`` :math:`\alpha`. Not robust: far items dominate every gradient. The minimum is D, not 0; there the
+    gradient is taken as 0. Beyond :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, so that
+    energies stay finite and ordered in float32. A density with normalizer :math:`(2 E_1(1) / \alpha)^D`, where
+    :math:`E_1(1) = 0.2194` is the exponential integral.
 
     Args:
         rate: rate of growth.
@@ -243,11 +218,8 @@ class ExponentialKernel(Kernel):
     Source: E_1: Abramowitz and Stegun, *Handbook of Mathematical Functions* (1964), section 5.1.
     """
 
-    rate = shape_parameter("rate")
-
     def __init__(self, rate: float = 1.0, learnable: bool = False) -> None:
-        super().__init__()
-        self.add_positive("rate", rate, learnable)
+        super().__init__(learnable, rate=rate)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         exponent = self.positive("rate", x.dtype) * pairwise(x, centers).abs()

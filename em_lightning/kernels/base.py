@@ -23,7 +23,7 @@ class NoDensityError(ValueError):
 class Kernel(nn.Module):
     r"""An energy :math:`d(x, \mu)` between items and centers; low energy wins.
 
-    A subclass defines :meth:`energy`, declares its shape parameters with :meth:`add_positive`, and defines
+    A subclass defines :meth:`energy`, passes its positive shape parameters to this constructor, and defines
     :meth:`log_normalizer` if exp(-d) is integrable. It owns no centers, so learned prototypes, M-step means and fixed
     hypotheses can share one kernel.
 
@@ -31,17 +31,20 @@ class Kernel(nn.Module):
     Energies are returned in the inputs' dtype; float16 energies are clamped to its largest number. Energies beyond the
     range of float32 are infinite; for kernels of the squared distance this happens at distances beyond 1e19.
 
+    Args:
+        learnable: make the shape parameters learnable. Each is then ``value * exp(log_<name>)`` with a parameter
+            ``log_<name>`` of shape (1,), initially zero, so that the initial value is exact and weight decay pulls
+            towards it. Fixed ones are Python numbers. Both are part of the ``state_dict``.
+        **shape: positive initial value of each shape parameter; ``kernel.<name>`` is the current one, of shape ().
+
     Shape:
         x (..., N, D) and centers (..., K, D) give energies (..., N, K), for every kernel.
 
     Example:
         >>> from em_lightning.kernels import pairwise
         >>> class CubicKernel(Kernel):
-        ...     '''d = sum over features of abs(x - mu)^3 / scale^3.'''
-        ...
         ...     def __init__(self, scale=1.0, learnable=False):
-        ...         super().__init__()
-        ...         self.add_positive("scale", scale, learnable)
+        ...         super().__init__(learnable, scale=scale)
         ...
         ...     def energy(self, x, centers):
         ...         return ((pairwise(x, centers) / self.positive("scale", x.dtype)).abs() ** 3).sum(-1)
@@ -51,19 +54,19 @@ class Kernel(nn.Module):
 
     no_density = "log_normalizer is not defined"  # the reason, in messages
 
-    def __init__(self) -> None:
+    def __init__(self, learnable: bool = False, **shape: float) -> None:
         super().__init__()
-        self._initial: dict[str, float] = {}
+        self._learnable = learnable
+        self._initial = {name: positive_number(name, value) for name, value in shape.items()}
+        for name in shape if learnable else ():
+            self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
 
     def forward(self, x: Tensor, centers: Tensor) -> Tensor:
-        """Return the energy of every item under every center.
+        """Return the energy (..., N, K) of every item under every center.
 
         Args:
             x: items (..., N, D).
-            centers: centers (..., K, D); leading dimensions broadcast against those of ``x``, as in ``torch.cdist``.
-
-        Returns:
-            energies (..., N, K).
+            centers: centers (..., K, D); leading axes broadcast with those of ``x``, as in ``torch.cdist``.
 
         Raises:
             TypeError: an input is not a floating-point tensor.
@@ -90,38 +93,23 @@ class Kernel(nn.Module):
         Raises:
             NoDensityError: the integral is infinite or unknown.
         """
-        raise NoDensityError(
-            f"{type(self).__name__} has no density for num_features={num_features}: {self.no_density}"
-        )
-
-    def add_positive(self, name: str, value: float, learnable: bool = False) -> None:
-        """Declare a shape parameter that stays positive.
-
-        A learnable one is ``value * exp(log_<name>)`` with the parameter ``log_<name>`` of shape (1,), initially zero:
-        the initial value is exact, and weight decay pulls towards it. A fixed one is a Python number. Both are part of
-        the ``state_dict``.
-
-        Raises:
-            TypeError: the value is not a number.
-            ValueError: the value is not positive and finite.
-        """
-        self._initial[name] = positive_number(name, value)
-        if learnable:
-            self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
+        raise NoDensityError(f"{type(self).__name__} has no density (num_features={num_features}): {self.no_density}")
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
         """Return a shape parameter: a number if fixed, else a tensor of shape () in ``dtype``.
 
         The default dtype is float64, on MPS float32. A tensor of shape () does not promote the dtype of other tensors.
         """
-        log_ratio: Tensor | None = self._parameters.get(f"log_{name}")
-        if log_ratio is None:
+        if not self._learnable:
             return self._initial[name]
+        log_ratio: Tensor = getattr(self, f"log_{name}")
         dtype = dtype or (torch.float32 if log_ratio.is_mps else torch.float64)
         return self._initial[name] * log_ratio.to(dtype).exp().reshape(())
 
-    def positive_tensor(self, name: str) -> Tensor:
-        """Return a shape parameter as a tensor of shape (), in float64 (on MPS float32)."""
+    def __getattr__(self, name: str) -> Any:
+        """Return a shape parameter as a tensor of shape (), as in ``kernel.scale``, or what ``nn.Module`` returns."""
+        if name not in self.__dict__.get("_initial", ()):
+            return super().__getattr__(name)
         value = self.positive(name)
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
@@ -131,26 +119,15 @@ class Kernel(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Load the declared values from a ``state_dict``."""
-        values = state.cpu().view(torch.float64).tolist()
-        if len(values) != len(self._initial):
-            raise ValueError(
-                f"the state_dict has {len(values)} shape parameters, but {type(self).__name__} has "
-                f"{len(self._initial)} ({', '.join(self._initial)})"
-            )
-        self._initial = dict(zip(self._initial, values, strict=True))
+        values, names = state.cpu().view(torch.float64).tolist(), list(self._initial)
+        if len(values) != len(names):
+            raise ValueError(f"the state_dict has {len(values)} shape parameters, {type(self).__name__} has {names}")
+        self._initial = dict(zip(names, values, strict=True))
 
     def extra_repr(self) -> str:
         """Return the shape parameters, and which of them are learnable."""
-        with torch.no_grad():
-            return ", ".join(
-                f"{name}={float(self.positive(name)):g}" + (" (learnable)" if f"log_{name}" in self._parameters else "")
-                for name in self._initial
-            )
-
-
-def shape_parameter(name: str) -> Any:
-    """Return a class attribute that reads a declared shape parameter as a tensor of shape ()."""
-    return property(lambda kernel: kernel.positive_tensor(name))
+        learnable = " (learnable)" if self._learnable else ""
+        return ", ".join(f"{name}={getattr(self, name).item():g}{learnable}" for name in self._initial)
 
 
 def density_kernel(spec: Any) -> Kernel:
@@ -172,26 +149,20 @@ def density_kernel(spec: Any) -> Kernel:
 
 
 def positive_number(name: str, value: Any) -> float:
-    """Return ``value`` as a float.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is not positive and finite.
-    """
+    """Return ``value`` as a float; raise ValueError unless it is a positive, finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r} must be a positive number") from None
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name}={value!r} must be positive and finite")
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={value!r} must be a positive, finite number")
     return number
 
 
 def _check_inputs(x: Tensor, centers: Tensor) -> None:
     for name, value in (("x", x), ("centers", centers)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {found}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
         if value.dim() < 2:
             raise ValueError(f"{name} {tuple(value.shape)} must have at least two axes, (..., rows, features)")
     if x.shape[-1] != centers.shape[-1]:

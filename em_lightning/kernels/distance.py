@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,23 +21,19 @@ def pairwise(x: Tensor, centers: Tensor) -> Tensor:
 
 
 def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, max_differences: int = 2**20) -> Tensor:
-    r"""Return squared distances, Euclidean ones or those of a covariance :math:`L L^\top`.
+    r"""Return squared distances (..., N, K), Euclidean ones or those of a covariance :math:`L L^\top`.
 
     .. math:: \lVert L^{-1} (x_n - \mu_k) \rVert^2
 
-    Values and gradients are sums of differences rather than an expanded square, so nothing is lost to cancellation far
-    from the origin. Derivatives of every order exist, also at distance 0. Beyond ``max_differences`` memory is that of
-    the result, forward and backward; forward-mode derivatives (``torch.func.jvp``) raise NotImplementedError there.
+    Values and gradients are sums of differences, not expanded squares, which would cancel far from the origin.
+    Derivatives of every order exist, also at distance 0. Beyond ``max_differences`` memory is that of the result,
+    forward and backward, and forward-mode derivatives (``torch.func.jvp``) raise NotImplementedError.
 
     Args:
         x: items (..., N, D).
         centers: centers (..., K, D).
         factor: lower triangular :math:`L` (D, D), the identity by default.
-        max_differences: the largest N K D, over all sets, for which differences are stored; by default 4 MiB in
-            float32, about a CPU's cache.
-
-    Returns:
-        squared distances (..., N, K).
+        max_differences: largest N K D, over all sets, for which differences are stored; by default 4 MiB in float32.
 
     Example:
         >>> squared_distance(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
@@ -45,7 +42,7 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
     leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
     few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences
     if factor is not None and not few:
-        # Whitening items and centers instead of differences mixes features and loses digits far from the origin.
+        # Whitening mixes features, which loses digits far from the origin: subtract a center first.
         origin = centers.detach().median(-2, keepdim=True).values
         x, centers, factor = _whiten(factor, x - origin), _whiten(factor, centers - origin), None
     # A compiler fuses the differences; the backward of cdist is not deterministic on CUDA.
@@ -58,12 +55,10 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
 
 
 def _whiten(factor: Tensor, rows: Tensor) -> Tensor:
-    flat = rows.flatten(0, -2)
-    return torch.linalg.solve_triangular(factor, flat.mT, upper=False).mT.view(rows.shape)
+    return torch.linalg.solve_triangular(factor, rows.flatten(0, -2).mT, upper=False).mT.reshape(rows.shape)
 
 
-def _distance(x: Tensor, centers: Tensor) -> Tensor:
-    return torch.cdist(x, centers, compute_mode="donot_use_mm_for_euclid_dist")
+_distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -94,7 +89,7 @@ class _WeightedDifferences(torch.autograd.Function):
     @staticmethod
     def forward(weights: Tensor, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         # The derivative of a distance is the difference divided by the distance.
-        distance, pullback = torch.func.vjp(_distance, x, centers)
+        distance, pullback = torch.func.vjp(_distance, x, centers)  # type: ignore[misc]
         return pullback(weights * distance)
 
     @staticmethod
@@ -106,4 +101,4 @@ class _WeightedDifferences(torch.autograd.Function):
         weights, x, centers = ctx.saved_tensors
         u, v = grads
         by_weights = (u * x).sum(-1, keepdim=True) + (v * centers).sum(-1).unsqueeze(-2) - u @ centers.mT - x @ v.mT
-        return by_weights, *_WeightedDifferences.apply(weights, u, v)
+        return (by_weights, *_WeightedDifferences.apply(weights, u, v))

@@ -47,7 +47,7 @@ class EllipticalKernel(Kernel):
         raise NotImplementedError
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        return self.elliptical_log_normalizer(num_features)
+        return num_features * self.elliptical_log_normalizer(1)  # of an energy that adds over features
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         """Return the log of the integral of exp(-rho(|x|^2)) over R^D, a float64 tensor of shape ().

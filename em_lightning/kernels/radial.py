@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import KERNELS, Kernel, shape_parameter
+from em_lightning.kernels.base import KERNELS, Kernel
 from em_lightning.kernels.distance import squared_distance
 from em_lightning.kernels.elliptical import EllipticalKernel
 
@@ -33,17 +33,14 @@ class GaussianKernel(EllipticalKernel):
     Source: Bishop, *Pattern Recognition and Machine Learning* (2006), section 9.2.
     """
 
-    scale = shape_parameter("scale")
-
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
-        super().__init__()
-        self.add_positive("scale", scale, learnable)
+        super().__init__(learnable, scale=scale)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         return squared_distance(x, centers) / (2 * self.positive("scale", x.dtype) ** 2)
 
     def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
-        return self.elliptical_log_normalizer(num_features) + num_features * self.scale.log()
+        return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log())
 
     # No scale here: it is redundant where the covariance is estimated.
 
@@ -86,14 +83,9 @@ class StudentTKernel(EllipticalKernel):
 
     no_density = "exp(-d) decreases as distance^-2, so its integral is infinite for D > 1; use density=True"
 
-    df = shape_parameter("df")
-    scale = shape_parameter("scale")
-
     def __init__(self, df: float = 1.0, scale: float = 1.0, learnable: bool = False, density: bool = False) -> None:
-        super().__init__()
+        super().__init__(learnable, df=df, scale=scale)
         self.density = density
-        self.add_positive("df", df, learnable)
-        self.add_positive("scale", scale, learnable)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         return self.rho(squared_distance(x, centers), x.shape[-1])
@@ -101,9 +93,13 @@ class StudentTKernel(EllipticalKernel):
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
         if not self.density and num_features >= 2:
             return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
-        half, exponent = num_features / 2, torch.as_tensor(self._exponent(self.df, num_features), dtype=torch.float64)
-        volume = half * (math.pi * self.df).log() + num_features * self.scale.log()
+        df, half = self.df, num_features / 2
+        exponent = torch.as_tensor(self._exponent(df, num_features), dtype=df.dtype)
+        volume = half * (math.pi * df).log() + num_features * self.scale.log()
         return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
+
+    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+        return self.elliptical_log_normalizer(num_features)
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
         df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
@@ -146,15 +142,19 @@ class MahalanobisKernel(Kernel):
 
     def __init__(self, num_features: int, covariance: Any = None, learnable: bool = True) -> None:
         super().__init__()
-        if not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"num_features={num_features!r} must be a positive integer")
+        if num_features < 1:
+            raise ValueError(f"num_features={num_features} must be positive")
+        covariance = torch.eye(num_features) if covariance is None else torch.as_tensor(covariance)
+        if covariance.shape != (num_features, num_features):
+            raise ValueError(f"covariance {tuple(covariance.shape)} must have shape ({num_features}, {num_features})")
+        if not covariance.is_floating_point():
+            covariance = covariance.to(torch.get_default_dtype())
+        factor, failed = torch.linalg.cholesky_ex(covariance.detach())
+        if failed or not torch.allclose(covariance, covariance.mT):
+            raise ValueError(f"covariance={covariance.tolist()} must be symmetric and positive definite")
         self.num_features = num_features
-        self.register_buffer("initial_factor", _factor(num_features, covariance))
-        log_factor = nn.Parameter(torch.zeros_like(self.initial_factor)) if learnable else None
-        self.register_parameter("log_factor", log_factor)
-
-    initial_factor: Tensor
-    log_factor: Tensor | None
+        self.register_buffer("initial_factor", factor)
+        self.log_factor = nn.Parameter(torch.zeros_like(factor)) if learnable else None
 
     @property
     def factor(self) -> Tensor:
@@ -181,17 +181,3 @@ class MahalanobisKernel(Kernel):
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"num_features={self.num_features}, learnable={self.log_factor is not None}"
-
-
-def _factor(num_features: int, covariance: Any) -> Tensor:
-    if covariance is None:
-        return torch.eye(num_features)
-    covariance = torch.as_tensor(covariance)
-    if covariance.shape != (num_features, num_features):
-        raise ValueError(f"covariance {tuple(covariance.shape)} must have shape ({num_features}, {num_features})")
-    if not covariance.is_floating_point():
-        covariance = covariance.to(torch.get_default_dtype())
-    factor, failed = torch.linalg.cholesky_ex(covariance.detach())
-    if failed or not torch.allclose(covariance, covariance.mT):
-        raise ValueError(f"covariance={covariance.tolist()} must be symmetric and positive definite")
-    return factor

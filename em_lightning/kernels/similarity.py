@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import KERNELS, Kernel, shape_parameter
+from em_lightning.kernels.base import KERNELS, Kernel
 
 
 @KERNELS.register("cosine")
@@ -17,12 +17,11 @@ class CosineKernel(Kernel):
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 
     Energies lie in [0, 2], so responsibilities are soft unless the temperature is below 1; 1 / temperature is the
-    concentration of a von Mises-Fisher distribution. The cosine of a zero vector is taken as 0. It has no shape
-    parameter, hence no argument ``learnable``.
+    concentration of a von Mises-Fisher distribution. The cosine of a zero vector is taken as 0. No shape parameters.
 
-    A density on the unit sphere, von Mises-Fisher of concentration 1, with normalizer
+    A density on the unit sphere only, von Mises-Fisher of concentration 1, with normalizer
     :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind; for
-    D = 1 the sum over the points -1 and 1. Over the whole space it has no density.
+    D = 1 the sum over the points -1 and 1.
 
     Example:
         >>> CosineKernel()(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))
@@ -76,11 +75,8 @@ class DotProductKernel(Kernel):
 
     no_density = "exp(scale x.mu) is unbounded along the center, so its integral is infinite"
 
-    scale = shape_parameter("scale")
-
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
-        super().__init__()
-        self.add_positive("scale", scale, learnable)
+        super().__init__(learnable, scale=scale)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
         return (-self.positive("scale", x.dtype) * x) @ centers.mT

@@ -18,5 +18,5 @@ __all__ = list(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
-        raise AttributeError(f"module 'em_lightning.testing' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(f"module 'em_lightning.testing' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(importlib.import_module(f"em_lightning.testing.{module}"), name)
