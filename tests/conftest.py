@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, a fixed seed, and no state left behind."""
+"""Fixtures and settings of all tests: one thread, a fixed seed, hypothesis profiles."""
 
 import os
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-# A busy machine is no fault, so nothing has a deadline. CI sees the same examples every time, a night new ones.
+# No deadlines, since machines may be busy. CI runs the same examples every time, the nightly run new ones.
 settings.register_profile(
     "ci", max_examples=200, derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -1,4 +1,4 @@
-"""What hypothesis draws for the property tests: tensors of any dtype and magnitude, with zeros, ties and extremes."""
+"""Hypothesis strategies: tensors of any dtype and magnitude, with zeros, ties and extremes; masks and weights."""
 
 import torch
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ WIDE = DTYPES[:2]
 
 @st.composite
 def tensors(draw, shape, dtype=torch.float64, least=-30, most=30):
-    """Draw a finite tensor: of one magnitude from 10^least to 10^most, of all of them, or of few different values."""
+    """Draw a finite tensor: of one magnitude from 10^least to 10^most, of mixed magnitudes, or with ties."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     kind = draw(st.sampled_from(("normal", "mixed", "ties", "constant", "zeros", "offset")))
     size = 10.0 ** draw(st.integers(least, most))
@@ -31,7 +31,7 @@ def tensors(draw, shape, dtype=torch.float64, least=-30, most=30):
 
 @st.composite
 def holes(draw, shape):
-    """Draw a mask with holes, none, or nothing but holes; or no mask."""
+    """Draw a mask that is partly or everywhere false, or None."""
     kind = draw(st.sampled_from(("none", "some", "all")))
     if kind == "none":
         return None
@@ -41,7 +41,7 @@ def holes(draw, shape):
 
 @st.composite
 def counts(draw, shape, dtype=torch.float64):
-    """Draw weights: tiny, ordinary and zero ones, nothing but zeros; or none."""
+    """Draw weights of which some are zero, all are zero or all are small, or None."""
     kind = draw(st.sampled_from(("none", "some", "zero", "tiny")))
     if kind == "none":
         return None

@@ -1,4 +1,4 @@
-"""The estimator keeps scikit-learn's contract and gives scikit-learn's results."""
+"""The estimator passes scikit-learn's checks and gives scikit-learn's results."""
 
 import subprocess
 import sys

@@ -10,8 +10,9 @@ from helpers import assert_close, clusters, parts, trained
 from em_lightning import EMOperator
 
 pytestmark = [
-    # Dynamo reads the gradient of its inputs.
+    # Dynamo reads the gradient of its inputs, and creates an instance of autograd.Function while it traces one.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"),
     pytest.mark.slow,
 ]
 OPTIONS = {

@@ -1,4 +1,4 @@
-"""The estimator on rows of any size against scikit-learn's from the same start."""
+"""The estimator on rows of any size against scikit-learn from the same start."""
 
 import warnings
 
@@ -18,7 +18,7 @@ from em_lightning.estimator import GaussianMixture
 
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 @given(values=st.data())
-def test_the_estimator_is_scikit_learns(kind, values):
+def test_the_estimator_equals_scikit_learn(kind, values):
     components, features = values.draw(st.integers(1, 3)), values.draw(st.integers(1, 3))
     rows = values.draw(st.integers(max(components, 2), 9))
     size = 10.0 ** values.draw(st.integers(-6, 6))

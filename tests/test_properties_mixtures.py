@@ -6,6 +6,7 @@ import drawing
 import numpy as np
 import pytest
 import torch
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from helpers import COVARIANCE_TYPES, cast, full_covariances, is_finite, random_mixture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -201,7 +202,7 @@ def check_step(found, b, kind, x, r, floor, prior, size, eps, reach):
 
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 @given(values=st.data())
-def test_priors_are_their_formula(kind, values):
+def test_priors_equal_their_formula(kind, values):
     sets, items, components, features = shapes(values)
     size = 10.0 ** values.draw(st.integers(-9, 9))
     mixture = values.draw(mixtures(kind, sets, components, features, size=size))
@@ -233,7 +234,7 @@ def test_priors_are_their_formula(kind, values):
 
 
 @given(values=st.data())
-def test_priors_of_the_cloud_itself(values):
+def test_priors_from_the_points(values):
     sets, items, components, features = shapes(values)
     dtype = values.draw(st.sampled_from(drawing.WIDE))
     x = values.draw(drawing.tensors((sets, items, features), dtype, -9, 9))
@@ -256,7 +257,7 @@ def test_priors_of_the_cloud_itself(values):
 
 
 @given(values=st.data())
-def test_backgrounds_are_one_more_component(values):
+def test_backgrounds_equal_one_more_component(values):
     sets, items, components, features = shapes(values)
     size = 10.0 ** values.draw(st.integers(-9, 9))
     share, kind = values.draw(st.sampled_from((0.01, 0.3, 0.99))), values.draw(st.sampled_from(COVARIANCE_TYPES))
@@ -350,7 +351,7 @@ LOG_DENSITIES = {
 
 @pytest.mark.parametrize("kernel", LOG_DENSITIES)
 @given(values=st.data())
-def test_kernel_mixtures_are_their_formula(kernel, values):
+def test_kernel_mixtures_equal_their_formula(kernel, values):
     sets, items, components, features = shapes(values)
     size = 10.0 ** values.draw(st.integers(-9, 9))
     generator = torch.Generator().manual_seed(values.draw(st.integers(0, 2**20)))
@@ -399,3 +400,27 @@ def test_low_ranks_of_any_points(values):
     spread = full_covariances(after)
     values = torch.linalg.eigvalsh(spread)
     assert (values >= floor * (1 - 1e-6) - 1e-9 * values.amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("draw", [farthest_points, kmeans_plus_plus, random_points])
+@given(values=st.data())
+def test_centers_are_points_that_count(draw, values):
+    sets, items, components, features = shapes(values)
+    x = values.draw(drawing.tensors((sets, items, features), least=-3, most=3))
+    mask, weights = values.draw(drawing.holes((sets, items))), values.draw(drawing.counts((sets, items)))
+    counted = torch.ones(sets, items, dtype=torch.bool) if mask is None else mask
+    counted = counted if weights is None else counted & (weights > 0)
+    dirty = x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
+    centers = draw(dirty, components, mask, weights)
+    moved = lloyd(dirty, centers, 2, mask, weights)
+    assert centers.shape == moved.shape == (sets, components, features)
+    assert centers.isfinite().all() and moved.isfinite().all()
+    for b in range(sets):
+        points = x[b][counted[b]]
+        if not len(points):
+            continue
+        size = 1e-9 * (1 + points.abs().max())
+        assert torch.cdist(centers[b], points).amin(1).max() <= size
+        w = torch.ones(len(points)).double() if weights is None else weights[b][counted[b]]
+        before, after = ((torch.cdist(points, own[b]).square().amin(1) * w).sum() for own in (centers, moved))
+        assert after <= before * (1 + 1e-9) + size**2

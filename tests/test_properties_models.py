@@ -8,12 +8,13 @@ import drawing
 import numpy as np
 import pytest
 import torch
+from helpers import COVARIANCE_TYPES, detached
 from hypothesis import given
 from hypothesis import strategies as st
-from test_properties_mixtures import KINDS, log_joint, mixtures, shapes
+from test_properties_mixtures import log_joint, mixtures, shapes
 from torch import nn
 
-from em_lightning import ACTIVATIONS, Mixture
+from em_lightning import ACTIVATIONS
 from em_lightning.activations import Activation
 from em_lightning.callbacks import (
     InsertEMOperator,
@@ -105,7 +106,7 @@ def test_mixture_encoders_of_any_items(values):
         components,
         subspace=values.draw(st.integers(1, features)),
         num_iters=2,
-        covariance=values.draw(st.sampled_from(KINDS)),
+        covariance=values.draw(st.sampled_from(COVARIANCE_TYPES)),
     )
     x = (size * values.draw(drawing.tensors((items, features), least=-3, most=1))).float()
     module.fit(x)
@@ -160,7 +161,7 @@ def test_amortized_clustering_of_any_sets(values):
     mixture = module(x, mask)
     found = module.log_prob(mixture, x, x, mask)
     assert found.isfinite().all(), found
-    own = log_joint(x, Mixture(*(part.detach() for part in mixture)))
+    own = log_joint(x, detached(mixture))
     inside = np.log(np.exp(own - own.max(2, keepdims=True)).sum(2)) + own.max(2)
     if module.log_count is None:
         np.testing.assert_allclose(found.detach(), inside, rtol=1e-3, atol=2e-2)
@@ -182,7 +183,7 @@ def test_amortized_clustering_of_any_sets(values):
 def test_mixture_modules_of_any_rows(values):
     rows, components, features = (values.draw(st.integers(least, 6)) for least in (2, 1, 1))
     features, components = min(features, 3), min(components, 3)
-    kind = values.draw(st.sampled_from(KINDS))
+    kind = values.draw(st.sampled_from(COVARIANCE_TYPES))
     size = 10.0 ** values.draw(st.integers(-9, 9))
     options = {"num_components": components, "num_features": features, "covariance": kind}
     options["covariance_floor"] = 1e-6 * size**2

@@ -1,4 +1,4 @@
-"""EM layers at any shape, dtype, magnitude, mask and weights: finite, climbing, and known numbers where there are."""
+"""EM layers for any shape, dtype, magnitude, mask and weights: finite values and gradients, monotone objectives."""
 
 import math
 
@@ -25,7 +25,7 @@ ROBUST = ["gaussian", "student_t", "laplace", "huber", "pseudo_huber"]
 
 
 def assert_slopes(output, inputs, dtype):
-    """Assert that gradients are no NaN, and finite but where half precision cannot hold them."""
+    """Assert that gradients are not NaN, and finite unless they are of half precision."""
     if not output.requires_grad:
         return
     for grad in torch.autograd.grad(output, inputs, allow_unused=True):
@@ -107,7 +107,7 @@ def test_operators_of_any_points(kernel, values):
 
 
 @given(values=st.data())
-def test_fits_of_any_points_climb(values):
+def test_fits_of_any_points(values):
     x, mask, weights, components = sets_of(values, SQUARES)
     wide = torch.promote_types(x.dtype, torch.float32)
     operator = EMOperator(
@@ -292,7 +292,7 @@ def test_corrections_of_any_weights(kind, values):
 
 
 @given(values=st.data())
-def test_operators_answer_bad_input(values):
+def test_operators_report_wrong_input(values):
     operator = EMOperator(2, 2, residual=False)
     shape = values.draw(st.lists(st.integers(0, 3), min_size=0, max_size=4))
     dtype = values.draw(st.sampled_from((torch.float32, torch.long, torch.bool, torch.complex64)))
