@@ -153,7 +153,7 @@ class Numbers(TorchDispatchMode):
 def test_the_backward_pass_of_a_start_is_linear_in_the_points(init, covariance):
     operator = EMOperator(4, 2, covariance=covariance, init=init, residual=False)
     counts = []
-    for items in (2**19, 2**20):
+    for items in (2**20, 2**21):
         x = torch.randn(1, items, 2, requires_grad=True)
         mixture = operator(x, num_iters=0)
         with Numbers() as seen:

@@ -89,11 +89,13 @@ class UniformBackground(nn.Module):
         Args:
             log_weights: (B, K), of the components among themselves.
             inside: (B,), the mass of the components.
-            outside: (B,), the mass of the background.
+            outside: (B,), the mass of the background; a set without points keeps the start.
         """
         if not self.estimate:
             return log_weights
-        return log_weights + torch.log1p(-(outside / (inside + outside)).clamp(_LEAST, 1.0 - _LEAST)).unsqueeze(-1)
+        total = inside + outside
+        share = torch.where(total > 0, outside / torch.where(total > 0, total, 1.0), self._logits(total).sigmoid())
+        return log_weights + torch.log1p(-share.clamp(_LEAST, 1.0 - _LEAST)).unsqueeze(-1)
 
     def level(self, points: Points, log_weights: Tensor) -> BackgroundLevel:
         """Return the background beside components of log-weights (B, K), in the coordinates of the points."""

@@ -208,7 +208,9 @@ class _GeneralStatistics(NamedTuple):
         features = self.points.lift(source, sets)
         joint, irls_weights = log_joint(features, theta, peak, self.points.num_features, self.likelihood.kernel)
         joint = with_background(joint, level)
-        responsibilities = self.respond(joint).to(joint.dtype)
+        # Competitions see log-densities in units of the points.
+        in_units = joint - self.points.log_volume()[sets, None, None]
+        responsibilities = self.respond(in_units).to(joint.dtype)
         log_likelihood = theta.new_zeros(len(theta))
         if self.with_log_likelihood:
             log_density = joint.logsumexp(1)

@@ -75,7 +75,7 @@ def m_step(
     # component have small IRLS weights, so it is relative to these.
     empty = 10.0 * torch.finfo(mass.dtype).eps
     guard = empty * torch.where(zeroth > 0, zeroth / (mass + empty), 1.0).detach()
-    mass = mass + empty
+    inside, mass = mass.sum(-1), mass + empty
     scatter_mass = mass
     if prior is not None:
         zeroth = zeroth + prior.mean
@@ -87,9 +87,9 @@ def m_step(
         strength = prior.covariance / family.sharing(mass.shape[1])
         scatter, scatter_mass = scatter + strength * prior.scatter, scatter_mass + strength
         mass, background_mass = mass + prior.weight, background_mass + prior.weight
+        inside = inside + prior.weight * mass.shape[1]
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)
-    total = mass.sum(-1, keepdim=True)
-    log_weights = mass.log() - total.log()
+    log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
     if background is not None:
-        log_weights = background.maximize(log_weights, total.squeeze(-1), background_mass)
+        log_weights = background.maximize(log_weights, inside, background_mass)
     return Parameters(log_weights, means, covariances)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.mixture.backends import sum_blocks
 from em_lightning.mixture.covariance import Parameters
 
 # Features of up to this many numbers are kept for all iterations; of larger sets each block is lifted when it is read.
@@ -191,15 +192,15 @@ def join_weights(
 
 def _moments(points: Points) -> tuple[Tensor, Tensor]:
     """Return the weighted mean and variance (B, D) of the coordinates; zero for sets without points."""
+
+    def sums_of_block(sets: slice, source: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = points.lift(source, sets)[:, 1 : 1 + points.num_features]
+        weighted = z if weights is None else z * weights.unsqueeze(1)
+        return weighted.sum(-1), (weighted * z).sum(-1)
+
+    width = max(points.source.shape[1], points.num_features)
+    first, second = sum_blocks(sums_of_block, (points.source, points.weights), (), width)
     mass = points.mass.clamp(min=torch.finfo(points.mass.dtype).tiny).unsqueeze(-1)
-    items, size = points.source.shape[2], points.source[:, :, 0].numel()
-    rows = max(_KEPT // max(size, 1), 1)
-    first = second = torch.zeros_like(points.frame.center)
-    for start in range(0, items, rows):
-        block = slice(start, start + rows)
-        z = points.coordinates(block)
-        weighted = z if points.weights is None else z * points.weights[:, None, block]
-        first, second = first + weighted.sum(-1), second + (weighted * z).sum(-1)
     mean = first / mass
     return mean, (second / mass - mean.square()).clamp(min=0.0)
 
