@@ -111,9 +111,6 @@ class TestBackground(CompetitionContract):
 
 
 class TestBalanced(CompetitionContract):
-    tolerance = 1e-6
-    excludes = False
-
     def build(self, **arguments):
         return Balanced(**arguments)
 
@@ -203,7 +200,7 @@ def test_softmin_in_higher_order_and_forward_mode():
     torch.testing.assert_close(hessian, -(torch.diag(r) - torch.outer(r, r)) / 0.7)
 
 
-def test_softmin_saves_only_the_responsibilities():
+def test_softmin_saves_one_tensor_and_numbers_per_item():
     d = torch.randn(64, 32, requires_grad=True)
     saved = {}
 
@@ -213,7 +210,7 @@ def test_softmin_saves_only_the_responsibilities():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         softmin(d)
-    assert sum(saved.values()) == d.numel()
+    assert sum(saved.values()) <= d.numel() + 3 * len(d)
 
 
 def test_temperature_tensor_for_each_item():
@@ -306,13 +303,13 @@ def test_groups_compete_alone():
 
 
 def test_grouped_refuses_what_does_not_divide():
-    with pytest.raises(ValueError, match="5 hypotheses on axis dim=-1 make no equal groups with group_size=2"):
+    with pytest.raises(ValueError, match="group_size=2.* 5 hypotheses.*dim=-1"):
         grouped(torch.zeros(5))
-    with pytest.raises(ValueError, match="with num_groups=3; give a divisor"):
+    with pytest.raises(ValueError, match="num_groups=3"):
         Grouped(num_groups=3)(torch.zeros(2, 8))
-    with pytest.raises(ValueError, match="num_groups=2 and group_size=2 say the same twice"):
+    with pytest.raises(ValueError, match="num_groups=2.*group_size=2"):
         Grouped(num_groups=2, group_size=2)
-    with pytest.raises(ValueError, match="group_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="group_size=0"):
         Grouped(group_size=0)
 
 
@@ -335,7 +332,7 @@ def test_background_energy_is_learned():
 
 def test_topk_keeps_ties_and_refuses_zero():
     assert topk(torch.tensor([0.0, 0.0, 0.0, 1.0]), k=1).responsibilities.tolist() == pytest.approx([1 / 3] * 3 + [0])
-    with pytest.raises(ValueError, match="k=0 must be at least 1"):
+    with pytest.raises(ValueError, match="k=0"):
         TopK(k=0)
 
 
@@ -387,23 +384,56 @@ def test_balanced_stays_finite_in_float32():
         torch.testing.assert_close(posterior.responsibilities.sum(-1), torch.ones(len(d)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e9])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 4), (16, 8), (3, 8)])
+def test_balanced_gradient_is_the_responsibilities_at_large_energies(shape, scale, dtype):
+    d = (torch.rand(shape, dtype=dtype) * scale).requires_grad_()
+    posterior = balanced(d)
+    (grad,) = torch.autograd.grad(posterior.free_energy.sum(), d)
+    torch.testing.assert_close(grad, posterior.responsibilities, rtol=0, atol=1e-6)
+    shares = posterior.responsibilities.double().sum(0)
+    torch.testing.assert_close(shares, torch.full_like(shares, shape[0] / shape[1]), rtol=0, atol=1e-5)
+
+
+def test_balanced_with_infinite_energies_in_some_items():
+    d = torch.randn(6, 3, dtype=torch.float64)
+    d[2], d[3, 1] = torch.inf, torch.inf
+    d.requires_grad_()
+    module = Balanced(learnable=True).double()
+    posterior = module(d)
+    kept = torch.tensor([True, True, False, True, True, True])
+    assert posterior.free_energy.isfinite().tolist() == kept.tolist() and posterior.free_energy[2] == torch.inf
+    assert not posterior.responsibilities[2].any() and posterior.responsibilities[3, 1] == 0
+    torch.testing.assert_close(posterior.responsibilities.sum(0), torch.full((3,), 5 / 3).double())
+    torch.testing.assert_close(posterior.responsibilities[kept], balanced(d[kept]).responsibilities)
+    inputs = [d, *module.parameters()]
+    grad = torch.autograd.grad(posterior.free_energy.sum(), d, retain_graph=True)[0]
+    torch.testing.assert_close(grad, posterior.responsibilities)
+    for gradient in torch.autograd.grad(posterior.responsibilities.square().sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+def test_only_balanced_couples_items():
+    assert [key for key in COMPETITIONS if COMPETITIONS[key].couples_items] == ["balanced"]
+
+
 def test_balanced_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="item_dim=1 is the hypothesis axis dim=-1"):
+    with pytest.raises(ValueError, match="item_dim=1.*dim=-1"):
         balanced(torch.zeros(3, 2), item_dim=1)
-    with pytest.raises(ValueError, match="num_iters=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_iters=0"):
         Balanced(num_iters=0)
-    with pytest.raises(ValueError, match=r"log_prior of shape \(3,\) must hold one share for each of 2"):
+    with pytest.raises(ValueError, match=r"log_prior.*\(3,\).* 2 "):
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(3))
-    with pytest.raises(ValueError, match=r"log_prior of shape \(1,\) must hold one share for each of 2"):
+    with pytest.raises(ValueError, match=r"log_prior.*\(1,\).* 2 "):
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(1))
 
 
 def test_hard_assignment_says_what_it_breaks():
-    broken = "hard gating, outside the scope of implicit EM: one hypothesis has all responsibility, the others get no"
-    with pytest.warns(ScopeWarning, match=broken):
+    with pytest.warns(ScopeWarning, match="scope of implicit EM.*no gradient"):
         posterior = hardmin(torch.tensor([3.0, 1.0, 1.0]))
     assert posterior.responsibilities.tolist() == [0.0, 0.5, 0.5] and posterior.free_energy == 1.0
-    with pytest.warns(ScopeWarning, match=broken):
+    with pytest.warns(ScopeWarning, match="scope of implicit EM.*no gradient"):
         Hardmin()
 
 
