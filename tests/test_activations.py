@@ -45,47 +45,47 @@ SCALAR_KERNELS = {
 
 
 class TestSigned(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return SignedActivation(**arguments)
 
 
 class TestSignedStudentT(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return SignedActivation({"name": "student_t", "df": 2.0, "density": True}, margin=0.5, **arguments)
 
 
 class TestGated(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return GatedActivation(**arguments)
 
 
 class TestNegLogSoftmin(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return NegLogSoftminActivation(**arguments)
 
 
 class TestLogSoftmax(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return LogSoftmaxActivation(**arguments)
 
 
 class TestSoftmaxGated(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return SoftmaxGatedActivation(**arguments)
 
 
 class TestReLUGated(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return ReLUGatedActivation(**arguments)
 
 
 class TestResidualSoftmax(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return ResidualSoftmaxActivation(**arguments)
 
 
 class TestGrouped(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return GroupedActivation(**arguments)
 
     def permutation(self, size):
@@ -93,19 +93,19 @@ class TestGrouped(ActivationContract):
 
 
 class TestSparsemin(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return SparseminActivation(**arguments)
 
 
 class TestDirection(ActivationContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return DirectionActivation(**arguments)
 
 
 def test_all_ten_are_registered_and_have_a_contract():
     assert sorted(ACTIVATIONS) == TEN
     contracts = [cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, ActivationContract)]
-    covered = {type(cls().build()) for cls in contracts if cls is not ActivationContract}
+    covered = {type(cls().make()) for cls in contracts if cls is not ActivationContract}
     assert covered == {ACTIVATIONS[key] for key in ACTIVATIONS}
 
 

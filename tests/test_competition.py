@@ -43,22 +43,22 @@ FUNCTIONS = {
 
 
 class TestSoftmin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Softmin(**arguments)
 
 
 class TestSparsemin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Sparsemin(**arguments)
 
 
 class TestEntmin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Entmin(**arguments)
 
 
 class TestTopK(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return TopK(k=3, **arguments)
 
     def warm(self, energies):
@@ -67,7 +67,7 @@ class TestTopK(CompetitionContract):
 
 
 class TestGrouped(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Grouped(num_groups=2, **arguments)
 
     def totals(self, responsibilities):
@@ -89,7 +89,7 @@ class TestGrouped(CompetitionContract):
 
 
 class TestBackground(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Background(energy=-0.5, learnable_energy=arguments.get("learnable", False), **arguments)
 
     def shift(self, operator, c):
@@ -107,11 +107,11 @@ class TestBackground(CompetitionContract):
     def test_equal_prior_changes_no_responsibility(self):
         d = self.energies(16, 8)
         zeros = torch.zeros(8, dtype=torch.float64)
-        torch.testing.assert_close(self.build()(d, zeros).responsibilities, self.build()(d).responsibilities)
+        torch.testing.assert_close(self.make()(d, zeros).responsibilities, self.make()(d).responsibilities)
 
 
 class TestBalanced(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Balanced(**arguments)
 
     def cold(self, energies):
@@ -125,7 +125,7 @@ class TestBalanced(CompetitionContract):
 
 @pytest.mark.filterwarnings("ignore::em_lightning.competition.ScopeWarning")
 class TestHardmin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Hardmin(**arguments)
 
     def warm(self, energies):
@@ -137,7 +137,7 @@ def test_every_operator_is_registered_and_has_a_contract():
     contracts = {cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, CompetitionContract)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScopeWarning)
-        covered = {type(cls().build()) for cls in contracts - {CompetitionContract}}
+        covered = {type(cls().make()) for cls in contracts - {CompetitionContract}}
     assert covered == {COMPETITIONS[key] for key in COMPETITIONS}
 
 
