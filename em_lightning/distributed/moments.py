@@ -38,9 +38,7 @@ class Moments(NamedTuple):
 
     def covariance(self) -> Tensor:
         """Return the unbiased covariance (D, D)."""
-        weighted = self.deviations if self.weights is None else self.deviations * self.weights[:, None]
-        with torch.autocast(weighted.device.type, enabled=False):
-            return global_sum(weighted.T @ self.deviations, self.group) / _degrees_of_freedom(self.size)
+        return self._sum_of_products(self.deviations) / _degrees_of_freedom(self.size)
 
     def correlation(self, eps: float = 1e-8) -> Tensor:
         r"""Return the correlation :math:`C_{ij} = \mathrm{Cov}_{ij} / ((\sigma_i + \epsilon)(\sigma_j + \epsilon))`.
@@ -52,15 +50,21 @@ class Moments(NamedTuple):
 
     def redundancy(self, eps: float = 1e-8) -> Tensor:
         r"""Return the sum of squared correlations of different units, :math:`\sum_{i \ne j} C_{ij}^2`: a scalar."""
-        num_items, num_units = self.deviations.shape
-        if self.weights is not None or num_items >= num_units or is_spread(self.group):
-            return 2 * self.correlation(eps).triu(1).square().sum()
-        # With fewer items than units the (N, N) product is smaller: C = Z^T Z has the Frobenius norm of Z Z^T.
         std = self.std + eps
-        standardized = self.deviations / (std * _degrees_of_freedom(self.size).sqrt())
+        standardized = self.deviations * (1 / (std * _degrees_of_freedom(self.size).sqrt()))
+        diagonal = self.variance / std.square()
+        num_items, num_units = standardized.shape
+        if self.weights is not None or num_items >= num_units or is_spread(self.group):
+            return (self._sum_of_products(standardized) - torch.diag(diagonal)).square().sum()
+        # With fewer items than units the (N, N) product is smaller: C = Z^T Z has the Frobenius norm of Z Z^T.
         with torch.autocast(standardized.device.type, enabled=False):
             similarity = standardized @ standardized.T
-        return similarity.square().sum() - (self.variance / std.square()).square().sum()
+        return similarity.square().sum() - diagonal.square().sum()
+
+    def _sum_of_products(self, items: Tensor) -> Tensor:
+        weighted = items if self.weights is None else items * self.weights[:, None]
+        with torch.autocast(items.device.type, enabled=False):
+            return global_sum(weighted.T @ items, self.group)
 
 
 def _degrees_of_freedom(size: Tensor) -> Tensor:
@@ -119,8 +123,8 @@ def batch_mean(items: Tensor, weights: Tensor | None = None, group: Any = None) 
 
 def _mean_and_size(items: Tensor, weights: Tensor | None, dtype: torch.dtype, group: Any) -> tuple[Tensor, Tensor]:
     if weights is None:
-        total, size = items.sum(0, dtype=dtype), items.new_full((1,), items.shape[0], dtype=dtype)
+        total, size = items.sum(0, dtype=dtype), items.new_full((), items.shape[0], dtype=dtype)
     else:
-        total, size = (items * weights[:, None]).sum(0, dtype=dtype), weights.sum(dtype=dtype)[None]
-    sums = global_sum(torch.cat([total, size]), group)
-    return sums[:-1] / torch.where(sums[-1] > 0, sums[-1], 1.0), sums[-1]
+        total, size = (items * weights[:, None]).sum(0, dtype=dtype), weights.sum(dtype=dtype)
+    size = global_sum(size, group)
+    return global_sum(total, group) / size.clamp_min(torch.finfo(dtype).tiny), size
