@@ -44,7 +44,7 @@ def mlp_step(loss: Loss, width: int = 512, batch: int = 256) -> None:
     LAYERS.zero_grad()
     total.backward()
     for parameter in LAYERS.parameters():
-        parameter.data.add_(parameter.grad, alpha=-1e-6)
+        parameter.data -= 1e-6 * parameter.grad  # type: ignore[operator]
 
 
 LAYERS = nn.Sequential(*[nn.Linear(512, 512) for _ in range(4)])
