@@ -69,9 +69,6 @@ class Mean(Statistic):
 class Variance(Statistic):
     """The posterior variance sum_k r_k (v_k - mean)^2; shapes as in :class:`Mean`.
 
-    Raises:
-        ValueError: ``values`` is None or has another number of hypotheses.
-
     Example:
         >>> from em_lightning.competition import softmin
         >>> Variance()(softmin(torch.tensor([1.0, 1.0])), torch.tensor([2.0, 4.0]))
@@ -100,7 +97,7 @@ class Entropy(Statistic):
 
 @STATISTICS.register("mode")
 class Mode(Statistic):
-    """The index of the hypothesis with the largest responsibility, shape (...), or its value; no gradient to energies.
+    """The index of the hypothesis with the largest responsibility, shape (...), or its value; without gradient to d.
 
     Example:
         >>> from em_lightning.competition import softmin

@@ -1,4 +1,7 @@
-"""Activations in which the units on one axis compete with each other."""
+"""Activations in which the units on one axis compete with each other.
+
+All of them take the arguments ``temperature``, ``learnable`` and ``dim`` of :class:`Activation`.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +41,6 @@ class NegLogSoftminActivation(Activation):
     Positive; the lowest input gives the output closest to 0, and differences between units are preserved. Units
     compete: dy_i/dz_j = [i = j] - r_j with r = softmin(z).
 
-    Args:
-        temperature, learnable, dim: as in :class:`Activation`.
-
     Example:
         >>> NegLogSoftminActivation()(torch.tensor([0.0, 0.0, 5.0]))
         tensor([0.6965, 0.6965, 5.6965])
@@ -70,9 +70,6 @@ class LogSoftmaxActivation(_LogitActivation):
     Never positive; the largest input gives the largest output. Units compete: dy_i/dz_j = ([i = j] - r_j) / T with
     r = softmax(z / T).
 
-    Args:
-        temperature, learnable, dim: as in :class:`Activation`.
-
     Example:
         >>> LogSoftmaxActivation()(torch.tensor([0.0, 0.0]))
         tensor([-0.6931, -0.6931])
@@ -93,9 +90,6 @@ class SoftmaxGatedActivation(_LogitActivation):
 
     Units compete: dy_i/dz_j = r_i [i = j] + (z_i / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
-    Args:
-        temperature, learnable, dim: as in :class:`Activation`.
-
     Example:
         >>> SoftmaxGatedActivation()(torch.tensor([2.0, 2.0]))
         tensor([1., 1.])
@@ -114,9 +108,6 @@ class ReLUGatedActivation(_LogitActivation):
     and receive gradient through the other units. Units compete:
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
-    Args:
-        temperature, learnable, dim: as in :class:`Activation`.
-
     Example:
         >>> ReLUGatedActivation()(torch.tensor([2.0, 2.0, -50.0]))
         tensor([1., 1., 0.])
@@ -132,9 +123,6 @@ class ResidualSoftmaxActivation(_LogitActivation):
     """Each unit plus its responsibility: y = z + softmax(z / T).
 
     Units compete: dy_i/dz_j = [i = j] + r_i ([i = j] - r_j) / T with r = softmax(z / T).
-
-    Args:
-        temperature, learnable, dim: as in :class:`Activation`.
 
     Example:
         >>> ResidualSoftmaxActivation()(torch.tensor([2.0, 2.0]))
@@ -205,9 +193,6 @@ class SparseminActivation(Activation):
     The lowest inputs win; most outputs are exactly 0 and receive no gradient. Units compete:
     dy_i/dz_j = -([i = j] - 1 / S) / T on the support of S units, 0 elsewhere.
 
-    Args:
-        temperature, learnable, dim: as in :class:`Activation`.
-
     Example:
         >>> SparseminActivation()(torch.tensor([0.0, 0.5, 2.0]))
         tensor([0.7500, 0.2500, 0.0000])
@@ -230,9 +215,6 @@ class DirectionActivation(Activation):
 
     Positively homogeneous, y(c z) = c y(z) for c > 0; y(0) = 0 with gradient 0. Units compete: with u = z / norm(z) and
     r = softmax(u / T), dy_i/dz_j = r_i u_j + (1 / T) sum_k r_i ([i = k] - r_k) ([k = j] - u_k u_j).
-
-    Args:
-        temperature, learnable, dim: as in :class:`Activation`.
 
     Example:
         >>> activation, z = DirectionActivation(), torch.tensor([3.0, 4.0])

@@ -182,11 +182,7 @@ class GatedActivation(Activation):
 
     y = z sigmoid(z / T), which is SiLU at T = 1 and ReLU in the limit T -> 0. Minus the free energy is
     T softplus(z / T). Units do not compete with each other: the Jacobian is diagonal, dy/dz = r + (z / T) r (1 - r)
-    with r = sigmoid(z / T).
-
-    Args:
-        temperature, learnable: as in :class:`Activation`.
-        dim: axis of the units; has no effect.
+    with r = sigmoid(z / T). Arguments as in :class:`Activation`; ``dim`` has no effect.
 
     Example:
         >>> GatedActivation()(torch.tensor([-1.0, 0.0, 1.0]))

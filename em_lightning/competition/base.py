@@ -116,6 +116,13 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise ValueError(f"temperature={temperature!r} must be positive; use hardmin for the limit T -> 0")
 
 
+def check_at_least_one(**counts: int | None) -> None:
+    """Raise ValueError for a count below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
 def widen(energies: Tensor) -> Tensor:
     """Convert half-precision energies to float32; raise TypeError for a dtype that is not floating-point."""
     if not energies.is_floating_point():
@@ -146,15 +153,7 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
 def to_posterior(
     energies: Tensor, value: Tensor, responsibilities: Tensor, temperature: float | Tensor, dim: int
 ) -> Posterior:
-    """Return the posterior of free energy -T ``value``, in the dtype of the energies.
-
-    Args:
-        energies: d, shape (..., K).
-        value: maximum of <r, logits> + H(r), with the hypothesis axis removed, or one value per group on that axis.
-        responsibilities: the maximizing r, shape (..., K).
-        temperature: T, a number or a tensor that broadcasts with the energies.
-        dim: axis of the hypotheses.
-    """
+    """Return the posterior with free energy -T ``value`` in the dtype of the energies; ``value`` lacks axis ``dim``."""
     if not isinstance(temperature, Tensor):
         free = -value if temperature == 1 else value * -temperature
     elif temperature.numel() == 1 and temperature.ndim <= 1:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from em_lightning.competition.base import COMPETITIONS, Competition, on_axis, to_logits, to_posterior, widen
+from em_lightning.competition.base import (
+    COMPETITIONS,
+    Competition,
+    check_at_least_one,
+    on_axis,
+    to_logits,
+    to_posterior,
+    widen,
+)
 from em_lightning.competition.entropic import gibbs
 from em_lightning.competition.posterior import Posterior
 
@@ -44,10 +52,7 @@ def softmin(
 
 @COMPETITIONS.register("softmin")
 class Softmin(Competition):
-    """Module form of :func:`softmin`: F = -T log sum_k pi_k exp(-d_k / T).
-
-    Args:
-        temperature, learnable, dim: as in :class:`Competition`.
+    """Module form of :func:`softmin`, with the arguments of :class:`Competition`: F = -T log sum_k pi_k exp(-d_k / T).
 
     Example:
         >>> Softmin(temperature=2.0)(torch.tensor([1.0, 1.0])).responsibilities
@@ -94,9 +99,7 @@ def grouped(
 def _check_groups(num_groups: int | None, group_size: int | None) -> None:
     if num_groups is not None and group_size is not None:
         raise ValueError(f"only one of num_groups={num_groups} and group_size={group_size} may be given")
-    for name, value in (("num_groups", num_groups), ("group_size", group_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    check_at_least_one(num_groups=num_groups, group_size=group_size)
 
 
 @COMPETITIONS.register("grouped")
@@ -222,15 +225,10 @@ def topk(
         >>> topk(torch.tensor([0.0, 3.0, 0.0, 1.0]), k=2).responsibilities
         tensor([0.5000, 0.0000, 0.5000, 0.0000])
     """
-    _check_k(k)
+    check_at_least_one(k=k)
     logits = to_logits(widen(energies), temperature, log_prior, dim)
     least = logits.detach().topk(min(k, logits.shape[dim]), dim).values.amin(dim, keepdim=True)
     return to_posterior(energies, *gibbs(logits.masked_fill(logits < least, -torch.inf), dim), temperature, dim)
-
-
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
 
 
 @COMPETITIONS.register("topk")
@@ -251,5 +249,5 @@ class TopK(Competition):
 
     def __init__(self, k: int = 2, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable, dim)
-        _check_k(k)
+        check_at_least_one(k=k)
         self.k = k

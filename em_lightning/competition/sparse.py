@@ -16,13 +16,6 @@ class ScopeWarning(UserWarning):
     """The code is outside the scope of implicit EM; the message names the assumption that does not hold."""
 
 
-def _sparse(
-    energies: Tensor, temperature: float | Tensor, log_prior: Tensor | None, dim: int, alpha: float
-) -> Posterior:
-    logits = to_logits(widen(energies), temperature, log_prior, dim)
-    return to_posterior(energies, *entmax(logits, dim, alpha), temperature, dim)
-
-
 def sparsemin(
     energies: Tensor, temperature: float | Tensor = 1.0, log_prior: Tensor | None = None, dim: int = -1
 ) -> Posterior:
@@ -39,15 +32,13 @@ def sparsemin(
 
     Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
     """
-    return _sparse(energies, temperature, log_prior, dim, 2.0)
+    logits = to_logits(widen(energies), temperature, log_prior, dim)
+    return to_posterior(energies, *entmax(logits, dim, 2.0), temperature, dim)
 
 
 @COMPETITIONS.register("sparsemin")
 class Sparsemin(Competition):
-    """Module form of :func:`sparsemin`: F = min_r <r, d> - T H(r), H(r) = 1/2 sum(r - r^2).
-
-    Args:
-        temperature, learnable, dim: as in :class:`Competition`.
+    """Module form of :func:`sparsemin`, with the arguments of :class:`Competition`.
 
     Example:
         >>> Sparsemin()(torch.tensor([0.0, 0.5, 2.0])).responsibilities
@@ -72,15 +63,13 @@ def entmin(
 
     Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
     """
-    return _sparse(energies, temperature, log_prior, dim, 1.5)
+    logits = to_logits(widen(energies), temperature, log_prior, dim)
+    return to_posterior(energies, *entmax(logits, dim, 1.5), temperature, dim)
 
 
 @COMPETITIONS.register("entmin")
 class Entmin(Competition):
-    """Module form of :func:`entmin`: F = min_r <r, d> - T H(r), H(r) = 4/3 sum(r - r^1.5).
-
-    Args:
-        temperature, learnable, dim: as in :class:`Competition`.
+    """Module form of :func:`entmin`, with the arguments of :class:`Competition`.
 
     Example:
         >>> Entmin()(torch.tensor([0.0, 0.5, 3.0])).responsibilities
@@ -131,10 +120,7 @@ def _warn_hard(name: str) -> None:
 
 @COMPETITIONS.register("hardmin")
 class Hardmin(Competition):
-    """Module form of :func:`hardmin`; it warns once, on construction.
-
-    Args:
-        temperature, learnable, dim: as in :class:`Competition`.
+    """Module form of :func:`hardmin`, with the arguments of :class:`Competition`; it warns once, on construction.
 
     Warns:
         ScopeWarning: always.

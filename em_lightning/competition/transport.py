@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.competition.base import COMPETITIONS, Competition, check_temperature, widen
+from em_lightning.competition.base import COMPETITIONS, Competition, check_at_least_one, check_temperature, widen
 from em_lightning.competition.entropic import gibbs
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
@@ -32,9 +32,9 @@ def balanced(
     order.
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
-    decrease to T during the first three quarters of the steps. The constraints hold up to rounding for energies up to
-    about a thousand times T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy
-    has r = 0 and F = +inf and does not count in N.
+    decrease to T during the first three quarters of the steps. The constraints are tested up to energies of 1e9 T. An
+    energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0 and F = +inf and
+    does not count in N.
 
     Args:
         energies: d, shape (..., K) with the hypotheses on axis ``dim``.
@@ -57,7 +57,7 @@ def balanced(
     Source: Cuturi, "Sinkhorn distances", 2013; Peyre and Cuturi, "Computational optimal transport", 2019, chapter 4.
     """
     check_temperature(temperature)
-    _check_steps(num_iters)
+    check_at_least_one(num_iters=num_iters)
     axis = dim % energies.ndim
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
@@ -96,7 +96,7 @@ def _transport(
     counted = ~excluded.all(-1, keepdim=True)
     items = counted.sum(-2).clamp_min(1).to(d.dtype)
     mass = items * share
-    prices, system = _solve(d.detach(), excluded, t.detach(), mass.detach(), num_iters)
+    prices, system = _solve(d.detach().masked_fill(excluded, torch.inf), t.detach(), mass.detach(), num_iters)
     # The implicit function theorem as a Newton step of value 0.
     error = mass - _compete(d, excluded, prices, t)[1].sum(-2)
     step = torch.linalg.solve(system, (error - error.detach()).unsqueeze(-1)).squeeze(-1)
@@ -114,10 +114,11 @@ def _compete(d: Tensor, excluded: Tensor, prices: Tensor, temperature: Tensor) -
 
 
 @torch.no_grad()
-def _solve(d: Tensor, excluded: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
+def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
     """Return the dual variables g (..., K) and the matrix of the Newton system at them (..., K, K)."""
     # At a quarter of the range of the energies, Sinkhorn steps mix all hypotheses.
-    initial = (d.amax((-2, -1)) / (4 * temperature)).clamp_min(1.0)[..., None]
+    spread = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
+    initial = (spread / (4 * temperature)).clamp_min(1.0)
     prices = torch.zeros_like(d[..., 0, :])
     least = torch.finfo(d.dtype).tiny
     items, size = mass.sum(-1, keepdim=True), mass.shape[-1]
@@ -125,7 +126,7 @@ def _solve(d: Tensor, excluded: Tensor, temperature: Tensor, mass: Tensor, num_i
     ridge = (items * torch.finfo(d.dtype).eps).expand_as(mass).diag_embed() + (items / size**2).unsqueeze(-1)
 
     def totals(t: Tensor) -> tuple[Tensor, Tensor]:
-        responsibilities = _compete(d, excluded, prices, t.unsqueeze(-1))[1]
+        responsibilities = ((prices.unsqueeze(-2) - d) / t.unsqueeze(-1)).softmax(-1).nan_to_num(0.0)
         total = responsibilities.sum(-2)
         return total, total.diag_embed() - responsibilities.mT @ responsibilities + ridge
 
@@ -136,11 +137,6 @@ def _solve(d: Tensor, excluded: Tensor, temperature: Tensor, mass: Tensor, num_i
         move = torch.linalg.solve(system, (mass - total).unsqueeze(-1)).squeeze(-1)
         prices = prices + t * move * (4 / move.abs().amax(-1, keepdim=True).clamp_min(4.0))
     return prices, totals(temperature.reshape(1))[1]
-
-
-def _check_steps(num_iters: int) -> None:
-    if num_iters < 1:
-        raise ValueError(f"num_iters={num_iters} must be at least 1")
 
 
 @COMPETITIONS.register("balanced")
@@ -170,5 +166,5 @@ class Balanced(Competition):
         dim: int = -1,
     ) -> None:
         super().__init__(temperature, learnable, dim)
-        _check_steps(num_iters)
+        check_at_least_one(num_iters=num_iters)
         self.item_dim, self.num_iters = item_dim, num_iters
