@@ -16,6 +16,7 @@ from em_lightning.competition import (
     ScopeWarning,
     Softmin,
     Sparsemin,
+    Tempered,
     TopK,
     background,
     balanced,
@@ -27,7 +28,6 @@ from em_lightning.competition import (
     sparsemin,
     topk,
 )
-from em_lightning.competition.base import Tempered
 from em_lightning.testing.competition import CompetitionContract
 
 FUNCTIONS = {

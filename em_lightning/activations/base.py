@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from em_lightning.competition import Posterior
-from em_lightning.competition.base import Tempered
+from em_lightning.competition import Posterior, Tempered
 from em_lightning.registry import Registry
 
 
