@@ -1,4 +1,4 @@
-"""Posterior summaries: what flows forward from a competition."""
+"""Statistics: summaries of a posterior, the output of a layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from em_lightning.registry import Registry
 
 
 class Statistic(nn.Module):
-    """Base class of the summaries of a posterior: a subclass defines :meth:`forward`."""
+    """Base class of the summaries of a posterior; a subclass defines :meth:`forward`."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Summarize the posterior.
+        """Return the statistic of a posterior.
 
         Args:
-            posterior: of K hypotheses on axis ``dim``.
-            values: one number (K,) or one vector (..., K, V) a hypothesis, for the statistics that weigh values.
-            dim: the hypothesis axis.
+            posterior: posterior over K hypotheses on axis ``dim``.
+            values: one number (K,) or one vector (..., K, V) per hypothesis, for statistics of values.
+            dim: axis of the hypotheses.
         """
         raise NotImplementedError
 
@@ -26,15 +26,15 @@ class Statistic(nn.Module):
 STATISTICS: Registry[Statistic] = Registry("statistic", "statistics", nn.Module)
 
 
-def _given(values: Tensor | None, statistic: str) -> Tensor:
+def _required(values: Tensor | None, statistic: str) -> Tensor:
     if values is None:
-        raise ValueError(f"values=None: the {statistic} weighs values; give one number (K,) or vector (..., K, V) each")
+        raise ValueError(f"values=None: the statistic {statistic!r} needs values of shape (K,) or (..., K, V)")
     return values
 
 
 @STATISTICS.register("responsibilities")
 class Responsibilities(Statistic):
-    """The responsibilities r themselves, shape (..., K).
+    """The responsibilities r, shape (..., K).
 
     Example:
         >>> from em_lightning.competition import softmin
@@ -52,7 +52,7 @@ class Mean(Statistic):
     """The posterior mean sum_k r_k v_k: values (K,) give (...), values (..., K, V) give (..., V).
 
     Raises:
-        ValueError: ``values`` are left out or have another number of hypotheses.
+        ValueError: ``values`` is None or has another number of hypotheses.
 
     Example:
         >>> from em_lightning.competition import softmin
@@ -62,15 +62,12 @@ class Mean(Statistic):
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         """Return the mean of the values."""
-        return posterior.mean(_given(values, "mean"), dim)
+        return posterior.mean(_required(values, "mean"), dim)
 
 
 @STATISTICS.register("variance")
 class Variance(Statistic):
     """The posterior variance sum_k r_k (v_k - mean)^2; shapes as in :class:`Mean`.
-
-    Raises:
-        ValueError: ``values`` are left out or have another number of hypotheses.
 
     Example:
         >>> from em_lightning.competition import softmin
@@ -80,7 +77,7 @@ class Variance(Statistic):
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         """Return the variance of the values."""
-        return posterior.variance(_given(values, "variance"), dim)
+        return posterior.variance(_required(values, "variance"), dim)
 
 
 @STATISTICS.register("entropy")
@@ -100,7 +97,7 @@ class Entropy(Statistic):
 
 @STATISTICS.register("mode")
 class Mode(Statistic):
-    """The index of the most responsible hypothesis, shape (...), or its value: no gradient flows to the energies.
+    """The index of the hypothesis with the largest responsibility, shape (...), or its value; without gradient to d.
 
     Example:
         >>> from em_lightning.competition import softmin
@@ -110,17 +107,16 @@ class Mode(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return the index, or the value there where ``values`` are given."""
+        """Return the index, or the value at the index if ``values`` are given."""
         if values is None:
             return posterior.mode(dim)
-        hard = torch.zeros_like(posterior.responsibilities.detach())
-        hard = hard.scatter(dim, posterior.mode(dim).unsqueeze(dim), 1.0)
+        hard = torch.zeros_like(posterior.responsibilities).scatter(dim, posterior.mode(dim).unsqueeze(dim), 1.0)
         return posterior._replace(responsibilities=hard).mean(values, dim)
 
 
 @STATISTICS.register("log_responsibilities")
 class LogResponsibilities(Statistic):
-    """The logarithm log r_k, shape (..., K), not below that of the smallest normal number (-87.3 in float32).
+    """The log-responsibilities log r_k, shape (..., K), bounded below by the smallest normal number (log: -87.3).
 
     Example:
         >>> from em_lightning.competition import softmin
@@ -136,10 +132,10 @@ class LogResponsibilities(Statistic):
 
 @STATISTICS.register("neg_log_responsibilities")
 class NegLogResponsibilities(Statistic):
-    """The excess energy d_k - F, shape (..., K): by softmin d + logsumexp(-d), which is -log r at temperature 1.
+    """The excess energy d_k - F, shape (..., K); for softmin -T log r_k + T log pi_k.
 
-    In general -T log r_k + T log pi_k by softmin, exact at any size, and positive for every operator without a prior
-    whose free energy lies below its lowest energy.
+    For softmin at T = 1 it is d + logsumexp(-d) = -log r, exact for any size of the energies. It is positive for every
+    operator whose free energy is below the lowest energy.
 
     Example:
         >>> from em_lightning.competition import softmin
@@ -154,5 +150,5 @@ class NegLogResponsibilities(Statistic):
         energies, free = posterior.energies, posterior.free_energy
         if free.ndim < energies.ndim:
             return energies - free.unsqueeze(dim)
-        # One free energy a group of neighbours.
+        # One free energy per group of neighbouring hypotheses.
         return energies - free.repeat_interleave(energies.shape[dim] // free.shape[dim], dim)

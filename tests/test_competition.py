@@ -16,6 +16,7 @@ from em_lightning.competition import (
     ScopeWarning,
     Softmin,
     Sparsemin,
+    Tempered,
     TopK,
     background,
     balanced,
@@ -27,7 +28,6 @@ from em_lightning.competition import (
     sparsemin,
     topk,
 )
-from em_lightning.competition.base import Tempered
 from em_lightning.testing.competition import CompetitionContract
 
 FUNCTIONS = {
@@ -43,22 +43,22 @@ FUNCTIONS = {
 
 
 class TestSoftmin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Softmin(**arguments)
 
 
 class TestSparsemin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Sparsemin(**arguments)
 
 
 class TestEntmin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Entmin(**arguments)
 
 
 class TestTopK(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return TopK(k=3, **arguments)
 
     def warm(self, energies):
@@ -67,7 +67,7 @@ class TestTopK(CompetitionContract):
 
 
 class TestGrouped(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Grouped(num_groups=2, **arguments)
 
     def totals(self, responsibilities):
@@ -89,7 +89,7 @@ class TestGrouped(CompetitionContract):
 
 
 class TestBackground(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Background(energy=-0.5, learnable_energy=arguments.get("learnable", False), **arguments)
 
     def shift(self, operator, c):
@@ -107,14 +107,11 @@ class TestBackground(CompetitionContract):
     def test_equal_prior_changes_no_responsibility(self):
         d = self.energies(16, 8)
         zeros = torch.zeros(8, dtype=torch.float64)
-        torch.testing.assert_close(self.build()(d, zeros).responsibilities, self.build()(d).responsibilities)
+        torch.testing.assert_close(self.make()(d, zeros).responsibilities, self.make()(d).responsibilities)
 
 
 class TestBalanced(CompetitionContract):
-    tolerance = 1e-6
-    excludes = False
-
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Balanced(**arguments)
 
     def cold(self, energies):
@@ -128,7 +125,7 @@ class TestBalanced(CompetitionContract):
 
 @pytest.mark.filterwarnings("ignore::em_lightning.competition.ScopeWarning")
 class TestHardmin(CompetitionContract):
-    def build(self, **arguments):
+    def make(self, **arguments):
         return Hardmin(**arguments)
 
     def warm(self, energies):
@@ -140,7 +137,7 @@ def test_every_operator_is_registered_and_has_a_contract():
     contracts = {cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, CompetitionContract)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScopeWarning)
-        covered = {type(cls().build()) for cls in contracts - {CompetitionContract}}
+        covered = {type(cls().make()) for cls in contracts - {CompetitionContract}}
     assert covered == {COMPETITIONS[key] for key in COMPETITIONS}
 
 
@@ -203,7 +200,7 @@ def test_softmin_in_higher_order_and_forward_mode():
     torch.testing.assert_close(hessian, -(torch.diag(r) - torch.outer(r, r)) / 0.7)
 
 
-def test_softmin_saves_only_the_responsibilities():
+def test_softmin_saves_one_tensor_and_numbers_per_item():
     d = torch.randn(64, 32, requires_grad=True)
     saved = {}
 
@@ -213,7 +210,7 @@ def test_softmin_saves_only_the_responsibilities():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         softmin(d)
-    assert sum(saved.values()) == d.numel()
+    assert sum(saved.values()) <= d.numel() + 3 * len(d)
 
 
 def test_temperature_tensor_for_each_item():
@@ -306,13 +303,13 @@ def test_groups_compete_alone():
 
 
 def test_grouped_refuses_what_does_not_divide():
-    with pytest.raises(ValueError, match="5 hypotheses on axis dim=-1 make no equal groups with group_size=2"):
+    with pytest.raises(ValueError, match="group_size=2.* 5 hypotheses.*dim=-1"):
         grouped(torch.zeros(5))
-    with pytest.raises(ValueError, match="with num_groups=3; give a divisor"):
+    with pytest.raises(ValueError, match="num_groups=3"):
         Grouped(num_groups=3)(torch.zeros(2, 8))
-    with pytest.raises(ValueError, match="num_groups=2 and group_size=2 say the same twice"):
+    with pytest.raises(ValueError, match="num_groups=2.*group_size=2"):
         Grouped(num_groups=2, group_size=2)
-    with pytest.raises(ValueError, match="group_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="group_size=0"):
         Grouped(group_size=0)
 
 
@@ -335,7 +332,7 @@ def test_background_energy_is_learned():
 
 def test_topk_keeps_ties_and_refuses_zero():
     assert topk(torch.tensor([0.0, 0.0, 0.0, 1.0]), k=1).responsibilities.tolist() == pytest.approx([1 / 3] * 3 + [0])
-    with pytest.raises(ValueError, match="k=0 must be at least 1"):
+    with pytest.raises(ValueError, match="k=0"):
         TopK(k=0)
 
 
@@ -387,23 +384,56 @@ def test_balanced_stays_finite_in_float32():
         torch.testing.assert_close(posterior.responsibilities.sum(-1), torch.ones(len(d)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e9])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 4), (16, 8), (3, 8)])
+def test_balanced_gradient_is_the_responsibilities_at_large_energies(shape, scale, dtype):
+    d = (torch.rand(shape, dtype=dtype) * scale).requires_grad_()
+    posterior = balanced(d)
+    (grad,) = torch.autograd.grad(posterior.free_energy.sum(), d)
+    torch.testing.assert_close(grad, posterior.responsibilities, rtol=0, atol=1e-6)
+    shares = posterior.responsibilities.double().sum(0)
+    torch.testing.assert_close(shares, torch.full_like(shares, shape[0] / shape[1]), rtol=0, atol=1e-5)
+
+
+def test_balanced_with_infinite_energies_in_some_items():
+    d = torch.randn(6, 3, dtype=torch.float64)
+    d[2], d[3, 1] = torch.inf, torch.inf
+    d.requires_grad_()
+    module = Balanced(learnable=True).double()
+    posterior = module(d)
+    kept = torch.tensor([True, True, False, True, True, True])
+    assert posterior.free_energy.isfinite().tolist() == kept.tolist() and posterior.free_energy[2] == torch.inf
+    assert not posterior.responsibilities[2].any() and posterior.responsibilities[3, 1] == 0
+    torch.testing.assert_close(posterior.responsibilities.sum(0), torch.full((3,), 5 / 3).double())
+    torch.testing.assert_close(posterior.responsibilities[kept], balanced(d[kept]).responsibilities)
+    inputs = [d, *module.parameters()]
+    grad = torch.autograd.grad(posterior.free_energy.sum(), d, retain_graph=True)[0]
+    torch.testing.assert_close(grad, posterior.responsibilities)
+    for gradient in torch.autograd.grad(posterior.responsibilities.square().sum(), inputs):
+        assert gradient.isfinite().all()
+
+
+def test_only_balanced_couples_items():
+    assert [key for key in COMPETITIONS if COMPETITIONS[key].couples_items] == ["balanced"]
+
+
 def test_balanced_refuses_bad_arguments():
-    with pytest.raises(ValueError, match="item_dim=1 is the hypothesis axis dim=-1"):
+    with pytest.raises(ValueError, match="item_dim=1.*dim=-1"):
         balanced(torch.zeros(3, 2), item_dim=1)
-    with pytest.raises(ValueError, match="num_iters=0 must be at least 1"):
+    with pytest.raises(ValueError, match="num_iters=0"):
         Balanced(num_iters=0)
-    with pytest.raises(ValueError, match=r"log_prior of shape \(3,\) must hold one share for each of 2"):
+    with pytest.raises(ValueError, match=r"log_prior.*\(3,\).* 2 "):
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(3))
-    with pytest.raises(ValueError, match=r"log_prior of shape \(1,\) must hold one share for each of 2"):
+    with pytest.raises(ValueError, match=r"log_prior.*\(1,\).* 2 "):
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(1))
 
 
 def test_hard_assignment_says_what_it_breaks():
-    broken = "hard gating, outside the scope of implicit EM: one hypothesis has all responsibility, the others get no"
-    with pytest.warns(ScopeWarning, match=broken):
+    with pytest.warns(ScopeWarning, match="scope of implicit EM.*no gradient"):
         posterior = hardmin(torch.tensor([3.0, 1.0, 1.0]))
     assert posterior.responsibilities.tolist() == [0.0, 0.5, 0.5] and posterior.free_energy == 1.0
-    with pytest.warns(ScopeWarning, match=broken):
+    with pytest.warns(ScopeWarning, match="scope of implicit EM.*no gradient"):
         Hardmin()
 
 

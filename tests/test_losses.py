@@ -8,7 +8,6 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from em_lightning.competition import softmin
-from em_lightning.distributed import free_energy_of
 from em_lightning.losses import (
     LOSSES,
     BalanceLoss,
@@ -170,40 +169,32 @@ def test_the_gradient_of_the_free_energy_is_the_responsibilities():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-@pytest.mark.parametrize("shift", [0.0, 1e3])
-def test_the_free_energy_is_that_of_the_competition(temperature, shift):
-    x = torch.randn(700, 300) + shift  # more rows than one block holds
-    x[0], x[1, ::2], x[2] = math.inf, math.inf, 1e6
-    values = []
-    for one in (lambda d: softmin(d, temperature).free_energy, lambda d: free_energy_of(d, temperature)):
-        energies = x.clone().requires_grad_()
-        free_energy = one(energies)
-        slopes = torch.linspace(-1, 1, 700)
-        (free_energy * slopes)[1:].sum().backward()
-        values.append((free_energy.detach(), energies.grad))
-    for expected, found in zip(*values, strict=True):
-        torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-9)
+def test_the_free_energy_is_that_of_the_competition(temperature):
+    x = torch.randn(7, 5)
+    x[0, ::2] = math.inf
+    torch.testing.assert_close(FreeEnergyLoss(temperature=temperature)(x), softmin(x, temperature).free_energy.sum())
 
 
+@pytest.mark.parametrize("units", [3, 9])
 @pytest.mark.parametrize("loss", [FreeEnergyLoss(temperature=0.7), VarianceLoss(), DecorrelationLoss(), EMLoss().total])
-def test_second_derivatives(loss):
-    x = torch.rand(7, 3, dtype=DOUBLE)
+def test_second_derivatives(loss, units):
+    x = torch.rand(7, units, dtype=DOUBLE)
     assert torch.autograd.gradgradcheck(loss, (x.clone().requires_grad_(),))
     one_by_one = torch.autograd.functional.jacobian(lambda x: torch.stack([loss(x), 2 * loss(x)]), x)
     at_once = torch.autograd.functional.jacobian(lambda x: torch.stack([loss(x), 2 * loss(x)]), x, vectorize=True)
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", [FreeEnergyLoss(temperature=0.7), VarianceLoss()])
+@pytest.mark.parametrize("loss", [FreeEnergyLoss(temperature=0.7), VarianceLoss(), DecorrelationLoss(), EMLoss().total])
 def test_forward_over_reverse(loss):
     x = torch.rand(7, 3, dtype=DOUBLE)
     torch.testing.assert_close(torch.func.hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch.func.jvp calls it
-def test_directional_derivatives_without_a_decorrelation():
+def test_directional_derivatives():
     x, direction = torch.rand(7, 3, dtype=DOUBLE), torch.randn(7, 3, dtype=DOUBLE)
-    loss = EMLoss(decorrelation=0.0).total
+    loss = EMLoss().total
     with forward_ad.dual_level():
         found = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, direction))).tangent
     torch.testing.assert_close(found, (torch.autograd.functional.jacobian(loss, x) * direction).sum())
@@ -225,8 +216,9 @@ def test_the_units_are_on_the_last_axis_unless_another_is_named(key):
     torch.testing.assert_close(LOSSES.build(key, dim=1)(x.movedim(-1, 1)), loss(x))
 
 
-def test_blocks_of_rows_change_nothing():
-    x = (torch.rand(1500, 300) * 4).requires_grad_()
+@pytest.mark.parametrize("items", [150, 40])
+def test_the_objective_in_float32_with_more_and_fewer_items_than_units(items):
+    x = (torch.rand(items, 60) * 4).requires_grad_()
     found = EMLoss()(x)
     exact = x.detach().double().requires_grad_()
     for name, expected in published(exact).items():
@@ -316,34 +308,34 @@ def test_weight_redundancy_reads_the_weight():
     expected = 0.1 * (np.square(cosines).sum() - 4)
     terms = loss(layer(torch.rand(9, 6)), weight_matrix=layer.weight)
     assert terms["weight_redundancy"].item() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="weight_redundancy acts on a weight.*weight_matrix=layer.weight"):
+    with pytest.raises(ValueError, match="weight_redundancy.*weight_matrix"):
         loss(torch.rand(9, 4))
-    with pytest.raises(ValueError, match=r"weight has shape \(4,\); give a matrix"):
+    with pytest.raises(ValueError, match=r"weight.*\(4,\)"):
         WeightRedundancyLoss()(torch.rand(4))
 
 
 @pytest.mark.parametrize(
     "make, error, words",
     [
-        (lambda: EMLoss(variance=-1.0), ValueError, "variance=-1.0 is out of range; a weight is finite and at least 0"),
-        (lambda: EMLoss(variance=math.nan), ValueError, "variance=nan is out of range"),
-        (lambda: EMLoss(free_energy={"weight": math.inf}), ValueError, "free_energy=inf is out of range"),
-        (lambda: EMLoss(variance="high"), TypeError, "variance='high' is no weight; give a number"),
-        (lambda: EMLoss(variance=True), TypeError, "variance=True is no weight"),
-        (lambda: EMLoss(0, 0, 0), ValueError, "every weight is 0 (free_energy, variance, decorrelation)"),
-        (lambda: EMLoss(decorelation=1.0), ValueError, "unknown loss 'decorelation'; did you mean 'decorrelation'?"),
-        (lambda: EMLoss(reduction="none"), ValueError, "reduction='none' is unknown; give 'sum' or 'mean'"),
+        (lambda: EMLoss(variance=-1.0), ValueError, "variance=-1.0"),
+        (lambda: EMLoss(variance=math.nan), ValueError, "variance=nan"),
+        (lambda: EMLoss(free_energy={"weight": math.inf}), ValueError, "free_energy=inf"),
+        (lambda: EMLoss(variance="high"), TypeError, "variance='high'"),
+        (lambda: EMLoss(variance=True), TypeError, "variance=True"),
+        (lambda: EMLoss(0, 0, 0), ValueError, "free_energy, variance, decorrelation"),
+        (lambda: EMLoss(decorelation=1.0), ValueError, "'decorrelation'"),
+        (lambda: EMLoss(reduction="none"), ValueError, "reduction='none'"),
         (lambda: EMLoss(balance={"temprature": 1.0}), TypeError, "loss 'balance'"),
         (
             lambda: FreeEnergyLoss(temperature=0.0),
             ValueError,
-            "temperature=0.0 is out of range; give a positive",
+            "temperature=0.0",
         ),
-        (lambda: BalanceLoss(temperature=-1), ValueError, "temperature=-1 is out of range"),
-        (lambda: BoundedVarianceLoss(target=0), ValueError, "target=0 is out of range"),
-        (lambda: VarianceLoss(eps=0), ValueError, "eps=0 is out of range"),
-        (lambda: LogDetLoss(of="precision"), ValueError, "of='precision' is unknown; give 'covariance' or"),
-        (lambda: EMLoss()(torch.zeros(4, 0)), ValueError, "no units along dim=-1; give at least one"),
+        (lambda: BalanceLoss(temperature=-1), ValueError, "temperature=-1"),
+        (lambda: BoundedVarianceLoss(target=0), ValueError, "target=0"),
+        (lambda: VarianceLoss(eps=0), ValueError, "eps=0"),
+        (lambda: LogDetLoss(of="precision"), ValueError, "of='precision'"),
+        (lambda: EMLoss()(torch.zeros(4, 0)), ValueError, "dim=-1"),
     ],
 )
 def test_wrong_use_is_answered(make, error, words):

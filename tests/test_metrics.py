@@ -202,7 +202,7 @@ def test_states_stay_wide_and_copies_agree():
 def test_wrong_use_is_answered():
     with pytest.raises(ValueError, match="threshold=2 is no mixture weight; give a number from 0 to 1"):
         DeadComponents(threshold=2)
-    with pytest.raises(ValueError, match=r"mask has shape \(3,\) but the items have shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"mask.*\(3,\).*\(2, 3\)"):
         MixtureLogLikelihood().update(torch.zeros(2, 3), torch.ones(3, dtype=torch.bool))
 
 

@@ -63,11 +63,11 @@ class TestPosterior:
         assert d.grad.isfinite().all() and d.grad[2] == 0
 
     def test_wrong_number_of_values(self):
-        with pytest.raises(ValueError, match=r"values of shape \(4, 2\) do not fit 3 hypotheses on axis dim=-1"):
+        with pytest.raises(ValueError, match=r"values.*\(4, 2\).*3.*dim=-1"):
             self.posterior(5, 3).mean(torch.zeros(4, 2))
-        with pytest.raises(ValueError, match=r"values of shape \(3,\) do not fit 4 hypotheses on axis dim=0; give one"):
+        with pytest.raises(ValueError, match=r"values.*\(3,\).*4.*dim=0"):
             self.posterior(4, 2, 3, dim=0).mean(torch.zeros(3), dim=0)
-        with pytest.raises(ValueError, match=r"values of shape \(\) do not fit 1 hypotheses"):
+        with pytest.raises(ValueError, match=r"values.*\(\).*1"):
             self.posterior(5, 1).mean(torch.tensor(2.0))
 
     def test_statistics_ignore_autocast(self):

@@ -88,7 +88,6 @@ def test_activations_of_any_input(key, values):
     axis = values.draw(st.sampled_from((-1, 1, 0)))
     activation = ACTIVATIONS.build(key, temperature=temperature, dim=axis)
     rows = values.draw(drawing.tensors((items, units), dtype))
-    # A learned temperature takes the plain formulas, a fixed one the fused ones.
     if values.draw(st.booleans()):
         activation = ACTIVATIONS.build(key, temperature=temperature, dim=axis, learnable=True).to(dtype)
     z = (rows if axis else rows.T.contiguous()).requires_grad_()

@@ -27,7 +27,7 @@ FORMULAS = {
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ScopeWarning)
     OPERATORS = {
-        type(cls().build()): cls()
+        type(cls().make()): cls()
         for cls in list(vars(test_competition).values())
         if isinstance(cls, type) and issubclass(cls, CompetitionContract) and cls is not CompetitionContract
     }
@@ -162,7 +162,7 @@ def test_posteriors_of_any_energies(key, values):
         temperature = max(temperature, 1e-3 * float(d.double().abs().max()) if d.numel() else 1.0)
     elif shape[0] and values.draw(st.booleans()):
         d[0, : values.draw(st.integers(1, shape[1]))] = torch.inf
-    build = COMPETITIONS[key] if contract is None else contract.build
+    build = COMPETITIONS[key] if contract is None else contract.make
     operator = build(temperature=temperature)
     posterior = operator(d.requires_grad_())
     r, free = posterior.responsibilities.detach().double(), posterior.free_energy.detach().double()

@@ -24,7 +24,8 @@ ROOMS = [
 ]
 ELSEWHERE = {
     "base classes, which subclasses are tested in place of": (
-        "Competition Kernel EnergyLoss MomentLoss MeanOfItems UnitMoments PointCloudDataModule SurgicalCallback"
+        "Competition Tempered Kernel EnergyLoss MomentLoss MeanOfItems UnitMoments PointCloudDataModule "
+        "SurgicalCallback"
     ),
     "functions that modules of the registry call, and nothing else": (
         "entmin hardmin none_of_the_above pairwise positive_number topk"

@@ -72,7 +72,7 @@ def test_vmap_and_compile(key):
 
 def test_values_are_asked_for():
     for key in ("mean", "variance"):
-        with pytest.raises(ValueError, match=f"values=None: the {key} weighs values"):
+        with pytest.raises(ValueError, match=f"values=None.*{key}"):
             STATISTICS.build(key)(softmin(torch.zeros(3)))
 
 

@@ -1,4 +1,4 @@
-"""Activations as posterior summaries: kernel + hypotheses + competition + statistic as drop-in modules."""
+"""Activations: kernel, hypotheses, competition and statistic as drop-in modules that keep the shape."""
 
 from em_lightning.activations.base import ACTIVATIONS, Activation
 from em_lightning.activations.competitive import (

@@ -1,26 +1,25 @@
-"""What all activations share: a temperature, an axis, and the generic path beside the closed form."""
+"""Base class and registry of the activations."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from em_lightning.competition import Posterior
-from em_lightning.competition.base import Tempered
+from em_lightning.competition import Posterior, Tempered
 from em_lightning.registry import Registry
 
 
 class Activation(Tempered):
-    """Base class of the activations: shape-preserving posterior summaries.
+    """Base class of the activations: shape-preserving summaries of a posterior.
 
-    A subclass defines the hypotheses in :meth:`posterior` and the summary in :meth:`summarize`; that is a whole
-    activation. Where a closed form exists it also defines :meth:`closed_form`, which :meth:`forward` then takes.
-    Half precision is computed in float32.
+    A subclass defines the hypotheses and their competition in :meth:`posterior` and the statistic in :meth:`summarize`.
+    It may override :meth:`closed_form`, which :meth:`forward` calls, with a cheaper formula of the same value. Half
+    precision is computed in float32.
 
     Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units (features or channels): -1, or 1 for images.
+        temperature: T > 0, divides the energies.
+        learnable: make the temperature a positive parameter with initial value ``temperature``.
+        dim: axis of the units (features or channels), for instance 1 for images.
 
     Attributes:
         competes: whether the units on ``dim`` compete with each other.
@@ -28,8 +27,6 @@ class Activation(Tempered):
     Example:
         >>> from em_lightning.competition import softmin
         >>> class Certainty(Activation):
-        ...     competes = True
-        ...
         ...     def posterior(self, z):
         ...         return softmin(-z, self.temperature, dim=self.dim)
         ...
@@ -48,19 +45,18 @@ class Activation(Tempered):
     def forward(self, z: Tensor) -> Tensor:
         """Return the activation of pre-activations z of any shape, in the same shape and dtype."""
         if not z.is_floating_point():
-            raise TypeError(f"z is of dtype {z.dtype}; give a floating-point tensor")
+            raise TypeError(f"z of dtype {z.dtype} must be floating-point")
         if self.competes and not -z.dim() <= self.dim < z.dim():
-            raise ValueError(f"dim={self.dim} is no axis of z of shape {tuple(z.shape)}; name the axis of the units")
-        if z.dtype in (torch.float16, torch.bfloat16):
-            return self.closed_form(z.float()).to(z.dtype)
-        return self.closed_form(z)
+            raise ValueError(f"dim={self.dim} must be an axis of z, which has shape {tuple(z.shape)}")
+        wide = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+        return self.closed_form(wide).to(z.dtype)
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the competition that the activation summarizes."""
+        """Return the posterior that the activation summarizes."""
         raise NotImplementedError
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return the statistic of the posterior that flows forward."""
+        """Return the statistic of the posterior that is the output."""
         raise NotImplementedError
 
     def generic(self, z: Tensor) -> Tensor:
@@ -68,18 +64,18 @@ class Activation(Tempered):
         return self.summarize(z, self.posterior(z))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return the same number by a shorter way, where there is one."""
+        """Return the value of :meth:`generic` by a cheaper formula, if there is one."""
         return self.generic(z)
 
     def divided(self, z: Tensor) -> Tensor:
-        """Return z / T, and z itself where T is fixed at 1."""
+        """Return z / T, or z itself if T is fixed at 1."""
         temperature = self.temperature
         if isinstance(temperature, Tensor):
             return z / temperature.to(z.dtype)
         return z if temperature == 1 else z / temperature
 
     def extra_repr(self) -> str:
-        """Return the settings that a reader needs."""
+        """Return the settings shown by ``repr``."""
         return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 

@@ -1,4 +1,7 @@
-"""Activations in which the units on one axis compete with each other."""
+"""Activations in which the units on one axis compete with each other.
+
+All of them take the arguments ``temperature``, ``learnable`` and ``dim`` of :class:`Activation`.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,36 @@ from torch import Tensor
 from torch.nn import functional
 
 from em_lightning.activations.base import ACTIVATIONS, Activation
-from em_lightning.activations.fused import BLOCK, NegLogSoftmin, SoftmaxGate, in_blocks
 from em_lightning.competition import Posterior, grouped, softmin, sparsemin
 from em_lightning.statistics import STATISTICS
 
 
 class _LogitActivation(Activation):
-    """The units are hypotheses of energy -z: the highest pre-activation wins."""
+    """Activation whose units are hypotheses of energy -z, so the largest pre-activation wins."""
 
     def posterior(self, z: Tensor) -> Posterior:
         """Return the softmin posterior over the units, of energy -z."""
         return softmin(-z, self.temperature, dim=self.dim)
 
-    def softmax(self, z: Tensor) -> Tensor:
-        """Return the responsibilities of the units."""
-        return self.divided(z).softmax(self.dim)
+    def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
+        """Return the activation as a function of z and the responsibilities."""
+        return self.combine(z, posterior.responsibilities)
+
+    def combine(self, z: Tensor, r: Tensor) -> Tensor:
+        """Return the activation as a function of z and the responsibilities r."""
+        raise NotImplementedError
+
+    def closed_form(self, z: Tensor) -> Tensor:
+        """Return the activation with r = softmax(z / T)."""
+        return self.combine(z, self.divided(z).softmax(self.dim))
 
 
 @ACTIVATIONS.register("neg_log_softmin")
 class NegLogSoftminActivation(Activation):
-    """Excess energy of each unit, its input read as an energy: y = z + T logsumexp(-z / T), -log r at T = 1.
+    """Excess energy of each unit, with energy z: y = z + T logsumexp(-z / T), which is -log r at T = 1.
 
-    Positive; the lowest input wins and comes out near 0, and differences between units are kept. Units compete:
-    dy_i/dz_j = [i = j] - r_j with r = softmin(z), so a gradient is centred by the responsibilities.
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
+    Positive; the lowest input gives the output closest to 0, and differences between units are preserved. Units
+    compete: dy_i/dz_j = [i = j] - r_j with r = softmin(z).
 
     Example:
         >>> NegLogSoftminActivation()(torch.tensor([0.0, 0.0, 5.0]))
@@ -53,25 +58,17 @@ class NegLogSoftminActivation(Activation):
 
     def closed_form(self, z: Tensor) -> Tensor:
         """Return -T log_softmax(-z / T)."""
-        divided = self.divided(z)
-        if divided.numel() > BLOCK and in_blocks(divided, self.dim):
-            scaled = NegLogSoftmin.apply(divided)
-        else:
-            scaled = -functional.log_softmax(-divided, self.dim)
+        scaled = -functional.log_softmax(-self.divided(z), self.dim)
         temperature = self.temperature
         return scaled if isinstance(temperature, float) and temperature == 1 else scaled * temperature
 
 
 @ACTIVATIONS.register("log_softmax")
 class LogSoftmaxActivation(_LogitActivation):
-    """Log-responsibility of each unit: y = log softmax(z / T), the highest input wins.
+    """Log-responsibility of each unit: y = log softmax(z / T).
 
-    Never positive. Units compete: dy_i/dz_j = ([i = j] - r_j) / T with r = softmax(z / T).
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
+    Never positive; the largest input gives the largest output. Units compete: dy_i/dz_j = ([i = j] - r_j) / T with
+    r = softmax(z / T).
 
     Example:
         >>> LogSoftmaxActivation()(torch.tensor([0.0, 0.0]))
@@ -89,101 +86,67 @@ class LogSoftmaxActivation(_LogitActivation):
 
 @ACTIVATIONS.register("softmax_gated")
 class SoftmaxGatedActivation(_LogitActivation):
-    """Each unit gated by its responsibility: y = z softmax(z / T), whose sum is the posterior mean of z.
+    """Each unit times its responsibility: y = z softmax(z / T), whose sum is the posterior mean of z.
 
     Units compete: dy_i/dz_j = r_i [i = j] + (z_i / T) r_i ([i = j] - r_j) with r = softmax(z / T).
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
 
     Example:
         >>> SoftmaxGatedActivation()(torch.tensor([2.0, 2.0]))
         tensor([1., 1.])
     """
 
-    def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
+    def combine(self, z: Tensor, r: Tensor) -> Tensor:
         """Return z r."""
-        return z * posterior.responsibilities
-
-    def closed_form(self, z: Tensor) -> Tensor:
-        """Return z softmax(z / T)."""
-        if self.divided(z) is z and in_blocks(z, self.dim):
-            return SoftmaxGate.apply(z, False)
-        return z * self.softmax(z)
+        return z * r
 
 
 @ACTIVATIONS.register("relu_gated")
 class ReLUGatedActivation(_LogitActivation):
-    """Rectified unit gated by its responsibility: y = relu(z) softmax(z / T).
+    """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    The soft competition is inside the scope of implicit EM, the rectifier is not: units below 0 are exactly 0, though
-    they still compete and so still receive gradient through the others. Units compete:
+    The softmax is inside the scope of implicit EM, the rectifier is not: units below 0 have output 0, but still compete
+    and receive gradient through the other units. Units compete:
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
 
     Example:
         >>> ReLUGatedActivation()(torch.tensor([2.0, 2.0, -50.0]))
         tensor([1., 1., 0.])
     """
 
-    def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
+    def combine(self, z: Tensor, r: Tensor) -> Tensor:
         """Return relu(z) r."""
-        return z.relu() * posterior.responsibilities
-
-    def closed_form(self, z: Tensor) -> Tensor:
-        """Return relu(z) softmax(z / T)."""
-        if self.divided(z) is z and in_blocks(z, self.dim):
-            return SoftmaxGate.apply(z, True)
-        return z.relu() * self.softmax(z)
+        return z.relu() * r
 
 
 @ACTIVATIONS.register("residual_softmax")
 class ResidualSoftmaxActivation(_LogitActivation):
     """Each unit plus its responsibility: y = z + softmax(z / T).
 
-    The identity carries the signal and the competition adds to it. Units compete:
-    dy_i/dz_j = [i = j] + r_i ([i = j] - r_j) / T with r = softmax(z / T).
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
+    Units compete: dy_i/dz_j = [i = j] + r_i ([i = j] - r_j) / T with r = softmax(z / T).
 
     Example:
         >>> ResidualSoftmaxActivation()(torch.tensor([2.0, 2.0]))
         tensor([2.5000, 2.5000])
     """
 
-    def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
+    def combine(self, z: Tensor, r: Tensor) -> Tensor:
         """Return z + r."""
-        return z + posterior.responsibilities
-
-    def closed_form(self, z: Tensor) -> Tensor:
-        """Return z + softmax(z / T)."""
-        return z + self.softmax(z)
+        return z + r
 
 
 @ACTIVATIONS.register("grouped")
 class GroupedActivation(Activation):
-    """Soft local winner-take-all: y = z r with r = softmax(z / T) inside groups of neighbouring units.
+    """Soft local winner-take-all: y = z r with r = softmax(z / T) within groups of neighbouring units.
 
-    A last group that is not full holds the units that are left. Units compete inside a group: the Jacobian is
-    block-diagonal, in each block dy_i/dz_j = r_i [i = j] + (z_i / T) r_i ([i = j] - r_j).
+    If the group size does not divide the number of units, the last group is smaller. Units compete within a group: the
+    Jacobian is block-diagonal, with blocks dy_i/dz_j = r_i [i = j] + (z_i / T) r_i ([i = j] - r_j).
 
     Args:
-        group_size: units a group.
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
+        group_size: units per group.
+        temperature, learnable, dim: as in :class:`Activation`.
 
     Raises:
-        ValueError: the group size is less than 1.
+        ValueError: ``group_size`` is less than 1.
 
     Example:
         >>> GroupedActivation(group_size=2)(torch.tensor([2.0, 2.0, 9.0, -9.0, 3.0]))
@@ -199,7 +162,7 @@ class GroupedActivation(Activation):
         self.group_size = group_size
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the grouped posterior over the units, of energy -z, the missing ones of the last group excluded."""
+        """Return the grouped posterior over the units, of energy -z; an incomplete last group is padded with +inf."""
         axis = self.dim % z.ndim
         missing = -z.shape[axis] % self.group_size
         padding = [0, 0] * (z.ndim - 1 - axis) + [0, missing]
@@ -211,7 +174,7 @@ class GroupedActivation(Activation):
         return z * posterior.responsibilities.narrow(self.dim, 0, z.shape[self.dim])
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return z softmax(z / T) in each group, the groups' axis brought to the front, where softmax is fast."""
+        """Return z softmax(z / T) in each group, computed on a leading axis, where a short softmax is fast."""
         if z.shape[self.dim] % self.group_size:
             return self.generic(z)
         axis = self.dim % z.ndim
@@ -219,21 +182,16 @@ class GroupedActivation(Activation):
         return z * groups.softmax(0).movedim(0, axis + 1).flatten(axis, axis + 1)
 
     def extra_repr(self) -> str:
-        """Return the settings that a reader needs."""
+        """Return the settings shown by ``repr``."""
         return f"group_size={self.group_size}, {super().extra_repr()}"
 
 
 @ACTIVATIONS.register("sparsemin")
 class SparseminActivation(Activation):
-    """Sparse responsibilities of the units, their input read as an energy: y = relu(-z / T - tau), of sum 1.
+    """Sparse responsibilities of the units, with energy z: y = relu(-z / T - tau), of sum 1.
 
-    The lowest inputs win and all but a few come out as exactly 0, which then receive no gradient. Units compete:
+    The lowest inputs win; most outputs are exactly 0 and receive no gradient. Units compete:
     dy_i/dz_j = -([i = j] - 1 / S) / T on the support of S units, 0 elsewhere.
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
 
     Example:
         >>> SparseminActivation()(torch.tensor([0.0, 0.5, 2.0]))
@@ -253,16 +211,10 @@ class SparseminActivation(Activation):
 
 @ACTIVATIONS.register("direction")
 class DirectionActivation(Activation):
-    """Competition between directions that keeps the length: y = norm(z) softmax(z / (T norm(z))).
+    """Competition between directions that preserves the scale: y = norm(z) softmax(z / (T norm(z))).
 
-    Positively homogeneous, y(c z) = c y(z) for c > 0, and y(0) = 0, where the gradient is taken as 0. Units compete:
-    with u = z / norm(z) and r = softmax(u / T), dy_i/dz_j = r_i u_j + (1 / T) sum_k r_i ([i = k] - r_k)
-    ([k = j] - u_k u_j).
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units that compete.
+    Positively homogeneous, y(c z) = c y(z) for c > 0; y(0) = 0 with gradient 0. Units compete: with u = z / norm(z) and
+    r = softmax(u / T), dy_i/dz_j = r_i u_j + (1 / T) sum_k r_i ([i = k] - r_k) ([k = j] - u_k u_j).
 
     Example:
         >>> activation, z = DirectionActivation(), torch.tensor([3.0, 4.0])
@@ -272,21 +224,15 @@ class DirectionActivation(Activation):
 
     def posterior(self, z: Tensor) -> Posterior:
         """Return the softmin posterior over the units, of energy -z / norm(z)."""
-        norm = self._norm(z)
-        return softmin(-z / norm.clamp_min(torch.finfo(z.dtype).tiny), self.temperature, dim=self.dim)
-
-    def closed_form(self, z: Tensor) -> Tensor:
-        """Return norm(z) softmax(z / (T norm(z)))."""
-        norm = self._norm(z)
-        units = z / norm.clamp_min(torch.finfo(z.dtype).tiny)
-        return norm * self.divided(units).softmax(self.dim)
+        unit = z / self._norm(z).clamp_min(torch.finfo(z.dtype).tiny)
+        return softmin(-unit, self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
         """Return norm(z) r."""
         return self._norm(z) * posterior.responsibilities
 
     def _norm(self, z: Tensor) -> Tensor:
-        # In units of the largest, whose square may lie outside the range of the dtype.
+        # Divide by the largest entry, whose square can overflow.
         largest = z.detach().abs().amax(self.dim, keepdim=True)
         unit = torch.where(largest > 0, largest, 1.0)
         return unit * torch.linalg.vector_norm(z / unit, dim=self.dim, keepdim=True)

@@ -1,4 +1,4 @@
-"""Activations in which every unit holds a competition of its own: signed and gated."""
+"""Activations in which each unit is a competition of its own: signed and gated."""
 
 from __future__ import annotations
 
@@ -44,19 +44,17 @@ class SignedActivation(Activation):
     dot_product   tanh(scale m z)
     ============  =========================================================================================
 
-    Other kernels over one feature go by the generic path. Values lie in (-1, 1). Units do not compete with each other:
-    the Jacobian is diagonal, dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, which is (1 - y^2) m / (s^2 T) for the
-    Gaussian.
+    Other kernels of one feature use the definition. Values lie in (-1, 1). Units do not compete with each other: the
+    Jacobian is diagonal, dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
 
     Args:
         kernel: key, class, mapping or instance of a kernel.
         margin: m > 0.
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units; nothing depends on it.
+        temperature, learnable: as in :class:`Activation`.
+        dim: axis of the units; has no effect.
 
     Raises:
-        ValueError: the margin is not positive, or the kernel is unknown.
+        ValueError: ``margin`` is not positive, or the kernel is unknown.
 
     Example:
         >>> SignedActivation()(torch.tensor([-1.0, 0.0, 1.0]))
@@ -77,7 +75,7 @@ class SignedActivation(Activation):
     ) -> None:
         super().__init__(temperature, learnable, dim)
         if not margin > 0:
-            raise ValueError(f"margin={margin!r} must be positive, the distance of both hypotheses from 0")
+            raise ValueError(f"margin={margin!r} must be positive")
         self.margin = float(margin)
         self.kernel = KERNELS.build(kernel)
 
@@ -92,7 +90,7 @@ class SignedActivation(Activation):
         return posterior.mean(z.new_tensor([-1.0, 1.0]))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return the closed form of the kernel, tanh of half the gap between the energies, where it has one."""
+        """Return tanh of half the difference of the energies by the formula of the kernel, if there is one."""
         closed_form = _CLOSED_FORMS.get(type(self.kernel))
         if closed_form is None:
             return self.generic(z)
@@ -102,7 +100,7 @@ class SignedActivation(Activation):
         return closed_form(self.kernel, z, self.margin, temperature)
 
     def extra_repr(self) -> str:
-        """Return the settings that a reader needs."""
+        """Return the settings shown by ``repr``."""
         return f"margin={self.margin:g}, {super().extra_repr()}"
 
 
@@ -128,7 +126,7 @@ def _laplace(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     slope = kernel.positive("slope", z.dtype)
     low, high = slope * (z - m), slope * (z + m)
-    # Each side in the form whose terms vanish there: no difference of large numbers.
+    # On each side of 0, the form without a difference of large numbers.
     above = functional.logsigmoid(low) - functional.logsigmoid(high)
     below = functional.logsigmoid(-low) - functional.logsigmoid(-high) - 2 * slope * m
     return torch.tanh(torch.where(z > 0, above, below) / (2 * t))
@@ -146,7 +144,7 @@ def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
-    # The energy is delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2: the linear parts cancel by hand.
+    # With the energy delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2, the linear parts cancel analytically.
     round_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
     return torch.tanh((delta * z.clamp(-m, m) + round_part / 4) / t)
 
@@ -160,7 +158,7 @@ def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # Beyond an exponent of 40 the tangent is 1 to the last digit, and 2^127 is near.
+    # Above an exponent of 40 the tanh is 1 in float64, and exp soon overflows in float32.
     outer = (rate * z.abs().clamp_min(m)).clamp(max=40.0).exp()
     inner = (rate * z.clamp(-m, m)).clamp(-40.0, 40.0).sinh()
     return torch.tanh(outer * inner / t)
@@ -180,16 +178,11 @@ _CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
 
 @ACTIVATIONS.register("gated")
 class GatedActivation(Activation):
-    """Posterior mean under the hypotheses {on, off}: on has energy -z and value z, off has energy 0 and value 0.
+    """Posterior mean over {on, off}, where on has energy -z and value z, and off has energy 0 and value 0.
 
-    y = z sigmoid(z / T), which is SiLU at T = 1 and ReLU as T -> 0, where the gate turns hard. Minus the free energy is
-    T softplus(z / T). Units do not compete with each other: the Jacobian is diagonal,
-    dy/dz = r + (z / T) r (1 - r), r = sigmoid(z / T).
-
-    Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the axis of the units; nothing depends on it.
+    y = z sigmoid(z / T), which is SiLU at T = 1 and ReLU in the limit T -> 0. Minus the free energy is
+    T softplus(z / T). Units do not compete with each other: the Jacobian is diagonal, dy/dz = r + (z / T) r (1 - r)
+    with r = sigmoid(z / T). Arguments as in :class:`Activation`; ``dim`` has no effect.
 
     Example:
         >>> GatedActivation()(torch.tensor([-1.0, 0.0, 1.0]))
@@ -205,7 +198,7 @@ class GatedActivation(Activation):
         return softmin(torch.stack([-z, torch.zeros_like(z)], -1), self.temperature)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return the posterior mean of the value, z where on and 0 where off."""
+        """Return the posterior mean of the value."""
         values = torch.stack([z, torch.zeros_like(z)], -1)
         return (posterior.responsibilities * values).sum(-1)
 

@@ -1,6 +1,6 @@
-"""Competition operators: from energies to a free energy F and its gradient, the responsibilities r = dF/dd."""
+"""Competition operators: free energy F of the energies d and its gradient, the responsibilities r = dF/dd."""
 
-from em_lightning.competition.base import COMPETITIONS, Competition
+from em_lightning.competition.base import COMPETITIONS, Competition, Tempered
 from em_lightning.competition.posterior import Posterior
 from em_lightning.competition.soft import (
     Background,
@@ -36,6 +36,7 @@ __all__ = [
     "ScopeWarning",
     "Softmin",
     "Sparsemin",
+    "Tempered",
     "TopK",
     "background",
     "balanced",

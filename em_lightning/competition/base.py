@@ -1,6 +1,8 @@
-"""What all competition operators share: the registry, the temperature, and how arguments meet the energies."""
+"""Base classes with a temperature, the registry of competitions, and helpers that combine arguments with energies."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +12,18 @@ from em_lightning.registry import Registry
 
 
 class Tempered(nn.Module):
-    """A module with a temperature that is fixed, learnable or scheduled.
+    """Module with a temperature that is fixed, learnable or scheduled.
 
-    A fixed temperature is a plain number, so it costs nothing where it is 1 and is exact in every dtype; it is in the
-    ``state_dict`` all the same, as a schedule may have moved it.
+    A fixed temperature is a Python number, exact in every dtype. It is part of the ``state_dict``, because a schedule
+    may have changed it.
 
     Args:
-        temperature: T > 0, which divides the energies: they stay within the range of the dtype (3.4e38 in float32), or
-            responsibilities are NaN.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
+        temperature: T > 0, divides the energies. Energies over T must lie in the range of the dtype (3.4e38 in
+            float32), otherwise responsibilities are NaN.
+        learnable: make the temperature a positive parameter with initial value ``temperature``.
 
     Raises:
-        ValueError: the temperature is not positive.
+        ValueError: ``temperature`` is not positive.
     """
 
     def __init__(self, temperature: float = 1.0, learnable: bool = False) -> None:
@@ -32,7 +34,7 @@ class Tempered(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The temperature T: a number, or of shape (1,) where it is learnable. Assign a number to set it."""
+        """The temperature T: a number, or a tensor (1,) if it is learnable. Assign a number to set it."""
         if self.log_temperature_ratio is None:
             return self._temperature
         return self._temperature * self.log_temperature_ratio.exp()
@@ -46,98 +48,116 @@ class Tempered(nn.Module):
                 self.log_temperature_ratio.zero_()
 
     def get_extra_state(self) -> Tensor:
-        """Return the temperature that the learnable ratio, if any, multiplies."""
+        """Return the fixed factor of the temperature for the ``state_dict``."""
         return torch.tensor([self._temperature], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore what :meth:`get_extra_state` returned."""
+        """Restore the fixed factor of the temperature from the ``state_dict``."""
         self._temperature = float(state)
 
     def extra_repr(self) -> str:
-        """Return the settings that a reader needs."""
+        """Return the settings shown by ``repr``."""
         learnable = ", learnable=True" if self.log_temperature_ratio is not None else ""
         return f"temperature={float(torch.as_tensor(self.temperature).detach()):g}{learnable}"
 
 
 class Competition(Tempered):
-    """Base class of the operators: a subclass defines :meth:`compete`.
+    """Base class of the competition operators: the module form of a function.
+
+    A subclass names the function and its keyword arguments, or overrides :meth:`compete`.
 
     Args:
-        temperature: T > 0, which divides the energies.
-        learnable: make the temperature a positive parameter, exactly ``temperature`` at the start.
-        dim: the hypothesis axis, unless a call names another.
+        temperature: T > 0, divides the energies.
+        learnable: make the temperature a positive parameter with initial value ``temperature``.
+        dim: default axis of the hypotheses.
+
+    Attributes:
+        function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
+        options: names of the attributes that are passed to the function as keyword arguments.
+        couples_items: whether the posterior of an item depends on the other items, so that all items of a set must be
+            passed in one call.
     """
+
+    function: Callable[..., Posterior]
+    options: tuple[str, ...] = ()
+    couples_items: bool = False
 
     def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable)
         self.dim = dim
 
     def forward(self, energies: Tensor, log_prior: Tensor | None = None, dim: int | None = None) -> Posterior:
-        """Let the hypotheses compete.
+        """Return the posterior over the hypotheses.
 
         Args:
             energies: d, shape (..., K) with the hypotheses on axis ``dim``.
-            log_prior: log prior weights, shape (K,) or one that broadcasts with the energies.
-            dim: the hypothesis axis; the constructor's where it is left out.
+            log_prior: log of the prior weights, shape (K,) or any shape that broadcasts with the energies.
+            dim: axis of the hypotheses; ``None`` uses the axis given to the constructor.
         """
         return self.compete(energies, log_prior, self.dim if dim is None else dim)
 
     def compete(self, energies: Tensor, log_prior: Tensor | None, dim: int) -> Posterior:
         """Return the posterior at the module's temperature."""
-        raise NotImplementedError
+        options = {name: getattr(self, name) for name in self.options}
+        return self.function(energies, self.temperature, log_prior, dim, **options)
 
     def extra_repr(self) -> str:
-        """Return the settings that a reader needs."""
-        return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
+        """Return the settings shown by ``repr``."""
+        options = [f"{name}={getattr(self, name)}, " for name in self.options if getattr(self, name) is not None]
+        return "".join(options) + super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 
 COMPETITIONS: Registry[Competition] = Registry("competition", "competitions", nn.Module)
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Refuse a temperature that is a number and not positive; a tensor's values are the caller's."""
+    """Raise ValueError for a number that is not positive; the values of a tensor are not checked."""
     if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature={temperature!r} must be positive; for the limit of zero use hardmin")
+        raise ValueError(f"temperature={temperature!r} must be positive; use hardmin for the limit T -> 0")
+
+
+def check_at_least_one(**counts: int | None) -> None:
+    """Raise ValueError for a count below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
 
 
 def widen(energies: Tensor) -> Tensor:
-    """Return the energies in float32 where they are of half precision.
-
-    Raises:
-        TypeError: the energies are no floating-point tensor.
-    """
+    """Convert half-precision energies to float32; raise TypeError for a dtype that is not floating-point."""
     if not energies.is_floating_point():
-        raise TypeError(f"energies are of dtype {energies.dtype}; give a floating-point tensor")
+        raise TypeError(f"energies of dtype {energies.dtype} must be floating-point")
     return energies.float() if energies.dtype in (torch.float16, torch.bfloat16) else energies
 
 
 def on_axis(weights: Tensor, energies: Tensor, dim: int) -> Tensor:
-    """Return weights of shape (K,) laid along axis ``dim`` of the energies; other shapes broadcast as they are."""
-    if weights.ndim != 1 or dim % energies.ndim == energies.ndim - 1:
+    """Reshape weights (K,) to broadcast along axis ``dim`` of the energies; other shapes are kept."""
+    if weights.ndim != 1:
         return weights.to(energies.dtype)
     return weights.to(energies.dtype).reshape([-1] + [1] * (energies.ndim - 1 - dim % energies.ndim))
 
 
 def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor | None, dim: int) -> Tensor:
-    """Return -d / T + log_prior, with finite gradients where an energy of +inf excludes a hypothesis."""
+    """Return -d / T + log_prior, with finite gradients for energies of +inf."""
     check_temperature(temperature)
-    if isinstance(temperature, Tensor) and temperature.requires_grad:
-        # The derivative by T is d / T^2 times zero there: 0 * inf.
-        excluded = torch.isposinf(energies)
-        logits = (energies.masked_fill(excluded, 0.0) / -temperature.to(energies.dtype)).masked_fill(
-            excluded, -torch.inf
-        )
-    elif isinstance(temperature, Tensor):
-        logits = energies / -temperature.to(energies.dtype)
-    else:
+    if not isinstance(temperature, Tensor):
         logits = -energies if temperature == 1 else energies / -temperature
+    else:
+        # Without the mask, the derivative by T is infinity times zero.
+        excluded = torch.isposinf(energies)
+        scaled = energies.masked_fill(excluded, 0.0) / -temperature.to(energies.dtype)
+        logits = scaled.masked_fill(excluded, -torch.inf)
     return logits if log_prior is None else logits + on_axis(log_prior, energies, dim)
 
 
-def scale_back(free: Tensor, temperature: float | Tensor, dim: int) -> Tensor:
-    """Return T times a reduced quantity (...), for a temperature that broadcasts with the energies."""
+def to_posterior(
+    energies: Tensor, value: Tensor, responsibilities: Tensor, temperature: float | Tensor, dim: int
+) -> Posterior:
+    """Return the posterior with free energy -T ``value`` in the dtype of the energies; ``value`` lacks axis ``dim``."""
     if not isinstance(temperature, Tensor):
-        return free if temperature == 1 else free * temperature
-    if temperature.numel() == 1 and temperature.ndim <= 1:
-        return free * temperature.to(free.dtype).reshape(())
-    return (free.unsqueeze(dim) * temperature.to(free.dtype)).squeeze(dim)
+        free = -value if temperature == 1 else value * -temperature
+    elif temperature.numel() == 1 and temperature.ndim <= 1:
+        free = value * -temperature.to(value.dtype).reshape(())
+    else:
+        free = (value.unsqueeze(dim) * -temperature.to(value.dtype)).squeeze(dim)
+    return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

@@ -1,4 +1,4 @@
-"""What a competition knows about its hypotheses, and how to read it."""
+"""Posterior: the result of a competition, and its mean, variance, mode, entropy and perplexity."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 class Posterior(NamedTuple):
     """Energies, responsibilities and free energy of a competition between K hypotheses.
 
-    Every tensor keeps the layout of the energies that went in: the hypothesis axis stays where ``dim`` was (as in
-    :func:`torch.softmax`), and the free energy lacks that axis. The methods read it along the ``dim`` given to them.
+    All tensors keep the layout of the energies: the hypotheses stay on the axis ``dim`` of the competition, as in
+    :func:`torch.softmax`, and the free energy lacks that axis.
 
     Attributes:
         energies: d_k, shape (..., K).
@@ -32,15 +32,15 @@ class Posterior(NamedTuple):
     free_energy: Tensor
 
     def mean(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Return sum_k r_k v_k, the posterior mean, by the rules of :func:`torch.matmul` along the hypothesis axis.
+        """Return the posterior mean sum_k r_k v_k; shapes follow :func:`torch.matmul` along the hypothesis axis.
 
         Args:
-            values: one number a hypothesis (K,) gives (...); one vector a hypothesis (..., K, V) gives (..., V), with
-                the value axis in the place of the hypothesis axis.
-            dim: the hypothesis axis.
+            values: one number per hypothesis (K,), with result (...); or one vector per hypothesis (..., K, V), with
+                result (..., V) whose last axis is moved to ``dim``.
+            dim: axis of the hypotheses.
 
         Raises:
-            ValueError: ``values`` has another number of hypotheses.
+            ValueError: the number of ``values`` differs from the number of hypotheses.
         """
         responsibilities = self._last(values, dim)
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
@@ -49,9 +49,9 @@ class Posterior(NamedTuple):
         return mean if values.ndim == 1 or dim == -1 else mean.movedim(-1, dim)
 
     def variance(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Return sum_k r_k (v_k - mean)^2, the posterior variance of every value; shapes are those of :meth:`mean`.
+        """Return the posterior variance sum_k r_k (v_k - mean)^2 of each value; shapes as in :meth:`mean`.
 
-        Its derivative by a responsibility is a square, which in float16 is infinite from a distance of 256 on.
+        In float16, its derivative by a responsibility is infinite for distances from the mean above 256.
         """
         responsibilities = self._last(values, dim)
         scalar = values.ndim == 1
@@ -59,11 +59,10 @@ class Posterior(NamedTuple):
         single = responsibilities.ndim == 1
         responsibilities = responsibilities.unsqueeze(0) if single else responsibilities
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
-        # A square leaves the range of float16 from 256 on, where the variance may well be within.
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)  # squares above 65504 overflow in float16
         with torch.autocast(values.device.type, enabled=False):
             responsibilities, values = responsibilities.to(wide), values.to(wide)
-            # Two passes: E[v^2] - E[v]^2 loses every digit where the mean is large.
+            # Two passes, because E[v^2] - E[v]^2 cancels if the mean is large.
             mean = torch.matmul(responsibilities, values)
             squares = (values.unsqueeze(-3) - mean.unsqueeze(-2)).square()
             variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2).to(dtype)
@@ -73,11 +72,11 @@ class Posterior(NamedTuple):
         return variance if dim == -1 else variance.movedim(-1, dim)
 
     def mode(self, dim: int = -1) -> Tensor:
-        """Return the index of the hypothesis of most responsibility, shape (...)."""
+        """Return the index of the hypothesis with the largest responsibility, shape (...)."""
         return self.responsibilities.argmax(dim)
 
     def entropy(self, dim: int = -1) -> Tensor:
-        """Return H = -sum_k r_k log r_k in nats, shape (...); its gradient is finite at r = 0 too."""
+        """Return the entropy -sum_k r_k log r_k in nats, shape (...); its gradient is finite at r = 0."""
         r = self.responsibilities
         wide = r.float() if r.dtype in (torch.float16, torch.bfloat16) else r
         return -(wide * wide.clamp_min(torch.finfo(wide.dtype).tiny).log()).sum(dim).to(r.dtype)
@@ -87,12 +86,12 @@ class Posterior(NamedTuple):
         return self.entropy(dim).exp()
 
     def _last(self, values: Tensor, dim: int) -> Tensor:
-        """Return the responsibilities with the hypothesis axis last, once the values are known to fit it."""
+        """Return the responsibilities with the hypothesis axis last; raise ValueError if the values do not fit it."""
         responsibilities = self.responsibilities if dim == -1 else self.responsibilities.movedim(dim, -1)
         given = values.shape[-min(values.ndim, 2)] if values.ndim else 0
         if given != responsibilities.shape[-1]:
             raise ValueError(
-                f"values of shape {tuple(values.shape)} do not fit {responsibilities.shape[-1]} hypotheses on axis "
-                f"dim={dim}; give one number (K,) or one vector (..., K, V) for each hypothesis"
+                f"values of shape {tuple(values.shape)} must have shape (K,) or (..., K, V) with "
+                f"K={responsibilities.shape[-1]}, the number of hypotheses on axis dim={dim}"
             )
         return responsibilities

@@ -1,17 +1,15 @@
-"""Sums over the ranks of a process group that are right forward and backward, and batch statistics made of them."""
+"""Differentiable sums over the ranks of a process group, and moments of the global batch."""
 
-from em_lightning.distributed.moments import Moments, batch_moments
-from em_lightning.distributed.passes import free_energy_of
-from em_lightning.distributed.sums import batch_mean, flatten_units, global_sum, is_spread, row_blocks, units_last
+from em_lightning.distributed.moments import Moments, batch_mean, batch_moments
+from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_spread, units_last
 
 __all__ = [
     "Moments",
+    "accumulation_dtype",
     "batch_mean",
     "batch_moments",
     "flatten_units",
-    "free_energy_of",
     "global_sum",
     "is_spread",
-    "row_blocks",
     "units_last",
 ]

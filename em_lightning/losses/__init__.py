@@ -1,10 +1,4 @@
-"""Free energy and volume control.
-
-Letters: N items (every axis but that of the units), D units. The energies of a layer are its post-activation outputs:
-low energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients
-over its ranks, and the gradients are those of a single process; every rank must make the call. All terms are computed
-in float32 or better and returned so, under autocast too.
-"""
+"""Losses: the free energy of a layer, volume control, and their weighted sum ``EMLoss``."""
 
 from em_lightning.losses.composition import EMLoss
 from em_lightning.losses.terms import (

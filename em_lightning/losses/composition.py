@@ -1,4 +1,4 @@
-"""The sum of weighted terms that trains a layer."""
+"""EMLoss: the weighted sum of loss terms that trains a layer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.distributed import batch_moments, units_last
-from em_lightning.losses.fused import published_terms
-from em_lightning.losses.terms import LOSSES, FreeEnergyLoss, MomentLoss, WeightRedundancyLoss
+from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
 
 __all__ = ["EMLoss"]
 
@@ -22,24 +21,24 @@ class EMLoss(nn.Module):
     .. math:: \mathcal{L} = \lambda_F \sum_n F_n - \lambda_V \sum_j \log(\mathrm{Var}(d_j) + 10^{-6})
               + \lambda_C \sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2 + \dots
 
-    The default is the published objective. A term is given by its weight, or by a mapping of its weight and its own
-    arguments: ``variance=0.0, bounded_variance={"weight": 1.0, "target": 4.0}``. ``weights`` maps names to weights and
-    may be changed between steps; a term of weight 0 is not computed.
+    The default is the published objective. A term is given by its weight, or by a mapping of its weight and the
+    arguments of its class: ``variance=0.0, bounded_variance={"weight": 1.0, "target": 4.0}``. The attribute ``weights``
+    maps names to weights and may be changed between steps; terms of weight 0 are not computed.
 
     Args:
-        free_energy: weight of the free energy, summed over the items of the global batch (``reduction``).
-        variance: weight of the published term against dead units.
+        free_energy: weight of the free energy.
+        variance: weight of the term against dead units.
         decorrelation: weight of the term against redundant units.
-        reduction: "sum" or "mean" of the free energy over the items. These are different experiments: at a batch of
-            128, "mean" weakens the free energy 128-fold against volume control.
-        dim: the axis of the units, 1 for the channels of a feature map.
+        reduction: "sum" or "mean" of the free energy over the items of the global batch. These are different
+            experiments: "mean" divides the free energy by the batch size, but not volume control.
+        dim: axis of the units, for instance 1 for the channels of a feature map.
         **terms: further terms by their keys in ``LOSSES`` (``log_det``, ``balance``, ``bounded_variance``,
-            ``weight_redundancy``, or a plug-in's), each as above.
+            ``weight_redundancy``, or that of a plug-in), each as above.
 
     Raises:
         ValueError: a term is unknown, a weight is negative or not finite, all weights are 0, or ``reduction`` is
             neither "sum" nor "mean".
-        TypeError: a term is given by something else than a number or a mapping.
+        TypeError: a term is neither a number nor a mapping.
 
     Example:
         >>> loss = EMLoss(balance=0.1)
@@ -73,7 +72,7 @@ class EMLoss(nn.Module):
                 arguments.setdefault("reduction", reduction)
             self.terms[name] = LOSSES.build(name, **arguments)
         if not any(self.weights.values()):
-            raise ValueError(f"every weight is 0 ({', '.join(self.weights)}); give at least one term a positive weight")
+            raise ValueError(f"at least one weight must be positive, got 0 for {', '.join(self.weights)}")
 
     def forward(
         self,
@@ -82,51 +81,33 @@ class EMLoss(nn.Module):
         weights: Tensor | None = None,
         weight_matrix: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return each term times its weight, by name: their sum is the loss.
+        """Return each term times its weight, by name; their sum is the loss.
 
         Args:
-            energies: any shape with D units along ``dim``; every other axis counts items.
-            mask: booleans of that shape without ``dim``; items that are False do not count.
-            weights: non-negative numbers of the same shape; a weight w counts an item w times.
-            weight_matrix: the weight (D, ...) of the layer that made the energies, for ``weight_redundancy`` alone.
+            energies: any shape with D units along ``dim``; all other axes count items.
+            mask: booleans of that shape without ``dim``; False items do not count.
+            weights: non-negative numbers of the same shape; an item of weight w counts w times.
+            weight_matrix: weight (D, ...) of the layer that computes the energies, used by ``weight_redundancy``.
 
         Raises:
-            ValueError: ``weight_redundancy`` has a weight and ``weight_matrix`` is not given.
+            ValueError: ``weight_redundancy`` has a positive weight and ``weight_matrix`` is None.
         """
         energies = units_last(energies, self.dim)
-        active = {name: weight for name, weight in self.weights.items() if weight}
-        at_once = {} if mask is not None or weights is not None else published_terms(energies, self.terms, active)
-        values: dict[str, Tensor] = {}
+        active = {name: self.terms[name] for name, weight in self.weights.items() if weight}
         moments = None
-        left = [self.terms[name] for name in active if name not in at_once]
-        of_moments = [term for term in left if isinstance(term, MomentLoss)]
-        if of_moments:
-            free_energy = self.terms["free_energy"]
-            assert isinstance(free_energy, FreeEnergyLoss)
-            # The free energy joins in: one pass over the energies forward, one backward.
-            moments = batch_moments(
-                energies,
-                mask=mask,
-                weights=weights,
-                products=any(term.products for term in of_moments),
-                temperature=free_energy.temperature if free_energy in left else None,
-            )
-        for name, weight in active.items():
-            term = self.terms[name]
-            if name in at_once:
-                values[name] = at_once[name] if weight == 1 else weight * at_once[name]
-                continue
+        values: dict[str, Tensor] = {}
+        for name, term in active.items():
             if isinstance(term, WeightRedundancyLoss):
                 if weight_matrix is None:
-                    raise ValueError(f"{name} acts on a weight: call the loss with weight_matrix=layer.weight")
+                    raise ValueError(f"{name} needs the weight of the layer: pass weight_matrix=layer.weight")
                 value = term(weight_matrix)
-            elif moments is not None and isinstance(term, MomentLoss):
+            elif isinstance(term, MomentLoss):
+                if moments is None:
+                    moments = batch_moments(energies, mask=mask, weights=weights)
                 value = term.from_moments(moments)
-            elif isinstance(term, FreeEnergyLoss) and moments is not None and moments.free_energy is not None:
-                value = term.reduce(moments.free_energy, moments.weights)
             else:
                 value = term(energies, mask, weights)
-            values[name] = weight * value
+            values[name] = self.weights[name] * value
         return values
 
     def total(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
@@ -134,15 +115,13 @@ class EMLoss(nn.Module):
         return torch.stack(list(self(*args, **kwargs).values())).sum()
 
     def extra_repr(self) -> str:
-        """Show the weights."""
+        """Return the weights shown by ``repr``."""
         return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
 
 
 def _valid_weight(name: str, weight: Any) -> float:
     if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(
-            f"{name}={weight!r} is no weight; give a number, or {{'weight': number, ...}} with the term's own arguments"
-        )
+        raise TypeError(f"{name}={weight!r} must be a weight, or a mapping of 'weight' and the arguments of the term")
     if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{name}={weight} is out of range; a weight is finite and at least 0 (0 leaves the term out)")
+        raise ValueError(f"{name}={weight} must be finite and at least 0")
     return float(weight)

@@ -1,4 +1,4 @@
-"""Contract tests that authors of new kernels, operators, activations and losses subclass."""
+"""Contract tests for authors of new kernels, competitions, activations and losses to subclass."""
 
 import importlib
 from typing import Any
@@ -8,6 +8,7 @@ _MODULE_OF = {
     "CompetitionContract": "competition",
     "KernelContract": "kernels",
     "LossContract": "losses",
+    "ModuleContract": "modules",
     "assert_ranks_agree": "losses",
     "run_ranks": "distributed",
 }
@@ -18,5 +19,5 @@ __all__ = list(_MODULE_OF)
 def __getattr__(name: str) -> Any:
     module = _MODULE_OF.get(name)
     if module is None:
-        raise AttributeError(f"module 'em_lightning.testing' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"em_lightning.testing has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(importlib.import_module(f"em_lightning.testing.{module}"), name)

@@ -1,10 +1,7 @@
-"""The contract of an activation, for authors of new ones to subclass."""
+"""Contract tests of an activation, for authors of new ones to subclass."""
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
@@ -12,35 +9,41 @@ import torch
 from torch import Tensor
 
 from em_lightning.activations import Activation
+from em_lightning.testing.modules import ModuleContract
 
 
-class ActivationContract:
-    """What every activation must do: keep the shape, agree with its definition, and live well with PyTorch.
+class ActivationContract(ModuleContract):
+    """Tests that every activation must pass: shapes, closed form, gradients, axes and dtypes.
 
-    Subclass it under a name that pytest collects, and give :meth:`build`.
+    Subclass it under a name that pytest collects, and define :meth:`make`.
 
     Attributes:
         tolerance: largest difference of closed form and definition in float64.
         twice: whether second derivatives exist almost everywhere.
-        large: finite pre-activations of this size must give finite values and gradients.
+        large: finite pre-activations of this size must have finite values and gradients.
 
     Example:
         >>> from em_lightning.activations import SoftmaxGatedActivation
         >>> class TestMyActivation(ActivationContract):
-        ...     def build(self, **arguments):
+        ...     def make(self, **arguments):
         ...         return SoftmaxGatedActivation(**arguments)
     """
 
     tolerance = 1e-12
     twice = True
     large = 1e4
+    settings = {"temperature": 0.3}
 
-    def build(self, **arguments: Any) -> Activation:
-        """Return a new activation; the arguments are some of temperature, learnable and dim."""
+    def make(self, **arguments: Any) -> Activation:
+        """Return a new activation; the arguments are a subset of temperature, learnable and dim."""
         raise NotImplementedError
 
+    def example(self) -> Tensor:
+        """Return pre-activations (6 items, 8 units)."""
+        return self.inputs(6, 8)
+
     def permutation(self, size: int) -> Tensor:
-        """Return a permutation of the units that the activation is equivariant to."""
+        """Return a permutation of the units under which the activation is equivariant."""
         return torch.randperm(size)
 
     @staticmethod
@@ -49,7 +52,7 @@ class ActivationContract:
         return torch.randn(*shape, dtype=torch.float64) * size
 
     def test_needs_no_argument_and_keeps_shape_and_dtype(self) -> None:
-        activation = type(self.build())()
+        activation = type(self.make())()
         for shape in [(8,), (5, 8), (2, 3, 8), (2, 8, 4, 4)]:
             for dtype in (torch.float32, torch.float64):
                 z = torch.randn(shape, dtype=dtype)
@@ -58,33 +61,33 @@ class ActivationContract:
 
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
     def test_closed_form_is_the_definition(self, temperature: float) -> None:
-        activation, z = self.build(temperature=temperature), self.inputs(50, 8)
+        activation, z = self.make(temperature=temperature), self.inputs(50, 8)
         torch.testing.assert_close(activation(z), activation.generic(z), rtol=self.tolerance, atol=self.tolerance)
 
     @pytest.mark.parametrize("shape, dim", [((2, 8, 3, 3), 1), ((2, 8, 5), 1), ((2, 5, 8), -1), ((8, 3), -2)])
     def test_any_axis(self, shape: tuple[int, ...], dim: int) -> None:
         z = self.inputs(*shape)
-        expected = self.build()(z.movedim(dim, -1)).movedim(-1, dim)
-        torch.testing.assert_close(self.build(dim=dim)(z), expected)
+        expected = self.make()(z.movedim(dim, -1)).movedim(-1, dim)
+        torch.testing.assert_close(self.make(dim=dim)(z), expected)
 
     def test_gradcheck(self) -> None:
-        activation, z = self.build(temperature=1.5), self.inputs(3, 4).requires_grad_()
+        activation, z = self.make(temperature=1.5), self.inputs(3, 4).requires_grad_()
         assert torch.autograd.gradcheck(activation, z)
         assert not self.twice or torch.autograd.gradgradcheck(activation, z)
 
-    def test_competes_tells_the_jacobian(self) -> None:
-        activation = self.build()
+    def test_competes_describes_the_jacobian(self) -> None:
+        activation = self.make()
         jacobian = torch.func.jacrev(activation)(self.inputs(4, size=0.3))
         mixed = jacobian - torch.diag(jacobian.diagonal())
         assert bool((mixed != 0).any()) == activation.competes
 
     def test_permutation_equivariance(self) -> None:
-        activation, z, order = self.build(), self.inputs(6, 8), self.permutation(8)
+        activation, z, order = self.make(), self.inputs(6, 8), self.permutation(8)
         torch.testing.assert_close(activation(z[:, order]), activation(z)[:, order])
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_is_computed_in_float32(self, dtype: torch.dtype) -> None:
-        activation, z = self.build(), self.inputs(6, 8).to(dtype)
+        activation, z = self.make(), self.inputs(6, 8).to(dtype)
         torch.testing.assert_close(activation(z), activation(z.float()).to(dtype), rtol=0, atol=0)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(activation(z.float()), activation(z.float()), rtol=0, atol=0)
@@ -92,7 +95,7 @@ class ActivationContract:
     @pytest.mark.parametrize("shape", [(5, 1), (0, 8)])
     def test_one_unit_and_no_items(self, shape: tuple[int, ...]) -> None:
         z = torch.randn(shape, requires_grad=True)
-        y = self.build()(z)
+        y = self.make()(z)
         assert y.shape == shape and y.isfinite().all()
         (grad,) = torch.autograd.grad(y.sum(), z)
         assert grad.shape == shape and grad.isfinite().all()
@@ -101,48 +104,22 @@ class ActivationContract:
         for z in (self.inputs(4, 8, size=self.large), torch.zeros(2, 8), torch.full((2, 8), self.large)):
             for temperature in (1e-3, 1.0, 1e6):
                 x = z.float().requires_grad_()
-                y = self.build(temperature=temperature)(x)
+                y = self.make(temperature=temperature)(x)
                 (grad,) = torch.autograd.grad(y.sum(), x)
                 assert y.isfinite().all() and grad.isfinite().all()
 
     def test_learnable_temperature(self) -> None:
-        activation, z = self.build(temperature=0.7, learnable=True), self.inputs(6, 8, size=0.5).float()
-        torch.testing.assert_close(activation(z), self.build(temperature=0.7)(z))
+        activation, z = self.make(temperature=0.7, learnable=True), self.inputs(6, 8, size=0.5).float()
+        torch.testing.assert_close(activation(z), self.make(temperature=0.7)(z))
         activation(z).square().sum().backward()
         ratio = activation.log_temperature_ratio
         assert ratio is not None and ratio.shape == (1,) and ratio.grad is not None
         assert ratio.grad.isfinite().all() and ratio.grad != 0
         activation.temperature = 2.0
-        torch.testing.assert_close(activation(z), self.build(temperature=2.0)(z))
+        torch.testing.assert_close(activation(z), self.make(temperature=2.0)(z))
 
     def test_bad_input_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="floating-point"):
-            self.build()(torch.zeros(2, 8, dtype=torch.long))
-        with pytest.raises(ValueError, match="temperature=0.0 must be positive"):
-            self.build(temperature=0.0)
-
-    def test_copies_and_state(self) -> None:
-        activation, z = self.build(temperature=0.3), self.inputs(6, 8)
-        buffer = io.BytesIO()
-        torch.save(activation.state_dict(), buffer)
-        buffer.seek(0)
-        loaded = self.build()
-        loaded.load_state_dict(torch.load(buffer, weights_only=True))
-        for other in (copy.deepcopy(activation), pickle.loads(pickle.dumps(activation)), loaded):
-            torch.testing.assert_close(other(z), activation(z), rtol=0, atol=0)
-            assert repr(other) == repr(activation) and "temperature=0.3" in repr(activation)
-
-    def test_vmap_and_functional_gradient(self) -> None:
-        activation, z = self.build(), self.inputs(3, 4, 8)
-        torch.testing.assert_close(torch.func.vmap(activation)(z), torch.stack([activation(x) for x in z]))
-        x = z.clone().requires_grad_()
-        expected = torch.autograd.grad(activation(x).square().sum(), x)[0]
-        torch.testing.assert_close(torch.func.grad(lambda z: activation(z).square().sum())(z), expected)
-
-    def test_compiles_to_one_graph(self) -> None:
-        torch._dynamo.reset()
-        activation, z = self.build(), self.inputs(6, 8).requires_grad_()
-        compiled = torch.compile(activation, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(z), activation(z))
-        expected = torch.autograd.grad(activation(z).square().sum(), z)
-        torch.testing.assert_close(torch.autograd.grad(compiled(z).square().sum(), z), expected)
+        with pytest.raises(TypeError, match="int64"):
+            self.make()(torch.zeros(2, 8, dtype=torch.long))
+        with pytest.raises(ValueError, match="temperature=0.0"):
+            self.make(temperature=0.0)

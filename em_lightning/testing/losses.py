@@ -1,9 +1,7 @@
-"""The contract of a loss."""
+"""Contract tests of a loss, and a comparison of one process with two."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from em_lightning.testing.distributed import run_ranks
+from em_lightning.testing.modules import ModuleContract
 
 __all__ = ["LossContract", "assert_ranks_agree"]
 
 
-class LossContract:
-    """What every loss of a batch of energies must satisfy; subclass it in a test file and say how to make yours.
+class LossContract(ModuleContract):
+    """Tests that every loss of a batch of energies must pass; subclass it in a test file and define :meth:`make`.
+
+    Attributes:
+        takes_mask: whether the loss takes ``mask`` and ``weights`` of its items.
+        has_dim: whether the loss has an attribute ``dim``, the axis of the units.
 
     Example:
         >>> from em_lightning.losses import VarianceLoss
@@ -29,38 +32,36 @@ class LossContract:
     """
 
     takes_mask = True
-    """Whether the loss takes ``mask`` and ``weights`` of its items."""
     has_dim = True
-    """Whether the constructor set an attribute ``dim``, the axis of the units."""
 
-    def make(self) -> nn.Module:
-        """Return a new loss with the units along the last axis."""
-        raise NotImplementedError
+    def example(self) -> Tensor:
+        """Return energies (12 items, 5 units), positive like those after a ReLU."""
+        return torch.rand(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
 
-    def energies(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return energies (12 items, 5 units), positive as those behind a ReLU."""
-        return torch.rand(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype) * 4
+    def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the value of the loss."""
+        return (self.value(module, x),)
 
     def value(self, loss: nn.Module, *arguments: Any, **named: Any) -> Tensor:
-        """Return the loss as a scalar, the sum where it returns terms by name."""
+        """Return the loss as a scalar: the sum of the terms if it returns a dictionary."""
         result = loss(*arguments, **named)
         return torch.stack(list(result.values())).sum() if isinstance(result, dict) else result
 
     def test_gradient(self) -> None:
-        """The gradient is that of finite differences."""
+        """The gradient equals finite differences."""
         loss = self.make()
-        assert torch.autograd.gradcheck(lambda x: self.value(loss, x), (self.energies().requires_grad_(),))
+        assert torch.autograd.gradcheck(lambda x: self.value(loss, x), (self.example().requires_grad_(),))
 
     def test_order_does_not_matter(self) -> None:
-        """Neither the order of the items nor that of the units changes the loss."""
-        loss, x = self.make(), self.energies()
+        """The loss is invariant under permutations of the items and of the units."""
+        loss, x = self.make(), self.example()
         value = self.value(loss, x)
         torch.testing.assert_close(self.value(loss, x[torch.randperm(12)]), value)
         torch.testing.assert_close(self.value(loss, x[:, torch.randperm(5)]), value)
 
     def test_extremes_are_finite(self) -> None:
-        """Value and gradient are finite for constant, zero, huge and tiny energies and for one item or unit."""
-        x = self.energies(torch.float32)
+        """Value and gradient are finite for constant, zero, huge and tiny energies, and for one item or unit."""
+        x = self.example().float()
         constant = x.clone()
         constant[:, :2] = 1000.1
         cases = {
@@ -78,13 +79,13 @@ class LossContract:
             case.requires_grad_()
             value = self.value(self.make(), case)
             (gradient,) = torch.autograd.grad(value, case)
-            assert value.shape == (), f"{name}: a loss is a scalar, this one has shape {tuple(value.shape)}"
+            assert value.shape == (), f"{name}: the loss must be a scalar, got shape {tuple(value.shape)}"
             assert value.isfinite(), f"{name}: the loss is {value.item()}"
-            assert gradient.isfinite().all(), f"{name}: the gradient holds {gradient[~gradient.isfinite()][0].item()}"
+            assert gradient.isfinite().all(), f"{name}: the gradient has {gradient[~gradient.isfinite()][0].item()}"
 
     def test_low_precision(self) -> None:
-        """Energies in bfloat16, and autocast, give what float32 gives for the same numbers."""
-        loss, x = self.make(), self.energies(torch.bfloat16).requires_grad_()
+        """Energies in bfloat16 and autocast give the result of float32 for the same numbers."""
+        loss, x = self.make(), self.example().bfloat16().requires_grad_()
         value = self.value(loss, x)
         torch.testing.assert_close(value, self.value(loss, x.float()))
         (gradient,) = torch.autograd.grad(value, x)
@@ -95,10 +96,10 @@ class LossContract:
             assert torch.equal(self.value(loss, x, *weights), expected)
 
     def test_mask_and_weights(self) -> None:
-        """A masked item may hold anything and changes nothing; a weight of 2 counts an item twice."""
+        """Masked items have no effect, even if NaN; an item of weight 2 counts twice."""
         if not self.takes_mask:
             return
-        loss, x = self.make(), self.energies()
+        loss, x = self.make(), self.example()
         mask = torch.arange(12) % 3 > 0
         holes = torch.where(mask[:, None], x, torch.nan).requires_grad_()
         value = self.value(loss, holes, mask)
@@ -113,50 +114,27 @@ class LossContract:
         """With the units along axis 1, each position of a feature map is an item."""
         if not self.has_dim:
             return
-        loss, x = self.make(), self.energies()
+        loss, x = self.make(), self.example()
         setattr(loss, "dim", 1)  # noqa: B010
         torch.testing.assert_close(self.value(loss, x.reshape(2, 2, 3, 5).movedim(-1, 1)), self.value(self.make(), x))
-
-    def test_compile(self) -> None:
-        """``torch.compile(fullgraph=True)`` gives the same value and gradient."""
-        loss, x = self.make(), self.energies(torch.float32).requires_grad_()
-        torch.compiler.reset()  # else every loss that compiles this line counts as a recompilation of it
-        compiled = torch.compile(lambda x: self.value(loss, x), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(x), self.value(loss, x))
-        torch.testing.assert_close(*(torch.autograd.grad(f(x), x) for f in (compiled, lambda x: self.value(loss, x))))
-
-    def test_function_transforms(self) -> None:
-        """``torch.func.grad`` under ``torch.func.vmap`` equals a loop."""
-        loss, x = self.make(), self.energies().reshape(2, 6, 5)
-        gradient = torch.func.grad(lambda x: self.value(loss, x))
-        torch.testing.assert_close(torch.func.vmap(gradient)(x), torch.stack([gradient(x[0]), gradient(x[1])]))
-
-    def test_copies(self) -> None:
-        """A deep copy, a pickled one, and a new one with the same state agree with the original."""
-        loss, x = self.make(), self.energies()
-        new = self.make()
-        new.load_state_dict(loss.state_dict())
-        for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), new):
-            assert torch.equal(self.value(other, x), self.value(loss, x))
-        assert repr(loss)
 
 
 def assert_ranks_agree(losses: Sequence[nn.Module], folder: Path, tolerance: float = 1e-6) -> list[tuple[float, float]]:
     """Check that two data-parallel processes with uneven shares of a batch get the loss and gradient of one process.
 
-    The energies come from a linear layer and have a mean of 1,000, where one-pass moments are lost to rounding. This
-    takes seconds, so it is no part of the contract: call it once with all your losses.
+    The energies have a mean of 1,000, at which moments computed in one pass lose their digits. The check takes seconds
+    and is therefore separate from the contract: call it once with all losses.
 
     Args:
-        losses: losses of energies; those that return terms by name are summed.
+        losses: losses of energies; the terms of a dictionary are summed.
         folder: an empty folder, such as pytest's ``tmp_path``.
-        tolerance: the largest difference allowed, relative to the loss and to the largest gradient.
+        tolerance: largest difference allowed, relative to the loss and to the largest gradient.
 
     Returns:
         For each loss the largest relative difference of its value and of its gradient.
 
     Raises:
-        AssertionError: a loss differs, which it is, and by how much.
+        AssertionError: a loss differs; the message names it and the difference.
     """
     ranks = run_ranks(_rank_gradients, list(losses), folder=folder)
     differences = []
@@ -165,8 +143,8 @@ def assert_ranks_agree(losses: Sequence[nn.Module], folder: Path, tolerance: flo
         value_gap = max(float((rank[index][0] - value).abs() / value.abs()) for rank in ranks)
         gradient_gap = max(float((rank[index][1] - gradient).abs().max() / gradient.abs().max()) for rank in ranks)
         differences.append((value_gap, gradient_gap))
-        assert value_gap <= tolerance, f"{loss}: two processes change the loss by {value_gap:.1e} of its value"
-        assert gradient_gap <= tolerance, f"{loss}: two processes change the gradient by {gradient_gap:.1e} of its size"
+        assert value_gap <= tolerance, f"{loss}: relative difference of the loss {value_gap:.1e}"
+        assert gradient_gap <= tolerance, f"{loss}: relative difference of the gradient {gradient_gap:.1e}"
     return differences
 
 
@@ -177,7 +155,7 @@ def _features() -> Tensor:
 def _network() -> nn.Module:
     network = nn.Linear(6, 4)
     with torch.no_grad():
-        # Orthogonal rows, so that what differs is the statistics and not an ill-conditioned covariance.
+        # Orthogonal rows keep the covariance well-conditioned.
         nn.init.orthogonal_(network.weight, generator=torch.Generator().manual_seed(1))
         network.bias.fill_(1000.0)
     return network
