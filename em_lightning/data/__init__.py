@@ -1,13 +1,12 @@
-"""LightningDataModules: point clouds with their readers and samplers, small images, sets of mixtures, large tables."""
+"""LightningDataModules of point clouds, small images, point sets from mixtures and large tables; readers and samplers."""
 
-from em_lightning.data.base import PointCloudDataModule
 from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
-from em_lightning.data.folder import PointCloudFolder
 from em_lightning.data.idx import idx_shape, read_idx
 from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
 from em_lightning.data.images import MNIST, Digits
+from em_lightning.data.meshes import GeometricShapes, ModelNet
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
-from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
+from em_lightning.data.point_clouds import PointCloudDataModule, PointCloudFolder, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
 from em_lightning.data.surfaces import FAMILIES, random_surface
