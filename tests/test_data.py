@@ -37,7 +37,7 @@ def same(a, b):
 def test_triangles_are_drawn_by_area_and_points_uniformly_in_them():
     vertices = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [5, 0, 1], [9, 0, 1], [5, 1, 1]])
     faces = torch.tensor([[0, 1, 2], [0, 0, 1], [3, 4, 5]])  # areas 1/2, 0 and 2
-    points = data.sample_surface(vertices, faces, 20_000, generator())
+    points = data.Surface.of(vertices, faces).sample(20_000, generator())
     assert points.dtype == torch.float32 and points.shape == (20_000, 3)
     first = points[points[:, 2] == 0].double()
     assert stats.binomtest(len(first), 20_000, 0.2).pvalue > 1e-3
@@ -48,10 +48,10 @@ def test_triangles_are_drawn_by_area_and_points_uniformly_in_them():
 
 def test_sphere_and_torus_are_uniform_by_area():
     vertices, faces = data.random_surface("sphere", generator())
-    z = data.sample_surface(vertices, faces, 5000, generator(1))[:, 2]
+    z = data.Surface.of(vertices, faces).sample(5000, generator(1))[:, 2]
     assert stats.kstest(z.numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3  # Archimedes
     vertices, faces = data.random_surface("torus", generator())
-    ring = data.sample_surface(vertices, faces, 20_000, generator(1))[:, :2].norm(dim=1)
+    ring = data.Surface.of(vertices, faces).sample(20_000, generator(1))[:, :2].norm(dim=1)
     minor = float(vertices[:, 2].max())
     # The mean distance of a torus surface from its axis is R + r^2 / (2 R), with R = 1.
     assert abs(ring.mean() - (1 + minor**2 / 2)) < 5 * ring.std() / math.sqrt(20_000) + 2e-3
@@ -59,24 +59,23 @@ def test_sphere_and_torus_are_uniform_by_area():
 
 def test_sampling_is_a_function_of_the_generator():
     surface = data.random_surface("chair", generator())
-    draws = [data.sample_surface(*surface, 10, generator(seed)) for seed in (1, 1, 2)]
+    draws = [data.Surface.of(*surface).sample(10, generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize(
-    ("vertices", "faces", "num_points", "message"),
+    ("vertices", "faces", "message"),
     [
-        (torch.zeros(3, 2), torch.tensor([[0, 1, 2]]), 1, r"\(V, 3\).*\(3, 2\)"),
-        (torch.eye(3), torch.tensor([[0, 1, 3]]), 1, "faces .* 0 to 2, got 0 to 3"),
-        (torch.ones(3, 3), torch.tensor([[0, 1, 2]]), 1, "area .* 0.0"),
-        (torch.eye(3), torch.empty(0, 3, dtype=torch.long), 1, "area .* 0.0"),
-        (torch.eye(3) * math.nan, torch.tensor([[0, 1, 2]]), 1, "area .* nan"),
-        (torch.eye(3), torch.tensor([[0, 1, 2]]), 0, "num_points=0 .* 1"),
+        (torch.zeros(3, 2), torch.tensor([[0, 1, 2]]), r"\(V, 3\).*\(3, 2\)"),
+        (torch.eye(3), torch.tensor([[0, 1, 3]]), "faces .* 0 to 2, got 0 to 3"),
+        (torch.ones(3, 3), torch.tensor([[0, 1, 2]]), "area .* 0.0"),
+        (torch.eye(3), torch.empty(0, 3, dtype=torch.long), "area .* 0.0"),
+        (torch.eye(3) * math.nan, torch.tensor([[0, 1, 2]]), "area .* nan"),
     ],
 )
-def test_bad_surfaces_are_refused(vertices, faces, num_points, message):
+def test_bad_surfaces_are_refused(vertices, faces, message):
     with pytest.raises(ValueError, match=message):
-        data.sample_surface(vertices, faces, num_points)
+        data.Surface.of(vertices, faces)
 
 
 def test_normalization_fills_the_unit_ball_and_changes_densities_as_it_says():
@@ -111,7 +110,7 @@ def test_rotations(axis):
 def test_families(family):
     for seed in range(20):
         vertices, faces = data.random_surface(family, generator(seed))
-        points = data.sample_surface(vertices, faces, 64, generator(seed))
+        points = data.Surface.of(vertices, faces).sample(64, generator(seed))
         assert points.isfinite().all()
     again = data.random_surface(family, generator(19))[0]
     assert torch.equal(vertices, again)
@@ -415,6 +414,65 @@ def test_sets_of_points_are_halved_and_padded(tmp_path):
             # Each point is one of the file's, and none occurs twice, so that held-out points are unseen.
             assert found.amin(1).max() < 1e-4 and len(found.argmin(1).unique()) == fit + held
             assert batch.points[i].norm(dim=-1).max() == pytest.approx(1 if fit > 1 else 0, abs=1e-5)
+
+
+def test_files_that_are_not_clouds_do_not_stop_a_folder(tmp_path):
+    folder(tmp_path, [f"{i}.off" for i in range(4)])
+    for name in (
+        "README.txt",
+        "LICENSE.txt",
+        "labels.csv",
+        ".hidden.xyz",
+        ".git/0.txt",
+        "__MACOSX/._0.off",
+        "notes.md",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("These meshes, version 2.0\n1 2 of 3, see http://example.org\n")
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=16)
+    module.setup()
+    assert sum(len(part) for part in module.datasets.values()) == 4 and "3 text files" in module.describe()
+
+
+def test_a_pattern_chooses_files(tmp_path):
+    folder(tmp_path, [f"{kind}/{i}.off" for kind in ("a", "b") for i in range(5)])
+    (tmp_path / "a" / "damaged.txt").write_text("no numbers")
+    np.savetxt(tmp_path / "b" / "cloud.txt", np.eye(3))
+    for pattern, count in (("*.off", 10), ("b/*", 6), ("b/*.txt", 3)):
+        module = data.PointCloudFolder(root=str(tmp_path), num_points=16, pattern=pattern)
+        module.setup()
+        assert sum(len(part) for part in module.datasets.values()) == count
+    with pytest.raises(ValueError, match="damaged.txt"):
+        data.PointCloudFolder(root=str(tmp_path), pattern="*.txt").setup()
+    with pytest.raises(ValueError, match=r"'\*.ply' matches no"):
+        data.PointCloudFolder(root=str(tmp_path), pattern="*.ply").setup()
+
+
+def test_points_far_from_the_origin_stay_distinct(tmp_path):
+    cloud = np.random.default_rng(0).random((600, 3))
+    for name, offset in {"0": 0.0, "1": 8e5, "2": 5e6}.items():
+        np.save(tmp_path / f"{name}.npy", cloud + offset)
+        np.savetxt(tmp_path / f"{name}.xyz", cloud + offset, fmt="%.9f")
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=256, val_fraction=0.4, test_fraction=0.4)
+    module.setup()
+    for dataset in module.datasets.values():
+        for item in dataset:
+            assert all(len(item.points[:, axis].unique()) == 256 for axis in range(3))
+            original = cloud + item.normalization.center.round(decimals=-2).numpy()
+            back = item.normalization.invert(item.points.double())
+            assert torch.cdist(back, torch.from_numpy(original)).amin(1).max() < 1e-6
+
+
+def test_non_finite_points_of_a_folder_are_dropped_on_request(tmp_path):
+    cloud = np.random.default_rng(0).random((40, 3))
+    cloud[::4] = np.nan
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", cloud)
+    with pytest.raises(ValueError, match="a.npy: point 0 .*drop_non_finite=True"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
+    module = data.PointCloudFolder(root=str(tmp_path), drop_non_finite=True)
+    module.setup()
+    assert len(module.datasets["train"][0].points) == 15 and module.datasets["train"][0].points.isfinite().all()
 
 
 def test_bad_files_are_named_at_setup(tmp_path):

@@ -1,5 +1,7 @@
 """Tables in memory and in files, cut into blocks that no row is left out of."""
 
+import os
+
 import lightning
 import numpy as np
 import pytest
@@ -145,6 +147,19 @@ def test_the_data_module_serves_every_stage(x):
     assert sum(len(points) for points, _ in plain.predict_dataloader()) == 101
     assert "101 x 4" in plain.describe()
     assert isinstance(plain, lightning.LightningDataModule)
+
+
+def test_shards_that_change_or_cannot_be_read_are_named(x, tmp_path):
+    folder = shards(tmp_path / "shards", x, [50])
+    np.save(folder / ".hidden.npy", np.zeros((4, 9)))
+    table = Table(folder)
+    assert len(table) == 101
+    np.save(folder / "001.npy", x[50:80].numpy())
+    with pytest.raises(ValueError, match=r"001.npy .*\(51, 4\) to \(30, 4\)"):
+        table.rows(40, 60)
+    os.mkfifo(folder / "002.npy")
+    with pytest.raises(ValueError, match="002.npy"):
+        Table(folder)
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,14 @@ def test_four_files_are_a_data_set(tmp_path, pack):
     ("spoil", "message"),
     [
         (lambda root: (root / "t10k-labels-idx1-ubyte").unlink(), "has no t10k-labels-idx1-ubyte or"),
-        (lambda root: (root / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((10, 4, 4), np.uint8))), "t10k-images.*(10, 4, 4)"),
-        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(9, np.uint8))), "t10k-labels.*10 labels.*(9,)"),
+        (
+            lambda root: (root / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((10, 4, 4), np.uint8))),
+            "t10k-images.*(10, 4, 4)",
+        ),
+        (
+            lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(9, np.uint8))),
+            "t10k-labels.*10 labels.*(9,)",
+        ),
         (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 7, np.uint8))), "label 7"),
     ],
 )
@@ -247,4 +253,4 @@ def test_a_module_of_several_ranks_deals_its_batches():
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs MNIST beside the project")
 def test_mnist_is_recognized():
     mnist = data.MNIST(str(REAL))
-    assert mnist.source() == f"MNIST from {REAL}" and mnist.shape == (1, 28, 28)
+    assert mnist.source == f"MNIST from {REAL}" and mnist.shape == (1, 28, 28)

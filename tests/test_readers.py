@@ -78,7 +78,8 @@ def test_meshes(tmp_path, name):
         (
             "edge.ply",
             b"ply\nformat ascii 1.0\ncomment \xc3\x85\x85 \xe5\nelement vertex 2\nproperty float x\nproperty float y\n"
-            b"property float z\nelement edge 1\nproperty int vertex1\nproperty int vertex2\nend_header\n1 2 3\n4 5 6\n0 1\n",
+            b"property float z\nelement edge 1\nproperty int vertex1\nproperty int vertex2\nend_header\n"
+            b"1 2 3\n4 5 6\n0 1\n",
         ),
         ("c.ply", None),
         ("d.off", b"OFF\n2 0 0\n1 2 3\n4 5 6"),

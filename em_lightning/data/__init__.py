@@ -1,6 +1,15 @@
-"""LightningDataModules of point clouds, small images, point sets from mixtures and large tables; readers and samplers."""
+"""LightningDataModules of point clouds, images, mixture samples and large tables; readers of point cloud files."""
 
-from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
+from em_lightning.data.clouds import (
+    Cloud,
+    EpochSampler,
+    PointCloudBatch,
+    RandomDataset,
+    Shape,
+    collate_clouds,
+    draw_cloud,
+    from_pyg,
+)
 from em_lightning.data.idx import idx_shape, read_idx
 from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
 from em_lightning.data.images import MNIST, Digits
@@ -8,7 +17,7 @@ from em_lightning.data.meshes import GeometricShapes, ModelNet
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import PointCloudDataModule, PointCloudFolder, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
-from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
+from em_lightning.data.sampling import Normalization, Surface, random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 from em_lightning.data.tables import Table, TableBatch, TableBlocks
 from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
@@ -18,7 +27,6 @@ __all__ = [
     "FAMILIES",
     "MNIST",
     "Cloud",
-    "CloudDataset",
     "Digits",
     "EpochSampler",
     "GaussianBlobs",
@@ -34,6 +42,7 @@ __all__ = [
     "PointSetBatch",
     "PointSetBatches",
     "ProceduralSurfaces",
+    "RandomDataset",
     "Shape",
     "Surface",
     "Table",
@@ -45,6 +54,7 @@ __all__ = [
     "Tensors",
     "bright_pixels",
     "collate_clouds",
+    "draw_cloud",
     "from_pyg",
     "idx_shape",
     "parse_points",
@@ -52,5 +62,4 @@ __all__ = [
     "random_surface",
     "read_idx",
     "read_points",
-    "sample_surface",
 ]

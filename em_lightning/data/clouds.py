@@ -92,17 +92,14 @@ def _pad(sets: list[Tensor]) -> tuple[Tensor, Tensor]:
 def from_pyg(batch: Any) -> tuple[Tensor, Tensor]:
     """Return the points of a PyG batch as padded sets and their mask.
 
-    ``torch_geometric.utils.to_dense_batch`` returns wrong sets if the batch index is not sorted; this function accepts
-    any order and keeps the order within each set. An empty graph becomes a row of padding.
+    Unlike ``torch_geometric.utils.to_dense_batch`` it does not need a sorted batch index. The order within each set is
+    kept; an empty graph becomes a row of padding.
 
     Args:
         batch: a ``Data`` or ``Batch`` with positions ``pos`` (or features ``x``) and, for several graphs, ``batch``.
 
     Returns:
         Points (B, N, D) and mask (B, N).
-
-    Raises:
-        ValueError: ``batch`` has neither positions nor features.
 
     Example:
         >>> from types import SimpleNamespace
@@ -155,66 +152,61 @@ class Shape(NamedTuple):
 ShapeSource = Callable[[int, torch.Generator], Shape]  # the index of a shape and the source of randomness
 
 
-class CloudDataset(Dataset[Cloud]):
-    """Clouds drawn from shapes: an item is a function of (seed, split, epoch, index).
-
-    The key of an item is its index, which means epoch 0, or (epoch, index) from :class:`EpochSampler`. Workers, ranks
-    and resumption change no item.
+def draw_cloud(
+    shape: ShapeSource, num_points: int, noise: float, rotate: str, index: int, generator: torch.Generator
+) -> Cloud:
+    """Draw a cloud from shape ``index``.
 
     Args:
-        shape: function that returns the shape of an index, given a source of randomness.
-        size: number of clouds.
-        split: ``"train"``, ``"val"`` or ``"test"``; each has its own random numbers.
-        num_points: number of points to fit and number of held-out points. A set of points is split into two disjoint
+        shape: function that returns a shape.
+        num_points: number of points to fit and number of held-out points. A set of points is divided into two disjoint
             halves of at most ``num_points``.
-        seed: at least 0.
         noise: standard deviation of Gaussian jitter, in normalized units.
-        rotate: ``"none"``, ``"z"`` or ``"so3"``: a random rotation of each cloud about its center.
+        rotate: ``"none"``, ``"z"`` or ``"so3"``: a random rotation about the center.
+        index: index of the shape.
+        generator: source of randomness.
+    """
+    content, normalization, label = shape(index, generator)
+    if isinstance(content, Surface):
+        points, fit = content.sample(2 * num_points, generator), num_points
+    else:
+        order = torch.randperm(len(content), generator=generator)
+        fit = min(num_points, (len(order) + 1) // 2)
+        # float64 until the points are centered: float32 rounds coordinates far from the origin.
+        points = content[order[: fit + num_points]].double()
+        normalization = Normalization.of(points[:fit])
+        points = normalization.apply(points).float()
+    assert normalization is not None
+    if rotate != "none":
+        points = points @ random_rotation(generator, rotate).float().T
+    if noise > 0:
+        points = points + noise * torch.randn(points.shape, generator=generator)
+    return Cloud(points[:fit], points[fit:], normalization, label, index)
+
+
+class RandomDataset(Dataset[Any]):
+    """Random items: an item is a function of (seed, split, epoch, index), independent of workers and ranks.
+
+    The key of an item is its index, which means epoch 0, or (epoch, index) from :class:`EpochSampler`.
+
+    Args:
+        draw: function that returns an item, given its index and a source of randomness.
+        size: number of items.
+        split: ``"train"``, ``"val"`` or ``"test"``; each has its own random numbers.
+        seed: at least 0.
     """
 
-    def __init__(
-        self,
-        shape: ShapeSource,
-        size: int,
-        split: str,
-        num_points: int,
-        seed: int = 0,
-        noise: float = 0.0,
-        rotate: str = "none",
-    ) -> None:
-        self.shape = shape
-        self.size = size
-        self.split = split
-        self.num_points = num_points
-        self.seed = seed
-        self.noise = noise
-        self.rotate = rotate
+    def __init__(self, draw: Callable[[int, torch.Generator], Any], size: int, split: str, seed: int = 0) -> None:
+        self.draw, self.size, self.split, self.seed = draw, size, split, seed
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Cloud:
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} must be from 0 to {len(self) - 1} in the {self.split} split")
-        generator = generator_of(self.seed, SPLITS.index(self.split), epoch, index)
-        shape = self.shape(index, generator)
-        if isinstance(shape.content, Surface):
-            points = shape.content.sample(2 * self.num_points, generator)
-            fit, normalization = self.num_points, shape.normalization
-        else:
-            order = torch.randperm(len(shape.content), generator=generator)
-            fit = min(self.num_points, (len(order) + 1) // 2)
-            # float64 until the points are centered: float32 rounds coordinates far from the origin.
-            points = shape.content[order[: fit + self.num_points]].double()
-            normalization = Normalization.of(points[:fit])
-            points = normalization.apply(points).float()
-        assert normalization is not None
-        if self.rotate != "none":
-            points = points @ random_rotation(generator, self.rotate).float().T
-        if self.noise > 0:
-            points = points + self.noise * torch.randn(points.shape, generator=generator)
-        return Cloud(points[:fit], points[fit:], normalization, shape.label, index)
+        if not 0 <= index < self.size:
+            raise IndexError(f"index={index} must be from 0 to {self.size - 1} in the {self.split} split")
+        return self.draw(index, generator_of(self.seed, SPLITS.index(self.split), epoch, index))
 
 
 class EpochSampler(DistributedSampler[Any]):

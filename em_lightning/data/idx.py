@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ def _read(path: Path, header_only: bool) -> tuple[tuple[int, ...], Tensor]:
     return shape, torch.from_numpy(np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("=")))
 
 
-def _header(file: IO[bytes]) -> tuple[np.dtype, tuple[int, ...]]:
+def _header(file: Any) -> tuple[np.dtype, tuple[int, ...]]:
     start = file.read(4)
     if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _DTYPES or start[3] == 0:
         raise ValueError(f"the first bytes are {start!r}")

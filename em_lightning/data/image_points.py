@@ -128,7 +128,7 @@ class ImagePointSets(TensorDataModule):
     Source: Qi et al., PointNet++, 2017, section 4.1.
     """
 
-    num_features = 2  # type: ignore[assignment]
+    num_features = 2
 
     def __init__(
         self,
@@ -175,9 +175,10 @@ class ImagePointSets(TensorDataModule):
         if not self.pixels:
             self.pixels = {split: bright_pixels(part.x, self.threshold) for split, part in self.splits.items()}
 
-    def source(self) -> str:
-        """Return a short description of the data."""
-        return f"sets of {self.num_points} points from {self.images.source()}"
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        """A short description of the data."""
+        return f"sets of {self.num_points} points from {self.images.source}"
 
     def loader(self, split: str) -> PointSetBatches:
         """Return the batches of a split; those of ``"train"`` have a new order and new points in every epoch."""

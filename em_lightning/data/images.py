@@ -44,6 +44,7 @@ class Digits(TensorDataModule):
 
     shape = (1, 8, 8)
     class_names = [str(i) for i in range(10)]
+    source = "scikit-learn's digits (8 x 8 pixels, no download)"
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -57,10 +58,6 @@ class Digits(TensorDataModule):
         part = slice(cut) if train else slice(cut, None)
         x = torch.from_numpy(images[part].astype(np.float32) / 16).unflatten(1, self.shape)
         return Tensors(x, torch.from_numpy(labels[part]))
-
-    def source(self) -> str:
-        """Return a short description of the data."""
-        return "scikit-learn's digits (8 x 8 pixels, no download)"
 
 
 class MNIST(TensorDataModule):
@@ -117,8 +114,9 @@ class MNIST(TensorDataModule):
             raise ValueError(f"{labels}: label {int(y.max())} does not occur in training")
         return Tensors(x.unsqueeze(1), y.long())
 
-    def source(self) -> str:
-        """Return a short description of the data."""
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        """A short description of the data."""
         path = self._path("train-images-idx3-ubyte")
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         known = hashlib.md5(content, usedforsecurity=False).hexdigest() == _TRAINING_IMAGES

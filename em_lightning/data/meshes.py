@@ -86,6 +86,8 @@ class GeometricShapes(PointCloudDataModule):
         self.clouds_per_mesh = clouds_per_mesh
         self.eval_clouds_per_mesh = eval_clouds_per_mesh
         self.held_out_classes = held_out_classes
+        self.source = f"meshes of PyG's GeometricShapes {'downloaded' if root is None else f'from {root}'}"
+        self.source += f", {held_out_classes} classes in the test only" if held_out_classes else ""
         self._meshes: Meshes = []
 
     @property
@@ -130,12 +132,6 @@ class GeometricShapes(PointCloudDataModule):
         repeats = self.clouds_per_mesh if split == "train" else self.eval_clouds_per_mesh
         return partial(known_shape, known), len(known) * repeats
 
-    def source(self) -> str:
-        """Return a short description of the shapes."""
-        where = "downloaded" if self.root is None else f"from {self.root}"
-        held_out = f", {self.held_out_classes} classes in the test only" if self.held_out_classes else ""
-        return f"meshes of PyG's GeometricShapes {where}{held_out}"
-
 
 def _pyg_shape(source: Any, items: Sequence[int], index: int, generator: torch.Generator) -> Shape:
     # Areas are computed when a cloud is drawn: those of all meshes take too much memory.
@@ -172,12 +168,13 @@ class ModelNet(PointCloudDataModule):
         self.name = name
         self.root = root
         self.val_fraction = val_fraction
+        self.source = f"meshes of ModelNet{name}" + (f" in {root}" if root else "")
 
     def prepare_data(self) -> None:
         """Convert the data set, once."""
-        self._source(True)
+        self._data(True)
 
-    def _source(self, train: bool) -> Any:
+    def _data(self, train: bool) -> Any:
         from torch_geometric.datasets import ModelNet as Source
 
         folder = Path(self.root or f"{CACHE}/ModelNet{self.name}").expanduser()
@@ -196,7 +193,7 @@ class ModelNet(PointCloudDataModule):
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return the meshes of a split."""
-        source = self._source(train=split != "test")
+        source = self._data(train=split != "test")
         self.class_names = sorted(path.name for path in Path(source.raw_dir).iterdir() if path.is_dir())
         items = list(range(len(source)))
         if split != "test":
@@ -204,7 +201,3 @@ class ModelNet(PointCloudDataModule):
             val = max(1, round(self.val_fraction * len(order)))
             items = order[:val] if split == "val" else order[val:]
         return partial(_pyg_shape, source, items), len(items)
-
-    def source(self) -> str:
-        """Return a short description of the shapes."""
-        return f"meshes of ModelNet{self.name}" + (f" in {self.root}" if self.root else "")

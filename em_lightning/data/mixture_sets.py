@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from em_lightning.data.base import SPLITS, SplitDataModule, at_least, generator_of
-from em_lightning.data.clouds import EpochSampler
+from em_lightning.data.base import SplitDataModule, at_least
+from em_lightning.data.clouds import EpochSampler, RandomDataset
 from em_lightning.mixture import Mixture
 
 
@@ -140,26 +141,11 @@ class MixtureSets(SplitDataModule):
 
     def loader(self, split: str) -> DataLoader[MixtureSetBatch]:
         """Return the batches of a split; those of ``"train"`` are divided among ranks."""
-        batches = _Batches(self, split)
+        size = -(-self.num_sets[split] // self.batch_size)
+        batches = RandomDataset(partial(self._draw, split), size, split, self.seed)
         sampler = EpochSampler(batches, *self.ranks, self.seed) if split == "train" else None
         return DataLoader(batches, batch_size=None, sampler=sampler)
 
-
-class _Batches(Dataset[MixtureSetBatch]):
-    """Batches as items, by index, or by (epoch, index) if they change from epoch to epoch."""
-
-    def __init__(self, source: MixtureSets, split: str) -> None:
-        self.source = source
-        self.split = split
-
-    def __len__(self) -> int:
-        return -(-self.source.num_sets[self.split] // self.source.batch_size)
-
-    def __getitem__(self, key: Any) -> MixtureSetBatch:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        source = self.source
-        num_sets = min(source.batch_size, source.num_sets[self.split] - index * source.batch_size)
-        generator = generator_of(source.seed, SPLITS.index(self.split), epoch, index)
-        return source.draw(num_sets, source.fresh[self.split], generator)
+    def _draw(self, split: str, index: int, generator: torch.Generator) -> MixtureSetBatch:
+        num_sets = min(self.batch_size, self.num_sets[split] - index * self.batch_size)
+        return self.draw(num_sets, self.fresh[split], generator)

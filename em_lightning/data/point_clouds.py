@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from em_lightning.data.base import SPLITS, SplitDataModule, at_least, one_of
-from em_lightning.data.clouds import CloudDataset, EpochSampler, PointCloudBatch, Shape, ShapeSource, collate_clouds
+from em_lightning.data.clouds import (
+    Cloud,
+    EpochSampler,
+    PointCloudBatch,
+    RandomDataset,
+    Shape,
+    ShapeSource,
+    collate_clouds,
+    draw_cloud,
+)
 from em_lightning.data.readers import SUPPORTED, TEXTS, holds_points, read_points
 from em_lightning.data.sampling import random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
@@ -22,7 +31,7 @@ class PointCloudDataModule(SplitDataModule):
     """Batches of point clouds, each with points to fit and held-out points of the same shape.
 
     Training clouds are drawn anew in every epoch; validation and test clouds are fixed by the seed. An item is a
-    function of (seed, split, epoch, index). Subclasses define :meth:`shapes` and :meth:`source`.
+    function of (seed, split, epoch, index). Subclasses define :meth:`shapes` and ``source``.
 
     Args:
         num_points: points of a cloud to fit, and as many held out.
@@ -38,6 +47,7 @@ class PointCloudDataModule(SplitDataModule):
     """
 
     num_features = 3
+    source: str  # a short description of the shapes
 
     def __init__(
         self,
@@ -59,7 +69,7 @@ class PointCloudDataModule(SplitDataModule):
         self.noise = noise
         self.rotate = rotate
         self.class_names: list[str] = []
-        self.datasets: dict[str, CloudDataset] = {}
+        self.datasets: dict[str, RandomDataset] = {}
 
     @property
     def num_classes(self) -> int:
@@ -71,30 +81,28 @@ class PointCloudDataModule(SplitDataModule):
         """Return the shapes of a split and their number, and set ``class_names``."""
         raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")
 
-    def source(self) -> str:
-        """Return a short description of the shapes."""
-        raise NotImplementedError(f"{type(self).__name__} must define source()")
-
     def describe(self) -> str:
         """Return one line that describes the data, with the numbers of clouds after :meth:`setup`."""
         counts = ", ".join(f"{len(data)} {split}" for split, data in self.datasets.items())
         counts = f": {counts} clouds" if counts else ""
-        return f"{self.source()}, {self.num_points} points per cloud to fit and as many held out{counts}"
+        return f"{self.source}, {self.num_points} points per cloud to fit and as many held out{counts}"
 
     def setup(self, stage: str | None = None) -> None:
         """Create the datasets of all splits, once."""
         if not self.datasets:
-            self.datasets = {
-                split: CloudDataset(*self.shapes(split), split, self.num_points, self.seed, self.noise, rotate)
-                for split, rotate in zip(SPLITS, (self.rotate, "none", "none"), strict=True)
-            }
+            self.datasets = {split: RandomDataset(*self._items(split), split, self.seed) for split in SPLITS}
+
+    def _items(self, split: str) -> tuple[Callable[[int, torch.Generator], Cloud], int]:
+        shape, size = self.shapes(split)
+        rotate = self.rotate if split == "train" else "none"
+        return partial(draw_cloud, shape, self.num_points, self.noise, rotate), size
 
     def loader(self, split: str) -> DataLoader[PointCloudBatch]:
         """Return the batches of a split; those of ``"train"`` are shuffled and divided among ranks."""
         self.setup()
         data = self.datasets[split]
         return DataLoader(
-            data,  # type: ignore[arg-type]
+            data,
             batch_size=self.batch_size,
             sampler=EpochSampler(data, *self.ranks, self.seed) if split == "train" else None,
             num_workers=self.num_workers,
@@ -145,14 +153,11 @@ class ProceduralSurfaces(PointCloudDataModule):
             raise ValueError(f"families={families} must be some of {', '.join(FAMILIES)}")
         self.sizes = {"train": train_clouds, "val": val_clouds, "test": test_clouds}
         self.class_names = list(families or FAMILIES)
+        self.source = f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return random surfaces."""
         return partial(_random_shape, self.class_names), self.sizes[split]
-
-    def source(self) -> str:
-        """Return a short description of the shapes."""
-        return f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
 
 
 class PointCloudFolder(PointCloudDataModule):
@@ -162,7 +167,7 @@ class PointCloudFolder(PointCloudDataModule):
     Otherwise, and for validation without a folder of its own, files are split in the order of a hash of their names, so
     that all machines agree; with fewer than three files every split holds all of them. Points are drawn from meshes;
     point clouds are divided into points to fit and held-out points, and padded if they are smaller than ``num_points``.
-    Hidden files are skipped, and without a ``pattern`` also text files that do not begin with points, such as README.txt.
+    Hidden files are skipped, and without a ``pattern`` text files that do not begin with points, such as README.txt.
 
     Args:
         root: the folder.
@@ -201,12 +206,13 @@ class PointCloudFolder(PointCloudDataModule):
         self.clouds_per_file = clouds_per_file
         self.pattern = pattern
         self.drop_non_finite = drop_non_finite
-        self.skipped: list[str] = []
+        self.source = f"files in {self.root}"
         self._files: dict[str, list[str]] = {}
 
     def _find(self) -> list[str]:
-        """Return the names of all files to read, and set ``skipped``."""
-        names = []
+        """Return the names of all files to read; ``source`` tells how many text files were skipped."""
+        names: list[str] = []
+        skipped: list[str] = []
         for path in self.root.rglob(self.pattern or "*"):
             name = path.relative_to(self.root)
             if path.suffix.lower() not in SUPPORTED or not path.is_file():
@@ -214,10 +220,12 @@ class PointCloudFolder(PointCloudDataModule):
             if any(part.startswith(".") for part in name.parts):
                 continue
             text = self.pattern is None and path.suffix.lower() in TEXTS
-            (names if not text or holds_points(path) else self.skipped).append(name.as_posix())
+            (names if not text or holds_points(path) else skipped).append(name.as_posix())
         if not names:
             what = f"{self.pattern!r} matches no" if self.pattern else "no"
             raise ValueError(f"root={str(self.root)!r} has {what} {', '.join(SUPPORTED)} file")
+        if skipped:
+            self.source += f" ({len(skipped)} text files without points skipped)"
         return sorted(names)
 
     def _split(self) -> None:
@@ -261,11 +269,6 @@ class PointCloudFolder(PointCloudDataModule):
             label = self.class_names.index(self._label(name))
             known.append(shape_of(points, faces, str(self.root / name), label))
         return partial(known_shape, known), len(known) * (self.clouds_per_file if split == "train" else 1)
-
-    def source(self) -> str:
-        """Return a short description of the shapes."""
-        skipped = f" ({len(self.skipped)} text files without points skipped)" if self.skipped else ""
-        return f"files in {self.root}{skipped}"
 
 
 def known_shape(known: Sequence[Shape], index: int, generator: torch.Generator) -> Shape:

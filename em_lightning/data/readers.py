@@ -7,6 +7,7 @@ import re
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +107,7 @@ def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tupl
     if faces is not None and len(faces) and not 0 <= faces.min() <= faces.max() < len(points):
         bad = faces.min() if faces.min() < 0 else faces.max()
         raise ValueError(f"a face refers to point {bad}, but the points are 0 to {len(points) - 1}")
-    finite = np.isfinite(points).all(1)
+    finite = np.asarray(np.isfinite(points).all(1))
     if not finite.all():
         if not drop_non_finite:
             bad = int(finite.argmin())
@@ -169,10 +170,11 @@ def _parse_text(data: bytes) -> Points:
 def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
     import trimesh
 
-    prepare = {".off": _prepare_off, ".ply": _prepare_ply, ".obj": _prepare_obj, ".stl": bytes}[ending]
-    content = io.BytesIO(prepare(data))
+    prepare = {".off": _prepare_off, ".ply": _prepare_ply, ".obj": _prepare_obj}
+    content = io.BytesIO(prepare[ending](data) if ending in prepare else data)
     scene = trimesh.load_scene(content, file_type=ending[1:], process=False, skip_materials=True)
     points, faces, start = [np.empty((0, 3))], [np.empty((0, 3), dtype=np.int64)], 0
+    part: Any
     for part in scene.dump():
         points.append(np.asarray(part.vertices, dtype=np.float64))
         faces.append(np.asarray(getattr(part, "faces", faces[0]), dtype=np.int64).reshape(-1, 3) + start)

@@ -1,4 +1,4 @@
-"""Points drawn uniformly from triangle meshes, normalization of clouds, and random rotations."""
+"""Surfaces from which points are drawn uniformly, normalization of clouds, and random rotations."""
 
 from __future__ import annotations
 
@@ -51,12 +51,23 @@ class Normalization(NamedTuple):
 
 
 class Surface(NamedTuple):
-    """A triangle mesh with its areas, ready for sampling.
+    """A triangle mesh with its areas, from which points are drawn uniformly by area.
+
+    A triangle is drawn with probability proportional to its area; in it, x = a + sqrt(u) ((1 - v) (b - a) + v (c - a))
+    with u, v uniform in [0, 1].
 
     Args:
         vertices: (V, 3) float64.
         faces: (F, 3) long, rows of ``vertices``.
         cumulative_areas: (F,) float64, the cumulative sum of the triangle areas.
+
+    Example:
+        >>> surface = Surface.of(torch.eye(3), torch.tensor([[0, 1, 2]]))
+        >>> points = surface.sample(1000, torch.Generator().manual_seed(0))
+        >>> points.shape, torch.allclose(points.sum(1), torch.ones(1000))
+        (torch.Size([1000, 3]), True)
+
+    Source: Osada et al., Shape distributions, 2002.
     """
 
     vertices: Tensor
@@ -93,39 +104,6 @@ class Surface(NamedTuple):
         a, b, c = self.vertices.index_select(0, corners.flatten()).view(num_points, 3, 3).unbind(1)
         root, v = u[:, 1:2].sqrt(), u[:, 2:3]
         return (a + root * ((b - a) * (1 - v) + (c - a) * v)).float()
-
-
-def sample_surface(
-    vertices: Tensor, faces: Tensor, num_points: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Return points drawn uniformly by area from a triangle mesh.
-
-    A triangle is drawn with probability proportional to its area; in it, x = a + sqrt(u) ((1 - v) (b - a) + v (c - a))
-    with u, v uniform in [0, 1]. Computed in float64.
-
-    Args:
-        vertices: (V, 3).
-        faces: (F, 3), rows of ``vertices``.
-        num_points: N, at least 1.
-        generator: the source of randomness; ``None`` means torch's global one.
-
-    Returns:
-        Points (N, 3) float32.
-
-    Raises:
-        ValueError: as :meth:`Surface.of`, or ``num_points`` is below 1.
-
-    Example:
-        >>> triangle = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-        >>> points = sample_surface(triangle, torch.tensor([[0, 1, 2]]), 1000, torch.Generator().manual_seed(0))
-        >>> points.shape, bool((points.sum(1) <= 1).all()), points[:, 2].abs().max().item()
-        (torch.Size([1000, 3]), True, 0.0)
-
-    Source: Osada et al., Shape distributions, 2002.
-    """
-    if num_points < 1:
-        raise ValueError(f"num_points={num_points} must be at least 1")
-    return Surface.of(vertices, faces).sample(num_points, generator)
 
 
 def random_rotation(generator: torch.Generator | None = None, axis: str = "so3") -> Tensor:

@@ -63,7 +63,8 @@ class Table:
             self.source = f"{len(self.parts)} shards in {path}" if path.is_dir() else str(path)
             missing = [part for part in self.parts if isinstance(part, Path) and not part.is_file()]
             if missing or not self.parts:
-                raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files")
+                wrong = f" ({missing[0]})" if missing else ""
+                raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files{wrong}")
         self.shapes: dict[Path, tuple[int, ...]] = {}
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else self._open(part).shape for part in self.parts]
         for part, shape in zip(self.parts, shapes, strict=True):

@@ -58,23 +58,17 @@ class TabularDataModule(SplitDataModule):
         self.seed = seed
         self.tables: dict[str, Table] = {}
 
-    def sources(self) -> dict[str, Any]:
-        """Return the sources of ``"train"`` and, where given, of ``"weights"`` and ``"held_out"``."""
-        given = {"train": self.data, "weights": self.weights, "held_out": self.held_out}
-        return {name: source for name, source in given.items() if source is not None}
-
     def setup(self, stage: str | None = None) -> None:
         """Open the tables, once."""
         if self.tables:
             return
-        names = {"train": "data"}
-        self.tables = {
-            name: Table(source, ndim=1 if name == "weights" else 2, name=names.get(name, name))
-            for name, source in self.sources().items()
-        }
-        train, held_out = self.tables["train"], self.tables.get("held_out", self.tables["train"])
-        if held_out.shape[1] != train.shape[1]:
-            raise ValueError(f"held_out must have as many features as data, got {held_out.shape[1]}, {train.shape[1]}")
+        self.tables["train"] = train = Table(self.data)
+        if self.weights is not None:
+            self.tables["weights"] = Table(self.weights, ndim=1, name="weights")
+        if self.held_out is not None:
+            self.tables["held_out"] = held_out = Table(self.held_out, name="held_out")
+            if held_out.shape[1] != train.shape[1]:
+                raise ValueError(f"held_out and data must have equal widths, got {held_out.shape[1]}, {train.shape[1]}")
 
     @property
     def num_features(self) -> int:
@@ -196,13 +190,11 @@ class GaussianBlobs(TabularDataModule):
                 np.save(partial / f"{number}.npy", shard)
         partial.rename(self.path)
 
-    def sources(self) -> dict[str, Any]:
-        """Return the training rows, or the path that holds them, and the held-out rows."""
-        train = self._draw(1, self.num_points) if self.storage == "memory" else self.path
-        return {"train": train, "held_out": self._draw(2, self.held_out_points)}
-
-    def describe(self) -> str:
-        """Return one line that describes the data."""
-        described = super().describe()
-        source = self.tables["train"].source
-        return described.replace(f"from {source}", f"from a mixture of {self.true_components} Gaussians ({source})")
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the rows, or open the files that hold them, once."""
+        if not self.tables:
+            self.data = self._draw(1, self.num_points) if self.storage == "memory" else str(self.path)
+            self.held_out = self._draw(2, self.held_out_points)
+            super().setup()
+            train = self.tables["train"]
+            train.source = f"a mixture of {self.true_components} Gaussians ({train.source})"

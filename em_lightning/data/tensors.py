@@ -85,7 +85,7 @@ class Tensors(NamedTuple):
 
 
 class TensorDataModule(SplitDataModule):
-    """A data set in memory. Subclasses define :meth:`load`, :meth:`source`, ``shape`` and ``class_names``.
+    """A data set in memory. Subclasses define :meth:`load`, ``source``, ``shape`` and ``class_names``.
 
     Args:
         batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
@@ -101,6 +101,7 @@ class TensorDataModule(SplitDataModule):
 
     shape: tuple[int, ...]
     class_names: list[str]
+    source: str  # a short description of the data
 
     def __init__(
         self, batch_size: int = 128, eval_batch_size: int = 2000, val_size: int = 0, seed: int = 0, split_seed: int = 0
@@ -129,16 +130,12 @@ class TensorDataModule(SplitDataModule):
         """Return the training or the test items, floats or uint8 from 0 to 255."""
         raise NotImplementedError(f"{type(self).__name__} must define load(train)")
 
-    def source(self) -> str:
-        """Return a short description of the data."""
-        raise NotImplementedError(f"{type(self).__name__} must define source()")
-
     def describe(self) -> str:
         """Return one line that describes the data."""
         self.setup()
         same = self.splits["val"] is self.splits["test"]
         sizes = [f"{len(part.y)} {split}" for split, part in self.splits.items() if not (same and split == "val")]
-        return f"{self.source()}: {', '.join(sizes)}" + (" (also used for validation)" if same else "")
+        return f"{self.source}: {', '.join(sizes)}" + (" (also used for validation)" if same else "")
 
     def setup(self, stage: str | None = None) -> None:
         """Load all splits, once."""
