@@ -10,7 +10,7 @@ from em_lightning.data.clouds import (
     draw_cloud,
     from_pyg,
 )
-from em_lightning.data.idx import idx_shape, read_idx
+from em_lightning.data.idx import read_idx
 from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
 from em_lightning.data.images import MNIST, Digits
 from em_lightning.data.meshes import GeometricShapes, ModelNet
@@ -56,7 +56,6 @@ __all__ = [
     "collate_clouds",
     "draw_cloud",
     "from_pyg",
-    "idx_shape",
     "parse_points",
     "random_rotation",
     "random_surface",

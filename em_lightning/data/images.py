@@ -12,7 +12,7 @@ import torch
 
 from em_lightning.data.base import CACHE
 from em_lightning.data.download import download
-from em_lightning.data.idx import idx_shape, read_idx
+from em_lightning.data.idx import read_idx
 from em_lightning.data.tensors import TensorDataModule, Tensors
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -79,7 +79,7 @@ class MNIST(TensorDataModule):
         self.class_names = [str(i) for i in range(10)]
         if root is not None and not self._folder.is_dir():
             raise ValueError(f"root={root!r} must be a folder with {next(iter(MNIST_HASHES))}.gz, or None to download")
-        self.shape = (1, 28, 28) if root is None else (1, *idx_shape(self._path("train-images-idx3-ubyte"))[1:])
+        self.shape = (1, 28, 28) if root is None else (1, *read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:])
 
     @property
     def _folder(self) -> Path:
