@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
+import lightning
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,6 +59,9 @@ class TabularDataModule(SplitDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.tables: dict[str, Table] = {}
+        if held_out is None:
+            # Lightning skips validation if this is the method of its own class, and warns of an empty list.
+            self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
         """Open the tables, once."""
@@ -93,11 +98,9 @@ class TabularDataModule(SplitDataModule):
         shuffle = self.shuffle and train and not whole
         return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
 
-    def loader(self, split: str) -> Any:
-        """Return the blocks of a split for this rank; an empty list if there is no validation."""
+    def loader(self, split: str) -> TableBlocks:
+        """Return the blocks of a split for this rank."""
         self.setup()
-        if split == "val" and "held_out" not in self.tables:
-            return []
         return self.blocks("held_out" if split != "train" and "held_out" in self.tables else "train")
 
 
@@ -139,7 +142,7 @@ class GaussianBlobs(TabularDataModule):
         at_least(1, num_features=num_features, true_components=true_components, held_out_points=held_out_points)
         at_least(3, num_points=num_points)
         one_of(("memory", "npy", "shards"), storage=storage)
-        super().__init__("", block_rows=block_rows, shuffle=shuffle, seed=seed)
+        super().__init__("", held_out="", block_rows=block_rows, shuffle=shuffle, seed=seed)
         self.num_points = num_points
         self.true_components = true_components
         self.held_out_points = held_out_points
