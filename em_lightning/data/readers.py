@@ -86,7 +86,8 @@ def holds_points(path: Path) -> bool:
     """Return whether one of the first two lines of a text file begins with three numbers."""
     with path.open("rb") as file:
         lines = _lines(file.read(4096))
-    return any(re.match(r"(?:[-+.,\d][-+.,\deE]*[\s,;]+){2}[-+.,\d]", line) for line in lines[:2])
+    number = r"[-+]?(?:nan|inf|[.,]?\d[-+.,\de]*)"
+    return any(re.match(rf"(?:{number}[\s,;]+){{2}}{number}", line, re.IGNORECASE) for line in lines[:2])
 
 
 def map_npy(path: Path) -> np.ndarray:
