@@ -30,10 +30,8 @@ _TRAINING_IMAGES = "6bbc9ace898e44ae57da46a324031adb"
 class Digits(TensorDataModule):
     """scikit-learn's digits: 1,797 images of 8 x 8 pixels, which are part of its package; needs no download.
 
-    The test is the last fifth of the file, most of it by other writers than the rest.
-
-    Args:
-        **options: arguments of :class:`TensorDataModule`.
+    The test is the last fifth of the file, most of it by other writers than the rest. The arguments are those of
+    :class:`TensorDataModule`.
 
     Example:
         >>> data = Digits(batch_size=32)
@@ -45,9 +43,6 @@ class Digits(TensorDataModule):
     shape = (1, 8, 8)
     class_names = [str(i) for i in range(10)]
     source = "scikit-learn's digits (8 x 8 pixels, no download)"
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
 
     def load(self, train: bool) -> Tensors:
         """Return the first four fifths of the images, with pixels from 0 to 1, or the last fifth."""

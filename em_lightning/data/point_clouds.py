@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from em_lightning.data.base import SPLITS, SplitDataModule, at_least, one_of
 from em_lightning.data.clouds import (
-    Cloud,
     EpochSampler,
     PointCloudBatch,
     RandomDataset,
@@ -89,13 +88,14 @@ class PointCloudDataModule(SplitDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Create the datasets of all splits, once."""
-        if not self.datasets:
-            self.datasets = {split: RandomDataset(*self._items(split), split, self.seed) for split in SPLITS}
-
-    def _items(self, split: str) -> tuple[Callable[[int, torch.Generator], Cloud], int]:
-        shape, size = self.shapes(split)
-        rotate = self.rotate if split == "train" else "none"
-        return partial(draw_cloud, shape, self.num_points, self.noise, rotate), size
+        if self.datasets:
+            return
+        datasets = {}
+        for split in SPLITS:
+            shape, size = self.shapes(split)
+            draw = partial(draw_cloud, shape, self.num_points, self.noise, self.rotate if split == "train" else "none")
+            datasets[split] = RandomDataset(draw, size, split, self.seed)
+        self.datasets = datasets
 
     def loader(self, split: str) -> DataLoader[PointCloudBatch]:
         """Return the batches of a split; those of ``"train"`` are shuffled and divided among ranks."""

@@ -67,13 +67,15 @@ class TabularDataModule(SplitDataModule):
         """Open the tables, once."""
         if self.tables:
             return
-        self.tables["train"] = train = Table(self.data)
+        tables = {"train": Table(self.data)}
         if self.weights is not None:
-            self.tables["weights"] = Table(self.weights, ndim=1, name="weights")
+            tables["weights"] = Table(self.weights, ndim=1, name="weights")
         if self.held_out is not None:
-            self.tables["held_out"] = held_out = Table(self.held_out, name="held_out")
-            if held_out.shape[1] != train.shape[1]:
-                raise ValueError(f"held_out and data must have equal widths, got {held_out.shape[1]}, {train.shape[1]}")
+            tables["held_out"] = Table(self.held_out, name="held_out")
+            widths = tables["held_out"].shape[1], tables["train"].shape[1]
+            if widths[0] != widths[1]:
+                raise ValueError(f"held_out and data must have equal widths, got {widths[0]}, {widths[1]}")
+        self.tables = tables
 
     @property
     def num_features(self) -> int:
