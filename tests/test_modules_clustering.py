@@ -50,9 +50,9 @@ def test_batches_depend_on_seed_split_epoch_and_index_alone():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"min_points": 10, "max_points": 5}, "max_points=5 is too small; give 10 or more"),
+        ({"min_points": 10, "max_points": 5}, "max_points=5 .* 10"),
         ({"scale": 0.0}, "scale=0.0 must be positive"),
-        ({"batch_size": 0}, "batch_size=0 is too small"),
+        ({"batch_size": 0}, "batch_size=0 .* 1"),
     ],
 )
 def test_wrong_data_is_answered(arguments, words):

@@ -1,15 +1,23 @@
-"""LightningDataModules: point clouds with their readers and samplers, small images, sets of mixtures, large tables."""
+"""LightningDataModules of point clouds, images, mixture samples and large tables; readers of point cloud files."""
 
-from em_lightning.data.base import PointCloudDataModule
-from em_lightning.data.clouds import Cloud, CloudDataset, EpochSampler, PointCloudBatch, Shape, collate_clouds, from_pyg
-from em_lightning.data.folder import PointCloudFolder
-from em_lightning.data.idx import idx_shape, read_idx
+from em_lightning.data.clouds import (
+    Cloud,
+    EpochSampler,
+    PointCloudBatch,
+    RandomDataset,
+    Shape,
+    collate_clouds,
+    draw_cloud,
+    from_pyg,
+)
+from em_lightning.data.idx import read_idx
 from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
 from em_lightning.data.images import MNIST, Digits
+from em_lightning.data.meshes import GeometricShapes, ModelNet
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
-from em_lightning.data.point_clouds import GeometricShapes, ModelNet, ProceduralSurfaces
+from em_lightning.data.point_clouds import PointCloudDataModule, PointCloudFolder, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
-from em_lightning.data.sampling import Normalization, Surface, random_rotation, sample_surface
+from em_lightning.data.sampling import Normalization, Surface, random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 from em_lightning.data.tables import Table, TableBatch, TableBlocks
 from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
@@ -19,7 +27,6 @@ __all__ = [
     "FAMILIES",
     "MNIST",
     "Cloud",
-    "CloudDataset",
     "Digits",
     "EpochSampler",
     "GaussianBlobs",
@@ -35,6 +42,7 @@ __all__ = [
     "PointSetBatch",
     "PointSetBatches",
     "ProceduralSurfaces",
+    "RandomDataset",
     "Shape",
     "Surface",
     "Table",
@@ -46,12 +54,11 @@ __all__ = [
     "Tensors",
     "bright_pixels",
     "collate_clouds",
+    "draw_cloud",
     "from_pyg",
-    "idx_shape",
     "parse_points",
     "random_rotation",
     "random_surface",
     "read_idx",
     "read_points",
-    "sample_surface",
 ]

@@ -1,30 +1,28 @@
-"""Point clouds as items of a dataset, and as padded batches."""
+"""Point clouds as items of a Dataset and as padded batches; a sampler that draws new clouds in every epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, DistributedSampler
 
-from em_lightning.data.loader import generator_of
+from em_lightning.data.base import SPLITS, generator_of
 from em_lightning.data.sampling import Normalization, Surface, random_rotation
-
-SPLITS = ("train", "val", "test")
 
 
 class Cloud(NamedTuple):
-    """One cloud: points to fit and fresh points of the same shape, both normalized in the same way.
+    """One cloud: points to fit and held-out points of the same shape, normalized in the same way.
 
     Args:
         points: (N, D) float32.
-        held_out: (M, D) float32; drawn from the same shape, and no point of it is in ``points``.
-        normalization: the change of units that both went through.
+        held_out: (M, D) float32; drawn from the same shape, disjoint from ``points``.
+        normalization: the change of units of both.
         label: the class.
-        index: the item of the dataset.
+        index: the index in the dataset.
     """
 
     points: Tensor
@@ -35,17 +33,17 @@ class Cloud(NamedTuple):
 
 
 class PointCloudBatch(NamedTuple):
-    """Clouds padded with zeros to the longest of them; a mask is true where there is a point.
+    """Clouds padded with zeros to the longest of them.
 
     Args:
         points: (B, N, D) float32, normalized.
-        mask: (B, N) bool.
-        held_out: (B, M, D) float32, fresh points of the same shapes in the same units.
+        mask: (B, N) bool, true for points, false for padding.
+        held_out: (B, M, D) float32, held-out points of the same shapes in the same units.
         held_out_mask: (B, M) bool.
-        center: (B, D), and
-        scale: (B,), the normalization of each cloud.
-        label: (B,) long.
-        index: (B,) long, the items of the dataset.
+        center: (B, D), center of the normalization of each cloud.
+        scale: (B,), scale of the normalization of each cloud.
+        label: (B,) long, classes.
+        index: (B,) long, indices in the dataset.
     """
 
     points: Tensor
@@ -59,7 +57,7 @@ class PointCloudBatch(NamedTuple):
 
     @property
     def normalization(self) -> Normalization:
-        """Return the change of units of every cloud."""
+        """The change of units of every cloud."""
         return Normalization(self.center, self.scale)
 
 
@@ -75,13 +73,9 @@ def collate_clouds(clouds: Sequence[Cloud]) -> PointCloudBatch:
         >>> batch.points.shape, batch.mask.tolist(), batch.index.tolist()
         (torch.Size([2, 2, 3]), [[True, True], [True, False]], [2, 1])
     """
-    points, mask = _pad([cloud.points for cloud in clouds])
-    held_out, held_out_mask = _pad([cloud.held_out for cloud in clouds])
     return PointCloudBatch(
-        points,
-        mask,
-        held_out,
-        held_out_mask,
+        *_pad([cloud.points for cloud in clouds]),
+        *_pad([cloud.held_out for cloud in clouds]),
         torch.stack([cloud.normalization.center for cloud in clouds]).float(),
         torch.stack([cloud.normalization.scale for cloud in clouds]).float(),
         torch.tensor([cloud.label for cloud in clouds]),
@@ -98,17 +92,14 @@ def _pad(sets: list[Tensor]) -> tuple[Tensor, Tensor]:
 def from_pyg(batch: Any) -> tuple[Tensor, Tensor]:
     """Return the points of a PyG batch as padded sets and their mask.
 
-    Unlike ``torch_geometric.utils.to_dense_batch``, which scrambles the sets in silence when the batch index is not
-    sorted, any order of the index is right. The order inside a set is kept, and an empty graph is a row without points.
+    Unlike ``torch_geometric.utils.to_dense_batch`` it does not need a sorted batch index. The order within each set is
+    kept; an empty graph becomes a row of padding.
 
     Args:
         batch: a ``Data`` or ``Batch`` with positions ``pos`` (or features ``x``) and, for several graphs, ``batch``.
 
     Returns:
-        Points (B, N, D) and the mask (B, N).
-
-    Raises:
-        ValueError: there are neither positions nor features.
+        Points (B, N, D) and mask (B, N).
 
     Example:
         >>> from types import SimpleNamespace
@@ -120,7 +111,7 @@ def from_pyg(batch: Any) -> tuple[Tensor, Tensor]:
     points = getattr(batch, "pos", None)
     points = getattr(batch, "x", None) if points is None else points
     if points is None:
-        raise ValueError("batch has neither positions 'pos' nor features 'x'; give one of them")
+        raise ValueError("batch must have positions 'pos' or features 'x'")
     index = getattr(batch, "batch", None)
     index = torch.zeros(len(points), dtype=torch.long, device=points.device) if index is None else index
     sizes = torch.bincount(index, minlength=getattr(batch, "num_graphs", None) or 1)
@@ -133,11 +124,11 @@ def from_pyg(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 class Shape(NamedTuple):
-    """What clouds are drawn from, in normalized units: a surface, or a set of points without faces.
+    """The source of one cloud: a surface in normalized units, or a set of points in the units of the data.
 
     Args:
         content: a surface, or points (N, 3).
-        normalization: the change of units; for a set of points ``None``, since only the points to fit may decide it.
+        normalization: the change of units of a surface; ``None`` for points, where only the points to fit decide it.
         label: the class.
     """
 
@@ -147,123 +138,93 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, points: Tensor, faces: Tensor | None, label: int = 0) -> Shape:
-        """Return the shape of a mesh, or of a set of points where there are no faces."""
+        """Return the shape of a mesh, or of a set of points if ``faces`` is ``None``."""
         if faces is None:
-            return cls(points.float(), None, label)
-        # A vertex that no face touches is no part of the surface.
+            return cls(points, None, label)
         points = points.double()
+        # Vertices without a face are not part of the surface.
         used = torch.zeros(len(points), dtype=torch.bool)
         used[faces] = True
-        normalization = Normalization.of(points if used.all() else points[used])
+        normalization = Normalization.of(points[used])
         return cls(Surface.of(normalization.apply(points), faces), normalization, label)
 
 
-class Shapes(Protocol):
-    """A source of shapes: as many as ``len`` says, each by its number; the generator is for shapes drawn at random."""
-
-    def __len__(self) -> int: ...
-
-    def __call__(self, index: int, generator: torch.Generator) -> Shape:
-        """Return shape number ``index``."""
-        ...
+ShapeSource = Callable[[int, torch.Generator], Shape]  # the index of a shape and the source of randomness
 
 
-class KnownShapes:
-    """Shapes at hand, each drawn from several times.
+def draw_cloud(
+    shape: ShapeSource, num_points: int, noise: float, rotate: str, index: int, generator: torch.Generator
+) -> Cloud:
+    """Draw a cloud from shape ``index``.
 
     Args:
-        known: the shapes.
-        repeats: clouds of each.
+        shape: function that returns a shape.
+        num_points: number of points to fit and number of held-out points. A set of points is divided into two disjoint
+            halves of at most ``num_points``.
+        noise: standard deviation of Gaussian jitter, in normalized units.
+        rotate: ``"none"``, ``"z"`` or ``"so3"``: a random rotation about the center.
+        index: index of the shape.
+        generator: source of randomness.
     """
-
-    def __init__(self, known: Sequence[Shape], repeats: int = 1) -> None:
-        self.known, self.repeats = list(known), repeats
-
-    def __len__(self) -> int:
-        return len(self.known) * self.repeats
-
-    def __call__(self, index: int, generator: torch.Generator) -> Shape:
-        """Return shape ``index``, which goes round."""
-        return self.known[index % len(self.known)]
-
-
-def item_generator(seed: int, split: str, epoch: int, index: int) -> torch.Generator:
-    """Return the randomness of one item, a function of these numbers and of nothing else.
-
-    No state is shared, so neither the number of workers nor of ranks, nor a resumed run, changes any cloud.
-    """
-    return generator_of(seed, SPLITS.index(split), epoch, index)
+    content, normalization, label = shape(index, generator)
+    if isinstance(content, Surface):
+        points, fit = content.sample(2 * num_points, generator), num_points
+    else:
+        order = torch.randperm(len(content), generator=generator)
+        fit = min(num_points, (len(order) + 1) // 2)
+        # float64 until the points are centered: float32 rounds coordinates far from the origin.
+        points = content[order[: fit + num_points]].double()
+        normalization = Normalization.of(points[:fit])
+        points = normalization.apply(points).float()
+    assert normalization is not None
+    if rotate != "none":
+        points = points @ random_rotation(generator, rotate).float().T
+    if noise > 0:
+        points = points + noise * torch.randn(points.shape, generator=generator)
+    return Cloud(points[:fit], points[fit:], normalization, label, index)
 
 
-class CloudDataset(Dataset[Cloud]):
-    """Clouds drawn from shapes: item ``index`` of an epoch is the same wherever and whenever it is asked for.
+class RandomDataset(Dataset[Any]):
+    """Random items: an item is a function of (seed, split, epoch, index), independent of workers and ranks.
 
-    An item is asked for by its index (epoch 0: what validation and test use), or by (epoch, index), which
-    :class:`EpochSampler` does; then every epoch has fresh clouds.
+    The key of an item is its index, which means epoch 0, or (epoch, index) from :class:`EpochSampler`.
 
     Args:
-        shapes: the source.
-        split: ``"train"``, ``"val"`` or ``"test"``; each has its own randomness.
-        num_points: points to fit, and as many held out. A set of points is split in two disjoint halves, of
-            ``num_points`` at most.
-        seed: a number of 0 or more.
-        noise: standard deviation of the Gaussian jitter, in normalized units.
-        rotate: ``"none"``, ``"z"`` or ``"so3"``: a random rotation of each cloud about its center.
+        draw: function that returns an item, given its index and a source of randomness.
+        size: number of items.
+        split: ``"train"``, ``"val"`` or ``"test"``; each has its own random numbers.
+        seed: at least 0.
     """
 
-    def __init__(
-        self, shapes: Shapes, split: str, num_points: int, seed: int = 0, noise: float = 0.0, rotate: str = "none"
-    ) -> None:
-        self.shapes = shapes
-        self.split = split
-        self.num_points = num_points
-        self.seed = seed
-        self.noise = noise
-        self.rotate = rotate
+    def __init__(self, draw: Callable[[int, torch.Generator], Any], size: int, split: str, seed: int = 0) -> None:
+        self.draw, self.size, self.split, self.seed = draw, size, split, seed
 
     def __len__(self) -> int:
-        return len(self.shapes)
+        return self.size
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Cloud:
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(f"index={index} is outside the {len(self)} clouds of the {self.split} split")
-        generator = item_generator(self.seed, self.split, epoch, index)
-        shape = self.shapes(index, generator)
-        if isinstance(shape.content, Surface):
-            both = shape.content.sample(2 * self.num_points, generator)
-            fit, normalization = self.num_points, shape.normalization
-        else:
-            order = torch.randperm(len(shape.content), generator=generator)
-            fit = min(self.num_points, (len(order) + 1) // 2)
-            both = shape.content[order[: fit + self.num_points]].double()
-            normalization = Normalization.of(both[:fit])
-            both = normalization.apply(both).float()
-        assert normalization is not None
-        if self.rotate != "none":
-            both = both @ random_rotation(generator, self.rotate).float().T
-        if self.noise > 0:
-            both = both + self.noise * torch.randn(both.shape, generator=generator)
-        return Cloud(both[:fit], both[fit:], normalization, shape.label, index)
+        if not 0 <= index < self.size:
+            raise IndexError(f"index={index} must be from 0 to {self.size - 1} in the {self.split} split")
+        return self.draw(index, generator_of(self.seed, SPLITS.index(self.split), epoch, index))
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffles as ``DistributedSampler`` and yields (epoch, index), so that a dataset can draw afresh every epoch.
+    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can draw new items in every epoch.
 
-    The epoch travels with the index: workers that live on, ranks and resumed runs need no further word. Lightning calls
-    ``set_epoch`` at the start of each epoch; a plain loop does so itself.
+    Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
 
     Args:
-        dataset: what is sampled.
-        num_replicas: the number of ranks.
-        rank: this one.
-        seed: of the shuffling.
+        dataset: the dataset.
+        num_replicas: number of ranks.
+        rank: rank of this process.
+        seed: seed of the order.
     """
 
     def __init__(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
 
     def __iter__(self) -> Iterator[Any]:
-        # Not before the first item is asked for: a resumed run makes its iterator before it tells the epoch.
+        # A generator reads the epoch at the first item: a resumed run creates the iterator before it sets the epoch.
         for index in super().__iter__():
             yield self.epoch, index

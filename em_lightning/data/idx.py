@@ -1,4 +1,4 @@
-"""Arrays read from IDX files, the format of MNIST and of what follows it, packed by gzip or not."""
+"""Reader of IDX files, the format of MNIST and Fashion-MNIST, compressed by gzip or not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,67 +14,44 @@ from torch import Tensor
 
 from em_lightning.data.readers import MAX_BYTES
 
-_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """Read the array of an IDX file, in its own dtype and shape; gzip is recognized by content.
-
-    What the header announces is held against a limit before anything of that size is read, and against what follows.
+    """Read the array of an IDX file in its own dtype and shape; gzip is recognized by its first bytes.
 
     Args:
         path: the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no sound IDX file or too large; the message names it and the remedy.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not IDX, damaged, or larger than 1 GiB.
     """
-    return torch.from_numpy(_read(Path(path)))
-
-
-def idx_shape(path: str | Path) -> tuple[int, ...]:
-    """Return the shape that an IDX file announces, without reading the rest; raises as :func:`read_idx`."""
-    with _opened(Path(path)) as file:
-        return _header(file, Path(path))[1]
-
-
-def _opened(path: Path) -> BinaryIO:
+    path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; check the path")
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
-
-
-def _bytes(file: BinaryIO, size: int, path: Path) -> bytes:
+        raise FileNotFoundError(f"{path}: the file does not exist")
     try:
-        data = file.read(size)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged ({error}); fetch it again") from error
-    if len(data) < size:
-        raise ValueError(f"{path}: {size} bytes are announced, but {len(data)} follow (truncated?); fetch it again")
-    return data
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rb") if packed else path.open("rb") as file:
+            return torch.from_numpy(_read(file))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: damaged or not an IDX file ({error}); download it again") from error
 
 
-def _header(file: BinaryIO, path: Path) -> tuple[np.dtype, tuple[int, ...]]:
-    zeros, code, axes = np.frombuffer(_bytes(file, 4, path), ">u2, u1, u1")[0]
-    if zeros != 0 or code not in _TYPES or axes == 0:
-        raise ValueError(f"{path}: no IDX file, as its first bytes show; give one such as train-images-idx3-ubyte.gz")
-    shape = tuple(int(size) for size in np.frombuffer(_bytes(file, 4 * int(axes), path), ">u4"))
-    dtype = np.dtype(_TYPES[int(code)])
-    if math.prod(shape) * dtype.itemsize > MAX_BYTES:
-        raise ValueError(f"{path}: an array of shape {shape} is announced, over {MAX_BYTES} bytes; split the file")
-    return dtype, shape
-
-
-def _read(path: Path) -> np.ndarray:
-    with _opened(path) as file:
-        dtype, shape = _header(file, path)
-        data = _bytes(file, math.prod(shape) * dtype.itemsize, path)
-        try:
-            rest = file.read(1)  # also makes gzip check its own sum
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged ({error}); fetch it again") from error
-    if rest:
-        raise ValueError(f"{path}: there is more than the array of shape {shape} that is announced; fetch it again")
+def _read(file: Any) -> np.ndarray:
+    start = file.read(4)
+    if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _DTYPES or start[3] == 0:
+        raise ValueError(f"the first bytes are {start!r}")
+    sizes = file.read(4 * start[3])
+    if len(sizes) < 4 * start[3]:
+        raise ValueError(f"the header ends after {4 + len(sizes)} bytes")
+    dtype, shape = np.dtype(_DTYPES[start[2]]), tuple(np.frombuffer(sizes, ">u4").tolist())
+    size = math.prod(shape) * dtype.itemsize
+    if size > MAX_BYTES:
+        raise ValueError(f"an array of shape {shape} has more than {MAX_BYTES} bytes")
+    # One byte more than announced: finds excess data, and makes gzip verify its checksum.
+    data = file.read(size + 1)
+    if len(data) != size:
+        raise ValueError(f"shape {shape} needs {size} bytes, the file has {len(data)}{' or more' * (len(data) > size)}")
     return np.frombuffer(data, dtype).reshape(shape).astype(dtype.newbyteorder("="))

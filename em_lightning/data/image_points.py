@@ -1,21 +1,16 @@
-"""Images as sets of points: the places of their bright pixels, drawn afresh in every epoch."""
+"""Images as point sets: the positions of their bright pixels, drawn anew in every epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-import lightning
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import at_least
-from em_lightning.data.clouds import SPLITS
+from em_lightning.data.base import SPLITS, at_least, generator_of, one_of
 from em_lightning.data.images import MNIST, Digits
-from em_lightning.data.loader import generator_of
-from em_lightning.data.tensors import TensorBatches, TensorDataModule
-
-IMAGES = ("digits", "mnist")
+from em_lightning.data.tensors import TensorBatches, TensorDataModule, Tensors
 
 
 class PointSetBatch(NamedTuple):
@@ -23,7 +18,7 @@ class PointSetBatch(NamedTuple):
 
     Args:
         points: (B, N, D) float32.
-        mask: (B, N) bool, true where there is a point.
+        mask: (B, N) bool, true for points, false for padding.
         label: (B,) long.
     """
 
@@ -33,14 +28,15 @@ class PointSetBatch(NamedTuple):
 
 
 def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the places of bright pixels, as wide as the fullest image needs (at least 1), and how many each has.
+    """Return the indices of the bright pixels of each image, and their numbers.
 
     Args:
         images: (B, 1, H, W), uint8 from 0 to 255 or floats from 0 to 1.
-        threshold: what a bright pixel exceeds, from 0 to 1.
+        threshold: from 0 to 1; brighter pixels are taken.
 
     Returns:
-        Indices into the H W pixels (B, M) int32, in order and padded with zeros, and counts (B,).
+        Indices into the H W pixels (B, M) int32, ascending and padded with zeros, and numbers (B,); M is the largest
+        number, at least 1.
 
     Example:
         >>> bright_pixels(torch.tensor([[[[0.9, 0.2], [0.1, 0.8]]], [[[0.0, 0.0], [0.7, 0.0]]]]), 0.5)
@@ -57,36 +53,26 @@ def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 class PointSetBatches(TensorBatches):
-    """Batches of point sets that are drawn from the bright pixels of images.
+    """A loader of point sets that are drawn from the bright pixels of images.
 
-    Every pixel of an image is drawn equally often, but for a remainder that is drawn without replacement, and moved by
-    Gaussian noise. The draw is a function of (seed, split, epoch, rank, number of the batch); without ``shuffle`` it is
-    the same in all epochs.
+    Every bright pixel of an image is drawn equally often, except for a remainder that is drawn without replacement,
+    and moved by Gaussian noise. The draw is a function of (seed, split, epoch, rank, number of the batch); without
+    ``shuffle`` it is the same in all epochs.
 
     Args:
-        pixels: (N, M), indices into an image.
-        counts: (N,), how many of a row are meant.
-        labels: (N,).
+        *args: arguments of :class:`TensorBatches`; its tensors are the padded indices of bright pixels (N, M), their
+            numbers (N,) (:func:`bright_pixels`), and the labels (N,).
         shape: height and width of an image.
-        num_points: of a set.
-        jitter: standard deviation of the noise, which is clipped at three of them.
-        split: whose draw it is.
-        **options: the further arguments of :class:`TensorBatches`.
+        num_points: points per set.
+        jitter: standard deviation of the noise, which is clipped at three standard deviations.
+        split: ``"train"``, ``"val"`` or ``"test"``; each has its own random numbers.
+        **options: further arguments of :class:`TensorBatches`.
     """
 
     def __init__(
-        self,
-        pixels: Tensor,
-        counts: Tensor,
-        labels: Tensor,
-        *,
-        shape: Sequence[int],
-        num_points: int,
-        jitter: float,
-        split: str,
-        **options: Any,
+        self, *args: Any, shape: Sequence[int], num_points: int, jitter: float, split: str, **options: Any
     ) -> None:
-        super().__init__([pixels, counts, labels], **options)
+        super().__init__(*args, **options)
         self.shape = shape
         self.num_points = num_points
         self.jitter = jitter
@@ -102,7 +88,7 @@ class PointSetBatches(TensorBatches):
         pixels, counts, labels = (tensor.index_select(0, index) for tensor in self.tensors)
         counts = counts.unsqueeze(1)
         noise = torch.rand(pixels.shape, generator=generator)
-        # The pixels of an image in random order; behind them the padding, which no rank below the count reaches.
+        # A random order of the bright pixels of each image; padding comes last and is never chosen.
         order = noise.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
         ranks = torch.arange(self.num_points) % counts.clamp(min=1)
         chosen = pixels.gather(1, order.gather(1, ranks)).long()
@@ -114,26 +100,24 @@ class PointSetBatches(TensorBatches):
         return PointSetBatch((points + moved) * mask.unsqueeze(-1), mask, labels)
 
 
-class ImagePointSets(lightning.LightningDataModule):
-    """Images as sets of points in the plane: pixels brighter than ``threshold``, a fixed number with jitter.
+class ImagePointSets(TensorDataModule):
+    """Images as sets of points in the plane: a fixed number of pixels brighter than ``threshold``, with jitter.
 
-    The longer side of an image reaches from -1 to 1, x to the right and y upwards. Training sets are drawn afresh in
-    every epoch; those of validation and test are fixed by the seed. An image without a bright pixel is an empty set.
+    The longer side of an image spans -1 to 1, x to the right and y upwards. Training sets are drawn anew in every
+    epoch; validation and test sets are fixed by the seed. An image without bright pixels becomes an empty set.
 
     Args:
         images: ``"digits"``, those of scikit-learn, or ``"mnist"``.
-        root: folder of MNIST's four files, or of others in its format; ``None`` downloads MNIST.
-        num_points: points of a set.
-        threshold: what a pixel must exceed, where the brightest possible is 1.
-        jitter: standard deviation of the noise, which is clipped at three of them.
-        batch_size: sets a training batch (on each rank).
-        eval_batch_size: sets a batch of validation and test.
-        val_size: training images set aside for validation; with 0 validation is on the test images.
-        seed: 0 or more, of order and points.
-        split_seed: of the choice of validation images.
+        root: folder of the four files of MNIST, or of others in the same format; ``None`` downloads MNIST.
+        num_points: points per set.
+        threshold: brightness that a pixel must exceed, at least 0 and less than 1.
+        jitter: standard deviation of the noise, which is clipped at three standard deviations.
+        batch_size: sets per training batch and rank.
+        eval_batch_size: sets per batch of validation and test.
+        **options: further arguments of :class:`TensorDataModule`.
 
     Raises:
-        ValueError: an argument is outside its range, or ``root`` lacks a file.
+        ValueError: an argument is out of range, or ``root`` lacks a file.
 
     Example:
         >>> data = ImagePointSets(num_points=32, batch_size=16)
@@ -141,7 +125,7 @@ class ImagePointSets(lightning.LightningDataModule):
         >>> batch.points.shape, batch.mask.all().item(), batch.label.shape
         (torch.Size([16, 32, 2]), True, torch.Size([16]))
 
-    Source: the set-up of Qi et al., PointNet++, 2017, section 4.1.
+    Source: Qi et al., PointNet++, 2017, section 4.1.
     """
 
     num_features = 2
@@ -155,82 +139,59 @@ class ImagePointSets(lightning.LightningDataModule):
         jitter: float = 0.01,
         batch_size: int = 128,
         eval_batch_size: int = 500,
-        val_size: int = 0,
-        seed: int = 0,
-        split_seed: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if images not in IMAGES:
-            raise ValueError(f"images={images!r} is unknown; choose 'digits' or 'mnist'")
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **options)
+        one_of(("digits", "mnist"), images=images)
         if images == "digits" and root is not None:
-            raise ValueError(f"root={root!r} is for images='mnist'; the digits come with scikit-learn")
+            raise ValueError(f"root={root!r} must be None for images='digits', which are part of scikit-learn")
         at_least(1, num_points=num_points)
         at_least(0, jitter=jitter)
         if not 0 <= threshold < 1:
-            raise ValueError(f"threshold={threshold} must be at least 0 and less than 1; 0.5 is usual")
-        options = {
-            "batch_size": batch_size,
-            "eval_batch_size": eval_batch_size,
-            "val_size": val_size,
-            "seed": seed,
-            "split_seed": split_seed,
-        }
-        self.images: TensorDataModule = Digits(**options) if images == "digits" else MNIST(root, **options)
+            raise ValueError(f"threshold={threshold} must be at least 0 and less than 1")
+        self.images: TensorDataModule = Digits() if images == "digits" else MNIST(root)
         self.num_points = num_points
         self.threshold = threshold
         self.jitter = jitter
-        self.seed = seed
+        self.shape = self.images.shape
         self.pixels: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.images.num_classes
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """Names of the classes."""
+        return self.images.class_names
 
     def prepare_data(self) -> None:
-        """Download MNIST where no ``root`` was given."""
+        """Download MNIST if needed."""
         self.images.prepare_data()
+
+    def load(self, train: bool) -> Tensors:
+        """Return the training or the test images and their labels."""
+        return self.images.load(train)
 
     def setup(self, stage: str | None = None) -> None:
         """Load all images and find their bright pixels, once."""
+        super().setup()
         if not self.pixels:
-            self.images.setup()
-            self.pixels = {split: bright_pixels(part.x, self.threshold) for split, part in self.images.splits.items()}
+            self.pixels = {split: bright_pixels(part.x, self.threshold) for split, part in self.splits.items()}
 
-    def describe(self) -> str:
-        """Return one line that says what data is used."""
-        return f"{self.images.describe()} images, each as {self.num_points} points"
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        """A short description of the data."""
+        return f"sets of {self.num_points} points from {self.images.source}"
 
-    def _batches(self, split: str) -> PointSetBatches:
+    def loader(self, split: str) -> PointSetBatches:
+        """Return the batches of a split; those of ``"train"`` have a new order and new points in every epoch."""
         self.setup()
         train = split == "train"
-        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         return PointSetBatches(
-            *self.pixels[split],
-            self.images.splits[split].y,
-            shape=self.images.shape[1:],
+            [*self.pixels[split], self.splits[split].y],
+            self.batch_size if train else self.eval_batch_size,
+            train,
+            *self.ranks,
+            self.seed,
+            shape=self.shape[1:],
             num_points=self.num_points,
             jitter=self.jitter,
             split=split,
-            batch_size=self.images.batch_size if train else self.images.eval_batch_size,
-            shuffle=train,
-            num_replicas=replicas,
-            rank=rank,
-            seed=self.seed,
         )
-
-    def train_dataloader(self) -> PointSetBatches:
-        """Return training batches, in another order and of other points in every epoch."""
-        return self._batches("train")
-
-    def val_dataloader(self) -> PointSetBatches:
-        """Return the validation batches."""
-        return self._batches("val")
-
-    def test_dataloader(self) -> PointSetBatches:
-        """Return the test batches."""
-        return self._batches("test")
-
-    def predict_dataloader(self) -> PointSetBatches:
-        """Return the test batches."""
-        return self._batches("test")

@@ -1,35 +1,37 @@
-"""Small images with labels: scikit-learn's digits, MNIST and whatever comes in its files."""
+"""LightningDataModules of small labeled images: scikit-learn's digits, MNIST and data sets in the same format."""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from em_lightning.data.download import fetch, file_digest
-from em_lightning.data.idx import idx_shape, read_idx
-from em_lightning.data.point_clouds import CACHE
+from em_lightning.data.base import CACHE
+from em_lightning.data.download import download
+from em_lightning.data.idx import read_idx
 from em_lightning.data.tensors import TensorDataModule, Tensors
 
-# MD5 sums of the unpacked files.
-_MNIST = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+# MD5 of the published files, which are compressed by gzip.
+MNIST_HASHES = {
+    "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+# MD5 of the training images without compression, by which MNIST is recognized.
+_TRAINING_IMAGES = "6bbc9ace898e44ae57da46a324031adb"
 
 
 class Digits(TensorDataModule):
-    """scikit-learn's digits: 1,797 images of 8 x 8 pixels in its wheel, so nothing is downloaded.
+    """scikit-learn's digits: 1,797 images of 8 x 8 pixels, which are part of its package; needs no download.
 
-    The last fifth in the order of the file, by other writers than most of the rest, is the test.
-
-    Args:
-        **options: the arguments of :class:`TensorDataModule`.
+    The test is the last fifth of the file, most of it by other writers than the rest. The arguments are those of
+    :class:`TensorDataModule`.
 
     Example:
         >>> data = Digits(batch_size=32)
@@ -40,12 +42,10 @@ class Digits(TensorDataModule):
 
     shape = (1, 8, 8)
     class_names = [str(i) for i in range(10)]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    source = "scikit-learn's digits (8 x 8 pixels, no download)"
 
     def load(self, train: bool) -> Tensors:
-        """Return four fifths of the images, pixels from 0 to 1, or the last fifth."""
+        """Return the first four fifths of the images, with pixels from 0 to 1, or the last fifth."""
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
@@ -54,70 +54,66 @@ class Digits(TensorDataModule):
         x = torch.from_numpy(images[part].astype(np.float32) / 16).unflatten(1, self.shape)
         return Tensors(x, torch.from_numpy(labels[part]))
 
-    def source(self) -> str:
-        """Return in a few words what data this is."""
-        return "scikit-learn's digits (8 x 8 pixels, embedded)"
-
 
 class MNIST(TensorDataModule):
-    """MNIST, or any data set in four files of its names and format, such as Fashion-MNIST, by its folder.
+    """MNIST, or a data set in four files of the same names and format, such as Fashion-MNIST.
 
     Args:
-        root: folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k`` files, each
-            with ``.gz`` or without. ``None`` downloads MNIST to ~/.cache/em_lightning, checked against the MD5 sums of
-            the published files.
-        **options: the arguments of :class:`TensorDataModule`.
+        root: folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k`` files, with or
+            without the ending ``.gz``. ``None`` downloads MNIST to ~/.cache/em_lightning and verifies its MD5.
+        **options: arguments of :class:`TensorDataModule`.
 
     Raises:
-        ValueError: ``root`` lacks a file, a file is damaged, or images and labels do not belong together.
-        ConnectionError: MNIST could not be downloaded.
+        ValueError: a file is missing or damaged, or images and labels do not match.
+        ConnectionError: the download failed.
     """
 
     def __init__(self, root: str | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.root = root
         self.class_names = [str(i) for i in range(10)]
-        if root is not None and not Path(root).expanduser().is_dir():
-            raise ValueError(f"root={root!r} is no folder; give one with {next(iter(_MNIST))}.gz, or none to download")
-        self.shape = (1, 28, 28) if root is None else (1, *idx_shape(self._path("train-images-idx3-ubyte"))[1:])
+        if root is not None and not self._folder.is_dir():
+            raise ValueError(f"root={root!r} must be a folder with {next(iter(MNIST_HASHES))}.gz, or None to download")
+        self.shape = (1, 28, 28) if root is None else (1, *read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:])
 
-    def prepare_data(self) -> None:
-        """Download the files where no ``root`` was given."""
-        if self.root is None:
-            for name, md5 in _MNIST.items():
-                path, remedy = self._folder() / f"{name}.gz", "fetch MNIST's four files and give their folder as root"
-                fetch(_MIRROR + name + ".gz", path, md5, remedy, unpacked=True)
-
+    @property
     def _folder(self) -> Path:
-        return Path(CACHE if self.root is None else self.root).expanduser() / ("MNIST" if self.root is None else "")
+        return Path(f"{CACHE}/MNIST" if self.root is None else self.root).expanduser()
 
     def _path(self, name: str) -> Path:
-        for path in (self._folder() / name, self._folder() / f"{name}.gz"):
+        for path in (self._folder / name, self._folder / f"{name}.gz"):
             if path.is_file():
                 return path
-        raise ValueError(f"root={str(self._folder())!r} has no {name} or {name}.gz; give a folder with all four files")
+        raise ValueError(f"root={str(self._folder)!r} has no {name} or {name}.gz; all four files are needed")
+
+    def prepare_data(self) -> None:
+        """Download the files if ``root`` is ``None``."""
+        if self.root is None:
+            remedy = "download the four files of MNIST and pass their folder as root"
+            for name, md5 in MNIST_HASHES.items():
+                download(f"{MNIST_URL}{name}.gz", self._folder / f"{name}.gz", f"md5:{md5}", remedy)
 
     def load(self, train: bool) -> Tensors:
-        """Return the images (N, 1, H, W) of uint8, and their labels."""
+        """Return the images (N, 1, H, W), uint8, and their labels."""
         self.prepare_data()
         part = "train" if train else "t10k"
-        paths = self._path(f"{part}-images-idx3-ubyte"), self._path(f"{part}-labels-idx1-ubyte")
-        x, y = map(read_idx, paths)
+        images, labels = self._path(f"{part}-images-idx3-ubyte"), self._path(f"{part}-labels-idx1-ubyte")
+        x, y = read_idx(images), read_idx(labels)
         if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[1:] != self.shape[1:]:
-            raise ValueError(
-                f"{paths[0]}: holds {x.dtype} of shape {tuple(x.shape)}, not images of bytes as in training"
-            )
+            raise ValueError(f"{images}: must hold uint8 (N, {self.shape[1:]}), got {x.dtype} {tuple(x.shape)}")
         if y.dtype != torch.uint8 or y.shape != x.shape[:1]:
-            raise ValueError(f"{paths[1]}: holds {y.dtype} of shape {tuple(y.shape)}, not one label for each image")
+            raise ValueError(f"{labels}: must hold {len(x)} labels of uint8, got {y.dtype} {tuple(y.shape)}")
         if train:
             self.class_names = [str(i) for i in range(int(y.max()) + 1)]
         elif int(y.max()) >= self.num_classes:
-            raise ValueError(f"{paths[1]}: has label {int(y.max())}, which no training image has; check the files")
+            raise ValueError(f"{labels}: label {int(y.max())} does not occur in training")
         return Tensors(x.unsqueeze(1), y.long())
 
-    def source(self) -> str:
-        """Return in a few words what data this is."""
-        paths = {self._path(name): md5 for name, md5 in _MNIST.items()}
-        known = all(file_digest(path, "md5", path.suffix == ".gz") == md5 for path, md5 in paths.items())
-        name = "MNIST" if known else "images, not MNIST's,"
+    @property
+    def source(self) -> str:  # type: ignore[override]
+        """A short description of the data."""
+        path = self._path("train-images-idx3-ubyte")
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        known = hashlib.md5(content, usedforsecurity=False).hexdigest() == _TRAINING_IMAGES
+        name = "MNIST" if known else "images (not MNIST)"
         return name if self.root is None else f"{name} from {self.root}"

@@ -1,27 +1,28 @@
-"""Sets of points that are drawn from mixtures drawn at random: the data of amortized clustering."""
+"""Point sets drawn from random Gaussian mixtures: the data of amortized clustering."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import lightning
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.distributions import Dirichlet
+from torch.utils.data import DataLoader
 
-from em_lightning.data.base import at_least
-from em_lightning.data.clouds import EpochSampler, item_generator
+from em_lightning.data.base import SplitDataModule, at_least
+from em_lightning.data.clouds import EpochSampler, RandomDataset
 from em_lightning.mixture import Mixture
 
 
 class MixtureSetBatch(NamedTuple):
-    """Sets of points beside the mixtures that they were drawn from.
+    """Point sets and the mixtures that they were drawn from.
 
     Args:
-        points: (B, N, D) float32, zeros where there is none.
-        mask: (B, N) bool, true where there is a point.
-        held_out: (B, M, D), fresh points of the same mixtures.
-        labels: (B, N) long, the components that the points came from.
+        points: (B, N, D) float32, zeros where masked.
+        mask: (B, N) bool, true for points, false for padding.
+        held_out: (B, M, D), further points of the same mixtures.
+        labels: (B, N) long, the component of each point.
         truth: the mixtures, spherical.
     """
 
@@ -32,30 +33,30 @@ class MixtureSetBatch(NamedTuple):
     truth: Mixture
 
 
-class MixtureSets(lightning.LightningDataModule):
-    r"""Sets of n ~ Uniform{min_points..max_points} points of mixtures that are drawn afresh for each set.
+class MixtureSets(SplitDataModule):
+    r"""Sets of n ~ Uniform{min_points..max_points} points, each from its own random mixture.
 
     .. math:: \mu_k \sim U([-a, a]^D), \quad \pi \sim \text{Dirichlet}(\alpha), \quad x_n \sim
         \textstyle\sum_k \pi_k N(\mu_k, \sigma^2 I)
 
-    Training sets are new in every epoch, those of validation and test are fixed by the seed; a batch depends on (seed,
-    split, epoch, index) alone.
+    Training sets are drawn anew in every epoch; validation and test sets are fixed by the seed. A batch is a function
+    of (seed, split, epoch, index).
 
     Args:
         num_components: K.
         num_features: D.
-        min_points: the fewest points of a set.
-        max_points: the most.
+        min_points: smallest number of points of a set.
+        max_points: largest number of points of a set.
         extent: a.
         scale: sigma.
         concentration: alpha.
         batch_size: sets per batch.
-        train_batches: batches of an epoch, over all ranks.
-        val_sets: sets for validation.
-        test_sets: sets for the final table.
-        train_held_out: fresh points of each training set.
-        held_out: fresh points of each validation and test set.
-        seed: 0 or more.
+        train_batches: batches per epoch, over all ranks.
+        val_sets: validation sets.
+        test_sets: test sets.
+        train_held_out: held-out points per training set.
+        held_out: held-out points per validation and test set.
+        seed: at least 0.
 
     Raises:
         ValueError: an argument is out of range.
@@ -107,68 +108,44 @@ class MixtureSets(lightning.LightningDataModule):
         self.seed = seed
 
     def describe(self) -> str:
-        """Return one line that says what is drawn."""
+        """Return one line that describes the data."""
         return (
-            f"drawn sets of {self.min_points} to {self.max_points} points, K = {self.num_components} components of "
+            f"random sets of {self.min_points} to {self.max_points} points, K = {self.num_components} components of "
             f"scale {self.scale:g} in [-{self.extent:g}, {self.extent:g}]^{self.num_features}"
         )
 
     def draw(self, num_sets: int, held_out: int, generator: torch.Generator) -> MixtureSetBatch:
-        """Draw sets, each with so many fresh points."""
+        """Draw sets with ``held_out`` held-out points each."""
         sizes = torch.randint(self.min_points, self.max_points + 1, (num_sets,), generator=generator)
         shape = (num_sets, self.num_components, self.num_features)
         means = self.extent * (2.0 * torch.rand(shape, generator=generator) - 1.0)
-        # Torch's public Dirichlet takes no generator.
-        counts = torch.full(shape[:2], self.concentration)
-        weights = torch._sample_dirichlet(counts, generator=generator).clamp(min=torch.finfo(torch.float32).tiny)
+        weights = self._weights(num_sets, generator)
         points, labels = self._points(means, weights, self.max_points, generator)
         fresh, _ = self._points(means, weights, held_out, generator)
         mask = torch.arange(self.max_points) < sizes[:, None]
         truth = Mixture(weights.log(), means, torch.full(shape[:2], self.scale**2))
         return MixtureSetBatch(points * mask.unsqueeze(-1), mask, fresh, labels, truth)
 
+    def _weights(self, num_sets: int, generator: torch.Generator) -> Tensor:
+        # torch's Dirichlet has no argument for a generator and draws from the global one.
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
+            weights = Dirichlet(torch.full((num_sets, self.num_components), self.concentration)).sample()
+            generator.set_state(torch.get_rng_state())
+        return weights.clamp(min=torch.finfo(torch.float32).tiny)
+
     def _points(self, means: Tensor, weights: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         labels = torch.multinomial(weights, n, replacement=True, generator=generator)
         noise = torch.randn(*labels.shape, self.num_features, generator=generator)
         return means.gather(1, labels.unsqueeze(-1).expand_as(noise)) + self.scale * noise, labels
 
-    def _loader(self, split: str) -> DataLoader[MixtureSetBatch]:
-        batches = _Batches(self, split)
-        sampler = None
-        if split == "train":
-            replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-            sampler = EpochSampler(batches, replicas, rank, self.seed)
+    def loader(self, split: str) -> DataLoader[MixtureSetBatch]:
+        """Return the batches of a split; those of ``"train"`` are divided among ranks."""
+        size = -(-self.num_sets[split] // self.batch_size)
+        batches = RandomDataset(partial(self._draw, split), size, split, self.seed)
+        sampler = EpochSampler(batches, *self.ranks, self.seed) if split == "train" else None
         return DataLoader(batches, batch_size=None, sampler=sampler)
 
-    def train_dataloader(self) -> DataLoader[MixtureSetBatch]:
-        """Return batches that are drawn afresh in every epoch, this rank's share of them."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[MixtureSetBatch]:
-        """Return the fixed validation sets."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[MixtureSetBatch]:
-        """Return the fixed test sets."""
-        return self._loader("test")
-
-
-class _Batches(Dataset[MixtureSetBatch]):
-    """Batches as items, by index, or by (epoch, index) where they change from epoch to epoch."""
-
-    def __init__(self, source: MixtureSets, split: str) -> None:
-        self.source = source
-        self.split = split
-
-    def __len__(self) -> int:
-        return -(-self.source.num_sets[self.split] // self.source.batch_size)
-
-    def __getitem__(self, key: Any) -> MixtureSetBatch:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        source = self.source
-        start = index * source.batch_size
-        num_sets = min(source.batch_size, source.num_sets[self.split] - start)
-        generator = item_generator(source.seed, self.split, epoch, index)
-        return source.draw(num_sets, source.fresh[self.split], generator)
+    def _draw(self, split: str, index: int, generator: torch.Generator) -> MixtureSetBatch:
+        num_sets = min(self.batch_size, self.num_sets[split] - index * self.batch_size)
+        return self.draw(num_sets, self.fresh[split], generator)

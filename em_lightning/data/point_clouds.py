@@ -1,56 +1,133 @@
-"""Point clouds of shapes that are known by name: procedural ones, PyG's GeometricShapes, ModelNet."""
+"""LightningDataModules of point clouds: the base class, procedural surfaces, and a folder of the user's files."""
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
-import zlib
+import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils.data import DataLoader
 
-from em_lightning.data.base import PointCloudDataModule, at_least
-from em_lightning.data.clouds import KnownShapes, Shape, Shapes
-from em_lightning.data.download import fetch
-from em_lightning.data.readers import MAX_BYTES, parse_points, read_points
+from em_lightning.data.base import SPLITS, SplitDataModule, at_least, one_of
+from em_lightning.data.clouds import (
+    EpochSampler,
+    PointCloudBatch,
+    RandomDataset,
+    Shape,
+    ShapeSource,
+    collate_clouds,
+    draw_cloud,
+)
+from em_lightning.data.readers import SUPPORTED, TEXTS, holds_points, read_points
 from em_lightning.data.sampling import random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 
-CACHE = "~/.cache/em_lightning"
-# The archive that PyG's data set of that name is made of.
-_SHAPES = "https://github.com/Yannick-S/geometric_shapes/raw/master/raw.zip"
-# What PyG looks for, in ModelNet40 too.
-_CLASSES = ("bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet")
-_SHAPES_SHA256 = "fb5e5d132db7f871b415b6d9cb6e0fd258192ccb1aa64a172839146527c082dd"
+
+class PointCloudDataModule(SplitDataModule):
+    """Batches of point clouds, each with points to fit and held-out points of the same shape.
+
+    Training clouds are drawn anew in every epoch; validation and test clouds are fixed by the seed. An item is a
+    function of (seed, split, epoch, index). Subclasses define :meth:`shapes` and ``source``.
+
+    Args:
+        num_points: points of a cloud to fit, and as many held out.
+        batch_size: clouds per batch and rank.
+        num_workers: number of worker processes that draw clouds; 0 draws them in the main process.
+        seed: at least 0; the clouds are a function of it.
+        noise: standard deviation of Gaussian jitter, in units in which the shape has radius 1. Points on a surface have
+            no density in space, so without jitter the likelihood of a mixture is unbounded.
+        rotate: random rotation of each training cloud: ``"none"``, about ``"z"``, or ``"so3"``, any rotation.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    num_features = 3
+    source: str  # a short description of the shapes
+
+    def __init__(
+        self,
+        num_points: int = 1024,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        noise: float = 0.0,
+        rotate: Literal["none", "z", "so3"] = "none",
+    ) -> None:
+        super().__init__()
+        at_least(1, num_points=num_points, batch_size=batch_size)
+        at_least(0, num_workers=num_workers, seed=seed, noise=noise)
+        one_of(("none", "z", "so3"), rotate=rotate)
+        self.num_points = num_points
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.noise = noise
+        self.rotate = rotate
+        self.class_names: list[str] = []
+        self.datasets: dict[str, RandomDataset] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        self.setup()
+        return len(self.class_names)
+
+    def shapes(self, split: str) -> tuple[ShapeSource, int]:
+        """Return the shapes of a split and their number, and set ``class_names``."""
+        raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")
+
+    def describe(self) -> str:
+        """Return one line that describes the data, with the numbers of clouds after :meth:`setup`."""
+        counts = ", ".join(f"{len(data)} {split}" for split, data in self.datasets.items())
+        counts = f": {counts} clouds" if counts else ""
+        return f"{self.source}, {self.num_points} points per cloud to fit and as many held out{counts}"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Create the datasets of all splits, once."""
+        if self.datasets:
+            return
+        datasets = {}
+        for split in SPLITS:
+            shape, size = self.shapes(split)
+            draw = partial(draw_cloud, shape, self.num_points, self.noise, self.rotate if split == "train" else "none")
+            datasets[split] = RandomDataset(draw, size, split, self.seed)
+        self.datasets = datasets
+
+    def loader(self, split: str) -> DataLoader[PointCloudBatch]:
+        """Return the batches of a split; those of ``"train"`` are shuffled and divided among ranks."""
+        self.setup()
+        data = self.datasets[split]
+        return DataLoader(
+            data,
+            batch_size=self.batch_size,
+            sampler=EpochSampler(data, *self.ranks, self.seed) if split == "train" else None,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate_clouds,
+        )
 
 
-class _RandomShapes:
-    def __init__(self, families: Sequence[str], size: int) -> None:
-        self.families, self.size = list(families), size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __call__(self, index: int, generator: torch.Generator) -> Shape:
-        label = index % len(self.families)
-        vertices, faces = random_surface(self.families[label], generator)
-        return Shape.of(vertices @ random_rotation(generator).T, faces, label)
+def _random_shape(families: Sequence[str], index: int, generator: torch.Generator) -> Shape:
+    label = index % len(families)
+    vertices, faces = random_surface(families[label], generator)
+    return Shape.of(vertices @ random_rotation(generator).T, faces, label)
 
 
 class ProceduralSurfaces(PointCloudDataModule):
-    """Random shapes of a dozen families and more, in random poses: the default, without a download.
+    """Random surfaces of 18 families with random parameters and rotations; needs no download.
 
-    Every item is a new shape: the family goes round, its parameters and its pose are drawn, in all splits.
+    Every item is a new surface; item i is of family i modulo the number of families, in all splits.
 
     Args:
-        train_clouds: clouds in an epoch.
-        val_clouds: clouds to validate on.
-        test_clouds: clouds to test on.
-        families: names of families; ``None`` takes all (``em_lightning.data.FAMILIES``).
-        **options: the arguments of :class:`PointCloudDataModule`.
+        train_clouds: clouds per epoch.
+        val_clouds: validation clouds.
+        test_clouds: test clouds.
+        families: names of families; ``None`` means all (``em_lightning.data.FAMILIES``).
+        **options: arguments of :class:`PointCloudDataModule`.
 
     Raises:
         ValueError: as :class:`PointCloudDataModule`, or a family is unknown.
@@ -72,225 +149,136 @@ class ProceduralSurfaces(PointCloudDataModule):
     ) -> None:
         super().__init__(**options)
         at_least(1, train_clouds=train_clouds, val_clouds=val_clouds, test_clouds=test_clouds)
-        unknown = [name for name in families or () if name not in FAMILIES]
-        if unknown or families == []:
-            raise ValueError(f"families={families} is not known; choose from {', '.join(FAMILIES)}")
+        if families == [] or not set(families or ()) <= set(FAMILIES):
+            raise ValueError(f"families={families} must be some of {', '.join(FAMILIES)}")
         self.sizes = {"train": train_clouds, "val": val_clouds, "test": test_clouds}
         self.class_names = list(families or FAMILIES)
+        self.source = f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
 
-    def shapes(self, split: str) -> Shapes:
-        """Return shapes with fresh parameters."""
-        return _RandomShapes(self.class_names, self.sizes[split])
-
-    def source(self) -> str:
-        """Return in a few words what is drawn from."""
-        return f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
+    def shapes(self, split: str) -> tuple[ShapeSource, int]:
+        """Return random surfaces."""
+        return partial(_random_shape, self.class_names), self.sizes[split]
 
 
-Meshes = list[tuple[str, str, Shape]]  # class, split, shape
+class PointCloudFolder(PointCloudDataModule):
+    """Meshes and point clouds from the files of a folder and its subfolders (formats: :func:`read_points`).
 
-
-def _zip_meshes(path: Path) -> Meshes:
-    """Read the meshes CLASS/SPLIT/NAME.off straight from an archive, since its folder may not be writable."""
-    meshes = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".off")]
-            size = sum(info.file_size for info in members)
-            if size > MAX_BYTES:
-                raise ValueError(f"{path}: its meshes unpack to {size} bytes, more than {MAX_BYTES}; fetch it again")
-            if sum(info.compress_size for info in members) > path.stat().st_size:  # which zipfile would make room for
-                raise ValueError(f"{path}: its meshes take more bytes than the archive has; fetch it again")
-            for info in sorted(members, key=lambda info: info.filename):
-                parts = Path(info.filename).parts
-                if len(parts) >= 3 and parts[-2] in ("train", "test"):
-                    points, faces = parse_points(archive.read(info), f"{path}/{info.filename}")
-                    meshes.append((parts[-3], parts[-2], _shape(points, faces, f"{path}/{info.filename}")))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: no sound zip archive ({error}); fetch it again") from error
-    return meshes
-
-
-def _folder_meshes(folder: Path) -> Meshes:
-    paths = [path for path in sorted(folder.glob("*/*/*.off")) if path.parent.name in ("train", "test")]
-    return [(path.parts[-3], path.parts[-2], _shape(*read_points(path), str(path))) for path in paths]
-
-
-def _shape(points: Any, faces: Any, name: str) -> Shape:
-    """Return the shape of what a file holds; a mesh without an area is reported under the file's name."""
-    try:
-        return Shape.of(torch.from_numpy(points), None if faces is None else torch.from_numpy(faces))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-class GeometricShapes(PointCloudDataModule):
-    """PyG's GeometricShapes: 40 classes of plain solids and flat figures with a mesh each for training and for test.
-
-    In the published archive the two meshes of a class are the same, so the test shows fresh points of known shapes
-    unless ``held_out_classes`` keeps whole classes for it. Validation draws the training meshes afresh.
+    The subfolder is the class. Folders named ``train``, ``val`` and ``test``, above or below it, decide the split.
+    Otherwise, and for validation without a folder of its own, files are split in the order of a hash of their names, so
+    that all machines agree; with fewer than three files every split holds all of them. Points are drawn from meshes;
+    point clouds are divided into points to fit and held-out points, and padded if they are smaller than ``num_points``.
+    Hidden files are skipped, and without a ``pattern`` text files that do not begin with points, such as README.txt.
 
     Args:
-        root: the published ``raw.zip``, a folder with it, or a folder with its content; nothing is written to it.
-            ``None`` downloads it to ~/.cache/em_lightning, checked against its SHA-256 sum.
-        clouds_per_mesh: clouds of a training mesh in an epoch.
-        eval_clouds_per_mesh: clouds of a mesh in validation and in test.
-        held_out_classes: so many classes, drawn by the seed, are seen in the test alone and are all it has.
-        **options: the arguments of :class:`PointCloudDataModule`.
+        root: the folder.
+        val_fraction: fraction of the files for validation.
+        test_fraction: fraction of the files for the test.
+        clouds_per_file: clouds per training file and epoch.
+        pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``; ``None`` means all.
+        drop_non_finite: whether to drop points with NaN or infinite coordinates, instead of raising.
+        **options: arguments of :class:`PointCloudDataModule`.
 
     Raises:
-        ValueError: an argument is outside its range, ``root`` lacks the meshes, or a mesh is corrupt.
+        ValueError: an argument is out of range, ``root`` is not a folder, a split has no files, or a file is corrupt
+            (raised by :meth:`setup`).
     """
 
     def __init__(
         self,
-        root: str | None = None,
-        clouds_per_mesh: int = 16,
-        eval_clouds_per_mesh: int = 1,
-        held_out_classes: int = 0,
+        root: str,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        clouds_per_file: int = 1,
+        pattern: str | None = None,
+        drop_non_finite: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        at_least(1, clouds_per_mesh=clouds_per_mesh, eval_clouds_per_mesh=eval_clouds_per_mesh)
-        at_least(0, held_out_classes=held_out_classes)
-        if root is not None and not Path(root).expanduser().exists():
-            raise ValueError(f"root={root!r} does not exist; give raw.zip or its folder, or leave it out to download")
-        self.root = root
-        self.clouds_per_mesh = clouds_per_mesh
-        self.eval_clouds_per_mesh = eval_clouds_per_mesh
-        self.held_out_classes = held_out_classes
-        self._meshes: Meshes = []
-
-    def prepare_data(self) -> None:
-        """Download the meshes where no ``root`` was given."""
-        if self.root is None:
-            fetch(_SHAPES, self._folder(), _SHAPES_SHA256, f"fetch {_SHAPES} and give it as root")
-
-    def _folder(self) -> Path:
-        return Path(f"{CACHE}/GeometricShapes/raw.zip" if self.root is None else self.root).expanduser()
-
-    def _read(self) -> None:
-        if self._meshes:
-            return
-        self.prepare_data()
-        folder = self._folder()
-        if folder.is_file():
-            meshes = _zip_meshes(folder)
-        else:
-            meshes = _folder_meshes(folder) or _folder_meshes(folder / "raw")
-            if not meshes and (folder / "raw.zip").is_file():
-                meshes = _zip_meshes(folder / "raw.zip")
-        if {split for _, split, _ in meshes} != {"train", "test"}:
-            raise ValueError(
-                f"root={str(folder)!r} holds no CLASS/train/*.off and CLASS/test/*.off, unpacked or in raw.zip; "
-                f"give the published raw.zip or its folder"
-            )
-        self.class_names = sorted({name for name, _, _ in meshes})
-        if self.held_out_classes >= len(self.class_names):
-            raise ValueError(
-                f"held_out_classes={self.held_out_classes} leaves none of the {len(self.class_names)} classes to "
-                f"train on; give fewer"
-            )
-        self._meshes = meshes
-
-    def shapes(self, split: str) -> Shapes:
-        """Return the meshes of a split."""
-        self._read()
-        order = torch.randperm(len(self.class_names), generator=torch.Generator().manual_seed(self.seed))
-        kept = {self.class_names[i] for i in order[: self.held_out_classes]}
-        wanted = "test" if split == "test" else "train"
-        known = [
-            shape._replace(label=self.class_names.index(name))
-            for name, part, shape in self._meshes
-            if part == wanted and (not kept or (name in kept) == (split == "test"))
-        ]
-        return KnownShapes(known, self.clouds_per_mesh if split == "train" else self.eval_clouds_per_mesh)
-
-    def source(self) -> str:
-        """Return in a few words what is drawn from."""
-        where = "downloaded" if self.root is None else f"from {self.root}"
-        kept = f", {self.held_out_classes} classes for the test alone" if self.held_out_classes else ""
-        return f"meshes of PyG's GeometricShapes {where}{kept}"
-
-
-class _PyGShapes:
-    """Meshes of a PyG data set. Their areas are found when they are drawn: all at once would fill the memory."""
-
-    def __init__(self, source: Any, items: Sequence[int]) -> None:
-        self.source, self.items = source, list(items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __call__(self, index: int, generator: torch.Generator) -> Shape:
-        data = self.source[self.items[index]]
-        return Shape.of(data.pos, data.face.T, int(data.y))
-
-
-class ModelNet(PointCloudDataModule):
-    """ModelNet10 or ModelNet40 (Wu et al., "3D ShapeNets", 2015) as PyG converts it: CAD models of 10 or 40 classes.
-
-    Its authors publish no sum to check a download by, so nothing is downloaded: unpack their archive. The published
-    test set is the test; a part of the training set, drawn by the seed, is the validation.
-
-    Args:
-        name: ``"10"`` or ``"40"``.
-        root: PyG's folder of the data set, with the classes of the archive in its subfolder ``raw``; ``None`` is
-            ~/.cache/em_lightning/ModelNet10 or 40. PyG writes what it converts beside them.
-        val_fraction: the part of the training set that is kept for validation.
-        **options: the arguments of :class:`PointCloudDataModule`.
-
-    Raises:
-        ValueError: an argument is outside its range, ``root`` lacks the classes, or what PyG once converted holds
-            more than tensors.
-    """
-
-    def __init__(
-        self, name: Literal["10", "40"] = "10", root: str | None = None, val_fraction: float = 0.1, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        if name not in ("10", "40"):
-            raise ValueError(f"name={name!r} is no ModelNet; choose '10' or '40'")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1; 0.1 is usual")
-        self.name = name
-        self.root = root
+        at_least(1, clouds_per_file=clouds_per_file)
+        for name, value in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
+            if not 0 < value < 0.5:
+                raise ValueError(f"{name}={value} must be between 0 and 0.5")
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            raise ValueError(f"root={root!r} must be a folder with {', '.join(SUPPORTED)} files")
         self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.clouds_per_file = clouds_per_file
+        self.pattern = pattern
+        self.drop_non_finite = drop_non_finite
+        self.source = f"files in {self.root}"
+        self._files: dict[str, list[str]] = {}
 
-    def prepare_data(self) -> None:
-        """Convert the data set where that has not been done."""
-        self._source(True)
+    def _find(self) -> list[str]:
+        """Return the names of all files to read; ``source`` tells how many text files were skipped."""
+        names: list[str] = []
+        skipped: list[str] = []
+        for path in self.root.rglob(self.pattern or "*"):
+            name = path.relative_to(self.root)
+            if path.suffix.lower() not in SUPPORTED or not path.is_file():
+                continue
+            if any(part.startswith(".") for part in name.parts):
+                continue
+            text = self.pattern is None and path.suffix.lower() in TEXTS
+            (names if not text or holds_points(path) else skipped).append(name.as_posix())
+        if not names:
+            what = f"{self.pattern!r} matches no" if self.pattern else "no"
+            raise ValueError(f"root={str(self.root)!r} has {what} {', '.join(SUPPORTED)} file")
+        if skipped:
+            self.source += f" ({len(skipped)} text files without points skipped)"
+        return sorted(names)
 
-    def _source(self, train: bool) -> Any:
-        from torch_geometric.datasets import ModelNet as Source
+    def _split(self) -> None:
+        names = self._find()
+        files: dict[str, list[str]] = {split: [] for split in (*SPLITS, "")}
+        for name in names:
+            files[next((part for part in Path(name).parts[:-1] if part in SPLITS), "")].append(name)
+        rest = files.pop("")
+        if rest and len(rest) < len(names):
+            raise ValueError(f"root={str(self.root)!r} has train and test folders, but {rest[0]!r} is outside of them")
+        if rest:
+            files["test"], rest = self._divide(rest, self.test_fraction)
+            files["val"], files["train"] = self._divide(rest, self.val_fraction / (1 - self.test_fraction))
+        elif files["train"] and not files["val"]:
+            files["val"], files["train"] = self._divide(files["train"], self.val_fraction)
+        empty = [split for split in SPLITS if not files[split]]
+        if empty:
+            raise ValueError(f"root={str(self.root)!r} has no files for {' and '.join(empty)}; add such a folder")
+        self.class_names = sorted({self._label(name) for name in names})
+        self._files = files
 
-        folder = Path(self.root or f"{CACHE}/ModelNet{self.name}").expanduser()
-        lacking = [name for name in _CLASSES if not (folder / "raw" / name).is_dir()]
-        if lacking:  # PyG would download, without a look at certificate or sum
-            raise ValueError(
-                f"root={str(folder)!r} has no raw/{lacking[0]}; fetch {Source.urls[self.name]} and unpack its classes "
-                f"into {folder / 'raw'}"
-            )
-        with warnings.catch_warnings():
-            # Behind this warning PyG goes on and unpickles anything.
-            warnings.filterwarnings("error", "Weights only load failed")
-            try:
-                return Source(str(folder), self.name, train=train)
-            except (UserWarning, pickle.UnpicklingError) as error:
-                raise ValueError(
-                    f"{folder / 'processed'} holds more than tensors; remove it, and it is made again"
-                ) from error
+    def _divide(self, names: list[str], fraction: float) -> tuple[list[str], list[str]]:
+        """Return a fraction of the files, at least one, and the rest."""
+        if len(names) < 3:
+            return names, names
+        order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+        size = max(1, round(fraction * len(order)))
+        return sorted(order[:size]), sorted(order[size:])
 
-    def shapes(self, split: str) -> Shapes:
-        """Return the meshes of a split."""
-        source = self._source(train=split != "test")
-        self.class_names = sorted(path.name for path in Path(source.raw_dir).iterdir() if path.is_dir())
-        if split == "test":
-            return _PyGShapes(source, range(len(source)))
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        val = max(1, round(self.val_fraction * len(order)))
-        return _PyGShapes(source, order[:val] if split == "val" else order[val:])
+    @staticmethod
+    def _label(name: str) -> str:
+        return "/".join(part for part in Path(name).parts[:-1] if part not in SPLITS)
 
-    def source(self) -> str:
-        """Return in a few words what is drawn from."""
-        return f"meshes of ModelNet{self.name}" + (f" in {self.root}" if self.root else "")
+    def shapes(self, split: str) -> tuple[ShapeSource, int]:
+        """Return the shapes in the files of a split."""
+        if not self._files:
+            self._split()
+        known = []
+        for name in self._files[split]:
+            points, faces = read_points(self.root / name, self.drop_non_finite)
+            label = self.class_names.index(self._label(name))
+            known.append(shape_of(points, faces, str(self.root / name), label))
+        return partial(known_shape, known), len(known) * (self.clouds_per_file if split == "train" else 1)
+
+
+def known_shape(known: Sequence[Shape], index: int, generator: torch.Generator) -> Shape:
+    """Return shape ``index`` modulo the number of shapes."""
+    return known[index % len(known)]
+
+
+def shape_of(points: Any, faces: Any, name: str, label: int = 0) -> Shape:
+    """Return the shape of the points and faces of a file; an error names the file."""
+    try:
+        return Shape.of(torch.from_numpy(points), None if faces is None else torch.from_numpy(faces), label)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; repair the file or remove it") from error

@@ -1,206 +1,231 @@
-"""Points and faces read from mesh and point files: OFF, PLY, OBJ, XYZ or TXT, NPY.
-
-Each reader checks what a file claims against its size before it allocates, so a corrupt header costs no memory.
-"""
+"""Readers of point clouds and meshes: OFF, PLY, OBJ and STL with trimesh, text and NumPy files with NumPy."""
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Callable, Iterable
+import tempfile
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from em_lightning.data.ply import parse_ply
-
 Points = NDArray[np.float64]
 Faces = NDArray[np.int64]
 MAX_BYTES = 2**30
+MESHES = (".off", ".ply", ".obj", ".stl")
+TEXTS = (".xyz", ".txt", ".csv", ".pts")
+ARRAYS = (".npy", ".npz")
+SUPPORTED = (*MESHES, *TEXTS, *ARRAYS)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Replaces all bytes by blanks at which trimesh would break lines or guess an encoding.
+_ASCII = bytes(byte if byte in b"\n\r" or 32 <= byte < 127 else 32 for byte in range(256))
 
 
-def read_points(path: str | Path) -> tuple[Points, Faces | None]:
-    """Read the points of a file, and its faces where it has any.
+def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
+    """Read the points of a file, and its faces if it holds a mesh.
 
-    The ending says the format: ``.off``, ``.ply`` (text, or binary of either byte order), ``.obj``, ``.xyz`` or
-    ``.txt`` (columns between blanks or commas, the first three are used), ``.npy`` (no pickle). Polygons become fans
-    of triangles.
+    The ending decides the format: ``.off``, ``.ply``, ``.obj`` and ``.stl`` are read by trimesh. ``.xyz``, ``.txt``,
+    ``.csv`` and ``.pts`` are text with one point per line, separated by blanks, commas or semicolons; the first three
+    columns are read; a first line with column names or with the number of points is skipped. ``.npy`` holds an array
+    of shape (N, 3) or wider, ``.npz`` one such array or one named ``points``. Polygons are split into triangles.
 
     Args:
         path: the file.
+        drop_non_finite: whether to drop points with NaN or infinite coordinates and their faces, instead of raising.
 
     Returns:
-        Points (N, 3) float64 and faces (F, 3) int64, or ``None`` where the file holds points alone.
+        Points (N, 3) float64 and faces (F, 3) int64, or ``None`` if the file has no faces.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty, too large, truncated or corrupt; the message names it and the remedy.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is empty, larger than 1 GiB, truncated or corrupt; the message names the file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file; check the path")
-    ending = path.suffix.lower()
-    if ending not in SUPPORTED:
-        raise ValueError(f"{path}: the ending {ending!r} is not read; convert to one of {', '.join(SUPPORTED)}")
-    check_size(path.stat().st_size, str(path))
-    if ending == ".npy":
-        return _checked(str(path), lambda: (_load_npy(path), None))
-    return parse_points(path.read_bytes(), str(path))
+        raise FileNotFoundError(f"{path}: the file does not exist")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{path}: {size} bytes are more than {MAX_BYTES}; split the file")
+    return parse_points(b"" if path.suffix.lower() in ARRAYS else path.read_bytes(), str(path), drop_non_finite)
 
 
-def parse_points(data: bytes, name: str) -> tuple[Points, Faces | None]:
-    r"""Read the content of a file, such as a member of an archive; as :func:`read_points`, without ``.npy``.
+def parse_points(data: bytes, name: str, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
+    r"""Parse the content of a file, such as a member of an archive; as :func:`read_points`.
 
     Args:
-        data: the content.
-        name: the file's name, for its ending and for messages.
+        data: the content; not used for ``.npy`` and ``.npz``, which are read from the disk.
+        name: the file's name, whose ending decides the format.
+        drop_non_finite: as in :func:`read_points`.
 
     Raises:
         ValueError: as :func:`read_points`.
 
     Example:
-        >>> parse_points(b"0 0 0, 9\n1,2,3\n", "two.xyz")
+        >>> parse_points(b"x,y,z\n0,0,0\n1,2,3\n", "two.csv")
         (array([[0., 0., 0.], [1., 2., 3.]]), None)
     """
-    check_size(len(data), name)
-    return _checked(name, lambda: _PARSERS[Path(name).suffix.lower()](data))
-
-
-def check_size(size: int, name: str) -> None:
-    """Refuse an empty file, and one that is larger than ``MAX_BYTES``, before it is read."""
-    if size == 0:
-        raise ValueError(f"{name}: the file is empty; fetch or export it again")
-    if size > MAX_BYTES:
-        raise ValueError(
-            f"{name}: {size} bytes are more than the {MAX_BYTES} that are read at once; decimate or split the file"
-        )
-
-
-def _checked(name: str, read: Callable[[], tuple[Points, Faces | None]]) -> tuple[Points, Faces | None]:
-    """Run a parser and say of what file its complaints are; check what all formats have in common."""
+    ending = Path(name).suffix.lower()
+    if ending not in SUPPORTED:
+        raise ValueError(f"{name}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
     try:
-        points, faces = read()
-        if not len(points):
-            raise ValueError("there are no points in it")
-        bad = ~np.isfinite(points).all(1)
-        if bad.any():
-            raise ValueError(f"point {int(bad.argmax())} is {points[bad.argmax()].tolist()}, which is not finite")
-        if faces is None or not len(faces):
-            return points, None
-        outside = (faces < 0) | (faces >= len(points))
-        if outside.any():
-            raise ValueError(f"a face names point {faces[outside][0]}, but points run from 0 to {len(points) - 1}")
-        return points, faces
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{name}: {error}; repair, export or fetch the file again") from error
+        if ending in MESHES:
+            points, faces = _parse_mesh(data.removeprefix(_BYTE_ORDER_MARK), ending)
+        else:
+            points, faces = _parse_text(data) if ending in TEXTS else _read_array(Path(name)), None
+        return _checked(points, faces, drop_non_finite)
+    except Exception as error:  # trimesh and zipfile raise errors of many types
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        remedy = "repair the file, or export it again" + (" with triangles only" if ending in MESHES else "")
+        raise ValueError(f"{name}: {kind}{error}; {remedy}") from error
+
+
+def holds_points(path: Path) -> bool:
+    """Return whether one of the first two lines of a text file begins with three numbers."""
+    with path.open("rb") as file:
+        lines = _lines(file.read(4096))
+    number = r"[-+]?(?:nan|inf|[.,]?\d[-+.,\de]*)"
+    return any(re.match(rf"(?:{number}[\s,;]+){{2}}{number}", line, re.IGNORECASE) for line in lines[:2])
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """Return an NPY file as a memory map, which compares the header with the file's size and never unpickles.
+    """Return an NPY file as a memory map; pickled objects are refused.
 
     Raises:
-        ValueError: the file is no array, or not as long as its header says.
+        ValueError: the file is not an array, or not as long as its header announces.
     """
     try:
         with np.errstate(over="raise"):
             return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # the header is a Python literal, and its faults are as many as Python's
+    except Exception as error:  # NumPy evaluates the header as a Python literal
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from error
 
 
-def _load_npy(path: Path) -> Points:
-    array = map_npy(path)
-    if array.ndim != 2 or array.shape[1] < 3 or array.dtype.kind not in "fiu":
-        raise ValueError(f"the array is {array.dtype} of shape {array.shape}, not numbers of shape (N, 3) or wider")
+def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tuple[Points, Faces | None]:
+    """Check what all formats have in common: finite points, and faces that refer to them."""
+    if faces is not None and len(faces) and not 0 <= faces.min() <= faces.max() < len(points):
+        bad = faces.min() if faces.min() < 0 else faces.max()
+        raise ValueError(f"a face refers to point {bad}, but the points are 0 to {len(points) - 1}")
+    finite = np.asarray(np.isfinite(points).all(1))
+    if not finite.all():
+        if not drop_non_finite:
+            bad = int(finite.argmin())
+            raise ValueError(f"point {bad} is {points[bad].tolist()}, not finite; drop_non_finite=True drops it")
+        if faces is not None:
+            faces = (np.cumsum(finite) - 1)[faces[finite[faces].all(1)]]
+        points = points[finite]
+    if not len(points):
+        raise ValueError("the file holds no points")
+    return points, faces if faces is not None and len(faces) else None
+
+
+def _check_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or shape[1] < 3:
+        raise ValueError(f"the array has shape {shape}, which must be (N, 3) or wider")
+    if shape[0] == 3 < shape[1] or 3 < shape[0] <= 12 < shape[1]:
+        raise ValueError(f"the array has shape {shape}, but points must be rows, (N, 3) or wider; transpose it")
+
+
+def _read_array(path: Path) -> Points:
+    if path.suffix.lower() == ".npy":
+        array = map_npy(path)
+    else:
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            names = archive.namelist()
+            name = names[0] if len(names) == 1 else "points.npy"
+            if name not in names:
+                raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
+            if archive.getinfo(name).file_size > MAX_BYTES:
+                raise ValueError(f"the array has more than {MAX_BYTES} bytes; split it")
+            array = np.array(map_npy(Path(archive.extract(name, folder))))
+    _check_shape(array.shape)
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"the array has dtype {array.dtype}, which must be real numbers")
     return np.array(array[:, :3], dtype=np.float64)
 
 
 def _lines(data: bytes) -> list[str]:
-    """Return the lines that are left when comments and blank lines are gone."""
-    lines = (line.partition("#")[0].strip() for line in data.decode("latin-1").splitlines())
+    """Return the lines of a text without comments and blank lines; only newline characters end a line."""
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
+    text = data.removeprefix(_BYTE_ORDER_MARK).decode(encoding, "replace")
+    lines = (line.partition("#")[0].strip() for line in text.split("\n"))
     return [line for line in lines if line]
 
 
-def _numbers(rows: Iterable[list[str]]) -> Points:
-    table = [row[:3] for row in rows]
-    short = next((row for row in table if len(row) < 3), None)
-    if short is not None:
-        raise ValueError(f"a point has fewer than three coordinates: {' '.join(short)[:60]!r}")
-    return np.array(table, dtype=np.float64).reshape(-1, 3)
-
-
-def fan(polygons: Iterable[list[int]]) -> Faces:
-    """Return polygons as triangles that share each polygon's first corner."""
-    triangles = []
-    for polygon in polygons:
-        if len(polygon) < 3:
-            raise ValueError(f"a face has {len(polygon)} corners, and needs three or more")
-        triangles += [(polygon[0], b, c) for b, c in zip(polygon[1:-1], polygon[2:], strict=True)]
-    return np.array(triangles, dtype=np.int64).reshape(-1, 3)
-
-
-def _parse_off(data: bytes) -> tuple[Points, Faces | None]:
+def _parse_text(data: bytes) -> Points:
     lines = _lines(data)
-    # ModelNet runs header and counts together ("OFF8 6 12"); C, N and ST announce columns after the coordinates.
-    header = re.match(r"(?:ST)?C?N?OFF\b|(?:ST)?C?N?OFF(?=\d)", lines[0] if lines else "")
+    if lines and (lines[0] == str(len(lines) - 1) or re.match(r"(?!nan|inf)[^-+.\d]", lines[0], re.IGNORECASE)):
+        lines = lines[1:]  # the number of points, or column names
+    if not lines:
+        raise ValueError("the file holds no points")
+    words = re.split(r"[;\s]+", lines[0])
+    if len(words) > 2 and any(re.fullmatch(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?", word) for word in words[:3]):
+        raise ValueError(f"{lines[0][:60]!r} has decimal commas; numbers must have decimal points")
+    delimiter = next((mark for mark in ";," if mark in lines[0]), None)
+    _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))))
+    return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
+
+
+def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
+    import trimesh
+
+    prepare = {".off": _prepare_off, ".ply": _prepare_ply, ".obj": _prepare_obj}
+    content = io.BytesIO(prepare[ending](data) if ending in prepare else data)
+    scene = trimesh.load_scene(content, file_type=ending[1:], process=False, skip_materials=True)
+    points, faces, start = [np.empty((0, 3))], [np.empty((0, 3), dtype=np.int64)], 0
+    part: Any
+    for part in scene.dump():
+        points.append(np.asarray(part.vertices, dtype=np.float64))
+        faces.append(np.asarray(getattr(part, "faces", faces[0]), dtype=np.int64).reshape(-1, 3) + start)
+        start += len(part.vertices)
+    if ending == ".stl" and data.count(b"vertex ") > start:
+        raise ValueError(f"{data.count(b'vertex ')} vertices are announced, {start} are numbers")
+    return np.concatenate(points), np.concatenate(faces)
+
+
+# trimesh reads truncated and malformed text without an error; these functions find it, and remove comments, after which
+# trimesh repeats lines.
+
+
+def _prepare_off(data: bytes) -> bytes:
+    text = re.sub(rb"#[^\n]*", b"", data).translate(_ASCII)
+    header = re.match(rb"\s*(?:ST)?C?N?OFF\s*(\d+)\s+(\d+)", text)
     if header is None:
-        raise ValueError(f"the first line is not OFF but {(lines[0] if lines else '')[:20]!r}")
-    rest = lines[0][header.end() :].strip()
-    lines = ([rest] if rest else []) + lines[1:]
-    try:
-        counts = [int(word) for word in lines[0].split()] if lines else []
-    except ValueError:
-        counts = []
-    if len(counts) not in (2, 3) or min(counts) < 0:
-        given = (lines[0] if lines else "")[:40]
-        raise ValueError(f"after OFF come the numbers of points, faces and edges, 0 or more each, not {given!r}")
-    num_points, num_faces = counts[:2]
-    if num_points + num_faces != len(lines) - 1:
-        raise ValueError(
-            f"{num_points} points and {num_faces} faces are announced, but {len(lines) - 1} lines follow (truncated?)"
-        )
-    points = _numbers(line.split() for line in lines[1 : num_points + 1])
-    return points, fan(_off_polygon(line) for line in lines[num_points + 1 :])
+        raise ValueError("an OFF file must begin with OFF and the numbers of points and faces")
+    announced = sum(map(int, header.groups()))
+    rows = sum(1 for line in text[header.end() :].split(b"\n")[1:] if line.strip())
+    if rows != announced:
+        raise ValueError(f"{announced} points and faces are announced, {rows} lines follow")
+    return text
 
 
-def _off_polygon(line: str) -> list[int]:
-    words = line.split()
-    size = int(words[0])
-    if not 0 <= size < len(words):
-        raise ValueError(f"a face announces {size} corners and has {len(words) - 1}: {line[:60]!r}")
-    return [int(word) for word in words[1 : size + 1]]
+def _prepare_ply(data: bytes) -> bytes:
+    header, end, body = data.partition(b"end_header")
+    # trimesh would build a path from edges.
+    header = re.sub(rb"(?m)^element +edge ", b"element unused ", header.translate(_ASCII))
+    if not end or not header.startswith(b"ply"):
+        raise ValueError("a PLY file must begin with a header from 'ply' to 'end_header'")
+    if re.search(rb"(?m)^format +ascii", header):
+        announced = sum(map(int, re.findall(rb"(?m)^element +\S+ +(\d+)", header)))
+        rows = [line for line in body.translate(_ASCII).split(b"\n") if line.strip()]
+        if len(rows) != announced:
+            raise ValueError(f"{announced} rows are announced, {len(rows)} follow")
+        body = b"\n" + b"\n".join(rows)
+        if re.search(rb"[^\s\d.eE+\-naifNAIF]", body):
+            raise ValueError("the rows must hold numbers only")
+        # trimesh would round the digits of the text to float32.
+        header = re.sub(rb"(?m)^property +float(?:32)? ", b"property double ", header)
+    return header + end + body
 
 
-def _parse_ply(data: bytes) -> tuple[Points, Faces | None]:
-    points, polygons = parse_ply(data)
-    return points, fan(polygons)
-
-
-def _parse_obj(data: bytes) -> tuple[Points, Faces | None]:
-    points: list[list[str]] = []
-    polygons = []
-    for line in _lines(data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ")):
-        key, *words = line.split()
-        if key == "v":
-            points.append(words)
-        elif key == "f":
-            corners = [int(word.partition("/")[0]) for word in words]
-            if 0 in corners:
-                raise ValueError(f"a face names point 0, but OBJ counts from 1: {line[:60]!r}")
-            # A negative index counts back from the points that are known by then.
-            polygons.append([corner - 1 if corner > 0 else len(points) + corner for corner in corners])
-    return _numbers(points), fan(polygons)
-
-
-def _parse_columns(data: bytes) -> tuple[Points, Faces | None]:
-    return _numbers(line.replace(",", " ").replace(";", " ").split() for line in _lines(data)), None
-
-
-_PARSERS: dict[str, Callable[[bytes], tuple[Points, Faces | None]]] = {
-    ".off": _parse_off,
-    ".ply": _parse_ply,
-    ".obj": _parse_obj,
-    ".xyz": _parse_columns,
-    ".txt": _parse_columns,
-}
-SUPPORTED = (*_PARSERS, ".npy")
+def _prepare_obj(data: bytes) -> bytes:
+    text = re.sub(rb"\\\r?\n", b" ", re.sub(rb"#[^\n]*", b"", data)).translate(_ASCII)
+    text = re.sub(rb"(?m)^ +", b"", text)
+    if re.search(rb"(?m)^f .*[^\d\s/-]", text) or re.search(rb"(?m)^f (?:.* )?0+(?:[/\s]|$)", text):
+        raise ValueError("faces must hold integers that count from 1")
+    relative = re.search(rb"(?m)^f (?:.* )?-", text)
+    if relative and re.search(rb"(?m)^v ", text[relative.end() :]):
+        raise ValueError("relative (negative) indices before the last point are not read; export absolute ones")
+    return text

@@ -1,4 +1,4 @@
-"""Points drawn uniformly from triangle surfaces, and the change of units that normalizes them."""
+"""Surfaces from which points are drawn uniformly, normalization of clouds, and random rotations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from torch import Tensor
 
 
 class Normalization(NamedTuple):
-    """The change of units x' = (x - c) / s, kept so that likelihoods can be quoted in the data's own units.
+    """The change of units x' = (x - c) / s, which maps a shape into the unit ball.
 
-    c is the middle of the bounding box and s the largest distance from it, so that a shape fills the unit ball.
-    Both are properties of the shape and not of how densely its parts were sampled, which a mean would be.
-    A density in x' becomes one in x by log p(x) = log p'(x') - D log s.
+    c is the center of the bounding box and s the largest distance from it: unlike the mean, both do not depend on how
+    densely parts of the shape were sampled. Densities transform as log p(x) = log p'(x') - D log s.
 
     Args:
         center: c, (..., D).
@@ -33,7 +32,7 @@ class Normalization(NamedTuple):
 
     @classmethod
     def of(cls, points: Tensor) -> Normalization:
-        """Return the normalization of points (N, D); a single place in space has scale 1."""
+        """Return the normalization of points (N, D); the scale is 1 if all points are equal."""
         center = (points.amin(0) + points.amax(0)) / 2
         scale = (points - center).norm(dim=-1).amax()
         return cls(center, torch.where(scale > 0, scale, torch.ones_like(scale)))
@@ -47,17 +46,28 @@ class Normalization(NamedTuple):
         return points * self.scale[..., None, None] + self.center.unsqueeze(-2)
 
     def log_jacobian(self) -> Tensor:
-        """Return -D log s, (...): added to log p'(x') it gives log p(x)."""
+        """Return -D log s, (...): log p(x) minus log p'(x')."""
         return -self.center.shape[-1] * self.scale.log()
 
 
 class Surface(NamedTuple):
-    """A triangle mesh that is ready to be sampled.
+    """A triangle mesh with its areas, from which points are drawn uniformly by area.
+
+    A triangle is drawn with probability proportional to its area; in it, x = a + sqrt(u) ((1 - v) (b - a) + v (c - a))
+    with u, v uniform in [0, 1].
 
     Args:
         vertices: (V, 3) float64.
         faces: (F, 3) long, rows of ``vertices``.
-        cumulative_areas: (F,) float64, the running sum of the triangles' areas.
+        cumulative_areas: (F,) float64, the cumulative sum of the triangle areas.
+
+    Example:
+        >>> surface = Surface.of(torch.eye(3), torch.tensor([[0, 1, 2]]))
+        >>> points = surface.sample(1000, torch.Generator().manual_seed(0))
+        >>> points.shape, torch.allclose(points.sum(1), torch.ones(1000))
+        (torch.Size([1000, 3]), True)
+
+    Source: Osada et al., Shape distributions, 2002.
     """
 
     vertices: Tensor
@@ -66,31 +76,29 @@ class Surface(NamedTuple):
 
     @classmethod
     def of(cls, vertices: Tensor, faces: Tensor) -> Surface:
-        """Return the surface with its areas.
+        """Return the surface of a mesh.
 
         Raises:
-            ValueError: the shapes are wrong, a face names a vertex that is not there, or the area is not positive.
+            ValueError: a shape is wrong, a face refers to a missing vertex, or the total area is not positive.
         """
         if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
-            raise ValueError(
-                f"vertices and faces have shapes {tuple(vertices.shape)} and {tuple(faces.shape)}; "
-                "give (V, 3) and (F, 3)"
-            )
+            shapes = f"{tuple(vertices.shape)} and {tuple(faces.shape)}"
+            raise ValueError(f"vertices and faces must have shapes (V, 3) and (F, 3), got {shapes}")
         low, high = faces.aminmax() if faces.numel() else (0, -1)
         if low < 0 or high >= len(vertices):
-            raise ValueError(f"faces name vertices {int(low)} to {int(high)} of {len(vertices)}; count from 0")
+            raise ValueError(f"faces must be from 0 to {len(vertices) - 1}, got {int(low)} to {int(high)}")
         vertices = vertices.double()
         a, b, c = vertices.index_select(0, faces.flatten()).view(-1, 3, 3).unbind(1)
         cumulative = torch.linalg.cross(b - a, c - a).norm(dim=-1).cumsum(0) / 2
-        if not (len(cumulative) and 0 < cumulative[-1] < float("inf")):
-            total = cumulative[-1].item() if len(cumulative) else 0.0
-            raise ValueError(f"the surface of vertices and faces has area {total}; give finite triangles with an area")
+        area = cumulative[-1].item() if len(cumulative) else 0.0
+        if not 0 < area < float("inf"):
+            raise ValueError(f"the area of the surface must be positive and finite, got {area}")
         return cls(vertices, faces, cumulative)
 
     def sample(self, num_points: int, generator: torch.Generator | None = None) -> Tensor:
         """Return points (num_points, 3) float32, uniform on the surface."""
         u = torch.rand(num_points, 3, dtype=torch.float64, generator=generator)
-        # right=True never picks a triangle without area; rounding may reach the very end.
+        # right=True skips triangles of zero area; clamp handles a product rounded up to the total area.
         face = torch.searchsorted(self.cumulative_areas, u[:, 0] * self.cumulative_areas[-1], right=True)
         corners = self.faces.index_select(0, face.clamp_(max=len(self.faces) - 1))
         a, b, c = self.vertices.index_select(0, corners.flatten()).view(num_points, 3, 3).unbind(1)
@@ -98,56 +106,18 @@ class Surface(NamedTuple):
         return (a + root * ((b - a) * (1 - v) + (c - a) * v)).float()
 
 
-def sample_surface(
-    vertices: Tensor, faces: Tensor, num_points: int, generator: torch.Generator | None = None
-) -> Tensor:
-    """Return points drawn uniformly by area from a triangle mesh.
-
-    A triangle is drawn with probability proportional to its area, and in it
-    x = a + sqrt(u) ((1 - v) (b - a) + v (c - a)) with u, v uniform in [0, 1] (Osada et al., "Shape distributions",
-    2002). Computed in float64.
-
-    Args:
-        vertices: (V, 3).
-        faces: (F, 3) rows of ``vertices``.
-        num_points: N.
-        generator: the source of randomness; ``None`` takes torch's own.
-
-    Returns:
-        Points (N, 3) float32.
-
-    Raises:
-        ValueError: as :meth:`Surface.of`, or ``num_points`` is below 1.
-
-    Example:
-        >>> triangle = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-        >>> points = sample_surface(triangle, torch.tensor([[0, 1, 2]]), 1000, torch.Generator().manual_seed(0))
-        >>> points.shape, bool((points.sum(1) <= 1).all()), points[:, 2].abs().max().item()
-        (torch.Size([1000, 3]), True, 0.0)
-    """
-    if num_points < 1:
-        raise ValueError(f"num_points={num_points} draws nothing; give 1 or more")
-    return Surface.of(vertices, faces).sample(num_points, generator)
-
-
 def random_rotation(generator: torch.Generator | None = None, axis: str = "so3") -> Tensor:
-    """Return a rotation matrix (3, 3) float64, uniform over SO(3) or over turns about the z axis.
-
-    A unit quaternion with a uniform direction is a uniform rotation (Shoemake, "Uniform random rotations", 1992).
+    """Return a rotation matrix (3, 3) float64, uniform over SO(3) or over rotations about the z axis.
 
     Args:
-        generator: the source of randomness; ``None`` takes torch's own.
+        generator: the source of randomness; ``None`` means torch's global one.
         axis: ``"so3"`` or ``"z"``.
+
+    Source: a normalized Gaussian quaternion is a uniform rotation (Shoemake, Uniform random rotations, 1992).
     """
-    quaternion = torch.randn(4, dtype=torch.float64, generator=generator)
+    from scipy.spatial.transform import Rotation
+
+    quaternion = torch.randn(4, dtype=torch.float64, generator=generator)  # w, x, y, z
     if axis == "z":
         quaternion[1:3] = 0
-    w, x, y, z = (quaternion / quaternion.norm()).tolist()
-    return torch.tensor(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ],
-        dtype=torch.float64,
-    )
+    return torch.from_numpy(Rotation.from_quat(quaternion.roll(-1).numpy()).as_matrix())

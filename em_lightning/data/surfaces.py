@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from em_lightning.data.base import one_of
+
 Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
-
-
-class Draw:
-    """Uniform random numbers from a seeded generator, fetched in one call since a call costs more than a number."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._values = iter(torch.rand(32, dtype=torch.float64, generator=generator).tolist())
-
-    def __call__(self, low: float, high: float) -> float:
-        """Return a number in [low, high)."""
-        return low + (high - low) * next(self._values)
-
-    def integer(self, low: int, high: int) -> int:
-        """Return a whole number from low to high, both included."""
-        return math.floor(self(low, high + 1))
 
 
 @lru_cache(maxsize=64)
@@ -87,154 +73,150 @@ def _boxes(*boxes: tuple[float, float, float, float, float, float]) -> Mesh:
     return vertices.reshape(-1, 3), faces.reshape(-1, 3)
 
 
-def _superellipsoid(draw: Draw, exponents: tuple[float, float], stretch: float) -> Mesh:
-    def power(value: Tensor, exponent: float) -> Tensor:
-        return value.sign() * value.abs() ** exponent
-
-    latitude, longitude = _span(25, -math.pi / 2, math.pi / 2)[:, None], _span(49, -math.pi, math.pi)[None]
-    flat = power(latitude.cos(), exponents[0])
-    grid = torch.stack(
-        [
-            flat * power(longitude.cos(), exponents[1]),
-            flat * power(longitude.sin(), exponents[1]),
-            power(latitude.sin(), exponents[0]).expand(-1, 49),
-        ],
-        -1,
-    )
-    return _grid(grid * torch.tensor([draw(stretch, 1), draw(stretch, 1), 1], dtype=torch.float64))
-
-
-def sphere(draw: Draw) -> Mesh:
-    """Return the unit sphere, the one family without a parameter."""
-    return _superellipsoid(draw, (1.0, 1.0), 1.0)
-
-
-def ellipsoid(draw: Draw) -> Mesh:
-    """Return an ellipsoid with axes down to 0.3 of the longest."""
-    return _superellipsoid(draw, (1.0, 1.0), 0.3)
-
-
-def superellipsoid(draw: Draw) -> Mesh:
-    """Return a superellipsoid (Barr, 1981), between a rounded box and a pinched star."""
-    return _superellipsoid(draw, (draw(0.3, 2.5), draw(0.3, 2.5)), 0.5)
-
-
-def box(draw: Draw) -> Mesh:
-    """Return a box."""
-    return _boxes((0, 0, 0, draw(0.3, 1), draw(0.3, 1), draw(0.3, 1)))
-
-
-def cylinder(draw: Draw) -> Mesh:
-    """Return a cylinder with both its caps."""
-    h = draw(0.3, 2)
-    return _profile((0, -h), (1, -h), (1, h), (0, h))
-
-
-def cone(draw: Draw) -> Mesh:
-    """Return a cone or a frustum, with its caps."""
-    h, top = draw(0.5, 1.5), max(0.0, draw(-0.5, 0.6))
-    return _profile((0, -h), (1, -h), (top, h), (0, h))
-
-
-def pyramid(draw: Draw) -> Mesh:
-    """Return a pyramid on three to six sides, with its base."""
-    h = draw(0.4, 1.2)
-    return _profile((0, -h), (1, -h), (0, h), sides=draw.integer(3, 6))
-
-
-def prism(draw: Draw) -> Mesh:
-    """Return a prism on three, five or six sides, with both its caps."""
-    h = draw(0.3, 1.5)
-    return _profile((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[draw.integer(0, 2)])
-
-
-def capsule(draw: Draw) -> Mesh:
-    """Return a cylinder closed by half spheres."""
-    angle, h = _span(32, -math.pi / 2, math.pi / 2), draw(0.3, 2)
-    return _revolve(angle.cos(), angle.sin() + h * angle.sign())
-
-
-def vase(draw: Draw) -> Mesh:
-    """Return an open surface of revolution whose radius is a random wave."""
-    z = _span(40, -1.0, 1.0)
-    radius = 0.5 + draw(0.1, 0.35) * torch.sin(draw(2, 5) * z + draw(0, 2 * math.pi))
-    return _revolve(radius, draw(0.7, 1.3) * z)
-
-
-def torus(draw: Draw) -> Mesh:
-    """Return a torus."""
-    angle, r = _span(33, 0.0, 2 * math.pi), draw(0.15, 0.6)
-    return _revolve(1 + r * angle.cos(), r * angle.sin())
-
-
-def helix(draw: Draw) -> Mesh:
-    """Return a tube along a helix of one and a half to three turns."""
-    turns, pitch = draw(1.5, 3), draw(0.4, 0.8)
-    t = _span(97, 0.0, 1.0) * turns
-    angle = 2 * math.pi * t
-    return _tube(torch.stack([angle.cos(), angle.sin(), pitch * t], -1), draw(0.08, 0.18))
-
-
-def knot(draw: Draw) -> Mesh:
-    """Return a tube along the torus knot (2, 3) or (3, 2)."""
-    p, q = ((2, 3), (3, 2))[draw.integer(0, 1)]
-    t = _span(129, 0.0, 2 * math.pi)
-    ring = 1 + draw(0.35, 0.5) * (q * t).cos()
-    return _tube(torch.stack([ring * (p * t).cos(), ring * (p * t).sin(), 0.5 * (q * t).sin()], -1), draw(0.08, 0.16))
-
-
-def moebius(draw: Draw) -> Mesh:
-    """Return a Moebius strip with one or three half turns."""
-    u, v = _span(97, 0.0, 2 * math.pi)[:, None], _span(9, -1.0, 1.0)[None] * draw(0.2, 0.45)
-    half = (1, 3)[draw.integer(0, 1)] * u / 2
-    ring = 1 + v * half.cos()
-    return _grid(torch.stack([ring * u.cos(), ring * u.sin(), v * half.sin()], -1))
-
-
-def saddle(draw: Draw) -> Mesh:
-    """Return the saddle z = a x^2 - b y^2 over a square."""
-    x, y = _span(33, -1.0, 1.0)[:, None].expand(-1, 33), _span(33, -1.0, 1.0)[None].expand(33, -1)
-    return _grid(torch.stack([x, y, draw(0.4, 1) * x**2 - draw(0.4, 1) * y**2], -1))
-
-
-def bowl(draw: Draw) -> Mesh:
-    """Return the paraboloid z = a r^2 over a disc."""
-    radius = _span(33, 0.0, 1.0)
-    return _revolve(radius, draw(0.4, 1.5) * radius**2)
-
-
 def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, float, float, float, float, float]]:
     x, y = (w - thick) / 2, (d - thick) / 2
     return [(sx * x, sy * y, top / 2, thick, thick, top) for sx in (-1, 1) for sy in (-1, 1)]
 
 
-def table(draw: Draw) -> Mesh:
-    """Return a table: a plate on four legs (the joints inside are sampled too)."""
-    w, d, h, thick = draw(0.8, 1.6), draw(0.6, 1), draw(0.4, 0.9), draw(0.05, 0.12)
-    return _boxes((0, 0, h + thick / 2, w, d, thick), *_legs(w, d, h, thick))
+class Family:
+    """Random surfaces: each public method draws the parameters of one family and returns its mesh.
+
+    Args:
+        generator: the source of randomness.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        # One call draws all numbers: a call costs more than a number.
+        self._values = iter(torch.rand(32, dtype=torch.float64, generator=generator).tolist())
+
+    def _draw(self, low: float, high: float) -> float:
+        return low + (high - low) * next(self._values)
+
+    def _integer(self, low: int, high: int) -> int:
+        return math.floor(self._draw(low, high + 1))
+
+    def _superellipsoid(self, exponents: tuple[float, float], stretch: float) -> Mesh:
+        def power(value: Tensor, exponent: float) -> Tensor:
+            return value.sign() * value.abs() ** exponent
+
+        latitude, longitude = _span(25, -math.pi / 2, math.pi / 2)[:, None], _span(49, -math.pi, math.pi)[None]
+        flat = power(latitude.cos(), exponents[0])
+        grid = torch.stack(
+            [
+                flat * power(longitude.cos(), exponents[1]),
+                flat * power(longitude.sin(), exponents[1]),
+                power(latitude.sin(), exponents[0]).expand(-1, 49),
+            ],
+            -1,
+        )
+        return _grid(grid * torch.tensor([self._draw(stretch, 1), self._draw(stretch, 1), 1], dtype=torch.float64))
+
+    def sphere(self) -> Mesh:
+        """Return the unit sphere, the one family without a parameter."""
+        return self._superellipsoid((1.0, 1.0), 1.0)
+
+    def ellipsoid(self) -> Mesh:
+        """Return an ellipsoid with axes down to 0.3 of the longest."""
+        return self._superellipsoid((1.0, 1.0), 0.3)
+
+    def superellipsoid(self) -> Mesh:
+        """Return a superellipsoid (Barr, 1981), between a rounded box and a pinched star."""
+        return self._superellipsoid((self._draw(0.3, 2.5), self._draw(0.3, 2.5)), 0.5)
+
+    def box(self) -> Mesh:
+        """Return a box."""
+        return _boxes((0, 0, 0, self._draw(0.3, 1), self._draw(0.3, 1), self._draw(0.3, 1)))
+
+    def cylinder(self) -> Mesh:
+        """Return a cylinder with both its caps."""
+        h = self._draw(0.3, 2)
+        return _profile((0, -h), (1, -h), (1, h), (0, h))
+
+    def cone(self) -> Mesh:
+        """Return a cone or a frustum, with its caps."""
+        h, top = self._draw(0.5, 1.5), max(0.0, self._draw(-0.5, 0.6))
+        return _profile((0, -h), (1, -h), (top, h), (0, h))
+
+    def pyramid(self) -> Mesh:
+        """Return a pyramid on three to six sides, with its base."""
+        h = self._draw(0.4, 1.2)
+        return _profile((0, -h), (1, -h), (0, h), sides=self._integer(3, 6))
+
+    def prism(self) -> Mesh:
+        """Return a prism on three, five or six sides, with both its caps."""
+        h = self._draw(0.3, 1.5)
+        return _profile((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])
+
+    def capsule(self) -> Mesh:
+        """Return a cylinder closed by half spheres."""
+        angle, h = _span(32, -math.pi / 2, math.pi / 2), self._draw(0.3, 2)
+        return _revolve(angle.cos(), angle.sin() + h * angle.sign())
+
+    def vase(self) -> Mesh:
+        """Return an open surface of revolution whose radius is a random wave."""
+        z = _span(40, -1.0, 1.0)
+        radius = 0.5 + self._draw(0.1, 0.35) * torch.sin(self._draw(2, 5) * z + self._draw(0, 2 * math.pi))
+        return _revolve(radius, self._draw(0.7, 1.3) * z)
+
+    def torus(self) -> Mesh:
+        """Return a torus."""
+        angle, r = _span(33, 0.0, 2 * math.pi), self._draw(0.15, 0.6)
+        return _revolve(1 + r * angle.cos(), r * angle.sin())
+
+    def helix(self) -> Mesh:
+        """Return a tube along a helix of one and a half to three turns."""
+        turns, pitch = self._draw(1.5, 3), self._draw(0.4, 0.8)
+        t = _span(97, 0.0, 1.0) * turns
+        angle = 2 * math.pi * t
+        return _tube(torch.stack([angle.cos(), angle.sin(), pitch * t], -1), self._draw(0.08, 0.18))
+
+    def knot(self) -> Mesh:
+        """Return a tube along the torus knot (2, 3) or (3, 2)."""
+        p, q = ((2, 3), (3, 2))[self._integer(0, 1)]
+        t = _span(129, 0.0, 2 * math.pi)
+        ring = 1 + self._draw(0.35, 0.5) * (q * t).cos()
+        return _tube(
+            torch.stack([ring * (p * t).cos(), ring * (p * t).sin(), 0.5 * (q * t).sin()], -1), self._draw(0.08, 0.16)
+        )
+
+    def moebius(self) -> Mesh:
+        """Return a Moebius strip with one or three half turns."""
+        u, v = _span(97, 0.0, 2 * math.pi)[:, None], _span(9, -1.0, 1.0)[None] * self._draw(0.2, 0.45)
+        half = (1, 3)[self._integer(0, 1)] * u / 2
+        ring = 1 + v * half.cos()
+        return _grid(torch.stack([ring * u.cos(), ring * u.sin(), v * half.sin()], -1))
+
+    def saddle(self) -> Mesh:
+        """Return the saddle z = a x^2 - b y^2 over a square."""
+        x, y = _span(33, -1.0, 1.0)[:, None].expand(-1, 33), _span(33, -1.0, 1.0)[None].expand(33, -1)
+        return _grid(torch.stack([x, y, self._draw(0.4, 1) * x**2 - self._draw(0.4, 1) * y**2], -1))
+
+    def bowl(self) -> Mesh:
+        """Return the paraboloid z = a r^2 over a disc."""
+        radius = _span(33, 0.0, 1.0)
+        return _revolve(radius, self._draw(0.4, 1.5) * radius**2)
+
+    def table(self) -> Mesh:
+        """Return a table: a plate on four legs (the joints inside are sampled too)."""
+        w, d, h, thick = self._draw(0.8, 1.6), self._draw(0.6, 1), self._draw(0.4, 0.9), self._draw(0.05, 0.12)
+        return _boxes((0, 0, h + thick / 2, w, d, thick), *_legs(w, d, h, thick))
+
+    def chair(self) -> Mesh:
+        """Return a chair: a seat on four legs, and a back (the joints inside are sampled too)."""
+        w, d, h = self._draw(0.5, 0.7), self._draw(0.5, 0.7), self._draw(0.4, 0.6)
+        thick, back = self._draw(0.05, 0.1), self._draw(0.4, 0.8)
+        seat, rest = (0, 0, h + thick / 2, w, d, thick), (0, (d - thick) / 2, h + thick + back / 2, w, thick, back)
+        return _boxes(seat, rest, *_legs(w, d, h, thick))
 
 
-def chair(draw: Draw) -> Mesh:
-    """Return a chair: a seat on four legs, and a back (the joints inside are sampled too)."""
-    w, d, h, thick, back = draw(0.5, 0.7), draw(0.5, 0.7), draw(0.4, 0.6), draw(0.05, 0.1), draw(0.4, 0.8)
-    seat, rest = (0, 0, h + thick / 2, w, d, thick), (0, (d - thick) / 2, h + thick + back / 2, w, thick, back)
-    return _boxes(seat, rest, *_legs(w, d, h, thick))
-
-
-FAMILIES: dict[str, Callable[[Draw], Mesh]] = {
-    family.__name__: family
-    for family in (
-        (sphere, ellipsoid, superellipsoid, box, cylinder, cone, pyramid, prism, capsule)
-        + (vase, torus, helix, knot, moebius, saddle, bowl, table, chair)
-    )
-}
+FAMILIES = tuple(name for name in vars(Family) if not name.startswith("_"))
 
 
 def random_surface(family: str, generator: torch.Generator) -> Mesh:
     """Return a surface of a family with random parameters, in the family's own pose.
 
     Args:
-        family: a key of ``FAMILIES``.
+        family: one of ``FAMILIES``.
         generator: the source of randomness.
 
     Returns:
@@ -248,6 +230,5 @@ def random_surface(family: str, generator: torch.Generator) -> Mesh:
         >>> vertices.shape, faces.shape
         (torch.Size([8, 3]), torch.Size([12, 3]))
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family={family!r} is unknown; choose from {', '.join(FAMILIES)}")
-    return FAMILIES[family](Draw(generator))
+    one_of(FAMILIES, family=family)
+    return getattr(Family(generator), family)()

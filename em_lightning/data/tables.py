@@ -1,4 +1,4 @@
-"""Large tables of numbers: in memory, memory-mapped or in shards, cut into contiguous blocks of rows."""
+"""Large tables of numbers in memory, in memory-mapped .npy files or in shards, and a loader of blocks of their rows."""
 
 from __future__ import annotations
 
@@ -7,42 +7,40 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import at_least
-from em_lightning.data.loader import RankLoader
+from em_lightning.data.base import RankLoader, at_least
 from em_lightning.data.readers import map_npy
 
-# Rows that are read under one mapping: pages count as memory of the process until the mapping is closed.
-_SCATTERED = 4096
+# Rows that are read under one memory map: its pages count as memory of the process until it is closed.
+_ROWS_PER_MAP = 4096
 
 
 class TableBatch(NamedTuple):
-    """A block of a table: points (n, D), and how often each row counts (n,), ``None`` where each does once."""
+    """A block of a table: points (n, D) and weights (n,), ``None`` if all are 1."""
 
     points: Tensor
     weights: Tensor | None
 
 
 class Table:
-    """Rows of an array, or of several one after the other, read when they are asked for.
+    """The rows of an array, or of several shards one after the other, read on demand.
 
-    Files are memory-mapped for as long as a read takes, so that what was read does not stay in the memory of the
-    process. Floating-point numbers of 32 and 64 bits keep their type; others become the smaller of these that holds
-    them.
+    Files are memory-mapped during a read only, so the memory of the process does not grow. float32 and float64 keep
+    their type; other types are converted to the smaller of these that represents them.
 
     Args:
-        source: a tensor or array, the path of an ``.npy`` file, or a folder whose ``.npy`` files are shards, in the
-            order of their names.
+        source: a tensor or array, the path of an ``.npy`` file, or a folder of ``.npy`` shards, read in the order of
+            their names; hidden files are skipped.
         ndim: 2 for a table (N, D), 1 for a column (N,).
-        name: of the argument, for errors.
+        name: name of the argument in errors.
 
     Raises:
-        ValueError: there is no such file, it is no array of real numbers, or shards do not fit together.
+        ValueError: the file does not exist, does not hold real numbers, or the shapes of shards differ.
 
     Example:
         >>> table = Table(torch.arange(6.0).reshape(3, 2))
@@ -60,22 +58,24 @@ class Table:
             self.parts, self.source = [source], f"a tensor of {source.dtype}".replace("torch.", "")
         else:
             path = Path(source)
-            self.parts = sorted(path.glob("*.npy")) if path.is_dir() else [path]
+            shards = sorted(part for part in path.glob("*.npy") if not part.name.startswith("."))
+            self.parts = shards if path.is_dir() else [path]
             self.source = f"{len(self.parts)} shards in {path}" if path.is_dir() else str(path)
-            if not any(part.is_file() for part in self.parts if isinstance(part, Path)):
-                raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of them; check the path")
-        shapes = []
-        for part in self.parts:
-            array: Any = part if isinstance(part, Tensor) else self._open(part)
-            shapes.append(tuple(array.shape))
-            if len(shapes[-1]) != ndim or shapes[-1][1:] != shapes[0][1:]:
-                wanted = ("(N,)", "(N, D)")[ndim - 1]
+            missing = [part for part in self.parts if isinstance(part, Path) and not part.is_file()]
+            if missing or not self.parts:
+                wrong = f" ({missing[0]})" if missing else ""
+                raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files{wrong}")
+        self.shapes: dict[Path, tuple[int, ...]] = {}
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else self._open(part).shape for part in self.parts]
+        for part, shape in zip(self.parts, shapes, strict=True):
+            if len(shape) != ndim or shape[1:] != shapes[0][1:]:
                 place = "" if isinstance(part, Tensor) else f" in {part.name}"
-                raise ValueError(f"{name} has shape {shapes[-1]}{place}; give {wanted}, of the same D in all shards")
+                rule = ("(N,)", "(N, D) with the same D in all shards")[ndim - 1]
+                raise ValueError(f"{name} has shape {shape}{place}, which must be {rule}")
         self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
         self.shape = (self.starts[-1], *shapes[0][1:])
         if not all(self.shape):
-            raise ValueError(f"{name} has shape {self.shape} and holds nothing; give at least one row and one column")
+            raise ValueError(f"{name} has shape {self.shape}, which must have at least one row and one column")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -86,7 +86,9 @@ class Table:
         except ValueError as error:
             raise ValueError(f"{self.name}: {path} cannot be read ({error}); write it with numpy.save") from error
         if array.dtype.kind not in "fiub":
-            raise ValueError(f"{self.name}: {path} is no array of real numbers; write one with numpy.save")
+            raise ValueError(f"{self.name}: {path} must hold real numbers, got {array.dtype}")
+        if array.shape != self.shapes.setdefault(path, array.shape):
+            raise ValueError(f"{self.name}: {path} changed its shape from {self.shapes[path]} to {array.shape}")
         return array
 
     def _read(self, part: Tensor | Path, rows: slice | Tensor) -> Tensor:
@@ -98,21 +100,19 @@ class Table:
         return torch.from_numpy(np.array(array[rows if isinstance(rows, slice) else rows.numpy()], dtype, order="C"))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows from ``start`` up to ``stop``: a view of a tensor in memory, a copy of what is in files."""
+        """Return rows ``start`` to ``stop`` - 1: a view of a tensor in memory, a copy of rows in files."""
         found = []
         for number in range(bisect.bisect_right(self.starts, start) - 1, len(self.parts)):
             first = self.starts[number]
-            if first >= stop:
-                break
             low, high = max(start - first, 0), min(stop, self.starts[number + 1]) - first
             if low < high:
                 found.append(self._read(self.parts[number], slice(low, high)))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def take(self, rows: Tensor) -> Tensor:
-        """Return single rows, their numbers in ascending order."""
+        """Return the rows of these indices, which must be ascending."""
         found = []
-        for group in rows.split(_SCATTERED):
+        for group in rows.split(_ROWS_PER_MAP):
             bounds = torch.searchsorted(group, torch.tensor(self.starts))
             for number, part in enumerate(self.parts):
                 own = group[bounds[number] : bounds[number + 1]] - self.starts[number]
@@ -122,24 +122,24 @@ class Table:
 
 
 class TableBlocks(RankLoader):
-    """A loader of contiguous blocks of a table, this rank's share of them.
+    """A loader of contiguous blocks of a table, divided among ranks.
 
-    With N rows, W ranks and blocks of b rows, each rank has ``ceil(N / (W b))`` blocks, and the sizes of all blocks
-    differ by one row at most: no row is left out, none is there twice, and ranks take the same number of steps. A
-    loader that is resumed goes on behind the block that it gave last.
+    With N rows, W ranks and blocks of b rows, each rank has ``ceil(N / (W b))`` blocks. All rows are used once, and the
+    sizes of blocks differ by at most one row. A resumed loader continues after the last block it returned.
 
     Args:
         table: the points.
-        weights: a column of the same length: how often each row counts.
+        weights: a column of as many rows.
         block_rows: b.
-        shuffle: whether to draw the order of the blocks in every epoch, as a function of (seed, epoch). Rows within a
-            block stay together, so a table in some order of its rows is best shuffled when it is written.
+        shuffle: whether to draw a new order of the blocks in every epoch, a function of (seed, epoch). Rows are not
+            shuffled within blocks: shuffle an ordered table when writing it.
         num_replicas: W.
-        rank: this one.
-        seed: of the order.
+        rank: rank of this process.
+        seed: seed of the order.
 
     Raises:
-        ValueError: weights are of another length, or rows are fewer than ranks.
+        ValueError: the numbers of weights and rows differ, a weight is negative or NaN, or there are fewer rows than
+            ranks.
 
     Example:
         >>> [len(batch.points) for batch in TableBlocks(Table(torch.zeros(10, 2)), block_rows=4)]
@@ -158,7 +158,7 @@ class TableBlocks(RankLoader):
     ) -> None:
         at_least(1, block_rows=block_rows)
         if weights is not None and len(weights) != len(table):
-            raise ValueError(f"weights count {len(weights)} rows and the data has {len(table)}; give one for each row")
+            raise ValueError(f"weights must have as many rows as the data, got {len(weights)} and {len(table)}")
         super().__init__(len(table), shuffle, num_replicas, rank, seed)
         self.table = table
         self.weights = weights
@@ -166,11 +166,11 @@ class TableBlocks(RankLoader):
         self.size = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many blocks of this epoch were given."""
+        """Return the number of blocks that this epoch has returned."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next epoch begin behind the blocks that were given."""
+        """Let the next epoch begin after these blocks."""
         self.position = state["position"]
 
     def __len__(self) -> int:
@@ -181,26 +181,18 @@ class TableBlocks(RankLoader):
         return self._blocks(first)
 
     def _blocks(self, first: int) -> Iterator[TableBatch]:
-        order = self.order(self.size).tolist()
-        for place in range(first, self.size):
-            self.position = place + 1
-            yield self._block(self.rank * self.size + order[place])
-
-    def _block(self, number: int) -> TableBatch:
         total = self.num_replicas * self.size
-        start, stop = (len(self.table) * place // total for place in (number, number + 1))
-        return TableBatch(self.table.rows(start, stop), self._checked(start, stop))
-
-    def _checked(self, start: int, stop: int) -> Tensor | None:
-        if self.weights is None:
-            return None
-        weights = self.weights.rows(start, stop)
-        if not bool((weights >= 0).all()):
-            raise ValueError(f"weights of rows {start} to {stop} are not all 0 or more; mend them, NaN too")
-        return weights
+        for place, block in enumerate(self.order(self.size)[first:].tolist(), first):
+            self.position = place + 1
+            number = self.rank * self.size + block
+            start, stop = len(self.table) * number // total, len(self.table) * (number + 1) // total
+            weights = None if self.weights is None else self.weights.rows(start, stop)
+            if weights is not None and not bool((weights >= 0).all()):
+                raise ValueError(f"weights must be at least 0 and not NaN; rows {start} to {stop} are not")
+            yield TableBatch(self.table.rows(start, stop), weights)
 
     def sample(self, size: int, seed: int = 0) -> TableBatch:
-        """Return rows of the whole table, one drawn from each of ``size`` equal stretches: the same on every rank."""
+        """Return one random row of each of ``size`` equal intervals of the whole table, the same on every rank."""
         total = len(self.table)
         size = min(size, total)
         within = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -1,9 +1,10 @@
-"""LightningDataModules of large tables, from the user's files or drawn from a known mixture."""
+"""LightningDataModules of large tables, from the user's files or drawn from a known Gaussian mixture."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import lightning
@@ -11,26 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import at_least
-from em_lightning.data.loader import generator_of
+from em_lightning.data.base import SplitDataModule, at_least, generator_of, one_of
 from em_lightning.data.tables import Table, TableBlocks
 from em_lightning.mixture import Mixture
 
-STORAGES = ("memory", "npy", "shards")
-_DRAWN = 2**16
+_DRAWN_ROWS = 2**16  # rows per random generator
 
 
-class TabularDataModule(lightning.LightningDataModule):
-    """Blocks of a large table for training, and of a held-out one for validation and test.
+class TabularDataModule(SplitDataModule):
+    """Blocks of a large table for training and of a held-out table for validation and test.
 
     Args:
         data: a tensor (N, D), the path of an ``.npy`` file, or a folder of ``.npy`` shards; files are memory-mapped
             (:class:`~em_lightning.data.Table`).
-        weights: how often each row counts, (N,), in the same forms.
-        held_out: further rows, for validation and test.
-        block_rows: rows of a block, on each rank.
-        shuffle: whether to draw the order of the training blocks in every epoch.
-        seed: 0 or more, of that order.
+        weights: weights of the rows, (N,), in the same forms.
+        held_out: a table for validation and test; without it there is no validation, and the test uses ``data``.
+        block_rows: rows per block and rank.
+        shuffle: whether to draw a new order of the training blocks in every epoch.
+        seed: at least 0; seed of that order.
 
     Raises:
         ValueError: an argument is out of range, or a file cannot be read.
@@ -60,25 +59,23 @@ class TabularDataModule(lightning.LightningDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.tables: dict[str, Table] = {}
-        if held_out is None and type(self).sources is TabularDataModule.sources:
-            # Lightning validates unless this is the method of its own base class.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
-
-    def sources(self) -> dict[str, Any]:
-        """Return what holds the rows of ``"train"``, and where given of ``"weights"`` and ``"held_out"``."""
-        given = {"train": self.data, "weights": self.weights, "held_out": self.held_out}
-        return {name: source for name, source in given.items() if source is not None}
+        if held_out is None:
+            # Lightning skips validation if this is the method of its own class, and warns of an empty list.
+            self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
         """Open the tables, once."""
-        if not self.tables:
-            self.tables = {
-                name: Table(source, ndim=1 + (name != "weights"), name={"train": "data"}.get(name, name))
-                for name, source in self.sources().items()
-            }
-            train, held_out = self.tables["train"], self.tables.get("held_out")
-            if held_out is not None and held_out.shape[1] != train.shape[1]:
-                raise ValueError(f"held_out has {held_out.shape[1]} features and data {train.shape[1]}; give as many")
+        if self.tables:
+            return
+        tables = {"train": Table(self.data)}
+        if self.weights is not None:
+            tables["weights"] = Table(self.weights, ndim=1, name="weights")
+        if self.held_out is not None:
+            tables["held_out"] = Table(self.held_out, name="held_out")
+            widths = tables["held_out"].shape[1], tables["train"].shape[1]
+            if widths[0] != widths[1]:
+                raise ValueError(f"held_out and data must have equal widths, got {widths[0]}, {widths[1]}")
+        self.tables = tables
 
     @property
     def num_features(self) -> int:
@@ -87,7 +84,7 @@ class TabularDataModule(lightning.LightningDataModule):
         return self.tables["train"].shape[1]
 
     def describe(self) -> str:
-        """Return one line that says what data is used."""
+        """Return one line that describes the data."""
         self.setup()
         train = self.tables["train"]
         counts = f"{len(train):,} x {train.shape[1]} from {train.source}"
@@ -95,48 +92,36 @@ class TabularDataModule(lightning.LightningDataModule):
         return counts + (f"; {len(self.tables['held_out']):,} held out" if "held_out" in self.tables else "")
 
     def blocks(self, split: str = "train", whole: bool = False) -> TableBlocks:
-        """Return the blocks of ``"train"`` or ``"held_out"``: this rank's, or all of them in order."""
+        """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or all of them in order."""
         self.setup()
-        alone = self.trainer is None or whole
-        replicas, rank = (1, 0) if alone else (self.trainer.world_size, self.trainer.global_rank)  # type: ignore[union-attr]
-        shuffle = self.shuffle and split == "train" and not whole
-        weights = self.tables.get("weights") if split == "train" else None
-        return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, replicas, rank, self.seed)
+        train = split == "train"
+        ranks = (1, 0) if whole else self.ranks
+        weights = self.tables.get("weights") if train else None
+        shuffle = self.shuffle and train and not whole
+        return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
 
-    def train_dataloader(self) -> TableBlocks:
-        """Return this rank's blocks of the table."""
-        return self.blocks()
-
-    def val_dataloader(self) -> TableBlocks:
-        """Return this rank's blocks of the held-out table."""
-        return self.blocks("held_out")
-
-    def test_dataloader(self) -> TableBlocks:
-        """Return this rank's blocks of the held-out table, or where there is none, of the table itself."""
+    def loader(self, split: str) -> TableBlocks:
+        """Return the blocks of a split for this rank."""
         self.setup()
-        return self.blocks("held_out" if "held_out" in self.tables else "train")
-
-    def predict_dataloader(self) -> TableBlocks:
-        """Return the same as for a test."""
-        return self.test_dataloader()
+        return self.blocks("held_out" if split != "train" and "held_out" in self.tables else "train")
 
 
 class GaussianBlobs(TabularDataModule):
-    """A table drawn from a Gaussian mixture that is known: nothing to download, and a truth to compare with.
+    """A table drawn from a known Gaussian mixture; needs no download.
 
-    Components have unequal weights and full covariances; they overlap. Rows are a function of the arguments, whatever
-    the storage.
+    The components have unequal weights and full covariances, and overlap. The rows are a function of the arguments,
+    independent of the storage.
 
     Args:
         num_points: N.
         num_features: D.
-        true_components: of the mixture that rows are drawn from.
-        held_out_points: further rows for validation and test.
-        storage: ``"memory"``; ``"npy"``, a memory-mapped file; or ``"shards"``, a folder of them of unequal lengths.
-        folder: where files are written, once.
-        block_rows: rows of a block, on each rank.
-        shuffle: whether to draw the order of the training blocks in every epoch.
-        seed: 0 or more, of the mixture, the rows and that order.
+        true_components: number of components of the mixture.
+        held_out_points: rows for validation and test.
+        storage: ``"memory"``, ``"npy"``, a memory-mapped file, or ``"shards"``, a folder of such files.
+        folder: folder of the files, which are written once.
+        block_rows: rows per block and rank.
+        shuffle: whether to draw a new order of the training blocks in every epoch.
+        seed: at least 0; seed of the mixture, the rows and that order.
 
     Example:
         >>> data = GaussianBlobs(num_points=1000, num_features=2, held_out_points=100)
@@ -158,9 +143,8 @@ class GaussianBlobs(TabularDataModule):
     ) -> None:
         at_least(1, num_features=num_features, true_components=true_components, held_out_points=held_out_points)
         at_least(3, num_points=num_points)
-        if storage not in STORAGES:
-            raise ValueError(f"storage={storage!r} is unknown; choose from {', '.join(STORAGES)}")
-        super().__init__("", block_rows=block_rows, shuffle=shuffle, seed=seed)
+        one_of(("memory", "npy", "shards"), storage=storage)
+        super().__init__("", held_out="", block_rows=block_rows, shuffle=shuffle, seed=seed)
         self.num_points = num_points
         self.true_components = true_components
         self.held_out_points = held_out_points
@@ -170,7 +154,7 @@ class GaussianBlobs(TabularDataModule):
         self.path = Path(folder) / (f"{name}.npy" if storage == "npy" else name)
 
     def truth(self) -> Mixture:
-        """Return the mixture that rows are drawn from, of one set and in double precision."""
+        """Return the mixture that rows are drawn from, one set in float64."""
         generator = torch.Generator().manual_seed(self.seed)
         size, features = self.true_components, self._features
         options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
@@ -181,44 +165,41 @@ class GaussianBlobs(TabularDataModule):
 
     def _draw(self, stream: int, rows: int) -> Tensor:
         truth, found = self.truth(), []
-        scale = torch.linalg.cholesky(truth.covariances[0])
-        for number, start in enumerate(range(0, rows, _DRAWN)):
+        weights = truth.log_weights[0].exp()
+        factors = torch.linalg.cholesky(truth.covariances[0])
+        for number, start in enumerate(range(0, rows, _DRAWN_ROWS)):
             generator = generator_of(self.seed, stream, number)
-            size = min(_DRAWN, rows - start)
-            label = torch.multinomial(truth.weights[0], size, replacement=True, generator=generator)
+            size = min(_DRAWN_ROWS, rows - start)
+            label = torch.multinomial(weights, size, replacement=True, generator=generator)
             noise = torch.randn(size, self._features, generator=generator)
             for k in range(self.true_components):
                 chosen = label == k
-                noise[chosen] = noise[chosen] @ scale[k].T.float() + truth.means[0, k].float()
+                noise[chosen] = noise[chosen] @ factors[k].T.float() + truth.means[0, k].float()
             found.append(noise)
         return torch.cat(found)
 
     def prepare_data(self) -> None:
-        """Write the file or the shards, unless they are there."""
+        """Write the file or the shards, unless they exist."""
         if self.storage == "memory" or self.path.exists():
             return
         rows = self._draw(1, self.num_points).numpy()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # A complete file or folder is renamed, so that an interrupted run leaves no partial one.
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         if self.storage == "npy":
             with open(partial, "wb") as file:
                 np.save(file, rows)
         else:
             partial.mkdir()
-            cuts = [0, self.num_points // 2, 5 * self.num_points // 6, self.num_points]
-            for number in range(3):
-                np.save(partial / f"{number}.npy", rows[cuts[number] : cuts[number + 1]])
+            for number, shard in enumerate(np.split(rows, [self.num_points // 2, 5 * self.num_points // 6])):
+                np.save(partial / f"{number}.npy", shard)
         partial.rename(self.path)
 
-    def sources(self) -> dict[str, Any]:
-        """Return the rows, or the path that holds them, and the held-out rows."""
-        train: Tensor | Path = self.path
-        if self.storage == "memory":
-            train = self._draw(1, self.num_points)
-        return {"train": train, "held_out": self._draw(2, self.held_out_points)}
-
-    def describe(self) -> str:
-        """Return one line that says what data is used."""
-        described = super().describe()
-        source = self.tables["train"].source
-        return described.replace(f"from {source}", f"from a mixture of {self.true_components} Gaussians ({source})")
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the rows, or open the files that hold them, once."""
+        if not self.tables:
+            self.data = self._draw(1, self.num_points) if self.storage == "memory" else str(self.path)
+            self.held_out = self._draw(2, self.held_out_points)
+            super().setup()
+            train = self.tables["train"]
+            train.source = f"a mixture of {self.true_components} Gaussians ({train.source})"

@@ -1,4 +1,4 @@
-"""Whole data sets as tensors: batches are slices, so a step costs what its arithmetic costs."""
+"""Data sets that fit in memory, as tensors: a loader that indexes whole batches, and its LightningDataModule."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import lightning
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import at_least
-from em_lightning.data.loader import RankLoader
+from em_lightning.data.base import RankLoader, SplitDataModule, at_least
 
 
 class TensorBatches(RankLoader):
-    """Batches of tensors, cut from them at once and not collected item by item.
+    """A loader of batches that are indexed at once instead of being collated item by item.
 
-    Each epoch's order is a function of (seed, epoch). Lightning calls :meth:`set_epoch`; a plain loop does so itself,
-    or has the same order again. Ranks share each batch of the epoch between them, the same number of batches to each.
+    The order of an epoch is a function of (seed, epoch). Lightning calls :meth:`set_epoch`; in a plain loop, call it
+    to get a new order. Ranks divide each batch of the epoch and have equally many batches.
 
     Args:
-        tensors: of the same length N along their first axis. Tensors of uint8 become float32 from 0 to 1.
-        batch_size: items a batch on each rank; the last batch may have fewer.
-        shuffle: whether to draw the order, or to keep that of the tensors.
-        num_replicas: the number of ranks.
-        rank: this one.
-        seed: of the order.
+        tensors: tensors of equal length N along their first axis. uint8 becomes float32 from 0 to 1.
+        batch_size: items per batch and rank; the last batch may have fewer.
+        shuffle: whether to draw a new order in every epoch.
+        num_replicas: number of ranks.
+        rank: rank of this process.
+        seed: seed of the order.
 
     Raises:
-        ValueError: the tensors have no items or not equally many, or there are fewer items than ranks.
+        ValueError: the lengths differ, or there are fewer items than ranks.
 
     Example:
         >>> batches = TensorBatches([torch.arange(5), torch.arange(5) > 2], batch_size=2, shuffle=False)
@@ -48,7 +46,7 @@ class TensorBatches(RankLoader):
     ) -> None:
         lengths = {len(tensor) for tensor in tensors}
         if len(lengths) != 1:
-            raise ValueError(f"tensors have {sorted(lengths)} items; give tensors of the same length")
+            raise ValueError(f"tensors must have equal lengths, got {sorted(lengths)}")
         at_least(1, batch_size=batch_size)
         self.size = lengths.pop()
         super().__init__(self.size, shuffle, num_replicas, rank, seed)
@@ -64,7 +62,7 @@ class TensorBatches(RankLoader):
         whole = self.batch_size * self.num_replicas
         left = self.size % whole
         if 0 < left < self.num_replicas:
-            # No rank may go without, as all of them take part in the statistics of a batch.
+            # Repeat items, so that every rank has one: batch statistics are reduced over all ranks.
             order = torch.cat([order, order[: self.num_replicas - left]])
         for batch in order.split(whole):
             yield batch[self.rank :: self.num_replicas]
@@ -86,23 +84,24 @@ class Tensors(NamedTuple):
     y: Tensor
 
 
-class TensorDataModule(lightning.LightningDataModule):
-    """A data set that fits in memory: a subclass defines :meth:`load`, ``shape`` and ``class_names``.
+class TensorDataModule(SplitDataModule):
+    """A data set in memory. Subclasses define :meth:`load`, ``source``, ``shape`` and ``class_names``.
 
     Args:
-        batch_size: items a training batch (on each rank); the last one of an epoch may have fewer.
-        eval_batch_size: items a batch of validation, test and prediction.
-        val_size: training items set aside for validation, the last of a random order that ``split_seed`` alone decides.
-            With 0 validation is on the test items, as published tables have it: then choose nothing by it.
-        seed: 0 or more, of the order of training items.
-        split_seed: see ``val_size``.
+        batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
+        eval_batch_size: items per batch of validation, test and prediction.
+        val_size: number of training items for validation, drawn by ``split_seed``. With 0, as in published tables,
+            validation uses the test items, so no choice may depend on it.
+        seed: at least 0; seed of the order of training items.
+        split_seed: at least 0; seed of the choice of validation items.
 
     Raises:
-        ValueError: an argument is outside its range.
+        ValueError: an argument is out of range.
     """
 
     shape: tuple[int, ...]
     class_names: list[str]
+    source: str  # a short description of the data
 
     def __init__(
         self, batch_size: int = 128, eval_batch_size: int = 2000, val_size: int = 0, seed: int = 0, split_seed: int = 0
@@ -119,7 +118,7 @@ class TensorDataModule(lightning.LightningDataModule):
 
     @property
     def num_features(self) -> int:
-        """Number of features D of an item, all axes together."""
+        """Number of features D of an item, over all its axes."""
         return math.prod(self.shape)
 
     @property
@@ -131,29 +130,25 @@ class TensorDataModule(lightning.LightningDataModule):
         """Return the training or the test items, floats or uint8 from 0 to 255."""
         raise NotImplementedError(f"{type(self).__name__} must define load(train)")
 
-    def source(self) -> str:
-        """Return in a few words what data this is."""
-        raise NotImplementedError(f"{type(self).__name__} must define source()")
-
     def describe(self) -> str:
-        """Return one line that says what data is used."""
+        """Return one line that describes the data."""
         self.setup()
         same = self.splits["val"] is self.splits["test"]
         sizes = [f"{len(part.y)} {split}" for split, part in self.splits.items() if not (same and split == "val")]
-        return f"{self.source()}: {', '.join(sizes)}" + (", which validate too" if same else "")
+        return f"{self.source}: {', '.join(sizes)}" + (" (also used for validation)" if same else "")
 
     def setup(self, stage: str | None = None) -> None:
         """Load all splits, once."""
         if self.splits:
             return
         train, test = self.load(True), self.load(False)
-        if not self.val_size < len(train.y):
-            raise ValueError(f"val_size={self.val_size} leaves none of {len(train.y)} training items; give fewer")
+        if self.val_size >= len(train.y):
+            raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
         val = test
         if self.val_size:
             order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(self.split_seed))
-            kept, aside = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
-            train, val = Tensors(*(part[kept] for part in train)), Tensors(*(part[aside] for part in train))
+            kept, chosen = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
+            train, val = Tensors(*(part[kept] for part in train)), Tensors(*(part[chosen] for part in train))
         self.splits = {"train": train, "val": val, "test": test}
 
     def whole(self, split: str) -> Tensors:
@@ -162,24 +157,9 @@ class TensorDataModule(lightning.LightningDataModule):
         part = self.splits[split]
         return Tensors(*TensorBatches(list(part), len(part.y)).take(torch.arange(len(part.y))))
 
-    def _batches(self, split: str, shuffle: bool) -> TensorBatches:
+    def loader(self, split: str) -> TensorBatches:
+        """Return the batches (x, y) of a split; those of ``"train"`` are shuffled."""
         self.setup()
-        replicas, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        size = self.batch_size if shuffle else self.eval_batch_size
-        return TensorBatches(list(self.splits[split]), size, shuffle, replicas, rank, self.seed)
-
-    def train_dataloader(self) -> TensorBatches:
-        """Return training batches (x, y), shuffled afresh in every epoch."""
-        return self._batches("train", shuffle=True)
-
-    def val_dataloader(self) -> TensorBatches:
-        """Return the validation batches."""
-        return self._batches("val", shuffle=False)
-
-    def test_dataloader(self) -> TensorBatches:
-        """Return the test batches."""
-        return self._batches("test", shuffle=False)
-
-    def predict_dataloader(self) -> TensorBatches:
-        """Return the test batches."""
-        return self._batches("test", shuffle=False)
+        train = split == "train"
+        size = self.batch_size if train else self.eval_batch_size
+        return TensorBatches(list(self.splits[split]), size, train, *self.ranks, self.seed)
