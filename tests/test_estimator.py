@@ -1,4 +1,4 @@
-"""The estimator keeps scikit-learn's contract and gives scikit-learn's results."""
+"""The estimator passes scikit-learn's checks and gives scikit-learn's results."""
 
 import subprocess
 import sys
@@ -77,7 +77,7 @@ def test_weights_count_rows_and_blocks_do_not_show(X, monkeypatch):
     assert np.array_equal(found.predict(X), expected.predict(X))
 
 
-def test_memory_mapped_and_single_precision_rows_go(X, tmp_path, monkeypatch):
+def test_memory_mapped_and_single_precision_rows_are_fitted(X, tmp_path, monkeypatch):
     monkeypatch.setattr("em_lightning.estimator._SAMPLE", 100)
     np.save(tmp_path / "x.npy", X.astype(np.float32))
     mapped = GaussianMixture(4, random_state=0).fit(np.load(tmp_path / "x.npy", mmap_mode="r"))
@@ -129,23 +129,23 @@ def test_a_start_may_be_given_in_part(kind, X):
         ({"covariance_type": "round"}, ["covariance_type='round'", "spherical"]),
         ({"init_params": "kmeans"}, ["init_params='kmeans'", "k-means++"]),
         ({"n_init": 0}, ["n_init=0"]),
-        ({"means_init": np.zeros((2, 3))}, ["means_init has shape (2, 3)", "give (1, 3)"]),
-        ({"means_init": np.full((1, 3), np.nan)}, ["means_init has NaN"]),
-        ({"weights_init": [0.5]}, ["weights_init=[0.5]", "sum is 1"]),
+        ({"means_init": np.zeros((2, 3))}, ["means_init", "(2, 3)", "(1, 3)"]),
+        ({"means_init": np.full((1, 3), np.nan)}, ["means_init", "NaN"]),
+        ({"weights_init": [0.5]}, ["weights_init=[0.5]"]),
         ({"precisions_init": -np.eye(3)[None]}, ["precisions_init", "positive definite"]),
-        ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precisions_init must be positive"]),
+        ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precisions_init", "positive"]),
     ],
 )
-def test_wrong_arguments_are_answered(options, words, X):
+def test_errors_name_the_argument_and_the_value(options, words, X):
     with pytest.raises(ValueError) as caught:
         GaussianMixture(**options).fit(X)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_what_did_not_converge_and_what_is_not_there_is_said(X):
-    with pytest.warns(ConvergenceWarning, match="max_iter=2 iterations; allow more"):
+def test_fits_that_do_not_converge_warn_and_empty_samples_raise(X):
+    with pytest.warns(ConvergenceWarning, match="max_iter=2"):
         fit = GaussianMixture(4, max_iter=2, tol=1e-12, random_state=0).fit(X)
-    with pytest.raises(ValueError, match="n_samples=0 draws nothing"):
+    with pytest.raises(ValueError, match="n_samples=0"):
         fit.sample(0)
 
 
@@ -154,7 +154,7 @@ def test_the_package_and_its_modules_do_without_scikit_learn():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-def test_rows_without_squares_are_answered():
+def test_rows_whose_squares_overflow_raise():
     rows = np.array([[0.0, 1.0], [1e160, 0.0], [2.0, 3.0]])
-    with pytest.raises(ValueError, match="X has entries beyond 2e.123, whose squares float64 does not hold; scale"):
+    with pytest.raises(ValueError, match="X .*2e.123.*float64"):
         GaussianMixture(2).fit(rows)

@@ -150,7 +150,8 @@ class AmortizedClustering(EMModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the corrections, and a group with its own learning rate for everything else."""
-        corrections, other = [], []
+        corrections: list[Tensor] = []
+        other: list[Tensor] = []
         for name, value in self.named_parameters():
             own = name.startswith("operator.") and not name.startswith("operator.prior.")
             (corrections if own else other).append(value)

@@ -123,8 +123,9 @@ class EMModule(lightning.LightningModule):
         for stage in stages:
             copies: dict[str, Any] = dict(self.metrics_of(stage))
             for name, metric in metrics.items():
-                collection = isinstance(metric, MetricCollection)
-                copies[name] = metric.clone(f"{stage}/{metric.prefix or ''}") if collection else metric.clone()
+                copies[name] = metric.clone()
+                if isinstance(metric, MetricCollection):
+                    copies[name].prefix = f"{stage}/{metric.prefix or ''}"
             self.add_module(f"{stage}_metrics", nn.ModuleDict(copies))
 
     def metrics_of(self, stage: str) -> Any:

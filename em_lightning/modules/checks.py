@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(map(repr, choices))}")

@@ -36,7 +36,9 @@ def activation_gallery(reach: float = 4.0, columns: int = 4) -> Figure:
         _draw(ax, activation, reach)
         ax.set_title(title)
     figure.supxlabel("pre-activation z")
-    lines = {str(line.get_label()): line for ax in axes for line in ax.lines if line.get_label()[0] != "_"}
+    lines = {
+        str(line.get_label()): line for ax in axes for line in ax.lines if not str(line.get_label()).startswith("_")
+    }
     figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=3)
     return figure
 

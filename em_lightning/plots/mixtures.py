@@ -62,6 +62,7 @@ def mixture_grid(
     flat = points.shape[-1] == 2
     projection = {} if flat else {"projection": "3d", "box_aspect": (1, 1, 1)}
     figure, axes = new_grid(len(points), columns, width=2.4, height=2.4, subplot_kw=projection)
+    ax: Any
     for i, ax in enumerate(axes):
         keep = slice(None) if mask is None else mask[i].cpu()
         cloud = points[i][keep][:, :3]
