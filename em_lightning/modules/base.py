@@ -126,11 +126,11 @@ class EMModule(lightning.LightningModule):
                 copies[name] = metric.clone()
                 if isinstance(metric, MetricCollection):
                     copies[name].prefix = f"{stage}/{metric.prefix or ''}"
-            self.add_module(f"{stage}_metrics", nn.ModuleDict(copies))
+            self.add_module(f"_{stage}_metrics", nn.ModuleDict(copies))
 
     def metrics_of(self, stage: str) -> Any:
         """Return the metrics of a stage, a mapping from their names."""
-        return getattr(self, f"{stage}_metrics", {})
+        return getattr(self, f"_{stage}_metrics", {})
 
     def batch_size(self, batch: Any) -> int:
         """Return the number of items in a batch, its weight in logged means."""
