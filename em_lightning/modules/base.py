@@ -144,9 +144,7 @@ class EMModule(lightning.LightningModule):
         terms = found if isinstance(found, dict) else {"loss": found}
         missing = sorted({"loss", *self.auxiliary} - set(terms))
         if missing:
-            raise ValueError(
-                f"step must return a term for 'loss' and each key of auxiliary; {missing} missing in {sorted(terms)}"
-            )
+            raise ValueError(f"step must return 'loss' and the keys of auxiliary: {missing} missing in {sorted(terms)}")
         loss = terms["loss"]
         if self.auxiliary:
             loss = loss + sum(weight * terms[name] for name, weight in self.auxiliary.items())
