@@ -75,7 +75,7 @@ class GaussianMixtureModule(EMModule):
         - ``forward(points (n, D))``: a :class:`~em_lightning.Posterior` over the K components.
 
     Raises:
-        ValueError: an argument is out of range, or the data hold NaN.
+        ValueError: an argument is out of range, or the data contain NaN.
 
     Example:
         >>> import lightning
