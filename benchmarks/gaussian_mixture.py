@@ -233,7 +233,8 @@ def worker(options):
     fit.fit(module, TabularDataModule(options.path, block_rows=options.block_rows))
     if fit.is_global_zero:
         middle = len(clock.epochs) // 2
-        print("seconds", sorted(clock.epochs)[middle], sorted(clock.inside)[middle], float(module.log_likelihood), flush=True)
+        seconds = sorted(clock.epochs)[middle], sorted(clock.inside)[middle]
+        print("seconds", *seconds, float(module.log_likelihood), flush=True)
 
 
 def main():

@@ -24,7 +24,8 @@ ROOMS = [
 ]
 ELSEWHERE = {
     "base classes, which subclasses are tested in place of": (
-        "Competition Kernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments PointCloudDataModule SurgicalCallback"
+        "Competition Kernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments PointCloudDataModule "
+        "SurgicalCallback"
     ),
     "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
     "of a whole run under a Trainer, whose tests have one": (
