@@ -138,7 +138,7 @@ class _Levels(lightning.Callback):
         self.levels = levels
 
     def on_train_epoch_end(self, trainer, module):
-        self.levels[int(module.iterations)] = float(module.level)
+        self.levels[int(module.iterations)] = float(module.log_likelihood)
 
 
 def memory(options):
@@ -159,7 +159,7 @@ def memory(options):
     print(
         f"{options.covariance}, {options.storage}: {options.rows:,} x {options.features}, K = {options.components}, "
         f"{options.iterations} iterations: {seconds:.1f} s, peak beyond what was there before {peak - before:.0f} MiB, "
-        f"log-likelihood a row {float(module.level):.6f}"
+        f"log-likelihood a row {float(module.log_likelihood):.6f}"
     )
 
 
@@ -233,7 +233,8 @@ def worker(options):
     fit.fit(module, TabularDataModule(options.path, block_rows=options.block_rows))
     if fit.is_global_zero:
         middle = len(clock.epochs) // 2
-        print("seconds", sorted(clock.epochs)[middle], sorted(clock.inside)[middle], float(module.level), flush=True)
+        seconds = sorted(clock.epochs)[middle], sorted(clock.inside)[middle]
+        print("seconds", *seconds, float(module.log_likelihood), flush=True)
 
 
 def main():

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-from em_lightning.plots import activation_gallery, save_figure
+from em_lightning.plots import activation_gallery, kernel_gallery, save_figure
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"
     print(save_figure(activation_gallery(), folder / "activations.png"))
+    print(save_figure(kernel_gallery(), folder / "kernels.png"))

@@ -1,4 +1,4 @@
-"""A Gaussian mixture with the interface of scikit-learn's estimators; importing this room loads scikit-learn."""
+"""GaussianMixture: a scikit-learn estimator for mixtures of large tables; this module imports scikit-learn."""
 
 from __future__ import annotations
 
@@ -26,25 +26,24 @@ _ROWS = 2**16
 class GaussianMixture(DensityMixin, BaseEstimator):
     r"""Fit :math:`p(x) = \sum_k \pi_k N(x | \mu_k, \Sigma_k)` by EM, as ``sklearn.mixture.GaussianMixture`` does.
 
-    Parameters, attributes and results are those of scikit-learn's class: from the same start the same mixture after as
-    many iterations. The rows are read in blocks and responsibilities are never held for all of them; a memory-mapped
-    array goes. Each row may have a weight.
+    Parameters, attributes and results are those of scikit-learn's class: the same initialization gives the same mixture
+    after the same number of iterations. Rows are read in blocks and responsibilities are not stored, so X may be a
+    memory-mapped array. Rows may have weights.
 
     Args:
         n_components: K.
         covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
-        tol: EM ends when the log-likelihood a row changes by less.
+        tol: EM stops when the log-likelihood per row changes by less.
         reg_covar: added to every variance.
-        max_iter: most iterations.
-        n_init: starts, each fitted to its end; the fit of the highest ``lower_bound_`` is kept.
-        init_params: how centers are drawn: ``"k-means++"``, ``"random_from_data"``, or ``"farthest"``, which draws
-            nothing at random.
-        weights_init: (K,), weights of the start.
-        means_init: (K, D), means of the start.
-        precisions_init: inverse covariances of the start, in scikit-learn's shape. What is not given of a
-            start is drawn.
-        random_state: of the start and of :meth:`sample`.
-        warm_start: whether a further :meth:`fit` goes on from the mixture that the last one found.
+        max_iter: largest number of iterations.
+        n_init: number of initializations; the fit of the highest ``lower_bound_`` is kept.
+        init_params: initialization of the centers: ``"k-means++"``, ``"random_from_data"``, or the deterministic
+            ``"farthest"``.
+        weights_init: (K,), initial weights; whichever of the three initial values is missing is drawn.
+        means_init: (K, D), initial means.
+        precisions_init: initial inverse covariances, in scikit-learn's shape.
+        random_state: of the initialization and of :meth:`sample`.
+        warm_start: whether a further :meth:`fit` starts from the mixture of the last one.
 
     Attributes:
         weights_: (K,).
@@ -53,8 +52,8 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         precisions_: inverse covariances, of the same shape.
         precisions_cholesky_: their factors :math:`U` with :math:`U U^T = \Sigma^{-1}`, of the same shape.
         converged_: whether ``tol`` was reached.
-        n_iter_: iterations made.
-        lower_bound_: log-likelihood a row before the last M-step.
+        n_iter_: number of iterations.
+        lower_bound_: log-likelihood per row before the last M-step.
 
     Example:
         >>> X = np.array([[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]])
@@ -95,25 +94,27 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         self.warm_start = warm_start
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
-        """Fit the mixture to rows X (N, D), each counting ``sample_weight`` (N,) times.
+        """Fit the mixture to rows X (N, D) with weights ``sample_weight`` (N,).
 
         Raises:
-            ValueError: an argument is out of range, or rows are fewer than components.
+            ValueError: an argument is out of range, or there are fewer rows than components.
         """
         self._check()
         X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
         limit = float(np.finfo(X.dtype).max) ** 0.4
         if max(abs(float(X.min())), abs(float(X.max()))) > limit:
-            raise ValueError(f"X has entries beyond {limit:.0e}, whose squares {X.dtype} does not hold; scale the rows")
+            raise ValueError(
+                f"X has entries beyond {limit:.0e}, whose squares exceed the range of {X.dtype}; scale the rows"
+            )
         if len(X) < self.n_components:
-            raise ValueError(f"n_samples={len(X)} is less than n_components={self.n_components}; fit more rows")
+            raise ValueError(f"n_samples={len(X)} must be at least n_components={self.n_components}")
         counts = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         random = check_random_state(self.random_state)
         again = self.warm_start and hasattr(self, "means_")
         drawn = self.init_params != "farthest" and any(
             part is None for part in (self.weights_init, self.means_init, self.precisions_init)
         )
-        count = self.n_init if drawn else 1  # what draws nothing would be the same again
+        count = self.n_init if drawn else 1  # deterministic initializations are equal
         starts = [self._mixture] if again else (self._start(X, counts, random) for _ in range(count))
         fits = (
             fit_blocks(lambda: _blocks(X, counts), start, max_iters=self.max_iter, tol=self.tol, floor=self.reg_covar)
@@ -122,14 +123,14 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         fit = max(fits, key=lambda each: each.log_likelihoods[-1])
         if not fit.converged and self.tol > 0:
             warnings.warn(
-                f"EM did not converge in max_iter={self.max_iter} iterations; allow more or raise tol={self.tol}",
+                f"EM did not converge in max_iter={self.max_iter} iterations; increase max_iter or tol={self.tol}",
                 ConvergenceWarning,
                 stacklevel=2,
             )
         weights, means, covariances = (part[0].numpy() for part in (fit.mixture.weights, *fit.mixture[1:]))
         self.weights_, self.means_ = weights / weights.sum(), means
         self.covariances_ = covariances[0] if self.covariance_type == "tied" else covariances
-        self.precisions_cholesky_ = _roots_of_inverses(self.covariances_, self.covariance_type)
+        self.precisions_cholesky_ = _precision_factors(self.covariances_, self.covariance_type)
         roots = self.precisions_cholesky_
         self.precisions_ = roots @ roots.swapaxes(-1, -2) if self.covariance_type in ("full", "tied") else roots**2
         self.converged_, self.n_iter_, self.lower_bound_ = (
@@ -145,13 +146,13 @@ class GaussianMixture(DensityMixin, BaseEstimator):
                 raise ValueError(f"{name}={value} must be at least 1")
         for name, number in (("tol", self.tol), ("reg_covar", self.reg_covar)):
             if not number >= 0:
-                raise ValueError(f"{name}={number} must not be negative")
+                raise ValueError(f"{name}={number} must be at least 0")
         for name, choice, known in (
             ("covariance_type", self.covariance_type, list(COVARIANCES)),
             ("init_params", self.init_params, list(_STARTS)),
         ):
             if choice not in known:
-                raise ValueError(f"{name}={choice!r} is unknown; choose from {', '.join(known)}")
+                raise ValueError(f"{name}={choice!r} must be one of {', '.join(known)}")
 
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
         given = self._given(X.shape[1])
@@ -175,7 +176,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         return Mixture(*(own if part is None else part for part, own in zip(given, drawn, strict=True)))
 
     def _given(self, num_features: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the parts of a start that are given, as a mixture has them."""
+        """Return the given initial log-weights, means and covariances, in the shapes of a mixture."""
         K, D = self.n_components, num_features
         shapes = {"full": (K, D, D), "tied": (D, D), "diag": (K, D), "spherical": (K,)}
         parts = []
@@ -186,22 +187,22 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         ):
             part = None if value is None else torch.as_tensor(np.asarray(value), dtype=torch.float64)[None]
             if part is not None and part.shape[1:] != shape:
-                raise ValueError(f"{name} has shape {tuple(part.shape[1:])}; give {shape}")
+                raise ValueError(f"{name} has shape {tuple(part.shape[1:])} but must have {shape}")
             if part is not None and not part.isfinite().all():
-                raise ValueError(f"{name} has NaN or infinity; give numbers")
+                raise ValueError(f"{name} must be finite, but contains NaN or infinity")
             parts.append(part)
         weights, means, precisions = parts
         if weights is not None and not ((weights >= 0).all() and abs(weights.sum() - 1.0) < 1e-6):
-            raise ValueError(f"weights_init={self.weights_init} are no probabilities; give numbers whose sum is 1")
+            raise ValueError(f"weights_init={self.weights_init} must be non-negative and sum to 1")
         if precisions is None:
             return weights if weights is None else weights.log(), means, None
         if self.covariance_type in ("full", "tied"):
             if torch.linalg.cholesky_ex(precisions).info.any() or not torch.allclose(precisions, precisions.mT):
-                raise ValueError("precisions_init are not symmetric and positive definite; give inverse covariances")
+                raise ValueError("precisions_init must be symmetric and positive definite inverse covariances")
             covariances = torch.linalg.inv(precisions)
             covariances = covariances.unsqueeze(1) if self.covariance_type == "tied" else covariances
         elif not (precisions > 0).all():
-            raise ValueError("precisions_init must be positive; give inverse variances")
+            raise ValueError("precisions_init must be positive inverse variances")
         else:
             covariances = precisions.reciprocal()
         return weights if weights is None else weights.log(), means, covariances
@@ -232,7 +233,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         return np.concatenate([mixture.posterior(block[None]).responsibilities[0].numpy() for block, _ in _blocks(X)])
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the component of largest responsibility, (N,)."""
+        """Return the component with the largest responsibility, (N,)."""
         X, mixture = self._read(X), self._mixture
         return np.concatenate([mixture.log_joint(block[None])[0].argmax(-1).numpy() for block, _ in _blocks(X)])
 
@@ -241,10 +242,10 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         return self.fit(X, y, sample_weight).predict(X)
 
     def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Draw rows (n, D) from the mixture; return them with their components (n,), in the order of the components."""
+        """Draw rows (n, D) from the mixture; return them and their components (n,), sorted by component."""
         check_is_fitted(self)
         if n_samples < 1:
-            raise ValueError(f"n_samples={n_samples} draws nothing; give 1 or more")
+            raise ValueError(f"n_samples={n_samples} must be at least 1")
         random = check_random_state(self.random_state)
         labels = np.repeat(np.arange(self.n_components), random.multinomial(n_samples, self.weights_))
         mixture = self._mixture
@@ -255,23 +256,23 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         return self.means_[labels] + noise, labels
 
     def bic(self, X: Any) -> float:
-        """Return the Bayesian information criterion of the mixture on rows, the lower the better."""
+        """Return the Bayesian information criterion of the mixture on rows; lower is better."""
         return criteria(self._mixture, self.score(X) * len(X), len(X)).bic
 
     def aic(self, X: Any) -> float:
-        """Return Akaike's information criterion of the mixture on rows, the lower the better."""
+        """Return Akaike's information criterion of the mixture on rows; lower is better."""
         return criteria(self._mixture, self.score(X) * len(X), len(X)).aic
 
 
 def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
     for start in range(0, len(X), _ROWS):
         rows = slice(start, start + _ROWS)
-        # Torch warns of arrays that it could write to and may not.
+        # torch.from_numpy warns about arrays that are not writeable.
         block = X[rows] if X.flags.writeable else X[rows].copy()
         yield torch.from_numpy(block), None if counts is None else torch.from_numpy(counts[rows].astype(X.dtype))
 
 
-def _roots_of_inverses(covariances: np.ndarray, kind: str) -> np.ndarray:
+def _precision_factors(covariances: np.ndarray, kind: str) -> np.ndarray:
     if kind in ("diag", "spherical"):
         return 1.0 / np.sqrt(covariances)
     return np.linalg.inv(np.linalg.cholesky(covariances)).swapaxes(-1, -2)

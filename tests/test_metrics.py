@@ -3,6 +3,7 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -22,7 +23,6 @@ from em_lightning.metrics import (
     MixtureLogLikelihood,
     Redundancy,
     ResponsibilityEntropy,
-    WeightRedundancy,
     layer_metrics,
 )
 from em_lightning.testing.distributed import run_ranks
@@ -93,7 +93,7 @@ def test_layer_metrics_of_a_feature_map_and_a_mask():
     assert_equal_to_oracle(metrics.compute(), expected, rel=1e-6)
 
 
-def test_a_dead_layer_is_described():
+def test_metrics_of_a_constant_layer():
     metrics = layer_metrics()
     metrics.update(torch.zeros(50, 8))
     values = {key: value.item() for key, value in metrics.compute().items()}
@@ -122,7 +122,7 @@ def test_forward_gives_the_batch_and_keeps_the_total():
     assert metric.compute().item() == pytest.approx(oracle(torch.cat([first, second]))["redundancy"])
     metric.reset()
     metric.update(activations(20, units=3))
-    with pytest.raises(ValueError, match="activations have 6 units but earlier ones had 3; reset"):
+    with pytest.raises(ValueError, match=r"activations.*6.*3"):
         metric.update(first)
 
 
@@ -157,21 +157,7 @@ def test_mixture_metrics_equal_plain_loops():
     assert largest.compute().item() == pytest.approx(np.mean([r[i].max().item() for i in kept]), rel=1e-6)
 
 
-def test_weight_redundancy_equals_a_plain_loop():
-    weight = torch.randn(4, 3, 2)
-    rows = weight.flatten(1).double().numpy()
-    expected = sum(
-        (rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j])) ** 2
-        for i in range(4)
-        for j in range(4)
-        if i != j
-    )
-    metric = WeightRedundancy()
-    metric.update(nn.Parameter(weight))
-    assert metric.compute().item() == pytest.approx(expected, rel=1e-10)
-
-
-def test_means_that_agree_by_chance_are_not_taken_for_one_metric():
+def test_a_collection_does_not_merge_means_that_are_equal_after_the_first_batch():
     collection = MetricCollection({"few": DeadComponents(1e-3), "many": DeadComponents(0.4)})
     collection.update(torch.tensor([[0.5, 0.5]]).log())
     collection.update(torch.tensor([[0.3, 0.7]]).log())
@@ -199,8 +185,8 @@ def test_states_stay_wide_and_copies_agree():
         assert other.compute() == metric.compute()
 
 
-def test_wrong_use_is_answered():
-    with pytest.raises(ValueError, match="threshold=2 is no mixture weight; give a number from 0 to 1"):
+def test_errors_name_the_argument_and_the_value():
+    with pytest.raises(ValueError, match="threshold=2"):
         DeadComponents(threshold=2)
     with pytest.raises(ValueError, match=r"mask.*\(3,\).*\(2, 3\)"):
         MixtureLogLikelihood().update(torch.zeros(2, 3), torch.ones(3, dtype=torch.bool))
@@ -212,10 +198,9 @@ def on_a_rank(rank):
         metrics.update(batch)
     likelihood, one_sided = MixtureLogLikelihood(), DeadUnits()
     likelihood.update(torch.arange(3.0 + rank))
+    warnings.filterwarnings("ignore", ".*before the .*update.*")  # rank 0 has no items
     if rank == 1:
         one_sided.update(activations())
-    else:
-        one_sided._update_count = 1  # torchmetrics warns of a compute without an update
     return {**metrics.compute(), "likelihood": likelihood.compute(), "one_sided": one_sided.compute()}
 
 

@@ -87,7 +87,7 @@ def test_auxiliary_terms_are_minimized_and_metrics_are_those_of_the_epoch(tmp_pa
         assert logged["val/error"] == pytest.approx((module(x) - 3 * x).abs().mean().item(), rel=1e-5)
         assert {"train/error", "train/total"} <= set(logged)
     assert abs(found[5.0]) < 1.5 < found[0.0]
-    with pytest.raises(ValueError, match=r"auxiliary weighs \['gone'\], and step returned \['loss', 'size'\]"):
+    with pytest.raises(ValueError, match=r"auxiliary.*\['gone'\].*\['loss', 'size'\]"):
         Regression(auxiliary={"gone": 1.0}).training_step((x, x), 0)
 
 
@@ -105,28 +105,28 @@ def test_a_step_with_a_huge_or_broken_gradient_is_left_out(tmp_path):
     "call, error, words",
     [
         (lambda: Regression(lr=0.0), ValueError, ["lr=0.0", "positive"]),
-        (lambda: Regression(schedule="cosine"), ValueError, ["schedule='cosine'", "'one_cycle'"]),
-        (lambda: Regression(skip_gradients_above=0.0), ValueError, ["skip_gradients_above=0.0", "None"]),
+        (lambda: Regression(schedule="cosine"), ValueError, ["schedule='cosine'", "one_cycle"]),
+        (lambda: Regression(skip_gradients_above=0.0), ValueError, ["skip_gradients_above=0.0"]),
         (lambda: Regression(optimizer="lion"), ValueError, ["optimizer='lion'", "adam"]),
-        (lambda: Regression(auxiliary={"loss": 1.0}), ValueError, ["auxiliary={'loss': 1.0}", "beside 'loss'"]),
+        (lambda: Regression(auxiliary={"loss": 1.0}), ValueError, ["auxiliary={'loss': 1.0}"]),
         (lambda: Regression(weight_decay=-1.0), ValueError, ["weight_decay=-1.0"]),
-        (lambda: PointCloudGMM(target="both"), ValueError, ["target='both'", "'held_out'"]),
+        (lambda: PointCloudGMM(target="both"), ValueError, ["target='both'", "held_out"]),
         (lambda: PointCloudGMM(num_components=0), ValueError, ["num_components=0"]),
         (lambda: EMModule().step(None, "train"), NotImplementedError, ["EMModule", "step(batch, stage)"]),
     ],
 )
-def test_wrong_use_is_answered(call, error, words):
+def test_errors_name_the_argument_and_the_value(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_a_step_without_a_loss_is_told():
+def test_a_step_must_return_a_loss():
     class Forgetful(Regression):
         def step(self, batch, stage):
             return {"lost": torch.zeros(())}
 
-    with pytest.raises(ValueError, match=r"terms \['lost'\]; add 'loss'"):
+    with pytest.raises(ValueError, match=r"'loss'.*'lost'"):
         Forgetful().training_step((torch.zeros(2, 1), torch.zeros(2, 1)), 0)
 
 

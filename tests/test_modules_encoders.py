@@ -32,10 +32,10 @@ def test_energies_are_the_joint_log_densities_of_scikit_learns_mixture(covarianc
     module = MixtureEncoder(64, 5, subspace=4, num_iters=0, covariance=covariance)
     torch.manual_seed(0)
     module.fit(x)
-    start = module.encoder
+    start, mixture = module.encoder, module.encoder.mixture()
     projected = PCA(4).fit(x.double()).transform(x.double())
     signs = np.sign(((x - start.mean) @ start.basis).double().numpy() / projected)[0]
-    weights, means = start.log_weights.double().exp().numpy(), start.means.double().numpy() * signs
+    weights, means = mixture.weights[0].double().numpy(), mixture.means[0].double().numpy() * signs
     full = np.einsum("i,kij,j->kij", signs, np.stack([np.eye(4)] * 5), signs)
     shapes = {
         "full": lambda c: c * np.outer(signs, signs),
@@ -43,7 +43,7 @@ def test_energies_are_the_joint_log_densities_of_scikit_learns_mixture(covarianc
         "diag": lambda c: full * c[:, None],
         "spherical": lambda c: full * c[:, None, None],
     }
-    covariances = shapes[covariance](start.covariances.double().numpy())
+    covariances = shapes[covariance](mixture.covariances[0].double().numpy())
     expected = -np.stack(
         [np.log(weights[k]) + multivariate_normal(means[k], covariances[k]).logpdf(projected) for k in range(5)],
         -1,
@@ -69,15 +69,15 @@ def test_the_trainer_fits_once_and_a_checkpoint_keeps_the_mixture(tmp_path):
     loaded = MixtureEncoder.load_from_checkpoint(tmp_path / "mixture.ckpt")
     assert torch.equal(loaded(x), module(x))
     torch.testing.assert_close(module(x).sum(-1), torch.ones(len(x)))
-    before = module.encoder.means.clone()
+    before = module.prototypes.clone()
     trainer(tmp_path).fit(module, data)
-    assert torch.equal(module.encoder.means, before)
+    assert torch.equal(module.prototypes, before)
     assert run.test(module, data, verbose=False)[0]["test/dead_units"] == 0
     assert module.prototypes.shape == (6, 64)
 
 
 def test_the_mixture_refuses_a_subspace_larger_than_the_items():
-    with pytest.raises(ValueError, match=r"subspace=65 must be from 1 to num_features=64"):
+    with pytest.raises(ValueError, match=r"subspace=65.*num_features=64"):
         MixtureEncoder(64, 4, subspace=65)
 
 
@@ -112,11 +112,11 @@ def test_the_classifier_measures_the_activations_that_were_swapped_in(tmp_path, 
 
 
 def test_the_classifier_says_what_is_wrong():
-    with pytest.raises(ValueError, match=r"network='rnn' is unknown; choose 'mlp' or 'cnn'"):
+    with pytest.raises(ValueError, match=r"network='rnn'.*mlp.*cnn"):
         ImageClassifier(network="rnn")
-    with pytest.raises(ValueError, match=r"num_classes=1 must be at least 2"):
+    with pytest.raises(ValueError, match=r"num_classes=1\b"):
         ImageClassifier(num_classes=1)
-    with pytest.raises(ValueError, match=r"width=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"width=0\b"):
         ImageClassifier(width=0)
 
 
@@ -136,7 +136,7 @@ def test_with_a_reference_width_weights_fall_with_the_width_and_its_pairs(width)
 
 
 def test_the_reference_width_needs_pairs_of_units():
-    with pytest.raises(ValueError, match=r"reference_width=1 must be at least 2, a pair of units"):
+    with pytest.raises(ValueError, match=r"reference_width=1\b"):
         EMClassifier(reference_width=1)
-    with pytest.raises(ValueError, match=r"num_components=1 has no pairs of units; leave reference_width out"):
+    with pytest.raises(ValueError, match=r"num_components=1\b"):
         EMClassifier(num_components=1, reference_width=25)

@@ -121,14 +121,14 @@ def test_a_subclass_may_take_other_energies():
     assert torch.equal(module(torch.ones(1, 64)), module.encoder(torch.ones(1, 64)).square())
 
 
-def test_training_steps_are_logged_when_somebody_reads_them():
+def test_training_steps_are_logged_every_n_steps_and_at_the_end_of_an_epoch():
     class Counted(DecoderFreeEncoder):
         steps = ()
 
-        def log_dict(self, values, **options):
-            if "train/loss" in values:
+        def log(self, name, value, **options):
+            if name == "train/loss":
                 self.steps += (self.trainer.global_step,)
-            super().log_dict(values, **options)
+            super().log(name, value, **options)
 
     module = Counted(64, 12)
     trainer = fit(module, Digits(), epochs=1, log_every_n_steps=5, limit_val_batches=0)
@@ -175,7 +175,7 @@ def test_replicas_go_the_way_that_each_goes_alone(key):
 
 
 def test_replicas_that_are_not_alike_are_refused():
-    with pytest.raises(ValueError, match="hyperparameters that differ; give layers that are made alike"):
+    with pytest.raises(ValueError, match="layers.*hyperparameters"):
         Replicas([MAKE["classifier"](), MAKE["baseline"]()])
 
 
@@ -193,23 +193,23 @@ def test_a_probe_is_the_regression_of_scikit_learn():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DecoderFreeEncoder(num_features=0), "num_features=0 must be at least 1"),
-        (lambda: DecoderFreeEncoder(num_components=0), "num_components=0 must be at least 1"),
-        (lambda: SparseAutoencoder(sparsity=-1), "sparsity=-1 must not be negative"),
-        (lambda: EMClassifier(num_classes=1), "num_classes=1 must be at least 2"),
-        (lambda: EMClassifier(weight=-1), "weight=-1 must not be negative"),
-        (lambda: EMClassifier(optimizer="lion"), "optimizer='lion' is unknown; choose from adam, sgd"),
-        (lambda: DecoderFreeEncoder(free_energy=0, variance=0, decorrelation=0), "free_energy, variance, decorrelation"),
+        (lambda: DecoderFreeEncoder(num_features=0), r"num_features=0\b"),
+        (lambda: DecoderFreeEncoder(num_components=0), r"num_components=0\b"),
+        (lambda: SparseAutoencoder(sparsity=-1), r"sparsity=-1\b"),
+        (lambda: EMClassifier(num_classes=1), r"num_classes=1\b"),
+        (lambda: EMClassifier(weight=-1), r"weight=-1\b"),
+        (lambda: EMClassifier(optimizer="lion"), "optimizer='lion'.*adam.*sgd"),
+        (lambda: DecoderFreeEncoder(free_energy=0, variance=0, decorrelation=0), "weight"),
     ],
 )
-def test_wrong_arguments_are_answered(make, message):
+def test_errors_name_the_argument_and_the_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_layer_says_what_it_needs():
+def test_a_layer_without_an_objective_raises():
     layer = EnergyLayer(4, 2)
-    with pytest.raises(NotImplementedError, match="EnergyLayer must define objective"):
+    with pytest.raises(NotImplementedError, match="EnergyLayer.*objective"):
         layer.step((torch.rand(3, 4), None), "train")
 
 

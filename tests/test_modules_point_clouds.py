@@ -88,7 +88,7 @@ def test_a_pyramid_learns_digits():
 def test_augmentation_is_a_linear_map_and_a_shift():
     module = classifier("max", distort=0.3, scale=0.1, shift=0.2, jitter=0.0)
     points = clouds().points
-    moved = module._augmented(points)
+    moved = module.augment(points)
     for before, after in zip(points, moved, strict=True):
         columns = torch.cat([before, torch.ones(len(before), 1)], 1)
         fitted = torch.linalg.lstsq(columns, after).solution
@@ -98,7 +98,7 @@ def test_augmentation_is_a_linear_map_and_a_shift():
             fitted[:3], torch.eye(3), atol=1e-3
         )
     still = classifier("max", scale=0.0, shift=0.0, jitter=0.0)
-    torch.testing.assert_close(still._augmented(points), points)
+    torch.testing.assert_close(still.augment(points), points)
 
 
 def test_surfaces_know_how_many_classes_they_have():
@@ -109,11 +109,11 @@ def test_surfaces_know_how_many_classes_they_have():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"pooling": "median"}, "pooling='median' is unknown; choose one of em, max, mean, attention"),
-        ({"num_parameters": 10}, "num_parameters=10 leave none for the head: give more, or less width"),
-        ({"levels": [{"num_components": 3}]}, r"levels\[0\]={'num_components': 3} lacks out_features, pitch"),
+        ({"pooling": "median"}, "pooling='median'.*em.*set_transformer"),
+        ({"num_parameters": 10}, r"num_parameters=10\b"),
+        ({"levels": [{"num_components": 3}]}, r"levels\[0\].*out_features, pitch"),
     ],
 )
-def test_mistakes_are_answered(arguments, words):
+def test_errors_name_the_argument_and_the_value(arguments, words):
     with pytest.raises(ValueError, match=words):
         PointCloudClassifier(4, **arguments)

@@ -24,7 +24,7 @@ ROOMS = [
 ]
 ELSEWHERE = {
     "base classes, which subclasses are tested in place of": (
-        "Competition Tempered Kernel EnergyLoss MomentLoss MeanOfItems UnitMoments PointCloudDataModule "
+        "Competition Tempered Kernel EllipticalKernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments PointCloudDataModule "
         "SurgicalCallback"
     ),
     "functions that modules of the registry call, and nothing else": (

@@ -61,7 +61,7 @@ class SelectionReport(lightning.Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Keep the likelihood and the time of an epoch; one that was resumed in its middle has no time."""
-        self.levels.append(float(pl_module.level))
+        self.levels.append(float(pl_module.log_likelihood))
         self.seconds += time.perf_counter() - getattr(self, "_began", time.perf_counter())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

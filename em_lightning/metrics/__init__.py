@@ -1,19 +1,10 @@
-"""Metrics of mixtures and of layers, as torchmetrics: exact over any split into batches and ranks.
+"""torchmetrics of mixtures and layers: exact over batches and ranks, with states in float64.
 
-Letters: B sets, N items, D units (or features), K components. Every state is kept in float64, except on devices
-that have none.
+Letters: B sets, N items, D units (or features), K components.
 """
 
-from em_lightning.metrics.base import MeanOfItems, UnitMoments
-from em_lightning.metrics.layers import (
-    L0,
-    DeadUnits,
-    EffectiveRank,
-    MinVariance,
-    Redundancy,
-    WeightRedundancy,
-    layer_metrics,
-)
+from em_lightning.metrics.base import Float64Metric, MeanOfItems, UnitMoments
+from em_lightning.metrics.layers import L0, DeadUnits, EffectiveRank, MinVariance, Redundancy, layer_metrics
 from em_lightning.metrics.mixtures import (
     DeadComponents,
     EffectiveComponents,
@@ -29,6 +20,7 @@ __all__ = [
     "DeadUnits",
     "EffectiveComponents",
     "EffectiveRank",
+    "Float64Metric",
     "MaxResponsibility",
     "MeanOfItems",
     "MinVariance",
@@ -36,7 +28,6 @@ __all__ = [
     "Redundancy",
     "ResponsibilityEntropy",
     "UnitMoments",
-    "WeightRedundancy",
     "layer_metrics",
     "linear_probe",
 ]

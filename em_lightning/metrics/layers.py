@@ -1,4 +1,4 @@
-"""Metrics of the units of a layer."""
+"""Metrics of the units of a layer: active and dead units, least variance, redundancy, effective rank."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from em_lightning.losses import weight_redundancy
 from em_lightning.metrics.base import MeanOfItems, UnitMoments
 from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntropy
 
-__all__ = ["L0", "DeadUnits", "EffectiveRank", "MinVariance", "Redundancy", "WeightRedundancy", "layer_metrics"]
-
 
 class L0(MeanOfItems):
-    r"""Mean number of active units of an item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`.
+    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`.
 
     Args:
         threshold: the activation above which a unit is active.
@@ -36,37 +33,18 @@ class L0(MeanOfItems):
         self.dim = dim
 
     def update(self, activations: Tensor, mask: Tensor | None = None) -> None:
-        """Add items: activations with D units along ``dim``, and booleans of the other axes."""
+        """Add items: activations with D units along ``dim``, and a mask of the shape of the other axes."""
         self._add((activations > self.threshold).sum(self.dim), mask)
 
 
-class WeightRedundancy(MeanOfItems):
-    r"""Sum over pairs of rows of their squared cosine, :math:`\sum_{i \ne j} \cos^2(w_i, w_j)`, averaged over updates.
-
-    A row of zeros is at a right angle to every other.
-
-    Example:
-        >>> metric = WeightRedundancy()
-        >>> metric.update(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]]))
-        >>> metric.compute().item()
-        2.0
-    """
-
-    higher_is_better = False
-
-    def update(self, weight: Tensor) -> None:
-        """Add a weight matrix (D, ...) whose rows belong to the units; further axes are flattened."""
-        self._add(weight_redundancy(weight.detach().to(self.sums.dtype)))
-
-
 class DeadUnits(UnitMoments):
-    r"""Number of units with :math:`\mathrm{Var}(a_j) <` ``threshold``, the variance unbiased and over all items.
+    r"""Number of units with :math:`\mathrm{Var}(a_j) <` ``threshold``, with the unbiased variance over all items.
 
     Args:
-        threshold: the variance below which a unit counts as dead.
+        threshold: the variance below which a unit is dead; a constant unit is always dead.
         dim: the axis of the units.
-        relative: whether the threshold is a share of the mean variance of the units: for comparing activations of
-            different scale. Where no unit varies, all are dead.
+        relative: whether the threshold is a fraction of the mean variance of the units, for comparing activations of
+            different scale.
         **kwargs: for :class:`torchmetrics.Metric`.
 
     Example:
@@ -93,10 +71,6 @@ class DeadUnits(UnitMoments):
 class MinVariance(UnitMoments):
     r"""Smallest variance of a unit, :math:`\min_j \mathrm{Var}(a_j)`, unbiased and over all items.
 
-    Args:
-        dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.Metric`.
-
     Example:
         >>> metric = MinVariance()
         >>> metric.update(torch.tensor([[0.0, 1.0], [1.0, 3.0]]))
@@ -114,11 +88,7 @@ class MinVariance(UnitMoments):
 class Redundancy(UnitMoments):
     r"""Sum of squared correlations between units, :math:`\sum_{i \ne j} \mathrm{Corr}(a_i, a_j)^2`, over all items.
 
-    The standard deviations in the denominator carry + 1e-8, so a constant unit correlates with none.
-
-    Args:
-        dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.Metric`.
+    1e-8 is added to the standard deviations in the denominator, so that constant units have correlation 0.
 
     Example:
         >>> metric = Redundancy()
@@ -139,18 +109,15 @@ class Redundancy(UnitMoments):
 class EffectiveRank(UnitMoments):
     r"""Effective rank of the units' covariance, :math:`\exp H(p)` with its normalized eigenvalues p: from 1 to D.
 
-    Of Roy and Vetterli, "The effective rank: a measure of effective dimensionality" (EUSIPCO 2007). It is 0 where no
-    unit varies.
-
-    Args:
-        dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.Metric`.
+    It is 0 if all units are constant.
 
     Example:
         >>> metric = EffectiveRank()
         >>> metric.update(torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, -1.0, 0.0]]))
         >>> round(metric.compute().item(), 6)
         2.0
+
+    Source: Roy and Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
     """
 
     higher_is_better = True
@@ -162,19 +129,17 @@ class EffectiveRank(UnitMoments):
             return covariance.new_full((), torch.nan)
         spectrum = torch.linalg.eigvalsh(covariance).clamp_min(0.0)
         total = spectrum.sum()
-        if total <= 0:
-            return torch.zeros_like(total)
-        return torch.special.entr(spectrum / total).sum().exp()
+        return torch.special.entr(spectrum / total).sum().exp() if total > 0 else torch.zeros_like(total)
 
 
 def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
-    """Return the metrics of a competing layer, each updated with its post-activation energies (low energy wins).
+    """Return the metrics of a competitive layer, to be updated with its energies after the activation.
 
     The four that need the moments of the units share one state.
 
     Args:
         dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.MetricCollection`, ``prefix`` for one.
+        **kwargs: for :class:`torchmetrics.MetricCollection`, for instance ``prefix``.
 
     Example:
         >>> metrics = layer_metrics()
@@ -182,21 +147,17 @@ def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
         >>> sorted(metrics.compute())
         ['dead_units', 'effective_rank', 'entropy', 'l0', 'max_responsibility', 'min_variance', 'redundancy']
     """
+    of_moments: dict[str, Any] = {
+        "dead_units": DeadUnits(dim=dim),
+        "min_variance": MinVariance(dim=dim),
+        "redundancy": Redundancy(dim=dim),
+        "effective_rank": EffectiveRank(dim=dim),
+    }
+    means: dict[str, Any] = {
+        "entropy": ResponsibilityEntropy(from_energies=True, dim=dim),
+        "max_responsibility": MaxResponsibility(from_energies=True, dim=dim),
+        "l0": L0(dim=dim),
+    }
     return MetricCollection(
-        {
-            "dead_units": DeadUnits(dim=dim),
-            "min_variance": MinVariance(dim=dim),
-            "redundancy": Redundancy(dim=dim),
-            "effective_rank": EffectiveRank(dim=dim),
-            "entropy": ResponsibilityEntropy(from_energies=True, dim=dim),
-            "max_responsibility": MaxResponsibility(from_energies=True, dim=dim),
-            "l0": L0(dim=dim),
-        },
-        compute_groups=[
-            ["dead_units", "min_variance", "redundancy", "effective_rank"],
-            ["entropy"],
-            ["max_responsibility"],
-            ["l0"],
-        ],
-        **kwargs,
+        {**of_moments, **means}, compute_groups=[list(of_moments), *([name] for name in means)], **kwargs
     )

@@ -1,4 +1,4 @@
-"""Metrics of mixtures and their posteriors."""
+"""Metrics of mixtures and posteriors: log-likelihood, effective and dead components, decisiveness."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ from torch import Tensor
 
 from em_lightning.metrics.base import MeanOfItems
 
-__all__ = [
-    "DeadComponents",
-    "EffectiveComponents",
-    "MaxResponsibility",
-    "MixtureLogLikelihood",
-    "ResponsibilityEntropy",
-]
-
 
 class MixtureLogLikelihood(MeanOfItems):
-    r"""Mean log-likelihood of a point: :math:`\sum_{bn} w_{bn} \log p(x_{bn}) / \sum_{bn} w_{bn}`, in nats.
+    r"""Mean log-likelihood per point, :math:`\sum_{bn} w_{bn} \log p(x_{bn}) / \sum_{bn} w_{bn}`, in nats.
 
     Example:
         >>> metric = MixtureLogLikelihood()
@@ -34,7 +26,7 @@ class MixtureLogLikelihood(MeanOfItems):
         """Add points.
 
         Args:
-            log_prob: log-likelihoods (B, N), as ``Mixture.log_prob`` gives them; any shape will do.
+            log_prob: log-likelihoods of any shape, such as (B, N) from ``Mixture.log_prob``.
             mask: booleans of the same shape; False points are not counted.
             weights: non-negative numbers of the same shape.
         """
@@ -42,7 +34,7 @@ class MixtureLogLikelihood(MeanOfItems):
 
 
 class EffectiveComponents(MeanOfItems):
-    r"""Perplexity of the mixture weights, :math:`\exp(-\sum_k \pi_k \log \pi_k)`, averaged over the sets: from 1 to K.
+    r"""Perplexity of the mixture weights, :math:`\exp(-\sum_k \pi_k \log \pi_k)`, from 1 to K; mean over the sets.
 
     Example:
         >>> metric = EffectiveComponents()
@@ -52,16 +44,15 @@ class EffectiveComponents(MeanOfItems):
     """
 
     def update(self, log_weights: Tensor) -> None:
-        """Add sets by the logarithms of their mixture weights (B, K), as in ``Mixture.log_weights``."""
+        """Add the log-weights (B, K) of mixtures, as in ``Mixture.log_weights``."""
         self._add(torch.special.entr(log_weights.to(self.sums.dtype).exp()).sum(-1).exp())
 
 
 class DeadComponents(MeanOfItems):
-    r"""Number of components with :math:`\pi_k <` ``threshold``, averaged over the sets.
+    r"""Number of components with :math:`\pi_k <` ``threshold``; mean over the sets.
 
     Args:
-        threshold: the weight below which a component counts as dead; the default is the share of one point in
-            a thousand.
+        threshold: the weight below which a component is dead.
         **kwargs: for :class:`torchmetrics.Metric`.
 
     Raises:
@@ -78,21 +69,21 @@ class DeadComponents(MeanOfItems):
 
     def __init__(self, threshold: float = 1e-3, **kwargs: Any) -> None:
         if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold} is no mixture weight; give a number from 0 to 1 such as 1e-3")
+            raise ValueError(f"threshold={threshold} must be between 0 and 1")
         super().__init__(**kwargs)
         self.threshold = threshold
 
     def update(self, log_weights: Tensor) -> None:
-        """Add sets by the logarithms of their mixture weights (B, K), as in ``Mixture.log_weights``."""
+        """Add the log-weights (B, K) of mixtures, as in ``Mixture.log_weights``."""
         self._add((log_weights.exp() < self.threshold).sum(-1))
 
 
 class ResponsibilityEntropy(MeanOfItems):
-    r"""Mean entropy of an item's responsibilities, :math:`H(r) = -\sum_k r_k \log r_k`, in nats.
+    r"""Mean entropy of the responsibilities of an item, :math:`H(r) = -\sum_k r_k \log r_k`, in nats.
 
     Args:
-        from_energies: whether ``update`` is given energies, of which the responsibilities are softmax(-energies),
-            and not the responsibilities themselves.
+        from_energies: whether ``update`` takes energies d, with responsibilities softmax(-d), instead of
+            responsibilities.
         dim: the axis of the components or units.
         **kwargs: for :class:`torchmetrics.Metric`.
 
@@ -109,28 +100,19 @@ class ResponsibilityEntropy(MeanOfItems):
         self.dim = dim
 
     def update(self, values: Tensor, mask: Tensor | None = None) -> None:
-        """Add items.
-
-        Args:
-            values: responsibilities, or energies under ``from_energies=True``, with K components along ``dim``.
-            mask: booleans of the shape of ``values`` without ``dim``; False items are not counted.
-        """
+        """Add items: responsibilities or energies with K components along ``dim``, and a mask of the other axes."""
         values = values.movedim(self.dim, -1)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        self._add(self._read(torch.softmax(-values, dim=-1) if self.from_energies else values), mask)
+        self._add(self._statistic(torch.softmax(-values, dim=-1) if self.from_energies else values), mask)
 
-    def _read(self, responsibilities: Tensor) -> Tensor:
+    def _statistic(self, responsibilities: Tensor) -> Tensor:
         return torch.special.entr(responsibilities).sum(-1)
 
 
 class MaxResponsibility(ResponsibilityEntropy):
-    r"""Mean largest responsibility of an item, :math:`\max_k r_k`: from 1/K (undecided) to 1 (a hard assignment).
+    r"""Mean largest responsibility of an item, :math:`\max_k r_k`: from 1/K (uniform) to 1 (a hard assignment).
 
-    Args:
-        from_energies: whether ``update`` is given energies, of which the responsibilities are softmax(-energies),
-            and not the responsibilities themselves.
-        dim: the axis of the components or units.
-        **kwargs: for :class:`torchmetrics.Metric`.
+    Arguments are those of :class:`ResponsibilityEntropy`.
 
     Example:
         >>> metric = MaxResponsibility(from_energies=True)
@@ -139,5 +121,5 @@ class MaxResponsibility(ResponsibilityEntropy):
         0.25
     """
 
-    def _read(self, responsibilities: Tensor) -> Tensor:
+    def _statistic(self, responsibilities: Tensor) -> Tensor:
         return responsibilities.amax(-1)

@@ -1,8 +1,7 @@
-"""Clustering learned over many sets: an EM operator with a learned prior, learned corrections and an open world."""
+"""AmortizedClustering: an EM operator with a learned prior and a "none of the above" component, trained on sets."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any, Literal
 
@@ -12,41 +11,45 @@ from torch import Tensor, nn
 from em_lightning.data import MixtureSetBatch
 from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
+from em_lightning.modules.checks import check_positive
 from em_lightning.operators import EMOperator
 
 
 class AmortizedClustering(EMModule):
     r"""Train an :class:`~em_lightning.EMOperator` to find the mixtures that sets of points were drawn from.
 
-    The loss is minus the mean log-density of fresh points of each set, not of those the mixture was fitted to:
+    The loss is the negative mean log-density of held-out points of each set, with n points in the set:
 
     .. math:: p(x) = \frac{n \sum_k \pi_k N(x | \mu_k, \sigma_k^2 I) + c\, N(x | \bar x, s^2 I)}{n + c}
 
-    with n points in the set. Three things are learned. The **prior** of scales and weights, whose pseudo-counts the
-    M-step adds, says how large clusters are. The **corrections** of means and scales say what EM overlooks. The last
-    term is an explicit **hypothesis "none of the above"** of c points about the mean of the set, with c and s learned:
-    a cluster that left no point in a set would else cost tens of nats a point.
+    Three parts are learned: the **prior** of scales and weights, whose pseudo-counts the M-step adds; the
+    **corrections** of means and scales; and the background, an explicit **"none of the above" component** about the
+    mean of the set with pseudo-count c and scale s. Without it, a cluster that has no point in a set would cost tens
+    of nats per held-out point.
 
     Args:
-        num_components: K; nothing learned depends on it, see :meth:`for_components`.
+        num_components: K; no learned parameter depends on it, see :meth:`for_components`.
         num_features: D.
-        num_iters: T, EM iterations a set.
-        covariance: of the components: ``"spherical"``, ``"diag"`` or ``"full"``.
+        num_iters: T, EM iterations per set.
+        covariance: ``"spherical"``, ``"diag"`` or ``"full"``.
         init: ``"kmeans++"``, ``"farthest"`` or ``"random"``.
-        num_starts: random starts of which each set takes the best, in training too: corrections that learn on worse
-            starts than they will meet learn caution.
-        residual: whether there are corrections beside the prior.
-        open_world: whether there is the hypothesis "none of the above".
-        prior_strength: the pseudo-count of scales before training.
-        prior_scale: their scale before training, in units of the points.
-        weight_concentration: that of the Dirichlet prior before training; 1 keeps it flat.
+        num_starts: number of random starts of which the best is kept for each set, in training too: corrections that
+            are trained on worse starts become too cautious.
+        residual: whether to learn corrections in addition to the prior.
+        open_world: whether to have the "none of the above" component.
+        prior_strength: initial pseudo-count of the scales.
+        prior_scale: initial scale of the prior, in units of the points.
+        weight_concentration: initial concentration of the Dirichlet prior of the weights; 1 keeps it flat.
         lr: largest learning rate of the corrections.
-        prior_lr: that of the prior and the open world, a handful of numbers.
+        prior_lr: largest learning rate of the prior and the "none of the above" component.
         schedule: ``"one_cycle"`` or ``"constant"``.
 
     Shape:
         - batch: a :class:`~em_lightning.data.MixtureSetBatch` of B sets.
         - ``forward(points (B, N, D), mask (B, N))``: a :class:`~em_lightning.Mixture`.
+
+    Raises:
+        ValueError: an argument is out of range.
 
     Example:
         >>> from em_lightning.data import MixtureSets
@@ -56,7 +59,7 @@ class AmortizedClustering(EMModule):
         >>> module.log_prob(mixture, batch.held_out, batch.points, batch.mask).shape
         torch.Size([2, 1000])
 
-    Source: the task of Lee et al., Set Transformer, 2019; the layer of EM as a neural operator.
+    Source: the task of Lee et al., Set Transformer, 2019.
     """
 
     def __init__(
@@ -77,9 +80,7 @@ class AmortizedClustering(EMModule):
         schedule: Literal["one_cycle", "constant"] = "one_cycle",
     ) -> None:
         super().__init__(lr, schedule)
-        for name, value in {"prior_scale": prior_scale, "prior_lr": prior_lr}.items():
-            if not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
+        check_positive(prior_scale=prior_scale, prior_lr=prior_lr)
         self.save_hyperparameters()
         self.prior_lr = prior_lr
         self.operator = EMOperator(
@@ -98,19 +99,20 @@ class AmortizedClustering(EMModule):
                 "learnable": True,
             },
         )
+        # log c and log s.
         self.log_count = nn.Parameter(torch.zeros(1)) if open_world else None
         self.log_extent = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale))) if open_world else None
 
     def for_components(self, num_components: int) -> AmortizedClustering:
-        """Return a module of the same weights for another number of components."""
-        known = inspect.signature(AmortizedClustering).parameters
-        arguments = {name: value for name, value in self.hparams.items() if name in known}
+        """Return a module with the same weights for another number of components."""
+        # LightningCLI adds private hyperparameters of its own.
+        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
         other = AmortizedClustering(**{**arguments, "num_components": num_components})
         other.load_state_dict(self.state_dict())
         return other.to(self.device).train(self.training)
 
     def train(self, mode: bool = True) -> AmortizedClustering:
-        """Set the mode; the operator keeps the one in which it searches for its start."""
+        """Set the mode; the operator stays in eval mode, in which it tries several starts."""
         super().train(mode)
         self.operator.eval()
         return self
@@ -120,11 +122,11 @@ class AmortizedClustering(EMModule):
         return self.operator(points, mask)
 
     def log_prob(self, mixture: Mixture, x: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the log-density (B, M) of points x (B, M, D) under the mixtures of sets and the open world.
+        """Return the log-density (B, M) of points x (B, M, D) under the mixtures and the "none of the above" component.
 
         Args:
-            mixture: what :meth:`forward` made of the sets.
-            x: where the density is taken.
+            mixture: the mixtures that :meth:`forward` returned for the sets.
+            x: the points at which the density is taken.
             points: the sets (B, N, D).
             mask: (B, N), false where a row is padding.
         """
@@ -134,30 +136,23 @@ class AmortizedClustering(EMModule):
         valid = torch.ones_like(points[..., 0]) if mask is None else mask.to(points.dtype)
         size = valid.sum(-1, keepdim=True)
         center = (points * valid.unsqueeze(-1)).sum(1, keepdim=True) / size.clamp(min=1.0).unsqueeze(-1)
-        features = x.shape[-1]
         square = (x - center).square().sum(-1) * (-2.0 * self.log_extent).exp()
-        outside = -0.5 * square - features * (self.log_extent + 0.5 * math.log(2.0 * math.pi))
+        background = -0.5 * square - x.shape[-1] * (self.log_extent + 0.5 * math.log(2.0 * math.pi))
+        # An empty set has log n = -inf; the gradient of logaddexp at n + c needs a finite number.
         total = torch.logaddexp(size.clamp(min=torch.finfo(size.dtype).tiny).log(), self.log_count)
-        return torch.logaddexp(size.log() + density, self.log_count + outside) - total
+        return torch.logaddexp(size.log() + density, self.log_count + background) - total
 
     def step(self, batch: MixtureSetBatch, stage: str) -> dict[str, Tensor]:
-        """Return the loss, and how far it is from that of the true mixtures on the same points."""
+        """Return the loss and the gap between its log-density and that of the true mixtures."""
         mixture = self(batch.points, batch.mask)
         held_out = self.log_prob(mixture, batch.held_out, batch.points, batch.mask).mean()
-        gap = held_out - batch.truth.log_prob(batch.held_out).mean()
-        return {"loss": -held_out, "gap_to_oracle": gap}
+        return {"loss": -held_out, "gap_to_oracle": held_out - batch.truth.log_prob(batch.held_out).mean()}
 
-    def configure_optimizers(self) -> Any:
-        """Return Adam with a rate of its own for the prior and the open world."""
-        configured = super().configure_optimizers()
-        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
-        assert self.operator.prior is not None
-        few = {id(value) for value in (*self.operator.prior.parameters(), self.log_count, self.log_extent)}
-        group = optimizer.param_groups[0]
-        mine = [value for value in group["params"] if id(value) in few]
-        group["params"] = [value for value in group["params"] if id(value) not in few]
-        optimizer.add_param_group({"params": mine, "lr": self.prior_lr})
-        if not isinstance(configured, dict):
-            return optimizer
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._one_cycle)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the corrections, and a group with its own learning rate for everything else."""
+        corrections: list[Tensor] = []
+        other: list[Tensor] = []
+        for name, value in self.named_parameters():
+            own = name.startswith("operator.") and not name.startswith("operator.prior.")
+            (corrections if own else other).append(value)
+        return [{"params": corrections}, {"params": other, "lr": self.prior_lr}]

@@ -1,49 +1,49 @@
-"""The LightningModule that the others, and a user's own, stand on."""
+"""EMModule, the base class of the LightningModules: optimizer, schedule, logging and metrics."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
+from em_lightning.modules.checks import check_at_least, check_choice, check_positive
 from em_lightning.surgery.checkpoint import check_sums
 
+STAGES = ("train", "val", "test")
 _WARM_UP = 0.3
-_OPTIMIZERS = ("adam", "sgd")
-_STAGES = ("train", "val", "test")
 
 
 class EMModule(lightning.LightningModule):
-    """Do the bookkeeping of a training run: a subclass writes ``forward`` and ``step``.
+    """Base class with optimizer, schedule, logging and metrics; a subclass defines ``forward`` and ``step``.
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
-    term is logged as ``<stage>/<name>``: in the stages ``val`` and ``test`` averaged over the epoch and over ranks, in
-    ``train`` as it is at every ``log_every_n_steps`` and at an epoch's last step. Terms with an auxiliary weight are
-    added to the loss, and the sum is logged as ``<stage>/total``. Metrics given to :meth:`add_metrics` are logged under
-    the same prefix, over whole epochs and all ranks; ``step`` updates those of its stage.
+    term is logged as ``<stage>/<name>``: in the stages ``val`` and ``test`` as the mean over the epoch and all ranks,
+    in ``train`` as the value of the batch, every ``log_every_n_steps`` and at the last step of an epoch. Terms with an
+    auxiliary weight are added to the loss, and the sum is logged as ``<stage>/total``. Metrics given to
+    :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step`` updates them.
 
     Args:
-        lr: learning rate, its largest under a schedule.
+        lr: learning rate; with a schedule, its largest value.
         schedule: ``"one_cycle"`` warms up and anneals to zero over the run; ``"constant"`` keeps the rate.
         weight_decay: decoupled weight decay.
-        skip_gradients_above: a step whose gradient has a larger norm, or is not finite, is left out: a single set on
-            which the model fails badly would else decide where it goes.
+        skip_gradients_above: norm of the gradient above which an optimizer step is skipped, as it is where the norm
+            is not finite; ``None`` skips no step. It limits the effect of single sets with a very large loss.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum; for another override ``configure_optimizers``.
-        auxiliary: weights of the terms of ``step`` that are minimized beside its loss; others are only logged.
+        auxiliary: weights of the terms of ``step`` that are minimized in addition to its loss; other terms are only
+            logged.
 
     Raises:
         ValueError: an argument is out of range.
 
     Example:
-        A regression with an EM loss of its hidden layer, whose weight is the user's, and a metric:
+        A regression with an EM loss on its hidden layer and a metric:
 
         >>> from torchmetrics import MeanAbsoluteError
         >>> from em_lightning import EMLoss
@@ -59,9 +59,9 @@ class EMModule(lightning.LightningModule):
         ...
         ...     def step(self, batch, stage):
         ...         x, y = batch
-        ...         guess = self(x)
-        ...         self.metrics_of(stage)["error"].update(guess, y)
-        ...         return {"loss": (guess - y).square().mean(), **self.em(self.hidden(x))}
+        ...         prediction = self(x)
+        ...         self.metrics_of(stage)["error"].update(prediction, y)
+        ...         return {"loss": (prediction - y).square().mean(), **self.em(self.hidden(x))}
         >>> module = Regression(lr=0.1, auxiliary={"free_energy": 1e-3, "variance": 1e-2})
         >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
         >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, 3 * x), batch_size=16)
@@ -82,19 +82,15 @@ class EMModule(lightning.LightningModule):
         auxiliary: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
-        if not lr > 0:
-            raise ValueError(f"lr={lr} must be positive; 1e-3 is a usual start")
-        if schedule not in ("one_cycle", "constant"):
-            raise ValueError(f"schedule={schedule!r} is unknown; choose 'one_cycle' or 'constant'")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay={weight_decay} must not be negative; 0 switches it off")
-        if skip_gradients_above is not None and not skip_gradients_above > 0:
-            raise ValueError(f"skip_gradients_above={skip_gradients_above} must be positive; None keeps every step")
-        if optimizer not in _OPTIMIZERS:
-            raise ValueError(f"optimizer={optimizer!r} is unknown; choose from {', '.join(_OPTIMIZERS)}")
+        check_positive(lr=lr)
+        check_choice("schedule", schedule, ("one_cycle", "constant"))
+        check_at_least(0, weight_decay=weight_decay)
+        check_choice("optimizer", optimizer, ("adam", "sgd"))
+        if skip_gradients_above is not None:
+            check_positive(skip_gradients_above=skip_gradients_above)
         self.auxiliary = {name: float(weight) for name, weight in (auxiliary or {}).items()}
         if "loss" in self.auxiliary or not all(math.isfinite(weight) for weight in self.auxiliary.values()):
-            raise ValueError(f"auxiliary={self.auxiliary} must weigh terms beside 'loss' by finite numbers")
+            raise ValueError(f"auxiliary={self.auxiliary} must map names of terms other than 'loss' to finite weights")
         self.lr = lr
         self.optimizer = optimizer
         self.schedule = schedule
@@ -103,10 +99,10 @@ class EMModule(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return a model of a checkpoint as Lightning does, of tensors and plain values alone and by its sums.
+        """Load a checkpoint as Lightning does, with ``weights_only=True`` unless given and CRC checks of a local file.
 
         Raises:
-            ValueError: a local file is truncated or altered, or no checkpoint.
+            ValueError: a local file is truncated, altered or not a checkpoint.
         """
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
             check_sums(checkpoint_path)
@@ -116,62 +112,64 @@ class EMModule(lightning.LightningModule):
         """Return the loss of a batch, or a dictionary of terms with the entry ``"loss"``."""
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
 
-    def add_metrics(self, **metrics: Metric) -> None:
-        """Keep a copy of each metric for each of the stages ``train``, ``val`` and ``test``, and log it there."""
-        for stage in _STAGES:
-            copies = {name: copy.deepcopy(metric) for name, metric in metrics.items()}
-            self.add_module(f"{stage}_metrics", torch.nn.ModuleDict(copies))
+    def add_metrics(self, stages: Sequence[str] = STAGES, **metrics: Metric | MetricCollection) -> None:
+        """Add a copy of each metric for each stage, to be logged at the end of its epochs.
+
+        Args:
+            stages: out of ``"train"``, ``"val"`` and ``"test"``.
+            **metrics: metrics, logged as ``<stage>/<name>``, and collections, logged as
+                ``<stage>/<prefix><name in the collection>``.
+        """
+        for stage in stages:
+            copies: dict[str, Any] = dict(self.metrics_of(stage))
+            for name, metric in metrics.items():
+                copies[name] = metric.clone()
+                if isinstance(metric, MetricCollection):
+                    copies[name].prefix = f"{stage}/{metric.prefix or ''}"
+            self.add_module(f"_{stage}_metrics", nn.ModuleDict(copies))
 
     def metrics_of(self, stage: str) -> Any:
         """Return the metrics of a stage, a mapping from their names."""
-        found: Any = self._modules.get(f"{stage}_metrics")
-        return dict(found.items()) if isinstance(found, torch.nn.ModuleDict) else {}
+        return getattr(self, f"_{stage}_metrics", {})
 
     def batch_size(self, batch: Any) -> int:
-        """Return the number of items that a logged average counts a batch with."""
+        """Return the number of items in a batch, its weight in logged means."""
         while not isinstance(batch, Tensor):
             batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
         return len(batch)
 
     def _step(self, batch: Any, stage: str) -> Tensor:
-        terms = self.step(batch, stage)
-        terms = terms if isinstance(terms, dict) else {"loss": terms}
-        if "loss" not in terms:
-            raise ValueError(f"step returned the terms {sorted(terms)}; add 'loss', which is minimized")
+        """Run ``step``, add the auxiliary terms and log everything."""
+        found = self.step(batch, stage)
+        terms = found if isinstance(found, dict) else {"loss": found}
+        missing = sorted({"loss", *self.auxiliary} - set(terms))
+        if missing:
+            raise ValueError(f"step must return 'loss' and the keys of auxiliary: {missing} missing in {sorted(terms)}")
         loss = terms["loss"]
         if self.auxiliary:
-            missing = sorted(set(self.auxiliary) - set(terms))
-            if missing:
-                raise ValueError(f"auxiliary weighs {missing}, and step returned {sorted(terms)}; mend one of them")
             loss = loss + sum(weight * terms[name] for name, weight in self.auxiliary.items())
             terms = {**terms, "total": loss}
-        training = stage == "train"
+        training, size = stage == "train", self.batch_size(batch)
         for name, metric in self.metrics_of(stage).items():
-            self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, batch_size=self.batch_size(batch))
-        if not training or self._is_logged():
-            self.log_dict(
-                {f"{stage}/{name}": value.detach() for name, value in terms.items()},
-                batch_size=self.batch_size(batch),
-                on_step=training,
-                on_epoch=not training,
-                sync_dist=not training,
-            )
+            members = {f"{stage}/{name}": metric}
+            if isinstance(metric, MetricCollection):
+                members = dict(metric.items(copy_state=False))
+            for key, member in members.items():
+                self.log(key, member, on_step=False, on_epoch=True, batch_size=size)
+        if not training or self._logs_this_step():
+            options: Any = {"on_step": training, "on_epoch": not training, "sync_dist": not training}
+            for name, value in terms.items():
+                self.log(f"{stage}/{name}", value.detach(), batch_size=size, **options)
         return loss
 
-    def _is_logged(self) -> bool:
-        """Return whether anybody reads what this training step logs: logging costs as much as a small step."""
-        trainer: Any = self._trainer
-        if trainer is None:
+    def _logs_this_step(self) -> bool:
+        """Return whether a logger or callback reads this training step; logging costs as much as a small step."""
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # Lightning's answer where no Trainer is attached
             return True
-        every = trainer.log_every_n_steps
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning sets this name some forty times a step, which takes PyTorch's way for modules too long.
-        if name == "_current_fx_name":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a training batch."""
@@ -186,39 +184,41 @@ class EMModule(lightning.LightningModule):
         self._step(batch, "test")
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Log the norm of the gradient, and drop a gradient that is too large."""
+        """Log the norm of the gradient, and drop the gradient if the norm is above ``skip_gradients_above``."""
         if self.skip_gradients_above is None:
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients)
         self.log("train/gradient_norm", norm)
         if not norm <= self.skip_gradients_above:
             optimizer.zero_grad(set_to_none=True)
 
     def _one_cycle(self, step: int) -> float:
-        """Return the share of the learning rate: a cosine up over three tenths of the run, then one down to zero."""
-        # At step 0 not even the length of the run is asked for: Lightning would set up the loader to tell it, and then
-        # leave it where it is when a run is resumed within an epoch.
+        """Return the factor of the learning rate: a cosine up over 30 % of the run, then a cosine down to 0."""
+        # Step 0 must not ask for the length of the run: Lightning would set up the loader before a run is resumed.
         done = step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0
         if done < _WARM_UP:
             return 0.04 + 0.96 * (1 - math.cos(math.pi * done / _WARM_UP)) / 2
         return (1 + math.cos(math.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))) / 2
 
-    def make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
-        """Return the optimizer of some parameters."""
-        # One kernel for a whole step; on a GPU it would forbid clipping under mixed precision.
-        fused = all(p.device.type == "cpu" for p in parameters)
-        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": fused}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the parameter groups of the optimizer; override it for several learning rates."""
+        return [{"params": list(self.parameters())}]
+
+    def make_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
+        """Return the optimizer of parameters or parameter groups."""
+        # The fused implementation is the fastest on CPUs; on GPUs it forbids gradient clipping under mixed precision.
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": self.device.type == "cpu"}
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, **options)
-        # Without decay they are the same, and Adam is the faster one.
+        # Without decay both are the same, and Adam is faster.
         return (torch.optim.AdamW if self.weight_decay else torch.optim.Adam)(parameters, **options)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer with the schedule asked for."""
-        optimizer = self.make_optimizer(list(self.parameters()))
+        """Return the optimizer, with the schedule if there is one."""
+        optimizer = self.make_optimizer(self.parameter_groups())
         if self.schedule == "constant":
             return optimizer
-        # Not OneCycleLR: its checkpoint holds the length of the run, so a longer resumed one would fail.
+        # OneCycleLR would store the length of the run in its checkpoint, so that a longer resumed run would fail.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,4 +1,4 @@
-"""A classifier whose hidden layer competes, with volume control as an auxiliary loss."""
+"""EMClassifier: a classifier with a competitive hidden layer and volume control as an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from em_lightning.activations import NegLogSoftminActivation
 from em_lightning.losses import EMLoss
+from em_lightning.modules.checks import check_at_least
 from em_lightning.modules.layer import EnergyLayer
 
 
 class EMClassifier(EnergyLayer):
-    r"""A classifier of one hidden layer of energies, with volume control on them.
+    r"""A classifier with one hidden layer of energies and volume control on them.
 
-    With :math:`d = \mathrm{relu}(W x + b)`, :math:`y = d + \log \sum_j e^{-d_j}` (or d itself) and logits
-    :math:`\mathrm{LayerNorm}(V y + c)` it minimizes cross-entropy :math:`+ \lambda\,(` variance + decorrelation of d
-    :math:`)`. Cross-entropy stands where the decoder-free encoder has its free energy.
+    With :math:`d = \mathrm{relu}(W x + b)`, :math:`y = d + \log \sum_j e^{-d_j}` (or :math:`y = d`) and logits
+    :math:`\mathrm{LayerNorm}(V y + c)`, the loss is cross-entropy :math:`+ \lambda\,(` variance + decorrelation of d
+    :math:`)`. Cross-entropy takes the place of the free energy of :class:`DecoderFreeEncoder`.
 
     Args:
         num_features: D.
         num_components: K.
         num_classes: C.
-        neg_log_softmin: whether the head reads y, or d.
-        weight: lambda; 0 leaves the auxiliary loss out.
+        neg_log_softmin: whether the head reads :math:`d + \log \sum_j e^{-d_j}` instead of d.
+        weight: lambda; 0 disables the auxiliary loss.
         variance: weight, inside lambda, of the term against dead units.
         decorrelation: weight, inside lambda, of the term against redundant units.
-        terms: further terms or arguments for :class:`~em_lightning.EMLoss`, inside lambda.
-        reference_width: the width K_0 that ``variance`` and ``decorrelation`` are meant for. At K units the first is
-            multiplied by :math:`(K_0 / K)^{5/2}`, about as the gradient of cross-entropy at the hidden layer falls
-            with its width (measured on MNIST), and the second by that and by
-            :math:`K_0 (K_0 - 1) / (K (K - 1))`, as it is a sum over so many pairs. ``None`` takes the weights as they
-            are, as published.
+        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, inside lambda.
+        reference_width: the width K_0 for which ``variance`` and ``decorrelation`` are tuned. At K units the first is
+            multiplied by :math:`(K_0 / K)^{5/2}`, the measured decrease of the gradient of cross-entropy at the hidden
+            layer (on MNIST), the second also by :math:`K_0 (K_0 - 1) / (K (K - 1))`, the ratio of the numbers of
+            pairs. ``None`` keeps the weights as they are, as published.
         lr: learning rate.
         optimizer: ``"adam"`` or ``"sgd"``.
 
@@ -52,7 +52,7 @@ class EMClassifier(EnergyLayer):
         >>> list(module.step((torch.rand(5, 64), torch.arange(5)), "train"))
         ['loss', 'cross_entropy', 'variance', 'decorrelation']
 
-    Oursland, the supervised study of implicit EM.
+    Source: Oursland, the supervised study of implicit EM.
     """
 
     def __init__(
@@ -70,19 +70,15 @@ class EMClassifier(EnergyLayer):
         optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
         super().__init__(num_features, num_components, lr, optimizer)
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes} must be at least 2")
-        if not weight >= 0:
-            raise ValueError(f"weight={weight} must not be negative; 1e-3 is published, 0 leaves the term out")
-        if reference_width is not None and reference_width < 2:
-            raise ValueError(f"reference_width={reference_width} must be at least 2, a pair of units; give 25, say")
-        if reference_width is not None and num_components < 2:
-            raise ValueError(f"num_components={num_components} has no pairs of units; leave reference_width out")
+        check_at_least(2, num_classes=num_classes)
+        check_at_least(0, weight=weight)
+        if reference_width is not None:
+            check_at_least(2, reference_width=reference_width, num_components=num_components)
         self.save_hyperparameters()
         if reference_width is not None:
-            share = (reference_width / num_components) ** 2.5
+            factor = (reference_width / num_components) ** 2.5
             pairs = reference_width * (reference_width - 1) / (num_components * (num_components - 1))
-            variance, decorrelation = variance * share, decorrelation * share * pairs
+            variance, decorrelation = variance * factor, decorrelation * factor * pairs
         self.weight = weight
         self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
         self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))
@@ -91,9 +87,7 @@ class EMClassifier(EnergyLayer):
             weights = {"free_energy": 0.0, "variance": variance, "decorrelation": decorrelation}
             self.loss = EMLoss(**{**weights, **(terms or {})})
             self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
-        self.accuracy: Any = nn.ModuleDict(
-            {stage: MulticlassAccuracy(num_classes, average="micro") for stage in ("val", "test")}
-        )
+        self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
     def logits(self, energies: Tensor) -> Tensor:
         """Return the logits (N, C) of energies (N, K)."""
@@ -107,7 +101,6 @@ class EMClassifier(EnergyLayer):
         """Return the cross-entropy, and the weighted volume control of the energies."""
         logits = self.logits(energies)
         if stage != "train":
-            self.accuracy[stage].update(logits, y)
-            self.log(f"{stage}/accuracy", self.accuracy[stage], batch_size=len(x))
+            self.metrics_of(stage)["accuracy"].update(logits, y)
         terms = {} if self.loss is None else self.loss(energies)
         return {"cross_entropy": functional.cross_entropy(logits, y), **terms}

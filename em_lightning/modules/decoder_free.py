@@ -1,4 +1,4 @@
-"""Unsupervised encoders of one layer: by free energy and volume control, or by reconstruction."""
+"""Unsupervised encoders with one layer: DecoderFreeEncoder (free energy and volume control), SparseAutoencoder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from em_lightning.losses import EMLoss
+from em_lightning.modules.checks import check_at_least
 from em_lightning.modules.layer import EnergyLayer
 
 
 class DecoderFreeEncoder(EnergyLayer):
-    r"""A sparse encoder that is trained without a decoder: free energy with volume control.
+    r"""A sparse encoder trained without a decoder, by free energy and volume control.
 
-    With energies :math:`d = \mathrm{relu}(W x + b)` it minimizes
+    With energies :math:`d = \mathrm{relu}(W x + b)` the loss is
     :math:`-\sum_n \log \sum_j e^{-d_{nj}} - \sum_j \log(\mathrm{Var}(d_j) + 10^{-6})
-    + \sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`. The first term is summed over the batch, so its weight against the
-    others grows with the batch size.
+    + \sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`. The free energy is summed over the batch, so its relative
+    weight grows with the batch size.
 
     Args:
         num_features: D.
@@ -25,13 +26,13 @@ class DecoderFreeEncoder(EnergyLayer):
         free_energy: weight of the free energy.
         variance: weight of the term against dead units.
         decorrelation: weight of the term against redundant units.
-        terms: further terms or arguments for :class:`~em_lightning.EMLoss`, such as
-            ``{"variance": 0, "bounded_variance": 1}``; these come before the three weights.
+        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, such as
+            ``{"variance": 0, "bounded_variance": 1}``; they override the three weights.
         lr: learning rate.
         optimizer: ``"adam"`` or ``"sgd"``.
 
     Shape:
-        - batch: x (N, ...) of D features in all, and labels y (N,), which are not used.
+        - batch: x (N, ...) of D features in all, and labels y (N,), not used.
         - ``forward(x)``: energies (N, K).
 
     Example:
@@ -42,7 +43,7 @@ class DecoderFreeEncoder(EnergyLayer):
         >>> list(module.step((torch.rand(5, 64), None), "train"))
         ['loss', 'free_energy', 'variance', 'decorrelation']
 
-    Oursland, arXiv 2601.06478.
+    Source: Oursland, arXiv 2601.06478.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class DecoderFreeEncoder(EnergyLayer):
 
 
 class SparseAutoencoder(EnergyLayer):
-    r"""The standard sparse autoencoder: the same encoder and a linear decoder.
+    r"""The standard sparse autoencoder: activations :math:`a = \mathrm{relu}(W x + b)` and a linear decoder.
 
-    It minimizes :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|`.
+    The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|`.
 
     Args:
         num_features: D.
@@ -83,7 +84,7 @@ class SparseAutoencoder(EnergyLayer):
         optimizer: ``"adam"`` or ``"sgd"``.
 
     Shape:
-        - batch: x (N, ...) of D features in all, and labels y (N,), which are not used.
+        - batch: x (N, ...) of D features in all, and labels y (N,), not used.
         - ``forward(x)``: the reconstruction (N, D).
 
     Example:
@@ -102,8 +103,7 @@ class SparseAutoencoder(EnergyLayer):
         optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
         super().__init__(num_features, num_components, lr, optimizer)
-        if not sparsity >= 0:
-            raise ValueError(f"sparsity={sparsity} must not be negative; 0.01 is published")
+        check_at_least(0, sparsity=sparsity)
         self.save_hyperparameters()
         self.sparsity = sparsity
         self.decoder = nn.Linear(num_components, num_features)
@@ -113,6 +113,6 @@ class SparseAutoencoder(EnergyLayer):
         return self.decoder(self.energies(x))
 
     def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
-        """Return the squared error, and the weighted size of the activations."""
+        """Return the squared error and the weighted mean absolute activation."""
         error = functional.mse_loss(self.decoder(energies), x.flatten(1))
         return {"reconstruction": error, "sparsity": self.sparsity * energies.abs().mean()}

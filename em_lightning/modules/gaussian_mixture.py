@@ -1,4 +1,4 @@
-"""One Gaussian mixture of one large data set: EM by streamed statistics, stochastic EM, or gradients."""
+"""GaussianMixtureModule: one Gaussian mixture of one large data set, by streamed EM, stochastic EM or gradients."""
 
 from __future__ import annotations
 
@@ -19,61 +19,63 @@ from em_lightning.modules.learners import (
     GradientAscent,
     MixtureLearner,
     StochasticEM,
+    initial_mixture,
     rows_of,
     sample_of,
-    start_in,
     sums_of,
 )
 from em_lightning.operators import EMOperator
 from em_lightning.registry import from_options
 
 METHODS = ("em", "stochastic", "gradient")
-# Iterations after which one of several starts is told from another.
+# Iterations after which the best of several starts is chosen.
 _TRIAL = 5
 
 
 class GaussianMixtureModule(EMModule):
     r"""Fit one Gaussian mixture to a data set of any size, on any number of processes.
 
-    Three ways to the maximum of :math:`\sum_n w_n \log \sum_k \pi_k N(x_n | \mu_k, \Sigma_k)`:
+    Three methods maximize :math:`\sum_n w_n \log \sum_k \pi_k N(x_n | \mu_k, \Sigma_k)`:
 
     - ``"em"``: an epoch is an exact EM iteration. Each block of rows adds its sufficient statistics
-      :math:`\sum_n w_n r_{nk} [1, x_n, x_n x_n^\top]`, the last block of the epoch sums them over ranks and maximizes.
-      It stops when the log-likelihood a point changes by less than ``tol``, as scikit-learn's does.
-    - ``"stochastic"``: every block maximizes, after :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with
-      :math:`\gamma_t = (t + t_0)^{-\alpha}`, for data that should not be seen whole before something is learned.
-    - ``"gradient"``: an optimizer, on parameters without constraints; with a prior its maximum is that of EM.
+      :math:`\sum_n w_n r_{nk} [1, x_n, x_n x_n^\top]`; after the last block of the epoch they are summed over ranks,
+      and the M-step follows. The run stops when the log-likelihood per point changes by less than ``tol``, as in
+      scikit-learn.
+    - ``"stochastic"``: an M-step after every block, on running statistics
+      :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with :math:`\gamma_t = (t + t_0)^{-\alpha}`, for data
+      of which a part is enough to learn from.
+    - ``"gradient"``: an optimizer on unconstrained parameters; with a prior its maximum is that of EM.
 
-    No responsibilities are kept, so memory beyond a block does not depend on the rows. Ranks end an epoch with the
-    same mixture, whatever their number. A checkpoint in the middle of an epoch holds the statistics so far: with a
-    loader that can go on where it was (:class:`~em_lightning.data.TableBlocks`) and as many ranks, the resumed run ends
-    where the uninterrupted one does, bit for bit. ``trainer.global_step`` counts blocks.
+    Responsibilities are not stored, so memory beyond a block does not depend on the number of rows. All ranks end an
+    epoch with the same mixture, which does not depend on their number. A checkpoint within an epoch holds the
+    statistics so far: with a loader that resumes within an epoch (:class:`~em_lightning.data.TableBlocks`) and the same
+    number of ranks, a resumed run equals the uninterrupted one bitwise. ``trainer.global_step`` counts blocks.
 
     Args:
         num_components: K.
         num_features: D.
         covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-        method: see above.
-        init: centers of the start, drawn in a sample: ``"kmeans++"``, ``"farthest"`` or ``"random"``.
-        sample_size: rows of that sample.
-        lloyd_steps: steps of k-means that the centers take in it.
-        num_starts: starts in the sample of which the best after five iterations is kept.
+        method: ``"em"``, ``"stochastic"`` or ``"gradient"``.
+        init: initialization of the centers from a sample of the rows: ``"kmeans++"``, ``"farthest"`` or ``"random"``.
+        sample_size: number of rows in the sample.
+        lloyd_steps: steps of k-means on the sample after that.
+        num_starts: number of starts, of which the best after five iterations on the sample is kept.
         covariance_floor: added to every variance, in squared units of the data.
-        tol: the run stops when the log-likelihood a point changes by less over an epoch; 0 makes all epochs.
+        tol: the run stops when the log-likelihood per point changes by less in an epoch; 0 runs all epochs.
         prior: arguments of :class:`~em_lightning.mixture.MixturePrior`, whose density is maximized with the likelihood;
-            a mean or covariance that is not given is that of the sample.
-        step_exponent: :math:`\alpha`, above 1/2 and up to 1, of stochastic EM.
-        step_offset: :math:`t_0`, at least 1; the first block counts whole in any case.
-        seed: of the sample and the start.
-        lr: learning rate of gradient training.
-        schedule: ``"one_cycle"`` or ``"constant"``, of gradient training.
+            its mean and covariance default to those of the sample.
+        step_exponent: :math:`\alpha` of stochastic EM, above 1/2 and at most 1.
+        step_offset: :math:`t_0` of stochastic EM, at least 1; :math:`\gamma_0` is 1 in any case.
+        seed: of the sample and the initialization.
+        lr: learning rate of the gradient method.
+        schedule: ``"one_cycle"`` or ``"constant"``, of the gradient method.
 
     Shape:
-        - batch: points (n, D), or a pair of them with how often each counts (n,).
+        - batch: points (n, D), or a pair of points and weights (n,).
         - ``forward(points (n, D))``: a :class:`~em_lightning.Posterior` over the K components.
 
     Raises:
-        ValueError: an argument is out of range, or the data hold NaN.
+        ValueError: an argument is out of range, or the data contain NaN.
 
     Example:
         >>> import lightning
@@ -122,18 +124,17 @@ class GaussianMixtureModule(EMModule):
     ) -> None:
         super().__init__(lr, schedule)
         if method not in METHODS:
-            raise ValueError(f"method={method!r} is unknown; choose from {', '.join(METHODS)}")
+            raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
         if sample_size < 1:
-            raise ValueError(f"sample_size={sample_size} must be at least 1; 16384 is plenty for most mixtures")
+            raise ValueError(f"sample_size={sample_size} must be at least 1")
         if not tol >= 0:
-            raise ValueError(f"tol={tol} must not be negative; 0 makes all epochs")
+            raise ValueError(f"tol={tol} must be at least 0; 0 runs all epochs")
         if not (0.5 < step_exponent <= 1 and step_offset >= 1):
             raise ValueError(
-                f"step_exponent={step_exponent} and step_offset={step_offset}: an exponent above 1/2 and up to 1, and "
-                f"an offset of at least 1, let stochastic EM converge"
+                f"step_exponent={step_exponent} must be above 0.5 and at most 1, step_offset={step_offset} at least 1"
             )
         if prior is not None and prior.get("learnable"):
-            raise ValueError("prior={'learnable': True, ...} is for many data sets; of one give the pseudo-counts")
+            raise ValueError("prior={'learnable': True, ...} needs many data sets; give fixed pseudo-counts")
         self.save_hyperparameters()
         self.method = method
         self.covariance = covariance
@@ -154,7 +155,7 @@ class GaussianMixtureModule(EMModule):
             num_starts=num_starts,
             covariance_floor=covariance_floor,
         )
-        self._start()  # which checks the arguments
+        self._start()  # checks the arguments
         counts = None if prior is None else from_options("prior", MixturePrior, prior)
         common = (num_components, num_features, covariance, covariance_floor, counts)
         self.learner: MixtureLearner
@@ -163,21 +164,21 @@ class GaussianMixtureModule(EMModule):
         else:
             self.learner = (FullBatchEM if method == "em" else GradientAscent)(*common)
         self.register_buffer("_held_out", torch.zeros(2, dtype=torch.float64), persistent=False)
-        # Ranks agree on buffers, or hold their own; data-parallel training would copy them before every block.
+        # DDP would broadcast the buffers before every block; ranks agree on them already, or each has its own.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._restored: Tensor | None = None
 
-    # The mixture, and where it starts.
+    # The mixture and its initialization.
 
     @property
     def mixture(self) -> Mixture:
-        """The mixture, of one set and in double precision."""
+        """The mixture of one set, in float64."""
         return self.learner.mixture
 
     @property
-    def level(self) -> Tensor:
-        """The log-likelihood a row in the last epoch: in EM of the mixture before its M-step."""
-        return self.learner.level
+    def log_likelihood(self) -> Tensor:
+        """The log-likelihood per row in the last epoch; for EM, of the mixture before the M-step."""
+        return self.learner.log_likelihood
 
     @property
     def iterations(self) -> Tensor:
@@ -186,40 +187,40 @@ class GaussianMixtureModule(EMModule):
 
     @property
     def converged(self) -> bool:
-        """Whether the last epoch changed the log-likelihood a point by less than ``tol``."""
+        """Whether the last epoch changed the log-likelihood per point by less than ``tol``."""
         return bool(self.learner.change < self.tol)
 
     def configure_model(self) -> None:
-        """Use single precision where the device has no other."""
+        """Use float32 on devices without float64."""
         if self._trainer is not None and self._trainer.strategy.root_device.type == "mps":
             self.float()
 
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
-        """Start from a mixture of one set instead of a drawn one.
+        """Set the initial mixture, so that none is drawn.
 
         Args:
-            mixture: the start.
-            center: (1, D), near the mean of the data; the mean of the mixture unless given.
-            variance: (1, D), of the data, for a prior; that of the mixture unless given.
+            mixture: a mixture of one set.
+            center: (1, D), a point near the mean of the data; the mean of the mixture by default.
+            variance: (1, D), the variance of the data, for a prior; that of the mixture by default.
         """
         self.learner.start_from(mixture, center, variance)
 
     def on_fit_start(self) -> None:
-        """Let a run that has converged, and is resumed, end at once."""
+        """Stop a resumed run that has converged already."""
         if self.converged:
             self.trainer.should_stop = True
 
     def on_train_start(self) -> None:
-        """Draw the start on one rank for all, and take up the statistics of a checkpoint within an epoch."""
+        """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
         if not self.learner.started:
             found: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
-                mixture, *moments = start_in(rows, self._start())
+                mixture, *moments = initial_mixture(rows, self._start())
                 found = (tuple(mixture), *moments)
             parts, center, variance = self.trainer.strategy.broadcast(found)
             self.start_from(Mixture(*parts), center, variance)
-        self.learner.own.zero_()
+        self.learner.sums.zero_()
         if self._restored is not None and self.trainer.fit_loop.epoch_loop.batch_progress.current.ready:
             self.learner.resume(self._restored)
         self._restored = None
@@ -227,43 +228,43 @@ class GaussianMixtureModule(EMModule):
     # Training.
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer of gradient training, or what stands for one in EM."""
+        """Return the optimizer of the gradient method, or a placeholder for EM."""
         return super().configure_optimizers() if self.method == "gradient" else _Iteration(self.parameters())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Count the epoch, where Lightning has not."""
-        # A run that is resumed from a checkpoint of an epoch's last batch leaves the next epoch uncounted, and then
-        # checkpoints within that epoch or later ones are taken for those of an epoch's end.
+        """Count the epoch if Lightning has not."""
+        # After a resume from a checkpoint of the last batch of an epoch, Lightning does not count the next epoch, and
+        # then takes later checkpoints within an epoch for checkpoints at its end.
         progress: Any = self.trainer.fit_loop.epoch_progress
         if progress.total.ready == progress.total.processed:
             progress.increment_ready()
             progress.increment_started()
 
     def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        """Learn from a block of rows, and return the loss: without a gradient where there is nothing left to learn."""
+        """Learn from a block of rows and return the loss, which has a gradient only for the gradient method."""
         blocks = self.trainer.num_training_batches
         return {"loss": self.learner.learn(rows_of(batch), blocks if math.isfinite(blocks) else 1)}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Learn from a block of rows, and end the iteration after the last block of the epoch."""
+        """Learn from a block of rows, and end the iteration after the last block of an epoch."""
         loss = super().training_step(batch, batch_idx)
         if self.trainer.is_last_batch:
             self._end_epoch()
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Propagate the loss of gradient training; EM has learned already."""
+        """Backpropagate for the gradient method; EM needs no backward pass."""
         if self.method == "gradient":
             super().backward(loss, *args, **kwargs)
 
     def _end_epoch(self) -> None:
-        """Log the log-likelihood of an epoch and stop where it changes no more."""
+        """Log the log-likelihood of an epoch, and stop if it has converged."""
         self.learner.end_pass()
-        # The same on all ranks; Lightning advises to say so.
-        alike: Any = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
-        self.log("train/log_likelihood", self.level, prog_bar=True, **alike)
+        # The values are equal on all ranks; without sync_dist Lightning would warn.
+        options: Any = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
+        self.log("train/log_likelihood", self.log_likelihood, prog_bar=True, **options)
         if self.iterations > 1:
-            self.log("train/change", self.learner.change, **alike)
+            self.log("train/change", self.learner.change, **options)
         if self.trainer.strategy.reduce_boolean_decision(self.converged):
             self.trainer.should_stop = True
 
@@ -292,7 +293,7 @@ class GaussianMixtureModule(EMModule):
         self._log_held_out("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the log-likelihood of all rows, and BIC and AIC as if the mixture had been fitted to them."""
+        """Log the log-likelihood of all rows, and BIC and AIC computed on them."""
         total, mass = self._log_held_out("test")
         found = criteria(self.mixture, total, mass)
         self.log_dict({"test/bic": found.bic, "test/aic": found.aic}, sync_dist=True)
@@ -300,8 +301,8 @@ class GaussianMixtureModule(EMModule):
     def _log_held_out(self, stage: str) -> tuple[float, float]:
         total, mass = global_sum(self._held_out).tolist()
         self._held_out.zero_()
-        level = total / mass if mass else math.nan
-        self.log_dict({f"{stage}/log_likelihood": level, f"{stage}/loss": -level}, sync_dist=True)
+        mean = total / mass if mass else math.nan
+        self.log_dict({f"{stage}/log_likelihood": mean, f"{stage}/loss": -mean}, sync_dist=True)
         return total, mass
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -311,18 +312,18 @@ class GaussianMixtureModule(EMModule):
     # Checkpoints within an epoch.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the statistics that each rank has gathered in this epoch; all ranks take part."""
+        """Add the statistics of all ranks in this epoch; every rank must make the call."""
         checkpoint["em_pending"] = self.learner.pending()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the statistics of an epoch that was left off in its middle."""
+        """Keep the statistics of an unfinished epoch for :meth:`on_train_start`."""
         self._restored = checkpoint.get("em_pending")
 
 
 class _Iteration(torch.optim.Optimizer):
-    """What Lightning counts steps by: all is done in the closure, the training step.
+    """An optimizer without updates, so that Lightning counts steps; the closure, the training step, does the work.
 
-    Manual optimization would count too, but there Lightning's ``ModelCheckpoint`` does without ``train_time_interval``.
+    With manual optimization Lightning's ``ModelCheckpoint`` would ignore ``train_time_interval``.
     """
 
     def __init__(self, parameters: Any) -> None:

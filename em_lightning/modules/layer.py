@@ -1,4 +1,4 @@
-"""What the modules with one watched layer of energies share."""
+"""EnergyLayer, the base class of modules with one layer of energies and metrics of it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from em_lightning.losses import weight_redundancy
 from em_lightning.metrics import layer_metrics
 from em_lightning.modules.base import EMModule
+from em_lightning.modules.checks import check_at_least
 
 
 class EnergyLayer(EMModule):
     r"""One layer of energies, :math:`d = \mathrm{relu}(W x + b)`, low energy wins, with its metrics.
 
-    A subclass says in :meth:`objective` what is minimized; it may override :meth:`energies`, or set another
-    ``encoder``. Outside training :func:`~em_lightning.metrics.layer_metrics` of the energies are logged, and the
-    redundancy of the prototypes W.
+    A subclass defines the terms that are minimized in :meth:`objective`; it may override :meth:`energies`, or set
+    another ``encoder``. In validation and test it logs :func:`~em_lightning.metrics.layer_metrics` of the energies and
+    the redundancy of the prototypes W.
 
     Args:
         num_features: D.
-        num_components: K, the units that compete.
+        num_components: K, the competing units.
         lr: learning rate.
         optimizer: ``"adam"`` or ``"sgd"``.
 
@@ -36,11 +37,9 @@ class EnergyLayer(EMModule):
         self, num_features: int, num_components: int, lr: float = 1e-3, optimizer: Literal["adam", "sgd"] = "adam"
     ) -> None:
         super().__init__(lr, optimizer=optimizer)
-        for name, value in {"num_features": num_features, "num_components": num_components}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        check_at_least(1, num_features=num_features, num_components=num_components)
         self.encoder = nn.Linear(num_features, num_components)
-        self.metrics: Any = nn.ModuleDict({stage: layer_metrics(prefix=f"{stage}/") for stage in ("val", "test")})
+        self.add_metrics(("val", "test"), energies=layer_metrics())
 
     @property
     def prototypes(self) -> Tensor:
@@ -52,7 +51,7 @@ class EnergyLayer(EMModule):
         return torch.relu(self.encoder(x.flatten(1)))
 
     def features(self, x: Tensor) -> Tensor:
-        """Return what a linear probe reads of items (N, ...): the energies (N, K)."""
+        """Return the inputs (N, K) of a linear probe for items (N, ...): the energies."""
         return self.energies(x)
 
     def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
@@ -60,12 +59,12 @@ class EnergyLayer(EMModule):
         raise NotImplementedError(f"{type(self).__name__} must define objective(x, y, energies, stage)")
 
     def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        """Return the terms and their sum, and log what the energies are like outside training."""
+        """Return the terms and their sum; outside training, update the metrics."""
         x, y = batch
         energies = self.energies(x)
         terms = self.objective(x, y, energies, stage)
+        terms = {"loss": reduce(add, terms.values()), **terms}
         if stage != "train":
-            self.metrics[stage].update(energies)
-            self.log_dict(self.metrics[stage], batch_size=len(x))
-            self.log(f"{stage}/weight_redundancy", weight_redundancy(self.prototypes), batch_size=len(x))
-        return {"loss": reduce(add, terms.values()), **terms}
+            self.metrics_of(stage)["energies"].update(energies)
+            terms["weight_redundancy"] = weight_redundancy(self.prototypes)
+        return terms

@@ -1,4 +1,4 @@
-"""How one mixture learns from blocks of rows: by EM, by stochastic EM, or through an objective with gradients."""
+"""Learners of one mixture from blocks of rows: full-batch EM, stochastic EM, gradient ascent."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 
 
 class MixtureLearner(nn.Module):
-    """A mixture, and what it has learned in a pass over the rows; a subclass says how it learns.
+    """Base class: a mixture and the sums of a pass over the rows; a subclass defines :meth:`learn`.
 
-    All ranks end a pass with the same mixture. What a rank has gathered within a pass is :meth:`pending`, for a
+    All ranks end a pass with the same mixture. :meth:`pending` returns the sums of all ranks within a pass, for a
     checkpoint.
 
     Args:
@@ -27,16 +27,16 @@ class MixtureLearner(nn.Module):
         num_features: D.
         covariance: a key of ``COVARIANCES``.
         floor: added to every variance.
-        prior: of the parameters.
+        prior: of the parameters, or ``None``.
     """
 
     center: Tensor
     variance: Tensor
-    level: Tensor
+    log_likelihood: Tensor
     change: Tensor
     iterations: Tensor
     started: Tensor
-    own: Tensor
+    sums: Tensor
 
     parametrization: PlainMixture | UnconstrainedMixture
 
@@ -52,73 +52,81 @@ class MixtureLearner(nn.Module):
         wide = torch.float64
         self.register_buffer("center", torch.zeros(1, num_features, dtype=wide))
         self.register_buffer("variance", torch.ones(1, num_features, dtype=wide))
-        self.register_buffer("level", torch.tensor(-math.inf, dtype=wide))
+        self.register_buffer("log_likelihood", torch.tensor(-math.inf, dtype=wide))
         self.register_buffer("change", torch.tensor(math.inf, dtype=wide))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        # This rank's sums in this pass: the log-likelihood, then what else is summed. A checkpoint has those of all.
-        self.register_buffer("own", torch.zeros(1 + self.num_sums(), dtype=wide), persistent=False)
+        # This rank's sums in this pass, the log-likelihood first. Not persistent: a checkpoint has `pending`.
+        self.register_buffer("sums", torch.zeros(1 + self.num_sums(), dtype=wide), persistent=False)
 
     def num_sums(self) -> int:
-        """Return how many sums a pass takes beside the log-likelihood: the mass of the rows."""
+        """Return the number of sums besides the log-likelihood: one, the sum of the weights of the rows."""
         return 1
 
     @property
     def mixture(self) -> Mixture:
-        """The mixture, of one set and in double precision."""
+        """The mixture of one set, in float64."""
         return self.parametrization()
 
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Learn from a block of rows, one of so many in a pass, and return the loss: no gradient where none is needed.
+        """Learn from a block of rows and return the loss.
 
-        The loss is the negative log-likelihood a row of the block, or of the pass so far.
+        Args:
+            rows: the block.
+            blocks: number of blocks in a pass.
+
+        Returns:
+            The negative log-likelihood per row, of the block or of the pass so far; only :class:`GradientAscent` gives
+            it a gradient.
         """
         raise NotImplementedError(f"{type(self).__name__} must define learn(rows, blocks)")
 
     @torch.no_grad()
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
-        """Forget what was learned, and start from a mixture of data with this mean and these variances (1, D)."""
+        """Reset, and set the mixture and the mean and variances (1, D) of the data, by default those of the mixture."""
         mixture = Mixture(*(part.detach().to(self.center) for part in mixture))
         mean, spread = marginal(mixture)
         self.parametrization.assign(mixture)
         self.center.copy_(mean if center is None else center)
         self.variance.copy_(spread if variance is None else variance)
-        self.level.fill_(-math.inf)
+        self.log_likelihood.fill_(-math.inf)
         self.change.fill_(math.inf)
         self.started.fill_(True)
-        self.own.zero_()
+        self.sums.zero_()
 
     @torch.no_grad()
     def end_pass(self) -> None:
-        """Take stock of a pass: its log-likelihood a row, of all ranks, and by how much that has changed."""
-        level = self.summarize(global_sum(self.own))
-        if not torch.isfinite(level):
-            raise ValueError(f"the log-likelihood is {float(level)}: the data hold NaN or infinity, or no row counts")
-        self.change.copy_((level - self.level).abs())
-        self.level.copy_(level)
+        """End a pass: set its log-likelihood per row, over all ranks, and the change since the last pass."""
+        mean = self.summarize(global_sum(self.sums))
+        if not torch.isfinite(mean):
+            raise ValueError(
+                f"the log-likelihood is {float(mean)}: the data contain NaN or infinity, or all weights are 0"
+            )
+        self.change.copy_((mean - self.log_likelihood).abs())
+        self.log_likelihood.copy_(mean)
         self.iterations += 1
-        self.own.zero_()
+        self.sums.zero_()
 
     def summarize(self, total: Tensor) -> Tensor:
-        """Return the log-likelihood a row from the sums of all ranks."""
+        """Return the log-likelihood per row from the sums of all ranks."""
         return total[0] / total[1]
 
     def pending(self) -> Tensor:
-        """Return the sums of all ranks within this pass, (ranks, sums); all of them take part."""
-        rank, world = _place()
-        pending = self.own.new_zeros(world, len(self.own))
-        pending[rank] = self.own
+        """Return the sums of all ranks within this pass, (ranks, sums); every rank must make the call."""
+        rank, world = _rank_and_world()
+        pending = self.sums.new_zeros(world, len(self.sums))
+        pending[rank] = self.sums
         return global_sum(pending).cpu()
 
     def resume(self, pending: Tensor) -> None:
-        """Go on within a pass whose sums so far were :meth:`pending`."""
-        rank, world = _place()
+        """Restore the sums that :meth:`pending` returned within a pass."""
+        rank, world = _rank_and_world()
         if len(pending) == world:
-            self.own.copy_(pending[rank])
+            self.sums.copy_(pending[rank])
         elif bool(pending.any()):
             raise ValueError(
-                f"the checkpoint was made within an epoch by {len(pending)} processes and this run has {world}; "
-                f"resume with as many, or from the end of an epoch"
+                f"the checkpoint was saved within an epoch by {len(pending)} processes, but this run has {world}; "
+                f"resume with the same number, or from a checkpoint at the end of an epoch"
             )
 
     def _collect(self, rows: TableBatch, before: Statistics) -> Statistics:
@@ -130,38 +138,38 @@ class MixtureLearner(nn.Module):
 
 
 class FullBatchEM(MixtureLearner):
-    """Exact EM: a pass sums the statistics of its blocks, and its end maximizes."""
+    """Exact EM: sufficient statistics summed over the blocks of a pass, then one M-step."""
 
     def num_sums(self) -> int:
-        """Return the number of moments, the masses of the components among them."""
+        """Return the number of sufficient statistics."""
         return math.prod(self.shape)
 
     @torch.no_grad()
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
         """Add the statistics of a block."""
-        found = self._collect(rows, self._statistics(self.own))
-        torch.cat([found.log_likelihood, found.moments.flatten()], out=self.own)
+        found = self._collect(rows, self._statistics(self.sums))
+        torch.cat([found.log_likelihood, found.moments.flatten()], out=self.sums)
         return loss_of(found.log_likelihood[0], found.moments[..., 0].sum())
 
     def summarize(self, total: Tensor) -> Tensor:
-        """Maximize, and return the log-likelihood a row before that."""
+        """Run the M-step, and return the log-likelihood per row before it."""
         statistics = self._statistics(total)
         self._maximize(statistics)
         return total[0] / statistics.moments[..., 0].sum()
 
     def _statistics(self, sums: Tensor) -> Statistics:
-        """Return the sums of a pass as statistics under the mixture, which stays as it is until the end of the pass."""
+        """Return the sums of a pass as statistics under the mixture, which is fixed within a pass."""
         none = no_statistics(self.mixture, self.center)
         return none._replace(log_likelihood=sums[:1], moments=sums[1:].view(self.shape))
 
 
 class StochasticEM(MixtureLearner):
-    r"""EM on running statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, a maximization a block.
+    r"""EM on running statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, with an M-step per block.
 
-    They are about one center, so components 1e6 of their widths from it are lost in double precision.
+    The statistics are relative to one center, so a component 1e6 times its width from the center loses its precision.
 
     Args:
-        *common: as of :class:`MixtureLearner`.
+        *common: the arguments of :class:`MixtureLearner`.
         exponent: :math:`\alpha` of :math:`\gamma_t = (t + t_0)^{-\alpha}`.
         offset: :math:`t_0`.
     """
@@ -178,26 +186,26 @@ class StochasticEM(MixtureLearner):
 
     @torch.no_grad()
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Mix the statistics of a block, of all ranks, into the running ones, and maximize."""
-        found = self._collect(rows, Statistics(torch.zeros_like(self.running), self.own.new_zeros(1), self.center))
-        self.own += torch.stack([found.log_likelihood[0], found.moments[..., 0].sum()])
+        """Update the running statistics with those of a block, over all ranks, and run the M-step."""
+        found = self._collect(rows, Statistics(torch.zeros_like(self.running), self.sums.new_zeros(1), self.center))
+        self.sums += torch.stack([found.log_likelihood[0], found.moments[..., 0].sum()])
         total = global_sum(torch.cat([found.log_likelihood, found.moments.flatten()]))
         moments = total[1:].view(self.shape)
         mass = moments[..., 0].sum()
-        if mass > 0:  # a block of rows that do not count tells nothing
+        if mass > 0:  # not all weights of the block are 0
             share = 1.0 if self.blocks_seen == 0 else float(self.blocks_seen + self.offset) ** -self.exponent
-            # In the mass of the whole data set, beside which a prior has its weight.
+            # Scaled to the whole data set, as the pseudo-counts of a prior are relative to it.
             self.running.lerp_(moments * blocks, share)
             self.blocks_seen += 1
-            self._maximize(Statistics(self.running, self.own.new_zeros(1), self.center))
+            self._maximize(Statistics(self.running, self.sums.new_zeros(1), self.center))
         return loss_of(total[0], mass)
 
 
 class GradientAscent(MixtureLearner):
-    r"""An objective for an optimizer: :math:`\log p(x)` a row, of all ranks, and the share of a row in the log-prior.
+    r"""An objective for an optimizer: the log-likelihood per row, over all ranks, plus a share of the log-prior.
 
-    Added up over the blocks of a pass, of equal mass, it is :math:`(\log p(X | \theta) + \log p(\theta)) / N`, whose
-    maximum EM with the same prior finds.
+    The mean over the blocks of a pass is :math:`(\log p(X | \theta) + \log p(\theta)) / N`, if blocks have equal
+    weight; EM with the same prior has the same maximum.
     """
 
     def __init__(
@@ -207,13 +215,13 @@ class GradientAscent(MixtureLearner):
         self.parametrization = UnconstrainedMixture(num_components, num_features, covariance, floor)
 
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Return what an optimizer minimizes."""
+        """Return the loss for an optimizer."""
         points, weights = rows
         with torch.autocast(points.device.type, enabled=False):
             mixture = self.mixture
-            log_prob = mixture.log_prob(points.unsqueeze(0)).squeeze(0).to(self.own)
+            log_prob = mixture.log_prob(points.unsqueeze(0)).squeeze(0).to(self.sums)
             found = sums_of(log_prob, weights)
-            self.own += found.detach()
+            self.sums += found.detach()
             total, mass = global_sum(found)
             if self.prior is not None:
                 total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / blocks
@@ -221,19 +229,19 @@ class GradientAscent(MixtureLearner):
 
 
 def loss_of(log_likelihood: Tensor, mass: Tensor) -> Tensor:
-    """Return the negative log-likelihood a row, 0 where no row counts."""
+    """Return the negative log-likelihood per row, 0 if all weights are 0."""
     return -log_likelihood / torch.where(mass > 0, mass, 1.0)
 
 
 def rows_of(batch: Any) -> TableBatch:
-    """Return points and weights of a batch: a tensor, or a sequence of points and perhaps weights."""
+    """Return the points and weights of a batch: a tensor of points, or a sequence of points and optional weights."""
     if isinstance(batch, Tensor):
         return TableBatch(batch, None)
     return TableBatch(batch[0], batch[1] if len(batch) > 1 else None)
 
 
 def sums_of(log_prob: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the log-likelihood and the mass of rows as one tensor (2,)."""
+    """Return the weighted log-likelihood and the sum of the weights as one tensor (2,)."""
     if weights is None:
         return torch.stack([log_prob.sum(), log_prob.new_tensor(float(len(log_prob)))])
     weights = weights.to(log_prob)
@@ -241,7 +249,7 @@ def sums_of(log_prob: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def sample_of(loader: Any, size: int, seed: int) -> TableBatch:
-    """Return rows of a loader: those that it draws itself, or else the first."""
+    """Return rows of a loader, from its ``sample`` method if it has one, else the first rows."""
     if hasattr(loader, "sample"):
         return loader.sample(size, seed)
     found: list[TableBatch] = []
@@ -254,8 +262,8 @@ def sample_of(loader: Any, size: int, seed: int) -> TableBatch:
 
 
 @torch.no_grad()
-def start_in(rows: TableBatch, operator: nn.Module) -> tuple[Mixture, Tensor, Tensor]:
-    """Return where an operator starts in rows, and their mean and variances (1, D), in double precision."""
+def initial_mixture(rows: TableBatch, operator: nn.Module) -> tuple[Mixture, Tensor, Tensor]:
+    """Return the initial mixture of an operator for rows, and their mean and variances (1, D), in float64."""
     points, weights = (None if part is None else part.cpu().double().unsqueeze(0) for part in rows)
     assert points is not None
     mixture = operator.double().eval()(points, weights=weights, num_iters=0)
@@ -265,7 +273,7 @@ def start_in(rows: TableBatch, operator: nn.Module) -> tuple[Mixture, Tensor, Te
     return mixture, center, (share * (points - center).square()).sum(1)
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world() -> tuple[int, int]:
     """Return the rank and the number of ranks."""
     spread = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)

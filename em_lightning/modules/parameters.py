@@ -1,4 +1,4 @@
-"""One mixture held as parameters of a module: as it is, for EM, or without constraints, for an optimizer."""
+"""Mixtures as parameters of a module: plain for EM, unconstrained for an optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHAPES = {"full": "kdd", "tied": "1dd", "diag": "kd", "spherical": "k"}
 
 
 class PlainMixture(nn.Module):
-    """Weights, means and covariances in double precision, standard normal until a mixture is assigned.
+    """Weights, means and covariances of one mixture as parameters in float64, initially standard normal.
 
     Args:
         num_components: K.
@@ -27,31 +27,31 @@ class PlainMixture(nn.Module):
         shape = [1, *(sizes[letter] for letter in _SHAPES[covariance])]
         square = torch.eye(num_features, dtype=wide) if len(shape) == 4 else torch.ones((), dtype=wide)
         uniform = torch.zeros(1, num_components, dtype=wide).log_softmax(-1)
-        # Parameters, though no gradient reaches them: a data-parallel strategy refuses a module without any.
+        # Parameters, although they get no gradient: DDP refuses a module without parameters.
         self.log_weights = nn.Parameter(uniform)
         self.means = nn.Parameter(torch.zeros(1, num_components, num_features, dtype=wide))
         self.covariances = nn.Parameter(square.expand(shape).clone())
 
     def forward(self) -> Mixture:
-        """Return the mixture, of one set."""
+        """Return the mixture of one set."""
         return Mixture(self.log_weights.detach(), self.means.detach(), self.covariances.detach())
 
     @torch.no_grad()
     def assign(self, mixture: Mixture) -> None:
-        """Take the values of a mixture of the same shapes."""
+        """Copy a mixture of the same shapes."""
         for parameter, value in zip(self.parameters(), mixture, strict=True):
             parameter.copy_(value)
 
 
 class UnconstrainedMixture(nn.Module):
-    r"""A mixture as parameters that may take any value.
+    r"""A mixture as unconstrained parameters.
 
     .. math::
         \pi = \operatorname{softmax}(a), \quad \mu_k = c + S m_k, \quad
         \Sigma_k = S L_k L_k^\top S + \epsilon I, \quad L_k = \operatorname{tril}(l_k) + \operatorname{diag}(e^{s_k})
 
     with :math:`c` and the diagonal :math:`S` the mean and the standard deviations of the mixture that was assigned
-    last, so that a learning rate means the same in all units.
+    last, so that the learning rate does not depend on the units of the data.
 
     Args:
         num_components: K.
@@ -69,7 +69,7 @@ class UnconstrainedMixture(nn.Module):
         self.floor = floor
         sets = 1 if covariance == "tied" else num_components
         self.logits = nn.Parameter(torch.zeros(num_components))
-        self.places = nn.Parameter(torch.zeros(num_components, num_features))
+        self.offsets = nn.Parameter(torch.zeros(num_components, num_features))
         self.log_scale = nn.Parameter(torch.zeros(sets, 1 if covariance == "spherical" else num_features))
         if covariance in ("full", "tied"):
             self.lower = nn.Parameter(torch.zeros(sets, num_features, num_features))
@@ -77,10 +77,10 @@ class UnconstrainedMixture(nn.Module):
         self.register_buffer("spread", torch.ones(num_features, dtype=torch.float64))
 
     def forward(self) -> Mixture:
-        """Return the mixture, of one set and in double precision."""
+        """Return the mixture of one set, in float64."""
         wide, spread = self.center.dtype, self.spread
         log_weights = self.logits.to(wide).log_softmax(-1)
-        means = self.center + spread * self.places.to(wide)
+        means = self.center + spread * self.offsets.to(wide)
         scale = self.log_scale.to(wide).exp()
         if self.covariance in ("full", "tied"):
             factor = spread.unsqueeze(-1) * (self.lower.to(wide).tril(-1) + scale.diag_embed())
@@ -93,12 +93,12 @@ class UnconstrainedMixture(nn.Module):
 
     @torch.no_grad()
     def assign(self, mixture: Mixture) -> None:
-        """Take the values of a mixture, but for the floor, which its variances have once more."""
+        """Copy a mixture; its variances become larger by the floor, which ``forward`` adds."""
         center, variance = marginal(mixture)
         self.center.copy_(center[0])
         self.spread.copy_((variance.mean() if self.covariance == "spherical" else variance[0]).sqrt())
         self.logits.copy_(mixture.log_weights[0])
-        self.places.copy_((mixture.means[0] - self.center) / self.spread)
+        self.offsets.copy_((mixture.means[0] - self.center) / self.spread)
         covariances = mixture.covariances[0]
         if self.covariance in ("full", "tied"):
             factor = torch.linalg.cholesky(covariances) / self.spread.unsqueeze(-1)

@@ -1,41 +1,41 @@
-"""The main job: an EM operator that learns to fit mixtures to point clouds."""
+"""PointCloudGMM: an EM operator trained to fit Gaussian mixtures to point clouds."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import MetricCollection
 
 from em_lightning.data import PointCloudBatch
 from em_lightning.metrics import DeadComponents, EffectiveComponents, MixtureLogLikelihood, ResponsibilityEntropy
 from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
+from em_lightning.modules.checks import check_choice
 from em_lightning.operators import EMOperator
 
 
 class PointCloudGMM(EMModule):
     r"""Train an :class:`~em_lightning.EMOperator` to fit Gaussian mixtures to point clouds.
 
-    The loss is minus the mean log-likelihood of a point, ``-mean log sum_k pi_k N(x | mu_k, Sigma_k)``: the
-    logsumexp decoder. By default it is taken at fresh points of the same shape, not at those the mixture was fitted
-    to, so the operator learns densities that hold for the shape and not only for the sample.
+    The loss is the negative mean log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`. By
+    default it is taken at held-out points of the same shape, so that the operator learns densities of shapes and does
+    not overfit the points that it is given.
 
     Args:
         num_components: K.
         num_features: D.
-        num_iters: T, EM iterations a cloud.
+        num_iters: T, EM iterations per cloud.
         covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
         init: ``"farthest"``, ``"kmeans++"``, ``"random"`` or ``"learned"``.
-        num_starts: random starts of which each cloud takes the best, outside training.
+        num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
-        target: where the loss is taken: ``"held_out"`` points of the shape, or the ``"fitted"`` ones.
+        target: the points at which the loss is taken: ``"held_out"`` or ``"fitted"``.
         lr: largest learning rate.
         schedule: ``"one_cycle"`` or ``"constant"``.
         weight_decay: decoupled weight decay.
-        skip_gradients_above: the norm of a gradient that is left out: one cloud under a component that is thinner
-            than it would else outweigh all others.
+        skip_gradients_above: norm of the gradient above which a step is skipped; a single cloud with a very thin
+            component would otherwise dominate the training.
 
     Shape:
         - batch: a :class:`~em_lightning.data.PointCloudBatch` of B clouds.
@@ -67,8 +67,7 @@ class PointCloudGMM(EMModule):
         skip_gradients_above: float | None = 5.0,
     ) -> None:
         super().__init__(lr, schedule, weight_decay, skip_gradients_above)
-        if target not in ("held_out", "fitted"):
-            raise ValueError(f"target={target!r} is unknown; choose 'held_out' or 'fitted'")
+        check_choice("target", target, ("held_out", "fitted"))
         self.save_hyperparameters()
         self.target = target
         self.operator = EMOperator(
@@ -80,25 +79,33 @@ class PointCloudGMM(EMModule):
             num_starts=num_starts,
             covariance_floor=covariance_floor,
         )
-        self.val_metrics, self.test_metrics = _Metrics(), _Metrics()
+        self.add_metrics(
+            ("val", "test"),
+            log_likelihood=MixtureLogLikelihood(),
+            effective_components=EffectiveComponents(),
+            dead_components=DeadComponents(),
+            responsibility_entropy=ResponsibilityEntropy(),
+        )
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
         """Return the mixtures of clouds (B, N, D)."""
         return self.operator(points, mask)
 
     def step(self, batch: PointCloudBatch, stage: str) -> dict[str, Tensor]:
-        """Return the loss, and log what the mixtures look like outside training."""
+        """Return the loss; outside training, update the metrics of the mixtures."""
         mixture = self(batch.points, batch.mask)
         held_out = self.target == "held_out" or stage != "train"
         x, mask = (batch.held_out, batch.held_out_mask) if held_out else (batch.points, batch.mask)
         log_prob = mixture.log_prob(x, mask)
         log_likelihood = log_prob.sum() / mask.sum().clamp(min=1)
-        if stage != "train":
-            metrics = self.test_metrics if stage == "test" else self.val_metrics
-            metrics.update(mixture, x, mask, log_prob)
-            metrics.log(self, stage, len(x))
-            return {"loss": -log_likelihood}
-        return {"loss": -log_likelihood, "log_likelihood": log_likelihood}
+        if stage == "train":
+            return {"loss": -log_likelihood, "log_likelihood": log_likelihood}
+        metrics = self.metrics_of(stage)
+        metrics["log_likelihood"].update(log_prob, mask)
+        metrics["effective_components"].update(mixture.log_weights)
+        metrics["dead_components"].update(mixture.log_weights)
+        metrics["responsibility_entropy"].update(mixture.posterior(x).responsibilities, mask)
+        return {"loss": -log_likelihood}
 
     def predict_step(self, batch: PointCloudBatch, batch_idx: int) -> Mixture:
         """Return the mixtures of a batch of clouds, in the data's own units."""
@@ -106,31 +113,5 @@ class PointCloudGMM(EMModule):
 
     @torch.no_grad()
     def sample(self, points: Tensor, n: int, mask: Tensor | None = None) -> Tensor:
-        """Return ``n`` new points (B, n, D) of each cloud (B, N, D), drawn from its mixture."""
+        """Draw ``n`` new points (B, n, D) from the mixture of each cloud (B, N, D)."""
         return self(points, mask).sample(n)
-
-
-class _Metrics(torch.nn.Module):
-    """The metrics of one stage: torchmetrics wants its own objects for each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_likelihood = MixtureLogLikelihood()
-        self.weights = MetricCollection(
-            {"effective_components": EffectiveComponents(), "dead_components": DeadComponents()}
-        )
-        self.responsibility_entropy = ResponsibilityEntropy()
-
-    def update(self, mixture: Mixture, x: Tensor, mask: Tensor, log_prob: Tensor) -> None:
-        self.log_likelihood.update(log_prob, mask)
-        self.weights.update(mixture.log_weights)
-        self.responsibility_entropy.update(mixture.posterior(x).responsibilities, mask)
-
-    def log(self, module: Any, stage: str, batch_size: int) -> None:
-        named = {
-            "log_likelihood": self.log_likelihood,
-            "responsibility_entropy": self.responsibility_entropy,
-            **dict(self.weights.items()),
-        }
-        for name, metric in named.items():
-            module.log(f"{stage}/{name}", metric, on_epoch=True, on_step=False, batch_size=batch_size)

@@ -56,14 +56,9 @@ class Replicas(lightning.LightningModule):
                 parameter = layer.get_parameter(name).requires_grad_(False)
                 parameter.data = values.data[r]
             layer.log = partial(self._log_of, r)  # type: ignore[method-assign]
-            layer.log_dict = partial(self._log_dict_of, r)  # type: ignore[method-assign]
 
     def _log_of(self, replica: int, name: str, value: Any, **options: Any) -> None:
         self.log(f"{replica}/{name}", value, **options)
-
-    def _log_dict_of(self, replica: int, values: Any, **options: Any) -> None:
-        for name, value in values.items(keep_base=False, copy_state=False):
-            self.log(f"{replica}/{name}", value, **options)
 
     def objectives(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the loss of each replica (R,), given its own batch: x (R, N, ...) and y (R, N)."""
@@ -82,7 +77,7 @@ class Replicas(lightning.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the metrics of each replica on the same batch."""
         for layer in self.layers:
-            layer.step(batch, "val")  # type: ignore[operator]
+            layer.validation_step(batch, batch_idx)  # type: ignore[operator]
 
     def configure_optimizers(self) -> Any:
         """Return the layers' optimizer for the stacked parameters."""

@@ -1,65 +1,44 @@
-"""The kernels at a glance: energies, and the responsibilities that they give three centers."""
+"""Figure of the kernels: energies, and responsibilities of three centers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.figure import Figure
 
+from em_lightning.competition import softmin
 from em_lightning.kernels import KERNELS
-from em_lightning.plots.style import PALETTE, figure_style, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from em_lightning.plots.style import PALETTE, figure_style, new_grid
 
 SCALAR_KERNELS = ("gaussian", "laplace", "logistic", "student_t", "huber", "pseudo_huber", "exponential", "dot_product")
 
 
 @figure_style()
 def kernel_gallery(kernels: Sequence[str] = SCALAR_KERNELS, centers: Sequence[float] = (-2.0, 0.0, 2.0)) -> Figure:
-    """Draw, for each kernel, the energy of every center above the responsibilities at temperature 1.
-
-    A center and its curves share a colour.
+    """Draw, for each kernel, the energies of all centers and their responsibilities at temperature 1.
 
     Args:
-        kernels: keys of kernels that take items of one feature.
-        centers: the centers' positions.
+        kernels: keys of kernels for items of one feature.
+        centers: positions of the centers.
 
     Example:
         >>> figure = kernel_gallery(["gaussian", "laplace"])
-        >>> [axes.get_title() for axes in figure.axes[:2]]
-        ['gaussian', 'laplace']
+        >>> [axes.get_title() for axes in figure.axes]
+        ['gaussian', '', 'laplace', '']
     """
     z = torch.linspace(-6, 6, 601).unsqueeze(-1)
-    positions = torch.tensor(centers).unsqueeze(-1)
-    # A row of energies above a row of responsibilities, at most four kernels wide, then the next kernels below.
-    columns = min(4, len(kernels))
-    bands = -(-len(kernels) // columns)
-    figure, axes = new_figure(2 * bands, columns, width=2.4, height=1.7, sharex=True)
-    for index in range(bands * columns):
-        band, column = divmod(index, columns)
-        above, below = axes[2 * band, column], axes[2 * band + 1, column]
-        if index >= len(kernels):
-            above.set_visible(False)
-            below.set_visible(False)
-            continue
-        with torch.no_grad():
-            energies = KERNELS.build(kernels[index])(z, positions)
-        responsibilities = (-energies).softmax(-1)
+    figure, axes = new_grid(2 * len(kernels), 4, width=2.4, height=1.6, sharex=True)
+    for left, right, key in zip(axes[::2], axes[1::2], kernels, strict=True):
+        posterior = softmin(KERNELS.build(key)(z, torch.tensor(centers).unsqueeze(-1)).detach())
         for k, center in enumerate(centers):
             color = PALETTE[k % len(PALETTE)]
-            above.plot(z, energies[:, k], color=color)
-            below.plot(z, responsibilities[:, k], color=color)
-            for panel in (above, below):
-                panel.axvline(center, color=color, linewidth=0.8, linestyle=":")
-        above.set_title(kernels[index])
-        # Energies differ by orders of magnitude between kernels: one window shows their shapes.
-        above.set_ylim(*(-13, 13) if energies.min() < -1 else (-0.4, 9))
-        below.set_ylim(-0.04, 1.04)
-        if column == 0:
-            above.set_ylabel("energy")
-            below.set_ylabel("responsibility")
-    for panel in axes[-1]:
-        panel.set_xlabel("z")
+            left.plot(z, posterior.energies[:, k], color=color)
+            right.plot(z, posterior.responsibilities[:, k], color=color)
+            for ax in (left, right):
+                ax.axvline(center, color=color, linewidth=0.8, linestyle=":")
+        # The same window for all kernels shows their shapes; only dot products are negative.
+        left.set(title=key, ylabel="energy", ylim=(-13, 13) if posterior.energies.min() < -1 else (-0.4, 9))
+        right.set(ylabel="responsibility", ylim=(-0.04, 1.04))
+    figure.supxlabel("z")
     return figure

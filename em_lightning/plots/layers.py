@@ -1,58 +1,52 @@
-"""Figures of a layer of energies."""
+"""Figures of a layer of energies: prototypes as images, gradients, metrics over epochs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure, new_grid
 
 
 @figure_style()
 def prototype_grid(prototypes: Tensor, shape: tuple[int, int], columns: int = 16) -> Figure:
-    """Draw the weights of each unit as an image, in one symmetric scale of colours.
+    """Draw the weights of each unit as an image, all on one symmetric colour scale.
 
     Args:
         prototypes: (K, H * W).
         shape: (H, W).
-        columns: images a row.
+        columns: images per row.
 
     Example:
         >>> figure = prototype_grid(torch.randn(20, 64), (8, 8))
     """
     images = prototypes.detach().float().cpu().unflatten(1, shape)
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    figure, axes = new_figure(rows, columns, width=0.45, height=0.45)
+    figure, axes = new_grid(len(images), columns, width=0.45, height=0.45)
     limit = float(images.abs().max()) or 1.0
-    for ax in axes.flat:
+    for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
-    for ax, image in zip(axes.flat, images, strict=False):
         ax.imshow(image.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
     return figure
 
 
 @figure_style()
-def gradient_scatter(gradients: Tensor, responsibilities: Tensor, most: int = 5000) -> Figure:
-    """Draw the loss gradient at the energies against the responsibilities, with the diagonal that theory draws.
+def gradient_scatter(gradients: Tensor, responsibilities: Tensor, max_points: int = 5000) -> Figure:
+    """Draw the gradient of a loss by the energies against the responsibilities, and the line on which they are equal.
 
     Args:
         gradients: of any shape.
-        responsibilities: of the same.
-        most: so many points are drawn, evenly spread over all.
+        responsibilities: of the same shape.
+        max_points: number of points that are drawn, evenly spaced.
 
     Example:
         >>> r = torch.rand(10, 4)
         >>> figure = gradient_scatter(r, r)
     """
     x, y = (values.detach().float().cpu().flatten() for values in (responsibilities, gradients))
-    step = max(1, len(x) // most)
+    step = max(1, len(x) // max_points)
     figure, axes = new_figure(width=3.6, height=3.2)
     ax = axes[0, 0]
     top = float(x.max())
@@ -71,22 +65,19 @@ def gradient_scatter(gradients: Tensor, responsibilities: Tensor, most: int = 50
 
 @figure_style()
 def panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, columns: int = 3) -> Figure:
-    """Draw each series over the same x in a panel of its own.
+    """Draw several series over the same x, each in its own panel.
 
     Args:
-        x: the horizontal coordinates.
-        series: the vertical ones by title.
-        xlabel: what x is.
-        columns: panels a row.
+        x: x coordinates.
+        series: y coordinates by title.
+        xlabel: label of the x axes.
+        columns: panels per row.
 
     Example:
         >>> figure = panels([1, 2], {"loss": [3.0, 1.0], "accuracy": [0.5, 0.9]}, "epoch")
     """
-    columns = min(columns, len(series))
-    figure, axes = new_figure(-(-len(series) // columns), columns, width=2.6, height=2.0, sharex=True)
-    for ax in axes.flat[len(series) :]:
-        ax.axis("off")
-    for ax, (title, values) in zip(axes.flat, series.items(), strict=False):
-        ax.plot(x, values, marker="o" if len(x) <= 20 else None, markersize=3)
+    figure, axes = new_grid(len(series), columns, width=2.6, height=2.0, sharex=True)
+    for ax, (title, y) in zip(axes, series.items(), strict=True):
+        ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
         ax.set(title=title, xlabel=xlabel)
     return figure

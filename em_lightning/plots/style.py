@@ -1,30 +1,33 @@
-"""One palette and one style for every figure, without pyplot's global state."""
+"""Palette, style and layout of all figures, without pyplot's global state."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.figure import Figure
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), told apart under every common colour blindness; yellow, too
-# faint for lines on white, stands last.
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
+# is last, as it is too faint for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
-SEQUENTIAL = "viridis"
 DIVERGING = "PuOr"
 NEUTRAL = "#7F7F7F"
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.labelsize": 9,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=PALETTE),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#E5E5E5",
@@ -32,16 +35,16 @@ _STYLE: dict[str, Any] = {
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "image.cmap": SEQUENTIAL,
+    "image.cmap": "viridis",
     "savefig.dpi": 150,
 }
 
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw in the library's style, as a ``with`` or a decorator, and leave matplotlib's settings as they were.
+    """Set matplotlib's parameters to the library's style for a ``with`` block or a decorated function.
 
-    Titles and legends take their style when they are made, so a function that draws is decorated as a whole:
+    Titles and legends read the style when they are made, so decorate the whole function that draws.
 
     Example:
         >>> @figure_style()
@@ -51,47 +54,59 @@ def figure_style() -> Iterator[None]:
         >>> draw()
         'bold'
     """
-    import matplotlib
-    from cycler import cycler
-
-    settings: Any = {**_STYLE, "axes.prop_cycle": cycler(color=PALETTE)}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(_STYLE):
         yield
 
 
+@figure_style()
 def new_figure(
     rows: int = 1, columns: int = 1, *, width: float = 3.0, height: float = 2.4, **subplots: Any
 ) -> tuple[Figure, np.ndarray]:
-    """Return a figure and its axes as a (rows, columns) array, in the library's style.
+    """Return a figure and its axes as a (rows, columns) array.
 
-    The figure belongs to no pyplot state, so nothing has to be closed.
+    The figure is not registered with pyplot, so it need not be closed.
 
     Args:
-        rows: how many rows of axes.
-        columns: how many columns of axes.
-        width: inches of one axes.
-        height: inches of one axes.
-        **subplots: passed to :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
+        rows: number of rows of axes.
+        columns: number of columns of axes.
+        width: of each axes, in inches.
+        height: of each axes, in inches.
+        **subplots: for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
 
     Example:
         >>> figure, axes = new_figure(1, 2)
         >>> axes.shape
         (1, 2)
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with figure_style():
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(rows, columns, squeeze=False, **subplots)
-    return figure, axes
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
 
 
+def new_grid(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure and the list of its axes, ``count`` in rows of at most ``columns``.
+
+    Args:
+        count: number of axes.
+        columns: axes per row.
+        **options: for :func:`new_figure`.
+
+    Example:
+        >>> figure, axes = new_grid(5, 3)
+        >>> len(axes), len(figure.axes)
+        (5, 5)
+    """
+    columns = min(columns, count)
+    figure, axes = new_figure(-(-count // columns), columns, **options)
+    for unused in axes.flat[count:]:
+        unused.remove()
+    return figure, list(axes.flat[:count])
+
+
+@figure_style()
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure to ``path`` (its folder is made) in the library's style and return the path."""
+    """Write the figure to ``path``, whose folder is created, and return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with figure_style():
-        figure.savefig(path)
+    figure.savefig(path)
     return path
