@@ -2,9 +2,9 @@
 
     python -m benchmarks.robust [--clouds 64] [--outliers 0.2]
 
-Each cloud has five spherical clusters with three features and unit standard deviation, and a share of points uniform over
-a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its fitted mean under
-an optimal matching, in standard deviations of a cluster. Writes docs/results/robust.md and robust.png.
+Each cloud has five spherical clusters with three features and unit standard deviation, and a share of points uniform
+over a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its fitted mean
+under an optimal matching, in standard deviations of a cluster. Writes docs/results/robust.md and robust.png.
 """
 
 import argparse
@@ -104,9 +104,9 @@ def main():
             "",
             f"{options.clouds} clouds of {ITEMS} points in {FEATURES} dimensions. {options.outliers:.0%} of the points "
             f"are uniform over a box of side {SIDE:g}; the others are in {COMPONENTS} clusters of unit standard "
-            f"deviation. Full covariances, {ITERATIONS} iterations. Error: distance between a true mean and its matched "
-            "fitted mean, in standard deviations, averaged over a cloud; median over clouds. Lost: share of means with "
-            "an error above one standard deviation. Written by `python -m benchmarks.robust`.",
+            f"deviation. Full covariances, {ITERATIONS} iterations. Error: distance between a true mean and its "
+            "matched fitted mean, in standard deviations, averaged over a cloud; median over clouds. Lost: share of "
+            "means with an error above one standard deviation. Written by `python -m benchmarks.robust`.",
             "",
             "| method | near the truth | lost | k-means++ | lost | best of 20 | lost |",
             "|---|---|---|---|---|---|---|",
@@ -140,7 +140,7 @@ def draw(points, truth, found, path):
         names = list(found)[::-1]
         axes[1].boxplot([found[name][0].mean(1).numpy() for name in names], orientation="horizontal", widths=0.6)
         axes[1].set_yticks(range(1, len(names) + 1), names)
-        axes[1].set(xscale="log", xlabel="mean error of the means, in standard deviations", title="start near the truth")
+        axes[1].set(xscale="log", xlabel="mean error of the means (standard deviations)", title="start near the truth")
         save_figure(figure, path)
 
 
