@@ -1,4 +1,4 @@
-"""Contract tests that authors of new kernels, operators, activations and losses subclass."""
+"""Contract tests for new kernels, competition operators, activations and losses; subclass them in a test file."""
 
 import importlib
 from typing import Any
