@@ -1,11 +1,12 @@
-# Two commands set everything up on a machine with Python 3.11 or later and make:
-#   make train    install, train an EM operator on point clouds, and write its table and pictures to lightning_logs/
-#   make test     install, and run all tests
-#   make nightly  the property tests with 5,000 new examples each, in place of the 200 of make test
-#   make fuzz     10,000 mutated files for every reader
-#   make coverage the tests under a tracer; it fails where fewer than 95 % of the branches are taken
-# Both keep what they install in .venv; ARGS="..." is handed on. For those who change something there are make lint and
-# make docs, which builds the documentation into site/.
+# Every target except clean first installs the package into .venv. Requires Python 3.11 or later.
+#   make train    train an EM operator on point clouds; write its table and figures to lightning_logs/
+#   make test     run all tests
+#   make lint     run ruff and mypy
+#   make docs     build the documentation into site/
+#   make nightly  run the property tests with 5,000 examples each instead of 200
+#   make fuzz     run every file reader on 10,000 mutated files
+#   make coverage run the tests with branch coverage; fail below 95 %
+# ARGS="..." is passed to the command of a target.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ nightly: $(INSTALLED)
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz_readers.py $(ARGS)
 
-# Not those of the wheel, which is installed beside the checkout and timed.
+# The wheel tests are excluded because they measure an installed copy.
 coverage: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -q --ignore=tests/test_wheel.py --cov --cov-report=term \
 		--cov-report=json:.coverage.json $(ARGS)

@@ -1,8 +1,8 @@
 """Cost of each activation, forward + backward on (4096, 1024) float32, as ratios to torch.softmax and torch.tanh.
 
-Every round times all rows one after the other, so that a change of the machine's load meets all of them; the ratio of
-a row is the median over the rounds of its time by the reference's time in the same round. Saved memory is what autograd
-keeps for the backward pass beyond the input, beside what it keeps for the textbook formula.
+Every round times all rows one after the other, so that changes of the machine's load affect all of them. The ratio of a
+row is the median over the rounds of its time divided by the reference's time in the same round. Saved memory is what
+autograd keeps for the backward pass in addition to the input; it is also measured for the textbook formula.
 
 Run: python -m benchmarks.activations [rounds]
 """
@@ -25,7 +25,7 @@ from em_lightning.activations import ACTIVATIONS, SignedActivation
 SHAPE = (4096, 1024)
 Call = Callable[[Tensor], Tensor]
 
-# Row: what runs, the textbook formula, the reference of its bound, the bound.
+# Row: activation, textbook formula, reference of the time ratio, upper bound of the ratio.
 ROWS: dict[str, tuple[Call, Call, str, float | None]] = {
     "log_softmax": (ACTIVATIONS.build("log_softmax"), lambda z: (z.softmax(-1)).log(), "softmax", 1.6),
     "neg_log_softmin": (

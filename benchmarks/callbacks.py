@@ -1,7 +1,7 @@
-"""What the callbacks cost: a training step with EM over the plain step, in one run.
+"""Cost of callbacks: time of a training step with a callback relative to the plain step.
 
-`python benchmarks/callbacks.py [--threads 1]` prints the medians of interleaved steps of a 4 x 512 MLP at batch 1,024,
-by the clock and by the processor time of all threads, which a busy machine disturbs less.
+`python benchmarks/callbacks.py [--threads 1]` prints medians over interleaved steps of a 4 x 512 MLP with batch size
+1,024. It measures wall-clock time and the processor time of all threads, which depends less on the load of the machine.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Step:
         self.x, self.y = torch.randn(1024, 512), torch.randint(10, (1024,))
 
     def __call__(self) -> tuple[float, float]:
-        """Return the seconds that it took, by the clock and of processor time."""
+        """Run the step and return its wall-clock time and its processor time in seconds."""
         start, busy = time.perf_counter(), time.process_time()
         loss = nn.functional.cross_entropy(self.model(self.x), self.y)
         if self.losses is not None:
@@ -68,13 +68,13 @@ def main() -> None:
     times: dict[str, list[torch.Tensor]] = {name: [] for name in steps}
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            cycle = torch.tensor([step() for _ in range(4)])  # as many as the longest cycle of every=
+            cycle = torch.tensor([step() for _ in range(4)])  # the longest cycle of every=
             times[name].append(cycle.mean(0))
     print(f"{'':45s} ms/step   ratio  ms of processor   ratio")
     plain = torch.stack(times["plain"])
     for name, rounds in times.items():
         measured = torch.stack(rounds)
-        # Each round is a pair of neighbours in time, so that a busy machine slows both.
+        # Ratios within a round, because a busy machine slows both steps.
         wall, busy = (1e3 * measured.median(0).values).tolist()
         ratio, busy_ratio = (measured / plain).median(0).values.tolist()
         print(f"{name:45s} {wall:7.2f} {ratio:7.2f} {busy:16.2f} {busy_ratio:7.2f}")

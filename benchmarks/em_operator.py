@@ -1,13 +1,14 @@
-"""Speed, memory, gradients and accuracy of the EM operator, each beside the likelihood that was reached.
+"""Speed, memory, gradients and accuracy of the EM operator.
 
-    python benchmarks/em_operator.py clouds      many clouds, beside a loop over scikit-learn
-    python benchmarks/em_operator.py large       one large set, beside scikit-learn
-    python benchmarks/em_operator.py starts      memory of the starts on one large set
-    python benchmarks/em_operator.py gradients   a training step, beside autograd through the textbook formulation
+    python benchmarks/em_operator.py clouds      many clouds, compared with a loop over scikit-learn
+    python benchmarks/em_operator.py large       one large set, compared with scikit-learn
+    python benchmarks/em_operator.py starts      memory of the initialization on one large set
+    python benchmarks/em_operator.py gradients   a training step, compared with autograd through textbook EM
     python benchmarks/em_operator.py scaling     time over B, N, T and K, with a plot
-    python benchmarks/em_operator.py accuracy    float32 beside float64
+    python benchmarks/em_operator.py accuracy    float32 compared with float64
 
-``--scale 0.1`` makes each about ten times smaller. Times are medians of repeats that take turns in one process.
+``--scale 0.1`` makes each about ten times smaller. Times are medians of interleaved repeats in one process. Tables also
+show the likelihoods.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from em_lightning.operators.gradients import GRADIENTS
 
 
 def blobs(sets, items, features, components, spread=3.0):
-    """Return points (B, N, D) of Gaussian clusters with random centers, and a start at some of the points."""
+    """Return points (B, N, D) of Gaussian clusters with random centers."""
     centers = spread * torch.randn(sets, components, features)
     x = torch.randn(sets, items, features)
     x += centers.gather(1, torch.randint(0, components, (sets, items, 1)).expand(-1, -1, features))
@@ -35,7 +36,7 @@ def blobs(sets, items, features, components, spread=3.0):
 
 
 def medians(calls, repeats):
-    """Return the median seconds of each call, after one call that does not count; the calls take turns."""
+    """Return the median seconds of each call after one warm-up; calls are interleaved."""
     times = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -47,7 +48,7 @@ def medians(calls, repeats):
 
 
 def sklearn_fit(x, start, b, iterations, kind):
-    """Return scikit-learn's mixture of one set, from the same start."""
+    """Fit scikit-learn's mixture to one set from the given start."""
     from sklearn.mixture import GaussianMixture
 
     covariance = start.covariances[b].double()
@@ -68,8 +69,8 @@ def sklearn_fit(x, start, b, iterations, kind):
 
 
 def peak_of(call):
-    """Return what a call gives, its seconds, and by how many MiB resident memory grew at most during it (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    """Return the result of a call, its seconds, and the peak growth of resident memory in MiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, begin = _mib("VmRSS"), time.perf_counter()
     result = call()
     return result, time.perf_counter() - begin, _mib("VmHWM") - before
@@ -81,14 +82,14 @@ def _mib(name):
 
 
 def table(title, head, rows):
-    """Print a table in markdown."""
+    """Print a Markdown table."""
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
         print(f"| {' | '.join(str(cell) for cell in row)} |")
 
 
 def clouds(options):
-    """Compare 256 clouds of 1,024 points with a loop over scikit-learn, on the threads that suit it best."""
+    """Compare 256 clouds of 1,024 points with a loop over scikit-learn at its fastest number of threads."""
     sets, items, iterations = max(int(256 * options.scale), 1), 1024, 20
     x = blobs(sets, items, 3, 16)
     operator, compiled = (EMOperator(16, 3, num_iters=iterations, residual=False) for _ in range(2))
@@ -120,13 +121,13 @@ def clouds(options):
         rows.append([name, f"{seconds:.3f}", ratio, f"{found.mean():.6f}", error])
     rows.append(["em_lightning, float64", "", "", f"{exact.mean():.6f}", ""])
     title = f"{sets} clouds x {items} x 3, K = 16, full, {iterations} iterations, float32"
-    head = ["seconds", "x scikit-learn", "log-likelihood a point", "largest error of a cloud's, beside float64"]
+    head = ["seconds", "x scikit-learn", "log-likelihood per point", "largest error of a cloud against float64"]
     table(title, ["", *head], rows)
     print(f"\nscikit-learn was fastest on {threads} of the threads: {trial} s for {sets // 8 + 1} clouds")
 
 
 def large(options):
-    """Compare one set of a million points with scikit-learn, whose iterations are timed by a difference."""
+    """Compare one set of a million points with scikit-learn, timed by the difference of two numbers of iterations."""
     items, features, components, iterations = int(1_000_000 * options.scale), 16, 64, 10
     x, few = blobs(1, items, features, components), 50_000
     rows = []
@@ -135,38 +136,38 @@ def large(options):
         spread = 4.0 * eye.expand(1, components, *eye.shape)
         start = Mixture(torch.full((1, components), 1 / components).log(), x[:, :components].clone(), spread)
         operator = EMOperator(components, features, num_iters=iterations, covariance=kind, residual=False)
-        operator(x[:, :1000], init=start)  # libraries take memory when first used
+        operator(x[:, :1000], init=start)  # warm-up: libraries allocate memory at first use
         runs = [peak_of(lambda o=operator, s=start: o(x, init=s)) for _ in range(options.repeats)]
         seconds, used = statistics.median(run[1] for run in runs), max(run[2] for run in runs)
         likelihood = runs[0][0].log_prob(x[:, :few]).mean()
         steps = 2 if kind == "full" else 6
         early = operator(x, init=start, num_iters=steps).log_prob(x[:, :few]).mean()
         calls = [lambda n=n, s=start, k=kind: sklearn_fit(x, s, 0, n, k) for n in (1, 1, steps)]
-        _, (_, one, _), (fit, more, their_mib) = (peak_of(call) for call in calls)  # the first takes memory
+        _, (_, one, _), (fit, more, their_mib) = (peak_of(call) for call in calls)  # the first call is a warm-up
         theirs = (more - one) / (steps - 1)
         rows.append([kind, f"{seconds / iterations:.3f}", f"{theirs:.2f}", f"{theirs * iterations / seconds:.1f}"])
         rows[-1] += [f"{used:.0f}", f"{their_mib:.0f}", f"{likelihood:.5f}"]
         rows[-1] += [f"{steps}: {early:.5f} / {fit.score(x[0, :few].numpy()):.5f}"]
-    head = ["s an iteration", "scikit-learn", "x", "MiB beyond the data", "scikit-learn's", "log-likelihood"]
+    head = ["s per iteration", "scikit-learn", "speedup", "extra MiB", "scikit-learn, MiB", "log-likelihood"]
     title = f"one set of {items:,} x {features}, K = {components}, {iterations} iterations, float32"
-    table(title, ["", *head, "early, ours / theirs"], rows)
-    print("\nours: the median of runs of 10 iterations with all that goes before them; scikit-learn: a fit of so many")
-    print("iterations as the last column says less a fit of 1. MiB: growth of resident memory at most, during a fit.")
+    table(title, ["", *head, "early, em_lightning / scikit-learn"], rows)
+    print("\nem_lightning: median of runs of 10 iterations including preparation; scikit-learn: a fit with the")
+    print("iterations of the last column minus a fit with 1. MiB: largest growth of resident memory during a fit.")
 
 
 def starts(options):
-    """Measure the memory that each start takes on one set of a million points."""
+    """Measure the memory of each initialization on one set of a million points."""
     items, features, components = int(1_000_000 * options.scale), 16, 64
     x, rows = blobs(1, items, features, components), []
     for init in ("random", "farthest", "kmeans++"):
         operator = EMOperator(components, features, init=init, residual=False)
-        operator(x[:, :1000].clone(), num_iters=1)  # libraries take memory when first used
+        operator(x[:, :1000].clone(), num_iters=1)  # warm-up: libraries allocate memory at first use
         rows.append([init, f"{peak_of(lambda o=operator: o(x, num_iters=0))[2]:.0f}"])
-    table(f"start on one set of {items:,} x {features}, K = {components}, full", ["init", "MiB beyond the data"], rows)
+    table(f"start on one set of {items:,} x {features}, K = {components}, full", ["init", "extra MiB"], rows)
 
 
 def textbook(x, start, iterations, floor=1e-6):
-    """Return the mixture after EM as a textbook writes it, every product an einsum over (B, N, K, D, D)."""
+    """Return the mixture after textbook EM, with every product an einsum over (B, N, K, D, D)."""
     log_weights, means, covariances = start
     eye = floor * torch.eye(x.shape[-1])
     for _ in range(iterations):
@@ -185,7 +186,7 @@ def textbook(x, start, iterations, floor=1e-6):
 
 
 def saved_mib(call):
-    """Return how much memory torch had taken at most during a call, beyond what it had before."""
+    """Return the peak growth of memory allocated by torch during a call, in MiB."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
@@ -199,7 +200,7 @@ def saved_mib(call):
 
 
 def backward_of(call, x):
-    """Return a function that makes the gradient of a mean over the mixtures that a call makes of points."""
+    """Return a function that computes the gradient of a scalar of the fitted mixtures with respect to the points."""
 
     def step():
         points = x.clone().requires_grad_()
@@ -211,7 +212,7 @@ def backward_of(call, x):
 
 
 def train(mode, iterations, steps):
-    """Return the log-likelihood a point that corrections reach after training with one gradient mode."""
+    """Return the log-likelihood per point after training the corrections with one gradient mode."""
     torch.manual_seed(1)
     x = blobs(16, 256, 3, 8, spread=1.5)
     operator = EMOperator(8, 3, num_iters=iterations, gradient=mode)
@@ -225,7 +226,7 @@ def train(mode, iterations, steps):
 
 
 def gradients(options):
-    """Compare a training step with autograd through the textbook formulation, in the four gradient modes."""
+    """Compare a training step in the four gradient modes with autograd through the textbook formulation."""
     sets, items, components = max(int(32 * options.scale), 1), 1024, 16
     x = blobs(sets, items, 3, components)
     rows, exact, calls, memory = [], None, {}, {}
@@ -252,7 +253,7 @@ def gradients(options):
         reached = f"{train(name, 5, options.steps):.4f}" if name in GRADIENTS else ""
         rows.append([name, f"{1e3 * seconds:.1f}", f"{ratio:.1f}", f"{memory[name, 10]:.1f}", f"{part:.0f}"])
         rows[-1] += [later, f"{error:.1e}", reached]
-    head = ["T = 10", "ms", "x textbook", "peak MiB", "1 / textbook", "at T = 40", "error of the gradient"]
+    head = ["T = 10", "ms", "speedup", "peak MiB", "textbook / row", "MiB at T = 40", "error of the gradient"]
     title = f"forward + backward, {sets} clouds x {items} x 3, K = {components}, full, float32"
     table(title, [*head, f"log-likelihood after {options.steps} steps of training, T = 5"], rows)
 
@@ -269,7 +270,7 @@ def gradients(options):
         seconds = medians({mode: step}, options.repeats)[mode]
         rows.append([mode, f"{1e3 * seconds:.1f}", f"{(grad - reference).norm() / reference.norm():.1e}"])
     title = "converged loops: 4 clouds x 300 x 2, K = 3, full, T = 100, float64"
-    table(title, ["", "ms", "error of the gradient, beside unrolled"], rows)
+    table(title, ["", "ms", "error of the gradient against unrolled"], rows)
 
 
 def scaling(options):
@@ -293,7 +294,7 @@ def scaling(options):
         for value in values:
             size = base | {letter: value} | ({"N": 2048} if letter == "K" else {})
             x = blobs(size["B"], size["N"], 3, size["K"])
-            # The floor keeps components thick: at some T they would turn thin, and their passes to double precision.
+            # The floor keeps the components thick for every T.
             operator = EMOperator(size["K"], 3, num_iters=size["T"], covariance_floor=0.1, residual=False)
             start = operator(x, num_iters=0)
             calls[value] = lambda o=operator, p=x, s=start: o(p, init=s)
@@ -309,7 +310,7 @@ def scaling(options):
 
 
 def accuracy(options):
-    """Compare float32 with float64 where components are thin or far from the origin, and say which path was taken."""
+    """Compare float32 with float64 for components that are thin or far from the origin."""
     items = int(2000 * options.scale) or 1
     turn = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0]
     round_ = blobs(8, items, 3, 8).double()
@@ -322,9 +323,9 @@ def accuracy(options):
         "offset by 1e3": round_ + 1e3,
         "offset by 1e6": round_ + 1e6,
         "axes 1 : 1e-2 : 1e-4": round_ * stretch,
-        "the same, turned": (round_ * stretch) @ turn,
+        "the same, rotated": (round_ * stretch) @ turn,
         "surface of a cylinder": surface,
-        "slab 1 : 1 : 1e-3, turned": (round_ * torch.tensor([1.0, 1.0, 1e-3], dtype=torch.float64)) @ turn,
+        "slab 1 : 1 : 1e-3, rotated": (round_ * torch.tensor([1.0, 1.0, 1e-3], dtype=torch.float64)) @ turn,
     }
     chosen, rows, forward = [], [], passes.Moments.forward
 
@@ -340,7 +341,7 @@ def accuracy(options):
         chosen.clear()
         narrow = operator(x, init=start)
         share = sum(n for p, n in chosen if p == torch.float64) / (len(x) * operator.num_iters)
-        # The same rounded points in double: what float32 costs beyond the rounding of the data.
+        # The same float32 points in float64, so that the rounding of the data does not count.
         wide = operator(x.double(), init=Mixture(*(part.double() for part in start))).log_prob(x.double())
         held = _held(operator, x, start).log_prob(x.double())
         errors = [(found.double().mean(1) - wide.mean(1)).abs().max() for found in (held, narrow.log_prob(x))]
@@ -353,7 +354,7 @@ def accuracy(options):
         "error of the float32 result",
         "log-likelihood",
     ]
-    table("largest error of a cloud's log-likelihood a point, float32 against float64 on the same points", head, rows)
+    table("largest error of a cloud's log-likelihood per point, float32 against float64 on the same points", head, rows)
 
 
 def _held(operator, x, start):

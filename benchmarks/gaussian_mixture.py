@@ -1,10 +1,10 @@
-"""One mixture of a large table: speed beside scikit-learn, memory, and processes side by side.
+"""Gaussian mixture of one large table: speed compared with scikit-learn, memory, and scaling over processes.
 
     python benchmarks/gaussian_mixture.py sklearn --covariance full     1,000,000 x 16, K = 64, 10 iterations
     python benchmarks/gaussian_mixture.py memory --storage npy --rows 20000000 --iterations 2
-    python benchmarks/gaussian_mixture.py scaling --processes 2         one thread each, beside one process
+    python benchmarks/gaussian_mixture.py scaling --processes 2         one thread each, compared with one process
 
-All go through the module, its loader and Lightning's Trainer. ``--rows 100000`` makes any of them smaller.
+All of them use GaussianMixtureModule, its loader and Lightning's Trainer. ``--rows 100000`` runs a smaller version.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from em_lightning.data import Table, TableBlocks, TabularDataModule
 from em_lightning.modules import GaussianMixtureModule
 from em_lightning.operators import EMOperator
 
-# What Lightning says of short runs.
+# Warnings of Lightning about short runs.
 warnings.filterwarnings("ignore", ".*no .val_dataloader.*|.*LeafSpec.*|.*torch.jit.script.*|.*Checkpoint directory.*")
 
 
@@ -34,7 +34,7 @@ def quiet_trainer(**options):
 
 
 def table_of(rows, features, path=None):
-    """Write or return a table of overlapping clusters, a block at a time."""
+    """Return a table of overlapping clusters, in memory or memory-mapped at a path."""
     generator = torch.Generator().manual_seed(0)
     centers = 2.0 * torch.randn(64, features, generator=generator)
     out = (
@@ -63,7 +63,7 @@ def module_of(components, features, kind, start):
 
 
 def resident():
-    """Return the memory of this process now, and the largest since it was last asked for, in MiB."""
+    """Return current and peak memory of this process in MiB, and reset the peak."""
     text = Path("/proc/self/status").read_text()
     now, peak = (int(text.split(f"{name}:")[1].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
     Path("/proc/self/clear_refs").write_text("5")
@@ -71,7 +71,7 @@ def resident():
 
 
 def warm_up(options, start):
-    """Let libraries load what they need at the first fit."""
+    """Fit a small table, so that libraries allocate their memory before the measurement."""
     small = TabularDataModule(torch.randn(3000, options.features))
     quiet_trainer(max_epochs=1).fit(module_of(options.components, options.features, options.covariance, start), small)
 
@@ -120,7 +120,7 @@ def beside_sklearn(options):
     _, their_peak = resident()
     expected, how = longest, "measured"
     if theirs < steps:
-        # A fit is a constant and so much an iteration.
+        # The time of a fit is linear in the number of iterations.
         shortest, _ = sklearn_seconds(x.numpy(), start, options, 1)
         expected = shortest + (longest - shortest) / (theirs - 1) * (steps - 1)
         how = f"from {shortest:.1f} s for 1 iteration and {longest:.1f} s for {theirs}"
@@ -129,8 +129,8 @@ def beside_sklearn(options):
         f"{options.threads} threads: {seconds:.2f} s through module and loader, scikit-learn {expected:.1f} s ({how}): "
         f"{expected / seconds:.1f} x"
     )
-    print(f"  log-likelihood a row before M-step {theirs}: {levels[theirs]:.7f}, scikit-learn {level:.7f}")
-    print(f"  peak beyond the data {peak - before:.0f} MiB, scikit-learn {their_peak - before:.0f} MiB")
+    print(f"  log-likelihood per row before M-step {theirs}: {levels[theirs]:.7f}, scikit-learn {level:.7f}")
+    print(f"  peak in addition to the data {peak - before:.0f} MiB, scikit-learn {their_peak - before:.0f} MiB")
 
 
 class _Levels(lightning.Callback):
@@ -158,13 +158,13 @@ def memory(options):
         _, peak = resident()
     print(
         f"{options.covariance}, {options.storage}: {options.rows:,} x {options.features}, K = {options.components}, "
-        f"{options.iterations} iterations: {seconds:.1f} s, peak beyond what was there before {peak - before:.0f} MiB, "
-        f"log-likelihood a row {float(module.log_likelihood):.6f}"
+        f"{options.iterations} iterations: {seconds:.1f} s, peak in addition to the baseline {peak - before:.0f} MiB, "
+        f"log-likelihood per row {float(module.log_likelihood):.6f}"
     )
 
 
 def scaling(options):
-    """Time the fit of the same table by one process, by several, and by as many that know nothing of each other."""
+    """Time the fit of one table by one process, by several ranks, and by as many independent processes."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
@@ -176,7 +176,7 @@ def scaling(options):
         for name, processes, copies in (
             ("one process", 1, 1),
             (f"{options.processes} ranks", options.processes, 1),
-            (f"{options.processes} unrelated processes, the whole table each", 1, options.processes),
+            (f"{options.processes} independent processes, the whole table each", 1, options.processes),
         ):
             each = [*command, f"--processes={processes}"]
             runs = [subprocess.Popen(each, stdout=-1, stderr=-1, text=True, env=environment) for _ in range(copies)]
@@ -188,7 +188,7 @@ def scaling(options):
             found[name] = (copies, *(sum(column) / copies for column in zip(*figures, strict=True)))
     print(f"{options.covariance}: {options.rows:,} x {options.features}, K = {options.components}, one thread each")
     print(
-        "| | seconds an iteration | of these in blocks | million rows a second | x one | log-likelihood |\n"
+        "| | seconds per iteration | in block statistics | million rows per second | speedup | log-likelihood |\n"
         "|---|---|---|---|---|---|"
     )
     for name, (copies, seconds, inside, level) in found.items():
@@ -198,7 +198,7 @@ def scaling(options):
 
 
 class _Clock(lightning.Callback):
-    """Keep the seconds of each epoch, and those that the first rank spends on statistics of its blocks."""
+    """Record the seconds of each epoch and the seconds that this rank spends on block statistics."""
 
     def __init__(self):
         self.epochs, self.inside = [], []

@@ -1,8 +1,8 @@
-"""Time of every kernel, forward and backward, as a multiple of torch.cdist in the same run.
+"""Time of every kernel, forward and backward, relative to torch.cdist in the same run.
 
     python benchmarks/kernels.py [--items 4096] [--centers 64] [--features 16] [--threads 1]
 
-The last row is the squared distance written with broadcasting, which keeps N K D differences for its gradient.
+The last row is the squared distance computed by broadcasting, which stores N K D differences for the backward pass.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from em_lightning.kernels import KERNELS, pairwise
 
 
 def seconds(calls, x, centers, grad, repeats):
-    """Return the median time of each call; the calls take turns, so that a busy machine slows all alike."""
+    """Return the median time of each call; calls are interleaved, so that a busy machine slows all of them equally."""
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -37,7 +37,7 @@ def main():
     grad = torch.randn(options.items, options.centers)
     calls = {"torch.cdist": torch.cdist}
     for key in KERNELS:
-        if key != "learned":  # costs what its network costs
+        if key != "learned":  # its cost is that of its network
             calls[key] = KERNELS.build(key, **({"num_features": options.features} if key == "mahalanobis" else {}))
     calls["broadcast square"] = lambda x, centers: pairwise(x, centers).square().sum(-1)
     times = seconds(calls, x, centers, grad, options.repeats)

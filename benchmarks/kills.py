@@ -1,13 +1,13 @@
-"""Kill runs of the recipes by SIGKILL at random moments, start them again, and compare with runs left alone.
+"""Kill runs of the recipes with SIGKILL at random times, resume them, and compare with uninterrupted runs.
 
     python benchmarks/kills.py                                   every case, 20 kills each
     python benchmarks/kills.py volume_control --kills 5
-    python benchmarks/kills.py --kills 0                         no kills: two runs of each, which have to be the same
+    python benchmarks/kills.py --kills 0                         no kills: compare two runs of each case
 
-Every second kill waits for a checkpoint to be written and falls into that. The same command goes on until the run has
-ended; then weights must be the same bit for bit, results.json too but for seconds, and no file may be left unfinished.
-A case whose runs all began anew fails: it would end the same without any checkpoint.
-Processes are forked from one that has the libraries loaded; what is killed is a process of its own.
+Every second kill happens during the writing of a checkpoint. The same command is repeated until the run has ended. Then
+weights must be bitwise equal, results.json equal except for seconds, and no partial file may remain. A case fails if no
+run resumed from a checkpoint, because it would then not test resuming. Each run is a process forked from one that has
+imported the libraries.
 """
 
 import argparse
@@ -65,7 +65,7 @@ COMMON += ["--trainer.logger.version=run", "--ckpt_path=last", "--trainer.callba
 
 
 class Moments(lightning.Callback):
-    """Tell when training begins, and whether from a checkpoint; keep the last weights."""
+    """Record the start of training, whether it resumed from a checkpoint, and the final weights."""
 
     def on_train_start(self, trainer, pl_module):
         if trainer.ckpt_path:
@@ -79,7 +79,7 @@ class Moments(lightning.Callback):
 
 
 def start(arguments, folder):
-    """Start a run in a folder, in a process of its own, and return its number."""
+    """Start a run in a folder in a new process and return its process id."""
     (folder / "began").unlink(missing_ok=True)
     number = os.fork()
     if number:
@@ -100,7 +100,7 @@ def start(arguments, folder):
 
 
 def ended(number, folder):
-    """Return whether a run has ended; one that has failed ends this program too."""
+    """Return whether a run has ended; raise SystemExit if it failed."""
     found, status = os.waitpid(number, os.WNOHANG)
     if found and status:
         raise SystemExit(f"the run ended with status {status}:\n{(folder / 'output.txt').read_text()[-3000:]}")
@@ -108,7 +108,7 @@ def ended(number, folder):
 
 
 def wait(number, folder, until, deadline=float("inf"), pause=0.005):
-    """Wait for something, a deadline or the end of a run; return whether the run still goes."""
+    """Wait for a condition, a deadline or the end of a run; return whether the run is still alive."""
     while not ended(number, folder):
         if until() or time.perf_counter() > deadline:
             return True
@@ -117,7 +117,7 @@ def wait(number, folder, until, deadline=float("inf"), pause=0.005):
 
 
 def whole(case, folder):
-    """Run once, uninterrupted, and return how long the training and what follows it took."""
+    """Run once without interruption and return the seconds from the start of training to the end."""
     folder.mkdir()
     number = start(CASES[case], folder)
     if wait(number, folder, (folder / "began").exists):
@@ -132,7 +132,7 @@ def partial(folder):
 
 
 def killed(case, folder, draw, seconds, in_writing):
-    """Start a run, or go on with it, and kill it: return whether it was killed, and what half-written file it left."""
+    """Start or resume a run and kill it; return whether it was killed, and the partial file it left, if any."""
     number = start(CASES[case], folder)
     if not wait(number, folder, (folder / "began").exists):
         return False, None
@@ -140,7 +140,7 @@ def killed(case, folder, draw, seconds, in_writing):
     if wait(number, folder, lambda: False, moment) and in_writing:
         wait(number, folder, lambda: partial(folder), moment + seconds, pause=0.0005)
     try:
-        os.kill(number, signal.SIGKILL)  # not yet waited for: it is that process or a zombie
+        os.kill(number, signal.SIGKILL)  # not yet reaped, so the process id is still its own
     except ProcessLookupError:
         return False, None
     _, status = os.waitpid(number, 0)
@@ -148,7 +148,7 @@ def killed(case, folder, draw, seconds, in_writing):
 
 
 def outcome(folder):
-    """Return the weights and the results of a run that has ended."""
+    """Return the weights and results of a completed run."""
     unfinished = list(folder.rglob("*.partial"))
     if unfinished:
         raise SystemExit(f"left unfinished: {unfinished}")
@@ -157,7 +157,7 @@ def outcome(folder):
 
 
 def timeless(content):
-    """Return content without what a clock measured."""
+    """Return results without measured times."""
     if isinstance(content, dict):
         return {key: timeless(value) for key, value in content.items() if key != "seconds" and key[:3] != "ms "}
     return [timeless(value) for value in content] if isinstance(content, list) else content
@@ -169,7 +169,7 @@ def differences(one, two):
 
 
 def digest(found):
-    """Return a word for weights and results, by which those of other processes can be compared."""
+    """Return a hash of weights and results for comparison between processes."""
     weights, results = found
     sums = hashlib.sha256(json.dumps(results, sort_keys=True).encode())
     for name, value in sorted(weights.items()):
@@ -178,7 +178,7 @@ def digest(found):
 
 
 def compare(case, kills, draw, root):
-    """Kill runs of a case until so many kills have fallen, and compare each run that ends with one left alone."""
+    """Kill runs of a case a given number of times and compare each completed run with an uninterrupted one."""
     seconds = whole(case, root / "alone")
     expected = outcome(root / "alone")
     folder, fallen, torn, runs, resumed = root / "killed", 0, 0, 0, 0

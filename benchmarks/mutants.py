@@ -1,16 +1,16 @@
-"""Mutation run: small faults put into the code one by one, and the tests that run the changed line.
+"""Mutation testing: apply small faults to the code one at a time and run the tests that cover the changed line.
 
     make coverage ARGS="--cov-context=test --junitxml=.coverage.xml"
     pip install cosmic-ray
     python benchmarks/mutants.py kernels competition losses --sample 500 --out mutants.jsonl
     python benchmarks/mutants.py --only mutants.jsonl --budget 1000 --out again.jsonl
 
-A mutant is an operator replaced, a number raised or lowered by one, a condition negated, a loop emptied and so on, by
-cosmic-ray's operators. Annotations, docstrings, ``__all__`` and the ``*`` of a signature are left alone. A fork of a
-process that has the large libraries imported runs the tests in a copy of the checkout, the fastest first, until one
-fails (the mutant is killed) or they have taken ``--budget`` seconds by the coverage run's clock (it survives). A test
-that takes more than 20 s and five times its usual time is a kill too, told as such. ``--only`` runs the survivors of
-another run again.
+Mutants are created by cosmic-ray's operators: replaced operators, numbers changed by one, negated conditions, empty
+loops and so on. Annotations, docstrings, ``__all__`` and the ``*`` of a signature are not changed. For each mutant, a
+fork of a process that has imported the large libraries runs the tests in a copy of the checkout, fastest first. The
+mutant is killed if a test fails, or if a test takes more than 20 s and five times its usual time. It survives if the
+tests pass within ``--budget`` seconds, as timed by the coverage run. ``--only`` runs the surviving mutants of another
+run again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ARITHMETIC, ORDER, BITS = "(Add|Sub|Mul|Div|FloorDiv|Mod|Pow)", "(Eq|NotEq|Lt|LtE|Gt|GtE)", "(BitOr|BitAnd|BitXor)"
-# Those of cosmic-ray's operators that are used: not the ones that make nonsense, such as a shift of floats.
+# The cosmic-ray operators that are used; those that give invalid code, such as bit shifts of floats, are excluded.
 CHOSEN = re.compile(
     f"core/(ReplaceBinaryOperator_({ARITHMETIC}_{ARITHMETIC}|{BITS}_{BITS})|ReplaceUnaryOperator_(USub_UAdd|Delete_Not"
     f"|Delete_Invert)|ReplaceComparisonOperator_({ORDER}_{ORDER}|Is_IsNot|IsNot_Is)|Replace[A-Z][a-z]+With[A-Z][a-z]+"
@@ -56,7 +56,7 @@ def mutants_of(file: str) -> Iterator[dict]:
 
 
 def effective(source: str) -> str:
-    """Return the syntax tree of what has an effect at run time."""
+    """Return a dump of the syntax tree without parts that have no effect at run time."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         for field in {"annotation", "returns"} & set(node._fields):
@@ -78,7 +78,7 @@ def idle(node: ast.stmt) -> bool:
 
 
 def mutated(source: str, mutant: dict) -> str | None:
-    """Return the mutated source, or None where it does not compile or has no effect."""
+    """Return the mutated source, or None if it does not compile or has no effect."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -93,7 +93,7 @@ def mutated(source: str, mutant: dict) -> str | None:
 
 
 class Tests:
-    """What tests there are, how long they take, and which of them ran a line."""
+    """The tests with their durations and the lines that they cover."""
 
     def __init__(self, coverage_file: Path, report: Path) -> None:
         import coverage
@@ -109,7 +109,7 @@ class Tests:
                 self.seconds[name] = float(case.get("time") or 0)
 
     def of(self, file: str, line: int) -> list[str]:
-        """Return the tests, fastest first, that ran the statement at a line, or else its function, or the file."""
+        """Return the tests, fastest first, that cover the statement at a line, or else its function, or the file."""
         lines = {
             number: {name for context in contexts if (name := context.rpartition("|")[0]) in self.seconds}
             for number, contexts in self.data.contexts_by_lineno(str(ROOT / file)).items()
@@ -128,7 +128,7 @@ def spans(tree: ast.Module, line: int) -> Iterator[range]:
         if isinstance(node, ast.ClassDef):
             break
         body = getattr(node, "body", None)
-        if isinstance(node, ast.FunctionDef):  # a default, say, is evaluated once and matters in the body
+        if isinstance(node, ast.FunctionDef):  # a default value is evaluated once and used in the body
             yield range(body[0].lineno, node.end_lineno + 1)
         elif body or not isinstance(outer, (ast.ClassDef, ast.Module)):
             yield range(node.lineno, max(node.lineno, body[0].lineno - 1 if body else node.end_lineno) + 1)
@@ -136,7 +136,7 @@ def spans(tree: ast.Module, line: int) -> Iterator[range]:
 
 
 class Chosen:
-    """A pytest plugin: the chosen tests in their order, each with a limit of processor time, and what failed."""
+    """A pytest plugin that runs selected tests in order with a limit of processor time and records the last test."""
 
     def __init__(self, names: list[str], seconds: dict[str, float], told: Path) -> None:
         self.order = {name: place for place, name in enumerate(names)}
@@ -152,7 +152,7 @@ class Chosen:
 
 
 def run(copy: Path, names: list[str], seconds: dict[str, float]) -> tuple[str, str]:
-    """Run tests in a fork; return the outcome and the test that decided it."""
+    """Run tests in a forked process; return the outcome and the last test that ran."""
     told = copy.parent / "told"
     told.write_text("")
     child = os.fork()
@@ -166,7 +166,7 @@ def run(copy: Path, names: list[str], seconds: dict[str, float]) -> tuple[str, s
             sys.path.insert(0, str(copy))
             sys.dont_write_bytecode = True
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-            resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))  # a mutant may ask for any shape
+            resource.setrlimit(resource.RLIMIT_AS, (14 << 30, 14 << 30))  # a mutant may allocate a tensor of any shape
             signal.alarm(1800)
             import pytest
 
@@ -177,7 +177,7 @@ def run(copy: Path, names: list[str], seconds: dict[str, float]) -> tuple[str, s
             os._exit(int(code))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
-        os.killpg(child, signal.SIGKILL)  # processes that a killed test has left
+        os.killpg(child, signal.SIGKILL)  # child processes of a killed test
     except ProcessLookupError:
         pass
     outcomes = {0: "survived", 1: "killed", 2: "killed while importing", -signal.SIGXCPU: "killed by time"}
@@ -188,13 +188,13 @@ def run(copy: Path, names: list[str], seconds: dict[str, float]) -> tuple[str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="*", help="folders of em_lightning")
-    parser.add_argument("--sample", type=int, help="how many mutants, drawn from all")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests for one mutant")
-    parser.add_argument("--only", type=Path, help="run the survivors of this file again")
+    parser.add_argument("--sample", type=int, help="size of a random sample of the mutants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests per mutant")
+    parser.add_argument("--only", type=Path, help="run the surviving mutants of this file again")
     parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="data of the coverage run")
     parser.add_argument("--report", type=Path, default=ROOT / ".coverage.xml", help="its JUnit report")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, one for each mutant")
+    parser.add_argument("--out", type=Path, required=True, help="output file, one JSON line per mutant")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
     import cosmic_ray.plugins  # noqa: F401
@@ -205,7 +205,7 @@ def main() -> None:
     import torch._dynamo
     import torch_geometric.nn  # noqa: F401
 
-    torch.set_num_threads(1)  # no threads: they would not be in a fork
+    torch.set_num_threads(1)  # threads do not survive a fork
     tests = Tests(arguments.coverage, arguments.report)
     if arguments.only:
         lines = map(json.loads, arguments.only.read_text().splitlines())

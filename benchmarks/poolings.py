@@ -1,8 +1,8 @@
-"""Time of a training step and of a prediction of PointCloudClassifier by its pooling, at equal parameters, one thread.
+"""Time of training and prediction of PointCloudClassifier by pooling, at equal numbers of parameters, on one thread.
 
-Every round times all poolings one after the other, so that a change of the machine's load meets all of them; shown are
-medians over the rounds, in milliseconds of processor time a cloud, for the clouds of the tables ``pooling`` and
-``shapes_pooling``.
+Every round times all poolings one after the other, so that changes of the machine's load affect all of them. The table
+shows medians over the rounds, in milliseconds of processor time per cloud, for the clouds of the configs ``pooling``
+and ``shapes_pooling``.
 
 Run: python -m benchmarks.poolings [rounds]
 """
@@ -23,7 +23,7 @@ BATCH, POINTS = 128, 64
 
 
 def main(rounds: int = 15) -> None:
-    """Time all poolings, and print a table."""
+    """Time all poolings and print a table."""
     torch.set_num_threads(1)
     for name, features, classes in (("MNIST", 2, 10), ("GeometricShapes", 3, 40)):
         torch.manual_seed(0)
@@ -41,7 +41,7 @@ def main(rounds: int = 15) -> None:
                 with torch.no_grad():
                     module.eval()(points)
                 times[pooling].append((middle - start, time.process_time() - middle))
-        print(f"\n| {name} | parameters | ms a cloud, training | ms a cloud, predicting |\n|---|---|---|---|")
+        print(f"\n| {name} | parameters | ms per cloud, training | ms per cloud, prediction |\n|---|---|---|---|")
         for pooling, module in modules.items():
             step, guess = (1e3 / BATCH * statistics.median(each) for each in zip(*times[pooling], strict=True))
             print(f"| {pooling} | {sum(p.numel() for p in module.parameters()):,} | {step:.3f} | {guess:.3f} |")

@@ -1,10 +1,10 @@
-"""An epoch of a recipe against a tensor loop written by hand that does the same arithmetic, in one run, one thread.
+"""Time of an epoch of a recipe compared with a hand-written tensor loop with the same arithmetic, on one thread.
 
     python benchmarks/recipes.py --root PATH/TO/mnist
 
-The recipe is trained as ``em-lightning run`` does it, with logger, checkpoints and report. Before each of its epochs a
-callback runs one of the loop. The loop has float pixels, plain formulas and the fused Adam; with ``--validate`` both
-also measure the test set after each epoch.
+The recipe is trained as by ``em-lightning run``, with logger, checkpoints and report. A callback runs an epoch of the
+loop before each epoch of the recipe. The loop uses float pixels, plain formulas and Adam, fused and default. With
+``--validate`` both also evaluate the test set after each epoch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from em_lightning.cli.folders import find_recipe, load_recipe
 
 
 class Loop:
-    """The published training of ``decoder_free_sae`` or ``volume_control`` in a dozen lines of PyTorch."""
+    """The published training of ``decoder_free_sae`` or ``volume_control`` in plain PyTorch."""
 
     def __init__(self, recipe, data, validate, fused):
         self.x, self.y = data.whole("train")
@@ -38,7 +38,7 @@ class Loop:
         self.optimizer = torch.optim.Adam(parameters, fused=fused)
 
     def epoch(self):
-        """Train on every item once, and measure where that was asked for."""
+        """Train on every item once, and evaluate the test set if requested."""
         for index in torch.randperm(len(self.x)).split(128):
             a = self.encoder(self.x.index_select(0, index)).relu()
             variance, mean = torch.var_mean(a, 0)
@@ -58,7 +58,7 @@ class Loop:
 
     @torch.no_grad()
     def measure(self):
-        """Return what the recipes' modules log of the test set."""
+        """Return the test metrics that the modules of the recipes log."""
         a = self.encoder(self.test.x.flatten(1)).relu()
         covariance = torch.cov(a.T.double())
         std = covariance.diagonal().sqrt()
@@ -79,7 +79,7 @@ class Loop:
 
 
 class Rounds(lightning.Callback):
-    """Time an epoch of each loop, and then the recipe's own, over and over."""
+    """Time an epoch of each loop before every epoch of the recipe."""
 
     def __init__(self, loops):
         self.loops = loops

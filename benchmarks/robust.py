@@ -1,10 +1,10 @@
-"""Error of the means on clouds with uniform outliers: every robust kernel and the background beside Gaussian EM.
+"""Error of the fitted means with uniform outliers: robust kernels and backgrounds compared with Gaussian EM.
 
     python -m benchmarks.robust [--clouds 64] [--outliers 0.2]
 
-Each cloud has five round clusters of three features and unit deviation, and a share of points uniform over a box of
-side 30. All methods take the same start and the same 100 iterations. An error is the distance from a true mean to the
-fitted mean that an optimal matching gives it, in deviations of a cluster. Writes docs/results/robust.md and robust.png.
+Each cloud has five spherical clusters with three features and unit standard deviation, and a share of points uniform
+over a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its fitted mean
+under an optimal matching, in standard deviations of a cluster. Writes docs/results/robust.md and robust.png.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def make_clouds(clouds, share, generator):
 
 
 def errors(found, truth):
-    """Return the distances (B, K) of true means from the fitted means that are matched to them."""
+    """Return the distances (B, K) between true means and their matched fitted means."""
     distances = torch.cdist(truth, found)
     return torch.stack([d[linear_sum_assignment(d)] for d in distances])
 
@@ -100,25 +100,26 @@ def main():
 
     text = "\n".join(
         [
-            "# Means among outliers",
+            "# Robust kernels and backgrounds",
             "",
-            f"{options.clouds} clouds of {ITEMS} points, {options.outliers:.0%} of them uniform over a box of side "
-            f"{SIDE:g}, the others in {COMPONENTS} clusters of unit deviation in {FEATURES} dimensions; full "
-            f"covariances, {ITERATIONS} iterations. Error: distance from a true mean to the fitted mean matched to it, "
-            "in deviations, averaged over a cloud; median over clouds. Lost: means further off than one deviation. "
-            "Written by `python -m benchmarks.robust`.",
+            f"{options.clouds} clouds of {ITEMS} points in {FEATURES} dimensions. {options.outliers:.0%} of the points "
+            f"are uniform over a box of side {SIDE:g}; the others are in {COMPONENTS} clusters of unit standard "
+            f"deviation. Full covariances, {ITERATIONS} iterations. Error: distance between a true mean and its "
+            "matched fitted mean, in standard deviations, averaged over a cloud; median over clouds. Lost: share of "
+            "means with an error above one standard deviation. Written by `python -m benchmarks.robust`.",
             "",
             "| method | near the truth | lost | k-means++ | lost | best of 20 | lost |",
             "|---|---|---|---|---|---|---|",
             *map(row, METHODS),
             "",
-            "Starts: near the truth (half a deviation off), one draw of k-means++, the same for every method, and the "
-            "best of 20 draws with 10 Lloyd steps under a prior of ten pseudo-points a covariance, each method's own. "
-            "The first shows what outliers do to an estimate, the others what they do to the search as well: k-means++ "
-            "likes to choose outliers. Several starts help where the likelihood tells a cluster from outliers: under "
-            "heavy tails or beside a background, not under the linear energies of Laplace and Huber.",
+            "Starts: the true means with noise of half a standard deviation; one k-means++ draw, the same for every "
+            "method; and the best of 20 k-means++ draws with 10 Lloyd steps and a prior of ten pseudo-counts per "
+            "covariance, chosen by the objective of each method. The first start measures the effect of outliers on "
+            "the estimate alone, the others also on the initialization: k-means++ often chooses outliers as centers. "
+            "Several starts help if the likelihood distinguishes clusters from outliers, as with heavy tails or a "
+            "background, but not with the linear energies of Laplace and Huber kernels.",
             "",
-            "![errors of the means](robust.png)",
+            "![Errors of the means](robust.png)",
             "",
         ]
     )
@@ -139,7 +140,7 @@ def draw(points, truth, found, path):
         names = list(found)[::-1]
         axes[1].boxplot([found[name][0].mean(1).numpy() for name in names], orientation="horizontal", widths=0.6)
         axes[1].set_yticks(range(1, len(names) + 1), names)
-        axes[1].set(xscale="log", xlabel="mean error of the means, in deviations", title="start near the truth")
+        axes[1].set(xscale="log", xlabel="mean error of the means (standard deviations)", title="start near the truth")
         save_figure(figure, path)
 
 

@@ -1,12 +1,12 @@
-"""Whether anything grows: many steps under each callback, and many fits and undos of one model.
+"""Leak test: memory, hooks and step time over many steps with each callback, and over many fits of one model.
 
     python benchmarks/soak.py [--steps 50000] [--fits 200] [CALLBACK ...]
 
-Each case runs in a process of its own, on a model of a few hundred parameters. Memory is the resident set; its growth
-is from the first tenth of the steps, when everything has been used once, to the end. The time of a step is processor
-time, which a busy machine disturbs less, and its ratio that of the last tenth to the first after a warm-up. Hooks are
-those of all modules of the model, and instance attributes what surgery wraps methods by. Reports write their tables and
-pictures once a fit, so in 200 fits 200 times.
+Each case runs in a separate process with a model of a few hundred parameters. Memory is the resident set; its growth is
+measured from a tenth of the steps, after all warm-up allocations, to the end. The time of a step is processor time,
+which depends less on the load of the machine; its ratio is that of the last tenth to the second. Hooks are counted over
+all modules, together with methods that surgery has wrapped on an instance. Reports write their tables and figures once
+per fit.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def annealed() -> list[lightning.Callback]:
 
 @functools.cache
 def operated(folder: str) -> str:
-    """Return the path of a checkpoint of an operated model."""
+    """Return the path of a checkpoint of a model with swapped activations."""
     model, data = subject("SwapActivations")
     first = trainer(1, [callbacks.SwapActivations("signed")], folder)
     first.fit(model, **data)
@@ -88,7 +88,7 @@ CASES = {
 
 
 def subject(name: str) -> tuple[lightning.LightningModule, dict[str, Any]]:
-    """Return a model, and the data as arguments of ``fit``."""
+    """Return a model and the data arguments of ``fit``."""
     torch.manual_seed(0)
     if name == "LayerReport":
         return EMClassifier(64, 8), {"datamodule": Digits(batch_size=32)}
@@ -114,7 +114,7 @@ def resident() -> float:
 
 
 def hooks(model: nn.Module) -> int:
-    """Return the number of hooks on the modules of a model, and of methods that an instance has of its own."""
+    """Return the number of hooks on the modules of a model plus the number of methods wrapped on instances."""
     found = 0
     for module in model.modules():
         found += sum(
@@ -125,14 +125,14 @@ def hooks(model: nn.Module) -> int:
 
 
 class Watch(lightning.Callback):
-    """Notes memory, hooks and processor time at every tenth of the steps."""
+    """Record memory, hooks and processor time at every tenth of the steps."""
 
     def __init__(self, steps: int) -> None:
         self.every = max(steps // 10, 1)
         self.notes: list[tuple[float, int, float]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        """Note."""
+        """Record."""
         if trainer.global_step % self.every == 1:
             self.notes.append((resident(), hooks(pl_module), time.process_time()))
 
@@ -150,7 +150,7 @@ def trainer(steps: int, extra: list[lightning.Callback], folder: str) -> lightni
 
 
 def soak(name: str, steps: int) -> str:
-    """Train one model for so many steps under a callback, and return the row of the table."""
+    """Train one model for a number of steps with a callback and return a row of the table."""
     watch = Watch(steps)
     model, data = subject(name)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
@@ -165,7 +165,7 @@ def soak(name: str, steps: int) -> str:
 
 
 def fit_and_undo(name: str, fits: int) -> str:
-    """Fit one model again and again under a callback that is taken back each time, and return the row of the table."""
+    """Fit one model repeatedly, undoing the surgery of the callback each time, and return a row of the table."""
     (model, data), notes = subject(name), []
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         for _ in range(fits):
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("callbacks", nargs="*", metavar="CALLBACK", help=", ".join(CASES))
     parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--fits", type=int, default=200)
-    parser.add_argument("--here", choices=["soak", "undo"], help="in this process, as the others call it")
+    parser.add_argument("--here", choices=["soak", "undo"], help="run one case in this process (internal)")
     args = parser.parse_args()
     if args.here:
         torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""What swapped activations cost: a training step of the classifiers of `em-lightning run swap_activations`.
+"""Cost of swapped activations: time of a training step of the classifiers of `em-lightning run swap_activations`.
 
-`python -m benchmarks.swap_activations` prints, for both networks and each activation, the median of interleaved steps
-(forward, backward, fused Adam) at batch 128 on one thread, and its ratio to the step with ReLU.
+`python -m benchmarks.swap_activations` prints, for both networks and each activation, the median time of interleaved
+steps (forward, backward, fused Adam) with batch size 128 on one thread, and its ratio to the step with ReLU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROUNDS = 60
 
 
 def step_of(network: str, activation: str):
-    """Return a function that takes one training step and returns its seconds."""
+    """Return a function that runs one training step and returns its time in seconds."""
     torch.manual_seed(0)
     model = ImageClassifier(network=network)  # type: ignore[arg-type]
     if activation != "relu":

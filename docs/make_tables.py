@@ -1,4 +1,4 @@
-"""Write the tables of the README that are made from the code: python docs/make_tables.py."""
+"""Update the generated table of the README: python docs/make_tables.py."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ MARKED = re.compile(r"(<!-- inside: made by docs/make_tables.py -->\n).*?(<!-- e
 
 
 def inside() -> str:
-    """Return a table of everything that a name stands for."""
+    """Return a table of all registered components, callbacks and recipes."""
     import lightning
 
     from em_lightning import callbacks
@@ -26,7 +26,7 @@ def inside() -> str:
 
 
 def updated(readme: str) -> str:
-    """Return the README with its tables made anew."""
+    """Return the README with its table updated."""
     return MARKED.sub(lambda found: found[1] + inside() + found[2], readme)
 
 

@@ -1,9 +1,9 @@
-"""Learn to cluster over many sets: an EM operator with a learned prior beside classical EM; draws its own data.
+"""Learn to cluster over many sets: an EM operator with a learned prior; default data: generated sets.
 
     em-lightning run amortized_clustering
     em-lightning run amortized_clustering --seeds 0,1,2
 
-It ends with a table (true mixtures, classical EM, the trained operator, published networks) in
+The run writes a table (true mixtures, classical EM, the trained operator, published networks) to
 lightning_logs/amortized_clustering. The default takes about three minutes on two cores.
 """
 
@@ -15,7 +15,7 @@ from em_lightning.modules import AmortizedClustering
 
 
 def main(args):
-    """Train, and let the callback of the config report."""
+    """Train the operator; the report callback of the config writes the results."""
     cli = recipe_cli(AmortizedClustering, MixtureSets, "amortized_clustering", args, subclass_data=False)
     if cli.trainer.is_global_zero:
         print(f"Data: {cli.datamodule.describe()}")

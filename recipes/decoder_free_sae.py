@@ -1,12 +1,12 @@
-"""Train a sparse encoder without a decoder, by free energy and volume control; default data: scikit-learn's digits.
+"""Train a sparse encoder without a decoder by free energy and volume control; default data: scikit-learn's digits.
 
     em-lightning run decoder_free_sae
     em-lightning run decoder_free_sae --data MNIST --data.root PATH/TO/mnist --trainer.max_epochs=100
     em-lightning run decoder_free_sae --config ablation --data.root PATH/TO/mnist
 
-The variants ablation, comparison and optimizers are published tables (Oursland, arXiv 2601.06478): rows times seeds in
-processes side by side, where an interrupted table continues when the command is given again. It ends with a table and
-pictures in lightning_logs/decoder_free_sae. Without --data.root MNIST is downloaded.
+The variants ablation, comparison and optimizers are published tables (Oursland, arXiv 2601.06478). Their rows and seeds
+run in parallel processes; repeat the command to resume an interrupted table. Tables and figures are written to
+lightning_logs/decoder_free_sae. Without --data.root MNIST is downloaded.
 """
 
 import sys
@@ -19,14 +19,14 @@ from em_lightning.modules import EnergyLayer
 
 
 def prepare(args):
-    """Return model, data and trainer as the arguments ask for them."""
-    torch.set_num_threads(1)  # more of them make networks as small as these several times slower
+    """Build model, data and trainer from the arguments."""
+    torch.set_num_threads(1)  # more threads make these small networks several times slower
     options = {"subclass_model": True, "links": ["num_features"]}
     return recipe_cli(EnergyLayer, TensorDataModule, "decoder_free_sae", args, **options)
 
 
 def main(args):
-    """Train, and let the callbacks of the config report."""
+    """Train; the callbacks of the config write the results."""
     cli = prepare(args)
     cli.datamodule.prepare_data()
     if cli.trainer.is_global_zero:

@@ -6,12 +6,12 @@
     em-lightning run gaussian_mixture --config gradient
     em-lightning run gaussian_mixture --data TabularDataModule --data.data MY.npy --model.num_features 16
 
-Any strategy goes (--trainer.strategy=ddp --trainer.devices=4). A run that may be killed gets a folder of its own, and
-starts again where it was with the same command:
+Every Lightning strategy is supported (--trainer.strategy=ddp --trainer.devices=4). To make a run resumable, give it its
+own folder and repeat the same command after an interruption:
 
     em-lightning run gaussian_mixture --trainer.logger.version=mine --ckpt_path=last
 
-It ends with a table of likelihoods, BIC and AIC and pictures in lightning_logs/gaussian_mixture, for TensorBoard too.
+A table of likelihoods, BIC and AIC, figures and TensorBoard logs are written to lightning_logs/gaussian_mixture.
 """
 
 import sys
@@ -22,7 +22,7 @@ from em_lightning.modules import GaussianMixtureModule
 
 
 def main(args):
-    """Fit, and let the callbacks of the config report."""
+    """Fit the mixture; the callbacks of the config write the results."""
     cli = recipe_cli(GaussianMixtureModule, TabularDataModule, "gaussian_mixture", args)
     if cli.trainer.is_global_zero:
         cli.datamodule.prepare_data()

@@ -1,11 +1,12 @@
-"""Classify point sets, with EM as the pooling or as a pyramid; default data: scikit-learn's digits as points.
+"""Classify point sets with EM pooling or a pyramid of EM layers; default data: scikit-learn's digits as points.
 
     em-lightning run point_cloud_classifier --model.pooling=max
     em-lightning run point_cloud_classifier --config mnist --data.root PATH/TO/mnist
     em-lightning run point_cloud_classifier --config pooling --data.root PATH/TO/mnist
 
-The variant mnist is a pyramid of EM abstractions; pooling and shapes_pooling are tables of EM pooling beside maximum,
-mean, attention, Set Transformer and memory pooling at equal parameters. Without --data.root MNIST is downloaded.
+The variant mnist is a pyramid of EMAbstraction layers. pooling and shapes_pooling compare EM pooling with maximum,
+mean, attention, Set Transformer and memory pooling at equal numbers of parameters. Without --data.root MNIST is
+downloaded.
 """
 
 import sys
@@ -18,8 +19,8 @@ from em_lightning.modules import PointCloudClassifier
 
 
 def main(args):
-    """Train, score on the test sets, and let the callbacks of the config report."""
-    torch.set_num_threads(1)  # more of them make networks as small as these several times slower
+    """Train and evaluate; the callbacks of the config write the results."""
+    torch.set_num_threads(1)  # more threads make these small networks several times slower
     links = ["num_features", "num_classes"]
     cli = recipe_cli(PointCloudClassifier, lightning.LightningDataModule, "point_cloud_classifier", args, links=links)
     cli.datamodule.prepare_data()

@@ -1,11 +1,11 @@
-"""Learn to fit Gaussian mixtures to point clouds in five EM steps; default data: embedded procedural surfaces.
+"""Learn to fit Gaussian mixtures to point clouds in five EM steps; default data: procedural surfaces.
 
     em-lightning run point_cloud_gmm
     em-lightning run point_cloud_gmm --config geometric_shapes --data.root PATH/TO/raw.zip --seeds 0,1,2
     em-lightning run point_cloud_gmm --data PointCloudFolder --data.root MY_FOLDER
 
-It ends with a table (classical EM, scikit-learn, the trained operator on held-out points) and pictures in
-lightning_logs/point_cloud_gmm, for TensorBoard too. The default takes about two minutes on two cores.
+A table (classical EM, scikit-learn and the trained operator on held-out points), figures and TensorBoard logs are
+written to lightning_logs/point_cloud_gmm. The default takes about two minutes on two cores.
 """
 
 import sys
@@ -16,7 +16,7 @@ from em_lightning.modules import PointCloudGMM
 
 
 def main(args):
-    """Train, and let the callbacks of the config report."""
+    """Train the operator; the callbacks of the config write the results."""
     cli = recipe_cli(PointCloudGMM, PointCloudDataModule, "point_cloud_gmm", args)
     cli.datamodule.prepare_data()
     cli.datamodule.setup()

@@ -4,9 +4,9 @@
     em-lightning run swap_activations --data MNIST --data.root PATH/TO/mnist --model.network=cnn
     em-lightning run swap_activations --config comparison --data.root PATH/TO/mnist
 
-The classifier knows nothing of it: the callback SwapActivations does it. The variant comparison runs every activation
-in a network of two hidden layers and in a small convolutional one, over seeds: accuracy, calibration, dead units,
-redundancy, effective rank. Without --data.root MNIST is downloaded.
+The callback SwapActivations replaces the ReLUs without changes to the classifier. The variant comparison trains a
+network with two hidden layers and a small convolutional network with every activation and several seeds, and reports
+accuracy, calibration, dead units, redundancy and effective rank. Without --data.root MNIST is downloaded.
 """
 
 import sys
@@ -19,8 +19,8 @@ from em_lightning.modules import ImageClassifier
 
 
 def main(args):
-    """Train, and let the callbacks of the config swap and report."""
-    torch.set_num_threads(1)  # more of them make networks as small as these several times slower
+    """Train; the callbacks of the config swap the activations and write the results."""
+    torch.set_num_threads(1)  # more threads make these small networks several times slower
     links = ["shape", "num_classes"]
     cli = recipe_cli(ImageClassifier, TensorDataModule, "swap_activations", args, links=links)
     cli.datamodule.prepare_data()

@@ -1,12 +1,12 @@
-"""Train a classifier whose hidden layer competes, with volume control; default data: scikit-learn's digits.
+"""Train a classifier with a competitive hidden layer and volume control; default data: scikit-learn's digits.
 
     em-lightning run volume_control
     em-lightning run volume_control --data MNIST --data.root PATH/TO/mnist --trainer.max_epochs=50
     em-lightning run volume_control --config ablation --data.root PATH/TO/mnist
 
-The variants ablation, capacity and optimizers are published tables (Oursland, the supervised study): rows times seeds
-in processes side by side, where an interrupted table continues when the command is given again. It ends with a table
-and pictures in lightning_logs/volume_control. Without --data.root MNIST is downloaded.
+The variants ablation, capacity and optimizers are published tables (Oursland, supervised study). Their rows and seeds
+run in parallel processes; repeat the command to resume an interrupted table. Tables and figures are written to
+lightning_logs/volume_control. Without --data.root MNIST is downloaded.
 """
 
 import sys
@@ -19,14 +19,14 @@ from em_lightning.modules import EnergyLayer
 
 
 def prepare(args):
-    """Return model, data and trainer as the arguments ask for them."""
-    torch.set_num_threads(1)  # more of them make networks as small as these several times slower
+    """Build model, data and trainer from the arguments."""
+    torch.set_num_threads(1)  # more threads make these small networks several times slower
     options = {"subclass_model": True, "links": ["num_features", "num_classes"]}
     return recipe_cli(EnergyLayer, TensorDataModule, "volume_control", args, **options)
 
 
 def main(args):
-    """Train, and let the callbacks of the config report."""
+    """Train; the callbacks of the config write the results."""
     cli = prepare(args)
     cli.datamodule.prepare_data()
     if cli.trainer.is_global_zero:

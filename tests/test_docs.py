@@ -1,9 +1,9 @@
-"""What the README and the documentation show is what happens: every block of every page is run.
+"""Run every code block of the README and the documentation.
 
-Python blocks run as they stand, and what they print, or the error they end in, is compared with the ``text`` block
-behind them. Commands run as they stand too, except that ``em-lightning run`` becomes a ``fast_dev_run`` without
-``--seeds``, and that what installs, builds or serves something is looked up, because other tests or CI itself run it.
-A block below ``<!-- not run: WHY -->`` is left out.
+The output of a Python block, or the error that it raises, is compared with the following ``text`` block. Commands run
+unchanged, with two exceptions: ``em-lightning run`` runs with ``fast_dev_run`` and without ``--seeds``, and commands
+that install, build or serve something are only checked, because other tests or CI run them. A block below
+``<!-- not run: REASON -->`` is skipped.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 FAST = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
-PLUGIN = DOCS / "how-to" / "add-a-kernel.md"  # a package, which tests/test_kernels_plugin.py installs
+PLUGIN = DOCS / "how-to" / "add-a-kernel.md"  # run by tests/test_kernels_plugin.py
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 TETRAHEDRON = "OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 1\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 
@@ -48,13 +48,13 @@ def blocks_of(page):
         Block(m["language"], m["code"], m["title"], bool(m["skip"]), text[: m.start()].count("\n") + 1)
         for m in FENCE.finditer(text)
     ]
-    assert text.count("```") == 2 * len(found), f"{page.name}: a block that is indented or has no language is not run"
+    assert text.count("```") == 2 * len(found), f"{page.name}: a block is indented or has no language"
     return found
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Work where a reader has meshes, an archive of GeometricShapes' form, a model and a finished run."""
+    """Change to a folder with meshes, an archive in the format of GeometricShapes, a model and a finished run."""
     import lightning
 
     from em_lightning.modules import PointCloudGMM
@@ -83,7 +83,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def in_process(arguments):
-    """Run the command line here, or, where it starts processes itself, in one of its own; return what it prints."""
+    """Run the command line, in a subprocess if it starts processes itself; return its exit code and output."""
     if any("strategy" in argument for argument in arguments):
         command = [sys.executable, "-m", "em_lightning.cli", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -103,7 +103,7 @@ def without_seeds(arguments):
 
 
 def run_command(line):
-    """Run one line of a shell block, or look it up, and return what it prints."""
+    """Run or check one line of a shell block and return its output."""
     words = shlex.split(line, comments=True)
     program, arguments = Path(words[0]).name, words[1:]
     if program == "em-lightning":
@@ -121,14 +121,14 @@ def run_command(line):
         subprocess.run([sys.executable, ROOT / "docs" / "make_images.py", "pictures"], check=True)
         assert Path("pictures/activations.png").stat().st_size > 10_000
     elif line.split("#")[0].strip() in ("pip install .", ".ci/run"):
-        pass  # tests/test_wheel.py, and CI itself
+        pass  # run by tests/test_wheel.py and by CI
     else:
-        raise AssertionError(f"no way is known to try {line!r}")
+        raise AssertionError(f"no check is implemented for the command {line!r}")
     return ""
 
 
 def run_python(code, names, name):
-    """Execute a block and return what it prints, with the error that ends it, if any, on the last line."""
+    """Execute a block and return its output, followed by the expected error, if any."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
@@ -165,13 +165,13 @@ def test_page(page, folder):
             lines = [line for line in block.code.replace("\\\n", "").splitlines() if line.partition("#")[0].strip()]
             printed = "".join(run_command(line) for line in lines)
         elif block.language != "text":
-            raise AssertionError(f"{page.name}:{block.line}: {block.language} is not run; give it a title")
+            raise AssertionError(f"{page.name}:{block.line}: blocks in {block.language} are not run; add a title")
         if names["expected"] is not None and block.title is None:
             same = doctest.OutputChecker().check_output(names["expected"], printed, OPTIONS)
-            assert same, f"{page.name}:{block.line} says\n{names['expected']}\nand prints\n{printed}"
+            assert same, f"{page.name}:{block.line}: expected\n{names['expected']}\ngot\n{printed}"
 
 
-def test_every_mistake_has_its_message():
+def test_every_mistake_has_a_message():
     text = (DOCS / "mistakes.md").read_text()
     sections = re.split(r"^\*\*(\d+)\. ", text, flags=re.MULTILINE)[1:]
     assert [int(number) for number in sections[::2]] == list(range(1, len(sections) // 2 + 1)) and len(sections) >= 50
@@ -188,13 +188,13 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("page, command", COMMANDS)
-def test_a_command_in_a_sentence_is_one(page, command, folder):
-    """A command inside a sentence is parsed: its recipe, config, keys and options have to be there."""
+def test_inline_commands_are_valid(page, command, folder):
+    """The recipe, config, keys and options of a command inside a sentence must exist."""
     words = shlex.split(command)
     program, arguments = Path(words[0]).name, words[1:]
     if program == "em-lightning" and arguments[0] == "run":
         if not arguments[1:] or arguments[1].isupper():
-            return  # the command itself is what the sentence is about
+            return  # a mention of the command without arguments
         code, printed = in_process([*without_seeds(arguments), "--print_config"])
         assert code == 0, printed
     elif program == "em-lightning":
@@ -211,14 +211,14 @@ def test_a_command_in_a_sentence_is_one(page, command, folder):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_points_to_is_there(page):
-    made = {"recipes.md", "parts.md", "changelog.md", "api"}  # by docs/hooks.py; `mkdocs build --strict` looks at them
+def test_links_point_to_existing_files(page):
+    made = {"recipes.md", "parts.md", "changelog.md", "api"}  # generated by docs/hooks.py, checked by make docs
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if not target.startswith("http") and target.removeprefix("../").split("/")[0] not in made:
             assert (page.parent / target).exists(), target
 
 
-def test_the_table_of_what_is_inside_is_up_to_date():
+def test_the_generated_table_of_the_readme_is_up_to_date():
     sys.path.insert(0, str(DOCS))
     try:
         from make_tables import README, updated

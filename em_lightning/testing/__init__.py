@@ -1,4 +1,4 @@
-"""Contract tests for authors of new kernels, competitions, activations and losses to subclass."""
+"""Contract tests for new kernels, competition operators, activations and losses; subclass them in a test file."""
 
 import importlib
 from typing import Any
