@@ -256,7 +256,7 @@ def test_a_corrected_component_equals_its_formula(covariance, features, floor):
             step[np.tril_indices(features, -1)] = stretch[features:-2].numpy()
         change = np.linalg.inv(before[b, k].numpy()) @ factor
         change = change.T @ change
-        change = change / max(1.0, np.trace(change) / features) if covariance == "full" else change
+        change = change / max(1.0, np.trace(change) / features)
         once, twice = np.tanh(stretch[-2:].numpy())
         step = step @ (eye + once * (change - eye) + twice * (change @ change - change))
         share = floor * np.linalg.inv(factor) @ np.linalg.inv(factor).T
