@@ -79,15 +79,6 @@ def test_twenty_iterations_under_the_trainer_are_scikit_learns(kind, tmp_path):
     assert tested["test/log_likelihood"] == pytest.approx(expected.score(x.numpy()), abs=1e-6)
 
 
-def test_blocks_of_clusters_far_apart_keep_their_digits(tmp_path):
-    x = rows(components=1)
-    both = torch.cat([x, x + 1e8])
-    module = GaussianMixtureModule(2, 3, tol=0.0)
-    trainer(tmp_path, max_epochs=3).fit(module, TabularDataModule(both, block_rows=300))
-    for covariance in module.mixture.covariances[0]:
-        assert torch.allclose(covariance, x.T.cov(correction=0) + 1e-6 * torch.eye(3), rtol=0, atol=1e-6)
-
-
 def test_it_stops_where_scikit_learn_stops(tmp_path):
     x = rows()
     start = start_of(x, "full")
