@@ -14,6 +14,7 @@ PACKAGE = Path(em_lightning.__file__).parent
 ORDER = [
     "_version",
     "files",
+    "checkpoints",
     "registry",
     "distributed",
     "kernels",
@@ -29,7 +30,6 @@ ORDER = [
     "metrics",
     "plots",
     "results",
-    "checkpoints",
     "data",
     "modules",
     "callbacks",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from em_lightning.surgery.checkpoint import check_sums
+from em_lightning.checkpoints import check_archive
 
 _WARM_UP = 0.3
 _OPTIMIZERS = ("adam", "sgd")
@@ -109,7 +109,7 @@ class EMModule(lightning.LightningModule):
             ValueError: a local file is truncated or altered, or no checkpoint.
         """
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
-            check_sums(checkpoint_path)
+            check_archive(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
 
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
