@@ -57,6 +57,14 @@ def test_a_room_imports_only_from_rooms_before_it(path):
     assert not later, f"{path.name} in {room} imports from later rooms: {', '.join(sorted(later))}"
 
 
+def test_files_of_surgery_import_only_from_those_before_them():
+    order = ["select", "hooks", "wrappers", "record", "edit", "functional", "replay", "em", "layerwise"]
+    for place, name in enumerate(order):
+        for node in ast.walk(ast.parse((PACKAGE / "surgery" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("em_lightning.surgery"):
+                assert node.module.split(".")[2] in order[:place], f"{name} imports {node.module}"
+
+
 def test_the_top_level_loads_neither_lightning_nor_pyg():
     code = "import sys, em_lightning; em_lightning.EMOperator; em_lightning.KERNELS; print(sorted(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

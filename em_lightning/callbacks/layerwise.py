@@ -59,12 +59,12 @@ class LayerwiseEMLoss(Callback):
         auto_every: int = 10,
         momentum: float = 0.9,
     ) -> None:
-        options = {"schedule": schedule, "warmup": warmup, "dim": dim, "every": every, "ratio": ratio}
+        options: dict[str, Any] = {"schedule": schedule, "warmup": warmup, "dim": dim, "every": every, "ratio": ratio}
         options.update(loss=loss, tap=tap, auto_every=auto_every, momentum=momentum)
         for one in weight.values() if isinstance(weight, dict) else [weight]:  # check the arguments now
-            LayerwiseLoss(nn.Sequential(nn.Identity()), "*", weight=one, **options).remove()  # type: ignore[arg-type]
+            LayerwiseLoss(nn.Sequential(nn.Identity()), "*", weight=one, **options).remove()
         self.where = where
-        self.options: dict[str, Any] = {**options, "weight": weight, "target": target}
+        self.options = {**options, "weight": weight, "target": target}
         self.losses: LayerwiseLoss | None = None
         self._undos: list[Callable[[], Any]] = []
         self._state: dict[str, Any] = {}

@@ -6,10 +6,9 @@ import copy
 import functools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -25,32 +24,16 @@ Shared = Literal["separate", "together", "refuse"]
 _BEFORE = "_em_before"  # attribute of a module whose change was undone while another module stood in its place
 
 
-@dataclass
-class Change:
-    """One operated site: ``parent.<name>`` held ``old`` and now holds ``new``.
-
-    Attributes:
-        path: the site.
-        operation: "replace", "insert_after" or "functional".
-        parent: the module that holds it.
-        name: the attribute of the parent.
-        old: the module or function before.
-        new: the module after.
-        added: the modules that were built for the site.
-    """
+class Change(NamedTuple):
+    """One operated site: ``parent.<name>`` held ``old`` and now holds ``new``."""
 
     path: str
-    operation: str
+    operation: str  # "replace", "insert_after" or "functional"
     parent: nn.Module
     name: str
-    old: Any
+    old: Any  # a module or a function
     new: nn.Module
-    added: list[nn.Module]
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the added parameters by name."""
-        names = {id(p): n for n, p in self.new.named_parameters(prefix=self.path)}
-        return {names.get(id(p), self.path): p for module in self.added for p in module.parameters()}
+    added: list[nn.Module]  # the modules that were built for the site
 
 
 class Surgery:
@@ -80,23 +63,23 @@ class Surgery:
             after = " + ".join(dict.fromkeys(type(module).__name__ for module in change.added))
             if change.operation == "insert_after":
                 after = f"{before} -> {after}"
-            rows.append((change.path, before, after, str(sum(p.numel() for p in change.parameters().values()))))
+            parameters = sum(p.numel() for module in change.added for p in module.parameters())
+            rows.append((change.path, before, after, str(parameters)))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all added parameters by their name in the model."""
-        return {name: p for change in self.changes for name, p in change.parameters().items()}
+        added = {id(p) for change in self.changes for module in change.added for p in module.parameters()}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in added}
 
-    @property
-    def added(self) -> list[nn.Module]:
-        """The modules that were put into the model, one per site."""
-        return [change.new for change in self.changes]
+    def has_operated(self, site: Site) -> bool:
+        """Return whether a site is, or lies in, a module that this surgery has put into the model."""
+        return any(change.new in (*site.ancestors, site.module) for change in self.changes)
 
     def find(self, where: Where, target: Where | None = None) -> list[Site]:
         """Return the sites that match, as :func:`find_modules` does, without those that this surgery has operated."""
-        sites = find_modules(self.model, where, target, closed=self.added)
-        return [site for site in sites if site.module not in self.added]
+        return [site for site in find_modules(self.model, where, target) if not self.has_operated(site)]
 
     def record(self, entry: dict[str, Any]) -> None:
         """Add an entry to the model's plan."""
@@ -166,7 +149,8 @@ def replace_modules(
         ReLU()
     """
     surgery = Surgery(model) if into is None else into
-    return operate(surgery, "replace", surgery.find(where, target), lambda site: make, calls, shared)
+    sites = surgery.find(where, target)
+    return operate(surgery, "replace", sites, [make] * len(sites), calls, shared)
 
 
 def insert_after(
@@ -193,14 +177,15 @@ def insert_after(
         Linear(in_features=2, out_features=3, bias=True)
     """
     surgery = Surgery(model) if into is None else into
-    return operate(surgery, "insert_after", surgery.find(where, target), lambda site: make, calls, shared)
+    sites = surgery.find(where, target)
+    return operate(surgery, "insert_after", sites, [make] * len(sites), calls, shared)
 
 
 def operate(
     surgery: Surgery,
     operation: Literal["replace", "insert_after", "functional"],
     sites: list[Site],
-    make_at: Callable[[Site], Make],
+    makes: Sequence[Make],
     calls: Calls = None,
     shared: Shared = "separate",
 ) -> Surgery:
@@ -217,7 +202,6 @@ def operate(
             f"{' and '.join(several)} are one instance and shared='refuse': give each name a module of its own, or set "
             f"shared='separate' or 'together'"
         )
-    makes = [make_at(site) for site in sites]  # before the first change, as one of them may raise
     places = Counter(id(site.module) for site in walk(surgery.model))
     built: dict[int, Change] = {}
     for site, make in zip(sites, makes, strict=True):
@@ -265,7 +249,8 @@ def _new_module(
     counter = CallCounter(site.path, len(added))
     guarded = len(added) == 1 and calls != "any" and any(True for _ in added[0].parameters())
     if not together and (guarded or len(added) > 1):
-        surgery.undos.append(wrap(site.owner, "forward", counter.around))
+        callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
+        surgery.undos.append(wrap(callers[-1], "forward", counter.around))
     if not together and guarded:
         surgery.undos.append(added[0].register_forward_pre_hook(counter.guard).remove)
     new = CallSites(added, counter) if len(added) > 1 else added[0]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.operators import EMOperator, EMRefinement
+from em_lightning.operators import EMRefinement
 from em_lightning.registry import import_class
 from em_lightning.surgery.edit import Calls, Make, Shared, Surgery, operate
 from em_lightning.surgery.functional import calls_relu, swap_relu_calls
@@ -69,26 +69,23 @@ def swap_activations(
             return make
         return functools.partial(make, dim=units_of(site)[1])
 
-    steps: list[Callable[[], Any]] = [
-        lambda: operate(surgery, "replace", surgery.find(where, target), make_at, calls, shared)
-    ]
+    try:
+        sites = surgery.find(where, target)
+    except NoMatchError as error:
+        if not functional:
+            called = any(calls_relu(module) for module in model.modules())
+            hint = "; some forwards call relu as a function: set functional=True to swap it" if called else ""
+            raise NoMatchError(f"{error}{hint}") from None
+        return swap_relu_calls(model, where, make, calls=calls, into=surgery)
+    operate(surgery, "replace", sites, [make_at(site) for site in sites], calls, shared)
     if functional:
-        steps.append(lambda: swap_relu_calls(model, where, make, calls=calls, into=surgery))
-    errors = []
-    for step in steps:
-        try:
-            step()
-        except NoMatchError as error:
-            errors.append(error)
-    if len(errors) == len(steps):
-        if not functional and any(calls_relu(module) for module in model.modules()):
-            raise NoMatchError(f"{errors[0]}; some forwards call relu as a function: set functional=True to swap it")
-        raise errors[-1]
+        with contextlib.suppress(NoMatchError):
+            swap_relu_calls(model, where, make, calls=calls, into=surgery)
     return surgery
 
 
 def _activation(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]) -> Make:
-    """Return what builds an activation: the instance itself, or a partial of its class."""
+    """Return the instance itself, or a partial of the class."""
     if isinstance(spec, nn.Module):
         if arguments or dim != "auto":
             raise TypeError(
@@ -96,22 +93,20 @@ def _activation(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]
                 f"its key or class instead"
             )
         return spec
-    given: dict[str, Any] = {}
-    cls: type[nn.Module]
-    if isinstance(spec, str):
-        cls = ACTIVATIONS[spec]
-    elif isinstance(spec, type):
-        cls = spec
-    elif isinstance(spec, Mapping) and "class_path" in spec:
-        cls, given = import_class(spec["class_path"], nn.Module), dict(spec.get("init_args") or {})
-    elif isinstance(spec, Mapping) and "name" in spec:
-        cls, given = ACTIVATIONS[spec["name"]], {key: value for key, value in spec.items() if key != "name"}
+    given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else {}
+    if isinstance(spec, Mapping):
+        given = dict(spec)
+    if isinstance(spec, type):
+        cls: Any = spec
+    elif "class_path" in given:
+        cls, given = import_class(given["class_path"], nn.Module), dict(given.get("init_args") or {})
+    elif "name" in given:
+        cls = ACTIVATIONS[given.pop("name")]
     else:
         raise TypeError(
             f"activation={spec!r} must be a key ({', '.join(ACTIVATIONS)}), a class, a mapping with 'name', or a module"
         )
     given = {**arguments, **given}
-    _check_arguments(cls, given)
     if dim != "auto" and _takes_dim(cls):
         given.setdefault("dim", dim)
     return functools.partial(cls, **given)
@@ -161,9 +156,6 @@ def insert_em_operators(
         path  before  after                   parameters
         0     Linear  Linear -> EMRefinement  1
     """
-    _check_arguments(EMRefinement, arguments, EMOperator)
-    if not isinstance(num_components, int):
-        raise TypeError(f"num_components={num_components!r} must be an int such as 8")
     surgery = Surgery(model) if into is None else into
 
     def make_at(site: Site) -> Make:
@@ -174,20 +166,8 @@ def insert_em_operators(
         given = {"num_components": num_components, "num_features": features, "dim": axis, **arguments}
         return functools.partial(EMRefinement, **given)
 
-    return operate(surgery, "insert_after", surgery.find(where, target), make_at, calls, shared)
-
-
-def _check_arguments(cls: type, given: Mapping[str, Any], inner: type | None = None) -> None:
-    """Raise TypeError for arguments that neither a class nor the class it passes them on to takes."""
-    parameters = [one for each in (cls, inner) if each for one in inspect.signature(each).parameters.values()]
-    known = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
-    if inner is None and len(known) < len(parameters):  # it takes any keyword
-        return
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(dict.fromkeys(known)) or 'none'}"
-            raise TypeError(f"{cls.__name__} takes no argument {name!r}; {hint}")
+    sites = surgery.find(where, target)
+    return operate(surgery, "insert_after", sites, [make_at(site) for site in sites], calls, shared)
 
 
 def set_temperature(model: nn.Module, temperature: float, where: Where = "*") -> dict[str, Tempered]:

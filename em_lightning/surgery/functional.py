@@ -80,9 +80,9 @@ def swap_relu_calls(
     root = Site("", model, model, "", (model,))
     sites = [
         Site(f"{site.path}.{NAME}".lstrip("."), nn.ReLU(), site.module, NAME, (*site.ancestors, site.module), F.relu)
-        for site in (root, *walk(model, surgery.added))
+        for site in (root, *walk(model))
         if site.function is None
-        and site.module not in surgery.added
+        and not surgery.has_operated(site)
         and calls_relu(site.module)
         and not hasattr(site.module, NAME)
         and any(matches(site, entry) for entry in entries)
@@ -91,7 +91,7 @@ def swap_relu_calls(
         raise NoMatchError(
             f"where={described(where)} matches no module whose forward calls relu; the model holds {contents(model)}"
         )
-    operate(surgery, "functional", sites, lambda site: make, calls)
+    operate(surgery, "functional", sites, [make] * len(sites), calls)
     for site in sites:
         around = functools.partial(_with_operator, site.parent, _map_dims(site.parent))
         surgery.undos.append(wrap(site.parent, "forward", around))

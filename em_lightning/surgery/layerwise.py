@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -179,7 +179,7 @@ class LayerwiseLoss:
         """
         if set(state["norms"]) != set(self.norms):
             raise ValueError(
-                f"the state has automatic weights for {sorted(state['norms'])}, but the layers here are "
+                f"the state has automatic weights for {sorted(state['norms'])}, but the layers are "
                 f"{sorted(self.norms)}: use the where= and weight= that it was saved with"
             )
         self.step = state["step"]
@@ -218,11 +218,9 @@ class LayerwiseLoss:
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
         dim = self.dims[path]
-        for tensor in tensors:
-            if not -tensor.dim() <= dim < tensor.dim():
-                raise ValueError(
-                    f"dim={dim} must be an axis of the {self.taps.tap} of {path!r}, of shape {tuple(tensor.shape)}"
-                )
+        shape = tuple(tensors[0].shape)
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"dim={dim} must be an axis of the {self.taps.tap} of {path!r}, of shape {shape}")
         energies = units_last(tensors[0], dim)
         if len(tensors) > 1:
             energies = torch.cat([units_last(tensor, dim).flatten(0, -2) for tensor in tensors])
@@ -270,34 +268,31 @@ def _square(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack(squares).sum() if squares else torch.zeros((), device=like.device)
 
 
-def _weights_of(paths: Sequence[str] | Mapping[str, Any], weight: Weight | Mapping[str, Weight]) -> dict[str, Weight]:
-    """Return the weight of each layer; a mapping's first matching pattern counts, and each pattern must match."""
-    patterns = weight if isinstance(weight, Mapping) else {"*": weight}
+def _weights_of(paths: Iterable[str], weight: Weight | Mapping[str, Weight]) -> dict[str, Weight]:
+    """Return the weight of each layer: that of the first pattern that matches it."""
+    patterns = dict(weight) if isinstance(weight, Mapping) else {"*": weight}
+    weights: dict[str, Weight] = {}
     for pattern, value in patterns.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
         if value != "auto" and not number:
             raise ValueError(f"weight={value!r} for {pattern!r} must be a positive number or 'auto'")
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            raise ValueError(
-                f"weight={dict(patterns)!r}: no layer matches {pattern!r}; the layers are {', '.join(paths)}"
-            )
-    found = {}
-    for path in paths:
-        matching = [value for pattern, value in patterns.items() if fnmatchcase(path, pattern)]
+        matching = [path for path in paths if fnmatchcase(path, pattern)]
+        weights = {**dict.fromkeys(matching, value), **weights}
         if not matching:
-            raise ValueError(f"weight={dict(patterns)!r} has no pattern for {path!r}: add one, such as '*'")
-        found[path] = matching[0]
-    return found
+            raise ValueError(f"weight={patterns!r}: no layer matches {pattern!r}; the layers are {', '.join(paths)}")
+    missing = [path for path in paths if path not in weights]
+    if missing:
+        raise ValueError(f"weight={patterns!r} has no pattern for {', '.join(missing)}: add one, such as '*'")
+    return weights
 
 
 def _build_loss(loss: Any) -> Callable[[Tensor], Any]:
     """Build the loss of one layer; a module is copied, so that layers share no state."""
+    spec = dict(loss) if isinstance(loss, Mapping) else {"name": loss}
     if isinstance(loss, nn.Module):
         built: Any = copy.deepcopy(loss)
-    elif loss == "em":
-        built = EMLoss()
-    elif isinstance(loss, Mapping) and loss.get("name") == "em":
-        built = EMLoss(**{str(key): value for key, value in loss.items() if key != "name"})
+    elif spec.get("name") == "em":
+        built = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
     else:
         try:
             built = LOSSES.build(loss)

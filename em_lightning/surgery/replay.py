@@ -41,32 +41,26 @@ def apply_plan(
         if entry in done or entry["tied"] not in (None, entry["path"]):  # tied modules are built at their first path
             continue
         surgery.by = entry["by"]
-        tied = [other["path"] for other in plan if other["tied"] == entry["path"]]
-        _apply(surgery, entry, tied or [entry["path"]], _builder(entry, make))
+        _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
     surgery.by = by
     return surgery
 
 
-def _apply(surgery: Surgery, entry: dict[str, Any], paths: list[str], make: Make) -> None:
-    if entry["operation"] == "functional":
-        where = [path.removesuffix(NAME).removesuffix(".") for path in paths]
-        swap_relu_calls(surgery.model, where, make, calls=entry["calls"], into=surgery)
-        return
-    sites = find_modules(surgery.model, paths)
-    shared = "separate" if entry["tied"] is None else "together"
-    operate(surgery, entry["operation"], sites, lambda site: make, entry["calls"], shared)
-
-
-def _builder(entry: dict[str, Any], make: Make | None) -> Make:
+def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make | None) -> None:
+    path, calls = entry["path"], entry["calls"]
     if entry["init_args"] is not None:
-        # The plan may be somebody else's file, which must not build anything but modules.
-        return functools.partial(import_class(entry["class_path"], nn.Module), **entry["init_args"])
-    if make is not None:
-        return make
-    raise ValueError(
-        f"{entry['path']!r} holds a {entry['class_path']} whose arguments the checkpoint does not store: pass make=, "
-        f"the function of the old module that builds it"
-    )
+        cls: Any = import_class(entry["class_path"], nn.Module)  # a foreign plan must not call anything but modules
+        make = functools.partial(cls, **entry["init_args"])
+    if make is None:
+        raise ValueError(
+            f"{path!r} holds a {entry['class_path']} whose arguments the checkpoint does not store: pass make=, the "
+            f"function of the old module that builds it"
+        )
+    if entry["operation"] == "functional":
+        swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
+        return
+    sites = find_modules(surgery.model, tied or [path])
+    operate(surgery, entry["operation"], sites, [make] * len(sites), calls, "together" if tied else "separate")
 
 
 def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:

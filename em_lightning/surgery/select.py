@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -37,29 +37,14 @@ _CHANNELS_FIRST = (*(kind for kinds in MAPS.values() for kind in kinds), nn.Sync
 
 
 class Site(NamedTuple):
-    """One place in a model: attribute ``name`` of ``parent`` holds ``module``.
+    """One place in a model: attribute ``name`` of ``parent`` holds ``module``, or a function such as ``F.relu``."""
 
-    Attributes:
-        path: the dotted name from the root, without the ``_orig_mod`` of compiled modules.
-        module: the module; where the attribute is a function such as ``F.relu``, the equivalent module.
-        parent: the module that holds it.
-        name: the attribute.
-        ancestors: the modules from the root to the parent.
-        function: the function, if the attribute is one.
-    """
-
-    path: str
-    module: nn.Module
+    path: str  # the dotted name from the root, without the _orig_mod of compiled modules
+    module: nn.Module  # for a function, the equivalent module
     parent: nn.Module
     name: str
-    ancestors: tuple[nn.Module, ...]
+    ancestors: tuple[nn.Module, ...]  # from the root to the parent
     function: Any = None
-
-    @property
-    def owner(self) -> nn.Module:
-        """The nearest ancestor with a forward of its own (lists and dicts of modules have none)."""
-        callers = [module for module in self.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
-        return callers[-1]
 
 
 class NoMatchError(ValueError):
@@ -70,32 +55,26 @@ def _uncompiled(module: nn.Module) -> nn.Module:
     return dict(module.named_children()).get("_orig_mod", module)  # the child's name is part of every state_dict
 
 
-def walk(model: nn.Module, closed: Iterable[nn.Module] = ()) -> Iterator[Site]:
-    """Yield every site below ``model``, parents first; a shared instance is yielded under each of its names.
-
-    Args:
-        model: the root, which is no site itself.
-        closed: modules whose children are skipped.
-    """
-    shut = {id(module) for module in closed}
-    seen: set[tuple[int, str]] = set()
+def walk(model: nn.Module) -> Iterator[Site]:
+    """Yield every site below ``model``, parents first; a shared instance is yielded under each of its names."""
+    seen: set[tuple[int, str]] = set()  # the inside of a shared container is visited once
 
     def visit(parent: nn.Module, prefix: str, ancestors: tuple[nn.Module, ...]) -> Iterator[Site]:
         parent = _uncompiled(parent)
         ancestors = (*ancestors, parent)
-        for name, child in list(parent._modules.items()):  # named_children() leaves out an instance's second name
-            if child is None or (id(parent), name) in seen or any(child is above for above in ancestors):
+        functions = {name: value for name, value in vars(parent).items() if inspect.isroutine(value)}
+        # named_children() leaves out an instance's second name
+        for name, value in [*parent._modules.items(), *functions.items()]:
+            if (id(parent), name) in seen or any(value is above for above in ancestors):
                 continue
             seen.add((id(parent), name))
-            yield Site(prefix + name, child, parent, name, ancestors)
-            if id(child) not in shut:
-                yield from visit(child, f"{prefix}{name}.", ancestors)
-        for name, value in list(vars(parent).items()):
-            if inspect.isroutine(value) and value in FUNCTIONS and (id(parent), name) not in seen:
-                seen.add((id(parent), name))
+            if isinstance(value, nn.Module):
+                yield Site(prefix + name, value, parent, name, ancestors)
+                yield from visit(value, f"{prefix}{name}.", ancestors)
+            elif value in FUNCTIONS:
                 yield Site(prefix + name, FUNCTIONS[value](), parent, name, ancestors, value)
 
-    yield from visit(model, "", ())
+    return visit(model, "", ())
 
 
 def matches(site: Site, where: Where) -> bool:
@@ -125,9 +104,7 @@ def contents(model: nn.Module) -> str:
     return "; ".join(lines) or "no submodules"
 
 
-def find_modules(
-    model: nn.Module, where: Where, target: Where | None = None, *, closed: Iterable[nn.Module] = ()
-) -> list[Site]:
+def find_modules(model: nn.Module, where: Where, target: Where | None = None) -> list[Site]:
     """Return the sites of a model that match ``where`` and, if given, ``target``.
 
     Args:
@@ -135,7 +112,6 @@ def find_modules(
         where: a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
             ``(path, module)``; or a list of these, any of which may match.
         target: a second selection, which must match as well.
-        closed: modules whose children are skipped.
 
     Returns:
         The outermost matches of each entry of ``where``: the inside of a match is not searched further.
@@ -152,7 +128,7 @@ def find_modules(
         Traceback (most recent call last):
         em_lightning.surgery.select.NoMatchError: nothing matches where='encoder.*'; the model holds Linear: 0, 2; ...
     """
-    sites = list(walk(model, closed))
+    sites = list(walk(model))
     found: set[str] = set()
     for entry in where if isinstance(where, Sequence) and not isinstance(where, str) else [where]:
         outermost = ""
