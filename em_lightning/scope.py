@@ -42,36 +42,21 @@ _MEANING = {
 }
 _RELU = "elementwise, no normalization, hard zeros"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
-_OTHERS = (
-    ("ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink", _RELU),
-    (
-        "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid Tanh LogSigmoid Softsign Hardswish "
-        "Softshrink Tanhshrink",
-        "elementwise: no normalization across units",
-    ),
-    (
-        "Linear Bilinear Embedding Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d",
-        "affine: scores, neither exponentiated nor normalized",
-    ),
-    (
-        "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d LayerNorm "
-        "GroupNorm RMSNorm",
-        "normalizes moments, not hypotheses",
-    ),
-    (
-        "MaxPool1d MaxPool2d MaxPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d",
-        "hard maximum: the winner takes all",
-    ),
-    (
-        "AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d",
-        "an average with fixed weights",
-    ),
-    (
-        "Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout Identity Flatten Unflatten",
-        "no hypotheses",
-    ),
-)
-_REASONS = {name: reason for names, reason in _OTHERS for name in names.split()}  # by name, as PyG has a Linear too
+_SMOOTH = "elementwise: no normalization across units"
+_OTHERS = {
+    "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink": _RELU,
+    "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid Tanh LogSigmoid": _SMOOTH,
+    "Softsign Hardswish Softshrink Tanhshrink": _SMOOTH,
+    "Linear Bilinear Embedding Conv* ConvTranspose*": "affine: scores, neither exponentiated nor normalized",
+    "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm": "normalizes moments, not hypotheses",
+    "MaxPool* AdaptiveMaxPool*": "hard maximum: the winner takes all",
+    "AvgPool* AdaptiveAvgPool*": "an average with fixed weights",
+    "Dropout Dropout* AlphaDropout Identity Flatten Unflatten": "no hypotheses",
+}
+# By the names of classes, as PyG has a Linear too; * is 1d, 2d or 3d.
+_REASONS = {
+    name.replace("*", f"{n}d"): why for names, why in _OTHERS.items() for name in names.split() for n in (1, 2, 3)
+}
 
 
 @dataclass
@@ -80,14 +65,11 @@ class Finding:
 
     Attributes:
         path: the module, or for a loss the module that computed its logits.
-        module: its class.
-        operation: the operation.
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated: whether energies are exponentiated.
         normalized: whether the result sums to one over the hypotheses.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis takes all.
-        error: largest absolute difference between the gradient of the free energy and the responsibilities that the
-            model used; None if there is nothing to check.
+        error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
     """
 
@@ -114,21 +96,12 @@ class Audit(list[Finding]):
         header = ("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "why")
         rows = [header]
         for one in self:
-            seen = bool(one.hypotheses)
-            rows.append(
-                (
-                    one.path or "(root)",
-                    one.module,
-                    one.operation,
-                    one.hypotheses or "-",
-                    ("yes" if one.exponentiated else "no") if seen else "-",
-                    ("yes" if one.normalized else "no") if seen else "-",
-                    "-" if one.soft is None else f"{one.soft:.2f}",
-                    "-" if one.error is None else f"{one.error:.0e}",
-                    "yes" if one.em else "no",
-                    one.reason,
-                )
-            )
+            flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
+            numbers = (one.hypotheses, *flags) if one.hypotheses else ("-", "-", "-")
+            soft = "-" if one.soft is None else f"{one.soft:.2f}"
+            error = "-" if one.error is None else f"{one.error:.0e}"
+            place = (one.path or "(root)", one.module, one.operation)
+            rows.append((*place, *numbers, soft, error, "yes" if one.em else "no", one.reason))
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from em_lightning.surgery import LayerwiseLoss, wrap
+from em_lightning.surgery import LayerwiseLoss, undo_all, wrap
 
 
 class LayerwiseEMLoss(Callback):
@@ -18,7 +18,7 @@ class LayerwiseEMLoss(Callback):
     layer. The model's own logs do not include it: it is logged as ``em/<layer>/<term>``, with the weight. Schedules
     count ``trainer.global_step``, and checkpoints store the state of ``weight="auto"``.
 
-    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains the arguments.
+    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which has the same arguments.
 
     Args:
         where: the layers: a class, a name pattern such as ``"encoder.*"``, a predicate, or a list of these.
@@ -26,13 +26,7 @@ class LayerwiseEMLoss(Callback):
         weight: a number, "auto", or a mapping from name patterns to either.
         tap: "output" or "input" of the layer.
         schedule: a factor of the step, on all weights.
-        target: a second selection, which must match as well.
-        warmup: number of steps over which the factor rises from 0.
-        dim: the axis of the units; "auto" takes 1 at convolutions and what follows them, else the last.
-        every: add the loss every ``every`` steps, times ``every``.
-        ratio: the share of the main loss's gradient that ``weight="auto"`` sets.
-        auto_every: steps between two measurements of ``weight="auto"``.
-        momentum: of the averages of ``weight="auto"``.
+        target: a second selection, which must match as well; for the others see LayerwiseLoss.
 
     Raises:
         NoMatchError: when the fit starts, if nothing matches; the message lists the modules of the model.
@@ -122,8 +116,7 @@ class LayerwiseEMLoss(Callback):
             self._state = self.losses.state_dict()
             self.losses.remove()
             self.losses = None
-        while self._undos:
-            self._undos.pop()()
+        undo_all(self._undos)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Remove hooks and wrappers."""

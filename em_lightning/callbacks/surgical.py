@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from os import PathLike
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from em_lightning.surgery import (
     read_plan,
     recorded_plan,
     swap_activations,
+    undo_all,
     wrap,
 )
 
@@ -58,31 +60,26 @@ class SurgicalCallback(Callback):
             return
         self.surgery = Surgery(pl_module, by=self.state_key)
         builders = [name for name in ("setup", "configure_model") if _overrides(pl_module, name)]
-        self._operate(pl_module, last=not builders)
+        self._operate(self.surgery, last=not builders)
         for name in builders:
-            self._undos.append(wrap(pl_module, name, self._operating(pl_module, last=name == builders[-1])))
+            link = functools.partial(self._operate_after, self.surgery, name == builders[-1])
+            self._undos.append(wrap(pl_module, name, link))
 
-    def _operating(self, model: Any, last: bool) -> Callable[..., Any]:
-        def operate_after(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            result = proceed(*args, **kwargs)
-            self._operate(model, last)
-            if last:
-                self._remove()
-            return result
+    def _operate_after(
+        self, surgery: Surgery, last: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        result = proceed(*args, **kwargs)
+        self._operate(surgery, last)
+        if last:
+            undo_all(self._undos)
+        return result
 
-        return operate_after
-
-    def _operate(self, model: Any, last: bool) -> None:
-        assert self.surgery is not None
+    def _operate(self, surgery: Surgery, last: bool) -> None:
         try:
-            self.operate(model, self.surgery)
+            self.operate(surgery.model, surgery)
         except NoMatchError:
-            if last and not self.surgery.changes:
+            if last and not surgery.changes:
                 raise
-
-    def _remove(self) -> None:
-        while self._undos:
-            self._undos.pop()()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that an optimizer trains every added parameter.
@@ -101,11 +98,11 @@ class SurgicalCallback(Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Remove the wrappers of methods; the surgery remains."""
-        self._remove()
+        undo_all(self._undos)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Remove the wrappers of methods: Lightning calls no teardown after an exception."""
-        self._remove()
+        undo_all(self._undos)
 
 
 def _overrides(module: Any, name: str) -> bool:
@@ -117,17 +114,13 @@ def _overrides(module: Any, name: str) -> bool:
 class SwapActivations(SurgicalCallback):
     """Replaces activations by competitive ones in any LightningModule.
 
-    Without a Trainer: :func:`em_lightning.surgery.swap_activations`, which has the same arguments.
+    Without a Trainer: :func:`em_lightning.surgery.swap_activations`.
 
     Args:
         activation: a key, class, mapping or instance of ``ACTIVATIONS``.
         target: the class or classes to replace.
         where: a second selection: a name pattern such as ``"encoder.*"``, a predicate, or a list of these.
-        dim: the axis of the units; "auto" takes 1 behind convolutions and their norms, else the last.
-        shared: one instance under several names becomes "separate" modules, one ("together"), or an error ("refuse").
-        calls: operators for a module that is called several times; see :func:`em_lightning.surgery.replace_modules`.
-        functional: also replace ``relu`` where a forward calls it as a function.
-        arguments: of the activation.
+        arguments: of the activation; for the others see :func:`em_lightning.surgery.swap_activations`.
 
     Raises:
         NoMatchError: at setup, if nothing matches; the message lists the modules of the model.
@@ -169,17 +162,14 @@ class SwapActivations(SurgicalCallback):
 class InsertEMOperator(SurgicalCallback):
     """Inserts a gated EM layer behind chosen layers: ``x + gate * op(x)`` with a gate that starts at 0.
 
-    Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`, which has the same arguments.
+    Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`.
 
     Args:
         where: the layers: a class, a name pattern, a predicate, or a list of these.
         num_components: K.
         target: a second selection, which must match as well.
-        num_features: D, the width of the layer's output; by default read from the layer.
-        dim: the axis of the features; "auto" takes 1 behind convolutions and their norms, else the last.
-        shared: one instance under several names gets "separate" operators, one ("together"), or an error ("refuse").
-        calls: operators for a layer that is called several times; see :func:`em_lightning.surgery.replace_modules`.
-        arguments: of :class:`em_lightning.operators.EMRefinement`.
+        arguments: of :class:`em_lightning.operators.EMRefinement`; for the others see
+            :func:`em_lightning.surgery.insert_em_operators`.
 
     Raises:
         NoMatchError: at setup, if nothing matches; the message lists the modules of the model.

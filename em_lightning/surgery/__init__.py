@@ -8,7 +8,7 @@ modules), record (the plan in a checkpoint), edit (replace, insert, undo), funct
 from em_lightning.surgery.edit import Calls, Change, Shared, Surgery, insert_after, replace_modules
 from em_lightning.surgery.em import insert_em_operators, set_temperature, swap_activations
 from em_lightning.surgery.functional import swap_relu_calls
-from em_lightning.surgery.hooks import Chain, Taps, wrap
+from em_lightning.surgery.hooks import Chain, Taps, undo_all, wrap
 from em_lightning.surgery.layerwise import LayerwiseLoss
 from em_lightning.surgery.record import recorded_plan
 from em_lightning.surgery.replay import apply_plan, read_plan, restore_surgery
@@ -37,6 +37,7 @@ __all__ = [
     "set_temperature",
     "swap_activations",
     "swap_relu_calls",
+    "undo_all",
     "units_of",
     "walk",
     "wrap",
