@@ -81,7 +81,7 @@ DAMAGED = {
     ),
     "list": (lambda p: saved(p, [1, 2]), "list"),
     "text": (lambda p: p.write_text("no archive"), "10 bytes"),
-    "empty": (lambda p: p.write_bytes(b""), " 0 bytes"),
+    "empty": (lambda p: p.write_bytes(b""), "0 bytes"),
     "cut": (lambda p: p.write_bytes(saved(p, {"w": torch.ones(99)}).read_bytes()[:-30]), "not a zip"),
     "flipped": (
         lambda p: flipped(saved(p, {"w": torch.full((64,), 2.0)})),

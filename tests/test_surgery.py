@@ -322,8 +322,11 @@ def test_transformer_in_eval_takes_the_swapped_activation(activation):
     first.undo()
     with torch.no_grad():
         torch.testing.assert_close(encoder.eval()(x), encoder.train()(x))
+    compiled = torch.compile(encoder.eval(), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), encoder(x))
     second.undo()
-    assert torch.backends.mha.get_fastpath_enabled()
+    assert encoder.use_nested_tensor and encoder.layers[0].activation_relu_or_gelu == 1
     assert (
         encoder.layers[0].activation is activation
         or encoder.layers[0].activation is F.relu

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.backends import mha
 from torch.utils.hooks import RemovableHandle
 
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_operable, contents, described, find_modules
@@ -28,6 +27,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_FLAGS = "_em_fast_path"  # attribute of a transformer layer with the values of its flag before each operation
 
 
 class Chain:
@@ -138,18 +138,24 @@ def disable_fast_path(site: Site) -> list[Undo]:
 
     The fused kernels ignore a replaced activation and fire no hooks.
     """
-    layers = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-    around = [module for module in (*site.ancestors, site.module) if isinstance(module, layers)]
-    return [wrap(module, "forward", _without_fast_path) for module in around]
+    undos: list[Undo] = []
+    for module in (*site.ancestors, site.module):
+        for kind, flag in (
+            (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
+            (nn.TransformerEncoder, "use_nested_tensor"),
+        ):
+            if isinstance(module, kind):
+                vars(module).setdefault(_FLAGS, []).append(getattr(module, flag))  # the first is the original value
+                setattr(module, flag, False)
+                undos.append(functools.partial(_restore_flag, module, flag))
+    return undos
 
 
-def _without_fast_path(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    enabled = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        return proceed(*args, **kwargs)
-    finally:
-        mha.set_fastpath_enabled(enabled)
+def _restore_flag(module: nn.Module, flag: str) -> None:
+    values = vars(module)[_FLAGS]
+    setattr(module, flag, values.pop())
+    if not values:
+        delattr(module, _FLAGS)
 
 
 class Taps:

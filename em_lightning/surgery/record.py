@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,17 +69,13 @@ def arguments_of(make: Any) -> dict[str, Any] | None:
     """Return the constructor arguments that a plan stores, or None if only ``make`` itself can build the module."""
     if isinstance(make, type):
         return {}
-    if isinstance(make, functools.partial) and isinstance(make.func, type) and not make.args:
-        return dict(make.keywords) if _is_plain(make.keywords) else None
-    return None
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(inner) for inner in value)
-    return value is None or isinstance(value, (str, int, float, bool))
+    if not (isinstance(make, functools.partial) and isinstance(make.func, type)) or make.args:
+        return None
+    try:
+        json.dumps(make.keywords)  # plain values only
+    except (TypeError, ValueError):
+        return None
+    return dict(make.keywords)
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
