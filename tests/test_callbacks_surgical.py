@@ -1,4 +1,4 @@
-"""What can go wrong around a surgery in a run, provoked; and each message read."""
+"""Surgical callbacks in runs: errors, checkpoints, several callbacks, and other libraries' callbacks."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The order of the rooms: each imports only from those before it, and heavy libraries stay out of the top."""
+"""The order of the rooms: each imports only from those before it, and the top level loads no heavy library."""
 
 import ast
 import subprocess
