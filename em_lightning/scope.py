@@ -94,7 +94,7 @@ class Audit(list[Finding]):
 
     def __str__(self) -> str:
         header = ("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "why")
-        rows = [header]
+        rows: list[tuple[str, ...]] = [header]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
             numbers = (one.hypotheses, *flags) if one.hypotheses else ("-", "-", "-")
@@ -161,7 +161,11 @@ def _restored(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     fast_path = mha.get_fastpath_enabled()
-    undos = [wrap(model, name, lambda *_, **__: None) for name in ("log", "log_dict") if hasattr(model, name)]
+    undos = [
+        wrap(model, name, lambda *_, **__: None)
+        for name in ("log", "log_dict")
+        if callable(getattr(type(model), name, None))
+    ]
     model.eval()
     mha.set_fastpath_enabled(False)
     try:

@@ -384,7 +384,7 @@ def test_units_of_feature_maps_are_their_channels():
     x = torch.randn(8, 2, 6, 6)
     maps = net[:3](x)
     vectors = net[3:](maps)
-    losses.taps.captured = {}
+    losses.reset()
     losses.add_to(net(x).sum())
     for path, energies in (("2", maps.movedim(1, -1)), ("5", vectors)):
         for name, value in EMLoss()(energies).items():

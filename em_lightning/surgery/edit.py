@@ -198,10 +198,7 @@ def operate(
         names.setdefault(id(site.module), []).append(site.path)
     several = next((paths for paths in names.values() if len(paths) > 1), None)
     if shared == "refuse" and several is not None:
-        raise ValueError(
-            f"{' and '.join(several)} are one instance and shared='refuse': give each name a module of its own, or set "
-            f"shared='separate' or 'together'"
-        )
+        raise ValueError(f"{' and '.join(several)} are one instance, which shared='refuse' does not allow")
     places = Counter(id(site.module) for site in walk(surgery.model))
     built: dict[int, Change] = {}
     for site, make in zip(sites, makes, strict=True):
@@ -219,17 +216,10 @@ def operate(
         change = Change(site.path, operation, site.parent, site.name, site.function or site.module, new, added)
         surgery.changes.append(change)
         built[id(site.module)] = change
-        surgery.record(
-            {
-                "operation": operation,
-                "path": site.path,
-                "class_path": f"{type(added[0]).__module__}.{type(added[0]).__qualname__}",
-                "init_args": arguments_of(make),
-                "calls": number,
-                "tied": names[id(site.module)][0] if shared == "together" else None,
-                "by": surgery.by,
-            }
-        )
+        cls = type(added[0])
+        entry = {"operation": operation, "path": site.path, "class_path": f"{cls.__module__}.{cls.__qualname__}"}
+        tied = names[id(site.module)][0] if shared == "together" else None
+        surgery.record({**entry, "init_args": arguments_of(make), "calls": number, "tied": tied, "by": surgery.by})
     return surgery
 
 

@@ -93,7 +93,9 @@ def swap_relu_calls(
         )
     operate(surgery, "functional", sites, [make] * len(sites), calls)
     for site in sites:
-        around = functools.partial(_with_operator, site.parent, _map_dims(site.parent))
+        kinds = [type(one) for one in site.parent.modules()]
+        dims = frozenset(dims for dims, maps in MAPS.items() if any(issubclass(kind, maps) for kind in kinds))
+        around = functools.partial(_with_operator, site.parent, dims)
         surgery.undos.append(wrap(site.parent, "forward", around))
     return surgery
 
@@ -103,11 +105,6 @@ def _with_operator(
 ) -> Any:
     with _Swapped(getattr(module, NAME), map_dims):
         return proceed(*args, **kwargs)
-
-
-def _map_dims(module: nn.Module) -> frozenset[int]:
-    """Return the numbers of axes of the feature maps in a module."""
-    return frozenset(dims for dims, kinds in MAPS.items() if any(isinstance(one, kinds) for one in module.modules()))
 
 
 def calls_relu(module: nn.Module) -> bool:

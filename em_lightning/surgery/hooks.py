@@ -72,10 +72,7 @@ class Chain:
 def wrap(owner: object, name: str, link: Link) -> Undo:
     """Wrap the method ``owner.name`` of this instance only, and return the function that removes the wrapper.
 
-    Args:
-        owner: any object with a ``__dict__``.
-        name: the method.
-        link: called as ``link(proceed, *args, **kwargs)``, where ``proceed`` is the method or the next wrapper.
+    The wrapper is called as ``link(proceed, *args, **kwargs)``; ``proceed`` is the method or the next wrapper.
 
     Example:
         >>> class Greeter:
@@ -189,7 +186,7 @@ class Taps:
             raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
         self.tap = tap
         self.recording = True
-        self.captured: dict[str, list[tuple[Tensor, int]]] = {}
+        self.captured: list[tuple[str, Tensor, int]] = []
         self._undos: list[Undo] = []
         unique: dict[int, Site] = {}
         for site in find_modules(model, where, target):
@@ -197,9 +194,9 @@ class Taps:
                 unique.setdefault(id(site.module), site)
         self.sites = list(unique.values())
         if not self.sites:
+            where = described(where)
             raise NoMatchError(
-                f"where={described(where)} matches only functions, which have no hooks; the model holds "
-                f"{contents(model)}"
+                f"where={where} matches only functions, which have no hooks; the model holds {contents(model)}"
             )
         for site in self.sites:
             check_operable(site)
@@ -214,7 +211,7 @@ class Taps:
     def remove(self) -> None:
         """Remove the hooks and what they captured."""
         undo_all(self._undos)
-        self.captured = {}
+        self.captured = []
 
     def _register(self, module: nn.Module, path: str) -> RemovableHandle:
         # Functions, as deepcopy(model) copies bound methods with the captured tensors, which cannot be copied.
@@ -231,11 +228,9 @@ class Taps:
         while isinstance(value, (tuple, list)) and value:
             value = value[0]
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"the {self.tap} of {path!r} is {type(value).__name__}; it must be a tensor or a tuple that begins "
-                f"with one: tap a layer inside"
-            )
-        self.captured.setdefault(path, []).append((value, _version(value)))
+            kind = type(value).__name__
+            raise TypeError(f"the {self.tap} of {path!r} is {kind}; it must be a tensor or a tuple with one first")
+        self.captured.append((path, value, _version(value)))
 
     def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
         """Return the captured tensors that are wanted, by path, and forget them.
@@ -244,19 +239,17 @@ class Taps:
             RuntimeError: a tensor was overwritten in place after it was captured.
         """
         taken: dict[str, list[Tensor]] = {}
-        left: dict[str, list[tuple[Tensor, int]]] = {}
-        for path, pairs in self.captured.items():
-            for tensor, version in pairs:
-                if not wanted(tensor):
-                    left.setdefault(path, []).append((tensor, version))
-                    continue
-                taken.setdefault(path, []).append(tensor)
-                if _version(tensor) != version:
-                    raise RuntimeError(
-                        f"the {self.tap} of {path!r} was overwritten in place after it was captured, as "
-                        f"nn.ReLU(inplace=True) does: set inplace=False in the next layer, or tap its output"
-                    )
-        self.captured = left
+        captured, self.captured = self.captured, []
+        for path, tensor, version in captured:
+            if not wanted(tensor):
+                self.captured.append((path, tensor, version))
+                continue
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    f"the {self.tap} of {path!r} was overwritten in place after it was captured, as "
+                    f"nn.ReLU(inplace=True) does: set inplace=False in the next layer, or tap its output"
+                )
+            taken.setdefault(path, []).append(tensor)
         return taken
 
 

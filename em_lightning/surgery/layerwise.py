@@ -27,12 +27,9 @@ class LayerwiseLoss:
               w_l = \rho \, \|\partial L_\text{main} / \partial d_l\| / \|\partial L_l / \partial d_l\| \text{ (auto)}
 
     With ``weight="auto"`` the gradient of each EM loss has the share ``ratio`` = rho of the main loss's gradient at the
-    same tap, so that one setting fits narrow and wide layers and losses of any scale. Both norms are those of the
-    global batch, measured at the first step and then every ``auto_every`` steps, and smoothed by exponential averages;
-    the weights carry no gradient.
-
-    A layer that is called several times between two calls of :meth:`add_to` counts once, on the items of all calls.
-    Losses are computed in float32 or float64, without autocast.
+    same tap. Both norms are those of the global batch, measured every ``auto_every`` steps and smoothed by exponential
+    averages. A layer that is called several times between two calls of :meth:`add_to` counts once, on the items of all
+    calls. Losses are computed in float32 or float64, without autocast.
 
     Args:
         model: any module.
@@ -187,7 +184,7 @@ class LayerwiseLoss:
 
     def reset(self) -> None:
         """Forget captured tensors and charged layers; call it before a training step with several losses."""
-        self.taps.captured = {}
+        self.taps.captured = []
         self._charged = set()
 
     def check_charged(self) -> None:
@@ -195,9 +192,8 @@ class LayerwiseLoss:
         missed = [path for path in self.dims if path not in self._charged]
         if missed:
             raise RuntimeError(
-                f"no loss of this step depends on the layer(s) {', '.join(missed)}, so their EM loss is lost: they "
-                f"were not called, or under no_grad, or compiled and run before the hooks were set, or backward was "
-                f"called instead of manual_backward. Exclude them through where="
+                f"no loss of this step depends on the layer(s) {', '.join(missed)}: they were not called, or under "
+                f"no_grad, or compiled before the hooks were set, or backward was called instead of manual_backward"
             )
 
     def _check(self, captured: Mapping[str, list[Tensor]], loss: Tensor) -> None:
@@ -205,15 +201,13 @@ class LayerwiseLoss:
         if silent:
             raise RuntimeError(
                 f"the layer(s) {', '.join(silent)} fired no hook in this step, so their EM loss is lost: they were not "
-                f"called, or compiled and run before the hooks were set, or run by a fused kernel. Exclude them "
-                f"through where=, or attach before the first call"
+                f"called, or compiled and run before the hooks were set; exclude them through where="
             )
         for path, tensors in captured.items():
             if loss.requires_grad and not any(tensor.requires_grad for tensor in tensors):
                 raise RuntimeError(
-                    f"the {self.taps.tap} of {path!r} carries no gradient, so its EM loss would be lost: nothing "
-                    f"before it is trained, or it was computed under no_grad, as re-entrant activation checkpointing "
-                    f"does (set use_reentrant=False); or exclude it through where="
+                    f"the {self.taps.tap} of {path!r} carries no gradient: nothing before it is trained, or it was "
+                    f"computed under no_grad, as re-entrant checkpointing does (set use_reentrant=False)"
                 )
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:

@@ -44,10 +44,8 @@ class Inserted(nn.Module):
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
             return (self.operator(output[0]), *output[1:])
         if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{type(self.layer).__name__} returns {type(output).__name__}; the layer before an operator must "
-                f"return a tensor or a tuple that begins with one: insert it after a layer inside"
-            )
+            kind = type(self.layer).__name__
+            raise TypeError(f"{kind} returns {type(output).__name__}; it must be a tensor or a tuple with one first")
         return self.operator(output)
 
     def __getattr__(self, name: str) -> Any:
@@ -62,12 +60,7 @@ class Inserted(nn.Module):
 class CallCounter:
     """Counts the calls of one site within one forward of its owner, and raises if there are too many or too few.
 
-    One module called at several places is harmless without parameters. With parameters it would tie layers of
-    different widths and meanings, as a ResNet's reused ``self.relu``.
-
-    Args:
-        path: the site, for messages.
-        allowed: number of operators at the site.
+    With parameters, one module called at several places would tie layers of different widths and meanings.
     """
 
     def __init__(self, path: str, allowed: int) -> None:
@@ -83,8 +76,7 @@ class CallCounter:
         self.counting = False
         if 0 < self.count < self.allowed:
             raise RuntimeError(
-                f"{self.path!r} was called {self.count} times in one forward, but calls={self.allowed} built as many "
-                f"operators: set calls={self.count}"
+                f"{self.path!r} has {self.count} calls, not calls={self.allowed}: set calls={self.count}"
             )
         return output
 
