@@ -12,8 +12,7 @@ import time
 import torch
 from torch import nn
 
-from em_lightning.surgery.em import swap_activations
-from em_lightning.surgery.layerwise import LayerwiseLoss
+from em_lightning.surgery import LayerwiseLoss, swap_activations
 
 ROUNDS = 15
 

@@ -12,7 +12,7 @@ import torch
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.modules import ImageClassifier
-from em_lightning.surgery.em import swap_activations
+from em_lightning.surgery import swap_activations
 
 ROUNDS = 60
 

@@ -1,27 +1,73 @@
-"""Checkpoints that a kill, a full disk or a loss of power leaves whole."""
+"""Checkpoints that are written atomically, checked for damage, and read without running code."""
 
 from __future__ import annotations
 
 import io
 import os
+import zipfile
+from os import PathLike
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from typing_extensions import override
 
 from em_lightning.files import write_whole
-from em_lightning.surgery import read_checkpoint
+
+
+def check_archive(path: str | PathLike[str]) -> None:
+    """Raise unless a file is an uncompressed archive as ``torch.save`` writes it, with matching CRCs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, altered or no archive.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its members are compressed")  # a small file could fill the memory
+            damaged = archive.testzip()  # torch.load checks no CRC
+        if damaged is not None:
+            raise ValueError(f"CRC mismatch in {damaged!r}")
+    except Exception as error:  # zipfile raises many kinds on altered files
+        raise _invalid(path, f"{path.stat().st_size:,} bytes, {error}") from error
+
+
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return the content of a checkpoint, with its CRCs checked and tensors and plain values only, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or altered, or contains anything else.
+    """
+    check_archive(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # not torch's message, which advises to load the file without protection
+        raise _invalid(path, "it contains more than tensors and plain values, which could run code") from error
+    except Exception as error:  # pickle and torch raise many kinds on altered files
+        raise _invalid(path, error) from error
+    if not isinstance(checkpoint, dict):
+        raise _invalid(path, f"it contains a {type(checkpoint).__name__}, not a dictionary")
+    return checkpoint
+
+
+def _invalid(path: str | PathLike[str], reason: object) -> ValueError:
+    reason = (str(reason).strip() or type(reason).__name__).splitlines()[0]
+    return ValueError(f"{path}: invalid checkpoint ({reason}); use another one, or save it again with torch.save")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Save each checkpoint beside its place, and move it there when it is whole and on the disk.
+    """Lightning plug-in that writes checkpoints atomically and reads them with :func:`read_checkpoint`.
 
-    Lightning writes it to the system's folder for temporary files and moves it from there. Where that is another file
-    system (a ``/tmp`` in memory, say) the move is a copy over the last good checkpoint, which a kill or a full disk
-    leaves half written. Recipes have this plug-in; another Trainer gets it by ``plugins=[AtomicCheckpointIO()]``.
-    Addresses such as ``s3://`` are left to Lightning.
+    Lightning itself writes to a temporary folder and moves the file; between file systems that is a copy, which a
+    kill or a full disk leaves truncated. Recipes use this plug-in; elsewhere set ``plugins=[AtomicCheckpointIO()]``.
+    URLs such as ``s3://`` and ``weights_only=False`` are handled by Lightning.
 
     Example:
         >>> import tempfile
@@ -33,12 +79,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            OSError: it cannot be written, because the disk is full for instance; what was there is there still.
-        """
-        if storage_options is not None or not _is_local(path):
+        """Write a checkpoint; raises OSError if that fails."""
+        if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         buffer = io.BytesIO()
@@ -48,16 +90,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint: as :func:`~em_lightning.surgery.read_checkpoint` does, unless objects are asked for.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is truncated, altered, or no checkpoint.
-        """
-        if weights_only is False or not _is_local(path):
+        """Read a checkpoint; raises FileNotFoundError or ValueError if that fails."""
+        if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         return read_checkpoint(path)
-
-
-def _is_local(path: Any) -> bool:
-    return "local" in get_filesystem(path).protocol

@@ -1,31 +1,18 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from os import PathLike
 from pathlib import Path
 
 
-def write_whole(path: str | Path, content: bytes | bytearray | memoryview | str) -> None:
-    """Write a file so that whatever happens meanwhile, its name stands for all of the new content or all of the old.
-
-    The content goes to ``<name>.partial`` in the same folder, reaches the disk, and takes the name in one step. What a
-    killed process leaves behind the next write of that name takes up.
-
-    Args:
-        path: of the file, in a folder that is there.
-        content: bytes, or text for UTF-8.
+def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) -> None:
+    """Write a file atomically: to ``<name>.partial`` in its folder, flushed to disk, then renamed.
 
     Raises:
-        OSError: the file cannot be written, because the disk is full for instance; what was there is there still.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_whole(f"{folder}/a.txt", "text")
-        ...     print(os.listdir(folder), Path(folder, "a.txt").read_text())
-        ['a.txt'] text
+        OSError: the file cannot be written, for instance because the disk is full; the old file is kept.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
@@ -38,7 +25,5 @@ def write_whole(path: str | Path, content: bytes | bytearray | memoryview | str)
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OSError(
-            error.errno,
-            f"{path} cannot be written ({error.strerror}); what was there is kept: make room, and try again",
-        ) from error
+        reason = f"{path} cannot be written ({error.strerror}); the old file is kept: free disk space and try again"
+        raise OSError(error.errno, reason) from error

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
 from em_lightning.callbacks import LayerwiseEMLoss, SwapActivations
-from em_lightning.surgery.em import swap_activations
+from em_lightning.surgery import swap_activations
 
 SIZES = ((5, 3), (2, 6), (4, 4))  # items of either rank, batch by batch
 WEIGHT = 0.01

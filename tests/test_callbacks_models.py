@@ -1,4 +1,4 @@
-"""Models from elsewhere, unedited, each through fit, checkpoint, resume, test, predict and undo."""
+"""Unedited models through fit, checkpoint, resume, test, predict and undo."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Steps that are seeded one by one draw the same numbers however a run came to them."""
+"""StepSeeds: a resumed run draws the same random numbers as an uninterrupted one."""
 
 import lightning
 import pytest
@@ -77,5 +77,5 @@ class TestResumedRuns:
 
 
 def test_a_negative_seed_is_refused():
-    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+    with pytest.raises(ValueError, match="seed=-1"):
         StepSeeds(-1)

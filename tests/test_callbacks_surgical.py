@@ -1,4 +1,4 @@
-"""What can go wrong around a surgery in a run, provoked; and each message read."""
+"""Surgical callbacks in runs: errors, checkpoints, several callbacks, and other libraries' callbacks."""
 
 import copy
 import pickle
@@ -13,6 +13,7 @@ from torch import nn
 
 from em_lightning.callbacks import InsertEMOperator, LayerwiseEMLoss, RestoreSurgery, SwapActivations
 from em_lightning.surgery import (
+    Chain,
     NoMatchError,
     Surgery,
     apply_plan,
@@ -22,7 +23,6 @@ from em_lightning.surgery import (
     replace_modules,
     restore_surgery,
 )
-from em_lightning.surgery.chain import Chain
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*_dataloader' does not have many workers",
@@ -45,7 +45,7 @@ def test_parameters_that_no_optimizer_trains_are_named(tmp_path):
             layers = [self.encoder[0], self.encoder[2], self.head]
             return torch.optim.SGD([{"params": layer.parameters()} for layer in layers], lr=0.1)
 
-    with pytest.raises(ValueError, match=r"no optimizer trains encoder.1.log_temperature_ratio, encoder.3.log.*: conf"):
+    with pytest.raises(ValueError, match=r"no optimizer trains encoder.1.log_temperature_ratio, encoder.3.log"):
         fit(tmp_path, Groups(), SwapActivations(arguments=LEARNED))
     fit(tmp_path, Groups(), SwapActivations())  # nothing to train
 
@@ -57,7 +57,7 @@ def test_an_optimizer_that_was_built_before_the_fit_needs_the_plain_function(tmp
 
     model = Cli()
     model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="or operate with em_lightning.surgery before the optimizer is built"):
+    with pytest.raises(ValueError, match="no optimizer trains .*em_lightning.surgery"):
         fit(tmp_path, model, InsertEMOperator("encoder.0", 2))
     model = Cli()
     insert_after(model, "encoder.0", nn.LayerNorm(16))
@@ -67,14 +67,14 @@ def test_an_optimizer_that_was_built_before_the_fit_needs_the_plain_function(tmp
 
 @pytest.mark.parametrize("averaging", [WeightAveraging, lambda: StochasticWeightAveraging(0.1)])
 def test_surgery_comes_before_weight_averaging(averaging, tmp_path):
-    with pytest.raises(ValueError, match="WeightAveraging stands before SwapActivations .*: put SwapActivations first"):
+    with pytest.raises(ValueError, match="WeightAveraging .*SwapActivations"):
         fit(tmp_path, users.MLP(), averaging(), SwapActivations())
     fit(tmp_path, users.MLP(), SwapActivations(arguments=LEARNED), averaging())
 
 
 def test_swap_that_matches_nothing_lists_what_is_there(tmp_path):
     for model in (users.MLP(), users.LateMLP(), users.SetupMLP()):
-        with pytest.raises(NoMatchError, match="nothing matches where='\\*' with target=GELU; the model holds .*ReLU"):
+        with pytest.raises(NoMatchError, match="where='\\*' .*target=GELU.*ReLU"):
             fit(tmp_path, model, SwapActivations(target=nn.GELU))
         assert not any(isinstance(value, Chain) for value in vars(model).values())
 
@@ -86,17 +86,15 @@ def test_another_surgery_with_the_same_keys_does_not_load(tmp_path):
         SwapActivations("residual_softmax"),
         SwapActivations("softmax_gated", arguments={"temperature": 2.0}),
     ):
-        with pytest.raises(
-            ValueError, match=r"saved after another surgery: only in it: replace encoder.1: .*SoftmaxGated"
-        ):
+        with pytest.raises(ValueError, match=r"another surgery.*replace encoder.1: .*SoftmaxGated"):
             users.trainer(tmp_path, 1, [other]).test(users.MLP(), users.MLP.data(), ckpt_path=tmp_path / "model.ckpt")
     plain = fit(tmp_path, users.MLP())
     plain.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match="only in it: nothing; only in the model: replace encoder.1"):
+    with pytest.raises(ValueError, match="nothing.* in the model: replace encoder.1"):
         users.trainer(tmp_path, 2, [SwapActivations()]).fit(
             users.MLP(), users.MLP.data(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True
         )
-    with pytest.raises(ValueError, match="plain.ckpt was saved without surgery; load it with MLP.load_from_checkpoint"):
+    with pytest.raises(ValueError, match="plain.ckpt .*without surgery"):
         restore_surgery(users.MLP, tmp_path / "plain.ckpt")
 
 
@@ -105,11 +103,11 @@ def test_what_the_plan_cannot_build_is_asked_for(tmp_path):
     replace_modules(model, nn.ReLU, lambda old: nn.PReLU())
     fit(tmp_path, model).save_checkpoint(tmp_path / "model.ckpt")
     assert read_plan(tmp_path / "model.ckpt") == recorded_plan(model)
-    with pytest.raises(ValueError, match="'encoder.1' holds a torch.nn.*PReLU whose arguments .*: pass make="):
+    with pytest.raises(ValueError, match="'encoder.1' .*PReLU .*make="):
         restore_surgery(users.MLP, tmp_path / "model.ckpt")
     restored = restore_surgery(users.MLP, tmp_path / "model.ckpt", make=lambda old: nn.PReLU())
     assert type(restored) is users.MLP and torch.equal(restored.encoder[1].weight, model.encoder[1].weight)
-    with pytest.raises(ValueError, match="pass make="):
+    with pytest.raises(ValueError, match="make="):
         apply_plan(users.MLP(), recorded_plan(model), into=Surgery(users.MLP()))
 
 
@@ -238,7 +236,7 @@ def test_a_test_of_untrained_weights_is_refused(tmp_path):
     trainer.save_checkpoint(path)
     for run in ("validate", "test", "predict"):
         fresh = users.trainer(tmp_path, 1, [RestoreSurgery(path)])
-        with pytest.raises(ValueError, match=f"{run} was called without ckpt_path, .*: give ckpt_path='.*operated.c"):
+        with pytest.raises(ValueError, match=f"{run} .*ckpt_path='.*operated.ckpt"):
             getattr(fresh, run)(users.MLP(), users.MLP.data())
     data, loaded = users.MLP.data(), restore_surgery(users.MLP, path)
     once_more, model = users.trainer(tmp_path, 1, [RestoreSurgery(path)]), users.MLP()

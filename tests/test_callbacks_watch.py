@@ -44,17 +44,17 @@ def test_curves():
 
 def test_temperature_schedule_refuses(tmp_path):
     for arguments, match in (
-        ((0.0, 1.0, 5), "start=0.0 is no temperature: give a positive number"),
-        ((1.0, -1.0, 5), "end=-1.0 is no temperature"),
-        ((1.0, 2.0, 0), "steps=0 is no number of steps"),
-        ((1.0, 2.0, 5, "step"), "shape='step' is unknown: use 'exponential'"),
+        ((0.0, 1.0, 5), "start=0.0"),
+        ((1.0, -1.0, 5), "end=-1.0"),
+        ((1.0, 2.0, 0), "steps=0"),
+        ((1.0, 2.0, 5, "step"), "shape='step'"),
     ):
         with pytest.raises(ValueError, match=match):
             TemperatureSchedule(*arguments)
-    with pytest.raises(NoMatchError, match="the model holds Sequential: encoder"):
+    with pytest.raises(NoMatchError, match="Sequential: encoder"):
         users.trainer(tmp_path, 1, [TemperatureSchedule(2.0, 1.0, 5)]).fit(users.MLP(), users.MLP.data())
     learned = [SwapActivations(arguments={"learnable": True}), TemperatureSchedule(2.0, 1.0, 5)]
-    with pytest.raises(ValueError, match="the temperature of 'encoder.1' is learned, so a schedule would fight"):
+    with pytest.raises(ValueError, match="'encoder.1' .*learned"):
         users.trainer(tmp_path, 1, learned).fit(users.MLP(), users.MLP.data())
 
 
@@ -79,7 +79,7 @@ def test_monitor_logs_metrics_histograms_and_figures(tmp_path):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_monitor_sees_through_the_fast_path_of_transformers(tmp_path):
+def test_monitor_disables_the_fast_path_of_transformers(tmp_path):
     model = users.Transformer().eval()
     trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("encoder.layers.1.linear1", dim=-1)])
     result = trainer.test(model, users.Transformer.data(), verbose=False)[0]
@@ -88,11 +88,11 @@ def test_monitor_sees_through_the_fast_path_of_transformers(tmp_path):
 
 
 def test_monitor_refuses(tmp_path):
-    with pytest.raises(ValueError, match="every_n_steps=0 is no number of steps"):
+    with pytest.raises(ValueError, match="every_n_steps=0"):
         PosteriorMonitor("encoder.1", every_n_steps=0)
-    with pytest.raises(ValueError, match="tap='middle' is unknown"):
+    with pytest.raises(ValueError, match="tap='middle'"):
         PosteriorMonitor("encoder.1", tap="middle")
-    with pytest.raises(NoMatchError, match="nothing matches where='decoder'"):
+    with pytest.raises(NoMatchError, match="where='decoder'"):
         users.trainer(tmp_path, 1, [PosteriorMonitor("decoder")]).fit(users.MLP(), users.MLP.data())
 
 

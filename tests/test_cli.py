@@ -267,7 +267,7 @@ def test_audit_loads_a_checkpoint(here, capsys):
 def test_audit_loads_a_checkpoint_with_its_surgery(here, capsys):
     import lightning
 
-    from em_lightning.surgery.em import swap_activations
+    from em_lightning.surgery import swap_activations
 
     Path("nets.py").write_text(
         "import lightning, torch\n"

@@ -1,4 +1,4 @@
-"""The order of the rooms: each imports only from those before it, and heavy libraries stay out of the top."""
+"""The order of the rooms: each imports only from those before it, and the top level loads no heavy library."""
 
 import ast
 import subprocess
@@ -14,6 +14,7 @@ PACKAGE = Path(em_lightning.__file__).parent
 ORDER = [
     "_version",
     "files",
+    "checkpoints",
     "registry",
     "distributed",
     "kernels",
@@ -29,7 +30,6 @@ ORDER = [
     "metrics",
     "plots",
     "results",
-    "checkpoints",
     "data",
     "modules",
     "callbacks",
@@ -55,6 +55,14 @@ def test_a_room_imports_only_from_rooms_before_it(path):
     assert room in ORDER, f"{room} has no place in the order of the rooms"
     later = {name for name in imports(path) if ORDER.index(name) > ORDER.index(room)}
     assert not later, f"{path.name} in {room} imports from later rooms: {', '.join(sorted(later))}"
+
+
+def test_files_of_surgery_import_only_from_those_before_them():
+    order = ["select", "hooks", "wrappers", "record", "edit", "functional", "replay", "em", "layerwise"]
+    for place, name in enumerate(order):
+        for node in ast.walk(ast.parse((PACKAGE / "surgery" / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("em_lightning.surgery"):
+                assert node.module.split(".")[2] in order[:place], f"{name} imports {node.module}"
 
 
 def test_the_top_level_loads_neither_lightning_nor_pyg():

@@ -38,7 +38,10 @@ ELSEWHERE = {
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
         "Digits GaussianBlobs GeometricShapes ImagePointSets MNIST ModelNet PointCloudFolder ProceduralSurfaces"
     ),
-    "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_checkpoint read_plan restore_surgery",
+    "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_plan restore_surgery",
+    "hooks and types, in tests/test_surgery.py and tests/test_callbacks_*.py": (
+        "Calls Chain LayerwiseLoss Shared Taps added_parameters swap_relu_calls undo_all units_of walk wrap"
+    ),
 }
 
 

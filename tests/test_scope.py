@@ -5,7 +5,7 @@ import user_models as users
 from torch import nn
 
 from em_lightning import ACTIVATIONS, COMPETITIONS, audit
-from em_lightning.surgery.em import insert_em_operators
+from em_lightning.surgery import insert_em_operators
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:.*outside the scope")
 

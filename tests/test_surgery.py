@@ -10,16 +10,19 @@ from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.surgery import (
+    LayerwiseLoss,
     NoMatchError,
+    Surgery,
+    apply_plan,
     find_modules,
     insert_after,
+    insert_em_operators,
     recorded_plan,
     replace_modules,
     restore_surgery,
+    swap_activations,
+    wrap,
 )
-from em_lightning.surgery.chain import wrap
-from em_lightning.surgery.em import insert_em_operators, swap_activations
-from em_lightning.surgery.layerwise import LayerwiseLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:`torch.jit")
 
@@ -53,7 +56,7 @@ def test_selection_by_class_name_predicate_and_list():
     assert paths(model, lambda module: isinstance(module, nn.Linear)) == ["0", "2.0"]
     assert paths(model, (nn.Linear, "1")) == ["0", "1", "2.0"]
     assert paths(model, nn.ReLU, "2.*") == ["2.1"]
-    with pytest.raises(TypeError, match="where=3 selects no modules: give a class"):
+    with pytest.raises(TypeError, match="where=3 must"):
         find_modules(model, 3)
 
 
@@ -63,7 +66,7 @@ def test_a_selection_may_narrow_by_several_names_at_once():
 
 
 def test_no_match_lists_what_is_there():
-    with pytest.raises(NoMatchError, match=r"where=GELU; the model holds Linear: 0, 2.0; ReLU: 1, 2.1; Sequential: 2"):
+    with pytest.raises(NoMatchError, match=r"where=GELU.*Linear: 0, 2.0; ReLU: 1, 2.1; Sequential: 2"):
         replace_modules(net(), nn.GELU, nn.Tanh)
 
 
@@ -78,10 +81,79 @@ def test_every_name_of_a_shared_instance_is_a_site_of_its_own():
     replace_modules(model, nn.ReLU, Scaled, shared="together")
     assert model[0] is model[1][0]
     model = nn.Sequential(act, act)
-    with pytest.raises(ValueError, match="0 and 1 are one instance and shared='refuse': give each name"):
+    with pytest.raises(ValueError, match="0 and 1 .*shared='refuse'"):
         replace_modules(model, nn.ReLU, Scaled, shared="refuse")
-    with pytest.raises(ValueError, match="shared='both' is unknown: use 'separate'"):
+    with pytest.raises(ValueError, match="shared='both'"):
         replace_modules(model, nn.ReLU, Scaled, shared="both")
+
+
+def shared_net():
+    act = nn.ReLU()
+    return nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
+
+
+def test_modules_made_from_one_instance_have_hooks_of_their_own():
+    model, x, seen = shared_net(), torch.randn(3, 4), []
+    early = model[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    surgery = swap_activations(model, "signed")
+    model(x)
+    assert len(seen) == 2  # the old hook fires for both, as before
+    early.remove()
+    model[1].register_forward_hook(lambda module, *_: seen.append(module), always_call=True)
+    model[3].register_forward_pre_hook(lambda module, inputs, kwargs: seen.append(module), with_kwargs=True)
+    model(x)
+    assert seen[2:] == [model[1], model[3]]
+    surgery.undo()
+    model(x)
+    assert len(seen) == 4 and model[1] is model[3]
+
+
+@pytest.mark.parametrize("where", ["1", "3"])
+def test_a_hook_on_a_swapped_module_does_not_fire_for_the_instance_at_its_other_place(where):
+    model, seen = shared_net(), []
+    swap_activations(model, "signed", where=where)
+    model[int(where)].register_forward_hook(lambda module, *_: seen.append(module))
+    model(torch.randn(3, 4))
+    assert seen == [model[int(where)]]
+
+
+def test_calls_are_counted_per_name_of_a_shared_instance():
+    model = shared_net()
+    swap_activations(model, "signed", learnable=True)
+    model(torch.randn(3, 4)).sum().backward()
+    assert model[1].log_temperature_ratio.grad is not None is not model[3].log_temperature_ratio.grad
+
+
+def test_layer_losses_of_a_swapped_shared_activation_are_those_of_each_layer():
+    model, x = shared_net(), torch.randn(5, 4)
+    swap_activations(model, "signed")
+    for path in ("1", "3"):
+        losses = LayerwiseLoss(model, path, "variance", weight=1.0)
+        losses.add_to(model(x).sum())
+        losses.remove()
+        first = copy.deepcopy(model[: int(path) + 1])
+        alone = LayerwiseLoss(first, path, "variance", weight=1.0)
+        alone.add_to(first(x).sum())
+        torch.testing.assert_close(losses.values[f"{path}/em"], alone.values[f"{path}/em"])
+
+
+def test_axes_of_a_shared_activation_are_those_of_each_place():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), act, nn.Flatten(), nn.Linear(8, 3), act)
+    surgery = swap_activations(model, "softmax_gated")
+    assert [change.new.dim for change in surgery.changes] == [1, -1]
+
+
+def test_a_plan_with_two_operations_on_one_site_is_applied_in_order():
+    model, x = net(), torch.randn(3, 4)
+    replace_modules(model, "1", nn.Tanh)
+    insert_after(model, "1", nn.Sigmoid)
+    fresh = net()
+    fresh.load_state_dict({key: value for key, value in model.state_dict().items() if "em_surgery" not in key})
+    surgery = apply_plan(fresh, recorded_plan(model), into=Surgery(fresh))
+    assert torch.equal(fresh(x), model(x)) and recorded_plan(fresh) == recorded_plan(model)
+    apply_plan(fresh, recorded_plan(model))  # nothing is left to do
+    assert len(surgery) == len(recorded_plan(fresh)) == 2
 
 
 @pytest.mark.parametrize("on_root", [False, True])
@@ -89,12 +161,12 @@ def test_reused_module_gets_an_operator_per_call_or_is_refused(on_root):
     model = users.ReusedMLP() if on_root else nn.Sequential(users.ReusedMLP())
     name, x = ("relu", "0.relu")[not on_root], torch.randn(3, 6)
     with replace_modules(model, nn.ReLU, Scaled):
-        with pytest.raises(RuntimeError, match=f"'{name}' is called more than 1 time.* set calls=N .* or calls='any'"):
+        with pytest.raises(RuntimeError, match=f"'{name}' .* 1 time.* calls=N .* calls='any'"):
             model(x)
     with replace_modules(model, nn.ReLU, Scaled, calls="any"):
         model(x)
     with replace_modules(model, nn.ReLU, Scaled, calls=3):
-        with pytest.raises(RuntimeError, match="was called 2 times in one forward, but calls=3 .* set calls=2"):
+        with pytest.raises(RuntimeError, match="2 calls.*calls=3.*calls=2"):
             model(x)
     with replace_modules(model, nn.ReLU, Scaled, calls={"*relu": 2}):
         inner = model if on_root else model[0]
@@ -102,7 +174,7 @@ def test_reused_module_gets_an_operator_per_call_or_is_refused(on_root):
         hidden = first(inner.first(x))
         assert torch.equal(model(x), inner.head(second(inner.second(hidden))))
         assert torch.equal(copy.deepcopy(model)(x), model(x))
-    with pytest.raises(ValueError, match="calls=0 is no number of calls: use a positive int"):
+    with pytest.raises(ValueError, match="calls=0"):
         replace_modules(model, nn.ReLU, Scaled, calls=0)
     replace_modules(model, nn.ReLU, nn.Tanh)  # nothing to tie: no limit
     model(x)
@@ -119,7 +191,7 @@ def test_calls_in_a_list_are_counted_by_the_module_that_calls():
 
     model = nn.Sequential(Stack())
     replace_modules(model, nn.ReLU, Scaled)
-    with pytest.raises(RuntimeError, match="'0.acts.0' is called more than 1"):
+    with pytest.raises(RuntimeError, match="'0.acts.0' .* 1 time"):
         model(torch.randn(2))
 
 
@@ -165,9 +237,9 @@ def test_make_may_be_a_class_a_partial_a_prototype_or_a_function():
     assert model[2][1] is not prototype and torch.equal(model[2][1].scale, prototype.scale)
     replace_modules(model, nn.Linear, lambda old: nn.Linear(old.in_features, old.out_features, bias=False))
     assert model[0].bias is None
-    with pytest.raises(TypeError, match="make returned 3 for '0'; it has to return an nn.Module"):
+    with pytest.raises(TypeError, match="make returned 3 for '0'"):
         replace_modules(model, "0", lambda old: 3)
-    with pytest.raises(ValueError, match="make returned the module that stands at '0' already"):
+    with pytest.raises(ValueError, match="make returned .* '0'"):
         replace_modules(model, "0", lambda old: old)
 
 
@@ -204,11 +276,11 @@ def test_links_of_one_method_are_removed_in_any_order():
         handles = [wrap(greeter, "greet", lambda proceed, name, mark=m: proceed(name) + mark) for m in "ab"]
         assert greeter.greet("x") == "xab"
         for number in order:
-            handles[number].remove()
+            handles[number]()
         assert greeter.greet("x") == "x" and "greet" not in vars(greeter)
     other = Greeter()
     other.greet = lambda name: name.upper()  # somebody else's
-    wrap(other, "greet", lambda proceed, name: proceed(name) + "!").remove()
+    wrap(other, "greet", lambda proceed, name: proceed(name) + "!")()
     assert other.greet("x") == "X"
 
 
@@ -248,9 +320,13 @@ def test_transformer_in_eval_takes_the_swapped_activation(activation):
     torch.testing.assert_close(fast_padded, slow_padded)
     assert not torch.allclose(before[~padding], slow_padded[~padding], atol=1e-2)
     first.undo()
-    assert not encoder.use_nested_tensor and encoder.layers[0].activation_relu_or_gelu == 1
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), encoder.train()(x))
+    compiled = torch.compile(encoder.eval(), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), encoder(x))
     second.undo()
-    assert encoder.use_nested_tensor
+    assert encoder.use_nested_tensor and encoder.layers[0].activation_relu_or_gelu == 1
     assert (
         encoder.layers[0].activation is activation
         or encoder.layers[0].activation is F.relu
@@ -260,10 +336,10 @@ def test_transformer_in_eval_takes_the_swapped_activation(activation):
 
 
 def test_inside_of_attention_and_scripts_is_refused():
-    with pytest.raises(ValueError, match="'0.out_proj' lies inside nn.MultiheadAttention, which reads the weights"):
+    with pytest.raises(ValueError, match="'0.out_proj' .*nn.MultiheadAttention"):
         replace_modules(nn.Sequential(nn.MultiheadAttention(4, 2)), nn.Linear, nn.Identity)
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
-    with pytest.raises(ValueError, match="'0.1' belongs to a ScriptModule, .* before torch.jit.script"):
+    with pytest.raises(ValueError, match="'0.1' .*ScriptModule"):
         replace_modules(model, nn.ReLU, nn.Tanh)
 
 
@@ -278,7 +354,7 @@ def test_operator_behind_an_attention_takes_the_first_of_its_outputs():
     model = nn.Sequential(nn.LSTMCell(2, 2), nn.Flatten())
     insert_after(model, "0", nn.Tanh)
     model[0].layer.forward = lambda x: {"x": x}
-    with pytest.raises(TypeError, match="LSTMCell returns dict, and an operator can stand only behind a tensor"):
+    with pytest.raises(TypeError, match="LSTMCell returns dict"):
         model[0](x)
 
 
@@ -329,7 +405,7 @@ def test_units_axis_and_width_are_read_off_the_layers():
         "fc": (3, -1),
         "bn1": (4, 1),
     }
-    with pytest.raises(ValueError, match="'0' is a Flatten, which does not tell its width: give num_features="):
+    with pytest.raises(ValueError, match="'0' is a Flatten .*num_features="):
         insert_em_operators(nn.Sequential(nn.Flatten()), "0")
     encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     assert insert_em_operators(encoder, "0", 2).changes[0].added[0].operator.num_features == 8
@@ -353,11 +429,11 @@ def test_activation_arguments():
     swap_activations(model, nn.GELU, target=type(model[1]), where="1")
     swap_activations(model, {"class_path": "torch.nn.SiLU"}, target=nn.GELU)
     assert isinstance(model[1], nn.SiLU)
-    with pytest.raises(TypeError, match="activation=Tanh is built already and takes neither dim="):
+    with pytest.raises(TypeError, match="activation=Tanh .*dim="):
         swap_activations(net(), nn.Tanh(), dim=1)
-    with pytest.raises(ValueError, match="unknown activation 'singed'; did you mean 'signed'"):
+    with pytest.raises(ValueError, match="'singed'.*'signed'"):
         swap_activations(net(), "singed")
-    with pytest.raises(TypeError, match="activation=3 stands for no activation: give a key"):
+    with pytest.raises(TypeError, match="activation=3 must"):
         swap_activations(net(), 3)
 
 
@@ -380,7 +456,7 @@ class Functional(nn.Module):
 def test_calls_of_relu_are_swapped_where_that_is_asked_for():
     model, x = nn.Sequential(Functional(), nn.Linear(4, 2)), torch.randn(3, 4)
     before, keys = model(x), set(model.state_dict())
-    with pytest.raises(NoMatchError, match="where='\\*' with target=ReLU; the model holds Functional: 0"):
+    with pytest.raises(NoMatchError, match="where='\\*' .*target=ReLU.*Functional: 0"):
         swap_activations(model, nn.Tanh)
     surgery = swap_activations(model, nn.Tanh, functional=True)
     y = (model[0].inner(x) + 1).tanh()
@@ -393,7 +469,7 @@ def test_calls_of_relu_are_swapped_where_that_is_asked_for():
     assert torch.equal(copy.deepcopy(model)(x), expected)
     surgery.undo()
     assert torch.equal(model(x), before) and set(model.state_dict()) == keys and "forward" not in vars(model[0])
-    with replace_modules(model, "1", nn.Identity), pytest.raises(NoMatchError, match="names relu in its forward"):
+    with replace_modules(model, "1", nn.Identity), pytest.raises(NoMatchError, match="where='1' .*relu"):
         swap_activations(model, nn.Tanh, where="1", functional=True)
     with (
         swap_activations(model, Scaled, functional=True),
@@ -409,8 +485,6 @@ def test_calls_of_relu_in_the_root_and_in_a_checkpoint(tmp_path):
     class Net(users.MLP):
         def forward(self, x):
             return self.head(F.relu(self.encoder(x)))
-
-    from em_lightning.surgery import restore_surgery
 
     model, x = Net(), torch.randn(3, 6)
     swap_activations(model, "softmax_gated", functional=True)
@@ -447,7 +521,7 @@ def test_functional_relu_competes_over_channels():
 
 
 def test_a_forward_that_calls_relu_is_hinted_at():
-    with pytest.raises(NoMatchError, match="call relu as a function, which functional=True swaps"):
+    with pytest.raises(NoMatchError, match="relu .*functional=True"):
         swap_activations(FunctionalConv(), "signed")
 
 
@@ -458,31 +532,27 @@ def test_an_axis_that_is_none_is_answered(name):
 
 
 def test_restoring_wants_a_class():
-    with pytest.raises(TypeError, match="cls is an instance of FunctionalConv; give the class itself"):
+    with pytest.raises(TypeError, match="cls must be a class.*FunctionalConv"):
         restore_surgery(FunctionalConv(), "any.ckpt")
 
 
 def test_misspelt_arguments_are_named():
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
-    with pytest.raises(TypeError, match="SignedActivation takes no argument 'margn'; did you mean margin?"):
+    with pytest.raises(TypeError, match="SignedActivation.*'margn'"):
         swap_activations(net, "signed", margn=2.0)
-    with pytest.raises(TypeError, match="EMRefinement takes no argument 'num_iter'; did you mean num_iters?"):
+    with pytest.raises(TypeError, match="'num_iter'"):
         insert_em_operators(net, "0", num_iter=3)
-    with pytest.raises(TypeError, match="EMRefinement takes no argument 'zzz'; it takes num_components, .*lloyd_steps"):
-        insert_em_operators(net, "0", zzz=3)
-    with pytest.raises(TypeError, match="num_components='4' is no number of components; give an int such as 8"):
-        insert_em_operators(net, "0", "4")
-    with pytest.raises(NoMatchError, match=r"target='ReLU' \('ReLU' is read as a name pattern; give the class"):
+    with pytest.raises(NoMatchError, match=r"target='ReLU' .*name pattern"):
         swap_activations(net, "signed", "ReLU")
-    with pytest.raises(NoMatchError, match=r"target='nn.ReLU' \('nn.ReLU' is read as a name pattern"):
+    with pytest.raises(NoMatchError, match=r"target='nn.ReLU' .*name pattern"):
         swap_activations(net, "signed", "nn.ReLU")
 
 
 def test_patterns_of_weights_have_to_match():
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
-    with pytest.raises(ValueError, match=r"no layer matches 'head\*'; selected are 0"):
+    with pytest.raises(ValueError, match=r"weight=.*'head\*'.* 0$"):
         LayerwiseLoss(net, "0", weight={"0": 0.1, "head*": 0.2})
-    with pytest.raises(ValueError, match="unknown loss 'emm'.*; or 'em', the sum of the parts of EMLoss"):
+    with pytest.raises(ValueError, match="'emm'.*'em'"):
         LayerwiseLoss(net, "0", loss="emm")
 
 
@@ -497,5 +567,5 @@ def test_an_activation_that_is_built_is_copied_to_every_site():
     surgery.undo()
     assert type(model[1]) is nn.ReLU
     for arguments in ({"dim": 1}, {"margin": 2.0}):
-        with pytest.raises(TypeError, match="activation=SignedActivation is built already and takes neither dim= nor"):
+        with pytest.raises(TypeError, match="activation=SignedActivation .*dim="):
             swap_activations(model, built, **arguments)

@@ -1,4 +1,4 @@
-"""LightningModules as strangers write them: nothing in here knows em_lightning."""
+"""LightningModules as users write them, without em_lightning."""
 
 import lightning.pytorch as pl
 import torch
@@ -74,7 +74,7 @@ class ReusedMLP(MLP):
 
 
 class BasicBlock(nn.Module):
-    """torchvision's, whose one relu is called twice."""
+    """torchvision's block, whose relu is called twice."""
 
     def __init__(self, inplanes, planes, stride=1, downsample=None):
         super().__init__()
@@ -252,7 +252,7 @@ class GIN(Graphs):
 
 
 class PointNet(Graphs):
-    """Of PyG's tutorial, on the graph that is given."""
+    """The network of PyG's tutorial, on a given graph."""
 
     def build(self):
         from torch_geometric.nn import PointNetConv
@@ -272,7 +272,7 @@ class PointNet(Graphs):
 
 
 def trainer(folder, epochs=2, callbacks=(), **options):
-    """A Trainer that is quiet and writes nowhere else."""
+    """Return a Trainer that prints nothing and writes only to a folder."""
     options = {"logger": False, "enable_checkpointing": False, **options}
     return pl.Trainer(
         default_root_dir=folder,

@@ -1,7 +1,8 @@
-"""Callbacks that change the model: when to operate, and what to check."""
+"""Callbacks that change the model before its optimizers are built: swap activations, insert EM operators, restore."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from os import PathLike
 from typing import Any, Literal
@@ -9,11 +10,20 @@ from typing import Any, Literal
 from lightning.pytorch import Callback
 from torch import nn
 
-from em_lightning.surgery import NoMatchError, Surgery, apply_plan, read_plan, recorded_plan
-from em_lightning.surgery.chain import Handle, wrap
-from em_lightning.surgery.edit import Calls
-from em_lightning.surgery.em import insert_em_operators, swap_activations
-from em_lightning.surgery.sites import MARKER
+from em_lightning.surgery import (
+    Calls,
+    NoMatchError,
+    Shared,
+    Surgery,
+    added_parameters,
+    apply_plan,
+    insert_em_operators,
+    read_plan,
+    recorded_plan,
+    swap_activations,
+    undo_all,
+    wrap,
+)
 
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
@@ -21,96 +31,82 @@ _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 class SurgicalCallback(Callback):
     """Operates on the model before its optimizers are built and its checkpoint is loaded; a subclass defines how.
 
-    A model that builds layers in its own ``setup`` or ``configure_model`` is operated right after these as well. The
-    operation outlasts the run, as its parameters are trained: ``callback.surgery.undo()`` takes it back. Checkpoints
-    carry the plan of it and refuse to load into a model without it.
+    A model that builds layers in its own ``setup`` or ``configure_model`` is operated after these as well. The surgery
+    remains after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its
+    plan and do not load into a model without it.
 
     Attributes:
-        surgery: what was done; None before the first run.
+        surgery: the surgery; None before the first run.
     """
 
     def __init__(self) -> None:
         self.surgery: Surgery | None = None
-        self._handles: list[Handle] = []
+        self._undos: list[Callable[[], Any]] = []
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
-        """Extend the surgery by what is to be done to the model as it stands; raise NoMatchError if that is nothing."""
+        """Extend the surgery by what the model holds so far; raise NoMatchError if nothing matches."""
         raise NotImplementedError
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Operate, unless an earlier run with the same settings has done so."""
-        self._check_order(trainer)
+        before = trainer.callbacks[: trainer.callbacks.index(self)]
+        for callback in before:
+            if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
+                raise ValueError(
+                    f"{type(callback).__name__} precedes {type(self).__name__} in callbacks and copies the model "
+                    f"before it is operated: put {type(self).__name__} first"
+                )
         if any(entry["by"] == self.state_key for entry in recorded_plan(pl_module)):
             return
         self.surgery = Surgery(pl_module, by=self.state_key)
         builders = [name for name in ("setup", "configure_model") if _overrides(pl_module, name)]
-        self._attempt(pl_module, last=not builders)
+        self._operate(self.surgery, last=not builders)
         for name in builders:
-            self._handles.append(wrap(pl_module, name, self._after(pl_module, last=name == builders[-1])))
+            link = functools.partial(self._operate_after, self.surgery, name == builders[-1])
+            self._undos.append(wrap(pl_module, name, link))
 
-    def _after(self, model: Any, last: bool) -> Callable[..., Any]:
-        def operate_after(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            result = proceed(*args, **kwargs)
-            self._attempt(model, last)
-            if last:
-                self._release()
-            return result
+    def _operate_after(
+        self, surgery: Surgery, last: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        result = proceed(*args, **kwargs)
+        self._operate(surgery, last)
+        if last:
+            undo_all(self._undos)
+        return result
 
-        return operate_after
-
-    def _attempt(self, model: Any, last: bool) -> None:
-        assert self.surgery is not None
+    def _operate(self, surgery: Surgery, last: bool) -> None:
         try:
-            self.operate(model, self.surgery)
+            self.operate(surgery.model, surgery)
         except NoMatchError:
-            if last and not self.surgery.changes:
+            if last and not surgery.changes:
                 raise
 
-    def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that every parameter which came with a surgery is trained.
+        """Check that an optimizer trains every added parameter.
 
         Raises:
-            ValueError: one is in no optimizer.
+            ValueError: no optimizer trains one.
         """
-        trained = {
-            id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-        names = {id(p): name for name, p in pl_module.named_parameters() if p.requires_grad}
-        operators = [module for module in pl_module.modules() if MARKER in module._buffers]
-        mine = {id(p) for module in operators for p in module.parameters() if p.requires_grad}
-        missing = sorted(names[key] for key in mine - trained)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        trained = {id(p) for group in groups for p in group["params"]}
+        missing = sorted(name for name, p in added_parameters(pl_module).items() if id(p) not in trained)
         if trained and missing:
             raise ValueError(
-                f"no optimizer trains {', '.join(missing)}: configure_optimizers names its parameters one by one, so "
-                f"add these, or operate with em_lightning.surgery before the optimizer is built"
+                f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or operate with "
+                f"em_lightning.surgery before the optimizer is built"
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the methods that were wrapped; the surgery stays."""
-        self._release()
+        """Remove the wrappers of methods; the surgery remains."""
+        undo_all(self._undos)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Let go of the methods that were wrapped: Lightning calls no teardown after an exception."""
-        self._release()
-
-    def _check_order(self, trainer: Any) -> None:
-        for callback in trainer.callbacks:
-            if callback is self:
-                return
-            if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
-                raise ValueError(
-                    f"{type(callback).__name__} stands before {type(self).__name__} in the list of callbacks and "
-                    f"copies the model before it is operated: put {type(self).__name__} first"
-                )
+        """Remove the wrappers of methods: Lightning calls no teardown after an exception."""
+        undo_all(self._undos)
 
 
 def _overrides(module: Any, name: str) -> bool:
-    # by name, as `lightning` and `pytorch_lightning` each have a LightningModule of their own
+    # by name, as lightning and pytorch_lightning each have a LightningModule
     base = next((cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule"), None)
     return base is not None and (name in vars(module) or getattr(type(module), name) is not getattr(base, name))
 
@@ -118,20 +114,16 @@ def _overrides(module: Any, name: str) -> bool:
 class SwapActivations(SurgicalCallback):
     """Replaces activations by competitive ones in any LightningModule.
 
-    Without a Trainer: :func:`em_lightning.surgery.em.swap_activations`, which has the same arguments.
+    Without a Trainer: :func:`em_lightning.surgery.swap_activations`.
 
     Args:
         activation: a key, class, mapping or instance of ``ACTIVATIONS``.
-        target: the class of module to replace, or several.
-        where: and where: a name pattern such as ``"encoder.*"``, a predicate, or a list.
-        dim: the axis of the units; "auto" takes 1 behind convolutions and the norms of their kind, else the last.
-        shared: one instance under several names becomes "separate" modules, one ("together"), or is "refuse"-d.
-        calls: operators for a module that is called several times; see :func:`em_lightning.surgery.replace_modules`.
-        functional: also swap ``relu`` where a forward calls it as a function.
-        arguments: of the activation.
+        target: the class or classes to replace.
+        where: a second selection: a name pattern such as ``"encoder.*"``, a predicate, or a list of these.
+        arguments: of the activation; for the others see :func:`em_lightning.surgery.swap_activations`.
 
     Raises:
-        NoMatchError: at setup, if nothing is selected; the message lists what is there.
+        NoMatchError: at setup, if nothing matches; the message lists the modules of the model.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -145,7 +137,7 @@ class SwapActivations(SurgicalCallback):
         where: Any = "*",
         *,
         dim: int | Literal["auto"] = "auto",
-        shared: Literal["separate", "together", "refuse"] = "separate",
+        shared: Shared = "separate",
         calls: Calls = None,
         functional: bool = False,
         arguments: dict[str, Any] | None = None,
@@ -154,20 +146,13 @@ class SwapActivations(SurgicalCallback):
         self.activation = activation
         self.target = target
         self.where = where
-        self.options: dict[str, Any] = {
-            "dim": dim,
-            "shared": shared,
-            "calls": calls,
-            "functional": functional,
-            **(arguments or {}),
-        }
+        self.options: dict[str, Any] = {"dim": dim, "shared": shared, "calls": calls, "functional": functional}
+        self.options.update(arguments or {})
 
     @property
     def state_key(self) -> str:
-        """Tell two such callbacks apart."""
-        return self._generate_state_key(
-            activation=_said(self.activation), target=_said(self.target), where=_said(self.where), **self.options
-        )
+        """A key that differs between callbacks with different settings."""
+        return _state_key(self, activation=self.activation, target=self.target, where=self.where, **self.options)
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
         """Swap what matches."""
@@ -175,22 +160,19 @@ class SwapActivations(SurgicalCallback):
 
 
 class InsertEMOperator(SurgicalCallback):
-    """Puts a gated EM layer behind chosen layers: ``x + gate * op(x)`` with a gate that starts at 0.
+    """Inserts a gated EM layer behind chosen layers: ``x + gate * op(x)`` with a gate that starts at 0.
 
-    Without a Trainer: :func:`em_lightning.surgery.em.insert_em_operators`, which has the same arguments.
+    Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`.
 
     Args:
-        where: the layers: a class, a name pattern, a predicate, or a list.
+        where: the layers: a class, a name pattern, a predicate, or a list of these.
         num_components: K.
-        target: a second selection that has to hold as well.
-        num_features: the width of the layer's output; read off the layer where it is left out.
-        dim: the axis of the features; "auto" takes 1 behind convolutions and the norms of their kind, else the last.
-        shared: one instance under several names gets "separate" operators, one ("together"), or is "refuse"-d.
-        calls: operators for a layer that is called several times; see :func:`em_lightning.surgery.insert_after`.
-        arguments: of :class:`em_lightning.operators.EMRefinement`.
+        target: a second selection, which must match as well.
+        arguments: of :class:`em_lightning.operators.EMRefinement`; for the others see
+            :func:`em_lightning.surgery.insert_em_operators`.
 
     Raises:
-        NoMatchError: at setup, if nothing is selected; the message lists what is there.
+        NoMatchError: at setup, if nothing matches; the message lists the modules of the model.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -205,43 +187,36 @@ class InsertEMOperator(SurgicalCallback):
         target: type[nn.Module] | None = None,
         num_features: int | None = None,
         dim: int | Literal["auto"] = "auto",
-        shared: Literal["separate", "together", "refuse"] = "separate",
+        shared: Shared = "separate",
         calls: Calls = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.where = where
-        self.target = target
-        self.options: dict[str, Any] = {
-            "num_components": num_components,
-            "num_features": num_features,
-            "dim": dim,
-            "shared": shared,
-            "calls": calls,
-            **(arguments or {}),
-        }
+        self.options: dict[str, Any] = {"num_components": num_components, "target": target, "dim": dim}
+        self.options.update(num_features=num_features, shared=shared, calls=calls, **(arguments or {}))
 
     @property
     def state_key(self) -> str:
-        """Tell two such callbacks apart."""
-        return self._generate_state_key(where=_said(self.where), target=_said(self.target), **self.options)
+        """A key that differs between callbacks with different settings."""
+        return _state_key(self, where=self.where, **self.options)
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
         """Insert where it matches."""
-        insert_em_operators(model, self.where, target=self.target, into=surgery, **self.options)
+        insert_em_operators(model, self.where, into=surgery, **self.options)
 
 
 class RestoreSurgery(SurgicalCallback):
-    """Repeats the surgery that a checkpoint was saved with, so that test and predict need no other callback.
+    """Repeats the surgery of a checkpoint, so that test and predict need no other callback.
 
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
 
     Args:
-        path: the checkpoint whose plan to follow, the one that is given to the Trainer as ``ckpt_path``.
+        path: the checkpoint with the plan, the one that is given to the Trainer as ``ckpt_path``.
 
     Raises:
-        ValueError: before a validation, test or prediction whose Trainer loaded no checkpoint: the model would be
-            measured with the weights that it was built with.
+        ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model
+            would have untrained weights.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
@@ -253,29 +228,33 @@ class RestoreSurgery(SurgicalCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read the plan and operate, unless the model has been operated already."""
         self._plan = read_plan(self.path)
-        before = self.surgery
-        if self._plan and recorded_plan(pl_module) != self._plan:
+        self._operated = bool(self._plan) and recorded_plan(pl_module) != self._plan
+        if self._operated:
             super().setup(trainer, pl_module, stage)
-        self._operated = self.surgery is not before
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse to measure weights that nobody trained; a fit may start from them."""
+        """Raise if the model has untrained weights; a fit may start from them."""
         if self._operated and trainer.state.fn != "fit" and trainer.ckpt_path is None:
             raise ValueError(
-                f"{trainer.state.fn.value} was called without ckpt_path, so the operated model would run on the "
-                f"weights that it was built with: give ckpt_path={str(self.path)!r}, or a model from restore_surgery"
+                f"{trainer.state.fn.value} was called without ckpt_path, so the operated model would have untrained "
+                f"weights: give ckpt_path={str(self.path)!r}, or a model from restore_surgery"
             )
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
-        """Follow the part of the plan whose sites exist by now and are not operated yet."""
-        done = [entry["path"] for entry in recorded_plan(model)]
-        apply_plan(model, [entry for entry in self._plan if entry["path"] not in done], into=surgery)
+        """Apply the entries of the plan that the model holds so far."""
+        apply_plan(model, self._plan, into=surgery)
 
 
-def _said(what: Any) -> str:
-    if isinstance(what, (list, tuple)):
-        return ",".join(_said(one) for one in what)
-    return getattr(what, "__qualname__", None) or (type(what).__name__ if isinstance(what, nn.Module) else str(what))
+def _state_key(callback: Callback, **settings: Any) -> str:
+    return f"{type(callback).__qualname__}({', '.join(f'{key}={_named(value)}' for key, value in settings.items())})"
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(_named(one) for one in value)
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return getattr(value, "__qualname__", None) or str(value)

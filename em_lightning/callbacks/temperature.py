@@ -1,4 +1,4 @@
-"""Annealing: the temperature of every competition as a function of the step."""
+"""Temperature annealing: the temperature of every competition as a function of the step."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
-from em_lightning.surgery.tempering import set_temperature
+from em_lightning.surgery import set_temperature
 
 
 class TemperatureSchedule(Callback):
-    r"""Moves the temperature of competitions and activations from one value to another.
+    r"""Changes the temperature of competitions and activations from one value to another.
 
-    With s = min(step / steps, 1): "exponential" :math:`T_0 (T_1 / T_0)^s`, "linear" :math:`T_0 + (T_1 - T_0) s`,
-    "cosine" :math:`T_1 + (T_0 - T_1) (1 + \cos \pi s) / 2`. It is logged as ``em/temperature`` and is in the model's
-    checkpoints. A model under ``torch.compile`` is compiled anew for each value.
+    With s = min(step / steps, 1): "exponential" :math:`T_0^{1-s} T_1^s`, "linear" :math:`(1-s) T_0 + s T_1`, "cosine"
+    :math:`c T_0 + (1-c) T_1` with :math:`c = (1 + \cos \pi s) / 2`. The value is logged as ``em/temperature`` and part
+    of the model's checkpoints. A model under ``torch.compile`` is recompiled for each value.
 
-    Without a Trainer: :func:`em_lightning.surgery.tempering.set_temperature`.
+    Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 
     Args:
         start: T at step 0.
         end: T from step ``steps`` on.
-        steps: how many optimizer steps it takes.
+        steps: number of optimizer steps from start to end.
         shape: of the curve.
-        where: names or a predicate of the modules; all that have a temperature, unless it is given.
+        where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:
         ValueError: an argument is out of range; or, when the fit starts, a temperature is learned.
-        NoMatchError: when the fit starts, if no module has a temperature; the message lists what is there.
+        NoMatchError: when the fit starts, if no module has a temperature; the message lists the modules of the model.
 
     Example:
         >>> schedule = TemperatureSchedule(4.0, 1.0, steps=100)
@@ -46,36 +46,33 @@ class TemperatureSchedule(Callback):
     ) -> None:
         for name, value in (("start", start), ("end", end)):
             if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value!r} is no temperature: give a positive number")
+                raise ValueError(f"{name}={value!r} must be a positive number")
         if not (isinstance(steps, int) and steps >= 1):
-            raise ValueError(f"steps={steps!r} is no number of steps: give an int of at least 1")
+            raise ValueError(f"steps={steps!r} must be an int of at least 1")
         if shape not in ("exponential", "linear", "cosine"):
-            raise ValueError(f"shape={shape!r} is unknown: use 'exponential', 'linear' or 'cosine'")
+            raise ValueError(f"shape={shape!r} must be 'exponential', 'linear' or 'cosine'")
         self.start, self.end, self.steps, self.shape, self.where = start, end, steps, shape, where
 
     @property
     def state_key(self) -> str:
-        """Tell two such callbacks apart."""
-        return self._generate_state_key(where=str(self.where))
+        """A key that differs between callbacks on different modules."""
+        return f"{type(self).__qualname__}(where={self.where})"
 
     def value(self, step: int) -> float:
         """Return T at a step."""
         share = min(step / self.steps, 1.0)
         if self.shape == "exponential":
-            return self.start ** (1.0 - share) * self.end**share  # a ratio may lie outside the range of floats
-        if self.shape == "linear":
-            left = 1.0 - share
-        else:
-            left = (1 + math.cos(math.pi * share)) / 2
+            return self.start ** (1.0 - share) * self.end**share  # not (end / start)**share, which may overflow
+        left = 1.0 - share if self.shape == "linear" else (1.0 + math.cos(math.pi * share)) / 2.0
         return left * self.start + (1.0 - left) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that there is something to schedule, and that nothing else moves it."""
+        """Check that there are temperatures, and that none is learned."""
         for path, module in set_temperature(pl_module, self.value(trainer.global_step), self.where).items():
             if module.log_temperature_ratio is not None:
                 raise ValueError(
-                    f"the temperature of {path!r} is learned, so a schedule would fight its optimizer: "
-                    f"build it with learnable=False, or leave it out through where="
+                    f"the temperature of {path!r} is learned, and a schedule would overwrite it: build it with "
+                    f"learnable=False, or exclude it through where="
                 )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -1,4 +1,4 @@
-"""How long a run will still take, in its progress bar."""
+"""Remaining time of a run in its progress bar."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import lightning
 
 
 class TimeLeft(lightning.Callback):
-    """Show the minutes that are left of the whole fit, as the progress bar knows only those of the epoch.
+    """Shows the remaining minutes of the whole fit; the progress bar itself shows only those of the epoch.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[TimeLeft()], logger=False, enable_checkpointing=False)
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the clock, at the step that a resumed run starts from."""
+        """Start the clock at the first step of this run."""
         self._start, self._first = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Extrapolate from the steps done."""
+        """Extrapolate from the finished steps."""
         done = trainer.global_step - self._first
         total = trainer.estimated_stepping_batches
         if done > 0 and total < float("inf"):

@@ -1,8 +1,7 @@
-"""Callbacks that watch: posteriors of layers as they train, and an audit of the whole model."""
+"""Callbacks that monitor the posteriors of layers during training, and audit the whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,17 +12,15 @@ from torchmetrics import MetricCollection
 from em_lightning.competition import softmin
 from em_lightning.metrics import layer_metrics
 from em_lightning.scope import Audit, audit
-from em_lightning.surgery.edit import take_slow_path
-from em_lightning.surgery.taps import Taps
-from em_lightning.surgery.units import axis_of
+from em_lightning.surgery import Taps, units_of
 
 
 def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
     """Draw the responsibilities of the first items (rows) for all hypotheses (columns), and the mean of each.
 
     Args:
-        energies: (..., K), low energy wins.
-        max_items: rows to draw.
+        energies: (..., K); low energy wins.
+        max_items: number of rows.
 
     Returns:
         A matplotlib figure.
@@ -49,23 +46,23 @@ def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
 class PosteriorMonitor(Callback):
     """Logs how the units of layers compete: metrics, a histogram and a figure of responsibilities.
 
-    What flows through a layer is read as energies, and the responsibilities are their softmin. In training the metrics
-    are those of one batch in ``every_n_steps``, logged as ``em/<layer>/<metric>``; in validation and test those of the
+    The output of a layer is read as energies, and the responsibilities are their softmin. In training the metrics are
+    those of one batch in ``every_n_steps``, logged as ``em/<layer>/<metric>``; in validation and test those of the
     whole set over all ranks, as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's also get a histogram
-    and a figure, of the last batch that was seen.
+    and a figure of the last batch.
 
     Without a Trainer: :func:`em_lightning.metrics.layer_metrics` and :func:`responsibilities_figure`.
 
     Args:
-        where: the layers: a class, a name pattern, a predicate, or a list.
-        target: a second selection that has to hold as well.
-        tap: "output" of the layer, or its "input".
+        where: the layers: a class, a name pattern, a predicate, or a list of these.
+        target: a second selection, which must match as well.
+        tap: "output" or "input" of the layer.
         dim: the axis of the units; "auto" takes 1 at convolutions and what follows them, else the last.
-        every_n_steps: training steps between two looks.
-        figures: whether to draw.
+        every_n_steps: training steps between two measurements.
+        figures: whether to draw figures.
 
     Raises:
-        NoMatchError: at the start, if nothing is selected; the message lists what is there.
+        NoMatchError: at the start, if nothing matches; the message lists the modules of the model.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -83,9 +80,9 @@ class PosteriorMonitor(Callback):
         figures: bool = True,
     ) -> None:
         if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
-            raise ValueError(f"every_n_steps={every_n_steps!r} is no number of steps: give an int of at least 1")
+            raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
         if tap not in ("output", "input"):
-            raise ValueError(f"tap={tap!r} is unknown: use 'output' or 'input'")
+            raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
         self.where = where
         self.target = target
         self.tap = tap
@@ -96,32 +93,28 @@ class PosteriorMonitor(Callback):
         self._metrics: dict[str, MetricCollection] = {}
         self._dims: dict[str, int] = {}
         self._last: dict[str, Tensor] = {}
-        self._ways_back: list[Callable[[], Any]] = []
 
     @property
     def state_key(self) -> str:
-        """Tell two such callbacks apart."""
-        return self._generate_state_key(where=str(self.where), tap=self.tap)
+        """A key that differs between callbacks on different layers."""
+        return f"{type(self).__qualname__}(where={self.where}, tap={self.tap})"
 
     def _start(self, pl_module: Any) -> None:
         self._stop()
         self._taps = Taps(pl_module, self.where, self.tap, self.target)
-        for site in self._taps.sites:
-            self._ways_back.extend(take_slow_path(site))  # the fused inference of transformers calls no hooks
-            self._dims[site.path] = axis_of(site, self.dim)
-            self._metrics[site.path] = layer_metrics(self._dims[site.path]).to(pl_module.device)
+        self._dims = {site.path: units_of(site, self.dim)[1] for site in self._taps.sites}
+        self._metrics = {path: layer_metrics(dim).to(pl_module.device) for path, dim in self._dims.items()}
         self._taps.attach()
 
     def _stop(self) -> None:
         if self._taps is not None:
             self._taps.remove()
-        for way_back in reversed(self._ways_back):
-            way_back()
-        self._taps, self._metrics, self._last, self._ways_back = None, {}, {}, []
+        self._taps, self._metrics, self._last = None, {}, {}
 
     @torch.no_grad()
     def _update(self) -> None:
-        assert self._taps is not None
+        if self._taps is None:
+            return
         for path, tensors in self._taps.take().items():
             for tensor in tensors:
                 self._metrics[path].update(tensor.detach())
@@ -132,60 +125,54 @@ class PosteriorMonitor(Callback):
             values = self._metrics[path].compute()
             pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
             for logger in trainer.loggers if trainer.is_global_zero else ():
-                experiment = logger.experiment
-                if hasattr(experiment, "add_histogram"):
+                if hasattr(logger.experiment, "add_histogram"):
                     tag = f"{prefix}/{path}/responsibilities"
                     responsibilities = softmin(energies.float()).responsibilities
-                    experiment.add_histogram(tag, responsibilities.flatten(), trainer.global_step)
+                    logger.experiment.add_histogram(tag, responsibilities.flatten(), trainer.global_step)
                     if self.figures:
-                        experiment.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
+                        logger.experiment.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
         self._stop()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Look at every n-th step."""
+        """Start to collect at every n-th step."""
         if trainer.global_step % self.every_n_steps == 0:
             self._start(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what was seen in this step."""
-        if self._taps is not None:
-            self._update()
-            self._report(trainer, pl_module, "em")
+        """Log the batch."""
+        self._update()
+        self._report(trainer, pl_module, "em")
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start to collect, unless this is the check before training: its few batches are no set to report."""
+        """Start to collect, but not in the sanity check, whose few batches are no set to report."""
         if not trainer.sanity_checking:
             self._start(pl_module)
 
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Collect a batch."""
-        if not trainer.sanity_checking:
-            self._update()
+        self._update()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the set."""
-        if not trainer.sanity_checking:
-            self._report(trainer, pl_module, "em_val")
+        self._report(trainer, pl_module, "em_val")
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start to collect."""
         self._start(pl_module)
 
-    def on_test_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Collect a batch."""
-        self._update()
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the set."""
         self._report(trainer, pl_module, "em_test")
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hooks off: Lightning calls no teardown after an exception."""
+        """Remove the hooks: Lightning calls no teardown after an exception."""
         self._stop()
 
 
 class EMAudit(Callback):
-    """Prints, at the first training batch, where EM lives in the model; TensorBoard gets the table as text.
+    """Prints, at the first training batch, where EM is found in the model; TensorBoard gets the table as text.
 
     Without a Trainer: :func:`em_lightning.audit`. The model's ``training_step`` is run once more, in eval mode and
     without its logs.
@@ -202,7 +189,7 @@ class EMAudit(Callback):
         self.audit: Audit | None = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Audit once."""
+        """Audit at the first batch."""
         if self.audit is not None:
             return
         self.audit = audit(pl_module, batch)

@@ -63,14 +63,12 @@ def load_model(target: str, checkpoint: str | None = None) -> Any:
 
 def _loaded(cls: Any, checkpoint: str) -> Any:
     """Load a LightningModule, with the surgery that its checkpoint records."""
-    from em_lightning.surgery import read_checkpoint, restore_surgery
-    from em_lightning.surgery.plan import plan_in
+    from em_lightning.surgery import read_plan, restore_surgery
 
     if not hasattr(cls, "load_from_checkpoint"):
         raise UsageError(f"--ckpt_path={checkpoint!r} goes with a LightningModule class, which {cls!r} is not")
     try:
-        operated = bool(plan_in(read_checkpoint(checkpoint)))
-        if operated:
+        if read_plan(checkpoint):
             return restore_surgery(cls, checkpoint, map_location="cpu")
         return cls.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, TypeError) as error:

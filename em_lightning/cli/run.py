@@ -212,7 +212,7 @@ def recipe_cli(
             ):
                 raise UsageError(f"--ckpt_path={checkpoint!r} is no file; give the path of a checkpoint")
             if checkpoint and Path(checkpoint).is_file():
-                from em_lightning.surgery import read_checkpoint
+                from em_lightning.checkpoints import read_checkpoint
 
                 read_checkpoint(checkpoint)  # before the data are made, and with its sums
 

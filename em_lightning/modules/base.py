@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from em_lightning.checkpoints import check_archive
 from em_lightning.modules.checks import check_at_least, check_choice, check_positive
-from em_lightning.surgery.checkpoint import check_sums
 
 STAGES = ("train", "val", "test")
 _WARM_UP = 0.3
@@ -105,7 +105,7 @@ class EMModule(lightning.LightningModule):
             ValueError: a local file is truncated, altered or not a checkpoint.
         """
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
-            check_sums(checkpoint_path)
+            check_archive(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
 
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:

@@ -1,32 +1,30 @@
-"""Activations that a forward calls as functions: ``F.relu(x)``, ``torch.relu(x)``, ``x.relu_()``."""
+"""Replace ``relu`` where a forward calls it as a function: ``F.relu(x)``, ``torch.relu(x)``, ``x.relu_()``."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from em_lightning.surgery.chain import wrap
-from em_lightning.surgery.edit import Calls, Change, Make, Surgery, calls_at, check_operable, count_calls, new_module
-from em_lightning.surgery.find import NoMatchError, Site, Where, contents, matches, named, walk
-from em_lightning.surgery.plan import describe, keep_plan, recorded_plan
+from em_lightning.surgery.edit import Calls, Make, Surgery, operate
+from em_lightning.surgery.hooks import wrap
+from em_lightning.surgery.select import MAPS, NoMatchError, Site, Where, contents, described, matches, walk
 
-_NAME = "em_functional"
+NAME = "em_functional"  # of the operator, as a child of the module whose forward calls relu
 _IN_PLACE = {torch.relu_, F.relu_, Tensor.relu_}
 _RELU = {F.relu, torch.relu, Tensor.relu, *_IN_PLACE}
 
 
 class _Swapped(TorchFunctionMode):
-    """Calls an operator wherever relu is called.
+    """Calls an operator in place of relu.
 
-    An operator over the last axis is meant for units, which feature maps have on axis 1: of tensors with as many axes
-    as the convolutions of the module put out, the channels are handed over last.
+    An operator over the last axis competes over units, which feature maps have on axis 1: for tensors with as many
+    axes as the feature maps of the module's convolutions, the channels are moved to the last axis.
     """
 
     def __init__(self, operator: Callable[[Tensor], Tensor], map_dims: frozenset[int]) -> None:
@@ -49,30 +47,24 @@ class _Swapped(TorchFunctionMode):
         return self.operator(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def _map_dims(module: nn.Module) -> frozenset[int]:
-    """Return the numbers of axes that the feature maps of a module's convolutions and their norms have."""
-    layers = [type(layer).__name__ for layer in module.modules() if isinstance(layer, (_ConvNd, _NormBase))]
-    return frozenset(2 + int(name[-2]) for name in layers if name[-2:] in ("1d", "2d", "3d"))
-
-
 def swap_relu_calls(
     model: nn.Module, where: Where, make: Make, *, calls: Calls = None, into: Surgery | None = None
 ) -> Surgery:
-    """Let another module compute every ``relu`` that the forwards of selected modules call as a function.
+    """Replace every ``relu`` that the forwards of selected modules call as a function.
 
-    The operator becomes a child of the module, named ``em_functional``; all other names stay. It serves every call of
-    that forward, those in unselected children included; with parameters it is refused at a second one, see ``calls`` of
-    :func:`em_lightning.surgery.replace_modules`.
+    The operator becomes a child of the module, named ``em_functional``; all other names stay. It serves all calls in
+    that forward, including those of unselected children; with parameters, a second call raises, see ``calls`` of
+    :func:`replace_modules`.
 
     Args:
         model: any module; it may be selected itself, as the path "".
-        where: which modules; those that do not name ``relu`` in their forward, and those of torch.nn, are left out.
-        make: as for :func:`em_lightning.surgery.replace_modules`.
-        calls: as there.
+        where: the modules; modules of torch.nn and those whose forward does not mention ``relu`` are skipped.
+        make: as for :func:`replace_modules`.
+        calls: as for :func:`replace_modules`.
         into: a surgery to extend; by default a new one.
 
     Raises:
-        NoMatchError: no selected module names ``relu`` in its forward; the message lists what is there.
+        NoMatchError: no selected forward mentions ``relu``; the message lists the modules of the model.
 
     Example:
         >>> class Net(nn.Module):
@@ -86,50 +78,36 @@ def swap_relu_calls(
     surgery = Surgery(model) if into is None else into
     entries = where if isinstance(where, (list, tuple)) else [where]
     root = Site("", model, model, "", (model,))
-    sites = [site for site in (root, *walk(model)) if site.function is None and _calls_relu(site.module)]
-    sites = [site for site in sites if any(matches(site, entry) for entry in entries)]
-    sites = [site for site in sites if _NAME not in site.module._modules]
+    sites = [
+        Site(f"{site.path}.{NAME}".lstrip("."), nn.ReLU(), site.module, NAME, (*site.ancestors, site.module), F.relu)
+        for site in (root, *walk(model))
+        if site.function is None
+        and not surgery.has_operated(site)
+        and calls_relu(site.module)
+        and not hasattr(site.module, NAME)
+        and any(matches(site, entry) for entry in entries)
+    ]
     if not sites:
         raise NoMatchError(
-            f"no module that matches where={named(where)} names relu in its forward; the model holds {contents(model)}"
+            f"where={described(where)} matches no module whose forward calls relu; the model holds {contents(model)}"
         )
-    plan = []
+    operate(surgery, "functional", sites, [make] * len(sites), calls)
     for site in sites:
-        check_operable(site)
-        wanted = calls_at(site.path, calls)
-        path, ancestors = f"{site.path}.{_NAME}".lstrip("."), (*site.ancestors, site.module)
-        inner = Site(path, nn.ReLU(), site.module, _NAME, ancestors, F.relu)
-        new, added = new_module("replace", inner, make, wanted)
-        site.module.add_module(_NAME, new)
-        surgery.changes.append(Change(inner.path, "functional", site.module, _NAME, F.relu, new, added))
-        surgery._ways_back.append(wrap(site.module, "forward", _Around(site.module)).remove)
-        count_calls(surgery, inner, new, wanted)
-        entry = describe("functional", site.path, make, added[0], wanted)
-        entry.update(by=surgery.by, tied=None)
-        plan.append(entry)
-    surgery._entries += plan
-    keep_plan(model, recorded_plan(model) + plan)
+        kinds = [type(one) for one in site.parent.modules()]
+        dims = frozenset(dims for dims, maps in MAPS.items() if any(issubclass(kind, maps) for kind in kinds))
+        around = functools.partial(_with_operator, site.parent, dims)
+        surgery.undos.append(wrap(site.parent, "forward", around))
     return surgery
 
 
-class _Around:
-    """The link around the forward of one module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.map_dims = _map_dims(module)
-
-    def __call__(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _Swapped(getattr(self.module, _NAME), self.map_dims):
-            return proceed(*args, **kwargs)
+def _with_operator(
+    module: nn.Module, map_dims: frozenset[int], proceed: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    with _Swapped(getattr(module, NAME), map_dims):
+        return proceed(*args, **kwargs)
 
 
-def _calls_relu(module: nn.Module) -> bool:
-    forward = type(module).forward
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+def calls_relu(module: nn.Module) -> bool:
+    """Return whether the forward of a module mentions ``relu``; modules of torch.nn count as not."""
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
     return not type(module).__module__.startswith("torch.nn.") and ("relu" in names or "relu_" in names)
-
-
-def calls_relu(model: nn.Module) -> bool:
-    """Return whether the forward of any module, those of torch.nn aside, names ``relu``."""
-    return any(_calls_relu(module) for module in model.modules())

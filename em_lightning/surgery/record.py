@@ -1,0 +1,96 @@
+"""The plan of a surgery, which checkpoints store and compare: one entry of plain values per site."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from em_lightning.surgery.hooks import undo_all, wrap
+
+KEY = "em_lightning"  # of the checkpoint dictionary
+_PLAN = "_em_surgery_plan"
+_UNDOS = "_em_surgery_undos"
+_FIELDS = {"operation", "path", "class_path", "init_args", "calls", "tied", "by"}
+_OPERATIONS = ("replace", "insert_after", "functional")
+
+
+def recorded_plan(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the plan of all surgeries on a model: one entry of plain values per site."""
+    return list(vars(model).get(_PLAN, []))
+
+
+def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
+    """Set the plan of a model; a LightningModule then stores it in its checkpoints and compares it on loading."""
+    undo_all(vars(model).pop(_UNDOS, []))
+    vars(model).pop(_PLAN, None)
+    if not plan:
+        return
+    vars(model)[_PLAN] = plan
+    # Not isinstance(model, LightningModule), as lightning and pytorch_lightning have one each.
+    if hasattr(model, "on_save_checkpoint") and hasattr(model, "on_load_checkpoint"):
+        vars(model)[_UNDOS] = [
+            wrap(model, "on_save_checkpoint", functools.partial(_save, model)),
+            wrap(model, "on_load_checkpoint", functools.partial(_compare, model)),
+        ]
+
+
+def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
+    checkpoint[KEY] = {"surgery": recorded_plan(model)}
+    return proceed(checkpoint)
+
+
+def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
+    stored = [_readable(entry) for entry in plan_in(checkpoint)]
+    live = [_readable(entry) for entry in recorded_plan(model)]
+    if sorted(stored) != sorted(live):
+        missing = [entry for entry in stored if entry not in live] or ["nothing"]
+        extra = [entry for entry in live if entry not in stored] or ["nothing"]
+        raise ValueError(
+            f"the checkpoint was saved after another surgery: only in the checkpoint: {'; '.join(missing)}; only in "
+            f"the model: {'; '.join(extra)}. Use the callbacks of the run that saved it, or "
+            f"em_lightning.surgery.restore_surgery"
+        )
+    return proceed(checkpoint)
+
+
+def _readable(entry: Mapping[str, Any]) -> str:
+    arguments = entry["init_args"]
+    inner = "..." if arguments is None else ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    calls = "" if entry["calls"] is None else f" calls={entry['calls']}"
+    tied = "" if entry["tied"] is None else f" tied to {entry['tied']}"
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({inner}){calls}{tied}"
+
+
+def arguments_of(make: Any) -> dict[str, Any] | None:
+    """Return the constructor arguments that a plan stores, or None if only ``make`` itself can build the module."""
+    if isinstance(make, type):
+        return {}
+    if not (isinstance(make, functools.partial) and isinstance(make.func, type)) or make.args:
+        return None
+    try:
+        json.dumps(make.keywords)  # plain values only
+    except (TypeError, ValueError):
+        return None
+    return dict(make.keywords)
+
+
+def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the plan in a loaded checkpoint, which is empty if it was saved without surgery.
+
+    Raises:
+        ValueError: the checkpoint's entry has another form.
+    """
+    stored = checkpoint.get(KEY, {})
+    plan = stored.get("surgery", []) if isinstance(stored, Mapping) else None
+    if not isinstance(plan, list) or not all(
+        isinstance(entry, Mapping) and _FIELDS <= set(entry) and entry["operation"] in _OPERATIONS for entry in plan
+    ):
+        raise ValueError(
+            f"checkpoint[{KEY!r}] holds no plan of a surgery: it must be {{'surgery': [entry, ...]}} with the fields "
+            f"{', '.join(sorted(_FIELDS))}"
+        )
+    return list(plan)

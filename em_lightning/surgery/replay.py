@@ -1,0 +1,114 @@
+"""Repeat the surgery that a checkpoint records on a fresh model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from em_lightning.registry import import_class
+from em_lightning.surgery.edit import Make, Surgery, operate
+from em_lightning.surgery.functional import NAME, swap_relu_calls
+from em_lightning.surgery.record import plan_in, recorded_plan
+from em_lightning.surgery.select import find_modules
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: list[dict[str, Any]],
+    make: Callable[[nn.Module], nn.Module] | None = None,
+    into: Surgery | None = None,
+) -> Surgery:
+    """Repeat the surgeries of a plan on a fresh model; entries that the model records already are skipped.
+
+    Args:
+        model: a model in its state before the surgeries.
+        plan: the entries, from :func:`read_plan` or :func:`recorded_plan`.
+        make: builds the modules that the plan cannot (those from a function or a prototype).
+        into: a surgery to extend; by default a new one.
+
+    Raises:
+        NoMatchError: the model has no module at a path of the plan.
+        ValueError: the plan cannot build a module and ``make`` is None.
+    """
+    surgery = Surgery(model) if into is None else into
+    by = surgery.by
+    done = recorded_plan(model)
+    for entry in plan:
+        if entry in done or entry["tied"] not in (None, entry["path"]):  # tied modules are built at their first path
+            continue
+        surgery.by = entry["by"]
+        _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
+    surgery.by = by
+    return surgery
+
+
+def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make | None) -> None:
+    path, calls = entry["path"], entry["calls"]
+    if entry["init_args"] is not None:
+        cls: Any = import_class(entry["class_path"], nn.Module)  # a foreign plan must not call anything but modules
+        make = functools.partial(cls, **entry["init_args"])
+    if make is None:
+        raise ValueError(
+            f"{path!r} holds a {entry['class_path']} whose arguments the checkpoint does not store: pass make=, the "
+            f"function of the old module that builds it"
+        )
+    if entry["operation"] == "functional":
+        swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
+        return
+    sites = find_modules(surgery.model, tied or [path])
+    operate(surgery, entry["operation"], sites, [make] * len(sites), calls, "together" if tied else "separate")
+
+
+def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:
+    """Return the plan in a checkpoint file, which is empty if it was saved without surgery.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or holds something else.
+    """
+    from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which the rest of surgery does without
+
+    return plan_in(read_checkpoint(path))
+
+
+def restore_surgery(
+    cls: Any,
+    path: str | PathLike[str],
+    *,
+    make: Callable[[nn.Module], nn.Module] | None = None,
+    **arguments: Any,
+) -> Any:
+    """Load the checkpoint of an operated LightningModule without the callback that operated it.
+
+    Args:
+        cls: the LightningModule's class.
+        path: the checkpoint.
+        make: see :func:`apply_plan`.
+        **arguments: those of ``cls.load_from_checkpoint``.
+
+    Returns:
+        A model of class ``cls`` with the surgery and the weights of the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint stores no plan, or is damaged.
+        TypeError: ``cls`` is no class.
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"cls must be a class, got an instance of {type(cls).__name__}")
+    plan = read_plan(path)
+    if not plan:
+        raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
+
+    def on_load_checkpoint(model: Any, checkpoint: dict[str, Any]) -> None:
+        apply_plan(model, plan, make)
+        cls.on_load_checkpoint(model, checkpoint)  # type: ignore[attr-defined]
+
+    # load_from_checkpoint builds the model, calls this hook, then loads the weights.
+    loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
+    model = loader.load_from_checkpoint(path, **{"weights_only": True, **arguments})  # type: ignore[attr-defined]
+    model.__class__ = cls
+    return model

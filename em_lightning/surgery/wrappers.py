@@ -1,0 +1,108 @@
+"""Modules that surgery puts at a site: a layer with an operator behind it, and one operator per call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MARKER = "em_surgery"  # a buffer whose key keeps an operated checkpoint from loading into a plain model
+
+
+def mark(module: nn.Module) -> None:
+    """Add the marker: one persistent byte, so that even a module without parameters has a key of its own."""
+    if not _is_marked(module):
+        module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))
+
+
+def _is_marked(module: nn.Module) -> bool:
+    return MARKER in dict(module.named_buffers(recurse=False))
+
+
+def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters of the modules that surgery built in a model, by name."""
+    added = {id(p) for module in model.modules() if _is_marked(module) for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in added and p.requires_grad}
+
+
+class Inserted(nn.Module):
+    """A layer and the operator behind it: ``operator(layer(...))``, on the first element if that is a tuple.
+
+    Other attributes are those of the layer, so that code which reads ``model.encoder.weight`` still works.
+    """
+
+    def __init__(self, layer: nn.Module, operator: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.operator = operator
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output with the operator applied."""
+        output = self.layer(*args, **kwargs)
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return (self.operator(output[0]), *output[1:])
+        if not isinstance(output, Tensor):
+            kind = type(self.layer).__name__
+            raise TypeError(f"{kind} returns {type(output).__name__}; it must be a tensor or a tuple with one first")
+        return self.operator(output)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":  # not set yet, during unpickling
+                raise
+            return getattr(self.layer, name)
+
+
+class CallCounter:
+    """Counts the calls of one site within one forward of its owner, and raises if there are too many or too few.
+
+    With parameters, one module called at several places would tie layers of different widths and meanings.
+    """
+
+    def __init__(self, path: str, allowed: int) -> None:
+        self.path = path
+        self.allowed = allowed
+        self.count = 0
+        self.counting = False
+
+    def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Wrap the owner's forward."""
+        self.count, self.counting = 0, True
+        output = proceed(*args, **kwargs)
+        self.counting = False
+        if 0 < self.count < self.allowed:
+            raise RuntimeError(
+                f"{self.path!r} has {self.count} calls, not calls={self.allowed}: set calls={self.count}"
+            )
+        return output
+
+    def next(self) -> int:
+        """Return the index of the operator for this call."""
+        if self.counting and self.count >= self.allowed:
+            raise RuntimeError(
+                f"{self.path!r} is called more than {self.allowed} time(s) in one forward, and its replacement has "
+                f"parameters: set calls=N for one operator per call, or calls='any' to share one among all calls"
+            )
+        self.count += 1
+        return (self.count - 1) % self.allowed
+
+    def guard(self, *_: Any) -> None:
+        """Forward pre-hook of a site's only operator."""
+        self.next()
+
+
+class CallSites(nn.Module):
+    """One operator for each call of a reused module within one forward, in the order of the calls."""
+
+    def __init__(self, operators: Iterable[nn.Module], counter: CallCounter) -> None:
+        super().__init__()
+        self.operators = nn.ModuleList(operators)
+        self.counter = counter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the operator of this call."""
+        return self.operators[self.counter.next()](*args, **kwargs)
