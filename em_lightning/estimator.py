@@ -14,8 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor
 
-from em_lightning.mixture import COVARIANCES, Mixture
-from em_lightning.mixture.fit import criteria, fit_blocks
+from em_lightning.mixture import COVARIANCES, Covariance, Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
 
 _STARTS = {"k-means++": "kmeans++", "farthest": "farthest", "random_from_data": "random"}
@@ -101,11 +100,6 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         """
         self._check()
         X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
-        limit = float(np.finfo(X.dtype).max) ** 0.4
-        if max(abs(float(X.min())), abs(float(X.max()))) > limit:
-            raise ValueError(
-                f"X has entries beyond {limit:.0e}, whose squares exceed the range of {X.dtype}; scale the rows"
-            )
         if len(X) < self.n_components:
             raise ValueError(f"n_samples={len(X)} must be at least n_components={self.n_components}")
         counts = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -127,18 +121,19 @@ class GaussianMixture(DensityMixin, BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        weights, means, covariances = (part[0].numpy() for part in (fit.mixture.weights, *fit.mixture[1:]))
-        self.weights_, self.means_ = weights / weights.sum(), means
-        self.covariances_ = covariances[0] if self.covariance_type == "tied" else covariances
-        self.precisions_cholesky_ = _precision_factors(self.covariances_, self.covariance_type)
-        roots = self.precisions_cholesky_
-        self.precisions_ = roots @ roots.swapaxes(-1, -2) if self.covariance_type in ("full", "tied") else roots**2
-        self.converged_, self.n_iter_, self.lower_bound_ = (
-            fit.converged,
-            len(fit.log_likelihoods),
-            fit.log_likelihoods[-1],
-        )
+        mixture, covariance = fit.mixture, self._covariance
+        weights = mixture.weights[0].numpy()
+        self.weights_, self.means_ = weights / weights.sum(), mixture.means[0].numpy()
+        self.covariances_ = covariance.to_sklearn(mixture.covariances).numpy()
+        self.precisions_ = covariance.to_sklearn(covariance.precisions(mixture.covariances)).numpy()
+        self.precisions_cholesky_ = covariance.to_sklearn(covariance.precision_factors(mixture.covariances)).numpy()
+        self.converged_, self.n_iter_ = fit.converged, len(fit.log_likelihoods)
+        self.lower_bound_ = fit.log_likelihoods[-1]
         return self
+
+    @property
+    def _covariance(self) -> Covariance:
+        return COVARIANCES[self.covariance_type]
 
     def _check(self) -> None:
         for name, value in (("n_components", self.n_components), ("max_iter", self.max_iter), ("n_init", self.n_init)):
@@ -173,45 +168,42 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         )
         chosen = None if counts is None else torch.from_numpy(counts[rows].astype(np.float64))[None]
         drawn = operator(torch.from_numpy(X[rows].astype(np.float64))[None], weights=chosen, num_iters=0)
-        return Mixture(*(own if part is None else part for part, own in zip(given, drawn, strict=True)))
+        own = drawn.parameters()
+        return Mixture(*(one if part is None else part for part, one in zip(given, own, strict=True)))
 
     def _given(self, num_features: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the given initial log-weights, means and covariances, in the shapes of a mixture."""
-        K, D = self.n_components, num_features
-        shapes = {"full": (K, D, D), "tied": (D, D), "diag": (K, D), "spherical": (K,)}
+        K, D, covariance = self.n_components, num_features, self._covariance
         parts = []
         for name, value, shape in (
             ("weights_init", self.weights_init, (K,)),
             ("means_init", self.means_init, (K, D)),
-            ("precisions_init", self.precisions_init, shapes[self.covariance_type]),
+            ("precisions_init", self.precisions_init, covariance.to_sklearn(torch.empty(1, *covariance.shape(K, D))).shape),
         ):
-            part = None if value is None else torch.as_tensor(np.asarray(value), dtype=torch.float64)[None]
-            if part is not None and part.shape[1:] != shape:
-                raise ValueError(f"{name} has shape {tuple(part.shape[1:])} but must have {shape}")
+            part = None if value is None else torch.as_tensor(np.asarray(value), dtype=torch.float64)
+            if part is not None and part.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(part.shape)} but must have {tuple(shape)}")
             if part is not None and not part.isfinite().all():
                 raise ValueError(f"{name} must be finite, but contains NaN or infinity")
             parts.append(part)
         weights, means, precisions = parts
         if weights is not None and not ((weights >= 0).all() and abs(weights.sum() - 1.0) < 1e-6):
             raise ValueError(f"weights_init={self.weights_init} must be non-negative and sum to 1")
-        if precisions is None:
-            return weights if weights is None else weights.log(), means, None
-        if self.covariance_type in ("full", "tied"):
-            if torch.linalg.cholesky_ex(precisions).info.any() or not torch.allclose(precisions, precisions.mT):
-                raise ValueError("precisions_init must be symmetric and positive definite inverse covariances")
-            covariances = torch.linalg.inv(precisions)
-            covariances = covariances.unsqueeze(1) if self.covariance_type == "tied" else covariances
-        elif not (precisions > 0).all():
-            raise ValueError("precisions_init must be positive inverse variances")
-        else:
-            covariances = precisions.reciprocal()
-        return weights if weights is None else weights.log(), means, covariances
+        if precisions is not None:
+            precisions = covariance.from_sklearn(precisions)
+            full = covariance.to_full(precisions, torch.empty(1, K, D))
+            if torch.linalg.cholesky_ex(full).info.any() or not torch.allclose(full, full.mT):
+                raise ValueError(f"precisions_init={self.precisions_init} must be symmetric and positive definite")
+        return (
+            None if weights is None else weights.log()[None],
+            None if means is None else means[None],
+            None if precisions is None else covariance.precisions(precisions),
+        )
 
     @property
     def _mixture(self) -> Mixture:
         check_is_fitted(self)
-        covariances = torch.from_numpy(self.covariances_)[None]
-        covariances = covariances.unsqueeze(1) if self.covariance_type == "tied" else covariances
+        covariances = self._covariance.from_sklearn(torch.from_numpy(self.covariances_))
         return Mixture(torch.from_numpy(self.weights_).log()[None], torch.from_numpy(self.means_)[None], covariances)
 
     def _read(self, X: Any) -> np.ndarray:
@@ -248,20 +240,19 @@ class GaussianMixture(DensityMixin, BaseEstimator):
             raise ValueError(f"n_samples={n_samples} must be at least 1")
         random = check_random_state(self.random_state)
         labels = np.repeat(np.arange(self.n_components), random.multinomial(n_samples, self.weights_))
-        mixture = self._mixture
-        scale = COVARIANCES[self.covariance_type].factorize(mixture.covariances).scale[0].numpy()
+        full = self._mixture.full()
+        scale = COVARIANCES["full"].factorize(full.covariances).scale[0].numpy()
         noise = random.standard_normal((n_samples, self.means_.shape[1]))
-        scale = scale[labels] if len(scale) == self.n_components else scale
-        noise = (scale @ noise[..., None])[..., 0] if scale.ndim == 3 else scale * noise
+        noise = (scale[labels] @ noise[..., None])[..., 0]
         return self.means_[labels] + noise, labels
 
     def bic(self, X: Any) -> float:
         """Return the Bayesian information criterion of the mixture on rows; lower is better."""
-        return criteria(self._mixture, self.score(X) * len(X), len(X)).bic
+        return information_criteria(self._mixture, self.score(X) * len(X), len(X)).bic
 
     def aic(self, X: Any) -> float:
         """Return Akaike's information criterion of the mixture on rows; lower is better."""
-        return criteria(self._mixture, self.score(X) * len(X), len(X)).aic
+        return information_criteria(self._mixture, self.score(X) * len(X), len(X)).aic
 
 
 def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -270,9 +261,3 @@ def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[T
         # torch.from_numpy warns about arrays that are not writeable.
         block = X[rows] if X.flags.writeable else X[rows].copy()
         yield torch.from_numpy(block), None if counts is None else torch.from_numpy(counts[rows].astype(X.dtype))
-
-
-def _precision_factors(covariances: np.ndarray, kind: str) -> np.ndarray:
-    if kind in ("diag", "spherical"):
-        return 1.0 / np.sqrt(covariances)
-    return np.linalg.inv(np.linalg.cholesky(covariances)).swapaxes(-1, -2)

@@ -11,7 +11,6 @@ The E-step is then one matrix product and a softmax, and the sufficient statisti
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -33,146 +32,55 @@ class Parameters(NamedTuple):
     covariances: Tensor
 
 
-class Covariance(ABC):
-    """One covariance type."""
+def lower_triangle(entries: Tensor, num_features: int) -> Tensor:
+    """Return lower triangles (..., D, D) of log-diagonals and strict lower triangles (..., D (D + 1) / 2)."""
+    below = torch.tril_indices(num_features, num_features, -1, device=entries.device)
+    triangle = entries.new_zeros(*entries.shape[:-1], num_features, num_features)
+    triangle[..., below[0], below[1]] = entries[..., num_features:]
+    return triangle + entries[..., :num_features].exp().diag_embed()
 
-    name: str
+
+def half_log_tau(num_features: int) -> float:
+    """Return ``D / 2 log(2 pi)``."""
+    return 0.5 * num_features * math.log(2.0 * math.pi)
+
+
+class FullCovariance:
+    """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``."""
+
+    name = "full"
 
     @property
     def unrestricted(self) -> Covariance:
         """The type whose M-step estimate is in closed form and needs no previous covariances."""
         return self
 
-    @abstractmethod
+    # Shapes and sizes.
+
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         """Return the shape of the covariances of one set."""
+        return num_components, num_features, num_features
 
-    @abstractmethod
     def num_parameters(self, num_components: int, num_features: int) -> int:
         """Return the number of free parameters of the covariances."""
-
-    @abstractmethod
-    def second_degree(self, x: Tensor) -> Tensor:
-        """Return the features of second degree (B, S, N) of points (B, D, N)."""
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return ``phi(x) = [1, x, s(x)]`` (B, 1 + D + S, N) of points (B, D, N)."""
-        return torch.cat([torch.ones_like(x[:, :1]), x, self.second_degree(x)], 1)
-
-    @abstractmethod
-    def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots below round-off are raised to it."""
-
-    @abstractmethod
-    def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K)."""
-
-    @abstractmethod
-    def estimate(
-        self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return means and covariances of largest expected log-likelihood.
-
-        Args:
-            means: (B, K, D), weighted means of the points.
-            scatter: (B, K, S), ``sum_n r_nk s(x_n - mu_k)``.
-            mass: (B, K), what the scatter is divided by.
-            floor: (B,), added to every variance.
-            before: covariances of the E-step.
-        """
-
-    @abstractmethod
-    def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return covariances with the variances (B, D) of each feature for every component."""
-
-    @abstractmethod
-    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        """Return covariances multiplied by a ratio (B, K) or (B, 1)."""
-
-    @abstractmethod
-    def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
-        """Return the variances (B, K, D) or, where components share them, (B, 1, D)."""
-
-    @abstractmethod
-    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        """Return the covariances of some features."""
-
-    @abstractmethod
-    def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
-        """Return full covariances (B, K, D, D) of components with means (B, K, D)."""
+        return num_components * num_features * (num_features + 1) // 2
 
     def sharing(self, num_components: int) -> int:
         """Return how many components share a covariance."""
         return 1
 
-    @abstractmethod
-    def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return the product of a factor and vectors (B, K, D)."""
-
-    @abstractmethod
-    def correction_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: see :meth:`correct`."""
-
-    @abstractmethod
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return corrected covariances, never below the floor (B,), equal to ``covariances`` for a correction of zero.
-
-        ``Sigma <- G (Sigma - floor I) G^T + floor I`` with ``G = L E W``. ``E`` stretches and shears the component, and
-        repeats the change that the M-step made: EM shrinks a thin component by a constant factor per iteration, which
-        a correction may apply several times at once.
-
-        Args:
-            before: factors of the E-step.
-            after: factors ``L, W`` of the covariances.
-            covariances: of the M-step.
-            correction: (B, K, correction_size).
-            floor: (B,).
-        """
-
-    @abstractmethod
-    def describe(self, before: Factor, after: Factor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-size of each factor relative to a scale (B, 1, 1), and how the M-step changed it."""
-
-    def to_public(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of a :class:`~.mixture.Mixture`."""
-        return covariances
-
-    def from_public(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of the loop for those of a :class:`~.mixture.Mixture`."""
-        return covariances
-
-    def changes(self, before: Parameters, after: Parameters) -> Tensor:
-        """Return the largest change (B,) of weights, and of means and factors in standard deviations."""
-        own, new = self.factorize(before.covariances), self.factorize(after.covariances)
-        weights = (after.log_weights.exp() - before.log_weights.exp()).abs().amax(1)
-        shift = self.apply(new.inverse, after.means - before.means).abs().flatten(1).amax(1)
-        growth = self.compose(new.inverse, new.scale - own.scale).abs().flatten(1).amax(1)
-        return torch.stack([weights, shift, growth]).amax(0)
-
-    @abstractmethod
-    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        """Return the product of two factors."""
-
-
-class FullCovariance(Covariance):
-    """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``."""
-
-    name = "full"
-
-    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
-        """Return (K, D, D)."""
-        return num_components, num_features, num_features
-
-    def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K D (D + 1) / 2."""
-        return num_components * num_features * (num_features + 1) // 2
+    # The E-step.
 
     def second_degree(self, x: Tensor) -> Tensor:
-        """Return the products of pairs of features (B, D (D + 1) / 2, N)."""
+        """Return the features of second degree (B, S, N) of points (B, D, N)."""
         return torch.cat([x[:, i : i + 1] * x[:, i:] for i in range(x.shape[1])], 1)
 
+    def features(self, x: Tensor) -> Tensor:
+        """Return ``phi(x) = [1, x, s(x)]`` (B, 1 + D + S, N) of points (B, D, N)."""
+        return torch.cat([torch.ones_like(x[:, :1]), x, self.second_degree(x)], 1)
+
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return the lower Cholesky factor and its inverse."""
+        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots below round-off are raised to it."""
         matrix = self.to_public(covariances)
         second_moment = matrix.diagonal(dim1=-2, dim2=-1)
         if means is not None:
@@ -180,7 +88,10 @@ class FullCovariance(Covariance):
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return ``[log pi_k N(0), P mu, -P_ii / 2, -P_ij]`` with the precision ``P``, and the log-density at the mean."""
+        """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K).
+
+        Theta is ``[log pi_k N(0), P mu, -P_ii / 2, -P_ij]`` with the precision ``P``.
+        """
         log_weights, means, covariances = parameters
         features = means.shape[-1]
         inverse = self.factorize(covariances, means).inverse
@@ -193,10 +104,20 @@ class FullCovariance(Covariance):
         square = square.expand(*linear.shape[:-1], -1)
         return torch.cat([constant.unsqueeze(-1), linear, square], -1), peak
 
+    # The M-step.
+
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the means and ``Sigma = scatter / mass + floor I``."""
+        """Return means and covariances of largest expected log-likelihood, ``Sigma = scatter / mass + floor I``.
+
+        Args:
+            means: (B, K, D), weighted means of the points.
+            scatter: (B, K, S), ``sum_n r_nk s(x_n - mu_k)``.
+            mass: (B, K), the divisor of the scatter.
+            floor: (B,), added to every variance.
+            before: covariances of the E-step.
+        """
         spread = self.matrix(self.average(scatter, mass), means.shape[-1])
         return means, spread + floor[:, None, None, None] * torch.eye(means.shape[-1]).to(spread)
 
@@ -215,42 +136,108 @@ class FullCovariance(Covariance):
         place[i, j] = place[j, i] = torch.arange(len(i), device=pairs.device)
         return pairs[..., place]
 
+    # Conversions.
+
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return ``diag(variance)`` for every component."""
+        """Return covariances with the variances (B, D) of each feature for every component."""
         return variance.unsqueeze(1).expand(-1, num_components, -1).diag_embed()
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        """Return ``ratio Sigma``."""
+        """Return covariances multiplied by a ratio (B, K) or (B, 1)."""
         return covariances * ratio[..., None, None]
 
+    def rescaled(self, covariances: Tensor, scale: Tensor) -> Tensor:
+        """Return the covariances of points that are multiplied by a scale (D,) per feature."""
+        return covariances * scale.unsqueeze(-1) * scale
+
     def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
-        """Return the diagonal (B, K, D)."""
+        """Return the variances (B, K, D) or, where components share them, (B, 1, D)."""
         return self.to_public(covariances).diagonal(dim1=-2, dim2=-1)
 
+    def common_scale(self, scale: Tensor) -> Tensor:
+        """Return a scale (D,) that keeps covariances of this type in it."""
+        return scale
+
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        """Return rows and columns of the features."""
+        """Return the covariances of some features."""
         return covariances[..., features, :][..., features]
 
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
-        """Return the covariances of every component (B, K, D, D)."""
+        """Return full covariances (B, K, D, D) of components with means (B, K, D)."""
         return self.to_public(covariances).expand(-1, means.shape[1], -1, -1)
 
+    def to_public(self, covariances: Tensor) -> Tensor:
+        """Return the covariances of a :class:`~.mixture.Mixture` for those of the loop."""
+        return covariances
+
+    def from_public(self, covariances: Tensor) -> Tensor:
+        """Return the covariances of the loop for those of a :class:`~.mixture.Mixture`."""
+        return covariances
+
+    def precisions(self, covariances: Tensor) -> Tensor:
+        """Return the inverse covariances, in the same shape."""
+        inverse = self.factorize(covariances).inverse
+        return inverse.mT @ inverse
+
+    def precision_factors(self, covariances: Tensor) -> Tensor:
+        """Return factors ``U`` of the precisions, ``P = U U^T``, in the same shape: scikit-learn's."""
+        return self.factorize(covariances).inverse.mT
+
+    def to_sklearn(self, covariances: Tensor) -> Tensor:
+        """Return the covariances of one set (1, ...) in scikit-learn's layout."""
+        return covariances[0]
+
+    def from_sklearn(self, covariances: Tensor) -> Tensor:
+        """Return the covariances of one set (1, ...) for scikit-learn's layout."""
+        return covariances.unsqueeze(0)
+
+    def unconstrained(self, covariances: Tensor) -> Tensor:
+        """Return log-diagonals and strict lower triangles (B, K, D (D + 1) / 2) of the factors."""
+        scale = self.factorize(covariances).scale
+        below = torch.tril_indices(*scale.shape[-2:], -1, device=scale.device)
+        return torch.cat([scale.diagonal(dim1=-2, dim2=-1).log(), scale[..., below[0], below[1]]], -1)
+
+    def constrained(self, entries: Tensor, num_features: int) -> Tensor:
+        """Return the covariances of :meth:`unconstrained` entries, positive definite for any."""
+        factor = lower_triangle(entries, num_features)
+        return factor @ factor.mT
+
+    # Corrections, in the frame of each component.
+
     def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return matrix-vector products (B, K, D)."""
+        """Return the product of a factor and vectors (B, K, D)."""
         return (factor @ vectors.unsqueeze(-1)).squeeze(-1)
 
     def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        """Return the matrix product."""
+        """Return the product of two factors."""
         return factor @ other
 
+    def changes(self, before: Parameters, after: Parameters) -> Tensor:
+        """Return the largest change (B,) of weights, and of means and factors in standard deviations."""
+        own, new = self.factorize(before.covariances), self.factorize(after.covariances)
+        weights = (after.log_weights.exp() - before.log_weights.exp()).abs().amax(1)
+        shift = self.apply(new.inverse, after.means - before.means).abs().flatten(1).amax(1)
+        growth = self.compose(new.inverse, new.scale - own.scale).abs().flatten(1).amax(1)
+        return torch.stack([weights, shift, growth]).amax(0)
+
     def correction_size(self, num_features: int) -> int:
-        """Return D (D + 1) / 2 + 2: log-diagonal and strict lower triangle of ``T``, and the two repetitions."""
+        """Return how many numbers describe a correction: the entries of ``T``, and the two repetitions."""
         return num_features * (num_features + 1) // 2 + 2
 
     def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return the corrected covariances, with ``E = T (I + a (M - I) + b (M^2 - M))``.
+        """Return corrected covariances, never below the floor (B,), equal to ``covariances`` for a correction of zero.
 
-        ``T`` is a lower triangle with a positive diagonal and ``M = L^T Sigma_before^-1 L`` the change of the M-step.
+        ``Sigma <- G (Sigma - floor I) G^T + floor I`` with ``G = L T (I + a (M - I) + b (M^2 - M)) L^-1``: a lower
+        triangle ``T`` with a positive diagonal stretches and shears the component, and ``a`` and ``b`` repeat the
+        change ``M = L^T Sigma_before^-1 L`` of the M-step: EM shrinks a thin component by a constant factor per
+        iteration, which a correction may apply several times at once.
+
+        Args:
+            before: factors of the E-step.
+            after: factors ``L`` of the covariances.
+            covariances: of the M-step.
+            correction: (B, K, correction_size).
+            floor: (B,).
         """
         features = covariances.shape[-1]
         eye = torch.eye(features).to(covariances)
@@ -263,18 +250,15 @@ class FullCovariance(Covariance):
         least = floor[:, None, None, None] * eye
         return step @ (covariances - least) @ step.mT + least
 
-    def describe(self, before: Factor, after: Factor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-diagonal and slopes of the factor, and of the factor of the change."""
-        features = after.scale.shape[-1]
-        below = torch.tril_indices(features, features, -1, device=scale.device)
+    def describe(self, before: Factor, after: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-sizes and slopes of each factor relative to a unit (B, 1, 1), and of the change of the M-step."""
+        below = torch.tril_indices(*after.scale.shape[-2:], -1, device=unit.device)
         diagonal = after.scale.diagonal(dim1=-2, dim2=-1)
         slopes = after.scale[..., below[0], below[1]] / diagonal[..., below[1]]
         change = before.inverse @ after.scale
         shrunk = change.diagonal(dim1=-2, dim2=-1).log()
-        return (
-            torch.cat([(diagonal / scale).log(), slopes], -1),
-            torch.cat([shrunk, change[..., below[0], below[1]]], -1),
-        )
+        sizes = torch.cat([(diagonal / unit).log(), slopes], -1)
+        return sizes, torch.cat([shrunk, change[..., below[0], below[1]]], -1)
 
 
 class TiedCovariance(FullCovariance):
@@ -306,6 +290,14 @@ class TiedCovariance(FullCovariance):
         """Return ``diag(variance)``, once per set."""
         return super().expand(variance, 1)
 
+    def to_sklearn(self, covariances: Tensor) -> Tensor:
+        """Return (D, D)."""
+        return covariances[0, 0]
+
+    def from_sklearn(self, covariances: Tensor) -> Tensor:
+        """Return (1, 1, D, D)."""
+        return covariances[None, None]
+
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
         """Return ``Sigma`` times the mean ratio of the components."""
         return super().scaled(covariances, ratio.mean(1, keepdim=True))
@@ -315,7 +307,7 @@ class TiedCovariance(FullCovariance):
         return super().correct(before, after, covariances, correction.mean(1, keepdim=True), floor)
 
 
-class DiagonalCovariance(Covariance):
+class DiagonalCovariance(FullCovariance):
     """Axis-parallel components: variances (B, K, D), ``s(x) = [x_i^2]``; factors are standard deviations."""
 
     name = "diag"
@@ -366,13 +358,9 @@ class DiagonalCovariance(Covariance):
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the means and ``sigma^2 = scatter / mass + floor``."""
-        variances = self.average(scatter, mass, means.shape[-1])
+        variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
         least = smallest_pivots(self.second_moments(variances.abs(), means))
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
-
-    def average(self, scatter: Tensor, mass: Tensor, num_features: int) -> Tensor:
-        """Return the scatter (B, K, S) per mass (B, K) and feature."""
-        return scatter / mass.unsqueeze(-1)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         """Return the variances for every component."""
@@ -386,9 +374,29 @@ class DiagonalCovariance(Covariance):
         """Return the variances (B, K, D)."""
         return self.variances(covariances).expand(-1, -1, num_features)
 
+    def rescaled(self, covariances: Tensor, scale: Tensor) -> Tensor:
+        """Return the variances times the squares of a scale (D,), or of its root mean square."""
+        return self.pack(self.variances(covariances) * scale.square())
+
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
         """Return the variances of the features."""
         return covariances[..., features]
+
+    def precisions(self, covariances: Tensor) -> Tensor:
+        """Return the reciprocals."""
+        return covariances.reciprocal()
+
+    def precision_factors(self, covariances: Tensor) -> Tensor:
+        """Return the reciprocal standard deviations."""
+        return covariances.rsqrt()
+
+    def unconstrained(self, covariances: Tensor) -> Tensor:
+        """Return the log standard deviations."""
+        return self.factorize(covariances).scale.log()
+
+    def constrained(self, entries: Tensor, num_features: int) -> Tensor:
+        """Return the variances of log standard deviations."""
+        return self.pack((2.0 * entries).exp())
 
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
         """Return diagonal matrices (B, K, D, D)."""
@@ -415,9 +423,9 @@ class DiagonalCovariance(Covariance):
         step, least = correction[..., :-2].exp() * repeated, floor[:, None, None]
         return self.pack(step.square() * (self.variances(covariances) - least) + least)
 
-    def describe(self, before: Factor, after: Factor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def describe(self, before: Factor, after: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Return log standard deviations and the logs of their ratios."""
-        return (after.scale / scale).log(), (after.scale * before.inverse).log()
+        return (after.scale / unit).log(), (after.scale * before.inverse).log()
 
 
 class SphericalCovariance(DiagonalCovariance):
@@ -441,6 +449,10 @@ class SphericalCovariance(DiagonalCovariance):
         """Return (B, K)."""
         return variances.mean(-1)
 
+    def common_scale(self, scale: Tensor) -> Tensor:
+        """Return the root mean square for every feature."""
+        return scale.square().mean().sqrt().expand_as(scale)
+
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
         """Return the variances as they are."""
         return covariances
@@ -453,15 +465,12 @@ class SphericalCovariance(DiagonalCovariance):
         """Return ``sigma^2 + |mu|^2 / D``."""
         return variances if means is None else variances + means.square().mean(-1, keepdim=True)
 
-    def average(self, scatter: Tensor, mass: Tensor, num_features: int) -> Tensor:
-        """Return the scatter per mass and feature (B, K, 1)."""
-        return scatter / (num_features * mass.unsqueeze(-1))
-
     def correction_size(self, num_features: int) -> int:
         """Return 3: the log of the stretch, and the two repetitions."""
         return 3
 
 
+Covariance = FullCovariance
 COVARIANCES: dict[str, Covariance] = {
     kind.name: kind for kind in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
 }
@@ -485,16 +494,3 @@ def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
     raise ValueError(
         f"covariances of shape {tuple(covariances.shape)} fit no covariance type for means {tuple(means.shape)}: {known}"
     )
-
-
-def lower_triangle(entries: Tensor, num_features: int) -> Tensor:
-    """Return lower triangles (..., D, D) of log-diagonals and strict lower triangles (..., D (D + 1) / 2)."""
-    below = torch.tril_indices(num_features, num_features, -1, device=entries.device)
-    triangle = entries.new_zeros(*entries.shape[:-1], num_features, num_features)
-    triangle[..., below[0], below[1]] = entries[..., num_features:]
-    return triangle + entries[..., :num_features].exp().diag_embed()
-
-
-def half_log_tau(num_features: int) -> float:
-    """Return ``D / 2 log(2 pi)``."""
-    return 0.5 * num_features * math.log(2.0 * math.pi)

@@ -82,6 +82,15 @@ class SufficientStatistics(NamedTuple):
         """Return the statistics of the points of both."""
         return SufficientStatistics(*(own + more for own, more in zip(self, other, strict=True)))
 
+    def flatten(self) -> Tensor:
+        """Return all statistics of one set as one tensor, such as for a sum over processes."""
+        return torch.cat([part.flatten() for part in self])
+
+    def unflatten(self, flat: Tensor) -> SufficientStatistics:
+        """Return the statistics of a flat tensor, in the shapes of these."""
+        parts = flat.split([part.numel() for part in self])
+        return SufficientStatistics(*(part.view_as(own) for part, own in zip(parts, self, strict=True)))
+
     def with_mean_weight_one(self) -> SufficientStatistics:
         """Return the statistics under weights that are divided by their mean."""
         total = self.mass.sum(-1) + self.background_mass

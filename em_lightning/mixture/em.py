@@ -137,6 +137,14 @@ class StreamedEM(NamedTuple):
         frame = Frame(center.detach().to(dtype), power_of_two(variance.detach().to(dtype).amax(-1).sqrt()))
         return cls(covariance_of(mixture.covariances, mixture.means), frame)
 
+    def zeros(self, num_components: int) -> SufficientStatistics:
+        """Return the statistics of no points."""
+        none = self.frame.center.new_zeros(1)
+        by_component = none.expand(1, num_components)
+        first = self.frame.center.new_zeros(1, num_components, self.frame.center.shape[1])
+        second = self.covariance.second_degree(first.mT).mT
+        return SufficientStatistics(by_component, by_component, first, second, none, none, none)
+
     def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
         """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
         if x.shape[-1] != mixture.features:

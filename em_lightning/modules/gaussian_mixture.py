@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.distributed import global_sum
-from em_lightning.mixture import Mixture, MixturePrior
-from em_lightning.mixture.fit import criteria
+from em_lightning.mixture import Mixture, MixturePrior, information_criteria
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.learners import (
     FullBatchEM,
@@ -217,7 +216,7 @@ class GaussianMixtureModule(EMModule):
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
                 mixture, *moments = initial_mixture(rows, self._start())
-                found = (tuple(mixture), *moments)
+                found = (tuple(mixture.parameters()), *moments)
             parts, center, variance = self.trainer.strategy.broadcast(found)
             self.start_from(Mixture(*parts), center, variance)
         self.learner.sums.zero_()
@@ -295,7 +294,7 @@ class GaussianMixtureModule(EMModule):
     def on_test_epoch_end(self) -> None:
         """Log the log-likelihood of all rows, and BIC and AIC computed on them."""
         total, mass = self._log_held_out("test")
-        found = criteria(self.mixture, total, mass)
+        found = information_criteria(self.mixture, total, mass)
         self.log_dict({"test/bic": found.bic, "test/aic": found.aic}, sync_dist=True)
 
     def _log_held_out(self, stage: str) -> tuple[float, float]:

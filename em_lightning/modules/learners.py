@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from em_lightning.data import TableBatch
 from em_lightning.distributed import global_sum
-from em_lightning.mixture import COVARIANCES, Mixture, MixturePrior, Statistics, collect, maximize, no_statistics
-from em_lightning.mixture.fit import marginal
+from em_lightning.mixture import COVARIANCES, Mixture, MixturePrior, StreamedEM, SufficientStatistics
 from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 
 
@@ -48,7 +47,6 @@ class MixtureLearner(nn.Module):
         self.covariance = covariance
         self.floor = floor
         self.prior = prior
-        self.shape = (1, num_components, COVARIANCES[covariance].num_moments(num_features))
         wide = torch.float64
         self.register_buffer("center", torch.zeros(1, num_features, dtype=wide))
         self.register_buffer("variance", torch.ones(1, num_features, dtype=wide))
@@ -56,12 +54,12 @@ class MixtureLearner(nn.Module):
         self.register_buffer("change", torch.tensor(math.inf, dtype=wide))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        # This rank's sums in this pass, the log-likelihood first. Not persistent: a checkpoint has `pending`.
-        self.register_buffer("sums", torch.zeros(1 + self.num_sums(), dtype=wide), persistent=False)
+        # This rank's sums in this pass. Not persistent: a checkpoint has `pending`.
+        self.register_buffer("sums", torch.zeros(self.num_sums(), dtype=wide), persistent=False)
 
     def num_sums(self) -> int:
-        """Return the number of sums besides the log-likelihood: one, the sum of the weights of the rows."""
-        return 1
+        """Return the number of sums: by default the log-likelihood and the weights of the rows."""
+        return 2
 
     @property
     def mixture(self) -> Mixture:
@@ -84,11 +82,10 @@ class MixtureLearner(nn.Module):
     @torch.no_grad()
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
         """Reset, and set the mixture and the mean and variances (1, D) of the data, by default those of the mixture."""
-        mixture = Mixture(*(part.detach().to(self.center) for part in mixture))
-        mean, spread = marginal(mixture)
+        mixture = mixture.map(lambda part: part.detach().to(self.center))
         self.parametrization.assign(mixture)
-        self.center.copy_(mean if center is None else center)
-        self.variance.copy_(spread if variance is None else variance)
+        self.center.copy_(mixture.mean if center is None else center)
+        self.variance.copy_(mixture.variance if variance is None else variance)
         self.log_likelihood.fill_(-math.inf)
         self.change.fill_(math.inf)
         self.started.fill_(True)
@@ -129,47 +126,43 @@ class MixtureLearner(nn.Module):
                 f"resume with the same number, or from a checkpoint at the end of an epoch"
             )
 
-    def _collect(self, rows: TableBatch, before: Statistics) -> Statistics:
-        weights = None if rows.weights is None else rows.weights.to(rows.points.dtype).unsqueeze(0)
-        return collect(rows.points.unsqueeze(0), self.mixture, before, weights=weights)
+    @property
+    def streamed(self) -> StreamedEM:
+        """EM in coordinates about the mean of the data."""
+        return StreamedEM.about(self.mixture, self.center, self.variance)
 
-    def _maximize(self, statistics: Statistics) -> None:
-        self.parametrization.assign(maximize(statistics, self.covariance, self.floor, self.prior, self.variance))
+    def _maximize(self, statistics: SufficientStatistics) -> None:
+        after = self.streamed.m_step(statistics, self.mixture, self.floor, self.prior, self.variance)
+        self.parametrization.assign(after)
 
 
 class FullBatchEM(MixtureLearner):
-    """Exact EM: sufficient statistics summed over the blocks of a pass, then one M-step."""
+    """Exact EM: a pass sums the sufficient statistics of its blocks and ends with an M-step."""
 
     def num_sums(self) -> int:
-        """Return the number of sufficient statistics."""
-        return math.prod(self.shape)
+        """Return the size of the sufficient statistics."""
+        return self.streamed.zeros(self.mixture.components).flatten().numel()
 
     @torch.no_grad()
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
         """Add the statistics of a block."""
-        found = self._collect(rows, self._statistics(self.sums))
-        torch.cat([found.log_likelihood, found.moments.flatten()], out=self.sums)
-        return loss_of(found.log_likelihood[0], found.moments[..., 0].sum())
+        streamed, mixture = self.streamed, self.mixture
+        self.sums += streamed.e_step(rows.points, mixture, rows.weights).flatten()
+        total = streamed.zeros(mixture.components).unflatten(self.sums)
+        return loss_of(total.log_likelihood[0], total.mass.sum())
 
     def summarize(self, total: Tensor) -> Tensor:
-        """Run the M-step, and return the log-likelihood per row before it."""
-        statistics = self._statistics(total)
+        """Maximize, and return the log-likelihood per row before that."""
+        statistics = self.streamed.zeros(self.mixture.components).unflatten(total)
         self._maximize(statistics)
-        return total[0] / statistics.moments[..., 0].sum()
-
-    def _statistics(self, sums: Tensor) -> Statistics:
-        """Return the sums of a pass as statistics under the mixture, which is fixed within a pass."""
-        none = no_statistics(self.mixture, self.center)
-        return none._replace(log_likelihood=sums[:1], moments=sums[1:].view(self.shape))
+        return statistics.log_likelihood[0] / statistics.mass.sum()
 
 
 class StochasticEM(MixtureLearner):
-    r"""EM on running statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, with an M-step per block.
-
-    The statistics are relative to one center, so a component 1e6 times its width from the center loses its precision.
+    r"""EM on running statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, one M-step per block.
 
     Args:
-        *common: the arguments of :class:`MixtureLearner`.
+        *common: as of :class:`MixtureLearner`.
         exponent: :math:`\alpha` of :math:`\gamma_t = (t + t_0)^{-\alpha}`.
         offset: :math:`t_0`.
     """
@@ -181,24 +174,25 @@ class StochasticEM(MixtureLearner):
         super().__init__(*common)
         self.exponent = exponent
         self.offset = offset
-        self.register_buffer("running", torch.zeros(self.shape, dtype=torch.float64))
+        size = self.streamed.zeros(self.mixture.components).flatten().numel()
+        self.register_buffer("running", torch.zeros(size, dtype=torch.float64))
         self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Update the running statistics with those of a block, over all ranks, and run the M-step."""
-        found = self._collect(rows, Statistics(torch.zeros_like(self.running), self.sums.new_zeros(1), self.center))
-        self.sums += torch.stack([found.log_likelihood[0], found.moments[..., 0].sum()])
-        total = global_sum(torch.cat([found.log_likelihood, found.moments.flatten()]))
-        moments = total[1:].view(self.shape)
-        mass = moments[..., 0].sum()
-        if mass > 0:  # not all weights of the block are 0
+        """Mix the statistics of a block, of all ranks, into the running ones, and maximize."""
+        found = self.streamed.e_step(rows.points, self.mixture, rows.weights)
+        self.sums += torch.stack([found.log_likelihood[0], found.mass.sum()])
+        total = global_sum(found.flatten())
+        summed = found.unflatten(total)
+        mass = summed.mass.sum()
+        if mass > 0:  # a block whose rows all have weight zero changes nothing
             share = 1.0 if self.blocks_seen == 0 else float(self.blocks_seen + self.offset) ** -self.exponent
-            # Scaled to the whole data set, as the pseudo-counts of a prior are relative to it.
-            self.running.lerp_(moments * blocks, share)
+            # In the mass of the whole data set, relative to which a prior has its strength.
+            self.running.lerp_(total * blocks, share)
             self.blocks_seen += 1
-            self._maximize(Statistics(self.running, self.sums.new_zeros(1), self.center))
-        return loss_of(total[0], mass)
+            self._maximize(found.unflatten(self.running))
+        return loss_of(summed.log_likelihood[0], mass)
 
 
 class GradientAscent(MixtureLearner):

@@ -52,8 +52,7 @@ def mixture_grid(
         >>> figure = mixture_grid(torch.randn(1, 50, 2), mixture)
     """
     points = points.detach().cpu().float()
-    parts = (mixture.log_weights, mixture.means, mixture.covariances)
-    mixture = Mixture(*(part.detach().cpu().float() for part in parts))
+    mixture = mixture.map(lambda part: part.detach().cpu().float())
     components: Any = mixture.to_distribution().component_distribution
     full = isinstance(components, MultivariateNormal)
     covariances = components.covariance_matrix if full else components.variance.diag_embed()
