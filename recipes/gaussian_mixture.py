@@ -6,29 +6,20 @@
     em-lightning run gaussian_mixture --config gradient
     em-lightning run gaussian_mixture --data TabularDataModule --data.data MY.npy --model.num_features 16
 
-Any strategy goes (--trainer.strategy=ddp --trainer.devices=4). A run that may be killed gets a folder of its own, and
-starts again where it was with the same command:
+Every strategy works (--trainer.strategy=ddp --trainer.devices=4). To make a run resumable, give it its own folder; the
+same command continues it:
 
     em-lightning run gaussian_mixture --trainer.logger.version=mine --ckpt_path=last
 
-It ends with a table of likelihoods, BIC and AIC and pictures in lightning_logs/gaussian_mixture, for TensorBoard too.
+The table of likelihoods, BIC and AIC and the figures are in lightning_logs/gaussian_mixture and in TensorBoard.
 """
 
-import sys
-
-from em_lightning.cli import recipe_cli
+from em_lightning.cli import Recipe
 from em_lightning.data import TabularDataModule
 from em_lightning.modules import GaussianMixtureModule
+from em_lightning.studies import SelectionReport
 
-
-def main(args):
-    """Fit, and let the callbacks of the config report."""
-    cli = recipe_cli(GaussianMixtureModule, TabularDataModule, "gaussian_mixture", args)
-    if cli.trainer.is_global_zero:
-        cli.datamodule.prepare_data()
-        print(f"Data: {cli.datamodule.describe()}")
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
-
+recipe = Recipe(__file__, GaussianMixtureModule, TabularDataModule, SelectionReport)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    recipe.main()
