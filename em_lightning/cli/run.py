@@ -50,15 +50,13 @@ def run(name: str, args: Sequence[str]) -> None:
     folder = Path("lightning_logs") / script.stem
     tables = [(path, content["table"]) for path, content in zip(paths, contents, strict=True) if content.get("table")]
     if tables:
-        from em_lightning.studies.grid import Table, run_table
+        from em_lightning.studies.grid import run_table
 
         path, table = tables[-1]
-        if options.seeds:
-            table = {**table, "seeds": options.seeds}
         command = ["em-lightning", "run", name, *(f"--config={config}" for config in options.config), *rest]
         run_table(
             functools.partial(load_recipe, script),
-            Table(**table),
+            {**table, "seeds": options.seeds or table.get("seeds")},
             folder / path.stem,
             arguments,
             configs=[read_config(config_of(script)), *({**content, "table": None} for content in contents)],

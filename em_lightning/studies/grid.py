@@ -84,7 +84,7 @@ class Cell(NamedTuple):
 
 def run_table(
     load: Callable[[], Any],
-    table: Table,
+    entry: Mapping[str, Any],
     folder: Path,
     arguments: Sequence[str],
     *,
@@ -99,7 +99,7 @@ def run_table(
 
     Args:
         load: returns the recipe, an object with the methods ``prepare`` and ``fit``; must be picklable.
-        table: rows and seeds.
+        entry: arguments of :class:`Table`.
         folder: folder of the results, inside the folder of the recipe's logger.
         arguments: arguments of the recipe, for all rows.
         configs: contents of the config files that ``arguments`` name, for the hash.
@@ -107,8 +107,12 @@ def run_table(
         jobs: number of parallel processes with one thread each; ``None`` takes the number of cores.
 
     Raises:
-        ValueError: a cell failed, or the user interrupted the run.
+        ValueError: an entry of the table is unknown, a cell failed, or the user interrupted the run.
     """
+    try:
+        table = Table(**entry)
+    except TypeError as error:
+        raise ValueError(f"table: {error}") from error
     cells = []
     for seed in table.seeds:  # the outer loop, so that all rows get their first results early
         for row, spec in table.rows.items():
@@ -127,7 +131,7 @@ def run_table(
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None = None) -> None:
