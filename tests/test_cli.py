@@ -156,6 +156,7 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
     assert history["rows"][2]["method"] == "trained operator, 2 steps"
 
 
+@pytest.mark.slow
 def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert cli.main(["run", "point_cloud_gmm", *SMALL, "--seeds=0,1"]) == 0

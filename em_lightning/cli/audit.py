@@ -48,7 +48,7 @@ def _load(cls: Any, checkpoint: str) -> Any:
     from em_lightning.surgery import read_plan, restore_surgery
 
     if not hasattr(cls, "load_from_checkpoint"):
-        raise ValueError(f"--ckpt_path={checkpoint!r} requires a LightningModule class, got {cls!r}")
+        raise ValueError(f"--ckpt_path={checkpoint!r} requires a LightningModule class, got {type(cls).__name__}")
     plan = read_plan(checkpoint)
     try:
         if plan:

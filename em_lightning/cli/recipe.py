@@ -143,9 +143,10 @@ class RecipeCLI(LightningCLI):
             super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
         except ArgumentError as error:
             message = " ".join(str(error).split()).rstrip(".")
-            known = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
+            defaults = parser.get_defaults()
+            known, leaves = ([key.replace(".init_args", "") for key in defaults.keys(branches)] for branches in (True, False))
             wrong = [key for key in keys if key not in known and key.rpartition(".")[2] in message]
-            raise ValueError(message + (suggestion(wrong[0], known) if wrong else ".")) from error
+            raise ValueError(message + (suggestion(wrong[0], leaves) if wrong else ".")) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """Return the trainer, which writes checkpoints atomically."""
