@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 import textwrap
 import warnings
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from em_lightning.checkpoints import AtomicCheckpointIO
-from em_lightning.cli.recipes import config_of, docstring, suggestion, variants_of
+from em_lightning.cli.recipes import config_of, docstring, variants_of
 
 # Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes.
 _WARNINGS = (
@@ -142,11 +143,13 @@ class RecipeCLI(LightningCLI):
         try:
             super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
         except ArgumentError as error:
-            message = " ".join(str(error).split()).rstrip(".")
-            defaults = parser.get_defaults()
-            known, leaves = ([key.replace(".init_args", "") for key in defaults.keys(branches)] for branches in (True, False))
-            wrong = [key for key in keys if key not in known and key.rpartition(".")[2] in message]
-            raise ValueError(message + (suggestion(wrong[0], leaves) if wrong else ".")) from error
+            message = " ".join(str(error).split())
+            known = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
+            for key in keys:
+                if key not in known and key.rpartition(".")[2] in message:
+                    near = difflib.get_close_matches(key, filter(lambda other: "." in other, known), n=1)
+                    message += "".join(f" Did you mean --{other}?" for other in near)
+            raise ValueError(message) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
         """Return the trainer, which writes checkpoints atomically."""

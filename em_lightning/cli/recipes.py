@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import runpy
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +11,6 @@ if TYPE_CHECKING:
     from em_lightning.cli.recipe import Recipe
 
 _MAX_BYTES = 2**20
-
-
-def suggestion(word: str, known: Sequence[str]) -> str:
-    """Return "; did you mean ...?" with the known word nearest to an unknown one, or a full stop."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def folder_of(name: str) -> Path:
@@ -33,19 +25,13 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the script of a recipe, given by its name or by the path of a copy.
-
-    Raises:
-        ValueError: there is no such recipe or file.
-    """
-    if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise ValueError(f"there is no file {name!r}; give the name of a recipe or the path of a copy")
-        return Path(name)
+    """Return the script of a recipe, given by its name or by the path of a copy; ValueError if there is none."""
     known = recipes()
-    if name not in known:
-        raise ValueError(f"unknown recipe {name!r}{suggestion(name, list(known))} Known: {', '.join(known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    if name.endswith(".py") and Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"recipe={name!r} must be one of {', '.join(known)}, or the path of a script")
 
 
 def config_of(script: Path) -> Path:
@@ -60,34 +46,23 @@ def variants_of(script: Path) -> dict[str, Path]:
 
 
 def find_config(script: Path, config: str) -> Path:
-    """Return a config, given by its path or by the name of a variant.
-
-    Raises:
-        ValueError: there is no such file or variant.
-    """
-    if Path(config).is_file():
-        return Path(config)
+    """Return a config, given by its path or by the name of a variant; ValueError if there is none."""
     variants = variants_of(script)
-    if config not in variants:
-        near, known = suggestion(config, list(variants)), ", ".join(variants) or "none"
-        raise ValueError(
-            f"--config={config!r} is neither a file nor a variant of {script.stem}{near} Variants: {known}"
-        )
-    return variants[config]
+    path = Path(config) if Path(config).is_file() else variants.get(config)
+    if path is None:
+        known = ", ".join(variants) or "none"
+        raise ValueError(f"--config={config!r} must be a file or a variant of {script.stem} (variants: {known})")
+    return path
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file of at most one megabyte.
-
-    Raises:
-        ValueError: the file is too large, is not YAML with plain values, or holds no mapping.
-    """
+    """Return the mapping in a YAML file; ValueError if it is too large, or is not a mapping of plain values."""
     import yaml
 
     if path.stat().st_size > _MAX_BYTES:
         raise ValueError(f"{path} must have at most {_MAX_BYTES} bytes, got {path.stat().st_size}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a YAML file with plain values: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -101,11 +76,7 @@ def docstring(script: Path) -> str:
 
 
 def copy(name: str, folder: Path) -> list[Path]:
-    """Copy a recipe's script and configs to a folder, and return the new files.
-
-    Raises:
-        ValueError: there is no such recipe, or a file of that name exists.
-    """
+    """Copy a recipe's script and configs to a folder, and return the new files; ValueError if one exists already."""
     script = find_recipe(name)
     config = config_of(script)
     targets = {script: folder / script.name, config: folder / config.name}
@@ -123,11 +94,7 @@ def copy(name: str, folder: Path) -> list[Path]:
 
 
 def load_recipe(script: Path) -> Recipe:
-    """Run the script of a recipe and return its variable ``recipe``.
-
-    Raises:
-        ValueError: the script defines no ``recipe``.
-    """
+    """Run the script of a recipe and return its variable ``recipe``; ValueError if it defines none."""
     from rich.console import Console
 
     with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
