@@ -1,4 +1,4 @@
-"""What mkdocs makes from the code and the repository: pages, navigation, and docstrings in Markdown."""
+"""mkdocs hooks: pages and navigation made from the code, and docstrings converted to Markdown."""
 
 import re
 from pathlib import Path
@@ -15,10 +15,10 @@ UNLISTED = ("_version", "registry", "cli", "__init__")
 
 
 class Docstrings(Extension):
-    """Sphinx roles become Markdown, and an example a section of its own."""
+    """Convert Sphinx roles to Markdown, and examples to sections."""
 
     def on_instance(self, *, obj, **arguments):
-        """Rewrite the docstring of an object that was just read."""
+        """Convert the docstring of an object."""
         if obj.docstring:
             text = obj.docstring.value
             if obj.is_class and any(str(base).endswith("NamedTuple") for base in obj.bases):
@@ -29,15 +29,15 @@ class Docstrings(Extension):
 
 
 def rooms():
-    """Return the names of the rooms that the reference describes."""
+    """Return the names of the packages and modules in the API reference."""
     paths = sorted((ROOT / "em_lightning").glob("*"))
     names = [path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").is_file()]
     return [name for name in names if name not in UNLISTED]
 
 
 def recipes_page():
-    """Return the page about the recipes: what each says about itself, and its configs."""
-    text = "# Recipes\n\n`em-lightning run NAME` runs one, `em-lightning cp NAME` makes a copy of it to edit.\n"
+    """Return the page of the recipes: their docstrings and configs."""
+    text = "# Recipes\n\n`em-lightning run NAME` runs a recipe, `em-lightning cp NAME` copies it for editing.\n"
     for name, script in recipes().items():
         first, _, rest = docstring(script).partition("\n")
         text += f"\n## {name}\n\n{first}\n\n```text\n{rest.strip()}\n```\n"
@@ -48,8 +48,8 @@ def recipes_page():
 
 
 def parts_page():
-    """Return the page about everything that a name stands for."""
-    text = "# Parts by name\n\nEverything that a key stands for, in code (`KERNELS.build(key)`) and in configs.\n"
+    """Return the page of the classes in the registries."""
+    text = "# Components by name\n\nKeys of the registries, in code (`KERNELS.build(key)`) and in configs.\n"
     for kind in KINDS:
         text += f"\n## {kind.capitalize()}\n\n| key | class | arguments | what it is |\n|---|---|---|---|\n"
         for key, cls, arguments, sentence in parts_of(kind):
@@ -66,7 +66,7 @@ def title(path):
 
 
 def on_config(config):
-    """Make the navigation from what lies in docs/."""
+    """Make the navigation from the files in docs/."""
     docs = ROOT / "docs"
 
     def folder(name):
@@ -86,7 +86,7 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Add the pages that are made from the code."""
+    """Add the pages made from the code."""
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
     readme = re.sub(r"\[(.+?)\]\((?:CITATION.cff|LICENSE)\)", r"\1", readme)
     pages = {

@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation that need no training: python docs/make_images.py [FOLDER]."""
+"""Draw the figures of the documentation that need no training: python docs/make_images.py [FOLDER]."""
 
 import sys
 from pathlib import Path

@@ -324,7 +324,7 @@ def test_what_would_have_no_effect_is_refused(args, words, here, capsys):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option, value", [("--seeds", "a"), ("--jobs", "0")])
+@pytest.mark.parametrize("option, value", [("--seeds", "a"), ("--jobs", "two")])
 def test_an_option_that_cannot_be_parsed_ends_with_exit_code_2(option, value, here, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["run", "volume_control", option, value])

@@ -11,10 +11,9 @@ _FIRST = "EM_LIGHTNING_FIRST_RANK"
 
 
 def leave_process_group() -> None:
-    """Destroy the process group that Lightning has opened, if there is one.
+    """Destroy the process group that Lightning has left open, if there is one.
 
-    Lightning leaves gloo groups open. Their threads may still hold a finished operation, and a process that exits then
-    is sometimes aborted with an exit code of failure (pytorch/pytorch#190489).
+    A process that exits with an open gloo group is sometimes aborted (pytorch/pytorch#190489).
     """
     import torch.distributed as dist
 
@@ -25,11 +24,8 @@ def leave_process_group() -> None:
 def end_with_first_rank(seconds: float = 1.0) -> None:
     """Make this process exit when the process that started it has ended, if that is the first of several local ranks.
 
-    A rank that waits for a killed rank fails once their connection breaks, but before they are connected it would wait
-    for half an hour. Lightning only ends the first rank when another one fails; ``torchrun`` and SLURM end all ranks.
-
-    Args:
-        seconds: between two checks.
+    Otherwise a rank whose first rank is killed before they are connected waits for half an hour. Lightning only ends
+    the first rank when another one fails; ``torchrun`` and SLURM end all ranks.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank == "0":

@@ -17,13 +17,6 @@ def integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def positive_integer(text: str) -> int:
-    """Parse an integer of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def run(name: str, args: Sequence[str]) -> None:
     """Run a recipe with the arguments of its LightningCLI.
 
@@ -33,15 +26,12 @@ def run(name: str, args: Sequence[str]) -> None:
     Args:
         name: name of the recipe, or the path of a copy of its script.
         args: arguments of the LightningCLI.
-
-    Raises:
-        ValueError: there is no such recipe, or an argument is wrong.
     """
     script = find_recipe(name)
     parser = argparse.ArgumentParser(prog=f"em-lightning run {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])
     parser.add_argument("--seeds", type=integers, default=[], metavar="0,1,2")
-    parser.add_argument("--jobs", type=positive_integer)
+    parser.add_argument("--jobs", type=int)
     options, rest = parser.parse_known_args(args)
     paths = [find_config(script, config) for config in options.config]
     contents = [read_config(path) for path in paths]

@@ -23,18 +23,16 @@ def parts_of(kind: str) -> list[tuple[str, type, str, str]]:
     """
     import em_lightning
 
-    registry = getattr(em_lightning, kind.upper())
-    return [(key, registry[key], _arguments(registry[key]), _first_sentence(registry[key])) for key in registry]
-
-
-def _arguments(cls: type) -> str:
-    parameters = inspect.signature(cls).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named)
-
-
-def _first_sentence(cls: type) -> str:
-    return re.sub(r":\w+:`(.+?)`", r"\1", (inspect.getdoc(cls) or "").partition("\n")[0])
+    registry, parts = getattr(em_lightning, kind.upper()), []
+    for key in registry:
+        cls = registry[key]
+        named = [
+            p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        arguments = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named)
+        sentence = (inspect.getdoc(cls) or "").partition("\n")[0]
+        parts.append((key, cls, arguments, re.sub(r":\w+:`(.+?)`", r"\1", sentence)))
+    return parts
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
