@@ -1,34 +1,52 @@
-# Every target except clean first installs the package into .venv. Requires Python 3.11 or later.
-#   make train    train an EM operator on point clouds; write its table and figures to lightning_logs/
-#   make test     run all tests
-#   make lint     run ruff and mypy
-#   make docs     build the documentation into site/
-#   make nightly  run the property tests with 5,000 examples each instead of 200
-#   make fuzz     run every file reader on 10,000 mutated files
-#   make coverage run the tests with branch coverage; fail below 95 %
-# ARGS="..." is passed to the command of a target.
+# Two commands set everything up on a machine with Python 3.11 or later and make:
+#   make train     install, train an EM operator on point clouds, and write its table and figures to lightning_logs/
+#   make test      install, run the fast tests, then those marked slow
+# For developers:
+#   make lint      ruff and mypy
+#   make docs      build the documentation into site/
+#   make newest    make test with the newest versions that pyproject.toml admits, in an environment of its own
+#   make portable  the fast tests with PyTorch's kernels for processors without AVX, and with AVX2 only
+#   make nightly   the property tests with 5,000 new examples each, instead of 200
+#   make fuzz      10,000 mutated files for every reader
+#   make coverage  the tests with branch coverage; fails below 95 %
+# Everything is installed in .venv; ARGS="..." is passed on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test nightly fuzz coverage lint docs clean
+PYTEST := -m pytest -n 2 -q
+FAST := -m "not slow and not nightly"
+SLOW := -m "slow and not nightly"
+
+.PHONY: train test newest portable nightly fuzz coverage lint docs clean
 
 train: $(INSTALLED)
 	$(BIN)/em-lightning run point_cloud_gmm $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -q $(ARGS)
+	$(BIN)/python $(PYTEST) $(FAST) $(ARGS)
+	$(BIN)/python $(PYTEST) $(SLOW) $(ARGS) || [ $$? -eq 5 ]  # 5: ARGS select no slow test
+
+newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	$(VENV)-newest/bin/python $(PYTEST) $(FAST) $(ARGS)
+	$(VENV)-newest/bin/python $(PYTEST) $(SLOW) $(ARGS)
+
+portable: $(INSTALLED)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
 
 nightly: $(INSTALLED)
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -n 2 -q tests/test_properties_*.py $(ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python $(PYTEST) tests/test_properties_*.py $(ARGS)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz_readers.py $(ARGS)
 
-# The wheel tests are excluded because they measure an installed copy.
+# The tests of the wheel run installed code, and measure time.
 coverage: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -q --ignore=tests/test_wheel.py --cov --cov-report=term \
+	$(BIN)/python $(PYTEST) --ignore=tests/test_wheel.py --cov --cov-report=term \
 		--cov-report=json:.coverage.json $(ARGS)
 	$(BIN)/python -c 'import json, sys; share = json.load(open(".coverage.json"))["totals"]["percent_branches_covered"]; \
 		print(f"branches: {share:.1f} %"); sys.exit(share < 95)'
@@ -49,4 +67,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) site .coverage*
+	rm -rf $(VENV) $(VENV)-newest site .coverage*

@@ -34,8 +34,8 @@ from em_lightning.cli import main as em_lightning_main
 
 MIXTURE = ["--model.num_features=3", "--model.num_components=4", "--model.tol=0", "--data.num_features=3"]
 MIXTURE += ["--data.num_points=6000", "--data.true_components=4", "--data.held_out_points=500"]
-MIXTURE += ["--data.block_rows=700", "--trainer.max_epochs=12", "--trainer.callbacks.components=[]"]
-NO_FIGURES = "--trainer.callbacks.figures=false"
+MIXTURE += ["--data.block_rows=700", "--trainer.max_epochs=12", "--report.components=[]"]
+NO_FIGURES = "--report.figures=false"
 CASES = {
     "gaussian_mixture": ["gaussian_mixture", *MIXTURE],
     "gaussian_mixture_stochastic": ["gaussian_mixture", "--config=stochastic", *MIXTURE],
@@ -53,7 +53,7 @@ CASES = {
         "amortized_clustering",
         *("--model.num_starts=2", "--model.num_iters=3", "--data.batch_size=4", "--data.train_batches=6"),
         *("--data.val_sets=16", "--data.test_sets=16", "--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=2"),
-        *("--trainer.callbacks.classical=false", "--trainer.callbacks.transfer_sets=0", "--data.held_out=50"),
+        *("--report.classical=false", "--report.transfer_sets=0", "--data.held_out=50"),
     ],
     "swap_activations": ["swap_activations", "--trainer.max_epochs=12"],
     "point_cloud_classifier": [

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from em_lightning.callbacks import LayerReport
-from em_lightning.cli.folders import find_recipe, load_recipe
+from em_lightning.cli import find_recipe, load_recipe
+from em_lightning.studies import LayerReport
 
 
 class Loop:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from em_lightning import callbacks
+from em_lightning import callbacks, studies
 from em_lightning.data import Digits, GaussianBlobs, MixtureSets, ProceduralSurfaces
 from em_lightning.modules import AmortizedClustering, EMClassifier, EMModule, GaussianMixtureModule, PointCloudGMM
 
@@ -65,7 +65,7 @@ def operated(folder: str) -> str:
 
 
 def clustering() -> list[lightning.Callback]:
-    return [callbacks.ClusteringReport(sizes=(30,), components=(3,), transfer_sets=4)]
+    return [studies.ClusteringReport(sizes=(30,), components=(3,), transfer_sets=4)]
 
 
 SCRATCH = tempfile.TemporaryDirectory()
@@ -80,9 +80,9 @@ CASES = {
     "StepSeeds": lambda: [callbacks.StepSeeds()],
     "TimeLeft": lambda: [callbacks.TimeLeft()],
     "RestoreSurgery": lambda: [callbacks.RestoreSurgery(operated(SCRATCH.name))],
-    "LayerReport": lambda: [callbacks.LayerReport(figures=False)],
-    "MixtureReport": lambda: [callbacks.MixtureReport(num_pictured=2, curve_iters=4)],
-    "SelectionReport": lambda: [callbacks.SelectionReport(components=[1, 3], max_iters=4)],
+    "LayerReport": lambda: [studies.LayerReport(figures=False)],
+    "MixtureReport": lambda: [studies.MixtureReport(num_pictured=2, curve_iters=4)],
+    "SelectionReport": lambda: [studies.SelectionReport(components=[1, 3], max_iters=4)],
     "ClusteringReport": clustering,
 }
 

@@ -1,4 +1,4 @@
-"""mkdocs hooks: generated pages, navigation, and conversion of docstrings to Markdown."""
+"""mkdocs hooks: pages and navigation made from the code, and docstrings converted to Markdown."""
 
 import re
 from pathlib import Path
@@ -15,10 +15,10 @@ UNLISTED = ("_version", "registry", "cli", "__init__")
 
 
 class Docstrings(Extension):
-    """Convert Sphinx roles to Markdown and examples to sections."""
+    """Convert Sphinx roles to Markdown, and examples to sections."""
 
     def on_instance(self, *, obj, **arguments):
-        """Rewrite the docstring of a loaded object."""
+        """Convert the docstring of an object."""
         if obj.docstring:
             text = obj.docstring.value
             if obj.is_class and any(str(base).endswith("NamedTuple") for base in obj.bases):
@@ -29,15 +29,15 @@ class Docstrings(Extension):
 
 
 def rooms():
-    """Return the names of the subpackages in the API reference."""
+    """Return the names of the packages and modules in the API reference."""
     paths = sorted((ROOT / "em_lightning").glob("*"))
     names = [path.stem for path in paths if path.suffix == ".py" or (path / "__init__.py").is_file()]
     return [name for name in names if name not in UNLISTED]
 
 
 def recipes_page():
-    """Return the page that lists the recipes with their docstrings and configs."""
-    text = "# Recipes\n\n`em-lightning run NAME` runs a recipe; `em-lightning cp NAME` copies it for editing.\n"
+    """Return the page of the recipes: their docstrings and configs."""
+    text = "# Recipes\n\n`em-lightning run NAME` runs a recipe, `em-lightning cp NAME` copies it for editing.\n"
     for name, script in recipes().items():
         first, _, rest = docstring(script).partition("\n")
         text += f"\n## {name}\n\n{first}\n\n```text\n{rest.strip()}\n```\n"
@@ -48,8 +48,8 @@ def recipes_page():
 
 
 def parts_page():
-    """Return the page that lists all registered components."""
-    text = "# Components by name\n\nComponents you can refer to by key in code (`KERNELS.build(key)`) and in configs.\n"
+    """Return the page of the classes in the registries."""
+    text = "# Components by name\n\nKeys of the registries, in code (`KERNELS.build(key)`) and in configs.\n"
     for kind in KINDS:
         text += f"\n## {kind.capitalize()}\n\n| key | class | arguments | description |\n|---|---|---|---|\n"
         for key, cls, arguments, sentence in parts_of(kind):
@@ -66,7 +66,7 @@ def title(path):
 
 
 def on_config(config):
-    """Build the navigation from the files in docs/."""
+    """Make the navigation from the files in docs/."""
     docs = ROOT / "docs"
 
     def folder(name):
@@ -86,7 +86,7 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Add the generated pages."""
+    """Add the pages made from the code."""
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
     readme = re.sub(r"\[(.+?)\]\((?:CITATION.cff|LICENSE)\)", r"\1", readme)
     pages = {

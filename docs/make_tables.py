@@ -1,4 +1,4 @@
-"""Update the generated table of the README: python docs/make_tables.py."""
+"""Write the table of the README that lists the library's parts: python docs/make_tables.py."""
 
 import inspect
 import re
@@ -9,24 +9,25 @@ MARKED = re.compile(r"(<!-- inside: made by docs/make_tables.py -->\n).*?(<!-- e
 
 
 def inside() -> str:
-    """Return a table of all registered components, callbacks and recipes."""
+    """Return a table of the registries, callbacks, reports and recipes."""
     import lightning
 
-    from em_lightning import callbacks
+    from em_lightning import callbacks, studies
     from em_lightning.cli import KINDS, parts_of, recipes
 
     names = {f"`{kind.upper()}`": [key for key, *_ in parts_of(kind)] for kind in KINDS}
-    classes = {name: getattr(callbacks, name) for name in callbacks.__all__}
-    names["callbacks"] = [
-        name for name, cls in classes.items() if inspect.isclass(cls) and issubclass(cls, lightning.Callback)
-    ]
+    for title, room in {"callbacks": callbacks, "reports": studies}.items():
+        classes = {name: getattr(room, name) for name in room.__all__}
+        names[title] = [
+            name for name, cls in classes.items() if inspect.isclass(cls) and issubclass(cls, lightning.Callback)
+        ]
     names["recipes"] = list(recipes())
     rows = [f"| {kind} | {', '.join(each)} |" for kind, each in names.items()]
     return "\n".join(["| | |", "|---|---|", *rows, ""])
 
 
 def updated(readme: str) -> str:
-    """Return the README with its table updated."""
+    """Return the README with the new table."""
     return MARKED.sub(lambda found: found[1] + inside() + found[2], readme)
 
 

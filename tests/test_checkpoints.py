@@ -53,7 +53,7 @@ def test_a_recipe_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_ro
 import resource, sys
 from em_lightning.cli import main
 run = ["run", "volume_control", "--trainer.logger.version=v", "--ckpt_path=last"]
-run += ["--trainer.enable_progress_bar=false", "--trainer.callbacks.figures=false", "--model.num_components=600"]
+run += ["--trainer.enable_progress_bar=false", "--report.figures=false", "--model.num_components=600"]
 assert main([*run, "--trainer.max_epochs=1"]) == 0
 last = "lightning_logs/volume_control/v/checkpoints/last.ckpt"
 before = open(last, "rb").read()

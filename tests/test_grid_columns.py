@@ -1,24 +1,25 @@
-"""Tables of one's own: columns by row, and gains paired by seed."""
+"""Tables without published numbers: one column per metric, and gains paired by seed."""
 
 import json
 
 import numpy as np
 import yaml
 
-from em_lightning.cli import folders, grid, run
+from em_lightning.cli import find_recipe, load_recipe, run
+from em_lightning.studies import grid
 
 
 def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"plain": [0.5, 0.75, 1.0], "swapped": [1.5, 1.25, 2.5]}
 
-    def finish(script, cells, jobs):
+    def finish(load, cells, jobs):
         for cell in cells:
             cell.folder.mkdir(parents=True)
             found = {"score": values[cell.row][cell.seed], **({"dead": 1.0} if cell.row == "plain" else {})}
             cell.result.write_text(json.dumps({"values": found}))
 
-    monkeypatch.setattr(grid, "_run_cells", finish)
+    monkeypatch.setattr(grid, "run_cells", finish)
     table = {"title": "Scores", "seeds": [0, 1, 2], "columns": ["score", "dead"]}
     table["rows"] = {"plain": {"arguments": {"model.width": 4}}, "swapped": {"against": "plain"}}
     (tmp_path / "scores.yaml").write_text(yaml.safe_dump({"table": table}))
@@ -54,6 +55,6 @@ def test_a_module_without_an_optimizer_trains_one_seed_after_the_other(tmp_path,
         folder = tmp_path / f"lightning_logs/decoder_free_sae/cell{seed}"
         own = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version=cell{seed}"]
         cells.append(grid.Cell("mixture", seed, [*given, *own], folder))
-    grid._run_row(folders.find_recipe("decoder_free_sae"), cells)
+    grid.run_row(lambda: load_recipe(find_recipe("decoder_free_sae")), cells)
     losses = [json.loads(cell.result.read_text())["values"]["free_energy"] for cell in cells]
     assert np.isfinite(losses).all() and losses[0] != losses[1]

@@ -7,10 +7,10 @@ from lightning.pytorch import Trainer
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from em_lightning.callbacks import ClusteringReport
 from em_lightning.data import MixtureSets
 from em_lightning.mixture import Mixture, MixturePrior
 from em_lightning.modules import AmortizedClustering
+from em_lightning.studies import ClusteringReport
 
 
 def small(**arguments):
@@ -134,7 +134,7 @@ def test_a_run_lowers_the_loss_and_writes_its_tables(tmp_path):
     assert oracle["method"] == "oracle" and trained["method"] == "trained operator"
     assert trained["LL1 - oracle"] == pytest.approx(trained["LL1"] - oracle["LL0"])
     assert 0 < trained["adjusted Rand"] <= 1 and [row["K"] for row in results["transfer"]] == ["4", "3"]
-    assert "Sets unlike those of the training" in (tmp_path / "results.md").read_text()
+    assert "Sets unlike the training sets" in (tmp_path / "results.md").read_text()
 
 
 def test_the_table_has_classical_em_beside_the_truth(tmp_path):
@@ -170,7 +170,7 @@ def test_the_table_has_classical_em_beside_the_truth(tmp_path):
     assert rows["oracle"]["LL0"] == pytest.approx(np.mean(expected), abs=1e-4)
     steps = [rows[f"EM from farthest points, {n}"]["LL0"] for n in ("1 step", "25 steps", "50 steps")]
     assert steps == sorted(steps)  # of one start: the likelihood never falls
-    told = rows["MAP told sigma, farthest points, 25 steps"]
+    told = rows["MAP with known sigma, farthest points, 25 steps"]
     assert told["held out"] > rows["EM from farthest points, 25 steps"]["held out"]
     assert rows["EM from k-means++, 100 steps"]["LL1 - oracle"] == pytest.approx(
         rows["EM from k-means++, 100 steps"]["LL1"] - rows["oracle"]["LL0"]

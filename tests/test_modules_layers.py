@@ -12,7 +12,8 @@ from torch.nn import functional
 from em_lightning import modules
 from em_lightning.data import Digits
 from em_lightning.metrics import linear_probe
-from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer, ReplicaData, Replicas, SparseAutoencoder
+from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
+from em_lightning.studies import ReplicaData, Replicas
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
@@ -175,7 +176,7 @@ def test_replicas_go_the_way_that_each_goes_alone(key):
 
 
 def test_replicas_that_are_not_alike_are_refused():
-    with pytest.raises(ValueError, match="layers.*hyperparameters"):
+    with pytest.raises(ValueError, match="layers must have the same class"):
         Replicas([MAKE["classifier"](), MAKE["baseline"]()])
 
 

@@ -30,10 +30,8 @@ ELSEWHERE = {
     "functions that modules of the registry call, and nothing else": (
         "entmin hardmin none_of_the_above pairwise positive_number topk"
     ),
-    "of a whole run under a Trainer, whose tests have one": (
-        "ClusteringReport EMAudit LayerReport MixtureReport ReplicaData Replicas RestoreSurgery SelectionReport "
-        "StepSeeds TimeLeft"
-    ),
+    "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
+    "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds TimeLeft"),
     "pictures, in tests/test_callbacks_watch.py": "responsibilities_figure",
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
         "Digits GaussianBlobs GeometricShapes ImagePointSets MNIST ModelNet PointCloudFolder ProceduralSurfaces"

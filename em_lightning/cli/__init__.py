@@ -1,34 +1,47 @@
-"""The command line: ``em-lightning ls | cp | run | audit | kernels``, the same as ``python -m em_lightning.cli``."""
+"""The command line ``em-lightning ls | cp | run | audit | kernels``, the same as ``python -m em_lightning.cli``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.folders import UsageError, config_of, copy, docstring, folder_of, own_error, recipes, variants_of
 from em_lightning.cli.ranks import end_with_first_rank, leave_process_group
-from em_lightning.cli.run import recipe_cli, run
+from em_lightning.cli.recipes import config_of, copy, docstring, find_recipe, load_recipe, recipes, variants_of
+from em_lightning.cli.run import run
 from em_lightning.cli.tables import KINDS, parts_of, print_parts, print_recipes
+
+if TYPE_CHECKING:
+    from em_lightning.cli.recipe import Recipe
 
 __all__ = [
     "KINDS",
-    "UsageError",
+    "Recipe",
     "config_of",
     "copy",
     "docstring",
-    "folder_of",
+    "find_recipe",
     "load_model",
+    "load_recipe",
     "main",
     "parts_of",
-    "recipe_cli",
     "recipes",
     "run",
     "variants_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Recipe":
+        raise AttributeError(f"module 'em_lightning.cli' has no attribute {name!r}")
+    from em_lightning.cli.recipe import Recipe  # loads Lightning, which `ls` and `cp` do not need
+
+    return Recipe
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,32 +53,29 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     command("ls", "list the recipes")
-    copier = command("cp", "copy a recipe and its configs, to edit and run")
-    copier.add_argument("recipe", help="as em-lightning ls names it")
-    copier.add_argument(
-        "folder", nargs="?", default=".", type=Path, help="where to, made if it is not there (default: here)"
-    )
-    runner = command("run", "run a recipe; em-lightning run RECIPE --help tells its arguments")
-    runner.add_argument("recipe", help="its name, or the path of a copy of its script")
-    runner.add_argument("arguments", nargs=argparse.REMAINDER, help="for its LightningCLI: --trainer.max_epochs=3")
-    auditor = command("audit", "tell where EM lives in a model, layer by layer")
-    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME, made without arguments")
+    copier = command("cp", "copy a recipe and its configs")
+    copier.add_argument("recipe", help="name of a recipe, see em-lightning ls")
+    copier.add_argument("folder", nargs="?", default=".", type=Path, help="created if needed (default: this folder)")
+    runner = command("run", "run a recipe; em-lightning run RECIPE --help lists its arguments")
+    runner.add_argument("recipe", help="name of a recipe, or path of a copy of its script")
+    runner.add_argument("arguments", nargs=argparse.REMAINDER, help="of its LightningCLI: --trainer.max_epochs=3")
+    auditor = command("audit", "list the layers of a model in which EM takes place")
+    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME, called without arguments")
     auditor.add_argument("--input", required=True, help="shape of a random input, for instance 32,784")
-    auditor.add_argument("--ckpt_path", help="checkpoint for NAME, a LightningModule class, to load")
-    lister = command("kernels", "list the kernels, or the other parts that a name stands for")
+    auditor.add_argument("--ckpt_path", help="checkpoint to load, if NAME is a LightningModule class")
+    lister = command("kernels", "list the kernels, or the classes in another registry")
     lister.add_argument("kind", nargs="?", default="kernels", choices=KINDS, help=", ".join(KINDS))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 for success, 2 for a mistake in what was asked for."""
+    """Run the command line and return its exit code: 0 for success, 2 for a wrong argument or file."""
     parsed = _parser().parse_args(argv)
     try:
         if parsed.command == "ls":
             print_recipes()
         elif parsed.command == "cp":
-            for path in copy(parsed.recipe, parsed.folder):
-                print(path)
+            print(*copy(parsed.recipe, parsed.folder), sep="\n")
         elif parsed.command == "audit":
             print_audit(parsed.model, parsed.input, parsed.ckpt_path)
         elif parsed.command == "kernels":
@@ -74,10 +84,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             end_with_first_rank()
             run(parsed.recipe, parsed.arguments)
             leave_process_group()
-    except (UsageError, ValueError, TypeError, OSError) as error:
-        told = own_error(error)
-        if told is None:
+    except (ValueError, TypeError, OSError) as error:
+        raised = _raised_here(error)
+        if raised is None:
             raise
-        print(f"em-lightning: {told}", file=sys.stderr)
+        print(f"em-lightning: {raised}", file=sys.stderr)
         return 2
     return 0
+
+
+def _raised_here(error: BaseException | None) -> BaseException | None:
+    """Return the first error of the chain that a ``raise`` of this package raised: its message needs no traceback."""
+    package = Path(__file__).parents[1]
+    while error is not None:
+        for frame in traceback.extract_tb(error.__traceback__)[-1:]:
+            if Path(frame.filename).is_relative_to(package) and (frame.line or "").startswith("raise "):
+                return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,4 +1,4 @@
-"""What a process does that Lightning has started as one of several ranks."""
+"""End of a process that is one of several ranks: leave the process group, and end when the first rank has ended."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ _FIRST = "EM_LIGHTNING_FIRST_RANK"
 
 
 def leave_process_group() -> None:
-    """Leave the process group that Lightning has opened, if there is one.
+    """Destroy the process group that Lightning has left open, if there is one.
 
-    Lightning leaves those of NCCL alone. The threads of a gloo group may still hold a finished operation, and a process
-    that ends around them is now and then aborted, with an exit code that tells of a failure where there was none
-    (pytorch/pytorch#190489).
+    A process that exits with an open gloo group is sometimes aborted (pytorch/pytorch#190489).
     """
     import torch.distributed as dist
 
@@ -24,23 +22,20 @@ def leave_process_group() -> None:
 
 
 def end_with_first_rank(seconds: float = 1.0) -> None:
-    """End this process when the one that started it is gone, if that is the first of several ranks on this machine.
+    """Make this process exit when the process that started it has ended, if that is the first of several local ranks.
 
-    A rank that waits for one that was killed hears of it from their connection, but not before there is one: it would
-    wait for half an hour. Lightning itself watches the other way round, and ``torchrun`` and SLURM over all of theirs.
-
-    Args:
-        seconds: between two looks.
+    Otherwise a rank whose first rank is killed before they are connected waits for half an hour. Lightning only ends
+    the first rank when another one fails; ``torchrun`` and SLURM end all ranks.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank == "0":
-        os.environ[_FIRST] = str(os.getpid())  # which those that Lightning starts inherit
+        os.environ[_FIRST] = str(os.getpid())  # inherited by the ranks that Lightning starts
         return
 
     def watch(first: int) -> None:
         while os.getppid() == first:
             time.sleep(seconds)
-        print(f"em-lightning: the process that started rank {rank} is gone, and so this one ends", file=sys.stderr)
+        print(f"em-lightning: rank {rank} exits, because the process that started it has ended", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)
 

@@ -10,7 +10,6 @@ from em_lightning.modules.layer import EnergyLayer
 from em_lightning.modules.mixture_encoder import MixtureEncoder
 from em_lightning.modules.point_cloud_classifier import PointCloudClassifier
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
-from em_lightning.modules.replicas import ReplicaData, Replicas
 
 __all__ = [
     "AmortizedClustering",
@@ -23,7 +22,5 @@ __all__ = [
     "MixtureEncoder",
     "PointCloudClassifier",
     "PointCloudGMM",
-    "ReplicaData",
-    "Replicas",
     "SparseAutoencoder",
 ]

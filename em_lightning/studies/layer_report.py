@@ -1,11 +1,10 @@
-"""The table and the pictures at the end of a run of a layer of energies."""
+"""LayerReport: metrics, linear probe and figures of a layer of energies at the end of a fit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
@@ -13,33 +12,32 @@ from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
 from em_lightning.metrics import linear_probe
 from em_lightning.plots.layers import gradient_scatter, panels, prototype_grid
-from em_lightning.plots.style import save_figure
-from em_lightning.results import write_results
+from em_lightning.studies.report import Report
+from em_lightning.studies.results import write_results
 
 _PANELS = {
     "loss": "training loss",
     "accuracy": "accuracy",
-    "l0": "active units an item",
+    "l0": "active units per item",
     "entropy": "entropy of r (nats)",
     "redundancy": "redundancy",
-    "min_variance": "least variance of a unit",
+    "min_variance": "smallest variance of a unit",
     "effective_rank": "effective rank",
 }
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
 
 
-class LayerReport(lightning.Callback):
+class LayerReport(Report):
     """Measure an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit, and draw it.
 
-    Without probe and figures it serves any module whose validation logs metrics.
+    Without probe and figures it works with any module whose validation logs metrics as ``val/...``.
 
-    It writes to the folder of the logger: ``results.md`` and ``results.json`` with the metrics of the validation that
-    the fit runs, as means over its last epochs, and pictures: ``prototypes.png`` (weights as images), ``training.png``
-    and ``gradients.png`` (the gradient of the free energy by the energies against the responsibilities), also for
-    TensorBoard.
+    It writes to the folder of the logger: ``results.md`` and ``results.json`` with the validation metrics, averaged
+    over the last epochs, and the figures ``prototypes.png`` (weights as images), ``training.png`` and
+    ``gradients.png`` (the gradient of the free energy with respect to the energies, against the responsibilities).
 
     Args:
-        last_epochs: epochs whose validations are averaged.
+        last_epochs: number of epochs whose validation metrics are averaged.
         probe: whether to train a linear probe on the features of the training items and score it on the test items.
         figures: whether to draw.
     """
@@ -52,21 +50,21 @@ class LayerReport(lightning.Callback):
         self.probe = probe
         self.figures = figures
         self.history: list[dict[str, float]] = []
-        self._losses: tuple[Any, int] = (0.0, 0)  # sum and number: a long epoch has many
+        self._losses: tuple[Any, int] = (0.0, 0)  # sum and number
         self._replica: int | None = None
         self._own: tuple[Path, Any, Any] | None = None
 
     def follow(self, replica: int, folder: Path, module: Any, data: Any) -> None:
-        """Report one of :class:`~em_lightning.modules.Replicas`, by its number, into a folder of its own."""
+        """Report one of :class:`~em_lightning.studies.Replicas`, given by its number, into a folder of its own."""
         self._replica, self._own = replica, (folder, module, data)
 
     @property
     def state_key(self) -> str:
-        """Return another key for each replica."""
+        """Return a key that differs between replicas."""
         return f"LayerReport{'' if self._replica is None else self._replica}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the metrics so far, which a resumed run goes on with."""
+        """Return the metrics of all epochs, so that a resumed run reports them too."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,22 +72,22 @@ class LayerReport(lightning.Callback):
         self.history = state_dict["history"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """See to a validation, the last thing of a fit that would be over before its first."""
+        """Validate after the last epoch if the fit would end before its first validation."""
         every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
         if every and epochs and 0 < epochs < every:
             trainer.check_val_every_n_epoch = epochs
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the mean of the loss."""
+        """Reset the mean of the loss."""
         self._losses = (0.0, 0)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss of the batch."""
+        """Accumulate the loss of the batch."""
         loss = outputs["loss"] if self._replica is None else outputs["losses"][self._replica]
         self._losses = (self._losses[0] + loss.detach(), self._losses[1] + 1)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the metrics of the epoch."""
+        """Record the metrics of the epoch."""
         if trainer.sanity_checking or not self._losses[1]:
             return
         prefix = "val/" if self._replica is None else f"{self._replica}/val/"
@@ -98,20 +96,18 @@ class LayerReport(lightning.Callback):
         values["loss"] = float(self._losses[0]) / self._losses[1]
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Measure, write and draw."""
-        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted or not self.history:
+        if not self.history:
             return
-        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
-        folder, module, data = self._own or (folder, pl_module, trainer.datamodule)
+        folder, module, data = self._own or (folder, module, trainer.datamodule)
         row = self._row(data, module)
-        note = f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; "
-        note += f"metrics of the validation items, mean over the last {min(self.last_epochs, len(self.history))}."
+        note = f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; validation metrics, "
+        note += f"mean over the last {min(self.last_epochs, len(self.history))} validations."
         table = [{"metric": name, "value": value} for name, value in row.items()]
-        text = write_results(folder, type(module).__name__, [note], table, values=row, history=self.history)
-        print(f"\n{text}\nWritten to {folder}")
+        write_results(folder, type(module).__name__, [note], table, values=row, history=self.history)
         if self.figures:
-            self._draw(trainer, module, data, folder)
+            self.save_figures(trainer, self._draw(module, data), folder)
 
     def _row(self, data: Any, module: Any) -> dict[str, float]:
         last = self.history[-self.last_epochs :]
@@ -120,22 +116,20 @@ class LayerReport(lightning.Callback):
         if self.probe:
             train, test = data.whole("train"), data.whole("test")
             features = [_in_parts(module, module.features, part.x) for part in (train, test)]
-            row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
+            with torch.enable_grad():
+                row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
         return {f"{k} %" if k in _IN_PERCENT else k: 100 * v if k in _IN_PERCENT else v for k, v in row.items()}
 
-    def _draw(self, trainer: Any, module: Any, data: Any, folder: Path) -> None:
-        energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
-        (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
+    def _draw(self, module: Any, data: Any) -> dict[str, Any]:
+        with torch.enable_grad():
+            energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
+            (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
         figures = {"gradients": gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
         if len(data.shape) == 3 and data.shape[0] == 1:
             figures["prototypes"] = prototype_grid(module.prototypes, data.shape[1:])
         series = {title: [each[k] for each in self.history] for k, title in _PANELS.items() if k in self.history[0]}
         figures["training"] = panels([each["epoch"] for each in self.history], series, "epoch")
-        writer: Any = getattr(trainer.logger, "experiment", None)
-        for name, figure in figures.items():
-            save_figure(figure, folder / f"{name}.png")
-            if hasattr(writer, "add_figure"):
-                writer.add_figure(name, figure, trainer.global_step, close=False)
+        return figures
 
 
 @torch.no_grad()

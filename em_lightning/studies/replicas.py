@@ -1,4 +1,4 @@
-"""Several small networks of one kind trained at once, as if each were alone."""
+"""Replicas: train several small networks of one kind at once, each as if it were alone."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from em_lightning.data import TensorBatches, TensorDataModule
-from em_lightning.modules.layer import EnergyLayer
+from em_lightning.modules import EnergyLayer
 
 
 class Replicas(lightning.LightningModule):
-    """Train R layers of energies at once: what differs is where they start, and the order of their data.
+    """Train R layers of energies at once, from different starts and with different orders of the data.
 
-    A step of a network of this size is mostly the calls that it takes. Here one call serves all replicas: their
-    parameters are stacked (R, ...), the objective is mapped over them by ``vmap``, and the optimizer acts element by
-    element, so each replica goes the way that it would go alone, up to rounding. The layers given are views of the
-    stacked parameters and stay usable. Their metrics are logged as ``<r>/val/...`` for r from 0 to R - 1.
+    The time of a step of such a small network is mostly the overhead of its calls, which the replicas share: their
+    parameters are stacked (R, ...), the objective is mapped over them by ``vmap``, and the optimizer acts elementwise,
+    so that each replica trains as it would alone, up to rounding. The given layers are views of the stacked
+    parameters and can be used as before. Their metrics are logged as ``<r>/val/...`` for r from 0 to R - 1.
 
     Args:
-        layers: of the same class and arguments.
+        layers: layers of the same class with the same hyperparameters.
 
     Raises:
         ValueError: the layers differ in class or hyperparameters.
@@ -42,14 +42,14 @@ class Replicas(lightning.LightningModule):
         first = layers[0]
         if any(type(layer) is not type(first) or layer.hparams != first.hparams for layer in layers):
             raise ValueError(
-                f"layers are {[type(layer).__name__ for layer in layers]} with hyperparameters that differ; give "
-                f"layers that are made alike, from different seeds"
+                "layers must have the same class and hyperparameters, got "
+                f"{[(type(layer).__name__, dict(layer.hparams)) for layer in layers]}"
             )
         stacked, _ = stack_module_state(list(layers))
         self.names = list(stacked)
         self.stacked = nn.ParameterList([nn.Parameter(stacked[name].detach()) for name in self.names])
         self.layers = nn.ModuleList(layers)
-        # Not a submodule: it lends its code alone.
+        # In a list, so that its parameters are not registered a second time.
         self._one = [_Objective(copy.deepcopy(first))]
         for r, layer in enumerate(layers):
             for name, values in zip(self.names, self.stacked, strict=True):
@@ -70,7 +70,7 @@ class Replicas(lightning.LightningModule):
         return torch.vmap(objective)(parameters, x, y)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the sum of all losses, whose gradients do not mix, and each loss (R,)."""
+        """Return the sum of all losses, and each loss (R,); a replica's parameters occur in its own loss only."""
         losses = self.objectives(*batch)
         return {"loss": losses.sum(), "losses": losses.detach()}
 
@@ -85,7 +85,7 @@ class Replicas(lightning.LightningModule):
 
 
 class _Objective(nn.Module):
-    """The objective of a layer as a forward, which is what can be called with other parameters."""
+    """The objective of a layer as a ``forward``, as ``functional_call`` requires."""
 
     def __init__(self, layer: EnergyLayer) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class ReplicaData(lightning.LightningDataModule):
     """The training batches of several data modules side by side, x (R, N, ...); the first one's validation.
 
     Args:
-        sources: of the same data and batch size, with seeds of their own.
+        sources: data modules with the same data and batch size, and different seeds.
     """
 
     def __init__(self, sources: Sequence[TensorDataModule]) -> None:

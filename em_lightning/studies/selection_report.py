@@ -1,4 +1,4 @@
-"""The table and the pictures at the end of a fit of one mixture to one data set."""
+"""SelectionReport: one mixture of one data set, compared by likelihood, BIC and AIC with others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 
 from em_lightning.data import GaussianBlobs, TabularDataModule
@@ -16,25 +15,25 @@ from em_lightning.mixture import Mixture
 from em_lightning.mixture.fit import criteria, fit_blocks, num_parameters
 from em_lightning.operators import EMOperator
 from em_lightning.plots.mixtures import curves, mixture_grid
-from em_lightning.plots.style import save_figure
-from em_lightning.results import write_results
+from em_lightning.studies.report import Report
+from em_lightning.studies.results import write_results
 
 _PICTURED = 4000
 
 
-class SelectionReport(lightning.Callback):
+class SelectionReport(Report):
     """Compare a fitted :class:`~em_lightning.modules.GaussianMixtureModule` with others by likelihood, BIC and AIC.
 
-    At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json``, with this run,
-    scikit-learn's mixture of as many components, the mixture that the data were drawn from where that is known, and EM
-    with other numbers of components, each on all rows; ``components.png`` (rows and components in the plane in which
-    the means differ most), ``selection.png`` (BIC by the number of components) and ``likelihood.png``, in TensorBoard
-    too. It works with a :class:`~em_lightning.data.TabularDataModule`.
+    At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json``, with a row for this
+    run, for scikit-learn's mixture with as many components, for the mixture that the data were drawn from if it is
+    known, and for EM with other numbers of components, each measured on all rows; ``components.png`` (rows and
+    components in the plane in which the means differ most), ``selection.png`` (BIC by the number of components) and
+    ``likelihood.png``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
 
     Args:
         components: further numbers of components, fitted by EM from the same kind of start.
-        max_iters: most iterations of each.
-        sklearn_rows: fit scikit-learn where there are at most so many rows; 0 never does.
+        max_iters: maximum number of iterations of each of these fits.
+        sklearn_rows: fit scikit-learn's mixture if there are at most so many rows; 0 never does.
     """
 
     def __init__(self, components: Sequence[int] = (), max_iters: int = 50, sklearn_rows: int = 200_000) -> None:
@@ -48,11 +47,11 @@ class SelectionReport(lightning.Callback):
         self.seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the likelihoods and the seconds so far, which a resumed run goes on with."""
+        """Return the likelihoods and the seconds so far, so that a resumed run reports them too."""
         return {"levels": self.levels, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what was kept."""
+        """Restore the likelihoods and the seconds."""
         self.levels, self.seconds = list(state_dict["levels"]), state_dict["seconds"]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -60,21 +59,15 @@ class SelectionReport(lightning.Callback):
         self._began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the likelihood and the time of an epoch; one that was resumed in its middle has no time."""
-        self.levels.append(float(pl_module.log_likelihood))
+        """Record the likelihood and the time of an epoch; an epoch resumed in its middle adds no time."""
+        self.levels.append(float(pl_module.level))
         self.seconds += time.perf_counter() - getattr(self, "_began", time.perf_counter())
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Measure, write and draw."""
-        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
-            return
-        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
-        with torch.no_grad():
-            self._report(trainer, pl_module, folder)
-
-    def _report(self, trainer: Any, module: Any, folder: Path) -> None:
         data: TabularDataModule = trainer.datamodule
-        mixture = Mixture(*(part.cpu() for part in module.mixture))
+        fitted: Mixture = module.mixture
+        mixture = Mixture(fitted.log_weights.cpu(), fitted.means.cpu(), fitted.covariances.cpu())
         own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
         rows = [_row(own, mixture, data, int(module.iterations), self.seconds)]
         if isinstance(data, GaussianBlobs):
@@ -84,29 +77,22 @@ class SelectionReport(lightning.Callback):
         others = [self._other(size, module, data) for size in self.components]
         notes = [
             f"Data: {data.describe()}. {module.covariance} covariance, floor {module.covariance_floor:g}, tol "
-            f"{module.tol:g} nats a row; seed {module.seed}. Likelihoods are in nats a row, BIC and AIC of the fitted "
-            f"rows, the lower the better. EM rows start by {module.hparams['init']} in {module.sample_size:,} rows, "
+            f"{module.tol:g} nats per row; seed {module.seed}. Likelihoods are in nats per row, BIC and AIC of the "
+            f"fitted rows, lower is better. EM starts by {module.hparams['init']} in {module.sample_size:,} rows, "
             f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer.",
         ]
-        text = write_results(folder, "One mixture of one data set", notes, rows + others, seed=module.seed)
-        print(f"\n{text}\nWritten to {folder}")
+        write_results(folder, "One mixture of one data set", notes, rows + others, seed=module.seed)
 
         figures = {"components": _picture(mixture, data)}
         if self.levels:
             series = {"this run": (list(range(1, len(self.levels) + 1)), self.levels)}
-            figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats a row)", "Training")
+            figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats per row)", "Training")
         if others:
             tried = sorted((row["K"], row["BIC"]) for row in [rows[0], *others])
             line = {"EM": ([size for size, _ in tried], [value for _, value in tried])}
             truth = {row["mixture"]: row["BIC"] for row in rows[1:2] if isinstance(data, GaussianBlobs)}
             figures["selection"] = curves(line, "number of components K", "BIC", "Selection", truth)
-        writer: Any = getattr(trainer.logger, "experiment", None)
-        for name, figure in figures.items():
-            save_figure(figure, folder / f"{name}.png")
-            if hasattr(writer, "add_figure"):
-                writer.add_figure(name, figure, trainer.global_step, close=False)
-        if hasattr(writer, "flush"):
-            writer.flush()
+        self.save_figures(trainer, figures, folder)
 
     def _other(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
         blocks = data.blocks(whole=True)

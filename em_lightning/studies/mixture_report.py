@@ -1,12 +1,12 @@
-"""The table and the pictures at the end of a point-cloud run."""
+"""MixtureReport: mixtures of point clouds by a trained EM operator, classical EM and scikit-learn."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
@@ -14,31 +14,31 @@ from em_lightning.data import PointCloudBatch
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
-from em_lightning.plots.style import save_figure
-from em_lightning.results import write_results
+from em_lightning.studies.report import Report
+from em_lightning.studies.results import write_results
 
-HELD_OUT = "held-out log-likelihood (nats a point)"
+HELD_OUT = "held-out log-likelihood (nats per point)"
 FITTED = "log-likelihood of the fitted points"
 OWN_UNITS = "held-out, in the data's own units"
 EFFECTIVE = "effective components"
-SECONDS = "ms a cloud"
+SECONDS = "ms per cloud"
 
 
-class MixtureReport(lightning.Callback):
+class MixtureReport(Report):
     """Compare a trained :class:`~em_lightning.EMOperator` with classical EM and scikit-learn on the test clouds.
 
     At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json`` (held-out
-    log-likelihood, time a cloud), ``clouds.png`` (responsibilities and ellipsoids), ``samples.png``,
-    ``training.png`` and ``iterations.png`` (likelihood by iteration), and the same figures, a point-cloud view and
-    histograms by EM iteration to TensorBoard. It works with any module that has an ``operator`` and any data module of
-    point clouds.
+    log-likelihood, time per cloud), ``clouds.png`` (responsibilities and ellipsoids), ``samples.png``,
+    ``training.png`` and ``iterations.png`` (likelihood by iteration). TensorBoard gets the same figures, a
+    point-cloud view and histograms by EM iteration. The module must have an attribute ``operator``, the data module
+    must be a :class:`~em_lightning.data.PointCloudDataModule`.
 
     Args:
-        num_pictured: clouds in the pictures.
-        sklearn: whether to fit scikit-learn's ``GaussianMixture`` to every cloud, until it gains less than
-            ``sklearn_tol`` an iteration.
-        sklearn_tol: see there.
-        curve_iters: iterations that the likelihood of classical EM is followed for.
+        num_pictured: number of clouds in the figures.
+        sklearn: whether to fit scikit-learn's ``GaussianMixture`` to every cloud, until an iteration gains less than
+            ``sklearn_tol``.
+        sklearn_tol: tolerance of scikit-learn's fit.
+        curve_iters: number of iterations of classical EM in ``iterations.png``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class MixtureReport(lightning.Callback):
         self.history: dict[str, list[list[float]]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the training curves, which a resumed run goes on with."""
+        """Return the training curves, so that a resumed run reports them too."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -60,28 +60,16 @@ class MixtureReport(lightning.Callback):
         self.history = state_dict["history"]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the likelihoods of the epoch."""
+        """Record the likelihoods of the epoch."""
         for name in ("train/log_likelihood", "val/log_likelihood"):
             if name in trainer.callback_metrics:
                 value = float(trainer.callback_metrics[name])
                 self.history.setdefault(name, []).append([float(trainer.global_step), value])
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Measure, write and draw."""
-        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
-            return
-        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
-        training = pl_module.training
-        pl_module.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            # Random starts that do not depend on how the training was spread over processes.
-            torch.manual_seed(trainer.datamodule.seed)
-            self._report(trainer, pl_module, folder)
-        pl_module.train(training)
-
-    def _report(self, trainer: Any, module: Any, folder: Path) -> None:
-        from rich.progress import track
-
+        # The random starts must not depend on how the training was distributed over processes.
+        torch.manual_seed(trainer.datamodule.seed)
         operator: EMOperator = module.operator
         batches = [
             PointCloudBatch(*(part.to(module.device) for part in batch))
@@ -97,15 +85,14 @@ class MixtureReport(lightning.Callback):
         if self.sklearn:
             rows.insert(1, self._measure_sklearn(operator, batches, trainer.datamodule.seed))
         notes = [
-            f"Data: {trainer.datamodule.describe()}. Likelihoods are of fresh points of the {len_of(batches)} test "
-            f"clouds, normalized to radius 1, K = {operator.num_components}, {operator.covariance} covariance, "
+            f"Data: {trainer.datamodule.describe()}. Likelihoods are of held-out points of the {_num_clouds(batches)} "
+            f"test clouds, normalized to radius 1, K = {operator.num_components}, {operator.covariance} covariance, "
             f"floor {operator.covariance_floor:g}; seed {trainer.datamodule.seed}.",
-            "Times are wall-clock on this machine; the operator fits a batch of clouds at a time.",
+            "Times are wall-clock on this machine; the operator fits one batch of clouds at a time.",
         ]
-        text = write_results(folder, "Mixtures of point clouds", notes, rows, seed=trainer.datamodule.seed)
-        print(f"\n{text}\nWritten to {folder}")
+        write_results(folder, "Mixtures of point clouds", notes, rows, seed=trainer.datamodule.seed)
 
-        # Spread over the batch, whose order goes by class.
+        # Clouds of one class are adjacent in the batch.
         rows_shown = torch.linspace(0, len(first.points) - 1, min(self.num_pictured, len(first.points))).long()
         shown = PointCloudBatch(*(part[rows_shown] for part in first))
         mixture = operator(shown.points, shown.mask)
@@ -124,14 +111,11 @@ class MixtureReport(lightning.Callback):
                     for name, points in self.history.items()
                 },
                 "optimizer step",
-                "log-likelihood a point (nats)",
+                "log-likelihood per point (nats)",
                 "Training",
             )
+        self.save_figures(trainer, figures, folder)
         writer: Any = getattr(trainer.logger, "experiment", None)
-        for name, figure in track(figures.items(), "pictures", transient=True):
-            save_figure(figure, folder / f"{name}.png")
-            if hasattr(writer, "add_figure"):
-                writer.add_figure(name, figure, trainer.global_step, close=False)
         if hasattr(writer, "add_mesh") and shown.points.shape[-1] == 3:
             colors = mixture.posterior(shown.points).responsibilities @ component_colors(operator.num_components).to(
                 shown.points
@@ -161,12 +145,10 @@ class MixtureReport(lightning.Callback):
             series[name] = (list(range(steps + 1)), (totals / points).tolist())
         levels = {row["method"]: row[HELD_OUT] for row in rows if row["method"].startswith("scikit-learn")}
         return curves(
-            series, "EM iteration", "held-out log-likelihood (nats a point)", "Likelihood by iteration", levels
+            series, "EM iteration", "held-out log-likelihood (nats per point)", "Likelihood by iteration", levels
         )
 
     def _measure_sklearn(self, operator: EMOperator, batches: list[PointCloudBatch], seed: int) -> dict[str, Any]:
-        import warnings
-
         from rich.progress import track
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
@@ -177,7 +159,7 @@ class MixtureReport(lightning.Callback):
         for batch, i in track(clouds, "scikit-learn on every test cloud", transient=True):
             points = batch.points[i][batch.mask[i]].double().cpu().numpy()
             start = time.perf_counter()
-            # Its threads cost more than they gain on sets as small as these.
+            # Several threads are slower on sets of this size.
             with warnings.catch_warnings(), threadpool_limits(1):
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 fit = GaussianMixture(
@@ -197,13 +179,12 @@ class MixtureReport(lightning.Callback):
         return _row("scikit-learn GaussianMixture, converged", _one_by_one(mixtures, clouds), seconds, len(clouds))
 
 
-def len_of(batches: list[PointCloudBatch]) -> int:
-    """Return the number of clouds in batches."""
+def _num_clouds(batches: list[PointCloudBatch]) -> int:
     return sum(len(batch.points) for batch in batches)
 
 
 class _Scores:
-    """Sums over clouds of what the table shows."""
+    """Metrics of each cloud, for the means in the table."""
 
     def __init__(self) -> None:
         self.held_out, self.fitted, self.own, self.effective = [], [], [], []  # type: ignore[var-annotated]
@@ -245,9 +226,9 @@ def _measure(
         began = time.perf_counter()
         operator(batch.points, batch.mask).means.cpu()  # waits for a GPU
         seconds += time.perf_counter() - began
-        # Once more, since random starts differ from call to call.
+        # Fit again from the common start, because random starts differ between calls.
         scores.add(operator(batch.points, batch.mask, init=start), batch)
-    return _row(method, scores, seconds, len_of(batches))
+    return _row(method, scores, seconds, _num_clouds(batches))
 
 
 def _one_by_one(mixtures: list[Mixture], clouds: list[tuple[PointCloudBatch, int]]) -> _Scores:

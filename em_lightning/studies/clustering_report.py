@@ -1,15 +1,14 @@
-"""The tables at the end of a run of amortized clustering."""
+"""ClusteringReport: amortized clustering compared with classical EM and the true mixtures."""
 
 from __future__ import annotations
 
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 
@@ -17,14 +16,15 @@ from em_lightning.data import MixtureSetBatch, MixtureSets
 from em_lightning.files import write_whole
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
-from em_lightning.results import markdown_table, write_results
+from em_lightning.studies.report import Report
+from em_lightning.studies.results import markdown_table, print_markdown, write_results
 
 METHOD = "method"
 LL0, LL1, GAP = "LL0", "LL1", "LL1 - oracle"
 HELD_OUT, HELD_OUT_GAP = "held out", "held out - oracle"
-ARI, CALIBRATION, SECONDS = "adjusted Rand", "calibration error", "ms a set"
+ARI, CALIBRATION, SECONDS = "adjusted Rand", "calibration error", "ms per set"
 
-# Lee et al. 2019, supplement, table 5: LL0, LL1, and LL1 less the oracle's of the same paper.
+# Lee et al. 2019, supplement, table 5: LL0, LL1, and LL1 minus the oracle's LL1 of the same paper.
 PUBLISHED = {
     "published: rFF + pooling": (-2.0006, -1.6186, -0.146),
     "published: SAB + PMA": (-1.5145, -1.4619, 0.011),
@@ -32,24 +32,24 @@ PUBLISHED = {
 }
 _PAIRS = 500
 
-# A fit returns mixtures, and the log-density of fresh points.
+# A fit returns mixtures and the log-density of held-out points.
 Fit = Callable[[MixtureSetBatch], tuple[Mixture, Tensor]]
 
 
-class ClusteringReport(lightning.Callback):
+class ClusteringReport(Report):
     """Compare a trained :class:`~em_lightning.modules.AmortizedClustering` with classical EM and the true mixtures.
 
-    At the end of a fit it writes ``results.md`` and ``results.json`` to the folder of the logger, from the test sets:
-    the log-likelihood of a point of the fitted set under the output (LL0) and after one exact EM step with diagonal
-    covariances (LL1), that of fresh points, the adjusted Rand index of the largest responsibilities, and the expected
-    calibration error of "these two points belong together", whose probability is ``sum_k r_nk r_mk``. A second table
-    has sets of other sizes and other numbers of components than those of the training.
+    At the end of a fit it writes ``results.md`` and ``results.json`` to the folder of the logger. On the test sets it
+    measures the log-likelihood per fitted point under the output (LL0) and after one exact EM step with diagonal
+    covariances (LL1), the log-likelihood of held-out points, the adjusted Rand index of the largest responsibilities,
+    and the expected calibration error of the probability that two points share a component, ``sum_k r_nk r_mk``. A
+    second table measures sets of other sizes and other numbers of components than the training sets.
 
     Args:
         classical: whether to measure classical EM too.
-        sizes: numbers of points of the second table.
-        components: numbers of components of the second table.
-        transfer_sets: sets for each of its rows; 0 leaves it out.
+        sizes: numbers of points in the second table.
+        components: numbers of components in the second table.
+        transfer_sets: number of sets per row of the second table; 0 omits the table.
     """
 
     def __init__(
@@ -65,45 +65,35 @@ class ClusteringReport(lightning.Callback):
         self.components = components
         self.transfer_sets = transfer_sets
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Measure and write."""
-        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
-            return
-        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
-        training = pl_module.training
-        pl_module.eval()
         data: MixtureSets = trainer.datamodule
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(data.seed)
-            batches = [_on(batch, pl_module.device) for batch in data.test_dataloader()]
-            rows = [_measure("oracle", lambda batch: _plain(batch.truth, batch), batches)]
-            if self.classical:
-                for name, fit in _classical(data):
-                    rows.append(_measure(name, fit, batches))
-            rows.append(_measure("trained operator", lambda batch: _trained(pl_module, batch), batches))
-            for row in rows:
-                row[GAP] = row[LL1] - rows[0][LL1 if row is rows[0] else LL0]
-                row[HELD_OUT_GAP] = row[HELD_OUT] - rows[0][HELD_OUT]
-            rows += [{**dict.fromkeys(rows[0], "-"), **_published(name)} for name in PUBLISHED]
-            transfer = self._transfer(pl_module, data)
-        learned = pl_module.operator.prior
-        parameters = sum(value.numel() for value in pl_module.parameters())
+        torch.manual_seed(data.seed)
+        batches = [_on(batch, module.device) for batch in data.test_dataloader()]
+        rows = [_measure("oracle", lambda batch: _plain(batch.truth, batch), batches)]
+        if self.classical:
+            rows += [_measure(name, _fit_of(operator), batches) for name, operator in _classical(data).items()]
+        rows.append(_measure("trained operator", lambda batch: _trained(module, batch), batches))
+        for row in rows:
+            row[GAP] = row[LL1] - rows[0][LL1 if row is rows[0] else LL0]
+            row[HELD_OUT_GAP] = row[HELD_OUT] - rows[0][HELD_OUT]
+        for name, (first, second, gap) in PUBLISHED.items():
+            rows.append({**dict.fromkeys(rows[0], "-"), METHOD: name, LL0: first, LL1: second, GAP: gap})
+        transfer = self._transfer(module, data)
+        parameters = sum(value.numel() for value in module.parameters())
         notes = [
-            f"Data: {data.describe()}; {data.num_sets['test']} test sets, {data.fresh['test']} fresh points each, seed "
-            f"{data.seed}. Likelihoods are nats a point. LL0 is of the fitted points under the output, LL1 after one "
-            f"exact EM step of it with diagonal covariances; both are compared with the true mixtures' LL0. Published "
-            f"rows are of other test sets: their gap alone can be compared.",
-            f"The operator has {parameters:,} parameters; what its prior learned: {learned!r}.",
+            f"Data: {data.describe()}; {data.num_sets['test']} test sets, {data.fresh['test']} held-out points each, "
+            f"seed {data.seed}. Likelihoods are in nats per point. LL0 is of the fitted points under the output, LL1 "
+            f"after one exact EM step with diagonal covariances; both are compared with the true mixtures' LL0. The "
+            f"published rows are of other test sets, so that only their gap can be compared.",
+            f"The operator has {parameters:,} parameters; its learned prior: {module.operator.prior!r}.",
         ]
-        text = write_results(
-            folder, "Amortized clustering", notes, rows, seed=data.seed, parameters=parameters, transfer=transfer
-        )
+        facts = {"seed": data.seed, "parameters": parameters, "transfer": transfer}
+        text = write_results(folder, "Amortized clustering", notes, rows, **facts)
         if transfer:
-            more = "\n## Sets unlike those of the training\n\n" + markdown_table(transfer) + "\n"
+            more = "\n## Sets unlike the training sets\n\n" + markdown_table(transfer) + "\n"
             write_whole(folder / "results.md", text + more)
-            text += more
-        print(f"\n{text}\nWritten to {folder}")
-        pl_module.train(training)
+            print_markdown(more)
 
     def _transfer(self, module: Any, data: MixtureSets) -> list[dict[str, Any]]:
         if not self.transfer_sets:
@@ -139,13 +129,9 @@ class ClusteringReport(lightning.Callback):
         return rows
 
 
-def _published(name: str) -> dict[str, Any]:
-    first, second, gap = PUBLISHED[name]
-    return {METHOD: name, LL0: first, LL1: second, GAP: gap}
-
-
 def _on(batch: MixtureSetBatch, device: Any) -> MixtureSetBatch:
-    truth = Mixture(*(part.to(device) for part in batch.truth))
+    truth = batch.truth
+    truth = Mixture(truth.log_weights.to(device), truth.means.to(device), truth.covariances.to(device))
     points, mask, held_out, labels = (part.to(device) for part in batch[:4])
     return MixtureSetBatch(points, mask, held_out, labels, truth)
 
@@ -155,18 +141,17 @@ def _operator(data: MixtureSets, **arguments: Any) -> EMOperator:
     return EMOperator(data.num_components, data.num_features, residual=False, **arguments).eval()
 
 
-def _classical(data: MixtureSets) -> Iterator[tuple[str, Fit]]:
-    told = {"mean_strength": 0.0, "covariance_strength": 1000.0, "covariance": [data.scale**2] * data.num_features}
-    for name, operator in {
+def _classical(data: MixtureSets) -> dict[str, EMOperator]:
+    sigma = {"mean_strength": 0.0, "covariance_strength": 1000.0, "covariance": [data.scale**2] * data.num_features}
+    return {
         "EM from random points, 100 steps": _operator(data, init="random"),
         "EM from k-means++, 100 steps": _operator(data, init="kmeans++"),
         "EM from farthest points, 1 step": _operator(data, num_iters=1),
         "EM from farthest points, 25 steps": _operator(data, num_iters=25),
         "EM from farthest points, 50 steps": _operator(data, num_iters=50),
         "EM, best of 10 k-means++, 100 steps": _operator(data, init="kmeans++", num_starts=10),
-        "MAP told sigma, farthest points, 25 steps": _operator(data, num_iters=25, prior=told),
-    }.items():
-        yield name, _fit_of(operator)
+        "MAP with known sigma, farthest points, 25 steps": _operator(data, num_iters=25, prior=sigma),
+    }
 
 
 def _fit_of(operator: EMOperator) -> Fit:
@@ -233,4 +218,4 @@ def _one_step(mixture: Mixture, batch: MixtureSetBatch) -> Mixture:
     elif mixture.covariance_type == "spherical":
         covariances = covariances.unsqueeze(-1).expand_as(mixture.means)
     step = EMOperator(components, features, num_iters=1, covariance="diag", residual=False)
-    return step(batch.points, batch.mask, init=mixture._replace(covariances=covariances.contiguous()))
+    return step(batch.points, batch.mask, init=Mixture(mixture.log_weights, mixture.means, covariances.contiguous()))

@@ -1,0 +1,183 @@
+"""Recipe: a LightningModule and a LightningDataModule, trained by a LightningCLI with the defaults of all recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from em_lightning.checkpoints import AtomicCheckpointIO
+from em_lightning.cli.recipes import config_of, docstring, variants_of
+
+# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes.
+_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*LightningCLI's args parameter is intended to run from within Python.*",
+    ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+    ".*torch.jit.script. is.*deprecated.*",
+    ".*dirpath has changed.*",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A LightningModule and a LightningDataModule, and what all recipes share: command line, logger, checkpoints.
+
+    ``em-lightning run SCRIPT`` runs the variable ``recipe`` of a script.
+
+    Args:
+        script: ``__file__`` of the script. Its default config has the same name with the suffix ``.yaml`` and lies
+            beside the script or else in the folder of configs.
+        model: a LightningModule class.
+        data: a LightningDataModule class.
+        report: a callback class that measures at the end of the fit, configured under the key ``report``.
+        links: arguments of the model that are attributes of the data, such as ``"num_features"``.
+        model_subclasses: whether ``--model`` names a subclass of ``model``.
+        data_subclasses: whether ``--data`` names a subclass of ``data``.
+        threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
+    """
+
+    script: str
+    model: type
+    data: type
+    report: type
+    links: Sequence[str] = ()
+    model_subclasses: bool = False
+    data_subclasses: bool = True
+    threads: int | None = None
+
+    def main(self) -> None:
+        """Run the recipe with the arguments of the process, as ``em-lightning run SCRIPT`` does, and exit."""
+        from em_lightning.cli import main
+
+        sys.exit(main(["run", self.script, *sys.argv[1:]]))
+
+    def fit(self, args: Sequence[str]) -> None:
+        """Describe the data in one line and train, with the arguments of a LightningCLI."""
+        cli = self.prepare(args)
+        if cli.trainer.is_global_zero:
+            cli.datamodule.prepare_data()
+            cli.datamodule.setup("fit")
+            print(f"Data: {cli.datamodule.describe()}")
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+
+    def prepare(self, args: Sequence[str]) -> RecipeCLI:
+        """Return a LightningCLI that has built model, data and trainer from the arguments."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        for words in _WARNINGS:
+            warnings.filterwarnings("ignore", words)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+        return RecipeCLI(self, args)
+
+
+class RecipeCLI(LightningCLI):
+    """The LightningCLI of a recipe: its defaults, checkpoints and report."""
+
+    def __init__(self, recipe: Recipe, args: Sequence[str]) -> None:
+        self.recipe = recipe
+        self.script = Path(recipe.script)
+        super().__init__(
+            recipe.model,
+            recipe.data,
+            subclass_mode_model=recipe.model_subclasses,
+            subclass_mode_data=recipe.data_subclasses,
+            seed_everything_default=0,
+            run=False,
+            args=list(args),
+            parser_kwargs={
+                "allow_abbrev": False,
+                "exit_on_error": False,
+                "default_config_files": [str(config_of(self.script))],
+                "prog": f"em-lightning run {self.script.stem}",
+            },
+            save_config_kwargs={"overwrite": True},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add checkpoint and report, and the defaults that all recipes share."""
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
+        parser.add_argument("--table", type=dict | None, default=None, help="rows and seeds, see em_lightning.studies")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(self.recipe.report, "report")
+        logger = {"save_dir": "lightning_logs", "name": self.script.stem, "default_hp_metric": False}
+        parser.set_defaults(
+            {
+                "trainer.logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
+                "trainer.num_sanity_val_steps": 0,
+                "checkpoint.filename": "last",
+                "checkpoint.save_on_train_epoch_end": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        for link in self.recipe.links:
+            target = f"model.init_args.{link}" if self.recipe.model_subclasses else f"model.{link}"
+            parser.link_arguments(f"data.{link}", target, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments, or print the short help and exit.
+
+        Raises:
+            ValueError: an argument is unknown or has a wrong value.
+        """
+        if {"-h", "--help"} & set(args):
+            print(self.short_help(parser))
+            raise SystemExit(0)
+        keys = [arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")]
+        for link in self.recipe.links:  # a linked argument of a subclass would be ignored
+            if f"model.{link}" in keys or f"model.init_args.{link}" in keys:
+                raise ValueError(f"model.{link} must not be given, because it is the data's {link}")
+        try:
+            super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
+        except ArgumentError as error:
+            message = " ".join(str(error).split())
+            known = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
+            for key in keys:
+                if key not in known and key.rpartition(".")[2] in message:
+                    near = difflib.get_close_matches(key, filter(lambda other: "." in other, known), n=1)
+                    message += "".join(f" Did you mean --{other}?" for other in near)
+            raise ValueError(message) from error
+
+    def instantiate_trainer(self, **options: Any) -> Any:
+        """Return the trainer, which writes checkpoints atomically."""
+        if self.config.trainer.enable_checkpointing is False:
+            self.parser.callback_keys.remove("checkpoint")
+        try:
+            trainer = super().instantiate_trainer(**options)
+        except (ValueError, MisconfigurationException) as error:
+            raise ValueError(f"the trainer cannot be built: {error}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    def short_help(self, parser: LightningArgumentParser) -> str:
+        """Return the recipe's docstring, and its own arguments with their defaults, on one screen."""
+        shown = ("model.", "data.", "report.", "seed_everything", "trainer.max_epochs", "trainer.accelerator")
+        options = [
+            f"--{key.replace('.init_args', '').replace('.class_path', '')}={value}"
+            for key, value in parser.get_defaults().items()
+            if key.startswith(shown) and value is not None
+        ]
+        variants = ", ".join(variants_of(self.script)) or "none"
+        paragraphs = [
+            f"Arguments with defaults: {' '.join(options)}",
+            f"--config NAME or FILE: a config on top of the default one; variants: {variants}. --seeds 0,1,2: one run "
+            "per seed, and one table of all. --jobs N: parallel runs of a table or of seeds, by default one per core.",
+            "--help=all: all arguments. --print_config: the whole config.",
+        ]
+        return "\n\n".join(
+            [docstring(self.script), *(textwrap.fill(text, 100, break_on_hyphens=False) for text in paragraphs)]
+        )

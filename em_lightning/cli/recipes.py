@@ -1,0 +1,104 @@
+"""Scripts and configs of the recipes: find, copy and load them, in a checkout or a wheel."""
+
+from __future__ import annotations
+
+import ast
+import runpy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from em_lightning.cli.recipe import Recipe
+
+_MAX_BYTES = 2**20
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder ``recipes`` or ``configs``: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def recipes() -> dict[str, Path]:
+    """Return the scripts of all recipes by name."""
+    return {path.stem: path for path in sorted(folder_of("recipes").glob("*.py"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the script of a recipe, given by its name or by the path of a copy; ValueError if there is none."""
+    known = recipes()
+    if name in known:
+        return known[name]
+    if name.endswith(".py") and Path(name).is_file():
+        return Path(name)
+    raise ValueError(f"recipe={name!r} must be one of {', '.join(known)}, or the path of a script")
+
+
+def config_of(script: Path) -> Path:
+    """Return the default config of a script: beside it if there is one, else in the folder of configs."""
+    beside = script.with_suffix(".yaml")
+    return beside if beside.is_file() else folder_of("configs") / beside.name
+
+
+def variants_of(script: Path) -> dict[str, Path]:
+    """Return the configs of a recipe's variants by name."""
+    return {path.stem: path for path in sorted(config_of(script).with_suffix("").glob("*.yaml"))}
+
+
+def find_config(script: Path, config: str) -> Path:
+    """Return a config, given by its path or by the name of a variant; ValueError if there is none."""
+    variants = variants_of(script)
+    path = Path(config) if Path(config).is_file() else variants.get(config)
+    if path is None:
+        known = ", ".join(variants) or "none"
+        raise ValueError(f"--config={config!r} must be a file or a variant of {script.stem} (variants: {known})")
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; ValueError if it is too large, or is not a mapping of plain values."""
+    import yaml
+
+    if path.stat().st_size > _MAX_BYTES:
+        raise ValueError(f"{path} must have at most {_MAX_BYTES} bytes, got {path.stat().st_size}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a YAML file with plain values: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a mapping, got {type(content).__name__}")
+    return content
+
+
+def docstring(script: Path) -> str:
+    """Return the docstring of a recipe; its first line says what the recipe does."""
+    return ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+
+
+def copy(name: str, folder: Path) -> list[Path]:
+    """Copy a recipe's script and configs to a folder, and return the new files; ValueError if one exists already."""
+    script = find_recipe(name)
+    config = config_of(script)
+    targets = {script: folder / script.name, config: folder / config.name}
+    targets |= {path: folder / script.stem / path.name for path in variants_of(script).values()}
+    for target in targets.values():
+        if target.exists():
+            raise ValueError(f"{target} exists; give another folder: em-lightning cp {name} FOLDER")
+    for source, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = source.read_text(encoding="utf-8")
+        # The commands in the comments of the copy run the copy.
+        text = text.replace(f"em-lightning run {script.stem}", f"em-lightning run {script.name}")
+        target.write_text(text, encoding="utf-8")
+    return list(targets.values())
+
+
+def load_recipe(script: Path) -> Recipe:
+    """Run the script of a recipe and return its variable ``recipe``; ValueError if it defines none."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("Loading PyTorch, Lightning and PyG"):
+        names = runpy.run_path(str(script))
+    if "recipe" not in names:
+        raise ValueError(f"{script} must define recipe = em_lightning.cli.Recipe(...)")
+    return names["recipe"]

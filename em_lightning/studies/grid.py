@@ -1,0 +1,263 @@
+"""Tables of rows times seeds of a recipe, trained in parallel processes and resumed where they stopped.
+
+A config with the entry ``table`` describes such a table; the rest of it is an ordinary config, shared by all rows:
+
+    table:
+      title: Ablation
+      seeds: [1, 2, 3]
+      rows:
+        lse:
+          arguments: {model.variance: 0, model.decorrelation: 0}
+          published: {dead_units: 64}
+          checked: {dead_units: 64}
+
+A table without published numbers names its ``columns``. A row may name another row ``against`` which it is compared:
+
+    table:
+      title: Widths
+      seeds: [1, 2, 3]
+      columns: [accuracy %, dead_units]
+      rows:
+        baseline:
+          arguments: {model.weight: 0}
+        with volume control:
+          against: baseline
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from em_lightning.modules import EnergyLayer
+from em_lightning.studies.layer_report import LayerReport
+from em_lightning.studies.replicas import ReplicaData, Replicas
+from em_lightning.studies.results import compare, paired, spread, write_results
+
+Results = Mapping[str, Sequence[Mapping[str, float]]]
+
+
+@dataclasses.dataclass
+class Table:
+    """The entry ``table`` of a config.
+
+    Args:
+        title: the heading.
+        seeds: seeds of each row.
+        rows: for each row ``arguments`` of the recipe, ``published`` and ``checked`` metrics, or a row ``against``
+            which it is compared; all of them are optional.
+        columns: metrics to show in a table without published numbers.
+        notes: sentences above the table.
+    """
+
+    title: str
+    seeds: Sequence[int]
+    rows: Mapping[str, Mapping[str, Any]]
+    columns: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+class Cell(NamedTuple):
+    """One row of a table with one seed: the arguments of the recipe, and the folder of the result."""
+
+    row: str
+    seed: int
+    arguments: list[str]
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        """The file that exists when the cell is finished."""
+        return self.folder / "results.json"
+
+
+def run_table(
+    load: Callable[[], Any],
+    entry: Mapping[str, Any],
+    folder: Path,
+    arguments: Sequence[str],
+    *,
+    configs: Sequence[Any] = (),
+    command: str = "",
+    jobs: int | None = None,
+) -> None:
+    """Run the unfinished cells of a table, and write ``results.md`` and ``results.json``.
+
+    The folder of a cell, ``cells/HASH-seedN`` beside ``folder``, is named by a hash of everything that the result
+    depends on: the same command continues a table, other arguments start new cells, and tables share equal cells.
+
+    Args:
+        load: returns the recipe, an object with the methods ``prepare`` and ``fit``; must be picklable.
+        entry: arguments of :class:`Table`.
+        folder: folder of the results, inside the folder of the recipe's logger.
+        arguments: arguments of the recipe, for all rows.
+        configs: contents of the config files that ``arguments`` name, for the hash.
+        command: the command that makes the table, for its first note.
+        jobs: number of parallel processes with one thread each; ``None`` takes the number of cores.
+
+    Raises:
+        ValueError: an entry of the table is unknown, a cell failed, or the user interrupted the run.
+    """
+    try:
+        table = Table(**entry)
+    except TypeError as error:
+        raise ValueError(f"table: {error}") from error
+    cells = []
+    for seed in table.seeds:  # the outer loop, so that all rows get their first results early
+        for row, spec in table.rows.items():
+            own = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
+            own += [f"--seed_everything={seed}", f"--data.seed={seed}"]
+            known = [value for value in arguments if not value.startswith("--config=")]
+            version = f"cells/{_digest([list(configs), known, own])}-seed{seed}"
+            given = [*arguments, *own, f"--trainer.logger.version={version}"]
+            cells.append(Cell(row, seed, given, folder.parent / version))
+    if any("fast_dev_run" in argument for argument in arguments):
+        for cell in cells[: len(table.rows)]:
+            load().fit(cell.arguments)
+        return
+    run_cells(load, [cell for cell in cells if not cell.result.exists()], jobs)
+    write_table(folder, table, cells, command)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None = None) -> None:
+    """Run cells in parallel processes, one row per process at a time.
+
+    Raises:
+        ValueError: a cell failed, or the user interrupted the run.
+    """
+    from rich.progress import track
+
+    if not cells:
+        return
+    rows = [[cell for cell in cells if cell.row == row] for row in dict.fromkeys(cell.row for cell in cells)]
+    jobs = min(jobs or os.cpu_count() or 1, len(rows))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        done = [pool.submit(run_row, load, row) for row in rows]
+        try:
+            for future in track(done, f"rows, {jobs} at a time"):
+                future.result()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()  # otherwise they would start the next row; checkpoints are written atomically
+            raise ValueError("interrupted; the same command continues the table") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_row(load: Callable[[], Any], cells: Sequence[Cell]) -> None:
+    """Train the seeds of one row: together if the model is trained by automatic optimization of one layer.
+
+    Raises:
+        RuntimeError: a cell failed; the message names it and the file with its output.
+    """
+    recipe = load()
+    together = len(cells) > 1 and _trains_together(recipe, cells[0])
+    for group in [cells] if together else [[cell] for cell in cells]:
+        folder = group[0].folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "output.txt", "a", encoding="utf-8") as output:
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                try:
+                    if together:
+                        _train_together(recipe, group)
+                    else:
+                        last = folder / "checkpoints" / "last.ckpt"
+                        recipe.fit([*group[0].arguments, *([f"--ckpt_path={last}"] if last.exists() else [])])
+                except Exception as error:
+                    reason = " ".join(str(error).split())
+                    message = f"{group[0].row}, seed {group[0].seed}: {reason} (see {output.name})"
+                    raise RuntimeError(message) from error
+
+
+def _trains_together(recipe: Any, cell: Cell) -> bool:
+    try:
+        model = recipe.prepare(cell.arguments).model
+    except Exception:  # reported when the cell runs
+        return False
+    return isinstance(model, EnergyLayer) and model.automatic_optimization
+
+
+def _train_together(recipe: Any, cells: Sequence[Cell]) -> None:
+    """Train the networks of several seeds at once, with the trainer of the first and a report for each."""
+    made = [recipe.prepare(cell.arguments) for cell in cells]
+    folder = cells[0].folder.parent / f"together-{_digest([cell.arguments for cell in cells])}"
+    trainer = made[0].trainer
+    callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.dirpath = str(folder / "checkpoints")
+    for r, cli in enumerate(made):
+        for report in [callback for callback in cli.trainer.callbacks if isinstance(callback, LayerReport)]:
+            report.follow(r, cells[r].folder, cli.model, cli.datamodule)
+            callbacks.insert(0, report)
+    trainer.callbacks = callbacks
+    last = folder / "checkpoints" / "last.ckpt"
+    model, data = Replicas([cli.model for cli in made]), ReplicaData([cli.datamodule for cli in made])
+    trainer.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+
+
+def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str) -> None:
+    """Write the table of finished cells."""
+    seeds = sorted({cell.seed for cell in cells})
+    values = {
+        row: [json.loads(cell.result.read_text(encoding="utf-8"))["values"] for cell in cells if cell.row == row]
+        for row in table.rows
+    }
+    rows, explained = _own_rows(table, values) if table.columns else _published_rows(table, values)
+    notes = [
+        f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
+        *table.notes,
+        explained,
+    ]
+    folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
+    write_results(folder, table.title, notes, rows, seeds=seeds, values=values, cells=folders)
+
+
+def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
+    rows = []
+    for row, spec in table.rows.items():
+        published, checked = spec.get("published", {}), spec.get("checked", {})
+        for metric in [*published, *(key for key in checked if key not in published)]:
+            values = [float(result[metric]) for result in results[row]]
+            rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
+    return rows, (
+        "Difference: reproduced minus published, or minus checked if nothing is published; inside: the difference is "
+        "at most the larger standard deviation of these two plus half a unit of the last printed digit."
+    )
+
+
+def _own_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
+    first = table.columns[0]
+    against = {row: spec["against"] for row, spec in table.rows.items() if "against" in spec}
+    rows = []
+    for row in table.rows:
+        line = {"row": row}
+        for metric in table.columns:
+            values = [float(result[metric]) for result in results[row] if metric in result]
+            line[metric] = spread(values) if values else ""
+        if against:
+            compared = [[float(result[first]) for result in results[name]] for name in (row, against.get(row, row))]
+            line["gain"] = paired(*compared) if row in against else ""
+        rows.append(line)
+    if not against:
+        return rows, "Nothing was published."
+    pairs = {other: [row for row, of in against.items() if of == other] for other in dict.fromkeys(against.values())}
+    named = "; ".join(f"{', '.join(names)} over {other}" for other, names in pairs.items())
+    return rows, f"Gain: of {first}, mean ± standard error of the differences at the same seed: {named}."

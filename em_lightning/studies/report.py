@@ -1,0 +1,44 @@
+"""Base class of the callbacks that write a table and figures at the end of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from em_lightning.plots.style import save_figure
+
+
+class Report(lightning.Callback):
+    """Call :meth:`report` on the first rank when a fit is over, with the module in evaluation mode, without gradients.
+
+    The random state of the process is the same afterwards. An interrupted fit and a ``fast_dev_run`` write no report.
+    """
+
+    def report(self, trainer: Any, module: Any, folder: Path) -> None:
+        """Measure and write to ``folder``, the folder of the logger."""
+        raise NotImplementedError
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Run :meth:`report`."""
+        if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
+            return
+        folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
+        training = pl_module.training
+        pl_module.eval()
+        with torch.no_grad(), torch.random.fork_rng():
+            self.report(trainer, pl_module, folder)
+        pl_module.train(training)
+
+    def save_figures(self, trainer: Any, figures: Mapping[str, Any], folder: Path) -> None:
+        """Save matplotlib figures as ``<name>.png``, and add them to TensorBoard if the logger is one."""
+        writer: Any = getattr(trainer.logger, "experiment", None)
+        for name, figure in figures.items():
+            save_figure(figure, folder / f"{name}.png")
+            if hasattr(writer, "add_figure"):
+                writer.add_figure(name, figure, trainer.global_step, close=False)
+        if hasattr(writer, "flush"):
+            writer.flush()

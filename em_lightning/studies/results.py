@@ -1,0 +1,143 @@
+"""Tables of results: written as Markdown and JSON, combined over seeds, compared with published numbers."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from em_lightning.files import write_whole
+
+Row = Mapping[str, Any]
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return rows with the same keys as a Markdown table; floats have four significant digits.
+
+    Example:
+        >>> print(markdown_table([{"method": "EM", "log-likelihood": 1.23456}]))
+        | method | log-likelihood |
+        |---|---|
+        | EM | 1.235 |
+    """
+    header = list(rows[0])
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(_cell(row[key]) for key in header) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence[Row], **facts: Any) -> str:
+    """Write ``results.md`` and ``results.json`` to a folder, print the Markdown and return it.
+
+    Args:
+        folder: created if it does not exist.
+        title: the heading.
+        notes: sentences above the table, for instance about the data and the metrics.
+        rows: the table.
+        **facts: further entries of the JSON, such as the seed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n"
+    write_whole(folder / "results.md", text)
+    content = {"title": title, "notes": list(notes), "rows": [dict(row) for row in rows], **facts}
+    write_whole(folder / "results.json", json.dumps(content, indent=2) + "\n")
+    print_markdown(f"{text}\nWritten to {folder}")
+    return text
+
+
+def print_markdown(text: str) -> None:
+    """Print Markdown, formatted by rich on a terminal and as it is elsewhere."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        print(f"\n{text}")
+
+
+def combine(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return one table from the ``results.json`` of several seeds, each float as mean ± standard deviation.
+
+    Raises:
+        ValueError: the tables have different rows.
+    """
+    tables = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths]
+    labels = [[[value for value in row.values() if isinstance(value, str)] for row in table] for table in tables]
+    if any(label != labels[0] for label in labels):
+        raise ValueError(f"the tables {', '.join(map(str, paths))} have different rows; run the same config for each")
+    combined = []
+    for rows in zip(*tables, strict=True):
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        spreads = {key: spread(values) for key, values in columns.items() if isinstance(values[0], float)}
+        combined.append({**rows[0], **spreads})
+    return combined
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean ± standard deviation of values; the mean alone if there is one value.
+
+    Example:
+        >>> spread([93.0, 93.4])
+        '93.2 ± 0.28'
+    """
+    return f"{statistics.fmean(values):.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> str:
+    """Return the mean ± standard error of the differences between values at the same seeds.
+
+    Example:
+        >>> paired([93.0, 93.4, 93.2], [92.5, 92.7, 92.9])
+        '+0.50 ± 0.12'
+    """
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    mean = f"{statistics.fmean(differences):+.2f}"
+    return f"{mean} ± {statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else mean
+
+
+def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, Any]:
+    """Return one line of a table: the published, checked and reproduced value and their difference.
+
+    The difference is the reproduced value minus the published one, or minus the checked one if nothing is published.
+    ``inside`` is "yes" if it is at most the larger standard deviation of these two plus half a unit of the last
+    printed digit.
+
+    Args:
+        values: the reproduced values, one per seed.
+        published: a number, a text such as ``"93.4 ± .3"``, or ``None``.
+        checked: the same, by somebody who reproduced the publication.
+
+    Example:
+        >>> compare([93.0, 93.4], "93.4 ± .3", None)["difference"], compare([93.0, 93.4], 94.0, None)["inside"]
+        ('-0.2', 'no')
+    """
+    parsed = [parse_number(value) for value in (published, checked) if value is not None]
+    difference = statistics.fmean(values) - parsed[0][0]
+    allowed = max(deviation for _, deviation, _ in parsed) + parsed[0][2]
+    return {
+        "published": "" if published is None else str(published),
+        "checked": "" if checked is None else str(checked),
+        "reproduced": spread(values),
+        "difference": f"{difference:+.2g}",
+        "inside": "yes" if abs(difference) <= allowed + 1e-12 else "no",
+    }
+
+
+def parse_number(value: float | str) -> tuple[float, float, float]:
+    """Return a printed number, its standard deviation and half a unit of its last digit.
+
+    Example:
+        >>> parse_number("93.4 ± .3")
+        (93.4, 0.3, 0.05)
+    """
+    mean, _, deviation = str(value).partition("±")
+    digits = mean.strip().partition(".")[2]
+    return float(mean), float(deviation or 0.0), 0.5 * 10.0 ** -len(digits)
