@@ -358,8 +358,9 @@ def accuracy(options):
 
 
 def _held(operator, x, start):
-    from em_lightning.mixture.covariance import COVARIANCES
     from em_lightning.mixture.step import leave
+
+    from em_lightning.mixture.covariance import COVARIANCES
 
     *_, (cloud, state) = operator._loop(x, None, None, start, None)
     return leave(cloud._replace(points=cloud.points.double()), state, COVARIANCES[operator.covariance])

@@ -174,11 +174,12 @@ class GaussianMixture(DensityMixin, BaseEstimator):
     def _given(self, num_features: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the given initial log-weights, means and covariances, in the shapes of a mixture."""
         K, D, covariance = self.n_components, num_features, self._covariance
+        layout = covariance.to_sklearn(torch.empty(1, *covariance.shape(K, D))).shape
         parts = []
         for name, value, shape in (
             ("weights_init", self.weights_init, (K,)),
             ("means_init", self.means_init, (K, D)),
-            ("precisions_init", self.precisions_init, covariance.to_sklearn(torch.empty(1, *covariance.shape(K, D))).shape),
+            ("precisions_init", self.precisions_init, layout),
         ):
             part = None if value is None else torch.as_tensor(np.asarray(value), dtype=torch.float64)
             if part is not None and part.shape != shape:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from em_lightning import ACTIVATIONS, KERNELS, cli, surgery
+from em_lightning.checkpoints import read_checkpoint
 from em_lightning.cli.recipes import read_config
 from em_lightning.modules import PointCloudGMM
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from helpers import clusters, two_clusters
 from sklearn.cluster import KMeans
+
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 
 
 def test_farthest_points_equal_gonzalez():

@@ -6,7 +6,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from em_lightning.mixture.initialization import kmeans_plus_plus, lloyd
 from helpers import (
     COVARIANCE_TYPES,
     DEGENERATE,
@@ -25,6 +24,7 @@ from helpers import (
 from em_lightning import EMOperator
 from em_lightning.competition import none_of_the_above
 from em_lightning.mixture import UniformBackground
+from em_lightning.mixture.initialization import kmeans_plus_plus, lloyd
 
 
 def start_of(x):

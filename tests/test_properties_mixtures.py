@@ -6,7 +6,6 @@ import drawing
 import numpy as np
 import pytest
 import torch
-from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from helpers import COVARIANCE_TYPES, cast, full_covariances, is_finite, random_mixture
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from em_lightning.mixture import (
     fit_blocks,
     information_criteria,
 )
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from em_lightning.operators import GeneralizedEM
 
 

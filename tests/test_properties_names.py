@@ -24,13 +24,13 @@ ROOMS = [
 ]
 ELSEWHERE = {
     "base classes, which subclasses are tested in place of": (
-        "Competition Tempered Kernel EllipticalKernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments PointCloudDataModule "
+        "Competition Tempered Kernel EllipticalKernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments "
+        "PointCloudDataModule "
         "SurgicalCallback"
     ),
     "functions that modules of the registry call, and nothing else": (
         "entmin hardmin none_of_the_above pairwise positive_number topk"
     ),
-    "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
     "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds TimeLeft"),
     "pictures, in tests/test_callbacks_watch.py": "responsibilities_figure",
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (

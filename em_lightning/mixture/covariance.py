@@ -34,10 +34,15 @@ class Parameters(NamedTuple):
 
 def lower_triangle(entries: Tensor, num_features: int) -> Tensor:
     """Return lower triangles (..., D, D) of log-diagonals and strict lower triangles (..., D (D + 1) / 2)."""
-    below = torch.tril_indices(num_features, num_features, -1, device=entries.device)
     triangle = entries.new_zeros(*entries.shape[:-1], num_features, num_features)
+    below = _below_diagonal(triangle)
     triangle[..., below[0], below[1]] = entries[..., num_features:]
     return triangle + entries[..., :num_features].exp().diag_embed()
+
+
+def _below_diagonal(matrix: Tensor) -> Tensor:
+    """Return the indices of the strict lower triangle."""
+    return torch.tril_indices(matrix.shape[-1], matrix.shape[-1], -1, device=matrix.device)
 
 
 def half_log_tau(num_features: int) -> float:
@@ -194,7 +199,7 @@ class FullCovariance:
     def unconstrained(self, covariances: Tensor) -> Tensor:
         """Return log-diagonals and strict lower triangles (B, K, D (D + 1) / 2) of the factors."""
         scale = self.factorize(covariances).scale
-        below = torch.tril_indices(*scale.shape[-2:], -1, device=scale.device)
+        below = _below_diagonal(scale)
         return torch.cat([scale.diagonal(dim1=-2, dim2=-1).log(), scale[..., below[0], below[1]]], -1)
 
     def constrained(self, entries: Tensor, num_features: int) -> Tensor:
@@ -252,7 +257,7 @@ class FullCovariance:
 
     def describe(self, before: Factor, after: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-sizes and slopes of each factor relative to a unit (B, 1, 1), and of the change of the M-step."""
-        below = torch.tril_indices(*after.scale.shape[-2:], -1, device=unit.device)
+        below = _below_diagonal(after.scale)
         diagonal = after.scale.diagonal(dim1=-2, dim2=-1)
         slopes = after.scale[..., below[0], below[1]] / diagonal[..., below[1]]
         change = before.inverse @ after.scale
@@ -492,5 +497,5 @@ def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
             return kind
     known = ", ".join(f"{name} {(len(means), *kind.shape(components, features))}" for name, kind in COVARIANCES.items())
     raise ValueError(
-        f"covariances of shape {tuple(covariances.shape)} fit no covariance type for means {tuple(means.shape)}: {known}"
+        f"covariances of shape {tuple(covariances.shape)} must fit means of shape {tuple(means.shape)}: {known}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Family(Protocol):
         """Return ``phi(x)`` (B, F, N) of points (B, D, N)."""
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return theta (B, K, F) with ``log pi_k + log p_k(x) = theta_k . phi(x)``, and its value at the mean (B, K)."""
+        """Return theta (B, K, F) with ``theta_k . phi(x) = log pi_k + log p_k(x)``, and its maximum over x (B, K)."""
 
 
 class BackgroundLevel(NamedTuple):
@@ -67,7 +67,7 @@ class SufficientStatistics(NamedTuple):
     second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`.
     log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero where it was not asked for.
     background_mass: (B,), the mass of the background.
-    count: (B,), number of points that count.
+    num_points: (B,), number of points that count.
     """
 
     mass: Tensor
@@ -76,7 +76,7 @@ class SufficientStatistics(NamedTuple):
     second: Tensor
     log_likelihood: Tensor
     background_mass: Tensor
-    count: Tensor
+    num_points: Tensor
 
     def plus(self, other: SufficientStatistics) -> SufficientStatistics:
         """Return the statistics of the points of both."""
@@ -94,9 +94,9 @@ class SufficientStatistics(NamedTuple):
     def with_mean_weight_one(self) -> SufficientStatistics:
         """Return the statistics under weights that are divided by their mean."""
         total = self.mass.sum(-1) + self.background_mass
-        ratio = self.count / torch.where(total > 0, total, 1.0)
+        ratio = self.num_points / torch.where(total > 0, total, 1.0)
         parts = (part * ratio.reshape(-1, *[1] * (part.ndim - 1)) for part in self[:-1])
-        return SufficientStatistics(*parts, self.count)
+        return self._replace(**dict(zip(self._fields, (*parts, self.num_points), strict=True)))
 
 
 def e_step(
@@ -134,7 +134,7 @@ def e_step(
         block_size = points.source.shape[0] * points.source.shape[2] * width
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
-    function: Callable[..., tuple[Tensor, ...]]
+    function: Any
     if plain and not (tempered and with_log_likelihood):
         function = _SoftmaxStatistics(points, with_log_likelihood)
         theta = theta / temperature if tempered else theta
@@ -151,7 +151,7 @@ def e_step(
         block_size,
     )
     first, second = moments[..., 1 : 1 + points.num_features], moments[..., 1 + points.num_features :]
-    return SufficientStatistics(mass, moments[..., 0], first, second, log_likelihood, outside, points.count)
+    return SufficientStatistics(mass, moments[..., 0], first, second, log_likelihood, outside, points.num_points)
 
 
 def log_density(

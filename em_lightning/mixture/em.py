@@ -1,4 +1,4 @@
-"""Expectation-maximization: one step, and the loop to convergence for sets in memory and for blocks of one large set."""
+"""Expectation-maximization: one step, and the loop to convergence, in memory or over blocks of one large set."""
 
 from __future__ import annotations
 
@@ -104,9 +104,7 @@ def fit(
 
 def where(condition: Tensor, one: State, other: State) -> State:
     """Return one named tuple of tensors for the sets where a condition (B,) holds, and another elsewhere."""
-    parts = (
-        torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(one, other, strict=True)
-    )
+    parts = (torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(one, other, strict=True))
     return type(one)(*parts)
 
 

@@ -203,7 +203,7 @@ def _cell_statistics(points: Points, cell: Tensor, counts: Tensor, num_component
     (moments,) = sum_blocks(moments_of_block, (points.source, cell, counts), (), width)
     mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     none = torch.zeros_like(points.mass)
-    return SufficientStatistics(mass[..., 0], mass[..., 0], first, second, none, none, points.count)
+    return SufficientStatistics(mass[..., 0], mass[..., 0], first, second, none, none, points.num_points)
 
 
 def _members(cell: Tensor, counts: Tensor, num_components: int) -> Tensor:

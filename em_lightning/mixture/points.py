@@ -50,7 +50,7 @@ class Points(NamedTuple):
     source: (B, F, N), the features ``phi(z)``; of large sets the points (B, D, N) themselves.
     weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` where all count once.
     mass: (B,), the sum of the weights.
-    count: (B,), the number of points that count.
+    num_points: (B,), the number of points that count.
     frame: the coordinates.
     lift: maps a block of the source, and the index of its sets, to features (b, F, n).
     mean: (B, D), weighted mean of the coordinates; zero unless it was asked for.
@@ -61,7 +61,7 @@ class Points(NamedTuple):
     source: Tensor
     weights: Tensor | None
     mass: Tensor
-    count: Tensor
+    num_points: Tensor
     frame: Frame
     lift: Callable[[Tensor, slice], Tensor]
     mean: Tensor
@@ -130,7 +130,7 @@ def prepare(
         if counted is not None:  # rows that do not count lie at the center
             x = torch.where(counted.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
     mass = torch.full_like(frame.scale, x.shape[1]) if weights is None else weights.sum(-1)
-    count = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
+    num_points = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
     center, scale = frame
     source = x.mT.contiguous() if x.numel() <= kept else x.mT
 
@@ -143,7 +143,7 @@ def prepare(
     else:
         lift_source = lift_block
     none = torch.zeros_like(center)
-    points = Points(source, weights, mass, count, frame, lift_source, none, none, torch.finfo(x.dtype).eps)
+    points = Points(source, weights, mass, num_points, frame, lift_source, none, none, torch.finfo(x.dtype).eps)
     if not with_moments:
         return points
     mean, variance = _moments(points)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import positive_number
+from em_lightning.kernels import positive_number
 from em_lightning.mixture.covariance import Covariance, Parameters, covariance_of, half_log_tau
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture
@@ -91,7 +91,7 @@ class MixturePrior(nn.Module):
             raise ValueError(f"covariance={list(self.covariance)} must be positive: it holds variances")
 
     def count(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
-        """Return the pseudo-count of ``"weight"``, ``"mean"`` or ``"covariance"``: a tensor (1,) where it is trained."""
+        """Return the pseudo-count of ``"weight"``, ``"mean"`` or ``"covariance"``: a tensor (1,) if trained."""
         value = self._counts[name]
         log_ratio = getattr(self, f"log_{name}", None)
         return value if log_ratio is None else value * log_ratio.to(dtype or log_ratio.dtype).exp()
@@ -114,7 +114,7 @@ class MixturePrior(nn.Module):
         features, dtype = mean.shape[1], mean.dtype
         for name, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value is not None and len(value) != features:
-                raise ValueError(f"the prior's {name} has shape ({len(value)},); it must be ({features},), the features")
+                raise ValueError(f"the prior's {name} has shape ({len(value)},); it must be ({features},)")
         if self.mean is not None:
             mean = (mean.new_tensor(self.mean) - frame.center) / frame.scale.unsqueeze(-1)
         if self.covariance is not None:
@@ -178,5 +178,5 @@ def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCoun
     return (counts.weight * log_weights + counts.mean * location + counts.covariance * shape).sum(-1)
 
 
-def _numbers(values: Tensor | Sequence[float]) -> tuple[float, ...]:
+def _numbers(values: Tensor | Sequence[float] | float) -> tuple[float, ...]:
     return tuple(torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten().tolist())

@@ -86,7 +86,7 @@ class VonMisesFisher:
         return torch.cat([torch.ones_like(x[:, :1]), x], 1)
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return theta (B, K, 1 + D) with ``theta . phi(x) = log pi + log C(kappa) + kappa mu . x``, and its maximum."""
+        """Return theta (B, K, 1 + D) with ``theta . phi = log pi + log C(kappa) + kappa mu . x``, and its maximum."""
         log_weights, means, concentrations = parameters
         constant = log_weights - log_normalizer(concentrations, means.shape[-1])
         theta = torch.cat([constant.unsqueeze(-1), concentrations.unsqueeze(-1) * means], -1)

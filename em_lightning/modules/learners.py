@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from em_lightning.data import TableBatch
 from em_lightning.distributed import global_sum
-from em_lightning.mixture import COVARIANCES, Mixture, MixturePrior, StreamedEM, SufficientStatistics
+from em_lightning.mixture import Mixture, MixturePrior, StreamedEM, SufficientStatistics
 from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 
 

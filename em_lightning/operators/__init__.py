@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from em_lightning.operators.abstraction import EMAbstraction
+from em_lightning.operators.base import SetOperator
 from em_lightning.operators.directional import DirectionalEM
 from em_lightning.operators.em import EMOperator
 from em_lightning.operators.generalized import GeneralizedEM
 from em_lightning.operators.pooling import EMPooling
 from em_lightning.operators.refinement import EMRefinement
-from em_lightning.operators.base import SetOperator
 from em_lightning.operators.residual import ResidualCorrection
 
 if TYPE_CHECKING:

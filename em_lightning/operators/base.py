@@ -27,7 +27,7 @@ class SetOperator(nn.Module):
         gradient: how gradients pass through the loop; see :func:`~em_lightning.operators.gradients.iterate`.
     """
 
-    gradients_known = gradients.GRADIENTS
+    gradients_known: tuple[str, ...] = gradients.GRADIENTS
 
     def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ class SetOperator(nn.Module):
             def step(state: Parameters, progress: float) -> Parameters:
                 return self._step(sets, state, progress)[0]
 
-            for state in gradients.iterate(step, state, num_iters, self.gradient, self._changes):
-                yield sets, state
+            for after in gradients.iterate(step, state, num_iters, self.gradient, self._changes):
+                yield sets, after
 
     def fit(
         self,
@@ -134,10 +134,8 @@ class SetOperator(nn.Module):
             found = em.fit(step, state, max_iters=max_iters, tol=tol, min_iters=schedule)
             return self._mixture(sets, Parameters(*found.state)), found.steps
 
-    def objective(
-        self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return what the iterations climb (B,): ``sum_n w_n log p(x_n)``, and the log-density of a prior if there is one.
+    def objective(self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Return what the iterations climb (B,): the log-likelihood, and the log-density of a prior if there is one.
 
         Weights count relative to their mean.
         """

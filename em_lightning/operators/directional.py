@@ -98,7 +98,8 @@ class DirectionalEM(SetOperator):
         cell = (centers @ x).argmax(1, keepdim=True)
         members = torch.zeros_like(centers @ x).scatter_(1, cell, counts.unsqueeze(1))
         mass, none = members.sum(-1), torch.zeros_like(points.mass)
-        statistics = SufficientStatistics(mass, mass, members @ x.mT, members.new_zeros(*mass.shape, 0), none, none, none)
+        second = members.new_zeros(*mass.shape, 0)
+        statistics = SufficientStatistics(mass, mass, members @ x.mT, second, none, none, none)
         return m_step(statistics, VON_MISES_FISHER, sets.floor, mass)
 
     def _enter(self, sets: _Sets, mixture: DirectionalMixture) -> Parameters:
@@ -107,9 +108,7 @@ class DirectionalEM(SetOperator):
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        statistics = e_step(
-            sets.points, state, Likelihood(VON_MISES_FISHER), with_log_likelihood=with_objective
-        )
+        statistics = e_step(sets.points, state, Likelihood(VON_MISES_FISHER), with_log_likelihood=with_objective)
         after = m_step(statistics, VON_MISES_FISHER, sets.floor, state.covariances)
         return after, statistics.log_likelihood
 

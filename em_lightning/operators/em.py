@@ -152,12 +152,13 @@ class EMOperator(SetOperator):
         if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
             raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
         self.covariance: Covariance = COVARIANCES[covariance] if rank is None else LowRankCovariance(rank)
-        self.kernel = density_kernel(kernel)
-        if not isinstance(self.kernel, EllipticalKernel):
+        built = density_kernel(kernel)
+        if not isinstance(built, EllipticalKernel):
             raise ValueError(
-                f"kernel={self.kernel!r} has no closed-form M-step; use 'gaussian', 'student_t', 'laplace', 'huber' or "
+                f"kernel={built!r} has no closed-form M-step; use 'gaussian', 'student_t', 'laplace', 'huber' or "
                 f"'pseudo_huber', em_lightning.operators.DirectionalEM for the cosine, or GeneralizedEM for any kernel"
             )
+        self.kernel = built
         self.kernel.elliptical_log_normalizer(num_features)  # raises where exp(-rho) is no density
         self.competition = COMPETITIONS.build(competition)
         if isinstance(background, (int, float)):
@@ -210,9 +211,7 @@ class EMOperator(SetOperator):
             state = self._with_room(sets.points.frame.enter_parameters(mixture.parameters()))
             return self._objective(sets, state).to(x.dtype)
 
-    def _evaluation(
-        self, x: Tensor, mixture: Mixture, mask: Tensor | None
-    ) -> tuple[Points, Parameters, Likelihood]:
+    def _evaluation(self, x: Tensor, mixture: Mixture, mask: Tensor | None) -> tuple[Points, Parameters, Likelihood]:
         """Return points, parameters and the density of given mixtures, of any covariance type."""
         check_points(mixture, x)
         check_sets(x, mask, None, self.num_features)
@@ -292,7 +291,7 @@ class EMOperator(SetOperator):
             None if softmin else respond,
             temperature=competition.temperature * temperature if softmin else 1.0,
             with_log_likelihood=with_objective,
-            couples_points=getattr(competition, "couples_items", False),
+            couples_points=competition.couples_items,
             shared=tuple(competition.parameters()),
         )
         after = m_step(statistics, self.covariance, sets.floor, state.covariances, sets.prior, self.background)
@@ -313,9 +312,7 @@ class EMOperator(SetOperator):
         total = (density if points.weights is None else density * points.weights).sum(-1)
         return self._with_prior(sets, state, likelihood, total)
 
-    def _with_prior(
-        self, sets: _Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor
-    ) -> Tensor:
+    def _with_prior(self, sets: _Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
         """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
         if sets.prior is None:
             return log_likelihood
@@ -339,7 +336,8 @@ class EMOperator(SetOperator):
         level: BackgroundLevel | None = None
         if self.background is not None:
             level = self.background.level(points, state.log_weights)
-        return Likelihood(covariance, None if isinstance(self.kernel, GaussianKernel) else self.kernel, level)
+        kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
+        return Likelihood(covariance, kernel, level)
 
     def _with_room(self, state: Parameters) -> Parameters:
         """Return parameters whose weights leave room for an estimated background."""

@@ -24,9 +24,7 @@ Step = Callable[[Parameters, float], Parameters]
 Changes = Callable[[Parameters, Parameters], Tensor]
 
 
-def iterate(
-    step: Step, state: Parameters, steps: int, gradient: str, changes: Changes
-) -> Iterator[Parameters]:
+def iterate(step: Step, state: Parameters, steps: int, gradient: str, changes: Changes) -> Iterator[Parameters]:
     r"""Yield the states after each iteration ``step(state, progress)``, differentiable in one of four ways.
 
     - ``"unrolled"``: exact. An iteration keeps its parameters (B, K, .), nothing of the size of the points.

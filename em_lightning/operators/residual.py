@@ -65,7 +65,7 @@ class ResidualCorrection(nn.Module):
             done,
             (done == 1.0).to(done),
         ]
-        hidden = self.describe(_bounded(torch.cat(features, -1), 10.0).to(self.mean_mlp[0].weight.dtype))
+        hidden = self.describe(_bounded(torch.cat(features, -1), 10.0).to(next(self.parameters()).dtype))
         hidden = torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], -1)
         # Wider bounds learn no better, and sometimes move a component out of its set.
         shift = _bounded(self.mean_mlp(hidden), 1.0).to(after.means.dtype)

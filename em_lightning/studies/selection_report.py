@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from em_lightning.data import GaussianBlobs, TabularDataModule
-from em_lightning.mixture import Mixture
-from em_lightning.mixture.fit import criteria, fit_blocks, num_parameters
+from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
 from em_lightning.plots.mixtures import curves, mixture_grid
 from em_lightning.studies.report import Report
@@ -60,7 +59,7 @@ class SelectionReport(Report):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihood and the time of an epoch; an epoch resumed in its middle adds no time."""
-        self.levels.append(float(pl_module.level))
+        self.levels.append(float(pl_module.log_likelihood))
         self.seconds += time.perf_counter() - getattr(self, "_began", time.perf_counter())
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
@@ -141,7 +140,7 @@ def _row(
     name: str, mixture: Mixture, data: TabularDataModule, iterations: int | str = "", seconds: float | str = ""
 ) -> dict[str, Any]:
     total, mass = _likelihood(mixture, data, "train")
-    found = criteria(mixture, total, mass)
+    found = information_criteria(mixture, total, mass)
     held_out: float | str = ""
     if "held_out" in data.tables:
         likelihood, count = _likelihood(mixture, data, "held_out")
@@ -149,7 +148,7 @@ def _row(
     return {
         "mixture": name,
         "K": mixture.means.shape[1],
-        "parameters": num_parameters(mixture),
+        "parameters": mixture.num_parameters,
         "log-likelihood": round(total / mass, 5),
         "held out": held_out,
         "BIC": round(found.bic),

@@ -153,18 +153,15 @@ class _Recomputed(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is taken of all blocks at once
             found = _gradients(ctx, slice(None), tensors, grads, wanted, create_graph=True)
             return None, None, None, None, None, *found
-        totals: list[Tensor | None] = [None] * len(wanted)
+        wholes = (*tensors, *ctx.shared)
+        totals = [torch.zeros_like(w) if needed else None for w, needed in zip(wholes, wanted, strict=True)]
         for block in ctx.blocks:
             sets, items = block
             outer = [None if g is None else g[sets] if ctx.adds else g[sets, ..., items] for g in grads]
             found = _gradients(ctx, sets, _cut(tensors, block, ctx.num_rows), outer, wanted, create_graph=False)
-            for place, part in enumerate(found):
-                if part is None:
+            for place, (part, total) in enumerate(zip(found, totals, strict=True)):
+                if part is None or total is None:
                     continue
-                if totals[place] is None:
-                    whole = (*tensors, *ctx.shared)[place]
-                    totals[place] = torch.zeros_like(whole, memory_format=torch.contiguous_format)
-                total = totals[place]
                 if place >= len(tensors):
                     total += part
                 elif place >= ctx.num_rows:
