@@ -11,7 +11,7 @@ from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, sum_blocks
-from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 # From joint log-densities (B, K, N) to responsibilities (B, K, N).

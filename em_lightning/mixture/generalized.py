@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from em_lightning.kernels import Kernel
-from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import accumulation_dtype, join_weights
 
 # Numbers (B, K, n, D) of a block of points.

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.backends import sum_blocks
-from em_lightning.mixture.covariance import Covariance, Parameters
+from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.mixture.m_step import m_step
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 # The core of a cell: points nearer to the center than this share of the cell's mean squared distance.

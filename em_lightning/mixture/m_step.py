@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.background import UniformBackground
-from em_lightning.mixture.covariance import Parameters
 from em_lightning.mixture.e_step import SufficientStatistics
+from em_lightning.mixture.parameters import Parameters
 
 
 class PseudoCounts(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.backends import sum_blocks
-from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.parameters import Parameters
 
 # Features of up to this many numbers are kept for all iterations; of larger sets each block is lifted when it is read.
 _KEPT = 2**22

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.kernels import positive_number
-from em_lightning.mixture.covariance import Covariance, Parameters, covariance_of, half_log_tau
+from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_tau
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Frame, accumulation_dtype, prepare
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.mixture import em
-from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators import gradients
 from em_lightning.operators.checks import check_choice, check_sets
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from em_lightning.competition import Posterior
 from em_lightning.mixture import initialization
-from em_lightning.mixture.covariance import Parameters
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density
 from em_lightning.mixture.m_step import m_step
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 from em_lightning.mixture.von_mises_fisher import VON_MISES_FISHER, DirectionalMixture, directions
 from em_lightning.operators.base import SetOperator

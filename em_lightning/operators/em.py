@@ -13,12 +13,12 @@ from torch import Tensor
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
-from em_lightning.mixture.covariance import COVARIANCES, Covariance, Parameters, covariance_of
+from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joint, with_background
 from em_lightning.mixture.em import where
-from em_lightning.mixture.lowrank import LowRankCovariance
 from em_lightning.mixture.m_step import PseudoCounts, m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators.base import SetOperator

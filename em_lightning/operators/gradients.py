@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.parameters import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from em_lightning.mixture.covariance import COVARIANCES, Covariance, Parameters
+from em_lightning.mixture.covariance import COVARIANCES, Covariance
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.mixture import initialization
-from em_lightning.mixture.covariance import Covariance, Parameters
+from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 _RANDOM = ("kmeans++", "random")

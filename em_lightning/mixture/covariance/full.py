@@ -1,35 +1,14 @@
-"""Covariance types: shapes, features, factorization, Gaussian log-densities, M-step estimates and conversions.
-
-No other module branches on the covariance type. A type names the features of second degree ``s(x)`` of a point such
-that the Gaussian log-density is linear in ``phi(x) = [1, x, s(x)]``:
-
-    log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)
-
-The E-step is then one matrix product and a softmax, and the sufficient statistics are ``sum_n r_nk phi(x_n)``.
-"""
+"""Full and tied covariances, and the interface that all covariance types share."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots
-
-
-class Parameters(NamedTuple):
-    """The parameters of a mixture inside the EM loop, in the coordinates of its :class:`~.points.Points`.
-
-    log_weights: (B, K).
-    means: (B, K, D).
-    covariances: in the shape of the covariance type; concentrations (B, K) for directions.
-    """
-
-    log_weights: Tensor
-    means: Tensor
-    covariances: Tensor
+from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.parameters import Parameters
 
 
 def lower_triangle(entries: Tensor, num_features: int) -> Tensor:
@@ -51,12 +30,16 @@ def half_log_tau(num_features: int) -> float:
 
 
 class FullCovariance:
-    """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``."""
+    """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``.
+
+    It is also the interface of the other covariance types. Inside the loop means and covariances are in the
+    coordinates of the point sets; ``s(x)`` are the features of second degree.
+    """
 
     name = "full"
 
     @property
-    def unrestricted(self) -> Covariance:
+    def unrestricted(self) -> FullCovariance:
         """The type whose M-step estimate is in closed form and needs no previous covariances."""
         return self
 
@@ -310,192 +293,3 @@ class TiedCovariance(FullCovariance):
     def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
         """Return the covariances under the mean of the components' corrections."""
         return super().correct(before, after, covariances, correction.mean(1, keepdim=True), floor)
-
-
-class DiagonalCovariance(FullCovariance):
-    """Axis-parallel components: variances (B, K, D), ``s(x) = [x_i^2]``; factors are standard deviations."""
-
-    name = "diag"
-
-    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
-        """Return (K, D)."""
-        return num_components, num_features
-
-    def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K D."""
-        return num_components * num_features
-
-    def variances(self, covariances: Tensor) -> Tensor:
-        """Return covariances as (B, K, D), or (B, K, 1) where features share them."""
-        return covariances
-
-    def pack(self, variances: Tensor) -> Tensor:
-        """Return the covariances of :meth:`variances`."""
-        return variances
-
-    def second_degree(self, x: Tensor) -> Tensor:
-        """Return the squares of the features (B, D, N)."""
-        return x.square()
-
-    def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
-        """Return ``sigma^2 + mu^2`` in the shape of the variances."""
-        return variances if means is None else variances + means.square()
-
-    def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return the standard deviations and their reciprocals."""
-        variances = self.variances(covariances)
-        root = torch.maximum(variances, smallest_pivots(self.second_moments(variances, means))).sqrt()
-        return Factor(root, root.reciprocal())
-
-    def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return ``[log pi_k N(0), mu / sigma^2, -1 / (2 sigma^2)]`` and the log-density at the mean."""
-        log_weights, means, covariances = parameters
-        features = means.shape[-1]
-        inverse = self.factorize(covariances, means).inverse
-        precision = inverse.square()
-        linear = precision * means
-        log_det = inverse.log().sum(-1) * (features / inverse.shape[-1])
-        peak = log_weights + log_det - half_log_tau(features)
-        constant = peak - 0.5 * (means * linear).sum(-1)
-        return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
-
-    def estimate(
-        self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the means and ``sigma^2 = scatter / mass + floor``."""
-        variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
-        least = smallest_pivots(self.second_moments(variances.abs(), means))
-        return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
-
-    def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return the variances for every component."""
-        return self.pack(variance.unsqueeze(1).expand(-1, num_components, -1))
-
-    def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        """Return ``ratio sigma^2``."""
-        return self.pack(self.variances(covariances) * ratio.unsqueeze(-1))
-
-    def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
-        """Return the variances (B, K, D)."""
-        return self.variances(covariances).expand(-1, -1, num_features)
-
-    def rescaled(self, covariances: Tensor, scale: Tensor) -> Tensor:
-        """Return the variances times the squares of a scale (D,), or of its root mean square."""
-        return self.pack(self.variances(covariances) * scale.square())
-
-    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        """Return the variances of the features."""
-        return covariances[..., features]
-
-    def precisions(self, covariances: Tensor) -> Tensor:
-        """Return the reciprocals."""
-        return covariances.reciprocal()
-
-    def precision_factors(self, covariances: Tensor) -> Tensor:
-        """Return the reciprocal standard deviations."""
-        return covariances.rsqrt()
-
-    def unconstrained(self, covariances: Tensor) -> Tensor:
-        """Return the log standard deviations."""
-        return self.factorize(covariances).scale.log()
-
-    def constrained(self, entries: Tensor, num_features: int) -> Tensor:
-        """Return the variances of log standard deviations."""
-        return self.pack((2.0 * entries).exp())
-
-    def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
-        """Return diagonal matrices (B, K, D, D)."""
-        return self.diagonal(covariances, means.shape[-1]).diag_embed()
-
-    def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return elementwise products (B, K, D)."""
-        return factor * vectors
-
-    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        """Return the elementwise product."""
-        return factor * other
-
-    def correction_size(self, num_features: int) -> int:
-        """Return D + 2: the log of the stretch of each feature, and the two repetitions."""
-        return num_features + 2
-
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return the corrected variances, feature by feature as for full covariances."""
-        change = (before.inverse * after.scale).square()
-        change = change / change.mean(-1, keepdim=True).clamp(min=1.0)
-        once, twice = correction[..., -2:].tanh().unsqueeze(-1).unbind(-2)
-        repeated = 1.0 + once * (change - 1.0) + twice * (change.square() - change)
-        step, least = correction[..., :-2].exp() * repeated, floor[:, None, None]
-        return self.pack(step.square() * (self.variances(covariances) - least) + least)
-
-    def describe(self, before: Factor, after: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log standard deviations and the logs of their ratios."""
-        return (after.scale / unit).log(), (after.scale * before.inverse).log()
-
-
-class SphericalCovariance(DiagonalCovariance):
-    """Round components: one variance each, ``Sigma (B, K)``, ``s(x) = |x|^2``."""
-
-    name = "spherical"
-
-    def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
-        """Return (K,)."""
-        return (num_components,)
-
-    def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K."""
-        return num_components
-
-    def variances(self, covariances: Tensor) -> Tensor:
-        """Return (B, K, 1)."""
-        return covariances.unsqueeze(-1)
-
-    def pack(self, variances: Tensor) -> Tensor:
-        """Return (B, K)."""
-        return variances.mean(-1)
-
-    def common_scale(self, scale: Tensor) -> Tensor:
-        """Return the root mean square for every feature."""
-        return scale.square().mean().sqrt().expand_as(scale)
-
-    def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        """Return the variances as they are."""
-        return covariances
-
-    def second_degree(self, x: Tensor) -> Tensor:
-        """Return the squared norm (B, 1, N)."""
-        return x.square().sum(1, keepdim=True)
-
-    def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
-        """Return ``sigma^2 + |mu|^2 / D``."""
-        return variances if means is None else variances + means.square().mean(-1, keepdim=True)
-
-    def correction_size(self, num_features: int) -> int:
-        """Return 3: the log of the stretch, and the two repetitions."""
-        return 3
-
-
-Covariance = FullCovariance
-COVARIANCES: dict[str, Covariance] = {
-    kind.name: kind for kind in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
-}
-
-
-def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
-    """Return the covariance type that the shape of a mixture's covariances implies.
-
-    Args:
-        covariances: (B, ...).
-        means: (B, K, D).
-
-    Raises:
-        ValueError: the shape belongs to no type.
-    """
-    components, features = means.shape[1:]
-    for kind in COVARIANCES.values():
-        if covariances.shape == (len(means), *kind.shape(components, features)):
-            return kind
-    known = ", ".join(f"{name} {(len(means), *kind.shape(components, features))}" for name, kind in COVARIANCES.items())
-    raise ValueError(
-        f"covariances of shape {tuple(covariances.shape)} must fit means of shape {tuple(means.shape)}: {known}"
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots
-from em_lightning.mixture.covariance import COVARIANCES, Covariance, FullCovariance, lower_triangle
+from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.covariance.full import FullCovariance, lower_triangle
 
 
 class LowRankCovariance(FullCovariance):
@@ -39,9 +39,9 @@ class LowRankCovariance(FullCovariance):
         self.num_first_steps = num_first_steps
 
     @property
-    def unrestricted(self) -> Covariance:
+    def unrestricted(self) -> FullCovariance:
         """Full covariances."""
-        return COVARIANCES["full"]
+        return FullCovariance()
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
         """Return K (D (R + 1) - R (R - 1) / 2): rotations of the factors change nothing."""

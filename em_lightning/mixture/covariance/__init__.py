@@ -1,0 +1,56 @@
+"""Covariance types: shapes, features, factorization, Gaussian log-densities, M-step estimates and conversions.
+
+Nothing outside this package branches on the covariance type. A type names the features of second degree ``s(x)`` of a
+point such that the Gaussian log-density is linear in ``phi(x) = [1, x, s(x)]``:
+
+    log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)
+
+The E-step is then one matrix product and a softmax, and the sufficient statistics are ``sum_n r_nk phi(x_n)``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from em_lightning.mixture.covariance.cholesky import Factor
+from em_lightning.mixture.covariance.diagonal import DiagonalCovariance, SphericalCovariance
+from em_lightning.mixture.covariance.full import FullCovariance, TiedCovariance, half_log_tau
+from em_lightning.mixture.covariance.lowrank import LowRankCovariance
+
+__all__ = [
+    "COVARIANCES",
+    "Covariance",
+    "DiagonalCovariance",
+    "Factor",
+    "FullCovariance",
+    "LowRankCovariance",
+    "SphericalCovariance",
+    "TiedCovariance",
+    "covariance_of",
+    "half_log_tau",
+]
+
+Covariance = FullCovariance
+COVARIANCES: dict[str, Covariance] = {
+    kind.name: kind for kind in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
+}
+
+
+def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
+    """Return the covariance type that the shape of a mixture's covariances implies.
+
+    Args:
+        covariances: (B, ...).
+        means: (B, K, D).
+
+    Raises:
+        ValueError: the shape belongs to no type.
+    """
+    components, features = means.shape[1:]
+    for kind in COVARIANCES.values():
+        if covariances.shape == (len(means), *kind.shape(components, features)):
+            return kind
+    known = ", ".join(f"{name} {(len(means), *kind.shape(components, features))}" for name, kind in COVARIANCES.items())
+    raise ValueError(
+        f"covariances of shape {tuple(covariances.shape)} must fit means of shape {tuple(means.shape)}: {known}"
+    )
