@@ -17,8 +17,8 @@ from em_lightning.operators.checks import check_choice, check_sets
 class SetOperator(nn.Module):
     """A layer that fits one mixture to each point set by T iterations.
 
-    A subclass defines how sets are prepared, where the loop starts, what an iteration does, and what it climbs. The
-    state of the loop is a :class:`~em_lightning.mixture.Parameters`.
+    A subclass defines how sets are prepared, where the loop starts, one iteration, and the objective. The state of the
+    loop is a :class:`~em_lightning.mixture.Parameters`.
 
     Args:
         num_components: K.
@@ -144,10 +144,9 @@ class SetOperator(nn.Module):
             sets = self._prepare(x, mask, weights)
             return self._objective(sets, self._enter(sets, mixture)).to(x.dtype)
 
-    # What a subclass defines. ``sets`` is a named tuple of points and of what all iterations have in common.
+    # What a subclass defines; ``sets`` is a named tuple of points and of what all iterations have in common.
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Any:
-        """Return the sets."""
         raise NotImplementedError
 
     def _start(self, sets: Any, choose: bool) -> Parameters:
@@ -165,11 +164,9 @@ class SetOperator(nn.Module):
         raise NotImplementedError
 
     def _objective(self, sets: Any, state: Parameters) -> Tensor:
-        """Return the objective (B,)."""
         raise NotImplementedError
 
     def _mixture(self, sets: Any, state: Parameters) -> Any:
-        """Return the mixtures of a state."""
         raise NotImplementedError
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
@@ -177,5 +174,5 @@ class SetOperator(nn.Module):
         raise NotImplementedError
 
     def _schedule_length(self) -> int:
-        """Return how many iterations are different from those that follow."""
+        """Return how many iterations differ from those that follow."""
         return 1
