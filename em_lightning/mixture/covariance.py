@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots, symmetric
 
 
 class Parameters(NamedTuple):
@@ -37,6 +37,8 @@ class Covariance(ABC):
     """One covariance type."""
 
     name: str
+    whitening: str
+    """The shape of the inverse factor ``W``: a triangle (full), a diagonal, or a number (spherical)."""
 
     @property
     def unrestricted(self) -> Covariance:
@@ -66,6 +68,17 @@ class Covariance(ABC):
     @abstractmethod
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K)."""
+
+    @abstractmethod
+    def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
+        """Return the log-density at the mean (B, K) for an inverse factor ``W``."""
+
+    @abstractmethod
+    def unwhiten(self, sums: Tensor, scale: Tensor, means: Tensor) -> Tensor:
+        """Return the sums of ``phi(x)`` (B, K, 1 + D + S) for those of ``[1, y, s(y)]`` with ``x = mu + L y``.
+
+        Of full covariances ``s(y)`` holds the products ``y_i y_j`` for ``j <= i``.
+        """
 
     @abstractmethod
     def estimate(
@@ -158,6 +171,7 @@ class FullCovariance(Covariance):
     """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``."""
 
     name = "full"
+    whitening = "full"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         """Return (K, D, D)."""
@@ -186,12 +200,27 @@ class FullCovariance(Covariance):
         inverse = self.factorize(covariances, means).inverse
         precision = inverse.mT @ inverse
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
-        peak = log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_tau(features)
+        peak = self.log_peak(log_weights, inverse, features)
         constant = peak - 0.5 * (means * linear).sum(-1)
         i, j = torch.triu_indices(features, features, device=means.device)
         square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
         square = square.expand(*linear.shape[:-1], -1)
         return torch.cat([constant.unsqueeze(-1), linear, square], -1), peak
+
+    def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
+        """Return ``log pi_k + log det W - D / 2 log(2 pi)``."""
+        return log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_tau(num_features)
+
+    def unwhiten(self, sums: Tensor, scale: Tensor, means: Tensor) -> Tensor:
+        """Return ``[S_0, mu S_0 + L S_1, L S_2 L^T + (L S_1) mu^T + mu (L S_1 + mu S_0)^T]``."""
+        features = means.shape[-1]
+        zeroth, first, pairs = sums.tensor_split([1, 1 + features], -1)
+        shift = (scale @ first.unsqueeze(-1)).squeeze(-1)
+        first = means * zeroth + shift
+        second = scale @ symmetric(pairs, features) @ scale.mT
+        second = second + shift.unsqueeze(-1) * means.unsqueeze(-2) + means.unsqueeze(-1) * first.unsqueeze(-2)
+        i, j = torch.triu_indices(features, features, device=means.device)
+        return torch.cat([zeroth, first, second[..., i, j]], -1)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
@@ -319,6 +348,7 @@ class DiagonalCovariance(Covariance):
     """Axis-parallel components: variances (B, K, D), ``s(x) = [x_i^2]``; factors are standard deviations."""
 
     name = "diag"
+    whitening = "diagonal"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         """Return (K, D)."""
@@ -357,10 +387,24 @@ class DiagonalCovariance(Covariance):
         inverse = self.factorize(covariances, means).inverse
         precision = inverse.square()
         linear = precision * means
-        log_det = inverse.log().sum(-1) * (features / inverse.shape[-1])
-        peak = log_weights + log_det - half_log_tau(features)
+        peak = self.log_peak(log_weights, inverse, features)
         constant = peak - 0.5 * (means * linear).sum(-1)
         return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
+
+    def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
+        """Return ``log pi_k - sum log sigma - D / 2 log(2 pi)``."""
+        log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])
+        return log_weights + log_det - half_log_tau(num_features)
+
+    def unwhiten(self, sums: Tensor, scale: Tensor, means: Tensor) -> Tensor:
+        """Return ``[S_0, mu S_0 + sigma S_1, sigma^2 S_2 + mu (2 sigma S_1 + mu S_0)]``, the last summed where shared."""
+        zeroth, first, second = sums.tensor_split([1, 1 + means.shape[-1]], -1)
+        shift = scale * first
+        first = means * zeroth + shift
+        offset = means * (shift + first)
+        if scale.shape[-1] == 1:
+            offset = offset.sum(-1, keepdim=True)
+        return torch.cat([zeroth, first, scale.square() * second + offset], -1)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
@@ -424,6 +468,7 @@ class SphericalCovariance(DiagonalCovariance):
     """Round components: one variance each, ``Sigma (B, K)``, ``s(x) = |x|^2``."""
 
     name = "spherical"
+    whitening = "spherical"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         """Return (K,)."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
-from em_lightning.mixture.backends import map_blocks, sum_blocks
-from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.backends import map_blocks, native, sum_blocks
+from em_lightning.mixture.covariance import Covariance, Parameters
 from em_lightning.mixture.points import Points
 
 # From joint log-densities (B, K, N) to responsibilities (B, K, N).
@@ -119,14 +119,17 @@ def e_step(
         shared: trained parameters of ``respond``.
         block_size: see :func:`~em_lightning.mixture.backends.sum_blocks`.
     """
+    tempered = isinstance(temperature, Tensor) or temperature != 1.0
+    plain = respond is None and likelihood.kernel is None and likelihood.background is None
+    plain = plain and not (tempered and with_log_likelihood)
+    if plain and not points.lifted and native.serves(points.source, likelihood.family):
+        return _whitened_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
     theta, peak = likelihood.family.natural_parameters(parameters)
     width = max(theta.shape[1:])
     if couples_points:
         block_size = points.source.shape[0] * points.source.shape[2] * width
-    tempered = isinstance(temperature, Tensor) or temperature != 1.0
-    plain = respond is None and likelihood.kernel is None and likelihood.background is None
     function: Callable[..., tuple[Tensor, ...]]
-    if plain and not (tempered and with_log_likelihood):
+    if plain:
         function = _SoftmaxStatistics(points, with_log_likelihood)
         theta = theta / temperature if tempered else theta
     else:
@@ -143,6 +146,39 @@ def e_step(
     )
     first, second = moments[..., 1 : 1 + points.num_features], moments[..., 1 + points.num_features :]
     return SufficientStatistics(mass, moments[..., 0], first, second, log_likelihood, outside, points.count)
+
+
+def _whitened_statistics(
+    points: Points,
+    parameters: Parameters,
+    covariance: Covariance,
+    temperature: float | Tensor,
+    with_log_likelihood: bool,
+) -> SufficientStatistics:
+    """Return the statistics by the native backend, whose sums are those of whitened points."""
+    log_weights, means, covariances = parameters
+    features = points.num_features
+    factor = covariance.factorize(covariances, means)
+    scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
+    peak = covariance.log_peak(log_weights, inverse, features) / temperature
+    root = temperature**0.5
+    sums, log_likelihood = native.WhitenedSums.apply(
+        points.source,
+        points.weights,
+        means,
+        inverse / root,
+        peak,
+        (scale * root).detach(),
+        *points.frame,
+        covariance.whitening,
+        with_log_likelihood,
+    )
+    sums = covariance.unwhiten(sums, (scale * root).detach(), means.detach())
+    zeroth, first, second = sums.tensor_split([1, 1 + features], -1)
+    mass = zeroth.squeeze(-1)
+    return SufficientStatistics(
+        mass, mass, first, second, log_likelihood, torch.zeros_like(points.mass), points.count
+    )
 
 
 def log_density(

@@ -46,7 +46,8 @@ class Frame(NamedTuple):
 class Points(NamedTuple):
     """A batch of point sets in the coordinates of their frame.
 
-    source: (B, F, N), the features ``phi(z)``; of large sets the points (B, D, N) themselves.
+    source: (B, F, N), the features ``phi(z)``; the points (B, D, N) themselves where they are read as they are.
+    lifted: whether the source holds features.
     weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` where all count once.
     mass: (B,), the sum of the weights.
     count: (B,), the number of points that count.
@@ -58,6 +59,7 @@ class Points(NamedTuple):
     """
 
     source: Tensor
+    lifted: bool
     weights: Tensor | None
     mass: Tensor
     count: Tensor
@@ -106,7 +108,7 @@ def prepare(
     frame: Frame | None = None,
     normalized_weights: bool = True,
     with_moments: bool = True,
-    kept: int = _KEPT,
+    as_given: bool = False,
 ) -> Points:
     """Return points (B, N, D) ready for EM.
 
@@ -118,7 +120,7 @@ def prepare(
         frame: the coordinates; the mean and the extent of each set unless given.
         normalized_weights: divide weights by their mean; ``False`` for a block of a larger set.
         with_moments: whether the mean and variance of each set are wanted.
-        kept: number of features that are computed once instead of block by block.
+        as_given: keep the points themselves, for a backend that reads them; otherwise the features of small sets.
     """
     dtype = accumulation_dtype(x)
     weights, counted = join_weights(mask, weights, dtype, normalized_weights)
@@ -131,18 +133,19 @@ def prepare(
     mass = torch.full_like(frame.scale, x.shape[1]) if weights is None else weights.sum(-1)
     count = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
     center, scale = frame
-    source = x.mT.contiguous() if x.numel() <= kept else x.mT
+    source = x.mT.contiguous() if x.numel() <= _KEPT else x.mT
 
     def lift_block(block: Tensor, sets: slice) -> Tensor:
         return lift(Frame(center[sets], scale[sets]).enter(block.to(dtype)))
 
     num_numbers = source[:, 0].numel() * lift(center[:1, :, None]).shape[1]
-    if num_numbers <= kept:
+    lifted = num_numbers <= _KEPT and not as_given
+    if lifted:
         source, lift_source = lift_block(source, slice(None)), _already_lifted
     else:
         lift_source = lift_block
     none = torch.zeros_like(center)
-    points = Points(source, weights, mass, count, frame, lift_source, none, none, torch.finfo(x.dtype).eps)
+    points = Points(source, lifted, weights, mass, count, frame, lift_source, none, none, torch.finfo(x.dtype).eps)
     if not with_moments:
         return points
     mean, variance = _moments(points)

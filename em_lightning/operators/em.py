@@ -13,6 +13,7 @@ from torch import Tensor
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture import e_step as steps
+from em_lightning.mixture.backends import native
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, Parameters, covariance_of
 from em_lightning.mixture.e_step import Likelihood, e_step, log_density
@@ -234,7 +235,10 @@ class EMOperator(SetOperator):
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
     ) -> _Sets:
         covariance = covariance or self.covariance
-        points = prepare(x, covariance.features, mask, weights)
+        # Only the E-step of plain mixtures has a backend that reads the points themselves.
+        plain = isinstance(self.kernel, GaussianKernel) and isinstance(self.competition, Softmin)
+        as_given = plain and self.background is None and native.serves(x.mT, covariance)
+        points = prepare(x, covariance.features, mask, weights, as_given=as_given)
         floor = points.floor(self.covariance_floor, self.relative_floor)
         counts = None
         if self.prior is not None:
