@@ -41,15 +41,6 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     return Factor(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
 
 
-def symmetric(pairs: Tensor, features: int) -> Tensor:
-    """Return symmetric matrices (..., D, D) of their lower triangles (..., D (D + 1) / 2), row by row."""
-    i, j = torch.tril_indices(features, features)
-    matrix = pairs.new_empty(*pairs.shape[:-1], features, features)
-    matrix[..., i, j] = pairs
-    matrix[..., j, i] = pairs
-    return matrix
-
-
 def _unrolled_cholesky(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
     rows = matrix.unbind(-2)

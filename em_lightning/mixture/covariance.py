@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots, symmetric
+from em_lightning.mixture.cholesky import Factor, cholesky_with_inverse, smallest_pivots
 
 
 class Parameters(NamedTuple):
@@ -72,13 +72,6 @@ class Covariance(ABC):
     @abstractmethod
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K) for an inverse factor ``W``."""
-
-    @abstractmethod
-    def unwhiten(self, sums: Tensor, scale: Tensor, means: Tensor) -> Tensor:
-        """Return the sums of ``phi(x)`` (B, K, 1 + D + S) for those of ``[1, y, s(y)]`` with ``x = mu + L y``.
-
-        Of full covariances ``s(y)`` holds the products ``y_i y_j`` for ``j <= i``.
-        """
 
     @abstractmethod
     def estimate(
@@ -210,17 +203,6 @@ class FullCovariance(Covariance):
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return ``log pi_k + log det W - D / 2 log(2 pi)``."""
         return log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_tau(num_features)
-
-    def unwhiten(self, sums: Tensor, scale: Tensor, means: Tensor) -> Tensor:
-        """Return ``[S_0, mu S_0 + L S_1, L S_2 L^T + (L S_1) mu^T + mu (L S_1 + mu S_0)^T]``."""
-        features = means.shape[-1]
-        zeroth, first, pairs = sums.tensor_split([1, 1 + features], -1)
-        shift = (scale @ first.unsqueeze(-1)).squeeze(-1)
-        first = means * zeroth + shift
-        second = scale @ symmetric(pairs, features) @ scale.mT
-        second = second + shift.unsqueeze(-1) * means.unsqueeze(-2) + means.unsqueeze(-1) * first.unsqueeze(-2)
-        i, j = torch.triu_indices(features, features, device=means.device)
-        return torch.cat([zeroth, first, second[..., i, j]], -1)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
@@ -395,16 +377,6 @@ class DiagonalCovariance(Covariance):
         """Return ``log pi_k - sum log sigma - D / 2 log(2 pi)``."""
         log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])
         return log_weights + log_det - half_log_tau(num_features)
-
-    def unwhiten(self, sums: Tensor, scale: Tensor, means: Tensor) -> Tensor:
-        """Return ``[S_0, mu S_0 + sigma S_1, sigma^2 S_2 + mu (2 sigma S_1 + mu S_0)]``, the last summed where shared."""
-        zeroth, first, second = sums.tensor_split([1, 1 + means.shape[-1]], -1)
-        shift = scale * first
-        first = means * zeroth + shift
-        offset = means * (shift + first)
-        if scale.shape[-1] == 1:
-            offset = offset.sum(-1, keepdim=True)
-        return torch.cat([zeroth, first, scale.square() * second + offset], -1)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor

@@ -123,7 +123,7 @@ def e_step(
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
     plain = plain and not (tempered and with_log_likelihood)
     if plain and not points.lifted and native.serves(points.source, likelihood.family):
-        return _whitened_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
+        return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
     theta, peak = likelihood.family.natural_parameters(parameters)
     width = max(theta.shape[1:])
     if couples_points:
@@ -148,21 +148,21 @@ def e_step(
     return SufficientStatistics(mass, moments[..., 0], first, second, log_likelihood, outside, points.count)
 
 
-def _whitened_statistics(
+def _fused_statistics(
     points: Points,
     parameters: Parameters,
     covariance: Covariance,
     temperature: float | Tensor,
     with_log_likelihood: bool,
 ) -> SufficientStatistics:
-    """Return the statistics by the native backend, whose sums are those of whitened points."""
+    """Return the statistics by the native backend."""
     log_weights, means, covariances = parameters
     features = points.num_features
     factor = covariance.factorize(covariances, means)
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
     peak = covariance.log_peak(log_weights, inverse, features) / temperature
     root = temperature**0.5
-    sums, log_likelihood = native.WhitenedSums.apply(
+    sums, log_likelihood = native.FusedSums.apply(
         points.source,
         points.weights,
         means,
@@ -170,10 +170,9 @@ def _whitened_statistics(
         peak,
         (scale * root).detach(),
         *points.frame,
-        covariance.whitening,
+        covariance,
         with_log_likelihood,
     )
-    sums = covariance.unwhiten(sums, (scale * root).detach(), means.detach())
     zeroth, first, second = sums.tensor_split([1, 1 + features], -1)
     mass = zeroth.squeeze(-1)
     return SufficientStatistics(

@@ -3,7 +3,8 @@
 // For each set b, point n and component k, with y = W_k (x_n - mu_k):
 //   g_nk = peak_k - |y|^2 / 2,  r_nk = softmax_k(g_nk),  sums_k = sum_n w_n r_nk [1, y, s(y)],
 // where s(y) holds the products y_i y_j (j <= i), the squares y_i^2, or |y|^2. Whitened points are of order one, however
-// thin a component is, so that float32 suffices for float32 points.
+// thin a component is, so that float32 suffices for float32 points. Sums of blocks are added in double, in which they
+// become the sums of [1, z, s(z)], with z = (x - center) / unit = mu_k + L_k y and s(z) holding z_i z_j for i <= j.
 //
 // Compiled once per kind of covariance, number of features and dtype: REAL is float or double, KIND 0 (full, FEATURES
 // features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang; no option such as -ffast-math is needed,
@@ -13,6 +14,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -86,8 +88,8 @@ struct Problem {
   int64_t sets, components, features, items;
   const Real* x;
   int64_t set_stride, feature_stride, item_stride;
-  const double *unit, *weights, *means, *inverse, *peak;  // unit: what points are multiplied by, a power of two
-  const double *grads, *grad_log_likelihood;              // null in the forward pass
+  const double *weights, *means, *inverse, *peak, *scale, *center, *unit;
+  const double *grads, *grad_log_likelihood;  // null in the forward pass
   double *sums, *log_likelihood;
   Real* grad_x;
   double* grad_weights;
@@ -97,7 +99,59 @@ struct Problem {
 // Full covariances: everything about one vector of points is in registers.
 constexpr int D = FEATURES;
 inline int num_sums(int64_t) { return 1 + D + D * (D + 1) / 2; }
-inline int inverse_size(int64_t) { return D * D; }
+inline int factor_size(int64_t) { return D * D; }
+inline int lower(int i, int j) { return 1 + D + i * (i + 1) / 2 + j; }              // the place of y_i y_j, j <= i
+inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i; }  // the place of z_i z_j, i <= j
+
+// The sums of [1, z, s(z)] for those of [1, y, s(y)].
+inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t, double* result) {
+  double shift[D] = {};
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j <= i; ++j) shift[i] += scale[i * D + j] * sums[1 + j];
+  result[0] = sums[0];
+  for (int i = 0; i < D; ++i) {
+    result[1 + i] = mu[i] * sums[0] + shift[i];
+    for (int j = i; j < D; ++j) {
+      double total = mu[j] * result[1 + i] + mu[i] * shift[j];
+      for (int a = 0; a <= i; ++a)
+        for (int b = 0; b <= j; ++b)
+          total += scale[i * D + a] * scale[j * D + b] * sums[lower(std::max(a, b), std::min(a, b))];
+      result[upper(i, j)] = total;
+    }
+  }
+}
+
+// The transpose of unwhiten: the gradient of [1, y, s(y)] for that of [1, z, s(z)].
+inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t, Real* result) {
+  double own[1 + D + D * (D + 1) / 2] = {grads[0]}, linear[D];
+  for (int i = 0; i < D; ++i) linear[i] = grads[1 + i];
+  for (int i = 0; i < D; ++i) {
+    own[0] += mu[i] * grads[1 + i];
+    for (int j = i; j < D; ++j) {
+      const double pair = grads[upper(i, j)];
+      own[0] += pair * mu[i] * mu[j];
+      linear[i] += pair * mu[j];
+      linear[j] += pair * mu[i];
+      for (int a = 0; a <= i; ++a)
+        for (int b = 0; b <= j; ++b)
+          own[lower(std::max(a, b), std::min(a, b))] += pair * scale[i * D + a] * scale[j * D + b];
+    }
+  }
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j <= i; ++j) own[1 + j] += scale[i * D + j] * linear[i];
+  std::copy(own, own + num_sums(D), result);
+}
+
+// The gradients of peak, mean and W for the sums of [1, y, s(y)] under the derivative of g.
+inline void parameter_gradient(const double* sums, const double* scale, const double* w, int64_t, double* result) {
+  std::fill(result, result + 1 + D + D * D, 0.0);
+  result[0] = sums[0];
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j <= i; ++j) {
+      result[1 + j] += w[i * D + j] * sums[1 + i];
+      for (int a = 0; a <= j; ++a) result[1 + D + i * D + j] -= sums[lower(i, a)] * scale[j * D + a];
+    }
+}
 
 struct Component {
   Real peak, mean[D], offset[D], inverse[D][D];
@@ -186,7 +240,40 @@ struct Component {
 // Diagonal and spherical covariances of any number of features: one feature at a time.
 constexpr bool kDiagonal = KIND == 1;
 inline int num_sums(int64_t features) { return kDiagonal ? 1 + 2 * features : 2 + features; }
-inline int inverse_size(int64_t features) { return kDiagonal ? features : 1; }
+inline int factor_size(int64_t features) { return kDiagonal ? features : 1; }
+
+// See the functions of the same names for full covariances.
+inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t features, double* result) {
+  std::fill(result, result + num_sums(features), 0.0);
+  result[0] = sums[0];
+  for (int i = 0; i < features; ++i) {
+    const double own = scale[kDiagonal ? i : 0], shift = own * sums[1 + i];
+    double& second = result[1 + features + (kDiagonal ? i : 0)];
+    result[1 + i] = mu[i] * sums[0] + shift;
+    second += mu[i] * (result[1 + i] + shift);
+    if (kDiagonal || i == 0) second += own * own * sums[1 + features + i];
+  }
+}
+
+inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t features,
+                            Real* result) {
+  double zeroth = grads[0];
+  for (int i = 0; i < features; ++i) {
+    const int second = 1 + features + (kDiagonal ? i : 0);
+    const double own = scale[kDiagonal ? i : 0];
+    zeroth += mu[i] * (grads[1 + i] + mu[i] * grads[second]);
+    result[1 + i] = Real(own * (grads[1 + i] + 2 * mu[i] * grads[second]));
+    result[second] = Real(own * own * grads[second]);
+  }
+  result[0] = Real(zeroth);
+}
+
+inline void parameter_gradient(const double* sums, const double* scale, const double* w, int64_t features,
+                               double* result) {
+  result[0] = sums[0];
+  for (int i = 0; i < features; ++i) result[1 + i] = w[kDiagonal ? i : 0] * sums[1 + i];
+  for (int i = 0; i < factor_size(features); ++i) result[1 + features + i] = -scale[i] * sums[1 + features + i];
+}
 
 struct Component {
   Real peak;
@@ -264,17 +351,32 @@ struct Task {
   std::vector<Real> gradients;
   std::vector<double> wide;
   std::vector<Component> components;
+  Real unit;  // of points in this code, the reciprocal
 
   Task(const Problem& problem, int64_t set, int64_t first, int64_t last)
       : p(problem), set(set), first(first), last(last), K(p.components), M(num_sums(p.features)),
         u(p.features * kSteps), weights(kSteps), score(K * kSteps), slope(p.grads ? K * kSteps : 0), largest(kSteps),
         total(kSteps), mean(kSteps), grad_u(p.grad_x ? p.features * kSteps : 0), sums(K * M + 1),
-        wide((K * M + 1) * kLanes) {
+        gradients(p.grads ? K * M : 0), wide((K * M + 1) * kLanes) {
+    // Differences of points and means need no centered points. Their unit and W stay normal numbers in Real, and so do
+    // the squares of whitened points.
+    using Limits = std::numeric_limits<Real>;
+    const double own = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
+    const double ratio = own / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
+    const int64_t features = p.features, size = factor_size(features);
+    unit = Real(1.0 / own);
+    std::vector<double> mean(features), inverse(size);
     components.reserve(K);
-    for (int64_t k = set * K; k < (set + 1) * K; ++k)
-      components.emplace_back(p.inverse + k * inverse_size(p.features), p.means + k * p.features, p.peak[k],
-                              p.features);
-    if (p.grads) gradients.assign(p.grads + set * K * M, p.grads + (set + 1) * K * M);
+    for (int64_t k = set * K; k < (set + 1) * K; ++k) {
+      for (int64_t i = 0; i < features; ++i)
+        mean[i] = p.means[k * features + i] / ratio + p.center[set * features + i] / own;
+      for (int64_t i = 0; i < size; ++i)
+        inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
+      components.emplace_back(inverse.data(), mean.data(), p.peak[k], features);
+      if (p.grads)
+        whiten_gradient(p.grads + k * M, p.scale + k * size, p.means + k * features, features,
+                        &gradients[(k - set * K) * M]);
+    }
   }
 
   // Writes K M sums, and the log-likelihood after them.
@@ -307,7 +409,6 @@ struct Task {
  private:
   // Copies rows, feature by feature. Rows that fill up the last vector repeat the last row with weight zero.
   void load(int64_t row, int count, int padded) {
-    const Real unit = Real(p.unit[set]);
     for (int64_t i = 0; i < p.features; ++i) {
       const Real* from = p.x + set * p.set_stride + i * p.feature_stride + row * p.item_stride;
       Real* to = reinterpret_cast<Real*>(&u[i * kSteps]);
@@ -382,15 +483,15 @@ struct Task {
       for (int64_t i = 0; i < p.features; ++i) {
         const Real* from = reinterpret_cast<const Real*>(&grad_u[i * kSteps]);
         Real* to = p.grad_x + (set * p.features + i) * p.items + row;
-        for (int n = 0; n < count; ++n) to[n] = from[n] * Real(p.unit[set]);
+        for (int n = 0; n < count; ++n) to[n] = from[n] * unit;
       }
   }
 };
 
 }  // namespace
 
-// Writes sums (B, K, M) and the log-likelihood (B,), or with grads (B, K, M) those of the derivative of g, and grad_x
-// (B, D, N) and grad_weights (B, N) unless they are null.
+// Writes sums (B, K, M) and the log-likelihood (B,); with grads (B, K, M) it writes in place of the sums the gradients of
+// peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
 extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const Problem& p = *problem;
   const int64_t size = p.components * num_sums(p.features) + 1;
@@ -408,14 +509,21 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(work);
   work();
   for (auto& other : others) other.join();
+  const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
   for (int64_t set = 0; set < p.sets; ++set) {
-    double* sums = p.sums + set * (size - 1);
-    std::fill(sums, sums + size - 1, 0.0);
-    double log_likelihood = 0.0;
-    for (int64_t task = set * tasks_per_set; task < (set + 1) * tasks_per_set; ++task) {
-      for (int64_t i = 0; i < size - 1; ++i) sums[i] += results[task * size + i];
-      log_likelihood += results[task * size + size - 1];
+    double* sums = &results[set * tasks_per_set * size];
+    for (int64_t task = 1; task < tasks_per_set; ++task)
+      for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
+    for (int64_t k = 0; k < p.components; ++k) {
+      const int64_t place = set * p.components + k;
+      const double* scale = p.scale + place * factor;
+      if (p.grads) {
+        parameter_gradient(sums + k * M, scale, p.inverse + place * factor, features,
+                           p.sums + place * (1 + features + factor));
+      } else {
+        unwhiten(sums + k * M, scale, p.means + place * features, features, p.sums + place * M);
+      }
     }
-    if (p.log_likelihood) p.log_likelihood[set] = log_likelihood;
+    if (p.log_likelihood) p.log_likelihood[set] = sums[size - 1];
   }
 }

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.cholesky import symmetric
-
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
@@ -83,15 +81,12 @@ def serves(x: Tensor, family: Any) -> bool:
     return _load(*_variant(kind, x.shape[1], x.dtype))[0] is not None
 
 
-class WhitenedSums(torch.autograd.Function):
-    r"""Return ``sum_n w_n r_nk [1, y, s(y)]`` (B, K, M) and the log-likelihood (B,), with ``y = W_k (z_n - mu_k)``.
+class FusedSums(torch.autograd.Function):
+    r"""Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,).
 
-    ``s(y)`` holds the products ``y_i y_j`` for ``j <= i``, the squares, or the squared norm. The sums are meant to be
-    mapped back to moments about the origin, which depend on ``mu`` and ``W`` through the responsibilities only; so do
-    the derivatives of the sums given here. With the derivative :math:`a_{nk}` of a sum in ``w_n r_nk`` and ``l`` of the
-    log-likelihood, that of the joint log-density is
-    :math:`s_{nk} = w_n r_{nk} (a_{nk} - \sum_j r_{nj} a_{nj} + l)`, and the sums of ``[1, y, s(y)]`` under ``s`` in
-    place of ``w r`` give the derivatives of all parameters. The backward pass computes the responsibilities again.
+    The joint log-density is :math:`g_{nk} = peak_k - |W_k (z_n - \mu_k)|^2 / 2` and ``r`` its softmax over components.
+    With the derivative :math:`a_{nk}` of a sum in ``w_n r_nk`` and ``l`` of the log-likelihood, that of ``g`` is
+    :math:`w_n r_{nk} (a_{nk} - \sum_j r_{nj} a_{nj} + l)`. The backward pass computes the responsibilities again.
 
     Args of ``apply``:
         x: points (B, D, N) in float32 or float64, which is the precision of all that is done per point.
@@ -99,66 +94,49 @@ class WhitenedSums(torch.autograd.Function):
         means: (B, K, D), in the coordinates ``z = (x - center) / unit``.
         inverse: ``W`` (B, K, D, D) lower triangular, (B, K, D) or (B, K, 1).
         peak: (B, K), the log-densities of the components at their means.
-        scale: the inverse of ``W``.
-        center: (B, D).
-        unit: (B,).
-        kind: ``"full"``, ``"diagonal"`` or ``"spherical"``.
+        scale: the inverse of ``W``, without gradient.
+        center: (B, D), without gradient.
+        unit: (B,), a power of two, without gradient.
+        family: the covariance type.
         with_log_likelihood: zeros are returned otherwise.
     """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.kind, with_log_likelihood = arguments
+        *tensors, ctx.family, with_log_likelihood = arguments
         ctx.save_for_backward(*tensors)
-        sums, log_likelihood, *_ = _run(ctx.kind, tensors, with_log_likelihood)
+        sums, log_likelihood, *_ = _run(ctx.family.whitening, tensors, with_log_likelihood)
         if not with_log_likelihood:
             ctx.mark_non_differentiable(log_likelihood)
         return sums, log_likelihood
 
     @staticmethod
-    def backward(ctx: Any, of_sums: Tensor, of_log_likelihood: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        rest = (None,) * 5
         if torch.is_grad_enabled():  # for second derivatives
-            results = _in_torch(ctx.kind, *tensors)
+            results = _in_torch(ctx.family, *tensors)
             inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
-            outer = (of_sums, of_log_likelihood)
-            found = iter(torch.autograd.grad(results, inputs, outer, create_graph=True, allow_unused=True))
-            return *(next(found) if needed else None for needed in wanted[:5]), *rest
-        _, _, means, inverse, _, scale, *_ = tensors
-        sums, _, of_x, of_weights = _run(ctx.kind, tensors, False, (of_sums, of_log_likelihood), wanted)
-        features = means.shape[-1]
-        mass, first, second = sums.tensor_split([1, 1 + features], -1)
-        if ctx.kind == "full":
-            of_means = (inverse.mT @ first.unsqueeze(-1)).squeeze(-1)
-            of_inverse = -(symmetric(second, features) @ scale.mT)
-        else:
-            of_means, of_inverse = inverse * first, -second * scale
-        return of_x, of_weights, of_means, of_inverse, mass.squeeze(-1), *rest
+            found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
+            return tuple(next(found) if needed else None for needed in wanted)
+        _, _, means, inverse, *_ = tensors
+        own, _, of_x, of_weights = _run(ctx.family.whitening, tensors, False, grads, wanted)
+        of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
+        return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *(None,) * 5
 
 
 def _in_torch(
-    kind: str, x: Tensor, weights: Tensor | None, means: Tensor, inverse: Tensor, peak: Tensor, *rest: Tensor
+    family: Any, x: Tensor, weights: Tensor | None, means: Tensor, inverse: Tensor, peak: Tensor, *frame: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums and the log-likelihood of :class:`WhitenedSums`, in operations that have every derivative."""
-    _, center, unit = rest
-    z = ((x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]).unsqueeze(1)
-
-    def whitened(inverse: Tensor, means: Tensor) -> Tensor:
-        difference = z - means.unsqueeze(-1)
-        return inverse @ difference if kind == "full" else inverse.unsqueeze(-1) * difference
-
-    joint = peak.unsqueeze(-1) - 0.5 * whitened(inverse, means).square().sum(2)
+    """Return the results of :class:`FusedSums` by operations that have every derivative."""
+    _, center, unit = frame
+    z = (x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]
+    difference = z.unsqueeze(1) - means.unsqueeze(-1)
+    y = inverse @ difference if family.whitening == "full" else inverse.unsqueeze(-1) * difference
+    joint = peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
     responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
     if weights is not None:
         responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
-    y = whitened(inverse.detach(), means.detach())
-    second = y.square() if kind == "diagonal" else y.square().sum(2, keepdim=True)
-    if kind == "full":
-        i, j = torch.tril_indices(y.shape[2], y.shape[2])
-        second = y[:, :, i] * y[:, :, j]
-    monomials = torch.cat([torch.ones_like(y[:, :, :1]), y, second], 2)
-    return (monomials @ responsibilities.unsqueeze(-1)).squeeze(-1), log_density.sum(-1)
+    return responsibilities @ family.features(z).mT, log_density.sum(-1)
 
 
 class _Problem(ctypes.Structure):
@@ -167,9 +145,9 @@ class _Problem(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("sets", "components", "features", "items")]
     _fields_ += [("x", ctypes.c_void_p)]
     _fields_ += [(name, ctypes.c_int64) for name in ("set_stride", "feature_stride", "item_stride")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("unit", "weights", "means", "inverse", "peak")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("grads", "grad_log_likelihood", "sums", "log_likelihood")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weights")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("weights", "means", "inverse", "peak", "scale")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("center", "unit", "grads", "grad_log_likelihood")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("sums", "log_likelihood", "grad_x", "grad_weights")]
 
 
 def _run(
@@ -179,27 +157,20 @@ def _run(
     grads: tuple[Tensor, ...] = (),
     wanted: tuple[bool, ...] = (False, False),
 ) -> tuple[Any, ...]:
-    """Return sums, log-likelihood, and in the backward pass the gradients of points and weights."""
-    x, weights, means, inverse, peak, _, center, unit = tensors
+    """Return sums and log-likelihood; with grads the gradients of parameters, nothing, and those of points and weights."""
+    x, weights, means, inverse, *_ = tensors
     sets, features, items = x.shape
-    components = means.shape[1]
-    # Differences of points and means need no centered points. The unit of the kernel and the entries of W are normal
-    # numbers in the dtype of the points, and so are squares of differences.
-    info = torch.finfo(x.dtype)
-    own_unit = unit.clamp(info.tiny, 1.0 / info.tiny)
-    ratio, bound = own_unit / unit, info.max**0.4
-    means = means / ratio[:, None, None] + (center / own_unit.unsqueeze(-1)).unsqueeze(1)
-    inverse = (inverse * ratio.reshape(-1, *[1] * (inverse.ndim - 1))).clamp(-bound, bound)
-    second = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
-    sums = means.new_empty(sets, components, 1 + features + second)
+    size = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
+    if grads:
+        size = inverse[0, 0].numel()
+    sums = means.new_empty(*means.shape[:2], 1 + features + size)
     log_likelihood = means.new_zeros(sets)
     of_x = x.new_empty(x.shape) if wanted[0] else None
     of_weights = means.new_empty(sets, items) if wanted[1] else None
-    given = [own_unit.reciprocal(), weights, means, inverse, peak, *(grads or (None, None))]
-    given = [None if part is None else part.contiguous() for part in given]
+    given = [part if part is None else part.contiguous() for part in (*tensors[1:], *(grads or (None, None)))]
     made = [sums, log_likelihood if with_log_likelihood else None, of_x, of_weights]
     pointers = [None if part is None else part.data_ptr() for part in (*given, *made)]
-    problem = _Problem(sets, components, features, items, x.data_ptr(), *x.stride(), *pointers)
+    problem = _Problem(sets, means.shape[1], features, items, x.data_ptr(), *x.stride(), *pointers)
     library, _ = _load(*_variant(kind, features, x.dtype))
     library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(torch.get_num_threads()))
     return sums, log_likelihood, of_x, of_weights
