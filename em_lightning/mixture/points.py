@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.mixture.backends import sum_blocks
 from em_lightning.mixture.covariance import Parameters
 
 # Features of up to this many numbers are kept for all iterations; of larger sets each block is lifted when it is read.
@@ -76,7 +77,14 @@ class Points(NamedTuple):
 
     def coordinates(self, rows: slice = slice(None)) -> Tensor:
         """Return coordinates (B, D, n) of some points."""
-        return self.lift(self.source[:, :, rows], slice(None))[:, 1 : 1 + self.num_features]
+        return self.coordinates_of(self.source[:, :, rows], slice(None))
+
+    def coordinates_of(self, block: Tensor, sets: slice) -> Tensor:
+        """Return coordinates (b, D, n) of a block of the source that belongs to some sets."""
+        if self.lifted:
+            return block[:, 1 : 1 + self.num_features]
+        center, scale = self.frame
+        return Frame(center[sets], scale[sets]).enter(block.to(center.dtype))
 
     def floor(self, covariance_floor: float, relative: bool = False) -> Tensor:
         """Return the variance floor (B,) in these coordinates, at least the square of the points' precision.
@@ -195,14 +203,13 @@ def join_weights(
 def _moments(points: Points) -> tuple[Tensor, Tensor]:
     """Return the weighted mean and variance (B, D) of the coordinates; zero for sets without points."""
     mass = points.mass.clamp(min=torch.finfo(points.mass.dtype).tiny).unsqueeze(-1)
-    items, size = points.source.shape[2], points.source[:, :, 0].numel()
-    rows = max(_KEPT // max(size, 1), 1)
-    first = second = torch.zeros_like(points.frame.center)
-    for start in range(0, items, rows):
-        block = slice(start, start + rows)
-        z = points.coordinates(block)
-        weighted = z if points.weights is None else z * points.weights[:, None, block]
-        first, second = first + weighted.sum(-1), second + (weighted * z).sum(-1)
+
+    def moments_of_block(sets: slice, source: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = points.coordinates_of(source, sets)
+        weighted = z if weights is None else z * weights.unsqueeze(1)
+        return weighted.sum(-1), (weighted * z).sum(-1)
+
+    first, second = sum_blocks(moments_of_block, (points.source, points.weights), (), points.num_features)
     mean = first / mass
     return mean, (second / mass - mean.square()).clamp(min=0.0)
 

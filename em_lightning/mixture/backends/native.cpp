@@ -166,31 +166,28 @@ struct Component {
     }
   }
 
-  void whiten(const V* u, int step, V* y) const {
-    V difference[D];
-    for (int i = 0; i < D; ++i) difference[i] = u[i * kSteps + step] - mean[i];
-    for (int i = 0; i < D; ++i) {
-      y[i] = V{} + offset[i];
-      for (int j = 0; j <= i; ++j) y[i] += inverse[i][j] * difference[j];
-    }
-  }
-
-  void score(const V* u, int steps, V* score) const {
+  // Keeps whitened points, as loading them is faster than computing them again.
+  void score(const V* u, int steps, V* white, V* score) const {
     for (int s = 0; s < steps; ++s) {
-      V y[D], square = V{};
-      whiten(u, s, y);
-      for (int i = 0; i < D; ++i) square += y[i] * y[i];
+      V difference[D], square = V{};
+      for (int i = 0; i < D; ++i) difference[i] = u[i * kSteps + s] - mean[i];
+      for (int i = 0; i < D; ++i) {
+        V y = V{} + offset[i];
+        for (int j = 0; j <= i; ++j) y += inverse[i][j] * difference[j];
+        square += y * y;
+        white[i * kSteps + s] = y;
+      }
       score[s] = peak - Real(0.5 * kLog2e) * square;
     }
   }
 
   // sums += sum r [1, y, y_i y_j]
-  void add(const V* u, int steps, const V* r, V* sums) const {
+  void add(const V*, const V* white, int steps, const V* r, V* sums) const {
     V own[1 + D + D * (D + 1) / 2];
     std::copy(sums, sums + num_sums(D), own);
     for (int s = 0; s < steps; ++s) {
       V y[D];
-      whiten(u, s, y);
+      for (int i = 0; i < D; ++i) y[i] = white[i * kSteps + s];
       own[0] += r[s];
       int pair = 1 + D;
       for (int i = 0; i < D; ++i) {
@@ -203,10 +200,10 @@ struct Component {
   }
 
   // slope = gradient . [1, y, y_i y_j]
-  void slope(const V* u, int steps, const Real* gradient, V* slope) const {
+  void slope(const V*, const V* white, int steps, const Real* gradient, V* slope) const {
     for (int s = 0; s < steps; ++s) {
       V y[D], total = V{} + gradient[0];
-      whiten(u, s, y);
+      for (int i = 0; i < D; ++i) y[i] = white[i * kSteps + s];
       int pair = 1 + D;
       for (int i = 0; i < D; ++i) {
         V inner = V{} + gradient[1 + i];
@@ -218,11 +215,13 @@ struct Component {
   }
 
   // grad_u += W^T (r d(gradient . [1, y, y_i y_j]) / dy - slope y)
-  void pull(const V* u, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+  void pull(const V*, const V* white, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
     for (int s = 0; s < steps; ++s) {
       V y[D], inner[D];
-      whiten(u, s, y);
-      for (int i = 0; i < D; ++i) inner[i] = V{} + gradient[1 + i];
+      for (int i = 0; i < D; ++i) {
+        y[i] = white[i * kSteps + s];
+        inner[i] = V{} + gradient[1 + i];
+      }
       int pair = 1 + D;
       for (int i = 0; i < D; ++i)
         for (int j = 0; j <= i; ++j, ++pair) {
@@ -238,6 +237,7 @@ struct Component {
 };
 #else
 // Diagonal and spherical covariances of any number of features: one feature at a time.
+constexpr int D = 0;  // whitened points are not kept
 constexpr bool kDiagonal = KIND == 1;
 inline int num_sums(int64_t features) { return kDiagonal ? 1 + 2 * features : 2 + features; }
 inline int factor_size(int64_t features) { return kDiagonal ? features : 1; }
@@ -289,7 +289,7 @@ struct Component {
     }
   }
 
-  void score(const V* u, int steps, V* score) const {
+  void score(const V* u, int steps, V*, V* score) const {
     V square[kSteps] = {};
     for (int i = 0; i < features; ++i)
       for (int s = 0; s < steps; ++s) {
@@ -299,7 +299,7 @@ struct Component {
     for (int s = 0; s < steps; ++s) score[s] = peak - Real(0.5 * kLog2e) * square[s];
   }
 
-  void add(const V* u, int steps, const V* r, V* sums) const {
+  void add(const V* u, const V*, int steps, const V* r, V* sums) const {
     for (int s = 0; s < steps; ++s) sums[0] += r[s];
     V all = V{};
     for (int i = 0; i < features; ++i) {
@@ -316,7 +316,7 @@ struct Component {
     if (!kDiagonal) sums[1 + features] += all;
   }
 
-  void slope(const V* u, int steps, const Real* gradient, V* slope) const {
+  void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
     for (int s = 0; s < steps; ++s) slope[s] = V{} + gradient[0];
     for (int i = 0; i < features; ++i) {
       const Real second = gradient[1 + features + (kDiagonal ? i : 0)];
@@ -327,7 +327,7 @@ struct Component {
     }
   }
 
-  void pull(const V* u, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+  void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
     for (int i = 0; i < features; ++i) {
       const Real first = gradient[1 + i], second = 2 * gradient[1 + features + (kDiagonal ? i : 0)];
       for (int s = 0; s < steps; ++s) {
@@ -347,7 +347,7 @@ struct Task {
   const Problem& p;
   const int64_t set, first, last;
   const int64_t K, M;  // components, and sums per component
-  std::vector<V> u, weights, score, slope, largest, total, mean, grad_u, sums;
+  std::vector<V> u, white, weights, score, slope, largest, total, mean, grad_u, sums;
   std::vector<Real> gradients;
   std::vector<double> wide;
   std::vector<Component> components;
@@ -355,7 +355,7 @@ struct Task {
 
   Task(const Problem& problem, int64_t set, int64_t first, int64_t last)
       : p(problem), set(set), first(first), last(last), K(p.components), M(num_sums(p.features)),
-        u(p.features * kSteps), weights(kSteps), score(K * kSteps), slope(p.grads ? K * kSteps : 0), largest(kSteps),
+        u(p.features * kSteps), white(K * D * kSteps), weights(kSteps), score(K * kSteps), slope(p.grads ? K * kSteps : 0), largest(kSteps),
         total(kSteps), mean(kSteps), grad_u(p.grad_x ? p.features * kSteps : 0), sums(K * M + 1),
         gradients(p.grads ? K * M : 0), wide((K * M + 1) * kLanes) {
     // Differences of points and means need no centered points. Their unit and W stay normal numbers in Real, and so do
@@ -424,7 +424,7 @@ struct Task {
   void evaluate(int steps) {
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      components[k].score(u.data(), steps, own);
+      components[k].score(u.data(), steps, white.data() + k * D * kSteps, own);
       if (k == 0) std::copy(own, own + steps, largest.begin());
       for (int s = 0; s < steps; ++s) largest[s] = own[s] > largest[s] ? own[s] : largest[s];
     }
@@ -445,7 +445,7 @@ struct Task {
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
       for (int s = 0; s < steps; ++s) own[s] *= total[s];
-      components[k].add(u.data(), steps, own, &sums[k * M]);
+      components[k].add(u.data(), white.data() + k * D * kSteps, steps, own, &sums[k * M]);
     }
   }
 
@@ -457,7 +457,7 @@ struct Task {
     std::fill(mean.begin(), mean.end(), V{});
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
-      components[k].slope(u.data(), steps, &gradients[k * M], a);
+      components[k].slope(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], a);
       for (int s = 0; s < steps; ++s) {
         r[s] /= total[s];
         mean[s] += r[s] * a[s];
@@ -476,8 +476,8 @@ struct Task {
         r[s] *= weights[s];
         a[s] = r[s] * (a[s] - mean[s] + outer);
       }
-      components[k].add(u.data(), steps, a, &sums[k * M]);
-      if (p.grad_x) components[k].pull(u.data(), steps, &gradients[k * M], r, a, grad_u.data());
+      components[k].add(u.data(), white.data() + k * D * kSteps, steps, a, &sums[k * M]);
+      if (p.grad_x) components[k].pull(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], r, a, grad_u.data());
     }
     if (p.grad_x)
       for (int64_t i = 0; i < p.features; ++i) {
