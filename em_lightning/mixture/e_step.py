@@ -122,9 +122,10 @@ def e_step(
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
     plain = plain and not (tempered and with_log_likelihood)
-    if plain and not points.lifted and native.serves(points.source, likelihood.family):
-        return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
-    theta, peak = likelihood.family.natural_parameters(parameters)
+    family = likelihood.family
+    if plain and not points.lifted and isinstance(family, Covariance) and native.serves(points.source, family.whitening):
+        return _fused_statistics(points, parameters, family, temperature, with_log_likelihood)
+    theta, peak = family.natural_parameters(parameters)
     width = max(theta.shape[1:])
     if couples_points:
         block_size = points.source.shape[0] * points.source.shape[2] * width
@@ -175,9 +176,7 @@ def _fused_statistics(
     )
     zeroth, first, second = sums.tensor_split([1, 1 + features], -1)
     mass = zeroth.squeeze(-1)
-    return SufficientStatistics(
-        mass, mass, first, second, log_likelihood, torch.zeros_like(points.mass), points.count
-    )
+    return SufficientStatistics(mass, mass, first, second, log_likelihood, torch.zeros_like(points.mass), points.count)
 
 
 def log_density(

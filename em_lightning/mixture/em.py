@@ -50,7 +50,7 @@ def em_step(
     if x.shape[1] == 0:
         raise ValueError(f"x of shape {tuple(x.shape)} must have at least one point; mask it where a set has none")
     covariance = covariance_of(mixture.covariances, mixture.means)
-    points = prepare(x, covariance.features, mask, weights, as_given=native.serves(x.mT, covariance))
+    points = prepare(x, covariance.features, mask, weights, as_given=native.serves(x.mT, covariance.whitening))
     parameters = points.frame.enter_parameters(mixture.parameters())
     statistics = e_step(points, parameters, Likelihood(covariance))
     after = m_step(statistics, covariance, points.floor(floor), parameters.covariances)
@@ -150,7 +150,7 @@ class StreamedEM(NamedTuple):
                 frame=self.frame,
                 normalized_weights=False,
                 with_moments=False,
-                as_given=native.serves(x.T.unsqueeze(0), self.covariance),
+                as_given=native.serves(x.T.unsqueeze(0), self.covariance.whitening),
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
             found = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)

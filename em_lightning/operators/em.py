@@ -237,7 +237,7 @@ class EMOperator(SetOperator):
         covariance = covariance or self.covariance
         # Only the E-step of plain mixtures has a backend that reads the points themselves.
         plain = isinstance(self.kernel, GaussianKernel) and isinstance(self.competition, Softmin)
-        as_given = plain and self.background is None and native.serves(x.mT, covariance)
+        as_given = plain and self.background is None and native.serves(x.mT, covariance.whitening)
         points = prepare(x, covariance.features, mask, weights, as_given=as_given)
         floor = points.floor(self.covariance_floor, self.relative_floor)
         counts = None

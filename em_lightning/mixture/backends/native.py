@@ -11,13 +11,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_components.h")]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
@@ -56,17 +55,17 @@ class use_backend:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         global _chosen
         _chosen = self.before
 
 
-def serves(x: Tensor, family: Any) -> bool:
-    """Return whether the native backend computes the E-step of points (B, D, N) under a covariance type."""
-    kind = getattr(family, "whitening", None)
-    if _chosen == "reference" or kind is None or x.device.type != "cpu" or x.dtype not in _REALS:
+def serves(x: Tensor, kind: str) -> bool:
+    """Return whether the native backend computes the E-step of points (B, D, N) and a kind of whitening.
+
+    The kinds are ``"full"``, ``"diagonal"`` and ``"spherical"``: see ``Covariance.whitening``.
+    """
+    if _chosen == "reference" or x.device.type != "cpu" or x.dtype not in _REALS:
         return False
     if torch.compiler.is_compiling() or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
@@ -103,6 +102,7 @@ class FusedSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Run the kernel; nothing but the arguments is kept."""
         *tensors, ctx.family, with_log_likelihood = arguments
         ctx.save_for_backward(*tensors)
         sums, log_likelihood, *_ = _run(ctx.family.whitening, tensors, with_log_likelihood)
@@ -112,6 +112,7 @@ class FusedSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Run the kernel again with the gradients of its results."""
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():  # for second derivatives
             results = _in_torch(ctx.family, *tensors)
@@ -197,15 +198,19 @@ def _load(*definitions: str) -> tuple[Any, str]:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         cpu = Path("/proc/cpuinfo")
-        flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
-        key = "\n".join([_SOURCE.read_text(), version, flags, platform.machine(), *_FLAGS, *definitions])
+        flags = (
+            next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "")
+            if cpu.exists()
+            else ""
+        )
+        key = "\n".join([*(source.read_text() for source in _SOURCES), version, flags, platform.machine(), *_FLAGS, *definitions])
         target = _folder() / f"e_step_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not target.exists():
             # Under a name of its own first: several processes may compile at once.
             handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             try:
-                command = [compiler, *_FLAGS, *definitions, str(_SOURCE), "-o", name]
+                command = [compiler, *_FLAGS, *definitions, str(_SOURCES[0]), "-o", name]
                 subprocess.run(command, capture_output=True, text=True, check=True)
                 os.replace(name, target)
             finally:
