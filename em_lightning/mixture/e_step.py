@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
-from em_lightning.mixture.backends import map_blocks, sum_blocks
+from em_lightning.mixture.backends import map_blocks, native, sum_blocks
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
@@ -128,24 +128,19 @@ def e_step(
         shared: trained parameters of ``respond``.
         block_size: see :func:`~em_lightning.mixture.backends.sum_blocks`.
     """
+    tempered = isinstance(temperature, Tensor) or temperature != 1.0
+    plain = respond is None and likelihood.kernel is None and likelihood.background is None
+    if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family):
+        return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
     theta, peak = likelihood.family.natural_parameters(parameters)
     width = max(theta.shape[1:])
     if couples_points:
-        block_size = points.source.shape[0] * points.source.shape[2] * width
-    tempered = isinstance(temperature, Tensor) or temperature != 1.0
-    plain = respond is None and likelihood.kernel is None and likelihood.background is None
-    function: Any
-    if plain and not (tempered and with_log_likelihood):
-        function = _SoftmaxStatistics(points, with_log_likelihood)
-        theta = theta / temperature if tempered else theta
-    else:
-        responding = respond or (lambda joint: (joint / temperature).softmax(1))
-        function = _GeneralStatistics(points, likelihood, responding, with_log_likelihood, theta.shape[1])
-    level = () if likelihood.background is None else likelihood.background
+        block_size = points.x.shape[0] * points.x.shape[2] * width
+    respond = respond or (lambda joint: (joint / temperature).softmax(1))
     mass, moments, log_likelihood, outside = sum_blocks(
-        function,
-        (points.source, points.weights),
-        (theta, peak, *level),
+        _BlockStatistics(points, likelihood, respond, with_log_likelihood, theta.shape[1]),
+        (points.x, points.weights),
+        (theta, peak, *(likelihood.background or ())),
         width,
         (*likelihood.shared(), *shared),
         block_size,
@@ -154,21 +149,44 @@ def e_step(
     return SufficientStatistics(mass, moments[..., 0], first, second, log_likelihood, outside, points.num_points)
 
 
+def _fused_statistics(
+    points: Points, parameters: Parameters, covariance: Any, temperature: float | Tensor, with_log_likelihood: bool
+) -> SufficientStatistics:
+    """Return the statistics of Gaussian components by the native backend."""
+    log_weights, means, covariances = parameters
+    factor = covariance.factorize(covariances, means)
+    scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
+    peak = covariance.log_peak(log_weights, inverse, points.num_features) / temperature
+    root = temperature**0.5
+    sums, log_likelihood = native.FusedSums.apply(
+        points.x,
+        points.weights,
+        means,
+        inverse / root,
+        peak,
+        (scale * root).detach(),
+        *points.frame,
+        covariance,
+        with_log_likelihood,
+    )
+    zeroth, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
+    mass, none = zeroth.squeeze(-1), torch.zeros_like(points.mass)
+    return SufficientStatistics(mass, mass, first, second, log_likelihood, none, points.num_points)
+
+
 def log_density(
     points: Points, parameters: Parameters, likelihood: Likelihood, block_size: int | None = None
 ) -> Tensor:
     """Return ``log p(x_n)`` (B, N) in the coordinates of the points; arguments are those of :func:`e_step`."""
     theta, peak = likelihood.family.natural_parameters(parameters)
 
-    def density_of_block(sets: slice, source: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:
-        features = points.lift(source, sets)
-        joint, _ = log_joint(features, theta, peak, points.num_features, likelihood.kernel)
+    def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:
+        joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, likelihood.kernel)
         return (with_background(joint, level).logsumexp(1),)
 
-    level = () if likelihood.background is None else likelihood.background
-    width = max(theta.shape[1:])
+    tensors = (theta, peak, *(likelihood.background or ()))
     (density,) = map_blocks(
-        density_of_block, (points.source,), (theta, peak, *level), width, likelihood.shared(), block_size
+        density_of_block, (points.x,), tensors, max(theta.shape[1:]), likelihood.shared(), block_size
     )
     return density
 
@@ -202,8 +220,8 @@ def with_background(joint: Tensor, level: Sequence[Tensor]) -> Tensor:
     return torch.cat([joint + log_rest, log_density.expand(-1, 1, joint.shape[-1])], 1)
 
 
-class _GeneralStatistics(NamedTuple):
-    """The statistics of a block under any kernel, background and competition."""
+class _BlockStatistics(NamedTuple):
+    """The statistics of a block of points under any kernel, background and competition."""
 
     points: Points
     likelihood: Likelihood
@@ -212,14 +230,13 @@ class _GeneralStatistics(NamedTuple):
     num_components: int
 
     def __call__(
-        self, sets: slice, source: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
+        self, sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
     ) -> tuple[Tensor, ...]:
-        features = self.points.lift(source, sets)
+        features = self.points.lift(block, sets)
         joint, irls_weights = log_joint(features, theta, peak, self.points.num_features, self.likelihood.kernel)
         joint = with_background(joint, level)
         # Competitions see log-densities in units of the points.
-        in_units = joint - self.points.log_volume()[sets, None, None]
-        responsibilities = self.respond(in_units).to(joint.dtype)
+        responsibilities = self.respond(joint - self.points.log_volume()[sets, None, None]).to(joint.dtype)
         log_likelihood = theta.new_zeros(len(theta))
         if self.with_log_likelihood:
             log_density = joint.logsumexp(1)
@@ -227,84 +244,10 @@ class _GeneralStatistics(NamedTuple):
         if weights is not None:
             responsibilities = responsibilities * weights.unsqueeze(1)
         mass = responsibilities.sum(-1)
-        outside = mass[:, self.num_components :].sum(1)
         responsibilities = responsibilities[:, : self.num_components]
         if irls_weights is not None:
             responsibilities = responsibilities * irls_weights
-        return mass[:, : self.num_components], responsibilities @ features.mT, log_likelihood, outside
-
-
-class _SoftmaxStatistics(NamedTuple):
-    """The statistics of a block under plain Gaussian EM, with a derivative written by hand.
-
-    It returns what :class:`_GeneralStatistics` returns, twice as fast, as features are normalized in place of
-    responsibilities, and its derivative needs no intermediate results of the forward pass.
-    """
-
-    points: Points
-    with_log_likelihood: bool
-
-    def __call__(
-        self, sets: slice, source: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor
-    ) -> tuple[Tensor, ...]:
-        features = self.points.lift(source, sets)
-        exponentials, total, largest = _exponentials(theta, features)
-        share = total.reciprocal() if weights is None else weights.unsqueeze(1) / total
+        outside = mass[:, self.num_components :].sum(1)
         # The longer side first: half the time for a handful of components.
-        moments = ((features * share) @ exponentials.mT).mT
-        log_likelihood = theta.new_zeros(len(theta))
-        if self.with_log_likelihood:
-            log_density = (total.log() + largest).squeeze(1)
-            log_likelihood = (log_density if weights is None else log_density * weights).sum(-1)
-        return moments[..., 0], moments, log_likelihood, theta.new_zeros(len(theta))
-
-    def vjp(
-        self,
-        grads: Sequence[Tensor | None],
-        wanted: Sequence[bool],
-        sets: slice,
-        source: Tensor,
-        weights: Tensor | None,
-        theta: Tensor,
-        peak: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of source, weights and theta.
-
-        With ``a_kn = G_k . phi_n`` for the gradient ``G`` of the moments and ``l`` of the log-likelihood, that of the
-        joint log-density is ``w_n r_nk (a_kn - sum_j r_jn a_jn + l)``.
-        """
-        of_mass, of_moments, of_log_likelihood, _ = grads
-        with torch.set_grad_enabled(wanted[0]):
-            source = source.detach().requires_grad_(wanted[0])
-            lifted = self.points.lift(source, sets)
-        features = lifted.detach()
-        outer = torch.zeros_like(theta) if of_moments is None else of_moments
-        if of_mass is not None:
-            outer = torch.cat([outer[..., :1] + of_mass.unsqueeze(-1), outer[..., 1:]], -1)
-        exponentials, total, largest = _exponentials(theta, features)
-        responsibilities = exponentials.div_(total)
-        slope = outer @ features
-        mean = (slope * responsibilities).sum(1, keepdim=True)
-        of_weights = mean
-        if of_log_likelihood is not None:
-            by_set = of_log_likelihood[:, None, None]
-            of_weights = mean + by_set * (total.log_() + largest)
-            mean = mean - by_set
-        if weights is not None:
-            responsibilities.mul_(weights.unsqueeze(1))
-        slope = slope.sub_(mean).mul_(responsibilities)
-        of_theta = slope @ features.mT if wanted[2] else None
-        of_source = None
-        if wanted[0]:
-            of_features = theta.mT @ slope
-            of_features.baddbmm_(outer.mT, responsibilities)
-            of_source = of_features if lifted is source else torch.autograd.grad(lifted, source, of_features)[0]
-        return of_source, of_weights.squeeze(1) if wanted[1] else None, of_theta, None
-
-
-def _exponentials(theta: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``exp(theta . phi - m)`` (B, K, N), its sum over components and the largest exponent ``m`` (B, 1, N)."""
-    joint = theta @ features
-    largest = joint.detach().amax(1, keepdim=True)
-    exponentials = joint.sub_(largest).exp_()
-    return exponentials, exponentials.sum(1, keepdim=True), largest
+        moments = (features @ responsibilities.mT).mT
+        return mass[:, : self.num_components], moments, log_likelihood, outside

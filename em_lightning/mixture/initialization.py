@@ -186,8 +186,9 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
 def _nearest(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest center of each point and the squared distance to it, (B, N) both."""
     found = []
-    for rows in _row_blocks(points.source, max(centers.shape[1], points.source.shape[1])):
-        distance, cell = torch.cdist(centers, points.coordinates(rows).mT, compute_mode=_EXACT).min(1)
+    for rows in _row_blocks(points.x, max(centers.shape[1], points.x.shape[1])):
+        z = points.coordinates(points.x[:, :, rows])
+        distance, cell = torch.cdist(centers, z.mT, compute_mode=_EXACT).min(1)
         found.append((cell, distance.square()))
     cells, squares = zip(*found, strict=True)
     return torch.cat(cells, 1), torch.cat(squares, 1)
@@ -196,12 +197,11 @@ def _nearest(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
 def _cell_statistics(points: Points, cell: Tensor, counts: Tensor, num_components: int) -> SufficientStatistics:
     """Return the statistics of points that belong to one component each."""
 
-    def moments_of_block(sets: slice, source: Tensor, cell: Tensor, counts: Tensor) -> tuple[Tensor]:
-        features = points.lift(source, sets)
-        return (_members(cell, counts, num_components) @ features.mT,)
+    def moments_of_block(sets: slice, block: Tensor, cell: Tensor, counts: Tensor) -> tuple[Tensor]:
+        return (_members(cell, counts, num_components) @ points.lift(block, sets).mT,)
 
-    width = max(num_components, points.source.shape[1])
-    (moments,) = sum_blocks(moments_of_block, (points.source, cell, counts), (), width)
+    width = max(num_components, points.features(points.mean[:1, :, None]).shape[1])
+    (moments,) = sum_blocks(moments_of_block, (points.x, cell, counts), (), width)
     mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     none = torch.zeros_like(points.mass)
     return SufficientStatistics(mass[..., 0], mass[..., 0], first, second, none, none, points.num_points)

@@ -126,7 +126,7 @@ class Mixture:
         """Return ``log pi_k + log N(x_n | mu_k, Sigma_k)`` of points (B, N, D), as (B, N, K)."""
         points, parameters = self._enter(x)
         theta, peak = self._covariance.natural_parameters(parameters)
-        features = points.lift(points.source, slice(None))
+        features = points.lift()
         joint, _ = log_joint(features, theta, peak, self.features, None)
         return (joint.mT - points.log_volume()[:, None, None]).to(x.dtype)
 

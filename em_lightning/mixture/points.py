@@ -11,8 +11,8 @@ from torch import Tensor
 from em_lightning.mixture.backends import sum_blocks
 from em_lightning.mixture.parameters import Parameters
 
-# Features of up to this many numbers are kept for all iterations; of larger sets each block is lifted when it is read.
-_KEPT = 2**22
+# Points of up to this many numbers are copied into the layout that is fast to read, features first.
+_COPIED = 2**22
 
 
 class Frame(NamedTuple):
@@ -45,25 +45,25 @@ class Frame(NamedTuple):
 
 
 class Points(NamedTuple):
-    """A batch of point sets in the coordinates of their frame.
+    """A batch of point sets with the coordinates of their frame.
 
-    source: (B, F, N), the features ``phi(z)``; of large sets the points (B, D, N) themselves.
+    x: (B, D, N), the points as they were given, in their own dtype; rows that do not count lie at the center.
     weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` where all count once.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points that count.
     frame: the coordinates.
-    lift: maps a block of the source, and the index of its sets, to features (b, F, n).
+    features: from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
     mean: (B, D), weighted mean of the coordinates; zero unless it was asked for.
     variance: (B, D), weighted variance of the coordinates; zero unless it was asked for.
-    eps: relative precision of the points as they were given.
+    eps: relative precision of the points.
     """
 
-    source: Tensor
+    x: Tensor
     weights: Tensor | None
     mass: Tensor
     num_points: Tensor
     frame: Frame
-    lift: Callable[[Tensor, slice], Tensor]
+    features: Callable[[Tensor], Tensor]
     mean: Tensor
     variance: Tensor
     eps: float
@@ -71,11 +71,17 @@ class Points(NamedTuple):
     @property
     def num_features(self) -> int:
         """D."""
-        return self.mean.shape[1]
+        return self.x.shape[1]
 
-    def coordinates(self, rows: slice = slice(None)) -> Tensor:
-        """Return coordinates (B, D, n) of some points."""
-        return self.lift(self.source[:, :, rows], slice(None))[:, 1 : 1 + self.num_features]
+    def coordinates(self, block: Tensor | None = None, sets: slice = slice(None)) -> Tensor:
+        """Return coordinates (b, D, n) of a block of ``x`` that belongs to some sets, or of all points."""
+        center, scale = self.frame
+        block = self.x if block is None else block
+        return Frame(center[sets], scale[sets]).enter(block.to(center.dtype))
+
+    def lift(self, block: Tensor | None = None, sets: slice = slice(None)) -> Tensor:
+        """Return features ``phi`` (b, F, n) of a block of ``x`` that belongs to some sets, or of all points."""
+        return self.features(self.coordinates(block, sets))
 
     def floor(self, covariance_floor: float, relative: bool = False) -> Tensor:
         """Return the variance floor (B,) in these coordinates, at least the square of the points' precision.
@@ -101,49 +107,36 @@ class Points(NamedTuple):
 
 def prepare(
     x: Tensor,
-    lift: Callable[[Tensor], Tensor],
+    features: Callable[[Tensor], Tensor],
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     frame: Frame | None = None,
     normalized_weights: bool = True,
     with_moments: bool = True,
-    kept: int = _KEPT,
 ) -> Points:
     """Return points (B, N, D) ready for EM.
 
     Args:
         x: points (B, N, D).
-        lift: from coordinates (B, D, N) to features ``phi`` (B, F, N), which begin with ``[1, z]``.
+        features: from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
         mask: (B, N), false where a row is padding, whatever it holds.
         weights: (B, N), not negative; a common factor has no effect.
         frame: the coordinates; the mean and the extent of each set unless given.
         normalized_weights: divide weights by their mean; ``False`` for a block of a larger set.
         with_moments: whether the mean and variance of each set are wanted.
-        kept: number of features that are computed once instead of block by block.
     """
     dtype = accumulation_dtype(x)
     weights, counted = join_weights(mask, weights, dtype, normalized_weights)
     if counted is not None:
-        x = torch.where(counted.unsqueeze(-1), x, 0.0 if frame is None else frame.center.unsqueeze(1).to(x.dtype))
-    if frame is None:
-        frame = frame_of(x, counted)
-        if counted is not None:  # rows that do not count lie at the center
-            x = torch.where(counted.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
+        x = torch.where(counted.unsqueeze(-1), x, 0.0)
+    frame = frame_of(x, counted) if frame is None else frame
+    if counted is not None:
+        x = torch.where(counted.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
     mass = torch.full_like(frame.scale, x.shape[1]) if weights is None else weights.sum(-1)
     num_points = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
-    center, scale = frame
-    source = x.mT.contiguous() if x.numel() <= kept else x.mT
-
-    def lift_block(block: Tensor, sets: slice) -> Tensor:
-        return lift(Frame(center[sets], scale[sets]).enter(block.to(dtype)))
-
-    num_numbers = source[:, 0].numel() * lift(center[:1, :, None]).shape[1]
-    if num_numbers <= kept:
-        source, lift_source = lift_block(source, slice(None)), _already_lifted
-    else:
-        lift_source = lift_block
-    none = torch.zeros_like(center)
-    points = Points(source, weights, mass, num_points, frame, lift_source, none, none, torch.finfo(x.dtype).eps)
+    laid_out = x.mT.contiguous() if x.numel() <= _COPIED else x.mT
+    none = torch.zeros_like(frame.center)
+    points = Points(laid_out, weights, mass, num_points, frame, features, none, none, torch.finfo(x.dtype).eps)
     if not with_moments:
         return points
     mean, variance = _moments(points)
@@ -193,17 +186,12 @@ def join_weights(
 def _moments(points: Points) -> tuple[Tensor, Tensor]:
     """Return the weighted mean and variance (B, D) of the coordinates; zero for sets without points."""
 
-    def sums_of_block(sets: slice, source: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        z = points.lift(source, sets)[:, 1 : 1 + points.num_features]
+    def sums_of_block(sets: slice, block: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        z = points.coordinates(block, sets)
         weighted = z if weights is None else z * weights.unsqueeze(1)
         return weighted.sum(-1), (weighted * z).sum(-1)
 
-    width = max(points.source.shape[1], points.num_features)
-    first, second = sum_blocks(sums_of_block, (points.source, points.weights), (), width)
+    first, second = sum_blocks(sums_of_block, (points.x, points.weights), (), points.num_features)
     mass = points.mass.clamp(min=torch.finfo(points.mass.dtype).tiny).unsqueeze(-1)
     mean = first / mass
     return mean, (second / mass - mean.square()).clamp(min=0.0)
-
-
-def _already_lifted(block: Tensor, sets: slice) -> Tensor:
-    return block

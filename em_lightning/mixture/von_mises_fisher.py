@@ -65,7 +65,7 @@ class DirectionalMixture:
         theta, peak = VON_MISES_FISHER.natural_parameters(
             Parameters(*(part.to(points.mass.dtype) for part in self.parameters()))
         )
-        features = points.lift(points.source, slice(None))
+        features = points.lift()
         return softmin(-log_joint(features, theta, peak, x.shape[-1], None)[0].mT.to(x.dtype))
 
 

@@ -191,7 +191,7 @@ class EMOperator(SetOperator):
         """
         points, state, likelihood = self._evaluation(x, mixture, mask)
         theta, peak = likelihood.family.natural_parameters(state)
-        features = points.lift(points.source, slice(None))
+        features = points.lift()
         joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
         joint = with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
         return self.competition(-joint.mT.to(x.dtype))

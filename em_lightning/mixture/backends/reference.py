@@ -38,8 +38,7 @@ def sum_blocks(
     """Return the sums over all points of a function of blocks of points.
 
     Args:
-        function: see ``BlockFunction``. Where it has a method ``vjp(grads, wanted, sets, *rows, *parameters)`` that
-            returns the gradients of its arguments, this serves in place of autograd.
+        function: see ``BlockFunction``.
         rows: tensors (B, ..., N) that are cut along sets and points; ``None`` is passed on.
         parameters: tensors (B, ...) that are cut along sets.
         width: numbers per point of an intermediate result, such as K.
@@ -175,9 +174,6 @@ def _gradients(
     ctx: Any, sets: slice, tensors: Tensors, grads: Tensors, wanted: Sequence[bool], create_graph: bool
 ) -> Tensors:
     """Return the gradients of one block in its tensors and in what all blocks share."""
-    vjp = getattr(ctx.function, "vjp", None)
-    if vjp is not None and not create_graph:
-        return vjp(grads, wanted, sets, *tensors)
     with torch.enable_grad():
         if not create_graph:
             tensors = [

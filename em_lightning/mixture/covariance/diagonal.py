@@ -14,6 +14,7 @@ class DiagonalCovariance(FullCovariance):
     """Axis-parallel components: variances (B, K, D), ``s(x) = [x_i^2]``; factors are standard deviations."""
 
     name = "diag"
+    whitening = "diagonal"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         """Return (K, D)."""
@@ -52,10 +53,14 @@ class DiagonalCovariance(FullCovariance):
         inverse = self.factorize(covariances, means).inverse
         precision = inverse.square()
         linear = precision * means
-        log_det = inverse.log().sum(-1) * (features / inverse.shape[-1])
-        peak = log_weights + log_det - half_log_tau(features)
+        peak = self.log_peak(log_weights, inverse, features)
         constant = peak - 0.5 * (means * linear).sum(-1)
         return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
+
+    def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
+        """Return ``log pi_k - sum log sigma - D / 2 log(2 pi)``."""
+        log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])
+        return log_weights + log_det - half_log_tau(num_features)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
@@ -135,6 +140,7 @@ class SphericalCovariance(DiagonalCovariance):
     """Round components: one variance each, ``Sigma (B, K)``, ``s(x) = |x|^2``."""
 
     name = "spherical"
+    whitening = "spherical"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         """Return (K,)."""

@@ -37,6 +37,8 @@ class FullCovariance:
     """
 
     name = "full"
+    # The shape of the inverse factor: a triangle ("full"), a "diagonal" or one number ("spherical").
+    whitening = "full"
 
     @property
     def unrestricted(self) -> FullCovariance:
@@ -85,12 +87,16 @@ class FullCovariance:
         inverse = self.factorize(covariances, means).inverse
         precision = inverse.mT @ inverse
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
-        peak = log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_tau(features)
+        peak = self.log_peak(log_weights, inverse, features)
         constant = peak - 0.5 * (means * linear).sum(-1)
         i, j = torch.triu_indices(features, features, device=means.device)
         square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
         square = square.expand(*linear.shape[:-1], -1)
         return torch.cat([constant.unsqueeze(-1), linear, square], -1), peak
+
+    def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
+        """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
+        return log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_tau(num_features)
 
     # The M-step.
 

@@ -1,0 +1,235 @@
+"""The E-step of Gaussian mixtures in C++ on the CPU (``native.cpp``), compiled on demand and cached."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_components.h")]
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+_REALS = {torch.float32: "float", torch.float64: "double"}
+_KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
+# The kernel for full covariances is written out in registers, of which there are too few for more features.
+_MOST_FEATURES = 8
+# Sets of fewer numbers are left to the reference, which needs no compiler and is as fast for them.
+_FEWEST_NUMBERS = 2**12
+
+_chosen = "auto"
+
+
+class use_backend:
+    """Choose the backend of the E-step, for good or inside a ``with`` block.
+
+    Args:
+        name: ``"auto"`` takes the native backend where it fits and a compiler is found, ``"reference"`` never,
+            ``"native"`` wherever it fits, however few the points are.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the native backend cannot be compiled; the message is the compiler's.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     pass
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        if name not in ("auto", "reference", "native"):
+            raise ValueError(f"name={name!r} must be 'auto', 'reference' or 'native'")
+        if name == "native":
+            _require("spherical", 0, torch.float32)
+        self.before, _chosen = _chosen, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        global _chosen
+        _chosen = self.before
+
+
+def serves(x: Tensor, family: Any) -> bool:
+    """Return whether the native backend computes the E-step of points (B, D, N) under a family of densities."""
+    kind = getattr(family, "whitening", None)
+    if _chosen == "reference" or kind is None or x.device.type != "cpu" or x.dtype not in _REALS:
+        return False
+    if torch.compiler.is_compiling() or (kind == "full" and x.shape[1] > _MOST_FEATURES):
+        return False
+    if _chosen == "auto" and x.numel() < _FEWEST_NUMBERS:
+        return False
+    try:
+        x.data_ptr()
+    except RuntimeError:  # functorch's tensors and those of a tracer have no memory of their own
+        return False
+    if _chosen == "native":
+        _require(kind, x.shape[1], x.dtype)
+    return _load(*_variant(kind, x.shape[1], x.dtype))[0] is not None
+
+
+class FusedSums(torch.autograd.Function):
+    r"""Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,).
+
+    The joint log-density is :math:`g_{nk} = peak_k - |W_k (z_n - \mu_k)|^2 / 2` and ``r`` its softmax over components.
+    With the derivative :math:`a_{nk}` of a sum in ``w_n r_nk`` and ``l`` of the log-likelihood, that of ``g`` is
+    :math:`w_n r_{nk} (a_{nk} - \sum_j r_{nj} a_{nj} + l)`. The backward pass computes the responsibilities again.
+
+    Args of ``apply``:
+        x: points (B, D, N) in float32 or float64, which is the precision of all that is done per point.
+        weights: (B, N) in float64, or ``None``.
+        means: (B, K, D), in the coordinates ``z = (x - center) / unit``.
+        inverse: ``W`` (B, K, D, D) lower triangular, (B, K, D) or (B, K, 1).
+        peak: (B, K), the log-densities of the components at their means.
+        scale: the inverse of ``W``, without gradient.
+        center: (B, D), without gradient.
+        unit: (B,), a power of two, without gradient.
+        family: the covariance type.
+        with_log_likelihood: zeros are returned otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Run the kernel; nothing but the arguments is kept."""
+        *tensors, ctx.family, with_log_likelihood = arguments
+        ctx.save_for_backward(*tensors)
+        sums, log_likelihood, *_ = _run(ctx.family.whitening, tensors, with_log_likelihood)
+        if not with_log_likelihood:
+            ctx.mark_non_differentiable(log_likelihood)
+        return sums, log_likelihood
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Run the kernel again with the gradients of its results."""
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for second derivatives
+            results = _in_torch(ctx.family, *tensors)
+            inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
+            found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
+            return tuple(next(found) if needed else None for needed in wanted)
+        _, _, means, inverse, *_ = tensors
+        own, _, of_x, of_weights = _run(ctx.family.whitening, tensors, False, grads, wanted)
+        of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
+        return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *(None,) * 5
+
+
+def _in_torch(
+    family: Any, x: Tensor, weights: Tensor | None, means: Tensor, inverse: Tensor, peak: Tensor, *frame: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the results of :class:`FusedSums` by operations that have every derivative."""
+    _, center, unit = frame
+    z = (x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]
+    difference = z.unsqueeze(1) - means.unsqueeze(-1)
+    y = inverse @ difference if family.whitening == "full" else inverse.unsqueeze(-1) * difference
+    joint = peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
+    responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
+    if weights is not None:
+        responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
+    return responsibilities @ family.features(z).mT, log_density.sum(-1)
+
+
+class _Problem(ctypes.Structure):
+    """The structure of the same name in ``native.cpp``."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("sets", "components", "features", "items")]
+    _fields_ += [("x", ctypes.c_void_p)]
+    _fields_ += [(name, ctypes.c_int64) for name in ("set_stride", "feature_stride", "item_stride")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("weights", "means", "inverse", "peak", "scale")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("center", "unit", "grads", "grad_log_likelihood")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("sums", "log_likelihood", "grad_x", "grad_weights")]
+
+
+def _run(
+    kind: str,
+    tensors: Any,
+    with_log_likelihood: bool,
+    grads: tuple[Tensor, ...] = (),
+    wanted: tuple[bool, ...] = (False, False),
+) -> tuple[Any, ...]:
+    """Return sums and log-likelihood; with grads the gradients of parameters, nothing, and those of points and weights."""
+    x, weights, means, inverse, *_ = tensors
+    sets, features, items = x.shape
+    size = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
+    if grads:
+        size = inverse[0, 0].numel()
+    sums = means.new_empty(*means.shape[:2], 1 + features + size)
+    log_likelihood = means.new_zeros(sets)
+    of_x = x.new_empty(x.shape) if wanted[0] else None
+    of_weights = means.new_empty(sets, items) if wanted[1] else None
+    given = [part if part is None else part.contiguous() for part in (*tensors[1:], *(grads or (None, None)))]
+    made = [sums, log_likelihood if with_log_likelihood else None, of_x, of_weights]
+    pointers = [None if part is None else part.data_ptr() for part in (*given, *made)]
+    problem = _Problem(sets, means.shape[1], features, items, x.data_ptr(), *x.stride(), *pointers)
+    library, _ = _load(*_variant(kind, features, x.dtype))
+    library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(torch.get_num_threads()))
+    return sums, log_likelihood, of_x, of_weights
+
+
+def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the definitions under which the source is compiled."""
+    own = features if kind == "full" else 0
+    return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={own}"
+
+
+def _require(kind: str, features: int, dtype: torch.dtype) -> None:
+    library, message = _load(*_variant(kind, features, dtype))
+    if library is None:
+        raise RuntimeError(f"the native backend cannot be compiled: {message}")
+
+
+@functools.cache
+def _load(*definitions: str) -> tuple[Any, str]:
+    """Return the compiled library, or ``None`` and the reason why there is none."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None, "no g++ was found on the PATH"
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        cpu = Path("/proc/cpuinfo")
+        flags = (
+            next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "")
+            if cpu.exists()
+            else ""
+        )
+        key = "\n".join(
+            [*(source.read_text() for source in _SOURCES), version, flags, platform.machine(), *_FLAGS, *definitions]
+        )
+        target = _folder() / f"e_step_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        if not target.exists():
+            # Under a name of its own first: several processes may compile at once.
+            handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+            os.close(handle)
+            try:
+                command = [compiler, *_FLAGS, *definitions, str(_SOURCES[0]), "-o", name]
+                subprocess.run(command, capture_output=True, text=True, check=True)
+                os.replace(name, target)
+            finally:
+                Path(name).unlink(missing_ok=True)
+        return ctypes.CDLL(str(target)), ""
+    except subprocess.CalledProcessError as error:
+        return None, error.stderr
+    except OSError as error:
+        return None, str(error)
+
+
+@functools.cache
+def _folder() -> Path:
+    """Return the folder of compiled libraries: in the user's cache, or for this process only if that is read-only."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em_lightning"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="em_lightning_"))

@@ -1,0 +1,259 @@
+"""The native backend of the E-step against the reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from em_lightning import EMOperator, Mixture
+from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
+from em_lightning.mixture.backends import native, use_backend
+from em_lightning.mixture.e_step import Likelihood
+
+try:
+    with use_backend("native"):
+        REASON = ""
+except RuntimeError as error:
+    REASON = str(error)
+needs_compiler = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+DTYPES = [torch.float32, torch.float64]
+KINDS = ["full", "diag", "spherical", "tied"]
+
+
+def problem(dtype, sets=2, items=300, components=3, features=2, seed=0):
+    """Return points and the parameters of random mixtures of full covariances."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = (draw(sets, items, features) + 2.0 * draw(sets, 1, features)).to(dtype)
+    factor = 0.3 * draw(sets, components, features, features) + torch.eye(features, dtype=torch.float64)
+    log_weights = draw(sets, components).log_softmax(1)
+    return x, Parameters(log_weights, 0.5 * draw(sets, components, features), factor @ factor.mT)
+
+
+def covariances_of(kind, full):
+    """Return covariances of a type near full ones."""
+    variances = full.diagonal(dim1=-2, dim2=-1)
+    return {
+        "full": full,
+        "tied": full.mean(1, keepdim=True),
+        "diag": variances,
+        "spherical": variances.mean(-1),
+    }[kind]
+
+
+def statistics_of(backend, kind, x, parameters, mask=None, weights=None, frame=None, **options):
+    covariance = COVARIANCES[kind]
+    with use_backend(backend):
+        points = prepare(x, covariance.features, mask, weights, frame)
+        return e_step(points, parameters, Likelihood(covariance), **options)
+
+
+def gradients(found, inputs):
+    """Return the gradients of a function of all statistics that depends on each entry in its own way."""
+    total = 0.0
+    for place, part in enumerate(found[:5]):
+        generator = torch.Generator().manual_seed(place)
+        total = total + (part * torch.randn(part.shape, generator=generator, dtype=part.dtype)).sum()
+    return torch.autograd.grad(total, inputs, allow_unused=True)
+
+
+def compare(kind, x, parameters, mask=None, weights=None, **options):
+    """Assert that statistics and gradients of both backends agree, relative to the largest entry of each."""
+    tolerance = TOLERANCE[x.dtype]
+    parameters = parameters._replace(covariances=covariances_of(kind, parameters.covariances))
+    x = x.clone().requires_grad_()
+    inputs = [x, *(part.clone().requires_grad_() for part in parameters)]
+    parameters = Parameters(*inputs[1:])
+    if weights is not None:
+        weights = weights.to(x.dtype).clone().requires_grad_()
+        inputs.append(weights)
+    results = []
+    for backend in ("native", "reference"):
+        found = statistics_of(backend, kind, x, parameters, mask, weights, **options)
+        results.append([*found, *gradients(found, inputs)])
+    for own, expected in zip(*results, strict=True):
+        assert own.dtype == expected.dtype and own.shape == expected.shape
+        scale = expected.abs().max().clamp(min=0.1)
+        torch.testing.assert_close(own / scale, expected / scale, rtol=0.0, atol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_and_gradients_agree_with_the_reference(kind, dtype):
+    x, parameters = problem(dtype)
+    compare(kind, x, parameters, with_log_likelihood=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 1, 4, 2), (2, 129, 1, 3), (1, 5000, 5, 3), (5, 17, 3, 5)])
+@pytest.mark.parametrize("kind", ["full", "diag"])
+def test_shapes(kind, shape):
+    x, parameters = problem(torch.float64, *shape)
+    compare(kind, x, parameters, with_log_likelihood=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("features", [4, 8])
+def test_more_features(features):
+    x, parameters = problem(torch.float32, features=features)
+    compare("full", x, parameters, with_log_likelihood=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_weights_and_sets_without_points(kind, dtype):
+    x, parameters = problem(dtype, sets=3)
+    mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[1] = False
+    x[~mask] = float("nan")
+    weights = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(2))
+    compare(kind, x, parameters, mask, weights, with_log_likelihood=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_components_without_points_or_weight(dtype):
+    x, parameters = problem(dtype)
+    parameters.means[:, 0] = 1e4
+    parameters.log_weights[:, 1] = -torch.inf
+    found, expected = (statistics_of(name, "full", x, parameters) for name in ("native", "reference"))
+    assert (found.mass[:, :2] < 1e-30).all()
+    torch.testing.assert_close(found.second[:, 2], expected.second[:, 2], rtol=TOLERANCE[dtype], atol=0.0)
+    assert all(part.isfinite().all() for part in found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.3, torch.tensor(2.0, dtype=torch.float64)])
+def test_temperature(dtype, temperature):
+    x, parameters = problem(dtype)
+    compare("full", x, parameters, temperature=temperature)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_and_second_derivatives_by_differences(kind):
+    x, parameters = problem(torch.float64, sets=1, items=6, components=2)
+    inputs = [x, *parameters._replace(covariances=covariances_of(kind, parameters.covariances))]
+    weights = torch.rand(1, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
+    inputs = [part.clone().requires_grad_() for part in (*inputs, weights)]
+    covariance = COVARIANCES[kind]
+    frame = prepare(x, covariance.features).frame  # constant, so that differences do not move it
+
+    def statistics(x, log_weights, means, covariances, weights):
+        if kind in ("full", "tied"):
+            covariances = 0.5 * (covariances + covariances.mT)
+        points = prepare(x, covariance.features, None, weights, frame=frame)
+        found = e_step(
+            points, Parameters(log_weights, means, covariances), Likelihood(covariance), with_log_likelihood=True
+        )
+        return found[1:5]
+
+    with use_backend("native"):
+        assert torch.autograd.gradcheck(statistics, inputs)
+        assert torch.autograd.gradgradcheck(statistics, inputs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-6, 1e6, 1e30])
+def test_any_scale_of_the_points(scale):
+    x, parameters = problem(torch.float32)
+    mixture = Mixture(*parameters).map(torch.Tensor.float)
+    results = []
+    for backend in ("native", "reference"):
+        with use_backend(backend):
+            results.append(EMOperator(3, 2, num_iters=3, covariance_floor=0.0).double()(x * scale).means / scale)
+    assert mixture.sets == 2
+    torch.testing.assert_close(*results, rtol=1e-3 if scale < 1e-37 else 1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_thin_components_keep_the_likelihood_in_single_precision(offset):
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    slabs = torch.randn(1, 4096, 3, generator=generator, dtype=torch.float64)
+    slabs = slabs * torch.tensor([1.0, 1.0, 1e-3], dtype=torch.float64)
+    slabs[:, ::2] += torch.tensor([0.3, 0.2, 0.5])
+    x = (slabs @ turn.mT + offset).float()
+    with use_backend("reference"):
+        start = EMOperator(4, 3, num_iters=20, residual=False, covariance_floor=1e-9)(x.double())
+    frame = prepare(x, COVARIANCES["full"].features).frame
+    parameters = frame.enter_parameters(start.parameters())
+    found, expected = (
+        statistics_of(backend, "full", given, parameters, frame=frame, with_log_likelihood=True)
+        for backend, given in (("native", x), ("reference", x.double()))
+    )
+    assert (found.log_likelihood - expected.log_likelihood).abs() / x.shape[1] < 1e-5
+    torch.testing.assert_close(found.second, expected.second, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_results_are_the_same_for_every_run_and_number_of_threads():
+    x, parameters = problem(torch.float32, sets=1, items=10_000)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            found.append(statistics_of("native", "full", x, parameters))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@needs_compiler
+def test_nan_points_are_not_hidden():
+    x, parameters = problem(torch.float32)
+    x[0, 5, 1] = float("nan")
+    found = statistics_of("native", "full", x, parameters, with_log_likelihood=True)
+    assert found.log_likelihood[0].isnan() and found.mass[0].isnan().all()
+    assert found.mass[1].isfinite().all()
+
+
+def test_backend_is_chosen_for_a_block_or_for_good():
+    x = torch.randn(1, 4096, 2)
+    with use_backend("reference"):
+        assert not native.serves(x.mT, "full")
+    assert native.serves(x.mT, "full") == (not REASON)
+    with pytest.raises(ValueError, match="cuda"):
+        use_backend("cuda")
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_without_a_compiler(backend, tmp_path):
+    code = f"""
+import torch, em_lightning
+from em_lightning.mixture.backends import use_backend
+use_backend({backend!r})
+print(em_lightning.EMOperator(2, 3)(torch.randn(1, 5000, 3)).means.shape)
+"""
+    environment = {**os.environ, "PATH": "", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, capture_output=True, text=True)
+    if backend == "auto":
+        assert done.returncode == 0 and "[1, 2, 3]" in done.stdout, done.stderr
+    else:
+        assert done.returncode != 0 and "g++" in done.stderr
+
+
+@needs_compiler
+def test_message_of_a_failing_compiler(tmp_path, monkeypatch):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\nif [ $1 = --version ]; then exit 0; fi\necho cannot compile >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    native._load.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="cannot compile"):
+            use_backend("native")
+        assert not native.serves(torch.randn(1, 3, 5000), "full")
+    finally:
+        native._load.cache_clear()
