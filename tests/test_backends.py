@@ -51,7 +51,8 @@ def covariances_of(kind, full):
 def statistics_of(backend, kind, x, parameters, mask=None, weights=None, frame=None, **options):
     covariance = COVARIANCES[kind]
     with use_backend(backend):
-        points = prepare(x, covariance.features, mask, weights, frame, as_given=native.serves(x.mT, covariance.whitening))
+        as_given = native.serves(x.mT, covariance.whitening)
+        points = prepare(x, covariance.features, mask, weights, frame, as_given=as_given)
         assert points.lifted == (backend == "reference")
         return e_step(points, parameters, Likelihood(covariance), **options)
 
