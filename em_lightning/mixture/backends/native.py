@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_components.h")]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -72,6 +73,8 @@ def serves(x: Tensor, kind: str) -> bool:
     if torch.compiler.is_compiling() or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
     if _chosen == "auto" and x.numel() < _FEWEST_NUMBERS:
+        return False
+    if forward_ad.unpack_dual(x).tangent is not None:
         return False
     try:
         x.data_ptr()
