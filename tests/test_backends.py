@@ -222,8 +222,8 @@ def test_nan_points_are_not_hidden():
 def test_backend_is_chosen_for_a_block_or_for_good():
     x = torch.randn(1, 4096, 2)
     with use_backend("reference"):
-        assert not native.serves(x.mT, "full")
-    assert native.serves(x.mT, "full") == (not REASON)
+        assert not native.serves(x.mT, COVARIANCES["full"])
+    assert native.serves(x.mT, COVARIANCES["full"]) == (not REASON)
     with pytest.raises(ValueError, match="cuda"):
         use_backend("cuda")
 
@@ -254,6 +254,6 @@ def test_message_of_a_failing_compiler(tmp_path, monkeypatch):
     try:
         with pytest.raises(RuntimeError, match="cannot compile"):
             use_backend("native")
-        assert not native.serves(torch.randn(1, 3, 5000), "full")
+        assert not native.serves(torch.randn(1, 3, 5000), COVARIANCES["full"])
     finally:
         native._load.cache_clear()

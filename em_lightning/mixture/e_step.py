@@ -138,7 +138,7 @@ def e_step(
         block_size = points.x.shape[0] * points.x.shape[2] * width
     respond = respond or (lambda joint: (joint / temperature).softmax(1))
     mass, moments, log_likelihood, outside = sum_blocks(
-        _BlockStatistics(points, likelihood, respond, with_log_likelihood, theta.shape[1]),
+        _BlockStatistics(points, likelihood, respond, with_log_likelihood, theta.shape[1]).sums,
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
         width,
@@ -229,9 +229,10 @@ class _BlockStatistics(NamedTuple):
     with_log_likelihood: bool
     num_components: int
 
-    def __call__(
+    def sums(
         self, sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
     ) -> tuple[Tensor, ...]:
+        """Return mass, moments, log-likelihood and the mass of the background."""
         features = self.points.lift(block, sets)
         joint, irls_weights = log_joint(features, theta, peak, self.points.num_features, self.likelihood.kernel)
         joint = with_background(joint, level)

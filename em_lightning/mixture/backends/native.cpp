@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -197,7 +198,10 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
     }
   };
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(work);
+  try {
+    for (int64_t i = 1; i < std::min(threads, tasks); ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads: those that run do all tasks
+  }
   work();
   for (auto& other : others) other.join();
   const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_components.h")]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -22,8 +23,10 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
 # The kernel for full covariances is written out in registers, of which there are too few for more features.
 _MOST_FEATURES = 8
-# Sets of fewer numbers are left to the reference, which needs no compiler and is as fast for them.
+# The reference takes less than a millisecond for fewer numbers, and needs no compiler.
 _FEWEST_NUMBERS = 2**12
+# About a tenth of a millisecond, the time in which a thread starts and ends.
+_NUMBERS_PER_THREAD = 2**17
 
 _chosen = "auto"
 
@@ -68,6 +71,8 @@ def serves(x: Tensor, family: Any) -> bool:
     if torch.compiler.is_compiling() or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
     if _chosen == "auto" and x.numel() < _FEWEST_NUMBERS:
+        return False
+    if forward_ad.unpack_dual(x).tangent is not None:
         return False
     try:
         x.data_ptr()
@@ -156,7 +161,10 @@ def _run(
     grads: tuple[Tensor, ...] = (),
     wanted: tuple[bool, ...] = (False, False),
 ) -> tuple[Any, ...]:
-    """Return sums and log-likelihood; with grads the gradients of parameters, nothing, and those of points and weights."""
+    """Return the sums and the log-likelihood, or in place of the sums the gradients of peak, means and ``W``.
+
+    Then follow, where they are wanted, the gradients of points and weights.
+    """
     x, weights, means, inverse, *_ = tensors
     sets, features, items = x.shape
     size = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
@@ -171,7 +179,8 @@ def _run(
     pointers = [None if part is None else part.data_ptr() for part in (*given, *made)]
     problem = _Problem(sets, means.shape[1], features, items, x.data_ptr(), *x.stride(), *pointers)
     library, _ = _load(*_variant(kind, features, x.dtype))
-    library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(torch.get_num_threads()))
+    threads = min(torch.get_num_threads(), 1 + x.numel() * means.shape[1] // _NUMBERS_PER_THREAD)
+    library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(threads))
     return sums, log_likelihood, of_x, of_weights
 
 
@@ -196,14 +205,10 @@ def _load(*definitions: str) -> tuple[Any, str]:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         cpu = Path("/proc/cpuinfo")
-        flags = (
-            next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "")
-            if cpu.exists()
-            else ""
-        )
-        key = "\n".join(
-            [*(source.read_text() for source in _SOURCES), version, flags, platform.machine(), *_FLAGS, *definitions]
-        )
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        features = next((line for line in lines if line.startswith("flags")), platform.machine())
+        sources = (source.read_text() for source in _SOURCES)
+        key = "\n".join([*sources, version, features, *_FLAGS, *definitions])
         target = _folder() / f"e_step_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not target.exists():
             # Under a name of its own first: several processes may compile at once.
@@ -225,7 +230,7 @@ def _load(*definitions: str) -> tuple[Any, str]:
 @functools.cache
 def _folder() -> Path:
     """Return the folder of compiled libraries: in the user's cache, or for this process only if that is read-only."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "em_lightning"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "em_lightning")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
