@@ -67,7 +67,7 @@ def main():
 
     def log_likelihood(points):
         """Return the log-likelihood per point (B,) of the same mixtures."""
-        sets = prepare(points, covariance.features, as_given=native.serves(points.mT, covariance.whitening))
+        sets = prepare(points, covariance.features)
         parameters = sets.frame.enter_parameters(fitted.parameters())
         found = e_step(sets, parameters, Likelihood(covariance), with_log_likelihood=True).log_likelihood
         return (found - sets.log_volume() * sets.mass) / points.shape[1]
