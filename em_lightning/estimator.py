@@ -11,7 +11,7 @@ import torch
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from em_lightning.mixture import COVARIANCES, Covariance, Mixture, fit_blocks, information_criteria
@@ -102,7 +102,7 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
         if len(X) < self.n_components:
             raise ValueError(f"n_samples={len(X)} must be at least n_components={self.n_components}")
-        counts = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        counts = None if sample_weight is None else _counts(sample_weight, len(X))
         random = check_random_state(self.random_state)
         again = self.warm_start and hasattr(self, "means_")
         drawn = self.init_params != "farthest" and any(
@@ -254,6 +254,15 @@ class GaussianMixture(DensityMixin, BaseEstimator):
     def aic(self, X: Any) -> float:
         """Return Akaike's information criterion of the mixture on rows; lower is better."""
         return information_criteria(self._mixture, self.score(X) * len(X), len(X)).aic
+
+
+def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
+    counts = np.asarray(sample_weight, dtype=np.float64)
+    if counts.shape != (num_rows,) or not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
+        raise ValueError(
+            f"sample_weight of shape {counts.shape} must be ({num_rows},), finite, not negative and not all zero"
+        )
+    return counts
 
 
 def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
