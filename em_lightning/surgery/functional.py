@@ -91,7 +91,7 @@ def swap_relu_calls(
         raise NoMatchError(
             f"where={described(where)} matches no module whose forward calls relu; the model holds {contents(model)}"
         )
-    operate(surgery, "functional", sites, [make] * len(sites), calls)
+    operate(surgery, "functional", sites, lambda _: make, calls)
     for site in sites:
         kinds = [type(one) for one in site.parent.modules()]
         dims = frozenset(dims for dims, maps in MAPS.items() if any(issubclass(kind, maps) for kind in kinds))

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from em_lightning.surgery.hooks import undo_all, wrap
+from em_lightning.surgery.hooks import Undo, wrap
 
 KEY = "em_lightning"  # of the checkpoint dictionary
 _PLAN = "_em_surgery_plan"
-_UNDOS = "_em_surgery_undos"
 _FIELDS = {"operation", "path", "class_path", "init_args", "calls", "tied", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
 
@@ -24,18 +23,19 @@ def recorded_plan(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
-    """Set the plan of a model; a LightningModule then stores it in its checkpoints and compares it on loading."""
-    undo_all(vars(model).pop(_UNDOS, []))
-    vars(model).pop(_PLAN, None)
-    if not plan:
-        return
+    """Set the plan of a model."""
     vars(model)[_PLAN] = plan
+
+
+def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
+    """Let a LightningModule store its plan in its checkpoints and compare it on loading; return the undo functions."""
     # Not isinstance(model, LightningModule), as lightning and pytorch_lightning have one each.
-    if hasattr(model, "on_save_checkpoint") and hasattr(model, "on_load_checkpoint"):
-        vars(model)[_UNDOS] = [
-            wrap(model, "on_save_checkpoint", functools.partial(_save, model)),
-            wrap(model, "on_load_checkpoint", functools.partial(_compare, model)),
-        ]
+    if not hasattr(model, "on_save_checkpoint") or not hasattr(model, "on_load_checkpoint"):
+        return []
+    return [
+        wrap(model, "on_save_checkpoint", functools.partial(_save, model)),
+        wrap(model, "on_load_checkpoint", functools.partial(_compare, model)),
+    ]
 
 
 def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:

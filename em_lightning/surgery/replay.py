@@ -35,14 +35,12 @@ def apply_plan(
         ValueError: the plan cannot build a module and ``make`` is None.
     """
     surgery = Surgery(model) if into is None else into
-    by = surgery.by
     done = recorded_plan(model)
     for entry in plan:
         if entry in done or entry["tied"] not in (None, entry["path"]):  # tied modules are built at their first path
             continue
         surgery.by = entry["by"]
         _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
-    surgery.by = by
     return surgery
 
 
@@ -60,7 +58,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make 
         swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
         return
     sites = find_modules(surgery.model, tied or [path])
-    operate(surgery, entry["operation"], sites, [make] * len(sites), calls, "together" if tied else "separate")
+    operate(surgery, entry["operation"], sites, lambda _: make, calls, "together" if tied else "separate")
 
 
 def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:
@@ -95,10 +93,7 @@ def restore_surgery(
 
     Raises:
         ValueError: the checkpoint stores no plan, or is damaged.
-        TypeError: ``cls`` is no class.
     """
-    if not isinstance(cls, type):
-        raise TypeError(f"cls must be a class, got an instance of {type(cls).__name__}")
     plan = read_plan(path)
     if not plan:
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
