@@ -321,7 +321,6 @@ def test_automatic_weight_under_a_compiled_head():
         ({"warmup": -1}, "warmup=-1"),
         ({"every": 0}, "every=0"),
         ({"ratio": 0}, "ratio=0"),
-        ({"momentum": 1}, "momentum=1"),
         ({"tap": "gradient"}, "tap='gradient'"),
         ({"loss": "emm"}, "'emm'"),
         ({"loss": nn.Linear(2, 1)}, "loss=Linear .*parameters"),

@@ -547,8 +547,6 @@ def test_patterns_of_weights_have_to_match():
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
     with pytest.raises(ValueError, match=r"weight=.*'head\*'.* 0$"):
         LayerwiseLoss(net, "0", weight={"0": 0.1, "head*": 0.2})
-    with pytest.raises(ValueError, match="'emm'.*'em'"):
-        LayerwiseLoss(net, "0", loss="emm")
 
 
 def test_an_activation_that_is_built_is_copied_to_every_site():

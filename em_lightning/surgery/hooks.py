@@ -48,14 +48,10 @@ class Chain:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the outermost wrapper."""
-        return self._call(len(self.links), args, kwargs)
-
-    def _call(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if depth > 0:
-            return self.links[depth - 1](lambda *a, **k: self._call(depth - 1, a, k), *args, **kwargs)
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)  # torch.compile cannot trace super()
+        proceed = self.previous or functools.partial(getattr(type(self.owner), self.name), self.owner)
+        for link in self.links:
+            proceed = functools.partial(link, proceed)
+        return proceed(*args, **kwargs)
 
     def remove(self, link: Link) -> None:
         """Remove a wrapper; with the last one the original method returns. A second call does nothing."""

@@ -100,7 +100,7 @@ def restore_surgery(
 
     def on_load_checkpoint(model: Any, checkpoint: dict[str, Any]) -> None:
         apply_plan(model, plan, make)
-        cls.on_load_checkpoint(model, checkpoint)  # type: ignore[attr-defined]
+        cls.on_load_checkpoint(model, checkpoint)
 
     # load_from_checkpoint builds the model, calls this hook, then loads the weights.
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})

@@ -22,16 +22,13 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.elu: nn.ELU,
     F.leaky_relu: nn.LeakyReLU,
     torch.tanh: nn.Tanh,
-    F.tanh: nn.Tanh,
     torch.sigmoid: nn.Sigmoid,
-    F.sigmoid: nn.Sigmoid,
 }
 
 # Layers with channels on axis 1, by the number of axes of their feature maps.
 MAPS: dict[int, tuple[type[nn.Module], ...]] = {
-    3: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d),
-    4: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d),
-    5: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d),
+    d + 2: tuple(getattr(nn, f"{kind}{d}d") for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm"))
+    for d in (1, 2, 3)
 }
 _CHANNELS_FIRST = (*(kind for kinds in MAPS.values() for kind in kinds), nn.SyncBatchNorm, nn.GroupNorm)
 
