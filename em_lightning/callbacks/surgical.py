@@ -62,10 +62,8 @@ class SurgicalCallback(Callback):
         """Operate, unless an earlier run with the same settings has done so."""
         for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
             if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
-                raise ValueError(
-                    f"{type(callback).__name__} precedes {type(self).__name__} in callbacks and copies the model "
-                    f"before it is operated: put {type(self).__name__} first"
-                )
+                averaging, own = type(callback).__name__, type(self).__name__
+                raise ValueError(f"{averaging} copies the model before its surgery: put {own} before it in callbacks")
         if any(entry["by"] == self.state_key for entry in recorded_plan(pl_module)):
             return
         self.surgery = Surgery(pl_module, by=self.state_key)

@@ -19,7 +19,7 @@ from em_lightning.surgery.wrappers import MARKER, CallCounter, CallSites, Insert
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | Mapping[str, Any] | None
-Shared = Literal["separate", "together", "refuse"]
+Shared = Literal["separate", "together"]
 _BEFORE = "_em_before"  # attribute of a module whose change was undone while another module stood in its place
 
 
@@ -124,8 +124,7 @@ def replace_modules(
         make: a class or a ``functools.partial`` of one (built for each site), a module (copied for each site), or a
             function of the old module that returns the new one.
         target: a second selection, which must match as well.
-        shared: one instance under several names becomes one module per name ("separate"), one module for all names
-            ("together"), or an error ("refuse").
+        shared: one instance under several names becomes one module per name ("separate") or one for all ("together").
         calls: for a module that is called several times in one forward of its parent, such as a ResNet's reused
             ``self.relu``. An int builds one operator per call; "any" shares one operator; a mapping from name patterns
             gives either per site. By default a second call raises if the new module has parameters.
@@ -133,7 +132,7 @@ def replace_modules(
 
     Raises:
         NoMatchError: nothing matches.
-        ValueError: a site cannot be operated: part of a ScriptModule or nn.MultiheadAttention, or ``shared="refuse"``.
+        ValueError: a site cannot be operated: part of a ScriptModule or nn.MultiheadAttention.
         TypeError: ``make`` returned no new module.
 
     Example:
@@ -186,15 +185,12 @@ def operate(
     shared: Shared = "separate",
 ) -> Surgery:
     """Operate on given sites, with the ``make`` of each: the common part of all surgeries."""
-    if shared not in ("separate", "together", "refuse"):
-        raise ValueError(f"shared={shared!r} must be 'separate', 'together' or 'refuse'")
+    if shared not in ("separate", "together"):
+        raise ValueError(f"shared={shared!r} must be 'separate' or 'together'")
     names: dict[int, list[str]] = {}
     for site in sites:
         check_operable(site)
         names.setdefault(id(site.module), []).append(site.path)
-    several = next((paths for paths in names.values() if len(paths) > 1), None)
-    if shared == "refuse" and several is not None:
-        raise ValueError(f"{' and '.join(several)} are one instance, which shared='refuse' does not allow")
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
     tie = shared == "together"

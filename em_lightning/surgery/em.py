@@ -14,7 +14,7 @@ from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.operators import EMRefinement
 from em_lightning.surgery.edit import Calls, Make, Shared, Surgery, operate
-from em_lightning.surgery.functional import calls_relu, swap_relu_calls
+from em_lightning.surgery.functional import swap_relu_calls
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, units_of
 
 
@@ -44,10 +44,10 @@ def swap_activations(
         dim: the axis of the units; "auto" takes 1 behind convolutions and their norms, else the last.
         shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
+        into: a surgery to extend; by default a new one.
         functional: also replace ``relu`` where the forward of a module that ``where`` selects calls it as a function,
             see :func:`swap_relu_calls`. "auto" then takes axis 1 of tensors with as many axes as the feature maps of
             the module's convolutions, else the last.
-        into: a surgery to extend; by default a new one.
         **arguments: of the activation, such as ``margin=2.0``.
 
     Raises:
@@ -72,9 +72,7 @@ def swap_activations(
         sites = surgery.find(where, target)
     except NoMatchError as error:
         if not functional:
-            called = any(calls_relu(module) for module in model.modules())
-            hint = "; some forwards call relu as a function: set functional=True to swap it" if called else ""
-            raise NoMatchError(f"{error}{hint}") from None
+            raise NoMatchError(f"{error}; relu called as a function is swapped with functional=True") from None
         return swap_relu_calls(model, where, make, calls=calls, into=surgery)
     operate(surgery, "replace", sites, make_at, calls, shared)
     if functional:

@@ -107,7 +107,7 @@ class LayerwiseLoss:
     def factor(self) -> float:
         """Return f at the current step."""
         factor = 1.0 if self.schedule is None else float(self.schedule(self.step))
-        if not (math.isfinite(factor) and factor >= 0):
+        if not 0 <= factor < math.inf:
             raise ValueError(f"schedule({self.step}) returned {factor}; it must return a finite factor of at least 0")
         if self.warmup:
             factor *= min(1.0, self.step / self.warmup)
@@ -192,14 +192,13 @@ class LayerwiseLoss:
             )
 
     def _check(self, captured: Mapping[str, list[Tensor]], loss: Tensor) -> None:
-        silent = [path for path in self.dims if path not in captured]
-        if silent:
-            raise RuntimeError(
-                f"the layer(s) {', '.join(silent)} fired no hook in this step, so their EM loss is lost: they were not "
-                f"called, or compiled and run before the hooks were set; exclude them through where="
-            )
-        for path, tensors in captured.items():
-            if loss.requires_grad and not any(tensor.requires_grad for tensor in tensors):
+        for path in self.dims:
+            if path not in captured:
+                raise RuntimeError(
+                    f"the layer {path!r} fired no hook in this step: it was not called, or compiled and run before the "
+                    f"hooks were set; exclude it through where="
+                )
+            if loss.requires_grad and not any(tensor.requires_grad for tensor in captured[path]):
                 raise RuntimeError(
                     f"the {self.taps.tap} of {path!r} carries no gradient: nothing before it is trained, or it was "
                     f"computed under no_grad, as re-entrant checkpointing does (set use_reentrant=False)"
@@ -257,11 +256,10 @@ def _square(gradients: Iterable[Tensor | None]) -> Tensor:
 
 def _weights_of(paths: Iterable[str], weight: Weight | Mapping[str, Weight]) -> dict[str, Weight]:
     """Return the weight of each layer: that of the first pattern that matches it."""
-    patterns = dict(weight) if isinstance(weight, Mapping) else {"*": weight}
+    patterns = weight if isinstance(weight, Mapping) else {"*": weight}
     weights: dict[str, Weight] = {}
     for pattern, value in patterns.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        if value != "auto" and not number:
+        if value != "auto" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise ValueError(f"weight={value!r} for {pattern!r} must be a positive number or 'auto'")
         matching = [path for path in paths if fnmatchcase(path, pattern)]
         weights = {**dict.fromkeys(matching, value), **weights}

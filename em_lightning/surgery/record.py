@@ -47,22 +47,19 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
     stored = [_readable(entry) for entry in plan_in(checkpoint)]
     live = [_readable(entry) for entry in recorded_plan(model)]
     if sorted(stored) != sorted(live):
-        missing = [entry for entry in stored if entry not in live] or ["nothing"]
-        extra = [entry for entry in live if entry not in stored] or ["nothing"]
+        missing = "; ".join(entry for entry in stored if entry not in live) or "nothing"
+        extra = "; ".join(entry for entry in live if entry not in stored) or "nothing"
         raise ValueError(
-            f"the checkpoint was saved after another surgery: only in the checkpoint: {'; '.join(missing)}; only in "
-            f"the model: {'; '.join(extra)}. Use the callbacks of the run that saved it, or "
-            f"em_lightning.surgery.restore_surgery"
+            f"the checkpoint was saved after another surgery: only in the checkpoint: {missing}; only in the model: "
+            f"{extra}. Use the callbacks of the run that saved it, or em_lightning.surgery.restore_surgery"
         )
     return proceed(checkpoint)
 
 
 def _readable(entry: Mapping[str, Any]) -> str:
-    arguments = entry["init_args"]
-    inner = "..." if arguments is None else ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     calls = "" if entry["calls"] is None else f" calls={entry['calls']}"
     tied = "" if entry["tied"] is None else f" tied to {entry['tied']}"
-    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({inner}){calls}{tied}"
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''}){calls}{tied}"
 
 
 def arguments_of(make: Any) -> dict[str, Any] | None:
@@ -89,8 +86,5 @@ def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(plan, list) or not all(
         isinstance(entry, Mapping) and _FIELDS <= set(entry) and entry["operation"] in _OPERATIONS for entry in plan
     ):
-        raise ValueError(
-            f"checkpoint[{KEY!r}] holds no plan of a surgery: it must be {{'surgery': [entry, ...]}} with the fields "
-            f"{', '.join(sorted(_FIELDS))}"
-        )
+        raise ValueError(f"checkpoint[{KEY!r}] holds no plan of a surgery; entries have the fields {sorted(_FIELDS)}")
     return list(plan)

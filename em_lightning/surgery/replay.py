@@ -50,10 +50,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make 
         cls: Any = import_class(entry["class_path"], nn.Module)  # a foreign plan must not call anything but modules
         make = functools.partial(cls, **entry["init_args"])
     if make is None:
-        raise ValueError(
-            f"{path!r} holds a {entry['class_path']} whose arguments the checkpoint does not store: pass make=, the "
-            f"function of the old module that builds it"
-        )
+        raise ValueError(f"{path!r} holds a {entry['class_path']} of unknown arguments: pass make=, which builds it")
     if entry["operation"] == "functional":
         swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
         return
