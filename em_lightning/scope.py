@@ -20,27 +20,25 @@ from em_lightning.activations.competitive import SparseminActivation
 from em_lightning.competition import Competition, Entmin, Hardmin, Sparsemin
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
-from em_lightning.surgery import walk, wrap
+from em_lightning.surgery import undo_all, walk, wrap
 
-aten = torch.ops.aten
-_SOFTMAX = {
-    aten._softmax.default: "softmax",
-    aten._safe_softmax.default: "softmax",
-    aten._log_softmax.default: "log-softmax",
+_OPERATIONS = {
+    "softmax": "aten::_softmax aten::_safe_softmax",
+    "log-softmax": "aten::_log_softmax",
+    "logsumexp": "aten::logsumexp",
+    "cross-entropy": "aten::nll_loss_forward aten::nll_loss2d_forward",
+    "relu": "aten::relu aten::relu_",
+    "topk": "aten::topk",
+    "argmax": "aten::argmax",
 }
-_LIKELIHOOD = (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
-_HARD = {
-    aten.relu.default: "relu",
-    aten.relu_.default: "relu",
-    aten.topk.default: "topk",
-    aten.argmax.default: "argmax",
-}
+_OPERATION_OF = {name: operation for operation, names in _OPERATIONS.items() for name in names.split()}
 _MEANING = {
     "E-step": "responsibilities of the components of a mixture",
     "attention": "posterior mean of the values over the keys",
     "cross-entropy": "dL/dz = r - onehot: the weights are prototypes of the classes",
 }
 _RELU = "elementwise, no normalization, hard zeros"
+_HARD = "hard selection: one takes all, the others get no gradient"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _SMOOTH = "elementwise: no normalization across units"
 _OTHERS = {
@@ -161,11 +159,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     fast_path = mha.get_fastpath_enabled()
-    undos = [
-        wrap(model, name, lambda *_, **__: None)
-        for name in ("log", "log_dict")
-        if callable(getattr(type(model), name, None))
-    ]
+    logs = [name for name in ("log", "log_dict") if callable(getattr(type(model), name, None))]
+    undos = [wrap(model, name, lambda *_, **__: None) for name in logs]
     model.eval()
     mha.set_fastpath_enabled(False)
     try:
@@ -173,14 +168,12 @@ def _restored(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         mha.set_fastpath_enabled(fast_path)
-        for undo in undos:
-            undo()
+        undo_all(undos)
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+            for name, value in buffers.items():
+                model.get_buffer(name).copy_(value)
 
 
 @dataclass
@@ -238,9 +231,8 @@ class _Recorder(TorchDispatchMode):
         while self.stack and self.stack.pop()[1] is not module:
             pass
         self.paused = True
-        if isinstance(module, (Competition, Activation)) and inputs and isinstance(inputs[0], Tensor):
-            if not self._inside(Activation):
-                self._check_posterior(path, module, inputs[0].detach(), inputs[1:], kwargs)
+        if isinstance(module, (Competition, Activation)) and inputs and not self._inside(Activation):
+            self._check_posterior(path, module, inputs[0].detach(), inputs[1:], kwargs)
         if isinstance(module, EMOperator) and isinstance(output, Mixture):
             self._check_e_step(path, module, inputs, kwargs, output)
         self.paused = False
@@ -252,18 +244,17 @@ class _Recorder(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if self.paused or self._inside(Competition, Activation, EMOperator):  # these are checked as a whole
             return output
-        if func in _SOFTMAX:
-            self._record_softmax(_SOFTMAX[func], args[0], args[1], output)
-        elif func is aten.logsumexp.default and len(args[1]) == 1:
-            self._record_softmax("logsumexp", args[0], args[1][0], output)
-        elif func in _LIKELIHOOD and self.log_softmax is not None:
-            logs, event = self.log_softmax
-            if args[0].data_ptr() == logs.data_ptr():
-                event.operation = "cross-entropy"
-        elif func in _HARD:
+        operation = _OPERATION_OF.get(func.name())
+        if operation == "cross-entropy":
+            if self.log_softmax is not None and args[0].data_ptr() == self.log_softmax[0].data_ptr():
+                self.log_softmax[1].operation = operation
+        elif operation in ("relu", "topk", "argmax"):
             path, module = self.stack[-1] if self.stack else ("", nn.Module())
-            reason = _RELU if _HARD[func] == "relu" else "hard selection: one takes all, the others get no gradient"
-            self._add(Finding(path, type(module).__name__, _HARD[func], reason=reason))
+            self._add(Finding(path, type(module).__name__, operation, reason=_RELU if operation == "relu" else _HARD))
+        elif operation is not None:
+            dims = args[1] if operation == "logsumexp" else [args[1]]
+            if len(dims) == 1:
+                self._record_softmax(operation, args[0], dims[0], output)
         return output
 
     def _add(self, finding: Finding) -> None:
@@ -316,11 +307,10 @@ class _Recorder(TorchDispatchMode):
             gradient = torch.autograd.grad(posterior.free_energy.sum(), energies, allow_unused=True)[0]
         used = posterior.responsibilities.detach().double()
         gradient = torch.full_like(used, math.nan) if gradient is None else gradient.double()
-        axis, where = kwargs.get("dim") or module.dim, ""
-        reason = "competition of the units"
+        axis = kwargs.get("dim") or module.dim
+        where, reason = f"axis {axis % used.ndim}", "competition of the units"
         if isinstance(module, Activation) and not module.competes:
             axis, where, reason = -1, "each unit", "hypotheses of each unit by itself: units do not compete"
-        where = where or f"axis {axis % used.ndim}"
         used, gradient = used.movedim(axis, -1), gradient.movedim(axis, -1)
         finding = _measured(path, module, type(module).__name__, used, gradient, where, reason)
         if isinstance(module, _SPARSE):

@@ -91,7 +91,7 @@ def test_monitor_refuses(tmp_path):
     with pytest.raises(ValueError, match="every_n_steps=0"):
         PosteriorMonitor("encoder.1", every_n_steps=0)
     with pytest.raises(ValueError, match="tap='middle'"):
-        PosteriorMonitor("encoder.1", tap="middle")
+        users.trainer(tmp_path, 1, [PosteriorMonitor("encoder.1", tap="middle")]).fit(users.MLP(), users.MLP.data())
     with pytest.raises(NoMatchError, match="where='decoder'"):
         users.trainer(tmp_path, 1, [PosteriorMonitor("decoder")]).fit(users.MLP(), users.MLP.data())
 

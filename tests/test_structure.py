@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     "_version",
     "files",
+    "checkpoints",
     "registry",
     "distributed",
     "kernels",
@@ -27,7 +28,6 @@ ORDER = [
     "mixture",
     "operators",
     "surgery",
-    "checkpoints",
     "scope",
     "metrics",
     "plots",
@@ -44,6 +44,7 @@ MAX_LINES = {"file": 400, "package without studies": 16_500, "package": 19_000}
 EXCEPTIONS = {
     "_dynamo": "torch documents torch._dynamo.reset and torch._dynamo.OptimizedModule, and has no public alias",
     "_generate_state_key": "Lightning documents it for the state_key of a callback",
+    "_python_dispatch": "torch has no public name for TorchDispatchMode, which sees the operations below autograd",
     "_orig_mod": "the name of the wrapped module in paths and state dicts of compiled modules",
 }
 # Names with an underscore that the standard library documents: of named tuples, and os._exit.

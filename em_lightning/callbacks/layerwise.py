@@ -51,10 +51,9 @@ class LayerwiseEMLoss(Callback):
         every: int = 1,
         ratio: float = 0.1,
         auto_every: int = 10,
-        momentum: float = 0.9,
     ) -> None:
-        options: dict[str, Any] = {"schedule": schedule, "warmup": warmup, "dim": dim, "every": every, "ratio": ratio}
-        options.update(loss=loss, tap=tap, auto_every=auto_every, momentum=momentum)
+        options: dict[str, Any] = {"loss": loss, "tap": tap, "schedule": schedule, "warmup": warmup, "dim": dim}
+        options.update(every=every, ratio=ratio, auto_every=auto_every)
         for one in weight.values() if isinstance(weight, dict) else [weight]:  # check the arguments now
             LayerwiseLoss(nn.Sequential(nn.Identity()), "*", weight=one, **options).remove()
         self.where = where
@@ -80,7 +79,7 @@ class LayerwiseEMLoss(Callback):
             losses.step = trainer.global_step
             total = losses.add_to(loss, all_layers=automatic)
             values = {f"em/{name}": value for name, value in losses.values.items()}
-            pl_module.log_dict(values, batch_size=losses.num_items)
+            pl_module.log_dict(values, batch_size=1)
             return total
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -106,25 +105,18 @@ class LayerwiseEMLoss(Callback):
         return self._state if self.losses is None else self.losses.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of automatic weights, if necessary when the fit starts."""
+        """Keep the state of automatic weights until the fit starts."""
         self._state = dict(state_dict)
-        if self.losses is not None:
-            self.losses.load_state_dict(self._state)
 
-    def _remove(self) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
+        """Remove hooks and wrappers."""
         if self.losses is not None:
             self._state = self.losses.state_dict()
             self.losses.remove()
             self.losses = None
         undo_all(self._undos)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Remove hooks and wrappers."""
-        self._remove()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove hooks and wrappers: Lightning calls no teardown after an exception."""
-        self._remove()
+    on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception
 
 
 def _recording(losses: LayerwiseLoss, on: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

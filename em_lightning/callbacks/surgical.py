@@ -24,6 +24,7 @@ from em_lightning.surgery import (
     undo_all,
     wrap,
 )
+from em_lightning.surgery.select import described
 
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
@@ -35,13 +36,23 @@ class SurgicalCallback(Callback):
     remains after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its
     plan and do not load into a model without it.
 
+    Args:
+        **settings: what the subclass does where; callbacks with different settings have different state keys.
+
     Attributes:
         surgery: the surgery; None before the first run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
         self.surgery: Surgery | None = None
         self._undos: list[Callable[[], Any]] = []
+
+    @property
+    def state_key(self) -> str:
+        """The class and the settings."""
+        settings = ", ".join(f"{name}={described(value)}" for name, value in self.settings.items())
+        return f"{type(self).__qualname__}({settings})"
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
         """Extend the surgery by what the model holds so far; raise NoMatchError if nothing matches."""
@@ -49,13 +60,10 @@ class SurgicalCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Operate, unless an earlier run with the same settings has done so."""
-        before = trainer.callbacks[: trainer.callbacks.index(self)]
-        for callback in before:
+        for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
             if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
-                raise ValueError(
-                    f"{type(callback).__name__} precedes {type(self).__name__} in callbacks and copies the model "
-                    f"before it is operated: put {type(self).__name__} first"
-                )
+                averaging, own = type(callback).__name__, type(self).__name__
+                raise ValueError(f"{averaging} copies the model before its surgery: put {own} before it in callbacks")
         if any(entry["by"] == self.state_key for entry in recorded_plan(pl_module)):
             return
         self.surgery = Surgery(pl_module, by=self.state_key)
@@ -96,13 +104,11 @@ class SurgicalCallback(Callback):
                 f"em_lightning.surgery before the optimizer is built"
             )
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Remove the wrappers of methods; the surgery remains."""
         undo_all(self._undos)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the wrappers of methods: Lightning calls no teardown after an exception."""
-        undo_all(self._undos)
+    on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception
 
 
 def _overrides(module: Any, name: str) -> bool:
@@ -142,21 +148,12 @@ class SwapActivations(SurgicalCallback):
         functional: bool = False,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.target = target
-        self.where = where
-        self.options: dict[str, Any] = {"dim": dim, "shared": shared, "calls": calls, "functional": functional}
-        self.options.update(arguments or {})
-
-    @property
-    def state_key(self) -> str:
-        """A key that differs between callbacks with different settings."""
-        return _state_key(self, activation=self.activation, target=self.target, where=self.where, **self.options)
+        options: dict[str, Any] = {"dim": dim, "shared": shared, "calls": calls, "functional": functional}
+        super().__init__(activation=activation, target=target, where=where, **options, **(arguments or {}))
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
         """Swap what matches."""
-        swap_activations(model, self.activation, self.target, self.where, into=surgery, **self.options)
+        swap_activations(model, into=surgery, **self.settings)
 
 
 class InsertEMOperator(SurgicalCallback):
@@ -191,19 +188,12 @@ class InsertEMOperator(SurgicalCallback):
         calls: Calls = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.where = where
-        self.options: dict[str, Any] = {"num_components": num_components, "target": target, "dim": dim}
-        self.options.update(num_features=num_features, shared=shared, calls=calls, **(arguments or {}))
-
-    @property
-    def state_key(self) -> str:
-        """A key that differs between callbacks with different settings."""
-        return _state_key(self, where=self.where, **self.options)
+        options: dict[str, Any] = {"target": target, "num_features": num_features, "dim": dim, "shared": shared}
+        super().__init__(where=where, num_components=num_components, calls=calls, **options, **(arguments or {}))
 
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
         """Insert where it matches."""
-        insert_em_operators(model, self.where, into=surgery, **self.options)
+        insert_em_operators(model, into=surgery, **self.settings)
 
 
 class RestoreSurgery(SurgicalCallback):
@@ -246,15 +236,3 @@ class RestoreSurgery(SurgicalCallback):
     def operate(self, model: nn.Module, surgery: Surgery) -> None:
         """Apply the entries of the plan that the model holds so far."""
         apply_plan(model, self._plan, into=surgery)
-
-
-def _state_key(callback: Callback, **settings: Any) -> str:
-    return f"{type(callback).__qualname__}({', '.join(f'{key}={_named(value)}' for key, value in settings.items())})"
-
-
-def _named(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(_named(one) for one in value)
-    if isinstance(value, nn.Module):
-        return type(value).__name__
-    return getattr(value, "__qualname__", None) or str(value)

@@ -45,7 +45,7 @@ class TemperatureSchedule(Callback):
         where: Any = "*",
     ) -> None:
         for name, value in (("start", start), ("end", end)):
-            if not (value > 0 and math.isfinite(value)):
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r} must be a positive number")
         if not (isinstance(steps, int) and steps >= 1):
             raise ValueError(f"steps={steps!r} must be an int of at least 1")

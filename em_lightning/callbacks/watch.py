@@ -81,8 +81,6 @@ class PosteriorMonitor(Callback):
     ) -> None:
         if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
-        if tap not in ("output", "input"):
-            raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
         self.where = where
         self.target = target
         self.tap = tap
@@ -113,9 +111,7 @@ class PosteriorMonitor(Callback):
 
     @torch.no_grad()
     def _update(self) -> None:
-        if self._taps is None:
-            return
-        for path, tensors in self._taps.take().items():
+        for path, tensors in self._taps.take().items() if self._taps else ():
             for tensor in tensors:
                 self._metrics[path].update(tensor.detach())
                 self._last[path] = tensor.detach().movedim(self._dims[path], -1)
@@ -154,17 +150,11 @@ class PosteriorMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the set."""
-        self._report(trainer, pl_module, "em_val")
+        self._report(trainer, pl_module, "em_test" if trainer.testing else "em_val")
 
-    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start to collect."""
-        self._start(pl_module)
-
+    on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
-
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the set."""
-        self._report(trainer, pl_module, "em_test")
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Remove the hooks: Lightning calls no teardown after an exception."""

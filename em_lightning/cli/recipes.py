@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from em_lightning.cli.recipe import Recipe
 
-_MAX_BYTES = 2**20
-
 
 def folder_of(name: str) -> Path:
     """Return the folder ``recipes`` or ``configs``: inside the package in a wheel, beside it in a checkout."""
@@ -56,11 +54,9 @@ def find_config(script: Path, config: str) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; ValueError if it is too large, or is not a mapping of plain values."""
+    """Return the mapping in a YAML file; ValueError if it is not a mapping of plain values."""
     import yaml
 
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path} must have at most {_MAX_BYTES} bytes, got {path.stat().st_size}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -81,9 +77,9 @@ def copy(name: str, folder: Path) -> list[Path]:
     config = config_of(script)
     targets = {script: folder / script.name, config: folder / config.name}
     targets |= {path: folder / script.stem / path.name for path in variants_of(script).values()}
-    for target in targets.values():
-        if target.exists():
-            raise ValueError(f"{target} exists; give another folder: em-lightning cp {name} FOLDER")
+    taken = [str(target) for target in targets.values() if target.exists()]
+    if taken:
+        raise ValueError(f"{', '.join(taken)} exists; give another folder: em-lightning cp {name} FOLDER")
     for source, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text(encoding="utf-8")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import zlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -14,26 +13,30 @@ import torch
 from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, undo_all, wrap
-from em_lightning.surgery.record import arguments_of, record_plan, recorded_plan
-from em_lightning.surgery.select import Site, Where, check_operable, find_modules, walk
-from em_lightning.surgery.wrappers import CallCounter, CallSites, Inserted, mark
+from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
+from em_lightning.surgery.select import Site, Where, check_operable, find_modules
+from em_lightning.surgery.wrappers import MARKER, CallCounter, CallSites, Inserted
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | Mapping[str, Any] | None
-Shared = Literal["separate", "together", "refuse"]
+Shared = Literal["separate", "together"]
 _BEFORE = "_em_before"  # attribute of a module whose change was undone while another module stood in its place
 
 
 class Change(NamedTuple):
     """One operated site: ``parent.<name>`` held ``old`` and now holds ``new``."""
 
-    path: str
-    operation: str  # "replace", "insert_after" or "functional"
     parent: nn.Module
     name: str
     old: Any  # a module or a function
     new: nn.Module
     added: list[nn.Module]  # the modules that were built for the site
+    entry: dict[str, Any]  # of the plan
+
+    @property
+    def path(self) -> str:
+        """The site's dotted name from the root."""
+        return self.entry["path"]
 
 
 class Surgery:
@@ -52,7 +55,6 @@ class Surgery:
         self.by = by
         self.changes: list[Change] = []
         self.undos: list[Undo] = []
-        self._entries: list[dict[str, Any]] = []
 
     @property
     def report(self) -> str:
@@ -61,7 +63,7 @@ class Surgery:
         for change in self.changes:
             before = getattr(change.old, "__name__", type(change.old).__name__)
             after = " + ".join(dict.fromkeys(type(module).__name__ for module in change.added))
-            if change.operation == "insert_after":
+            if change.entry["operation"] == "insert_after":
                 after = f"{before} -> {after}"
             parameters = sum(p.numel() for module in change.added for p in module.parameters())
             rows.append((change.path, before, after, str(parameters)))
@@ -81,19 +83,14 @@ class Surgery:
         """Return the sites that match, as :func:`find_modules` does, without those that this surgery has operated."""
         return [site for site in find_modules(self.model, where, target) if not self.has_operated(site)]
 
-    def record(self, entry: dict[str, Any]) -> None:
-        """Add an entry to the model's plan."""
-        self._entries.append(entry)
-        record_plan(self.model, [*recorded_plan(self.model), entry])
-
     def undo(self) -> None:
         """Restore the model; several surgeries on one model can be undone in any order."""
         for change in reversed(self.changes):
             _put_back(self.model, change)
         undo_all(self.undos)
-        own = {id(entry) for entry in self._entries}
+        own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
-        self.changes, self._entries = [], []
+        self.changes = []
 
     def __len__(self) -> int:
         return len(self.changes)
@@ -117,8 +114,9 @@ def replace_modules(
 ) -> Surgery:
     """Replace each selected module by a new one.
 
-    The new module takes over the hooks, device, dtype and mode of the old one. It is built with a random seed derived
-    from its path, so that the user's random stream does not change and all ranks build the same module.
+    The new module takes over the hooks, device, dtype and mode of the old one; hooks that it gets later end with the
+    undo. It is built with a random seed derived from its path, so that the user's random stream does not change and all
+    ranks build the same module.
 
     Args:
         model: any module; in Lightning the LightningModule itself, so that its checkpoints store the plan.
@@ -126,8 +124,7 @@ def replace_modules(
         make: a class or a ``functools.partial`` of one (built for each site), a module (copied for each site), or a
             function of the old module that returns the new one.
         target: a second selection, which must match as well.
-        shared: one instance under several names becomes one module per name ("separate"; hooks that are added to
-            these end with the undo), one module for all names ("together"), or an error ("refuse").
+        shared: one instance under several names becomes one module per name ("separate") or one for all ("together").
         calls: for a module that is called several times in one forward of its parent, such as a ResNet's reused
             ``self.relu``. An int builds one operator per call; "any" shares one operator; a mapping from name patterns
             gives either per site. By default a second call raises if the new module has parameters.
@@ -135,8 +132,8 @@ def replace_modules(
 
     Raises:
         NoMatchError: nothing matches.
-        ValueError: a site cannot be operated: part of a ScriptModule or nn.MultiheadAttention, or ``shared="refuse"``.
-        TypeError: ``make`` returned no module.
+        ValueError: a site cannot be operated: part of a ScriptModule or nn.MultiheadAttention.
+        TypeError: ``make`` returned no new module.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -149,8 +146,7 @@ def replace_modules(
         ReLU()
     """
     surgery = Surgery(model) if into is None else into
-    sites = surgery.find(where, target)
-    return operate(surgery, "replace", sites, [make] * len(sites), calls, shared)
+    return operate(surgery, "replace", surgery.find(where, target), lambda _: make, calls, shared)
 
 
 def insert_after(
@@ -177,49 +173,47 @@ def insert_after(
         Linear(in_features=2, out_features=3, bias=True)
     """
     surgery = Surgery(model) if into is None else into
-    sites = surgery.find(where, target)
-    return operate(surgery, "insert_after", sites, [make] * len(sites), calls, shared)
+    return operate(surgery, "insert_after", surgery.find(where, target), lambda _: make, calls, shared)
 
 
 def operate(
     surgery: Surgery,
     operation: Literal["replace", "insert_after", "functional"],
     sites: list[Site],
-    makes: Sequence[Make],
+    make_at: Callable[[Site], Make],
     calls: Calls = None,
     shared: Shared = "separate",
 ) -> Surgery:
-    """Operate on given sites, with a ``make`` for each: the common part of :func:`replace_modules` and its siblings."""
-    if shared not in ("separate", "together", "refuse"):
-        raise ValueError(f"shared={shared!r} must be 'separate', 'together' or 'refuse'")
+    """Operate on given sites, with the ``make`` of each: the common part of all surgeries."""
+    if shared not in ("separate", "together"):
+        raise ValueError(f"shared={shared!r} must be 'separate' or 'together'")
     names: dict[int, list[str]] = {}
     for site in sites:
         check_operable(site)
         names.setdefault(id(site.module), []).append(site.path)
-    several = next((paths for paths in names.values() if len(paths) > 1), None)
-    if shared == "refuse" and several is not None:
-        raise ValueError(f"{' and '.join(several)} are one instance, which shared='refuse' does not allow")
-    places = Counter(id(site.module) for site in walk(surgery.model))
-    built: dict[int, Change] = {}
-    for site, make in zip(sites, makes, strict=True):
-        number = _calls_at(site.path, calls)
-        known = built.get(id(site.module)) if shared == "together" else None
-        if known is not None:
-            new, added = known.new, known.added
-        else:
-            new, added = _new_module(surgery, operation, site, make, number, shared == "together")
-            if operation == "replace":
-                taken = len(names[id(site.module)]) if shared == "together" else 1
-                surgery.undos += carry_hooks(site.module, new, replaced=places[id(site.module)] <= taken)
+    if not surgery.changes:
+        surgery.undos += keep_in_checkpoints(surgery.model)
+    tie = shared == "together"
+    built: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
+    for site in sites:
+        make, number = make_at(site), _calls_at(site.path, calls)
+        if not tie or id(site.module) not in built:
+            built[id(site.module)] = _new_module(surgery, operation, site, make, number, tie)
+        new, added = built[id(site.module)]
         surgery.undos += disable_fast_path(site)
         setattr(site.parent, site.name, new)
-        change = Change(site.path, operation, site.parent, site.name, site.function or site.module, new, added)
-        surgery.changes.append(change)
-        built[id(site.module)] = change
         cls = type(added[0])
-        entry = {"operation": operation, "path": site.path, "class_path": f"{cls.__module__}.{cls.__qualname__}"}
-        tied = names[id(site.module)][0] if shared == "together" else None
-        surgery.record({**entry, "init_args": arguments_of(make), "calls": number, "tied": tied, "by": surgery.by})
+        entry = {
+            "operation": operation,
+            "path": site.path,
+            "class_path": f"{cls.__module__}.{cls.__qualname__}",
+            "init_args": arguments_of(make),
+            "calls": number,
+            "tied": names[id(site.module)][0] if tie else None,
+            "by": surgery.by,
+        }
+        record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
+        surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry))
     return surgery
 
 
@@ -232,21 +226,25 @@ def _calls_at(path: str, calls: Calls) -> int | str | None:
 
 
 def _new_module(
-    surgery: Surgery, operation: str, site: Site, make: Make, calls: int | str | None, together: bool
+    surgery: Surgery, operation: str, site: Site, make: Make, calls: int | str | None, tie: bool
 ) -> tuple[nn.Module, list[nn.Module]]:
     """Build the module for a site, and return it with the operators in it."""
     added = [_build(site, make, index) for index in range(calls if isinstance(calls, int) else 1)]
     counter = CallCounter(site.path, len(added))
     guarded = len(added) == 1 and calls != "any" and any(True for _ in added[0].parameters())
-    if not together and (guarded or len(added) > 1):
+    if not tie and (guarded or len(added) > 1):
         callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
         surgery.undos.append(wrap(callers[-1], "forward", counter.around))
-    if not together and guarded:
+    if not tie and guarded:
         surgery.undos.append(added[0].register_forward_pre_hook(counter.guard).remove)
     new = CallSites(added, counter) if len(added) > 1 else added[0]
     if operation == "insert_after":
         new = Inserted(site.module, new)
-    new.training = _mode_at(site)
+    elif operation == "replace":
+        carry_hooks(site.module, new)
+    kept = set(site.module.modules())  # a new module may contain the old one
+    for inner in set(new.modules()) - kept:
+        inner.training = (site.parent if site.function else site.module).training
     return new, added
 
 
@@ -260,26 +258,16 @@ def _build(site: Site, make: Make, index: int) -> nn.Module:
             module = make()
         else:
             module = make(site.module)
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"make returned {module!r} for {site.path!r}; it must return an nn.Module")
-    if module is site.module:
-        raise ValueError(f"make returned the module that is at {site.path!r} already; it must return a new one")
+    if not isinstance(module, nn.Module) or module is site.module:
+        raise TypeError(f"make returned {module!r} for {site.path!r}; it must return a new nn.Module")
+    module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))  # a key even of modules without parameters
     for neighbour in (site.module, *reversed(site.ancestors)):
         like = next((t for t in (*neighbour.parameters(), *neighbour.buffers()) if t.is_floating_point()), None)
         if like is not None:
             module.to(device=like.device, dtype=like.dtype)
             break
-    kept = {id(inner) for inner in site.module.modules()}  # a new module may contain the old one
-    for inner in module.modules():
-        if id(inner) not in kept:
-            inner.training = _mode_at(site)
-    mark(module)
     vars(module).pop(_BEFORE, None)
     return module
-
-
-def _mode_at(site: Site) -> bool:
-    return (site.module if site.function is None else site.parent).training
 
 
 def _put_back(model: nn.Module, change: Change) -> None:
@@ -293,7 +281,7 @@ def _put_back(model: nn.Module, change: Change) -> None:
     for parent, name in places:
         if not isinstance(old, nn.Module):
             delattr(parent, name)
-        if change.operation != "functional":
+        if change.entry["operation"] != "functional":
             setattr(parent, name, old)
     if not places:
         vars(new)[_BEFORE] = old

@@ -13,9 +13,8 @@ from torch import nn
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.operators import EMRefinement
-from em_lightning.registry import import_class
 from em_lightning.surgery.edit import Calls, Make, Shared, Surgery, operate
-from em_lightning.surgery.functional import calls_relu, swap_relu_calls
+from em_lightning.surgery.functional import swap_relu_calls
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, units_of
 
 
@@ -45,10 +44,10 @@ def swap_activations(
         dim: the axis of the units; "auto" takes 1 behind convolutions and their norms, else the last.
         shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
+        into: a surgery to extend; by default a new one.
         functional: also replace ``relu`` where the forward of a module that ``where`` selects calls it as a function,
             see :func:`swap_relu_calls`. "auto" then takes axis 1 of tensors with as many axes as the feature maps of
             the module's convolutions, else the last.
-        into: a surgery to extend; by default a new one.
         **arguments: of the activation, such as ``margin=2.0``.
 
     Raises:
@@ -73,11 +72,9 @@ def swap_activations(
         sites = surgery.find(where, target)
     except NoMatchError as error:
         if not functional:
-            called = any(calls_relu(module) for module in model.modules())
-            hint = "; some forwards call relu as a function: set functional=True to swap it" if called else ""
-            raise NoMatchError(f"{error}{hint}") from None
+            raise NoMatchError(f"{error}; relu called as a function is swapped with functional=True") from None
         return swap_relu_calls(model, where, make, calls=calls, into=surgery)
-    operate(surgery, "replace", sites, [make_at(site) for site in sites], calls, shared)
+    operate(surgery, "replace", sites, make_at, calls, shared)
     if functional:
         with contextlib.suppress(NoMatchError):
             swap_relu_calls(model, where, make, calls=calls, into=surgery)
@@ -89,23 +86,13 @@ def _activation(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]
     if isinstance(spec, nn.Module):
         if arguments or dim != "auto":
             raise TypeError(
-                f"activation={type(spec).__name__} is an instance and takes neither dim= nor further arguments; give "
-                f"its key or class instead"
+                f"activation={type(spec).__name__} is an instance, which takes neither dim= nor further arguments"
             )
         return spec
-    given: dict[str, Any] = {"name": spec} if isinstance(spec, str) else {}
-    if isinstance(spec, Mapping):
-        given = dict(spec)
-    if isinstance(spec, type):
-        cls: Any = spec
-    elif "class_path" in given:
-        cls, given = import_class(given["class_path"], nn.Module), dict(given.get("init_args") or {})
-    elif "name" in given:
-        cls = ACTIVATIONS[given.pop("name")]
-    else:
-        raise TypeError(
-            f"activation={spec!r} must be a key ({', '.join(ACTIVATIONS)}), a class, a mapping with 'name', or a module"
-        )
+    if not isinstance(spec, (str, type, Mapping)):
+        raise TypeError(f"activation={spec!r} must be a key, class, mapping or instance of {', '.join(ACTIVATIONS)}")
+    cls: Any
+    cls, given = ACTIVATIONS.resolve(spec)
     given = {**arguments, **given}
     if dim != "auto" and _takes_dim(cls):
         given.setdefault("dim", dim)
@@ -166,8 +153,7 @@ def insert_em_operators(
         given = {"num_components": num_components, "num_features": features, "dim": axis, **arguments}
         return functools.partial(EMRefinement, **given)
 
-    sites = surgery.find(where, target)
-    return operate(surgery, "insert_after", sites, [make_at(site) for site in sites], calls, shared)
+    return operate(surgery, "insert_after", surgery.find(where, target), make_at, calls, shared)
 
 
 def set_temperature(model: nn.Module, temperature: float, where: Where = "*") -> dict[str, Tempered]:

@@ -83,7 +83,7 @@ def swap_relu_calls(
         for site in (root, *walk(model))
         if site.function is None
         and not surgery.has_operated(site)
-        and calls_relu(site.module)
+        and _calls_relu(site.module)
         and not hasattr(site.module, NAME)
         and any(matches(site, entry) for entry in entries)
     ]
@@ -91,12 +91,11 @@ def swap_relu_calls(
         raise NoMatchError(
             f"where={described(where)} matches no module whose forward calls relu; the model holds {contents(model)}"
         )
-    operate(surgery, "functional", sites, [make] * len(sites), calls)
+    operate(surgery, "functional", sites, lambda _: make, calls)
     for site in sites:
         kinds = [type(one) for one in site.parent.modules()]
         dims = frozenset(dims for dims, maps in MAPS.items() if any(issubclass(kind, maps) for kind in kinds))
-        around = functools.partial(_with_operator, site.parent, dims)
-        surgery.undos.append(wrap(site.parent, "forward", around))
+        surgery.undos.append(wrap(site.parent, "forward", functools.partial(_with_operator, site.parent, dims)))
     return surgery
 
 
@@ -107,7 +106,6 @@ def _with_operator(
         return proceed(*args, **kwargs)
 
 
-def calls_relu(module: nn.Module) -> bool:
-    """Return whether the forward of a module mentions ``relu``; modules of torch.nn count as not."""
+def _calls_relu(module: nn.Module) -> bool:
     names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
     return not type(module).__module__.startswith("torch.nn.") and ("relu" in names or "relu_" in names)

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from em_lightning.surgery.select import NoMatchError, Site, Where, check_operable, contents, described, find_modules
+from em_lightning.surgery.select import NoMatchError, Site, Where, check_operable, described, find_modules
 
 Link = Callable[..., Any]
 Undo = Callable[[], Any]
@@ -27,7 +26,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_FLAGS = "_em_fast_path"  # attribute of a transformer layer with the values of its flag before each operation
 
 
 class Chain:
@@ -50,14 +48,10 @@ class Chain:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the outermost wrapper."""
-        return self._call(len(self.links), args, kwargs)
-
-    def _call(self, depth: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if depth > 0:
-            return self.links[depth - 1](lambda *a, **k: self._call(depth - 1, a, k), *args, **kwargs)
-        if self.previous is not None:
-            return self.previous(*args, **kwargs)
-        return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)  # torch.compile cannot trace super()
+        proceed = self.previous or functools.partial(getattr(type(self.owner), self.name), self.owner)
+        for link in self.links:
+            proceed = functools.partial(link, proceed)
+        return proceed(*args, **kwargs)
 
     def remove(self, link: Link) -> None:
         """Remove a wrapper; with the last one the original method returns. A second call does nothing."""
@@ -99,31 +93,13 @@ def undo_all(undos: list[Undo]) -> None:
         undos.pop()()
 
 
-def carry_hooks(old: nn.Module, new: nn.Module, replaced: bool) -> list[Undo]:
-    """Let the hooks of a module fire for the module that replaces it, and return the undo functions.
-
-    Args:
-        old: the module with the hooks.
-        new: its replacement, whose own hooks stay.
-        replaced: whether ``new`` takes all places of ``old``. Then both share their dictionaries, so that hooks can be
-            added and removed before and after an undo. Else ``new`` gets dictionaries of its own, in which each hook of
-            ``old`` is called as long as it is registered there.
-    """
-    undos: list[Undo] = []
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let the hooks of a module also fire for the module that replaces it, until they are removed."""
     for name in _HOOKS:
-        own, kept = getattr(new, name), getattr(old, name)
-        if replaced:
-            kept.update(own)
-            setattr(new, name, kept)
-            undos += [functools.partial(kept.pop, key, None) for key in own]
-        else:
-            later = dict(own)
-            own.clear()
-            for key, hook in kept.items():
-                own[key] = functools.partial(_call_registered, kept, key) if callable(hook) else hook
-            own.update(later)
+        hooks = getattr(old, name)
+        for key, hook in hooks.items():
+            getattr(new, name)[key] = functools.partial(_call_registered, hooks, key) if callable(hook) else hook
     new._is_full_backward_hook = old._is_full_backward_hook
-    return undos
 
 
 def _call_registered(hooks: dict[int, Any], key: int, *args: Any, **kwargs: Any) -> Any:
@@ -131,28 +107,23 @@ def _call_registered(hooks: dict[int, Any], key: int, *args: Any, **kwargs: Any)
 
 
 def disable_fast_path(site: Site) -> list[Undo]:
-    """Disable the fused inference of the transformer layers around a site, and return the undo functions.
-
-    The fused kernels ignore a replaced activation and fire no hooks.
-    """
-    undos: list[Undo] = []
-    for module in (*site.ancestors, site.module):
-        for kind, flag in (
-            (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
-            (nn.TransformerEncoder, "use_nested_tensor"),
-        ):
-            if isinstance(module, kind):
-                vars(module).setdefault(_FLAGS, []).append(getattr(module, flag))  # the first is the original value
-                setattr(module, flag, False)
-                undos.append(functools.partial(_restore_flag, module, flag))
-    return undos
+    """Disable the fused inference of the transformer layers around a site, and return the undo functions."""
+    flags = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+    return [
+        wrap(module, "forward", functools.partial(_with_flag_off, module, flag))
+        for module in (*site.ancestors, site.module)
+        for kind, flag in flags.items()
+        if isinstance(module, kind)
+    ]
 
 
-def _restore_flag(module: nn.Module, flag: str) -> None:
-    values = vars(module)[_FLAGS]
-    setattr(module, flag, values.pop())
-    if not values:
-        delattr(module, _FLAGS)
+def _with_flag_off(module: nn.Module, flag: str, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before = getattr(module, flag)
+    setattr(module, flag, False)  # the fused kernels ignore a replaced activation and fire no hooks
+    try:
+        return proceed(*args, **kwargs)
+    finally:
+        setattr(module, flag, before)
 
 
 class Taps:
@@ -188,39 +159,31 @@ class Taps:
         self.recording = True
         self.captured: list[tuple[str, Tensor, int]] = []
         self._undos: list[Undo] = []
-        unique: dict[int, Site] = {}
+        self.sites: list[Site] = []
         for site in find_modules(model, where, target):
-            if site.function is None:
-                unique.setdefault(id(site.module), site)
-        self.sites = list(unique.values())
-        if not self.sites:
-            where = described(where)
-            raise NoMatchError(
-                f"where={where} matches only functions, which have no hooks; the model holds {contents(model)}"
-            )
-        for site in self.sites:
             check_operable(site)
+            if site.function is None and not any(site.module is known.module for known in self.sites):
+                self.sites.append(site)
+        if not self.sites:
+            raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
 
     def attach(self) -> None:
-        """Register the hooks; those of an earlier call are removed first."""
-        self.remove()
+        """Register the hooks."""
         for site in self.sites:
-            self._undos += disable_fast_path(site)
-            self._undos.append(self._register(site.module, site.path).remove)
+            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
 
     def remove(self) -> None:
         """Remove the hooks and what they captured."""
         undo_all(self._undos)
         self.captured = []
 
-    def _register(self, module: nn.Module, path: str) -> RemovableHandle:
+    def _register(self, module: nn.Module, path: str) -> Undo:
         # Functions, as deepcopy(model) copies bound methods with the captured tensors, which cannot be copied.
-        def capture_input(_: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
-            self._capture(path, inputs or tuple(kwargs.values()))
-
-        if self.tap == "input":
-            return module.register_forward_pre_hook(capture_input, with_kwargs=True)
-        return module.register_forward_hook(lambda _, inputs, output: self._capture(path, output))
+        if self.tap == "output":
+            return module.register_forward_hook(lambda _, inputs, output: self._capture(path, output)).remove
+        return module.register_forward_pre_hook(
+            lambda _, inputs, kwargs: self._capture(path, inputs or tuple(kwargs.values())), with_kwargs=True
+        ).remove
 
     def _capture(self, path: str, value: Any) -> None:
         if not self.recording:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from em_lightning.surgery.hooks import Taps
 from em_lightning.surgery.select import Where, units_of
 
 Weight = float | Literal["auto"]
+_MOMENTUM = 0.9  # of the averages of weight="auto"
 
 
 class LayerwiseLoss:
@@ -45,7 +46,6 @@ class LayerwiseLoss:
         every: add the loss every ``every`` steps, times ``every``: the same gradient on average at lower cost.
         ratio: rho of ``weight="auto"``.
         auto_every: steps between two measurements of ``weight="auto"``.
-        momentum: of the averages of ``weight="auto"``.
 
     Attributes:
         step: the step, which :meth:`add_to` increases.
@@ -82,15 +82,12 @@ class LayerwiseLoss:
         every: int = 1,
         ratio: float = 0.1,
         auto_every: int = 10,
-        momentum: float = 0.9,
     ) -> None:
         for name, value, least in (("every", every, 1), ("auto_every", auto_every, 1), ("warmup", warmup, 0)):
             if not (isinstance(value, int) and value >= least):
                 raise ValueError(f"{name}={value!r} must be an int of at least {least}")
         if not ratio > 0:
             raise ValueError(f"ratio={ratio!r} must be positive")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum={momentum!r} must be in [0, 1)")
         self.taps = Taps(model, where, tap, target)
         self.dims = {site.path: units_of(site, dim)[1] for site in self.taps.sites}
         self.losses = {path: _build_loss(loss) for path in self.dims}
@@ -100,10 +97,8 @@ class LayerwiseLoss:
         self.every = every
         self.ratio = ratio
         self.auto_every = auto_every
-        self.momentum = momentum
         self.step = 0
         self.values: dict[str, Tensor] = {}
-        self.num_items = 1
         self._charged: set[str] = set()
         # path -> averages of the norms of both gradients, and the step of the next measurement
         self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
@@ -112,7 +107,7 @@ class LayerwiseLoss:
     def factor(self) -> float:
         """Return f at the current step."""
         factor = 1.0 if self.schedule is None else float(self.schedule(self.step))
-        if not (math.isfinite(factor) and factor >= 0):
+        if not 0 <= factor < math.inf:
             raise ValueError(f"schedule({self.step}) returned {factor}; it must return a finite factor of at least 0")
         if self.warmup:
             factor *= min(1.0, self.step / self.warmup)
@@ -197,14 +192,13 @@ class LayerwiseLoss:
             )
 
     def _check(self, captured: Mapping[str, list[Tensor]], loss: Tensor) -> None:
-        silent = [path for path in self.dims if path not in captured]
-        if silent:
-            raise RuntimeError(
-                f"the layer(s) {', '.join(silent)} fired no hook in this step, so their EM loss is lost: they were not "
-                f"called, or compiled and run before the hooks were set; exclude them through where="
-            )
-        for path, tensors in captured.items():
-            if loss.requires_grad and not any(tensor.requires_grad for tensor in tensors):
+        for path in self.dims:
+            if path not in captured:
+                raise RuntimeError(
+                    f"the layer {path!r} fired no hook in this step: it was not called, or compiled and run before the "
+                    f"hooks were set; exclude it through where="
+                )
+            if loss.requires_grad and not any(tensor.requires_grad for tensor in captured[path]):
                 raise RuntimeError(
                     f"the {self.taps.tap} of {path!r} carries no gradient: nothing before it is trained, or it was "
                     f"computed under no_grad, as re-entrant checkpointing does (set use_reentrant=False)"
@@ -218,7 +212,6 @@ class LayerwiseLoss:
         energies = units_last(tensors[0], dim)
         if len(tensors) > 1:
             energies = torch.cat([units_last(tensor, dim).flatten(0, -2) for tensor in tensors])
-        self.num_items = energies[..., 0].numel()
         with torch.autocast(energies.device.type, enabled=False):
             result = self.losses[path](energies.to(torch.promote_types(energies.dtype, torch.float32)))
         terms = result if isinstance(result, Mapping) else {"em": result}
@@ -233,15 +226,15 @@ class LayerwiseLoss:
         gradients = iter(torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True))
         for path in due:
             of_main = [next(gradients) for _ in captured[path]]
-            of_aux = torch.autograd.grad(aux[path], captured[path], retain_graph=True, allow_unused=True)
+            of_aux = torch.autograd.grad(aux[path], captured[path], retain_graph=True, materialize_grads=True)
             if all(gradient is None for gradient in of_main):
                 raise RuntimeError(
                     f"weight='auto' needs the gradient of the main loss at {path!r}, but the loss does not depend on "
                     f"it, or both lie in one compiled graph: give this layer a number as weight"
                 )
-            norms = global_sum(torch.stack([_square(of_main, loss), _square(of_aux, loss)])).sqrt().tolist()
+            norms = global_sum(torch.stack([_square(of_main), _square(of_aux)])).sqrt().tolist()
             pairs = zip(self.norms[path][:2], norms, strict=True)
-            averages = [self.momentum * average + (1 - self.momentum) * norm for average, norm in pairs]
+            averages = [_MOMENTUM * average + (1 - _MOMENTUM) * norm for average, norm in pairs]
             self.norms[path] = [*averages, self.step - 1 + self.auto_every]
 
 
@@ -257,18 +250,16 @@ def _graph_of(loss: Tensor) -> set[Any]:
     return nodes
 
 
-def _square(gradients: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
-    return torch.stack(squares).sum() if squares else torch.zeros((), device=like.device)
+def _square(gradients: Iterable[Tensor | None]) -> Tensor:
+    return torch.stack([gradient.float().square().sum() for gradient in gradients if gradient is not None]).sum()
 
 
 def _weights_of(paths: Iterable[str], weight: Weight | Mapping[str, Weight]) -> dict[str, Weight]:
     """Return the weight of each layer: that of the first pattern that matches it."""
-    patterns = dict(weight) if isinstance(weight, Mapping) else {"*": weight}
+    patterns = weight if isinstance(weight, Mapping) else {"*": weight}
     weights: dict[str, Weight] = {}
     for pattern, value in patterns.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-        if value != "auto" and not number:
+        if value != "auto" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise ValueError(f"weight={value!r} for {pattern!r} must be a positive number or 'auto'")
         matching = [path for path in paths if fnmatchcase(path, pattern)]
         weights = {**dict.fromkeys(matching, value), **weights}
@@ -288,10 +279,7 @@ def _build_loss(loss: Any) -> Callable[[Tensor], Any]:
     elif spec.get("name") == "em":
         built = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
     else:
-        try:
-            built = LOSSES.build(loss)
-        except ValueError as error:
-            raise ValueError(f"{error}; or 'em', the sum of the parts of EMLoss") from None
+        built = LOSSES.build(loss)
     if isinstance(built, nn.Module) and any(True for _ in built.parameters()):
         raise ValueError(
             f"loss={type(built).__name__} has parameters, which no optimizer would train: make it a part of the model"

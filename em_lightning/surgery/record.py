@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from em_lightning.surgery.hooks import undo_all, wrap
+from em_lightning.surgery.hooks import Undo, wrap
 
 KEY = "em_lightning"  # of the checkpoint dictionary
 _PLAN = "_em_surgery_plan"
-_UNDOS = "_em_surgery_undos"
 _FIELDS = {"operation", "path", "class_path", "init_args", "calls", "tied", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
 
@@ -24,18 +23,19 @@ def recorded_plan(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
-    """Set the plan of a model; a LightningModule then stores it in its checkpoints and compares it on loading."""
-    undo_all(vars(model).pop(_UNDOS, []))
-    vars(model).pop(_PLAN, None)
-    if not plan:
-        return
+    """Set the plan of a model."""
     vars(model)[_PLAN] = plan
+
+
+def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
+    """Let a LightningModule store its plan in its checkpoints and compare it on loading; return the undo functions."""
     # Not isinstance(model, LightningModule), as lightning and pytorch_lightning have one each.
-    if hasattr(model, "on_save_checkpoint") and hasattr(model, "on_load_checkpoint"):
-        vars(model)[_UNDOS] = [
-            wrap(model, "on_save_checkpoint", functools.partial(_save, model)),
-            wrap(model, "on_load_checkpoint", functools.partial(_compare, model)),
-        ]
+    if not hasattr(model, "on_save_checkpoint") or not hasattr(model, "on_load_checkpoint"):
+        return []
+    return [
+        wrap(model, "on_save_checkpoint", functools.partial(_save, model)),
+        wrap(model, "on_load_checkpoint", functools.partial(_compare, model)),
+    ]
 
 
 def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
@@ -47,22 +47,19 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
     stored = [_readable(entry) for entry in plan_in(checkpoint)]
     live = [_readable(entry) for entry in recorded_plan(model)]
     if sorted(stored) != sorted(live):
-        missing = [entry for entry in stored if entry not in live] or ["nothing"]
-        extra = [entry for entry in live if entry not in stored] or ["nothing"]
+        missing = "; ".join(entry for entry in stored if entry not in live) or "nothing"
+        extra = "; ".join(entry for entry in live if entry not in stored) or "nothing"
         raise ValueError(
-            f"the checkpoint was saved after another surgery: only in the checkpoint: {'; '.join(missing)}; only in "
-            f"the model: {'; '.join(extra)}. Use the callbacks of the run that saved it, or "
-            f"em_lightning.surgery.restore_surgery"
+            f"the checkpoint was saved after another surgery: only in the checkpoint: {missing}; only in the model: "
+            f"{extra}. Use the callbacks of the run that saved it, or em_lightning.surgery.restore_surgery"
         )
     return proceed(checkpoint)
 
 
 def _readable(entry: Mapping[str, Any]) -> str:
-    arguments = entry["init_args"]
-    inner = "..." if arguments is None else ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     calls = "" if entry["calls"] is None else f" calls={entry['calls']}"
     tied = "" if entry["tied"] is None else f" tied to {entry['tied']}"
-    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({inner}){calls}{tied}"
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''}){calls}{tied}"
 
 
 def arguments_of(make: Any) -> dict[str, Any] | None:
@@ -89,8 +86,5 @@ def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(plan, list) or not all(
         isinstance(entry, Mapping) and _FIELDS <= set(entry) and entry["operation"] in _OPERATIONS for entry in plan
     ):
-        raise ValueError(
-            f"checkpoint[{KEY!r}] holds no plan of a surgery: it must be {{'surgery': [entry, ...]}} with the fields "
-            f"{', '.join(sorted(_FIELDS))}"
-        )
+        raise ValueError(f"checkpoint[{KEY!r}] holds no plan of a surgery; entries have the fields {sorted(_FIELDS)}")
     return list(plan)

@@ -35,14 +35,12 @@ def apply_plan(
         ValueError: the plan cannot build a module and ``make`` is None.
     """
     surgery = Surgery(model) if into is None else into
-    by = surgery.by
     done = recorded_plan(model)
     for entry in plan:
         if entry in done or entry["tied"] not in (None, entry["path"]):  # tied modules are built at their first path
             continue
         surgery.by = entry["by"]
         _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
-    surgery.by = by
     return surgery
 
 
@@ -52,15 +50,12 @@ def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make 
         cls: Any = import_class(entry["class_path"], nn.Module)  # a foreign plan must not call anything but modules
         make = functools.partial(cls, **entry["init_args"])
     if make is None:
-        raise ValueError(
-            f"{path!r} holds a {entry['class_path']} whose arguments the checkpoint does not store: pass make=, the "
-            f"function of the old module that builds it"
-        )
+        raise ValueError(f"{path!r} holds a {entry['class_path']} of unknown arguments: pass make=, which builds it")
     if entry["operation"] == "functional":
         swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
         return
     sites = find_modules(surgery.model, tied or [path])
-    operate(surgery, entry["operation"], sites, [make] * len(sites), calls, "together" if tied else "separate")
+    operate(surgery, entry["operation"], sites, lambda _: make, calls, "together" if tied else "separate")
 
 
 def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:
@@ -95,17 +90,14 @@ def restore_surgery(
 
     Raises:
         ValueError: the checkpoint stores no plan, or is damaged.
-        TypeError: ``cls`` is no class.
     """
-    if not isinstance(cls, type):
-        raise TypeError(f"cls must be a class, got an instance of {type(cls).__name__}")
     plan = read_plan(path)
     if not plan:
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
 
     def on_load_checkpoint(model: Any, checkpoint: dict[str, Any]) -> None:
         apply_plan(model, plan, make)
-        cls.on_load_checkpoint(model, checkpoint)  # type: ignore[attr-defined]
+        cls.on_load_checkpoint(model, checkpoint)
 
     # load_from_checkpoint builds the model, calls this hook, then loads the weights.
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})

@@ -22,16 +22,13 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.elu: nn.ELU,
     F.leaky_relu: nn.LeakyReLU,
     torch.tanh: nn.Tanh,
-    F.tanh: nn.Tanh,
     torch.sigmoid: nn.Sigmoid,
-    F.sigmoid: nn.Sigmoid,
 }
 
 # Layers with channels on axis 1, by the number of axes of their feature maps.
 MAPS: dict[int, tuple[type[nn.Module], ...]] = {
-    3: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d),
-    4: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d),
-    5: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.InstanceNorm3d),
+    d + 2: tuple(getattr(nn, f"{kind}{d}d") for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm"))
+    for d in (1, 2, 3)
 }
 _CHANNELS_FIRST = (*(kind for kinds in MAPS.values() for kind in kinds), nn.SyncBatchNorm, nn.GroupNorm)
 
@@ -126,7 +123,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None) ->
         ['0', '2']
         >>> find_modules(net, "encoder.*")
         Traceback (most recent call last):
-        em_lightning.surgery.select.NoMatchError: nothing matches where='encoder.*'; the model holds Linear: 0, 2; ...
+        em_lightning.surgery.select.NoMatchError: nothing matches where='encoder.*' (strings are name ...
     """
     sites = list(walk(model))
     found: set[str] = set()
@@ -139,10 +136,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None) ->
                 found.add(outermost)
     if not found:
         wanted = f"where={described(where)}" + ("" if target is None else f" with target={described(target)}")
-        kinds = {type(site.module).__name__ for site in sites}
-        patterns = [one for one in (where, target) if isinstance(one, str) and one.removeprefix("nn.") in kinds]
-        hint = f" ({patterns[0]!r} is a name pattern; to select by class, give the class itself)" if patterns else ""
-        raise NoMatchError(f"nothing matches {wanted}{hint}; the model holds {contents(model)}")
+        raise NoMatchError(f"nothing matches {wanted} (strings are name patterns); the model holds {contents(model)}")
     return [site for site in sites if site.path in found]
 
 
@@ -157,13 +151,11 @@ def check_operable(site: Site) -> None:
     """Raise ValueError where PyTorch never calls the module at a site, so that a replacement or hook has no effect."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in (*site.ancestors, site.module)):
         raise ValueError(
-            f"{site.path!r} belongs to a ScriptModule, which cannot be changed: operate before torch.jit.script, or "
-            f"exclude it through where="
+            f"{site.path!r} belongs to a ScriptModule, which cannot be changed: operate before torch.jit.script"
         )
     if isinstance(site.parent, nn.MultiheadAttention):
         raise ValueError(
-            f"{site.path!r} lies inside nn.MultiheadAttention, which reads the weights of its {site.name} and never "
-            f"calls it: select the attention itself, or exclude this through where="
+            f"{site.path!r} lies inside nn.MultiheadAttention, which never calls its {site.name}: select the attention"
         )
 
 
@@ -189,23 +181,19 @@ def units_of(site: Site, dim: int | Literal["auto"] = "auto") -> tuple[int | Non
         site: the site.
         dim: the axis, if it is known.
     """
-    sized = [module for module in site.module.modules() if num_units(module) is not None]
-    if num_units(site.module) is not None:
-        sized = [site.module]
-    names = site.path.split(".")
-    for owner, name in zip(reversed(site.ancestors), reversed(names), strict=True):
+    sized = _sized([site.module]) if num_units(site.module) is None else [site.module]
+    for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
         if sized:
             break
-        before: list[nn.Module] = []
-        behind: list[nn.Module] = []
-        side = before
-        for key, child in owner._modules.items():  # by name, as the instance may have several
-            if key == name:
-                side = behind
-            elif child is not None:
-                side.extend(module for module in child.modules() if num_units(module) is not None)
-        sized = before or behind[:1]
-    width = num_units(sized[-1]) if sized else None
-    if dim != "auto":
-        return width, dim
-    return width, 1 if sized and isinstance(sized[-1], _CHANNELS_FIRST) else -1
+        children = dict(owner._modules)  # by name, as an instance may have several
+        position = list(children).index(name) if name in children else len(children)
+        before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
+        sized = _sized(before) or _sized(behind)[:1]
+    if dim == "auto":
+        dim = 1 if sized and isinstance(sized[-1], _CHANNELS_FIRST) else -1
+    return (num_units(sized[-1]) if sized else None), dim
+
+
+def _sized(modules: Sequence[nn.Module | None]) -> list[nn.Module]:
+    inner = [inner for module in modules if module is not None for inner in module.modules()]
+    return [module for module in inner if num_units(module) is not None]

@@ -5,25 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 MARKER = "em_surgery"  # a buffer whose key keeps an operated checkpoint from loading into a plain model
 
 
-def mark(module: nn.Module) -> None:
-    """Add the marker: one persistent byte, so that even a module without parameters has a key of its own."""
-    if not _is_marked(module):
-        module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))
-
-
-def _is_marked(module: nn.Module) -> bool:
-    return MARKER in dict(module.named_buffers(recurse=False))
-
-
 def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of the modules that surgery built in a model, by name."""
-    added = {id(p) for module in model.modules() if _is_marked(module) for p in module.parameters()}
+    added = {
+        id(p)
+        for module in model.modules()
+        if MARKER in dict(module.named_buffers(recurse=False))
+        for p in module.parameters()
+    }
     return {name: p for name, p in model.named_parameters() if id(p) in added and p.requires_grad}
 
 
@@ -70,7 +64,7 @@ class CallCounter:
         self.counting = False
 
     def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Wrap the owner's forward."""
+        """Wrapper of the owner's forward."""
         self.count, self.counting = 0, True
         output = proceed(*args, **kwargs)
         self.counting = False
