@@ -61,7 +61,7 @@ def main():
     weights = torch.full((len(x), COMPONENTS), 1 / COMPONENTS).log()
     start = Mixture(weights, x[:, :COMPONENTS].clone(), torch.eye(3).expand(len(x), COMPONENTS, 3, 3))
     operator = EMOperator(COMPONENTS, 3, num_iters=ITERATIONS, residual=False)
-    covariance = operator.covariance
+    covariance = operator.family
     with use_backend("reference"), torch.no_grad():
         fitted = operator(x.double(), init=start.to(torch.float64))
 

@@ -151,7 +151,8 @@ class EMOperator(SetOperator):
         pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, temperature)
         if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
             raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
-        self.covariance: Covariance = COVARIANCES[covariance] if rank is None else LowRankCovariance(rank)
+        self.covariance = covariance
+        self.family: Covariance = COVARIANCES[covariance] if rank is None else LowRankCovariance(rank)
         built = density_kernel(kernel)
         if not isinstance(built, EllipticalKernel):
             raise ValueError(
@@ -172,7 +173,7 @@ class EMOperator(SetOperator):
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
         self.temperature = (float(pair[0]), float(pair[1]))
-        self.correction = ResidualCorrection(num_features, self.covariance) if residual else None
+        self.correction = ResidualCorrection(num_features, self.family) if residual else None
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
@@ -231,7 +232,7 @@ class EMOperator(SetOperator):
     def _prepare(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
     ) -> _Sets:
-        covariance = covariance or self.covariance
+        covariance = covariance or self.family
         points = prepare(x, covariance.features, mask, weights)
         floor = points.floor(self.covariance_floor, self.relative_floor)
         counts = None
@@ -248,18 +249,18 @@ class EMOperator(SetOperator):
                 state, _ = self._exact_step(sets, state, 1.0)
             return self._objective(sets, state)
 
-        start = self.start(sets.given, sets.points, self.covariance, sets.floor, judge if choose else None)
+        start = self.start(sets.given, sets.points, self.family, sets.floor, judge if choose else None)
         return self._with_room(start)
 
     def _enter(self, sets: _Sets, mixture: Mixture) -> Parameters:
         given = covariance_of(mixture.covariances, mixture.means)
-        if given is not self.covariance and given.name != "full":
-            raise ValueError(f"init has {given.name} covariances and the operator {self.covariance.name}; convert one")
+        if given is not self.family and given.name != "full":
+            raise ValueError(f"init has {given.name} covariances and the operator {self.family.name}; convert one")
         shape = (len(sets.given.x), self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())
-        return self._with_room(state._replace(covariances=self.covariance.from_public(state.covariances)))
+        return self._with_room(state._replace(covariances=self.family.from_public(state.covariances)))
 
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
@@ -278,7 +279,7 @@ class EMOperator(SetOperator):
         points, competition = sets.points, self.competition
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
-        likelihood = self._likelihood(points, state, self.covariance)
+        likelihood = self._likelihood(points, state, self.family)
         softmin = isinstance(competition, Softmin)
 
         def respond(joint: Tensor) -> Tensor:
@@ -294,7 +295,7 @@ class EMOperator(SetOperator):
             couples_points=competition.couples_items,
             shared=tuple(competition.parameters()),
         )
-        after = m_step(statistics, self.covariance, sets.floor, state.covariances, sets.prior, self.background)
+        after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
         return after, self._with_prior(sets, state, likelihood, log_likelihood) if with_objective else log_likelihood
 
@@ -324,10 +325,10 @@ class EMOperator(SetOperator):
         return log_likelihood + own
 
     def _mixture(self, sets: _Sets, state: Parameters) -> Mixture:
-        return mixture_of(sets.points, state, self.covariance, sets.dtype)
+        return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        return self.covariance.changes(before, after)
+        return self.family.changes(before, after)
 
     def _schedule_length(self) -> int:
         return 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
@@ -349,7 +350,7 @@ class EMOperator(SetOperator):
         """Return what distinguishes this operator."""
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, "
-            f"covariance={self.covariance.name!r}, init={self.init!r}, num_starts={self.num_starts}, "
+            f"covariance={self.family.name!r}, init={self.init!r}, num_starts={self.num_starts}, "
             f"covariance_floor={self.covariance_floor:g}, relative_floor={self.relative_floor}, "
             f"gradient={self.gradient!r}"
         )
