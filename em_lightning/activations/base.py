@@ -75,7 +75,6 @@ class Activation(Tempered):
         return z if temperature == 1 else z / temperature
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 

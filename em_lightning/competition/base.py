@@ -48,15 +48,12 @@ class Tempered(nn.Module):
                 self.log_temperature_ratio.zero_()
 
     def get_extra_state(self) -> Tensor:
-        """Return the fixed factor of the temperature for the ``state_dict``."""
         return torch.tensor([self._temperature], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the fixed factor of the temperature from the ``state_dict``."""
         self._temperature = float(state)
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         learnable = ", learnable=True" if self.log_temperature_ratio is not None else ""
         return f"temperature={float(torch.as_tensor(self.temperature).detach()):g}{learnable}"
 
@@ -102,7 +99,6 @@ class Competition(Tempered):
         return self.function(energies, self.temperature, log_prior, dim, **options)
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         options = [f"{name}={getattr(self, name)}, " for name in self.options if getattr(self, name) is not None]
         return "".join(options) + super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 

@@ -195,11 +195,9 @@ class Background(Competition):
         self.energy = nn.Parameter(torch.full((1,), float(energy))) if learnable_energy else float(energy)
 
     def compete(self, energies: Tensor, log_prior: Tensor | None, dim: int) -> Posterior:
-        """Return the posterior over the K hypotheses and the background."""
         return background(energies, self.temperature, log_prior, dim, energy=self.energy)
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         learnable = ", learnable_energy=True" if isinstance(self.energy, Tensor) else ""
         return f"energy={float(torch.as_tensor(self.energy).detach()):g}{learnable}, {super().extra_repr()}"
 

@@ -114,18 +114,15 @@ class Kernel(nn.Module):
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
     def get_extra_state(self) -> Tensor:
-        """Return the declared values for the ``state_dict``: float64, as integers, which load on every device."""
         return torch.tensor(list(self._initial.values()), dtype=torch.float64).view(torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Load the declared values from a ``state_dict``."""
         values, names = state.cpu().view(torch.float64).tolist(), list(self._initial)
         if len(values) != len(names):
             raise ValueError(f"the state_dict has {len(values)} shape parameters, {type(self).__name__} has {names}")
         self._initial = dict(zip(names, values, strict=True))
 
     def extra_repr(self) -> str:
-        """Return the shape parameters, and which of them are learnable."""
         learnable = " (learnable)" if self._learnable else ""
         return ", ".join(f"{name}={getattr(self, name).item():g}{learnable}" for name in self._initial)
 

@@ -46,7 +46,7 @@ class EllipticalKernel(Kernel):
         """Return the IRLS weight, twice the derivative of rho, with finite derivatives also at distance 0."""
         raise NotImplementedError
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         return num_features * self.elliptical_log_normalizer(1)  # of an energy that adds over features
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:

@@ -36,21 +36,21 @@ class GaussianKernel(EllipticalKernel):
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, scale=scale)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return squared_distance(x, centers) / (2 * self.positive("scale", x.dtype) ** 2)
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log())
 
     # No scale here: it is redundant where the covariance is estimated.
 
-    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return 0.5 * squared_distance
 
-    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return torch.ones_like(squared_distance)
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         return torch.tensor(0.5 * num_features * math.log(2 * math.pi), dtype=torch.float64)
 
 
@@ -87,10 +87,10 @@ class StudentTKernel(EllipticalKernel):
         super().__init__(learnable, df=df, scale=scale)
         self.density = density
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return self.rho(squared_distance(x, centers), x.shape[-1])
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         if not self.density and num_features >= 2:
             return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
         df, half = self.df, num_features / 2
@@ -98,21 +98,21 @@ class StudentTKernel(EllipticalKernel):
         volume = half * (math.pi * df).log() + num_features * self.scale.log()
         return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         return self.elliptical_log_normalizer(num_features)
 
-    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
         return self._exponent(df, num_features) * (squared_distance / (df * scale**2)).log1p()
 
-    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
         return 2 * self._exponent(df, num_features) / (df * scale**2 + squared_distance)
 
     def _exponent(self, df: Tensor | float, num_features: int) -> Tensor | float:
         return (df + num_features) / 2 if self.density else 1.0
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return super().extra_repr() + (", density=True" if self.density else "")
 
 
@@ -169,15 +169,15 @@ class MahalanobisKernel(Kernel):
         """The covariance L L^T (D, D)."""
         return self.factor @ self.factor.mT
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         if x.shape[-1] != self.num_features:
             raise ValueError(f"x {tuple(x.shape)} must have num_features={self.num_features} on its last axis")
         return squared_distance(x, centers, self.factor.to(x.dtype))
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         if num_features != self.num_features:
             raise ValueError(f"num_features={num_features} must be that of the kernel, {self.num_features}")
         return 0.5 * num_features * math.log(math.pi) + self.factor.diagonal().log().sum()
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return f"num_features={self.num_features}, learnable={self.log_factor is not None}"

@@ -115,7 +115,6 @@ class EMLoss(nn.Module):
         return torch.stack(list(self(*args, **kwargs).values())).sum()
 
     def extra_repr(self) -> str:
-        """Return the weights shown by ``repr``."""
         return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
 
 

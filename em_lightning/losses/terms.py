@@ -66,7 +66,6 @@ class EnergyLoss(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         return ", ".join([*self._shown(), *([] if self.dim == -1 else [f"dim={self.dim}"])])
 
     def _shown(self) -> list[str]:
@@ -77,7 +76,6 @@ class MomentLoss(EnergyLoss):
     """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them."""
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of the global batch: a scalar."""
         return self.from_moments(batch_moments(energies, self.dim, mask, weights))
 
     def from_moments(self, moments: Moments) -> Tensor:
@@ -116,7 +114,6 @@ class FreeEnergyLoss(EnergyLoss):
         self.temperature = _positive("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the summed or mean free energy of the global batch: a scalar."""
         items, counts = flatten_units(energies, self.dim, mask, weights)
         free_energy = softmin(items, self.temperature).free_energy
         if self.reduction == "mean":
@@ -150,7 +147,6 @@ class VarianceLoss(MomentLoss):
         self.eps = _positive("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         return -(moments.variance + self.eps).log().sum()
 
 
@@ -184,7 +180,6 @@ class BoundedVarianceLoss(MomentLoss):
         self.eps = _positive("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         return torch.log1p(self.target / (moments.variance + self.eps)).sum()
 
     def _shown(self) -> list[str]:
@@ -214,7 +209,6 @@ class DecorrelationLoss(MomentLoss):
         self.eps = _positive("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         return moments.redundancy(self.eps)
 
 
@@ -250,7 +244,6 @@ class LogDetLoss(MomentLoss):
         self.eps = _positive("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         if self.of == "covariance":
             matrix, scale = moments.covariance(), 1.0
         else:
@@ -288,7 +281,6 @@ class BalanceLoss(EnergyLoss):
         self.temperature = _positive("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the divergence for the global batch: a scalar."""
         items, counts = flatten_units(energies, self.dim, mask, weights)
         mean = batch_mean(torch.softmax(-items / self.temperature, dim=-1), counts)
         # The derivative of the entropy is infinite at a share of 0.

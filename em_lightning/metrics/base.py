@@ -44,7 +44,6 @@ class MeanOfItems(Float64Metric):
         self.sums = self.sums + torch.stack([counts @ items, counts.sum(), torch.zeros_like(counts.sum())])
 
     def compute(self) -> Tensor:
-        """Return the mean, NaN if no item was counted."""
         return self.sums[0] / self.sums[1]
 
 

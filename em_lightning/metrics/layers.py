@@ -62,7 +62,6 @@ class DeadUnits(UnitMoments):
         self.relative = relative
 
     def compute(self) -> Tensor:
-        """Return the number of dead units."""
         variance = self.covariance().diagonal()
         threshold = self.threshold * variance.mean() if self.relative else self.threshold
         return ((variance < threshold) | (variance == 0)).sum().to(self.moments.dtype)
@@ -81,7 +80,6 @@ class MinVariance(UnitMoments):
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """Return the smallest variance."""
         return self.covariance().diagonal().amin()
 
 
@@ -100,7 +98,6 @@ class Redundancy(UnitMoments):
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """Return the sum over ordered pairs of different units."""
         covariance = self.covariance()
         std = covariance.diagonal().sqrt() + 1e-8
         return (covariance / std / std[:, None]).square().fill_diagonal_(0.0).sum()
@@ -123,7 +120,6 @@ class EffectiveRank(UnitMoments):
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """Return the effective rank."""
         covariance = self.covariance()
         if covariance.isnan().any():
             return covariance.new_full((), torch.nan)
