@@ -24,7 +24,7 @@ from em_lightning.distributed import (
     is_spread,
     units_last,
 )
-from em_lightning.losses import weight_redundancy
+from em_lightning.losses import WeightRedundancyLoss
 
 # Batch statistics and losses.
 
@@ -205,9 +205,8 @@ def test_weight_redundancy_of_any_matrix(values):
             p, q = math.hypot(*a), math.hypot(*b)
             if i != j and p and q:
                 expected += math.fsum(s / p * (t / q) for s, t in zip(a, b, strict=True)) ** 2
-    found = weight_redundancy(weight)
+    found = WeightRedundancyLoss()(weight)
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    assert LOSSES.build("weight_redundancy")(weight).item() == found.item()
     assert found.item() == pytest.approx(expected, rel=64 * eps, abs=64 * eps * rows**2)
     (grad,) = torch.autograd.grad(found, weight)
     least = weight.detach().abs()[weight.detach() != 0].double().min().item() if weight.any() else 1.0

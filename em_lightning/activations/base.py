@@ -14,12 +14,7 @@ class Activation(Tempered):
 
     A subclass defines the hypotheses and their competition in :meth:`posterior` and the statistic in :meth:`summarize`.
     It may override :meth:`closed_form`, which :meth:`forward` calls, with a cheaper formula of the same value. Half
-    precision is computed in float32.
-
-    Args:
-        temperature: T > 0, divides the energies.
-        learnable: make the temperature a positive parameter with initial value ``temperature``.
-        dim: axis of the units (features or channels), for instance 1 for images.
+    precision is computed in float32. Arguments are those of :class:`Tempered`.
 
     Attributes:
         competes: whether the units on ``dim`` compete with each other.
@@ -37,10 +32,6 @@ class Activation(Tempered):
     """
 
     competes: bool = True
-
-    def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
-        super().__init__(temperature, learnable)
-        self.dim = dim
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the activation of pre-activations z of any shape, in the same shape and dtype."""
@@ -73,9 +64,6 @@ class Activation(Tempered):
         if isinstance(temperature, Tensor):
             return z / temperature.to(z.dtype)
         return z if temperature == 1 else z / temperature
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 
 ACTIVATIONS: Registry[Activation] = Registry("activation", "activations", nn.Module)

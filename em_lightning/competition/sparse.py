@@ -38,12 +38,7 @@ def sparsemin(
 
 @COMPETITIONS.register("sparsemin")
 class Sparsemin(Competition):
-    """Module form of :func:`sparsemin`, with the arguments of :class:`Competition`.
-
-    Example:
-        >>> Sparsemin()(torch.tensor([0.0, 0.5, 2.0])).responsibilities
-        tensor([0.7500, 0.2500, 0.0000])
-    """
+    """Module form of :func:`sparsemin`, with the arguments of :class:`Competition`."""
 
     function = staticmethod(sparsemin)
 
@@ -69,12 +64,7 @@ def entmin(
 
 @COMPETITIONS.register("entmin")
 class Entmin(Competition):
-    """Module form of :func:`entmin`, with the arguments of :class:`Competition`.
-
-    Example:
-        >>> Entmin()(torch.tensor([0.0, 0.5, 3.0])).responsibilities
-        tensor([0.6740, 0.3260, 0.0000])
-    """
+    """Module form of :func:`entmin`, with the arguments of :class:`Competition`."""
 
     function = staticmethod(entmin)
 

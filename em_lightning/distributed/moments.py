@@ -9,8 +9,6 @@ from torch import Tensor
 
 from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_spread
 
-__all__ = ["Moments", "batch_mean", "batch_moments"]
-
 
 class Moments(NamedTuple):
     """Moments of D units over the global batch.

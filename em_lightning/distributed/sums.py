@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "flatten_units", "global_sum", "is_spread", "units_last"]
-
 
 class _GlobalSum(torch.autograd.Function):
     @staticmethod

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from em_lightning.distributed import batch_moments, units_last
 from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
 
-__all__ = ["EMLoss"]
-
 
 class EMLoss(nn.Module):
     r"""Free energy with volume control: a weighted sum of terms, each returned under its name.

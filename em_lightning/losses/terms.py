@@ -21,20 +21,6 @@ from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
 from em_lightning.registry import Registry
 
-__all__ = [
-    "LOSSES",
-    "BalanceLoss",
-    "BoundedVarianceLoss",
-    "DecorrelationLoss",
-    "EnergyLoss",
-    "FreeEnergyLoss",
-    "LogDetLoss",
-    "MomentLoss",
-    "VarianceLoss",
-    "WeightRedundancyLoss",
-    "weight_redundancy",
-]
-
 LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
 
 
@@ -66,10 +52,9 @@ class EnergyLoss(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return ", ".join([*self._shown(), *([] if self.dim == -1 else [f"dim={self.dim}"])])
-
-    def _shown(self) -> list[str]:
-        return []
+        hidden = {"training"} if self.dim != -1 else {"training", "dim"}
+        shown = {name: value for name, value in vars(self).items() if name[0] != "_" and name not in hidden}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class MomentLoss(EnergyLoss):
@@ -119,9 +104,6 @@ class FreeEnergyLoss(EnergyLoss):
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
         return global_sum((free_energy if counts is None else free_energy * counts).sum())
-
-    def _shown(self) -> list[str]:
-        return [f"reduction={self.reduction!r}, temperature={self.temperature}"]
 
 
 @LOSSES.register("variance")
@@ -181,9 +163,6 @@ class BoundedVarianceLoss(MomentLoss):
 
     def from_moments(self, moments: Moments) -> Tensor:
         return torch.log1p(self.target / (moments.variance + self.eps)).sum()
-
-    def _shown(self) -> list[str]:
-        return [f"target={self.target}"]
 
 
 @LOSSES.register("decorrelation")
@@ -254,9 +233,6 @@ class LogDetLoss(MomentLoss):
         spectrum = torch.linalg.eigvalsh(matrix.to(accumulation_dtype(matrix))).clamp_min(0.0)
         return -((spectrum + self.eps) / scale).log().sum().to(matrix.dtype)
 
-    def _shown(self) -> list[str]:
-        return [f"of={self.of!r}"]
-
 
 @LOSSES.register("balance")
 class BalanceLoss(EnergyLoss):
@@ -286,9 +262,6 @@ class BalanceLoss(EnergyLoss):
         # The derivative of the entropy is infinite at a share of 0.
         return math.log(items.shape[1]) - torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
 
-    def _shown(self) -> list[str]:
-        return [f"temperature={self.temperature}"]
-
 
 @LOSSES.register("weight_redundancy")
 class WeightRedundancyLoss(nn.Module):
@@ -300,28 +273,19 @@ class WeightRedundancyLoss(nn.Module):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the sum over ordered pairs of different rows of ``weight`` (D, ...): a scalar."""
-        return weight_redundancy(weight)
+        """Return the sum over ordered pairs of different rows: a scalar.
 
+        Args:
+            weight: matrix (D, ...) with one row per unit; further axes are flattened. The cosine with a zero row is 0.
 
-def weight_redundancy(weight: Tensor) -> Tensor:
-    r"""Return the sum of squared cosines between different rows, :math:`\sum_{i \ne j} \cos^2(w_i, w_j)`.
-
-    Args:
-        weight: matrix (D, ...) with one row per unit; further axes are flattened. The cosine with a zero row is 0.
-
-    Raises:
-        ValueError: ``weight`` has fewer than two axes.
-
-    Example:
-        >>> weight_redundancy(torch.eye(3))
-        tensor(0.)
-    """
-    if weight.dim() < 2:
-        raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
-    with torch.autocast(weight.device.type, enabled=False):
-        rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        if rows.numel():  # divide by the largest entry, whose square can overflow
-            largest = rows.detach().abs().amax(1, keepdim=True)
-            rows = F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
-        return 2 * (rows @ rows.T).triu(1).square().sum()
+        Raises:
+            ValueError: ``weight`` has fewer than two axes.
+        """
+        if weight.dim() < 2:
+            raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
+        with torch.autocast(weight.device.type, enabled=False):
+            rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+            if rows.numel():  # divide by the largest entry, whose square can overflow
+                largest = rows.detach().abs().amax(1, keepdim=True)
+                rows = F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
+            return 2 * (rows @ rows.T).triu(1).square().sum()
