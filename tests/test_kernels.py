@@ -367,11 +367,6 @@ class Sum(nn.Module):
             ValueError,
             ["x (4, 3)", "centers (5, 2)"],
         ),
-        (
-            lambda: GaussianKernel()(torch.zeros(2, 4, 1), torch.zeros(3, 4, 1)),
-            ValueError,
-            ["(2, 4, 1)", "(3, 4, 1)", "broadcast"],
-        ),
         (lambda: StudentTKernel().log_normalizer(2), NoDensityError, ["num_features=2", "density=True"]),
         (lambda: LogisticKernel().log_normalizer(1), NoDensityError, ["LogisticKernel", "infinite"]),
         (lambda: DotProductKernel().log_normalizer(1), NoDensityError, ["DotProductKernel", "infinite"]),

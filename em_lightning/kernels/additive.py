@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from em_lightning.kernels.base import KERNELS, Kernel
+from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import pairwise
-from em_lightning.kernels.elliptical import EllipticalKernel
 
 # exp(40) = 2.4e17: its square, in norms of gradients, still fits float32.
 _LARGEST_EXPONENT = 40.0

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import KERNELS, Kernel
+from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import squared_distance
-from em_lightning.kernels.elliptical import EllipticalKernel
 
 
 @KERNELS.register("gaussian")

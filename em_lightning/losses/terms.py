@@ -19,15 +19,10 @@ from torch.nn import functional as F
 
 from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
+from em_lightning.kernels import positive_number
 from em_lightning.registry import Registry
 
 LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value} must be positive and finite")
-    return float(value)
 
 
 class EnergyLoss(nn.Module):
@@ -96,7 +91,7 @@ class FreeEnergyLoss(EnergyLoss):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'")
         self.reduction = reduction
-        self.temperature = _positive("temperature", temperature)
+        self.temperature = positive_number("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         items, counts = flatten_units(energies, self.dim, mask, weights)
@@ -126,7 +121,7 @@ class VarianceLoss(MomentLoss):
 
     def __init__(self, eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(dim)
-        self.eps = _positive("eps", eps)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         return -(moments.variance + self.eps).log().sum()
@@ -158,8 +153,8 @@ class BoundedVarianceLoss(MomentLoss):
 
     def __init__(self, target: float = 1.0, eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(dim)
-        self.target = _positive("target", target)
-        self.eps = _positive("eps", eps)
+        self.target = positive_number("target", target)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         return torch.log1p(self.target / (moments.variance + self.eps)).sum()
@@ -185,7 +180,7 @@ class DecorrelationLoss(MomentLoss):
 
     def __init__(self, eps: float = 1e-8, dim: int = -1) -> None:
         super().__init__(dim)
-        self.eps = _positive("eps", eps)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         return moments.redundancy(self.eps)
@@ -220,7 +215,7 @@ class LogDetLoss(MomentLoss):
         if of not in ("covariance", "correlation"):
             raise ValueError(f"of={of!r} must be 'covariance' or 'correlation'")
         self.of = of
-        self.eps = _positive("eps", eps)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         if self.of == "covariance":
@@ -254,7 +249,7 @@ class BalanceLoss(EnergyLoss):
 
     def __init__(self, temperature: float = 1.0, dim: int = -1) -> None:
         super().__init__(dim)
-        self.temperature = _positive("temperature", temperature)
+        self.temperature = positive_number("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         items, counts = flatten_units(energies, self.dim, mask, weights)

@@ -4,7 +4,15 @@ Letters: B sets, N items, D units (or features), K components.
 """
 
 from em_lightning.metrics.base import Float64Metric, MeanOfItems, UnitMoments
-from em_lightning.metrics.layers import L0, DeadUnits, EffectiveRank, MinVariance, Redundancy, layer_metrics
+from em_lightning.metrics.layers import (
+    L0,
+    DeadUnits,
+    EffectiveRank,
+    MinVariance,
+    Redundancy,
+    layer_metrics,
+    linear_probe,
+)
 from em_lightning.metrics.mixtures import (
     DeadComponents,
     EffectiveComponents,
@@ -12,7 +20,6 @@ from em_lightning.metrics.mixtures import (
     MixtureLogLikelihood,
     ResponsibilityEntropy,
 )
-from em_lightning.metrics.probe import linear_probe
 
 __all__ = [
     "L0",
