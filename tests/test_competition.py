@@ -430,7 +430,7 @@ def test_hard_assignment_says_what_it_breaks():
         posterior = hardmin(torch.tensor([3.0, 1.0, 1.0]))
     assert posterior.responsibilities.tolist() == [0.0, 0.5, 0.5] and posterior.free_energy == 1.0
     with pytest.warns(ScopeWarning, match="scope of implicit EM.*no gradient"):
-        Hardmin()
+        Hardmin()(torch.zeros(2))
 
 
 def test_learnable_temperature_has_a_gradient_and_stays_positive():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from em_lightning.competition import Posterior, Tempered
+from em_lightning.competition.base import widen
 from em_lightning.registry import Registry
 
 
@@ -35,12 +35,9 @@ class Activation(Tempered):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the activation of pre-activations z of any shape, in the same shape and dtype."""
-        if not z.is_floating_point():
-            raise TypeError(f"z of dtype {z.dtype} must be floating-point")
         if self.competes and not -z.dim() <= self.dim < z.dim():
             raise ValueError(f"dim={self.dim} must be an axis of z, which has shape {tuple(z.shape)}")
-        wide = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-        return self.closed_form(wide).to(z.dtype)
+        return self.closed_form(widen(z)).to(z.dtype)
 
     def posterior(self, z: Tensor) -> Posterior:
         """Return the posterior that the activation summarizes."""

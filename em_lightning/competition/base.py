@@ -112,7 +112,7 @@ def check_at_least_one(name: str, value: int) -> int:
 def widen(energies: Tensor) -> Tensor:
     """Convert half-precision energies to float32; raise TypeError for a dtype that is not floating-point."""
     if not energies.is_floating_point():
-        raise TypeError(f"energies of dtype {energies.dtype} must be floating-point")
+        raise TypeError(f"the input of dtype {energies.dtype} must be floating-point")
     return energies.float() if energies.dtype in (torch.float16, torch.bfloat16) else energies
 
 
@@ -142,8 +142,6 @@ def to_posterior(
     """Return the posterior with free energy -T ``value`` in the dtype of the energies; ``value`` lacks axis ``dim``."""
     if not isinstance(temperature, Tensor):
         free = -value if temperature == 1 else value * -temperature
-    elif temperature.numel() == 1 and temperature.ndim <= 1:
-        free = value * -temperature.to(value.dtype).reshape(())
     else:
         free = (value.unsqueeze(dim) * -temperature.to(value.dtype)).squeeze(dim)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.distributed import batch_moments, units_last
+from em_lightning.distributed import batch_moments
 from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
 
 
@@ -90,7 +90,7 @@ class EMLoss(nn.Module):
         Raises:
             ValueError: ``weight_redundancy`` has a positive weight and ``weight_matrix`` is None.
         """
-        energies = units_last(energies, self.dim)
+        energies = energies.movedim(self.dim, -1)
         active = {name: self.terms[name] for name, weight in self.weights.items() if weight}
         moments = None
         values: dict[str, Tensor] = {}

@@ -1,6 +1,7 @@
 """torchmetrics of mixtures and layers: exact over batches and ranks, with states in float64.
 
-Letters: B sets, N items, D units (or features), K components.
+Letters: B sets, N items, D units (or features), K components. Constructors also take the keyword arguments of
+:class:`torchmetrics.Metric`.
 """
 
 from em_lightning.metrics.base import Float64Metric, MeanOfItems, UnitMoments

@@ -48,12 +48,7 @@ class MeanOfItems(Float64Metric):
 
 
 class UnitMoments(Float64Metric):
-    """Count, mean and co-moments of the units over all items, for subclasses that compute a number from them.
-
-    Args:
-        dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.Metric`.
-    """
+    """Count, mean and co-moments of the units over all items, for subclasses that compute a number from them."""
 
     moments: Tensor
     # The size of the state is known at the first update, so torchmetrics cannot add an empty state to a full one.

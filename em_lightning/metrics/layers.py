@@ -18,7 +18,6 @@ class L0(MeanOfItems):
     Args:
         threshold: the activation above which a unit is active.
         dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = L0()
@@ -45,7 +44,6 @@ class DeadUnits(UnitMoments):
         dim: the axis of the units.
         relative: whether the threshold is a fraction of the mean variance of the units, for comparing activations of
             different scale.
-        **kwargs: for :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = DeadUnits()

@@ -78,7 +78,7 @@ def new_figure(
 
 
 def new_grid(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure and the list of its axes, ``count`` in rows of at most ``columns``; options of :func:`new_figure`.
+    """Return a figure and the list of its axes, ``count`` in rows of ``columns``; options of :func:`new_figure`.
 
     Example:
         >>> figure, axes = new_grid(5, 3)
