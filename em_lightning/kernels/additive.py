@@ -30,7 +30,6 @@ class LaplaceKernel(EllipticalKernel):
 
     Args:
         scale: mean absolute deviation of each feature.
-        learnable: make the scale a positive parameter.
 
     Example:
         >>> LaplaceKernel(scale=2.0)(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 2))
@@ -69,7 +68,6 @@ class LogisticKernel(Kernel):
 
     Args:
         slope: steepness below the center.
-        learnable: make the slope a positive parameter.
 
     Example:
         >>> LogisticKernel()(torch.tensor([[0.0]]), torch.tensor([[0.0], [100.0]]))
@@ -103,7 +101,6 @@ class HuberKernel(EllipticalKernel):
 
     Args:
         delta: distance at which the energy turns linear.
-        learnable: make delta a positive parameter.
 
     Example:
         >>> HuberKernel(delta=1.0)(torch.tensor([[0.5], [3.0]]), torch.zeros(1, 1))
@@ -152,7 +149,6 @@ class PseudoHuberKernel(EllipticalKernel):
 
     Args:
         delta: distance around which the energy turns linear.
-        learnable: make delta a positive parameter.
 
     Example:
         >>> PseudoHuberKernel(delta=4.0)(torch.tensor([[3.0]]), torch.zeros(1, 1))
@@ -208,7 +204,6 @@ class ExponentialKernel(Kernel):
 
     Args:
         rate: rate of growth.
-        learnable: make the rate a positive parameter.
 
     Example:
         >>> ExponentialKernel()(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0]]))

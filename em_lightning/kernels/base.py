@@ -154,8 +154,7 @@ class EllipticalKernel(Kernel):
     (pseudo-Huber). Laplace is a parabola below the distance 1e-4 s, where its IRLS weight would tend to infinity.
 
     Source: Kent and Tyler, "Redescending M-estimates of multivariate location and scatter", Annals of Statistics 19
-    (1991); t: Peel and McLachlan, Statistics and Computing 10 (2000); exponential power: Gómez, Gómez-Villegas and
-    Marín, Communications in Statistics 27 (1998); hyperbolic: Barndorff-Nielsen, Proc. Royal Society A 353 (1977).
+    (1991); exponential power: Gómez, Gómez-Villegas and Marín, Communications in Statistics 27 (1998).
     """
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:

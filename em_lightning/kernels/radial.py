@@ -23,7 +23,6 @@ class GaussianKernel(EllipticalKernel):
 
     Args:
         scale: standard deviation of each feature.
-        learnable: make the scale a positive parameter.
 
     Example:
         >>> GaussianKernel(scale=2.0)(torch.tensor([[3.0]]), torch.tensor([[1.0], [3.0]]))
@@ -70,7 +69,6 @@ class StudentTKernel(EllipticalKernel):
     Args:
         df: degrees of freedom; the smaller, the heavier the tails of the density.
         scale: length scale of the distance.
-        learnable: make both positive parameters.
         density: use the exponent of the Student-t density in any number of features.
 
     Example:

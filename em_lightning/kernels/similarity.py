@@ -64,7 +64,6 @@ class DotProductKernel(Kernel):
 
     Args:
         scale: factor of the inner product.
-        learnable: make the scale a positive parameter.
 
     Example:
         >>> DotProductKernel(scale=0.5)(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))

@@ -74,7 +74,6 @@ class FreeEnergyLoss(EnergyLoss):
         reduction: "sum" or "mean" over the items of the global batch. They weigh the term differently against volume
             control and are different experiments.
         temperature: T > 0.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``reduction`` is neither "sum" nor "mean", or ``temperature`` is not positive.
@@ -110,7 +109,6 @@ class VarianceLoss(MomentLoss):
 
     Args:
         eps: keeps the logarithm of a constant unit finite.
-        dim: axis of the units.
 
     Example:
         >>> VarianceLoss()(torch.tensor([[0.0], [2.0]])) == -torch.tensor(2.0 + 1e-6).log()
@@ -140,7 +138,6 @@ class BoundedVarianceLoss(MomentLoss):
         target: variance tau above which the term becomes flat. A softmin at temperature T distinguishes energies that
             differ by about T, so T^2 is a natural unit.
         eps: keeps the logarithm of a constant unit finite.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``target`` or ``eps`` is not positive.
@@ -169,7 +166,6 @@ class DecorrelationLoss(MomentLoss):
 
     Args:
         eps: added to the standard deviations.
-        dim: axis of the units.
 
     Example:
         >>> DecorrelationLoss()(torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]])).round(decimals=4)
@@ -199,7 +195,6 @@ class LogDetLoss(MomentLoss):
         of: "covariance", which is unbounded below under scaling like the variance term; or "correlation", which is at
             least 0, independent of scale, and ignores constant units.
         eps: added to the diagonal. With fewer items than units the matrix is singular and eps determines the value.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``of`` has another value, or ``eps`` is not positive.
@@ -237,7 +232,6 @@ class BalanceLoss(EnergyLoss):
 
     Args:
         temperature: of the softmin that gives the responsibilities.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``temperature`` is not positive.
