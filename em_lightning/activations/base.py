@@ -20,6 +20,7 @@ class Activation(Tempered):
         competes: whether the units on ``dim`` compete with each other.
 
     Example:
+        >>> import torch
         >>> from em_lightning.competition import softmin
         >>> class Certainty(Activation):
         ...     def posterior(self, z):
