@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 from em_lightning._version import __version__
 
 if TYPE_CHECKING:
-    from em_lightning.activations import ACTIVATIONS
-    from em_lightning.competition import COMPETITIONS, Posterior, softmin
-    from em_lightning.estimator import GaussianMixture
-    from em_lightning.kernels import KERNELS, Kernel
-    from em_lightning.losses import LOSSES, EMLoss
-    from em_lightning.mixture import Mixture
-    from em_lightning.operators import EMOperator
-    from em_lightning.scope import audit
-    from em_lightning.statistics import STATISTICS
+    from em_lightning.activations import ACTIVATIONS as ACTIVATIONS
+    from em_lightning.competition import COMPETITIONS as COMPETITIONS
+    from em_lightning.competition import Posterior as Posterior
+    from em_lightning.competition import softmin as softmin
+    from em_lightning.estimator import GaussianMixture as GaussianMixture
+    from em_lightning.kernels import KERNELS as KERNELS
+    from em_lightning.kernels import Kernel as Kernel
+    from em_lightning.losses import LOSSES as LOSSES
+    from em_lightning.losses import EMLoss as EMLoss
+    from em_lightning.mixture import Mixture as Mixture
+    from em_lightning.operators import EMOperator as EMOperator
+    from em_lightning.scope import audit as audit
+    from em_lightning.statistics import STATISTICS as STATISTICS
 
 _MODULE_OF = {
     "ACTIVATIONS": "activations",
@@ -37,22 +41,7 @@ _MODULE_OF = {
     "softmin": "competition",
 }
 
-__all__ = [
-    "ACTIVATIONS",
-    "COMPETITIONS",
-    "KERNELS",
-    "LOSSES",
-    "STATISTICS",
-    "EMLoss",
-    "EMOperator",
-    "GaussianMixture",
-    "Kernel",
-    "Mixture",
-    "Posterior",
-    "__version__",
-    "audit",
-    "softmin",
-]
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,6 @@ class Responsibilities(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return r; ``values`` are not used."""
         return posterior.responsibilities
 
 
@@ -61,7 +60,6 @@ class Mean(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return the mean of the values."""
         return posterior.mean(_required(values, "mean"), dim)
 
 
@@ -76,7 +74,6 @@ class Variance(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return the variance of the values."""
         return posterior.variance(_required(values, "variance"), dim)
 
 
@@ -91,7 +88,6 @@ class Entropy(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return the entropy; ``values`` are not used."""
         return posterior.entropy(dim)
 
 
@@ -107,7 +103,6 @@ class Mode(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return the index, or the value at the index if ``values`` are given."""
         if values is None:
             return posterior.mode(dim)
         hard = torch.zeros_like(posterior.responsibilities).scatter(dim, posterior.mode(dim).unsqueeze(dim), 1.0)
@@ -125,7 +120,6 @@ class LogResponsibilities(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return log r; ``values`` are not used."""
         r = posterior.responsibilities
         return r.clamp_min(torch.finfo(r.dtype).tiny).log()
 
@@ -146,7 +140,6 @@ class NegLogResponsibilities(Statistic):
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
-        """Return d - F; ``values`` are not used."""
         energies, free = posterior.energies, posterior.free_energy
         if free.ndim < energies.ndim:
             return energies - free.unsqueeze(dim)

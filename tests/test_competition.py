@@ -68,7 +68,7 @@ class TestTopK(CompetitionContract):
 
 class TestGrouped(CompetitionContract):
     def make(self, **arguments):
-        return Grouped(num_groups=2, **arguments)
+        return Grouped(group_size=4, **arguments)
 
     def totals(self, responsibilities):
         return responsibilities.unflatten(-1, (2, -1)).sum(-1)
@@ -84,7 +84,7 @@ class TestGrouped(CompetitionContract):
         return torch.full_like(energies, 2 / energies.shape[-1])
 
     def test_one_hypothesis(self):
-        posterior = Grouped(num_groups=1)(torch.tensor([[3.0]]))
+        posterior = Grouped(group_size=1)(torch.tensor([[3.0]]))
         assert posterior.responsibilities.tolist() == [[1.0]] and posterior.free_energy.tolist() == [[3.0]]
 
 
@@ -228,7 +228,7 @@ def test_temperature_tensor_for_each_item():
     [
         ("softmin", {}, "temperature=1"),
         ("softmin", {"temperature": 2.0, "learnable": True, "dim": 1}, "temperature=2, learnable=True, dim=1"),
-        ("grouped", {"num_groups": 3}, "num_groups=3, temperature=1"),
+        ("grouped", {"group_size": 3}, "group_size=3, temperature=1"),
         ("grouped", {}, "group_size=2, temperature=1"),
         ("background", {"energy": 2.0}, "energy=2, temperature=1"),
         ("topk", {"k": 3}, "k=3, temperature=1"),
@@ -294,7 +294,7 @@ def test_infinite_energies_have_no_share_at_all(function, dtype):
 
 def test_groups_compete_alone():
     d = torch.randn(2, 6, 3, dtype=torch.float64)
-    posterior = grouped(d, 0.7, dim=1, num_groups=2)
+    posterior = grouped(d, 0.7, dim=1, group_size=3)
     assert posterior.free_energy.shape == (2, 2, 3)
     for g in range(2):
         alone = softmin(d[:, 3 * g : 3 * g + 3], 0.7, dim=1)
@@ -305,10 +305,6 @@ def test_groups_compete_alone():
 def test_grouped_refuses_what_does_not_divide():
     with pytest.raises(ValueError, match="group_size=2.* 5 hypotheses.*dim=-1"):
         grouped(torch.zeros(5))
-    with pytest.raises(ValueError, match="num_groups=3"):
-        Grouped(num_groups=3)(torch.zeros(2, 8))
-    with pytest.raises(ValueError, match="num_groups=2.*group_size=2"):
-        Grouped(num_groups=2, group_size=2)
     with pytest.raises(ValueError, match="group_size=0"):
         Grouped(group_size=0)
 
@@ -434,7 +430,7 @@ def test_hard_assignment_says_what_it_breaks():
         posterior = hardmin(torch.tensor([3.0, 1.0, 1.0]))
     assert posterior.responsibilities.tolist() == [0.0, 0.5, 0.5] and posterior.free_energy == 1.0
     with pytest.warns(ScopeWarning, match="scope of implicit EM.*no gradient"):
-        Hardmin()
+        Hardmin()(torch.zeros(2))
 
 
 def test_learnable_temperature_has_a_gradient_and_stays_positive():

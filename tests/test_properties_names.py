@@ -24,7 +24,7 @@ ROOMS = [
 ]
 ELSEWHERE = {
     "base classes, which subclasses are tested in place of": (
-        "Competition Tempered Kernel EllipticalKernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments "
+        "Competition Tempered Kernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments "
         "PointCloudDataModule "
         "SurgicalCallback"
     ),

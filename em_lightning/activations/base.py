@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from em_lightning.competition import Posterior, Tempered
+from em_lightning.competition.base import widen
 from em_lightning.registry import Registry
 
 
@@ -14,17 +14,13 @@ class Activation(Tempered):
 
     A subclass defines the hypotheses and their competition in :meth:`posterior` and the statistic in :meth:`summarize`.
     It may override :meth:`closed_form`, which :meth:`forward` calls, with a cheaper formula of the same value. Half
-    precision is computed in float32.
-
-    Args:
-        temperature: T > 0, divides the energies.
-        learnable: make the temperature a positive parameter with initial value ``temperature``.
-        dim: axis of the units (features or channels), for instance 1 for images.
+    precision is computed in float32. Arguments are those of :class:`Tempered`.
 
     Attributes:
         competes: whether the units on ``dim`` compete with each other.
 
     Example:
+        >>> import torch
         >>> from em_lightning.competition import softmin
         >>> class Certainty(Activation):
         ...     def posterior(self, z):
@@ -38,18 +34,11 @@ class Activation(Tempered):
 
     competes: bool = True
 
-    def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
-        super().__init__(temperature, learnable)
-        self.dim = dim
-
     def forward(self, z: Tensor) -> Tensor:
         """Return the activation of pre-activations z of any shape, in the same shape and dtype."""
-        if not z.is_floating_point():
-            raise TypeError(f"z of dtype {z.dtype} must be floating-point")
         if self.competes and not -z.dim() <= self.dim < z.dim():
             raise ValueError(f"dim={self.dim} must be an axis of z, which has shape {tuple(z.shape)}")
-        wide = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-        return self.closed_form(wide).to(z.dtype)
+        return self.closed_form(widen(z)).to(z.dtype)
 
     def posterior(self, z: Tensor) -> Posterior:
         """Return the posterior that the activation summarizes."""
@@ -73,10 +62,6 @@ class Activation(Tempered):
         if isinstance(temperature, Tensor):
             return z / temperature.to(z.dtype)
         return z if temperature == 1 else z / temperature
-
-    def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
-        return super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
 
 
 ACTIVATIONS: Registry[Activation] = Registry("activation", "activations", nn.Module)

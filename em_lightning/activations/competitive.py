@@ -18,11 +18,9 @@ class _LogitActivation(Activation):
     """Activation whose units are hypotheses of energy -z, so the largest pre-activation wins."""
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the softmin posterior over the units, of energy -z."""
         return softmin(-z, self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return the activation as a function of z and the responsibilities."""
         return self.combine(z, posterior.responsibilities)
 
     def combine(self, z: Tensor, r: Tensor) -> Tensor:
@@ -30,7 +28,6 @@ class _LogitActivation(Activation):
         raise NotImplementedError
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return the activation with r = softmax(z / T)."""
         return self.combine(z, self.divided(z).softmax(self.dim))
 
 
@@ -49,15 +46,12 @@ class NegLogSoftminActivation(Activation):
     """
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the softmin posterior over the units, of energy z."""
         return softmin(z, self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return d - F."""
         return STATISTICS.build("neg_log_responsibilities")(posterior, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return -T log_softmax(-z / T)."""
         scaled = -functional.log_softmax(-self.divided(z), self.dim)
         temperature = self.temperature
         return scaled if isinstance(temperature, float) and temperature == 1 else scaled * temperature
@@ -76,11 +70,9 @@ class LogSoftmaxActivation(_LogitActivation):
     """
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return log r."""
         return STATISTICS.build("log_responsibilities")(posterior, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return log_softmax(z / T)."""
         return functional.log_softmax(self.divided(z), self.dim)
 
 
@@ -96,7 +88,6 @@ class SoftmaxGatedActivation(_LogitActivation):
     """
 
     def combine(self, z: Tensor, r: Tensor) -> Tensor:
-        """Return z r."""
         return z * r
 
 
@@ -114,7 +105,6 @@ class ReLUGatedActivation(_LogitActivation):
     """
 
     def combine(self, z: Tensor, r: Tensor) -> Tensor:
-        """Return relu(z) r."""
         return z.relu() * r
 
 
@@ -130,7 +120,6 @@ class ResidualSoftmaxActivation(_LogitActivation):
     """
 
     def combine(self, z: Tensor, r: Tensor) -> Tensor:
-        """Return z + r."""
         return z + r
 
 
@@ -162,7 +151,6 @@ class GroupedActivation(Activation):
         self.group_size = group_size
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the grouped posterior over the units, of energy -z; an incomplete last group is padded with +inf."""
         axis = self.dim % z.ndim
         missing = -z.shape[axis] % self.group_size
         padding = [0, 0] * (z.ndim - 1 - axis) + [0, missing]
@@ -170,11 +158,9 @@ class GroupedActivation(Activation):
         return grouped(energies, self.temperature, dim=axis, group_size=self.group_size)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return z r."""
         return z * posterior.responsibilities.narrow(self.dim, 0, z.shape[self.dim])
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return z softmax(z / T) in each group, computed on a leading axis, where a short softmax is fast."""
         if z.shape[self.dim] % self.group_size:
             return self.generic(z)
         axis = self.dim % z.ndim
@@ -182,7 +168,6 @@ class GroupedActivation(Activation):
         return z * groups.softmax(0).movedim(0, axis + 1).flatten(axis, axis + 1)
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         return f"group_size={self.group_size}, {super().extra_repr()}"
 
 
@@ -201,11 +186,9 @@ class SparseminActivation(Activation):
     """
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the sparsemin posterior over the units, of energy z."""
         return sparsemin(z, self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return r."""
         return posterior.responsibilities
 
 
@@ -223,12 +206,10 @@ class DirectionActivation(Activation):
     """
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the softmin posterior over the units, of energy -z / norm(z)."""
         unit = z / self._norm(z).clamp_min(torch.finfo(z.dtype).tiny)
         return softmin(-unit, self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return norm(z) r."""
         return self._norm(z) * posterior.responsibilities
 
     def _norm(self, z: Tensor) -> Tensor:

@@ -80,17 +80,14 @@ class SignedActivation(Activation):
         self.kernel = KERNELS.build(kernel)
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the posterior over (-m, +m), on a new last axis."""
         centers = z.new_tensor([[-self.margin], [self.margin]])
         energies = self.kernel(z.reshape(-1, 1), centers).reshape(*z.shape, 2)
         return softmin(energies, self.temperature)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return the posterior mean of the sign."""
         return posterior.mean(z.new_tensor([-1.0, 1.0]))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return tanh of half the difference of the energies by the formula of the kernel, if there is one."""
         closed_form = _CLOSED_FORMS.get(type(self.kernel))
         if closed_form is None:
             return self.generic(z)
@@ -100,7 +97,6 @@ class SignedActivation(Activation):
         return closed_form(self.kernel, z, self.margin, temperature)
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         return f"margin={self.margin:g}, {super().extra_repr()}"
 
 
@@ -194,15 +190,12 @@ class GatedActivation(Activation):
     competes = False
 
     def posterior(self, z: Tensor) -> Posterior:
-        """Return the posterior over (on, off), on a new last axis."""
         return softmin(torch.stack([-z, torch.zeros_like(z)], -1), self.temperature)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        """Return the posterior mean of the value."""
         values = torch.stack([z, torch.zeros_like(z)], -1)
         return (posterior.responsibilities * values).sum(-1)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return z sigmoid(z / T)."""
         scaled = self.divided(z)
         return functional.silu(z) if scaled is z else z * scaled.sigmoid()

@@ -12,7 +12,7 @@ from em_lightning.registry import Registry
 
 
 class Tempered(nn.Module):
-    """Module with a temperature that is fixed, learnable or scheduled.
+    """Module with an axis of hypotheses and a temperature that is fixed, learnable or scheduled.
 
     A fixed temperature is a Python number, exact in every dtype. It is part of the ``state_dict``, because a schedule
     may have changed it.
@@ -21,15 +21,17 @@ class Tempered(nn.Module):
         temperature: T > 0, divides the energies. Energies over T must lie in the range of the dtype (3.4e38 in
             float32), otherwise responsibilities are NaN.
         learnable: make the temperature a positive parameter with initial value ``temperature``.
+        dim: axis of the hypotheses or units, for instance 1 for the channels of images.
 
     Raises:
         ValueError: ``temperature`` is not positive.
     """
 
-    def __init__(self, temperature: float = 1.0, learnable: bool = False) -> None:
+    def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__()
         check_temperature(temperature)
         self._temperature = float(temperature)
+        self.dim = dim
         self.log_temperature_ratio = nn.Parameter(torch.zeros(1)) if learnable else None
 
     @property
@@ -48,28 +50,21 @@ class Tempered(nn.Module):
                 self.log_temperature_ratio.zero_()
 
     def get_extra_state(self) -> Tensor:
-        """Return the fixed factor of the temperature for the ``state_dict``."""
         return torch.tensor([self._temperature], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the fixed factor of the temperature from the ``state_dict``."""
         self._temperature = float(state)
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         learnable = ", learnable=True" if self.log_temperature_ratio is not None else ""
-        return f"temperature={float(torch.as_tensor(self.temperature).detach()):g}{learnable}"
+        dim = f", dim={self.dim}" if self.dim != -1 else ""
+        return f"temperature={torch.as_tensor(self.temperature).item():g}{learnable}{dim}"
 
 
 class Competition(Tempered):
     """Base class of the competition operators: the module form of a function.
 
-    A subclass names the function and its keyword arguments, or overrides :meth:`compete`.
-
-    Args:
-        temperature: T > 0, divides the energies.
-        learnable: make the temperature a positive parameter with initial value ``temperature``.
-        dim: default axis of the hypotheses.
+    A subclass names the function and its keyword arguments. Arguments are those of :class:`Tempered`.
 
     Attributes:
         function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
@@ -82,10 +77,6 @@ class Competition(Tempered):
     options: tuple[str, ...] = ()
     couples_items: bool = False
 
-    def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
-        super().__init__(temperature, learnable)
-        self.dim = dim
-
     def forward(self, energies: Tensor, log_prior: Tensor | None = None, dim: int | None = None) -> Posterior:
         """Return the posterior over the hypotheses.
 
@@ -94,17 +85,12 @@ class Competition(Tempered):
             log_prior: log of the prior weights, shape (K,) or any shape that broadcasts with the energies.
             dim: axis of the hypotheses; ``None`` uses the axis given to the constructor.
         """
-        return self.compete(energies, log_prior, self.dim if dim is None else dim)
-
-    def compete(self, energies: Tensor, log_prior: Tensor | None, dim: int) -> Posterior:
-        """Return the posterior at the module's temperature."""
         options = {name: getattr(self, name) for name in self.options}
-        return self.function(energies, self.temperature, log_prior, dim, **options)
+        return self.function(energies, self.temperature, log_prior, self.dim if dim is None else dim, **options)
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         options = [f"{name}={getattr(self, name)}, " for name in self.options if getattr(self, name) is not None]
-        return "".join(options) + super().extra_repr() + (f", dim={self.dim}" if self.dim != -1 else "")
+        return "".join(options) + super().extra_repr()
 
 
 COMPETITIONS: Registry[Competition] = Registry("competition", "competitions", nn.Module)
@@ -116,17 +102,17 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise ValueError(f"temperature={temperature!r} must be positive; use hardmin for the limit T -> 0")
 
 
-def check_at_least_one(**counts: int | None) -> None:
-    """Raise ValueError for a count below 1."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+def check_at_least_one(name: str, value: int) -> int:
+    """Return a count; raise ValueError if it is below 1."""
+    if value < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return value
 
 
 def widen(energies: Tensor) -> Tensor:
     """Convert half-precision energies to float32; raise TypeError for a dtype that is not floating-point."""
     if not energies.is_floating_point():
-        raise TypeError(f"energies of dtype {energies.dtype} must be floating-point")
+        raise TypeError(f"the input of dtype {energies.dtype} must be floating-point")
     return energies.float() if energies.dtype in (torch.float16, torch.bfloat16) else energies
 
 
@@ -156,8 +142,6 @@ def to_posterior(
     """Return the posterior with free energy -T ``value`` in the dtype of the energies; ``value`` lacks axis ``dim``."""
     if not isinstance(temperature, Tensor):
         free = -value if temperature == 1 else value * -temperature
-    elif temperature.numel() == 1 and temperature.ndim <= 1:
-        free = value * -temperature.to(value.dtype).reshape(())
     else:
         free = (value.unsqueeze(dim) * -temperature.to(value.dtype)).squeeze(dim)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from em_lightning.competition.base import (
     COMPETITIONS,
     Competition,
+    Tempered,
     check_at_least_one,
     on_axis,
     to_logits,
@@ -52,12 +53,7 @@ def softmin(
 
 @COMPETITIONS.register("softmin")
 class Softmin(Competition):
-    """Module form of :func:`softmin`, with the arguments of :class:`Competition`: F = -T log sum_k pi_k exp(-d_k / T).
-
-    Example:
-        >>> Softmin(temperature=2.0)(torch.tensor([1.0, 1.0])).responsibilities
-        tensor([0.5000, 0.5000])
-    """
+    """Module form of :func:`softmin`, with the arguments of :class:`Competition`."""
 
     function = staticmethod(softmin)
 
@@ -68,69 +64,45 @@ def grouped(
     log_prior: Tensor | None = None,
     dim: int = -1,
     *,
-    num_groups: int | None = None,
-    group_size: int | None = None,
+    group_size: int = 2,
 ) -> Posterior:
     """Competition by softmin within groups of equal size of neighbouring hypotheses.
 
     Each of the G groups is an independent competition: the free energy has shape (..., G) with the groups on axis
     ``dim``, responsibilities sum to 1 within each group, and dF_g/dd_k = r_k for k in group g. Arguments as in
-    :func:`softmin`, and ``num_groups`` = G or ``group_size`` = K / G, which is 2 if neither is given.
+    :func:`softmin`, and ``group_size`` = K / G.
 
     Raises:
-        ValueError: both ``num_groups`` and ``group_size`` are given, or K is not divisible.
+        ValueError: ``group_size`` is less than 1 or does not divide K.
 
     Example:
-        >>> posterior = grouped(torch.zeros(6), num_groups=2)
+        >>> posterior = grouped(torch.zeros(6), group_size=3)
         >>> posterior.responsibilities, posterior.free_energy
         (tensor([0.3333, 0.3333, 0.3333, 0.3333, 0.3333, 0.3333]), tensor([-1.0986, -1.0986]))
     """
-    _check_groups(num_groups, group_size)
-    size, axis = energies.shape[dim], dim % energies.ndim
-    group_size = group_size or (2 if num_groups is None else max(size // num_groups, 1))
-    if size % group_size or num_groups not in (None, size // group_size):
-        wanted = f"group_size={group_size}" if num_groups is None else f"num_groups={num_groups}"
-        raise ValueError(f"{wanted} must divide the {size} hypotheses on axis dim={dim}")
+    axis = dim % energies.ndim
+    if energies.shape[axis] % check_at_least_one("group_size", group_size):
+        raise ValueError(f"group_size={group_size} must divide the {energies.shape[axis]} hypotheses on axis dim={dim}")
     logits = to_logits(widen(energies), temperature, log_prior, dim).unflatten(axis, (-1, group_size))
     log_sum, responsibilities = gibbs(logits, axis + 1)
     return to_posterior(energies, log_sum, responsibilities.flatten(axis, axis + 1), temperature, dim)
 
 
-def _check_groups(num_groups: int | None, group_size: int | None) -> None:
-    if num_groups is not None and group_size is not None:
-        raise ValueError(f"only one of num_groups={num_groups} and group_size={group_size} may be given")
-    check_at_least_one(num_groups=num_groups, group_size=group_size)
-
-
 @COMPETITIONS.register("grouped")
 class Grouped(Competition):
-    """Module form of :func:`grouped`: softmin within groups of equal size.
+    """Module form of :func:`grouped`.
 
     Args:
-        num_groups: G, a divisor of the number of hypotheses.
-        group_size: hypotheses per group; 2 if neither is given.
+        group_size: hypotheses per group.
         temperature, learnable, dim: as in :class:`Competition`.
-
-    Example:
-        >>> Grouped(num_groups=2)(torch.zeros(5, 8)).free_energy.shape
-        torch.Size([5, 2])
     """
 
     function = staticmethod(grouped)
-    options = ("num_groups", "group_size")
+    options = ("group_size",)
 
-    def __init__(
-        self,
-        num_groups: int | None = None,
-        group_size: int | None = None,
-        temperature: float = 1.0,
-        learnable: bool = False,
-        dim: int = -1,
-    ) -> None:
+    def __init__(self, group_size: int = 2, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable, dim)
-        _check_groups(num_groups, group_size)
-        self.num_groups = num_groups
-        self.group_size = group_size or (2 if num_groups is None else None)
+        self.group_size = check_at_least_one("group_size", group_size)
 
 
 def background(
@@ -171,17 +143,16 @@ def none_of_the_above(posterior: Posterior, dim: int = -1) -> Tensor:
 
 @COMPETITIONS.register("background")
 class Background(Competition):
-    """Module form of :func:`background`: softmin with one more hypothesis of constant energy.
+    """Module form of :func:`background`.
 
     Args:
         energy: b, the energy of the background.
         learnable_energy: make b a parameter.
         temperature, learnable, dim: as in :class:`Competition`.
-
-    Example:
-        >>> none_of_the_above(Background(energy=-1.0)(torch.zeros(2, 3)))
-        tensor([0.4754, 0.4754])
     """
+
+    function = staticmethod(background)
+    options = ("energy",)
 
     def __init__(
         self,
@@ -194,14 +165,9 @@ class Background(Competition):
         super().__init__(temperature, learnable, dim)
         self.energy = nn.Parameter(torch.full((1,), float(energy))) if learnable_energy else float(energy)
 
-    def compete(self, energies: Tensor, log_prior: Tensor | None, dim: int) -> Posterior:
-        """Return the posterior over the K hypotheses and the background."""
-        return background(energies, self.temperature, log_prior, dim, energy=self.energy)
-
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
         learnable = ", learnable_energy=True" if isinstance(self.energy, Tensor) else ""
-        return f"energy={float(torch.as_tensor(self.energy).detach()):g}{learnable}, {super().extra_repr()}"
+        return f"energy={torch.as_tensor(self.energy).item():g}{learnable}, {Tempered.extra_repr(self)}"
 
 
 def topk(
@@ -225,23 +191,18 @@ def topk(
         >>> topk(torch.tensor([0.0, 3.0, 0.0, 1.0]), k=2).responsibilities
         tensor([0.5000, 0.0000, 0.5000, 0.0000])
     """
-    check_at_least_one(k=k)
     logits = to_logits(widen(energies), temperature, log_prior, dim)
-    least = logits.detach().topk(min(k, logits.shape[dim]), dim).values.amin(dim, keepdim=True)
+    least = logits.detach().topk(min(check_at_least_one("k", k), logits.shape[dim]), dim).values.amin(dim, keepdim=True)
     return to_posterior(energies, *gibbs(logits.masked_fill(logits < least, -torch.inf), dim), temperature, dim)
 
 
 @COMPETITIONS.register("topk")
 class TopK(Competition):
-    """Module form of :func:`topk`: softmin among the k lowest energies.
+    """Module form of :func:`topk`.
 
     Args:
         k: number of hypotheses that compete.
         temperature, learnable, dim: as in :class:`Competition`.
-
-    Example:
-        >>> TopK(k=1)(torch.tensor([2.0, 1.0])).responsibilities
-        tensor([0., 1.])
     """
 
     function = staticmethod(topk)
@@ -249,5 +210,4 @@ class TopK(Competition):
 
     def __init__(self, k: int = 2, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable, dim)
-        check_at_least_one(k=k)
-        self.k = k
+        self.k = check_at_least_one("k", k)

@@ -38,12 +38,7 @@ def sparsemin(
 
 @COMPETITIONS.register("sparsemin")
 class Sparsemin(Competition):
-    """Module form of :func:`sparsemin`, with the arguments of :class:`Competition`.
-
-    Example:
-        >>> Sparsemin()(torch.tensor([0.0, 0.5, 2.0])).responsibilities
-        tensor([0.7500, 0.2500, 0.0000])
-    """
+    """Module form of :func:`sparsemin`, with the arguments of :class:`Competition`."""
 
     function = staticmethod(sparsemin)
 
@@ -69,12 +64,7 @@ def entmin(
 
 @COMPETITIONS.register("entmin")
 class Entmin(Competition):
-    """Module form of :func:`entmin`, with the arguments of :class:`Competition`.
-
-    Example:
-        >>> Entmin()(torch.tensor([0.0, 0.5, 3.0])).responsibilities
-        tensor([0.6740, 0.3260, 0.0000])
-    """
+    """Module form of :func:`entmin`, with the arguments of :class:`Competition`."""
 
     function = staticmethod(entmin)
 
@@ -96,11 +86,13 @@ def hardmin(
         ...     hardmin(torch.tensor([1.0, 0.0])).responsibilities
         tensor([0., 1.])
     """
-    _warn_hard("hardmin")
-    return _hardmin(energies, temperature, log_prior, dim)
-
-
-def _hardmin(energies: Tensor, temperature: float | Tensor, log_prior: Tensor | None, dim: int) -> Posterior:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "hardmin is hard assignment, outside the scope of implicit EM: hypotheses without responsibility receive "
+            "no gradient and cannot recover; use softmin at a low temperature",
+            ScopeWarning,
+            stacklevel=2,
+        )
     logits = to_logits(widen(energies), temperature, log_prior, dim)
     top = logits.amax(dim, keepdim=True)
     best = ((logits == top) & (top > -torch.inf)).to(logits.dtype)
@@ -108,26 +100,8 @@ def _hardmin(energies: Tensor, temperature: float | Tensor, log_prior: Tensor | 
     return to_posterior(energies, top.squeeze(dim), responsibilities, temperature, dim)
 
 
-def _warn_hard(name: str) -> None:
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            f"{name} is hard assignment, outside the scope of implicit EM: hypotheses without responsibility receive "
-            f"no gradient and cannot recover; use softmin at a low temperature",
-            ScopeWarning,
-            stacklevel=3,
-        )
-
-
 @COMPETITIONS.register("hardmin")
 class Hardmin(Competition):
-    """Module form of :func:`hardmin`, with the arguments of :class:`Competition`; it warns once, on construction.
+    """Module form of :func:`hardmin`, with the arguments of :class:`Competition`."""
 
-    Warns:
-        ScopeWarning: always.
-    """
-
-    function = staticmethod(_hardmin)
-
-    def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
-        super().__init__(temperature, learnable, dim)
-        _warn_hard("Hardmin")
+    function = staticmethod(hardmin)

@@ -57,7 +57,7 @@ def balanced(
     Source: Cuturi, "Sinkhorn distances", 2013; Peyre and Cuturi, "Computational optimal transport", 2019, chapter 4.
     """
     check_temperature(temperature)
-    check_at_least_one(num_iters=num_iters)
+    check_at_least_one("num_iters", num_iters)
     axis = dim % energies.ndim
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
@@ -141,16 +141,12 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
 
 @COMPETITIONS.register("balanced")
 class Balanced(Competition):
-    """Module form of :func:`balanced`: every hypothesis receives the same share of the items.
+    """Module form of :func:`balanced`.
 
     Args:
         item_dim: axis of the items; ``None`` treats all axes but ``dim`` as items.
         num_iters: number of solver steps.
         temperature, learnable, dim: as in :class:`Competition`.
-
-    Example:
-        >>> Balanced()(torch.randn(6, 3)).responsibilities.sum(0).round(decimals=4)
-        tensor([2., 2., 2.])
     """
 
     function = staticmethod(balanced)
@@ -166,5 +162,4 @@ class Balanced(Competition):
         dim: int = -1,
     ) -> None:
         super().__init__(temperature, learnable, dim)
-        check_at_least_one(num_iters=num_iters)
-        self.item_dim, self.num_iters = item_dim, num_iters
+        self.item_dim, self.num_iters = item_dim, check_at_least_one("num_iters", num_iters)

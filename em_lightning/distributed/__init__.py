@@ -1,7 +1,7 @@
 """Differentiable sums over the ranks of a process group, and moments of the global batch."""
 
 from em_lightning.distributed.moments import Moments, batch_mean, batch_moments
-from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_spread, units_last
+from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_spread
 
 __all__ = [
     "Moments",
@@ -11,5 +11,4 @@ __all__ = [
     "flatten_units",
     "global_sum",
     "is_spread",
-    "units_last",
 ]

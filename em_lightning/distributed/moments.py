@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_spread
-
-__all__ = ["Moments", "batch_mean", "batch_moments"]
 
 
 class Moments(NamedTuple):
@@ -21,7 +19,6 @@ class Moments(NamedTuple):
         variance: unbiased variance of each unit (D,); 0 for fewer than two items.
         deviations: this rank's items minus the mean (N, D).
         weights: this rank's weights (N,), or ``None`` for equal weights.
-        group: process group; ``None`` is the default group.
     """
 
     size: Tensor
@@ -29,7 +26,6 @@ class Moments(NamedTuple):
     variance: Tensor
     deviations: Tensor
     weights: Tensor | None
-    group: Any = None
 
     @property
     def std(self) -> Tensor:
@@ -54,7 +50,7 @@ class Moments(NamedTuple):
         standardized = self.deviations * (1 / (std * _degrees_of_freedom(self.size).sqrt()))
         diagonal = self.variance / std.square()
         num_items, num_units = standardized.shape
-        if self.weights is not None or num_items >= num_units or is_spread(self.group):
+        if self.weights is not None or num_items >= num_units or is_spread():
             return (self._sum_of_products(standardized) - torch.diag(diagonal)).square().sum()
         # With fewer items than units the (N, N) product is smaller: C = Z^T Z has the Frobenius norm of Z Z^T.
         with torch.autocast(standardized.device.type, enabled=False):
@@ -64,7 +60,7 @@ class Moments(NamedTuple):
     def _sum_of_products(self, items: Tensor) -> Tensor:
         weighted = items if self.weights is None else items * self.weights[:, None]
         with torch.autocast(items.device.type, enabled=False):
-            return global_sum(weighted.T @ items, self.group)
+            return global_sum(weighted.T @ items)
 
 
 def _degrees_of_freedom(size: Tensor) -> Tensor:
@@ -72,9 +68,7 @@ def _degrees_of_freedom(size: Tensor) -> Tensor:
     return torch.where(size > 1, size - 1, torch.inf)
 
 
-def batch_moments(
-    values: Tensor, dim: int = -1, mask: Tensor | None = None, weights: Tensor | None = None, group: Any = None
-) -> Moments:
+def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, weights: Tensor | None = None) -> Moments:
     r"""Return the moments of activations over the global batch; they are differentiable and equal on every rank.
 
     Two passes: the mean :math:`m = \sum_n w_n x_n / \sum_n w_n`, then the variance
@@ -86,7 +80,6 @@ def batch_moments(
         dim: axis of the units.
         mask: booleans of the shape of ``values`` without ``dim``; False items do not count.
         weights: non-negative numbers of the same shape; an item of weight w counts w times.
-        group: process group; ``None`` is the default group. Ranks may hold different numbers of items.
 
     Raises:
         ValueError, TypeError: as :func:`flatten_units`.
@@ -97,34 +90,33 @@ def batch_moments(
         (tensor([2., 0.]), tensor([2., 0.]))
     """
     items, counts = flatten_units(values, dim, mask, weights)
-    exact, size = _mean_and_size(items, counts, accumulation_dtype(items), group)
+    exact, size = _mean_and_size(items, counts, accumulation_dtype(items))
     mean, size = exact.to(items.dtype), size.to(items.dtype)
     deviations = items - mean
     squares = deviations.square() if counts is None else deviations.square() * counts[:, None]
-    variance = global_sum(squares.sum(0), group) / _degrees_of_freedom(size)
-    return Moments(size, mean, variance, deviations, counts, group)
+    variance = global_sum(squares.sum(0)) / _degrees_of_freedom(size)
+    return Moments(size, mean, variance, deviations, counts)
 
 
-def batch_mean(items: Tensor, weights: Tensor | None = None, group: Any = None) -> Tensor:
+def batch_mean(items: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return the weighted mean of items (N, ...) over the global batch, shape (...); 0 if there are no items.
 
     Args:
         items: this rank's items.
         weights: non-negative numbers (N,); ``None`` weighs all items equally.
-        group: process group; ``None`` is the default group.
 
     Example:
         >>> batch_mean(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         tensor([2., 0.])
     """
-    mean, _ = _mean_and_size(items.flatten(1) if items.dim() > 1 else items[:, None], weights, items.dtype, group)
+    mean, _ = _mean_and_size(items.flatten(1) if items.dim() > 1 else items[:, None], weights, items.dtype)
     return mean.reshape(items.shape[1:])
 
 
-def _mean_and_size(items: Tensor, weights: Tensor | None, dtype: torch.dtype, group: Any) -> tuple[Tensor, Tensor]:
+def _mean_and_size(items: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if weights is None:
         total, size = items.sum(0, dtype=dtype), items.new_full((), items.shape[0], dtype=dtype)
     else:
         total, size = (items * weights[:, None]).sum(0, dtype=dtype), weights.sum(dtype=dtype)
-    size = global_sum(size, group)
-    return global_sum(total, group) / size.clamp_min(torch.finfo(dtype).tiny), size
+    size = global_sum(size)
+    return global_sum(total) / size.clamp_min(torch.finfo(dtype).tiny), size

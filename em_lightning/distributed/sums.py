@@ -8,23 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "flatten_units", "global_sum", "is_spread", "units_last"]
-
 
 class _GlobalSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, values: Tensor) -> Tensor:
         total = values.contiguous().clone()
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _GlobalSum.apply(gradient, ctx.group), None
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _GlobalSum.apply(gradient)
 
 
-def global_sum(values: Tensor, group: Any = None) -> Tensor:
+def global_sum(values: Tensor) -> Tensor:
     r"""Sum a tensor elementwise over the ranks; without a process group, return it unchanged.
 
     The backward pass sums over the ranks as well. Let :math:`S = \sum_r s_r(\theta)`, and let each of the W ranks
@@ -35,23 +32,22 @@ def global_sum(values: Tensor, group: Any = None) -> Tensor:
 
     Args:
         values: tensor of the same shape and dtype on every rank; all ranks must make the call.
-        group: process group; ``None`` is the default group.
 
     Example:
         >>> global_sum(torch.ones(2))
         tensor([1., 1.])
     """
-    return _GlobalSum.apply(values, group) if is_spread(group) else values
+    return _GlobalSum.apply(values) if is_spread() else values
 
 
-def is_spread(group: Any = None) -> bool:
-    """Return whether the process group has more than one rank.
+def is_spread() -> bool:
+    """Return whether the default process group has more than one rank.
 
     Example:
         >>> is_spread()
         False
     """
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def accumulation_dtype(values: Tensor) -> torch.dtype:
@@ -62,16 +58,6 @@ def accumulation_dtype(values: Tensor) -> torch.dtype:
         torch.float64
     """
     return torch.float32 if values.device.type == "mps" else torch.float64
-
-
-def units_last(values: Tensor, dim: int) -> Tensor:
-    """Move axis ``dim`` to the end; a tensor whose axis is already last is returned itself, without a view.
-
-    Example:
-        >>> units_last(torch.zeros(2, 5, 3, 3), 1).shape
-        torch.Size([2, 3, 3, 5])
-    """
-    return values if dim in (-1, values.dim() - 1) else values.movedim(dim, -1)
 
 
 def flatten_units(
@@ -103,7 +89,7 @@ def flatten_units(
         raise ValueError(f"dim={dim} must be an axis of values, which have shape {tuple(values.shape)}")
     if values.shape[dim] == 0:
         raise ValueError(f"values of shape {tuple(values.shape)} must have at least one unit along dim={dim}")
-    values = units_last(values, dim)
+    values = values.movedim(dim, -1)
     for name, given in (("mask", mask), ("weights", weights)):
         if given is not None and given.shape != values.shape[:-1]:
             raise ValueError(

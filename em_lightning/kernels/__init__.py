@@ -7,9 +7,8 @@ from em_lightning.kernels.additive import (
     LogisticKernel,
     PseudoHuberKernel,
 )
-from em_lightning.kernels.base import KERNELS, Kernel, NoDensityError, density_kernel, positive_number
+from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel, NoDensityError, density_kernel, positive_number
 from em_lightning.kernels.distance import pairwise, squared_distance
-from em_lightning.kernels.elliptical import EllipticalKernel
 from em_lightning.kernels.radial import GaussianKernel, MahalanobisKernel, StudentTKernel
 from em_lightning.kernels.similarity import CosineKernel, DotProductKernel, LearnedEnergyKernel
 

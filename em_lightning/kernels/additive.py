@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from em_lightning.kernels.base import KERNELS, Kernel
+from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import pairwise
-from em_lightning.kernels.elliptical import EllipticalKernel
 
 # exp(40) = 2.4e17: its square, in norms of gradients, still fits float32.
 _LARGEST_EXPONENT = 40.0
@@ -31,7 +30,6 @@ class LaplaceKernel(EllipticalKernel):
 
     Args:
         scale: mean absolute deviation of each feature.
-        learnable: make the scale a positive parameter.
 
     Example:
         >>> LaplaceKernel(scale=2.0)(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 2))
@@ -43,18 +41,18 @@ class LaplaceKernel(EllipticalKernel):
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, scale=scale)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return pairwise(x, centers).abs().sum(-1) / self.positive("scale", x.dtype)
 
-    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         scaled = squared_distance / self.positive("scale", squared_distance.dtype) ** 2
         return _huber_rho(scaled, _LAPLACE_CORE) / _LAPLACE_CORE + 0.5 * _LAPLACE_CORE
 
-    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         variance = self.positive("scale", squared_distance.dtype) ** 2
         return _huber_irls_weight(squared_distance / variance, _LAPLACE_CORE) / (_LAPLACE_CORE * variance)
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         # The area of the sphere times the integral of r^(D-1) exp(-r); the parabola changes it by less than 1e-8.
         return _log_sphere_area(num_features) + math.lgamma(num_features) + num_features * self.scale.log()
 
@@ -70,7 +68,6 @@ class LogisticKernel(Kernel):
 
     Args:
         slope: steepness below the center.
-        learnable: make the slope a positive parameter.
 
     Example:
         >>> LogisticKernel()(torch.tensor([[0.0]]), torch.tensor([[0.0], [100.0]]))
@@ -84,7 +81,7 @@ class LogisticKernel(Kernel):
     def __init__(self, slope: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, slope=slope)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         # functional.softplus turns linear beyond a threshold, an error of 2e-9.
         return -functional.logsigmoid(self.positive("slope", x.dtype) * pairwise(x, centers)).sum(-1)
 
@@ -104,7 +101,6 @@ class HuberKernel(EllipticalKernel):
 
     Args:
         delta: distance at which the energy turns linear.
-        learnable: make delta a positive parameter.
 
     Example:
         >>> HuberKernel(delta=1.0)(torch.tensor([[0.5], [3.0]]), torch.zeros(1, 1))
@@ -117,19 +113,19 @@ class HuberKernel(EllipticalKernel):
     def __init__(self, delta: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, delta=delta)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         delta = self.positive("delta", x.dtype)
         z = pairwise(x, centers)
         size = z.abs()
         return torch.where(size <= delta, 0.5 * z.square(), delta * (size - 0.5 * delta)).sum(-1)
 
-    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return _huber_rho(squared_distance, self.positive("delta", squared_distance.dtype))
 
-    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return _huber_irls_weight(squared_distance, self.positive("delta", squared_distance.dtype))
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         # The integral of r^(D-1) exp(-r^2 / 2) to delta, and beyond it that of r^(D-1) exp(delta^2 / 2 - delta r), a
         # finite sum of positive terms.
         half, square = 0.5 * num_features, self.delta**2
@@ -153,7 +149,6 @@ class PseudoHuberKernel(EllipticalKernel):
 
     Args:
         delta: distance around which the energy turns linear.
-        learnable: make delta a positive parameter.
 
     Example:
         >>> PseudoHuberKernel(delta=4.0)(torch.tensor([[3.0]]), torch.zeros(1, 1))
@@ -166,22 +161,22 @@ class PseudoHuberKernel(EllipticalKernel):
     def __init__(self, delta: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, delta=delta)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         # This form avoids cancellation near the center and overflow far from it.
         z = pairwise(x, centers)
         ratio = z / self.positive("delta", x.dtype)
         return (z * (z / (1 + torch.hypot(ratio, torch.ones_like(ratio))))).sum(-1)
 
-    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return squared_distance / (1.0 + self._root(squared_distance))
 
-    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return self._root(squared_distance).reciprocal()
 
     def _root(self, squared_distance: Tensor) -> Tensor:
         return (1.0 + squared_distance / self.positive("delta", squared_distance.dtype) ** 2).sqrt()
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         # (2 pi)^((D-1)/2) 2 delta exp(delta^2) K_((D+1)/2)(delta^2) by the stable upward recurrence of ratios
         # K_(v+1) / K_v = K_(v-1) / K_v + 2 v / x, from orders 0 and 1, or from 1/2, where K is sqrt(pi / 2x) exp(-x).
         x = self.delta**2
@@ -209,7 +204,6 @@ class ExponentialKernel(Kernel):
 
     Args:
         rate: rate of growth.
-        learnable: make the rate a positive parameter.
 
     Example:
         >>> ExponentialKernel()(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0]]))
@@ -221,13 +215,13 @@ class ExponentialKernel(Kernel):
     def __init__(self, rate: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, rate=rate)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         exponent = self.positive("rate", x.dtype) * pairwise(x, centers).abs()
         within = exponent.clamp(max=_LARGEST_EXPONENT)
         tangent = math.exp(_LARGEST_EXPONENT) * (exponent - (_LARGEST_EXPONENT - 1))
         return torch.where(exponent > _LARGEST_EXPONENT, tangent, within.exp()).sum(-1)
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         return num_features * (math.log(2 * _EXPONENTIAL_INTEGRAL) - self.rate.log())
 
 

@@ -1,4 +1,4 @@
-"""Base class of kernels: energies between items and centers, with positive shape parameters."""
+"""Base classes of kernels: energies between items and centers, and of those that define an elliptical density."""
 
 from __future__ import annotations
 
@@ -114,20 +114,67 @@ class Kernel(nn.Module):
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
     def get_extra_state(self) -> Tensor:
-        """Return the declared values for the ``state_dict``: float64, as integers, which load on every device."""
         return torch.tensor(list(self._initial.values()), dtype=torch.float64).view(torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Load the declared values from a ``state_dict``."""
         values, names = state.cpu().view(torch.float64).tolist(), list(self._initial)
         if len(values) != len(names):
             raise ValueError(f"the state_dict has {len(values)} shape parameters, {type(self).__name__} has {names}")
         self._initial = dict(zip(names, values, strict=True))
 
     def extra_repr(self) -> str:
-        """Return the shape parameters, and which of them are learnable."""
         learnable = " (learnable)" if self._learnable else ""
         return ", ".join(f"{name}={getattr(self, name).item():g}{learnable}" for name in self._initial)
+
+
+class EllipticalKernel(Kernel):
+    r"""A kernel that can be a mixture component with an estimated covariance.
+
+    With the squared Mahalanobis distance :math:`y = (x - \mu)^\top \Sigma^{-1} (x - \mu)` the component is
+
+    .. math:: p(x) = \frac{e^{-\rho(y)}}{Z_D \, |\Sigma|^{1/2}}, \qquad Z_D = \int_{\mathbb{R}^D} e^{-\rho(|x|^2)} dx
+
+    The M-step is iteratively reweighted least squares (IRLS): each point has the weight :math:`u(y) = 2 \rho'(y)`. It
+    never decreases the likelihood where :math:`\rho` is concave (majorize-minimize).
+
+    =============  ==============================================  ===================================
+    kernel         :math:`\rho(y)`                                 :math:`u(y)`
+    =============  ==============================================  ===================================
+    gaussian       :math:`y / 2`                                   1
+    student_t      :math:`p \log(1 + y / \nu)`                     :math:`2 p / (\nu + y)`
+    laplace        :math:`\sqrt y`                                 :math:`1 / \sqrt y`
+    huber          :math:`y / 2`, beyond :math:`\delta`            :math:`\min(1, \delta / \sqrt y)`
+                   :math:`\delta (\sqrt y - \delta / 2)`
+    pseudo_huber   :math:`\delta^2 (\sqrt{1 + y / \delta^2} - 1)`  :math:`1 / \sqrt{1 + y / \delta^2}`
+    =============  ==============================================  ===================================
+
+    For the Student-t :math:`p = (\nu + D) / 2` with ``density=True``. A ``scale`` :math:`s` divides the distance,
+    :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. With D = 1 the densities
+    are those of the kernels; with D > 1 the multivariate t, an exponential power (Laplace) and a hyperbolic one
+    (pseudo-Huber). Laplace is a parabola below the distance 1e-4 s, where its IRLS weight would tend to infinity.
+
+    Source: Kent and Tyler, "Redescending M-estimates of multivariate location and scatter", Annals of Statistics 19
+    (1991); exponential power: Gómez, Gómez-Villegas and Marín, Communications in Statistics 27 (1998).
+    """
+
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
+        """Return the energy as a function of the squared Mahalanobis distance, of the same shape and dtype."""
+        raise NotImplementedError
+
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
+        """Return the IRLS weight, twice the derivative of rho, with finite derivatives also at distance 0."""
+        raise NotImplementedError
+
+    def log_normalizer(self, num_features: int) -> Tensor:
+        return num_features * self.elliptical_log_normalizer(1)  # of an energy that adds over features
+
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
+        """Return the log of the integral of exp(-rho(|x|^2)) over R^D, a float64 tensor of shape ().
+
+        Raises:
+            NoDensityError: the integral is infinite.
+        """
+        raise NotImplementedError
 
 
 def density_kernel(spec: Any) -> Kernel:
@@ -167,6 +214,3 @@ def _check_inputs(x: Tensor, centers: Tensor) -> None:
             raise ValueError(f"{name} {tuple(value.shape)} must have at least two axes, (..., rows, features)")
     if x.shape[-1] != centers.shape[-1]:
         raise ValueError(f"x {tuple(x.shape)} and centers {tuple(centers.shape)} must have equal last axes")
-    leading = zip(reversed(x.shape[:-2]), reversed(centers.shape[:-2]), strict=False)
-    if any(size != other and size != 1 and other != 1 for size, other in leading):
-        raise ValueError(f"leading axes of x {tuple(x.shape)} and centers {tuple(centers.shape)} do not broadcast")

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels.base import KERNELS, Kernel
+from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import squared_distance
-from em_lightning.kernels.elliptical import EllipticalKernel
 
 
 @KERNELS.register("gaussian")
@@ -24,7 +23,6 @@ class GaussianKernel(EllipticalKernel):
 
     Args:
         scale: standard deviation of each feature.
-        learnable: make the scale a positive parameter.
 
     Example:
         >>> GaussianKernel(scale=2.0)(torch.tensor([[3.0]]), torch.tensor([[1.0], [3.0]]))
@@ -36,21 +34,21 @@ class GaussianKernel(EllipticalKernel):
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, scale=scale)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return squared_distance(x, centers) / (2 * self.positive("scale", x.dtype) ** 2)
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log())
 
     # No scale here: it is redundant where the covariance is estimated.
 
-    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return 0.5 * squared_distance
 
-    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return torch.ones_like(squared_distance)
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         return torch.tensor(0.5 * num_features * math.log(2 * math.pi), dtype=torch.float64)
 
 
@@ -71,7 +69,6 @@ class StudentTKernel(EllipticalKernel):
     Args:
         df: degrees of freedom; the smaller, the heavier the tails of the density.
         scale: length scale of the distance.
-        learnable: make both positive parameters.
         density: use the exponent of the Student-t density in any number of features.
 
     Example:
@@ -87,10 +84,10 @@ class StudentTKernel(EllipticalKernel):
         super().__init__(learnable, df=df, scale=scale)
         self.density = density
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return self.rho(squared_distance(x, centers), x.shape[-1])
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         if not self.density and num_features >= 2:
             return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
         df, half = self.df, num_features / 2
@@ -98,21 +95,21 @@ class StudentTKernel(EllipticalKernel):
         volume = half * (math.pi * df).log() + num_features * self.scale.log()
         return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         return self.elliptical_log_normalizer(num_features)
 
-    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
         return self._exponent(df, num_features) * (squared_distance / (df * scale**2)).log1p()
 
-    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:  # noqa: D102
+    def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
         return 2 * self._exponent(df, num_features) / (df * scale**2 + squared_distance)
 
     def _exponent(self, df: Tensor | float, num_features: int) -> Tensor | float:
         return (df + num_features) / 2 if self.density else 1.0
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return super().extra_repr() + (", density=True" if self.density else "")
 
 
@@ -169,15 +166,15 @@ class MahalanobisKernel(Kernel):
         """The covariance L L^T (D, D)."""
         return self.factor @ self.factor.mT
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         if x.shape[-1] != self.num_features:
             raise ValueError(f"x {tuple(x.shape)} must have num_features={self.num_features} on its last axis")
         return squared_distance(x, centers, self.factor.to(x.dtype))
 
-    def log_normalizer(self, num_features: int) -> Tensor:  # noqa: D102
+    def log_normalizer(self, num_features: int) -> Tensor:
         if num_features != self.num_features:
             raise ValueError(f"num_features={num_features} must be that of the kernel, {self.num_features}")
         return 0.5 * num_features * math.log(math.pi) + self.factor.diagonal().log().sum()
 
-    def extra_repr(self) -> str:  # noqa: D102
+    def extra_repr(self) -> str:
         return f"num_features={self.num_features}, learnable={self.log_factor is not None}"

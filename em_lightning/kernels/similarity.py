@@ -30,7 +30,7 @@ class CosineKernel(Kernel):
     Source: Banerjee et al., "Clustering on the unit hypersphere using von Mises-Fisher distributions", JMLR 6 (2005).
     """
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return 1 - _direction(x) @ _direction(centers).mT
 
     def log_normalizer(self, num_features: int) -> Tensor:
@@ -64,7 +64,6 @@ class DotProductKernel(Kernel):
 
     Args:
         scale: factor of the inner product.
-        learnable: make the scale a positive parameter.
 
     Example:
         >>> DotProductKernel(scale=0.5)(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
@@ -78,7 +77,7 @@ class DotProductKernel(Kernel):
     def __init__(self, scale: float = 1.0, learnable: bool = False) -> None:
         super().__init__(learnable, scale=scale)
 
-    def energy(self, x: Tensor, centers: Tensor) -> Tensor:  # noqa: D102
+    def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return (-self.positive("scale", x.dtype) * x) @ centers.mT
 
 

@@ -12,7 +12,6 @@ from em_lightning.losses.terms import (
     MomentLoss,
     VarianceLoss,
     WeightRedundancyLoss,
-    weight_redundancy,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "MomentLoss",
     "VarianceLoss",
     "WeightRedundancyLoss",
-    "weight_redundancy",
 ]

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.distributed import batch_moments, units_last
+from em_lightning.distributed import batch_moments
 from em_lightning.losses.terms import LOSSES, MomentLoss, WeightRedundancyLoss
-
-__all__ = ["EMLoss"]
 
 
 class EMLoss(nn.Module):
@@ -92,7 +90,7 @@ class EMLoss(nn.Module):
         Raises:
             ValueError: ``weight_redundancy`` has a positive weight and ``weight_matrix`` is None.
         """
-        energies = units_last(energies, self.dim)
+        energies = energies.movedim(self.dim, -1)
         active = {name: self.terms[name] for name, weight in self.weights.items() if weight}
         moments = None
         values: dict[str, Tensor] = {}
@@ -115,7 +113,6 @@ class EMLoss(nn.Module):
         return torch.stack(list(self(*args, **kwargs).values())).sum()
 
     def extra_repr(self) -> str:
-        """Return the weights shown by ``repr``."""
         return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
 
 

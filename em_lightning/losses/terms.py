@@ -19,29 +19,10 @@ from torch.nn import functional as F
 
 from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
+from em_lightning.kernels import positive_number
 from em_lightning.registry import Registry
 
-__all__ = [
-    "LOSSES",
-    "BalanceLoss",
-    "BoundedVarianceLoss",
-    "DecorrelationLoss",
-    "EnergyLoss",
-    "FreeEnergyLoss",
-    "LogDetLoss",
-    "MomentLoss",
-    "VarianceLoss",
-    "WeightRedundancyLoss",
-    "weight_redundancy",
-]
-
 LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}={value} must be positive and finite")
-    return float(value)
 
 
 class EnergyLoss(nn.Module):
@@ -66,18 +47,15 @@ class EnergyLoss(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Return the settings shown by ``repr``."""
-        return ", ".join([*self._shown(), *([] if self.dim == -1 else [f"dim={self.dim}"])])
-
-    def _shown(self) -> list[str]:
-        return []
+        hidden = {"training"} if self.dim != -1 else {"training", "dim"}
+        shown = {name: value for name, value in vars(self).items() if name[0] != "_" and name not in hidden}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 class MomentLoss(EnergyLoss):
     """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them."""
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the loss of the global batch: a scalar."""
         return self.from_moments(batch_moments(energies, self.dim, mask, weights))
 
     def from_moments(self, moments: Moments) -> Tensor:
@@ -96,7 +74,6 @@ class FreeEnergyLoss(EnergyLoss):
         reduction: "sum" or "mean" over the items of the global batch. They weigh the term differently against volume
             control and are different experiments.
         temperature: T > 0.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``reduction`` is neither "sum" nor "mean", or ``temperature`` is not positive.
@@ -113,18 +90,14 @@ class FreeEnergyLoss(EnergyLoss):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'")
         self.reduction = reduction
-        self.temperature = _positive("temperature", temperature)
+        self.temperature = positive_number("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the summed or mean free energy of the global batch: a scalar."""
         items, counts = flatten_units(energies, self.dim, mask, weights)
         free_energy = softmin(items, self.temperature).free_energy
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
         return global_sum((free_energy if counts is None else free_energy * counts).sum())
-
-    def _shown(self) -> list[str]:
-        return [f"reduction={self.reduction!r}, temperature={self.temperature}"]
 
 
 @LOSSES.register("variance")
@@ -136,7 +109,6 @@ class VarianceLoss(MomentLoss):
 
     Args:
         eps: keeps the logarithm of a constant unit finite.
-        dim: axis of the units.
 
     Example:
         >>> VarianceLoss()(torch.tensor([[0.0], [2.0]])) == -torch.tensor(2.0 + 1e-6).log()
@@ -147,10 +119,9 @@ class VarianceLoss(MomentLoss):
 
     def __init__(self, eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(dim)
-        self.eps = _positive("eps", eps)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         return -(moments.variance + self.eps).log().sum()
 
 
@@ -167,7 +138,6 @@ class BoundedVarianceLoss(MomentLoss):
         target: variance tau above which the term becomes flat. A softmin at temperature T distinguishes energies that
             differ by about T, so T^2 is a natural unit.
         eps: keeps the logarithm of a constant unit finite.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``target`` or ``eps`` is not positive.
@@ -180,15 +150,11 @@ class BoundedVarianceLoss(MomentLoss):
 
     def __init__(self, target: float = 1.0, eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(dim)
-        self.target = _positive("target", target)
-        self.eps = _positive("eps", eps)
+        self.target = positive_number("target", target)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         return torch.log1p(self.target / (moments.variance + self.eps)).sum()
-
-    def _shown(self) -> list[str]:
-        return [f"target={self.target}"]
 
 
 @LOSSES.register("decorrelation")
@@ -200,7 +166,6 @@ class DecorrelationLoss(MomentLoss):
 
     Args:
         eps: added to the standard deviations.
-        dim: axis of the units.
 
     Example:
         >>> DecorrelationLoss()(torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]])).round(decimals=4)
@@ -211,10 +176,9 @@ class DecorrelationLoss(MomentLoss):
 
     def __init__(self, eps: float = 1e-8, dim: int = -1) -> None:
         super().__init__(dim)
-        self.eps = _positive("eps", eps)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         return moments.redundancy(self.eps)
 
 
@@ -231,7 +195,6 @@ class LogDetLoss(MomentLoss):
         of: "covariance", which is unbounded below under scaling like the variance term; or "correlation", which is at
             least 0, independent of scale, and ignores constant units.
         eps: added to the diagonal. With fewer items than units the matrix is singular and eps determines the value.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``of`` has another value, or ``eps`` is not positive.
@@ -247,10 +210,9 @@ class LogDetLoss(MomentLoss):
         if of not in ("covariance", "correlation"):
             raise ValueError(f"of={of!r} must be 'covariance' or 'correlation'")
         self.of = of
-        self.eps = _positive("eps", eps)
+        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
-        """Return the loss for the moments of the global batch: a scalar."""
         if self.of == "covariance":
             matrix, scale = moments.covariance(), 1.0
         else:
@@ -261,9 +223,6 @@ class LogDetLoss(MomentLoss):
         spectrum = torch.linalg.eigvalsh(matrix.to(accumulation_dtype(matrix))).clamp_min(0.0)
         return -((spectrum + self.eps) / scale).log().sum().to(matrix.dtype)
 
-    def _shown(self) -> list[str]:
-        return [f"of={self.of!r}"]
-
 
 @LOSSES.register("balance")
 class BalanceLoss(EnergyLoss):
@@ -273,7 +232,6 @@ class BalanceLoss(EnergyLoss):
 
     Args:
         temperature: of the softmin that gives the responsibilities.
-        dim: axis of the units.
 
     Raises:
         ValueError: ``temperature`` is not positive.
@@ -285,17 +243,13 @@ class BalanceLoss(EnergyLoss):
 
     def __init__(self, temperature: float = 1.0, dim: int = -1) -> None:
         super().__init__(dim)
-        self.temperature = _positive("temperature", temperature)
+        self.temperature = positive_number("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the divergence for the global batch: a scalar."""
         items, counts = flatten_units(energies, self.dim, mask, weights)
         mean = batch_mean(torch.softmax(-items / self.temperature, dim=-1), counts)
         # The derivative of the entropy is infinite at a share of 0.
         return math.log(items.shape[1]) - torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
-
-    def _shown(self) -> list[str]:
-        return [f"temperature={self.temperature}"]
 
 
 @LOSSES.register("weight_redundancy")
@@ -308,28 +262,19 @@ class WeightRedundancyLoss(nn.Module):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the sum over ordered pairs of different rows of ``weight`` (D, ...): a scalar."""
-        return weight_redundancy(weight)
+        """Return the sum over ordered pairs of different rows: a scalar.
 
+        Args:
+            weight: matrix (D, ...) with one row per unit; further axes are flattened. The cosine with a zero row is 0.
 
-def weight_redundancy(weight: Tensor) -> Tensor:
-    r"""Return the sum of squared cosines between different rows, :math:`\sum_{i \ne j} \cos^2(w_i, w_j)`.
-
-    Args:
-        weight: matrix (D, ...) with one row per unit; further axes are flattened. The cosine with a zero row is 0.
-
-    Raises:
-        ValueError: ``weight`` has fewer than two axes.
-
-    Example:
-        >>> weight_redundancy(torch.eye(3))
-        tensor(0.)
-    """
-    if weight.dim() < 2:
-        raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
-    with torch.autocast(weight.device.type, enabled=False):
-        rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        if rows.numel():  # divide by the largest entry, whose square can overflow
-            largest = rows.detach().abs().amax(1, keepdim=True)
-            rows = F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
-        return 2 * (rows @ rows.T).triu(1).square().sum()
+        Raises:
+            ValueError: ``weight`` has fewer than two axes.
+        """
+        if weight.dim() < 2:
+            raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
+        with torch.autocast(weight.device.type, enabled=False):
+            rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+            if rows.numel():  # divide by the largest entry, whose square can overflow
+                largest = rows.detach().abs().amax(1, keepdim=True)
+                rows = F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
+            return 2 * (rows @ rows.T).triu(1).square().sum()

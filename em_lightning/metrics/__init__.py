@@ -1,10 +1,19 @@
 """torchmetrics of mixtures and layers: exact over batches and ranks, with states in float64.
 
-Letters: B sets, N items, D units (or features), K components.
+Letters: B sets, N items, D units (or features), K components. Constructors also take the keyword arguments of
+:class:`torchmetrics.Metric`.
 """
 
 from em_lightning.metrics.base import Float64Metric, MeanOfItems, UnitMoments
-from em_lightning.metrics.layers import L0, DeadUnits, EffectiveRank, MinVariance, Redundancy, layer_metrics
+from em_lightning.metrics.layers import (
+    L0,
+    DeadUnits,
+    EffectiveRank,
+    MinVariance,
+    Redundancy,
+    layer_metrics,
+    linear_probe,
+)
 from em_lightning.metrics.mixtures import (
     DeadComponents,
     EffectiveComponents,
@@ -12,7 +21,6 @@ from em_lightning.metrics.mixtures import (
     MixtureLogLikelihood,
     ResponsibilityEntropy,
 )
-from em_lightning.metrics.probe import linear_probe
 
 __all__ = [
     "L0",

@@ -44,17 +44,11 @@ class MeanOfItems(Float64Metric):
         self.sums = self.sums + torch.stack([counts @ items, counts.sum(), torch.zeros_like(counts.sum())])
 
     def compute(self) -> Tensor:
-        """Return the mean, NaN if no item was counted."""
         return self.sums[0] / self.sums[1]
 
 
 class UnitMoments(Float64Metric):
-    """Count, mean and co-moments of the units over all items, for subclasses that compute a number from them.
-
-    Args:
-        dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.Metric`.
-    """
+    """Count, mean and co-moments of the units over all items, for subclasses that compute a number from them."""
 
     moments: Tensor
     # The size of the state is known at the first update, so torchmetrics cannot add an empty state to a full one.

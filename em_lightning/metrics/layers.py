@@ -1,4 +1,4 @@
-"""Metrics of the units of a layer: active and dead units, least variance, redundancy, effective rank."""
+"""Metrics of the units of a layer: active and dead units, least variance, redundancy, effective rank, linear probe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class L0(MeanOfItems):
     Args:
         threshold: the activation above which a unit is active.
         dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = L0()
@@ -45,7 +44,6 @@ class DeadUnits(UnitMoments):
         dim: the axis of the units.
         relative: whether the threshold is a fraction of the mean variance of the units, for comparing activations of
             different scale.
-        **kwargs: for :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = DeadUnits()
@@ -62,7 +60,6 @@ class DeadUnits(UnitMoments):
         self.relative = relative
 
     def compute(self) -> Tensor:
-        """Return the number of dead units."""
         variance = self.covariance().diagonal()
         threshold = self.threshold * variance.mean() if self.relative else self.threshold
         return ((variance < threshold) | (variance == 0)).sum().to(self.moments.dtype)
@@ -81,7 +78,6 @@ class MinVariance(UnitMoments):
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """Return the smallest variance."""
         return self.covariance().diagonal().amin()
 
 
@@ -100,7 +96,6 @@ class Redundancy(UnitMoments):
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """Return the sum over ordered pairs of different units."""
         covariance = self.covariance()
         std = covariance.diagonal().sqrt() + 1e-8
         return (covariance / std / std[:, None]).square().fill_diagonal_(0.0).sum()
@@ -123,7 +118,6 @@ class EffectiveRank(UnitMoments):
     higher_is_better = True
 
     def compute(self) -> Tensor:
-        """Return the effective rank."""
         covariance = self.covariance()
         if covariance.isnan().any():
             return covariance.new_full((), torch.nan)
@@ -161,3 +155,23 @@ def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
     return MetricCollection(
         {**of_moments, **means}, compute_groups=[list(of_moments), *([name] for name in means)], **kwargs
     )
+
+
+def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
+    """Return the test accuracy, from 0 to 1, of a logistic regression on standardized features.
+
+    It is scikit-learn's ``StandardScaler`` and ``LogisticRegression`` with their defaults, but 5,000 iterations.
+    Features have shape (N, D), labels (N,).
+
+    Example:
+        >>> labels = torch.arange(20) % 2
+        >>> linear_probe(labels[:, None] - 0.5, labels, labels[:, None] - 0.5, labels)
+        1.0
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    probe.fit(features.detach().cpu().numpy(), labels.cpu().numpy())
+    return float(probe.score(test_features.detach().cpu().numpy(), test_labels.cpu().numpy()))

@@ -53,7 +53,6 @@ class DeadComponents(MeanOfItems):
 
     Args:
         threshold: the weight below which a component is dead.
-        **kwargs: for :class:`torchmetrics.Metric`.
 
     Raises:
         ValueError: ``threshold`` is not between 0 and 1.
@@ -85,7 +84,6 @@ class ResponsibilityEntropy(MeanOfItems):
         from_energies: whether ``update`` takes energies d, with responsibilities softmax(-d), instead of
             responsibilities.
         dim: the axis of the components or units.
-        **kwargs: for :class:`torchmetrics.Metric`.
 
     Example:
         >>> metric = ResponsibilityEntropy()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from em_lightning.losses import weight_redundancy
+from em_lightning.losses import WeightRedundancyLoss
 from em_lightning.metrics import layer_metrics
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.checks import check_at_least
@@ -66,5 +66,5 @@ class EnergyLayer(EMModule):
         terms = {"loss": reduce(add, terms.values()), **terms}
         if stage != "train":
             self.metrics_of(stage)["energies"].update(energies)
-            terms["weight_redundancy"] = weight_redundancy(self.prototypes)
+            terms["weight_redundancy"] = WeightRedundancyLoss()(self.prototypes)
         return terms

@@ -64,14 +64,8 @@ def new_figure(
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure and its axes as a (rows, columns) array.
 
-    The figure is not registered with pyplot, so it need not be closed.
-
-    Args:
-        rows: number of rows of axes.
-        columns: number of columns of axes.
-        width: of each axes, in inches.
-        height: of each axes, in inches.
-        **subplots: for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
+    The figure is not registered with pyplot, so it need not be closed. ``width`` and ``height`` are those of each axes,
+    in inches; further arguments are for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
 
     Example:
         >>> figure, axes = new_figure(1, 2)
@@ -84,12 +78,7 @@ def new_figure(
 
 
 def new_grid(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure and the list of its axes, ``count`` in rows of at most ``columns``.
-
-    Args:
-        count: number of axes.
-        columns: axes per row.
-        **options: for :func:`new_figure`.
+    """Return a figure and the list of its axes, ``count`` in rows of ``columns``; options of :func:`new_figure`.
 
     Example:
         >>> figure, axes = new_grid(5, 3)

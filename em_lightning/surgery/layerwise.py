@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from em_lightning.distributed import global_sum, units_last
+from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.hooks import Taps
 from em_lightning.surgery.select import Where, units_of
@@ -209,9 +209,9 @@ class LayerwiseLoss:
         shape = tuple(tensors[0].shape)
         if not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim={dim} must be an axis of the {self.taps.tap} of {path!r}, of shape {shape}")
-        energies = units_last(tensors[0], dim)
+        energies = tensors[0].movedim(dim, -1)
         if len(tensors) > 1:
-            energies = torch.cat([units_last(tensor, dim).flatten(0, -2) for tensor in tensors])
+            energies = torch.cat([tensor.movedim(dim, -1).flatten(0, -2) for tensor in tensors])
         with torch.autocast(energies.device.type, enabled=False):
             result = self.losses[path](energies.to(torch.promote_types(energies.dtype, torch.float32)))
         terms = result if isinstance(result, Mapping) else {"em": result}

@@ -1,16 +1,21 @@
+import runpy
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import pytest
 
+from em_lightning.activations import ACTIVATIONS
 from em_lightning.kernels import KERNELS
-from em_lightning.plots import figure_style, kernel_gallery, new_figure, save_figure
-from em_lightning.plots.kernels import SCALAR_KERNELS
+from em_lightning.plots import figure_style, new_figure, save_figure
 from em_lightning.plots.style import PALETTE
+
+GALLERIES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_images.py"))
 
 
 def test_gallery_shows_energies_beside_responsibilities():
     keys = ["gaussian", "laplace", "huber", "student_t", "exponential"]
-    figure = kernel_gallery(keys)
+    figure = GALLERIES["kernel_gallery"](keys)
     assert [axes.get_title() for axes in figure.axes[::2]] == keys
     z, energy = figure.axes[0].lines[0].get_data()
     np.testing.assert_allclose(np.asarray(energy), (np.asarray(z) + 2) ** 2 / 2, rtol=1e-5, atol=1e-6)
@@ -23,7 +28,7 @@ def test_gallery_shows_energies_beside_responsibilities():
 def test_gallery_has_every_kernel_of_one_feature_that_can_be_built_by_name():
     needs_more = {"mahalanobis", "learned", "cosine"}  # a size, a network, and a direction in the plane
     built_in = {key for key in KERNELS if KERNELS[key].__module__.startswith("em_lightning.")}
-    assert set(SCALAR_KERNELS) == built_in - needs_more
+    assert set(GALLERIES["SCALAR_KERNELS"]) == built_in - needs_more
 
 
 def test_style_leaves_no_trace(tmp_path):
@@ -42,4 +47,16 @@ def test_style_leaves_no_trace(tmp_path):
 
 def test_an_unknown_kernel_raises_with_the_nearest_key():
     with pytest.raises(ValueError, match="'gausian'.*'gaussian'"):
-        kernel_gallery(["gausian"])
+        GALLERIES["kernel_gallery"](["gausian"])
+
+
+def test_every_activation_has_a_panel_with_value_and_derivative():
+    figure = GALLERIES["activation_gallery"]()
+    panels = {panel.get_title(): panel for panel in figure.axes}
+    for key in ACTIVATIONS:
+        titles = [title for title in panels if title == key or (key == "signed" and title.startswith("signed"))]
+        assert titles, key
+        for title in titles:
+            labels = {line.get_label() for line in panels[title].lines}
+            assert {"value y", "derivative dy/dz"} <= labels
+            assert ("derivative of a rival by z" in labels) == ACTIVATIONS[key].competes
