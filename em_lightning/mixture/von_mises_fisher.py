@@ -1,9 +1,8 @@
-"""Mixtures of von Mises-Fisher distributions: densities of directions, whose energy is that of the cosine kernel."""
+"""Mixtures of von Mises-Fisher distributions on the unit sphere."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from em_lightning.competition import Posterior, softmin
-from em_lightning.mixture.e_step import Likelihood, log_density, log_joint
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.covariance import Parameters
+from em_lightning.mixture.e_step import log_joint
 from em_lightning.mixture.points import Frame, Points, accumulation_dtype, prepare
 
-# Orders above the wanted one at which the recurrence of Bessel ratios starts.
+# The recurrence of Bessel ratios starts this many orders above the result.
 _ORDERS = 40
 _NEWTON_STEPS = 6
-_SMALLEST = 1e-6
+_SMALLEST_CONCENTRATION = 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,41 +43,34 @@ class DirectionalMixture:
     means: Tensor
     concentrations: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> DirectionalMixture:
-        """Return the mixture of ``function`` of each tensor."""
-        return DirectionalMixture(function(self.log_weights), function(self.means), function(self.concentrations))
-
     def parameters(self) -> Parameters:
         """Return the three tensors."""
         return Parameters(self.log_weights, self.means, self.concentrations)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``log p`` of the directions of x (B, N, D), as (B, N); zero where the mask (B, N) is false."""
-        points = directions(x, mask)
-        parameters = Parameters(*(part.to(points.mass.dtype) for part in self.parameters()))
-        density = log_density(points, parameters, Likelihood(VON_MISES_FISHER)).to(x.dtype)
+        density = -self.posterior(x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)).free_energy
         return density if mask is None else torch.where(mask, density, 0.0)
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of the directions of x (B, N, D)."""
         points = directions(x)
-        theta, peak = VON_MISES_FISHER.natural_parameters(
-            Parameters(*(part.to(points.mass.dtype) for part in self.parameters()))
-        )
-        features = points.lift()
-        return softmin(-log_joint(features, theta, peak, x.shape[-1], None)[0].mT.to(x.dtype))
+        parameters = Parameters(*(part.to(points.mass.dtype) for part in self.parameters()))
+        theta, peak = VON_MISES_FISHER.natural_parameters(parameters)
+        joint, _ = log_joint(points.lift(points.source, slice(None)), theta, peak, x.shape[-1], None)
+        return softmin(-joint.mT.to(x.dtype))
 
 
 register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.DirectionalMixture")
 
 
 class VonMisesFisher:
-    """The von Mises-Fisher family: features ``[1, x]``, means of length 1, concentrations (B, K) as "covariances"."""
+    """The von Mises-Fisher family: features ``[1, x]``; its concentrations (B, K) take the place of covariances."""
 
     name = "von Mises-Fisher"
 
     def second_degree(self, x: Tensor) -> Tensor:
-        """Return no features (B, 0, N): the density is linear in the direction."""
+        """Return (B, 0, N): the density has no quadratic features."""
         return x[:, :0]
 
     def features(self, x: Tensor) -> Tensor:
@@ -93,15 +85,15 @@ class VonMisesFisher:
         return theta, constant + concentrations
 
     def sharing(self, num_components: int) -> int:
-        """Return 1: each component has its concentration."""
+        """Return 1: components share no concentration."""
         return 1
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        r"""Return mean directions and the concentrations with :math:`A(\kappa) = |\bar x|`, for mean vectors (B, K, D).
+        r"""Return mean directions, and concentrations with :math:`I_{D/2}(\kappa) / I_{D/2 - 1}(\kappa) = |\bar x|`.
 
-        :math:`A = I_{D/2} / I_{D/2 - 1}`. The floor (B,) bounds :math:`1 / \kappa` from below.
+        ``means`` are the mean vectors (B, K, D); the floor (B,) bounds :math:`1 / \kappa` from below.
         """
         square = means.square().sum(-1, keepdim=True)
         length = torch.where(square > 0, square, 1.0).sqrt()
@@ -123,11 +115,11 @@ VON_MISES_FISHER = VonMisesFisher()
 
 
 def directions(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Points:
-    """Return points (B, N, D) as directions ready for EM; a zero vector, which has no direction, only has a weight."""
+    """Return the directions of points (B, N, D), ready for EM; a zero vector only has a weight."""
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
     x = x.to(accumulation_dtype(x))
-    # In units of the largest entry, whose square may lie outside the range of the dtype.
+    # Divide by the largest entry first, since its square may overflow.
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1.0)
     square = x.square().sum(-1, keepdim=True)
@@ -137,7 +129,7 @@ def directions(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = N
 
 
 def concentration_of(resultant: Tensor, num_features: int, largest: Tensor) -> Tensor:
-    r"""Return the concentration whose mean resultant length ``A(kappa)`` is given, at most ``largest``.
+    r"""Return the concentration with mean resultant length ``A(kappa) = resultant``, at most ``largest``.
 
     Source: Banerjee et al., 2005 (the estimate); Sra, A short note on parameter approximation for von Mises-Fisher
     distributions, 2012 (Newton's method).
@@ -145,15 +137,15 @@ def concentration_of(resultant: Tensor, num_features: int, largest: Tensor) -> T
     given = resultant.detach().clamp(max=1.0 - 1e-12)
     with torch.no_grad():
         square = given.square()
-        kappa = (given * (num_features - square) / (1.0 - square)).clamp(min=_SMALLEST)
+        kappa = (given * (num_features - square) / (1.0 - square)).clamp(min=_SMALLEST_CONCENTRATION)
         for _ in range(_NEWTON_STEPS):
             ratio = bessel_ratios(kappa, 0.5 * num_features - 1.0)[0]
             slope = 1.0 - ratio.square() - (num_features - 1.0) * ratio / kappa
             slope = slope.clamp(min=torch.finfo(kappa.dtype).tiny)
-            # Halving at most: far from the root the ratio is flat.
-            kappa = (kappa - (ratio - given) / slope).maximum(0.5 * kappa).clamp(min=_SMALLEST)
-        inside = (kappa > _SMALLEST) & (kappa < largest)
-    # By the implicit function theorem: d kappa / d A = 1 / A'(kappa).
+            # A step at most halves kappa, since the ratio is flat far from the root.
+            kappa = (kappa - (ratio - given) / slope).maximum(0.5 * kappa).clamp(min=_SMALLEST_CONCENTRATION)
+        inside = (kappa > _SMALLEST_CONCENTRATION) & (kappa < largest)
+    # Implicit function theorem: d kappa / d A = 1 / A'(kappa).
     change = torch.where(inside, (resultant - resultant.detach()) / slope, 0.0)
     return torch.minimum(kappa, largest) + change
 
@@ -161,12 +153,10 @@ def concentration_of(resultant: Tensor, num_features: int, largest: Tensor) -> T
 def log_normalizer(concentration: Tensor, num_features: int) -> Tensor:
     """Return ``-log C_D(kappa)``, the logarithm of the integral of ``exp(kappa mu . x)`` over the unit sphere."""
     order, x = 0.5 * num_features - 1.0, concentration
-    if num_features % 2:  # from I_(1/2), which is sqrt(2 / (pi x)) sinh(x)
-        base = 0.5
-        log_bessel = 0.5 * (2.0 / (math.pi * x)).log() + x + (-torch.expm1(-2.0 * x)).log() - math.log(2.0)
+    if num_features % 2:  # I_(1/2)(x) = sqrt(2 / (pi x)) sinh(x)
+        base, log_bessel = 0.5, (-torch.expm1(-2.0 * x)).log() + x - 0.5 * (2.0 * math.pi * x).log()
     else:
-        base = 0.0
-        log_bessel = torch.special.i0e(x).log() + x
+        base, log_bessel = 0.0, torch.special.i0e(x).log() + x
     steps = round(order - base)
     for ratio in bessel_ratios(x, base, steps)[:steps]:
         log_bessel = log_bessel + ratio.log()
@@ -174,18 +164,19 @@ def log_normalizer(concentration: Tensor, num_features: int) -> Tensor:
 
 
 def bessel_ratios(x: Tensor, order: float, count: int = 1) -> list[Tensor]:
-    r"""Return ``I_{v+1}(x) / I_v(x)`` for v = order, order + 1, ...: ``count`` of them, at least one.
+    r"""Return ``I_{v+1}(x) / I_v(x)`` for v = order, order + 1, ..., at least ``count`` of them.
 
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, where it is stable, from an expansion that is
-    uniform in the order: ``I_v' / I_v`` solves ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, where it is stable. It starts from an expansion
+    for large v of the solution ``I_v' / I_v`` of ``y' = 1 + v^2 / x^2 - y / x - y^2``.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
     """
-    top = order + max(count, 1) - 1 + _ORDERS
+    steps = count + _ORDERS
+    top = order + steps
     size = (top**2 + x.square()).sqrt()
     ratio = (size - top) / x - 0.5 * x / size.square() + 0.5 * x * (1.0 - 1.25 * (x / size).square()) / size**3
     ratios: list[Tensor] = []
-    for step in range(max(count, 1) - 1 + _ORDERS, 0, -1):
+    for step in range(steps, 0, -1):
         ratio = (ratio + 2.0 * (order + step) / x).reciprocal()
         ratios.append(ratio)
-    return ratios[::-1][: max(count, 1)]
+    return ratios[::-1]

@@ -1,8 +1,7 @@
-"""Sets to smaller sets: the components of a mixture as tokens that know what lies around them."""
+"""Set abstraction: the components of a mixture as tokens that describe the items around them."""
 
 from __future__ import annotations
 
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -10,38 +9,38 @@ from torch import Tensor, nn
 
 from em_lightning.operators.em import EMOperator
 
-# Of an exponent: beyond, a bump is as good as zero, and what exp makes of it (a subnormal) is slow to compute with.
-_FARTHEST = -16.0
-# Sets whose bumps are worked out at once when nothing has to be kept for a gradient: more would leave the cache.
+# Bound of the exponents: smaller ones give subnormal numbers, with which arithmetic is slow.
+_SMALLEST_EXPONENT = -16.0
+# Sets per block when no gradient is recorded, so that a block stays in the cache.
 _BLOCK = 8
 
 
 class EMAbstraction(nn.Module):
-    r"""Summarize each set by K tokens: EM places them, and Gaussian bumps around each say what lies where.
+    r"""Summarize each set by K tokens: EM finds their centers, Gaussian bumps around each describe the items there.
 
     .. math::
         y_{kj} = \sum_n \phi_j(x_n - \mu_k)\, h_n, \qquad
         \phi_j(d) = \exp\big(-\lVert d - o_j \rVert^2 / s^2\big), \qquad
         t_k = \mathrm{relu}(\mathrm{BN}(W y_k))
 
-    :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the items' coordinates, and the
-    offsets :math:`o_j` are a lattice of ``grid`` places along each axis, ``pitch`` s apart. Without features
-    :math:`h_n = 1`: the bumps then count the items, relative to the size of the set. It is a convolution whose
-    output lies where the items are. Layers follow that do the same from token to token: residual, of 3 places along
-    each axis, ``inner_pitch`` apart. Several abstractions after each other, the last of one component, make a pyramid.
+    :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the coordinates. The offsets
+    :math:`o_j` form a lattice of ``grid`` places along each axis at distances s. Without features :math:`h_n = 1 / N`:
+    the bumps are then batch-normalized relative counts. This is a point convolution; ``blocks`` residual layers of the
+    same kind follow, from token to token, with 3 places along each axis. Several abstractions in a row, the last one
+    with one component, form a pyramid.
 
     The result is invariant to the order of the items. Features have gradients, coordinates have none: with
-    ``init="learned"``, which is cheap, EM starts from a random template that stays as it is.
+    ``init="learned"``, the cheapest start, EM starts from a fixed random template.
 
     Args:
         num_components: K.
         num_coordinates: D.
-        num_features: F, of the items; ``None`` where there are none.
-        out_features: of a token.
+        num_features: F, of the items; ``None`` for items without features.
+        out_features: size of a token.
         pitch: s, in units of the coordinates.
         grid: places along each axis; there are ``grid ** D`` bumps.
-        blocks: residual layers from token to token.
-        inner_pitch: theirs; ``None`` takes 1.5 ``pitch``.
+        blocks: number of residual layers.
+        inner_pitch: s of the residual layers; ``None`` takes 1.5 ``pitch``.
         **operator: further arguments of :class:`EMOperator`.
 
     Shape:
@@ -49,7 +48,7 @@ class EMAbstraction(nn.Module):
         - output: the means (B, K, D), and tokens (B, K, ``out_features``).
 
     Raises:
-        ValueError: an argument is out of range, or features are given where none are expected, or lack.
+        ValueError: an argument is out of range, or features are missing or unexpected.
 
     Example:
         >>> first = EMAbstraction(16, 2, None, 32, pitch=0.2, grid=5)
@@ -58,9 +57,8 @@ class EMAbstraction(nn.Module):
         >>> second(centers, tokens)[1].shape
         torch.Size([4, 1, 64])
 
-    Source: the set abstraction of Qi et al., PointNet++, 2017, with EM in place of farthest points and balls; the
-    Gaussian bumps are the kernels of Monti et al., "Geometric deep learning on graphs and manifolds using mixture model
-    CNNs", 2017, on a lattice.
+    Source: the set abstraction of Qi et al., PointNet++, 2017, with EM instead of farthest points and balls; Gaussian
+    bumps: Monti et al., "Geometric deep learning on graphs and manifolds using mixture model CNNs", 2017.
     """
 
     def __init__(
@@ -77,15 +75,13 @@ class EMAbstraction(nn.Module):
         **operator: Any,
     ) -> None:
         super().__init__()
-        for name, value in {"grid": grid, "out_features": out_features}.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        if blocks < 0:
-            raise ValueError(f"blocks={blocks} must not be negative")
         inner_pitch = 1.5 * pitch if inner_pitch is None else inner_pitch
-        for name, size in {"pitch": pitch, "inner_pitch": inner_pitch}.items():
+        for name, value, least in (("grid", grid, 1), ("out_features", out_features, 1), ("blocks", blocks, 0)):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        for name, size in (("pitch", pitch), ("inner_pitch", inner_pitch)):
             if not size > 0:
-                raise ValueError(f"{name}={size} must be positive, in units of the coordinates")
+                raise ValueError(f"{name}={size} must be positive")
         self.num_features = num_features
         self.out_features = out_features
         self.grid = grid
@@ -108,49 +104,45 @@ class EMAbstraction(nn.Module):
     def forward(
         self, coordinates: Tensor, features: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the means (B, K, D) and the tokens (B, K, ``out_features``) of sets of items."""
+        """Return the means (B, K, D) and the tokens (B, K, ``out_features``)."""
         given = None if features is None else features.shape[-1]
         if given != self.num_features:
-            raise ValueError(f"features have {given} columns; the abstraction was made for {self.num_features}")
+            raise ValueError(f"features have {given} columns; num_features is {self.num_features}")
         with torch.no_grad(), torch.autocast(coordinates.device.type, enabled=False):
             x = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
             centers = self.operator(x, mask).means
-            size = x.new_tensor(x.shape[1]) if mask is None else mask.sum(1).clamp(min=1)[:, None, None]
+            valid = torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype)
             if mask is not None:
                 x = torch.where(mask.unsqueeze(-1), x, 0.0)
             if features is None:
-                masks = repeat(None) if mask is None else mask.split(_BLOCK)
-                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), masks, strict=False)
-                parts = [counts(points, means, self.grid, self.pitch, own) for points, means, own in blocks]
-                found = torch.cat(parts) / size
+                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), valid.split(_BLOCK), strict=True)
+                found = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks])
+                found = found / valid.sum(1).clamp(min=1)[:, None, None]
             else:
-                outer = bumps(x, centers, self.grid, self.pitch)  # under features of zero where masked
+                outer = bumps(x, centers, self.grid, self.pitch)
             inner = bumps(centers, centers, 3, self.inner_pitch) if len(self.blocks) else None
         if features is not None:
-            valid = features if mask is None else torch.where(mask.unsqueeze(-1), features, 0.0)
-            found = _gather(outer, valid)
+            found = _gather(outer, features if mask is None else torch.where(mask.unsqueeze(-1), features, 0.0))
         tokens = self.embed(self.scale(found.flatten(0, 1)).view_as(found))
         for block in self.blocks:
             tokens = block(tokens, inner)
         return centers.to(coordinates.dtype), tokens
 
 
-def counts(x: Tensor, centers: Tensor, grid: int, pitch: float, mask: Tensor | None = None) -> Tensor:
-    """Return sum_n phi_j(x_n - mu_k) for items (B, N, D), of a mask (B, N), and centers (B, K, D): (B, K, J)."""
-    *most, last = _axes(x, centers, grid, pitch)
-    if mask is not None:
-        last = last * mask[:, None, None]
-    product = _product(most) if most else torch.ones_like(last[:, :, :1])
-    return (product @ last.mT).flatten(2)
+def counts(x: Tensor, centers: Tensor, valid: Tensor, grid: int, pitch: float) -> Tensor:
+    """Return sum_n valid_n phi_j(x_n - mu_k) (B, K, J) of items (B, N, D), ``valid`` (B, N) and centers (B, K, D)."""
+    *first, last = _axes(x, centers, grid, pitch)
+    others = _product(first) if first else torch.ones_like(last[:, :, :1])
+    return (others @ (last * valid[:, None, None]).mT).flatten(2)
 
 
 def bumps(x: Tensor, centers: Tensor, grid: int, pitch: float) -> Tensor:
-    """Return phi_j(x_n - mu_k) of items (B, N, D) and centers (B, K, D): (B, K, J, N)."""
+    """Return phi_j(x_n - mu_k) (B, K, J, N) of items (B, N, D) and centers (B, K, D)."""
     return _product(_axes(x, centers, grid, pitch))
 
 
 def _product(factors: list[Tensor]) -> Tensor:
-    """Return the products (B, K, J, N) of one bump of each axis."""
+    """Return all products (B, K, J, N) of one bump per axis."""
     product = factors[0]
     for factor in factors[1:]:
         product = (product.unsqueeze(3) * factor.unsqueeze(2)).flatten(2, 3)
@@ -158,15 +150,14 @@ def _product(factors: list[Tensor]) -> Tensor:
 
 
 def _axes(x: Tensor, centers: Tensor, grid: int, pitch: float) -> list[Tensor]:
-    """Return the factors (B, K, grid, N) of the bumps, one for each coordinate."""
+    """Return the factors (B, K, grid, N) of the bumps, one per axis."""
     places = torch.arange(grid, device=x.device, dtype=x.dtype) - (grid - 1) / 2
-    factors = []
-    # One coordinate after the other, as they are used.
-    items_of, means_of = ((points / pitch).mT.contiguous().unbind(1) for points in (x, centers))
-    for items, means in zip(items_of, means_of, strict=True):
-        distance = items[:, None, None] - (means.unsqueeze(-1) + places).unsqueeze(-1)
-        factors.append(distance.square_().neg_().clamp_(min=_FARTHEST).exp_())
-    return factors
+    items, means = ((points / pitch).mT.contiguous() for points in (x, centers))
+    distances = (
+        item[:, None, None] - (mean.unsqueeze(-1) + places).unsqueeze(-1)
+        for item, mean in zip(items.unbind(1), means.unbind(1), strict=True)
+    )
+    return [each.square_().neg_().clamp_(min=_SMALLEST_EXPONENT).exp_() for each in distances]
 
 
 def _gather(kernel: Tensor, features: Tensor) -> Tensor:
@@ -175,7 +166,7 @@ def _gather(kernel: Tensor, features: Tensor) -> Tensor:
 
 
 class _Layer(nn.Module):
-    """A linear map of tokens, batch normalization, and a ReLU unless it is left out."""
+    """Linear map of tokens, batch normalization and an optional ReLU."""
 
     def __init__(self, in_features: int, out_features: int, relu: bool = True) -> None:
         super().__init__()
@@ -189,7 +180,7 @@ class _Layer(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual layer: bumps around each token, over the tokens."""
+    """Residual layer from token to token."""
 
     def __init__(self, bumps: int, width: int) -> None:
         super().__init__()

@@ -16,13 +16,7 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
-    """Return points (B, N, D) in at least float32.
-
-    Args:
-        x: the points.
-        mask: (B, N).
-        weights: (B, N).
-        num_features: D.
+    """Return points (B, N, D) in at least float32 after a check of them, their mask and weights (B, N).
 
     Raises:
         ValueError: a shape does not fit, points that count are NaN or infinite, or weights are negative or not finite.
@@ -30,31 +24,23 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x is of type {given}; give a floating-point tensor, for instance x.float()")
+        raise TypeError(f"x must be a floating-point tensor, got {given}")
     if x.ndim != 3 or x.shape[-1] != num_features or x.shape[1] == 0:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; it must be (B, N, {num_features}) with at least one point, masked where a "
-            f"set has none"
-        )
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {num_features}) with N >= 1")
     for name, value in (("mask", mask), ("weights", weights)):
         if value is not None and value.shape != x.shape[:2]:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(x.shape[:2])}")
     if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask is of type {mask.dtype}; give a boolean tensor, for instance mask.bool()")
+        raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}")
     if not torch.compiler.is_compiling():
-        _check_values(x, mask, weights)
+        finite = x.detach().isfinite().all(-1)
+        _check_all(finite if mask is None else finite | ~mask, "x must be finite", x)
+        if weights is not None:
+            _check_all((weights >= 0) & weights.isfinite(), "weights must be finite and not negative", weights)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _check_values(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> None:
-    finite = x.detach().isfinite().all(-1)
-    if mask is not None:
-        finite = finite | ~mask
-    if not finite.all():
-        place, row = (int(i) for i in (~finite).nonzero()[0])
-        raise ValueError(f"x must be finite: set {place}, row {row} is {x[place, row].tolist()}; drop it or mask it")
-    if weights is not None and not ((weights >= 0) & weights.isfinite()).all():
-        place, row = (int(i) for i in (~((weights >= 0) & weights.isfinite())).nonzero()[0])
-        raise ValueError(
-            f"weights must be finite and not negative: set {place}, row {row} is {weights[place, row].item()}"
-        )
+def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:
+    if not valid.all():
+        place, row = (int(i) for i in (~valid).nonzero()[0])
+        raise ValueError(f"{rule}: set {place}, row {row} is {values[place, row].tolist()}")

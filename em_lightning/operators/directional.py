@@ -1,4 +1,4 @@
-"""The EM operator on the unit sphere: sets of directions in, mixtures of von Mises-Fisher distributions out."""
+"""EM operator for mixtures of von Mises-Fisher distributions on the unit sphere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from em_lightning.operators.checks import check_choice
 
 
 class _Sets(NamedTuple):
-    """Directions ready for EM, the floor (B,) of ``1 / kappa``, and the dtype of the result."""
+    """Directions ready for EM, the lower bound (B,) of ``1 / kappa``, and the dtype of the result."""
 
     points: Points
     floor: Tensor
@@ -29,16 +29,16 @@ class _Sets(NamedTuple):
 class DirectionalEM(SetOperator):
     r"""Fit a mixture of von Mises-Fisher distributions to the directions of each set by T iterations of EM.
 
-    ``r_nk`` is proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``: the energy of the cosine kernel
-    over a temperature ``1 / kappa_k``, with its normalizer as a density. No iteration lowers the likelihood.
+    The responsibilities ``r_nk`` are proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``, the density
+    of the cosine kernel at temperature ``1 / kappa_k``. No iteration lowers the likelihood.
 
     Args:
         num_components: K.
         num_features: D, at least 2.
-        num_iters: T, iterations a call.
-        init: where the loop starts: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
-        concentration_floor: the least ``1 / kappa``, about the variance in an angle.
-        gradient: ``"unrolled"``, ``"checkpoint"``, ``"last"`` or ``"implicit"``, as :class:`EMOperator` has them.
+        num_iters: T, iterations per call.
+        init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
+        concentration_floor: smallest ``1 / kappa``, about the variance of an angle in squared radians.
+        gradient: ``"unrolled"``, ``"checkpoint"``, ``"last"`` or ``"implicit"``, as in :class:`EMOperator`.
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
@@ -72,7 +72,7 @@ class DirectionalEM(SetOperator):
             raise ValueError(f"num_features={num_features} must be at least 2")
         check_choice("init", init, ("farthest", "kmeans++", "random"))
         if not concentration_floor > 0:
-            raise ValueError(f"concentration_floor={concentration_floor} must be positive; 1e-6 is a thousandth radian")
+            raise ValueError(f"concentration_floor={concentration_floor} must be positive")
         self.init = init
         self.concentration_floor = concentration_floor
 
@@ -90,13 +90,13 @@ class DirectionalEM(SetOperator):
 
     @torch.no_grad()
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
-        """Return the M-step of the points nearest to drawn centers."""
+        """Return the M-step for hard assignments of the points to the nearest of drawn centers."""
         points = sets.points
         x, weights = points.coordinates(), points.weights
         centers = initialization.draw_centers(self.init, x.mT, self.num_components, weights=weights)
         counts = torch.ones_like(x[:, 0]) if weights is None else weights
-        cell = (centers @ x).argmax(1, keepdim=True)
-        members = torch.zeros_like(centers @ x).scatter_(1, cell, counts.unsqueeze(1))
+        cosines = centers @ x
+        members = torch.zeros_like(cosines).scatter_(1, cosines.argmax(1, keepdim=True), counts.unsqueeze(1))
         mass, none = members.sum(-1), torch.zeros_like(points.mass)
         second = members.new_zeros(*mass.shape, 0)
         statistics = SufficientStatistics(mass, mass, members @ x.mT, second, none, none, none)
@@ -123,7 +123,7 @@ class DirectionalEM(SetOperator):
         return VON_MISES_FISHER.changes(before, after)
 
     def extra_repr(self) -> str:
-        """Return what distinguishes this operator."""
+        """Return the main arguments."""
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, init={self.init!r}, "
             f"gradient={self.gradient!r}"

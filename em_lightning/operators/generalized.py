@@ -1,4 +1,4 @@
-"""Generalized EM: mixtures under any kernel, whose M-step follows the gradient of the energy."""
+"""EM operator for mixtures under any kernel."""
 
 from __future__ import annotations
 
@@ -25,35 +25,32 @@ class _Sets(NamedTuple):
 class GeneralizedEM(SetOperator):
     r"""Fit a mixture under any kernel to each set by T iterations of generalized EM.
 
-    E-step: ``r_nk`` proportional to ``pi_k exp(-d(x_n, mu_k))``. M-step: weights as in EM; centers take steps down
-    the expected energy ``sum_n r_nk d(x_n, mu_k)`` that reweight the points by the slope of the kernel and are halved
-    until it falls (:mod:`em_lightning.mixture.generalized`). So no iteration lowers the objective
+    E-step: ``r_nk`` proportional to ``pi_k exp(-d(x_n, mu_k))``. M-step: weights as in EM; centers take IRLS steps
+    that lower the expected energy ``sum_n r_nk d(x_n, mu_k)`` (:mod:`em_lightning.mixture.generalized`), so that no
+    iteration lowers the objective
 
     .. math:: \sum_n w_n \log \sum_k \pi_k \, e^{-d(x_n, \mu_k) - \log Z}
 
-    **A log-likelihood where the kernel is a density** (Gaussian, Student-t, Laplace, Huber, pseudo-Huber, exponential,
-    Mahalanobis; the cosine on the unit sphere). A logistic or dot-product energy has no :math:`Z`: the objective is
-    then a score that still never falls, but compares no two kernels, and its best centers lie where energies are low,
-    which may be a corner of the data. Centers never leave the bounding box of their set. Where an energy has a corner
-    at its center (Laplace, exponential) they may stop short of the best place, level with a point in one feature.
+    It is a log-likelihood if the kernel is a density (Gaussian, Student-t, Laplace, Huber, pseudo-Huber, exponential,
+    Mahalanobis; the cosine on the unit sphere). Otherwise Z is omitted: objectives of different kernels are then not
+    comparable, and the best centers may lie on the border of the bounding box, which they never leave. Centers of an
+    energy with a kink (Laplace, exponential) may stop before the optimum, at a coordinate of a point.
 
-    :class:`EMOperator` is faster, has full covariances, and is what to take for a Gaussian, Student-t, Laplace, Huber
-    or pseudo-Huber kernel of the Mahalanobis distance; :class:`DirectionalEM` fits concentrations.
+    :class:`EMOperator` is faster and has full covariances for Gaussian, Student-t, Laplace, Huber and pseudo-Huber
+    kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates concentrations.
 
     Args:
         num_components: K.
         num_features: D.
-        kernel: a key or an instance of ``KERNELS`` (``"student_t"`` is the density), or a kernel of your own. Its shape
-            parameters stay as they are, or are trained by gradient where they are learnable. Work spaces are of size
-            N x K x D.
-        num_iters: T, iterations a call.
-        num_steps: steps of the centers in an M-step.
-        estimate_scale: whether each component has a scale of its own, ``d(x / s_k, mu_k / s_k) + D log s_k``, fitted
-            in turn with the centers; only for a density over space. A Gaussian kernel is then a spherical mixture.
-        scale_floor: the least ``s_k^2``.
-        init: where the loop starts: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
-        gradient: ``"unrolled"``, ``"checkpoint"`` or ``"last"``, as :class:`EMOperator` has them. There is no
-            implicit gradient: at its fixed point a line search takes no steps.
+        kernel: a key of ``KERNELS`` or an instance of a kernel (``"student_t"`` is the density). EM does not change its
+            shape parameters; learnable ones have gradients. Memory is proportional to N x K x D.
+        num_iters: T, iterations per call.
+        num_steps: steps per M-step.
+        estimate_scale: estimate a scale per component, ``d(x / s_k, mu_k / s_k) + D log s_k``, alternating with the
+            centers. It requires a density on the whole space.
+        scale_floor: lower bound of ``s_k^2``.
+        init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
+        gradient: ``"unrolled"``, ``"checkpoint"`` or ``"last"``, as in :class:`EMOperator`.
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
@@ -94,7 +91,7 @@ class GeneralizedEM(SetOperator):
             raise ValueError(f"num_steps={num_steps} must be at least 1")
         check_choice("init", init, ("farthest", "kmeans++", "random"))
         if not scale_floor > 0:
-            raise ValueError(f"scale_floor={scale_floor} must be positive; 1e-6 suits data of unit scale")
+            raise ValueError(f"scale_floor={scale_floor} must be positive")
         self.num_steps = num_steps
         self.estimate_scale = estimate_scale
         self.scale_floor = scale_floor
@@ -102,31 +99,25 @@ class GeneralizedEM(SetOperator):
         self.kernel = density_kernel(kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
             raise ValueError(
-                "kernel=LearnedEnergyKernel has no centers that an M-step could move: its hypotheses live in the "
-                "network, whose generalized M-step is a training step on em_lightning.losses.FreeEnergyLoss; for "
-                "centers give a Kernel whose energy(x, centers) calls the network"
+                "kernel=LearnedEnergyKernel has no centers; train it with em_lightning.losses.FreeEnergyLoss, or give "
+                "a Kernel whose energy(x, centers) calls the network"
             )
-        if estimate_scale:
-            self._check_scale()
-
-    def _check_scale(self) -> None:
-        if isinstance(self.kernel, CosineKernel):
+        if estimate_scale and isinstance(self.kernel, CosineKernel):
             raise ValueError(
-                "estimate_scale=True with kernel='cosine', which does not see scales; "
+                "estimate_scale=True with kernel='cosine', which has no scale; "
                 "em_lightning.operators.DirectionalEM estimates concentrations"
             )
-        try:
-            self.kernel.log_normalizer(self.num_features)
-        except NoDensityError as error:
-            raise ValueError(
-                f"estimate_scale=True needs a density: the energy could shrink with s alone. {error}"
-            ) from error
+        if estimate_scale:
+            try:
+                self.kernel.log_normalizer(num_features)
+            except NoDensityError as error:
+                raise ValueError(f"estimate_scale=True needs a kernel that is a density: {error}") from error
 
     def log_prob(self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where masked.
 
         Raises:
-            NoDensityError: the kernel is no density; :meth:`objective` is what its iterations climb.
+            NoDensityError: the kernel is not a density; use :meth:`objective`.
         """
         density = -self.posterior(x, mixture, mask).free_energy - self.kernel.log_normalizer(self.num_features).to(x)
         return density if mask is None else torch.where(mask, density, 0.0)
@@ -144,7 +135,7 @@ class GeneralizedEM(SetOperator):
 
     @torch.no_grad()
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
-        """Return equal weights, drawn centers, and the root mean square distance to the nearest of them as scales."""
+        """Return equal weights, drawn centers, and the root mean square distance to the nearest center as scales."""
         x, counts = sets.points.x, sets.points.counts
         centers = initialization.draw_centers(self.init, x, self.num_components, weights=counts)
         log_weights = torch.zeros_like(centers[..., 0]).log_softmax(-1)
@@ -164,14 +155,14 @@ class GeneralizedEM(SetOperator):
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        # Gradients of energies are taken by autograd, whose graph is kept only where somebody asks for it.
+        # The M-step differentiates energies; record its graph only if an input requires gradients.
         inputs = (*sets.points, *state, *self.kernel.parameters())
         recorded = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
         with torch.inference_mode(False), torch.set_grad_enabled(recorded):
             after = generalized_step(
                 self.kernel,
-                PointSets(*map(_differentiable, sets.points)),
-                Parameters(*map(_differentiable, state)),
+                PointSets(*(part.clone() for part in sets.points)),  # autograd accepts no inference tensors
+                Parameters(*(part.clone() for part in state)),
                 estimate_scale=self.estimate_scale,
                 floor=self.scale_floor,
                 num_steps=self.num_steps,
@@ -179,7 +170,7 @@ class GeneralizedEM(SetOperator):
         return after, self._objective(sets, state) if with_objective else sets.points.mass
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
-        """Return the log-likelihood; of a kernel without a density, the same without its normalizer."""
+        """Return the log-likelihood; without the normalizer if the kernel has none."""
         try:
             constant: Tensor | float = self.kernel.log_normalizer(self.num_features).to(sets.points.x)
         except NoDensityError:
@@ -191,13 +182,8 @@ class GeneralizedEM(SetOperator):
         return KernelMixture(*state)
 
     def extra_repr(self) -> str:
-        """Return what distinguishes this operator."""
+        """Return the main arguments."""
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, num_steps={self.num_steps}, "
             f"estimate_scale={self.estimate_scale}, init={self.init!r}, gradient={self.gradient!r}"
         )
-
-
-def _differentiable(part: Tensor) -> Tensor:
-    """Return a tensor that autograd accepts, also in inference mode."""
-    return part.clone() if part.is_inference() else part

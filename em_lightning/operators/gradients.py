@@ -1,4 +1,4 @@
-"""How gradients pass through a loop of EM iterations."""
+"""Differentiation of a loop of EM iterations: unrolled, checkpointed, last iteration, implicit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from em_lightning.mixture.parameters import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
-# The largest change of an iteration at a fixed point, in standard deviations of a component.
+# Largest change of a converged iteration, in standard deviations of a component.
 _CONVERGED = 1e-5
-# The linear system of the implicit gradient: relative residual, and the largest number of products with the Jacobian.
+# GMRES: relative residual, and largest number of products with the Jacobian.
 _RESIDUAL = 1e-8
 _PRODUCTS = 300
 
@@ -27,24 +27,21 @@ Changes = Callable[[Parameters, Parameters], Tensor]
 def iterate(step: Step, state: Parameters, steps: int, gradient: str, changes: Changes) -> Iterator[Parameters]:
     r"""Yield the states after each iteration ``step(state, progress)``, differentiable in one of four ways.
 
-    - ``"unrolled"``: exact. An iteration keeps its parameters (B, K, .), nothing of the size of the points.
-    - ``"checkpoint"``: exact. An iteration keeps its result alone and computes the rest again.
-    - ``"last"``: of the last iteration alone, whose start is taken as a constant. It is neither the gradient of T
-      iterations nor that of the converged mixture, and costs one iteration.
-    - ``"implicit"``: of the fixed point :math:`z = f(z, x)`, exact at convergence whatever the number of iterations:
-      :math:`(I - \partial f / \partial z)^\top u = v` is solved by GMRES for each set, and ``u`` replaces the incoming
-      gradient ``v``. The start has no gradient.
+    - ``"unrolled"``: exact; stores the parameters of each iteration.
+    - ``"checkpoint"``: exact; stores the result of each iteration and recomputes the rest.
+    - ``"last"``: of the last iteration only, at the cost of one iteration; the state before it is a constant.
+    - ``"implicit"``: of the fixed point :math:`z = f(z, x)`, exact at convergence. For an incoming gradient v, GMRES
+      solves :math:`(I - \partial f / \partial z)^\top u = v` for each set. The start has no gradient.
 
     Args:
-        step: an iteration. ``progress`` is the share of the loop that is done after it; it is 1 in every iteration
-            under an implicit gradient, as a fixed point belongs to one map.
+        step: an iteration. ``progress`` is the completed share of the loop, always 1 for ``"implicit"``.
         state: the start.
         steps: T.
         gradient: one of ``GRADIENTS``.
         changes: how much an iteration changed each set (B,), in standard deviations.
 
     Raises:
-        RuntimeError: the implicit gradient of a loop that has not converged is asked for.
+        RuntimeError: the gradient is ``"implicit"`` and the loop has not converged.
 
     Source: Bai, Kolter and Koltun, Deep Equilibrium Models, 2019 (implicit); Saad and Schultz, GMRES, 1986.
     """
@@ -88,42 +85,36 @@ def gmres(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
     """Solve ``A_b u_b = v_b`` for all sets b at once, given products (B, P) of the matrices with vectors.
 
     Raises:
-        RuntimeError: the residual does not become small, as where a matrix is singular.
+        RuntimeError: the residual stays large, for instance because a matrix is singular.
     """
     size = torch.linalg.vector_norm(target, dim=1, keepdim=True)
     scale = torch.where(size > 0, size, 1.0)
-    basis = [target / scale]
-    columns: list[Tensor] = []
-    worst = torch.inf
+    basis, images = [target / scale], []
+    first, eps = basis[0].unsqueeze(2), torch.finfo(target.dtype).eps
     limit = min(target.shape[1], _PRODUCTS)
     for count in range(1, limit + 1):
         vector = apply(basis[-1])
+        images.append(vector)
+        bound = eps * torch.linalg.vector_norm(vector, dim=1, keepdim=True)
         known = torch.stack(basis, 2)
-        column = torch.zeros_like(target[:, :1]).expand(-1, count)
-        for _ in range(2):  # orthogonal to rounding only after the second time
-            part = (vector.unsqueeze(1) @ known).squeeze(1)
-            vector = vector - (known @ part.unsqueeze(2)).squeeze(2)
-            column = column + part
+        for _ in range(2):  # the second pass removes rounding errors of the first
+            vector = vector - (known @ (known.mT @ vector.unsqueeze(2))).squeeze(2)
         length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-        # A set whose Krylov space is exhausted is solved; zeros leave it as it is.
-        ended = length <= torch.finfo(target.dtype).eps * torch.linalg.vector_norm(column, dim=1, keepdim=True)
-        columns.append(torch.cat([column, torch.where(ended, 0.0, length)], 1))
+        # A set whose Krylov space is exhausted is solved; its further basis vectors are zero.
+        ended = length <= bound
         basis.append(torch.where(ended, 0.0, vector / torch.where(ended, 1.0, length)))
         if count % 10 == 0 or count == limit or bool(ended.all()):
-            matrix = torch.stack([torch.nn.functional.pad(c, (0, count + 1 - c.shape[1])) for c in columns], 2)
-            first = torch.zeros_like(matrix[..., :1])
-            first[:, 0] = 1.0
+            matrix = torch.stack(images, 2)
             weights = torch.linalg.pinv(matrix) @ first
-            residual = torch.linalg.vector_norm(first - matrix @ weights, dim=(1, 2))
-            worst = float(torch.where(size.squeeze(1) > 0, residual, 0.0).max())
+            worst = float(torch.linalg.vector_norm(first - matrix @ weights, dim=(1, 2)).max())
             if worst <= _RESIDUAL or bool(ended.all()):
                 break
     if not worst <= 1e3 * _RESIDUAL:
         raise RuntimeError(
-            f"the implicit gradient's linear system keeps a relative residual of {worst:.1e}: the fixed point is not "
-            f"isolated, as with more components than the points can tell apart; use gradient='unrolled'"
+            f"gradient='implicit' has no solution, with a relative residual of {worst:.1e}: the fixed point is not "
+            f"isolated, for instance because components coincide; use gradient='unrolled'"
         )
-    return scale * (torch.stack(basis[:-1], 2) @ weights).squeeze(2)
+    return scale * (known @ weights).squeeze(2)
 
 
 @torch.no_grad()
@@ -134,8 +125,8 @@ def _check_converged(changes: Changes, before: Parameters, after: Parameters) ->
         worst = int(change.argmax())
         raise RuntimeError(
             f"gradient='implicit' needs a converged loop: the last iteration changed {int(late.sum())} of "
-            f"{len(late)} sets, set {worst} by {float(change[worst]):.1e} where {_CONVERGED:g} is allowed; "
-            f"raise num_iters, or use gradient='unrolled'"
+            f"{len(late)} sets, set {worst} by {float(change[worst]):.1e} > {_CONVERGED:g}; raise num_iters, or use "
+            f"gradient='unrolled'"
         )
 
 

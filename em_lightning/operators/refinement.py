@@ -15,18 +15,17 @@ from em_lightning.operators.em import EMOperator
 class EMRefinement(nn.Module):
     r"""Add to each item its posterior mean under a mixture of its set: ``x_n + gate * sum_k r_nk mu_k``.
 
-    ``mu`` and ``r`` are the means and responsibilities of an :class:`EMOperator` fitted to the set, so the second term
-    is the posterior mean of the component means, of rank K at most. ``gate`` starts at 0: a new layer is the identity.
-    Differences of log-densities grow with D until every responsibility is 0 or 1: they are divided by ``temperature``,
-    the square root of D unless it is given. (D itself melts well-separated clusters into one.)
+    ``mu`` and ``r`` are the means and responsibilities of an :class:`EMOperator` that is fitted to the set, so the
+    second term has rank K at most. ``gate`` starts at 0, so that a new layer is the identity.
 
     Args:
         num_components: K.
         num_features: D, the size of ``dim``.
-        dim: the axis of the features; all axes but the first and this one count the items of a set.
-        num_iters: EM iterations a call.
+        dim: the axis of the features; all axes but the first and this one index the items of a set.
+        num_iters: EM iterations per call.
         covariance: "spherical", "diag", or for few features "full" or "tied".
-        temperature: T of the responsibilities.
+        temperature: of the responsibilities; ``None`` takes the square root of D, since differences of log-densities
+            grow with D until every responsibility is 0 or 1.
         **operator: further arguments of :class:`EMOperator`, such as ``residual=False``.
 
     Shape:
@@ -71,8 +70,8 @@ class EMRefinement(nn.Module):
         """Return the refined items, of the shape and dtype of ``x``."""
         if x.ndim < 2 or x.shape[self.dim] != self.operator.num_features:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}; give at least two axes, with {self.operator.num_features} features "
-                f"along dim={self.dim}"
+                f"x has shape {tuple(x.shape)}; it must have at least two axes and {self.operator.num_features} "
+                f"features along dim={self.dim}"
             )
         moved = x.movedim(self.dim, -1)
         items = moved.unsqueeze(0) if x.ndim == 2 else moved.flatten(1, -2)

@@ -15,12 +15,11 @@ from em_lightning.mixture.points import Points
 class ResidualCorrection(nn.Module):
     r"""Correct each component: ``mu <- mu + L MLP_mu(h)`` and ``L <- L E(MLP_Sigma(h))``, with ``Sigma = L L^T``.
 
-    ``h_k`` describes component k: its weight, its place and size relative to the set, how far the last M-step moved
-    and reshaped it, the share of the loop that is done, and the mean of the same over all components of the set.
-    Corrections are taken in the component's own frame ``L``, so they follow the scale of the data; ``E`` stretches,
-    shears and repeats the change of the M-step, and covariances stay positive definite and above their floor. The last
-    layers of both networks start at zero, so that an untrained correction changes nothing. Components are treated
-    alike (equivariant).
+    ``h_k`` encodes component k: its weight, mean and covariance relative to the set, their change in the last M-step,
+    the progress of the loop, and the mean encoding of all components. Corrections are in the coordinates of the
+    component's factor ``L`` and therefore independent of the scale of the data. ``E`` scales, shears, and extrapolates
+    the M-step; covariances stay positive definite and above their floor. The last layers of both networks start at
+    zero, so that an untrained correction changes nothing. The correction is equivariant in the components.
 
     Args:
         num_features: D.
@@ -42,14 +41,14 @@ class ResidualCorrection(nn.Module):
     def forward(
         self, points: Points, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> Parameters:
-        """Return the corrected parameters.
+        """Return corrected parameters for those before and after an EM iteration.
 
         Args:
             points: the point sets.
-            before: the parameters that the E-step saw.
-            after: the parameters of the M-step.
+            before: the parameters before the E-step.
+            after: the parameters after the M-step.
             floor: (B,), of the variances.
-            progress: the share of the loop that is done, 1 at the last iteration.
+            progress: completed share of the loop, 1 at the last iteration.
         """
         covariance, components = self.covariance, after.means.shape[1]
         own = covariance.factorize(before.covariances, before.means)
@@ -68,7 +67,7 @@ class ResidualCorrection(nn.Module):
         ]
         hidden = self.describe(_bounded(torch.cat(features, -1), 10.0).to(next(self.parameters()).dtype))
         hidden = torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], -1)
-        # Wider bounds learn no better, and sometimes move a component out of its set.
+        # Larger bounds sometimes move a component out of its set.
         shift = _bounded(self.mean_mlp(hidden), 1.0).to(after.means.dtype)
         stretch = _bounded(self.covariance_mlp(hidden), 2.0).to(after.means.dtype)
         means = after.means + covariance.apply(new.scale, shift)
@@ -77,6 +76,7 @@ class ResidualCorrection(nn.Module):
 
 
 def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Return a network with zero output before training."""
     last = nn.Linear(width, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -84,5 +84,5 @@ def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
 
 
 def _bounded(values: Tensor, bound: float) -> Tensor:
-    """Return values near zero unchanged and large ones smoothly below a bound."""
+    """Return values bounded smoothly, nearly unchanged around zero."""
     return bound * torch.tanh(values / bound)

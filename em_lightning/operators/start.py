@@ -1,4 +1,4 @@
-"""Where the operator's loop starts: centers drawn among the points, or learned ones."""
+"""Initialization of the EM operator: centers drawn among the points, or learned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from em_lightning.mixture.points import Points
 _RANDOM = ("kmeans++", "random")
 STARTS = ("farthest", *_RANDOM, "learned")
 
-# From a state to the objective (B,) that it leads to.
+# From a start to the objective (B,) after some iterations.
 Judge = Callable[[Parameters], Tensor]
 
 
@@ -29,14 +29,7 @@ class GivenSets(NamedTuple):
 
 
 class DrawnStart(NamedTuple):
-    """A mixture around centers that are drawn among the points of each set.
-
-    name: ``"farthest"``, ``"kmeans++"`` or ``"random"``.
-    num_components: K.
-    lloyd_steps: steps of k-means that the centers take.
-    num_starts: number of draws, of which each set keeps the best.
-    seed: of the draws, the same in every call; ``None`` draws from torch's global generator.
-    """
+    """A mixture around centers that are drawn among the points of each set; fields as in :class:`EMOperator`."""
 
     name: str
     num_components: int
@@ -47,16 +40,14 @@ class DrawnStart(NamedTuple):
     def __call__(
         self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
     ) -> Parameters:
-        """Return the start of each set: the one that a judge prefers, or without a judge the first drawn."""
-        generator = None
-        if self.seed is not None:
-            generator = torch.Generator(given.x.device).manual_seed(self.seed)
-        drawn = [self._centers(given, points, generator) for _ in range(1 if judge is None else self.num_starts)]
-        best = drawn[0]
-        if judge is not None and len(drawn) > 1:
+        """Return the start of each set with the highest objective, or without a judge the first one drawn."""
+        generator = None if self.seed is None else torch.Generator(given.x.device).manual_seed(self.seed)
+        best = self._centers(given, points, generator)
+        if judge is not None and self.num_starts > 1:
             with torch.no_grad():
-                highest = torch.full_like(points.mass, -torch.inf)
-                for centers in drawn:
+                highest = judge(initialization.parameters_around(points, best, covariance, floor))
+                for _ in range(self.num_starts - 1):
+                    centers = self._centers(given, points, generator)
                     objective = judge(initialization.parameters_around(points, centers, covariance, floor))
                     best = torch.where((objective > highest)[:, None, None], centers, best)
                     highest = torch.maximum(objective, highest)
@@ -73,12 +64,7 @@ class DrawnStart(NamedTuple):
 
 
 class LearnedStart(nn.Module):
-    """Trained centers, scales and weights, in units of the set's root mean variance, about its mean.
-
-    Args:
-        num_components: K.
-        num_features: D.
-    """
+    """Learned centers, scales and weights, relative to the mean and root mean variance of the set."""
 
     def __init__(self, num_components: int, num_features: int) -> None:
         super().__init__()
@@ -89,7 +75,7 @@ class LearnedStart(nn.Module):
     def forward(
         self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
     ) -> Parameters:
-        """Return the start of each set; there is nothing to judge."""
+        """Return the start of each set; ``given`` and ``judge`` are not used."""
         unit = points.unit()[:, None, None]
         root = unit * self.log_scale.exp() + floor.sqrt()[:, None, None]  # (B, K, 1)
         ones = torch.ones_like(points.mean)
@@ -101,7 +87,7 @@ class LearnedStart(nn.Module):
 def build_start(
     init: str, num_components: int, num_features: int, lloyd_steps: int, num_starts: int, seed: int | None
 ) -> DrawnStart | LearnedStart:
-    """Return the start of that name.
+    """Return the start with the name ``init``.
 
     Raises:
         ValueError: the name is unknown, or an argument contradicts it.

@@ -18,7 +18,6 @@ class ActivationContract(ModuleContract):
     Subclass it under a name that pytest collects, and define :meth:`make`.
 
     Attributes:
-        tolerance: largest difference of closed form and definition in float64.
         twice: whether second derivatives exist almost everywhere.
         large: finite pre-activations of this size must have finite values and gradients.
 
@@ -29,7 +28,6 @@ class ActivationContract(ModuleContract):
         ...         return SoftmaxGatedActivation(**arguments)
     """
 
-    tolerance = 1e-12
     twice = True
     large = 1e4
     settings = {"temperature": 0.3}
@@ -62,7 +60,7 @@ class ActivationContract(ModuleContract):
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
     def test_closed_form_is_the_definition(self, temperature: float) -> None:
         activation, z = self.make(temperature=temperature), self.inputs(50, 8)
-        torch.testing.assert_close(activation(z), activation.generic(z), rtol=self.tolerance, atol=self.tolerance)
+        torch.testing.assert_close(activation(z), activation.generic(z), rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize("shape, dim", [((2, 8, 3, 3), 1), ((2, 8, 5), 1), ((2, 5, 8), -1), ((8, 3), -2)])
     def test_any_axis(self, shape: tuple[int, ...], dim: int) -> None:
@@ -84,13 +82,6 @@ class ActivationContract(ModuleContract):
     def test_permutation_equivariance(self) -> None:
         activation, z, order = self.make(), self.inputs(6, 8), self.permutation(8)
         torch.testing.assert_close(activation(z[:, order]), activation(z)[:, order])
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision_is_computed_in_float32(self, dtype: torch.dtype) -> None:
-        activation, z = self.make(), self.inputs(6, 8).to(dtype)
-        torch.testing.assert_close(activation(z), activation(z.float()).to(dtype), rtol=0, atol=0)
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(activation(z.float()), activation(z.float()), rtol=0, atol=0)
 
     @pytest.mark.parametrize("shape", [(5, 1), (0, 8)])
     def test_one_unit_and_no_items(self, shape: tuple[int, ...]) -> None:

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-__all__ = ["run_ranks"]
-
 
 def run_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, world_size: int = 2) -> list[Any]:
     """Return the results of ``function(rank, *arguments)`` on each rank of a gloo group on this machine.

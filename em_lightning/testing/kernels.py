@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, vmap
 from torch.testing import assert_close
 
 from em_lightning.kernels import Kernel, NoDensityError
+from em_lightning.testing.modules import ModuleContract
 
 _N, _K = 5, 3
 
 
-class KernelContract:
+class KernelContract(ModuleContract):
     r"""Tests of one kernel: subclass it in a test file under a name that starts with ``Test``.
 
     Define ``make`` and ``energy``; override the attributes where the defaults do not hold.
@@ -51,13 +49,29 @@ class KernelContract:
     reach: float = 64.0
     twice: bool = True
 
-    def make(self, num_features: int) -> Kernel:
+    def make(self, num_features: int) -> Kernel:  # type: ignore[override]
         """Return a new kernel with learnable shape parameters, the same at every call."""
         raise NotImplementedError
 
     def energy(self, x: list[float], center: list[float]) -> float:
         """Return the energy of one item under one center, in plain Python, without the kernel's code."""
         raise NotImplementedError
+
+    def default(self) -> Kernel:
+        """Return the kernel of the last number of features, in float64."""
+        return self.make(self.num_features[-1]).double()
+
+    def other(self) -> Kernel:
+        """Return a kernel with other parameter values."""
+        return self.moved(self.default())
+
+    def example(self) -> Tensor:
+        """Return items and centers (5 + 3, D)."""
+        return torch.cat(self.draw(self.num_features[-1]))
+
+    def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the energies."""
+        return (module(x[:_N], x[_N:]),)
 
     def draw(self, num_features: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """Return normal random items (5, D) and centers (3, D)."""
@@ -83,7 +97,6 @@ class KernelContract:
             yield center + offsets[index], weights[index].prod(-1)
 
     def test_energies_are_the_formula(self) -> None:
-        """Energies equal the plain-Python formula to 1e-12, also for an item equal to its center."""
         for size in self.num_features:
             x, centers = self.draw(size)
             x[0] = centers[0]
@@ -92,7 +105,6 @@ class KernelContract:
             assert_close(energies, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
     def test_leading_dimensions_broadcast(self) -> None:
-        """Leading axes of items and centers broadcast; a set may be empty."""
         for size in self.num_features:
             kernel = self.make(size).double()
             x, centers = self.draw(size)
@@ -106,7 +118,6 @@ class KernelContract:
             assert kernel(x[:0], centers).shape == (0, _K)
 
     def test_gradients_are_those_of_the_energies(self) -> None:
-        """First and second derivatives by items, centers and parameters equal finite differences."""
         for size in self.num_features:
             kernel = self.make(size).double()
             inputs = [value.requires_grad_() for value in (*self.draw(size), *kernel.parameters())]
@@ -119,7 +130,6 @@ class KernelContract:
                 assert gradgradcheck(energies, inputs)
 
     def test_the_density_integrates_to_one(self) -> None:
-        """exp(-d - log_normalizer) integrates to 1 within 1e-6, for two values of the parameters."""
         for size in self.density_features:
             kernel = self.make(size).double()
             for tested in (kernel, self.moved(kernel)):
@@ -146,7 +156,6 @@ class KernelContract:
         return moved
 
     def test_log_normalizer_has_a_gradient_or_a_reason(self) -> None:
-        """log_normalizer is twice differentiable, or raises NoDensityError with the kernel's name."""
         for size in self.num_features:
             kernel = self.make(size).double()
             if size not in self.density_features:
@@ -162,7 +171,6 @@ class KernelContract:
                 assert gradgradcheck(log_normalizer, parameters)
 
     def test_extreme_distances_stay_finite(self) -> None:
-        """In float32, energies and gradients are finite at distance 0 and at distances from 1e-8 to 1e6."""
         steps = torch.tensor([0.0, *(10.0**k for k in range(-8, 7))])
         for size in self.num_features:
             kernel = self.make(size).float()
@@ -175,67 +183,11 @@ class KernelContract:
                 for gradient in torch.autograd.grad(energies.sum(), inputs, materialize_grads=True):
                     assert gradient.isfinite().all(), f"gradient {gradient}"
 
-    def test_compiles_whole(self) -> None:
-        """torch.compile captures the kernel as one graph, with the same energies and gradients."""
-        torch.compiler.reset()
-        for size in self.num_features[:2]:
-            kernel = self.make(size).double()
-            compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
-            x, centers = self.draw(size)
-            results = []
-            for call in (kernel, compiled):
-                energies = call(x.requires_grad_(), centers)
-                results.append((energies.detach(), *torch.autograd.grad(energies.square().sum(), x)))
-            assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
-
-    def test_function_transforms(self) -> None:
-        """torch.func.vmap over sets equals the batched call, and torch.func.grad equals autograd."""
-        for size in self.num_features:
-            kernel = self.make(size).double()
-            x, centers = self.draw(size)
-            xs = torch.stack([x, x - 0.5])
-            assert_close(vmap(kernel, in_dims=(0, None))(xs, centers), kernel(xs, centers), rtol=1e-12, atol=1e-12)
-
-            def total(x: Tensor, kernel=kernel, centers=centers) -> Tensor:
-                return kernel(x, centers).square().sum()
-
-            expected = torch.autograd.functional.jacobian(total, xs)
-            assert_close(vmap(grad(total))(xs), expected, rtol=1e-12, atol=1e-12)
-
-    def test_copies_are_equal(self) -> None:
-        """deepcopy, pickle and a state_dict saved to a file keep the energies."""
-        size = self.num_features[0]
-        kernel = self.moved(self.make(size))
-        inputs = self.draw(size, torch.float32)
-        file = io.BytesIO()
-        torch.save(kernel.state_dict(), file)
-        file.seek(0)
-        loaded = self.make(size)
-        loaded.load_state_dict(torch.load(file, weights_only=True))
-        for twin in (copy.deepcopy(kernel), pickle.loads(pickle.dumps(kernel)), loaded):
-            assert_close(twin(*inputs), kernel(*inputs), rtol=0, atol=0)
-
-    def test_low_precision(self) -> None:
-        """bfloat16 and float16 energies equal rounded float32 ones, and autocast changes nothing."""
-        for size in self.num_features:
-            kernel = self.make(size)
-            for dtype in (torch.bfloat16, torch.float16):
-                x, centers = self.draw(size, dtype)
-                energies = kernel(x, centers)
-                assert energies.dtype == dtype
-                assert_close(energies, kernel(x.float(), centers.float()).to(dtype), rtol=0, atol=0)
-            x, centers = self.draw(size, torch.float32)
-            energies = kernel(x, centers)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                assert_close(kernel(x, centers), energies, rtol=0, atol=0)
-
     def test_wrong_inputs_raise(self) -> None:
-        """Integers raise TypeError, and different numbers of features ValueError with both shapes."""
         size = self.num_features[-1]
-        kernel = self.make(size)
         x, centers = self.draw(size, torch.float32)
         with pytest.raises(TypeError, match="x .*int64"):
-            kernel(x.long(), centers)
+            self.make(size)(x.long(), centers)
         with pytest.raises(ValueError) as caught:
-            kernel(x, torch.cat([centers, centers], dim=-1))
+            self.make(size)(x, torch.cat([centers, centers], dim=-1))
         assert str(tuple(x.shape)) in str(caught.value) and str((_K, 2 * size)) in str(caught.value)

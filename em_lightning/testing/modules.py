@@ -1,4 +1,4 @@
-"""Contract tests that activations, competitions and losses share: copies, function transforms, compilation."""
+"""Contract tests that all modules share: copies, function transforms, compilation, low precision."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ class ModuleContract:
         """Return a new module with these constructor arguments."""
         raise NotImplementedError
 
+    def default(self) -> Any:
+        """Return a new module, the same at every call."""
+        return self.make()
+
+    def other(self) -> Any:
+        """Return a module of the same class in another state."""
+        return self.make(**self.settings)
+
     def example(self) -> Tensor:
         """Return a float64 input."""
         raise NotImplementedError
@@ -34,7 +42,7 @@ class ModuleContract:
         return torch.stack([output.square().sum() for output in self.outputs(module, x)]).sum()
 
     def test_copies_and_state(self) -> None:
-        x, module, loaded = self.example(), self.make(**self.settings), self.make()
+        x, module, loaded = self.example(), self.other(), self.default()
         file = io.BytesIO()
         torch.save(module.state_dict(), file)
         file.seek(0)
@@ -44,7 +52,7 @@ class ModuleContract:
             assert repr(other) == repr(module)
 
     def test_function_transforms(self) -> None:
-        module, x = self.make(), torch.stack([self.example(), self.example() + 0.5])
+        module, x = self.default(), torch.stack([self.example(), self.example() + 0.5])
         batched = torch.func.vmap(lambda x: self.outputs(module, x))(x)
         gradients = torch.func.vmap(torch.func.grad(lambda x: self.objective(module, x)))(x)
         for n in range(2):
@@ -55,8 +63,18 @@ class ModuleContract:
 
     def test_compiles_to_one_graph(self) -> None:
         torch.compiler.reset()  # otherwise the compilations of other modules count as recompilations
-        module, x = self.make(), self.example().requires_grad_()
+        module, x = self.default(), self.example().requires_grad_()
         compiled = torch.compile(lambda x: self.outputs(module, x), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), self.outputs(module, x))
         total = torch.stack([output.square().sum() for output in compiled(x)]).sum()
         torch.testing.assert_close(torch.autograd.grad(total, x), torch.autograd.grad(self.objective(module, x), x))
+
+    def test_low_precision_is_computed_in_float32(self) -> None:
+        module, x = self.default().float(), self.example()
+        for dtype in (torch.float16, torch.bfloat16):
+            half, wide = self.outputs(module, x.to(dtype)), self.outputs(module, x.to(dtype).float())
+            for found, expected in zip(half, wide, strict=True):
+                torch.testing.assert_close(found, expected.to(dtype), rtol=0, atol=0)
+        plain = self.outputs(module, x.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(self.outputs(module, x.float()), plain, rtol=0, atol=0)
