@@ -35,6 +35,9 @@ def generator_of(*key: int) -> torch.Generator:
 class SplitDataModule(lightning.LightningDataModule):
     """A LightningDataModule whose loaders all come from :meth:`loader`; prediction uses the test split."""
 
+    class_names: list[str]
+    source: str  # a short description of the data
+
     @property
     def ranks(self) -> tuple[int, int]:
         """Number of processes and the rank of this one; (1, 0) without a trainer."""

@@ -89,40 +89,6 @@ def _pad(sets: list[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1]) < sizes[:, None]
 
 
-def from_pyg(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the points of a PyG batch as padded sets and their mask.
-
-    Unlike ``torch_geometric.utils.to_dense_batch`` it does not need a sorted batch index. The order within each set is
-    kept; an empty graph becomes a row of padding.
-
-    Args:
-        batch: a ``Data`` or ``Batch`` with positions ``pos`` (or features ``x``) and, for several graphs, ``batch``.
-
-    Returns:
-        Points (B, N, D) and mask (B, N).
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
-        >>> points, mask = from_pyg(SimpleNamespace(pos=x, batch=torch.tensor([1, 0, 1]), num_graphs=2))
-        >>> points.squeeze(-1).tolist(), mask.tolist()
-        ([[2.0, 0.0], [1.0, 3.0]], [[True, False], [True, True]])
-    """
-    points = getattr(batch, "pos", None)
-    points = getattr(batch, "x", None) if points is None else points
-    if points is None:
-        raise ValueError("batch must have positions 'pos' or features 'x'")
-    index = getattr(batch, "batch", None)
-    index = torch.zeros(len(points), dtype=torch.long, device=points.device) if index is None else index
-    sizes = torch.bincount(index, minlength=getattr(batch, "num_graphs", None) or 1)
-    order = index.argsort(stable=True)
-    index = index[order]
-    rank = torch.arange(len(index), device=index.device) - (sizes.cumsum(0) - sizes)[index]
-    padded = points.new_zeros(len(sizes), int(sizes.max()), *points.shape[1:])
-    padded[index, rank] = points[order]
-    return padded, torch.arange(padded.shape[1], device=index.device) < sizes[:, None]
-
-
 class Shape(NamedTuple):
     """The source of one cloud: a surface in normalized units, or a set of points in the units of the data.
 

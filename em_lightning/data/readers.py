@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
 Faces = NDArray[np.int64]
-MAX_BYTES = 2**30
 MESHES = (".off", ".ply", ".obj", ".stl")
 TEXTS = (".xyz", ".txt", ".csv", ".pts")
 ARRAYS = (".npy", ".npz")
@@ -41,45 +38,23 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is empty, larger than 1 GiB, truncated or corrupt; the message names the file.
+        ValueError: the file is empty, truncated or corrupt; the message names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the file does not exist")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{path}: {size} bytes are more than {MAX_BYTES}; split the file")
-    return parse_points(b"" if path.suffix.lower() in ARRAYS else path.read_bytes(), str(path), drop_non_finite)
-
-
-def parse_points(data: bytes, name: str, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
-    r"""Parse the content of a file, such as a member of an archive; as :func:`read_points`.
-
-    Args:
-        data: the content; not used for ``.npy`` and ``.npz``, which are read from the disk.
-        name: the file's name, whose ending decides the format.
-        drop_non_finite: as in :func:`read_points`.
-
-    Raises:
-        ValueError: as :func:`read_points`.
-
-    Example:
-        >>> parse_points(b"x,y,z\n0,0,0\n1,2,3\n", "two.csv")
-        (array([[0., 0., 0.], [1., 2., 3.]]), None)
-    """
-    ending = Path(name).suffix.lower()
+    ending = path.suffix.lower()
     if ending not in SUPPORTED:
-        raise ValueError(f"{name}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
+        raise ValueError(f"{path}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
+    path.stat()  # raises FileNotFoundError
     try:
         if ending in MESHES:
-            points, faces = _parse_mesh(data.removeprefix(_BYTE_ORDER_MARK), ending)
+            points, faces = _parse_mesh(path.read_bytes().removeprefix(_BYTE_ORDER_MARK), ending)
         else:
-            points, faces = _parse_text(data) if ending in TEXTS else _read_array(Path(name)), None
+            points, faces = _parse_text(path.read_bytes()) if ending in TEXTS else _read_array(path), None
         return _checked(points, faces, drop_non_finite)
     except Exception as error:  # trimesh and zipfile raise errors of many types
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         remedy = "repair the file, or export it again" + (" with triangles only" if ending in MESHES else "")
-        raise ValueError(f"{name}: {kind}{error}; {remedy}") from error
+        raise ValueError(f"{path}: {kind}{error}; {remedy}") from error
 
 
 def holds_points(path: Path) -> bool:
@@ -91,14 +66,9 @@ def holds_points(path: Path) -> bool:
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """Return an NPY file as a memory map; pickled objects are refused.
-
-    Raises:
-        ValueError: the file is not an array, or not as long as its header announces.
-    """
+    """Return an NPY file as a memory map; pickled objects are refused with a ValueError."""
     try:
-        with np.errstate(over="raise"):
-            return np.lib.format.open_memmap(path, mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # NumPy evaluates the header as a Python literal
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from error
 
@@ -132,14 +102,11 @@ def _read_array(path: Path) -> Points:
     if path.suffix.lower() == ".npy":
         array = map_npy(path)
     else:
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-            names = archive.namelist()
-            name = names[0] if len(names) == 1 else "points.npy"
-            if name not in names:
-                raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
-            if archive.getinfo(name).file_size > MAX_BYTES:
-                raise ValueError(f"the array has more than {MAX_BYTES} bytes; split it")
-            array = np.array(map_npy(Path(archive.extract(name, folder))))
+        with path.open("rb") as file, np.load(file) as archive:
+            name = archive.files[0] if len(archive.files) == 1 else "points"
+            if name not in archive.files:
+                raise ValueError(f"of several arrays one must be named 'points', got {', '.join(archive.files)[:200]}")
+            array = archive[name]
     _check_shape(array.shape)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the array has dtype {array.dtype}, which must be real numbers")
