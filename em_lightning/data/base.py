@@ -65,18 +65,7 @@ class SplitDataModule(lightning.LightningDataModule):
 
 
 class RankLoader:
-    """Base class of loaders that cut batches themselves; the order of an epoch is a function of (seed, epoch).
-
-    Args:
-        length: number of items or rows.
-        shuffle: whether to draw a new order in every epoch.
-        num_replicas: number of ranks.
-        rank: rank of this process.
-        seed: seed of the order.
-
-    Raises:
-        ValueError: there are fewer items than ranks.
-    """
+    """Base class of loaders that cut batches themselves; the order of an epoch is a function of (seed, epoch)."""
 
     batch_sampler = None
 

@@ -6,18 +6,7 @@ from pathlib import Path
 
 
 def download(url: str, path: Path, known_hash: str, remedy: str) -> None:
-    """Download a file, unless it exists with the right hash.
-
-    Args:
-        url: the address.
-        path: the local path.
-        known_hash: the algorithm and the hexadecimal digest, such as ``"md5:..."``.
-        remedy: what the user can do without a network, for the error message.
-
-    Raises:
-        ConnectionError: the download failed.
-        ValueError: the downloaded file has another hash.
-    """
+    """Download a file, unless it exists with the right hash, such as ``"md5:..."``; errors end with the remedy."""
     import pooch
 
     try:

@@ -81,7 +81,9 @@ class GeometricShapes(PointCloudDataModule):
             raise ValueError(f"root={str(path)!r} must have CLASS/train/*.off and CLASS/test/*.off, as raw.zip has")
         self.class_names = sorted({name for name, _, _ in self._meshes})
         if self.held_out_classes >= len(self.class_names):
-            raise ValueError(f"held_out_classes={self.held_out_classes} must be less than {len(self.class_names)} classes")
+            raise ValueError(
+                f"held_out_classes={self.held_out_classes} must be less than {len(self.class_names)} classes"
+            )
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return the meshes of a split."""

@@ -148,7 +148,11 @@ class ProceduralSurfaces(PointCloudDataModule):
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return random surfaces."""
-        return partial(_random_shape, self.class_names), {"train": self.train_clouds, "val": self.val_clouds, "test": self.test_clouds}[split]
+        return partial(_random_shape, self.class_names), {
+            "train": self.train_clouds,
+            "val": self.val_clouds,
+            "test": self.test_clouds,
+        }[split]
 
 
 @dataclass(eq=False, repr=False)

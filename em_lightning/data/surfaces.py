@@ -44,10 +44,7 @@ def _profile(*corners: tuple[float, float], sides: int = 48) -> Mesh:
 
 
 def _tube(curve: Tensor, radius: float, sides: int = 16) -> Mesh:
-    """Return the tube around a curve (P, 3).
-
-    The frame is carried by one fixed direction, so the curve must nowhere run along (0, 0, 1).
-    """
+    """Return the tube around a curve (P, 3) that nowhere runs along (0, 0, 1)."""
     tangent = torch.gradient(curve, dim=0)[0]
     tangent = tangent / tangent.norm(dim=-1, keepdim=True)
     up = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64).expand_as(tangent)
@@ -79,11 +76,7 @@ def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, flo
 
 
 class Family:
-    """Random surfaces: each public method draws the parameters of one family and returns its mesh.
-
-    Args:
-        generator: the source of randomness.
-    """
+    """Random surfaces: each public method draws the parameters of one family and returns its mesh."""
 
     def __init__(self, generator: torch.Generator) -> None:
         # One call draws all numbers: a call costs more than a number.
@@ -213,17 +206,7 @@ FAMILIES = tuple(name for name in vars(Family) if not name.startswith("_"))
 
 
 def random_surface(family: str, generator: torch.Generator) -> Mesh:
-    """Return a surface of a family with random parameters, in the family's own pose.
-
-    Args:
-        family: one of ``FAMILIES``.
-        generator: the source of randomness.
-
-    Returns:
-        Vertices (V, 3) float64 and faces (F, 3) long.
-
-    Raises:
-        ValueError: the family is unknown.
+    """Return the vertices (V, 3) float64 and faces (F, 3) of a random surface of a family, one of ``FAMILIES``.
 
     Example:
         >>> vertices, faces = random_surface("box", torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from em_lightning.data.base import RankLoader, SplitDataModule, at_least
 class TensorBatches(RankLoader):
     """A loader of batches that are indexed at once instead of being collated item by item.
 
-    The order of an epoch is a function of (seed, epoch). Lightning calls :meth:`set_epoch`; in a plain loop, call it
-    to get a new order. Ranks divide each batch of the epoch and have equally many batches.
+    The order of an epoch is a function of (seed, epoch). Lightning calls ``set_epoch``; in a plain loop, call it to get
+    a new order. Ranks divide each batch of the epoch and have equally many batches.
 
     Args:
         tensors: tensors of equal length N along their first axis. uint8 becomes float32 from 0 to 1.
@@ -84,6 +85,7 @@ class Tensors(NamedTuple):
     y: Tensor
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TensorDataModule(SplitDataModule):
     """A data set in memory. Subclasses define :meth:`load`, ``source``, ``shape`` and ``class_names``.
 
@@ -99,21 +101,17 @@ class TensorDataModule(SplitDataModule):
         ValueError: an argument is out of range.
     """
 
-    shape: tuple[int, ...]
-    class_names: list[str]
-    source: str  # a short description of the data
+    batch_size: int = 128
+    eval_batch_size: int = 2000
+    val_size: int = 0
+    seed: int = 0
+    split_seed: int = 0
 
-    def __init__(
-        self, batch_size: int = 128, eval_batch_size: int = 2000, val_size: int = 0, seed: int = 0, split_seed: int = 0
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        at_least(0, val_size=val_size, seed=seed, split_seed=split_seed)
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_size = val_size
-        self.seed = seed
-        self.split_seed = split_seed
+        at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        at_least(0, val_size=self.val_size, seed=self.seed, split_seed=self.split_seed)
+        self.shape: tuple[int, ...]
         self.splits: dict[str, Tensors] = {}
 
     @property
