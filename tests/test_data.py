@@ -392,24 +392,6 @@ def test_sets_of_points_are_halved_and_padded(tmp_path):
             assert batch.points[i].norm(dim=-1).max() == pytest.approx(1 if fit > 1 else 0, abs=1e-5)
 
 
-def test_files_that_are_not_clouds_do_not_stop_a_folder(tmp_path):
-    folder(tmp_path, [f"{i}.off" for i in range(4)])
-    for name in (
-        "README.txt",
-        "LICENSE.txt",
-        "labels.csv",
-        ".hidden.xyz",
-        ".git/0.txt",
-        "__MACOSX/._0.off",
-        "notes.md",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("These meshes, version 2.0\n1 2 of 3, see http://example.org\n")
-    module = data.PointCloudFolder(root=str(tmp_path), num_points=16)
-    module.setup()
-    assert sum(len(part) for part in module.datasets.values()) == 4 and "3 text files" in module.describe()
-
-
 def test_a_pattern_chooses_files(tmp_path):
     folder(tmp_path, [f"{kind}/{i}.off" for kind in ("a", "b") for i in range(5)])
     (tmp_path / "a" / "damaged.txt").write_text("no numbers")

@@ -9,9 +9,8 @@ from em_lightning.data.clouds import (
     collate_clouds,
     draw_cloud,
 )
-from em_lightning.data.idx import read_idx
 from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
-from em_lightning.data.images import MNIST, Digits
+from em_lightning.data.images import MNIST, Digits, read_idx
 from em_lightning.data.meshes import GeometricShapes, ModelNet
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import PointCloudDataModule, PointCloudFolder, ProceduralSurfaces

@@ -1,7 +1,8 @@
-"""What all data modules share: loaders for every stage, orders per epoch and rank, range checks of arguments."""
+"""What all data modules share: loaders for every stage, orders per epoch and rank, range checks of arguments, downloads."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -30,6 +31,18 @@ def one_of(choices: tuple[str, ...], **values: str) -> None:
 def generator_of(*key: int) -> torch.Generator:
     """Return a generator that is seeded by several integers."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+def download(url: str, path: Path, known_hash: str, remedy: str) -> None:
+    """Download a file, unless it exists with the right hash, such as ``"md5:..."``; errors end with the remedy."""
+    import pooch
+
+    try:
+        pooch.retrieve(url, known_hash, fname=path.name, path=path.parent)
+    except OSError as error:
+        raise ConnectionError(f"{url} could not be downloaded ({error}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{url} is not the published file ({error}); {remedy}") from error
 
 
 class SplitDataModule(lightning.LightningDataModule):

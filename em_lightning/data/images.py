@@ -1,16 +1,18 @@
-"""LightningDataModules of small labeled images: scikit-learn's digits, MNIST and data sets in the same format."""
+"""LightningDataModules of small labeled images: scikit-learn's digits, MNIST and other data sets in IDX files."""
 
 from __future__ import annotations
 
+import gzip
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from em_lightning.data.base import CACHE
-from em_lightning.data.download import download
-from em_lightning.data.idx import read_idx
+from em_lightning.data.base import CACHE, download
 from em_lightning.data.tensors import TensorDataModule, Tensors
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -21,6 +23,34 @@ MNIST_HASHES = {
     "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
+_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: str | Path) -> Tensor:
+    """Read the array of an IDX file in its own dtype and shape; gzip is recognized by its first bytes.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not IDX, or damaged.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return torch.from_numpy(_parse(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: damaged or not an IDX file ({error}); download it again") from error
+
+
+def _parse(data: bytes) -> np.ndarray:
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or data[3] == 0:
+        raise ValueError(f"the first bytes are {data[:4]!r}")
+    dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
+    if len(data) < start:
+        raise ValueError(f"the header ends after {len(data)} bytes")
+    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
+    size = math.prod(shape) * dtype.itemsize
+    if len(data) - start != size:
+        raise ValueError(f"shape {shape} needs {size} bytes, the file has {len(data) - start}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 class Digits(TensorDataModule):

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from em_lightning.data.base import CACHE, at_least, one_of
+from em_lightning.data.base import CACHE, at_least, download, one_of
 from em_lightning.data.clouds import Shape, ShapeSource
-from em_lightning.data.download import download
 from em_lightning.data.point_clouds import PointCloudDataModule, known_shape, read_shape
 
 # The archive of PyG's data set.

@@ -22,7 +22,7 @@ from em_lightning.data.clouds import (
     collate_clouds,
     draw_cloud,
 )
-from em_lightning.data.readers import SUPPORTED, TEXTS, holds_points, read_points
+from em_lightning.data.readers import SUPPORTED, read_points
 from em_lightning.data.sampling import random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 
@@ -163,14 +163,14 @@ class PointCloudFolder(PointCloudDataModule):
     Otherwise, and for validation without a folder of its own, files are split in the order of a hash of their names, so
     that all machines agree; with fewer than three files every split holds all of them. Points are drawn from meshes;
     point clouds are divided into points to fit and held-out points, and padded if they are smaller than ``num_points``.
-    Hidden files are skipped, and without a ``pattern`` text files that do not begin with points, such as README.txt.
+    Hidden files are skipped; a ``pattern`` excludes other files that are not clouds, such as README.txt.
 
     Args:
         root: the folder.
         val_fraction: fraction of the files for validation.
         test_fraction: fraction of the files for the test.
         clouds_per_file: clouds per training file and epoch.
-        pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``; ``None`` means all.
+        pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``.
         drop_non_finite: whether to drop points with NaN or infinite coordinates, instead of raising.
 
     Raises:
@@ -182,7 +182,7 @@ class PointCloudFolder(PointCloudDataModule):
     val_fraction: float = 0.1
     test_fraction: float = 0.1
     clouds_per_file: int = 1
-    pattern: str | None = None
+    pattern: str = "*"
     drop_non_finite: bool = False
 
     def __post_init__(self) -> None:
@@ -198,23 +198,14 @@ class PointCloudFolder(PointCloudDataModule):
         self.files: dict[str, list[str]] = {}
 
     def _find(self) -> list[str]:
-        """Return the names of all files to read; ``source`` tells how many text files were skipped."""
-        names = []
-        skipped = 0
-        for path in self.folder.rglob(self.pattern or "*"):
-            name = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if hidden or path.suffix.lower() not in SUPPORTED or not path.is_file():
-                continue
-            if self.pattern is None and path.suffix.lower() in TEXTS and not holds_points(path):
-                skipped += 1
-            else:
-                names.append(name.as_posix())
+        paths = [
+            path for path in self.folder.rglob(self.pattern) if path.suffix.lower() in SUPPORTED and path.is_file()
+        ]
+        names = [path.relative_to(self.folder) for path in paths]
+        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
         if not names:
-            what = f"{self.pattern!r} matches no" if self.pattern else "no"
-            raise ValueError(f"root={self.root!r} has {what} {', '.join(SUPPORTED)} file")
-        self.source += f" ({skipped} text files without points skipped)" if skipped else ""
-        return sorted(names)
+            raise ValueError(f"root={self.root!r}: {self.pattern!r} matches no {', '.join(SUPPORTED)} file")
+        return sorted(name.as_posix() for name in names)
 
     def _split(self) -> None:
         names = self._find()

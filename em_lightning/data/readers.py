@@ -57,14 +57,6 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
         raise ValueError(f"{path}: {kind}{error}; {remedy}") from error
 
 
-def holds_points(path: Path) -> bool:
-    """Return whether one of the first two lines of a text file begins with three numbers."""
-    with path.open("rb") as file:
-        lines = _lines(file.read(4096))
-    number = r"[-+]?(?:nan|inf|[.,]?\d[-+.,\de]*)"
-    return any(re.match(rf"(?:{number}[\s,;]+){{2}}{number}", line, re.IGNORECASE) for line in lines[:2])
-
-
 def map_npy(path: Path) -> np.ndarray:
     """Return an NPY file as a memory map; pickled objects are refused with a ValueError."""
     try:
@@ -113,16 +105,11 @@ def _read_array(path: Path) -> Points:
     return np.array(array[:, :3], dtype=np.float64)
 
 
-def _lines(data: bytes) -> list[str]:
-    """Return the lines of a text without comments and blank lines; only newline characters end a line."""
+def _parse_text(data: bytes) -> Points:
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
     text = data.removeprefix(_BYTE_ORDER_MARK).decode(encoding, "replace")
-    lines = (line.partition("#")[0].strip() for line in text.split("\n"))
-    return [line for line in lines if line]
-
-
-def _parse_text(data: bytes) -> Points:
-    lines = _lines(data)
+    # Only newline characters end a line.
+    lines = [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
     if lines and (lines[0] == str(len(lines) - 1) or re.match(r"(?!nan|inf)[^-+.\d]", lines[0], re.IGNORECASE)):
         lines = lines[1:]  # the number of points, or column names
     if not lines:

@@ -75,7 +75,7 @@ def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, flo
     return [(sx * x, sy * y, top / 2, thick, thick, top) for sx in (-1, 1) for sy in (-1, 1)]
 
 
-class Family:
+class _Family:
     """Random surfaces: each public method draws the parameters of one family and returns its mesh."""
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -117,16 +117,13 @@ class Family:
         return self._superellipsoid((self._draw(0.3, 2.5), self._draw(0.3, 2.5)), 0.5)
 
     def box(self) -> Mesh:
-        """Return a box."""
         return _boxes((0, 0, 0, self._draw(0.3, 1), self._draw(0.3, 1), self._draw(0.3, 1)))
 
     def cylinder(self) -> Mesh:
-        """Return a cylinder with both its caps."""
         h = self._draw(0.3, 2)
         return _profile((0, -h), (1, -h), (1, h), (0, h))
 
     def cone(self) -> Mesh:
-        """Return a cone or a frustum, with its caps."""
         h, top = self._draw(0.5, 1.5), max(0.0, self._draw(-0.5, 0.6))
         return _profile((0, -h), (1, -h), (top, h), (0, h))
 
@@ -152,7 +149,6 @@ class Family:
         return _revolve(radius, self._draw(0.7, 1.3) * z)
 
     def torus(self) -> Mesh:
-        """Return a torus."""
         angle, r = _span(33, 0.0, 2 * math.pi), self._draw(0.15, 0.6)
         return _revolve(1 + r * angle.cos(), r * angle.sin())
 
@@ -202,7 +198,7 @@ class Family:
         return _boxes(seat, rest, *_legs(w, d, h, thick))
 
 
-FAMILIES = tuple(name for name in vars(Family) if not name.startswith("_"))
+FAMILIES = tuple(name for name in vars(_Family) if not name.startswith("_"))
 
 
 def random_surface(family: str, generator: torch.Generator) -> Mesh:
@@ -214,4 +210,4 @@ def random_surface(family: str, generator: torch.Generator) -> Mesh:
         (torch.Size([8, 3]), torch.Size([12, 3]))
     """
     one_of(FAMILIES, family=family)
-    return getattr(Family(generator), family)()
+    return getattr(_Family(generator), family)()

@@ -128,7 +128,7 @@ class GaussianBlobs(TabularDataModule):
     weights: None = field(init=False, default=None)
     held_out: Tensor | str | None = field(init=False, default="")
     num_points: int = 50_000
-    num_features: int = 8  # type: ignore[assignment]
+    num_features: int = 8
     true_components: int = 12
     held_out_points: int = 10_000
     storage: Literal["memory", "shards"] = "memory"

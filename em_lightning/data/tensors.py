@@ -92,10 +92,9 @@ class TensorDataModule(SplitDataModule):
     Args:
         batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
         eval_batch_size: items per batch of validation, test and prediction.
-        val_size: number of training items for validation, drawn by ``split_seed``. With 0, as in published tables,
+        val_size: number of training items for validation, a fixed random choice. With 0, as in published tables,
             validation uses the test items, so no choice may depend on it.
         seed: at least 0; seed of the order of training items.
-        split_seed: at least 0; seed of the choice of validation items.
 
     Raises:
         ValueError: an argument is out of range.
@@ -105,12 +104,11 @@ class TensorDataModule(SplitDataModule):
     eval_batch_size: int = 2000
     val_size: int = 0
     seed: int = 0
-    split_seed: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
         at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
-        at_least(0, val_size=self.val_size, seed=self.seed, split_seed=self.split_seed)
+        at_least(0, val_size=self.val_size, seed=self.seed)
         self.shape: tuple[int, ...]
         self.splits: dict[str, Tensors] = {}
 
@@ -144,7 +142,7 @@ class TensorDataModule(SplitDataModule):
             raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
         val = test
         if self.val_size:
-            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(self.split_seed))
+            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0))
             kept, chosen = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
             train, val = Tensors(*(part[kept] for part in train)), Tensors(*(part[chosen] for part in train))
         self.splits = {"train": train, "val": val, "test": test}
