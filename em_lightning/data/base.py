@@ -1,4 +1,4 @@
-"""What all data modules share: loaders for every stage, orders per epoch and rank, range checks of arguments, downloads."""
+"""Base classes of data modules and loaders, range checks of arguments, and downloads."""
 
 from __future__ import annotations
 

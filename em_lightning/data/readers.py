@@ -17,8 +17,6 @@ TEXTS = (".xyz", ".txt", ".csv", ".pts")
 ARRAYS = (".npy", ".npz")
 SUPPORTED = (*MESHES, *TEXTS, *ARRAYS)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Replaces all bytes by blanks at which trimesh would break lines or guess an encoding.
-_ASCII = bytes(byte if byte in b"\n\r" or 32 <= byte < 127 else 32 for byte in range(256))
 
 
 def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
@@ -53,7 +51,9 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
         return _checked(points, faces, drop_non_finite)
     except Exception as error:  # trimesh and zipfile raise errors of many types
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        remedy = "repair the file, or export it again" + (" with triangles only" if ending in MESHES else "")
+        remedy = "repair the file, leave it out, or export it again" + (
+            " with triangles only" if ending in MESHES else ""
+        )
         raise ValueError(f"{path}: {kind}{error}; {remedy}") from error
 
 
@@ -114,9 +114,6 @@ def _parse_text(data: bytes) -> Points:
         lines = lines[1:]  # the number of points, or column names
     if not lines:
         raise ValueError("the file holds no points")
-    words = re.split(r"[;\s]+", lines[0])
-    if len(words) > 2 and any(re.fullmatch(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?", word) for word in words[:3]):
-        raise ValueError(f"{lines[0][:60]!r} has decimal commas; numbers must have decimal points")
     delimiter = next((mark for mark in ";," if mark in lines[0]), None)
     _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))))
     return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
@@ -144,7 +141,7 @@ def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
 
 
 def _prepare_off(data: bytes) -> bytes:
-    text = re.sub(rb"#[^\n]*", b"", data).translate(_ASCII)
+    text = re.sub(rb"#[^\n]*", b"", data)
     header = re.match(rb"\s*(?:ST)?C?N?OFF\s*(\d+)\s+(\d+)", text)
     if header is None:
         raise ValueError("an OFF file must begin with OFF and the numbers of points and faces")
@@ -157,13 +154,14 @@ def _prepare_off(data: bytes) -> bytes:
 
 def _prepare_ply(data: bytes) -> bytes:
     header, end, body = data.partition(b"end_header")
+    header = re.sub(rb"(?m)^(comment|obj_info).*\n", b"", header)
     # trimesh would build a path from edges.
-    header = re.sub(rb"(?m)^element +edge ", b"element unused ", header.translate(_ASCII))
+    header = re.sub(rb"(?m)^element +edge ", b"element unused ", header)
     if not end or not header.startswith(b"ply"):
         raise ValueError("a PLY file must begin with a header from 'ply' to 'end_header'")
     if re.search(rb"(?m)^format +ascii", header):
         announced = sum(map(int, re.findall(rb"(?m)^element +\S+ +(\d+)", header)))
-        rows = [line for line in body.translate(_ASCII).split(b"\n") if line.strip()]
+        rows = [line for line in body.split(b"\n") if line.strip()]
         if len(rows) != announced:
             raise ValueError(f"{announced} rows are announced, {len(rows)} follow")
         body = b"\n" + b"\n".join(rows)
@@ -175,7 +173,7 @@ def _prepare_ply(data: bytes) -> bytes:
 
 
 def _prepare_obj(data: bytes) -> bytes:
-    text = re.sub(rb"\\\r?\n", b" ", re.sub(rb"#[^\n]*", b"", data)).translate(_ASCII)
+    text = re.sub(rb"\\\r?\n", b" ", re.sub(rb"#[^\n]*", b"", data))
     text = re.sub(rb"(?m)^ +", b"", text)
     if re.search(rb"(?m)^f .*[^\d\s/-]", text) or re.search(rb"(?m)^f (?:.* )?0+(?:[/\s]|$)", text):
         raise ValueError("faces must hold integers that count from 1")
