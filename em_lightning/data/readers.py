@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,13 @@ def _read_array(path: Path) -> Points:
     if path.suffix.lower() == ".npy":
         array = map_npy(path)
     else:
-        with path.open("rb") as file, np.load(file) as archive:
-            name = archive.files[0] if len(archive.files) == 1 else "points"
-            if name not in archive.files:
-                raise ValueError(f"of several arrays one must be named 'points', got {', '.join(archive.files)[:200]}")
-            array = archive[name]
+        # Extracted and mapped, because np.load would allocate any size that a damaged header announces.
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
+            names = archive.namelist()
+            name = names[0] if len(names) == 1 else "points.npy"
+            if name not in names:
+                raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
+            array = np.array(map_npy(Path(archive.extract(name, folder))))
     _check_shape(array.shape)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the array has dtype {array.dtype}, which must be real numbers")

@@ -105,7 +105,6 @@ class _Family:
         return _grid(grid * torch.tensor([self._draw(stretch, 1), self._draw(stretch, 1), 1], dtype=torch.float64))
 
     def sphere(self) -> Mesh:
-        """Return the unit sphere, the one family without a parameter."""
         return self._superellipsoid((1.0, 1.0), 1.0)
 
     def ellipsoid(self) -> Mesh:
@@ -128,17 +127,14 @@ class _Family:
         return _profile((0, -h), (1, -h), (top, h), (0, h))
 
     def pyramid(self) -> Mesh:
-        """Return a pyramid on three to six sides, with its base."""
         h = self._draw(0.4, 1.2)
         return _profile((0, -h), (1, -h), (0, h), sides=self._integer(3, 6))
 
     def prism(self) -> Mesh:
-        """Return a prism on three, five or six sides, with both its caps."""
         h = self._draw(0.3, 1.5)
         return _profile((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])
 
     def capsule(self) -> Mesh:
-        """Return a cylinder closed by half spheres."""
         angle, h = _span(32, -math.pi / 2, math.pi / 2), self._draw(0.3, 2)
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
@@ -169,7 +165,6 @@ class _Family:
         )
 
     def moebius(self) -> Mesh:
-        """Return a Moebius strip with one or three half turns."""
         u, v = _span(97, 0.0, 2 * math.pi)[:, None], _span(9, -1.0, 1.0)[None] * self._draw(0.2, 0.45)
         half = (1, 3)[self._integer(0, 1)] * u / 2
         ring = 1 + v * half.cos()
