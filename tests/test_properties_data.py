@@ -6,7 +6,6 @@ import math
 import struct
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import drawing
 import numpy as np
@@ -38,8 +37,6 @@ from em_lightning.data import (
     bright_pixels,
     collate_clouds,
     draw_cloud,
-    from_pyg,
-    parse_points,
     random_rotation,
     random_surface,
     read_idx,
@@ -248,18 +245,6 @@ def test_clouds_of_any_shapes(values):
     assert sorted(sampler) == [(3, 0), (3, 1)]
 
 
-@given(values=st.data())
-def test_graphs_become_sets(values):
-    nodes, graphs = values.draw(st.integers(0, 7)), values.draw(st.integers(1, 3))
-    index = torch.tensor([values.draw(st.integers(0, graphs - 1)) for _ in range(nodes)], dtype=torch.long)
-    x = values.draw(drawing.tensors((nodes, 2), torch.float32))
-    points, mask = from_pyg(SimpleNamespace(pos=x, batch=index, num_graphs=graphs))
-    assert len(points) == graphs
-    for graph in range(graphs):
-        assert torch.equal(points[graph][mask[graph]], x[index == graph])
-    assert not points[~mask].any()
-
-
 CODES = {np.uint8: 0x08, np.int8: 0x09, np.int16: 0x0B, np.int32: 0x0C, np.float32: 0x0D, np.float64: 0x0E}
 
 
@@ -292,11 +277,12 @@ def test_files_come_back_as_they_were_written(values):
         points, none = read_points(Path(folder) / "points.npy")
         np.testing.assert_array_equal(points, rows)
         assert none is None
-    for ending, content in text.items():
-        points, triangles = parse_points(content.encode(), f"some.{ending}")
-        np.testing.assert_array_equal(points, rows)
-        assert (triangles is None) == (ending == "xyz" or not faces)
-        assert triangles is None or triangles.tolist() == faces
+        for ending, content in text.items():
+            (Path(folder) / f"some.{ending}").write_text(content)
+            points, triangles = read_points(Path(folder) / f"some.{ending}")
+            np.testing.assert_array_equal(points, rows)
+            assert (triangles is None) == (ending == "xyz" or not faces)
+            assert triangles is None or triangles.tolist() == faces
 
 
 @given(values=st.data())

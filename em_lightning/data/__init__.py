@@ -8,15 +8,13 @@ from em_lightning.data.clouds import (
     Shape,
     collate_clouds,
     draw_cloud,
-    from_pyg,
 )
-from em_lightning.data.idx import read_idx
 from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
-from em_lightning.data.images import MNIST, Digits
+from em_lightning.data.images import MNIST, Digits, read_idx
 from em_lightning.data.meshes import GeometricShapes, ModelNet
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import PointCloudDataModule, PointCloudFolder, ProceduralSurfaces
-from em_lightning.data.readers import parse_points, read_points
+from em_lightning.data.readers import read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 from em_lightning.data.tables import Table, TableBatch, TableBlocks
@@ -55,8 +53,6 @@ __all__ = [
     "bright_pixels",
     "collate_clouds",
     "draw_cloud",
-    "from_pyg",
-    "parse_points",
     "random_rotation",
     "random_surface",
     "read_idx",

@@ -1,7 +1,8 @@
-"""What all data modules share: loaders for every stage, orders per epoch and rank, range checks of arguments."""
+"""Base classes of data modules and loaders, range checks of arguments, and downloads."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -32,8 +33,23 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
+def download(url: str, path: Path, known_hash: str, remedy: str) -> None:
+    """Download a file, unless it exists with the right hash, such as ``"md5:..."``; errors end with the remedy."""
+    import pooch
+
+    try:
+        pooch.retrieve(url, known_hash, fname=path.name, path=path.parent)
+    except OSError as error:
+        raise ConnectionError(f"{url} could not be downloaded ({error}); {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{url} is not the published file ({error}); {remedy}") from error
+
+
 class SplitDataModule(lightning.LightningDataModule):
     """A LightningDataModule whose loaders all come from :meth:`loader`; prediction uses the test split."""
+
+    class_names: list[str]
+    source: str  # a short description of the data
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -62,18 +78,7 @@ class SplitDataModule(lightning.LightningDataModule):
 
 
 class RankLoader:
-    """Base class of loaders that cut batches themselves; the order of an epoch is a function of (seed, epoch).
-
-    Args:
-        length: number of items or rows.
-        shuffle: whether to draw a new order in every epoch.
-        num_replicas: number of ranks.
-        rank: rank of this process.
-        seed: seed of the order.
-
-    Raises:
-        ValueError: there are fewer items than ranks.
-    """
+    """Base class of loaders that cut batches themselves; the order of an epoch is a function of (seed, epoch)."""
 
     batch_sampler = None
 

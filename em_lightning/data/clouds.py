@@ -15,15 +15,7 @@ from em_lightning.data.sampling import Normalization, Surface, random_rotation
 
 
 class Cloud(NamedTuple):
-    """One cloud: points to fit and held-out points of the same shape, normalized in the same way.
-
-    Args:
-        points: (N, D) float32.
-        held_out: (M, D) float32; drawn from the same shape, disjoint from ``points``.
-        normalization: the change of units of both.
-        label: the class.
-        index: the index in the dataset.
-    """
+    """One cloud: points to fit (N, D) and held-out points (M, D) of the same shape, float32, in normalized units."""
 
     points: Tensor
     held_out: Tensor
@@ -40,8 +32,8 @@ class PointCloudBatch(NamedTuple):
         mask: (B, N) bool, true for points, false for padding.
         held_out: (B, M, D) float32, held-out points of the same shapes in the same units.
         held_out_mask: (B, M) bool.
-        center: (B, D), center of the normalization of each cloud.
-        scale: (B,), scale of the normalization of each cloud.
+        center: (B, D), of the normalization.
+        scale: (B,), of the normalization.
         label: (B,) long, classes.
         index: (B,) long, indices in the dataset.
     """
@@ -64,9 +56,6 @@ class PointCloudBatch(NamedTuple):
 def collate_clouds(clouds: Sequence[Cloud]) -> PointCloudBatch:
     """Return clouds as one batch, padded with zeros.
 
-    Args:
-        clouds: at least one.
-
     Example:
         >>> unit = Normalization(torch.zeros(3), torch.tensor(1.0))
         >>> batch = collate_clouds([Cloud(torch.ones(n, 3), torch.ones(2, 3), unit, 0, n) for n in (2, 1)])
@@ -87,40 +76,6 @@ def _pad(sets: list[Tensor]) -> tuple[Tensor, Tensor]:
     sizes = torch.tensor([len(points) for points in sets])
     padded = pad_sequence(sets, batch_first=True)
     return padded, torch.arange(padded.shape[1]) < sizes[:, None]
-
-
-def from_pyg(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the points of a PyG batch as padded sets and their mask.
-
-    Unlike ``torch_geometric.utils.to_dense_batch`` it does not need a sorted batch index. The order within each set is
-    kept; an empty graph becomes a row of padding.
-
-    Args:
-        batch: a ``Data`` or ``Batch`` with positions ``pos`` (or features ``x``) and, for several graphs, ``batch``.
-
-    Returns:
-        Points (B, N, D) and mask (B, N).
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
-        >>> points, mask = from_pyg(SimpleNamespace(pos=x, batch=torch.tensor([1, 0, 1]), num_graphs=2))
-        >>> points.squeeze(-1).tolist(), mask.tolist()
-        ([[2.0, 0.0], [1.0, 3.0]], [[True, False], [True, True]])
-    """
-    points = getattr(batch, "pos", None)
-    points = getattr(batch, "x", None) if points is None else points
-    if points is None:
-        raise ValueError("batch must have positions 'pos' or features 'x'")
-    index = getattr(batch, "batch", None)
-    index = torch.zeros(len(points), dtype=torch.long, device=points.device) if index is None else index
-    sizes = torch.bincount(index, minlength=getattr(batch, "num_graphs", None) or 1)
-    order = index.argsort(stable=True)
-    index = index[order]
-    rank = torch.arange(len(index), device=index.device) - (sizes.cumsum(0) - sizes)[index]
-    padded = points.new_zeros(len(sizes), int(sizes.max()), *points.shape[1:])
-    padded[index, rank] = points[order]
-    return padded, torch.arange(padded.shape[1], device=index.device) < sizes[:, None]
 
 
 class Shape(NamedTuple):
@@ -155,16 +110,9 @@ ShapeSource = Callable[[int, torch.Generator], Shape]  # the index of a shape an
 def draw_cloud(
     shape: ShapeSource, num_points: int, noise: float, rotate: str, index: int, generator: torch.Generator
 ) -> Cloud:
-    """Draw a cloud from shape ``index``.
+    """Draw a cloud from shape ``index``; the arguments are those of :class:`PointCloudDataModule`.
 
-    Args:
-        shape: function that returns a shape.
-        num_points: number of points to fit and number of held-out points. A set of points is divided into two disjoint
-            halves of at most ``num_points``.
-        noise: standard deviation of Gaussian jitter, in normalized units.
-        rotate: ``"none"``, ``"z"`` or ``"so3"``: a random rotation about the center.
-        index: index of the shape.
-        generator: source of randomness.
+    A set of points is divided into two disjoint halves of at most ``num_points``.
     """
     content, normalization, label = shape(index, generator)
     if isinstance(content, Surface):
@@ -187,13 +135,8 @@ def draw_cloud(
 class RandomDataset(Dataset[Any]):
     """Random items: an item is a function of (seed, split, epoch, index), independent of workers and ranks.
 
-    The key of an item is its index, which means epoch 0, or (epoch, index) from :class:`EpochSampler`.
-
-    Args:
-        draw: function that returns an item, given its index and a source of randomness.
-        size: number of items.
-        split: ``"train"``, ``"val"`` or ``"test"``; each has its own random numbers.
-        seed: at least 0.
+    The key of an item is its index, which means epoch 0, or (epoch, index) from :class:`EpochSampler`. ``draw`` returns
+    an item, given its index and a source of randomness.
     """
 
     def __init__(self, draw: Callable[[int, torch.Generator], Any], size: int, split: str, seed: int = 0) -> None:
@@ -213,12 +156,6 @@ class EpochSampler(DistributedSampler[Any]):
     """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can draw new items in every epoch.
 
     Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
-
-    Args:
-        dataset: the dataset.
-        num_replicas: number of ranks.
-        rank: rank of this process.
-        seed: seed of the order.
     """
 
     def __init__(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:

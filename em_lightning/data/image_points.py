@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,15 +29,10 @@ class PointSetBatch(NamedTuple):
 
 
 def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the indices of the bright pixels of each image, and their numbers.
+    """Return the indices of the pixels brighter than ``threshold`` and their numbers, for images (B, 1, H, W).
 
-    Args:
-        images: (B, 1, H, W), uint8 from 0 to 255 or floats from 0 to 1.
-        threshold: from 0 to 1; brighter pixels are taken.
-
-    Returns:
-        Indices into the H W pixels (B, M) int32, ascending and padded with zeros, and numbers (B,); M is the largest
-        number, at least 1.
+    Images are uint8 from 0 to 255 or floats from 0 to 1. The indices (B, M) int32 are ascending and padded with zeros;
+    M is the largest of the numbers (B,), at least 1.
 
     Example:
         >>> bright_pixels(torch.tensor([[[[0.9, 0.2], [0.1, 0.8]]], [[[0.0, 0.0], [0.7, 0.0]]]]), 0.5)
@@ -57,15 +53,14 @@ class PointSetBatches(TensorBatches):
 
     Every bright pixel of an image is drawn equally often, except for a remainder that is drawn without replacement,
     and moved by Gaussian noise. The draw is a function of (seed, split, epoch, rank, number of the batch); without
-    ``shuffle`` it is the same in all epochs.
+    ``shuffle`` it is the same in all epochs. The tensors are those of :func:`bright_pixels` and the labels (N,).
 
     Args:
-        *args: arguments of :class:`TensorBatches`; its tensors are the padded indices of bright pixels (N, M), their
-            numbers (N,) (:func:`bright_pixels`), and the labels (N,).
+        *args: arguments of :class:`TensorBatches`.
         shape: height and width of an image.
-        num_points: points per set.
-        jitter: standard deviation of the noise, which is clipped at three standard deviations.
-        split: ``"train"``, ``"val"`` or ``"test"``; each has its own random numbers.
+        num_points: as in :class:`ImagePointSets`.
+        jitter: as in :class:`ImagePointSets`.
+        split: as in :class:`RandomDataset`.
         **options: further arguments of :class:`TensorBatches`.
     """
 
@@ -100,6 +95,7 @@ class PointSetBatches(TensorBatches):
         return PointSetBatch((points + moved) * mask.unsqueeze(-1), mask, labels)
 
 
+@dataclass(eq=False, repr=False)
 class ImagePointSets(TensorDataModule):
     """Images as sets of points in the plane: a fixed number of pixels brighter than ``threshold``, with jitter.
 
@@ -112,9 +108,7 @@ class ImagePointSets(TensorDataModule):
         num_points: points per set.
         threshold: brightness that a pixel must exceed, at least 0 and less than 1.
         jitter: standard deviation of the noise, which is clipped at three standard deviations.
-        batch_size: sets per training batch and rank.
         eval_batch_size: sets per batch of validation and test.
-        **options: further arguments of :class:`TensorDataModule`.
 
     Raises:
         ValueError: an argument is out of range, or ``root`` lacks a file.
@@ -130,55 +124,45 @@ class ImagePointSets(TensorDataModule):
 
     num_features = 2
 
-    def __init__(
-        self,
-        images: Literal["digits", "mnist"] = "digits",
-        root: str | None = None,
-        num_points: int = 128,
-        threshold: float = 0.5,
-        jitter: float = 0.01,
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        **options: Any,
-    ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, **options)
-        one_of(("digits", "mnist"), images=images)
-        if images == "digits" and root is not None:
-            raise ValueError(f"root={root!r} must be None for images='digits', which are part of scikit-learn")
-        at_least(1, num_points=num_points)
-        at_least(0, jitter=jitter)
-        if not 0 <= threshold < 1:
-            raise ValueError(f"threshold={threshold} must be at least 0 and less than 1")
-        self.images: TensorDataModule = Digits() if images == "digits" else MNIST(root)
-        self.num_points = num_points
-        self.threshold = threshold
-        self.jitter = jitter
-        self.shape = self.images.shape
+    images: Literal["digits", "mnist"] = "digits"
+    root: str | None = None
+    num_points: int = 128
+    threshold: float = 0.5
+    jitter: float = 0.01
+    eval_batch_size: int = field(default=500, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(("digits", "mnist"), images=self.images)
+        if self.images == "digits" and self.root is not None:
+            raise ValueError(f"root={self.root!r} must be None for images='digits', which are part of scikit-learn")
+        at_least(1, num_points=self.num_points)
+        at_least(0, jitter=self.jitter)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold} must be at least 0 and less than 1")
+        self.dataset: TensorDataModule = Digits() if self.images == "digits" else MNIST(self.root)
+        self.shape = self.dataset.shape
+        self.source = f"sets of {self.num_points} points from {self.dataset.source}"
         self.pixels: dict[str, tuple[Tensor, Tensor]] = {}
 
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
         """Names of the classes."""
-        return self.images.class_names
+        return self.dataset.class_names
 
     def prepare_data(self) -> None:
         """Download MNIST if needed."""
-        self.images.prepare_data()
+        self.dataset.prepare_data()
 
     def load(self, train: bool) -> Tensors:
         """Return the training or the test images and their labels."""
-        return self.images.load(train)
+        return self.dataset.load(train)
 
     def setup(self, stage: str | None = None) -> None:
         """Load all images and find their bright pixels, once."""
         super().setup()
         if not self.pixels:
             self.pixels = {split: bright_pixels(part.x, self.threshold) for split, part in self.splits.items()}
-
-    @property
-    def source(self) -> str:  # type: ignore[override]
-        """A short description of the data."""
-        return f"sets of {self.num_points} points from {self.images.source}"
 
     def loader(self, split: str) -> PointSetBatches:
         """Return the batches of a split; those of ``"train"`` have a new order and new points in every epoch."""

@@ -1,18 +1,18 @@
-"""LightningDataModules of small labeled images: scikit-learn's digits, MNIST and data sets in the same format."""
+"""LightningDataModules of small labeled images: scikit-learn's digits, MNIST and other data sets in IDX files."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
+import math
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from em_lightning.data.base import CACHE
-from em_lightning.data.download import download
-from em_lightning.data.idx import read_idx
+from em_lightning.data.base import CACHE, download
 from em_lightning.data.tensors import TensorDataModule, Tensors
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -23,8 +23,34 @@ MNIST_HASHES = {
     "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-# MD5 of the training images without compression, by which MNIST is recognized.
-_TRAINING_IMAGES = "6bbc9ace898e44ae57da46a324031adb"
+_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: str | Path) -> Tensor:
+    """Read the array of an IDX file in its own dtype and shape; gzip is recognized by its first bytes.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not IDX, or damaged.
+    """
+    data = Path(path).read_bytes()
+    try:
+        return torch.from_numpy(_parse(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: damaged or not an IDX file ({error}); download it again") from error
+
+
+def _parse(data: bytes) -> np.ndarray:
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or data[3] == 0:
+        raise ValueError(f"the first bytes are {data[:4]!r}")
+    dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
+    if len(data) < start:
+        raise ValueError(f"the header ends after {len(data)} bytes")
+    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
+    size = math.prod(shape) * dtype.itemsize
+    if len(data) - start != size:
+        raise ValueError(f"shape {shape} needs {size} bytes, the file has {len(data) - start}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 class Digits(TensorDataModule):
@@ -55,26 +81,32 @@ class Digits(TensorDataModule):
         return Tensors(x, torch.from_numpy(labels[part]))
 
 
+@dataclass(eq=False, repr=False)
 class MNIST(TensorDataModule):
     """MNIST, or a data set in four files of the same names and format, such as Fashion-MNIST.
 
     Args:
         root: folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k`` files, with or
             without the ending ``.gz``. ``None`` downloads MNIST to ~/.cache/em_lightning and verifies its MD5.
-        **options: arguments of :class:`TensorDataModule`.
 
     Raises:
         ValueError: a file is missing or damaged, or images and labels do not match.
         ConnectionError: the download failed.
     """
 
-    def __init__(self, root: str | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.root = root
+    root: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.source = "MNIST" if self.root is None else f"images in {self.root}"
         self.class_names = [str(i) for i in range(10)]
-        if root is not None and not self._folder.is_dir():
-            raise ValueError(f"root={root!r} must be a folder with {next(iter(MNIST_HASHES))}.gz, or None to download")
-        self.shape = (1, 28, 28) if root is None else (1, *read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:])
+        if self.root is not None and not self._folder.is_dir():
+            raise ValueError(
+                f"root={self.root!r} must be a folder with {next(iter(MNIST_HASHES))}.gz, or None to download"
+            )
+        self.shape = (
+            (1, 28, 28) if self.root is None else (1, *read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:])
+        )
 
     @property
     def _folder(self) -> Path:
@@ -108,12 +140,3 @@ class MNIST(TensorDataModule):
         elif int(y.max()) >= self.num_classes:
             raise ValueError(f"{labels}: label {int(y.max())} does not occur in training")
         return Tensors(x.unsqueeze(1), y.long())
-
-    @property
-    def source(self) -> str:  # type: ignore[override]
-        """A short description of the data."""
-        path = self._path("train-images-idx3-ubyte")
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        known = hashlib.md5(content, usedforsecurity=False).hexdigest() == _TRAINING_IMAGES
-        name = "MNIST" if known else "images (not MNIST)"
-        return name if self.root is None else f"{name} from {self.root}"

@@ -2,54 +2,26 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from em_lightning.data.base import CACHE, at_least, one_of
+from em_lightning.data.base import CACHE, at_least, download, one_of
 from em_lightning.data.clouds import Shape, ShapeSource
-from em_lightning.data.download import download
-from em_lightning.data.point_clouds import PointCloudDataModule, known_shape, shape_of
-from em_lightning.data.readers import MAX_BYTES, parse_points
+from em_lightning.data.point_clouds import PointCloudDataModule, known_shape, read_shape
 
 # The archive of PyG's data set.
 SHAPES_URL = "https://github.com/Yannick-S/geometric_shapes/raw/master/raw.zip"
 SHAPES_HASH = "sha256:fb5e5d132db7f871b415b6d9cb6e0fd258192ccb1aa64a172839146527c082dd"
-# The classes of ModelNet10, which are also in ModelNet40.
-_CLASSES = ("bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet")
-
-Meshes = list[tuple[str, str, Shape]]  # class, split, shape
 
 
-def _read_meshes(contents: dict[str, Callable[[], bytes]]) -> Meshes:
-    """Return the meshes of the files CLASS/SPLIT/NAME.off among these."""
-    meshes = []
-    for name, read in sorted(contents.items()):
-        parts = Path(name).parts
-        if len(parts) >= 3 and parts[-2] in ("train", "test"):
-            meshes.append((parts[-3], parts[-2], shape_of(*parse_points(read(), name), name)))
-    return meshes
-
-
-def _read_archive(path: Path) -> Meshes:
-    """Read the meshes of an archive without unpacking it: its folder may be read-only."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".off")]
-            # zipfile allocates what the directory of the archive announces.
-            unpacked, packed = (sum(getattr(info, key) for info in members) for key in ("file_size", "compress_size"))
-            if unpacked > MAX_BYTES or packed > path.stat().st_size:
-                raise ValueError(f"{unpacked} bytes, {packed} compressed, are announced; the limit is {MAX_BYTES}")
-            return _read_meshes({f"{path}/{info.filename}": partial(archive.read, info) for info in members})
-    except Exception as error:  # zipfile raises errors of many types
-        raise ValueError(f"{path}: damaged or not a zip archive ({error}); download it again") from error
-
-
+@dataclass(eq=False, repr=False)
 class GeometricShapes(PointCloudDataModule):
     """PyG's GeometricShapes: 40 classes of solids and flat figures, each with one mesh for training and one for test.
 
@@ -62,60 +34,55 @@ class GeometricShapes(PointCloudDataModule):
         clouds_per_mesh: clouds per training mesh and epoch.
         eval_clouds_per_mesh: clouds per mesh in validation and test.
         held_out_classes: number of classes, drawn by the seed, that occur in the test only; the test has no others.
-        **options: arguments of :class:`PointCloudDataModule`.
 
     Raises:
         ValueError: an argument is out of range, ``root`` has no meshes, or a mesh is corrupt.
         ConnectionError: the download failed.
     """
 
-    def __init__(
-        self,
-        root: str | None = None,
-        clouds_per_mesh: int = 16,
-        eval_clouds_per_mesh: int = 1,
-        held_out_classes: int = 0,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        at_least(1, clouds_per_mesh=clouds_per_mesh, eval_clouds_per_mesh=eval_clouds_per_mesh)
-        at_least(0, held_out_classes=held_out_classes)
-        if root is not None and not Path(root).expanduser().exists():
-            raise ValueError(f"root={root!r} must be raw.zip or its folder, or None to download; it does not exist")
-        self.root = root
-        self.clouds_per_mesh = clouds_per_mesh
-        self.eval_clouds_per_mesh = eval_clouds_per_mesh
-        self.held_out_classes = held_out_classes
-        self.source = f"meshes of PyG's GeometricShapes {'downloaded' if root is None else f'from {root}'}"
-        self.source += f", {held_out_classes} classes in the test only" if held_out_classes else ""
-        self._meshes: Meshes = []
+    root: str | None = None
+    clouds_per_mesh: int = 16
+    eval_clouds_per_mesh: int = 1
+    held_out_classes: int = 0
 
-    @property
-    def _path(self) -> Path:
-        return Path(f"{CACHE}/GeometricShapes/raw.zip" if self.root is None else self.root).expanduser()
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, clouds_per_mesh=self.clouds_per_mesh, eval_clouds_per_mesh=self.eval_clouds_per_mesh)
+        at_least(0, held_out_classes=self.held_out_classes)
+        self.path = Path(self.root or f"{CACHE}/GeometricShapes/raw.zip").expanduser()
+        if self.root is not None and not self.path.exists():
+            raise ValueError(f"root={self.root!r} must be raw.zip or its folder, or None to download")
+        self.source = f"meshes of PyG's GeometricShapes {'downloaded' if self.root is None else f'from {self.root}'}"
+        self.source += f", {self.held_out_classes} classes in the test only" if self.held_out_classes else ""
+        self._meshes: list[tuple[str, str, Shape]] = []  # class, train or test, shape
 
     def prepare_data(self) -> None:
         """Download the archive if ``root`` is ``None``."""
         if self.root is None:
-            download(SHAPES_URL, self._path, SHAPES_HASH, f"download {SHAPES_URL} and pass it as root")
+            download(SHAPES_URL, self.path, SHAPES_HASH, f"download {SHAPES_URL} and pass it as root")
 
     def _read(self) -> None:
         self.prepare_data()
-        path = self._path / "raw.zip" if (self._path / "raw.zip").is_file() else self._path
-        if path.is_file():
-            meshes = _read_archive(path)
-        else:
-            meshes = _read_meshes({str(file): file.read_bytes for file in path.rglob("*.off")})
-        if {split for _, split, _ in meshes} != {"train", "test"}:
-            raise ValueError(
-                f"root={str(path)!r} has no CLASS/train/*.off and CLASS/test/*.off; pass raw.zip or its folder"
-            )
-        self.class_names = sorted({name for name, _, _ in meshes})
+        path = self.path / "raw.zip" if (self.path / "raw.zip").is_file() else self.path
+        with tempfile.TemporaryDirectory() as folder:
+            if path.is_file():
+                try:
+                    shutil.unpack_archive(path, folder, "zip")
+                except Exception as error:  # zipfile raises errors of many types
+                    raise ValueError(f"{path} is damaged or not a zip archive ({error}); download it again") from error
+            files = [
+                file
+                for file in sorted(Path(folder if path.is_file() else path).rglob("*.off"))
+                if file.parent.name in ("train", "test")
+            ]
+            self._meshes = [(file.parent.parent.name, file.parent.name, read_shape(file)) for file in files]
+        if {part for _, part, _ in self._meshes} != {"train", "test"}:
+            raise ValueError(f"root={str(path)!r} must have CLASS/train/*.off and CLASS/test/*.off, as raw.zip has")
+        self.class_names = sorted({name for name, _, _ in self._meshes})
         if self.held_out_classes >= len(self.class_names):
             raise ValueError(
-                f"held_out_classes={self.held_out_classes} must be less than the {len(self.class_names)} classes"
+                f"held_out_classes={self.held_out_classes} must be less than {len(self.class_names)} classes"
             )
-        self._meshes = meshes
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return the meshes of a split."""
@@ -139,6 +106,7 @@ def _pyg_shape(source: Any, items: Sequence[int], index: int, generator: torch.G
     return Shape.of(data.pos, data.face.T, int(data.y))
 
 
+@dataclass(eq=False, repr=False)
 class ModelNet(PointCloudDataModule):
     """ModelNet10 or ModelNet40 as PyG converts it: CAD models of 10 or 40 classes.
 
@@ -150,25 +118,23 @@ class ModelNet(PointCloudDataModule):
         root: PyG's folder of the data set, with the classes of the archive in its subfolder ``raw``; ``None`` means
             ~/.cache/em_lightning/ModelNet10 or 40. PyG writes its converted files there.
         val_fraction: fraction of the training set for validation.
-        **options: arguments of :class:`PointCloudDataModule`.
 
     Raises:
-        ValueError: an argument is out of range, ``root`` has no classes, or PyG's converted files cannot be loaded.
+        ValueError: an argument is out of range, or ``root`` has no classes.
 
     Source: Wu et al., 3D ShapeNets, 2015.
     """
 
-    def __init__(
-        self, name: Literal["10", "40"] = "10", root: str | None = None, val_fraction: float = 0.1, **options: Any
-    ) -> None:
-        super().__init__(**options)
-        one_of(("10", "40"), name=name)
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction} must be between 0 and 1")
-        self.name = name
-        self.root = root
-        self.val_fraction = val_fraction
-        self.source = f"meshes of ModelNet{name}" + (f" in {root}" if root else "")
+    name: Literal["10", "40"] = "10"
+    root: str | None = None
+    val_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(("10", "40"), name=self.name)
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1")
+        self.source = f"meshes of ModelNet{self.name}" + (f" in {self.root}" if self.root else "")
 
     def prepare_data(self) -> None:
         """Convert the data set, once."""
@@ -178,17 +144,13 @@ class ModelNet(PointCloudDataModule):
         from torch_geometric.datasets import ModelNet as Source
 
         folder = Path(self.root or f"{CACHE}/ModelNet{self.name}").expanduser()
-        missing = [name for name in _CLASSES if not (folder / "raw" / name).is_dir()]
-        if missing:  # PyG would download without verification
+        if not (folder / "raw" / "bathtub").is_dir():  # PyG would download without verification
             raise ValueError(
-                f"root={str(folder)!r} has no raw/{missing[0]}; download {Source.urls[self.name]} and unpack its "
-                f"classes into {folder / 'raw'}"
+                f"root={str(folder)!r} has no raw/bathtub; download {Source.urls[self.name]} and unpack its classes "
+                f"into {folder / 'raw'}"
             )
         for path in (folder / "processed").glob("*.pt"):
-            try:  # PyG would fall back to unpickling arbitrary objects
-                torch.load(path, weights_only=True, mmap=True)
-            except (pickle.UnpicklingError, RuntimeError) as error:
-                raise ValueError(f"{path} must hold tensors only ({error}); delete it to convert again") from error
+            torch.load(path, weights_only=True, mmap=True)  # PyG would fall back to unpickling arbitrary objects
         return Source(str(folder), self.name, train=train)
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class MixtureSetBatch(NamedTuple):
     truth: Mixture
 
 
+@dataclass(eq=False, repr=False)
 class MixtureSets(SplitDataModule):
     r"""Sets of n ~ Uniform{min_points..max_points} points, each from its own random mixture.
 
@@ -69,43 +71,34 @@ class MixtureSets(SplitDataModule):
     Source: Lee et al., Set Transformer, 2019, section 2.3.1 of the supplement.
     """
 
-    def __init__(
-        self,
-        num_components: int = 4,
-        num_features: int = 2,
-        min_points: int = 100,
-        max_points: int = 500,
-        extent: float = 4.0,
-        scale: float = 0.3,
-        concentration: float = 1.0,
-        batch_size: int = 16,
-        train_batches: int = 100,
-        val_sets: int = 160,
-        test_sets: int = 1000,
-        train_held_out: int = 300,
-        held_out: int = 1000,
-        seed: int = 0,
-    ) -> None:
+    num_components: int = 4
+    num_features: int = 2
+    min_points: int = 100
+    max_points: int = 500
+    extent: float = 4.0
+    scale: float = 0.3
+    concentration: float = 1.0
+    batch_size: int = 16
+    train_batches: int = 100
+    val_sets: int = 160
+    test_sets: int = 1000
+    train_held_out: int = 300
+    held_out: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, num_components=num_components, num_features=num_features, min_points=min_points)
-        at_least(1, batch_size=batch_size, train_batches=train_batches, val_sets=val_sets, test_sets=test_sets)
-        at_least(1, train_held_out=train_held_out, held_out=held_out)
-        at_least(0, seed=seed)
-        at_least(min_points, max_points=max_points)
-        for name, value in {"extent": extent, "scale": scale, "concentration": concentration}.items():
-            if not value > 0:
-                raise ValueError(f"{name}={value} must be positive")
-        self.num_components = num_components
-        self.num_features = num_features
-        self.min_points = min_points
-        self.max_points = max_points
-        self.extent = extent
-        self.scale = scale
-        self.concentration = concentration
-        self.batch_size = batch_size
-        self.num_sets = {"train": train_batches * batch_size, "val": val_sets, "test": test_sets}
-        self.fresh = {"train": train_held_out, "val": held_out, "test": held_out}
-        self.seed = seed
+        self.num_sets = {"train": self.train_batches * self.batch_size, "val": self.val_sets, "test": self.test_sets}
+        self.fresh = {"train": self.train_held_out, "val": self.held_out, "test": self.held_out}
+        at_least(1, num_components=self.num_components, num_features=self.num_features, min_points=self.min_points)
+        at_least(1, batch_size=self.batch_size, train_batches=self.train_batches)
+        at_least(1, val_sets=self.val_sets, test_sets=self.test_sets)
+        at_least(1, train_held_out=self.train_held_out, held_out=self.held_out)
+        at_least(0, seed=self.seed)
+        at_least(self.min_points, max_points=self.max_points)
+        for name in ("extent", "scale", "concentration"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
     def describe(self) -> str:
         """Return one line that describes the data."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,11 +22,12 @@ from em_lightning.data.clouds import (
     collate_clouds,
     draw_cloud,
 )
-from em_lightning.data.readers import SUPPORTED, TEXTS, holds_points, read_points
+from em_lightning.data.readers import SUPPORTED, read_points
 from em_lightning.data.sampling import random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class PointCloudDataModule(SplitDataModule):
     """Batches of point clouds, each with points to fit and held-out points of the same shape.
 
@@ -46,27 +48,19 @@ class PointCloudDataModule(SplitDataModule):
     """
 
     num_features = 3
-    source: str  # a short description of the shapes
 
-    def __init__(
-        self,
-        num_points: int = 1024,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-        noise: float = 0.0,
-        rotate: Literal["none", "z", "so3"] = "none",
-    ) -> None:
+    num_points: int = 1024
+    batch_size: int = 32
+    num_workers: int = 0
+    seed: int = 0
+    noise: float = 0.0
+    rotate: Literal["none", "z", "so3"] = "none"
+
+    def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, num_points=num_points, batch_size=batch_size)
-        at_least(0, num_workers=num_workers, seed=seed, noise=noise)
-        one_of(("none", "z", "so3"), rotate=rotate)
-        self.num_points = num_points
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.noise = noise
-        self.rotate = rotate
+        at_least(1, num_points=self.num_points, batch_size=self.batch_size)
+        at_least(0, num_workers=self.num_workers, seed=self.seed, noise=self.noise)
+        one_of(("none", "z", "so3"), rotate=self.rotate)
         self.class_names: list[str] = []
         self.datasets: dict[str, RandomDataset] = {}
 
@@ -117,6 +111,7 @@ def _random_shape(families: Sequence[str], index: int, generator: torch.Generato
     return Shape.of(vertices @ random_rotation(generator).T, faces, label)
 
 
+@dataclass(eq=False, repr=False)
 class ProceduralSurfaces(PointCloudDataModule):
     """Random surfaces of 18 families with random parameters and rotations; needs no download.
 
@@ -127,7 +122,6 @@ class ProceduralSurfaces(PointCloudDataModule):
         val_clouds: validation clouds.
         test_clouds: test clouds.
         families: names of families; ``None`` means all (``em_lightning.data.FAMILIES``).
-        **options: arguments of :class:`PointCloudDataModule`.
 
     Raises:
         ValueError: as :class:`PointCloudDataModule`, or a family is unknown.
@@ -139,27 +133,29 @@ class ProceduralSurfaces(PointCloudDataModule):
         (torch.Size([4, 64, 3]), True, torch.Size([4]))
     """
 
-    def __init__(
-        self,
-        train_clouds: int = 640,
-        val_clouds: int = 64,
-        test_clouds: int = 64,
-        families: list[str] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        at_least(1, train_clouds=train_clouds, val_clouds=val_clouds, test_clouds=test_clouds)
-        if families == [] or not set(families or ()) <= set(FAMILIES):
-            raise ValueError(f"families={families} must be some of {', '.join(FAMILIES)}")
-        self.sizes = {"train": train_clouds, "val": val_clouds, "test": test_clouds}
-        self.class_names = list(families or FAMILIES)
+    train_clouds: int = 640
+    val_clouds: int = 64
+    test_clouds: int = 64
+    families: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, train_clouds=self.train_clouds, val_clouds=self.val_clouds, test_clouds=self.test_clouds)
+        if self.families == [] or not set(self.families or ()) <= set(FAMILIES):
+            raise ValueError(f"families={self.families} must be some of {', '.join(FAMILIES)}")
+        self.class_names = list(self.families or FAMILIES)
         self.source = f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return random surfaces."""
-        return partial(_random_shape, self.class_names), self.sizes[split]
+        return partial(_random_shape, self.class_names), {
+            "train": self.train_clouds,
+            "val": self.val_clouds,
+            "test": self.test_clouds,
+        }[split]
 
 
+@dataclass(eq=False, repr=False)
 class PointCloudFolder(PointCloudDataModule):
     """Meshes and point clouds from the files of a folder and its subfolders (formats: :func:`read_points`).
 
@@ -167,66 +163,49 @@ class PointCloudFolder(PointCloudDataModule):
     Otherwise, and for validation without a folder of its own, files are split in the order of a hash of their names, so
     that all machines agree; with fewer than three files every split holds all of them. Points are drawn from meshes;
     point clouds are divided into points to fit and held-out points, and padded if they are smaller than ``num_points``.
-    Hidden files are skipped, and without a ``pattern`` text files that do not begin with points, such as README.txt.
+    Hidden files are skipped; a ``pattern`` excludes other files that are not clouds, such as README.txt.
 
     Args:
         root: the folder.
         val_fraction: fraction of the files for validation.
         test_fraction: fraction of the files for the test.
         clouds_per_file: clouds per training file and epoch.
-        pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``; ``None`` means all.
+        pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``.
         drop_non_finite: whether to drop points with NaN or infinite coordinates, instead of raising.
-        **options: arguments of :class:`PointCloudDataModule`.
 
     Raises:
         ValueError: an argument is out of range, ``root`` is not a folder, a split has no files, or a file is corrupt
             (raised by :meth:`setup`).
     """
 
-    def __init__(
-        self,
-        root: str,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        clouds_per_file: int = 1,
-        pattern: str | None = None,
-        drop_non_finite: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        at_least(1, clouds_per_file=clouds_per_file)
-        for name, value in {"val_fraction": val_fraction, "test_fraction": test_fraction}.items():
+    root: str
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    clouds_per_file: int = 1
+    pattern: str = "*"
+    drop_non_finite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, clouds_per_file=self.clouds_per_file)
+        for name, value in {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}.items():
             if not 0 < value < 0.5:
                 raise ValueError(f"{name}={value} must be between 0 and 0.5")
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            raise ValueError(f"root={root!r} must be a folder with {', '.join(SUPPORTED)} files")
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.clouds_per_file = clouds_per_file
-        self.pattern = pattern
-        self.drop_non_finite = drop_non_finite
-        self.source = f"files in {self.root}"
-        self._files: dict[str, list[str]] = {}
+        self.folder = Path(self.root).expanduser()
+        if not self.folder.is_dir():
+            raise ValueError(f"root={self.root!r} must be a folder with {', '.join(SUPPORTED)} files")
+        self.source = f"files in {self.folder}"
+        self.files: dict[str, list[str]] = {}
 
     def _find(self) -> list[str]:
-        """Return the names of all files to read; ``source`` tells how many text files were skipped."""
-        names: list[str] = []
-        skipped: list[str] = []
-        for path in self.root.rglob(self.pattern or "*"):
-            name = path.relative_to(self.root)
-            if path.suffix.lower() not in SUPPORTED or not path.is_file():
-                continue
-            if any(part.startswith(".") for part in name.parts):
-                continue
-            text = self.pattern is None and path.suffix.lower() in TEXTS
-            (names if not text or holds_points(path) else skipped).append(name.as_posix())
+        paths = [
+            path for path in self.folder.rglob(self.pattern) if path.suffix.lower() in SUPPORTED and path.is_file()
+        ]
+        names = [path.relative_to(self.folder) for path in paths]
+        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
         if not names:
-            what = f"{self.pattern!r} matches no" if self.pattern else "no"
-            raise ValueError(f"root={str(self.root)!r} has {what} {', '.join(SUPPORTED)} file")
-        if skipped:
-            self.source += f" ({len(skipped)} text files without points skipped)"
-        return sorted(names)
+            raise ValueError(f"root={self.root!r}: {self.pattern!r} matches no {', '.join(SUPPORTED)} file")
+        return sorted(name.as_posix() for name in names)
 
     def _split(self) -> None:
         names = self._find()
@@ -235,17 +214,17 @@ class PointCloudFolder(PointCloudDataModule):
             files[next((part for part in Path(name).parts[:-1] if part in SPLITS), "")].append(name)
         rest = files.pop("")
         if rest and len(rest) < len(names):
-            raise ValueError(f"root={str(self.root)!r} has train and test folders, but {rest[0]!r} is outside of them")
+            raise ValueError(f"root={self.root!r} has train and test folders, but {rest[0]!r} is outside of them")
         if rest:
-            files["test"], rest = self._divide(rest, self.test_fraction)
-            files["val"], files["train"] = self._divide(rest, self.val_fraction / (1 - self.test_fraction))
-        elif files["train"] and not files["val"]:
-            files["val"], files["train"] = self._divide(files["train"], self.val_fraction)
+            files["test"], files["train"] = self._divide(rest, self.test_fraction)
+        if files["train"] and not files["val"]:
+            share = self.val_fraction / (1 - self.test_fraction) if rest else self.val_fraction
+            files["val"], files["train"] = self._divide(files["train"], share)
         empty = [split for split in SPLITS if not files[split]]
         if empty:
-            raise ValueError(f"root={str(self.root)!r} has no files for {' and '.join(empty)}; add such a folder")
+            raise ValueError(f"root={self.root!r} has no files for {' and '.join(empty)}; add such a folder")
         self.class_names = sorted({self._label(name) for name in names})
-        self._files = files
+        self.files = files
 
     def _divide(self, names: list[str], fraction: float) -> tuple[list[str], list[str]]:
         """Return a fraction of the files, at least one, and the rest."""
@@ -261,13 +240,12 @@ class PointCloudFolder(PointCloudDataModule):
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return the shapes in the files of a split."""
-        if not self._files:
+        if not self.files:
             self._split()
-        known = []
-        for name in self._files[split]:
-            points, faces = read_points(self.root / name, self.drop_non_finite)
-            label = self.class_names.index(self._label(name))
-            known.append(shape_of(points, faces, str(self.root / name), label))
+        known = [
+            read_shape(self.folder / name, self.class_names.index(self._label(name)), self.drop_non_finite)
+            for name in self.files[split]
+        ]
         return partial(known_shape, known), len(known) * (self.clouds_per_file if split == "train" else 1)
 
 
@@ -276,9 +254,10 @@ def known_shape(known: Sequence[Shape], index: int, generator: torch.Generator) 
     return known[index % len(known)]
 
 
-def shape_of(points: Any, faces: Any, name: str, label: int = 0) -> Shape:
-    """Return the shape of the points and faces of a file; an error names the file."""
+def read_shape(path: Path, label: int = 0, drop_non_finite: bool = False) -> Shape:
+    """Return the shape of a file's points and faces; an error names the file."""
+    points, faces = read_points(path, drop_non_finite)
     try:
         return Shape.of(torch.from_numpy(points), None if faces is None else torch.from_numpy(faces), label)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}; repair the file or remove it") from error
+        raise ValueError(f"{path}: {error}; repair the file or remove it") from error

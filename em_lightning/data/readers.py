@@ -14,14 +14,11 @@ from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
 Faces = NDArray[np.int64]
-MAX_BYTES = 2**30
 MESHES = (".off", ".ply", ".obj", ".stl")
 TEXTS = (".xyz", ".txt", ".csv", ".pts")
 ARRAYS = (".npy", ".npz")
 SUPPORTED = (*MESHES, *TEXTS, *ARRAYS)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Replaces all bytes by blanks at which trimesh would break lines or guess an encoding.
-_ASCII = bytes(byte if byte in b"\n\r" or 32 <= byte < 127 else 32 for byte in range(256))
 
 
 def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
@@ -41,64 +38,31 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is empty, larger than 1 GiB, truncated or corrupt; the message names the file.
+        ValueError: the file is empty, truncated or corrupt; the message names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: the file does not exist")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{path}: {size} bytes are more than {MAX_BYTES}; split the file")
-    return parse_points(b"" if path.suffix.lower() in ARRAYS else path.read_bytes(), str(path), drop_non_finite)
-
-
-def parse_points(data: bytes, name: str, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
-    r"""Parse the content of a file, such as a member of an archive; as :func:`read_points`.
-
-    Args:
-        data: the content; not used for ``.npy`` and ``.npz``, which are read from the disk.
-        name: the file's name, whose ending decides the format.
-        drop_non_finite: as in :func:`read_points`.
-
-    Raises:
-        ValueError: as :func:`read_points`.
-
-    Example:
-        >>> parse_points(b"x,y,z\n0,0,0\n1,2,3\n", "two.csv")
-        (array([[0., 0., 0.], [1., 2., 3.]]), None)
-    """
-    ending = Path(name).suffix.lower()
+    ending = path.suffix.lower()
     if ending not in SUPPORTED:
-        raise ValueError(f"{name}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
+        raise ValueError(f"{path}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
+    path.stat()  # raises FileNotFoundError
     try:
         if ending in MESHES:
-            points, faces = _parse_mesh(data.removeprefix(_BYTE_ORDER_MARK), ending)
+            points, faces = _parse_mesh(path.read_bytes().removeprefix(_BYTE_ORDER_MARK), ending)
         else:
-            points, faces = _parse_text(data) if ending in TEXTS else _read_array(Path(name)), None
+            points, faces = _parse_text(path.read_bytes()) if ending in TEXTS else _read_array(path), None
         return _checked(points, faces, drop_non_finite)
     except Exception as error:  # trimesh and zipfile raise errors of many types
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        remedy = "repair the file, or export it again" + (" with triangles only" if ending in MESHES else "")
-        raise ValueError(f"{name}: {kind}{error}; {remedy}") from error
-
-
-def holds_points(path: Path) -> bool:
-    """Return whether one of the first two lines of a text file begins with three numbers."""
-    with path.open("rb") as file:
-        lines = _lines(file.read(4096))
-    number = r"[-+]?(?:nan|inf|[.,]?\d[-+.,\de]*)"
-    return any(re.match(rf"(?:{number}[\s,;]+){{2}}{number}", line, re.IGNORECASE) for line in lines[:2])
+        remedy = "repair the file, leave it out, or export it again" + (
+            " with triangles only" if ending in MESHES else ""
+        )
+        raise ValueError(f"{path}: {kind}{error}; {remedy}") from error
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """Return an NPY file as a memory map; pickled objects are refused.
-
-    Raises:
-        ValueError: the file is not an array, or not as long as its header announces.
-    """
+    """Return an NPY file as a memory map; pickled objects are refused with a ValueError."""
     try:
-        with np.errstate(over="raise"):
-            return np.lib.format.open_memmap(path, mode="r")
+        return np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # NumPy evaluates the header as a Python literal
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from error
 
@@ -132,13 +96,12 @@ def _read_array(path: Path) -> Points:
     if path.suffix.lower() == ".npy":
         array = map_npy(path)
     else:
+        # Extracted and mapped, because np.load would allocate any size that a damaged header announces.
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
             names = archive.namelist()
             name = names[0] if len(names) == 1 else "points.npy"
             if name not in names:
                 raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
-            if archive.getinfo(name).file_size > MAX_BYTES:
-                raise ValueError(f"the array has more than {MAX_BYTES} bytes; split it")
             array = np.array(map_npy(Path(archive.extract(name, folder))))
     _check_shape(array.shape)
     if array.dtype.kind not in "fiu":
@@ -146,23 +109,15 @@ def _read_array(path: Path) -> Points:
     return np.array(array[:, :3], dtype=np.float64)
 
 
-def _lines(data: bytes) -> list[str]:
-    """Return the lines of a text without comments and blank lines; only newline characters end a line."""
+def _parse_text(data: bytes) -> Points:
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
     text = data.removeprefix(_BYTE_ORDER_MARK).decode(encoding, "replace")
-    lines = (line.partition("#")[0].strip() for line in text.split("\n"))
-    return [line for line in lines if line]
-
-
-def _parse_text(data: bytes) -> Points:
-    lines = _lines(data)
+    # Only newline characters end a line.
+    lines = [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
     if lines and (lines[0] == str(len(lines) - 1) or re.match(r"(?!nan|inf)[^-+.\d]", lines[0], re.IGNORECASE)):
         lines = lines[1:]  # the number of points, or column names
     if not lines:
         raise ValueError("the file holds no points")
-    words = re.split(r"[;\s]+", lines[0])
-    if len(words) > 2 and any(re.fullmatch(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?", word) for word in words[:3]):
-        raise ValueError(f"{lines[0][:60]!r} has decimal commas; numbers must have decimal points")
     delimiter = next((mark for mark in ";," if mark in lines[0]), None)
     _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))))
     return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
@@ -190,7 +145,7 @@ def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
 
 
 def _prepare_off(data: bytes) -> bytes:
-    text = re.sub(rb"#[^\n]*", b"", data).translate(_ASCII)
+    text = re.sub(rb"#[^\n]*", b"", data)
     header = re.match(rb"\s*(?:ST)?C?N?OFF\s*(\d+)\s+(\d+)", text)
     if header is None:
         raise ValueError("an OFF file must begin with OFF and the numbers of points and faces")
@@ -203,13 +158,14 @@ def _prepare_off(data: bytes) -> bytes:
 
 def _prepare_ply(data: bytes) -> bytes:
     header, end, body = data.partition(b"end_header")
+    header = re.sub(rb"(?m)^(comment|obj_info).*\n", b"", header)
     # trimesh would build a path from edges.
-    header = re.sub(rb"(?m)^element +edge ", b"element unused ", header.translate(_ASCII))
+    header = re.sub(rb"(?m)^element +edge ", b"element unused ", header)
     if not end or not header.startswith(b"ply"):
         raise ValueError("a PLY file must begin with a header from 'ply' to 'end_header'")
     if re.search(rb"(?m)^format +ascii", header):
         announced = sum(map(int, re.findall(rb"(?m)^element +\S+ +(\d+)", header)))
-        rows = [line for line in body.translate(_ASCII).split(b"\n") if line.strip()]
+        rows = [line for line in body.split(b"\n") if line.strip()]
         if len(rows) != announced:
             raise ValueError(f"{announced} rows are announced, {len(rows)} follow")
         body = b"\n" + b"\n".join(rows)
@@ -221,7 +177,7 @@ def _prepare_ply(data: bytes) -> bytes:
 
 
 def _prepare_obj(data: bytes) -> bytes:
-    text = re.sub(rb"\\\r?\n", b" ", re.sub(rb"#[^\n]*", b"", data)).translate(_ASCII)
+    text = re.sub(rb"\\\r?\n", b" ", re.sub(rb"#[^\n]*", b"", data))
     text = re.sub(rb"(?m)^ +", b"", text)
     if re.search(rb"(?m)^f .*[^\d\s/-]", text) or re.search(rb"(?m)^f (?:.* )?0+(?:[/\s]|$)", text):
         raise ValueError("faces must hold integers that count from 1")

@@ -81,7 +81,7 @@ class Surface(NamedTuple):
         Raises:
             ValueError: a shape is wrong, a face refers to a missing vertex, or the total area is not positive.
         """
-        if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
+        if vertices.shape[1:] != (3,) or faces.shape[1:] != (3,):
             shapes = f"{tuple(vertices.shape)} and {tuple(faces.shape)}"
             raise ValueError(f"vertices and faces must have shapes (V, 3) and (F, 3), got {shapes}")
         low, high = faces.aminmax() if faces.numel() else (0, -1)
@@ -107,11 +107,7 @@ class Surface(NamedTuple):
 
 
 def random_rotation(generator: torch.Generator | None = None, axis: str = "so3") -> Tensor:
-    """Return a rotation matrix (3, 3) float64, uniform over SO(3) or over rotations about the z axis.
-
-    Args:
-        generator: the source of randomness; ``None`` means torch's global one.
-        axis: ``"so3"`` or ``"z"``.
+    """Return a rotation matrix (3, 3) float64, uniform over all rotations (``"so3"``) or those about the ``"z"`` axis.
 
     Source: a normalized Gaussian quaternion is a uniform rotation (Shoemake, Uniform random rotations, 1992).
     """

@@ -44,10 +44,7 @@ def _profile(*corners: tuple[float, float], sides: int = 48) -> Mesh:
 
 
 def _tube(curve: Tensor, radius: float, sides: int = 16) -> Mesh:
-    """Return the tube around a curve (P, 3).
-
-    The frame is carried by one fixed direction, so the curve must nowhere run along (0, 0, 1).
-    """
+    """Return the tube around a curve (P, 3) that nowhere runs along (0, 0, 1)."""
     tangent = torch.gradient(curve, dim=0)[0]
     tangent = tangent / tangent.norm(dim=-1, keepdim=True)
     up = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64).expand_as(tangent)
@@ -78,12 +75,8 @@ def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, flo
     return [(sx * x, sy * y, top / 2, thick, thick, top) for sx in (-1, 1) for sy in (-1, 1)]
 
 
-class Family:
-    """Random surfaces: each public method draws the parameters of one family and returns its mesh.
-
-    Args:
-        generator: the source of randomness.
-    """
+class _Family:
+    """Random surfaces: each public method draws the parameters of one family and returns its mesh."""
 
     def __init__(self, generator: torch.Generator) -> None:
         # One call draws all numbers: a call costs more than a number.
@@ -112,7 +105,6 @@ class Family:
         return _grid(grid * torch.tensor([self._draw(stretch, 1), self._draw(stretch, 1), 1], dtype=torch.float64))
 
     def sphere(self) -> Mesh:
-        """Return the unit sphere, the one family without a parameter."""
         return self._superellipsoid((1.0, 1.0), 1.0)
 
     def ellipsoid(self) -> Mesh:
@@ -124,31 +116,25 @@ class Family:
         return self._superellipsoid((self._draw(0.3, 2.5), self._draw(0.3, 2.5)), 0.5)
 
     def box(self) -> Mesh:
-        """Return a box."""
         return _boxes((0, 0, 0, self._draw(0.3, 1), self._draw(0.3, 1), self._draw(0.3, 1)))
 
     def cylinder(self) -> Mesh:
-        """Return a cylinder with both its caps."""
         h = self._draw(0.3, 2)
         return _profile((0, -h), (1, -h), (1, h), (0, h))
 
     def cone(self) -> Mesh:
-        """Return a cone or a frustum, with its caps."""
         h, top = self._draw(0.5, 1.5), max(0.0, self._draw(-0.5, 0.6))
         return _profile((0, -h), (1, -h), (top, h), (0, h))
 
     def pyramid(self) -> Mesh:
-        """Return a pyramid on three to six sides, with its base."""
         h = self._draw(0.4, 1.2)
         return _profile((0, -h), (1, -h), (0, h), sides=self._integer(3, 6))
 
     def prism(self) -> Mesh:
-        """Return a prism on three, five or six sides, with both its caps."""
         h = self._draw(0.3, 1.5)
         return _profile((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])
 
     def capsule(self) -> Mesh:
-        """Return a cylinder closed by half spheres."""
         angle, h = _span(32, -math.pi / 2, math.pi / 2), self._draw(0.3, 2)
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
@@ -159,7 +145,6 @@ class Family:
         return _revolve(radius, self._draw(0.7, 1.3) * z)
 
     def torus(self) -> Mesh:
-        """Return a torus."""
         angle, r = _span(33, 0.0, 2 * math.pi), self._draw(0.15, 0.6)
         return _revolve(1 + r * angle.cos(), r * angle.sin())
 
@@ -180,7 +165,6 @@ class Family:
         )
 
     def moebius(self) -> Mesh:
-        """Return a Moebius strip with one or three half turns."""
         u, v = _span(97, 0.0, 2 * math.pi)[:, None], _span(9, -1.0, 1.0)[None] * self._draw(0.2, 0.45)
         half = (1, 3)[self._integer(0, 1)] * u / 2
         ring = 1 + v * half.cos()
@@ -209,21 +193,11 @@ class Family:
         return _boxes(seat, rest, *_legs(w, d, h, thick))
 
 
-FAMILIES = tuple(name for name in vars(Family) if not name.startswith("_"))
+FAMILIES = tuple(name for name in vars(_Family) if not name.startswith("_"))
 
 
 def random_surface(family: str, generator: torch.Generator) -> Mesh:
-    """Return a surface of a family with random parameters, in the family's own pose.
-
-    Args:
-        family: one of ``FAMILIES``.
-        generator: the source of randomness.
-
-    Returns:
-        Vertices (V, 3) float64 and faces (F, 3) long.
-
-    Raises:
-        ValueError: the family is unknown.
+    """Return the vertices (V, 3) float64 and faces (F, 3) of a random surface of a family, one of ``FAMILIES``.
 
     Example:
         >>> vertices, faces = random_surface("box", torch.Generator().manual_seed(0))
@@ -231,4 +205,4 @@ def random_surface(family: str, generator: torch.Generator) -> Mesh:
         (torch.Size([8, 3]), torch.Size([12, 3]))
     """
     one_of(FAMILIES, family=family)
-    return getattr(Family(generator), family)()
+    return getattr(_Family(generator), family)()

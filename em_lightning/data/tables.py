@@ -61,11 +61,8 @@ class Table:
             shards = sorted(part for part in path.glob("*.npy") if not part.name.startswith("."))
             self.parts = shards if path.is_dir() else [path]
             self.source = f"{len(self.parts)} shards in {path}" if path.is_dir() else str(path)
-            missing = [part for part in self.parts if isinstance(part, Path) and not part.is_file()]
-            if missing or not self.parts:
-                wrong = f" ({missing[0]})" if missing else ""
-                raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files{wrong}")
-        self.shapes: dict[Path, tuple[int, ...]] = {}
+            if not shards and not path.is_file():
+                raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files")
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else self._open(part).shape for part in self.parts]
         for part, shape in zip(self.parts, shapes, strict=True):
             if len(shape) != ndim or shape[1:] != shapes[0][1:]:
@@ -87,8 +84,6 @@ class Table:
             raise ValueError(f"{self.name}: {path} cannot be read ({error}); write it with numpy.save") from error
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} must hold real numbers, got {array.dtype}")
-        if array.shape != self.shapes.setdefault(path, array.shape):
-            raise ValueError(f"{self.name}: {path} changed its shape from {self.shapes[path]} to {array.shape}")
         return array
 
     def _read(self, part: Tensor | Path, rows: slice | Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import MethodType
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from em_lightning.mixture import Mixture
 _DRAWN_ROWS = 2**16  # rows per random generator
 
 
+@dataclass(eq=False, repr=False)
 class TabularDataModule(SplitDataModule):
     """Blocks of a large table for training and of a held-out table for validation and test.
 
@@ -40,26 +42,20 @@ class TabularDataModule(SplitDataModule):
         [33, 33, 34]
     """
 
-    def __init__(
-        self,
-        data: Tensor | str,
-        weights: Tensor | str | None = None,
-        held_out: Tensor | str | None = None,
-        block_rows: int = 2**16,
-        shuffle: bool = False,
-        seed: int = 0,
-    ) -> None:
+    data: Tensor | str
+    weights: Tensor | str | None = None
+    held_out: Tensor | str | None = None
+    _: KW_ONLY
+    block_rows: int = 2**16
+    shuffle: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, block_rows=block_rows)
-        at_least(0, seed=seed)
-        self.data = data
-        self.weights = weights
-        self.held_out = held_out
-        self.block_rows = block_rows
-        self.shuffle = shuffle
-        self.seed = seed
+        at_least(1, block_rows=self.block_rows)
+        at_least(0, seed=self.seed)
         self.tables: dict[str, Table] = {}
-        if held_out is None:
+        if self.held_out is None:
             # Lightning skips validation if this is the method of its own class, and warns of an empty list.
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
@@ -106,6 +102,7 @@ class TabularDataModule(SplitDataModule):
         return self.blocks("held_out" if split != "train" and "held_out" in self.tables else "train")
 
 
+@dataclass(eq=False, repr=False)
 class GaussianBlobs(TabularDataModule):
     """A table drawn from a known Gaussian mixture; needs no download.
 
@@ -117,10 +114,8 @@ class GaussianBlobs(TabularDataModule):
         num_features: D.
         true_components: number of components of the mixture.
         held_out_points: rows for validation and test.
-        storage: ``"memory"``, ``"npy"``, a memory-mapped file, or ``"shards"``, a folder of such files.
-        folder: folder of the files, which are written once.
-        block_rows: rows per block and rank.
-        shuffle: whether to draw a new order of the training blocks in every epoch.
+        storage: ``"memory"``, or ``"shards"``, a folder of memory-mapped files, which are written once.
+        folder: folder of the shards.
         seed: at least 0; seed of the mixture, the rows and that order.
 
     Example:
@@ -129,34 +124,29 @@ class GaussianBlobs(TabularDataModule):
         '1,000 x 2 from a mixture of 12 Gaussians (a tensor of float32); 100 held out'
     """
 
-    def __init__(
-        self,
-        num_points: int = 50_000,
-        num_features: int = 8,
-        true_components: int = 12,
-        held_out_points: int = 10_000,
-        storage: Literal["memory", "npy", "shards"] = "memory",
-        folder: str = "lightning_logs/gaussian_mixture/data",
-        block_rows: int = 2**16,
-        shuffle: bool = False,
-        seed: int = 0,
-    ) -> None:
-        at_least(1, num_features=num_features, true_components=true_components, held_out_points=held_out_points)
-        at_least(3, num_points=num_points)
-        one_of(("memory", "npy", "shards"), storage=storage)
-        super().__init__("", held_out="", block_rows=block_rows, shuffle=shuffle, seed=seed)
-        self.num_points = num_points
-        self.true_components = true_components
-        self.held_out_points = held_out_points
-        self.storage = storage
-        self._features = num_features
-        name = f"blobs-{num_points}-{num_features}-{true_components}-{seed}"
-        self.path = Path(folder) / (f"{name}.npy" if storage == "npy" else name)
+    data: Tensor | str = field(init=False, default="")
+    weights: None = field(init=False, default=None)
+    held_out: Tensor | str | None = field(init=False, default="")
+    num_points: int = 50_000
+    num_features: int = 8
+    true_components: int = 12
+    held_out_points: int = 10_000
+    storage: Literal["memory", "shards"] = "memory"
+    folder: str = "lightning_logs/gaussian_mixture/data"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, num_features=self.num_features, true_components=self.true_components)
+        at_least(1, held_out_points=self.held_out_points)
+        at_least(3, num_points=self.num_points)
+        one_of(("memory", "shards"), storage=self.storage)
+        name = f"blobs-{self.num_points}-{self.num_features}-{self.true_components}-{self.seed}"
+        self.path = Path(self.folder) / name
 
     def truth(self) -> Mixture:
         """Return the mixture that rows are drawn from, one set in float64."""
         generator = torch.Generator().manual_seed(self.seed)
-        size, features = self.true_components, self._features
+        size, features = self.true_components, self.num_features
         options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
         weights = 0.5 + torch.rand(size, **options)
         means = 3.0 * torch.randn(size, features, **options)
@@ -171,7 +161,7 @@ class GaussianBlobs(TabularDataModule):
             generator = generator_of(self.seed, stream, number)
             size = min(_DRAWN_ROWS, rows - start)
             label = torch.multinomial(weights, size, replacement=True, generator=generator)
-            noise = torch.randn(size, self._features, generator=generator)
+            noise = torch.randn(size, self.num_features, generator=generator)
             for k in range(self.true_components):
                 chosen = label == k
                 noise[chosen] = noise[chosen] @ factors[k].T.float() + truth.means[0, k].float()
@@ -179,20 +169,16 @@ class GaussianBlobs(TabularDataModule):
         return torch.cat(found)
 
     def prepare_data(self) -> None:
-        """Write the file or the shards, unless they exist."""
+        """Write the shards, unless they exist."""
         if self.storage == "memory" or self.path.exists():
             return
         rows = self._draw(1, self.num_points).numpy()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A complete file or folder is renamed, so that an interrupted run leaves no partial one.
+        # The complete folder is renamed, so that an interrupted run leaves no partial one.
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        if self.storage == "npy":
-            with open(partial, "wb") as file:
-                np.save(file, rows)
-        else:
-            partial.mkdir()
-            for number, shard in enumerate(np.split(rows, [self.num_points // 2, 5 * self.num_points // 6])):
-                np.save(partial / f"{number}.npy", shard)
+        partial.mkdir()
+        for number, shard in enumerate(np.split(rows, [self.num_points // 2, 5 * self.num_points // 6])):
+            np.save(partial / f"{number}.npy", shard)
         partial.rename(self.path)
 
     def setup(self, stage: str | None = None) -> None:

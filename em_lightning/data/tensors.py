@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from em_lightning.data.base import RankLoader, SplitDataModule, at_least
 class TensorBatches(RankLoader):
     """A loader of batches that are indexed at once instead of being collated item by item.
 
-    The order of an epoch is a function of (seed, epoch). Lightning calls :meth:`set_epoch`; in a plain loop, call it
-    to get a new order. Ranks divide each batch of the epoch and have equally many batches.
+    The order of an epoch is a function of (seed, epoch). Lightning calls ``set_epoch``; in a plain loop, call it to get
+    a new order. Ranks divide each batch of the epoch and have equally many batches.
 
     Args:
         tensors: tensors of equal length N along their first axis. uint8 becomes float32 from 0 to 1.
@@ -84,36 +85,31 @@ class Tensors(NamedTuple):
     y: Tensor
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TensorDataModule(SplitDataModule):
     """A data set in memory. Subclasses define :meth:`load`, ``source``, ``shape`` and ``class_names``.
 
     Args:
         batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
         eval_batch_size: items per batch of validation, test and prediction.
-        val_size: number of training items for validation, drawn by ``split_seed``. With 0, as in published tables,
+        val_size: number of training items for validation, a fixed random choice. With 0, as in published tables,
             validation uses the test items, so no choice may depend on it.
         seed: at least 0; seed of the order of training items.
-        split_seed: at least 0; seed of the choice of validation items.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    shape: tuple[int, ...]
-    class_names: list[str]
-    source: str  # a short description of the data
+    batch_size: int = 128
+    eval_batch_size: int = 2000
+    val_size: int = 0
+    seed: int = 0
 
-    def __init__(
-        self, batch_size: int = 128, eval_batch_size: int = 2000, val_size: int = 0, seed: int = 0, split_seed: int = 0
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        at_least(0, val_size=val_size, seed=seed, split_seed=split_seed)
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.val_size = val_size
-        self.seed = seed
-        self.split_seed = split_seed
+        at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        at_least(0, val_size=self.val_size, seed=self.seed)
+        self.shape: tuple[int, ...]
         self.splits: dict[str, Tensors] = {}
 
     @property
@@ -146,7 +142,7 @@ class TensorDataModule(SplitDataModule):
             raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
         val = test
         if self.val_size:
-            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(self.split_seed))
+            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0))
             kept, chosen = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
             train, val = Tensors(*(part[kept] for part in train)), Tensors(*(part[chosen] for part in train))
         self.splits = {"train": train, "val": val, "test": test}
