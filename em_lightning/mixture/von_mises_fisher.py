@@ -57,7 +57,7 @@ class DirectionalMixture:
         points = directions(x)
         parameters = Parameters(*(part.to(points.mass.dtype) for part in self.parameters()))
         theta, peak = VON_MISES_FISHER.natural_parameters(parameters)
-        joint, _ = log_joint(points.lift(points.source, slice(None)), theta, peak, x.shape[-1], None)
+        joint, _ = log_joint(points.lift(), theta, peak, x.shape[-1], None)
         return softmin(-joint.mT.to(x.dtype))
 
 
