@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.export import register_dataclass
 
 from em_lightning.competition import Posterior, softmin
-from em_lightning.mixture.covariance import Parameters
 from em_lightning.mixture.e_step import log_joint
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Frame, Points, accumulation_dtype, prepare
 
 # The recurrence of Bessel ratios starts this many orders above the result.
