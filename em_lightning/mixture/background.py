@@ -111,8 +111,13 @@ class UniformBackground(nn.Module):
         """Return ``log p_0`` (B,) in the coordinates of the points."""
         if self.energy is not None:
             return points.log_volume() - self.energy
-        low, high = points.coordinates().aminmax(dim=-1)  # points that do not count lie at the center, inside the box
-        sides = high - low
+        z = points.coordinates()
+        low = high = z
+        if points.weights is not None:  # a set without points has no box, and any density is as good
+            counted = (points.weights > 0).unsqueeze(1)
+            counted = counted | ~counted.any(-1, keepdim=True)
+            low, high = torch.where(counted, z, torch.inf), torch.where(counted, z, -torch.inf)
+        sides = high.amax(-1) - low.amin(-1)
         least = (_THINNEST * sides.amax(-1, keepdim=True)).clamp(min=points.eps)
         return -torch.maximum(sides, least).log().sum(-1)
 

@@ -47,7 +47,7 @@ class Frame(NamedTuple):
 class Points(NamedTuple):
     """A batch of point sets with the coordinates of their frame.
 
-    x: (B, D, N), the points as they were given, in their own dtype; rows that do not count lie at the center.
+    x: (B, D, N), the points as they were given, in their own dtype; masked rows lie at the center.
     weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` where all count once.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points that count.
@@ -127,11 +127,11 @@ def prepare(
     """
     dtype = accumulation_dtype(x)
     weights, counted = join_weights(mask, weights, dtype, normalized_weights)
-    if counted is not None:
-        x = torch.where(counted.unsqueeze(-1), x, 0.0)
-    frame = frame_of(x, counted) if frame is None else frame
-    if counted is not None:
-        x = torch.where(counted.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, 0.0)
+    frame = frame_of(x, mask) if frame is None else frame
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
     mass = torch.full_like(frame.scale, x.shape[1]) if weights is None else weights.sum(-1)
     num_points = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
     laid_out = x.mT.contiguous() if x.numel() <= _COPIED else x.mT
@@ -143,13 +143,13 @@ def prepare(
     return points._replace(mean=mean, variance=variance)
 
 
-def frame_of(x: Tensor, counted: Tensor | None = None) -> Frame:
-    """Return the mean of points (B, N, D) and the power of two above their extent, of the rows that count (B, N)."""
+def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
+    """Return the mean of points (B, N, D) and the power of two above their extent; masked rows must be zero."""
     x, dtype = x.detach(), accumulation_dtype(x)
-    if counted is None:
+    if mask is None:
         center = x.mean(1).to(dtype)
-    else:  # rows that do not count are zero
-        center = x.sum(1).to(dtype) / counted.sum(1, keepdim=True).clamp(min=1)
+    else:
+        center = x.sum(1).to(dtype) / mask.sum(1, keepdim=True).clamp(min=1)
     center = torch.where(center.isfinite(), center, 0.0)
     low, high = (side.to(dtype) for side in x.aminmax(dim=1))
     extent = torch.maximum(high - center, center - low).amax(-1)
