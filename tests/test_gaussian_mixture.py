@@ -291,7 +291,7 @@ def test_broken_data_raise(tmp_path):
         trainer(tmp_path, max_epochs=1).fit(module, TabularDataModule(x))
     with pytest.raises(ValueError, match="x holds|NaN|finite"):
         trainer(tmp_path, max_epochs=1).fit(GaussianMixtureModule(3, 3), TabularDataModule(x))
-    with pytest.raises(ValueError, match=r"\(1, \d+, 3\).*2"):
+    with pytest.raises(ValueError, match=r"\(50, 3\).*2"):
         two = GaussianMixtureModule(3, 2)
         two.start_from(start_of(rows(50, 2), "full"))
         trainer(tmp_path, max_epochs=1).fit(two, TabularDataModule(rows(50)))

@@ -12,7 +12,6 @@ from em_lightning.metrics.mixtures import (
     MixtureLogLikelihood,
     ResponsibilityEntropy,
 )
-from em_lightning.metrics.probe import linear_probe
 
 __all__ = [
     "L0",
@@ -29,5 +28,4 @@ __all__ = [
     "ResponsibilityEntropy",
     "UnitMoments",
     "layer_metrics",
-    "linear_probe",
 ]

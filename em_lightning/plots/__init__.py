@@ -2,7 +2,6 @@
 
 from em_lightning.plots.activations import activation_gallery
 from em_lightning.plots.kernels import kernel_gallery
-from em_lightning.plots.layers import gradient_scatter, panels, prototype_grid
 from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
 from em_lightning.plots.style import figure_style, new_figure, new_grid, save_figure
 
@@ -11,12 +10,9 @@ __all__ = [
     "component_colors",
     "curves",
     "figure_style",
-    "gradient_scatter",
     "kernel_gallery",
     "mixture_grid",
     "new_figure",
     "new_grid",
-    "panels",
-    "prototype_grid",
     "save_figure",
 ]

@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from em_lightning.metrics import DeadUnits, EffectiveRank, Redundancy
-from em_lightning.modules.base import EMModule
+from em_lightning.modules import EMModule
 from em_lightning.modules.checks import check_at_least, check_choice
 
 
