@@ -32,7 +32,7 @@ def test_energies_are_the_joint_log_densities_of_scikit_learns_mixture(covarianc
     module = MixtureEncoder(64, 5, subspace=4, num_iters=0, covariance=covariance)
     torch.manual_seed(0)
     module.fit(x)
-    start, mixture = module.encoder, module.encoder.mixture()
+    start, mixture = module, module.mixture()
     projected = PCA(4).fit(x.double()).transform(x.double())
     signs = np.sign(((x - start.mean) @ start.basis).double().numpy() / projected)[0]
     weights, means = mixture.weights[0].double().numpy(), mixture.means[0].double().numpy() * signs

@@ -122,14 +122,7 @@ class AmortizedClustering(EMModule):
         return self.operator(points, mask)
 
     def log_prob(self, mixture: Mixture, x: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the log-density (B, M) of points x (B, M, D) under the mixtures and the "none of the above" component.
-
-        Args:
-            mixture: the mixtures that :meth:`forward` returned for the sets.
-            x: the points at which the density is taken.
-            points: the sets (B, N, D).
-            mask: (B, N), false where a row is padding.
-        """
+        """Return the log-density (B, M) of x (B, M, D) under the mixtures of sets of points (B, N, D) and background."""
         density = mixture.log_prob(x)
         if self.log_count is None or self.log_extent is None:
             return density

@@ -78,17 +78,13 @@ class EMClassifier(EnergyLayer):
             self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
-    def logits(self, energies: Tensor) -> Tensor:
-        """Return the logits (N, C) of energies (N, K)."""
-        return self.head(self.activation(energies))
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, C) of items (N, ...)."""
-        return self.logits(self.energies(x))
+        return self.head(self.activation(self.energies(x)))
 
     def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
         """Return the cross-entropy, and the weighted volume control of the energies."""
-        logits = self.logits(energies)
+        logits = self.head(self.activation(energies))
         if stage != "train":
             self.metrics_of(stage)["accuracy"].update(logits, y)
         terms = {} if self.loss is None else self.loss(energies)

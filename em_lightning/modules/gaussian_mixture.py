@@ -29,10 +29,6 @@ from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 from em_lightning.operators import EMOperator
 from em_lightning.registry import from_options
 
-METHODS = ("em", "stochastic", "gradient")
-# Iterations after which the best of several starts is chosen.
-_TRIAL = 5
-
 
 class GaussianMixtureModule(EMModule):
     r"""Fit one Gaussian mixture to a data set of any size, on any number of processes.
@@ -90,16 +86,6 @@ class GaussianMixtureModule(EMModule):
         >>> module.mixture.means.shape, bool(module.converged)
         (torch.Size([1, 3, 2]), True)
 
-        A subclass that logs the largest weight after each iteration:
-
-        >>> class Watched(GaussianMixtureModule):
-        ...     def on_train_epoch_end(self):
-        ...         self.log("train/largest_weight", self.mixture.weights.max())
-        >>> trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
-        >>> trainer.fit(Watched(num_components=3, num_features=2), data)
-        >>> "train/largest_weight" in trainer.callback_metrics
-        True
-
     Source: Cappé and Moulines, On-line Expectation-Maximization Algorithm for Latent Data Models, 2009.
     """
 
@@ -123,7 +109,7 @@ class GaussianMixtureModule(EMModule):
         schedule: Literal["one_cycle", "constant"] = "constant",
     ) -> None:
         super().__init__(lr, schedule)
-        check_choice("method", method, METHODS)
+        check_choice("method", method, ("em", "stochastic", "gradient"))
         check_at_least(1, sample_size=sample_size)
         check_at_least(0, tol=tol)
         if not (0.5 < step_exponent <= 1 and step_offset >= 1):
@@ -143,7 +129,7 @@ class GaussianMixtureModule(EMModule):
             EMOperator,
             num_components,
             num_features,
-            num_iters=_TRIAL,
+            num_iters=5,  # after which the best of several starts is chosen
             covariance=covariance,
             init=init,
             seed=None if init == "farthest" else seed,
@@ -195,11 +181,7 @@ class GaussianMixtureModule(EMModule):
             self.float()
 
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
-        """Set the initial mixture, of one set, so that none is drawn.
-
-        ``center`` (1, D), near the mean of the data, and their ``variance`` (1, D), for a prior, default to those of
-        the mixture.
-        """
+        """Set the initial mixture, and the mean and variance (1, D) of the data, by default those of the mixture."""
         self.learner.start_from(mixture, center, variance)
 
     def on_fit_start(self) -> None:

@@ -17,12 +17,7 @@ from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 class MixtureLearner(nn.Module):
     """Base class: a mixture and the sums of a pass over the rows; a subclass defines :meth:`learn`.
 
-    All ranks end a pass with the same mixture.
-
-    Args:
-        parametrization: of the mixture.
-        floor: added to every variance.
-        prior: of the parameters, or ``None``.
+    All ranks end a pass with the same mixture. ``floor`` is added to every variance.
     """
 
     center: Tensor
@@ -60,11 +55,7 @@ class MixtureLearner(nn.Module):
         return self.parametrization()
 
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Learn from a block of rows, of ``blocks`` in a pass.
-
-        Returns:
-            The negative log-likelihood per row of the block; only :class:`GradientAscent` gives it a gradient.
-        """
+        """Learn from a block of rows, of ``blocks`` in a pass, and return its negative log-likelihood per row."""
         raise NotImplementedError(f"{type(self).__name__} must define learn(rows, blocks)")
 
     @torch.no_grad()
@@ -137,10 +128,7 @@ class FullBatchEM(MixtureLearner):
 class StochasticEM(MixtureLearner):
     r"""EM on running statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, one M-step per block.
 
-    Args:
-        *common: as of :class:`MixtureLearner`.
-        exponent: :math:`\alpha` of :math:`\gamma_t = (t + t_0)^{-\alpha}`.
-        offset: :math:`t_0`.
+    :math:`\gamma_t = (t + t_0)^{-\alpha}` with the exponent :math:`\alpha` and the offset :math:`t_0`.
     """
 
     running: Tensor

@@ -56,7 +56,8 @@ class PointCloudClassifier(EMModule):
         - ``forward(points, mask)``: logits (B, C).
 
     Raises:
-        ValueError: the pooling is unknown, or a level lacks an argument.
+        ValueError: the pooling is unknown.
+        TypeError: a level lacks an argument.
 
     Example:
         >>> PointCloudClassifier(num_classes=10)(torch.randn(2, 50, 3)).shape
@@ -94,10 +95,7 @@ class PointCloudClassifier(EMModule):
         self.label_smoothing = label_smoothing
         self.levels = nn.ModuleList()
         below = None
-        for number, level in enumerate(levels):
-            missing = [name for name in ("num_components", "out_features", "pitch") if name not in level]
-            if missing:
-                raise ValueError(f"levels[{number}]={dict(level)!r} lacks {', '.join(missing)}")
+        for level in levels:
             self.levels.append(EMAbstraction(num_coordinates=num_features, num_features=below, **level))
             below = width = level["out_features"]
         if not levels:

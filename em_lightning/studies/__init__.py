@@ -7,7 +7,7 @@ from em_lightning.studies.image_classifier import ImageClassifier
 from em_lightning.studies.layer_figures import gradient_scatter, panels, prototype_grid
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
-from em_lightning.studies.poolings import POOLINGS, PoolingClassifier, PyGPooling
+from em_lightning.studies.poolings import POOLINGS, PoolingClassifier
 from em_lightning.studies.replicas import ReplicaData, Replicas
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
@@ -22,7 +22,6 @@ __all__ = [
     "MixtureEncoder",
     "MixtureReport",
     "PoolingClassifier",
-    "PyGPooling",
     "ReplicaData",
     "Replicas",
     "Report",

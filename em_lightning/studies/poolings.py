@@ -47,7 +47,7 @@ class PoolingClassifier(PointCloudClassifier):
         own = "em" if pooling == "em" else "max"
         super().__init__(num_classes, num_features, own, num_components, **options)
         if pooling != "em":
-            self.pool = PyGPooling(pooling, self.width, num_components)
+            self.pool = _PyGPooling(pooling, self.width, num_components)
         size = self.width if self.pool is None else self.pool.out_features
         self.head = nn.Sequential()
         spare = num_parameters - sum(value.numel() for value in self.parameters())
@@ -59,7 +59,7 @@ class PoolingClassifier(PointCloudClassifier):
         self.head = self.make_head(size, hidden)
 
 
-class PyGPooling(nn.Module):
+class _PyGPooling(nn.Module):
     """One of PyG's poolings of sets (B, N, F) with a mask (B, N), to (B, ``out_features``)."""
 
     def __init__(self, pooling: str, width: int, num_components: int) -> None:
@@ -80,7 +80,6 @@ class PyGPooling(nn.Module):
         self.is_memory = pooling == "mem"
 
     def forward(self, x: Tensor, mask: Tensor | None = None, coordinates: Tensor | None = None) -> Tensor:
-        """Return one vector per set."""
         valid = x.new_ones(x.shape[:2]).bool() if mask is None else mask
         rows, index = x[valid], valid.nonzero()[:, 0]
         if self.is_memory:
