@@ -99,11 +99,7 @@ class EMModule(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as Lightning does, with ``weights_only=True`` unless given and CRC checks of a local file.
-
-        Raises:
-            ValueError: a local file is truncated, altered or not a checkpoint.
-        """
+        """Load a checkpoint with ``weights_only=True`` unless given; ValueError if a local file fails its CRC check."""
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
             check_archive(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})

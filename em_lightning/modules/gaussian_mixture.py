@@ -142,14 +142,13 @@ class GaussianMixtureModule(EMModule):
         counts = None if prior is None else from_options("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
         self.learner: MixtureLearner
-        if method == "em":
+        if method == "gradient":
+            self.learner = GradientAscent(UnconstrainedMixture(*shape, covariance_floor), covariance_floor, counts)
+        elif method == "em":
             self.learner = FullBatchEM(PlainMixture(*shape), covariance_floor, counts)
-        elif method == "stochastic":
-            options = {"exponent": step_exponent, "offset": step_offset}
-            self.learner = StochasticEM(PlainMixture(*shape), covariance_floor, counts, **options)
         else:
-            parametrization = UnconstrainedMixture(*shape, covariance_floor)
-            self.learner = GradientAscent(parametrization, covariance_floor, counts)
+            plain = PlainMixture(*shape)
+            self.learner = StochasticEM(plain, covariance_floor, counts, exponent=step_exponent, offset=step_offset)
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP would broadcast the buffers before every block; ranks agree on them already, or each has its own.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -184,13 +183,9 @@ class GaussianMixtureModule(EMModule):
         """Set the initial mixture, and the mean and variance (1, D) of the data, by default those of the mixture."""
         self.learner.start_from(mixture, center, variance)
 
-    def on_fit_start(self) -> None:
-        """Stop a resumed run that has converged already."""
-        if self.converged:
-            self.trainer.should_stop = True
-
     def on_train_start(self) -> None:
         """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
+        self.trainer.should_stop |= self.converged  # in an earlier run
         if not self.learner.started:
             found: Any = None
             if self.trainer.is_global_zero:
@@ -204,16 +199,12 @@ class GaussianMixtureModule(EMModule):
         if sums is None or not self.trainer.ckpt_path or not sums.any():  # a new run, or one from the end of an epoch
             return
         if len(sums) != self.trainer.world_size:
-            raise ValueError(
-                f"the checkpoint was saved within an epoch by {len(sums)} processes, but this run has "
-                f"{self.trainer.world_size}; resume with the same number, or from a checkpoint at the end of an epoch"
-            )
+            saved, size = f"saved within an epoch by {len(sums)} processes", self.trainer.world_size
+            raise ValueError(f"the checkpoint was {saved}; resume with as many, not with {size}")
         self.learner.sums.copy_(sums[self.trainer.global_rank])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Count the epoch if Lightning has not."""
-        # After a resume from a checkpoint of the last batch of an epoch, Lightning does not count the next epoch, and
-        # then takes later checkpoints within an epoch for checkpoints at its end.
+        """Count the epoch: Lightning 2.6 does not after a resume from a checkpoint of an epoch's last batch."""
         progress: Any = self.trainer.fit_loop.epoch_progress
         if progress.total.ready == progress.total.processed:
             progress.increment_ready()

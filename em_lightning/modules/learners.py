@@ -76,7 +76,7 @@ class MixtureLearner(nn.Module):
         mean = self.summarize(global_sum(self.sums))
         if not torch.isfinite(mean):
             raise ValueError(
-                f"the log-likelihood is {float(mean)}: the data contain NaN or infinity, or all weights are 0"
+                f"the log-likelihood is {float(mean)}: the data contain NaN, infinity or only weights of 0"
             )
         self.change.copy_((mean - self.log_likelihood).abs())
         self.log_likelihood.copy_(mean)
@@ -195,15 +195,13 @@ def sample_of(loader: Any, size: int, seed: int) -> TableBatch:
     """Return rows of a loader, from its ``sample`` method if it has one, else the first rows."""
     if hasattr(loader, "sample"):
         return loader.sample(size, seed)
-    points, weights, count = [], [], 0
+    found: list[Any] = []
     for batch in loader:
-        rows = rows_of(batch)
-        points.append(rows.points)
-        weights += [] if rows.weights is None else [rows.weights]
-        count += len(rows.points)
-        if count >= size:
+        found.append(rows_of(batch))
+        if sum(len(rows.points) for rows in found) >= size:
             break
-    return TableBatch(torch.cat(points)[:size], torch.cat(weights)[:size] if weights else None)
+    points, weights = zip(*found, strict=True)
+    return TableBatch(torch.cat(points)[:size], None if weights[0] is None else torch.cat(weights)[:size])
 
 
 @torch.no_grad()

@@ -60,9 +60,8 @@ class MixtureEncoder(EnergyLayer):
     principal axes U (D, Q) of the training items. Noise of one variance outside the subspace would add the same to all
     energies, so responsibilities are those of a mixture over whole items.
 
-    The loss is the negative log-likelihood :math:`-\log \sum_k e^{-d_k(x)}`, in which :math:`\log \det \Sigma_k`
-    is the volume control. An :class:`~em_lightning.EMOperator` fits the mixture to the whole training set of the data module
-    before the first epoch, so one epoch is enough. With ``fast_dev_run`` it uses 32 K items.
+    The loss is the negative log-likelihood, in which :math:`\log \det \Sigma_k` is the volume control. EM fits the
+    mixture to the training set before the first epoch, so one epoch is enough; with ``fast_dev_run``, to 32 K items.
 
     Args:
         num_features: D.

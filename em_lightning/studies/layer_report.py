@@ -37,8 +37,7 @@ class LayerReport(Report):
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
-        probe: whether to train a linear probe on the training items and score it on the test items; its inputs are the
-            energies, or what the method ``features`` of the module returns.
+        probe: whether to score a linear probe of the energies, or of ``features(x)`` if the module defines it.
         figures: whether to draw.
     """
 

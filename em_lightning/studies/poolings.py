@@ -19,8 +19,7 @@ class PoolingClassifier(PointCloudClassifier):
     Args:
         num_classes: C.
         num_features: D, coordinates of a point.
-        pooling: ``"em"``, or PyG's ``"max"``, ``"mean"``, ``"attention"``, ``"set_transformer"`` or ``"mem"``
-            (memory pooling).
+        pooling: ``"em"``, or PyG's ``"max"``, ``"mean"``, ``"attention"``, ``"set_transformer"`` or ``"mem"``.
         num_components: K, components of EM or clusters of the memory.
         num_parameters: size of the whole module; the head is as wide as it allows.
         **options: of the base class; ``num_parameters`` replaces ``hidden``.
