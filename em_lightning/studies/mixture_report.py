@@ -86,7 +86,7 @@ class MixtureReport(Report):
             rows.insert(1, self._measure_sklearn(operator, batches, trainer.datamodule.seed))
         notes = [
             f"Data: {trainer.datamodule.describe()}. Likelihoods are of held-out points of the {_num_clouds(batches)} "
-            f"test clouds, normalized to radius 1, K = {operator.num_components}, {operator.covariance} covariance, "
+            f"test clouds, normalized to radius 1, K = {operator.num_components}, {operator.covariance.name} covariance, "
             f"floor {operator.covariance_floor:g}; seed {trainer.datamodule.seed}.",
             "Times are wall-clock on this machine; the operator fits one batch of clouds at a time.",
         ]
@@ -164,7 +164,7 @@ class MixtureReport(Report):
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 fit = GaussianMixture(
                     min(operator.num_components, len(points)),
-                    covariance_type=operator.covariance,
+                    covariance_type=operator.covariance.name,
                     reg_covar=operator.covariance_floor,
                     tol=self.sklearn_tol,
                     max_iter=1000,
@@ -173,7 +173,7 @@ class MixtureReport(Report):
             seconds += time.perf_counter() - start
             parts = (torch.from_numpy(part)[None] for part in (fit.weights_, fit.means_, fit.covariances_))
             weights, means, covariances = (part.to(batch.points.device) for part in parts)
-            if operator.covariance == "tied":
+            if operator.covariance.name == "tied":
                 covariances = covariances.unsqueeze(1)
             mixtures.append(Mixture(weights.log(), means, covariances))
         return _row("scikit-learn GaussianMixture, converged", _one_by_one(mixtures, clouds), seconds, len(clouds))
