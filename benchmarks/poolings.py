@@ -1,4 +1,4 @@
-"""Time of training and prediction of PointCloudClassifier by pooling, at equal numbers of parameters, on one thread.
+"""Time of training and prediction of PoolingClassifier by pooling, at equal numbers of parameters, on one thread.
 
 Every round times all poolings one after the other, so that changes of the machine's load affect all of them. The table
 shows medians over the rounds, in milliseconds of processor time per cloud, for the clouds of the configs ``pooling``
@@ -16,8 +16,7 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 
-from em_lightning.modules import PointCloudClassifier
-from em_lightning.modules.point_cloud_classifier import POOLINGS
+from em_lightning.studies import POOLINGS, PoolingClassifier
 
 BATCH, POINTS = 128, 64
 
@@ -28,7 +27,7 @@ def main(rounds: int = 15) -> None:
     for name, features, classes in (("MNIST", 2, 10), ("GeometricShapes", 3, 40)):
         torch.manual_seed(0)
         points, labels = torch.rand(BATCH, POINTS, features) * 2 - 1, torch.randint(classes, (BATCH,))
-        modules = {p: PointCloudClassifier(classes, features, pooling=p, num_parameters=100_000) for p in POOLINGS}
+        modules = {p: PoolingClassifier(classes, features, p, num_parameters=100_000) for p in POOLINGS}
         optimizers = {p: torch.optim.AdamW(module.parameters(), fused=True) for p, module in modules.items()}
         times: dict[str, list[tuple[float, float]]] = {p: [] for p in POOLINGS}
         for _ in range(rounds):

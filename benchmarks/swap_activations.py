@@ -11,7 +11,7 @@ import time
 import torch
 
 from em_lightning.activations import ACTIVATIONS
-from em_lightning.modules import ImageClassifier
+from em_lightning.studies import ImageClassifier
 from em_lightning.surgery import swap_activations
 
 ROUNDS = 60

@@ -20,6 +20,7 @@ recipe = Recipe(
     LightningDataModule,
     LayerReport,
     links=["num_features", "num_classes"],
+    model_subclasses=True,
     threads=1,  # more threads are slower for networks of this size
 )
 

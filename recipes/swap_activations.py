@@ -11,8 +11,7 @@ redundancy, effective rank. Without --data.root MNIST is downloaded.
 
 from em_lightning.cli import Recipe
 from em_lightning.data import TensorDataModule
-from em_lightning.modules import ImageClassifier
-from em_lightning.studies import LayerReport
+from em_lightning.studies import ImageClassifier, LayerReport
 
 recipe = Recipe(
     __file__,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import parts
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_gaussian_mixture import KINDS, assert_same, rows, sklearn_of, start_of, trainer
 
@@ -31,19 +32,19 @@ def fit_on_ranks(rank, folder, weighted, resume):
         weights = f"{folder}/weights.npy" if weighted else None
         data = TabularDataModule(f"{folder}/shards", weights, block_rows=60)
         on_ranks(folder, max_epochs=ITERATIONS).fit(module, data)
-        found[kind] = [*module.mixture, module.log_likelihood]
+        found[kind] = [*parts(module.mixture), module.log_likelihood]
     found["stopped"] = fit_until_it_stops(on_ranks(folder, max_epochs=300), folder)
     # 6 blocks an epoch on each of two ranks: step 15 is within the third epoch, step 12 ends the second.
     for step in (None, 15, 12) if resume else ():
         checkpoint = step and f"{folder}/None/step={step}.ckpt"
-        found[f"resumed {step}"] = list(checkpointed(on_ranks, f"{folder}/{step}", checkpoint, folder).mixture)
+        found[f"resumed {step}"] = list(parts(checkpointed(on_ranks, f"{folder}/{step}", checkpoint, folder).mixture))
     return found
 
 
 def fit_until_it_stops(fit, folder):
     module = GaussianMixtureModule(3, 3, tol=1e-4)
     fit.fit(module, TabularDataModule(f"{folder}/shards", block_rows=60))
-    return [*module.mixture, module.iterations]
+    return [*parts(module.mixture), module.iterations]
 
 
 def checkpointed(make, target, checkpoint, folder):

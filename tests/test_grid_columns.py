@@ -47,7 +47,7 @@ def test_swapped_activations_are_measured_from_a_config(tmp_path, monkeypatch, c
 def test_a_module_without_an_optimizer_trains_one_seed_after_the_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = [
-        "--model=em_lightning.modules.MixtureEncoder", "--model.num_components=4", "--model.subspace=3",
+        "--model=em_lightning.studies.MixtureEncoder", "--model.num_components=4", "--model.subspace=3",
         "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--data=Digits",
     ]  # fmt: skip
     cells = []

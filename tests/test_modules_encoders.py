@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 
 from em_lightning.callbacks import SwapActivations
 from em_lightning.data import Digits
-from em_lightning.modules import EMClassifier, ImageClassifier, MixtureEncoder
+from em_lightning.studies import ImageClassifier, MixtureEncoder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -32,7 +32,7 @@ def test_energies_are_the_joint_log_densities_of_scikit_learns_mixture(covarianc
     module = MixtureEncoder(64, 5, subspace=4, num_iters=0, covariance=covariance)
     torch.manual_seed(0)
     module.fit(x)
-    start, mixture = module.encoder, module.encoder.mixture()
+    start, mixture = module, module.mixture()
     projected = PCA(4).fit(x.double()).transform(x.double())
     signs = np.sign(((x - start.mean) @ start.basis).double().numpy() / projected)[0]
     weights, means = mixture.weights[0].double().numpy(), mixture.means[0].double().numpy() * signs
@@ -118,25 +118,3 @@ def test_the_classifier_says_what_is_wrong():
         ImageClassifier(num_classes=1)
     with pytest.raises(ValueError, match=r"width=0\b"):
         ImageClassifier(width=0)
-
-
-@pytest.mark.parametrize("width", [8, 25, 40])
-def test_with_a_reference_width_weights_fall_with_the_width_and_its_pairs(width):
-    torch.manual_seed(0)
-    module = EMClassifier(64, width, weight=1e-3, variance=2.0, decorrelation=3.0, reference_width=25)
-    x, y = torch.randn(200, 64), torch.randint(10, (200,))
-    terms = module.step((x, y), "train")
-    d = module.energies(x).detach().double()
-    correlation = torch.corrcoef(d.T)
-    off_diagonal = correlation[~torch.eye(width, dtype=torch.bool)]
-    of_units, mean_of_pairs = -(d.var(0) + 1e-6).log().sum(), off_diagonal.square().mean()
-    factor = 1e-3 * (25 / width) ** 2.5
-    assert terms["variance"].item() == pytest.approx(2 * factor * of_units.item(), rel=1e-4)
-    assert terms["decorrelation"].item() == pytest.approx(3 * factor * 25 * 24 * mean_of_pairs.item(), rel=1e-4)
-
-
-def test_the_reference_width_needs_pairs_of_units():
-    with pytest.raises(ValueError, match=r"reference_width=1\b"):
-        EMClassifier(reference_width=1)
-    with pytest.raises(ValueError, match=r"num_components=1\b"):
-        EMClassifier(num_components=1, reference_width=25)

@@ -11,9 +11,8 @@ from torch.nn import functional
 
 from em_lightning import modules
 from em_lightning.data import Digits
-from em_lightning.metrics import linear_probe
-from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
-from em_lightning.studies import ReplicaData, Replicas
+from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer
+from em_lightning.studies import ReplicaData, Replicas, SparseAutoencoder, linear_probe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),

@@ -6,7 +6,7 @@ import torch
 
 from em_lightning.data import FAMILIES, ImagePointSets, PointSetBatch, ProceduralSurfaces
 from em_lightning.modules import PointCloudClassifier
-from em_lightning.modules.point_cloud_classifier import POOLINGS
+from em_lightning.studies import POOLINGS, PoolingClassifier
 
 LEVELS = [
     {"num_components": 8, "out_features": 16, "pitch": 0.3, "grid": 5, "blocks": 1},
@@ -23,7 +23,7 @@ def clouds(features=3):
 
 def classifier(pooling, levels=(), **options):
     torch.manual_seed(0)
-    return PointCloudClassifier(
+    return PoolingClassifier(
         4, pooling=pooling, levels=levels, **{"num_parameters": 90_000, "num_components": 4, **options}
     )
 
@@ -109,11 +109,28 @@ def test_surfaces_know_how_many_classes_they_have():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"pooling": "median"}, "pooling='median'.*em.*set_transformer"),
-        ({"num_parameters": 10}, r"num_parameters=10\b"),
-        ({"levels": [{"num_components": 3}]}, r"levels\[0\].*out_features, pitch"),
+        ({"pooling": "median"}, "pooling='median'.*em.*max"),
+        ({"levels": [{"num_components": 3}]}, "out_features"),
     ],
 )
 def test_errors_name_the_argument_and_the_value(arguments, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         PointCloudClassifier(4, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"num_parameters": 10}, {"pooling": "median"}])
+def test_errors_of_the_comparison_name_the_argument_and_the_value(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        PoolingClassifier(4, **arguments)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_checkpoint_keeps_the_pooling(pooling, tmp_path):
+    module = classifier(pooling)
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_progress_bar=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "pooling.ckpt", weights_only=True)
+    loaded = PoolingClassifier.load_from_checkpoint(tmp_path / "pooling.ckpt").eval()
+    points, mask, _ = clouds()
+    assert torch.equal(loaded(points, mask), module.eval()(points, mask))

@@ -24,6 +24,7 @@ from em_lightning.distributed import (
     is_spread,
 )
 from em_lightning.losses import WeightRedundancyLoss
+from em_lightning.studies import linear_probe
 
 # Batch statistics and losses.
 
@@ -337,7 +338,7 @@ def test_probes_of_any_features(values):
     items, units = values.draw(st.integers(2, 6)), values.draw(st.integers(1, 3))
     x = values.draw(drawing.tensors((items, units), values.draw(st.sampled_from(drawing.WIDE)), -9, 9))
     labels = torch.arange(items) % 2
-    accuracy = metrics.linear_probe(x, labels, x, labels)
+    accuracy = linear_probe(x, labels, x, labels)
     assert accuracy * items == pytest.approx(round(accuracy * items)) and 0 <= accuracy <= 1
     if units == 1 and (x[0] < x[1:2]).all():  # two points that can be told apart are told apart
-        assert metrics.linear_probe(x[:2], labels[:2], x[:2], labels[:2]) == 1.0
+        assert linear_probe(x[:2], labels[:2], x[:2], labels[:2]) == 1.0

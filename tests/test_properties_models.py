@@ -31,12 +31,9 @@ from em_lightning.modules import (
     EMModule,
     EnergyLayer,
     GaussianMixtureModule,
-    ImageClassifier,
-    MixtureEncoder,
-    PointCloudClassifier,
     PointCloudGMM,
-    SparseAutoencoder,
 )
+from em_lightning.studies import ImageClassifier, MixtureEncoder, PoolingClassifier, SparseAutoencoder
 from em_lightning.surgery import (
     Change,
     NoMatchError,
@@ -148,7 +145,7 @@ def test_classes_of_clouds_of_any_size(values):
     x = values.draw(drawing.tensors((sets, items, features), torch.float32, -9, 4))
     mask = values.draw(drawing.holes((sets, items)))
     pooling = values.draw(st.sampled_from(("em", "max", "mean")))
-    module = PointCloudClassifier(3, features, pooling, components, num_iters=1, width=4, hidden=4).eval()
+    module = PoolingClassifier(3, features, pooling, components, 5000, num_iters=1, width=4).eval()
     logits = module(x, mask)
     assert logits.shape == (sets, 3) and logits.isfinite().all()
     # Padding has no effect.

@@ -12,7 +12,6 @@ from em_lightning.metrics.layers import (
     MinVariance,
     Redundancy,
     layer_metrics,
-    linear_probe,
 )
 from em_lightning.metrics.mixtures import (
     DeadComponents,
@@ -37,5 +36,4 @@ __all__ = [
     "ResponsibilityEntropy",
     "UnitMoments",
     "layer_metrics",
-    "linear_probe",
 ]

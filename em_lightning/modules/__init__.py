@@ -3,11 +3,9 @@
 from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.classifier import EMClassifier
-from em_lightning.modules.decoder_free import DecoderFreeEncoder, SparseAutoencoder
+from em_lightning.modules.decoder_free import DecoderFreeEncoder
 from em_lightning.modules.gaussian_mixture import GaussianMixtureModule
-from em_lightning.modules.image_classifier import ImageClassifier
 from em_lightning.modules.layer import EnergyLayer
-from em_lightning.modules.mixture_encoder import MixtureEncoder
 from em_lightning.modules.point_cloud_classifier import PointCloudClassifier
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 
@@ -18,9 +16,6 @@ __all__ = [
     "EMModule",
     "EnergyLayer",
     "GaussianMixtureModule",
-    "ImageClassifier",
-    "MixtureEncoder",
     "PointCloudClassifier",
     "PointCloudGMM",
-    "SparseAutoencoder",
 ]

@@ -122,14 +122,7 @@ class AmortizedClustering(EMModule):
         return self.operator(points, mask)
 
     def log_prob(self, mixture: Mixture, x: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the log-density (B, M) of points x (B, M, D) under the mixtures and the "none of the above" component.
-
-        Args:
-            mixture: the mixtures that :meth:`forward` returned for the sets.
-            x: the points at which the density is taken.
-            points: the sets (B, N, D).
-            mask: (B, N), false where a row is padding.
-        """
+        """Return the log-density (B, M) of x (B, M, D) under the mixtures of sets (B, N, D) and the background."""
         density = mixture.log_prob(x)
         if self.log_count is None or self.log_extent is None:
             return density
@@ -150,9 +143,7 @@ class AmortizedClustering(EMModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the corrections, and a group with its own learning rate for everything else."""
-        corrections: list[Tensor] = []
-        other: list[Tensor] = []
+        groups: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, value in self.named_parameters():
-            own = name.startswith("operator.") and not name.startswith("operator.prior.")
-            (corrections if own else other).append(value)
-        return [{"params": corrections}, {"params": other, "lr": self.prior_lr}]
+            groups[not name.startswith("operator.") or name.startswith("operator.prior.")].append(value)
+        return [{"params": groups[0]}, {"params": groups[1], "lr": self.prior_lr}]

@@ -99,11 +99,7 @@ class EMModule(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint as Lightning does, with ``weights_only=True`` unless given and CRC checks of a local file.
-
-        Raises:
-            ValueError: a local file is truncated, altered or not a checkpoint.
-        """
+        """Load a checkpoint with ``weights_only=True`` unless given; ValueError if a local file fails its CRC check."""
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
             check_archive(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
@@ -115,10 +111,7 @@ class EMModule(lightning.LightningModule):
     def add_metrics(self, stages: Sequence[str] = STAGES, **metrics: Metric | MetricCollection) -> None:
         """Add a copy of each metric for each stage, to be logged at the end of its epochs.
 
-        Args:
-            stages: out of ``"train"``, ``"val"`` and ``"test"``.
-            **metrics: metrics, logged as ``<stage>/<name>``, and collections, logged as
-                ``<stage>/<prefix><name in the collection>``.
+        A metric is logged as ``<stage>/<name>``, a collection as ``<stage>/<prefix><name in the collection>``.
         """
         for stage in stages:
             copies: dict[str, Any] = dict(self.metrics_of(stage))
@@ -151,11 +144,8 @@ class EMModule(lightning.LightningModule):
             terms = {**terms, "total": loss}
         training, size = stage == "train", self.batch_size(batch)
         for name, metric in self.metrics_of(stage).items():
-            members = {f"{stage}/{name}": metric}
-            if isinstance(metric, MetricCollection):
-                members = dict(metric.items(copy_state=False))
-            for key, member in members.items():
-                self.log(key, member, on_step=False, on_epoch=True, batch_size=size)
+            named = metric if isinstance(metric, MetricCollection) else {f"{stage}/{name}": metric}
+            self.log_dict(named, on_step=False, on_epoch=True, batch_size=size)
         if not training or self._logs_this_step():
             options: Any = {"on_step": training, "on_epoch": not training, "sync_dist": not training}
             for name, value in terms.items():

@@ -30,10 +30,6 @@ class EMClassifier(EnergyLayer):
         variance: weight, inside lambda, of the term against dead units.
         decorrelation: weight, inside lambda, of the term against redundant units.
         terms: further terms or arguments of :class:`~em_lightning.EMLoss`, inside lambda.
-        reference_width: the width K_0 for which ``variance`` and ``decorrelation`` are tuned. At K units the first is
-            multiplied by :math:`(K_0 / K)^{5/2}`, the measured decrease of the gradient of cross-entropy at the hidden
-            layer (on MNIST), the second also by :math:`K_0 (K_0 - 1) / (K (K - 1))`, the ratio of the numbers of
-            pairs. ``None`` keeps the weights as they are, as published.
         lr: learning rate.
         optimizer: ``"adam"`` or ``"sgd"``.
 
@@ -65,20 +61,13 @@ class EMClassifier(EnergyLayer):
         variance: float = 1.0,
         decorrelation: float = 1.0,
         terms: dict[str, Any] | None = None,
-        reference_width: int | None = None,
         lr: float = 1e-3,
         optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
         super().__init__(num_features, num_components, lr, optimizer)
         check_at_least(2, num_classes=num_classes)
         check_at_least(0, weight=weight)
-        if reference_width is not None:
-            check_at_least(2, reference_width=reference_width, num_components=num_components)
         self.save_hyperparameters()
-        if reference_width is not None:
-            factor = (reference_width / num_components) ** 2.5
-            pairs = reference_width * (reference_width - 1) / (num_components * (num_components - 1))
-            variance, decorrelation = variance * factor, decorrelation * factor * pairs
         self.weight = weight
         self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
         self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))
@@ -89,17 +78,13 @@ class EMClassifier(EnergyLayer):
             self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
-    def logits(self, energies: Tensor) -> Tensor:
-        """Return the logits (N, C) of energies (N, K)."""
-        return self.head(self.activation(energies))
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (N, C) of items (N, ...)."""
-        return self.logits(self.energies(x))
+        return self.head(self.activation(self.energies(x)))
 
     def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
         """Return the cross-entropy, and the weighted volume control of the energies."""
-        logits = self.logits(energies)
+        logits = self.head(self.activation(energies))
         if stage != "train":
             self.metrics_of(stage)["accuracy"].update(logits, y)
         terms = {} if self.loss is None else self.loss(energies)

@@ -1,14 +1,12 @@
-"""Unsupervised encoders with one layer: DecoderFreeEncoder (free energy and volume control), SparseAutoencoder."""
+"""DecoderFreeEncoder: a sparse encoder with one layer, trained by free energy and volume control."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from em_lightning.losses import EMLoss
-from em_lightning.modules.checks import check_at_least
 from em_lightning.modules.layer import EnergyLayer
 
 
@@ -69,50 +67,3 @@ class DecoderFreeEncoder(EnergyLayer):
     def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
         """Return free energy and volume control."""
         return self.loss(energies)
-
-
-class SparseAutoencoder(EnergyLayer):
-    r"""The standard sparse autoencoder: activations :math:`a = \mathrm{relu}(W x + b)` and a linear decoder.
-
-    The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|`.
-
-    Args:
-        num_features: D.
-        num_components: K.
-        sparsity: lambda.
-        lr: learning rate.
-        optimizer: ``"adam"`` or ``"sgd"``.
-
-    Shape:
-        - batch: x (N, ...) of D features in all, and labels y (N,), not used.
-        - ``forward(x)``: the reconstruction (N, D).
-
-    Example:
-        >>> import torch
-        >>> module = SparseAutoencoder(num_features=64, num_components=16)
-        >>> module(torch.rand(5, 1, 8, 8)).shape
-        torch.Size([5, 64])
-    """
-
-    def __init__(
-        self,
-        num_features: int = 784,
-        num_components: int = 64,
-        sparsity: float = 0.01,
-        lr: float = 1e-3,
-        optimizer: Literal["adam", "sgd"] = "adam",
-    ) -> None:
-        super().__init__(num_features, num_components, lr, optimizer)
-        check_at_least(0, sparsity=sparsity)
-        self.save_hyperparameters()
-        self.sparsity = sparsity
-        self.decoder = nn.Linear(num_components, num_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction (N, D) of items (N, ...)."""
-        return self.decoder(self.energies(x))
-
-    def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
-        """Return the squared error and the weighted mean absolute activation."""
-        error = functional.mse_loss(self.decoder(energies), x.flatten(1))
-        return {"reconstruction": error, "sparsity": self.sparsity * energies.abs().mean()}

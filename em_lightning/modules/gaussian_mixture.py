@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from em_lightning.distributed import global_sum
+from em_lightning.metrics import MixtureLogLikelihood
 from em_lightning.mixture import Mixture, MixturePrior, information_criteria
 from em_lightning.modules.base import EMModule
+from em_lightning.modules.checks import check_at_least, check_choice
 from em_lightning.modules.learners import (
     FullBatchEM,
     GradientAscent,
     MixtureLearner,
     StochasticEM,
     initial_mixture,
+    loss_of,
     rows_of,
     sample_of,
-    sums_of,
 )
+from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 from em_lightning.operators import EMOperator
 from em_lightning.registry import from_options
-
-METHODS = ("em", "stochastic", "gradient")
-# Iterations after which the best of several starts is chosen.
-_TRIAL = 5
 
 
 class GaussianMixtureModule(EMModule):
@@ -87,20 +86,8 @@ class GaussianMixtureModule(EMModule):
         >>> module.mixture.means.shape, bool(module.converged)
         (torch.Size([1, 3, 2]), True)
 
-        A subclass that logs the largest weight after each iteration:
-
-        >>> class Watched(GaussianMixtureModule):
-        ...     def on_train_epoch_end(self):
-        ...         self.log("train/largest_weight", self.mixture.weights.max())
-        >>> trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
-        >>> trainer.fit(Watched(num_components=3, num_features=2), data)
-        >>> "train/largest_weight" in trainer.callback_metrics
-        True
-
     Source: Cappé and Moulines, On-line Expectation-Maximization Algorithm for Latent Data Models, 2009.
     """
-
-    _held_out: Tensor
 
     def __init__(
         self,
@@ -122,12 +109,9 @@ class GaussianMixtureModule(EMModule):
         schedule: Literal["one_cycle", "constant"] = "constant",
     ) -> None:
         super().__init__(lr, schedule)
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} must be one of {', '.join(METHODS)}")
-        if sample_size < 1:
-            raise ValueError(f"sample_size={sample_size} must be at least 1")
-        if not tol >= 0:
-            raise ValueError(f"tol={tol} must be at least 0; 0 runs all epochs")
+        check_choice("method", method, ("em", "stochastic", "gradient"))
+        check_at_least(1, sample_size=sample_size)
+        check_at_least(0, tol=tol)
         if not (0.5 < step_exponent <= 1 and step_offset >= 1):
             raise ValueError(
                 f"step_exponent={step_exponent} must be above 0.5 and at most 1, step_offset={step_offset} at least 1"
@@ -145,7 +129,7 @@ class GaussianMixtureModule(EMModule):
             EMOperator,
             num_components,
             num_features,
-            num_iters=_TRIAL,
+            num_iters=5,  # after which the best of several starts is chosen
             covariance=covariance,
             init=init,
             seed=None if init == "farthest" else seed,
@@ -156,18 +140,19 @@ class GaussianMixtureModule(EMModule):
         )
         self._start()  # checks the arguments
         counts = None if prior is None else from_options("prior", MixturePrior, prior)
-        common = (num_components, num_features, covariance, covariance_floor, counts)
+        shape = (num_components, num_features, covariance)
         self.learner: MixtureLearner
-        if method == "stochastic":
-            self.learner = StochasticEM(*common, exponent=step_exponent, offset=step_offset)
+        if method == "gradient":
+            self.learner = GradientAscent(UnconstrainedMixture(*shape, covariance_floor), covariance_floor, counts)
+        elif method == "em":
+            self.learner = FullBatchEM(PlainMixture(*shape), covariance_floor, counts)
         else:
-            self.learner = (FullBatchEM if method == "em" else GradientAscent)(*common)
-        self.register_buffer("_held_out", torch.zeros(2, dtype=torch.float64), persistent=False)
+            plain = PlainMixture(*shape)
+            self.learner = StochasticEM(plain, covariance_floor, counts, exponent=step_exponent, offset=step_offset)
+        self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP would broadcast the buffers before every block; ranks agree on them already, or each has its own.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._restored: Tensor | None = None
-
-    # The mixture and its initialization.
 
     @property
     def mixture(self) -> Mixture:
@@ -189,28 +174,18 @@ class GaussianMixtureModule(EMModule):
         """Whether the last epoch changed the log-likelihood per point by less than ``tol``."""
         return bool(self.learner.change < self.tol)
 
-    def configure_model(self) -> None:
+    def setup(self, stage: str) -> None:
         """Use float32 on devices without float64."""
-        if self._trainer is not None and self._trainer.strategy.root_device.type == "mps":
+        if self.trainer.strategy.root_device.type == "mps":
             self.float()
 
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
-        """Set the initial mixture, so that none is drawn.
-
-        Args:
-            mixture: a mixture of one set.
-            center: (1, D), a point near the mean of the data; the mean of the mixture by default.
-            variance: (1, D), the variance of the data, for a prior; that of the mixture by default.
-        """
+        """Set the initial mixture, and the mean and variance (1, D) of the data, by default those of the mixture."""
         self.learner.start_from(mixture, center, variance)
-
-    def on_fit_start(self) -> None:
-        """Stop a resumed run that has converged already."""
-        if self.converged:
-            self.trainer.should_stop = True
 
     def on_train_start(self) -> None:
         """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
+        self.trainer.should_stop |= self.converged  # in an earlier run
         if not self.learner.started:
             found: Any = None
             if self.trainer.is_global_zero:
@@ -220,44 +195,41 @@ class GaussianMixtureModule(EMModule):
             parts, center, variance = self.trainer.strategy.broadcast(found)
             self.start_from(Mixture(*parts), center, variance)
         self.learner.sums.zero_()
-        if self._restored is not None and self.trainer.fit_loop.epoch_loop.batch_progress.current.ready:
-            self.learner.resume(self._restored)
-        self._restored = None
-
-    # Training.
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer of the gradient method, or a placeholder for EM."""
-        return super().configure_optimizers() if self.method == "gradient" else _Iteration(self.parameters())
+        sums, self._restored = self._restored, None
+        if sums is None or not self.trainer.ckpt_path or not sums.any():  # a new run, or one from the end of an epoch
+            return
+        if len(sums) != self.trainer.world_size:
+            saved, size = f"saved within an epoch by {len(sums)} processes", self.trainer.world_size
+            raise ValueError(f"the checkpoint was {saved}; resume with as many, not with {size}")
+        self.learner.sums.copy_(sums[self.trainer.global_rank])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Count the epoch if Lightning has not."""
-        # After a resume from a checkpoint of the last batch of an epoch, Lightning does not count the next epoch, and
-        # then takes later checkpoints within an epoch for checkpoints at its end.
+        """Count the epoch: Lightning 2.6 does not after a resume from a checkpoint of an epoch's last batch."""
         progress: Any = self.trainer.fit_loop.epoch_progress
         if progress.total.ready == progress.total.processed:
             progress.increment_ready()
             progress.increment_started()
 
     def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        """Learn from a block of rows and return the loss, which has a gradient only for the gradient method."""
-        blocks = self.trainer.num_training_batches
-        return {"loss": self.learner.learn(rows_of(batch), blocks if math.isfinite(blocks) else 1)}
+        """Learn from a block of rows, or measure it; the loss has a gradient only for the gradient method in training.
+
+        The optimizer of EM updates nothing, because the parameters have no gradient; with it Lightning counts steps,
+        and ``ModelCheckpoint`` heeds ``train_time_interval``, which it ignores under manual optimization.
+        """
+        rows = rows_of(batch)
+        if stage == "train":
+            blocks = self.trainer.num_training_batches
+            return {"loss": self.learner.learn(rows, blocks if math.isfinite(blocks) else 1)}
+        log_prob = self.log_prob(rows.points)
+        self.metrics_of(stage)["log_likelihood"].update(log_prob, weights=rows.weights)
+        counts = torch.ones_like(log_prob) if rows.weights is None else rows.weights.to(log_prob)
+        return {"loss": loss_of(counts @ log_prob, counts.sum())}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of an epoch."""
         loss = super().training_step(batch, batch_idx)
-        if self.trainer.is_last_batch:
-            self._end_epoch()
-        return loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backpropagate for the gradient method; EM needs no backward pass."""
-        if self.method == "gradient":
-            super().backward(loss, *args, **kwargs)
-
-    def _end_epoch(self) -> None:
-        """Log the log-likelihood of an epoch, and stop if it has converged."""
+        if not self.trainer.is_last_batch:
+            return loss
         self.learner.end_pass()
         # The values are equal on all ranks; without sync_dist Lightning would warn.
         options: Any = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
@@ -266,67 +238,37 @@ class GaussianMixtureModule(EMModule):
             self.log("train/change", self.learner.change, **options)
         if self.trainer.strategy.reduce_boolean_decision(self.converged):
             self.trainer.should_stop = True
+        return loss
 
-    # Evaluation.
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backpropagate for the gradient method; EM needs no backward pass."""
+        if self.method == "gradient":
+            super().backward(loss, *args, **kwargs)
 
     def forward(self, points: Tensor) -> Any:
         """Return the posterior of points (n, D): energies and responsibilities (n, K), free energy (n,)."""
-        with torch.autocast(points.device.type, enabled=False):
-            posterior = self.mixture.posterior(points.unsqueeze(0))
+        posterior = self.mixture.posterior(points.unsqueeze(0))
         return type(posterior)(*(part.squeeze(0) for part in posterior))
 
     def log_prob(self, points: Tensor) -> Tensor:
         """Return the log-density (n,) of points (n, D)."""
-        with torch.autocast(points.device.type, enabled=False):
-            return self.mixture.log_prob(points.unsqueeze(0)).squeeze(0)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Add a block of held-out rows."""
-        points, weights = rows_of(batch)
-        self._held_out += sums_of(self.log_prob(points).to(self._held_out), weights)
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the log-likelihood of all held-out rows."""
-        self._log_held_out("val")
+        return self.mixture.log_prob(points.unsqueeze(0)).squeeze(0)
 
     def on_test_epoch_end(self) -> None:
-        """Log the log-likelihood of all rows, and BIC and AIC computed on them."""
-        total, mass = self._log_held_out("test")
+        """Log BIC and AIC of all rows."""
+        total, mass, _ = global_sum(self.metrics_of("test")["log_likelihood"].sums).tolist()
         found = information_criteria(self.mixture, total, mass)
         self.log_dict({"test/bic": found.bic, "test/aic": found.aic}, sync_dist=True)
-
-    def _log_held_out(self, stage: str) -> tuple[float, float]:
-        total, mass = global_sum(self._held_out).tolist()
-        self._held_out.zero_()
-        mean = total / mass if mass else math.nan
-        self.log_dict({f"{stage}/log_likelihood": mean, f"{stage}/loss": -mean}, sync_dist=True)
-        return total, mass
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the responsibilities (n, K) of a block of rows."""
         return self(rows_of(batch).points).responsibilities
 
-    # Checkpoints within an epoch.
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the statistics of all ranks in this epoch; every rank must make the call."""
-        checkpoint["em_pending"] = self.learner.pending()
+        """Add the sums of all ranks in this epoch, (ranks, sums); every rank must make the call."""
+        sums: Any = self.all_gather(self.learner.sums)
+        checkpoint["em_pending"] = sums.reshape(-1, len(self.learner.sums)).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the statistics of an unfinished epoch for :meth:`on_train_start`."""
+        """Keep the sums of an unfinished epoch for :meth:`on_train_start`."""
         self._restored = checkpoint.get("em_pending")
-
-
-class _Iteration(torch.optim.Optimizer):
-    """An optimizer without updates, so that Lightning counts steps; the closure, the training step, does the work.
-
-    With manual optimization Lightning's ``ModelCheckpoint`` would ignore ``train_time_interval``.
-    """
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {})
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return None if closure is None else closure()

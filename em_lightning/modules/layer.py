@@ -50,10 +50,6 @@ class EnergyLayer(EMModule):
         """Return the energies (N, K) of items (N, ...)."""
         return torch.relu(self.encoder(x.flatten(1)))
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return the inputs (N, K) of a linear probe for items (N, ...): the energies."""
-        return self.energies(x)
-
     def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
         """Return the terms whose sum is minimized, by name."""
         raise NotImplementedError(f"{type(self).__name__} must define objective(x, y, energies, stage)")

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from em_lightning.data import TableBatch
@@ -18,15 +17,7 @@ from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 class MixtureLearner(nn.Module):
     """Base class: a mixture and the sums of a pass over the rows; a subclass defines :meth:`learn`.
 
-    All ranks end a pass with the same mixture. :meth:`pending` returns the sums of all ranks within a pass, for a
-    checkpoint.
-
-    Args:
-        num_components: K.
-        num_features: D.
-        covariance: a key of ``COVARIANCES``.
-        floor: added to every variance.
-        prior: of the parameters, or ``None``.
+    All ranks end a pass with the same mixture. ``floor`` is added to every variance.
     """
 
     center: Tensor
@@ -37,24 +28,21 @@ class MixtureLearner(nn.Module):
     started: Tensor
     sums: Tensor
 
-    parametrization: PlainMixture | UnconstrainedMixture
-
     def __init__(
-        self, num_components: int, num_features: int, covariance: str, floor: float, prior: MixturePrior | None
+        self, parametrization: PlainMixture | UnconstrainedMixture, floor: float, prior: MixturePrior | None
     ) -> None:
         super().__init__()
-        self.parametrization = PlainMixture(num_components, num_features, covariance)
-        self.covariance = covariance
+        self.parametrization = parametrization
         self.floor = floor
         self.prior = prior
-        wide = torch.float64
-        self.register_buffer("center", torch.zeros(1, num_features, dtype=wide))
-        self.register_buffer("variance", torch.ones(1, num_features, dtype=wide))
+        features, wide = self.mixture.features, torch.float64
+        self.register_buffer("center", torch.zeros(1, features, dtype=wide))
+        self.register_buffer("variance", torch.ones(1, features, dtype=wide))
         self.register_buffer("log_likelihood", torch.tensor(-math.inf, dtype=wide))
         self.register_buffer("change", torch.tensor(math.inf, dtype=wide))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        # This rank's sums in this pass. Not persistent: a checkpoint has `pending`.
+        # This rank's sums in this pass. Not persistent: a checkpoint has those of all ranks.
         self.register_buffer("sums", torch.zeros(self.num_sums(), dtype=wide), persistent=False)
 
     def num_sums(self) -> int:
@@ -67,16 +55,7 @@ class MixtureLearner(nn.Module):
         return self.parametrization()
 
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Learn from a block of rows and return the loss.
-
-        Args:
-            rows: the block.
-            blocks: number of blocks in a pass.
-
-        Returns:
-            The negative log-likelihood per row, of the block or of the pass so far; only :class:`GradientAscent` gives
-            it a gradient.
-        """
+        """Learn from a block of rows, of ``blocks`` in a pass, and return its negative log-likelihood per row."""
         raise NotImplementedError(f"{type(self).__name__} must define learn(rows, blocks)")
 
     @torch.no_grad()
@@ -97,7 +76,7 @@ class MixtureLearner(nn.Module):
         mean = self.summarize(global_sum(self.sums))
         if not torch.isfinite(mean):
             raise ValueError(
-                f"the log-likelihood is {float(mean)}: the data contain NaN or infinity, or all weights are 0"
+                f"the log-likelihood is {float(mean)}: the data contain NaN, infinity or only weights of 0"
             )
         self.change.copy_((mean - self.log_likelihood).abs())
         self.log_likelihood.copy_(mean)
@@ -108,30 +87,19 @@ class MixtureLearner(nn.Module):
         """Return the log-likelihood per row from the sums of all ranks."""
         return total[0] / total[1]
 
-    def pending(self) -> Tensor:
-        """Return the sums of all ranks within this pass, (ranks, sums); every rank must make the call."""
-        rank, world = _rank_and_world()
-        pending = self.sums.new_zeros(world, len(self.sums))
-        pending[rank] = self.sums
-        return global_sum(pending).cpu()
-
-    def resume(self, pending: Tensor) -> None:
-        """Restore the sums that :meth:`pending` returned within a pass."""
-        rank, world = _rank_and_world()
-        if len(pending) == world:
-            self.sums.copy_(pending[rank])
-        elif bool(pending.any()):
-            raise ValueError(
-                f"the checkpoint was saved within an epoch by {len(pending)} processes, but this run has {world}; "
-                f"resume with the same number, or from a checkpoint at the end of an epoch"
-            )
-
     @property
     def streamed(self) -> StreamedEM:
         """EM in coordinates about the mean of the data."""
         return StreamedEM.about(self.mixture, self.center, self.variance)
 
-    def _maximize(self, statistics: SufficientStatistics) -> None:
+    @property
+    def no_rows(self) -> SufficientStatistics:
+        """The sufficient statistics of no rows."""
+        mixture = self.mixture
+        return StreamedEM.about(mixture).zeros(mixture.components)
+
+    def maximize(self, statistics: SufficientStatistics) -> None:
+        """Run the M-step."""
         after = self.streamed.m_step(statistics, self.mixture, self.floor, self.prior, self.variance)
         self.parametrization.assign(after)
 
@@ -141,30 +109,26 @@ class FullBatchEM(MixtureLearner):
 
     def num_sums(self) -> int:
         """Return the size of the sufficient statistics."""
-        return self.streamed.zeros(self.mixture.components).flatten().numel()
+        return self.no_rows.flatten().numel()
 
     @torch.no_grad()
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
         """Add the statistics of a block."""
-        streamed, mixture = self.streamed, self.mixture
-        self.sums += streamed.e_step(rows.points, mixture, rows.weights).flatten()
-        total = streamed.zeros(mixture.components).unflatten(self.sums)
-        return loss_of(total.log_likelihood[0], total.mass.sum())
+        found = self.streamed.e_step(rows.points, self.mixture, rows.weights)
+        self.sums += found.flatten()
+        return loss_of(found.log_likelihood[0], found.mass.sum())
 
     def summarize(self, total: Tensor) -> Tensor:
         """Maximize, and return the log-likelihood per row before that."""
-        statistics = self.streamed.zeros(self.mixture.components).unflatten(total)
-        self._maximize(statistics)
+        statistics = self.no_rows.unflatten(total)
+        self.maximize(statistics)
         return statistics.log_likelihood[0] / statistics.mass.sum()
 
 
 class StochasticEM(MixtureLearner):
     r"""EM on running statistics :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t`, one M-step per block.
 
-    Args:
-        *common: as of :class:`MixtureLearner`.
-        exponent: :math:`\alpha` of :math:`\gamma_t = (t + t_0)^{-\alpha}`.
-        offset: :math:`t_0`.
+    :math:`\gamma_t = (t + t_0)^{-\alpha}` with the exponent :math:`\alpha` and the offset :math:`t_0`.
     """
 
     running: Tensor
@@ -174,8 +138,7 @@ class StochasticEM(MixtureLearner):
         super().__init__(*common)
         self.exponent = exponent
         self.offset = offset
-        size = self.streamed.zeros(self.mixture.components).flatten().numel()
-        self.register_buffer("running", torch.zeros(size, dtype=torch.float64))
+        self.register_buffer("running", torch.zeros_like(self.no_rows.flatten()))
         self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -191,7 +154,7 @@ class StochasticEM(MixtureLearner):
             # In the mass of the whole data set, relative to which a prior has its strength.
             self.running.lerp_(total * blocks, share)
             self.blocks_seen += 1
-            self._maximize(found.unflatten(self.running))
+            self.maximize(found.unflatten(self.running))
         return loss_of(summed.log_likelihood[0], mass)
 
 
@@ -202,23 +165,17 @@ class GradientAscent(MixtureLearner):
     weight; EM with the same prior has the same maximum.
     """
 
-    def __init__(
-        self, num_components: int, num_features: int, covariance: str, floor: float, prior: MixturePrior | None
-    ) -> None:
-        super().__init__(num_components, num_features, covariance, floor, prior)
-        self.parametrization = UnconstrainedMixture(num_components, num_features, covariance, floor)
-
     def learn(self, rows: TableBatch, blocks: float) -> Tensor:
         """Return the loss for an optimizer."""
         points, weights = rows
-        with torch.autocast(points.device.type, enabled=False):
-            mixture = self.mixture
-            log_prob = mixture.log_prob(points.unsqueeze(0)).squeeze(0).to(self.sums)
-            found = sums_of(log_prob, weights)
-            self.sums += found.detach()
-            total, mass = global_sum(found)
-            if self.prior is not None:
-                total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / blocks
+        mixture = self.mixture
+        log_prob = mixture.log_prob(points.unsqueeze(0)).squeeze(0).to(self.sums)
+        counts = torch.ones_like(log_prob) if weights is None else weights.to(log_prob)
+        found = torch.stack([counts @ log_prob, counts.sum()])
+        self.sums += found.detach()
+        total, mass = global_sum(found)
+        if self.prior is not None:
+            total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / blocks
         return loss_of(total, mass)
 
 
@@ -234,40 +191,25 @@ def rows_of(batch: Any) -> TableBatch:
     return TableBatch(batch[0], batch[1] if len(batch) > 1 else None)
 
 
-def sums_of(log_prob: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the weighted log-likelihood and the sum of the weights as one tensor (2,)."""
-    if weights is None:
-        return torch.stack([log_prob.sum(), log_prob.new_tensor(float(len(log_prob)))])
-    weights = weights.to(log_prob)
-    return torch.stack([(log_prob * weights).sum(), weights.sum()])
-
-
 def sample_of(loader: Any, size: int, seed: int) -> TableBatch:
     """Return rows of a loader, from its ``sample`` method if it has one, else the first rows."""
     if hasattr(loader, "sample"):
         return loader.sample(size, seed)
-    found: list[TableBatch] = []
+    found: list[Any] = []
     for batch in loader:
         found.append(rows_of(batch))
         if sum(len(rows.points) for rows in found) >= size:
             break
-    weights = [rows.weights[:size] for rows in found if rows.weights is not None]
-    return TableBatch(torch.cat([rows.points for rows in found])[:size], torch.cat(weights)[:size] if weights else None)
+    points, weights = zip(*found, strict=True)
+    return TableBatch(torch.cat(points)[:size], None if weights[0] is None else torch.cat(weights)[:size])
 
 
 @torch.no_grad()
 def initial_mixture(rows: TableBatch, operator: nn.Module) -> tuple[Mixture, Tensor, Tensor]:
     """Return the initial mixture of an operator for rows, and their mean and variances (1, D), in float64."""
-    points, weights = (None if part is None else part.cpu().double().unsqueeze(0) for part in rows)
-    assert points is not None
-    mixture = operator.double().eval()(points, weights=weights, num_iters=0)
-    share = torch.ones_like(points[..., 0]) if weights is None else weights
-    share = (share / share.sum()).unsqueeze(-1)
+    points = rows.points.cpu().double().unsqueeze(0)
+    weights = torch.ones_like(points[..., 0]) if rows.weights is None else rows.weights.cpu().double().unsqueeze(0)
+    mixture = operator.double().eval()(points, weights=None if rows.weights is None else weights, num_iters=0)
+    share = (weights / weights.sum()).unsqueeze(-1)
     center = (share * points).sum(1)
     return mixture, center, (share * (points - center).square()).sum(1)
-
-
-def _rank_and_world() -> tuple[int, int]:
-    """Return the rank and the number of ranks."""
-    spread = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)

@@ -9,13 +9,7 @@ from em_lightning.mixture import COVARIANCES, Mixture
 
 
 class PlainMixture(nn.Module):
-    """Weights, means and covariances of one mixture as parameters in float64, initially standard normal.
-
-    Args:
-        num_components: K.
-        num_features: D.
-        covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-    """
+    """Weights, means and covariances of one mixture as parameters in float64, initially standard normal."""
 
     def __init__(self, num_components: int, num_features: int, covariance: str) -> None:
         super().__init__()
@@ -45,13 +39,7 @@ class UnconstrainedMixture(nn.Module):
         \Sigma_k = S L_k L_k^\top S + \epsilon I, \quad L_k = \operatorname{tril}(l_k) + \operatorname{diag}(e^{s_k})
 
     with :math:`c` and the diagonal :math:`S` the mean and the standard deviations of the mixture that was assigned
-    last, so that the learning rate does not depend on the units of the data.
-
-    Args:
-        num_components: K.
-        num_features: D.
-        covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-        floor: :math:`\epsilon`.
+    last, so that the learning rate does not depend on the units of the data, and the floor :math:`\epsilon`.
     """
 
     center: Tensor

@@ -1,6 +1,5 @@
 """Figures in one palette and one style."""
 
-from em_lightning.plots.layers import gradient_scatter, panels, prototype_grid
 from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
 from em_lightning.plots.style import figure_style, new_figure, new_grid, save_figure
 
@@ -8,11 +7,8 @@ __all__ = [
     "component_colors",
     "curves",
     "figure_style",
-    "gradient_scatter",
     "mixture_grid",
     "new_figure",
     "new_grid",
-    "panels",
-    "prototype_grid",
     "save_figure",
 ]

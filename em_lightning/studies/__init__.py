@@ -1,9 +1,13 @@
-"""Studies: reports of runs, tables of rows times seeds, and published numbers to compare with."""
+"""Studies: reports of runs, tables of rows times seeds, modules to compare with, and published numbers."""
 
 from em_lightning.studies.clustering_report import ClusteringReport
+from em_lightning.studies.encoders import MixtureEncoder, SparseAutoencoder
 from em_lightning.studies.grid import run_table
-from em_lightning.studies.layer_report import LayerReport
+from em_lightning.studies.image_classifier import ImageClassifier
+from em_lightning.studies.layer_figures import gradient_scatter, panels, prototype_grid
+from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
+from em_lightning.studies.poolings import POOLINGS, PoolingClassifier
 from em_lightning.studies.replicas import ReplicaData, Replicas
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
@@ -11,17 +15,26 @@ from em_lightning.studies.seeds import run_seeds
 from em_lightning.studies.selection_report import SelectionReport
 
 __all__ = [
+    "POOLINGS",
     "ClusteringReport",
+    "ImageClassifier",
     "LayerReport",
+    "MixtureEncoder",
     "MixtureReport",
+    "PoolingClassifier",
     "ReplicaData",
     "Replicas",
     "Report",
     "SelectionReport",
+    "SparseAutoencoder",
     "combine",
     "compare",
+    "gradient_scatter",
+    "linear_probe",
     "markdown_table",
     "paired",
+    "panels",
+    "prototype_grid",
     "run_seeds",
     "run_table",
     "spread",

@@ -130,10 +130,8 @@ class ClusteringReport(Report):
 
 
 def _on(batch: MixtureSetBatch, device: Any) -> MixtureSetBatch:
-    truth = batch.truth
-    truth = Mixture(truth.log_weights.to(device), truth.means.to(device), truth.covariances.to(device))
-    points, mask, held_out, labels = (part.to(device) for part in batch[:4])
-    return MixtureSetBatch(points, mask, held_out, labels, truth)
+    moved: Any = (part.to(device) for part in batch)
+    return MixtureSetBatch(*moved)
 
 
 def _operator(data: MixtureSets, **arguments: Any) -> EMOperator:
@@ -212,10 +210,7 @@ def _measure(name: str, fit: Fit, batches: list[MixtureSetBatch]) -> dict[str, A
 def _one_step(mixture: Mixture, batch: MixtureSetBatch) -> Mixture:
     """Return mixtures after one exact EM step with diagonal covariances."""
     _, components, features = mixture.means.shape
-    covariances = mixture.covariances
-    if mixture.covariance_type == "full":
-        covariances = covariances.diagonal(dim1=-2, dim2=-1)
-    elif mixture.covariance_type == "spherical":
-        covariances = covariances.unsqueeze(-1).expand_as(mixture.means)
     step = EMOperator(components, features, num_iters=1, covariance="diag", residual=False)
-    return step(batch.points, batch.mask, init=Mixture(mixture.log_weights, mixture.means, covariances.contiguous()))
+    return step(
+        batch.points, batch.mask, init=Mixture(mixture.log_weights, mixture.means, mixture.variances().contiguous())
+    )

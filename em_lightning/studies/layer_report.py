@@ -10,8 +10,7 @@ from torch import Tensor
 
 from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
-from em_lightning.metrics import linear_probe
-from em_lightning.plots.layers import gradient_scatter, panels, prototype_grid
+from em_lightning.studies.layer_figures import gradient_scatter, panels, prototype_grid
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
 
@@ -38,7 +37,7 @@ class LayerReport(Report):
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
-        probe: whether to train a linear probe on the features of the training items and score it on the test items.
+        probe: whether to score a linear probe of the energies, or of ``features(x)`` if the module defines it.
         figures: whether to draw.
     """
 
@@ -115,7 +114,8 @@ class LayerReport(Report):
         row["parameters"] = sum(p.numel() for p in module.parameters())
         if self.probe:
             train, test = data.whole("train"), data.whole("test")
-            features = [_in_parts(module, module.features, part.x) for part in (train, test)]
+            function = getattr(module, "features", module.energies)
+            features = [_in_parts(module, function, part.x) for part in (train, test)]
             with torch.enable_grad():
                 row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
         return {f"{k} %" if k in _IN_PERCENT else k: 100 * v if k in _IN_PERCENT else v for k, v in row.items()}
@@ -130,6 +130,23 @@ class LayerReport(Report):
         series = {title: [each[k] for each in self.history] for k, title in _PANELS.items() if k in self.history[0]}
         figures["training"] = panels([each["epoch"] for each in self.history], series, "epoch")
         return figures
+
+
+def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
+    """Return the test accuracy, from 0 to 1, of a logistic regression on standardized features (N, D).
+
+    Example:
+        >>> labels = torch.arange(20) % 2
+        >>> linear_probe(labels[:, None] - 0.5, labels, labels[:, None] - 0.5, labels)
+        1.0
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    probe.fit(features.detach().cpu().numpy(), labels.cpu().numpy())
+    return float(probe.score(test_features.detach().cpu().numpy(), test_labels.cpu().numpy()))
 
 
 @torch.no_grad()

@@ -65,8 +65,7 @@ class SelectionReport(Report):
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Measure, write and draw."""
         data: TabularDataModule = trainer.datamodule
-        fitted: Mixture = module.mixture
-        mixture = Mixture(fitted.log_weights.cpu(), fitted.means.cpu(), fitted.covariances.cpu())
+        mixture: Mixture = module.mixture.to("cpu")
         own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
         rows = [_row(own, mixture, data, int(module.iterations), self.seconds)]
         if isinstance(data, GaussianBlobs):
@@ -174,10 +173,6 @@ def _picture(mixture: Mixture, data: TabularDataModule) -> Any:
     axes = torch.linalg.svd(mixture.means[0] - middle, full_matrices=True).Vh[: min(2, points.shape[1])].T
     if axes.shape[1] < 2:
         axes = torch.cat([axes, torch.zeros_like(axes)], 1)
-    kind, covariances = mixture.covariance_type, mixture.covariances
-    if kind in ("diag", "spherical"):
-        covariances = (covariances if kind == "diag" else covariances.unsqueeze(-1)).expand_as(mixture.means)
-        covariances = covariances.diag_embed()
-    covariances = (axes.T @ covariances @ axes).expand(*mixture.means.shape[:2], 2, 2)
+    covariances = axes.T @ mixture.full().covariances @ axes
     flat = Mixture(mixture.log_weights, mixture.means @ axes, covariances + 1e-9 * torch.eye(2).double())
     return mixture_grid((points @ axes)[None], flat, titles=["rows and components"])

@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from em_lightning.metrics import DeadUnits, EffectiveRank, Redundancy
-from em_lightning.modules.base import EMModule
+from em_lightning.modules import EMModule
 from em_lightning.modules.checks import check_at_least, check_choice
 
 
@@ -29,17 +29,10 @@ class ImageClassifier(EMModule):
     Args:
         shape: of an image, channels first.
         num_classes: C.
-        network: ``"mlp"``, two layers of ``width`` units; or ``"cnn"``, two convolutions of kernel 5 and 3 and stride 2
-            with ``width`` and 2 ``width`` channels.
-        width: see ``network``; by default 128 for ``"mlp"`` and 8 for ``"cnn"``.
+        network: ``"mlp"``, two layers of ``width`` units, by default 128; or ``"cnn"``, two convolutions of stride 2
+            with ``width`` and 2 ``width`` channels, by default 8 and 16.
+        width: see ``network``.
         lr: learning rate of Adam.
-
-    Shape:
-        - batch: x (N, \*shape), and labels y (N,).
-        - ``forward(x)``: logits (N, C).
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> import torch

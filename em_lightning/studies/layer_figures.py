@@ -12,19 +12,14 @@ from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, 
 
 
 @figure_style()
-def prototype_grid(prototypes: Tensor, shape: tuple[int, int], columns: int = 16) -> Figure:
-    """Draw the weights of each unit as an image, all on one symmetric colour scale.
-
-    Args:
-        prototypes: (K, H * W).
-        shape: (H, W).
-        columns: images per row.
+def prototype_grid(prototypes: Tensor, shape: tuple[int, int]) -> Figure:
+    """Draw the weights (K, H * W) of each unit as an image (H, W), all on one symmetric colour scale.
 
     Example:
         >>> figure = prototype_grid(torch.randn(20, 64), (8, 8))
     """
     images = prototypes.detach().float().cpu().unflatten(1, shape)
-    figure, axes = new_grid(len(images), columns, width=0.45, height=0.45)
+    figure, axes = new_grid(len(images), 16, width=0.45, height=0.45)
     limit = float(images.abs().max()) or 1.0
     for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
@@ -35,11 +30,6 @@ def prototype_grid(prototypes: Tensor, shape: tuple[int, int], columns: int = 16
 @figure_style()
 def gradient_scatter(gradients: Tensor, responsibilities: Tensor, max_points: int = 5000) -> Figure:
     """Draw the gradient of a loss by the energies against the responsibilities, and the line on which they are equal.
-
-    Args:
-        gradients: of any shape.
-        responsibilities: of the same shape.
-        max_points: number of points that are drawn, evenly spaced.
 
     Example:
         >>> r = torch.rand(10, 4)
@@ -64,19 +54,13 @@ def gradient_scatter(gradients: Tensor, responsibilities: Tensor, max_points: in
 
 
 @figure_style()
-def panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, columns: int = 3) -> Figure:
-    """Draw several series over the same x, each in its own panel.
-
-    Args:
-        x: x coordinates.
-        series: y coordinates by title.
-        xlabel: label of the x axes.
-        columns: panels per row.
+def panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """Draw several series, by title, over the same x, each in its own panel.
 
     Example:
         >>> figure = panels([1, 2], {"loss": [3.0, 1.0], "accuracy": [0.5, 0.9]}, "epoch")
     """
-    figure, axes = new_grid(len(series), columns, width=2.6, height=2.0, sharex=True)
+    figure, axes = new_grid(len(series), 3, width=2.6, height=2.0, sharex=True)
     for ax, (title, y) in zip(axes, series.items(), strict=True):
         ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
         ax.set(title=title, xlabel=xlabel)

@@ -1,4 +1,4 @@
-"""MixtureEncoder: an encoder whose energies are those of a Gaussian mixture in the principal subspace."""
+"""Encoders to compare DecoderFreeEncoder with: a sparse autoencoder, and a Gaussian mixture."""
 
 from __future__ import annotations
 
@@ -6,12 +6,51 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from em_lightning.competition import softmin
-from em_lightning.modules.layer import EnergyLayer
+from em_lightning.modules import EnergyLayer
+from em_lightning.modules.checks import check_at_least
 from em_lightning.modules.parameters import PlainMixture
 from em_lightning.operators import EMOperator
 from em_lightning.statistics import STATISTICS
+
+
+class SparseAutoencoder(EnergyLayer):
+    r"""The standard sparse autoencoder: activations :math:`a = \mathrm{relu}(W x + b)` and a linear decoder.
+
+    The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with :math:`\lambda` = ``sparsity``. The output is the
+    reconstruction (N, D). The other arguments are those of :class:`~em_lightning.modules.EnergyLayer`.
+
+    Example:
+        >>> import torch
+        >>> module = SparseAutoencoder(num_features=64, num_components=16)
+        >>> module(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 64])
+    """
+
+    def __init__(
+        self,
+        num_features: int = 784,
+        num_components: int = 64,
+        sparsity: float = 0.01,
+        lr: float = 1e-3,
+        optimizer: Literal["adam", "sgd"] = "adam",
+    ) -> None:
+        super().__init__(num_features, num_components, lr, optimizer)
+        check_at_least(0, sparsity=sparsity)
+        self.save_hyperparameters()
+        self.sparsity = sparsity
+        self.decoder = nn.Linear(num_components, num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction (N, D) of items (N, ...)."""
+        return self.decoder(self.energies(x))
+
+    def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+        """Return both terms."""
+        error = functional.mse_loss(self.decoder(energies), x.flatten(1))
+        return {"reconstruction": error, "sparsity": self.sparsity * energies.abs().mean()}
 
 
 class MixtureEncoder(EnergyLayer):
@@ -21,11 +60,8 @@ class MixtureEncoder(EnergyLayer):
     principal axes U (D, Q) of the training items. Noise of one variance outside the subspace would add the same to all
     energies, so responsibilities are those of a mixture over whole items.
 
-    :class:`DecoderFreeEncoder` has one linear map per unit and needs variance and decorrelation terms against collapse.
-    Here a unit has its own metric :math:`\Sigma_k`, and the loss is the negative log-likelihood
-    :math:`-\log \sum_k e^{-d_k(x)}`, in which :math:`\log \det \Sigma_k` is the volume control. An
-    :class:`~em_lightning.EMOperator` without corrections fits the mixture to the whole training set of the Trainer's
-    data module before the first epoch, so one epoch is enough. With ``fast_dev_run`` it uses 32 K items.
+    The loss is the negative log-likelihood, in which :math:`\log \det \Sigma_k` is the volume control. EM fits the
+    mixture to the training set before the first epoch, so one epoch is enough; with ``fast_dev_run``, to 32 K items.
 
     Args:
         num_features: D.
@@ -37,13 +73,6 @@ class MixtureEncoder(EnergyLayer):
         init: ``"kmeans++"``, ``"random"`` or ``"farthest"``.
         output: what ``forward`` returns, a key of ``STATISTICS`` that needs no values: by default
             ``"neg_log_responsibilities"``, :math:`d + \log \sum_j e^{-d_j}`.
-
-    Shape:
-        - batch: x (N, ...) of D features in all, and labels y (N,), not used.
-        - ``energies(x)`` and ``forward(x)``: (N, K).
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> module = MixtureEncoder(num_features=9, num_components=4, subspace=3)
@@ -78,27 +107,36 @@ class MixtureEncoder(EnergyLayer):
         self.statistic = STATISTICS.build(output)
         self.save_hyperparameters()
         self.automatic_optimization = False
-        self.encoder: Any = _SubspaceMixture(num_features, num_components, subspace, covariance)
+        del self.encoder
+        self.mean = nn.Parameter(torch.zeros(num_features), requires_grad=False)
+        self.basis = nn.Parameter(torch.zeros(num_features, subspace), requires_grad=False)
+        self.mixture = PlainMixture(num_components, subspace, covariance).float()
 
+    @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Fit the mean, the principal axes and the mixture to items (N, ...)."""
-        self.encoder.fit(x.flatten(1), self.operator)
+        x = x.flatten(1)
+        self.mean.copy_(x.mean(0))
+        centred = x - self.mean
+        axes = torch.linalg.eigh((centred.mT @ centred / len(x)).double()).eigenvectors
+        self.basis.copy_(axes[:, -self.basis.shape[1] :].flip(1))
+        self.mixture.assign(self.operator((centred @ self.basis).unsqueeze(0)))
 
     def on_fit_start(self) -> None:
         """Fit the mixture to the training set, unless it was loaded from a checkpoint."""
-        if not self.encoder.basis.any():
+        if not self.basis.any():
             trainer: Any = self.trainer
             x = trainer.datamodule.whole("train").x
             self.fit((x[: 32 * len(self.prototypes)] if trainer.fast_dev_run else x).to(self.device))
 
     @property
     def prototypes(self) -> Tensor:
-        """The means (K, D) of the components."""
-        return self.encoder.prototypes
+        """The means (K, D) of the components, as items."""
+        return self.mean + self.mixture.means[0] @ self.basis.mT
 
     def energies(self, x: Tensor) -> Tensor:
         """Return the energies (N, K) of items (N, ...)."""
-        return self.encoder(x.flatten(1))
+        return -self.mixture().log_joint(((x.flatten(1) - self.mean) @ self.basis).unsqueeze(0))[0]
 
     def features(self, x: Tensor) -> Tensor:
         """Return the inputs (N, K) of a linear probe for items (N, ...): the output of ``forward``."""
@@ -115,31 +153,3 @@ class MixtureEncoder(EnergyLayer):
     def configure_optimizers(self) -> list[Any]:
         """Return no optimizer: EM has fitted the mixture."""
         return []
-
-
-class _SubspaceMixture(nn.Module):
-    """Energies (N, K) of items (N, D) under a mixture in a linear subspace."""
-
-    def __init__(self, num_features: int, num_components: int, subspace: int, covariance: str) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.zeros(num_features), requires_grad=False)
-        self.basis = nn.Parameter(torch.zeros(num_features, subspace), requires_grad=False)
-        self.mixture = PlainMixture(num_components, subspace, covariance).float()
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, operator: EMOperator) -> None:
-        mean = x.mean(0)
-        centred = x - mean
-        axes = torch.linalg.eigh((centred.mT @ centred / len(x)).double()).eigenvectors
-        basis = axes[:, -self.basis.shape[1] :].flip(1).to(x.dtype)
-        self.mean.copy_(mean)
-        self.basis.copy_(basis)
-        self.mixture.assign(operator((centred @ basis).unsqueeze(0)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return -self.mixture().log_joint(((x - self.mean) @ self.basis).unsqueeze(0))[0]
-
-    @property
-    def prototypes(self) -> Tensor:
-        """The means of the components as items (K, D)."""
-        return self.mean + self.mixture.means[0] @ self.basis.mT

@@ -1,0 +1,86 @@
+"""PoolingClassifier: a point-cloud classifier with EM pooling or one of PyG's, for comparisons at equal size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from em_lightning.modules import PointCloudClassifier
+from em_lightning.modules.checks import check_choice
+
+POOLINGS = ("em", "max", "mean", "attention", "set_transformer", "mem")
+
+
+class PoolingClassifier(PointCloudClassifier):
+    """A :class:`~em_lightning.modules.PointCloudClassifier` of a given size with any of six poolings.
+
+    Args:
+        num_classes: C.
+        num_features: D, coordinates of a point.
+        pooling: ``"em"``, or PyG's ``"max"``, ``"mean"``, ``"attention"``, ``"set_transformer"`` or ``"mem"``.
+        num_components: K, components of EM or clusters of the memory.
+        num_parameters: size of the whole module; the head is as wide as it allows.
+        **options: of the base class; ``num_parameters`` replaces ``hidden``.
+
+    Raises:
+        ValueError: the pooling is unknown or ``num_parameters`` is too small.
+
+    Example:
+        >>> import torch
+        >>> PoolingClassifier(10, pooling="attention")(torch.randn(2, 50, 3)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int = 3,
+        pooling: Literal["em", "max", "mean", "attention", "set_transformer", "mem"] = "em",
+        num_components: int = 16,
+        num_parameters: int = 100_000,
+        **options: Any,
+    ) -> None:
+        check_choice("pooling", pooling, POOLINGS)
+        own: Literal["em", "max"] = "em" if pooling == "em" else "max"
+        super().__init__(num_classes, num_features, own, num_components, **options)
+        if pooling != "em":
+            self.pool = _PyGPooling(pooling, self.width, num_components)
+        size = self.width if self.pool is None else self.pool.out_features
+        self.head = nn.Sequential()
+        spare = num_parameters - sum(value.numel() for value in self.parameters())
+        # The head has h^2 + linear h + constant parameters.
+        linear, constant = size + num_classes + 2, 2 * size + num_classes
+        hidden = (math.isqrt(max(linear**2 + 4 * (spare - constant), 0)) - linear) // 2
+        if hidden < 1:
+            raise ValueError(f"num_parameters={num_parameters} leaves none for the head; give more, or less width")
+        self.head = self.make_head(size, hidden)
+
+
+class _PyGPooling(nn.Module):
+    """One of PyG's poolings of sets (B, N, F) with a mask (B, N), to (B, ``out_features``)."""
+
+    def __init__(self, pooling: str, width: int, num_components: int) -> None:
+        super().__init__()
+        from torch_geometric.nn import MemPooling, aggr
+
+        self.out_features = num_components * width if pooling == "mem" else width
+        self.inner: nn.Module
+        if pooling == "mem":
+            self.inner = MemPooling(width, width, heads=4, num_clusters=num_components)
+        elif pooling == "attention":
+            gate = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+            self.inner = aggr.AttentionalAggregation(gate)
+        elif pooling == "set_transformer":
+            self.inner = aggr.SetTransformerAggregation(width, num_seed_points=1, heads=4)
+        else:
+            self.inner = aggr.MaxAggregation() if pooling == "max" else aggr.MeanAggregation()
+        self.is_memory = pooling == "mem"
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, coordinates: Tensor | None = None) -> Tensor:
+        valid = x.new_ones(x.shape[:2]).bool() if mask is None else mask
+        rows, index = x[valid], valid.nonzero()[:, 0]
+        if self.is_memory:
+            return self.inner(rows, index, max_num_nodes=None, batch_size=len(x))[0].flatten(1)
+        return self.inner(rows, index, dim_size=len(x))
