@@ -17,12 +17,9 @@ pytestmark = [
 ]
 OPTIONS = {
     "default": {},
-    "robust": {"kernel": {"name": "huber", "learnable": True}, "prior": {"learnable": True}, "temperature": (2.0, 1.0)},
     "background": {"kernel": "student_t", "background": {"learnable": True}},
-    "estimated background": {"background": {"estimate": True}, "covariance": "diag"},
-    "lloyd": {"init": "farthest", "lloyd_steps": 2, "covariance": "tied"},
     "learned": {"init": "learned", "covariance": "spherical"},
-    "lowrank": {"covariance": "lowrank", "rank": 1, "num_iters": 2},
+    "lowrank": {"covariance": "lowrank", "rank": 1},
 }
 
 
@@ -40,7 +37,8 @@ def inputs(dtype=torch.float32, masked=False):
 
 
 @pytest.mark.parametrize(
-    "name, residual, masked", [*((name, True, True) for name in OPTIONS), ("default", False, False)]
+    "name, residual, masked",
+    [("default", True, True), ("default", False, False), ("background", True, True), ("learned", True, True)],
 )
 def test_export_equals_eager(name, residual, masked):
     operator = EMOperator(4, 3, residual=residual, **{"num_iters": 2, **OPTIONS[name]}).eval()
@@ -54,7 +52,11 @@ def test_export_equals_eager(name, residual, masked):
 
 @pytest.mark.parametrize(
     "name, masked, dtype, tolerance",
-    [*((name, True, torch.float64, 1e-6) for name in OPTIONS), ("default", False, torch.float32, 1e-4)],
+    [
+        ("default", True, torch.float64, 1e-6),
+        ("lowrank", True, torch.float64, 1e-6),
+        ("default", False, torch.float32, 1e-4),
+    ],
 )
 def test_a_compiled_operator_without_graph_breaks_equals_eager(name, masked, dtype, tolerance):
     operator = trained(EMOperator(4, 3, **{"num_iters": 2, **OPTIONS[name]}).to(dtype), 0.02)
@@ -75,7 +77,7 @@ def test_a_compiled_operator_without_graph_breaks_equals_eager(name, masked, dty
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_an_operator_compiled_by_inductor_equals_eager(residual):
-    operator = EMOperator(4, 3, num_iters=2, residual=residual).eval()
+    operator = EMOperator(3, 3, num_iters=1, residual=residual).eval()
     (x,) = inputs()
     with torch.no_grad():
         found = torch.compile(operator, fullgraph=True)(x)
