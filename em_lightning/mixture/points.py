@@ -158,7 +158,7 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
 
 def power_of_two(extent: Tensor) -> Tensor:
     """Return the power of two above an extent, 1 for an extent of zero."""
-    return torch.where(extent > 0, torch.ldexp(torch.ones_like(extent), torch.frexp(extent).exponent), 1.0)
+    return torch.where(extent > 0, torch.where(extent > 0, extent, 1.0).log2().ceil().exp2(), 1.0)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
