@@ -74,7 +74,7 @@ def m_step(
     # The guard of scikit-learn against empty components, so that results agree step for step. Points far from a
     # component have small IRLS weights, so it is relative to these.
     empty = 10.0 * torch.finfo(mass.dtype).eps
-    guard = empty * torch.where(zeroth > 0, zeroth / (mass + empty), 1.0).detach()
+    guard = empty * torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
     inside, mass = mass.sum(-1), mass + empty
     scatter_mass = mass
     if prior is not None:

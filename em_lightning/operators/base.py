@@ -104,7 +104,7 @@ class SetOperator(nn.Module):
         max_iters: int = 100,
         tol: float = 1e-3,
     ) -> tuple[Any, Tensor]:
-        """Iterate each set until its objective rises by less than ``tol`` per point; return mixtures and steps (B,).
+        """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
         The objective is :meth:`objective` per mass of the set. A set that has converged is left as it is, so that its
         result does not depend on the others. A temperature schedule runs over the first ``num_iters`` iterations, and
