@@ -15,7 +15,7 @@ from sklearn.mixture import GaussianMixture
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import e_step, prepare
-from em_lightning.mixture.backends import native, use_backend
+from em_lightning.mixture.backends import use_backend
 from em_lightning.mixture.e_step import Likelihood
 
 ITERATIONS, COMPONENTS = 20, 16
