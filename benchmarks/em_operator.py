@@ -23,7 +23,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from em_lightning import EMOperator, Mixture
-from em_lightning.mixture import passes
+from em_lightning.mixture.backends import use_backend
 from em_lightning.operators.gradients import GRADIENTS
 
 
@@ -92,8 +92,7 @@ def clouds(options):
     """Compare 256 clouds of 1,024 points with a loop over scikit-learn at its fastest number of threads."""
     sets, items, iterations = max(int(256 * options.scale), 1), 1024, 20
     x = blobs(sets, items, 3, 16)
-    operator, compiled = (EMOperator(16, 3, num_iters=iterations, residual=False) for _ in range(2))
-    compiled.compile()
+    operator = EMOperator(16, 3, num_iters=iterations, residual=False)
     start = operator(x, num_iters=0)
     fits = {}
 
@@ -103,13 +102,17 @@ def clouds(options):
 
     trial = medians({n: lambda n=n: reference(n, sets // 8 + 1) for n in range(1, options.threads + 1)}, 1)
     threads = min(trial, key=trial.get)
-    calls = {"em_lightning": operator, "em_lightning, compiled": compiled}
-    runs = {name: lambda o=o, name=name: fits.update({name: o(x, init=start)}) for name, o in calls.items()}
+
+    def ours(backend):
+        with use_backend(backend):
+            fits[f"em_lightning, {backend}"] = operator(x, init=start)
+
+    runs = {f"em_lightning, {backend}": lambda b=backend: ours(b) for backend in ("native", "reference")}
     times = medians(runs, options.repeats)
     begin = time.perf_counter()
     reference(threads)
     times["scikit-learn"] = time.perf_counter() - begin
-    exact = operator(x.double(), init=Mixture(*(part.double() for part in start))).log_prob(x.double()).mean(1)
+    exact = operator(x.double(), init=start.to(torch.float64)).log_prob(x.double()).mean(1)
     rows = []
     for name, seconds in times.items():
         if name == "scikit-learn":
@@ -168,7 +171,7 @@ def starts(options):
 
 def textbook(x, start, iterations, floor=1e-6):
     """Return the mixture after textbook EM, with every product an einsum over (B, N, K, D, D)."""
-    log_weights, means, covariances = start
+    log_weights, means, covariances = start.log_weights, start.means, start.covariances
     eye = floor * torch.eye(x.shape[-1])
     for _ in range(iterations):
         inverse = torch.linalg.inv(covariances)
@@ -235,8 +238,6 @@ def gradients(options):
             mode: EMOperator(components, 3, num_iters=iterations, residual=False, gradient=mode)
             for mode in ("unrolled", "checkpoint", "last")
         }
-        operators["unrolled, compiled"] = EMOperator(components, 3, num_iters=iterations, residual=False)
-        operators["unrolled, compiled"].compile()
         start = operators["last"](x, num_iters=0)
         steps = {mode: backward_of(lambda p, o=o, s=start: o(p, init=s), x) for mode, o in operators.items()}
         if iterations == 10:
@@ -327,43 +328,18 @@ def accuracy(options):
         "surface of a cylinder": surface,
         "slab 1 : 1 : 1e-3, rotated": (round_ * torch.tensor([1.0, 1.0, 1e-3], dtype=torch.float64)) @ turn,
     }
-    chosen, rows, forward = [], [], passes.Moments.forward
-
-    def record(ctx, points, shift, weights, theta, plan):
-        chosen.append((plan.precision, len(points if plan.chosen is None else plan.chosen)))
-        return forward(ctx, points, shift, weights, theta, plan)
-
-    passes.Moments.forward = record
+    rows = []
     for name, points in data.items():
         x = points.float()
         operator = EMOperator(8, 3, num_iters=20, residual=False, covariance_floor=1e-10)
         start = operator(x, num_iters=0)
-        chosen.clear()
-        narrow = operator(x, init=start)
-        share = sum(n for p, n in chosen if p == torch.float64) / (len(x) * operator.num_iters)
+        narrow = operator(x, init=start).log_prob(x)
         # The same float32 points in float64, so that the rounding of the data does not count.
-        wide = operator(x.double(), init=Mixture(*(part.double() for part in start))).log_prob(x.double())
-        held = _held(operator, x, start).log_prob(x.double())
-        errors = [(found.double().mean(1) - wide.mean(1)).abs().max() for found in (held, narrow.log_prob(x))]
-        rows.append([name, f"{100 * share:.0f} %", *(f"{error:.1e}" for error in errors), f"{wide.mean():.4f}"])
-    passes.Moments.forward = forward
-    head = [
-        "8 clouds, K = 8, T = 20",
-        "in float64",
-        "error in the loop",
-        "error of the float32 result",
-        "log-likelihood",
-    ]
+        wide = operator(x.double(), init=start.to(torch.float64)).log_prob(x.double())
+        error = (narrow.double().mean(1) - wide.mean(1)).abs().max()
+        rows.append([name, f"{error:.1e}", f"{wide.mean():.4f}"])
+    head = ["8 clouds, K = 8, T = 20", "error of the float32 result", "log-likelihood"]
     table("largest error of a cloud's log-likelihood per point, float32 against float64 on the same points", head, rows)
-
-
-def _held(operator, x, start):
-    from em_lightning.mixture.step import leave
-
-    from em_lightning.mixture.covariance import COVARIANCES
-
-    *_, (cloud, state) = operator._loop(x, None, None, start, None)
-    return leave(cloud._replace(points=cloud.points.double()), state, COVARIANCES[operator.covariance])
 
 
 COMMANDS = {call.__name__: call for call in (clouds, large, starts, gradients, scaling, accuracy)}

@@ -9,7 +9,7 @@ from mkdocs.structure.files import File
 from em_lightning.cli import KINDS, config_of, docstring, parts_of, recipes, variants_of
 
 ROOT = Path(__file__).parents[1]
-START = ["index.md", "getting-started.md", "tutorial.ipynb", "theory.md"]
+START = ["index.md", "getting-started.md", "tutorial.ipynb", "theory.md", "design.md"]
 END = ["command-line.md", "mistakes.md", "comparison.md", "contributing.md", "changelog.md"]
 UNLISTED = ("_version", "registry", "cli", "__init__")
 

@@ -41,6 +41,13 @@ def test_the_kernel_is_found_by_name_in_a_fresh_process(package):
     assert output.strip() == expected[1]
 
 
+def test_the_robust_kernel_fits(package):
+    folder, _ = package
+    output = run("exponential_power.py", cwd=folder, path=[ROOT])
+    expected = re.search(r"# (torch.Size.*)", (folder / "exponential_power.py").read_text())
+    assert output.strip() == expected[1]
+
+
 def test_without_the_package_the_name_is_unknown(package):
     folder, _ = package
     code = "from em_lightning import KERNELS; print('cubic' in KERNELS, 'gaussian' in KERNELS)"
