@@ -25,9 +25,12 @@ ROOMS = [
 ELSEWHERE = {
     "base classes, which subclasses are tested in place of": (
         "Competition Tempered Kernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments "
-        "PointCloudDataModule "
-        "SurgicalCallback"
+        "PointCloudDataModule SetOperator SurgicalCallback"
     ),
+    "parts of the EM loop, which the operators and em_step call": (
+        "BlockFit Covariance Parameters Points StreamedEM SufficientStatistics e_step m_step prepare"
+    ),
+    "in tests/test_modules_point_clouds.py": "PointCloudClassifier",
     "functions that modules of the registry call, and nothing else": (
         "entmin hardmin none_of_the_above pairwise positive_number topk"
     ),
