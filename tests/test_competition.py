@@ -71,7 +71,7 @@ class TestGrouped(CompetitionContract):
         return Grouped(group_size=4, **arguments)
 
     def totals(self, responsibilities):
-        return responsibilities.unflatten(-1, (2, -1)).sum(-1)
+        return responsibilities.unflatten(-1, (-1, 4)).sum(-1)
 
     def permutation(self, size):
         return torch.cat([size // 2 + torch.randperm(size // 2), torch.randperm(size // 2)])
