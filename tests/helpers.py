@@ -42,9 +42,10 @@ def with_padding(x, share=0.8, positive_weights=True):
 
 
 def of_mean_one(weights, mask=None):
-    """Return weights (B, N) divided by their mean over the points of the mask."""
-    mask = torch.ones_like(weights, dtype=torch.bool) if mask is None else mask
-    return weights * mask.sum(1, keepdim=True) / (weights * mask).sum(1, keepdim=True)
+    """Return weights (B, N) divided by their mean over the points that count: weights above zero inside the mask."""
+    counted = weights > 0 if mask is None else mask & (weights > 0)
+    total = (weights * counted).sum(1, keepdim=True)
+    return weights * counted.sum(1, keepdim=True) / torch.where(total > 0, total, 1.0)
 
 
 def empty(items=10, features=3):
