@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from em_lightning.activations.competitive import SparseminActivation
 from em_lightning.competition import Competition, Entmin, Hardmin, Sparsemin
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
-from em_lightning.surgery import undo_all, walk, wrap
+from em_lightning.surgery import walk
 
 _OPERATIONS = {
     "softmax": "aten::_softmax aten::_safe_softmax",
@@ -138,7 +140,9 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     Source: the scope of the implicit-EM identity, Oursland, arXiv 2512.24780.
     """
     recorder = _Recorder()
-    with _restored(model), recorder.watching(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), recorder:
+    with _on_a_copy(model), recorder, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        model.eval()
+        recorder.watch(model)
         (run or _runner(model, batch))()
     return recorder.findings()
 
@@ -154,26 +158,30 @@ def _runner(model: Any, batch: Any) -> Callable[[], Any]:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without logs, and restore modes, buffers and the random stream."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _on_a_copy(model: nn.Module) -> Iterator[None]:
+    """Let a model and its submodules work on a copy of their state without logs, and restore state and random stream.
+
+    The state is exchanged, not the model, so that functions which hold the model or a part of it use the copy too.
+    """
+    modules = list(model.modules())
+    states = [vars(module) for module in modules]
+    copied = [vars(module) for module in copy.deepcopy(model).modules()]
     fast_path = mha.get_fastpath_enabled()
-    logs = [name for name in ("log", "log_dict") if callable(getattr(type(model), name, None))]
-    undos = [wrap(model, name, lambda *_, **__: None) for name in logs]
-    model.eval()
     mha.set_fastpath_enabled(False)
     try:
+        for module, state in zip(modules, copied, strict=True):
+            object.__setattr__(module, "__dict__", state)
+        vars(model).update(log=_nothing, log_dict=_nothing)
         with torch.random.fork_rng():
             yield
     finally:
         mha.set_fastpath_enabled(fast_path)
-        undo_all(undos)
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, value in buffers.items():
-                model.get_buffer(name).copy_(value)
+        for module, state in zip(modules, states, strict=True):
+            object.__setattr__(module, "__dict__", state)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stand for a method of Lightning that acts on the outside."""
 
 
 @dataclass
@@ -201,23 +209,16 @@ class _Recorder(TorchDispatchMode):
         self.events: list[_Event] = []
         self.log_softmax: tuple[Tensor, _Event] | None = None
 
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watch(self, model: nn.Module) -> None:
         """Register hooks on all modules."""
-        handles = []
         for path, module in [("", model), *((site.path, site.module) for site in walk(model) if not site.function)]:
-            handles.append(module.register_forward_pre_hook(lambda m, _, path=path: self._enter(path, m)))
-            handles.append(module.register_forward_hook(lambda *a, path=path: self._leave(path, *a), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            module.register_forward_pre_hook(functools.partial(self._enter, path))
+            module.register_forward_hook(functools.partial(self._leave, path), with_kwargs=True)
 
     def _inside(self, *kinds: type[nn.Module]) -> bool:
         return any(isinstance(module, kinds) for _, module in self.stack)
 
-    def _enter(self, path: str, module: nn.Module) -> None:
+    def _enter(self, path: str, module: nn.Module, _: Any) -> None:
         if self.paused:
             return
         # The kernel of an activation is a part of it.
