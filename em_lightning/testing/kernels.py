@@ -139,7 +139,7 @@ class KernelContract(ModuleContract):
                 for nodes, weights in self.quadrature(center[0]):
                     density = (-kernel(nodes, center).squeeze(-1) - log_normalizer).exp()
                     integral += float(weights @ density.detach())
-                assert abs(integral - 1) < 1e-6, f"D = {size}: the integral is {integral} with {kernel}"
+                assert abs(integral - 1) < 1e-6, f"D = {size}: {integral} with {kernel}"
 
     def moved(self, kernel: Kernel) -> Kernel:
         """Return a copy with other parameter values."""
