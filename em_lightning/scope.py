@@ -1,4 +1,4 @@
-"""Audit of a model: where it computes EM, checked numerically in one forward pass."""
+"""Audit: find the softmax-like operations of a model and check the identity dF/dd = r of implicit EM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode  # has no public name, and sees what no public hook sees
+from torch.utils._python_dispatch import TorchDispatchMode  # no public hook sees ATen operations
 
 from em_lightning.activations import Activation
 from em_lightning.activations.competitive import SparseminActivation
@@ -40,7 +40,7 @@ _MEANING = {
     "cross-entropy": "dL/dz = r - onehot: the weights are prototypes of the classes",
 }
 _RELU = "elementwise, no normalization, hard zeros"
-_HARD = "hard selection: one takes all, the others get no gradient"
+_HARD = "hard selection: only the selected have a gradient"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _SMOOTH = "elementwise: no normalization across units"
 _OTHERS = {
@@ -49,7 +49,7 @@ _OTHERS = {
     "Softsign Hardswish Softshrink Tanhshrink": _SMOOTH,
     "Linear Bilinear Embedding Conv* ConvTranspose*": "affine: scores, neither exponentiated nor normalized",
     "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm": "normalizes moments, not hypotheses",
-    "MaxPool* AdaptiveMaxPool*": "hard maximum: the winner takes all",
+    "MaxPool* AdaptiveMaxPool*": "hard maximum: only the maximum has a gradient",
     "AvgPool* AdaptiveAvgPool*": "an average with fixed weights",
     "Dropout Dropout* AlphaDropout Identity Flatten Unflatten": "no hypotheses",
 }
@@ -93,7 +93,7 @@ class Audit(list[Finding]):
     """The findings in the order of the forward pass; ``print`` shows a table."""
 
     def __str__(self) -> str:
-        header = ("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "why")
+        header = ("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "reason")
         rows: list[tuple[str, ...]] = [header]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
@@ -120,8 +120,8 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     random stream are restored.
 
     Args:
-        model: any module. Of a LightningModule the ``training_step`` is run, to include its loss; in manual
-            optimization only its forward, on the first part of the batch.
+        model: any module. For a LightningModule ``training_step`` is run, so that the loss is included; with manual
+            optimization ``forward(batch[0])``.
         batch: the argument of ``training_step``, or the input of the forward (a tuple is unpacked).
         run: runs the model in another way; ``batch`` is then ignored.
 
@@ -186,7 +186,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @dataclass
 class _Event:
-    """A softmax, to be checked after the pass: below autograd nothing can be differentiated."""
+    """A softmax that is checked after the forward pass, because a dispatch mode runs below autograd."""
 
     path: str
     module: nn.Module
@@ -238,7 +238,7 @@ class _Recorder(TorchDispatchMode):
             self._check_e_step(path, module, inputs, kwargs, output)
         self.paused = False
         if isinstance(output, Tensor):
-            # The innermost module that returned it; outputs are kept, so that no address is used twice.
+            # The innermost module that returned it. The output is kept: a freed address could be used again.
             self.makers.setdefault((output.data_ptr(), output.numel()), (path, module, output))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -308,7 +308,8 @@ class _Recorder(TorchDispatchMode):
             gradient = torch.autograd.grad(posterior.free_energy.sum(), energies, allow_unused=True)[0]
         used = posterior.responsibilities.detach().double()
         gradient = torch.full_like(used, math.nan) if gradient is None else gradient.double()
-        axis = kwargs.get("dim") or module.dim
+        axis = kwargs.get("dim")
+        axis = module.dim if axis is None else axis
         where, reason = f"axis {axis % used.ndim}", "competition of the units"
         if isinstance(module, Activation) and not module.competes:
             axis, where, reason = -1, "each unit", "hypotheses of each unit by itself: units do not compete"
