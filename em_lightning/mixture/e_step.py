@@ -153,38 +153,38 @@ def _fused_statistics(
     points: Points, parameters: Parameters, covariance: Any, temperature: float | Tensor, with_log_likelihood: bool
 ) -> SufficientStatistics:
     """Return the statistics of Gaussian components by the native backend."""
+    arguments = _fused_arguments(points, parameters, covariance, temperature)
+    sums, log_likelihood = native.FusedSums.apply(points.x, points.weights, *arguments, with_log_likelihood)
+    zeroth, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
+    mass, none = zeroth.squeeze(-1), torch.zeros_like(points.mass)
+    return SufficientStatistics(mass, mass, first, second, log_likelihood, none, points.num_points)
+
+
+def _fused_arguments(
+    points: Points, parameters: Parameters, covariance: Any, temperature: float | Tensor = 1.0
+) -> tuple[Any, ...]:
     log_weights, means, covariances = parameters
     factor = covariance.factorize(covariances, means)
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
     peak = covariance.log_peak(log_weights, inverse, points.num_features) / temperature
     root = temperature**0.5
-    sums, log_likelihood = native.FusedSums.apply(
-        points.x,
-        points.weights,
-        means,
-        inverse / root,
-        peak,
-        (scale * root).detach(),
-        *points.frame,
-        covariance,
-        with_log_likelihood,
-    )
-    zeroth, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
-    mass, none = zeroth.squeeze(-1), torch.zeros_like(points.mass)
-    return SufficientStatistics(mass, mass, first, second, log_likelihood, none, points.num_points)
+    return means, inverse / root, peak, (scale * root).detach(), *points.frame, covariance
 
 
 def log_density(
     points: Points, parameters: Parameters, likelihood: Likelihood, block_size: int | None = None
 ) -> Tensor:
     """Return ``log p(x_n)`` (B, N) in the coordinates of the points; arguments are those of :func:`e_step`."""
-    theta, peak = likelihood.family.natural_parameters(parameters)
+    family, kernel, background = likelihood
+    if kernel is None and background is None and native.serves(points.x, family):
+        return native.FusedDensity.apply(points.x, None, *_fused_arguments(points, parameters, family))
+    theta, peak = family.natural_parameters(parameters)
 
     def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:
-        joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, likelihood.kernel)
+        joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, kernel)
         return (with_background(joint, level).logsumexp(1),)
 
-    tensors = (theta, peak, *(likelihood.background or ()))
+    tensors = (theta, peak, *(background or ()))
     (density,) = map_blocks(
         density_of_block, (points.x,), tensors, max(theta.shape[1:]), likelihood.shared(), block_size
     )
