@@ -40,7 +40,7 @@ class DrawnStart(NamedTuple):
     def __call__(
         self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
     ) -> Parameters:
-        """Return the start of each set with the highest objective, or without a judge the first one drawn."""
+        """Return the start of each set with the highest objective, or the first one drawn without a judge."""
         generator = None if self.seed is None else torch.Generator(given.x.device).manual_seed(self.seed)
         best = self._centers(given, points, generator)
         if judge is not None and self.num_starts > 1:

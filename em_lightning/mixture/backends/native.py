@@ -21,11 +21,11 @@ _SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_co
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
-# The kernel for full covariances is written out in registers, of which there are too few for more features.
+# The unrolled code for full covariances runs out of registers for more features.
 _MOST_FEATURES = 8
 # The reference takes less than a millisecond for fewer numbers, and needs no compiler.
 _FEWEST_NUMBERS = 2**12
-# About a tenth of a millisecond, the time in which a thread starts and ends.
+# Work of about 0.1 ms, the cost of starting a thread.
 _NUMBERS_PER_THREAD = 2**17
 
 _chosen = "auto"
@@ -35,8 +35,8 @@ class use_backend:
     """Choose the backend of the E-step, for good or inside a ``with`` block.
 
     Args:
-        name: ``"auto"`` takes the native backend where it fits and a compiler is found, ``"reference"`` never,
-            ``"native"`` wherever it fits, however few the points are.
+        name: ``"auto"`` takes the native backend for all but small sets if there is a compiler, ``"native"`` for all
+            sets that it supports, ``"reference"`` for none.
 
     Raises:
         ValueError: the name is unknown.

@@ -1,6 +1,6 @@
 """Covariance types: shapes, features, factorization, Gaussian log-densities, M-step estimates and conversions.
 
-Nothing outside this package branches on the covariance type. A type names the features of second degree ``s(x)`` of a
+A type defines the features of second degree ``s(x)`` of a
 point such that the Gaussian log-density is linear in ``phi(x) = [1, x, s(x)]``:
 
     log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)
