@@ -81,8 +81,8 @@ class SufficientStatistics(NamedTuple):
         """Return the statistics under weights that are divided by their mean."""
         total = self.mass.sum(-1) + self.background_mass
         ratio = self.num_points / torch.where(total > 0, total, 1.0)
-        parts = (part * ratio.reshape(-1, *[1] * (part.ndim - 1)) for part in self[:-1])
-        return SufficientStatistics(*parts, self.num_points)
+        scaled = SufficientStatistics(*(part * ratio.view(-1, *[1] * (part.ndim - 1)) for part in self))
+        return scaled._replace(num_points=self.num_points)
 
 
 def e_step(

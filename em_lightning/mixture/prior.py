@@ -100,14 +100,7 @@ class MixturePrior(nn.Module):
     def pseudo_counts(
         self, frame: Frame, mean: Tensor, variance: Tensor, covariance: Covariance, num_components: int
     ) -> PseudoCounts:
-        """Return the pseudo-counts for sets in the coordinates of a frame.
-
-        Args:
-            frame: the coordinates.
-            mean: (B, D), of the points, in these coordinates.
-            variance: (B, D), of the points, in these coordinates.
-            covariance: the covariance type.
-            num_components: K.
+        """Return the pseudo-counts for sets whose points have a mean (B, D) and variance (B, D) in a frame.
 
         Raises:
             ValueError: the prior's mean or covariance has another number of features.
@@ -138,11 +131,7 @@ class MixturePrior(nn.Module):
     ) -> Tensor:
         """Return the logarithm of the prior density of mixtures, up to a constant, as (B,).
 
-        Args:
-            mixture: B mixtures.
-            x: points (B, N, D), to whose mean and variance the prior may refer.
-            mask: (B, N), false where a row is padding.
-            weights: (B, N), how often each point counts.
+        The prior may refer to the mean and variance of points (B, N, D) with mask and weights (B, N).
         """
         points = prepare(x, covariance_of(mixture.covariances, mixture.means).features, mask, weights)
         center, scale = points.frame

@@ -75,7 +75,7 @@ class LearnedStart(nn.Module):
     def forward(
         self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
     ) -> Parameters:
-        """Return the start of each set; ``given`` and ``judge`` are not used."""
+        """Return the start of each set."""
         unit = points.unit()[:, None, None]
         root = unit * self.log_scale.exp() + floor.sqrt()[:, None, None]  # (B, K, 1)
         ones = torch.ones_like(points.mean)

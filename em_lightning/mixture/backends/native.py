@@ -102,6 +102,10 @@ class _Fused(torch.autograd.Function):
         family: the covariance type.
     """
 
+    @staticmethod
+    def _in_torch(family: Any, *tensors: Any) -> Any:
+        """Return the result by operations that have every derivative."""
+
     @classmethod
     def _differentiate(cls, ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """Return the gradients of all arguments for those of the sums and of each log-density."""
@@ -112,8 +116,8 @@ class _Fused(torch.autograd.Function):
             found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
             return tuple(next(found) if needed else None for needed in wanted)
         x, _, means, inverse, *_ = tensors
-        sums, outer = grads if len(grads) > 1 else (None, *grads)
-        outer = outer if outer.ndim > 1 else outer.unsqueeze(-1)
+        outer, sums = grads[-1], grads[0] if len(grads) > 1 else None
+        outer = outer.reshape(len(x), -1)
         own = means.new_empty(*means.shape[:2], 1 + means.shape[-1] + inverse[0, 0].numel())
         of_x = x.new_empty(x.shape) if wanted[0] else None
         of_weights = means.new_empty(outer.expand(-1, x.shape[-1]).shape) if wanted[1] else None
@@ -145,7 +149,6 @@ class FusedSums(_Fused):
 
     @staticmethod
     def _in_torch(family: Any, x: Tensor, weights: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the same by operations that have every derivative."""
         z, joint = _joint_in_torch(family, x, *parameters)
         responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
         if weights is not None:

@@ -54,7 +54,7 @@ def _over_blocks(
     parameters: Tensors,
     width: int,
     block_size: int | None,
-    join: Callable[[Sequence[Tensor]], Tensor],
+    join: Callable[[list[Tensor]], Tensor],
 ) -> tuple[Tensor, ...]:
     first = next(tensor for tensor in rows if tensor is not None)
     num_sets, num_items = first.shape[0], first.shape[-1]
@@ -72,11 +72,11 @@ def _over_blocks(
     ):
         which = slice(block * sets, min((block + 1) * sets, num_sets))
         results = [_recomputed(function, which, *cut, *own) for cut in _split(own_rows, items, -1, item_blocks)]
-        by_sets.append([join(parts) for parts in zip(*results, strict=True)])
+        by_sets.append([join(list(parts)) for parts in zip(*results, strict=True)])
     return tuple(torch.cat(parts) for parts in zip(*by_sets, strict=True))
 
 
-def _add(parts: Sequence[Tensor]) -> Tensor:
+def _add(parts: list[Tensor]) -> Tensor:
     return sum(parts[1:], parts[0])
 
 

@@ -37,11 +37,7 @@ COVARIANCES: dict[str, Covariance] = {
 
 
 def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
-    """Return the covariance type that the shape of a mixture's covariances implies.
-
-    Args:
-        covariances: (B, ...).
-        means: (B, K, D).
+    """Return the covariance type that the shapes of a mixture's covariances and means (B, K, D) imply.
 
     Raises:
         ValueError: the shape belongs to no type.

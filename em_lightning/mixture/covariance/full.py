@@ -105,12 +105,7 @@ class FullCovariance:
     ) -> tuple[Tensor, Tensor]:
         """Return means and covariances of largest expected log-likelihood, ``Sigma = scatter / mass + floor I``.
 
-        Args:
-            means: (B, K, D), weighted means of the points.
-            scatter: (B, K, S), ``sum_n r_nk s(x_n - mu_k)``.
-            mass: (B, K), the divisor of the scatter.
-            floor: (B,), added to every variance.
-            before: covariances of the E-step.
+        Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
         """
         spread = self.matrix(self.average(scatter, mass), means.shape[-1])
         return means, spread + floor[:, None, None, None] * torch.eye(means.shape[-1]).to(spread)
@@ -223,14 +218,8 @@ class FullCovariance:
 
         ``Sigma <- G (Sigma - floor I) G^T + floor I`` with ``G = L T (I + a (M - I) + b (M^2 - M)) L^-1``: a lower
         triangle ``T`` with a positive diagonal stretches and shears the component, and ``a`` and ``b`` extrapolate the
-        change ``M = L^T Sigma_before^-1 L`` of the M-step, like one and two more iterations.
-
-        Args:
-            before: factors of the E-step.
-            after: factors ``L`` of the covariances.
-            covariances: of the M-step.
-            correction: (B, K, correction_size).
-            floor: (B,).
+        change ``M = L^T Sigma_before^-1 L`` of the M-step, like one and two more iterations. Factors are those of the
+        E-step and those of ``covariances``; the correction is (B, K, correction_size).
         """
         features = covariances.shape[-1]
         eye = torch.eye(features).to(covariances)

@@ -8,6 +8,9 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
 from em_lightning.mixture.covariance.full import FullCovariance, lower_triangle
 
+# Steps of EM for factor analysis: in an M-step, and to approximate a given full covariance.
+_STEPS, _INITIAL_STEPS = 4, 40
+
 
 class LowRankCovariance(FullCovariance):
     r"""Covariances ``Sigma = U U^T + Psi`` with ``U (D, R)`` and a diagonal ``Psi``: a mixture of factor analyzers.
@@ -25,18 +28,14 @@ class LowRankCovariance(FullCovariance):
 
     Args:
         rank: R, at least 1 and less than D.
-        num_steps: steps per M-step.
-        num_first_steps: steps that approximate a given full covariance.
 
     Source: Ghahramani and Hinton, The EM Algorithm for Mixtures of Factor Analyzers, 1996.
     """
 
     name = "lowrank"
 
-    def __init__(self, rank: int, num_steps: int = 4, num_first_steps: int = 40) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.num_steps = num_steps
-        self.num_first_steps = num_first_steps
 
     @property
     def unrestricted(self) -> FullCovariance:
@@ -54,7 +53,7 @@ class LowRankCovariance(FullCovariance):
         second_moment = spread.diagonal(dim1=-2, dim2=-1) + means.square()
         least = torch.maximum(smallest_pivots(second_moment), floor[:, None, None])
         loadings, noise = before[..., :-1], torch.maximum(before[..., -1].square(), least)
-        return means, self._climb(spread, loadings, noise, least, self.num_steps)
+        return means, self._climb(spread, loadings, noise, least, _STEPS)
 
     def _climb(self, spread: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, num_steps: int) -> Tensor:
         """Return loadings and noise after steps of EM for factor analysis of sample covariances (B, K, D, D)."""
@@ -78,7 +77,7 @@ class LowRankCovariance(FullCovariance):
         pivots = smallest_pivots(covariances.diagonal(dim1=-2, dim2=-1))
         loadings = 0.5**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
         noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
-        return self._climb(covariances, loadings, torch.maximum(noise, pivots), pivots, self.num_first_steps)
+        return self._climb(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         """Return ``diag(variance)`` for every component, half of the first R variances in ``U``."""
