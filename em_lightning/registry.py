@@ -13,9 +13,7 @@ T = TypeVar("T")
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
-    """Import the class with a dotted path, such as ``package.module.Name``.
-
-    All imports that a config or a checkpoint asks for go through this function: restrict here what may be imported.
+    """Import the class with a dotted path, such as ``package.module.Name``; all imports by configs and checkpoints.
 
     Raises:
         ValueError: there is no such class, or it is not derived from ``base``.
@@ -158,14 +156,14 @@ def from_options(argument: str, cls: type[T], options: Mapping[str, Any]) -> T:
     """Return ``cls(**options)`` for an argument that may be a mapping of options.
 
     Raises:
-        TypeError: the class has no such option; the message names ``argument`` and lists the options that it has.
+        TypeError: an option is unknown or missing; the message has the name ``argument`` and the signature.
 
     Example:
         >>> from_options("size", complex, {"real": 1.0, "imag": 2.0})
         (1+2j)
     """
-    known = list(inspect.signature(cls).parameters)
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{argument}={dict(options)!r} has an unknown option {name!r}; known: {', '.join(known)}")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        signature = f"{cls.__name__}{inspect.signature(cls)}"
+        raise TypeError(f"{argument}={dict(options)!r} must be arguments of {signature}: {error}") from error

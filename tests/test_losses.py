@@ -130,7 +130,7 @@ def test_the_free_energy_alone_counts_as_it_does_beside_others():
         (VarianceLoss(), "eps=1e-06"),
         (VarianceLoss(dim=1), "dim=1, eps=1e-06"),
         (FreeEnergyLoss("mean", 2.0), "reduction='mean', temperature=2.0"),
-        (LogDetLoss(of="correlation", dim=0), "dim=0, of='correlation', eps=1e-06"),
+        (LogDetLoss(of="correlation", dim=0), "dim=0, eps=1e-06, of='correlation'"),
         (EMLoss(variance=0.5, decorrelation=0), "free_energy=1, variance=0.5, decorrelation=0"),
     ],
 )

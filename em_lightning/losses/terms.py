@@ -26,11 +26,7 @@ LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
 
 
 class EnergyLoss(nn.Module):
-    """Base class of scalar losses of a batch of energies; register a subclass in ``LOSSES`` to use it by its key.
-
-    Args:
-        dim: axis of the units; all other axes count items.
-    """
+    """Base class of scalar losses of energies with units on axis ``dim``; register a subclass in ``LOSSES``."""
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()
@@ -53,7 +49,15 @@ class EnergyLoss(nn.Module):
 
 
 class MomentLoss(EnergyLoss):
-    """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them."""
+    """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them.
+
+    Raises:
+        ValueError: ``eps`` is not positive.
+    """
+
+    def __init__(self, eps: float = 1e-6, dim: int = -1) -> None:
+        super().__init__(dim)
+        self.eps = positive_number("eps", eps)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         return self.from_moments(batch_moments(energies, self.dim, mask, weights))
@@ -117,10 +121,6 @@ class VarianceLoss(MomentLoss):
     Oursland, arXiv 2601.06478.
     """
 
-    def __init__(self, eps: float = 1e-6, dim: int = -1) -> None:
-        super().__init__(dim)
-        self.eps = positive_number("eps", eps)
-
     def from_moments(self, moments: Moments) -> Tensor:
         return -(moments.variance + self.eps).log().sum()
 
@@ -129,10 +129,9 @@ class VarianceLoss(MomentLoss):
 class BoundedVarianceLoss(MomentLoss):
     r"""A non-negative term against dead units, :math:`\sum_j \log(1 + \tau / (\mathrm{Var}(d_j) + \epsilon))`.
 
-    It is the softplus of log target minus log variance. Far below the target, value and gradient equal those of
-    ``VarianceLoss`` (up to the constant :math:`D \log \tau`); far above, the gradient vanishes as
-    :math:`\tau / \mathrm{Var}^2`, so scaling up the energies has no benefit. The hinge of VICReg is bounded as well,
-    but its gradient at a dying unit is finite and can be smaller than that of a summed free energy.
+    Far below the target, value and gradient equal those of ``VarianceLoss`` (up to the constant
+    :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`, so scaling up the energies
+    has no benefit.
 
     Args:
         target: variance tau above which the term becomes flat. A softmin at temperature T distinguishes energies that
@@ -149,9 +148,8 @@ class BoundedVarianceLoss(MomentLoss):
     """
 
     def __init__(self, target: float = 1.0, eps: float = 1e-6, dim: int = -1) -> None:
-        super().__init__(dim)
+        super().__init__(eps, dim)
         self.target = positive_number("target", target)
-        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         return torch.log1p(self.target / (moments.variance + self.eps)).sum()
@@ -175,8 +173,7 @@ class DecorrelationLoss(MomentLoss):
     """
 
     def __init__(self, eps: float = 1e-8, dim: int = -1) -> None:
-        super().__init__(dim)
-        self.eps = positive_number("eps", eps)
+        super().__init__(eps, dim)
 
     def from_moments(self, moments: Moments) -> Tensor:
         return moments.redundancy(self.eps)
@@ -206,11 +203,10 @@ class LogDetLoss(MomentLoss):
     """
 
     def __init__(self, of: str = "covariance", eps: float = 1e-6, dim: int = -1) -> None:
-        super().__init__(dim)
+        super().__init__(eps, dim)
         if of not in ("covariance", "correlation"):
             raise ValueError(f"of={of!r} must be 'covariance' or 'correlation'")
         self.of = of
-        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         if self.of == "covariance":
