@@ -122,7 +122,7 @@ class Registry(Generic[T]):
         return self[spec["name"]], {str(key): value for key, value in spec.items() if key != "name"}
 
     def build(self, spec: Any, **arguments: Any) -> T:
-        """Build an object from a key, a class, a mapping or an instance.
+        """Build an object.
 
         Args:
             spec: a key; a class; ``{"name": key, **arguments}`` or ``{"class_path": ..., "init_args": {...}}``; or an
@@ -140,15 +140,11 @@ class Registry(Generic[T]):
             except TypeError as error:
                 raise TypeError(f"{self.kind} {spec!r}: {error}") from error
         if not callable(spec):
-            raise TypeError(
-                f"{spec!r} is not a {self.kind}: give a key ({', '.join(sorted(self))}), a class, "
-                f"a mapping with 'name', or an instance"
-            )
+            keys = ", ".join(sorted(self))
+            raise TypeError(f"{spec!r} is not a {self.kind}: give a key ({keys}), a class, a mapping or an instance")
         if arguments:
-            raise TypeError(
-                f"{', '.join(sorted(arguments))} cannot be set on an instance of {type(spec).__name__}; "
-                f"give its key or class instead"
-            )
+            names = ", ".join(sorted(arguments))
+            raise TypeError(f"{names} cannot be set on an instance of {type(spec).__name__}; give its key or class")
         return spec
 
 

@@ -93,8 +93,7 @@ class SoftmaxGatedActivation(_LogitActivation):
 class ReLUGatedActivation(_LogitActivation):
     """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    The softmax is inside the scope of implicit EM, the rectifier is not: units below 0 have output 0, but still compete
-    and receive gradient through the other units. Units compete:
+    The rectifier is outside the scope of implicit EM: units below 0 have output 0, but still compete. Units compete:
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
     Example:

@@ -14,12 +14,10 @@ from em_lightning.registry import Registry
 class Tempered(nn.Module):
     """Module with an axis of hypotheses and a temperature that is fixed, learnable or scheduled.
 
-    A fixed temperature is a Python number, exact in every dtype. It is part of the ``state_dict``, because a schedule
-    may have changed it.
+    A fixed temperature is a Python number. It is part of the ``state_dict``, because a schedule may have changed it.
 
     Args:
-        temperature: T > 0, divides the energies. Energies over T must lie in the range of the dtype (3.4e38 in
-            float32), otherwise responsibilities are NaN.
+        temperature: T > 0, divides the energies.
         learnable: make the temperature a positive parameter with initial value ``temperature``.
         dim: axis of the hypotheses or units, for instance 1 for the channels of images.
 

@@ -32,9 +32,8 @@ def balanced(
     order.
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
-    decrease to T during the first three quarters of the steps. The constraints are tested up to energies of 1e9 T. An
-    energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0 and F = +inf and
-    does not count in N.
+    decrease to T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0
+    and F = +inf and does not count in N.
 
     Args:
         energies: d, shape (..., K) with the hypotheses on axis ``dim``.
@@ -141,7 +140,7 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
 
 @COMPETITIONS.register("balanced")
 class Balanced(Competition):
-    """Module form of :func:`balanced`, with its ``item_dim``, ``num_iters`` and the arguments of :class:`Competition`."""
+    """Module form of :func:`balanced`, with its options and the arguments of :class:`Competition`."""
 
     function = staticmethod(balanced)
     options = ("item_dim", "num_iters")

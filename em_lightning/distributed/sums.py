@@ -89,7 +89,7 @@ def flatten_units(
     shape = tuple(values.shape[:-1])
     for name, given in (("mask", mask), ("weights", weights)):
         if given is not None and given.shape != shape:
-            raise ValueError(f"{name} of shape {tuple(given.shape)} must have shape {shape}, as values without dim={dim}")
+            raise ValueError(f"{name} of shape {tuple(given.shape)} must have shape {shape}, without dim={dim}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask of dtype {mask.dtype} must be boolean; pass numbers as weights")
     items = values.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, values.shape[-1])

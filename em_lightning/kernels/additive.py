@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,8 +24,8 @@ class LaplaceKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \frac{|x_i - \mu_i|}{b}
 
-    with ``scale`` :math:`b`. Robust: the gradient has the same size at every distance, so that the best center is the
-    median. At :math:`x_i = \mu_i` the gradient is 0. A density with normalizer :math:`(2 b)^D`.
+    with ``scale`` :math:`b`. Robust: the best center is the median. At :math:`x_i = \mu_i` the gradient is 0. A density
+    with normalizer :math:`(2 b)^D`.
 
     Args:
         scale: mean absolute deviation of each feature.
@@ -93,8 +94,7 @@ class HuberKernel(EllipticalKernel):
             z_i^2 / 2 & |z_i| \le \delta \\ \delta (|z_i| - \delta / 2) & |z_i| > \delta
         \end{cases}, \qquad z = x - \mu
 
-    with threshold :math:`\delta` (``delta``), the largest gradient. Efficient under Gaussian noise and robust to
-    outliers. A density with normalizer
+    with ``delta`` :math:`\delta`, the largest gradient. Robust. A density with normalizer
     :math:`\bigl(\sqrt{2 \pi} \operatorname{erf}(\delta / \sqrt 2) + \tfrac{2}{\delta} e^{-\delta^2 / 2}\bigr)^D`.
 
     Args:
@@ -191,10 +191,9 @@ class ExponentialKernel(Kernel):
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} e^{\alpha |x_i - \mu_i|}
 
-    with ``rate`` :math:`\alpha`. Not robust: far items dominate every gradient. The minimum is D, not 0; there the
-    gradient is taken as 0. Beyond :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, so that
-    energies stay finite and ordered in float32. A density with normalizer :math:`(2 E_1(1) / \alpha)^D`, where
-    :math:`E_1(1) = 0.2194` is the exponential integral.
+    with ``rate`` :math:`\alpha`. Not robust. The minimum is D, with gradient 0. Beyond
+    :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, finite and ordered in float32. A density
+    with normalizer :math:`(2 E_1(1) / \alpha)^D`, where :math:`E_1(1) = 0.2194` is the exponential integral.
 
     Args:
         rate: rate of growth.

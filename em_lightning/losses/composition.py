@@ -81,7 +81,9 @@ class EMLoss(nn.Module):
         """Return each term times its weight, by name; their sum is the loss.
 
         Args:
-            energies, mask, weights: as in :meth:`EnergyLoss.forward`.
+            energies: any shape with D units along ``dim``.
+            mask: as in :meth:`EnergyLoss.forward`.
+            weights: as in :meth:`EnergyLoss.forward`.
             weight_matrix: weight (D, ...) of the layer that computes the energies, used by ``weight_redundancy``.
 
         Raises:

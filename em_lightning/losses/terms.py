@@ -3,10 +3,7 @@
 Letters: N items (all axes but that of the units), D units. Energies are the post-activation outputs of a layer: low
 energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients over
 its ranks, and gradients equal those of a single process; every rank must make the call. All terms are computed and
-returned in float32 or float64, under autocast as well.
-
-If the square of a deviation from the mean overflows (above 1.8e19 in float32), the variance is infinite, and variance
-terms are infinite or NaN, decorrelation and determinants NaN: a diverging run reports inf or NaN.
+returned in float32 or float64, under autocast as well. A diverging run reports inf or NaN.
 """
 
 from __future__ import annotations
@@ -75,8 +72,7 @@ class FreeEnergyLoss(EnergyLoss):
     training collapses.
 
     Args:
-        reduction: "sum" or "mean" over the items of the global batch. They weigh the term differently against volume
-            control and are different experiments.
+        reduction: "sum" or "mean" over the items of the global batch.
         temperature: T > 0.
 
     Raises:
@@ -134,8 +130,7 @@ class BoundedVarianceLoss(MomentLoss):
     has no benefit.
 
     Args:
-        target: variance tau above which the term becomes flat. A softmin at temperature T distinguishes energies that
-            differ by about T, so T^2 is a natural unit.
+        target: variance tau above which the term becomes flat, for instance the square of the temperature.
         eps: keeps the logarithm of a constant unit finite.
 
     Raises:
@@ -184,9 +179,8 @@ class LogDetLoss(MomentLoss):
     r"""The full volume term, :math:`-\log\det(\mathrm{Cov}(d) + \epsilon I)`, or that of the correlation.
 
     With R the correlation, :math:`-\log\det\mathrm{Cov} = -\sum_j \log\mathrm{Var}_j - \log\det R`. The last term is at
-    least 0 (Hadamard) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order. The loss is therefore an
-    upper bound of the variance term and combines variance and decorrelation. Half of it is, up to a constant, a lower
-    bound of the negative entropy of the energies, because the Gaussian has the largest entropy for a given covariance.
+    least 0 (Hadamard) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss combines variance
+    and decorrelation.
 
     Args:
         of: "covariance", which is unbounded below under scaling like the variance term; or "correlation", which is at

@@ -29,8 +29,8 @@ class EMAbstraction(nn.Module):
     same kind follow, from token to token, with 3 places along each axis. Several abstractions in a row, the last one
     with one component, form a pyramid.
 
-    The result is invariant to the order of the items. Features have gradients, coordinates have none: with
-    ``init="learned"``, the cheapest start, EM starts from a fixed random template.
+    The result is invariant to the order of the items. Features have gradients, coordinates have none; the default start
+    of EM is a fixed random template.
 
     Args:
         num_components: K.
@@ -82,11 +82,8 @@ class EMAbstraction(nn.Module):
         for name, size in (("pitch", pitch), ("inner_pitch", inner_pitch)):
             if not size > 0:
                 raise ValueError(f"{name}={size} must be positive")
-        self.num_features = num_features
-        self.out_features = out_features
-        self.grid = grid
-        self.pitch = pitch
-        self.inner_pitch = inner_pitch
+        self.num_features, self.out_features = num_features, out_features
+        self.grid, self.pitch, self.inner_pitch = grid, pitch, inner_pitch
         options: dict[str, Any] = {
             "num_iters": 4,
             "init": "learned",
@@ -108,21 +105,20 @@ class EMAbstraction(nn.Module):
         given = None if features is None else features.shape[-1]
         if given != self.num_features:
             raise ValueError(f"features have {given} columns; num_features is {self.num_features}")
+        valid = torch.ones_like(coordinates[..., 0], dtype=torch.bool) if mask is None else mask
         with torch.no_grad(), torch.autocast(coordinates.device.type, enabled=False):
             x = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
             centers = self.operator(x, mask).means
-            valid = torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype)
-            if mask is not None:
-                x = torch.where(mask.unsqueeze(-1), x, 0.0)
+            x = torch.where(valid.unsqueeze(-1), x, 0.0)
             if features is None:
-                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), valid.split(_BLOCK), strict=True)
+                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), valid.to(x).split(_BLOCK), strict=True)
                 found = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks])
                 found = found / valid.sum(1).clamp(min=1)[:, None, None]
             else:
                 outer = bumps(x, centers, self.grid, self.pitch)
             inner = bumps(centers, centers, 3, self.inner_pitch) if len(self.blocks) else None
         if features is not None:
-            found = _gather(outer, features if mask is None else torch.where(mask.unsqueeze(-1), features, 0.0))
+            found = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0))
         tokens = self.embed(self.scale(found.flatten(0, 1)).view_as(found))
         for block in self.blocks:
             tokens = block(tokens, inner)

@@ -31,8 +31,7 @@ class EMPooling(nn.Module):
     log_prob       1       mean log-density of the set, once per head
     ============== ======= ==================================================================
 
-    Components are in the order of their start: with ``init="learned"`` a component has the same role in all sets;
-    farthest points and k-means++ find better fits, in an order that differs between sets.
+    Components are in the order of their start: only with ``init="learned"`` a component has the same role in all sets.
 
     Args:
         num_components: K.
@@ -41,11 +40,8 @@ class EMPooling(nn.Module):
         head_features: d, the outputs of the linear map of each head; ``None`` fits to the features themselves.
         num_coordinates: d, for coordinates that are given to :meth:`forward`, such as those of a point cloud.
         summary: names of the parts, in the order of the output.
-        num_iters: EM iterations per call.
-        covariance: ``"diag"``, ``"spherical"``, ``"full"`` or ``"tied"``.
-        init: start of EM.
         out_features: size of a final linear layer; ``None`` omits the layer.
-        **operator: further arguments of :class:`EMOperator`, such as ``residual=False``, or
+        num_iters, covariance, init, **operator: arguments of :class:`EMOperator`, such as ``residual=False``, or
             ``prior={"covariance_strength": 1.0}`` against singular components of few items.
 
     Shape:
@@ -118,7 +114,7 @@ class EMPooling(nn.Module):
         """
         given = None if coordinates is None else coordinates.shape[-1]
         if given != self.num_coordinates:
-            raise ValueError(f"coordinates have {given} columns; num_coordinates is {self.num_coordinates}")
+            raise ValueError(f"coordinates have {given} columns, but num_coordinates={self.num_coordinates}")
         with torch.autocast(x.device.type, enabled=False):
             items = check_sets(x, mask, weights, self.num_features)
             places = items if coordinates is None else coordinates.to(items.dtype)
