@@ -13,7 +13,7 @@ from em_lightning.operators import DirectionalEM
 
 
 def on_sphere(sets=2, items=90, features=3, spread=0.3):
-    """Draw points of three directions; their lengths differ and do not matter."""
+    """Draw points around three directions, with different norms."""
     x = clusters(sets, items, features, 3, distance=1.0, spread=spread)
     return x * (0.5 + torch.rand(sets, items, 1, dtype=torch.float64))
 

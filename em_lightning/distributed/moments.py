@@ -14,7 +14,7 @@ class Moments(NamedTuple):
     """Moments of D units over the global batch.
 
     Attributes:
-        size: number of items in the global batch, or the sum of their weights: a scalar.
+        size: number of items, or sum of weights, in the global batch: a scalar.
         mean: mean of each unit (D,).
         variance: unbiased variance of each unit (D,); 0 for fewer than two items.
         deviations: this rank's items minus the mean (N, D).
@@ -52,7 +52,7 @@ class Moments(NamedTuple):
         num_items, num_units = standardized.shape
         if self.weights is not None or num_items >= num_units or is_distributed():
             return (self._sum_of_products(standardized) - torch.diag(diagonal)).square().sum()
-        # With fewer items than units the (N, N) product is smaller: C = Z^T Z has the Frobenius norm of Z Z^T.
+        # Z Z^T (N, N) is smaller than Z^T Z (D, D) and has the same Frobenius norm.
         with torch.autocast(standardized.device.type, enabled=False):
             similarity = standardized @ standardized.T
         return similarity.square().sum() - diagonal.square().sum()

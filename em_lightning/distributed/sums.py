@@ -68,8 +68,7 @@ def flatten_units(
     Items are in float32 or float64, those of weight 0 are zeros. Without mask and weights, the second result is None.
 
     Args:
-        values: activations with D units along ``dim``; all other axes count items, so the positions of a feature map
-            are items under ``dim=1``.
+        values: activations with D units along ``dim``; all other axes are flattened into items.
         dim: axis of the units.
         mask: booleans of the shape of ``values`` without ``dim``. False items have weight 0 and may be NaN.
         weights: non-negative numbers of the same shape; an item of weight w counts w times.

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from em_lightning.operators.em import EMOperator
 
-# Bound of the exponents: smaller ones give subnormal numbers, with which arithmetic is slow.
+# Smallest exponent per axis: the product over five axes is above the smallest normal float32; subnormals are slow.
 _SMALLEST_EXPONENT = -16.0
 # Sets per block when no gradient is recorded, so that a block stays in the cache.
 _BLOCK = 8
 
 
 class EMAbstraction(nn.Module):
-    r"""Summarize each set by K tokens: EM finds their centers, Gaussian bumps around each describe the items there.
+    r"""Summarize each set by K tokens: means of a mixture, and sums of Gaussian bumps around them as features.
 
     .. math::
         y_{kj} = \sum_n \phi_j(x_n - \mu_k)\, h_n, \qquad
@@ -24,13 +24,11 @@ class EMAbstraction(nn.Module):
         t_k = \mathrm{relu}(\mathrm{BN}(W y_k))
 
     :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the coordinates. The offsets
-    :math:`o_j` form a lattice of ``grid`` places along each axis at distances s. Without features :math:`h_n = 1 / N`:
-    the bumps are then batch-normalized relative counts. This is a point convolution; ``blocks`` residual layers of the
-    same kind follow, from token to token, with 3 places along each axis. Several abstractions in a row, the last one
-    with one component, form a pyramid.
+    :math:`o_j` form a lattice of ``grid`` places along each axis at distances s. Without features, y is the
+    batch-normalized fraction of items per bump. ``blocks`` residual layers of this kind follow, from token to token,
+    with 3 places along each axis. Stack several abstractions, the last with K = 1, for a pyramid.
 
-    The result is invariant to the order of the items. Features have gradients, coordinates have none; the default start
-    of EM is a fixed random template.
+    The result is invariant to the order of the items. No gradient reaches the coordinates and the operator.
 
     Args:
         num_components: K.

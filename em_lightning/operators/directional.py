@@ -19,7 +19,7 @@ from em_lightning.operators.checks import check_choice
 
 
 class _Sets(NamedTuple):
-    """Directions ready for EM, the lower bound (B,) of ``1 / kappa``, and the dtype of the result."""
+    """Inputs of the EM loop: unit vectors, the lower bound (B,) of ``1 / kappa``, and the dtype of the result."""
 
     points: Points
     floor: Tensor
@@ -29,18 +29,18 @@ class _Sets(NamedTuple):
 class DirectionalEM(SetOperator):
     r"""Fit a mixture of von Mises-Fisher distributions to the directions of each set by T iterations of EM.
 
-    The responsibilities ``r_nk`` are proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``, the density
-    of the cosine kernel at temperature ``1 / kappa_k``. No iteration lowers the likelihood.
+    The responsibilities ``r_nk`` are proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``. No
+    iteration decreases the likelihood.
 
     Args:
         num_components: K.
         num_features: D, at least 2.
         num_iters, gradient: as in :class:`EMOperator`.
         init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
-        dispersion_floor: smallest ``1 / kappa``, about the variance of an angle in squared radians.
+        dispersion_floor: lower bound of ``1 / kappa``, so kappa is at most 1e6 by default.
 
     Shape:
-        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
         - output: a :class:`~em_lightning.mixture.DirectionalMixture` of B mixtures.
 
     Raises:
@@ -89,7 +89,7 @@ class DirectionalEM(SetOperator):
 
     @torch.no_grad()
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
-        """Return the M-step for hard assignments of the points to the nearest of drawn centers."""
+        """Draw centers, assign each point to the nearest, and return the parameters of one M-step."""
         points = sets.points
         x, weights = points.coordinates(), points.weights
         centers = initialization.draw_centers(self.init, x.mT, self.num_components, weights=weights)

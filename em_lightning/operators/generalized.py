@@ -17,7 +17,7 @@ from em_lightning.operators.checks import check_choice
 
 
 class _Sets(NamedTuple):
-    """Point sets ready for generalized EM."""
+    """Inputs of the EM loop."""
 
     points: PointSets
 
@@ -33,8 +33,8 @@ class GeneralizedEM(SetOperator):
 
     It is a log-likelihood if the kernel is a density (Gaussian, Student-t, Laplace, Huber, pseudo-Huber, exponential,
     Mahalanobis; the cosine on the unit sphere). Otherwise Z is omitted: objectives of different kernels are then not
-    comparable, and the best centers may lie on the border of the bounding box, which they never leave. Centers of an
-    energy with a kink (Laplace, exponential) may stop before the optimum, at a coordinate of a point.
+    comparable, and centers, which are restricted to the bounding box, may end on its border. Centers of an energy with
+    a kink (Laplace, exponential) may stop before the optimum, at a coordinate of a point.
 
     :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates
     concentrations.
@@ -52,7 +52,7 @@ class GeneralizedEM(SetOperator):
         init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
 
     Shape:
-        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
         - output: a :class:`~em_lightning.mixture.KernelMixture` of B mixtures.
 
     Raises:
@@ -100,7 +100,7 @@ class GeneralizedEM(SetOperator):
         if isinstance(self.kernel, LearnedEnergyKernel):
             raise ValueError("kernel=LearnedEnergyKernel has no centers; train it with FreeEnergyLoss")
         if estimate_scale and isinstance(self.kernel, CosineKernel):
-            raise ValueError("estimate_scale=True with kernel='cosine', which has no scale; use DirectionalEM")
+            raise ValueError("kernel='cosine' has no scale; set estimate_scale=False or use DirectionalEM")
         if estimate_scale:
             try:
                 self.kernel.log_normalizer(num_features)

@@ -1,4 +1,4 @@
-"""Set pooling: a vector of the mixture of each set, and of statistics of its items under the responsibilities."""
+"""Set pooling by EM: mixture parameters and responsibility-weighted statistics."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class EMPooling(nn.Module):
         Args:
             x: items (B, N, F).
             mask: (B, N), false where a row is padding.
-            weights: (B, N), how often each item counts.
+            weights: (B, N), relative to their mean.
             coordinates: (B, N, d), required with ``num_coordinates``.
         """
         given = None if coordinates is None else coordinates.shape[-1]
@@ -138,7 +138,7 @@ class EMPooling(nn.Module):
         if not set(self.summary) <= set(parts):
             eps = torch.finfo(dtype).eps
             if "value_scales" in self.summary:
-                # In float64, since gradients are ratios of squares to masses and variances, both possibly tiny.
+                # In float64, since the gradient divides by the mass and the variance.
                 z, values = z.to(accumulation_dtype(z)), values.to(accumulation_dtype(z))
                 mixture = mixture.to(z.dtype)
             posterior = mixture.posterior(z)
