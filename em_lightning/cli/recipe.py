@@ -138,7 +138,7 @@ class RecipeCLI(LightningCLI):
             raise SystemExit(0)
         keys = [arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")]
         for link in self.recipe.links:  # a linked argument of a subclass would be ignored
-            if f"model.{link}" in keys or f"model.init_args.{link}" in keys:
+            if {f"model.{link}", f"model.init_args.{link}"} & set(keys):
                 raise ValueError(f"model.{link} must not be given, because it is the data's {link}")
         try:
             super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
@@ -166,18 +166,15 @@ class RecipeCLI(LightningCLI):
     def short_help(self, parser: LightningArgumentParser) -> str:
         """Return the recipe's docstring, and its own arguments with their defaults, on one screen."""
         shown = ("model.", "data.", "report.", "seed_everything", "trainer.max_epochs", "trainer.accelerator")
-        options = [
-            f"--{key.replace('.init_args', '').replace('.class_path', '')}={value}"
-            for key, value in parser.get_defaults().items()
-            if key.startswith(shown) and value is not None
-        ]
+        defaults = parser.get_defaults().items()
+        given = {key: value for key, value in defaults if key.startswith(shown) and value is not None}
+        options = [f"--{key.replace('.init_args', '').replace('.class_path', '')}={given[key]}" for key in given]
         variants = ", ".join(variants_of(self.script)) or "none"
-        paragraphs = [
+        paragraphs = (
             f"Arguments with defaults: {' '.join(options)}",
             f"--config NAME or FILE: a config on top of the default one; variants: {variants}. --seeds 0,1,2: one run "
             "per seed, and one table of all. --jobs N: parallel runs of a table or of seeds, by default one per core.",
             "--help=all: all arguments. --print_config: the whole config.",
-        ]
-        return "\n\n".join(
-            [docstring(self.script), *(textwrap.fill(text, 100, break_on_hyphens=False) for text in paragraphs)]
         )
+        filled = (textwrap.fill(text, 100, break_on_hyphens=False) for text in paragraphs)
+        return "\n\n".join([docstring(self.script), *filled])

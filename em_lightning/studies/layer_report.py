@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
-from em_lightning.studies.layer_figures import gradient_scatter, panels, prototype_grid
+from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure, new_grid
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
 
@@ -29,11 +31,10 @@ _IN_PERCENT = ("accuracy", "probe", "calibration_error")
 class LayerReport(Report):
     """Measure an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit, and draw it.
 
-    Without probe and figures it works with any module whose validation logs metrics as ``val/...``.
-
     It writes to the folder of the logger: ``results.md`` and ``results.json`` with the validation metrics, averaged
     over the last epochs, and the figures ``prototypes.png`` (weights as images), ``training.png`` and
     ``gradients.png`` (the gradient of the free energy with respect to the energies, against the responsibilities).
+    Without probe and figures it works with any module whose validation logs metrics as ``val/...``.
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
@@ -124,11 +125,11 @@ class LayerReport(Report):
         with torch.enable_grad():
             energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
             (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
-        figures = {"gradients": gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
+        figures = {"gradients": _gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
         if len(data.shape) == 3 and data.shape[0] == 1:
-            figures["prototypes"] = prototype_grid(module.prototypes, data.shape[1:])
+            figures["prototypes"] = _prototype_grid(module.prototypes, data.shape[1:])
         series = {title: [each[k] for each in self.history] for k, title in _PANELS.items() if k in self.history[0]}
-        figures["training"] = panels([each["epoch"] for each in self.history], series, "epoch")
+        figures["training"] = _panels([each["epoch"] for each in self.history], series, "epoch")
         return figures
 
 
@@ -152,3 +153,42 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
 @torch.no_grad()
 def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
     return torch.cat([function(part.to(module.device)).cpu() for part in x.split(10_000)])
+
+
+@figure_style()
+def _prototype_grid(prototypes: Tensor, shape: tuple[int, int]) -> Figure:
+    """Draw the weights (K, H * W) of each unit as an image (H, W), all on one symmetric colour scale."""
+    images = prototypes.detach().float().cpu().unflatten(1, shape)
+    figure, axes = new_grid(len(images), 16, width=0.45, height=0.45)
+    limit = float(images.abs().max()) or 1.0
+    for ax, image in zip(axes, images, strict=True):
+        ax.axis("off")
+        ax.imshow(image.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
+    return figure
+
+
+@figure_style()
+def _gradient_scatter(gradients: Tensor, responsibilities: Tensor) -> Figure:
+    """Draw the gradient of the free energy against the responsibilities, and the line on which they are equal."""
+    x, y = (values.detach().float().cpu().flatten() for values in (responsibilities, gradients))
+    step = max(1, len(x) // 5000)
+    figure, axes = new_figure(width=3.6, height=3.2)
+    ax, top = axes[0, 0], float(x.max())
+    ax.plot([0, top], [0, top], color=NEUTRAL, linestyle="--", linewidth=1.2, label="gradient = responsibility")
+    ax.plot(x[::step].numpy(), y[::step].numpy(), ".", color=PALETTE[0], markersize=2)
+    error = float((x - y).abs().max())
+    correlation = float(torch.corrcoef(torch.stack([x, y]).double())[0, 1])
+    ax.set(xlabel="responsibility softmax(-d)", ylabel="gradient of the free energy by d")
+    ax.set_title(f"correlation {correlation:.6f},\nlargest difference {error:.1e}")
+    ax.legend(loc="upper left")
+    return figure
+
+
+@figure_style()
+def _panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """Draw several series, by title, over the same x, each in its own panel."""
+    figure, axes = new_grid(len(series), 3, width=2.6, height=2.0, sharex=True)
+    for ax, (title, y) in zip(axes, series.items(), strict=True):
+        ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
+        ax.set(title=title, xlabel=xlabel)
+    return figure

@@ -1,7 +1,9 @@
-"""Base class of the callbacks that write a table and figures at the end of a fit."""
+"""Base class of the callbacks that write a table and figures at the end of a fit, and scikit-learn to compare with."""
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 
+from em_lightning.mixture import COVARIANCES, Mixture
 from em_lightning.plots.style import save_figure
 
 
@@ -42,3 +45,18 @@ class Report(lightning.Callback):
                 writer.add_figure(name, figure, trainer.global_step, close=False)
         if hasattr(writer, "flush"):
             writer.flush()
+
+
+def fit_sklearn(rows: Any, components: int, covariance: str, **options: Any) -> tuple[Mixture, int, float]:
+    """Fit scikit-learn's ``GaussianMixture`` to rows (N, D); return the mixture, its iterations and the seconds."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fit = GaussianMixture(components, covariance_type=covariance, **options).fit(rows)
+    seconds = time.perf_counter() - began
+    weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
+    mixture = Mixture(weights.log()[None], means[None], COVARIANCES[covariance].from_sklearn(covariances))
+    return mixture, fit.n_iter_, seconds

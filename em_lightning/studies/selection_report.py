@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from em_lightning.data import GaussianBlobs, TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
 from em_lightning.plots.mixtures import curves, mixture_grid
-from em_lightning.studies.report import Report
+from em_lightning.studies.report import Report, fit_sklearn
 from em_lightning.studies.results import write_results
 
 _PICTURED = 4000
@@ -112,27 +111,17 @@ class SelectionReport(Report):
         return _row("EM", fit.mixture, data, len(fit.log_likelihoods), time.perf_counter() - began)
 
     def _sklearn(self, module: Any, mixture: Mixture, data: TabularDataModule) -> dict[str, Any]:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.mixture import GaussianMixture
-
         table = data.tables["train"]
-        rows = table.rows(0, len(table)).cpu().numpy()
-        began = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            fit = GaussianMixture(
-                mixture.means.shape[1],
-                covariance_type=module.covariance,
-                reg_covar=module.covariance_floor,
-                tol=module.tol,
-                max_iter=self.max_iters,
-                random_state=module.seed,
-            ).fit(rows)
-        seconds = time.perf_counter() - began
-        parts = [torch.as_tensor(part, dtype=torch.float64)[None] for part in (fit.weights_, fit.means_)]
-        covariances = torch.as_tensor(fit.covariances_, dtype=torch.float64)[None]
-        covariances = covariances[None] if module.covariance == "tied" else covariances
-        return _row("scikit-learn", Mixture(parts[0].log(), parts[1], covariances), data, fit.n_iter_, seconds)
+        mixture, iterations, seconds = fit_sklearn(
+            table.rows(0, len(table)).cpu().numpy(),
+            mixture.components,
+            module.covariance,
+            reg_covar=module.covariance_floor,
+            tol=module.tol,
+            max_iter=self.max_iters,
+            random_state=module.seed,
+        )
+        return _row("scikit-learn", mixture, data, iterations, seconds)
 
 
 def _row(
