@@ -174,6 +174,17 @@ def test_replicas_go_the_way_that_each_goes_alone(key):
             assert float(found) == pytest.approx(float(expected), rel=1e-2, abs=1e-3), name
 
 
+def test_a_layer_logs_under_its_own_names_after_a_fit_as_a_replica():
+    replicas = Replicas([MAKE["classifier"](), MAKE["classifier"]()])
+    assert "0/val/loss" in fit(replicas, [Digits().train_dataloader()] * 2, Digits().val_dataloader()).callback_metrics
+    layer = MAKE["classifier"]()
+    layer.load_state_dict(replicas.layers[1].state_dict())
+    for p in replicas.layers[1].parameters():
+        p.requires_grad_()
+    for module in (replicas.layers[1], layer):
+        assert "val/loss" in fit(module, Digits(), epochs=1).callback_metrics
+
+
 def test_replicas_that_are_not_alike_are_refused():
     with pytest.raises(ValueError, match="layers must have the same class"):
         Replicas([MAKE["classifier"](), MAKE["baseline"]()])

@@ -44,7 +44,7 @@ class Recipe:
         model: a LightningModule class.
         data: a LightningDataModule class.
         report: a callback class that measures at the end of the fit, configured under the key ``report``.
-        links: arguments of the model that are attributes of the data, such as ``"num_features"``.
+        data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
         model_subclasses: whether ``--model`` names a subclass of ``model``.
         data_subclasses: whether ``--data`` names a subclass of ``data``.
         threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
@@ -54,7 +54,7 @@ class Recipe:
     model: type
     data: type
     report: type
-    links: Sequence[str] = ()
+    data_to_model: Sequence[str] = ()
     model_subclasses: bool = False
     data_subclasses: bool = True
     threads: int | None = None
@@ -123,9 +123,9 @@ class RecipeCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
-        for link in self.recipe.links:
-            target = f"model.init_args.{link}" if self.recipe.model_subclasses else f"model.{link}"
-            parser.link_arguments(f"data.{link}", target, apply_on="instantiate")
+        for name in self.recipe.data_to_model:
+            target = f"model.init_args.{name}" if self.recipe.model_subclasses else f"model.{name}"
+            parser.link_arguments(f"data.{name}", target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, or print the short help and exit.
@@ -137,9 +137,9 @@ class RecipeCLI(LightningCLI):
             print(self.short_help(parser))
             raise SystemExit(0)
         keys = [arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")]
-        for link in self.recipe.links:  # a linked argument of a subclass would be ignored
-            if {f"model.{link}", f"model.init_args.{link}"} & set(keys):
-                raise ValueError(f"model.{link} must not be given, because it is the data's {link}")
+        for name in self.recipe.data_to_model:  # a linked argument of a subclass would be ignored
+            if {f"model.{name}", f"model.init_args.{name}"} & set(keys):
+                raise ValueError(f"model.{name} must not be given, because it is the data's {name}")
         try:
             super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
         except ArgumentError as error:

@@ -26,10 +26,11 @@ _PANELS = {
     "effective_rank": "effective rank",
 }
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
+_PICTURED_ITEMS, _CHUNK_SIZE = 256, 10_000
 
 
 class LayerReport(Report):
-    """Measure an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit, and draw it.
+    """Write metrics and figures of an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit.
 
     It writes to the folder of the logger: ``results.md`` and ``results.json`` with the validation metrics, averaged
     over the last epochs, and the figures ``prototypes.png`` (weights as images), ``training.png`` and
@@ -50,13 +51,14 @@ class LayerReport(Report):
         self.probe = probe
         self.figures = figures
         self.history: list[dict[str, float]] = []
-        self._losses: tuple[Any, int] = (0.0, 0)  # sum and number
+        self._loss_sum: Any = 0.0
+        self._num_batches = 0
         self._replica: int | None = None
-        self._own: tuple[Path, Any, Any] | None = None
+        self._source: tuple[Path, Any, Any] | None = None  # folder, module and data of a replica
 
     def follow(self, replica: int, folder: Path, module: Any, data: Any) -> None:
-        """Report one of :class:`~em_lightning.studies.Replicas`, given by its number, into a folder of its own."""
-        self._replica, self._own = replica, (folder, module, data)
+        """Report one replica of :class:`~em_lightning.studies.Replicas`, and write to ``folder``."""
+        self._replica, self._source = replica, (folder, module, data)
 
     @property
     def state_key(self) -> str:
@@ -79,33 +81,36 @@ class LayerReport(Report):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the mean of the loss."""
-        self._losses = (0.0, 0)
+        self._loss_sum, self._num_batches = 0.0, 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Accumulate the loss of the batch."""
         loss = outputs["loss"] if self._replica is None else outputs["losses"][self._replica]
-        self._losses = (self._losses[0] + loss.detach(), self._losses[1] + 1)
+        self._loss_sum, self._num_batches = self._loss_sum + loss.detach(), self._num_batches + 1
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the metrics of the epoch."""
-        if trainer.sanity_checking or not self._losses[1]:
+        if trainer.sanity_checking or not self._num_batches:
             return
         prefix = "val/" if self._replica is None else f"{self._replica}/val/"
         logged = trainer.callback_metrics.items()
         values = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
-        values["loss"] = float(self._losses[0]) / self._losses[1]
+        values["loss"] = float(self._loss_sum) / self._num_batches
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure, write and draw."""
+        """Write the table and the figures."""
         if not self.history:
             return
-        folder, module, data = self._own or (folder, module, trainer.datamodule)
+        folder, module, data = self._source or (folder, module, trainer.datamodule)
         row = self._row(data, module)
-        note = f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; validation metrics, "
-        note += f"mean over the last {min(self.last_epochs, len(self.history))} validations."
+        averaged = min(self.last_epochs, len(self.history))
+        notes = [
+            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; "
+            f"validation metrics, mean over the last {averaged} validations."
+        ]
         table = [{"metric": name, "value": value} for name, value in row.items()]
-        write_results(folder, type(module).__name__, [note], table, values=row, history=self.history)
+        write_results(folder, type(module).__name__, notes, table, values=row, history=self.history)
         if self.figures:
             self.save_figures(trainer, self._draw(module, data), folder)
 
@@ -117,13 +122,13 @@ class LayerReport(Report):
             train, test = data.whole("train"), data.whole("test")
             function = getattr(module, "features", module.energies)
             features = [_in_parts(module, function, part.x) for part in (train, test)]
-            with torch.enable_grad():
-                row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
-        return {f"{k} %" if k in _IN_PERCENT else k: 100 * v if k in _IN_PERCENT else v for k, v in row.items()}
+            row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
+        percents = {f"{name} %": 100 * value for name, value in row.items() if name in _IN_PERCENT}
+        return {name: value for name, value in row.items() if name not in _IN_PERCENT} | percents
 
     def _draw(self, module: Any, data: Any) -> dict[str, Any]:
         with torch.enable_grad():
-            energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
+            energies = _in_parts(module, module.energies, data.whole("test").x[:_PICTURED_ITEMS]).requires_grad_()
             (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
         figures = {"gradients": _gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
         if len(data.shape) == 3 and data.shape[0] == 1:
@@ -152,7 +157,7 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
 
 @torch.no_grad()
 def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
-    return torch.cat([function(part.to(module.device)).cpu() for part in x.split(10_000)])
+    return torch.cat([function(part.to(module.device)).cpu() for part in x.split(_CHUNK_SIZE)])
 
 
 @figure_style()

@@ -66,7 +66,7 @@ class MixtureReport(Report):
                 self.history.setdefault(name, []).append([float(trainer.global_step), value])
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure, write and draw."""
+        """Write the table and the figures."""
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(trainer.datamodule.seed)
         operator: EMOperator = module.operator
@@ -103,7 +103,9 @@ class MixtureReport(Report):
             "iterations": self._iterations(operator, batches, starts, rows),
         }
         if self.history:
-            series = {name.split("/")[0]: tuple(zip(*points, strict=True)) for name, points in self.history.items()}
+            series: Any = {
+                name.split("/")[0]: tuple(zip(*points, strict=True)) for name, points in self.history.items()
+            }
             figures["training"] = curves(series, "optimizer step", "log-likelihood per point (nats)", "Training")
         self.save_figures(trainer, figures, folder)
         _write_events(getattr(trainer.logger, "experiment", None), operator, shown)
@@ -145,7 +147,7 @@ class MixtureReport(Report):
                 )
             total += seconds
             one = PointCloudBatch(*(part[i : i + 1] for part in batch))
-            scores.append(_scores(mixture.map(lambda part, to=batch.points.device: part.to(to)), one))
+            scores.append(_scores(mixture.to(batch.points.device), one))
         return _row("scikit-learn GaussianMixture, converged", scores, total)
 
 

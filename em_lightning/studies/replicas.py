@@ -1,4 +1,4 @@
-"""Replicas: train several small networks of one kind at once, each as if it were alone."""
+"""Replicas: train R small networks of one class in parallel with vmap, each as if it were trained alone."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from em_lightning.modules import EnergyLayer
 class Replicas(lightning.LightningModule):
     """Train R layers of energies at once, from different starts and with different orders of the data.
 
-    The time of a step of such a small network is mostly the overhead of its calls, which the replicas share: their
-    parameters are stacked (R, ...), the objective is mapped over them by ``vmap``, and the optimizer acts elementwise,
-    so that each replica trains as it would alone, up to rounding. The given layers are views of the stacked
-    parameters and can be used as before. Their metrics are logged as ``<r>/val/...`` for r from 0 to R - 1. A training
-    batch is a list of one batch per replica, as a list of R loaders gives it.
+    A training step of a small network is dominated by call overhead, which the replicas share: their parameters are
+    stacked (R, ...), the objective is mapped over them by ``vmap``, and the optimizer acts elementwise, so that each
+    replica trains as it would alone, up to rounding. The parameters of the given layers become views of the stacked
+    ones. During a fit their metrics are logged as ``<r>/val/...`` for r from 0 to R - 1. A training batch is a list of
+    one batch per replica, as a list of R loaders gives it.
 
     Args:
         layers: layers of the same class with the same hyperparameters.
@@ -49,13 +49,22 @@ class Replicas(lightning.LightningModule):
         self.names = list(stacked)
         self.stacked = nn.ParameterList([nn.Parameter(stacked[name].detach()) for name in self.names])
         self.layers = nn.ModuleList(layers)
-        # In a list, so that its parameters are not registered a second time.
-        self._one = [_Objective(copy.deepcopy(first))]
+        # In a tuple, so that its parameters are not registered a second time.
+        self._template = (_Objective(copy.deepcopy(first)),)
         for r, layer in enumerate(layers):
             for name, values in zip(self.names, self.stacked, strict=True):
                 parameter = layer.get_parameter(name).requires_grad_(False)
                 parameter.data = values.data[r]
-            layer.log = partial(self._log_of, r)  # type: ignore[method-assign]
+
+    def setup(self, stage: str) -> None:
+        """Let each layer log under its number."""
+        for r, layer in enumerate(self.layers):
+            layer.log = partial(self._log_of, r)  # type: ignore[assignment]
+
+    def teardown(self, stage: str) -> None:
+        """Let each layer log under its own names again."""
+        for layer in self.layers:
+            del layer.log
 
     def _log_of(self, replica: int, name: str, value: Any, **options: Any) -> None:
         self.log(f"{replica}/{name}", value, **options)
@@ -64,13 +73,13 @@ class Replicas(lightning.LightningModule):
         """Return the loss of each replica (R,), given its own batch: x (R, N, ...) and y (R, N)."""
 
         def objective(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return functional_call(self._one[0], parameters, (x, y))
+            return functional_call(self._template[0], parameters, (x, y))
 
         parameters = {f"layer.{name}": values for name, values in zip(self.names, self.stacked, strict=True)}
         return torch.vmap(objective)(parameters, x, y)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the sum of all losses, and each loss (R,); a replica's parameters occur in its own loss only."""
+        """Return the sum of all losses, whose gradient is each replica's own gradient, and each loss (R,)."""
         x, y = (torch.stack(parts) for parts in zip(*batch, strict=True))
         losses = self.objectives(x, y)
         return {"loss": losses.sum(), "losses": losses.detach()}

@@ -18,7 +18,8 @@ from em_lightning.plots.style import save_figure
 class Report(lightning.Callback):
     """Call :meth:`report` on the first rank when a fit is over, with the module in evaluation mode, without gradients.
 
-    The random state of the process is the same afterwards. An interrupted fit and a ``fast_dev_run`` write no report.
+    Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
+    fit and a ``fast_dev_run`` write no report.
     """
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
@@ -30,11 +31,14 @@ class Report(lightning.Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
             return
         folder = Path(getattr(trainer.logger, "log_dir", None) or trainer.default_root_dir)
-        training = pl_module.training
+        modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
-        with torch.no_grad(), torch.random.fork_rng():
-            self.report(trainer, pl_module, folder)
-        pl_module.train(training)
+        try:
+            with torch.no_grad(), torch.random.fork_rng():
+                self.report(trainer, pl_module, folder)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def save_figures(self, trainer: Any, figures: Mapping[str, Any], folder: Path) -> None:
         """Save matplotlib figures as ``<name>.png``, and add them to TensorBoard if the logger is one."""

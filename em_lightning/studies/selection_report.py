@@ -62,7 +62,7 @@ class SelectionReport(Report):
         self.seconds += time.perf_counter() - getattr(self, "_began", time.perf_counter())
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure, write and draw."""
+        """Write the table and the figures."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
         own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
