@@ -4,7 +4,8 @@
 
 Each cloud has five spherical clusters with three features and unit standard deviation; a fraction of the points is
 uniform over a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its
-fitted mean under an optimal matching, in standard deviations of a cluster. Writes docs/results/robust.md and robust.png.
+fitted mean under an optimal matching, in standard deviations of a cluster.
+Writes docs/results/robust.md and robust.png.
 """
 
 import argparse

@@ -50,7 +50,6 @@ class LayerReport(Report):
         self.last_epochs = last_epochs
         self.probe = probe
         self.figures = figures
-        self.history: list[dict[str, float]] = []
         self._loss_sum: Any = 0.0
         self._num_batches = 0
         self._replica: int | None = None
@@ -64,14 +63,6 @@ class LayerReport(Report):
     def state_key(self) -> str:
         """Return a key that differs between replicas."""
         return f"LayerReport{'' if self._replica is None else self._replica}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the metrics of all epochs, so that a resumed run reports them too."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the metrics."""
-        self.history = state_dict["history"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate after the last epoch if the fit would end before its first validation."""

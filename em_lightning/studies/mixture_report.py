@@ -48,22 +48,12 @@ class MixtureReport(Report):
         self.sklearn = sklearn
         self.sklearn_tol = sklearn_tol
         self.curve_iters = curve_iters
-        self.history: dict[str, list[list[float]]] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training curves, so that a resumed run reports them too."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the training curves."""
-        self.history = state_dict["history"]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihoods of the epoch."""
-        for name in ("train/log_likelihood", "val/log_likelihood"):
-            if name in trainer.callback_metrics:
-                value = float(trainer.callback_metrics[name])
-                self.history.setdefault(name, []).append([float(trainer.global_step), value])
+        logged = {stage: trainer.callback_metrics.get(f"{stage}/log_likelihood") for stage in ("train", "val")}
+        found = {stage: float(value) for stage, value in logged.items() if value is not None}
+        self.history.append({"step": trainer.global_step, **found})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Write the table and the figures."""
@@ -103,9 +93,10 @@ class MixtureReport(Report):
             "iterations": self._iterations(operator, batches, starts, rows),
         }
         if self.history:
-            series: Any = {
-                name.split("/")[0]: tuple(zip(*points, strict=True)) for name, points in self.history.items()
-            }
+            series: Any = {}
+            for stage in ("train", "val"):
+                points = [(one["step"], one[stage]) for one in self.history if stage in one]
+                series |= {stage: tuple(zip(*points, strict=True))} if points else {}
             figures["training"] = curves(series, "optimizer step", "log-likelihood per point (nats)", "Training")
         self.save_figures(trainer, figures, folder)
         _write_events(getattr(trainer.logger, "experiment", None), operator, shown)

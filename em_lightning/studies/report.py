@@ -19,8 +19,19 @@ class Report(lightning.Callback):
     """Call :meth:`report` on the first rank when a fit is over, with the module in evaluation mode, without gradients.
 
     Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
-    fit and a ``fast_dev_run`` write no report.
+    fit and a ``fast_dev_run`` write no report. A subclass may append to ``history``, which checkpoints contain.
     """
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history, so that a resumed run reports all of it."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the history."""
+        self.history = state_dict["history"]
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Measure and write to ``folder``, the folder of the logger."""

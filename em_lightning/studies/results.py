@@ -24,12 +24,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(_cell(row[key]) for key in header) + " |" for row in rows]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence[Row], **facts: Any) -> str:

@@ -41,16 +41,6 @@ class SelectionReport(Report):
         self.components = list(components)
         self.max_iters = max_iters
         self.sklearn_rows = sklearn_rows
-        self.levels: list[float] = []
-        self.seconds = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the likelihoods and the seconds so far, so that a resumed run reports them too."""
-        return {"levels": self.levels, "seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the likelihoods and the seconds."""
-        self.levels, self.seconds = list(state_dict["levels"]), state_dict["seconds"]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock of an epoch."""
@@ -58,15 +48,16 @@ class SelectionReport(Report):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihood and the time of an epoch; an epoch resumed in its middle adds no time."""
-        self.levels.append(float(pl_module.log_likelihood))
-        self.seconds += time.perf_counter() - getattr(self, "_began", time.perf_counter())
+        seconds = time.perf_counter() - getattr(self, "_began", time.perf_counter())
+        self.history.append({"log_likelihood": float(pl_module.log_likelihood), "seconds": seconds})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Write the table and the figures."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
         own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
-        rows = [_row(own, mixture, data, int(module.iterations), self.seconds)]
+        levels, seconds = [one["log_likelihood"] for one in self.history], sum(one["seconds"] for one in self.history)
+        rows = [_row(own, mixture, data, int(module.iterations), seconds)]
         if isinstance(data, GaussianBlobs):
             rows.append(_row("the mixture the rows were drawn from", data.truth(), data))
         if len(data.tables["train"]) <= self.sklearn_rows and data.tables.get("weights") is None:
@@ -81,8 +72,8 @@ class SelectionReport(Report):
         write_results(folder, "One mixture of one data set", notes, rows + others, seed=module.seed)
 
         figures = {"components": _picture(mixture, data)}
-        if self.levels:
-            series = {"this run": (list(range(1, len(self.levels) + 1)), self.levels)}
+        if levels:
+            series = {"this run": (list(range(1, len(levels) + 1)), levels)}
             figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats per row)", "Training")
         if others:
             tried = sorted((row["K"], row["BIC"]) for row in [rows[0], *others])
