@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from numbers import Integral
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from em_lightning.mixture import COVARIANCES, BlockFit, Mixture, fit_blocks
+from em_lightning.mixture import COVARIANCES, Mixture, fit_blocks
 from em_lightning.operators import EMOperator
 
 _SAMPLE = 2**14  # rows of a start
@@ -51,8 +50,8 @@ class GaussianMixture(reference.GaussianMixture):
         """Fit the mixture to rows X (N, D) with weights ``sample_weight`` (N,).
 
         Raises:
-            ValueError: an argument is out of range, there are fewer rows than components, ``reg_covar=0`` leaves a
-                component without a positive definite covariance, or ``warm_start`` cannot continue the last mixture.
+            ValueError: an argument is out of range, there are fewer rows than components, or a component has no
+                positive definite covariance, which ``reg_covar=0`` allows.
         """
         for name in _GIVEN:
             if getattr(self, name) is not None:
@@ -69,12 +68,20 @@ class GaussianMixture(reference.GaussianMixture):
                 f"warm_start=True cannot continue the fitted mixture, a new one is fitted: {change}", stacklevel=2
             )
             again = False
-        best, before = None, float(self.lower_bound_) if again else None
+        best, before = None, self.lower_bound_ if again else None  # type: ignore[has-type]
         for number in range(1 if again else self.n_init):
             if self.verbose:
                 print(f"Initialization {number}")
             start = self._mixture() if again else self._start(X, counts, random)
-            fit = self._iterate(X, counts, start, before)
+            fit = fit_blocks(
+                lambda: _blocks(X, counts),
+                start,
+                max_iters=self.max_iter,
+                tol=self.tol,
+                floor=self.reg_covar,
+                before=before,
+                report=self._report,
+            )
             if best is None or fit.log_likelihoods[-1:] > best.log_likelihoods[-1:]:
                 best = fit
         assert best is not None
@@ -159,30 +166,11 @@ class GaussianMixture(reference.GaussianMixture):
             ]
         return Mixture(*parts)
 
-    def _iterate(self, X: np.ndarray, counts: np.ndarray | None, start: Mixture, before: float | None) -> BlockFit:
-        """Run EM from a mixture; ``before`` is the log-likelihood per row of an earlier iteration."""
-        clock = perf_counter()
-
-        def report(iteration: int, log_likelihood: float) -> None:
-            nonlocal before
-            if self.verbose and iteration % self.verbose_interval == 0:
-                change = "" if before is None else f"\t ll change {log_likelihood - before:.5f}"
-                details = f"\t time lapse {perf_counter() - clock:.5f}s{change}" if self.verbose > 1 else ""
-                print(f"  Iteration {iteration}{details}")
-            before = log_likelihood
-
-        return fit_blocks(
-            lambda: _blocks(X, counts),
-            start,
-            max_iters=self.max_iter,
-            tol=self.tol,
-            floor=self.reg_covar,
-            before=before,
-            report=report,
-        )
+    def _report(self, iteration: int, log_likelihood: float) -> None:
+        if self.verbose and iteration % self.verbose_interval == 0:
+            print(f"  Iteration {iteration}: log-likelihood {log_likelihood:.5f} per row")
 
     def _adopt(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
-        """Set the attributes."""
         covariance = COVARIANCES[self.covariance_type]
         weights = mixture.weights[0]
         self.weights_, self.means_ = convert(weights / weights.sum()), convert(mixture.means[0])
