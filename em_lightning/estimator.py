@@ -119,11 +119,12 @@ class GaussianMixture(reference.GaussianMixture):
         mixture, alike = self._mixture(), _as_given(self.means_)
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"Invalid value for 'n_samples': {n_samples!r} must be an integer of at least 1")
-        plain = reference.GaussianMixture(**self.get_params())
-        plain.weights_ = mixture.weights[0].numpy() / mixture.weights.sum().numpy()
-        plain.means_ = mixture.means[0].numpy()
-        plain.covariances_ = COVARIANCES[self.covariance_type].to_sklearn(mixture.covariances).numpy()
-        rows, labels = plain.sample(n_samples)
+        random = check_random_state(self.random_state)
+        weights, means = mixture.weights[0].numpy(), mixture.means[0].numpy()
+        labels = np.repeat(np.arange(len(means)), random.multinomial(n_samples, weights / weights.sum()))
+        scale = COVARIANCES["full"].factorize(mixture.full().covariances).scale[0].numpy()
+        noise = random.standard_normal((n_samples, means.shape[1], 1))
+        rows = means[labels] + (scale[labels] @ noise)[..., 0]
         return alike(rows), alike(labels)
 
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
@@ -131,16 +132,11 @@ class GaussianMixture(reference.GaussianMixture):
         if len(X) > _SAMPLE:
             X, counts = _draw(X, counts, random), None
         farthest = self.init_params == "farthest"
-        changed: dict[str, Any] = {
-            "max_iter": 0,
-            "n_init": 1,
-            "warm_start": False,
-            "verbose": 0,
-            "random_state": random,
-        }
-        changed["init_params"] = "random" if farthest else self.init_params
-        changed |= {name: _to_numpy(getattr(self, name)) for name in _GIVEN}
-        start = reference.GaussianMixture(**{**self.get_params(), **changed})
+        start = reference.GaussianMixture(**self.get_params())
+        start.set_params(max_iter=0, n_init=1, warm_start=False, verbose=0, random_state=random)
+        start.set_params(**{name: _to_numpy(getattr(self, name)) for name in _GIVEN})
+        if farthest:
+            start.set_params(init_params="random")
         start.covariances_ = None  # which scikit-learn reads and does not set if precisions_init is given
         start.fit(X if counts is None else _draw(X, counts, random))
         covariance = COVARIANCES[self.covariance_type]
