@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_choice
 from em_lightning.mixture import em
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators import gradients
-from em_lightning.operators.checks import check_choice, check_sets
+from em_lightning.operators.checks import check_sets
 
 
 class SetOperator(nn.Module):
