@@ -81,7 +81,12 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, data):
         tensor = torch.Tensor._make_wrapper_subclass(
-            cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype, device=DEVICE
+            cls,
+            data.shape,
+            strides=data.stride(),
+            storage_offset=data.storage_offset(),
+            dtype=data.dtype,
+            device=DEVICE,
         )
         tensor.data_on_host = data
         return tensor

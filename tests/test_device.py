@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from em_lightning import ACTIVATIONS, COMPETITIONS, KERNELS, LOSSES, STATISTICS, EMLoss, EMOperator, Mixture, metrics, softmin
+from em_lightning import (
+    ACTIVATIONS,
+    COMPETITIONS,
+    KERNELS,
+    LOSSES,
+    STATISTICS,
+    EMLoss,
+    EMOperator,
+    Mixture,
+    metrics,
+    softmin,
+)
 from em_lightning.mixture import farthest_points, kmeans_plus_plus, lloyd, random_points
 from em_lightning.operators import (
     DirectionalEM,
@@ -107,7 +118,7 @@ case("lloyd", lambda: lambda x, mask: lloyd(x, x[:, :4], 2, mask), X, MASK)
 for name in ("DeadUnits", "EffectiveRank", "L0", "MinVariance", "Redundancy"):
 
     def make(name=name):
-        metric = getattr(metrics, name)(6)
+        metric = getattr(metrics, name)()
         return lambda values: (metric.to(values.device).update(values), metric.compute())[1]
 
     case(f"metric {name}", make, ENERGIES)
@@ -120,12 +131,13 @@ def mixture_on(x):
 
 
 # Launches per iteration and of a start, at sizes where blocks of rows would show.
-MANY = (256, 1024, 3)
+MANY, LARGE = (256, 1024, 3), (1, 300_000, 16)
 BUDGETS = {
     "full": (lambda t: EMOperator(16, 3, residual=False, num_iters=t), MANY, 60),
     "diag": (lambda t: EMOperator(16, 3, covariance="diag", residual=False, num_iters=t), MANY, 60),
     "spherical": (lambda t: EMOperator(16, 3, covariance="spherical", residual=False, num_iters=t), MANY, 60),
 }
+STARTS = {"many": (MANY, 16, 7), "large": (LARGE, 64, 7)}  # launches per center
 
 
 def measure(device_module):
@@ -171,6 +183,13 @@ def measure(device_module):
                 operator(given)
                 counts.append((record.launches, sum(record.synchronizations.values()), sum(record.copies.values())))
         print(json.dumps({"case": f"budget {name}", "iteration": [b - a for a, b in zip(*counts, strict=True)]}))
+    for name, (shape, num_components, _) in STARTS.items():
+        with device_module.pretend() as record:
+            x = torch.randn(*shape).to(device_module.DEVICE)
+            record.reset()
+            farthest_points(x, num_components)
+            waits = sum(record.synchronizations.values())
+            print(json.dumps({"case": f"start {name}", "per center": record.launches / num_components, "waits": waits}))
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +204,8 @@ def measured():
 def test_component_on_a_device(measured, name):
     found = measured[name]
     assert found["difference"] < 1e-5
-    assert not found["mixed"] and not found["elsewhere"] and not found["copies"]
+    assert not found["mixed"] and not found["elsewhere"]
+    assert not {place for place in found["copies"] if "outside" not in place and "metrics" not in place}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -193,6 +213,13 @@ def test_an_iteration_launches_little_and_never_waits(measured, name):
     launches, synchronizations, copies = measured[f"budget {name}"]["iteration"]
     assert launches <= BUDGETS[name][2]
     assert synchronizations == copies == 0
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_start_launches_little_and_never_waits(measured, name):
+    found = measured[f"start {name}"]
+    assert found["per center"] <= STARTS[name][2]
+    assert found["waits"] == 0
 
 
 if __name__ == "__main__":

@@ -298,8 +298,10 @@ class EMOperator(SetOperator):
             couples_points=competition.couples_items,
         )
         after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
+        if not with_objective:
+            return after, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
-        return after, self._with_prior(sets, state, likelihood, log_likelihood) if with_objective else log_likelihood
+        return after, self._with_prior(sets, state, likelihood, log_likelihood)
 
     def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
         """Return corrected parameters, or plain ones for sets whose likelihood the correction lowers too much."""
