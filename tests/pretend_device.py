@@ -23,8 +23,8 @@ PACKAGE = str(Path(em_lightning.__file__).parent)
 
 # Operations that launch nothing: views, and allocations.
 VIEWS = set(
-    "view expand permute transpose t slice select unsqueeze squeeze as_strided split split_with_sizes unbind detach alias "
-    "_unsafe_view diagonal _reshape_alias lift_fresh unfold chunk movedim detach_ squeeze_ unsqueeze_ set_ "
+    "view expand permute transpose t slice select unsqueeze squeeze as_strided split split_with_sizes unbind detach "
+    "_unsafe_view diagonal _reshape_alias lift_fresh unfold chunk movedim detach_ squeeze_ unsqueeze_ set_ alias "
     "empty empty_like new_empty empty_strided new_empty_strided resize_".split()
 )
 # Operations whose result has a size that depends on the data, or whose library call checks its result on the host.

@@ -141,7 +141,7 @@ STARTS = {"many": (MANY, 16, 7), "large": (LARGE, 64, 7)}  # launches per center
 
 
 def measure(device_module):
-    """Print, for each case, the largest relative difference and what was recorded; then the launches of an iteration."""
+    """Print the largest relative difference and the record of each case, then launches per iteration and center."""
     for name, (make, tensors) in CASES.items():
         results = {}
         for device in ("cpu", "pretend"):
