@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior
 from em_lightning.mixture import initialization
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density
@@ -15,7 +16,6 @@ from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 from em_lightning.mixture.von_mises_fisher import VON_MISES_FISHER, DirectionalMixture, directions
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import check_choice
 
 
 class _Sets(NamedTuple):

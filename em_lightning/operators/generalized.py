@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior, softmin
 from em_lightning.kernels import CosineKernel, LearnedEnergyKernel, NoDensityError, density_kernel
 from em_lightning.mixture import initialization
 from em_lightning.mixture.generalized import KernelMixture, PointSets, energies_of, generalized_step, point_sets
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import check_choice
 
 
 class _Sets(NamedTuple):
