@@ -160,7 +160,10 @@ class _HalfSquaredDistances(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         weights = (grads[0] + grads[0].transpose(0, 1) + grads[1]).permute(2, 0, 1).contiguous()
-        return weights @ x - weights.sum(-1, keepdim=True) * x
+        gradient = weights @ x - weights.sum(-1, keepdim=True) * x
+        if torch.is_grad_enabled():  # for second derivatives, the constants again
+            gradient = gradient - grads[1].permute(2, 0, 1) @ (x - x.detach())
+        return gradient
 
 
 class _Combine(torch.autograd.Function):
