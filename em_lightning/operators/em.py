@@ -198,7 +198,8 @@ class EMOperator(SetOperator):
         features = points.lift()
         joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
         joint = with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
-        return self.competition(-joint.mT.to(x.dtype))
+        coupling = {"item_dim": 1, "mask": mask} if self.competition.couples_items else {}
+        return self.competition(-joint.mT.to(x.dtype), **coupling)
 
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
@@ -286,7 +287,8 @@ class EMOperator(SetOperator):
         softmin = isinstance(competition, Softmin)
 
         def respond(joint: Tensor) -> Tensor:
-            return competition(-joint / temperature, dim=1).responsibilities
+            coupling = {"item_dim": 2, "mask": sets.given.mask} if competition.couples_items else {}
+            return competition(-joint / temperature, dim=1, **coupling).responsibilities
 
         statistics = e_step(
             points,
