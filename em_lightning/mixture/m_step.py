@@ -15,16 +15,16 @@ from em_lightning.mixture.parameters import Parameters
 class PseudoCounts(NamedTuple):
     """A prior as points that every component has beside its own, in the coordinates of the points.
 
-    weight: ``alpha - 1``, added to the mass of each component.
-    mean: ``kappa``, points at the prior mean.
-    covariance: ``s``, points that are scattered about the component's mean as the prior covariance says.
+    weight: (B, K), ``alpha - 1``, added to the mass of each component; the sizes B and K may be 1 here and below.
+    mean: (B, K), ``kappa``, points at the prior mean.
+    covariance: (B, K), ``s``, points that are scattered about the component's mean as the prior covariance says.
     location: (B, 1, D), the prior mean.
-    scatter: (B, 1, S), the expectation of ``s(x - mu)`` under the prior covariance.
+    scatter: (B, K, S), the expectation of ``s(x - mu)`` under the prior covariance.
     """
 
-    weight: Tensor | float
-    mean: Tensor | float
-    covariance: Tensor | float
+    weight: Tensor
+    mean: Tensor
+    covariance: Tensor
     location: Tensor
     scatter: Tensor
 
@@ -79,15 +79,15 @@ def m_step(
     scatter_mass = mass
     if prior is not None:
         zeroth = zeroth + prior.mean
-        first = first + prior.mean * prior.location
-        second = second + prior.mean * family.second_degree(prior.location.mT).mT
+        first = first + prior.mean.unsqueeze(-1) * prior.location
+        second = second + prior.mean.unsqueeze(-1) * family.second_degree(prior.location.mT).mT
     means = first / (zeroth + guard).unsqueeze(-1)
     scatter = second - zeroth.unsqueeze(-1) * family.second_degree(means.mT).mT
     if prior is not None:
         strength = prior.covariance / family.sharing(mass.shape[1])
-        scatter, scatter_mass = scatter + strength * prior.scatter, scatter_mass + strength
-        mass, background_mass = mass + prior.weight, background_mass + prior.weight
-        inside = inside + prior.weight * mass.shape[1]
+        scatter, scatter_mass = scatter + strength.unsqueeze(-1) * prior.scatter, scatter_mass + strength
+        added = prior.weight.expand_as(mass)
+        mass, inside, background_mass = mass + added, inside + added.sum(-1), background_mass + added.mean(-1)
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)
     log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
     if background is not None:

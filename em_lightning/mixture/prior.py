@@ -125,10 +125,14 @@ class MixturePrior(nn.Module):
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
         axes = covariance.second_degree(torch.eye(features).to(variance).unsqueeze(0))[0]  # (S, D)
+        weight, location, strength = (
+            torch.as_tensor(self.count(name, dtype), dtype=dtype, device=mean.device).reshape(1, 1)
+            for name in ("weight", "mean", "covariance")
+        )
         return PseudoCounts(
-            self.count("weight", dtype),
-            self.count("mean", dtype),
-            self.count("covariance", dtype),
+            weight,
+            location,
+            strength,
             mean.unsqueeze(1),
             (variance @ axes.mT).unsqueeze(1),
         )

@@ -14,7 +14,14 @@ from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmi
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
-from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joint, with_background
+from em_lightning.mixture.e_step import (
+    Likelihood,
+    SufficientStatistics,
+    e_step,
+    log_density,
+    log_joint,
+    with_background,
+)
 from em_lightning.mixture.em import where
 from em_lightning.mixture.m_step import PseudoCounts, m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
@@ -27,8 +34,6 @@ from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import GivenSets, build_start
 from em_lightning.registry import from_options
 
-# Nats per point: a correction may trade some likelihood of the fitted points for that of others.
-_TOLERATED_LOSS = 0.5
 # Exact iterations after which starts are compared.
 _TRIAL = 5
 
@@ -90,7 +95,7 @@ class EMOperator(SetOperator):
         num_starts: random starts, of which each set takes the one with the highest objective after ``num_iters`` exact
             iterations, at most five; :meth:`forward` takes one while training, which is cheaper and more varied.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
-        residual: whether there are corrections to learn.
+        residual: whether there are corrections to learn, or the :class:`ResidualCorrection`.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
@@ -132,7 +137,7 @@ class EMOperator(SetOperator):
         lloyd_steps: int = 0,
         num_starts: int = 1,
         seed: int | None = None,
-        residual: bool = True,
+        residual: bool | ResidualCorrection = True,
         prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
         relative_floor: bool = False,
@@ -173,7 +178,9 @@ class EMOperator(SetOperator):
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
         self.temperature = (float(pair[0]), float(pair[1]))
-        self.correction = ResidualCorrection(num_features, self.family) if residual else None
+        if isinstance(residual, bool):
+            residual = ResidualCorrection(num_features, self.family) if residual else None
+        self.correction: ResidualCorrection | None = residual
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
@@ -265,10 +272,16 @@ class EMOperator(SetOperator):
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        after, objective = self._exact_step(sets, state, progress, with_objective)
+        statistics, objective = self._e_step(sets, state, progress, with_objective)
+        after = self._m_step(sets, statistics, state, sets.prior)
         if self.correction is None:
             return after, objective
-        corrected = self.correction(sets.points, state, after, sets.floor, progress)
+        correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
+        corrected = after
+        if sets.prior is not None:
+            prior = correction.pseudo_counts(sets.prior, self.family)
+            corrected = self._m_step(sets, statistics, state, prior)
+        corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Between iterations EM itself repairs what a correction spoils.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
@@ -276,6 +289,18 @@ class EMOperator(SetOperator):
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
         """Return the parameters after one E-step and one M-step, and the objective (B,) before if it is wanted."""
+        statistics, objective = self._e_step(sets, state, progress, with_objective)
+        return self._m_step(sets, statistics, state, sets.prior), objective
+
+    def _m_step(
+        self, sets: _Sets, statistics: SufficientStatistics, state: Parameters, prior: PseudoCounts | None
+    ) -> Parameters:
+        return m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
+
+    def _e_step(
+        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool
+    ) -> tuple[SufficientStatistics, Tensor]:
+        """Return the sufficient statistics, and the objective (B,) if it is wanted."""
         points, competition = sets.points, self.competition
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
@@ -295,23 +320,35 @@ class EMOperator(SetOperator):
             couples_points=competition.couples_items,
             shared=tuple(competition.parameters()),
         )
-        after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
-        return after, self._with_prior(sets, state, likelihood, log_likelihood) if with_objective else log_likelihood
+        if with_objective:
+            log_likelihood = self._with_prior(sets, state, likelihood, log_likelihood)
+        return statistics, log_likelihood
 
     def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
-        """Return the corrected parameters, but for sets whose own points they make too unlikely."""
+        """Return the corrected parameters, but for sets whose own points they make too unlikely.
+
+        Of N points, p fitted parameters raise the log-likelihood by about ``N p / (N - p - 1)`` above that of as many
+        other points (Hurvich and Tsai, 1989). A correction that lowers it by more than that helps no other points.
+        """
+        components, count = self.num_components, sets.points.num_points
+        parameters = components * (1 + self.num_features) - 1
+        parameters += self.family.num_parameters(components, self.num_features)
+        spare = count - parameters - 1
+        allowed = torch.where(spare > 0, count * parameters / torch.where(spare > 0, spare, 1.0), torch.inf)
         with torch.no_grad():
-            least = self._objective(sets, plain) - _TOLERATED_LOSS * sets.points.mass
-            keep = self._objective(sets, corrected) >= least
+            keep = self._log_likelihood(sets, corrected) >= self._log_likelihood(sets, plain) - allowed
         return where(keep, corrected, plain)
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+        likelihood = self._likelihood(sets.points, state, sets.covariance)
+        return self._with_prior(sets, state, likelihood, self._log_likelihood(sets, state))
+
+    def _log_likelihood(self, sets: _Sets, state: Parameters) -> Tensor:
         points = sets.points
         likelihood = self._likelihood(points, state, sets.covariance)
         density = log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)
-        total = (density if points.weights is None else density * points.weights).sum(-1)
-        return self._with_prior(sets, state, likelihood, total)
+        return (density if points.weights is None else density * points.weights).sum(-1)
 
     def _with_prior(self, sets: _Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
         """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
@@ -319,9 +356,9 @@ class EMOperator(SetOperator):
             return log_likelihood
         own = log_prior(state, sets.covariance, sets.prior)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
-        own = own - sets.prior.covariance * num_covariances * sets.points.log_volume()
+        own = own - sets.prior.covariance.squeeze(-1) * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:
-            own = own + sets.prior.weight * likelihood.background.log_weight
+            own = own + sets.prior.weight.squeeze(-1) * likelihood.background.log_weight
         return log_likelihood + own
 
     def _mixture(self, sets: _Sets, state: Parameters) -> Mixture:
