@@ -270,7 +270,9 @@ def test_corrections_turn_with_the_points():
     operator = trained(EMOperator(4, 3).double(), 0.1)
     start = operator(x, num_iters=0)
     turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
-    found = operator(x @ turn.T, init=Mixture(start.log_weights, start.means @ turn.T, turn @ start.covariances @ turn.T))
+    found = operator(
+        x @ turn.T, init=Mixture(start.log_weights, start.means @ turn.T, turn @ start.covariances @ turn.T)
+    )
     expected = operator(x, init=start)
     torch.testing.assert_close(found.means, expected.means @ turn.T, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.covariances, turn @ expected.covariances @ turn.T, atol=1e-6, rtol=0)

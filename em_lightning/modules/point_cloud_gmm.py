@@ -21,7 +21,7 @@ _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strengt
 # Nats per point, below which the loss of a point grows like a logarithm.
 _FLATTENED = -6.0
 # Points of a batch of smaller clouds, clouds in it, and held-out points of each.
-_MOST_POINTS, _MOST_CLOUDS, _MOST_HELD_OUT = 8192, 96, 384
+_MOST_POINTS, _MOST_CLOUDS, _MOST_HELD_OUT = 8192, 64, 256
 
 
 class PointCloudGMM(EMModule):

@@ -52,9 +52,7 @@ class Correction(NamedTuple):
         step = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
         step = deviations * _bounded(self.shift * step / deviations, 1.0)
         means = after.means + (axes @ step.unsqueeze(-1)).squeeze(-1)
-        return Parameters(
-            after.log_weights, means, covariance.stretched(after.covariances, axes, self.stretch, floor)
-        )
+        return Parameters(after.log_weights, means, covariance.stretched(after.covariances, axes, self.stretch, floor))
 
 
 class ResidualCorrection(nn.Module):

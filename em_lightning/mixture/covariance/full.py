@@ -238,7 +238,7 @@ class FullCovariance:
         return step @ (covariances - least) @ step.mT + least
 
     def pairs(self, matrix: Tensor) -> Tensor:
-        """Return the entries (..., S) of symmetric matrices (..., D, D) that this type counts: their upper triangles."""
+        """Return the entries (..., S) of symmetric matrices (..., D, D) that this type has: upper triangles."""
         i, j = torch.triu_indices(matrix.shape[-1], matrix.shape[-1], device=matrix.device)
         return matrix[..., i, j]
 
