@@ -39,10 +39,10 @@ class Correction(NamedTuple):
         share = self.share.unsqueeze(-1)
         scatter = (1.0 - share) * prior.scatter + share * covariance.pairs(self.neighbours)
         return PseudoCounts(
-            prior.weight * weight,
-            prior.mean * mean,
-            prior.covariance * strength,
-            prior.location,
+            prior.weight_count * weight,
+            prior.mean_count * mean,
+            prior.covariance_count * strength,
+            prior.mean,
             spread.unsqueeze(-1) * scatter,
         )
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
+from em_lightning.studies.report import fit_sklearn
 
 Setting = Mapping[str, Any]
 # Settings, and the held-out log-likelihood per point of each cloud (B,) under each.
@@ -139,34 +140,29 @@ def kernel_scores(clouds: Clouds, components: int) -> Scores:
     yield {}, torch.stack(scores)
 
 
-def sklearn_scores(clouds: Clouds, components: int, bayesian: bool = False, **options: Any) -> Scores:
-    """Score scikit-learn's mixtures, one cloud after the other with one thread."""
-    mixtures = sklearn_mixtures(clouds.points, components, bayesian, **options)
+def sklearn_scores(clouds: Clouds, components: int, **options: Any) -> Scores:
+    """Score scikit-learn's mixtures, fitted to one cloud after the other by one thread."""
+    mixtures = sklearn_mixtures(clouds.points, components, **options)
     held_out = clouds.held_out.split(1)
     scores = [mixture.log_prob(x.double()).mean() for mixture, x in zip(mixtures, held_out, strict=True)]
-    yield {"bayesian": bayesian, **options}, torch.stack(scores).float()
+    yield options, torch.stack(scores).float()
 
 
-def sklearn_mixtures(points: Tensor, components: int, bayesian: bool = False, **options: Any) -> list[Mixture]:
-    """Return the mixture of each cloud (B, N, D) by scikit-learn."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
+def sklearn_mixtures(
+    points: Tensor, components: int, bayesian: bool = False, covariance_share: float | None = None, **options: Any
+) -> list[Mixture]:
+    """Return the mixture of each cloud (B, N, D) by scikit-learn; the share is that of a prior in the variance."""
     from threadpoolctl import threadpool_limits
 
-    estimator = BayesianGaussianMixture if bayesian else GaussianMixture
-    share = options.pop("covariance_share", None)
     mixtures = []
-    for cloud in points.double().cpu().numpy():
-        if share is not None:
-            options["covariance_prior"] = share * cloud.var() * torch.eye(cloud.shape[1]).numpy()
-        # Several threads are slower on sets of this size.
-        with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            fit = estimator(min(components, len(cloud)), max_iter=300, random_state=0, **options).fit(cloud)
-        weights, means, covariances = (
-            torch.from_numpy(part)[None] for part in (fit.weights_, fit.means_, fit.covariances_)
-        )
-        mixtures.append(Mixture(weights.log(), means, covariances))
+    with threadpool_limits(1):  # several threads are slower on sets of this size
+        for rows in points.double().cpu().numpy():
+            if covariance_share is not None:
+                options["covariance_prior"] = covariance_share * rows.var() * np.eye(rows.shape[1])
+            found = fit_sklearn(
+                rows, min(components, len(rows)), "full", bayesian=bayesian, max_iter=300, random_state=0, **options
+            )
+            mixtures.append(found[0])
     return mixtures
 
 

@@ -48,22 +48,12 @@ class MixtureReport(Report):
         self.num_pictured = num_pictured
         self.sklearn = sklearn
         self.thorough = thorough
-        self.history: dict[str, list[list[float]]] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training curves, so that a resumed run reports them too."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the training curves."""
-        self.history = state_dict["history"]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihoods of the epoch."""
-        for name in ("train/log_likelihood", "val/log_likelihood"):
-            if name in trainer.callback_metrics:
-                value = float(trainer.callback_metrics[name])
-                self.history.setdefault(name, []).append([float(trainer.global_step), value])
+        logged = {stage: trainer.callback_metrics.get(f"{stage}/log_likelihood") for stage in ("train", "val")}
+        found = {stage: float(value) for stage, value in logged.items() if value is not None}
+        self.history.append({"step": trainer.global_step, **found})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
         """Measure, write and draw."""
@@ -121,11 +111,12 @@ class MixtureReport(Report):
             "times": curves({name: (seconds[name], levels[name]) for name in names}, "ms per cloud", label, log_x=True),
             "clouds": mixture_grid(shown.points, mixture, shown.mask, titles),
         }
-        if self.history:
-            lines = {
-                name.split("/")[0]: ([step for step, _ in points], [value for _, value in points])
-                for name, points in self.history.items()
-            }
+        lines = {
+            stage: zip(*((epoch["step"], epoch[stage]) for epoch in self.history if stage in epoch), strict=True)
+            for stage in ("train", "val")
+            if any(stage in epoch for epoch in self.history)
+        }
+        if lines:
             figures["training"] = curves(lines, "optimizer step", label, "Training")
         self.save_figures(trainer, figures, folder)
         mixture_page(folder / "report.html", list(_scenes(module, shown, titles, self.sklearn)))
