@@ -118,15 +118,12 @@ class MixturePrior(nn.Module):
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
         axes = covariance.second_degree(torch.eye(features).to(variance).unsqueeze(0))[0]  # (S, D)
-        counts = (
+        weight_count, mean_count, covariance_count = (
             torch.as_tensor(self.count(name, dtype), dtype=dtype, device=mean.device).reshape(1, 1)
             for name in ("weight", "mean", "covariance")
         )
-        return PseudoCounts(
-            *counts,
-            mean.unsqueeze(1),
-            (variance @ axes.mT).unsqueeze(1),
-        )
+        scatter = (variance @ axes.mT).unsqueeze(1)
+        return PseudoCounts(weight_count, mean_count, covariance_count, mean.unsqueeze(1), scatter)
 
     def log_prob(
         self, mixture: Mixture, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None

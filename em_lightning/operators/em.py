@@ -181,9 +181,10 @@ class EMOperator(SetOperator):
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
         self.temperature = (float(pair[0]), float(pair[1]))
-        if isinstance(residual, bool):
-            residual = ResidualCorrection(num_features, self.family) if residual else None
-        self.correction: ResidualCorrection | None = residual
+        learned = (
+            residual if isinstance(residual, ResidualCorrection) else ResidualCorrection(num_features, self.family)
+        )
+        self.correction = learned if residual else None
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
@@ -276,14 +277,14 @@ class EMOperator(SetOperator):
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
         statistics, objective = self._e_step(sets, state, progress, with_objective)
-        after = self._m_step(sets, statistics, state, sets.prior)
+        after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
         if self.correction is None:
             return after, objective
         correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
         corrected = after
         if sets.prior is not None:
             prior = correction.pseudo_counts(sets.prior, self.family)
-            corrected = self._m_step(sets, statistics, state, prior)
+            corrected = m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Earlier corrections are followed by an exact iteration.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
@@ -293,12 +294,7 @@ class EMOperator(SetOperator):
     ) -> tuple[Parameters, Tensor]:
         """Return the parameters after one E-step and one M-step, and the objective (B,) before if it is wanted."""
         statistics, objective = self._e_step(sets, state, progress, with_objective)
-        return self._m_step(sets, statistics, state, sets.prior), objective
-
-    def _m_step(
-        self, sets: _Sets, statistics: SufficientStatistics, state: Parameters, prior: PseudoCounts | None
-    ) -> Parameters:
-        return m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
+        return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background), objective
 
     def _e_step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool
@@ -328,16 +324,15 @@ class EMOperator(SetOperator):
         return statistics, log_likelihood
 
     def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
-        """Return the corrected parameters, but for sets whose own points they make too unlikely.
+        """Return corrected parameters, or plain ones for sets whose log-likelihood the correction lowers too much.
 
-        Of N points, p fitted parameters raise the log-likelihood by about ``N p / (N - p - 1)`` above that of as many
-        other points (Hurvich and Tsai, 1989). A correction that lowers it by more than that helps no other points.
+        p parameters raise the log-likelihood of N fitted points by about ``N p / (N - p - 1)`` above that of as many
+        others (Hurvich and Tsai, 1989); a correction that lowers it by more cannot help others.
         """
-        components, count = self.num_components, sets.points.num_points
-        parameters = components * (1 + self.num_features) - 1
-        parameters += self.family.num_parameters(components, self.num_features)
-        spare = count - parameters - 1
-        allowed = torch.where(spare > 0, count * parameters / torch.where(spare > 0, spare, 1.0), torch.inf)
+        components, features = self.num_components, self.num_features
+        parameters = components * (1 + features) - 1 + self.family.num_parameters(components, features)
+        spare = sets.points.num_points - parameters - 1
+        allowed = torch.where(spare > 0, parameters + parameters * (parameters + 1) / spare, torch.inf)
         with torch.no_grad():
             keep = self._log_likelihood(sets, corrected) >= self._log_likelihood(sets, plain) - allowed
         return where(keep, corrected, plain)

@@ -182,7 +182,8 @@ def baselines(size: int, thorough: bool = True) -> list[Method]:
     # Validation clouds never chose a setting at the end of these ranges where a wider one was tried.
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
-    strengths, shares = ((1.0, 3.0, 10.0), (0.03, 0.1, 0.3)) if size < 200 else ((0.3, 1.0), (1e-5, 1e-4, 1e-3))
+    strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)
+    shares = (0.03, 0.1, 0.3) if size < 200 else (1e-5, 1e-4, 1e-3)
     if not thorough:
         floors, strengths = floors[::2], strengths[1:2]
     methods = [Method(f"EM, {steps} steps", em_scores, [{"steps": steps, "starts": 8}]) for steps in (5, 20, 40)]

@@ -111,11 +111,11 @@ class MixtureReport(Report):
             "times": curves({name: (seconds[name], levels[name]) for name in names}, "ms per cloud", label, log_x=True),
             "clouds": mixture_grid(shown.points, mixture, shown.mask, titles),
         }
-        lines = {
-            stage: zip(*((epoch["step"], epoch[stage]) for epoch in self.history if stage in epoch), strict=True)
-            for stage in ("train", "val")
-            if any(stage in epoch for epoch in self.history)
-        }
+        lines = {}
+        for stage in ("train", "val"):
+            epochs = [epoch for epoch in self.history if stage in epoch]
+            if epochs:
+                lines[stage] = ([epoch["step"] for epoch in epochs], [epoch[stage] for epoch in epochs])
         if lines:
             figures["training"] = curves(lines, "optimizer step", label, "Training")
         self.save_figures(trainer, figures, folder)
