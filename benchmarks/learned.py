@@ -3,17 +3,23 @@
     python benchmarks/learned.py fits FOLDER [--sizes 32,128] [--noise 0,0.02]   tune and measure the classical fits
     python benchmarks/learned.py table FOLDER                                     measure the learned fit, print tables
     python benchmarks/learned.py elsewhere FOLDER [--root raw.zip]                other K, data and meshes, untouched
+    python benchmarks/learned.py resample FOLDER                                  points drawn from the mixtures
+    python benchmarks/learned.py times FOLDER                                     milliseconds of one core per cloud
+    python benchmarks/learned.py store FOLDER --checkpoints last.ckpt             the file of pretrained()
 
 Settings are chosen on validation clouds for each size and noise level; the test clouds are drawn from another seed. The
 slow fits of scikit-learn are measured on the first 90 test clouds (36 for n_init=10 and the Bayesian mixture).
 """
 
 import argparse
+import inspect
 import json
 from pathlib import Path
+from time import process_time
 
 import torch
 
+from em_lightning import EMOperator
 from em_lightning.data import GeometricShapes, ProceduralSurfaces, Shape
 from em_lightning.data.base import generator_of
 from em_lightning.modules import PointCloudGMM
@@ -22,6 +28,8 @@ from em_lightning.studies.mixture_report import learned_result
 
 SIZES, NOISES = (32, 64, 128, 256, 512, 1024, 2048), (0.0, 0.02)
 NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512
+# Chosen on the validation clouds.
+INFERENCE = {"num_starts": 8, "exact_iters": 40}
 FLAT = ("box", "pyramid", "prism", "table", "chair")
 
 
@@ -72,7 +80,7 @@ def models(paths):
     """Return the trained modules: the pretrained one, or checkpoints of several seeds."""
     if not paths:
         return [PointCloudGMM.pretrained()]
-    return [PointCloudGMM.load_from_checkpoint(path, **PointCloudGMM.INFERENCE).eval() for path in paths]
+    return [PointCloudGMM.load_from_checkpoint(path, **INFERENCE).eval() for path in paths]
 
 
 def mean_error(values):
@@ -175,9 +183,96 @@ def elsewhere(folder, module, root, sizes):
             print("| " + " | ".join(map(str, cells)) + f" | {mean_error(learned - rivals[best])} |", flush=True)
 
 
+def chamfer(one, other):
+    """Return the mean distance to the nearest point, both ways, of each pair of clouds."""
+    distance = torch.cdist(one, other)
+    return 0.5 * (distance.amin(1).mean(1) + distance.amin(2).mean(1))
+
+
+def resample(folder, module, sizes):
+    """Print the chamfer distance of 2,048 drawn points to 2,048 points of the surface itself, times 1,000."""
+    print(
+        "| N | noise | fitted points alone | jittered points, tuned | EM, tuned | MAP-EM, tuned | learned | learned minus best |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for size in sizes:
+        for noise in (0.0, 0.02):
+            clouds = {
+                split: clouds_of(size, noise, split, number)[0].points for split, number in (("val", 54), ("test", 108))
+            }
+            dense = {split: surface_of(split, len(points)) for split, points in clouds.items()}
+
+            def jittered(points, width):
+                rows = torch.randint(points.shape[1], (len(points), 2048))
+                drawn = points.gather(1, rows.unsqueeze(-1).expand(-1, -1, 3))
+                return drawn + width * torch.randn(drawn.shape)
+
+            torch.manual_seed(0)
+            widths = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+            width = min(widths, key=lambda w: float(chamfer(jittered(clouds["val"], w), dense["val"]).mean()))
+            points, target = clouds["test"], dense["test"]
+            found = {"alone": chamfer(points, target), "jittered": chamfer(jittered(points, width), target)}
+            for name in ("EM, tuned", "MAP-EM, tuned"):
+                setting = load(folder, name, size, noise)["setting"]
+                options = {
+                    "init": "kmeans++",
+                    "num_starts": setting["starts"],
+                    "residual": False,
+                    "prior": setting["prior"],
+                }
+                operator = EMOperator(16, 3, covariance_floor=setting["floor"], **options).eval()
+                found[name] = chamfer(operator(points, num_iters=setting["steps"]).sample(2048), target)
+            found["learned"] = chamfer(module(points).sample(2048), target)
+            best = min((name for name in found if name != "learned"), key=lambda name: float(found[name].mean()))
+            cells = [f"{1e3 * value.mean():.1f}" for value in found.values()]
+            gain = mean_error(1e3 * (found["learned"] - found[best]))
+            print(f"| {size} | {noise:g} | " + " | ".join(cells) + f" | {gain} ({best}) |", flush=True)
+
+
+def surface_of(split, number):
+    """Return the held-out points of noise-free clouds: those of the same surfaces."""
+    data = ProceduralSurfaces(num_points=max(SIZES), seed=1000, batch_size=number)
+    data.val_clouds = data.test_clouds = number
+    return next(iter(data.loader(split))).held_out
+
+
+def times(folder, module, sizes):
+    """Print milliseconds of one core per cloud of each method, fitting and evaluating 512 held-out points."""
+    print("| method | " + " | ".join(f"N = {size}" for size in sizes) + " |\n|---|" + "---|" * len(sizes))
+    methods = baselines(1024)
+    cells = {name: [] for name in [*(method.name for method in methods), "learned"]}
+    for size in sizes:
+        test, _ = clouds_of(size, 0.02, "test", 32)
+        for method in baselines(size):
+            found = load(folder, method.name, size, 0.02) or load(folder, method.name, size, 0.0)
+            part = first(test, 4 if "scikit" in method.name or "Bayes" in method.name else 32)
+            if found is None:
+                cells[method.name].append("-")
+                continue
+            measure(method, first(test, 1), 16, found["setting"])
+            began = process_time()
+            measure(method, part, 16, found["setting"])
+            cells[method.name].append(f"{1e3 * (process_time() - began) / len(part.points):.1f}")
+        learned_result(module, first(test, 1))
+        began = process_time()
+        learned_result(module, test)
+        cells["learned"].append(f"{1e3 * (process_time() - began) / len(test.points):.1f}")
+    for name, row in cells.items():
+        print(f"| {name} | " + " | ".join(row) + " |", flush=True)
+
+
+def store(checkpoint):
+    """Write the file of PointCloudGMM.pretrained() from a checkpoint."""
+    module = PointCloudGMM.load_from_checkpoint(checkpoint, **INFERENCE)
+    arguments = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+    path = Path(inspect.getfile(PointCloudGMM)).with_suffix(".pt")
+    torch.save({"arguments": arguments, "state_dict": module.state_dict()}, path)
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("fits", "table", "elsewhere"))
+    parser.add_argument("what", choices=("fits", "table", "elsewhere", "resample", "times", "store"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--noise", default="0,0.02")
@@ -193,8 +288,14 @@ def main():
             fits(args.folder, sizes, noises, [name for name in args.methods.split(";") if name])
         elif args.what == "table":
             table(args.folder, models(args.checkpoints), sizes, noises)
-        else:
+        elif args.what == "elsewhere":
             elsewhere(args.folder, models(args.checkpoints)[0], args.root, sizes)
+        elif args.what == "resample":
+            resample(args.folder, models(args.checkpoints)[0], sizes)
+        elif args.what == "times":
+            times(args.folder, models(args.checkpoints)[0], sizes)
+        else:
+            store(args.checkpoints[0])
 
 
 if __name__ == "__main__":

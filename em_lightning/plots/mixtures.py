@@ -177,4 +177,4 @@ def mixture_page(
         for title, points, held_out, methods in clouds
     ]
     page = Path(__file__).with_name("scene.html").read_text(encoding="utf-8")
-    write_whole(path, page.replace("/*DATA*/", json.dumps(content, separators=(",", ":"))))
+    write_whole(path, page.replace("/*DATA*/", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")))

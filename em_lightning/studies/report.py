@@ -76,7 +76,7 @@ def fit_sklearn(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         estimator = BayesianGaussianMixture if bayesian else GaussianMixture
-        fit = estimator(components, covariance_type=covariance, **options).fit(rows)
+        fit = estimator(n_components=components, covariance_type=covariance, **options).fit(rows)
     seconds = time.perf_counter() - began
     weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
     mixture = Mixture(weights.log()[None], means[None], COVARIANCES[covariance].from_sklearn(covariances))
