@@ -1,6 +1,6 @@
 """Figures in one palette and one style."""
 
-from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
+from em_lightning.plots.mixtures import component_colors, curves, mixture_grid, mixture_page
 from em_lightning.plots.style import figure_style, new_figure, new_grid, save_figure
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "curves",
     "figure_style",
     "mixture_grid",
+    "mixture_page",
     "new_figure",
     "new_grid",
     "save_figure",

@@ -62,15 +62,21 @@ class Report(lightning.Callback):
             writer.flush()
 
 
-def fit_sklearn(rows: Any, components: int, covariance: str, **options: Any) -> tuple[Mixture, int, float]:
-    """Fit scikit-learn's ``GaussianMixture`` to rows (N, D); return the mixture, its iterations and the seconds."""
+def fit_sklearn(
+    rows: Any, components: int, covariance: str, bayesian: bool = False, **options: Any
+) -> tuple[Mixture, int, float]:
+    """Fit scikit-learn's ``GaussianMixture``, or the Bayesian one, to rows (N, D).
+
+    Returns the mixture, the number of iterations and the seconds.
+    """
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
+    from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fit = GaussianMixture(components, covariance_type=covariance, **options).fit(rows)
+        estimator = BayesianGaussianMixture if bayesian else GaussianMixture
+        fit = estimator(n_components=components, covariance_type=covariance, **options).fit(rows)
     seconds = time.perf_counter() - began
     weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
     mixture = Mixture(weights.log()[None], means[None], COVARIANCES[covariance].from_sklearn(covariances))
