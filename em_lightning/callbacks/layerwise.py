@@ -9,7 +9,8 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from em_lightning.surgery import LayerwiseLoss, undo_all, wrap
-from em_lightning.surgery.layerwise import check_options, owners_of
+from em_lightning.surgery.layerwise import check_options
+from em_lightning.surgery.owners import owners_of
 from em_lightning.surgery.select import described
 
 

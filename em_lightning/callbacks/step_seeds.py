@@ -16,7 +16,7 @@ class StepSeeds(lightning.Callback):
 
     Checkpoints do not store the state of generators: after a resume, dropout, noise and augmentation continue with
     other numbers. With this callback the numbers of a step depend only on (seed, rank, epoch, batch), and the order of
-    a shuffling ``DataLoader`` only on the epoch, also after a checkpoint at an epoch's end. Such a loader cannot start in the middle of an epoch: resume from
+    a shuffling ``DataLoader`` only on the epoch. Such a loader cannot start in the middle of an epoch: resume from
     a checkpoint at its end.
 
     Args:
@@ -81,7 +81,7 @@ class StepSeeds(lightning.Callback):
         after one other number, the base of the workers' seeds.
         """
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
-            sampler = getattr(loader, "sampler", None)
+            sampler: Any = getattr(loader, "sampler", None)
             if hasattr(sampler, "generator"):
                 sampler.generator = torch.Generator().manual_seed(self._seed_of(trainer, self._epoch, 0))
                 _draw(sampler.generator)

@@ -3,7 +3,7 @@
 Files, each importing only from those before it: select (find modules), hooks (wrappers of methods), wrappers (inserted
 modules), twins (target networks), record (the plan in a checkpoint), edit (replace, insert, undo), axes (of units),
 taps (captured tensors), functional (calls such as ``F.relu``), refinement (the inserted operator), em (activations and
-operators), replay (restore a plan), layerwise (losses).
+operators), replay (restore a plan), owners (of parameters), layerwise (losses).
 """
 
 from em_lightning.surgery.axes import UnitAxis, unit_axis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,16 @@ CALLS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
+_OWNERS = (torch, F, Tensor)
+
+
+def _functions(names: Iterable[str]) -> frozenset[Any]:
+    return frozenset(getattr(owner, name) for owner in _OWNERS for name in names if hasattr(owner, name))
+
+
+_IN_PLACE = _functions(name for names in CALLS.values() for name in names if name.endswith("_"))
+
+
 class _Swapped(TorchFunctionMode):
     """Calls an operator in place of the functions of some activations."""
 
@@ -50,7 +60,7 @@ class _Swapped(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         _Swapped.running = True
         try:
-            if func.__name__.endswith("_") or kwargs.get("inplace") or any(one is True for one in args[1:]):
+            if func in _IN_PLACE or kwargs.get("inplace") or any(one is True for one in args[1:]):
                 return x.copy_(self._swapped(x.clone()))
             return self._swapped(x)
         finally:
@@ -128,8 +138,7 @@ def swap_calls(
     surgery = Surgery(model) if into is None else into
     kinds = [kind for kind in CALLS if matches(Site("", kind(), model, "", (model,)), target)]
     names = {name for kind in kinds for name in CALLS[kind]}
-    owners = (torch, F, Tensor)
-    functions = frozenset(getattr(owner, name) for owner in owners for name in names if hasattr(owner, name))
+    functions = _functions(names)
     entries = where if isinstance(where, (list, tuple)) else [where]
     root = Site("", model, model, "", (model,))
     methods = {

@@ -6,27 +6,21 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
-from em_lightning.surgery.select import Site, Where
+from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
+from em_lightning.surgery.select import Where
 from em_lightning.surgery.taps import Taps
 
 Weight = float | Literal["auto"]
 _MOMENTUM = 0.9  # of the averages of weight="auto"
-
-
-class Owner(NamedTuple):
-    """The ids of the parameters of the optimizer that a layer's loss belongs to, and of those of the others."""
-
-    own: set[int]
-    others: set[int]
 
 
 class LayerwiseLoss:
@@ -113,6 +107,7 @@ class LayerwiseLoss:
         self._added: set[str] = set()
         self._said_waiting = False
         self._pure: set[str] = set()  # layers that had a call which only their own optimizer trains
+        self._mixed: set[str] = set()  # layers that had none yet
         # path -> averages of the norms of both gradients, and the step of the next measurement
         self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
         self.taps.attach()
@@ -167,7 +162,7 @@ class LayerwiseLoss:
         for path, value in aux.items():
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
-            total = total + _only_for(owned[path], weight * value) if path in owned else total + weight * value
+            total = total + only_for(owned[path], weight * value) if path in owned else total + weight * value
         return loss + total.to(loss.dtype)
 
     def weight_of(self, path: str) -> float:
@@ -243,10 +238,10 @@ class LayerwiseLoss:
 
     def _in_graph(self, loss: Tensor, owners: Mapping[str, Owner] | None) -> dict[str, list[Tensor]]:
         """Take the tensors that a loss depends on; detached layers go with the loss that reaches their optimizer."""
-        graph = _graph_of(loss)
+        graph = graph_of(loss)
         if not self.taps.detach:
             return self.taps.take(lambda path, tensor: tensor.grad_fn in graph)
-        reached = _leaves(graph)
+        reached = leaves_of(graph)
         return self.taps.take(
             lambda path, tensor: tensor.requires_grad and (owners is None or bool(reached.keys() & owners[path].own))
         )
@@ -262,16 +257,18 @@ class LayerwiseLoss:
         kept: dict[str, list[Tensor]] = {}
         owned: dict[str, list[Tensor]] = {}
         for path, tensors in captured.items():
-            reached = [(tensor, _leaves(_graph_of(tensor))) for tensor in tensors]
+            reached = [(tensor, leaves_of(graph_of(tensor))) for tensor in tensors]
             reached = [(tensor, leaves) for tensor, leaves in reached if leaves.keys() & owners[path].own]
             pure = [tensor for tensor, leaves in reached if not leaves.keys() & owners[path].others]
-            if pure and path not in self._pure:
+            if pure:
                 self._pure.add(path)
-                if path in self.norms:
-                    self.norms[path] = [0.0, 0.0, 0.0]
+                if path in self._mixed and path in self.norms:
+                    self.norms[path] = [0.0, 0.0, 0.0]  # they were measured with the losses of other optimizers
+                self._mixed.discard(path)
             if path in self._pure:
                 kept[path] = pure
             else:
+                self._mixed.add(path)
                 kept[path] = [tensor for tensor, _ in reached]
                 leaves = {key: leaf for _, found in reached for key, leaf in found.items()}
                 owned[path] = [leaf for key, leaf in leaves.items() if key in owners[path].own]
@@ -306,61 +303,6 @@ class LayerwiseLoss:
             pairs = zip(self.norms[path][:2], norms, strict=True)
             averages = [_MOMENTUM * average + (1 - _MOMENTUM) * norm for average, norm in pairs]
             self.norms[path] = [*averages, self.step - 1 + self.auto_every]
-
-
-def owners_of(
-    sites: Iterable[Site], optimizers: Sequence[torch.optim.Optimizer], index: int | None = None
-) -> dict[str, Owner]:
-    """Return the owner of each layer: the optimizer of its parameters, or of those of the smallest module around it.
-
-    Args:
-        sites: the layers.
-        optimizers: of the model.
-        index: the optimizer to take for all layers.
-
-    Raises:
-        ValueError: no optimizer, or more than one, trains the parameters of a layer.
-    """
-    trained = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
-    owners: dict[str, Owner] = {}
-    for site in sites:
-        found = [] if index is None else [index]
-        for module in (site.module, *reversed(site.ancestors)):
-            if not found:
-                found = [i for i, ids in enumerate(trained) if any(id(p) in ids for p in module.parameters())]
-        if len(found) != 1:
-            raise ValueError(
-                f"{len(found)} optimizers train the parameters of {site.path!r}, or of the smallest module around it "
-                f"that has any: give optimizer=, the number of the optimizer that its loss belongs to"
-            )
-        own = trained[found[0]]
-        owners[site.path] = Owner(own, set().union(*trained) - own)
-    return owners
-
-
-def _graph_of(loss: Tensor) -> set[Any]:
-    """Return all nodes of the autograd graph of a loss."""
-    nodes: set[Any] = set()
-    ahead = [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            ahead.extend(following for following, _ in node.next_functions)
-    return nodes
-
-
-def _leaves(graph: Iterable[Any]) -> dict[int, Tensor]:
-    """Return the parameters among the nodes of a graph, by their ids."""
-    leaves = [node.variable for node in graph if hasattr(node, "variable")]
-    return {id(leaf): leaf for leaf in leaves}
-
-
-def _only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
-    """Return a loss of the same value and of the same gradient for these parameters, and of none for others."""
-    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-    linear = torch.stack([(g * p).sum() for g, p in zip(gradients, parameters, strict=True)]).sum()
-    return linear + (loss - linear).detach()
 
 
 def _square(gradients: Iterable[Tensor | None]) -> Tensor:

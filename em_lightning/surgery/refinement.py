@@ -158,19 +158,20 @@ def _observe(
         if operator.called or operator.causal or torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
         with AttentionWatch() as watch:
-            output = proceed(*args, **kwargs)
+            output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = before
     if operator.called and not operator.decided and watch.attention:  # of the innermost module that has attention
-        operator.decided = True
-        if not watch.causal:
-            return output
-        operator.called = operator.decided = False
-        raise ValueError(
-            f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all of them, "
-            f"so that earlier positions would see later ones: set causal=True"
-        )
-    return output
+        operator.decided = not watch.causal
+        if watch.causal:
+            operator.called = False
+            raise ValueError(
+                f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "
+                f"so that earlier positions would see later ones: set causal=True"
+            )
+    if operator.training or torch.is_grad_enabled():
+        return output
+    return proceed(*args, **kwargs)  # once more, with the fused kernels for inference, which the mode avoids
 
 
 class AttentionWatch(TorchFunctionMode):
