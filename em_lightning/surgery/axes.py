@@ -95,18 +95,19 @@ def widths_of(site: Site, tap: Literal["output", "input"] = "output") -> list[in
     if own is not None:
         return [own]
     order = 1 if tap == "input" else -1
-    widths = _widths([site.module], tap)[::order]
+    widths = widths_in([site.module], tap)[::order]
     for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
         if widths:
             break
         children = dict(owner._modules)  # by name, as an instance may have several
         position = list(children).index(name) if name in children else len(children)
         before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
-        widths = _widths(before, "output")[::-1] or _widths(behind, "input")
+        widths = widths_in(before, "output")[::-1] or widths_in(behind, "input")
     return widths
 
 
-def _widths(modules: Sequence[nn.Module | None], tap: Literal["output", "input"]) -> list[int]:
+def widths_in(modules: Sequence[nn.Module | None], tap: Literal["output", "input"] = "output") -> list[int]:
+    """Return the widths of the layers in some modules."""
     inner = [inner for module in modules if module is not None for inner in _layers(module)]
     return [width for module in inner if (width := num_units(module, tap)) is not None]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from em_lightning.surgery.axes import FirstCall, UnitAxis, describe, show, widths_of
+from em_lightning.surgery.axes import FirstCall, UnitAxis, describe, show, widths_in
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_patterns, contents, described, matches, walk
@@ -35,11 +35,11 @@ CALLS: dict[type[nn.Module], tuple[str, ...]] = {
 _OWNERS = (torch, F, Tensor)
 
 
-def _functions(names: Iterable[str]) -> frozenset[Any]:
+def _functions(names: Collection[str]) -> frozenset[Any]:
     return frozenset(getattr(owner, name) for owner in _OWNERS for name in names if hasattr(owner, name))
 
 
-_IN_PLACE = _functions(name for names in CALLS.values() for name in names if name.endswith("_"))
+_IN_PLACE = _functions([name for names in CALLS.values() for name in names if name.endswith("_")])
 
 
 class _Swapped(TorchFunctionMode):
@@ -130,7 +130,7 @@ def swap_calls(
         ...     def forward(self, x):
         ...         return F.relu(x)
         >>> net = Net()
-        >>> surgery = swap_calls(net, "*", nn.Tanh)
+        >>> surgery = swap_calls(net, "*", nn.Tanh, verbose=False)
         >>> torch.equal(net(torch.ones(1)), torch.ones(1).tanh())
         True
     """
@@ -166,8 +166,7 @@ def swap_calls(
             and "dim" not in change.entry["init_args"]
         ):
             dim = "auto"
-        inside = Site(site.path, site.parent, site.parent, NAME, site.ancestors)
-        axes = CallAxes(site.path, widths_of(inside), type(operator).__name__, dim, verbose)
+        axes = CallAxes(site.path, widths_in([site.parent])[::-1], type(operator).__name__, dim, verbose)
         last = None if dim is None else UnitAxis(site.path, (), -1 if dim == "auto" else dim)
         surgery.undos.append(operator.register_forward_pre_hook(FirstCall(last, change.entry, False, warn)).remove)
         for name in found_at[id(site.parent)]:
