@@ -203,21 +203,23 @@ class RestoreSurgery(SurgicalCallback):
 
     Args:
         path: the checkpoint with the plan, the one that is given to the Trainer as ``ckpt_path``.
+        weights_only: False loads a checkpoint that you trust with objects of any class, as in the Trainer's methods.
 
     Raises:
         ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model
             would have untrained weights.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], weights_only: bool = True) -> None:
         super().__init__()
         self.path = path
+        self.weights_only = weights_only
         self._plan: list[dict[str, Any]] = []
         self._operated = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read the plan and operate, unless the model has been operated already."""
-        self._plan = read_plan(self.path)
+        self._plan = read_plan(self.path, self.weights_only)
         self._operated = bool(self._plan) and recorded_plan(pl_module) != self._plan
         if self._operated:
             super().setup(trainer, pl_module, stage)

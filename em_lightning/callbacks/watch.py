@@ -165,7 +165,7 @@ class PosteriorMonitor(Callback):
 class EMAudit(Callback):
     """Prints, at the first training batch, where EM is found in the model; TensorBoard gets the table as text.
 
-    Without a Trainer: :func:`em_lightning.audit`. The model's ``training_step`` is run once more, on a copy of its state,
+    Without a Trainer: :func:`em_lightning.audit`. It runs ``training_step`` once more, on a copy of the model's state,
     in eval mode and without its logs. If the audit fails, the callback warns and the run continues.
 
     Args:
@@ -188,8 +188,8 @@ class EMAudit(Callback):
         except Exception as error:  # a model may raise any kind outside of the Trainer's loop
             self.audit = Audit()
             rank_zero_warn(
-                f"EMAudit prints no table, because the audit raised {type(error).__name__}: {error}; the run continues. "
-                f"Call em_lightning.audit with run=..., or on a part of the model"
+                f"EMAudit has no table: the audit raised {type(error).__name__}: {error}. Training continues; "
+                f"call em_lightning.audit with run=..., or on a part of the model"
             )
             return
         if not trainer.is_global_zero:
