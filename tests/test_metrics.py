@@ -123,7 +123,8 @@ def test_fewer_than_two_items_have_no_variance(cls):
 
 
 UPDATES = {
-    **dict.fromkeys((L0, DeadUnits, MinVariance, Redundancy, EffectiveRank), activations),
+    **dict.fromkeys((L0, DeadUnits, Redundancy, EffectiveRank), activations),
+    MinVariance: lambda: activations()[:, 2:],
     **dict.fromkeys((MaxResponsibility, ResponsibilityEntropy), lambda: activations()[:, 2:].softmax(1)),
     **dict.fromkeys((EffectiveComponents, DeadComponents), lambda: activations()[:, 2:].log_softmax(1)),
     MixtureLogLikelihood: lambda: activations(),
