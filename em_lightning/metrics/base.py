@@ -26,6 +26,10 @@ class Float64Metric(Metric):
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return super()._apply(lambda state: state.to(device, dtype), exclude_state)
 
+    def _add_state(self, **states: Any) -> None:
+        """Add states of other items to the own."""
+        raise NotImplementedError
+
     def merge_state(self, incoming_state: Any) -> None:
         """Add the items of another metric of this class, given as the metric or as its ``metric_state``.
 
@@ -35,7 +39,8 @@ class Float64Metric(Metric):
         if not isinstance(incoming_state, (dict, type(self))):
             kind = type(incoming_state).__name__
             raise TypeError(f"incoming_state must be a {type(self).__name__} or its metric_state, got {kind}")
-        self._add_state(**(incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state))
+        state = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
+        self._add_state(**state)
         self._computed = None  # torchmetrics would return its last result
         self._update_count = max(self._update_count, 1)
 
@@ -62,7 +67,7 @@ class MeanOfItems(Float64Metric):
         counts = torch.ones_like(items) if counts is None else counts.to(items.dtype)
         self.sums = self.sums + torch.stack([counts @ items, counts.sum(), torch.zeros_like(counts.sum())])
 
-    def _add_state(self, sums: Tensor) -> None:
+    def _add_state(self, sums: Tensor) -> None:  # type: ignore[override]
         self.sums = self.sums + sums
 
     def compute(self) -> Tensor:
@@ -101,7 +106,7 @@ class UnitMoments(Float64Metric):
         batch[1:, 1:] = centred.T @ centred
         self._add_state(batch)
 
-    def _add_state(self, moments: Tensor) -> None:
+    def _add_state(self, moments: Tensor) -> None:  # type: ignore[override]
         units, known = len(moments) - 1, len(self.moments) - 1
         if units and known and units != known:
             raise ValueError(f"activations have {units} units but earlier ones had {known}; reset() the metric between")

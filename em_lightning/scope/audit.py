@@ -77,15 +77,17 @@ def _run(model: Any, batch: Any) -> None:
             _optimize_the_copy(model)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
         step(model, batch, 0) if len(inspect.signature(step).parameters) > 2 else step(model, batch)
-    elif isinstance(batch, Mapping) and _takes(model.forward, batch):
-        model(**batch)
     else:
-        model(*batch) if isinstance(batch, tuple) else model(batch)
+        call(model, batch)
 
 
-def _takes(forward: Callable[..., Any], names: Any) -> bool:
-    parameters = inspect.signature(forward).parameters
-    return set(names) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call the forward: with the items of a tuple, the keywords of a dictionary if it has these names, or the batch."""
+    if isinstance(batch, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        if set(batch) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
 def _optimize_the_copy(model: Any) -> None:
