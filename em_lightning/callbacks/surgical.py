@@ -212,10 +212,11 @@ class InsertEMOperator(SurgicalCallback):
 class RestoreSurgery(SurgicalCallback):
     """Repeats the surgery of the checkpoint at ``path``, so that test and predict need no other callback.
 
-    Checkpoints that hold more than tensors and plain values, such as dataclasses among the hyperparameters, are read
-    with ``weights_only=False``, which may run code of the file, as the Trainer's own ``weights_only=False`` does.
-
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
+
+    Args:
+        path: the checkpoint with the plan, the one that is given to the Trainer as ``ckpt_path``.
+        weights_only: False loads a checkpoint that you trust with objects of any class, as in the Trainer's methods.
 
     Raises:
         ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model

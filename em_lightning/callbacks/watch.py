@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -166,14 +167,14 @@ class PosteriorMonitor(Callback):
 class EMAudit(Callback):
     """Prints, at the first training batch, where EM is found in the model; TensorBoard gets the table as text.
 
-    Without a Trainer: :func:`em_lightning.audit`. The model's ``training_step`` is run once more, in eval mode and
-    without its logs.
+    Without a Trainer: :func:`em_lightning.audit`. It runs ``training_step`` once more, on a copy of the model's state,
+    in eval mode and without its logs. If the audit fails, the callback warns and the run continues.
 
     Args:
         printed: whether to print the table.
 
     Attributes:
-        audit: the findings, after the first batch.
+        audit: the findings, after the first batch; empty if the audit failed.
     """
 
     def __init__(self, printed: bool = True) -> None:
@@ -184,7 +185,15 @@ class EMAudit(Callback):
         """Audit at the first batch."""
         if self.audit is not None:
             return
-        self.audit = audit(pl_module, batch)
+        try:
+            self.audit = audit(pl_module, batch)
+        except Exception as error:  # a model may raise any kind outside of the Trainer's loop
+            self.audit = Audit()
+            rank_zero_warn(
+                f"EMAudit has no table: the audit raised {type(error).__name__}: {error}. Training continues; "
+                f"call em_lightning.audit with run=..., or on a part of the model"
+            )
+            return
         if not trainer.is_global_zero:
             return
         if self.printed:

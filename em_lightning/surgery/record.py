@@ -23,8 +23,10 @@ def recorded_plan(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
-    """Set the plan of a model."""
+    """Set the plan of a model; an empty one leaves no attribute."""
     vars(model)[_PLAN] = plan
+    if not plan:
+        del vars(model)[_PLAN]
 
 
 def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
