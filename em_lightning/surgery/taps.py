@@ -123,7 +123,7 @@ class Taps:
         self.captured.append((path, tensor, _version(tensor)))
         return put(tensor.detach()) if self.detach else None
 
-    def take(self, wanted: Callable[[str, Tensor], bool] = lambda *_: True) -> dict[str, list[Tensor]]:
+    def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
         """Return the captured tensors that are wanted, by path, and forget them.
 
         Raises:
@@ -132,7 +132,7 @@ class Taps:
         taken: dict[str, list[Tensor]] = {}
         captured, self.captured = self.captured, []
         for path, tensor, version in captured:
-            if not wanted(path, tensor):
+            if not wanted(tensor):
                 self.captured.append((path, tensor, version))
                 continue
             if _version(tensor) != version:
