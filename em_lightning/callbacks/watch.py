@@ -13,7 +13,8 @@ from torchmetrics import MetricCollection
 from em_lightning.competition import softmin
 from em_lightning.metrics import layer_metrics
 from em_lightning.scope import Audit, audit
-from em_lightning.surgery import Taps, units_of
+from em_lightning.surgery import Taps, UnitAxis
+from em_lightning.surgery.select import described
 
 
 def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
@@ -51,9 +52,11 @@ class PosteriorMonitor(Callback):
         where: the layers: a class, a name pattern, a predicate, or a list of these.
         target: a second selection, which must match as well.
         tap: "output" or "input" of the layer.
-        dim: the axis of the units; "auto" takes 1 at convolutions and what follows them, else the last.
+        dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
+            first batch: the one of axes 1 and -1 that has the width of the layer.
         every_n_steps: training steps between two measurements.
         figures: whether to draw figures.
+        verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
 
     Raises:
         NoMatchError: at the start, if nothing matches; the message lists the modules of the model.
@@ -72,6 +75,7 @@ class PosteriorMonitor(Callback):
         dim: int | Literal["auto"] = "auto",
         every_n_steps: int = 50,
         figures: bool = True,
+        verbose: bool = True,
     ) -> None:
         if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
@@ -81,21 +85,23 @@ class PosteriorMonitor(Callback):
         self.dim = dim
         self.every_n_steps = every_n_steps
         self.figures = figures
+        self.verbose = verbose
         self._taps: Taps | None = None
+        self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
-        self._dims: dict[str, int] = {}
         self._last: dict[str, Tensor] = {}
 
     @property
     def state_key(self) -> str:
         """A key that differs between callbacks on different layers."""
-        return f"{type(self).__qualname__}(where={self.where}, tap={self.tap})"
+        return f"{type(self).__qualname__}(where={described(self.where)}, tap={self.tap})"
 
     def _start(self, pl_module: Any) -> None:
         self._stop()
-        self._taps = Taps(pl_module, self.where, self.tap, self.target)
-        self._dims = {site.path: units_of(site, self.dim)[1] for site in self._taps.sites}
-        self._metrics = {path: layer_metrics(dim).to(pl_module.device) for path, dim in self._dims.items()}
+        verbose = self.verbose and not self._axes
+        self._taps = Taps(pl_module, self.where, self.tap, self.target, self.dim, verbose=verbose)
+        self._taps.axes.update(self._axes)  # as decided at the first batch
+        self._axes = self._taps.axes
         self._taps.attach()
 
     def _stop(self) -> None:
@@ -107,8 +113,11 @@ class PosteriorMonitor(Callback):
     def _update(self) -> None:
         for path, tensors in self._taps.take().items() if self._taps else ():
             for tensor in tensors:
+                dim = self._axes[path](tensor.shape)
+                if path not in self._metrics:
+                    self._metrics[path] = layer_metrics(dim).to(tensor.device)
                 self._metrics[path].update(tensor.detach())
-                self._last[path] = tensor.detach().movedim(self._dims[path], -1)
+                self._last[path] = tensor.detach().movedim(dim, -1)
 
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from em_lightning.registry import import_class
-from em_lightning.surgery.edit import Make, Surgery, change_sites
-from em_lightning.surgery.functional import NAME, swap_relu_calls
-from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
-from em_lightning.surgery.select import find_modules, walk
+from em_lightning.surgery.edit import Change, Make, Shared, Surgery, change_sites
+from em_lightning.surgery.em import watch_first_call
+from em_lightning.surgery.functional import NAME, swap_calls
+from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan, settled
+from em_lightning.surgery.select import Site, find_modules, walk
 from em_lightning.surgery.wrappers import MARKER, CallSites, Inserted
 
 
@@ -36,13 +37,15 @@ def apply_plan(
         ValueError: the plan cannot build a module and ``make`` is None.
     """
     surgery = Surgery(model) if into is None else into
-    done = recorded_plan(model)
-    held = [entry for entry in plan if entry not in done and _holds(model, entry)]
+    recorded = recorded_plan(model)
+    done = [settled(entry) for entry in recorded]
+    held = [entry for entry in plan if settled(entry) not in done and _holds(model, entry)]
     if held:
         surgery.undos += keep_in_checkpoints(model)
-        record_plan(model, [*done, *held])
+        record_plan(model, [*recorded, *held])
     for entry in plan:
-        if entry in [*done, *held] or entry["tied"] not in (None, entry["path"]):  # tied: built at their first path
+        # Tied modules are built at their first path.
+        if settled(entry) in done or entry in held or entry["tied"] not in (None, entry["path"]):
             continue
         surgery.by = entry["by"]
         _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
@@ -73,18 +76,23 @@ def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make 
     if make is None:
         raise ValueError(f"{path!r} holds a {entry['class_path']} of unknown arguments: pass make=, which builds it")
     if entry["operation"] == "functional":
-        swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
+        target = [getattr(nn, name) for name in entry.get("target", ["ReLU"])]
+        where = path.removesuffix(NAME).removesuffix(".")
+        swap_calls(surgery.model, where, make, target, calls=calls, verbose=False, into=surgery)
         return
+
+    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
+        watch_first_call(surgery, site, change, entry.get("undecided", False))
+
     sites = find_modules(surgery.model, tied or [path])
-    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, "together" if tied else "separate")
+    shared: Shared = "together" if tied else "separate"
+    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, shared, prepare)
 
 
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
     """Return the plan in a checkpoint file, which is empty if it was saved without surgery.
 
-    Args:
-        path: the checkpoint.
-        weights_only: False loads a file that you trust with objects of any class, such as hyperparameters.
+    With ``weights_only=False`` the file may hold any objects, and reading it may run code of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -92,7 +100,7 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
     """
     from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which the rest of surgery does without
 
-    return plan_in(read_checkpoint(path, weights_only))
+    return plan_in(read_checkpoint(path, weights_only is not False))
 
 
 def restore_surgery(
@@ -114,7 +122,7 @@ def restore_surgery(
         ValueError: the checkpoint stores no plan, or is damaged.
     """
     arguments = {"weights_only": True, **arguments}
-    plan = read_plan(path, arguments["weights_only"] is not False)
+    plan = read_plan(path, arguments["weights_only"])
     if not plan:
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
 
