@@ -212,9 +212,6 @@ class InsertEMOperator(SurgicalCallback):
 class RestoreSurgery(SurgicalCallback):
     """Repeats the surgery of the checkpoint at ``path``, so that test and predict need no other callback.
 
-    Checkpoints that hold more than tensors and plain values, such as dataclasses among the hyperparameters, are read
-    with ``weights_only=False``, which may run code of the file, as the Trainer's own ``weights_only=False`` does.
-
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
 
     Raises:

@@ -145,7 +145,10 @@ class LayerwiseLoss:
             if loss.requires_grad or any(tensor.requires_grad for tensors in captured.values() for tensor in tensors):
                 captured = self._with_gradient(captured)
         else:
-            captured = self._in_graph(loss, owners)
+            graph = graph_of(loss)
+            captured = self.taps.take(
+                lambda tensor: tensor.requires_grad if self.taps.detach else tensor.grad_fn in graph
+            )
             if owners is not None:
                 captured, owned = self._of_owners(captured, owners)
         self._added.update(captured)
@@ -235,16 +238,6 @@ class LayerwiseLoss:
                 f"the loss(es) of {', '.join(sorted(paths))} wait: nothing before these layers is trained now",
                 stacklevel=3,
             )
-
-    def _in_graph(self, loss: Tensor, owners: Mapping[str, Owner] | None) -> dict[str, list[Tensor]]:
-        """Take the tensors that a loss depends on; detached layers go with the loss that reaches their optimizer."""
-        graph = graph_of(loss)
-        if not self.taps.detach:
-            return self.taps.take(lambda path, tensor: tensor.grad_fn in graph)
-        reached = leaves_of(graph)
-        return self.taps.take(
-            lambda path, tensor: tensor.requires_grad and (owners is None or bool(reached.keys() & owners[path].own))
-        )
 
     def _of_owners(
         self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]

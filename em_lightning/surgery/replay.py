@@ -15,7 +15,7 @@ from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan, settled
 from em_lightning.surgery.select import Site, find_modules, walk
-from em_lightning.surgery.wrappers import MARKER, CallSites, Inserted
+from em_lightning.surgery.wrappers import CallSites, Inserted, is_added
 
 
 def apply_plan(
@@ -37,15 +37,14 @@ def apply_plan(
         ValueError: the plan cannot build a module and ``make`` is None.
     """
     surgery = Surgery(model) if into is None else into
-    recorded = recorded_plan(model)
-    done = [settled(entry) for entry in recorded]
+    done = [settled(entry) for entry in recorded_plan(model)]
     held = [entry for entry in plan if settled(entry) not in done and _holds(model, entry)]
     if held:
         surgery.undos += keep_in_checkpoints(model)
-        record_plan(model, [*recorded, *held])
+        record_plan(model, [*recorded_plan(model), *held])
     for entry in plan:
-        # Tied modules are built at their first path.
-        if settled(entry) in done or entry in held or entry["tied"] not in (None, entry["path"]):
+        first = entry["tied"] in (None, entry["path"])  # tied modules are built at their first path
+        if settled(entry) in done or entry in held or not first:
             continue
         surgery.by = entry["by"]
         _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
@@ -61,7 +60,7 @@ def _holds(model: nn.Module, entry: dict[str, Any]) -> bool:
             pending += [module.layer, module.operator]
         elif isinstance(module, CallSites):
             pending += module.operators
-        elif MARKER in dict(module.named_buffers(recurse=False)):
+        elif is_added(module):
             cls = type(module)
             if f"{cls.__module__}.{cls.__qualname__}" == entry["class_path"]:
                 return True
@@ -92,7 +91,9 @@ def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make 
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
     """Return the plan in a checkpoint file, which is empty if it was saved without surgery.
 
-    With ``weights_only=False`` the file may hold any objects, and reading it may run code of the file.
+    Args:
+        path: the checkpoint.
+        weights_only: False loads a file that you trust with objects of any class, such as hyperparameters.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -100,7 +101,7 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
     """
     from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which the rest of surgery does without
 
-    return plan_in(read_checkpoint(path, weights_only is not False))
+    return plan_in(read_checkpoint(path, weights_only))
 
 
 def restore_surgery(
@@ -122,7 +123,7 @@ def restore_surgery(
         ValueError: the checkpoint stores no plan, or is damaged.
     """
     arguments = {"weights_only": True, **arguments}
-    plan = read_plan(path, arguments["weights_only"])
+    plan = read_plan(path, arguments["weights_only"] is not False)
     if not plan:
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from em_lightning.surgery.axes import describe, show, unit_axis
 from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
+from em_lightning.surgery.wrappers import outside_added
 
 
 class Taps:
@@ -59,7 +60,7 @@ class Taps:
         self.captured: list[tuple[str, Tensor, int]] = []
         self._undos: list[Undo] = []
         self.sites: list[Site] = []
-        for site in find_modules(model, where, target):
+        for site in outside_added(find_modules(model, where, target)):
             check_reachable(site)
             if site.function is None and not any(site.module is known.module for known in self.sites):
                 self.sites.append(site)
@@ -123,7 +124,7 @@ class Taps:
         self.captured.append((path, tensor, _version(tensor)))
         return put(tensor.detach()) if self.detach else None
 
-    def take(self, wanted: Callable[[str, Tensor], bool] = lambda *_: True) -> dict[str, list[Tensor]]:
+    def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
         """Return the captured tensors that are wanted, by path, and forget them.
 
         Raises:
@@ -132,7 +133,7 @@ class Taps:
         taken: dict[str, list[Tensor]] = {}
         captured, self.captured = self.captured, []
         for path, tensor, version in captured:
-            if not wanted(path, tensor):
+            if not wanted(tensor):
                 self.captured.append((path, tensor, version))
                 continue
             if _version(tensor) != version:
