@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from em_lightning.surgery.axes import describe, show, unit_axis
 from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
+from em_lightning.surgery.wrappers import outside_added
 
 
 class Taps:
@@ -59,7 +60,7 @@ class Taps:
         self.captured: list[tuple[str, Tensor, int]] = []
         self._undos: list[Undo] = []
         self.sites: list[Site] = []
-        for site in find_modules(model, where, target):
+        for site in outside_added(find_modules(model, where, target)):
             check_reachable(site)
             if site.function is None and not any(site.module is known.module for known in self.sites):
                 self.sites.append(site)
