@@ -107,7 +107,7 @@ def test_a_loader_goes_on_behind_the_block_it_gave_last(x):
         assert len(list(second)) == len(blocks)
 
 
-def test_a_sample_is_spread_over_the_table_and_the_same_on_every_rank(x):
+def test_a_sample_is_distributed_over_the_table_and_the_same_on_every_rank(x):
     numbers = Table(torch.arange(1000.0)[:, None])
     samples = [TableBlocks(numbers, None, 100, False, 4, rank).sample(50, seed=3).points for rank in range(4)]
     assert all(torch.equal(samples[0], other) for other in samples)

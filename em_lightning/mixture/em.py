@@ -26,7 +26,7 @@ def em_step(
     r"""Return the mixtures after one EM iteration.
 
     :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; weights, means and covariances are then the moments of
-    the points under :math:`r`, with ``floor`` added to the variances as scikit-learn's ``reg_covar`` is.
+    the points under :math:`r`.
 
     Args:
         x: points (B, N, D).
@@ -48,7 +48,7 @@ def em_step(
     """
     check_points(mixture, x)
     if x.shape[1] == 0:
-        raise ValueError(f"x of shape {tuple(x.shape)} must have at least one point; mask it where a set has none")
+        raise ValueError(f"x of shape {tuple(x.shape)} must have at least one row; mask the rows of empty sets")
     covariance = covariance_of(mixture.covariances, mixture.means)
     points = prepare(x, covariance.features, mask, weights)
     parameters = points.frame.enter_parameters(mixture.parameters())
@@ -111,13 +111,13 @@ def fit(
 
 
 def where(condition: Tensor, one: State, other: State) -> State:
-    """Return one named tuple of tensors for the sets where a condition (B,) holds, and another elsewhere."""
+    """Return ``torch.where`` of each tensor (B, ...) of two named tuples, by a condition (B,)."""
     parts = (torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(one, other, strict=True))
     return type(one)(*parts)
 
 
 class StreamedEM(NamedTuple):
-    """EM over points that come in blocks: statistics of blocks, and of ranks, are added before the M-step.
+    """EM over data in blocks: statistics of blocks, and of ranks, are added before the M-step.
 
     covariance: the covariance type.
     frame: coordinates near the middle of all points, the same for all blocks of a pass.
@@ -145,11 +145,11 @@ class StreamedEM(NamedTuple):
 
     def zeros(self, num_components: int) -> SufficientStatistics:
         """Return the statistics of no points."""
-        none = self.frame.center.new_zeros(1)
-        by_component = none.expand(1, num_components)
+        zeros = self.frame.center.new_zeros(1)
+        by_component = zeros.expand(1, num_components)
         first = self.frame.center.new_zeros(1, num_components, self.frame.center.shape[1])
         second = self.covariance.second_degree(first.mT).mT
-        return SufficientStatistics(by_component, by_component, first, second, none, none, none)
+        return SufficientStatistics(by_component, by_component, first, second, zeros, zeros, zeros)
 
     def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
         """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
