@@ -67,7 +67,7 @@ class GaussianMixture(reference.GaussianMixture):
         again = self.warm_start and hasattr(self, "converged_")
         if again and (change := self._changed(X.shape[1])):
             warnings.warn(f"warm_start=True has no effect, a new mixture is fitted: {change}", stacklevel=2)
-            del self.converged_
+            del self.converged_  # type: ignore[has-type]
             again = False
         if again:  # attributes that were set by hand
             self._adopt(self._mixture(), lambda part: alike(part.numpy().astype(X.dtype)))
@@ -176,7 +176,7 @@ class GaussianMixture(reference.GaussianMixture):
         if self.reg_covar > 1e-30 * variance.max():
             return
         correlations = covariances / (variance.unsqueeze(-1) * variance).sqrt().clamp(min=1e-300)
-        if variance.min() <= 1e-30 * variance.max() or torch.linalg.eigvalsh(correlations).min() < 1e-14:
+        if variance.min() <= 1e-60 * variance.max() or torch.linalg.eigvalsh(correlations).min() < 1e-14:
             raise ValueError(
                 f"reg_covar={self.reg_covar} leaves components with ill-defined covariances, such as those of equal "
                 "rows; increase reg_covar, decrease n_components, or remove constant columns"

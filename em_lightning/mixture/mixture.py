@@ -151,12 +151,13 @@ class Mixture:
         return points, frame.enter_parameters(self.parameters())
 
     def _check_covariances(self) -> None:
-        if not torch.compiler.is_compiling() and self._covariance.indefinite(self.covariances.detach()).any():
-            wrong = self._covariance.indefinite(self.covariances.detach()).nonzero()[0].tolist()
-            raise ValueError(
-                f"covariances must be positive definite; that of set and component {wrong} is "
-                f"{self.covariances[tuple(wrong)].tolist()}"
-            )
+        if torch.compiler.is_compiling():
+            return
+        wrong = self._covariance.indefinite(self.covariances.detach())
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            value = self.covariances[tuple(place)].tolist()
+            raise ValueError(f"covariances must be positive definite, got {value} at index {place}")
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of points (B, N, D).
