@@ -431,9 +431,8 @@ def test_mixtures_are_returned_in_units_of_a_survey(tmp_path):
     mixture = PointCloudGMM(num_components=4).eval().predict_step(next(iter(module.val_dataloader())), 0)
     assert (mixture.means[0] - torch.tensor([8e5, 5e6, 100.0]) - 0.5).abs().max() < 0.5
     points = torch.from_numpy(np.load(tmp_path / "a.npy"))[None]
-    assert mixture[0].log_prob(points).mean() == pytest.approx(
-        mixture[1].log_prob(points - points.mean(1) + 0.5).mean(), abs=0.5
-    )
+    far, near = mixture[0].log_prob(points), mixture[1].log_prob(points - points.mean(1) + 0.5)
+    assert abs(far.mean() - near.mean()) < 0.5
 
 
 OTHERS = {
