@@ -62,7 +62,7 @@ def pcd(form):
     """Return two points and a label each as PCD."""
     head = f"FIELDS x y z label\nSIZE 4 4 8 1\nTYPE F F F U\nCOUNT 1 1 1 2\nPOINTS 2\nDATA {form}\n".encode()
     if form == "ascii":
-        return head + b"1 2 3 4 4\nnan 6 7 8 8\n"
+        return head + b"1 2 3 4 4\n5 6 7 8 8\n"
     return head + 2 * struct.pack("<ffdBB", 1, 2, 3, 4, 4)
 
 
