@@ -130,6 +130,15 @@ def test_stl(tmp_path):
             parse_points(content, "a.stl")
 
 
+def test_three_points_with_further_columns():
+    """A text has one point per line, an array of three rows may be transposed."""
+    points, _ = parse_points(b"1 2 3 9 9 9\n4 5 6 9 9 9\n7 8 9 9 9 9\n", "a.xyz")
+    assert points.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    for columns in (4, 6, 1000):
+        with pytest.raises(ValueError, match=rf"\(3, {columns}\).*transpose"):
+            parse_points(npy(np.ones((3, columns))), "a.npy")
+
+
 def test_coordinates_keep_the_digits_of_the_file(tmp_path):
     far = "800000.123 5000000.456 0.789"
     header = PLY_HEADER.format("ascii", 1, "")
