@@ -77,6 +77,13 @@ class FullCovariance:
             second_moment = second_moment + self.pool(means.square())
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
+    def indefinite(self, covariances: Tensor) -> Tensor:
+        """Return whether each finite covariance is not positive definite, by more than round-off, (B, K) or (B, 1)."""
+        features = covariances.shape[-1]
+        least = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        failed = torch.linalg.cholesky_ex(covariances + least.diag_embed()).info != 0
+        return failed & covariances.isfinite().flatten(-2).all(-1)
+
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K).
 
