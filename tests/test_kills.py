@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end where a run ends that was left alone; a rank does not outlive another."""
+"""Killed and resumed runs equal uninterrupted ones, and processes end with the process that started them."""
 
 import os
 import re

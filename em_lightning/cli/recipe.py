@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from em_lightning.checkpoints import AtomicCheckpointIO
@@ -100,6 +100,7 @@ class RecipeCLI(LightningCLI):
             args=list(args),
             parser_kwargs={
                 "allow_abbrev": False,
+                "default_env": True,  # PL_TRAINER__MAX_EPOCHS=3
                 "exit_on_error": False,
                 "default_config_files": [str(config_of(self.script))],
                 "prog": f"em-lightning run {self.script.stem}",
@@ -155,6 +156,9 @@ class RecipeCLI(LightningCLI):
         """Return the trainer, which writes checkpoints atomically."""
         if self.config.trainer.enable_checkpointing is False:
             self.parser.callback_keys.remove("checkpoint")
+        given = self.config_init.trainer
+        if given.logger is False and given.callbacks:  # LearningRateMonitor raises without a logger
+            given.callbacks = [each for each in given.callbacks if not isinstance(each, LearningRateMonitor)]
         try:
             trainer = super().instantiate_trainer(**options)
         except (ValueError, MisconfigurationException) as error:

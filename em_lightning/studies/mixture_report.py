@@ -12,7 +12,7 @@ from torch import Tensor
 from em_lightning.data import PointCloudBatch
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
-from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
+from em_lightning.plots import component_colors, curves, mixture_grid, tensorboard_writers
 from em_lightning.studies.report import Report, fit_sklearn
 from em_lightning.studies.results import write_results
 
@@ -99,7 +99,8 @@ class MixtureReport(Report):
                 series |= {stage: tuple(zip(*points, strict=True))} if points else {}
             figures["training"] = curves(series, "optimizer step", "log-likelihood per point (nats)", "Training")
         self.save_figures(trainer, figures, folder)
-        _write_events(getattr(trainer.logger, "experiment", None), operator, shown)
+        for writer in tensorboard_writers(trainer, "histograms and point clouds"):
+            _write_events(writer, operator, shown)
 
     def _iterations(
         self, operator: EMOperator, batches: list[PointCloudBatch], starts: list[Mixture], rows: list[dict[str, Any]]
@@ -143,9 +144,7 @@ class MixtureReport(Report):
 
 
 def _write_events(writer: Any, operator: EMOperator, clouds: PointCloudBatch) -> None:
-    """Add a point-cloud view and histograms by EM iteration to TensorBoard, if the writer is one."""
-    if not hasattr(writer, "add_mesh"):
-        return
+    """Add a point-cloud view and histograms by EM iteration to TensorBoard."""
     for i, mixture in enumerate(operator.iterate(clouds.points, clouds.mask)):
         responsibilities = mixture.posterior(clouds.points).responsibilities
         writer.add_histogram("by EM iteration/weights of the components", mixture.weights, i)
