@@ -1,4 +1,4 @@
-"""Modules with one layer of energies: objective, metrics, subclasses; replicas go the way that each would go alone."""
+"""Modules with one layer of energies: loss terms, metrics, subclasses; replicas go the way that each would go alone."""
 
 import re
 from pathlib import Path
@@ -218,9 +218,9 @@ def test_errors_name_the_argument_and_the_value(make, message):
         make()
 
 
-def test_a_layer_without_an_objective_raises():
+def test_a_layer_without_loss_terms_raises():
     layer = EnergyLayer(4, 2)
-    with pytest.raises(NotImplementedError, match="EnergyLayer.*objective"):
+    with pytest.raises(NotImplementedError, match="EnergyLayer.*loss_terms"):
         layer.step((torch.rand(3, 4), None), "train")
 
 

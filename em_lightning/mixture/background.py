@@ -1,4 +1,4 @@
-"""A background: one more component of constant density, which takes the points that no other component explains."""
+"""A uniform background component for outliers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.nn import functional
 from em_lightning.mixture.e_step import BackgroundLevel
 from em_lightning.mixture.points import Points
 
-# The shortest side of the box of a flat set, as a share of its longest.
-_THINNEST = 1e-3
-# Bounds of an estimated weight: EM never returns from a weight of zero.
-_LEAST = 1e-5
+# Smallest side of a bounding box relative to its longest.
+_MIN_SIDE_RATIO = 1e-3
+# Smallest estimated weight of the background, and of the components: EM cannot increase a weight of zero.
+_MIN_WEIGHT = 1e-5
 
 
 class UniformBackground(nn.Module):
-    r"""A component that is uniform over the bounding box of each set: outliers are its points.
+    r"""A mixture component for outliers, uniform over the bounding box of each set.
 
     .. math:: p(x) = w_0 \frac{1}{V} + (1 - w_0) \sum_k \pi_k \, p_k(x)
 
     with the volume :math:`V` of the box of the points that count (no side below a thousandth of the longest), or
-    with :math:`1 / V = e^{-\mathrm{energy}}` where an energy is given. EM never lowers the likelihood, whether the
-    weight :math:`w_0` is
+    with :math:`1 / V = e^{-\mathrm{energy}}` where an energy is given. EM never lowers the likelihood. The weight
+    :math:`w_0` can be
 
     - fixed, where the share of outliers is known: the weights :math:`\pi_k` of a mixture then sum to 1;
     - estimated per set (``estimate=True``): the M-step sets it to the mean responsibility of the background,
@@ -56,11 +56,13 @@ class UniformBackground(nn.Module):
     ) -> None:
         super().__init__()
         if learnable and estimate:
-            raise ValueError("learnable=True trains one weight for all sets, estimate=True fits one per set; give one")
+            raise ValueError(
+                "learnable=True and estimate=True exclude each other: one weight for all sets, or one per set"
+            )
         if not 0.0 < weight < 1.0:
             raise ValueError(f"weight={weight} must lie between 0 and 1: it is the share of the background")
         if energy is not None and not math.isfinite(energy):
-            raise ValueError(f"energy={energy} must be finite; None takes the bounding box of each set")
+            raise ValueError(f"energy={energy} must be finite; None takes the density of the bounding box of each set")
         self._logit = math.log(weight) - math.log1p(-weight)
         self.energy = energy
         self.estimate = estimate
@@ -75,32 +77,28 @@ class UniformBackground(nn.Module):
         logits = torch.full_like(like, self._logit)
         return logits if self.logit_shift is None else logits + self.logit_shift.to(like)
 
-    def leave_room(self, log_weights: Tensor) -> Tensor:
-        """Return log-weights (B, K) that leave an estimated background its start, where they sum to 1."""
+    def reserve_share(self, log_weights: Tensor) -> Tensor:
+        """Return log-weights (B, K), times the initial :math:`1 - w_0` if it is estimated and they sum to 1."""
         if not self.estimate:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)
         rest = functional.logsigmoid(-self._logits(total))
-        return torch.where(total > math.log1p(-0.5 * _LEAST), log_weights + rest, log_weights)
+        return torch.where(total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + rest, log_weights)
 
-    def maximize(self, log_weights: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
-        """Return the log-weights (B, K) of the M-step beside the background.
-
-        Args:
-            log_weights: (B, K), of the components among themselves.
-            inside: (B,), the mass of the components.
-            outside: (B,), the mass of the background; a set without points keeps the start.
-        """
+    def update_weights(self, log_weights: Tensor, component_mass: Tensor, background_mass: Tensor) -> Tensor:
+        """Return log-weights (B, K) of the M-step, scaled by the estimated :math:`1 - w_0`; the masses are (B,)."""
         if not self.estimate:
             return log_weights
-        total = inside + outside
-        share = torch.where(total > 0, outside / torch.where(total > 0, total, 1.0), self._logits(total).sigmoid())
-        return log_weights + torch.log1p(-share.clamp(_LEAST, 1.0 - _LEAST)).unsqueeze(-1)
+        total = component_mass + background_mass
+        share = torch.where(
+            total > 0, background_mass / torch.where(total > 0, total, 1.0), self._logits(total).sigmoid()
+        )
+        return log_weights + torch.log1p(-share.clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT)).unsqueeze(-1)
 
     def level(self, points: Points, log_weights: Tensor) -> BackgroundLevel:
-        """Return the background beside components of log-weights (B, K), in the coordinates of the points."""
+        """Return the log-density and log-weights of the background in the coordinates of the points."""
         if self.estimate:
-            log_weight = (-torch.expm1(log_weights.logsumexp(-1))).clamp(_LEAST, 1.0 - _LEAST).log()
+            log_weight = (-torch.expm1(log_weights.logsumexp(-1))).clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT).log()
             log_rest = torch.zeros_like(log_weight)
         else:
             logits = self._logits(points.mass)
@@ -118,10 +116,12 @@ class UniformBackground(nn.Module):
             counted = counted | ~counted.any(-1, keepdim=True)
             low, high = torch.where(counted, z, torch.inf), torch.where(counted, z, -torch.inf)
         sides = high.amax(-1) - low.amin(-1)
-        least = (_THINNEST * sides.amax(-1, keepdim=True)).clamp(min=points.eps)
+        least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)
         return -torch.maximum(sides, least).log().sum(-1)
 
     def extra_repr(self) -> str:
         """Return the weight, how it is found, and the energy."""
-        how = " (learnable)" if self.logit_shift is not None else " (estimated)" if self.estimate else ""
+        how = ""
+        if self.estimate or self.logit_shift is not None:
+            how = " (estimated)" if self.estimate else " (learnable)"
         return f"weight={float(self.weight.detach()):g}{how}, energy={self.energy}"

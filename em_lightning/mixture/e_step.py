@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.parameters import Family, Parameters
 from em_lightning.mixture.points import Points
 
 # From joint log-densities (B, K, N) to responsibilities (B, K, N).
 Respond = Callable[[Tensor], Tensor]
 
 
-class Family(Protocol):
-    """Densities whose logarithm is linear in features ``phi(x)``: a covariance type, or von Mises-Fisher."""
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return ``phi(x)`` (B, F, N) of points (B, D, N)."""
-
-    def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return theta (B, K, F) with ``theta_k . phi(x) = log pi_k + log p_k(x)``, and its maximum over x (B, K)."""
-
-
 class BackgroundLevel(NamedTuple):
-    """A constant component beside the others, for one batch of sets.
+    """Log-density and log-weights of the background, for one batch of sets.
 
     log_density: (B,), ``log(w_0 p_0)`` in the coordinates of the points.
     log_weight: (B,), ``log w_0``.
@@ -53,10 +43,6 @@ class Likelihood(NamedTuple):
     kernel: EllipticalKernel | None = None
     background: BackgroundLevel | None = None
 
-    def shared(self) -> tuple[Tensor, ...]:
-        """Return the trained parameters of the kernel."""
-        return () if self.kernel is None else tuple(self.kernel.parameters())
-
 
 class SufficientStatistics(NamedTuple):
     r"""Sums over points under responsibilities :math:`r_{nk}`, weights :math:`w_n` and IRLS weights :math:`u_{nk}`.
@@ -65,7 +51,7 @@ class SufficientStatistics(NamedTuple):
     zeroth: (B, K), :math:`\sum_n w_n r_{nk} u_{nk}`: the mass for Gaussian components, where :math:`u_{nk} = 1`.
     first: (B, K, D), :math:`\sum_n w_n r_{nk} u_{nk} x_n`.
     second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`.
-    log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero where it was not asked for.
+    log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero unless it was asked for.
     background_mass: (B,), the mass of the background.
     num_points: (B,), number of points that count.
     """
@@ -95,8 +81,8 @@ class SufficientStatistics(NamedTuple):
         """Return the statistics under weights that are divided by their mean."""
         total = self.mass.sum(-1) + self.background_mass
         ratio = self.num_points / torch.where(total > 0, total, 1.0)
-        parts = (part * ratio.reshape(-1, *[1] * (part.ndim - 1)) for part in self[:-1])
-        return self._replace(**dict(zip(self._fields, (*parts, self.num_points), strict=True)))
+        scaled = SufficientStatistics(*(part * ratio.view(-1, *[1] * (part.ndim - 1)) for part in self))
+        return scaled._replace(num_points=self.num_points)
 
 
 def e_step(
@@ -108,7 +94,6 @@ def e_step(
     temperature: float | Tensor = 1.0,
     with_log_likelihood: bool = False,
     couples_points: bool = False,
-    shared: Sequence[Tensor] = (),
     block_size: int | None = None,
 ) -> SufficientStatistics:
     r"""Return the sufficient statistics of points under the responsibilities of a mixture.
@@ -125,7 +110,6 @@ def e_step(
         temperature: divides the joint log-densities before the softmax.
         with_log_likelihood: whether the log-likelihood is wanted.
         couples_points: whether ``respond`` needs all points of a set at once.
-        shared: trained parameters of ``respond``.
         block_size: see :func:`~em_lightning.mixture.backends.sum_blocks`.
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
@@ -133,61 +117,82 @@ def e_step(
     if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family):
         return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
     theta, peak = likelihood.family.natural_parameters(parameters)
-    width = max(theta.shape[1:])
-    if couples_points:
-        block_size = points.x.shape[0] * points.x.shape[2] * width
     respond = respond or (lambda joint: (joint / temperature).softmax(1))
-    mass, moments, log_likelihood, outside = sum_blocks(
-        _BlockStatistics(points, likelihood, respond, with_log_likelihood, theta.shape[1]).sums,
+
+    def sums_of_block(
+        sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return mass, moments, log-likelihood and the mass of the background."""
+        features = points.lift(block, sets)
+        joint, irls_weights = log_joint(features, theta, peak, points.num_features, likelihood.kernel)
+        joint = with_background(joint, level)
+        # A competition may depend on the unit of the densities.
+        responsibilities = respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
+        log_likelihood = theta.new_zeros(len(theta))
+        if with_log_likelihood:
+            log_density = joint.logsumexp(1)
+            log_likelihood = (log_density if weights is None else log_density * weights).sum(-1)
+        if weights is not None:
+            responsibilities = responsibilities * weights.unsqueeze(1)
+        mass, background_mass = responsibilities.sum(-1).tensor_split([theta.shape[1]], 1)
+        responsibilities = responsibilities[:, : theta.shape[1]]
+        if irls_weights is not None:
+            responsibilities = responsibilities * irls_weights
+        # Twice as fast as the transposed product for a few components.
+        moments = (features @ responsibilities.mT).mT
+        return mass, moments, log_likelihood, background_mass.sum(1)
+
+    width = max(theta.shape[1:])
+    mass, moments, log_likelihood, background_mass = sum_blocks(
+        sums_of_block,
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
         width,
-        (*likelihood.shared(), *shared),
-        block_size,
+        points.x.shape[0] * points.x.shape[2] * width if couples_points else block_size,
     )
-    first, second = moments[..., 1 : 1 + points.num_features], moments[..., 1 + points.num_features :]
-    return SufficientStatistics(mass, moments[..., 0], first, second, log_likelihood, outside, points.num_points)
+    zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
+    return SufficientStatistics(
+        mass, zeroth.squeeze(-1), first, second, log_likelihood, background_mass, points.num_points
+    )
 
 
 def _fused_statistics(
-    points: Points, parameters: Parameters, covariance: Any, temperature: float | Tensor, with_log_likelihood: bool
+    points: Points, parameters: Parameters, family: Any, temperature: float | Tensor, with_log_likelihood: bool
 ) -> SufficientStatistics:
     """Return the statistics of Gaussian components by the native backend."""
-    log_weights, means, covariances = parameters
-    factor = covariance.factorize(covariances, means)
-    scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
-    peak = covariance.log_peak(log_weights, inverse, points.num_features) / temperature
-    root = temperature**0.5
-    sums, log_likelihood = native.FusedSums.apply(
-        points.x,
-        points.weights,
-        means,
-        inverse / root,
-        peak,
-        (scale * root).detach(),
-        *points.frame,
-        covariance,
-        with_log_likelihood,
-    )
+    arguments = _fused_arguments(points, parameters, family, temperature)
+    sums, log_likelihood = native.FusedSums.apply(points.x, points.weights, *arguments, with_log_likelihood)
     zeroth, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
-    mass, none = zeroth.squeeze(-1), torch.zeros_like(points.mass)
-    return SufficientStatistics(mass, mass, first, second, log_likelihood, none, points.num_points)
+    mass, zeros = zeroth.squeeze(-1), torch.zeros_like(points.mass)
+    return SufficientStatistics(mass, mass, first, second, log_likelihood, zeros, points.num_points)
+
+
+def _fused_arguments(
+    points: Points, parameters: Parameters, family: Any, temperature: float | Tensor = 1.0
+) -> tuple[Any, ...]:
+    log_weights, means, covariances = parameters
+    factor = family.factorize(covariances, means)
+    scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
+    peak = family.log_peak(log_weights, inverse, points.num_features) / temperature
+    root = temperature**0.5
+    return means, inverse / root, peak, (scale * root).detach(), *points.frame, family
 
 
 def log_density(
     points: Points, parameters: Parameters, likelihood: Likelihood, block_size: int | None = None
 ) -> Tensor:
     """Return ``log p(x_n)`` (B, N) in the coordinates of the points; arguments are those of :func:`e_step`."""
-    theta, peak = likelihood.family.natural_parameters(parameters)
+    family, kernel, background = likelihood
+    if kernel is None and background is None and native.serves(points.x, family):
+        return native.FusedDensity.apply(points.x, None, *_fused_arguments(points, parameters, family))
+    theta, peak = family.natural_parameters(parameters)
 
     def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:
-        joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, likelihood.kernel)
+        joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, kernel)
         return (with_background(joint, level).logsumexp(1),)
 
-    tensors = (theta, peak, *(likelihood.background or ()))
-    (density,) = map_blocks(
-        density_of_block, (points.x,), tensors, max(theta.shape[1:]), likelihood.shared(), block_size
-    )
+    tensors = (theta, peak, *(background or ()))
+    (density,) = map_blocks(density_of_block, (points.x,), tensors, max(theta.shape[1:]), block_size)
     return density
 
 
@@ -213,42 +218,8 @@ def log_joint(
 
 
 def with_background(joint: Tensor, level: Sequence[Tensor]) -> Tensor:
-    """Return joint log-densities (B, K, N), and with the level (B,) of a background each that last: (B, K + 1, N)."""
+    """Append the log-density of the background, if there is one, to joint log-densities (B, K, N)."""
     if not level:
         return joint
     log_density, _, log_rest = (part[:, None, None] for part in level)
     return torch.cat([joint + log_rest, log_density.expand(-1, 1, joint.shape[-1])], 1)
-
-
-class _BlockStatistics(NamedTuple):
-    """The statistics of a block of points under any kernel, background and competition."""
-
-    points: Points
-    likelihood: Likelihood
-    respond: Respond
-    with_log_likelihood: bool
-    num_components: int
-
-    def sums(
-        self, sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return mass, moments, log-likelihood and the mass of the background."""
-        features = self.points.lift(block, sets)
-        joint, irls_weights = log_joint(features, theta, peak, self.points.num_features, self.likelihood.kernel)
-        joint = with_background(joint, level)
-        # Competitions see log-densities in units of the points.
-        responsibilities = self.respond(joint - self.points.log_volume()[sets, None, None]).to(joint.dtype)
-        log_likelihood = theta.new_zeros(len(theta))
-        if self.with_log_likelihood:
-            log_density = joint.logsumexp(1)
-            log_likelihood = (log_density if weights is None else log_density * weights).sum(-1)
-        if weights is not None:
-            responsibilities = responsibilities * weights.unsqueeze(1)
-        mass = responsibilities.sum(-1)
-        responsibilities = responsibilities[:, : self.num_components]
-        if irls_weights is not None:
-            responsibilities = responsibilities * irls_weights
-        outside = mass[:, self.num_components :].sum(1)
-        # The longer side first: half the time for a handful of components.
-        moments = (features @ responsibilities.mT).mT
-        return mass[:, : self.num_components], moments, log_likelihood, outside

@@ -26,7 +26,7 @@ def em_step(
     r"""Return the mixtures after one EM iteration.
 
     :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; weights, means and covariances are then the moments of
-    the points under :math:`r`, with ``floor`` added to the variances as scikit-learn's ``reg_covar`` is.
+    the points under :math:`r`.
 
     Args:
         x: points (B, N, D).
@@ -48,7 +48,7 @@ def em_step(
     """
     check_points(mixture, x)
     if x.shape[1] == 0:
-        raise ValueError(f"x of shape {tuple(x.shape)} must have at least one point; mask it where a set has none")
+        raise ValueError(f"x of shape {tuple(x.shape)} must have at least one row; mask the rows of empty sets")
     covariance = covariance_of(mixture.covariances, mixture.means)
     points = prepare(x, covariance.features, mask, weights)
     parameters = points.frame.enter_parameters(mixture.parameters())
@@ -73,7 +73,13 @@ class Fit(NamedTuple):
 
 
 def fit(
-    step: Callable[[State, int], tuple[State, Tensor]], state: State, *, max_iters: int, tol: float, min_iters: int = 1
+    step: Callable[[State, int], tuple[State, Tensor]],
+    state: State,
+    *,
+    max_iters: int,
+    tol: float,
+    min_iters: int = 1,
+    before: Tensor | None = None,
 ) -> Fit:
     """Iterate until the objective per point of each set changes by less than ``tol``, as scikit-learn does.
 
@@ -86,11 +92,12 @@ def fit(
         max_iters: largest number of iterations.
         tol: in nats per point; 0 makes all iterations.
         min_iters: iterations before the first test.
+        before: the objective (B,) of an iteration before these.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)
     running = torch.ones(size, dtype=torch.bool, device=device)
-    before, objectives = None, []
+    objectives = []
     for iteration in range(1, max_iters + 1):
         after, objective = step(state, iteration)
         state, steps = where(running, after, state), steps + running
@@ -104,13 +111,13 @@ def fit(
 
 
 def where(condition: Tensor, one: State, other: State) -> State:
-    """Return one named tuple of tensors for the sets where a condition (B,) holds, and another elsewhere."""
+    """Return ``torch.where`` of each tensor (B, ...) of two named tuples, by a condition (B,)."""
     parts = (torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(one, other, strict=True))
     return type(one)(*parts)
 
 
 class StreamedEM(NamedTuple):
-    """EM over points that come in blocks: statistics of blocks, and of ranks, are added before the M-step.
+    """EM over data in blocks: statistics of blocks, and of ranks, are added before the M-step.
 
     covariance: the covariance type.
     frame: coordinates near the middle of all points, the same for all blocks of a pass.
@@ -138,11 +145,11 @@ class StreamedEM(NamedTuple):
 
     def zeros(self, num_components: int) -> SufficientStatistics:
         """Return the statistics of no points."""
-        none = self.frame.center.new_zeros(1)
-        by_component = none.expand(1, num_components)
+        zeros = self.frame.center.new_zeros(1)
+        by_component = zeros.expand(1, num_components)
         first = self.frame.center.new_zeros(1, num_components, self.frame.center.shape[1])
         second = self.covariance.second_degree(first.mT).mT
-        return SufficientStatistics(by_component, by_component, first, second, none, none, none)
+        return SufficientStatistics(by_component, by_component, first, second, zeros, zeros, zeros)
 
     def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
         """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
@@ -209,6 +216,8 @@ def fit_blocks(
     tol: float = 1e-3,
     floor: float = 1e-6,
     prior: MixturePrior | None = None,
+    before: float | None = None,
+    report: Callable[[int, float], None] | None = None,
 ) -> BlockFit:
     """Fit one mixture to points in blocks by EM, one pass over the blocks per iteration.
 
@@ -219,6 +228,8 @@ def fit_blocks(
         tol: of the change of the log-likelihood, in nats per point; 0 makes all iterations.
         floor: added to every variance.
         prior: of the parameters, with its mean and covariance given.
+        before: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
+        report: is called after each iteration with its number and its log-likelihood per point.
 
     Example:
         >>> x = torch.tensor([[-2.0], [-1.9], [3.0], [3.1]])
@@ -230,7 +241,7 @@ def fit_blocks(
     start = start.to(accumulation_dtype(start.means))
     streamed = StreamedEM.about(start)
 
-    def step(parameters: Parameters, _: int) -> tuple[Parameters, Tensor]:
+    def step(parameters: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
         mixture = Mixture(*parameters)
         statistics = None
         for x, weights in blocks():
@@ -243,8 +254,11 @@ def fit_blocks(
             raise ValueError(
                 f"the log-likelihood is {float(level)}: the points hold NaN or infinity, or all weights are zero"
             )
+        if report is not None:
+            report(iteration, float(level))
         return streamed.m_step(statistics, mixture, floor, prior).parameters(), level
 
-    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol)
+    known = None if before is None else torch.tensor([before], dtype=torch.float64)
+    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol, min_iters=int(known is None), before=known)
     levels = [float(level) for level in found.objectives]
     return BlockFit(Mixture(*found.state), levels, bool(found.converged))

@@ -139,7 +139,7 @@ def _within_components(log_shares: Tensor, counts: Tensor) -> Tensor:
 
 
 def _move(kernel: Kernel, points: PointSets, shares: Tensor, centers: Tensor, scales: Tensor | None) -> Tensor:
-    """Return centers (B, K, D) of no larger expected energy."""
+    """Return centers (B, K, D); the expected energy does not increase."""
     near = _NEAR * (points.high - points.low).detach()
     rows = _BLOCK // max(centers.numel(), 1) or 1
     parts = [
@@ -147,8 +147,8 @@ def _move(kernel: Kernel, points: PointSets, shares: Tensor, centers: Tensor, sc
         for x, share in zip(points.x.split(rows, 1), shares.split(rows, 1), strict=True)
     ]
     slope, weight, known = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-    # Points without an IRLS weight get the mean of the others. Without any, all points lie at the center, whose
-    # derivative is then that of their mean.
+    # Points without an IRLS weight get the mean weight. If no point has one, all of them coincide with the center,
+    # which has the gradient of their mean.
     usable = (known > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
     drift = (shares.mT @ points.x.to(shares.dtype)).to(centers.dtype) - centers
     step = -slope * known / torch.where(usable, weight, 1.0)
@@ -171,7 +171,7 @@ def _irls_sums(
         return kernel((x.unsqueeze(1) / own).unsqueeze(-2), (each / own).unsqueeze(-2))
 
     each = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # one center per point, for separate slopes
-    wide = accumulation_dtype(x)  # gradients of the weights divide by squared distances, which may underflow
+    wide = accumulation_dtype(x)  # gradients contain 1 / distance^2
     slopes = _slope(energy, each).to(wide)
     distance = (each - x.unsqueeze(1)).abs().to(wide)
     at_center = distance <= near.unsqueeze(1)
@@ -184,7 +184,7 @@ def _irls_sums(
 
 
 def _resize(kernel: Kernel, points: PointSets, shares: Tensor, centers: Tensor, scales: Tensor, floor: float) -> Tensor:
-    """Return scales (B, K) of no larger expected energy; the step is the M-step of a Gaussian, or its IRLS form."""
+    """Return scales (B, K) after the M-step of a Gaussian or its IRLS form; the expected energy does not increase."""
 
     def expected(log_scales: Tensor) -> Tensor:
         return _sum(shares * energies_of(kernel, points.x, centers, log_scales.squeeze(-1).exp()))
@@ -201,7 +201,7 @@ def _search(
 ) -> Tensor:
     """Return parameters (B, K, .) after the longest step, halved from 1, that lowers the expected energy (B, K).
 
-    The length of the step is a constant of the gradient.
+    The step length is not differentiated.
     """
 
     def place(t: Tensor) -> Tensor:

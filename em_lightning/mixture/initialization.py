@@ -1,4 +1,4 @@
-"""Where EM starts: centers among the points of each set, and the parameters of a mixture around centers."""
+"""Initialization of EM: farthest points, k-means++, random points, Lloyd, and the mixture around centers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Points, features_first
 
 # The core of a cell: points nearer to the center than this share of the cell's mean squared distance.
 _CORE = 0.4
@@ -20,15 +20,13 @@ _CORE = 0.4
 _BLOCK_SIZE = 2**18
 # Distances are taken as differences, not as differences of squares.
 _EXACT = "donot_use_mm_for_euclid_dist"
-# Points of up to this many numbers are copied into the layout that is fast to read.
-_COPIED = 2**22
 
 
 @torch.no_grad()
 def farthest_points(
     x: Tensor, num_components: int, mask: Tensor | None = None, weights: Tensor | None = None
 ) -> Tensor:
-    """Choose centers (B, K, D) among points (B, N, D) one by one, each the point farthest from those before it.
+    """Choose centers (B, K, D) among points (B, N, D) one by one, each the point farthest from the centers so far.
 
     The first is the point farthest from the mean. Nothing is random, and the order of the points matters only between
     exact ties. Sets with fewer distinct points than components repeat a point.
@@ -40,7 +38,7 @@ def farthest_points(
     nearest = torch.full_like(counts, torch.inf)
     chosen = []
     for step in range(num_components):
-        if step <= 1:  # the mean chooses the first point and is no center itself
+        if step <= 1:  # the first center is the point farthest from the mean, which is then forgotten
             nearest = torch.full_like(nearest, torch.inf)
         _approach(points, center, nearest)
         center = _pick(points, torch.where(counts > 0, nearest, -1.0).argmax(-1, keepdim=True)).squeeze(-1)
@@ -71,7 +69,7 @@ def kmeans_plus_plus(
     for _ in range(num_components - 1):
         _approach(points, center, nearest)
         potential = nearest * counts
-        # Where every point is a center already, all points are equally good.
+        # All distances are zero: draw in proportion to the weights.
         potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, counts)
         drawn = _pick(points, torch.multinomial(potential, candidates, replacement=True, generator=generator))
         totals = torch.zeros_like(drawn[:, 0])
@@ -144,16 +142,10 @@ def lloyd(
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
     """Return the mixture whose components are the points nearest to each center, differentiable in the points.
 
-    Weights are those of the cells. Means and the shape of covariances are those of a cell's core, the points nearer
-    to the center than ``_CORE`` of the cell's mean squared distance, and the size of covariances is that of the cell:
-    the rim of a cell holds points of its neighbours, which EM takes many iterations to return. A core or a cell of too
-    few points takes the covariance of the cell, or the variance that all cells share.
-
-    Args:
-        points: the point sets.
-        centers: (B, K, D), in the coordinates of the points.
-        covariance: the covariance type.
-        floor: (B,), added to every variance.
+    Weights are those of the cells. Means and correlations are those of a cell's core, the points nearer to the center
+    than ``_CORE`` of the cell's mean squared distance: the rim of a cell holds points of its neighbours, which EM takes
+    many iterations to return. The trace of a covariance is that of the cell. A small core takes the covariance of its
+    cell, a small cell the variance that all cells share. Centers (B, K, D) are in the coordinates of the points.
     """
     features, components = centers.shape[-1], centers.shape[1]
     family = covariance.unrestricted
@@ -175,7 +167,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     means = torch.where(enough.unsqueeze(-1), of_cores.means, of_cells.means)
     means = torch.where(some.unsqueeze(-1), means, centers)
     covariances = of_cells.covariances
-    if covariance.sharing(components) == 1:  # no cell is too small for a covariance of all
+    if covariance.sharing(components) == 1:  # a tied covariance needs no fallback
         ratio = size / family.diagonal(of_cores.covariances, features).sum(-1)
         covariances = _choose(enough, family.scaled(of_cores.covariances, ratio), covariances)
         covariances = _choose(cells.mass > features, covariances, shared)
@@ -203,8 +195,8 @@ def _cell_statistics(points: Points, cell: Tensor, counts: Tensor, num_component
     width = max(num_components, points.features(points.mean[:1, :, None]).shape[1])
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, counts), (), width)
     mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
-    none = torch.zeros_like(points.mass)
-    return SufficientStatistics(mass[..., 0], mass[..., 0], first, second, none, none, points.num_points)
+    zeros = torch.zeros_like(points.mass)
+    return SufficientStatistics(mass[..., 0], mass[..., 0], first, second, zeros, zeros, points.num_points)
 
 
 def _members(cell: Tensor, counts: Tensor, num_components: int) -> Tensor:
@@ -226,7 +218,7 @@ def _laid_out(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[T
         counts = (weights / torch.where(largest > 0, largest, 1.0)).to(x.dtype)
     if mask is not None:
         x, counts = torch.where(mask.unsqueeze(-1), x, 0.0), torch.where(mask, counts, 0.0)
-    return x.mT.contiguous() if x.numel() <= _COPIED else x.mT, counts
+    return features_first(x), counts
 
 
 def _row_blocks(rows: Tensor, width: int) -> list[slice]:

@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.e_step import SufficientStatistics
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.parameters import Family, Parameters
 
 
 class PseudoCounts(NamedTuple):
-    """A prior as points that every component has beside its own, in the coordinates of the points.
+    """A prior as pseudo-counts of each component, in the coordinates of the points.
 
-    weight: ``alpha - 1``, added to the mass of each component.
-    mean: ``kappa``, points at the prior mean.
-    covariance: ``s``, points that are scattered about the component's mean as the prior covariance says.
-    location: (B, 1, D), the prior mean.
+    weight_count: ``alpha - 1``, added to the mass.
+    mean_count: ``kappa``, points at the prior mean.
+    covariance_count: ``s``, points with the prior covariance about the mean of the component.
+    mean: (B, 1, D), the prior mean.
     scatter: (B, 1, S), the expectation of ``s(x - mu)`` under the prior covariance.
     """
 
-    weight: Tensor | float
-    mean: Tensor | float
-    covariance: Tensor | float
-    location: Tensor
+    weight_count: Tensor | float
+    mean_count: Tensor | float
+    covariance_count: Tensor | float
+    mean: Tensor
     scatter: Tensor
-
-
-class Estimator(Protocol):
-    """What the M-step needs of a family: a covariance type, or von Mises-Fisher."""
-
-    def second_degree(self, x: Tensor) -> Tensor:
-        """Return the features of second degree (B, S, N) of points (B, D, N)."""
-
-    def sharing(self, num_components: int) -> int:
-        """Return how many components share a covariance."""
-
-    def estimate(
-        self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return means and covariances for weighted means, scatters (B, K, S) about them and masses (B, K)."""
 
 
 def m_step(
     statistics: SufficientStatistics,
-    family: Estimator,
+    family: Family,
     floor: Tensor,
     before: Tensor,
     prior: PseudoCounts | None = None,
@@ -66,30 +51,29 @@ def m_step(
         statistics: of all points.
         family: the covariance type, or von Mises-Fisher.
         floor: :math:`\epsilon` (B,).
-        before: the covariances that the E-step saw, from which an iterative estimate starts.
+        before: the covariances of the E-step, from which an iterative estimate starts.
         prior: pseudo-counts.
         background: a constant component, whose weight the M-step may estimate.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
-    # The guard of scikit-learn against empty components, so that results agree step for step. Points far from a
-    # component have small IRLS weights, so it is relative to these.
-    empty = 10.0 * torch.finfo(mass.dtype).eps
-    guard = empty * torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
-    inside, mass = mass.sum(-1), mass + empty
+    # Added to the mass as in scikit-learn, so that results agree step for step; scaled by the mean IRLS weight.
+    eps = 10.0 * torch.finfo(mass.dtype).eps
+    zeroth_eps = eps * torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
+    component_mass, mass = mass.sum(-1), mass + eps
     scatter_mass = mass
     if prior is not None:
-        zeroth = zeroth + prior.mean
-        first = first + prior.mean * prior.location
-        second = second + prior.mean * family.second_degree(prior.location.mT).mT
-    means = first / (zeroth + guard).unsqueeze(-1)
+        zeroth = zeroth + prior.mean_count
+        first = first + prior.mean_count * prior.mean
+        second = second + prior.mean_count * family.second_degree(prior.mean.mT).mT
+    means = first / (zeroth + zeroth_eps).unsqueeze(-1)
     scatter = second - zeroth.unsqueeze(-1) * family.second_degree(means.mT).mT
     if prior is not None:
-        strength = prior.covariance / family.sharing(mass.shape[1])
+        strength = prior.covariance_count / family.sharing(mass.shape[1])
         scatter, scatter_mass = scatter + strength * prior.scatter, scatter_mass + strength
-        mass, background_mass = mass + prior.weight, background_mass + prior.weight
-        inside = inside + prior.weight * mass.shape[1]
+        mass, background_mass = mass + prior.weight_count, background_mass + prior.weight_count
+        component_mass = component_mass + prior.weight_count * mass.shape[1]
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)
     log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
     if background is not None:
-        log_weights = background.maximize(log_weights, inside, background_mass)
+        log_weights = background.update_weights(log_weights, component_mass, background_mass)
     return Parameters(log_weights, means, covariances)

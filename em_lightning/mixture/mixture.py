@@ -23,14 +23,14 @@ from em_lightning.mixture.points import Frame, Points, accumulation_dtype, prepa
 class Mixture:
     r"""A batch of Gaussian mixtures, :math:`p(x) = \sum_k \pi_k N(x \mid \mu_k, \Sigma_k)`, one per set.
 
-    Densities are computed in float64 and returned in the dtype of the points. A component whose points are 1e8 of its
-    own widths away from it is at the limit of float64.
+    Densities are computed in float64 and returned in the dtype of the points. Points at a
+    distance of 1e8 standard deviations from a component are at the limit of float64.
 
     Args:
         log_weights: :math:`\log \pi` (B, K), normalized over components.
         means: (B, K, D).
-        covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D); the shape tells
-            which.
+        covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D); the type
+            follows from the shape.
 
     Example:
         >>> mixture = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2, 1))
@@ -101,7 +101,7 @@ class Mixture:
         return covariance_of(self.covariances, self.means)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Mixture:
-        """Return the mixture of ``function`` of each tensor."""
+        """Return the mixture with ``function`` applied to each tensor."""
         return Mixture(function(self.log_weights), function(self.means), function(self.covariances))
 
     def to(self, target: torch.dtype | torch.device | str) -> Mixture:

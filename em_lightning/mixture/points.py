@@ -1,4 +1,4 @@
-"""Point sets ready for EM: centred, scaled to unit size, mask and weights in one, in the accumulation dtype."""
+"""Preprocessing of point sets for EM: centering, scaling, and the joint weights of mask and weights."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Frame(NamedTuple):
 class Points(NamedTuple):
     """A batch of point sets with the coordinates of their frame.
 
-    x: (B, D, N), the points as they were given, in their own dtype; masked rows lie at the center.
-    weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` where all count once.
+    x: (B, D, N), the points as they were given, in their own dtype; masked rows are the center.
+    weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` if all are 1.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points that count.
     frame: the coordinates.
@@ -87,8 +87,8 @@ class Points(NamedTuple):
         """Return the variance floor (B,) in these coordinates, at least the square of the points' precision.
 
         Args:
-            covariance_floor: in squared units of the points, or as a share of the mean variance of each set.
-            relative: which of the two.
+            covariance_floor: in squared units of the points.
+            relative: ``covariance_floor`` is a share of the mean variance of each set instead.
         """
         if relative:
             floor = covariance_floor * self.variance.detach().mean(-1)
@@ -101,7 +101,7 @@ class Points(NamedTuple):
         return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
     def log_volume(self) -> Tensor:
-        """Return ``D log(scale)`` (B,): log-densities in units of the points are lower by it."""
+        """Return ``D log(scale)`` (B,), to subtract for log-densities in units of the points."""
         return self.num_features * self.frame.scale.log()
 
 
@@ -134,13 +134,17 @@ def prepare(
         x = torch.where(mask.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
     mass = torch.full_like(frame.scale, x.shape[1]) if weights is None else weights.sum(-1)
     num_points = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
-    laid_out = x.mT.contiguous() if x.numel() <= _COPIED else x.mT
-    none = torch.zeros_like(frame.center)
-    points = Points(laid_out, weights, mass, num_points, frame, features, none, none, torch.finfo(x.dtype).eps)
+    zeros, eps = torch.zeros_like(frame.center), torch.finfo(x.dtype).eps
+    points = Points(features_first(x), weights, mass, num_points, frame, features, zeros, zeros, eps)
     if not with_moments:
         return points
     mean, variance = _moments(points)
     return points._replace(mean=mean, variance=variance)
+
+
+def features_first(x: Tensor) -> Tensor:
+    """Return points (B, N, D) as (B, D, N)."""
+    return x.mT.contiguous() if x.numel() <= _COPIED else x.mT
 
 
 def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
@@ -169,7 +173,7 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return one weight per point, zero where masked, and which points count, (B, N) both; ``None`` where all do."""
+    """Return weights, zero where masked, and which points count, (B, N) both, or twice ``None`` if all points do."""
     if weights is None:
         return (None, None) if mask is None else (mask.to(dtype), mask)
     weights = weights.to(dtype) if mask is None else torch.where(mask, weights.to(dtype), 0.0)

@@ -30,7 +30,7 @@ class MixturePrior(nn.Module):
         \pi_k \propto N_k + \alpha - 1, \quad \mu_k = \frac{N_k \bar x_k + \kappa m_0}{N_k + \kappa}, \quad
         \Sigma_k = \frac{N_k V_k + \kappa (\mu_k - m_0)(\mu_k - m_0)^\top + s S_0}{N_k + s}
 
-    with the mean square :math:`V_k` of the points about :math:`\mu_k`. In the usual letters it is the inverse Wishart
+    with the mean square :math:`V_k` of the points about :math:`\mu_k`. Equivalently, an inverse Wishart
     distribution of :math:`s - D - 2` degrees of freedom and scale :math:`s S_0`. Diagonal covariances have the same
     prior in each feature (normal-inverse-gamma), spherical ones its trace, and a tied covariance has the terms in
     :math:`s` once. Points are counted with weights of mean 1.
@@ -42,8 +42,8 @@ class MixturePrior(nn.Module):
         covariance_strength: :math:`s \ge 0`, in points.
         covariance: :math:`S_0`, diagonal: a number is a share of each feature's variance in the set, a sequence gives
             variances (D,) in squared units of the points; the share :math:`K^{-2/D}` by default.
-        learnable: train the pseudo-counts :math:`\alpha - 1, \kappa, s` that are not zero and, where :math:`s` is not,
-            the size of :math:`S_0`, each as its value here times the exponential of a parameter (1,) that starts at 0.
+        learnable: train the pseudo-counts :math:`\alpha - 1, \kappa, s` that are positive and, if :math:`s` is, the
+            scale of :math:`S_0`. Each is its value here times the exponential of a parameter (1,) that starts at 0.
 
     Raises:
         ValueError: a pseudo-count is negative, all are zero, or the prior covariance is not positive.
@@ -73,7 +73,7 @@ class MixturePrior(nn.Module):
         counts = {"weight": weight_concentration - 1.0, "mean": mean_strength, "covariance": covariance_strength}
         for name in ("mean", "covariance"):
             if not 0.0 <= counts[name] < math.inf:
-                raise ValueError(f"{name}_strength={counts[name]} must be at least 0 and finite: it counts points")
+                raise ValueError(f"{name}_strength={counts[name]} must be finite and at least 0")
         if not any(counts.values()):
             raise ValueError(
                 "weight_concentration=1, mean_strength=0 and covariance_strength=0 make a flat prior; raise one, or "
@@ -100,14 +100,7 @@ class MixturePrior(nn.Module):
     def pseudo_counts(
         self, frame: Frame, mean: Tensor, variance: Tensor, covariance: Covariance, num_components: int
     ) -> PseudoCounts:
-        """Return the pseudo-counts for sets in the coordinates of a frame.
-
-        Args:
-            frame: the coordinates.
-            mean: (B, D), of the points, in these coordinates.
-            variance: (B, D), of the points, in these coordinates.
-            covariance: the covariance type.
-            num_components: K.
+        """Return the pseudo-counts for sets whose points have a mean (B, D) and variance (B, D) in a frame.
 
         Raises:
             ValueError: the prior's mean or covariance has another number of features.
@@ -138,11 +131,7 @@ class MixturePrior(nn.Module):
     ) -> Tensor:
         """Return the logarithm of the prior density of mixtures, up to a constant, as (B,).
 
-        Args:
-            mixture: B mixtures.
-            x: points (B, N, D), to whose mean and variance the prior may refer.
-            mask: (B, N), false where a row is padding.
-            weights: (B, N), how often each point counts.
+        The prior may refer to the mean and variance of points (B, N, D) with mask and weights (B, N).
         """
         points = prepare(x, covariance_of(mixture.covariances, mixture.means).features, mask, weights)
         center, scale = points.frame
@@ -174,9 +163,9 @@ def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCoun
     theta, peak = covariance.natural_parameters(Parameters(torch.zeros_like(log_weights), means, covariances))
     precision = theta[..., 1 + features :]
     log_det = peak + half_log_tau(features)
-    location = (precision * covariance.second_degree((means - counts.location).mT).mT).sum(-1)
+    location = (precision * covariance.second_degree((means - counts.mean).mT).mT).sum(-1)
     shape = (log_det + (precision * counts.scatter).sum(-1)) / covariance.sharing(means.shape[1])
-    return (counts.weight * log_weights + counts.mean * location + counts.covariance * shape).sum(-1)
+    return (counts.weight_count * log_weights + counts.mean_count * location + counts.covariance_count * shape).sum(-1)
 
 
 def _numbers(values: Tensor | Sequence[float] | float) -> tuple[float, ...]:

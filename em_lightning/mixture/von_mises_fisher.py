@@ -65,7 +65,7 @@ register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.Direct
 
 
 class VonMisesFisher:
-    """The von Mises-Fisher family: features ``[1, x]``; its concentrations (B, K) take the place of covariances."""
+    """The von Mises-Fisher family: features ``[1, x]``; ``Parameters.covariances`` holds its concentrations (B, K)."""
 
     name = "von Mises-Fisher"
 
@@ -115,7 +115,7 @@ VON_MISES_FISHER = VonMisesFisher()
 
 
 def directions(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Points:
-    """Return the directions of points (B, N, D), ready for EM; a zero vector only has a weight."""
+    """Return the directions of points (B, N, D), ready for EM; zero vectors stay zero."""
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
     x = x.to(accumulation_dtype(x))

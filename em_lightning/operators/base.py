@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_choice
 from em_lightning.mixture import em
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators import gradients
-from em_lightning.operators.checks import check_choice, check_sets
+from em_lightning.operators.checks import check_sets
 
 
 class SetOperator(nn.Module):
@@ -28,6 +29,7 @@ class SetOperator(nn.Module):
     """
 
     gradients_known: tuple[str, ...] = gradients.GRADIENTS
+    shown: tuple[str, ...] = ("num_iters", "init", "gradient")
 
     def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
         super().__init__()
@@ -108,13 +110,13 @@ class SetOperator(nn.Module):
 
         The objective is :meth:`objective` per mass of the set. A set that has converged is left as it is, so that its
         result does not depend on the others. A temperature schedule runs over the first ``num_iters`` iterations, and
-        no set stops before it has. The data decide the length of the loop: use :meth:`forward` under a compiler.
+        no set stops earlier. The number of iterations depends on the data: use :meth:`forward` with ``torch.compile``.
 
         Args:
-            x: points (B, N, D).
-            mask: (B, N), false where a row is padding.
-            weights: (B, N), how often each point counts.
-            init: mixtures to start from.
+            x: points (B, N, D); mask, weights and init are those of :meth:`forward`.
+            mask: (B, N).
+            weights: (B, N).
+            init: mixtures.
             max_iters: largest number of iterations; a set that reports it may not have converged.
             tol: of the change of the objective, in nats per point, as scikit-learn's.
         """
@@ -135,22 +137,24 @@ class SetOperator(nn.Module):
             return self._mixture(sets, Parameters(*found.state)), found.steps
 
     def objective(self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return what the iterations climb (B,): the log-likelihood, and the log-density of a prior if there is one.
-
-        Weights count relative to their mean.
-        """
+        """Return the objective (B,); weights are relative to their mean."""
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
             return self._objective(sets, self._enter(sets, mixture)).to(x.dtype)
 
-    # What a subclass defines; ``sets`` is a named tuple of points and of what all iterations have in common.
+    def extra_repr(self) -> str:
+        """Return the main arguments."""
+        options = [f"{name}={getattr(self, name)!r}" for name in self.shown]
+        return ", ".join([str(self.num_components), str(self.num_features), *options])
+
+    # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations.
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Any:
         raise NotImplementedError
 
     def _start(self, sets: Any, choose: bool) -> Parameters:
-        """Return where the loop starts; ``choose`` the best of several starts, or take one."""
+        """Return the initial parameters, the best of several starts if ``choose`` is true."""
         raise NotImplementedError
 
     def _enter(self, sets: Any, mixture: Any) -> Parameters:
@@ -174,5 +178,5 @@ class SetOperator(nn.Module):
         raise NotImplementedError
 
     def _schedule_length(self) -> int:
-        """Return how many iterations differ from those that follow."""
+        """Return the length of the temperature schedule in iterations."""
         return 1

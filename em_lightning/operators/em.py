@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
@@ -22,19 +23,19 @@ from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import check_choice, check_sets
+from em_lightning.operators.checks import check_sets
 from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import GivenSets, build_start
 from em_lightning.registry import from_options
 
-# Nats per point: a correction may trade some likelihood of the fitted points for that of others.
+# Largest decrease of the log-likelihood per point by the last correction, in nats.
 _TOLERATED_LOSS = 0.5
 # Exact iterations after which starts are compared.
-_TRIAL = 5
+_TRIAL_ITERATIONS = 5
 
 
 class _Sets(NamedTuple):
-    """Point sets, and what all iterations have in common.
+    """The inputs of all iterations.
 
     given: the sets as they were given.
     points: the sets ready for EM.
@@ -63,9 +64,9 @@ class EMOperator(SetOperator):
         \Sigma_k = \frac{1}{N_k} \sum_n r_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top + \epsilon I
 
     and then ``mu <- mu + MLP_mu(.)`` and ``Sigma <- Sigma + MLP_Sigma(.)``, parametrized so that ``Sigma`` stays
-    positive definite. Both MLPs start at zero: **an untrained operator is exactly classical EM**. A set whose own
-    points the last correction makes much less likely keeps the result of its M-step. The result is invariant to the
-    order of the points, and components permute with their start.
+    positive definite. Both MLPs start at zero: **an untrained operator is exactly classical EM**. The last
+    correction is dropped for sets whose log-likelihood it lowers by more than 0.5 nats per point. The result is
+    invariant to the order of the points and equivariant to permutations of the initial components.
 
     Args:
         num_components: K.
@@ -87,8 +88,8 @@ class EMOperator(SetOperator):
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the set).
         lloyd_steps: steps of k-means that the centers take first.
-        num_starts: random starts, of which each set takes the one with the highest objective after ``num_iters`` exact
-            iterations, at most five; :meth:`forward` takes one while training, which is cheaper and more varied.
+        num_starts: number of random starts. Each set takes the one with the highest objective after ``num_iters`` exact
+            iterations, at most five. In training mode :meth:`forward` takes a single start.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
         residual: whether there are corrections to learn.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
@@ -115,7 +116,7 @@ class EMOperator(SetOperator):
         >>> operator(x).means.sort(1).values.squeeze()
         tensor([-2.,  3.])
 
-    Source: EM as a neural operator layer; scikit-learn's ``GaussianMixture`` is its classical case.
+    Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
     """
 
     def __init__(
@@ -143,7 +144,9 @@ class EMOperator(SetOperator):
         super().__init__(num_components, num_features, num_iters, gradient)
         check_choice("covariance", covariance, (*COVARIANCES, "lowrank"))
         if (rank is not None) != (covariance == "lowrank"):
-            raise ValueError(f"rank={rank} with covariance={covariance!r}: 'lowrank' needs a rank, others have none")
+            raise ValueError(
+                f"rank={rank} with covariance={covariance!r}: a rank must be given for 'lowrank', and only for it"
+            )
         if rank is not None and not 1 <= rank < num_features:
             raise ValueError(f"rank={rank} must be at least 1 and less than num_features={num_features}")
         if not covariance_floor >= 0:
@@ -200,7 +203,7 @@ class EMOperator(SetOperator):
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """Return what EM climbs (B,): ``sum_n w_n log p(x_n)``, and the log-density of a prior up to a constant.
+        """Return the objective (B,): ``sum_n w_n log p(x_n)``, plus the log-density of a prior up to a constant.
 
         Weights count relative to their mean.
         """
@@ -209,7 +212,7 @@ class EMOperator(SetOperator):
         covariance = covariance_of(mixture.covariances, mixture.means)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights, covariance)
-            state = self._with_room(sets.points.frame.enter_parameters(mixture.parameters()))
+            state = self._with_reserved_share(sets.points.frame.enter_parameters(mixture.parameters()))
             return self._objective(sets, state).to(x.dtype)
 
     def _evaluation(self, x: Tensor, mixture: Mixture, mask: Tensor | None) -> tuple[Points, Parameters, Likelihood]:
@@ -218,7 +221,7 @@ class EMOperator(SetOperator):
         check_sets(x, mask, None, self.num_features)
         covariance = covariance_of(mixture.covariances, mixture.means)
         points = prepare(x.expand(mixture.sets, -1, -1), covariance.features, mask, with_moments=False)
-        state = self._with_room(points.frame.enter_parameters(mixture.parameters()))
+        state = self._with_reserved_share(points.frame.enter_parameters(mixture.parameters()))
         return points, state, self._likelihood(points, state, covariance)
 
     def classical(self) -> EMOperator:
@@ -244,13 +247,13 @@ class EMOperator(SetOperator):
 
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
         def judge(state: Parameters) -> Tensor:
-            state = self._with_room(state)
-            for _ in range(min(max(self.num_iters, 1), _TRIAL)):
+            state = self._with_reserved_share(state)
+            for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
                 state, _ = self._exact_step(sets, state, 1.0)
             return self._objective(sets, state)
 
         start = self.start(sets.given, sets.points, self.family, sets.floor, judge if choose else None)
-        return self._with_room(start)
+        return self._with_reserved_share(start)
 
     def _enter(self, sets: _Sets, mixture: Mixture) -> Parameters:
         given = covariance_of(mixture.covariances, mixture.means)
@@ -260,7 +263,7 @@ class EMOperator(SetOperator):
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())
-        return self._with_room(state._replace(covariances=self.family.from_public(state.covariances)))
+        return self._with_reserved_share(state._replace(covariances=self.family.from_public(state.covariances)))
 
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
@@ -269,7 +272,7 @@ class EMOperator(SetOperator):
         if self.correction is None:
             return after, objective
         corrected = self.correction(sets.points, state, after, sets.floor, progress)
-        # Between iterations EM itself repairs what a correction spoils.
+        # Earlier corrections are followed by an exact iteration.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
     def _exact_step(
@@ -293,14 +296,13 @@ class EMOperator(SetOperator):
             temperature=competition.temperature * temperature if softmin else 1.0,
             with_log_likelihood=with_objective,
             couples_points=competition.couples_items,
-            shared=tuple(competition.parameters()),
         )
         after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
         return after, self._with_prior(sets, state, likelihood, log_likelihood) if with_objective else log_likelihood
 
     def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
-        """Return the corrected parameters, but for sets whose own points they make too unlikely."""
+        """Return corrected parameters, or plain ones for sets whose likelihood the correction lowers too much."""
         with torch.no_grad():
             least = self._objective(sets, plain) - _TOLERATED_LOSS * sets.points.mass
             keep = self._objective(sets, corrected) >= least
@@ -319,9 +321,9 @@ class EMOperator(SetOperator):
             return log_likelihood
         own = log_prior(state, sets.covariance, sets.prior)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
-        own = own - sets.prior.covariance * num_covariances * sets.points.log_volume()
+        own = own - sets.prior.covariance_count * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:
-            own = own + sets.prior.weight * likelihood.background.log_weight
+            own = own + sets.prior.weight_count * likelihood.background.log_weight
         return log_likelihood + own
 
     def _mixture(self, sets: _Sets, state: Parameters) -> Mixture:
@@ -340,14 +342,14 @@ class EMOperator(SetOperator):
         kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
         return Likelihood(covariance, kernel, level)
 
-    def _with_room(self, state: Parameters) -> Parameters:
-        """Return parameters whose weights leave room for an estimated background."""
+    def _with_reserved_share(self, state: Parameters) -> Parameters:
+        """Return parameters with the share of an estimated background reserved."""
         if self.background is None:
             return state
-        return state._replace(log_weights=self.background.leave_room(state.log_weights))
+        return state._replace(log_weights=self.background.reserve_share(state.log_weights))
 
     def extra_repr(self) -> str:
-        """Return what distinguishes this operator."""
+        """Return the main arguments."""
         return (
             f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, "
             f"covariance={self.family.name!r}, init={self.init!r}, num_starts={self.num_starts}, "

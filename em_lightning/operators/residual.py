@@ -17,16 +17,15 @@ class ResidualCorrection(nn.Module):
 
     ``h_k`` encodes component k: its weight, mean and covariance relative to the set, their change in the last M-step,
     the progress of the loop, and the mean encoding of all components. Corrections are in the coordinates of the
-    component's factor ``L`` and therefore independent of the scale of the data. ``E`` scales, shears, and extrapolates
-    the M-step; covariances stay positive definite and above their floor. The last layers of both networks start at
-    zero, so that an untrained correction changes nothing. The correction is equivariant in the components.
+    component's factor ``L`` and therefore independent of the scale of the data. ``E`` is a triangular matrix times an
+    extrapolation of the M-step; covariances stay positive definite and above their floor. The last layers of both
+    networks start at zero, so that an untrained correction changes nothing. The correction is equivariant in the
+    components.
 
     Args:
         num_features: D.
         covariance: the covariance type, or its key.
         width: of the hidden layers.
-
-    Source: the residual operator core ``mu <- mu + MLP(mu), Sigma <- Sigma + MLP(Sigma)`` of EM as a neural operator.
     """
 
     def __init__(self, num_features: int, covariance: str | Covariance = "full", width: int = 64) -> None:
@@ -67,7 +66,7 @@ class ResidualCorrection(nn.Module):
         ]
         hidden = self.describe(_bounded(torch.cat(features, -1), 10.0).to(next(self.parameters()).dtype))
         hidden = torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], -1)
-        # Larger bounds sometimes move a component out of its set.
+        # With larger bounds components sometimes left their set.
         shift = _bounded(self.mean_mlp(hidden), 1.0).to(after.means.dtype)
         stretch = _bounded(self.covariance_mlp(hidden), 2.0).to(after.means.dtype)
         means = after.means + covariance.apply(new.scale, shift)

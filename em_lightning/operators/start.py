@@ -40,7 +40,7 @@ class DrawnStart(NamedTuple):
     def __call__(
         self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
     ) -> Parameters:
-        """Return the start of each set with the highest objective, or without a judge the first one drawn."""
+        """Return the start of each set with the highest objective, or the first one drawn without a judge."""
         generator = None if self.seed is None else torch.Generator(given.x.device).manual_seed(self.seed)
         best = self._centers(given, points, generator)
         if judge is not None and self.num_starts > 1:
@@ -75,7 +75,7 @@ class LearnedStart(nn.Module):
     def forward(
         self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
     ) -> Parameters:
-        """Return the start of each set; ``given`` and ``judge`` are not used."""
+        """Return the start of each set."""
         unit = points.unit()[:, None, None]
         root = unit * self.log_scale.exp() + floor.sqrt()[:, None, None]  # (B, K, 1)
         ones = torch.ones_like(points.mean)

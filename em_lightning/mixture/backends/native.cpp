@@ -28,8 +28,9 @@ struct Problem {
   const Real* x;
   int64_t set_stride, feature_stride, item_stride;
   const double *weights, *means, *inverse, *peak, *scale, *center, *unit;
-  const double *grads, *grad_log_likelihood;  // null in the forward pass
-  double *sums, *log_likelihood;
+  const double *grads, *outer;  // gradients of the sums, and of the log-densities (null in the forward pass)
+  int64_t outer_set_stride, outer_item_stride;
+  double *sums, *log_likelihood, *log_density;
   Real* grad_x;
   double* grad_weights;
 };
@@ -39,7 +40,7 @@ struct Task {
   const Problem& p;
   const int64_t set, first, last;
   const int64_t K, M;  // components, and sums per component
-  std::vector<V> u, white, weights, score, slope, largest, total, mean, grad_u, sums;
+  std::vector<V> u, white, weights, score, slope, outer, largest, total, mean, grad_u, sums;
   std::vector<Real> gradients;
   std::vector<double> wide;
   std::vector<Component> components;
@@ -47,9 +48,9 @@ struct Task {
 
   Task(const Problem& problem, int64_t set, int64_t first, int64_t last)
       : p(problem), set(set), first(first), last(last), K(p.components), M(num_sums(p.features)),
-        u(p.features * kSteps), white(K * D * kSteps), weights(kSteps), score(K * kSteps), slope(p.grads ? K * kSteps : 0), largest(kSteps),
-        total(kSteps), mean(kSteps), grad_u(p.grad_x ? p.features * kSteps : 0), sums(K * M + 1),
-        gradients(p.grads ? K * M : 0), wide((K * M + 1) * kLanes) {
+        u(p.features * kSteps), white(K * D * kSteps), weights(kSteps), score(K * kSteps), slope(p.outer ? K * kSteps : 0),
+        outer(kSteps), largest(kSteps), total(kSteps), mean(kSteps), grad_u(p.grad_x ? p.features * kSteps : 0), sums(K * M + 1),
+        gradients(p.outer ? K * M : 0), wide((K * M + 1) * kLanes) {
     // Differences of points and means need no centered points. Their unit and W stay normal numbers in Real, and so do
     // the squares of whitened points.
     using Limits = std::numeric_limits<Real>;
@@ -80,10 +81,10 @@ struct Task {
       const int steps = (count + kLanes - 1) / kLanes;
       load(row, count, steps * kLanes);
       evaluate(steps);
-      if (p.grads) {
+      if (p.outer) {
         backward(row, count, steps);
       } else {
-        forward(steps);
+        forward(row, count, steps);
       }
       if (++pending == kBlocksPerSum || row + rows >= last) {
         const Real* narrow = reinterpret_cast<const Real*>(sums.data());
@@ -130,9 +131,17 @@ struct Task {
     }
   }
 
-  void forward(int steps) {
+  V log_density(int s) const { return Real(kLn2) * (largest[s] + log2(total[s])); }
+
+  void forward(int64_t row, int count, int steps) {
+    if (p.log_density) {
+      for (int s = 0; s < steps; ++s) mean[s] = log_density(s);
+      const Real* found = reinterpret_cast<const Real*>(mean.data());
+      std::copy(found, found + count, p.log_density + set * p.items + row);
+      return;
+    }
     if (p.log_likelihood)
-      for (int s = 0; s < steps; ++s) sums[K * M] += weights[s] * Real(kLn2) * (largest[s] + log2(total[s]));
+      for (int s = 0; s < steps; ++s) sums[K * M] += weights[s] * log_density(s);
     for (int s = 0; s < steps; ++s) total[s] = weights[s] / total[s];
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
@@ -142,14 +151,17 @@ struct Task {
   }
 
   // The derivative of the joint log-density g_nk is w_n r_nk (a_nk - sum_j r_nj a_nj + l), where a_nk is the derivative
-  // of sums_k in w_n r_nk and l that of the log-likelihood. Sums over points of [1, y, s(y)] under it give those of the
-  // parameters.
+  // of sums_k in w_n r_nk and l that of the log-density of point n per weight. Sums over points of [1, y, s(y)] under it
+  // give those of the parameters.
   void backward(int64_t row, int count, int steps) {
-    const Real outer = Real(p.grad_log_likelihood[set]);
+    Real* to = reinterpret_cast<Real*>(outer.data());
+    const double* from = p.outer + set * p.outer_set_stride + row * p.outer_item_stride;
+    for (int n = 0; n < count; ++n) to[n] = Real(from[n * p.outer_item_stride]);
+    std::fill(to + count, to + steps * kLanes, Real(0));
     std::fill(mean.begin(), mean.end(), V{});
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
-      components[k].slope(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], a);
+      if (p.grads) components[k].slope(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], a);
       for (int s = 0; s < steps; ++s) {
         r[s] /= total[s];
         mean[s] += r[s] * a[s];
@@ -157,7 +169,7 @@ struct Task {
     }
     if (p.grad_weights) {
       V of_weights[kSteps];
-      for (int s = 0; s < steps; ++s) of_weights[s] = mean[s] + outer * Real(kLn2) * (largest[s] + log2(total[s]));
+      for (int s = 0; s < steps; ++s) of_weights[s] = mean[s] + outer[s] * log_density(s);
       const Real* found = reinterpret_cast<const Real*>(of_weights);
       std::copy(found, found + count, p.grad_weights + set * p.items + row);
     }
@@ -166,7 +178,7 @@ struct Task {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
       for (int s = 0; s < steps; ++s) {
         r[s] *= weights[s];
-        a[s] = r[s] * (a[s] - mean[s] + outer);
+        a[s] = r[s] * (a[s] - mean[s] + outer[s]);
       }
       components[k].add(u.data(), white.data() + k * D * kSteps, steps, a, &sums[k * M]);
       if (p.grad_x) components[k].pull(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], r, a, grad_u.data());
@@ -182,8 +194,8 @@ struct Task {
 
 }  // namespace
 
-// Writes sums (B, K, M) and the log-likelihood (B,); with grads (B, K, M) it writes in place of the sums the gradients of
-// peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
+// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With outer it writes in place of the sums
+// the gradients of peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
 extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const Problem& p = *problem;
   const int64_t size = p.components * num_sums(p.features) + 1;
@@ -205,14 +217,14 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   work();
   for (auto& other : others) other.join();
   const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
-  for (int64_t set = 0; set < p.sets; ++set) {
+  for (int64_t set = 0; p.sums && set < p.sets; ++set) {
     double* sums = &results[set * tasks_per_set * size];
     for (int64_t task = 1; task < tasks_per_set; ++task)
       for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
     for (int64_t k = 0; k < p.components; ++k) {
       const int64_t place = set * p.components + k;
       const double* scale = p.scale + place * factor;
-      if (p.grads) {
+      if (p.outer) {
         parameter_gradient(sums + k * M, scale, p.inverse + place * factor, features,
                            p.sums + place * (1 + features + factor));
       } else {

@@ -21,11 +21,11 @@ _SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_co
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
-# The kernel for full covariances is written out in registers, of which there are too few for more features.
+# The unrolled code for full covariances runs out of registers for more features.
 _MOST_FEATURES = 8
 # The reference takes less than a millisecond for fewer numbers, and needs no compiler.
 _FEWEST_NUMBERS = 2**12
-# About a tenth of a millisecond, the time in which a thread starts and ends.
+# Work of about 0.1 ms, the cost of starting a thread.
 _NUMBERS_PER_THREAD = 2**17
 
 _chosen = "auto"
@@ -35,8 +35,8 @@ class use_backend:
     """Choose the backend of the E-step, for good or inside a ``with`` block.
 
     Args:
-        name: ``"auto"`` takes the native backend where it fits and a compiler is found, ``"reference"`` never,
-            ``"native"`` wherever it fits, however few the points are.
+        name: ``"auto"`` takes the native backend for all but small sets if there is a compiler, ``"native"`` for all
+            sets that it supports, ``"reference"`` for none.
 
     Raises:
         ValueError: the name is unknown.
@@ -83,12 +83,12 @@ def serves(x: Tensor, family: Any) -> bool:
     return _load(*_variant(kind, x.shape[1], x.dtype))[0] is not None
 
 
-class FusedSums(torch.autograd.Function):
-    r"""Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,).
+class _Fused(torch.autograd.Function):
+    r"""A result of the kernel; the backward pass computes the responsibilities again.
 
     The joint log-density is :math:`g_{nk} = peak_k - |W_k (z_n - \mu_k)|^2 / 2` and ``r`` its softmax over components.
-    With the derivative :math:`a_{nk}` of a sum in ``w_n r_nk`` and ``l`` of the log-likelihood, that of ``g`` is
-    :math:`w_n r_{nk} (a_{nk} - \sum_j r_{nj} a_{nj} + l)`. The backward pass computes the responsibilities again.
+    With the derivative :math:`a_{nk}` of a sum in ``w_n r_nk`` and ``l_n`` of the log-density in units of the weight,
+    that of ``g`` is :math:`w_n r_{nk} (a_{nk} - \sum_j r_{nj} a_{nj} + l_n)`.
 
     Args of ``apply``:
         x: points (B, D, N) in float32 or float64, which is the precision of all that is done per point.
@@ -100,47 +100,91 @@ class FusedSums(torch.autograd.Function):
         center: (B, D), without gradient.
         unit: (B,), a power of two, without gradient.
         family: the covariance type.
-        with_log_likelihood: zeros are returned otherwise.
     """
 
     @staticmethod
+    def _in_torch(family: Any, *tensors: Any) -> Any:
+        """Return the result by operations that have every derivative."""
+
+    @classmethod
+    def _differentiate(cls, ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all arguments for those of the sums and of each log-density."""
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for second derivatives
+            inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
+            results = cls._in_torch(ctx.family, *tensors)
+            found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
+            return tuple(next(found) if needed else None for needed in wanted)
+        x, _, means, inverse, *_ = tensors
+        outer, sums = grads[-1], grads[0] if len(grads) > 1 else None
+        outer = outer.reshape(len(x), -1)
+        own = means.new_empty(*means.shape[:2], 1 + means.shape[-1] + inverse[0, 0].numel())
+        of_x = x.new_empty(x.shape) if wanted[0] else None
+        of_weights = means.new_empty(outer.expand(-1, x.shape[-1]).shape) if wanted[1] else None
+        _run(ctx.family.whitening, tensors, sums=own, grads=sums, outer=outer, grad_x=of_x, grad_weights=of_weights)
+        of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
+        nothing = [None] * (len(wanted) - 5)
+        return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *nothing
+
+
+class FusedSums(_Fused):
+    """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,); zeros where it is not wanted."""
+
+    @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        """Run the kernel; nothing but the arguments is kept."""
         *tensors, ctx.family, with_log_likelihood = arguments
         ctx.save_for_backward(*tensors)
-        sums, log_likelihood, *_ = _run(ctx.family.whitening, tensors, with_log_likelihood)
+        means = tensors[2]
+        size = ctx.family.second_degree(means[:1, :1].mT).shape[1]
+        sums = means.new_empty(*means.shape[:2], 1 + means.shape[-1] + size)
+        log_likelihood = means.new_zeros(len(means))
+        _run(ctx.family.whitening, tensors, sums=sums, log_likelihood=log_likelihood if with_log_likelihood else None)
         if not with_log_likelihood:
             ctx.mark_non_differentiable(log_likelihood)
         return sums, log_likelihood
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Run the kernel again with the gradients of its results."""
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for second derivatives
-            results = _in_torch(ctx.family, *tensors)
-            inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
-            found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
-            return tuple(next(found) if needed else None for needed in wanted)
-        _, _, means, inverse, *_ = tensors
-        own, _, of_x, of_weights = _run(ctx.family.whitening, tensors, False, grads, wanted)
-        of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
-        return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *(None,) * 5
+        return FusedSums._differentiate(ctx, grads)
+
+    @staticmethod
+    def _in_torch(family: Any, x: Tensor, weights: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        z, joint = _joint_in_torch(family, x, *parameters)
+        responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
+        if weights is not None:
+            responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
+        return responsibilities @ family.features(z).mT, log_density.sum(-1)
 
 
-def _in_torch(
-    family: Any, x: Tensor, weights: Tensor | None, means: Tensor, inverse: Tensor, peak: Tensor, *frame: Tensor
+class FusedDensity(_Fused):
+    """Return ``log p(z_n)`` (B, N) in float64; the weights are ``None``."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.family = arguments
+        ctx.save_for_backward(*tensors)
+        density = tensors[2].new_empty(tensors[0][:, 0].shape)
+        _run(ctx.family.whitening, tensors, log_density=density)
+        return density
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return FusedDensity._differentiate(ctx, grads)
+
+    @staticmethod
+    def _in_torch(family: Any, x: Tensor, _: None, *parameters: Tensor) -> Tensor:
+        return _joint_in_torch(family, x, *parameters)[1].logsumexp(1)
+
+
+def _joint_in_torch(
+    family: Any, x: Tensor, means: Tensor, inverse: Tensor, peak: Tensor, *frame: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the results of :class:`FusedSums` by operations that have every derivative."""
+    """Return coordinates and joint log-densities (B, K, N)."""
     _, center, unit = frame
     z = (x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]
     difference = z.unsqueeze(1) - means.unsqueeze(-1)
     y = inverse @ difference if family.whitening == "full" else inverse.unsqueeze(-1) * difference
-    joint = peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
-    responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
-    if weights is not None:
-        responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
-    return responsibilities @ family.features(z).mT, log_density.sum(-1)
+    return z, peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
 
 
 class _Problem(ctypes.Structure):
@@ -150,38 +194,32 @@ class _Problem(ctypes.Structure):
     _fields_ += [("x", ctypes.c_void_p)]
     _fields_ += [(name, ctypes.c_int64) for name in ("set_stride", "feature_stride", "item_stride")]
     _fields_ += [(name, ctypes.c_void_p) for name in ("weights", "means", "inverse", "peak", "scale")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("center", "unit", "grads", "grad_log_likelihood")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("sums", "log_likelihood", "grad_x", "grad_weights")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("center", "unit", "grads", "outer")]
+    _fields_ += [(name, ctypes.c_int64) for name in ("outer_set_stride", "outer_item_stride")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("sums", "log_likelihood", "log_density")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weights")]
 
 
-def _run(
-    kind: str,
-    tensors: Any,
-    with_log_likelihood: bool,
-    grads: tuple[Tensor, ...] = (),
-    wanted: tuple[bool, ...] = (False, False),
-) -> tuple[Any, ...]:
-    """Return the sums and the log-likelihood, or in place of the sums the gradients of peak, means and ``W``.
-
-    Then follow, where they are wanted, the gradients of points and weights.
-    """
-    x, weights, means, inverse, *_ = tensors
-    sets, features, items = x.shape
-    size = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
-    if grads:
-        size = inverse[0, 0].numel()
-    sums = means.new_empty(*means.shape[:2], 1 + features + size)
-    log_likelihood = means.new_zeros(sets)
-    of_x = x.new_empty(x.shape) if wanted[0] else None
-    of_weights = means.new_empty(sets, items) if wanted[1] else None
-    given = [part if part is None else part.contiguous() for part in (*tensors[1:], *(grads or (None, None)))]
-    made = [sums, log_likelihood if with_log_likelihood else None, of_x, of_weights]
-    pointers = [None if part is None else part.data_ptr() for part in (*given, *made)]
-    problem = _Problem(sets, means.shape[1], features, items, x.data_ptr(), *x.stride(), *pointers)
-    library, _ = _load(*_variant(kind, features, x.dtype))
+def _run(kind: str, tensors: Any, outer: Tensor | None = None, **others: Tensor | None) -> None:
+    """Run the kernel on the tensors of :class:`_Fused`, and others by their names in ``_Problem``."""
+    x, means = tensors[0], tensors[2]
+    names = ("weights", "means", "inverse", "peak", "scale", "center", "unit")
+    others.update(zip(names, tensors[1:], strict=True))
+    given = {name: part if part is None else part.contiguous() for name, part in others.items()}
+    problem = _Problem(
+        len(x),
+        *means.shape[1:],
+        x.shape[-1],
+        x.data_ptr(),
+        *x.stride(),
+        **{name: part if part is None else part.data_ptr() for name, part in given.items()},
+    )
+    if outer is not None:
+        outer = outer.expand(-1, x.shape[-1])
+        problem.outer, problem.outer_set_stride, problem.outer_item_stride = outer.data_ptr(), *outer.stride()
+    library, _ = _load(*_variant(kind, x.shape[1], x.dtype))
     threads = min(torch.get_num_threads(), 1 + x.numel() * means.shape[1] // _NUMBERS_PER_THREAD)
     library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(threads))
-    return sums, log_likelihood, of_x, of_weights
 
 
 def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Covariance types: shapes, features, factorization, Gaussian log-densities, M-step estimates and conversions.
 
-Nothing outside this package branches on the covariance type. A type names the features of second degree ``s(x)`` of a
+A type defines the features of second degree ``s(x)`` of a
 point such that the Gaussian log-density is linear in ``phi(x) = [1, x, s(x)]``:
 
     log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)
@@ -37,11 +37,7 @@ COVARIANCES: dict[str, Covariance] = {
 
 
 def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
-    """Return the covariance type that the shape of a mixture's covariances implies.
-
-    Args:
-        covariances: (B, ...).
-        means: (B, K, D).
+    """Return the covariance type that the shapes of a mixture's covariances and means (B, K, D) imply.
 
     Raises:
         ValueError: the shape belongs to no type.

@@ -25,11 +25,9 @@ def smallest_pivots(second_moments: Tensor) -> Tensor:
 
 
 def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
-    """Return the lower Cholesky factor of symmetric matrices and its inverse.
+    """Return the lower Cholesky factor of symmetric matrices (..., D, D) and its inverse.
 
-    Args:
-        matrix: (..., D, D), positive definite up to rounding.
-        pivots: (..., D), the smallest pivots; a matrix that rounding made indefinite is factored with these.
+    A matrix that rounding made indefinite is factored with the smallest pivots (..., D).
     """
     if matrix.shape[-1] <= _UNROLLED_SIZE:
         return _unrolled_cholesky(matrix, pivots)

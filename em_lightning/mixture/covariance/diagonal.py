@@ -17,11 +17,9 @@ class DiagonalCovariance(FullCovariance):
     whitening = "diagonal"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
-        """Return (K, D)."""
         return num_components, num_features
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K D."""
         return num_components * num_features
 
     def variances(self, covariances: Tensor) -> Tensor:
@@ -33,7 +31,6 @@ class DiagonalCovariance(FullCovariance):
         return variances
 
     def second_degree(self, x: Tensor) -> Tensor:
-        """Return the squares of the features (B, D, N)."""
         return x.square()
 
     def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
@@ -58,7 +55,6 @@ class DiagonalCovariance(FullCovariance):
         return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
-        """Return ``log pi_k - sum log sigma - D / 2 log(2 pi)``."""
         log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])
         return log_weights + log_det - half_log_tau(num_features)
 
@@ -71,51 +67,39 @@ class DiagonalCovariance(FullCovariance):
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return the variances for every component."""
         return self.pack(variance.unsqueeze(1).expand(-1, num_components, -1))
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        """Return ``ratio sigma^2``."""
         return self.pack(self.variances(covariances) * ratio.unsqueeze(-1))
 
     def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
-        """Return the variances (B, K, D)."""
         return self.variances(covariances).expand(-1, -1, num_features)
 
     def rescaled(self, covariances: Tensor, scale: Tensor) -> Tensor:
-        """Return the variances times the squares of a scale (D,), or of its root mean square."""
         return self.pack(self.variances(covariances) * scale.square())
 
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        """Return the variances of the features."""
         return covariances[..., features]
 
     def precisions(self, covariances: Tensor) -> Tensor:
-        """Return the reciprocals."""
         return covariances.reciprocal()
 
     def precision_factors(self, covariances: Tensor) -> Tensor:
-        """Return the reciprocal standard deviations."""
         return covariances.rsqrt()
 
     def unconstrained(self, covariances: Tensor) -> Tensor:
-        """Return the log standard deviations."""
         return self.factorize(covariances).scale.log()
 
     def constrained(self, entries: Tensor, num_features: int) -> Tensor:
-        """Return the variances of log standard deviations."""
         return self.pack((2.0 * entries).exp())
 
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
-        """Return diagonal matrices (B, K, D, D)."""
         return self.diagonal(covariances, means.shape[-1]).diag_embed()
 
     def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return elementwise products (B, K, D)."""
         return factor * vectors
 
     def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        """Return the elementwise product."""
         return factor * other
 
     def correction_size(self, num_features: int) -> int:
@@ -143,19 +127,15 @@ class SphericalCovariance(DiagonalCovariance):
     whitening = "spherical"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
-        """Return (K,)."""
         return (num_components,)
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K."""
         return num_components
 
     def variances(self, covariances: Tensor) -> Tensor:
-        """Return (B, K, 1)."""
         return covariances.unsqueeze(-1)
 
     def pack(self, variances: Tensor) -> Tensor:
-        """Return (B, K)."""
         return variances.mean(-1)
 
     def common_scale(self, scale: Tensor) -> Tensor:
@@ -163,11 +143,9 @@ class SphericalCovariance(DiagonalCovariance):
         return scale.square().mean().sqrt().expand_as(scale)
 
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
-        """Return the variances as they are."""
         return covariances
 
     def second_degree(self, x: Tensor) -> Tensor:
-        """Return the squared norm (B, 1, N)."""
         return x.square().sum(1, keepdim=True)
 
     def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:

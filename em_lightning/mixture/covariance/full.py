@@ -105,12 +105,7 @@ class FullCovariance:
     ) -> tuple[Tensor, Tensor]:
         """Return means and covariances of largest expected log-likelihood, ``Sigma = scatter / mass + floor I``.
 
-        Args:
-            means: (B, K, D), weighted means of the points.
-            scatter: (B, K, S), ``sum_n r_nk s(x_n - mu_k)``.
-            mass: (B, K), the divisor of the scatter.
-            floor: (B,), added to every variance.
-            before: covariances of the E-step.
+        Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
         """
         spread = self.matrix(self.average(scatter, mass), means.shape[-1])
         return means, spread + floor[:, None, None, None] * torch.eye(means.shape[-1]).to(spread)
@@ -120,7 +115,7 @@ class FullCovariance:
         return scatter / mass.unsqueeze(-1)
 
     def pool(self, values: Tensor) -> Tensor:
-        """Return values (B, K, D) as the components share them."""
+        """Return the average of values (B, K, D) over components that share a covariance."""
         return values
 
     def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
@@ -149,7 +144,7 @@ class FullCovariance:
         return self.to_public(covariances).diagonal(dim1=-2, dim2=-1)
 
     def common_scale(self, scale: Tensor) -> Tensor:
-        """Return a scale (D,) that keeps covariances of this type in it."""
+        """Return the nearest scale per feature (D,) by which covariances of this type stay of this type."""
         return scale
 
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
@@ -222,16 +217,9 @@ class FullCovariance:
         """Return corrected covariances, never below the floor (B,), equal to ``covariances`` for a correction of zero.
 
         ``Sigma <- G (Sigma - floor I) G^T + floor I`` with ``G = L T (I + a (M - I) + b (M^2 - M)) L^-1``: a lower
-        triangle ``T`` with a positive diagonal stretches and shears the component, and ``a`` and ``b`` repeat the
-        change ``M = L^T Sigma_before^-1 L`` of the M-step: EM shrinks a thin component by a constant factor per
-        iteration, which a correction may apply several times at once.
-
-        Args:
-            before: factors of the E-step.
-            after: factors ``L`` of the covariances.
-            covariances: of the M-step.
-            correction: (B, K, correction_size).
-            floor: (B,).
+        triangle ``T`` with a positive diagonal stretches and shears the component, and ``a`` and ``b`` extrapolate the
+        change ``M = L^T Sigma_before^-1 L`` of the M-step, like one and two more iterations. Factors are those of the
+        E-step and those of ``covariances``; the correction is (B, K, correction_size).
         """
         features = covariances.shape[-1]
         eye = torch.eye(features).to(covariances)
@@ -261,35 +249,27 @@ class TiedCovariance(FullCovariance):
     name = "tied"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
-        """Return (1, D, D)."""
         return 1, num_features, num_features
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return D (D + 1) / 2."""
         return num_features * (num_features + 1) // 2
 
     def sharing(self, num_components: int) -> int:
-        """Return K."""
         return num_components
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
-        """Return the scatter of all components per mass of all."""
         return scatter.sum(1, keepdim=True) / mass.sum(1, keepdim=True).unsqueeze(-1)
 
     def pool(self, values: Tensor) -> Tensor:
-        """Return the mean over components (B, 1, D)."""
         return values.mean(1, keepdim=True)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return ``diag(variance)``, once per set."""
         return super().expand(variance, 1)
 
     def to_sklearn(self, covariances: Tensor) -> Tensor:
-        """Return (D, D)."""
         return covariances[0, 0]
 
     def from_sklearn(self, covariances: Tensor) -> Tensor:
-        """Return (1, 1, D, D)."""
         return covariances[None, None]
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Covariances of low rank plus a diagonal: each component is a factor analysis."""
+"""Covariances of low rank plus a diagonal: mixtures of factor analyzers."""
 
 from __future__ import annotations
 
@@ -8,57 +8,55 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
 from em_lightning.mixture.covariance.full import FullCovariance, lower_triangle
 
+# Steps of EM for factor analysis: in an M-step, and to approximate a given full covariance.
+_STEPS, _INITIAL_STEPS = 4, 40
+
 
 class LowRankCovariance(FullCovariance):
     r"""Covariances ``Sigma = U U^T + Psi`` with ``U (D, R)`` and a diagonal ``Psi``: a mixture of factor analyzers.
 
-    Inside the loop they are held as ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full ones. The
-    sufficient statistics are those of full covariances, and so is the cost. Given the mean square ``S`` of a
-    component's points about their mean, the M-step takes a few steps of EM for factor analysis,
+    The loop works on ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full covariances. The
+    sufficient statistics, and therefore the cost, are those of full covariances. Given the sample covariance ``S`` of a
+    component, the M-step takes a few steps of EM for factor analysis,
 
     .. math::
         \beta = (I + U^\top \Psi^{-1} U)^{-1} U^\top \Psi^{-1}, \quad
         U \leftarrow S \beta^\top (I - \beta U + \beta S \beta^\top)^{-1}, \quad
-        \Psi \leftarrow \operatorname{diag}(S - U \beta S)
+        \Psi \leftarrow \operatorname{diag}(S - U \beta S).
 
-    none of which lowers the likelihood. The floor is the smallest value of ``Psi``.
+    No step lowers the likelihood. The floor is the smallest value of ``Psi``.
 
     Args:
         rank: R, at least 1 and less than D.
-        num_steps: steps per M-step.
-        num_first_steps: steps from a full covariance, which has no loadings to start from.
 
     Source: Ghahramani and Hinton, The EM Algorithm for Mixtures of Factor Analyzers, 1996.
     """
 
     name = "lowrank"
 
-    def __init__(self, rank: int, num_steps: int = 4, num_first_steps: int = 40) -> None:
+    def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.num_steps = num_steps
-        self.num_first_steps = num_first_steps
 
     @property
     def unrestricted(self) -> FullCovariance:
-        """Full covariances."""
         return FullCovariance()
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K (D (R + 1) - R (R - 1) / 2): rotations of the factors change nothing."""
+        """Return K (D (R + 1) - R (R - 1) / 2): rotations of the factors do not change ``Sigma``."""
         return num_components * (num_features * (self.rank + 1) - self.rank * (self.rank - 1) // 2)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the means and loadings of no smaller expected log-likelihood than those before."""
+        """Return means and loadings; the expected log-likelihood does not decrease."""
         spread = self.matrix(self.average(scatter, mass), means.shape[-1])
         second_moment = spread.diagonal(dim1=-2, dim2=-1) + means.square()
         least = torch.maximum(smallest_pivots(second_moment), floor[:, None, None])
         loadings, noise = before[..., :-1], torch.maximum(before[..., -1].square(), least)
-        return means, self._climb(spread, loadings, noise, least, self.num_steps)
+        return means, self._climb(spread, loadings, noise, least, _STEPS)
 
     def _climb(self, spread: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, num_steps: int) -> Tensor:
-        """Return loadings and noise after steps of EM for factor analysis of mean squares (B, K, D, D)."""
+        """Return loadings and noise after steps of EM for factor analysis of sample covariances (B, K, D, D)."""
         eye = torch.eye(self.rank).to(spread)
         variance = spread.diagonal(dim1=-2, dim2=-1)
         for _ in range(num_steps):
@@ -75,11 +73,11 @@ class LowRankCovariance(FullCovariance):
         return loadings @ loadings.mT + covariances[..., -1].square().diag_embed()
 
     def from_public(self, covariances: Tensor) -> Tensor:
-        """Return the loadings and noise that fit full covariances best."""
+        """Return loadings and noise that approximate full covariances."""
         pivots = smallest_pivots(covariances.diagonal(dim1=-2, dim2=-1))
         loadings = 0.5**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
         noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
-        return self._climb(covariances, loadings, torch.maximum(noise, pivots), pivots, self.num_first_steps)
+        return self._climb(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         """Return ``diag(variance)`` for every component, half of the first R variances in ``U``."""
@@ -90,7 +88,6 @@ class LowRankCovariance(FullCovariance):
         return torch.cat([loadings, noise.unsqueeze(-1)], -1)
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        """Return ``ratio Sigma``."""
         return covariances * ratio.sqrt()[..., None, None]
 
     def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
