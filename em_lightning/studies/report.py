@@ -18,6 +18,7 @@ from em_lightning.plots import save_figure, tensorboard_writers
 class Report(lightning.Callback):
     """Call :meth:`report` on the first rank when a fit is over, with the module in evaluation mode, without gradients.
 
+    Then print its result, the files that it wrote, and the command for TensorBoard.
     Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
     fit and a ``fast_dev_run`` write no report. A subclass may append to ``history``, which checkpoints contain.
     """
@@ -33,22 +34,29 @@ class Report(lightning.Callback):
         """Restore the history."""
         self.history = state_dict["history"]
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure and write to ``folder``, the folder of the logger."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> str | None:
+        """Measure, write to ``folder``, the folder of the logger, and return the result in one sentence to print."""
         raise NotImplementedError
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Run :meth:`report`."""
         if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
             return
+        folder, began = folder_of(trainer), time.time() - 1.0
         modes = {module: module.training for module in pl_module.modules()}
         pl_module.eval()
         try:
             with torch.no_grad(), torch.random.fork_rng():
-                self.report(trainer, pl_module, folder_of(trainer))
+                result = self.report(trainer, pl_module, folder)
         finally:
             for module, mode in modes.items():
                 module.training = mode
+        if result:
+            print(result)
+        files = sorted(path.name for path in folder.glob("*.*") if path.stat().st_mtime > began)
+        print(f"Files in {folder}: {', '.join(name for name in files if not name.startswith('events'))}")
+        if tensorboard_writers(trainer):
+            print(f"TensorBoard: tensorboard --logdir {folder.parent}")
 
     def save_figures(self, trainer: Any, figures: Mapping[str, Any], folder: Path) -> None:
         """Save matplotlib figures as ``<name>.png``, and add them to TensorBoard and Weights & Biases."""

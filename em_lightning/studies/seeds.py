@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from em_lightning.files import write_whole
-from em_lightning.studies.results import combine, markdown_table, print_markdown
+from em_lightning.studies.results import combine, markdown_table, print_results
 
 
 def run_seeds(
@@ -63,9 +63,9 @@ def run_seeds(
             for process in processes:
                 process.terminate()
             raise ValueError("interrupted") from None
-    title = f"# {folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
-    text = f"{title}\n\n{markdown_table(combine(paths))}\n"
+    title, rows = f"{folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation", combine(paths)
     target = folder / f"{stamp}-seeds"
     target.mkdir(parents=True)
-    write_whole(target / "results.md", text)
-    print_markdown(f"{text}\nWritten to {target}")
+    write_whole(target / "results.md", f"# {title}\n\n{markdown_table(rows)}\n")
+    print_results(title, [], rows)
+    print(f"Files in {target}: results.md")
