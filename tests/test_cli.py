@@ -135,7 +135,10 @@ def test_a_run_writes_results_figures_and_tensorboard_events(here, capsys):
     assert all(row["N = 32"] < 10 and row["ms, N = 32"] > 0 for row in rows)
     printed = capsys.readouterr().out
     assert "Data: procedural surfaces" in printed and "| trained operator |" in printed
-    assert printed.splitlines()[-1].startswith("The trained operator is ")
+    result, files, command = printed.strip().splitlines()[-3:]
+    assert result.startswith("The trained operator is ")
+    assert files.startswith(f"Files in {folder.relative_to(here)}: clouds.png") and "results.md" in files
+    assert command == f"TensorBoard: tensorboard --logdir {folder.parent.relative_to(here)}"
     page = (folder / "report.html").read_text()
     assert "/*DATA*/" not in page and "http" not in page
 
@@ -221,7 +224,7 @@ def test_two_processes_train_to_the_same_likelihood(here):
         assert done.returncode == 0, done.stderr.decode()
         folder = here / "lightning_logs" / "point_cloud_gmm" / f"version_{len(results)}"
         rows = json.loads((folder / "results.json").read_text())["rows"]
-        results.append(rows[2]["held-out log-likelihood (nats per point)"])
+        results.append(rows[-1]["held-out log-likelihood (nats per point)"])
     assert len(list((here / "lightning_logs" / "point_cloud_gmm").iterdir())) == 2
     assert results[0] == pytest.approx(results[1], abs=0.02)
 
