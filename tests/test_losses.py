@@ -68,8 +68,6 @@ class TestBalance(LossContract):
 
 
 class TestWeightRedundancy(LossContract):
-    takes_mask = has_dim = False
-
     def make(self):
         return WeightRedundancyLoss()
 

@@ -31,9 +31,7 @@ ELSEWHERE = {
         "BlockFit Covariance Parameters Points StreamedEM SufficientStatistics e_step m_step prepare"
     ),
     "in tests/test_modules_point_clouds.py": "PointCloudClassifier",
-    "functions that modules of the registry call, and nothing else": (
-        "entmin hardmin none_of_the_above pairwise positive_number topk"
-    ),
+    "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
     "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds TimeLeft"),
     "pictures, in tests/test_callbacks_watch.py": "responsibilities_figure",
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (

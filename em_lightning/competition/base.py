@@ -27,10 +27,9 @@ class Tempered(nn.Module):
 
     def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__()
-        check_temperature(temperature)
-        self._temperature = float(temperature)
-        self.dim = dim
         self.log_temperature_ratio = nn.Parameter(torch.zeros(1)) if learnable else None
+        self.temperature = temperature
+        self.dim = dim
 
     @property
     def temperature(self) -> float | Tensor:
@@ -44,8 +43,7 @@ class Tempered(nn.Module):
         check_temperature(value)
         self._temperature = float(value)
         if self.log_temperature_ratio is not None:
-            with torch.no_grad():
-                self.log_temperature_ratio.zero_()
+            nn.init.zeros_(self.log_temperature_ratio)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self._temperature], dtype=torch.float64)
@@ -95,13 +93,6 @@ def check_temperature(temperature: float | Tensor) -> None:
     """Raise ValueError for a number that is not positive; the values of a tensor are not checked."""
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature={temperature!r} must be positive; use hardmin for the limit T -> 0")
-
-
-def check_at_least_one(name: str, value: int) -> int:
-    """Return an integer; raise ValueError if it is below 1."""
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    return value
 
 
 def widen(energies: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Cloud(NamedTuple):
 class PointCloudBatch(NamedTuple):
     """Clouds padded with zeros to the longest of them.
 
-    Args:
+    Attributes:
         points: (B, N, D) float32, normalized.
         mask: (B, N) bool, true for points, false for padding.
         held_out: (B, M, D) float32, held-out points of the same shapes in the same units.

@@ -148,19 +148,15 @@ class ImagePointSets(TensorDataModule):
 
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the classes."""
         return self.dataset.class_names
 
     def prepare_data(self) -> None:
-        """Download MNIST if needed."""
         self.dataset.prepare_data()
 
     def load(self, train: bool) -> Tensors:
-        """Return the training or the test images and their labels."""
         return self.dataset.load(train)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all images and find their bright pixels, once."""
         super().setup()
         if not self.pixels:
             self.pixels = {split: bright_pixels(part.x, self.threshold) for split, part in self.splits.items()}

@@ -58,7 +58,6 @@ class GeometricShapes(PointCloudDataModule):
         self._meshes: list[tuple[str, str, Shape]] = []  # class, train or test, shape
 
     def prepare_data(self) -> None:
-        """Download the archive if ``root`` is ``None``."""
         if self.root is None:
             download(SHAPES_URL, self.path, SHAPES_HASH, f"download {SHAPES_URL} and pass it as root")
 
@@ -86,7 +85,6 @@ class GeometricShapes(PointCloudDataModule):
             )
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return the meshes of a split."""
         if not self._meshes:
             self._read()
         order = torch.randperm(len(self.class_names), generator=torch.Generator().manual_seed(self.seed))
@@ -138,7 +136,6 @@ class ModelNet(PointCloudDataModule):
         self.source = f"meshes of ModelNet{self.name}" + (f" in {self.root}" if self.root else "")
 
     def prepare_data(self) -> None:
-        """Convert the data set, once."""
         self._data(True)
 
     def _data(self, train: bool) -> Any:
@@ -155,7 +152,6 @@ class ModelNet(PointCloudDataModule):
         return Source(str(folder), self.name, train=train)
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return the meshes of a split."""
         source = self._data(train=split != "test")
         self.class_names = sorted(path.name for path in Path(source.raw_dir).iterdir() if path.is_dir())
         items = list(range(len(source)))

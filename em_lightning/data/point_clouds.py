@@ -77,7 +77,6 @@ class PointCloudDataModule(SplitDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")
 
     def describe(self) -> str:
-        """Return one line that describes the data, with the numbers of clouds after :meth:`setup`."""
         counts = ", ".join(f"{len(data)} {split}" for split, data in self.datasets.items())
         counts = f": {counts} clouds" if counts else ""
         return f"{self.source}, {self.num_points} points per cloud to fit and as many held out{counts}"
@@ -94,7 +93,6 @@ class PointCloudDataModule(SplitDataModule):
         self.datasets = datasets
 
     def loader(self, split: str) -> DataLoader[PointCloudBatch]:
-        """Return the batches of a split; those of ``"train"`` are shuffled and divided among ranks."""
         self.setup()
         data = self.datasets[split]
         return DataLoader(
@@ -149,7 +147,6 @@ class ProceduralSurfaces(PointCloudDataModule):
         self.source = f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return random surfaces."""
         return partial(_random_shape, self.class_names), getattr(self, f"{split}_clouds")
 
 
@@ -159,8 +156,8 @@ class PointCloudFolder(PointCloudDataModule):
 
     The class of a file is its subfolder. Folders named ``train``, ``val`` and ``test``, above or below it, define the
     split; missing splits are drawn by a hash of the file name, which is the same on all machines. With fewer than three
-    files every split holds all of them. Points are drawn from meshes;
-    point clouds are divided into points to fit and held-out points, and padded if they are smaller than ``num_points``.
+    files every split holds all of them. Points are drawn from meshes; point clouds are divided into points to fit and
+    held-out points, and padded if they are smaller than ``num_points``.
     Hidden files are skipped, and text files without a row of three numbers, such as README.txt, with a warning.
 
     Args:
@@ -241,7 +238,6 @@ class PointCloudFolder(PointCloudDataModule):
         return "/".join(part for part in Path(name).parts[:-1] if part not in SPLITS)
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return the shapes in the files of a split."""
         if not self.files:
             self._split()
         known = [

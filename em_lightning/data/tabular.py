@@ -61,7 +61,6 @@ class TabularDataModule(SplitDataModule):
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tables, once."""
         if self.tables:
             return
         tables = {"train": Table(self.data)}
@@ -81,7 +80,6 @@ class TabularDataModule(SplitDataModule):
         return self.tables["train"].shape[1]
 
     def describe(self) -> str:
-        """Return one line that describes the data."""
         self.setup()
         train = self.tables["train"]
         counts = f"{len(train):,} x {train.shape[1]} from {train.source}"
@@ -98,7 +96,6 @@ class TabularDataModule(SplitDataModule):
         return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
 
     def loader(self, split: str) -> TableBlocks:
-        """Return the blocks of a split for this rank."""
         self.setup()
         return self.blocks("held_out" if split != "train" and "held_out" in self.tables else "train")
 

@@ -130,14 +130,12 @@ class TensorDataModule(SplitDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define load(train)")
 
     def describe(self) -> str:
-        """Return one line that describes the data."""
         self.setup()
         same = self.splits["val"] is self.splits["test"]
         sizes = [f"{len(part.y)} {split}" for split, part in self.splits.items() if not (same and split == "val")]
         return f"{self.source}: {', '.join(sizes)}" + (" (also used for validation)" if same else "")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all splits, once."""
         if self.splits:
             return
         train, test = self.load(True), self.load(False)

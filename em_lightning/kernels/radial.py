@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_at_least
 from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import squared_distance
 
@@ -137,8 +138,7 @@ class MahalanobisKernel(Kernel):
 
     def __init__(self, num_features: int, covariance: Any = None, learnable: bool = True) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features} must be positive")
+        check_at_least(1, num_features=num_features)
         covariance = torch.eye(num_features) if covariance is None else torch.as_tensor(covariance)
         if covariance.shape != (num_features, num_features):
             raise ValueError(f"covariance {tuple(covariance.shape)} must have shape ({num_features}, {num_features})")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from em_lightning.checks import check_choice, positive_number
 from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
-from em_lightning.kernels import positive_number
 from em_lightning.registry import Registry
 
 LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
@@ -87,8 +87,7 @@ class FreeEnergyLoss(EnergyLoss):
 
     def __init__(self, reduction: str = "sum", temperature: float = 1.0, dim: int = -1) -> None:
         super().__init__(dim)
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'")
+        check_choice("reduction", reduction, ("sum", "mean"))
         self.reduction = reduction
         self.temperature = positive_number("temperature", temperature)
 
@@ -198,8 +197,7 @@ class LogDetLoss(MomentLoss):
 
     def __init__(self, of: str = "covariance", eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(eps, dim)
-        if of not in ("covariance", "correlation"):
-            raise ValueError(f"of={of!r} must be 'covariance' or 'correlation'")
+        check_choice("of", of, ("covariance", "correlation"))
         self.of = of
 
     def from_moments(self, moments: Moments) -> Tensor:

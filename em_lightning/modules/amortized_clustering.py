@@ -118,7 +118,6 @@ class AmortizedClustering(EMModule):
         return self
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
-        """Return the mixtures of sets (B, N, D)."""
         return self.operator(points, mask)
 
     def log_prob(self, mixture: Mixture, x: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:

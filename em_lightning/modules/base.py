@@ -137,8 +137,8 @@ class EMModule(lightning.LightningModule):
 
     def _step(self, batch: Any, stage: str) -> Tensor:
         """Run ``step``, add the auxiliary terms and log everything."""
-        found = self.step(batch, stage)
-        terms = found if isinstance(found, dict) else {"loss": found}
+        terms = self.step(batch, stage)
+        terms = terms if isinstance(terms, dict) else {"loss": terms}
         missing = sorted({"loss", *self.auxiliary} - set(terms))
         if missing:
             raise ValueError(f"step must return 'loss' and the keys of auxiliary: {missing} missing in {sorted(terms)}")
@@ -166,15 +166,12 @@ class EMModule(lightning.LightningModule):
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a training batch."""
         return self._step(batch, "train")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the terms of a validation batch."""
         self._step(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the terms of a test batch."""
         self._step(batch, "test")
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -209,7 +206,6 @@ class EMModule(lightning.LightningModule):
         return (torch.optim.AdamW if self.weight_decay else torch.optim.Adam)(parameters, **options)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with the schedule if there is one."""
         optimizer = self.make_optimizer(self.parameter_groups())
         if self.schedule == "constant":
             return optimizer

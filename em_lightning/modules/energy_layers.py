@@ -58,7 +58,6 @@ class EnergyLayer(EMModule):
         raise NotImplementedError(f"{type(self).__name__} must define loss_terms(x, y, energies, stage)")
 
     def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        """Return the terms and their sum; outside training, update the metrics."""
         x, y = batch
         energies = self.energies(x)
         terms = self.loss_terms(x, y, energies, stage)
@@ -119,11 +118,9 @@ class DecoderFreeEncoder(EnergyLayer):
         self.loss = EMLoss(**{**weights, **(terms or {})})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the energies (N, K) of items (N, ...)."""
         return self.energies(x)
 
     def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
-        """Return free energy and volume control."""
         return self.loss(energies)
 
 
@@ -191,11 +188,9 @@ class EMClassifier(EnergyLayer):
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, C) of items (N, ...)."""
         return self.head(self.activation(self.energies(x)))
 
     def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
-        """Return the cross-entropy, and the weighted volume control of the energies."""
         logits = self.head(self.activation(energies))
         if stage != "train":
             self.metrics_of(stage)["accuracy"].update(logits, y)

@@ -139,16 +139,15 @@ class GaussianMixtureModule(EMModule):
             covariance_floor=covariance_floor,
         )
         self._start()  # checks the arguments
-        counts = None if prior is None else from_options("prior", MixturePrior, prior)
+        common = covariance_floor, None if prior is None else from_options("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
         self.learner: MixtureLearner
         if method == "gradient":
-            self.learner = GradientAscent(UnconstrainedMixture(*shape, covariance_floor), covariance_floor, counts)
+            self.learner = GradientAscent(UnconstrainedMixture(*shape, covariance_floor), *common)
         elif method == "em":
-            self.learner = FullBatchEM(PlainMixture(*shape), covariance_floor, counts)
+            self.learner = FullBatchEM(PlainMixture(*shape), *common)
         else:
-            plain = PlainMixture(*shape)
-            self.learner = StochasticEM(plain, covariance_floor, counts, exponent=step_exponent, offset=step_offset)
+            self.learner = StochasticEM(PlainMixture(*shape), *common, exponent=step_exponent, offset=step_offset)
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP would broadcast the buffers before every block; ranks agree on them already, or each has its own.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -187,12 +186,12 @@ class GaussianMixtureModule(EMModule):
         """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
         self.trainer.should_stop |= self.converged  # in an earlier run
         if not self.learner.started:
-            found: Any = None
+            start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
                 mixture, *moments = initial_mixture(rows, self._start())
-                found = (tuple(mixture.parameters()), *moments)
-            parts, center, variance = self.trainer.strategy.broadcast(found)
+                start = (tuple(mixture.parameters()), *moments)
+            parts, center, variance = self.trainer.strategy.broadcast(start)
             self.start_from(Mixture(*parts), center, variance)
         self.learner.sums.zero_()
         sums, self._restored = self._restored, None
@@ -257,11 +256,10 @@ class GaussianMixtureModule(EMModule):
     def on_test_epoch_end(self) -> None:
         """Log BIC and AIC of all rows."""
         total, mass, _ = global_sum(self.metrics_of("test")["log_likelihood"].sums).tolist()
-        found = information_criteria(self.mixture, total, mass)
-        self.log_dict({"test/bic": found.bic, "test/aic": found.aic}, sync_dist=True)
+        criteria = information_criteria(self.mixture, total, mass)
+        self.log_dict({"test/bic": criteria.bic, "test/aic": criteria.aic}, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the responsibilities (n, K) of a block of rows."""
         return self(rows_of(batch).points).responsibilities
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -132,7 +132,6 @@ class PointCloudClassifier(EMModule):
         )
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return logits (B, C) of clouds (B, N, D)."""
         if self.levels:
             points, features = self.levels[0](points, None, mask)
             for level in self.levels[1:]:
@@ -144,7 +143,7 @@ class PointCloudClassifier(EMModule):
             rows = self.features(points[mask])  # batch normalization must not see the padding
             features = rows.new_zeros(*mask.shape, rows.shape[-1]).masked_scatter(mask.unsqueeze(-1), rows)
         if self.pool is None:
-            return self.head(features.amax(1))  # padding is 0, the least output of the ReLU
+            return self.head(features.amax(1))  # padding is 0, the smallest output of the ReLU
         return self.head(self.pool(features, mask, coordinates=points))
 
     def step(self, batch: Any, stage: str) -> Tensor:
