@@ -134,9 +134,9 @@ class Registry(Generic[T]):
             TypeError: arguments were given with an instance, or the constructor does not accept them.
         """
         if isinstance(spec, (str, type, Mapping)):
-            cls, given = self.resolve(spec)
+            cls, options = self.resolve(spec)
             try:
-                return cls(**{**arguments, **given})
+                return cls(**{**arguments, **options})
             except TypeError as error:
                 raise TypeError(f"{self.kind} {spec!r}: {error}") from error
         if not callable(spec):

@@ -33,7 +33,7 @@ class TestPosterior:
         assert one.mean(values).shape == one.variance(values).shape == (2, 4)
         torch.testing.assert_close(one.variance(values)[1], posterior.variance(values[1])[0, 0])
 
-    def test_values_take_the_place_of_the_hypotheses(self):
+    def test_value_axis_replaces_the_hypothesis_axis(self):
         last, values = self.posterior(2, 5, 7, 3), torch.randn(3, 4, dtype=torch.float64)
         first = Posterior(last.energies.movedim(-1, 1), last.responsibilities.movedim(-1, 1), last.free_energy)
         for name in ("mean", "variance"):

@@ -58,7 +58,7 @@ def squares_fit(kept, dtype):
 
 
 @given(values=st.data())
-def test_means_and_layouts_of_any_batch(values):
+def test_means_and_layouts_of_random_batches(values):
     dtype = values.draw(st.sampled_from(drawing.DTYPES))
     x, mask, weights, kept, w = batch(values, dtype)
     items, counts = flatten_units(x, -1, mask, weights)

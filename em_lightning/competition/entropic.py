@@ -60,9 +60,9 @@ def _ranked(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _support(z: Tensor, ranked: Tensor, threshold: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return where p > 0, the number of these logits, and their differences from their mean."""
-    least = ranked.masked_fill(threshold >= ranked, torch.inf).amin(dim, keepdim=True)
+    smallest = ranked.masked_fill(threshold >= ranked, torch.inf).amin(dim, keepdim=True)
     # Logits of -1 are outside the support, whatever the rounding of the threshold.
-    support = (z >= least) & (z > -1.0)
+    support = (z >= smallest) & (z > -1.0)
     count = support.sum(dim, keepdim=True).to(z.dtype)
     return support, count, (z - (z * support).sum(dim, keepdim=True) / count) * support
 

@@ -85,8 +85,8 @@ class Posterior(NamedTuple):
     def _last(self, values: Tensor, dim: int) -> Tensor:
         """Return the responsibilities with the hypothesis axis last; raise ValueError if the values do not fit it."""
         responsibilities = self.responsibilities if dim == -1 else self.responsibilities.movedim(dim, -1)
-        given = values.shape[-min(values.ndim, 2)] if values.ndim else 0
-        if given != responsibilities.shape[-1]:
+        num_values = values.shape[-min(values.ndim, 2)] if values.ndim else 0
+        if num_values != responsibilities.shape[-1]:
             raise ValueError(
                 f"values of shape {tuple(values.shape)} must have shape (K,) or (..., K, V) with "
                 f"K={responsibilities.shape[-1]}, the number of hypotheses on axis dim={dim}"

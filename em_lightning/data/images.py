@@ -41,8 +41,9 @@ def read_idx(path: str | Path) -> Tensor:
 
 
 def _parse(data: bytes) -> np.ndarray:
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or data[3] == 0:
-        raise ValueError(f"it must start with two zero bytes, a dtype code and a rank, got {data[:4]!r}")
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or not 0 < data[3] <= (len(data) - 4) // 4:
+        rule = "two zero bytes, a dtype code, a rank and the length of each axis"
+        raise ValueError(f"it must start with {rule}, got {data[:4]!r} in {len(data)} bytes")
     dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
     size = math.prod(shape) * dtype.itemsize

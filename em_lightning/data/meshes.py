@@ -15,7 +15,7 @@ import torch
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.data.base import CACHE, download
 from em_lightning.data.clouds import Shape, ShapeSource
-from em_lightning.data.point_clouds import PointCloudDataModule, known_shape, read_shape
+from em_lightning.data.point_clouds import PointCloudDataModule, cycle_shapes, read_shape
 
 # The archive of PyG's data set.
 SHAPES_URL = "https://github.com/Yannick-S/geometric_shapes/raw/master/raw.zip"
@@ -90,13 +90,13 @@ class GeometricShapes(PointCloudDataModule):
         order = torch.randperm(len(self.class_names), generator=torch.Generator().manual_seed(self.seed))
         held_out = {self.class_names[i] for i in order[: self.held_out_classes]}
         part = "test" if split == "test" else "train"
-        known = [
+        shapes = [
             shape._replace(label=self.class_names.index(name))
             for name, mesh_part, shape in self._meshes
             if mesh_part == part and (not held_out or (name in held_out) == (split == "test"))
         ]
         repeats = self.clouds_per_mesh if split == "train" else self.eval_clouds_per_mesh
-        return partial(known_shape, known), len(known) * repeats
+        return partial(cycle_shapes, shapes), len(shapes) * repeats
 
 
 def _pyg_shape(source: Any, items: Sequence[int], index: int, generator: torch.Generator) -> Shape:

@@ -90,7 +90,7 @@ class MixtureSets(SplitDataModule):
     def __post_init__(self) -> None:
         super().__init__()
         self.num_sets = {"train": self.train_batches * self.batch_size, "val": self.val_sets, "test": self.test_sets}
-        self.fresh = {"train": self.train_held_out, "val": self.held_out, "test": self.held_out}
+        self.num_held_out = {"train": self.train_held_out, "val": self.held_out, "test": self.held_out}
         check_at_least(1, num_components=self.num_components, num_features=self.num_features)
         check_at_least(1, min_points=self.min_points, batch_size=self.batch_size, train_batches=self.train_batches)
         check_at_least(1, val_sets=self.val_sets, test_sets=self.test_sets)
@@ -112,10 +112,10 @@ class MixtureSets(SplitDataModule):
         means = self.extent * (2.0 * torch.rand(shape, generator=generator) - 1.0)
         weights = self._weights(num_sets, generator)
         points, labels = self._points(means, weights, self.max_points, generator)
-        fresh, _ = self._points(means, weights, held_out, generator)
+        test_points, _ = self._points(means, weights, held_out, generator)
         mask = torch.arange(self.max_points) < sizes[:, None]
         truth = Mixture(weights.log(), means, torch.full(shape[:2], self.scale**2))
-        return MixtureSetBatch(points * mask.unsqueeze(-1), mask, fresh, labels, truth)
+        return MixtureSetBatch(points * mask.unsqueeze(-1), mask, test_points, labels, truth)
 
     def _weights(self, num_sets: int, generator: torch.Generator) -> Tensor:
         # torch's Dirichlet has no argument for a generator and draws from the global one.
@@ -139,4 +139,4 @@ class MixtureSets(SplitDataModule):
 
     def _draw(self, split: str, index: int, generator: torch.Generator) -> MixtureSetBatch:
         num_sets = min(self.batch_size, self.num_sets[split] - index * self.batch_size)
-        return self.draw(num_sets, self.fresh[split], generator)
+        return self.draw(num_sets, self.num_held_out[split], generator)

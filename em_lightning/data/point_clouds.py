@@ -193,32 +193,34 @@ class PointCloudFolder(PointCloudDataModule):
         self.files: dict[str, list[str]] = {}
 
     def _find(self) -> list[str]:
-        found: dict[bool, list[str]] = {True: [], False: []}
+        names, skipped = [], []
         for path in sorted(self.folder.rglob(self.pattern)):
             name = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in name.parts)
             if path.suffix.lower() in SUPPORTED and path.is_file() and not hidden:
-                found[has_points(path)].append(name.as_posix())
-        if found[False]:
-            warnings.warn(f"root={self.root!r}: text files without points are skipped: {found[False]}", stacklevel=2)
-        if not found[True]:
+                (names if has_points(path) else skipped).append(name.as_posix())
+        if skipped:
+            warnings.warn(f"root={self.root!r}: text files without points are skipped: {skipped}", stacklevel=2)
+        if not names:
             raise ValueError(f"root={self.root!r}: {self.pattern!r} matches no {', '.join(SUPPORTED)} file")
-        return sorted(found[True])
+        return sorted(names)
 
     def _split(self) -> None:
         names = self._find()
         files: dict[str, list[str]] = {split: [] for split in SPLITS}
-        rest: list[str] = []
+        outside = []  # files in no train, val or test folder
         for name in names:
             split = next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
-            (rest if split is None else files[split]).append(name)
-        if rest and len(rest) < len(names):
-            raise ValueError(f"root={self.root!r}: {rest[0]!r} is in no train, val or test folder, but other files are")
-        if rest:
-            files["test"], files["train"] = self._hold_out(rest, self.test_fraction)
+            (outside if split is None else files[split]).append(name)
+        if outside and len(outside) < len(names):
+            raise ValueError(
+                f"root={self.root!r}: {outside[0]!r} is in no train, val or test folder, but other files are"
+            )
+        if outside:
+            files["test"], files["train"] = self._hold_out(outside, self.test_fraction)
         if files["train"] and not files["val"]:
-            share = self.val_fraction / (1 - self.test_fraction) if rest else self.val_fraction
-            files["val"], files["train"] = self._hold_out(files["train"], share)
+            fraction = self.val_fraction / (1 - self.test_fraction) if outside else self.val_fraction
+            files["val"], files["train"] = self._hold_out(files["train"], fraction)
         empty = [split for split in SPLITS if not files[split]]
         if empty:
             raise ValueError(f"root={self.root!r} has no files for {empty}; add folders of these names")
@@ -240,16 +242,16 @@ class PointCloudFolder(PointCloudDataModule):
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         if not self.files:
             self._split()
-        known = [
+        shapes = [
             read_shape(self.folder / name, self.class_names.index(self._label(name)), self.drop_non_finite)
             for name in self.files[split]
         ]
-        return partial(known_shape, known), len(known) * (self.clouds_per_file if split == "train" else 1)
+        return partial(cycle_shapes, shapes), len(shapes) * (self.clouds_per_file if split == "train" else 1)
 
 
-def known_shape(known: Sequence[Shape], index: int, generator: torch.Generator) -> Shape:
-    """Return shape ``index`` modulo the number of shapes."""
-    return known[index % len(known)]
+def cycle_shapes(shapes: Sequence[Shape], index: int, generator: torch.Generator) -> Shape:
+    """Return shape ``index`` modulo the number of shapes; a :data:`ShapeSource` for a list of shapes."""
+    return shapes[index % len(shapes)]
 
 
 def read_shape(path: Path, label: int = 0, drop_non_finite: bool = False) -> Shape:

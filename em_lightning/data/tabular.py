@@ -152,19 +152,19 @@ class GaussianBlobs(TabularDataModule):
         return Mixture((weights / weights.sum()).log()[None], means[None], (root @ root.mT)[None])
 
     def _draw(self, stream: int, rows: int) -> Tensor:
-        truth, found = self.truth(), []
+        truth, blocks = self.truth(), []
         weights = truth.log_weights[0].exp()
         factors = torch.linalg.cholesky(truth.covariances[0])
-        for number, start in enumerate(range(0, rows, _DRAWN_ROWS)):
-            generator = generator_of(self.seed, stream, number)
+        for start in range(0, rows, _DRAWN_ROWS):
+            generator = generator_of(self.seed, stream, start // _DRAWN_ROWS)
             size = min(_DRAWN_ROWS, rows - start)
             label = torch.multinomial(weights, size, replacement=True, generator=generator)
             noise = torch.randn(size, self.num_features, generator=generator)
             for k in range(self.true_components):
-                chosen = label == k
-                noise[chosen] = noise[chosen] @ factors[k].T.float() + truth.means[0, k].float()
-            found.append(noise)
-        return torch.cat(found)
+                drawn = label == k
+                noise[drawn] = noise[drawn] @ factors[k].T.float() + truth.means[0, k].float()
+            blocks.append(noise)
+        return torch.cat(blocks)
 
     def prepare_data(self) -> None:
         """Write the shards, unless they exist."""

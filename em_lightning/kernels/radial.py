@@ -19,11 +19,8 @@ class GaussianKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = \frac{\lVert x - \mu \rVert^2}{2 s^2}
 
-    with ``scale`` :math:`s`. Not robust: the gradient is unbounded. A density with normalizer
-    :math:`(2 \pi s^2)^{D/2}`.
-
-    Args:
-        scale: standard deviation of each feature.
+    with ``scale`` :math:`s`, the standard deviation of each feature. Not robust: the gradient is unbounded. A density
+    with normalizer :math:`(2 \pi s^2)^{D/2}`.
 
     Example:
         >>> GaussianKernel(scale=2.0)(torch.tensor([[3.0]]), torch.tensor([[1.0], [3.0]]))

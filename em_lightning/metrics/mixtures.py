@@ -49,10 +49,7 @@ class EffectiveComponents(MeanOfItems):
 
 
 class DeadComponents(MeanOfItems):
-    r"""Number of components with :math:`\pi_k <` ``threshold``; mean over the sets.
-
-    Args:
-        threshold: the weight below which a component is dead.
+    r"""Number of components with a weight :math:`\pi_k <` ``threshold``; mean over the sets.
 
     Raises:
         ValueError: ``threshold`` is not between 0 and 1.

@@ -31,8 +31,8 @@ class AmortizedClustering(EMModule):
         num_components: K; no learned parameter depends on it, see :meth:`for_components`.
         num_features: D.
         num_iters: T, EM iterations per set.
-        covariance: ``"spherical"``, ``"diag"`` or ``"full"``.
-        init: ``"kmeans++"``, ``"farthest"`` or ``"random"``.
+        covariance: type of the covariances.
+        init: initialization of EM.
         num_starts: number of random starts of which the best is kept for each set, in training too: corrections that
             are trained on worse starts become too cautious.
         residual: whether to learn corrections in addition to the prior.
@@ -42,7 +42,7 @@ class AmortizedClustering(EMModule):
         weight_concentration: initial concentration of the Dirichlet prior of the weights; 1 keeps it flat.
         lr: largest learning rate of the corrections.
         prior_lr: largest learning rate of the prior and the "none of the above" component.
-        schedule: ``"one_cycle"`` or ``"constant"``.
+        schedule: schedule of both learning rates.
 
     Shape:
         - batch: a :class:`~em_lightning.data.MixtureSetBatch` of B sets.

@@ -66,8 +66,8 @@ class EMModule(lightning.LightningModule):
         >>> module = Regression(lr=0.1, auxiliary={"free_energy": 1e-3, "variance": 1e-2})
         >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
         >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, 3 * x), batch_size=16)
-        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        >>> trainer = lightning.Trainer(max_epochs=9, accelerator="cpu", enable_model_summary=False, **quiet)
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = lightning.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
         >>> trainer.fit(module, loader, loader)
         >>> sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         ['val/decorrelation', 'val/error', 'val/free_energy', 'val/loss', 'val/total', 'val/variance']

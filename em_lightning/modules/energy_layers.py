@@ -28,8 +28,7 @@ class EnergyLayer(EMModule):
     Args:
         num_features: D.
         num_components: K, the competing units.
-        lr: learning rate.
-        optimizer: ``"adam"`` or ``"sgd"``.
+        lr, optimizer: as in :class:`EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,).
@@ -79,13 +78,10 @@ class DecoderFreeEncoder(EnergyLayer):
     Args:
         num_features: D.
         num_components: K.
-        free_energy: weight of the free energy.
-        variance: weight of the term against dead units.
-        decorrelation: weight of the term against redundant units.
+        free_energy, variance, decorrelation: weights of the three terms.
         terms: further terms or arguments of :class:`~em_lightning.EMLoss`, such as
             ``{"variance": 0, "bounded_variance": 1}``; they override the three weights.
-        lr: learning rate.
-        optimizer: ``"adam"`` or ``"sgd"``.
+        lr, optimizer: as in :class:`EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,), not used.
@@ -137,11 +133,9 @@ class EMClassifier(EnergyLayer):
         num_classes: C.
         neg_log_softmin: whether the head reads :math:`d + \log \sum_j e^{-d_j}` instead of d.
         weight: lambda; 0 disables the auxiliary loss.
-        variance: weight, inside lambda, of the term against dead units.
-        decorrelation: weight, inside lambda, of the term against redundant units.
-        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, inside lambda.
-        lr: learning rate.
-        optimizer: ``"adam"`` or ``"sgd"``.
+        variance, decorrelation: weights of the two terms, which lambda multiplies.
+        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, which lambda multiplies.
+        lr, optimizer: as in :class:`EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,).

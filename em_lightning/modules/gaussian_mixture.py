@@ -52,11 +52,11 @@ class GaussianMixtureModule(EMModule):
     Args:
         num_components: K.
         num_features: D.
-        covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-        method: ``"em"``, ``"stochastic"`` or ``"gradient"``.
-        init: initialization of the centers from a sample of the rows: ``"kmeans++"``, ``"farthest"`` or ``"random"``.
+        covariance: type of the covariances.
+        method: see above.
+        init: initialization of the centers from a sample of the rows.
         sample_size: number of rows in the sample.
-        lloyd_steps: steps of k-means on the sample after that.
+        lloyd_steps: steps of k-means on the sample after the initialization.
         num_starts: number of starts, of which the best after five iterations on the sample is kept.
         covariance_floor: added to every variance, in squared units of the data.
         tol: the run stops when the log-likelihood per point changes by less in an epoch; 0 runs all epochs.
@@ -64,9 +64,8 @@ class GaussianMixtureModule(EMModule):
             its mean and covariance default to those of the sample.
         step_exponent: :math:`\alpha` of stochastic EM, above 1/2 and at most 1.
         step_offset: :math:`t_0` of stochastic EM, at least 1; :math:`\gamma_0` is 1 in any case.
-        seed: of the sample and the initialization.
-        lr: learning rate of the gradient method.
-        schedule: ``"one_cycle"`` or ``"constant"``, of the gradient method.
+        seed: seed of the sample and the initialization.
+        lr, schedule: learning rate and its schedule, for the gradient method.
 
     Shape:
         - batch: points (n, D), or a pair of points and weights (n,).

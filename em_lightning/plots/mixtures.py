@@ -111,7 +111,7 @@ def curves(
         series: x and y of each line.
         xlabel: label of the x axis, with its unit.
         ylabel: label of the y axis, with its unit.
-        title: of the figure.
+        title: title of the figure.
         levels: y of the dashed lines.
 
     Example:

@@ -39,7 +39,6 @@ class CompetitionContract(TemperedContract):
         return self.energies(6, 8)
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Return responsibilities and free energy."""
         return tuple(module(x))[1:]
 
     def shift(self, operator: Competition, c: float) -> Competition:

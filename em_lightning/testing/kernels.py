@@ -58,7 +58,6 @@ class KernelContract(ModuleContract):
         raise NotImplementedError
 
     def default(self) -> Kernel:
-        """Return the kernel of the last number of features, in float64."""
         return self.make(self.num_features[-1]).double()
 
     def other(self) -> Kernel:
@@ -73,11 +72,9 @@ class KernelContract(ModuleContract):
         return moved
 
     def example(self) -> Tensor:
-        """Return items and centers (5 + 3, D)."""
         return torch.cat(self.draw(self.num_features[-1]))
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the energies."""
         return (module(x[:_N], x[_N:]),)
 
     def draw(self, num_features: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,6 @@ class LossContract(ModuleContract):
         return torch.rand(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the value of the loss."""
         return (self.value(module, x),)
 
     def value(self, loss: nn.Module, *arguments: Any, **named: Any) -> Tensor:
