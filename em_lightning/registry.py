@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
-    """Import the class with a dotted path, such as ``package.module.Name``; all imports by configs and checkpoints.
+    """Import the class with a dotted path, such as ``package.module.Name``, for a config or checkpoint.
 
     Raises:
         ValueError: there is no such class, or it is not derived from ``base``.

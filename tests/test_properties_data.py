@@ -1,4 +1,4 @@
-"""Tensors that data are made of: nothing lost, nothing twice, units there and back, files as they were written."""
+"""Property tests of data: loaders visit each item once; normalization and file formats round-trip."""
 
 import functools
 import gzip
@@ -64,7 +64,7 @@ def test_ranks_cover_all_items(values):
     assert {len(share) for share in shares} == {len(loaders[0])}
     seen = torch.cat([batch[0] for share in shares for batch in share])
     assert set(seen.tolist()) == set(range(items))
-    # Only so many come twice as the last batch needs for every rank to have one.
+    # At most ranks - 1 items are repeated, so that every rank has an item in the last batch.
     assert 0 <= len(seen) - items < ranks
     assert all(torch.equal(x, pair[1][index]) for share in shares for index, x in share)
     assert all(len(index) <= size for share in shares for index, _ in share)

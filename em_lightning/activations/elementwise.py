@@ -124,8 +124,8 @@ def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
     # With the energy delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2, the linear parts cancel analytically.
-    round_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
-    return torch.tanh((delta * z.clamp(-m, m) + round_part / 4) / t)
+    quadratic_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
+    return torch.tanh((delta * z.clamp(-m, m) + quadratic_part / 4) / t)
 
 
 def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:

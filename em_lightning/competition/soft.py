@@ -157,12 +157,7 @@ class Background(Competition):
 
 
 def topk(
-    energies: Tensor,
-    temperature: float | Tensor = 1.0,
-    log_prior: Tensor | None = None,
-    dim: int = -1,
-    *,
-    k: int = 2,
+    energies: Tensor, temperature: float | Tensor = 1.0, log_prior: Tensor | None = None, dim: int = -1, *, k: int = 2
 ) -> Posterior:
     """Competition by softmin among the k best hypotheses; the others have r = 0 and no gradient.
 

@@ -1,4 +1,4 @@
-"""Point clouds as items of a Dataset and as padded batches; a sampler that draws new clouds in every epoch."""
+"""Point clouds as items of a Dataset and as padded batches; a sampler that resamples clouds every epoch."""
 
 from __future__ import annotations
 
@@ -116,20 +116,20 @@ def draw_cloud(
     """
     content, normalization, label = shape(index, generator)
     if isinstance(content, Surface):
-        points, fit = content.sample(2 * num_points, generator), num_points
+        points, num_fitted = content.sample(2 * num_points, generator), num_points
     else:
         order = torch.randperm(len(content), generator=generator)
-        fit = min(num_points, (len(order) + 1) // 2)
+        num_fitted = min(num_points, (len(order) + 1) // 2)
         # float64 until the points are centered: float32 rounds coordinates far from the origin.
-        points = content[order[: fit + num_points]].double()
-        normalization = Normalization.of(points[:fit])
+        points = content[order[: num_fitted + num_points]].double()
+        normalization = Normalization.of(points[:num_fitted])
         points = normalization.apply(points).float()
     assert normalization is not None
     if rotate != "none":
         points = points @ random_rotation(generator, rotate).float().T
     if noise > 0:
         points = points + noise * torch.randn(points.shape, generator=generator)
-    return Cloud(points[:fit], points[fit:], normalization, label, index)
+    return Cloud(points[:num_fitted], points[num_fitted:], normalization, label, index)
 
 
 class RandomDataset(Dataset[Any]):
@@ -153,7 +153,7 @@ class RandomDataset(Dataset[Any]):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can draw new items in every epoch.
+    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch.
 
     Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 from em_lightning.checks import check_at_least
 from em_lightning.data.base import RankLoader
 
-# Rows that are read under one memory map: its pages count as memory of the process until it is closed.
+# Rows read per memory map. The pages of a map count as memory of the process until it is closed.
 _ROWS_PER_MAP = 4096
 
 
@@ -66,7 +66,7 @@ class Table:
         for part, shape in zip(self.parts, shapes, strict=True):
             if len(shape) != ndim or shape[1:] != shapes[0][1:]:
                 place = "" if isinstance(part, Tensor) else f" in {part.name}"
-                rule = ("(N,)", "(N, D) with the same D in all shards")[ndim - 1]
+                rule = "(N,)" if ndim == 1 else "(N, D) with the same D in all shards"
                 raise ValueError(f"{name} has shape {shape}{place}, which must be {rule}")
         self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
         self.shape = (self.starts[-1], *shapes[0][1:])

@@ -32,7 +32,7 @@ class TabularDataModule(SplitDataModule):
         held_out: a table for validation and test; without it there is no validation, and the test uses ``data``.
         block_rows: rows per block and rank.
         shuffle: whether to draw a new order of the training blocks in every epoch.
-        seed: at least 0; seed of that order.
+        seed: at least 0; seed of the order of blocks.
 
     Raises:
         ValueError: an argument is out of range, or a file cannot be read.
@@ -114,7 +114,7 @@ class GaussianBlobs(TabularDataModule):
         held_out_points: rows for validation and test.
         storage: ``"memory"``, or ``"shards"``, a folder of memory-mapped files, which are written once.
         folder: folder of the shards.
-        seed: at least 0; seed of the mixture, the rows and that order.
+        seed: at least 0; seed of the mixture, the rows and the order of blocks.
 
     Example:
         >>> data = GaussianBlobs(num_points=1000, num_features=2, held_out_points=100)

@@ -205,7 +205,7 @@ class ExponentialKernel(Kernel):
 
 def _huber_rho(squared_distance: Tensor, delta: Tensor | float) -> Tensor:
     inside = squared_distance <= delta**2
-    # At distance 0 the derivative of the square root is infinite: take the root outside only.
+    # Take the root only where it is used: its derivative at distance 0 is infinite.
     distance = torch.where(inside, delta**2, squared_distance).sqrt()
     return torch.where(inside, 0.5 * squared_distance, delta * (distance - 0.5 * delta))
 

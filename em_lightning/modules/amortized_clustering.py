@@ -48,9 +48,6 @@ class AmortizedClustering(EMModule):
         - batch: a :class:`~em_lightning.data.MixtureSetBatch` of B sets.
         - ``forward(points (B, N, D), mask (B, N))``: a :class:`~em_lightning.Mixture`.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from em_lightning.data import MixtureSets
         >>> batch = next(iter(MixtureSets(batch_size=2).val_dataloader()))

@@ -78,7 +78,9 @@ class DecoderFreeEncoder(EnergyLayer):
     Args:
         num_features: D.
         num_components: K.
-        free_energy, variance, decorrelation: weights of the three terms.
+        free_energy: weight of the free energy.
+        variance: weight of the term against dead units.
+        decorrelation: weight of the term against redundant units.
         terms: further terms or arguments of :class:`~em_lightning.EMLoss`, such as
             ``{"variance": 0, "bounded_variance": 1}``; they override the three weights.
         lr, optimizer: as in :class:`EMModule`.
@@ -133,16 +135,14 @@ class EMClassifier(EnergyLayer):
         num_classes: C.
         neg_log_softmin: whether the head reads :math:`d + \log \sum_j e^{-d_j}` instead of d.
         weight: lambda; 0 disables the auxiliary loss.
-        variance, decorrelation: weights of the two terms, which lambda multiplies.
+        variance: weight of the term against dead units, which lambda multiplies.
+        decorrelation: weight of the term against redundant units, which lambda multiplies.
         terms: further terms or arguments of :class:`~em_lightning.EMLoss`, which lambda multiplies.
         lr, optimizer: as in :class:`EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,).
         - ``forward(x)``: logits (N, C).
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> module = EMClassifier(num_features=64, num_components=16)

@@ -65,7 +65,7 @@ class GaussianMixtureModule(EMModule):
         step_exponent: :math:`\alpha` of stochastic EM, above 1/2 and at most 1.
         step_offset: :math:`t_0` of stochastic EM, at least 1; :math:`\gamma_0` is 1 in any case.
         seed: seed of the sample and the initialization.
-        lr, schedule: learning rate and its schedule, for the gradient method.
+        lr, schedule: as in :class:`EMModule`, for the gradient method.
 
     Shape:
         - batch: points (n, D), or a pair of points and weights (n,).
