@@ -36,7 +36,7 @@ class PointCloudClassifier(EMModule):
         num_iters: EM iterations.
         covariance: type of the covariances.
         init: initialization of EM; with ``"learned"`` components keep their identity from cloud to cloud.
-        levels: arguments of the ``EMAbstraction`` of each level, such as ``num_components``, ``out_features``, ``pitch``.
+        levels: arguments of the ``EMAbstraction`` of each level, such as ``num_components`` and ``pitch``.
         width: features of a point; ignored with ``levels``.
         hidden: width of the head.
         dropout: dropout rate after the hidden layers of the head.
