@@ -221,7 +221,7 @@ def test_temperature_tensor_for_each_item():
     posterior = softmin(d, temperature)
     for n in range(5):
         torch.testing.assert_close(posterior.free_energy[n], softmin(d[n], float(temperature[n])).free_energy)
-    posterior = softmin(d.T, temperature.flatten(), dim=0)  # along an axis that is not the hypotheses'
+    posterior = softmin(d.T, temperature.flatten(), dim=0)  # hypotheses on axis 0
     torch.testing.assert_close(posterior.free_energy, softmin(d, temperature).free_energy)
 
 

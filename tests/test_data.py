@@ -1,4 +1,4 @@
-"""Clouds are uniform on their surfaces and the same wherever they are drawn; every source fails with a clear line."""
+"""Point clouds: uniform sampling, reproducibility, data modules of shapes and folders, wrong arguments."""
 
 import hashlib
 import math
@@ -84,7 +84,7 @@ def test_normalization_fills_the_unit_ball_and_transforms_densities():
     unit = data.Normalization.of(x)
     assert unit.apply(x).norm(dim=1).max() == pytest.approx(1)
     torch.testing.assert_close(unit.invert(unit.apply(x)), x)
-    # A Gaussian written in the data's units and in normalized ones.
+    # The same Gaussian in the units of the data and in normalized units.
     ours = torch.distributions.Normal(2.0, 3.0)
     theirs = torch.distributions.Normal((2.0 - unit.center) / unit.scale, 3.0 / unit.scale)
     log_prob = theirs.log_prob(unit.apply(x)).sum(1) + unit.log_jacobian()
@@ -123,7 +123,7 @@ def test_unknown_family():
         data.random_surface("cube", generator())
 
 
-# The data modules: items depend on (seed, split, epoch, index) alone.
+# Data modules: items are a function of (seed, split, epoch, index).
 
 
 def epochs(module, count, **options):
@@ -180,7 +180,7 @@ def test_clouds_do_not_depend_on_the_number_of_workers():
     for num_workers in (0, 2):
         loader = small(num_workers=num_workers).train_dataloader()
         batches = []
-        for epoch in range(2):  # the workers live on, and yet the second epoch is a fresh one
+        for epoch in range(2):  # persistent workers must resample in the second epoch
             loader.sampler.set_epoch(epoch)
             batches += list(loader)
         by_workers.append(batches)
@@ -247,7 +247,7 @@ def test_geometric_shapes_from_archive_and_folder(archive, tmp_path):
         assert module.class_names == ["ball", "cone", "cube"]
         assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [48, 3, 3]
         assert same(module.datasets["train"][4], modules[0].datasets["train"][4])
-        assert not same(module.datasets["train"][4], module.datasets["train"][7])  # another draw of that mesh
+        assert not same(module.datasets["train"][4], module.datasets["train"][7])  # two clouds of one mesh
     assert str(archive) in modules[0].describe()
     assert archive.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["raw.zip", "unpacked"]
 
@@ -299,7 +299,7 @@ def test_geometric_shapes_download(monkeypatch, tmp_path, archive, serve):
 @imports_pyg
 def test_model_net_through_pyg(tmp_path):
     names = ["bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet"]
-    for name in names:  # PyG finds its raw folder filled and downloads nothing
+    for name in names:  # PyG does not download if its raw folder has files
         for split, count in (("train", 3), ("test", 1)):
             (tmp_path / "raw" / name / split).mkdir(parents=True)
             for i in range(count):
@@ -313,7 +313,7 @@ def test_model_net_through_pyg(tmp_path):
     cloud = module.datasets["val"][0]
     torch.testing.assert_close(cloud.normalization.center, torch.ones(3).double())
     assert "ModelNet10" in module.describe()
-    # A converted file that somebody else made is read as tensors, or not at all.
+    # A converted file from another source is loaded with weights_only=True.
     ran = tmp_path / "ran"
     torch.save(Runs(str(ran)), tmp_path / "processed" / "training.pt")
     with pytest.raises(pickle.UnpicklingError):
@@ -387,7 +387,7 @@ def test_sets_of_points_are_halved_and_padded(tmp_path):
                 batch.normalization.invert(torch.stack([both] * len(batch.mask)))[i].double(),
                 torch.from_numpy(original[{1: 1, 4: 7, 16: 100}[int(fit)]]),
             )
-            # Each point is one of the file's, and none occurs twice, so that held-out points are unseen.
+            # Every point is from the file and occurs once, so the held-out points are not fitted.
             assert found.amin(1).max() < 1e-4 and len(found.argmin(1).unique()) == fit + held
             assert batch.points[i].norm(dim=-1).max() == pytest.approx(1 if fit > 1 else 0, abs=1e-5)
 

@@ -1,4 +1,4 @@
-"""Images as point sets: where the points lie, and what a draw depends on."""
+"""Images as point sets: positions of the points, reproducible draws, wrong arguments."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_draws_are_a_function_of_seed_split_epoch_and_batch():
         module = data.ImagePointSets(num_points=16, seed=seed, batch_size=32, eval_batch_size=32, **options)
         loader = getattr(module, f"{split}_dataloader")()
         loader.set_epoch(epoch)
-        torch.manual_seed(epoch + 17)  # the global generator plays no part
+        torch.manual_seed(epoch + 17)  # the global generator must have no effect
         return next(iter(loader)).points
 
     torch.testing.assert_close(first(), first(), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Tables in memory and in files, cut into blocks that no row is left out of."""
+"""Tables in memory and in files, and loaders of their blocks."""
 
 import lightning
 import numpy as np
@@ -101,7 +101,7 @@ def test_resumed_loader_continues_after_its_last_block(x):
         second = TableBlocks(Table(x), block_rows=10, shuffle=True)
         second.load_state_dict(first.state_dict())
         iterator = iter(second)
-        second.set_epoch(2)  # which Lightning calls after it has made the iterator
+        second.set_epoch(2)  # Lightning calls set_epoch after it has created the iterator
         rest = blocks[given:] or blocks
         assert all(torch.equal(one.points, two.points) for one, two in zip(rest, iterator, strict=True))
         assert len(list(second)) == len(blocks)
@@ -129,7 +129,7 @@ def test_blobs_do_not_depend_on_the_storage(storage, tmp_path):
     stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").rglob("*.npy"))]
     data.prepare_data()
     assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").rglob("*.npy"))]
-    # Each component's rows lie where the truth says, by the likelihood's own law: E log p = -entropy.
+    # The rows follow the true mixture: the mean of log p is minus its entropy.
     truth = data.truth()
     assert truth.weights.sum().item() == pytest.approx(1.0)
     other = truth.sample(2000).float()

@@ -1,4 +1,4 @@
-"""One mixture of one large data set, under the Trainer: beside scikit-learn, in blocks, resumed."""
+"""GaussianMixtureModule: equality with scikit-learn, data in blocks, resuming."""
 
 import math
 import warnings
@@ -236,7 +236,7 @@ def test_it_ends_with_the_first_change_below_a_thousandth():
     changes = np.abs(np.diff(fit.log_likelihoods))
     assert fit.converged and changes[-1] < 1e-3 <= changes[:-1].min()
     one = fit_blocks(lambda: [(x, None)], start_of(x, "diag", 1), max_iters=6, tol=0.0)
-    assert len(one.log_likelihoods) == 6 and not one.converged  # though nothing changes after the first
+    assert len(one.log_likelihoods) == 6 and not one.converged  # tol=0 disables the stopping rule
 
 
 @pytest.mark.parametrize("kind", KINDS)

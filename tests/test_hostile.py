@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: checkpoints, configs and meshes end in data or a clear error, and run nothing."""
+"""Malformed or malicious checkpoints, configs and meshes: they are read or raise a clear error, and run no code."""
 
 import time
 import zipfile
@@ -24,7 +24,7 @@ def run_something(*_, **__):
 
 
 class Runs:
-    """Not a module: building it is running what a file says."""
+    """Not a module: if it is built, a file has run code."""
 
     def __init__(self, **_):
         run_something()

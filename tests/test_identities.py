@@ -33,7 +33,7 @@ def test_responsibility_weighted_updates_reach_the_prototypes():
     posterior = softmin(GaussianKernel()(x, prototypes))
     (gradient,) = torch.autograd.grad(posterior.free_energy.sum(), prototypes)
     r = posterior.responsibilities
-    # Zero exactly where the M-step's mean is reached.
+    # Zero if and only if the prototypes are the means of the M-step.
     close(gradient, r.sum(0).unsqueeze(-1) * prototypes - r.T @ x)
 
 

@@ -1,4 +1,4 @@
-"""IDX files, hostile ones too; whole data sets as tensors; the order of batches on one rank and on several."""
+"""IDX files, also malformed ones; TensorDataModule and TensorBatches on one rank and on several."""
 
 import gzip
 import hashlib
@@ -45,7 +45,7 @@ def write_set(folder, train=40, test=10, size=5, pack=False):
 
 
 @pytest.mark.parametrize("dtype", CODES)
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # the machine may be busy
 @given(values=st.data())
 def test_idx_arrays_round_trip(tmp_path_factory, dtype, values):
     array = values.draw(arrays(np.dtype(dtype), array_shapes(max_dims=4, max_side=4)))
@@ -121,7 +121,7 @@ def test_ranks_share_each_batch_of_a_single_process(size):
     assert len(one) == len(parts[0]) == len(parts[1])
     for (whole,), (left,), (right,) in zip(one, *parts, strict=True):
         assert set(left.tolist()) | set(right.tolist()) == set(whole.tolist()) or len(whole) == 1
-        assert len(left) and len(right)  # also where one item is left over
+        assert len(left) and len(right)  # also for the last batch, which has fewer items than ranks
 
 
 def test_uint8_is_converted_to_0_to_1():

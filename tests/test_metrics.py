@@ -29,7 +29,7 @@ from em_lightning.testing.distributed import run_ranks
 
 
 def activations(items=200, units=6, offset=0.0, seed=0):
-    """Correlated activations behind a ReLU; unit 0 is dead and unit 1 nearly so."""
+    """Return correlated activations after a ReLU; unit 0 is dead, unit 1 has a small variance."""
     rng = np.random.default_rng(seed)
     a = np.maximum(rng.standard_normal((items, units)) @ rng.standard_normal((units, units)), 0)
     a[:, 0] = 0.0
@@ -38,7 +38,7 @@ def activations(items=200, units=6, offset=0.0, seed=0):
 
 
 def oracle(a):
-    """The definitions of the published tables, in numpy over the whole set."""
+    """Return the metrics of the published tables, computed by numpy over the whole set."""
     a = a.double().numpy()
     var = a.var(0, ddof=1)
     std = np.sqrt(var) + 1e-8

@@ -75,7 +75,7 @@ class Weighed(Regression):
 
 def test_auxiliary_terms_are_minimized_and_epoch_metrics_logged(tmp_path):
     x = torch.randn(50, 1)
-    loader = DataLoader(TensorDataset(x, 3 * x), batch_size=16)  # whose last batch is smaller
+    loader = DataLoader(TensorDataset(x, 3 * x), batch_size=16)  # the last batch has 8 items
     found = {}
     for weight in (0.0, 5.0):
         module = Weighed(lr=0.05, auxiliary={"size": weight})

@@ -109,7 +109,7 @@ def test_prior_learns_the_scale_of_clusters():
     module = AmortizedClustering(residual=False, init="farthest", prior_scale=1.0)
     loss = module.step(batch, "train")["loss"]
     loss.backward()
-    assert module.operator.prior.log_spread.grad > 0  # clusters are smaller than that
+    assert module.operator.prior.log_spread.grad > 0  # clusters are smaller than the prior scale
     assert all(value.grad.isfinite().all() for value in module.parameters())
 
 
@@ -169,7 +169,7 @@ def test_table_compares_classical_em_with_the_truth(tmp_path):
         expected.append(logsumexp(one, axis=0).mean())
     assert rows["oracle"]["LL0"] == pytest.approx(np.mean(expected), abs=1e-4)
     steps = [rows[f"EM from farthest points, {n}"]["LL0"] for n in ("1 step", "25 steps", "50 steps")]
-    assert steps == sorted(steps)  # of one start: the likelihood never falls
+    assert steps == sorted(steps)  # one start: the likelihood is monotone
     told = rows["MAP with known sigma, farthest points, 25 steps"]
     assert told["held out"] > rows["EM from farthest points, 25 steps"]["held out"]
     assert rows["EM from k-means++, 100 steps"]["LL1 - oracle"] == pytest.approx(

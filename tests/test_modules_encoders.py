@@ -1,4 +1,4 @@
-"""The mixture as an encoder, and the classifier that activations are compared by."""
+"""Mixture encoder and image classifier of the studies."""
 
 import lightning
 import numpy as np

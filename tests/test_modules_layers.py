@@ -1,4 +1,4 @@
-"""Modules with one layer of energies: loss terms, metrics, subclasses; replicas go the way that each would go alone."""
+"""Modules with one energy layer: loss terms, metrics, subclasses, replicas."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def fit(module, *data, epochs=2, **options):
 
 
 def volume(a):
-    """The published terms, one number at a time."""
+    """Return the published terms, computed by plain loops."""
     a = a.double()
     variance = [float(np.var(unit.detach().numpy(), ddof=1)) for unit in a.T]
     correlation = np.corrcoef(a.detach().numpy().T)
@@ -132,7 +132,7 @@ def test_training_steps_are_logged_every_n_steps_and_at_the_end_of_an_epoch():
 
     module = Counted(64, 12)
     trainer = fit(module, Digits(), epochs=1, log_every_n_steps=5, limit_val_batches=0)
-    assert module.steps == (4, 9, 11)  # of 12: every fifth, and the last of the epoch
+    assert module.steps == (4, 9, 11)  # of 12 steps: every fifth, and the last of the epoch
     assert "train/variance" in trainer.callback_metrics
 
 

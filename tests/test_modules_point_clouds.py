@@ -1,4 +1,4 @@
-"""Point clouds to classes: every pooling under the same contract, with and without a pyramid."""
+"""PointCloudClassifier with every pooling, with and without a pyramid."""
 
 import lightning
 import pytest
@@ -35,7 +35,7 @@ def test_invariant_to_order_and_padding(pooling, levels):
     points, mask, _ = clouds()
     logits = module(points, mask)
     assert logits.shape == (6, 4) and logits.isfinite().all()
-    # PyG pads sets itself, and the sums of its attention go with the length of the padding.
+    # PyG pads the sets, and rounding in its attention depends on the padded length.
     close = {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(module(points.flip(1), mask.flip(1)), logits, **close)
     torch.testing.assert_close(module(torch.where(mask.unsqueeze(-1), points, torch.nan), mask), logits, **close)

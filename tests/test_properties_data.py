@@ -171,7 +171,7 @@ def test_bright_pixels_become_points(values):
                 places = (rows[b] * width + columns[b])[batch.mask[b]].tolist()
                 known = pixels[label, : counts[label]].tolist()
                 assert set(places) <= set(known)
-                # Each as often as the others, but for a remainder.
+                # Counts differ by at most one.
                 often = [places.count(place) for place in known]
                 assert not known or max(often) - min(often) <= 1
 
@@ -180,7 +180,7 @@ def test_bright_pixels_become_points(values):
 def test_normalization_round_trip(values):
     items, features = values.draw(st.integers(1, 6)), values.draw(st.integers(1, 3))
     dtype = values.draw(st.sampled_from(drawing.WIDE))
-    # Squares of lengths lie in the range of the dtype.
+    # The square of 10^18 is within the range of float32.
     most = 18 if dtype == torch.float32 else 30
     x = values.draw(drawing.tensors((items, features), dtype, -30, most))
     unit = Normalization.of(x)
