@@ -102,7 +102,7 @@ def widen(energies: Tensor) -> Tensor:
     return energies.float() if energies.dtype in (torch.float16, torch.bfloat16) else energies
 
 
-def along(dim: int, vector: Tensor, like: Tensor) -> Tensor:
+def align(dim: int, vector: Tensor, like: Tensor) -> Tensor:
     """Reshape a vector (K,) to broadcast along axis ``dim`` of a tensor, in its dtype; other shapes are kept."""
     vector = vector.to(like.dtype)
     return vector.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if vector.ndim == 1 else vector
@@ -118,7 +118,7 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
         excluded = torch.isposinf(energies)
         scaled = energies.masked_fill(excluded, 0.0) / -temperature.to(energies.dtype)
         logits = scaled.masked_fill(excluded, -torch.inf)
-    return logits if log_prior is None else logits + along(dim, log_prior, energies)
+    return logits if log_prior is None else logits + align(dim, log_prior, energies)
 
 
 def to_posterior(

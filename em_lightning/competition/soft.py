@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.checks import check_at_least
-from em_lightning.competition.base import COMPETITIONS, Competition, Tempered, along, to_logits, to_posterior, widen
+from em_lightning.competition.base import COMPETITIONS, Competition, Tempered, align, to_logits, to_posterior, widen
 from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 
@@ -119,7 +119,7 @@ def background(
     axis = dim % energies.ndim
     shape = [1 if n == axis else size for n, size in enumerate(energies.shape)]
     if log_prior is not None:
-        log_prior = along(dim, log_prior, energies).expand_as(energies)
+        log_prior = align(dim, log_prior, energies).expand_as(energies)
         log_prior = torch.cat([log_prior, log_prior.new_zeros(shape)], axis)
     energy = torch.as_tensor(energy, dtype=energies.dtype, device=energies.device)
     return softmin(torch.cat([energies, energy.expand(shape)], axis), temperature, log_prior, dim)

@@ -193,7 +193,8 @@ class PointCloudFolder(PointCloudDataModule):
         self.files: dict[str, list[str]] = {}
 
     def _find(self) -> list[str]:
-        names, skipped = [], []
+        names: list[str] = []
+        skipped: list[str] = []
         for path in sorted(self.folder.rglob(self.pattern)):
             name = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in name.parts)
@@ -208,7 +209,7 @@ class PointCloudFolder(PointCloudDataModule):
     def _split(self) -> None:
         names = self._find()
         files: dict[str, list[str]] = {split: [] for split in SPLITS}
-        outside = []  # files in no train, val or test folder
+        outside: list[str] = []  # files in no train, val or test folder
         for name in names:
             split = next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
             (outside if split is None else files[split]).append(name)

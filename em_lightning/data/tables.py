@@ -154,7 +154,7 @@ class TableBlocks(RankLoader):
         self.table = table
         self.weights = weights
         self.position = 0
-        self.size = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
+        self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of blocks that this epoch has returned."""
@@ -165,18 +165,18 @@ class TableBlocks(RankLoader):
         self.position = state["position"]
 
     def __len__(self) -> int:
-        return self.size
+        return self.num_blocks
 
     def __iter__(self) -> Iterator[TableBatch]:
-        first, self.position = self.position % self.size, 0
+        first, self.position = self.position % self.num_blocks, 0
         return self._blocks(first)
 
     def _blocks(self, first: int) -> Iterator[TableBatch]:
-        total = self.num_replicas * self.size
-        for block in self.order(self.size)[first:].tolist():
+        total = self.num_replicas * self.num_blocks
+        for block in self.order(self.num_blocks)[first:].tolist():
             first += 1
             self.position = first
-            index = self.rank * self.size + block
+            index = self.rank * self.num_blocks + block
             start, stop = len(self.table) * index // total, len(self.table) * (index + 1) // total
             weights = None if self.weights is None else self.weights.rows(start, stop)
             if weights is not None and not bool((weights >= 0).all()):

@@ -139,7 +139,9 @@ class AmortizedClustering(EMModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the corrections, and a group with its own learning rate for everything else."""
-        groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+        corrections: list[Tensor] = []
+        others: list[Tensor] = []
         for name, value in self.named_parameters():
-            groups[not name.startswith("operator.") or name.startswith("operator.prior.")].append(value)
-        return [{"params": groups[0]}, {"params": groups[1], "lr": self.prior_lr}]
+            is_correction = name.startswith("operator.") and not name.startswith("operator.prior.")
+            (corrections if is_correction else others).append(value)
+        return [{"params": corrections}, {"params": others, "lr": self.prior_lr}]

@@ -135,7 +135,7 @@ class EMModule(lightning.LightningModule):
                 return self.batch_size(part)
         raise TypeError(f"{type(self).__name__} must define batch_size(batch) for batches of {type(batch).__name__}")
 
-    def _step(self, batch: Any, stage: str) -> Tensor:
+    def _run_and_log(self, batch: Any, stage: str) -> Tensor:
         """Run ``step``, add the auxiliary terms and log everything."""
         terms = self.step(batch, stage)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
@@ -166,13 +166,13 @@ class EMModule(lightning.LightningModule):
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+        return self._run_and_log(batch, "train")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "val")
+        self._run_and_log(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "test")
+        self._run_and_log(batch, "test")
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Log the norm of the gradient, and drop the gradient if the norm is above ``skip_gradients_above``."""

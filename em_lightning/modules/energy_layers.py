@@ -178,7 +178,7 @@ class EMClassifier(EnergyLayer):
         if weight:
             weights = {"free_energy": 0.0, "variance": variance, "decorrelation": decorrelation}
             self.loss = EMLoss(**{**weights, **(terms or {})})
-            self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
+            self.loss.weights = {name: weight * value for name, value in self.loss.weights.items()}
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class GaussianMixtureModule(EMModule):
         self.covariance_floor = covariance_floor
         self.tol = tol
         self.seed = seed
-        self._start = functools.partial(
+        self._make_operator = functools.partial(
             EMOperator,
             num_components,
             num_features,
@@ -137,7 +137,7 @@ class GaussianMixtureModule(EMModule):
             num_starts=num_starts,
             covariance_floor=covariance_floor,
         )
-        self._start()  # checks the arguments
+        self._make_operator()  # checks the arguments
         common = covariance_floor, None if prior is None else from_options("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
         self.learner: MixtureLearner
@@ -188,7 +188,7 @@ class GaussianMixtureModule(EMModule):
             start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
-                mixture, *moments = initial_mixture(rows, self._start())
+                mixture, *moments = initial_mixture(rows, self._make_operator())
                 start = (tuple(mixture.parameters()), *moments)
             parts, center, variance = self.trainer.strategy.broadcast(start)
             self.start_from(Mixture(*parts), center, variance)
@@ -216,8 +216,8 @@ class GaussianMixtureModule(EMModule):
         """
         rows = rows_of(batch)
         if stage == "train":
-            blocks = self.trainer.num_training_batches
-            return {"loss": self.learner.learn(rows, blocks if math.isfinite(blocks) else 1)}
+            num_blocks = self.trainer.num_training_batches
+            return {"loss": self.learner.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
         log_prob = self.log_prob(rows.points)
         self.metrics_of(stage)["log_likelihood"].update(log_prob, weights=rows.weights)
         counts = torch.ones_like(log_prob) if rows.weights is None else rows.weights.to(log_prob)

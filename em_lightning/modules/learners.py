@@ -54,9 +54,9 @@ class MixtureLearner(nn.Module):
         """The mixture of one set, in float64."""
         return self.parametrization()
 
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Learn from a block of rows, of ``blocks`` in a pass, and return its negative log-likelihood per row."""
-        raise NotImplementedError(f"{type(self).__name__} must define learn(rows, blocks)")
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
+        """Learn from one of ``num_blocks`` blocks of a pass, and return its negative log-likelihood per row."""
+        raise NotImplementedError(f"{type(self).__name__} must define learn(rows, num_blocks)")
 
     @torch.no_grad()
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
@@ -111,7 +111,7 @@ class FullBatchEM(MixtureLearner):
         return self.no_rows.flatten().numel()
 
     @torch.no_grad()
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         block = self.streamed.e_step(rows.points, self.mixture, rows.weights)
         self.sums += block.flatten()
         return loss_of(block.log_likelihood[0], block.mass.sum())
@@ -140,7 +140,7 @@ class StochasticEM(MixtureLearner):
         self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         block = self.streamed.e_step(rows.points, self.mixture, rows.weights)
         self.sums += torch.stack([block.log_likelihood[0], block.mass.sum()])
         flat = global_sum(block.flatten())
@@ -149,7 +149,7 @@ class StochasticEM(MixtureLearner):
         if mass > 0:  # a block whose rows all have weight zero changes nothing
             share = 1.0 if self.blocks_seen == 0 else float(self.blocks_seen + self.offset) ** -self.exponent
             # A prior's strength is relative to the mass of the whole data set.
-            self.running.lerp_(flat * blocks, share)
+            self.running.lerp_(flat * num_blocks, share)
             self.blocks_seen += 1
             self.maximize(total.unflatten(self.running))
         return loss_of(total.log_likelihood[0], mass)
@@ -162,7 +162,7 @@ class GradientAscent(MixtureLearner):
     weight; EM with the same prior has the same maximum.
     """
 
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         points, weights = rows
         mixture = self.mixture
         log_prob = mixture.log_prob(points.unsqueeze(0)).squeeze(0).to(self.sums)
@@ -171,7 +171,7 @@ class GradientAscent(MixtureLearner):
         self.sums += block.detach()
         total, mass = global_sum(block)
         if self.prior is not None:
-            total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / blocks
+            total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
         return loss_of(total, mass)
 
 
