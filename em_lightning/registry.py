@@ -92,8 +92,8 @@ class Registry(Generic[T]):
 
     def __getitem__(self, key: str) -> type[T]:
         if key not in self:
-            near = difflib.get_close_matches(str(key), self._classes, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            similar = difflib.get_close_matches(str(key), self._classes, n=1)
+            hint = f"; did you mean {similar[0]!r}?" if similar else "."
             raise ValueError(f"unknown {self.kind} {key!r}{hint} Known: {', '.join(sorted(self._classes))}")
         return self._classes[key]
 

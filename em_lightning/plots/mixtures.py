@@ -36,7 +36,7 @@ def mixture_grid(
     columns: int = 4,
     radius: float = 2.0,
 ) -> Figure:
-    """Draw clouds with points coloured by their responsibilities and an ellipsoid for each component.
+    """Draw clouds with points coloured by their responsibilities and an ellipsoid per component of weight above 1e-3.
 
     Args:
         points: (B, N, D); of more than three features the first three are drawn.
