@@ -169,7 +169,7 @@ def largest_fall(x, mass, irls_weight, mixture):
 
 @pytest.mark.parametrize("features", [1, 2, 3, 16, 64])
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_the_likelihood_of_degenerate_sets_never_falls(covariance, features):
+def test_likelihood_of_degenerate_sets_is_monotone(covariance, features):
     x, weights, names = sets(features)
     mass = weights.sum(1)
     for place, components in enumerate((1, K, 16) if features < 64 else (1, K)):

@@ -64,7 +64,7 @@ class TestPosterior:
         softmin(d).entropy().backward()
         assert d.grad.isfinite().all() and d.grad[2] == 0
 
-    def test_wrong_number_of_values(self):
+    def test_wrong_number_of_values_raises(self):
         with pytest.raises(ValueError, match=r"values.*\(4, 2\).*3.*dim=-1"):
             self.posterior(5, 3).mean(torch.zeros(4, 2))
         with pytest.raises(ValueError, match=r"values.*\(3,\).*4.*dim=0"):
