@@ -421,9 +421,9 @@ def test_balanced_rejects_wrong_arguments():
         balanced(torch.zeros(3, 2), item_dim=1)
     with pytest.raises(ValueError, match="num_iters=0"):
         Balanced(num_iters=0)
-    with pytest.raises(ValueError, match=r"log_prior.*\(3,\).* 2 in all"):
+    with pytest.raises(ValueError, match=r"log_prior.*\(3,\).* 2 "):
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(3))
-    with pytest.raises(ValueError, match=r"log_prior.*\(1,\).* 2 in all"):
+    with pytest.raises(ValueError, match=r"log_prior.*\(1,\).* 2 "):
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(1))
 
 

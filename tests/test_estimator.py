@@ -75,7 +75,7 @@ def test_weights_count_as_repetitions_of_rows(X):
 
 
 @pytest.mark.parametrize("factor", [1e-14, 1e14])
-def test_result_is_invariant_to_the_scale_of_the_weights(factor, X):
+def test_a_common_factor_of_the_weights_does_not_matter(factor, X):
     counts = np.random.default_rng(0).random(len(X))
     fits = [GaussianMixture(3, init_params="farthest").fit(X, sample_weight=own) for own in (counts, factor * counts)]
     assert np.allclose(fits[0].means_, fits[1].means_) and fits[0].n_iter_ == fits[1].n_iter_
@@ -121,7 +121,7 @@ def test_a_warm_start_continues_the_fit(X):
 
 
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
-def test_partial_initial_parameters(kind, X):
+def test_a_start_may_be_given_in_part(kind, X):
     """``lower_bound_`` after one iteration is the log-likelihood of the start."""
     _, theirs = pair(X, kind, max_iter=3)
     whole = {"weights_init": theirs.weights_, "means_init": theirs.means_, "precisions_init": theirs.precisions_}
@@ -156,7 +156,7 @@ def test_partial_initial_parameters(kind, X):
         ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precision", "positive"]),
     ],
 )
-def test_wrong_arguments_raise(options, words, X):
+def test_wrong_arguments_are_reported(options, words, X):
     for init in ({"init_params": "farthest"}, {}):
         assert_raises(ValueError, words, lambda options={**init, **options}: GaussianMixture(**options).fit(X))
 

@@ -69,7 +69,7 @@ def test_coordinates_give_the_responsibilities_of_the_features():
         pool(features, mask)
 
 
-def test_integer_weights_equal_repeated_points():
+def test_weights_count_as_repetitions():
     pool = pooling(init="learned")
     x, _ = sets((4,))
     repeated = x[:, [0, 0, 1, 2, 3, 3, 3]]
@@ -103,12 +103,12 @@ def test_heads_gradients_and_copies():
         ({"heads": 2}, "heads=2.*head_features=None"),
     ],
 )
-def test_wrong_arguments_raise(arguments, words):
+def test_wrong_arguments_are_reported(arguments, words):
     with pytest.raises(ValueError, match=words):
         EMPooling(2, 3, **arguments)
 
 
-def test_items_of_another_size_raise():
+def test_items_of_another_size_are_reported():
     with pytest.raises(ValueError, match=r"x.*\(2, 3\)"):
         EMPooling(2, 3)(torch.zeros(2, 3))
 
@@ -217,12 +217,12 @@ def test_pointnet_and_the_resolver():
         ({"components": 2}, "components"),
     ],
 )
-def test_wrong_aggregations_raise(arguments, words):
+def test_wrong_aggregations_are_reported(arguments, words):
     with pytest.raises((ValueError, TypeError), match=words):
         EMAggregation(2, **arguments)
 
 
-def test_masks_and_weights_of_another_shape_raise():
+def test_masks_and_weights_of_another_shape_are_reported():
     x, mask = sets()
     with pytest.raises(ValueError, match=r"mask.*\(4, 11\).*\(4, 12\)"):
         pooling()(x, mask[:, 1:])

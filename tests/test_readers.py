@@ -192,7 +192,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_corrupt_files_raise(tmp_path, name):
+def test_damage_is_reported(tmp_path, name):
     content, fault = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=fault or None) as error:
@@ -201,7 +201,7 @@ def test_corrupt_files_raise(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["little.ply", "text.ply", "plain.off", "mesh.obj"])
-def test_truncated_files_raise_or_return_a_prefix(name):
+def test_every_truncation_ends_in_an_error_or_in_points(name):
     content = MESHES[name]
     for size in range(len(content)):
         try:

@@ -29,7 +29,7 @@ def only(findings):
     return finding
 
 
-def test_classifier_has_em_only_at_its_output():
+def test_classifier_has_em_at_its_output_alone():
     model = users.MLP()
     x, y = next(iter(users.MLP.data()))
     findings = audit(model, (x, y))
@@ -96,7 +96,7 @@ def test_competitions_of_the_library(key):
         assert "not exponentiated" in finding.reason
 
 
-def test_dim_of_the_call_is_audited():
+def test_axis_of_a_competition_is_that_of_its_call():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -116,7 +116,7 @@ def test_inserted_operator():
     assert {one.operation for one in findings if one.em} == {"E-step", "Softmin"}
 
 
-def test_audit_does_not_change_the_model():
+def test_model_is_left_as_it_was():
     model = users.ResNet18().train()
     model.net.bn1.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -11,9 +11,6 @@ from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
 
-_ANNEALED_FRACTION = 0.75  # of the solver's steps decrease the temperature to T
-_LARGEST_MOVE = 4.0  # of a price in one Newton step, in units of the temperature
-
 
 def balanced(
     energies: Tensor,
@@ -65,17 +62,22 @@ def balanced(
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
     if log_prior is not None and log_prior.shape != energies.shape[axis : axis + 1]:
-        size = energies.shape[axis]
         raise ValueError(
-            f"log_prior of shape {tuple(log_prior.shape)} must have one entry per hypothesis, {size} in all"
+            f"log_prior of shape {tuple(log_prior.shape)} must have one entry for each of the {energies.shape[axis]} "
+            f"hypotheses"
         )
-    dims = (axis,) if item_dim is None else (item_dim % energies.ndim, axis)
-    last = tuple(range(-len(dims), 0))
-    moved = widen(energies).to(accumulation_dtype(energies)).movedim(dims, last)
-    table = moved.reshape(-1, moved.shape[-1]) if item_dim is None else moved
+    moved = widen(energies).to(accumulation_dtype(energies)).movedim(axis, -1)
+    if item_dim is not None:
+        item = item_dim % energies.ndim
+        item -= item > axis
+        moved = moved.movedim(item, -2)
+    shape = moved.shape
+    table = moved.reshape(-1, shape[-1]) if item_dim is None else moved
     free, responsibilities = _transport(table, temperature, log_prior, num_iters)
-    responsibilities = responsibilities.reshape(moved.shape).movedim(last, dims)
-    free = free.reshape(*moved.shape[:-1], 1).movedim(last, dims).squeeze(axis)
+    free, responsibilities = free.reshape(shape[:-1]), responsibilities.reshape(shape)
+    if item_dim is not None:
+        free, responsibilities = free.movedim(-1, item), responsibilities.movedim(-2, item)
+    responsibilities = responsibilities.movedim(-1, axis)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))
 
 
@@ -100,7 +102,7 @@ def _transport(
     step = torch.linalg.solve(system, (error - error.detach()).unsqueeze(-1)).squeeze(-1)
     log_sum, _ = _compete(d, excluded, prices, t)
     _, responsibilities = _compete(d, excluded, prices + t.detach() * step, t)
-    # Large prices would amplify a rounding error of the sum over the items: make it exactly `mass`.
+    # The correction makes the sum over the items exactly `mass`, so that large prices do not amplify rounding.
     correction = (mass - responsibilities.sum(-2)) / items
     cost = ((responsibilities + correction.unsqueeze(-2) * counted) * prices.unsqueeze(-2)).sum(-1)
     return lowest.squeeze(-1) + cost - t * log_sum.masked_fill(~counted.squeeze(-1), 0.0), responsibilities
@@ -114,11 +116,11 @@ def _compete(d: Tensor, excluded: Tensor, prices: Tensor, temperature: Tensor) -
 @torch.no_grad()
 def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
     """Return the dual variables g (..., K) and the matrix of the Newton system at them (..., K, K)."""
-    # Start at a quarter of the range of the energies, where Sinkhorn steps mix all hypotheses.
-    energy_range = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
-    initial_ratio = (energy_range / (4 * temperature)).clamp_min(1.0)
+    # At a quarter of the range of the energies, Sinkhorn steps mix all hypotheses.
+    spread = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
+    initial = (spread / (4 * temperature)).clamp_min(1.0)
     prices = torch.zeros_like(d[..., 0, :])
-    tiny = torch.finfo(d.dtype).tiny
+    least = torch.finfo(d.dtype).tiny
     items, size = mass.sum(-1, keepdim=True), mass.shape[-1]
     # The system is singular along a shift of all prices, and at hypotheses without responsibility.
     ridge = (items * torch.finfo(d.dtype).eps).expand_as(mass).diag_embed() + (items / size**2).unsqueeze(-1)
@@ -129,11 +131,11 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
         return total, total.diag_embed() - responsibilities.mT @ responsibilities + ridge
 
     for step in range(num_iters):
-        t = temperature * initial_ratio ** (1 - min(step / (_ANNEALED_FRACTION * num_iters), 1.0))
-        prices = prices + t * (mass / totals(t)[0].clamp_min(tiny)).log()
+        t = temperature * initial ** (1 - min(step / (0.75 * num_iters), 1.0))
+        prices = prices + t * (mass / totals(t)[0].clamp_min(least)).log()
         total, system = totals(t)
         move = torch.linalg.solve(system, (mass - total).unsqueeze(-1)).squeeze(-1)
-        prices = prices + t * move * (_LARGEST_MOVE / move.abs().amax(-1, keepdim=True).clamp_min(_LARGEST_MOVE))
+        prices = prices + t * move * (4 / move.abs().amax(-1, keepdim=True).clamp_min(4.0))
     return prices, totals(temperature.reshape(1))[1]
 
 
@@ -155,5 +157,4 @@ class Balanced(Competition):
     ) -> None:
         super().__init__(temperature, learnable, dim)
         check_at_least(1, num_iters=num_iters)
-        self.item_dim = item_dim
-        self.num_iters = num_iters
+        self.item_dim, self.num_iters = item_dim, num_iters
