@@ -101,8 +101,7 @@ class EMLoss(nn.Module):
                     raise ValueError(f"{name} needs the weight of the layer: pass weight_matrix=layer.weight")
                 value = term(weight_matrix)
             elif isinstance(term, MomentLoss):
-                if moments is None:
-                    moments = batch_moments(energies, mask=mask, weights=weights)
+                moments = moments or batch_moments(energies, mask=mask, weights=weights)
                 value = term.from_moments(moments)
             else:
                 value = term(energies, mask, weights)
