@@ -19,7 +19,11 @@
 #include <thread>
 #include <vector>
 
-#include "native_components.h"
+#if KIND == 0
+#include "native_full.h"
+#else
+#include "native_diagonal.h"
+#endif
 
 namespace {
 
@@ -48,9 +52,9 @@ struct Task {
 
   Task(const Problem& problem, int64_t set, int64_t first, int64_t last)
       : p(problem), set(set), first(first), last(last), K(p.components), M(num_sums(p.features)),
-        u(p.features * kSteps), white(K * D * kSteps), weights(kSteps), score(K * kSteps), slope(p.outer ? K * kSteps : 0),
+        u(p.features * kSteps), white(K * kRows * kSteps), weights(kSteps), score(K * kSteps), slope(p.outer ? K * kSteps : 0),
         outer(kSteps), largest(kSteps), total(kSteps), mean(kSteps), grad_u(p.grad_x ? p.features * kSteps : 0), sums(K * M + 1),
-        gradients(p.outer ? K * M : 0), wide((K * M + 1) * kLanes) {
+        gradients(p.outer ? K * gradient_size(p.features) : 0), wide((K * M + 1) * kLanes) {
     // Differences of points and means need no centered points. Their unit and W stay normal numbers in Real, and so do
     // the squares of whitened points.
     using Limits = std::numeric_limits<Real>;
@@ -58,7 +62,7 @@ struct Task {
     const double ratio = own / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
     const int64_t features = p.features, size = factor_size(features);
     unit = Real(1.0 / own);
-    std::vector<double> mean(features), inverse(size);
+    std::vector<double> mean(features), inverse(size), own_gradient(M);
     components.reserve(K);
     for (int64_t k = set * K; k < (set + 1) * K; ++k) {
       for (int64_t i = 0; i < features; ++i)
@@ -66,9 +70,10 @@ struct Task {
       for (int64_t i = 0; i < size; ++i)
         inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
       components.emplace_back(inverse.data(), mean.data(), p.peak[k], features);
-      if (p.grads)
-        whiten_gradient(p.grads + k * M, p.scale + k * size, p.means + k * features, features,
-                        &gradients[(k - set * K) * M]);
+      if (p.grads) {
+        whiten_gradient(p.grads + k * M, p.scale + k * size, p.means + k * features, features, own_gradient.data());
+        store_gradient(own_gradient.data(), features, &gradients[(k - set * K) * gradient_size(features)]);
+      }
     }
   }
 
@@ -78,7 +83,7 @@ struct Task {
     int pending = 0;
     for (int64_t row = first; row < last; row += rows) {
       const int count = std::min<int64_t>(rows, last - row);
-      const int steps = (count + kLanes - 1) / kLanes;
+      const int steps = (count + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
       load(row, count, steps * kLanes);
       evaluate(steps);
       if (p.outer) {
@@ -117,7 +122,7 @@ struct Task {
   void evaluate(int steps) {
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      components[k].score(u.data(), steps, white.data() + k * D * kSteps, own);
+      components[k].score(u.data(), steps, white.data() + k * kRows * kSteps, own);
       if (k == 0) std::copy(own, own + steps, largest.begin());
       for (int s = 0; s < steps; ++s) largest[s] = own[s] > largest[s] ? own[s] : largest[s];
     }
@@ -146,7 +151,7 @@ struct Task {
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
       for (int s = 0; s < steps; ++s) own[s] *= total[s];
-      components[k].add(u.data(), white.data() + k * D * kSteps, steps, own, &sums[k * M]);
+      components[k].add(u.data(), white.data() + k * kRows * kSteps, steps, own, &sums[k * M]);
     }
   }
 
@@ -161,7 +166,7 @@ struct Task {
     std::fill(mean.begin(), mean.end(), V{});
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
-      if (p.grads) components[k].slope(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], a);
+      if (p.grads) components[k].slope(u.data(), white.data() + k * kRows * kSteps, steps, &gradients[k * gradient_size(p.features)], a);
       for (int s = 0; s < steps; ++s) {
         r[s] /= total[s];
         mean[s] += r[s] * a[s];
@@ -180,8 +185,8 @@ struct Task {
         r[s] *= weights[s];
         a[s] = r[s] * (a[s] - mean[s] + outer[s]);
       }
-      components[k].add(u.data(), white.data() + k * D * kSteps, steps, a, &sums[k * M]);
-      if (p.grad_x) components[k].pull(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], r, a, grad_u.data());
+      components[k].add(u.data(), white.data() + k * kRows * kSteps, steps, a, &sums[k * M]);
+      if (p.grad_x) components[k].pull(u.data(), white.data() + k * kRows * kSteps, steps, &gradients[k * gradient_size(p.features)], r, a, grad_u.data());
     }
     if (p.grad_x)
       for (int64_t i = 0; i < p.features; ++i) {
@@ -191,6 +196,23 @@ struct Task {
       }
   }
 };
+
+// Adds the results of all tasks of a set, in their order, and changes coordinates.
+void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t size) {
+  const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
+  for (int64_t task = 1; task < tasks; ++task)
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
+  if (p.log_likelihood) p.log_likelihood[set] = sums[size - 1];
+  for (int64_t k = 0; p.sums && k < p.components; ++k) {
+    const int64_t place = set * p.components + k;
+    const double *scale = p.scale + place * factor, *inverse = p.inverse + place * factor;
+    if (p.outer) {
+      parameter_gradient(sums + k * M, scale, inverse, features, p.sums + place * (1 + features + factor));
+    } else {
+      unwhiten(sums + k * M, scale, p.means + place * features, features, p.sums + place * M);
+    }
+  }
+}
 
 }  // namespace
 
@@ -202,11 +224,14 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const int64_t tasks_per_set = std::max<int64_t>((p.items + kRowsPerTask - 1) / kRowsPerTask, 1);
   const int64_t tasks = p.sets * tasks_per_set;
   std::vector<double> results(tasks * size);
+  std::vector<std::atomic<int64_t>> running(p.sets);
+  for (auto& count : running) count = tasks_per_set;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     for (int64_t task = next++; task < tasks; task = next++) {
-      const int64_t first = task % tasks_per_set * kRowsPerTask;
-      Task(p, task / tasks_per_set, first, std::min(first + kRowsPerTask, p.items)).run(&results[task * size]);
+      const int64_t set = task / tasks_per_set, first = task % tasks_per_set * kRowsPerTask;
+      Task(p, set, first, std::min(first + kRowsPerTask, p.items)).run(&results[task * size]);
+      if (--running[set] == 0) finish(p, set, &results[set * tasks_per_set * size], tasks_per_set, size);
     }
   };
   std::vector<std::thread> others;
@@ -216,21 +241,4 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   }
   work();
   for (auto& other : others) other.join();
-  const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
-  for (int64_t set = 0; p.sums && set < p.sets; ++set) {
-    double* sums = &results[set * tasks_per_set * size];
-    for (int64_t task = 1; task < tasks_per_set; ++task)
-      for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
-    for (int64_t k = 0; k < p.components; ++k) {
-      const int64_t place = set * p.components + k;
-      const double* scale = p.scale + place * factor;
-      if (p.outer) {
-        parameter_gradient(sums + k * M, scale, p.inverse + place * factor, features,
-                           p.sums + place * (1 + features + factor));
-      } else {
-        unwhiten(sums + k * M, scale, p.means + place * features, features, p.sums + place * M);
-      }
-    }
-    if (p.log_likelihood) p.log_likelihood[set] = sums[size - 1];
-  }
 }

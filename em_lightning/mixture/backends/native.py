@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_components.h")]
+_SOURCES = sorted(Path(__file__).parent.glob("native*.[ch]*"))
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
-# The unrolled code for full covariances runs out of registers for more features.
-_MOST_FEATURES = 8
+# Of full covariances: the time to compile grows with them.
+_MOST_FEATURES = 64
 # The reference takes less than a millisecond for fewer numbers, and needs no compiler.
 _FEWEST_NUMBERS = 2**12
 # Work of about 0.1 ms, the cost of starting a thread.
@@ -253,7 +253,7 @@ def _load(*definitions: str) -> tuple[Any, str]:
             handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             try:
-                command = [compiler, *_FLAGS, *definitions, str(_SOURCES[0]), "-o", name]
+                command = [compiler, *_FLAGS, *definitions, str(Path(__file__).with_name("native.cpp")), "-o", name]
                 subprocess.run(command, capture_output=True, text=True, check=True)
                 os.replace(name, target)
             finally:
