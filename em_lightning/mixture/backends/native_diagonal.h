@@ -7,8 +7,10 @@
 
 namespace {
 
+constexpr bool kKeeps = false;
 constexpr int kRows = 0;      // whitened points are not kept
-constexpr int kUnrolled = 1;  // steps are a multiple of it
+constexpr int kUnrolled = 4;  // steps are a multiple of it
+constexpr int kGrain = kLanes;  // points without responsibilities that count are skipped by vectors
 constexpr bool kDiagonal = KIND == 1;
 inline int num_sums(int64_t features) { return kDiagonal ? 1 + 2 * features : 2 + features; }
 inline int factor_size(int64_t features) { return kDiagonal ? features : 1; }
@@ -53,38 +55,42 @@ inline void parameter_gradient(const double* sums, const double* scale, const do
 struct Component {
   Real peak;
   int features;
-  std::vector<Real> mean, offset, inverse;
+  std::vector<Real> offset, inverse;  // y = inverse (u - mean) = inverse u + offset
 
   Component(const double* w, const double* mu, double top, int64_t d)
-      : peak(top * kLog2e), features(d), mean(mu, mu + d), offset(d), inverse(d) {
+      : peak(top * kLog2e), features(d), offset(d), inverse(d) {
     for (int i = 0; i < features; ++i) {
       const double own = w[kDiagonal ? i : 0];
       inverse[i] = Real(own);
-      offset[i] = Real(own * (double(mean[i]) - mu[i]));  // what rounding the mean leaves
+      offset[i] = Real(-double(inverse[i]) * mu[i]);
     }
   }
 
   void score(const V* u, int steps, V*, V* score) const {
-    V square[kSteps] = {};
-    for (int i = 0; i < features; ++i)
-      for (int s = 0; s < steps; ++s) {
-        const V y = whitened(u, i, s);
-        square[s] += y * y;
-      }
-    for (int s = 0; s < steps; ++s) score[s] = peak - Real(0.5 * kLog2e) * square[s];
+    for (int s = 0; s < steps; s += kUnrolled) {
+      V square[kUnrolled] = {};
+      for (int i = 0; i < features; ++i)
+        for (int t = 0; t < kUnrolled; ++t) {
+          const V y = y_of(u, i, s + t);
+          square[t] += y * y;
+        }
+      for (int t = 0; t < kUnrolled; ++t) score[s + t] = peak - Real(0.5 * kLog2e) * square[t];
+    }
   }
+
+  const V* whitened(const V*, int, V* white) const { return white; }
 
   void add(const V* u, const V*, int steps, const V* r, V* sums) const {
     for (int s = 0; s < steps; ++s) sums[0] += r[s];
-    V all = V{};
+    V all = {};
     for (int i = 0; i < features; ++i) {
-      V first = sums[1 + i], second = V{};
+      V first = {}, second = {};
       for (int s = 0; s < steps; ++s) {
-        const V y = whitened(u, i, s), weighted = r[s] * y;
+        const V y = y_of(u, i, s), weighted = r[s] * y;
         first += weighted;
         second += weighted * y;
       }
-      sums[1 + i] = first;
+      sums[1 + i] += first;
       if (kDiagonal) sums[1 + features + i] += second;
       all += second;
     }
@@ -92,11 +98,11 @@ struct Component {
   }
 
   void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
-    for (int s = 0; s < steps; ++s) slope[s] = V{} + gradient[0];
+    std::fill(slope, slope + steps, V{} + gradient[0]);
     for (int i = 0; i < features; ++i) {
       const Real second = gradient[1 + features + (kDiagonal ? i : 0)];
       for (int s = 0; s < steps; ++s) {
-        const V y = whitened(u, i, s);
+        const V y = y_of(u, i, s);
         slope[s] += y * (gradient[1 + i] + second * y);
       }
     }
@@ -106,14 +112,14 @@ struct Component {
     for (int i = 0; i < features; ++i) {
       const Real first = gradient[1 + i], second = 2 * gradient[1 + features + (kDiagonal ? i : 0)];
       for (int s = 0; s < steps; ++s) {
-        const V y = whitened(u, i, s);
+        const V y = y_of(u, i, s);
         grad_u[i * kSteps + s] += inverse[i] * (r[s] * (first + second * y) - slope[s] * y);
       }
     }
   }
 
  private:
-  V whitened(const V* u, int i, int s) const { return inverse[i] * (u[i * kSteps + s] - mean[i]) + offset[i]; }
+  V y_of(const V* u, int i, int s) const { return inverse[i] * u[i * kSteps + s] + offset[i]; }
 };
 
 }  // namespace

@@ -78,7 +78,7 @@ inline void parameter_gradient(const double* sums, const double* scale, const do
 
 }  // namespace
 
-#if FEATURES <= 8
+#if FEATURES <= 6
 #include "native_small.h"
 #else
 #include "native_wide.h"

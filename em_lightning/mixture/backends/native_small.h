@@ -1,9 +1,11 @@
-// Full covariances of at most 8 features: everything about one vector of points is in registers.
+// Full covariances of at most 6 features: everything about one vector of points is in registers.
 
 namespace {
 
+constexpr bool kKeeps = true;   // whitened points of all components
 constexpr int kRows = D;        // rows of whitened points
 constexpr int kUnrolled = 1;    // steps are a multiple of it
+constexpr int kGrain = 0;       // no points are skipped
 inline int gradient_size(int64_t) { return num_sums(D); }
 inline void store_gradient(const double* own, int64_t, Real* result) { std::copy(own, own + num_sums(D), result); }
 
@@ -34,6 +36,8 @@ struct Component {
       score[s] = peak - Real(0.5 * kLog2e) * square;
     }
   }
+
+  const V* whitened(const V*, int, V* white) const { return white; }
 
   // sums += sum r [1, y, y_i y_j]
   void add(const V*, const V* white, int steps, const V* r, V* sums) const {

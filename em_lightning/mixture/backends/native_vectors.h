@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -22,10 +23,11 @@ typedef Real V __attribute__((vector_size(kBytes)));
 typedef Int I __attribute__((vector_size(kBytes)));
 
 constexpr int kLanes = kBytes / sizeof(Real);
-// Vectors per feature of a block: a block stays in the first-level cache.
-constexpr int kSteps = (FEATURES > 24 ? 64 : 128) / kLanes;
+// Vectors per feature of a block.
+constexpr int kSteps = (KIND == 0 && FEATURES > 6 ? FEATURES > 24 ? 256 : 512 : 128) / kLanes;
 constexpr int kBlocksPerSum = 4;        // blocks that are added up in Real, before they are added in double
 constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend on the number of threads
+constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 struct Taylor {

@@ -1,10 +1,20 @@
-// Full covariances of more than 8 features: products of tiles of 4 rows and 2 vectors of points, in registers.
+// Full covariances of more than 6 features: products of tiles of 4 rows and 2 vectors of points, in registers.
+
+// Keeps a value in a register, where the compiler would load it again for each use.
+#if defined(__x86_64__)
+#define KEEP(value) asm("" : "+x"(value))
+#else
+#define KEEP(value)
+#endif
 
 namespace {
 
+constexpr bool kKeeps = false;          // whitened points of all components
 constexpr int kRows = (D + 3) / 4 * 4;  // rows of whitened points and of matrices; those beyond D are zero
 constexpr int kUnrolled = 2;            // steps are a multiple of it
+constexpr int kGrain = 1;               // points without responsibilities that count are skipped one by one
 constexpr int kMatrix = kRows * kRows;
+constexpr int kChunk = 32;  // steps whose differences stay in the first-level cache
 inline int gradient_size(int64_t) { return 1 + D + 2 * kMatrix; }
 
 // Stores G, the lower triangle of the gradient of pairs, and G + G^T.
@@ -19,26 +29,26 @@ inline void store_gradient(const double* own, int64_t, Real* result) {
     }
 }
 
-// Calls use(row, s, sum) with sum_j matrix[row][j] in[j][s] for all rows and steps; j is at most the last row of a tile
-// of a lower triangle.
-template <bool kTriangle, class Use>
+// Calls use(row, s, sum) with sum_j matrix[row][j] in[j][s] for all rows and steps; j is at most the last row of a tile of
+// a lower triangle.
+template <bool kTriangle, int kStride = kSteps, class Use>
 inline void multiply(const Real* matrix, const V* in, int steps, Use use) {
   for (int row = 0; row < kRows; row += 4) {
     const int columns = kTriangle ? std::min(row + 4, D) : D;
-    for (int s = 0; s < steps; s += 2) {
-      V sums[4][2] = {};
+    for (int s = 0; s < steps; s += kUnrolled) {
+      V sums[4][kUnrolled] = {};
+#pragma GCC unroll 4
       for (int j = 0; j < columns; ++j) {
-        const V left = in[j * kSteps + s], right = in[j * kSteps + s + 1];
-        for (int r = 0; r < 4; ++r) {
-          const Real entry = matrix[(row + r) * kRows + j];
-          sums[r][0] += entry * left;
-          sums[r][1] += entry * right;
+        V own[kUnrolled];
+        for (int t = 0; t < kUnrolled; ++t) {
+          own[t] = in[j * kStride + s + t];
+          KEEP(own[t]);
         }
+        for (int r = 0; r < 4; ++r)
+          for (int t = 0; t < kUnrolled; ++t) sums[r][t] += matrix[(row + r) * kRows + j] * own[t];
       }
-      for (int r = 0; r < 4; ++r) {
-        use(row + r, s, sums[r][0]);
-        use(row + r, s + 1, sums[r][1]);
-      }
+      for (int r = 0; r < 4; ++r)
+        for (int t = 0; t < kUnrolled; ++t) use(row + r, s + t, sums[r][t]);
     }
   }
 }
@@ -58,16 +68,16 @@ struct Component {
     }
   }
 
-  void score(const V* u, int steps, V* white, V* score) const {
-    V difference[D * kSteps], square[kSteps] = {};
-    for (int i = 0; i < D; ++i)
-      for (int s = 0; s < steps; ++s) difference[i * kSteps + s] = u[i * kSteps + s] - mean[i];
-    multiply<true>(inverse, difference, steps, [&](int i, int s, V sum) {
-      const V y = sum + offset[i];
-      white[i * kSteps + s] = y;
-      square[s] += y * y;
-    });
+  void score(const V* u, int steps, V*, V* score) const {
+    V square[kSteps] = {};
+    whiten(u, steps, [&](int, int s, V y) { square[s] += y * y; });
     for (int s = 0; s < steps; ++s) score[s] = peak - Real(0.5 * kLog2e) * square[s];
+  }
+
+  // Whitened points of all components would not stay in a cache: those that count are computed again.
+  const V* whitened(const V* u, int steps, V* white) const {
+    whiten(u, steps, [&](int i, int s, V y) { white[i * kSteps + s] = y; });
+    return white;
   }
 
   // sums += sum r [1, y, y_i y_j]
@@ -82,10 +92,17 @@ struct Component {
     for (int row = 0; row < kRows; row += 4)
       for (int column = 0; column < row + 4; column += 2) {
         V own[4][2] = {};
-        for (int s = 0; s < steps; ++s)
-          for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < 2; ++j)
-              own[i][j] += weighted[(row + i) * kSteps + s] * white[(column + j) * kSteps + s];
+        for (int s = 0; s < steps; ++s) {
+          V left = white[column * kSteps + s], right = white[(column + 1) * kSteps + s];
+          KEEP(left);
+          KEEP(right);
+          for (int i = 0; i < 4; ++i) {
+            V outer = weighted[(row + i) * kSteps + s];
+            KEEP(outer);
+            own[i][0] += outer * left;
+            own[i][1] += outer * right;
+          }
+        }
         for (int i = 0; i < 4; ++i)
           for (int j = 0; j < 2; ++j)
             if (row + i < D && column + j <= row + i) sums[lower(row + i, column + j)] += own[i][j];
@@ -104,12 +121,25 @@ struct Component {
   void pull(const V*, const V* white, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
     V outer[kRows * kSteps];
     multiply<false>(gradient + 1 + D + kMatrix, white, steps, [&](int i, int s, V sum) {
-      const Real first = i < D ? gradient[1 + i] : Real(0);
-      outer[i * kSteps + s] = r[s] * (sum + first) - slope[s] * white[i * kSteps + s];
+      outer[i * kSteps + s] = r[s] * (sum + (i < D ? gradient[1 + i] : Real(0))) - slope[s] * white[i * kSteps + s];
     });
     multiply<false>(transposed, outer, steps, [&](int i, int s, V sum) {
       if (i < D) grad_u[i * kSteps + s] += sum;
     });
+  }
+
+ private:
+  template <class Use>
+  void whiten(const V* u, int steps, Use use) const {
+    V difference[D * kChunk];
+    for (int first = 0; first < steps; first += kChunk) {
+      const int count = std::min(kChunk, steps - first);
+      for (int i = 0; i < D; ++i)
+        for (int s = 0; s < count; ++s) difference[i * kChunk + s] = u[i * kSteps + first + s] - mean[i];
+      multiply<true, kChunk>(inverse, difference, count, [&](int i, int s, V sum) {
+        use(i, first + s, sum + offset[i]);
+      });
+    }
   }
 };
 
