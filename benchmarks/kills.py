@@ -4,10 +4,9 @@
     python benchmarks/kills.py volume_control --kills 5
     python benchmarks/kills.py --kills 0                         no kills: compare two runs of each case
 
-Every second kill happens during the writing of a checkpoint. The same command is repeated until the run has ended. Then
+Every second kill happens while a checkpoint is written. The same command is repeated until the run has ended. Then
 weights must be bitwise equal, results.json equal except for seconds, and no partial file may remain. A case fails if no
-run resumed from a checkpoint, because it would then not test resuming. Each run is a process forked from one that has
-imported the libraries.
+run resumed from a checkpoint. Each run is a process forked from one that has imported the libraries.
 """
 
 import argparse
@@ -61,16 +60,16 @@ CASES = {
     ],
 }
 COMMON = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-COMMON += ["--trainer.logger.version=run", "--ckpt_path=last", "--trainer.callbacks+=__main__.Moments"]
+COMMON += ["--trainer.logger.version=run", "--ckpt_path=last", "--trainer.callbacks+=__main__.RunRecorder"]
 
 
-class Moments(lightning.Callback):
+class RunRecorder(lightning.Callback):
     """Record the start of training, whether it resumed from a checkpoint, and the final weights."""
 
     def on_train_start(self, trainer, pl_module):
         if trainer.ckpt_path:
             with open("resumed", "a") as file:
-                file.write(".")
+                file.write("resumed\n")
         Path("began").touch()
 
     def on_fit_end(self, trainer, pl_module):
@@ -78,12 +77,12 @@ class Moments(lightning.Callback):
             torch.save(pl_module.state_dict(), "weights.pt")
 
 
-def start(arguments, folder):
+def start_run(arguments, folder):
     """Start a run in a folder in a new process and return its process id."""
     (folder / "began").unlink(missing_ok=True)
-    number = os.fork()
-    if number:
-        return number
+    pid = os.fork()
+    if pid:
+        return pid
     code = 1
     try:
         os.chdir(folder)
@@ -99,68 +98,68 @@ def start(arguments, folder):
         os._exit(code)
 
 
-def ended(number, folder):
+def has_ended(pid, folder):
     """Return whether a run has ended; raise SystemExit if it failed."""
-    found, status = os.waitpid(number, os.WNOHANG)
+    found, status = os.waitpid(pid, os.WNOHANG)
     if found and status:
         raise SystemExit(f"the run ended with status {status}:\n{(folder / 'output.txt').read_text()[-3000:]}")
     return bool(found)
 
 
-def wait(number, folder, until, deadline=float("inf"), pause=0.005):
+def wait(pid, folder, until, deadline=float("inf"), pause=0.005):
     """Wait for a condition, a deadline or the end of a run; return whether the run is still alive."""
-    while not ended(number, folder):
+    while not has_ended(pid, folder):
         if until() or time.perf_counter() > deadline:
             return True
         time.sleep(pause)
     return False
 
 
-def whole(case, folder):
+def time_uninterrupted_run(case, folder):
     """Run once without interruption and return the seconds from the start of training to the end."""
     folder.mkdir()
-    number = start(CASES[case], folder)
-    if wait(number, folder, (folder / "began").exists):
+    pid = start_run(CASES[case], folder)
+    if wait(pid, folder, (folder / "began").exists):
         begin = time.perf_counter()
-        wait(number, folder, lambda: False)
+        wait(pid, folder, lambda: False)
         return time.perf_counter() - begin
-    raise SystemExit(f"{case} never began to train:\n{(folder / 'output.txt').read_text()[-3000:]}")
+    raise SystemExit(f"{case} did not start training:\n{(folder / 'output.txt').read_text()[-3000:]}")
 
 
-def partial(folder):
+def find_partial_file(folder):
     return next(folder.glob("lightning_logs/*/run/checkpoints/*.partial"), None)
 
 
-def killed(case, folder, draw, seconds, in_writing):
+def run_and_kill(case, folder, draw, seconds, in_writing):
     """Start or resume a run and kill it; return whether it was killed, and the partial file it left, if any."""
-    number = start(CASES[case], folder)
-    if not wait(number, folder, (folder / "began").exists):
+    pid = start_run(CASES[case], folder)
+    if not wait(pid, folder, (folder / "began").exists):
         return False, None
     moment = time.perf_counter() + draw.random() * seconds
-    if wait(number, folder, lambda: False, moment) and in_writing:
-        wait(number, folder, lambda: partial(folder), moment + seconds, pause=0.0005)
+    if wait(pid, folder, lambda: False, moment) and in_writing:
+        wait(pid, folder, lambda: find_partial_file(folder), moment + seconds, pause=0.0005)
     try:
-        os.kill(number, signal.SIGKILL)  # not yet reaped, so the process id is still its own
+        os.kill(pid, signal.SIGKILL)  # not yet reaped, so the process id is still its own
     except ProcessLookupError:
         return False, None
-    _, status = os.waitpid(number, 0)
-    return os.WIFSIGNALED(status), partial(folder)
+    _, status = os.waitpid(pid, 0)
+    return os.WIFSIGNALED(status), find_partial_file(folder)
 
 
-def outcome(folder):
+def load_results(folder):
     """Return the weights and results of a completed run."""
     unfinished = list(folder.rglob("*.partial"))
     if unfinished:
         raise SystemExit(f"left unfinished: {unfinished}")
     (results,) = folder.rglob("results.json")
-    return torch.load(folder / "weights.pt", weights_only=True), timeless(json.loads(results.read_text()))
+    return torch.load(folder / "weights.pt", weights_only=True), without_times(json.loads(results.read_text()))
 
 
-def timeless(content):
+def without_times(content):
     """Return results without measured times."""
     if isinstance(content, dict):
-        return {key: timeless(value) for key, value in content.items() if key != "seconds" and key[:3] != "ms "}
-    return [timeless(value) for value in content] if isinstance(content, list) else content
+        return {key: without_times(value) for key, value in content.items() if key != "seconds" and key[:3] != "ms "}
+    return [without_times(value) for value in content] if isinstance(content, list) else content
 
 
 def differences(one, two):
@@ -178,29 +177,33 @@ def digest(found):
 
 
 def compare(case, kills, draw, root):
-    """Kill runs of a case a given number of times and compare each completed run with an uninterrupted one."""
-    seconds = whole(case, root / "alone")
-    expected = outcome(root / "alone")
-    folder, fallen, torn, runs, resumed = root / "killed", 0, 0, 0, 0
-    while fallen < kills or not runs:
+    """Kill runs of a case ``kills`` times and compare each completed run with an uninterrupted one."""
+    seconds = time_uninterrupted_run(case, root / "alone")
+    expected = load_results(root / "alone")
+    folder = root / "killed"
+    num_kills = num_partial_files = num_runs = num_resumes = 0
+    while num_kills < kills or not num_runs:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         alive = True
-        while alive and fallen < kills:
-            alive, left = killed(case, folder, draw, seconds, in_writing=fallen % 2 == 1)
-            fallen, torn = fallen + alive, torn + (left is not None)
+        while alive and num_kills < kills:
+            alive, left = run_and_kill(case, folder, draw, seconds, in_writing=num_kills % 2 == 1)
+            num_kills += alive
+            num_partial_files += left is not None
         if alive:
-            wait(start(CASES[case], folder), folder, lambda: False)
-        runs += 1
-        resumed += (folder / "resumed").stat().st_size if (folder / "resumed").exists() else 0
-        differ = differences(expected, outcome(folder))
+            wait(start_run(CASES[case], folder), folder, lambda: False)
+        num_runs += 1
+        if (folder / "resumed").exists():
+            num_resumes += len((folder / "resumed").read_text().splitlines())
+        differ = differences(expected, load_results(folder))
         if differ:
-            raise SystemExit(f"{case}: after {fallen} kills other {', '.join(differ)}; see {folder}")
-    if kills >= 4 and not resumed:
-        raise SystemExit(f"{case}: every run began anew after its kill: it had no checkpoint yet")
+            message = f"{', '.join(differ)} differ from the uninterrupted run after {num_kills} kills; see {folder}"
+            raise SystemExit(f"{case}: {message}")
+    if kills >= 4 and not num_resumes:  # fewer kills may all come before the first checkpoint
+        raise SystemExit(f"{case}: no run resumed from a checkpoint; every kill came before the first one was written")
     print(
-        f"{case}: {fallen} kills ({torn} within the writing of a checkpoint) in {runs} runs of {seconds:.1f} s, "
-        f"gone on from a checkpoint {resumed} times: all end bitwise the same, {digest(expected)}",
+        f"{case}: {num_kills} kills ({num_partial_files} while a checkpoint was written), {num_runs} runs of "
+        f"{seconds:.1f} s, {num_resumes} resumes: results are bitwise equal, {digest(expected)}",
         flush=True,
     )
 

@@ -1,9 +1,9 @@
-"""Time of an epoch of a recipe compared with a hand-written tensor loop with the same arithmetic, on one thread.
+"""Epoch time of a recipe and of an equivalent hand-written loop, on one thread.
 
     python benchmarks/recipes.py --root PATH/TO/mnist
 
-The recipe is trained as by ``em-lightning run``, with logger, checkpoints and report. A callback runs an epoch of the
-loop before each epoch of the recipe. The loop uses float pixels, plain formulas and Adam, fused and default. With
+The recipe runs as with ``em-lightning run``, with logger, checkpoints and report. A callback runs an epoch of the loop
+before each epoch of the recipe. The loop uses float pixels and Adam, once fused and once by default. With
 ``--validate`` both also evaluate the test set after each epoch.
 """
 
@@ -78,7 +78,7 @@ class Loop:
         )
 
 
-class Rounds(lightning.Callback):
+class EpochTimer(lightning.Callback):
     """Time an epoch of each loop before every epoch of the recipe."""
 
     def __init__(self, loops):
@@ -106,7 +106,7 @@ def measure(recipe, root, rounds, validate):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         cli = load_recipe(find_recipe(recipe)).prepare(args)
         loops = {name: Loop(recipe, cli.datamodule, validate, fused) for name, fused in ADAM.items()}
-        timed = Rounds(loops)
+        timed = EpochTimer(loops)
         for report in [callback for callback in cli.trainer.callbacks if isinstance(callback, LayerReport)]:
             report.probe = report.figures = False
         cli.trainer.callbacks.insert(0, timed)
@@ -125,7 +125,7 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     root, here = os.path.abspath(options.root), os.getcwd()
-    print("| recipe | seconds an epoch | by hand, fused Adam | by hand, default Adam | ratio | ratio, default Adam |")
+    print("| recipe | seconds per epoch | by hand, fused Adam | by hand, default Adam | ratio | ratio, default Adam |")
     print("|---|---|---|---|---|---|")
     for recipe in ("decoder_free_sae", "volume_control"):
         with tempfile.TemporaryDirectory() as folder:

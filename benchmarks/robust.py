@@ -2,9 +2,10 @@
 
     python -m benchmarks.robust [--clouds 64] [--outliers 0.2]
 
-Each cloud has five spherical clusters with three features and unit standard deviation, and a share of points uniform
-over a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its fitted mean
-under an optimal matching, in standard deviations of a cluster. Writes docs/results/robust.md and robust.png.
+Each cloud has five spherical clusters with three features and unit standard deviation; a fraction of the points is
+uniform over a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its
+fitted mean under an optimal matching, in standard deviations of a cluster.
+Writes docs/results/robust.md and robust.png.
 """
 
 import argparse
@@ -108,14 +109,15 @@ def main():
             "matched fitted mean, in standard deviations, averaged over a cloud; median over clouds. Lost: share of "
             "means with an error above one standard deviation. Written by `python -m benchmarks.robust`.",
             "",
-            "| method | near the truth | lost | k-means++ | lost | best of 20 | lost |",
+            "| method | near the truth | lost (near) | k-means++ | lost (k-means++) | best of 20 | lost (best of 20) |",
             "|---|---|---|---|---|---|---|",
             *map(row, METHODS),
             "",
             "Starts: the true means with noise of half a standard deviation; one k-means++ draw, the same for every "
             "method; and the best of 20 k-means++ draws with 10 Lloyd steps and a prior of ten pseudo-counts per "
-            "covariance, chosen by the objective of each method. The first start measures the effect of outliers on "
-            "the estimate alone, the others also on the initialization: k-means++ often chooses outliers as centers. "
+            "covariance, chosen by the objective of each method. Starting near the truth isolates the effect of "
+            "outliers on the estimate; the other starts include their effect on the initialization: k-means++ often "
+            "chooses outliers as centers. "
             "Several starts help if the likelihood distinguishes clusters from outliers, as with heavy tails or a "
             "background, but not with the linear energies of Laplace and Huber kernels.",
             "",

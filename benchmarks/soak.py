@@ -3,10 +3,10 @@
     python benchmarks/soak.py [--steps 50000] [--fits 200] [CALLBACK ...]
 
 Each case runs in a separate process with a model of a few hundred parameters. Memory is the resident set; its growth is
-measured from a tenth of the steps, after all warm-up allocations, to the end. The time of a step is processor time,
-which depends less on the load of the machine; its ratio is that of the last tenth to the second. Hooks are counted over
-all modules, together with methods that surgery has wrapped on an instance. Reports write their tables and figures once
-per fit.
+that from 10 % of the steps, after all warm-up allocations, to the end. The time of a step is processor time, which
+depends less on the load of the machine; the ratio is that of the last tenth of the steps to the second tenth. Hooks are
+counted over all modules, together with methods that surgery has wrapped on an instance. Reports write their tables and
+figures once per fit.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,15 +51,18 @@ class Small(EMModule):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
 
+STEPS = 50_000
+
+
 def annealed() -> list[lightning.Callback]:
-    return [callbacks.SwapActivations("gated"), callbacks.TemperatureSchedule(4.0, 1.0, steps=50_000)]
+    return [callbacks.SwapActivations("gated"), callbacks.TemperatureSchedule(4.0, 1.0, steps=STEPS)]
 
 
 @functools.cache
 def operated(folder: str) -> str:
     """Return the path of a checkpoint of a model with swapped activations."""
     model, data = subject("SwapActivations")
-    first = trainer(1, [callbacks.SwapActivations("signed")], folder)
+    first = make_trainer(1, [callbacks.SwapActivations("signed")], folder)
     first.fit(model, **data)
     first.save_checkpoint(f"{folder}/operated.ckpt")
     return f"{folder}/operated.ckpt"
@@ -110,7 +114,7 @@ def resident() -> float:
     """Return the resident set in MiB."""
     gc.collect()
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def hooks(model: nn.Module) -> int:
@@ -125,7 +129,7 @@ def hooks(model: nn.Module) -> int:
 
 
 class Watch(lightning.Callback):
-    """Record memory, hooks and processor time at every tenth of the steps."""
+    """Record memory, hooks and processor time after the first step and after each tenth of the steps."""
 
     def __init__(self, steps: int) -> None:
         self.every = max(steps // 10, 1)
@@ -133,11 +137,11 @@ class Watch(lightning.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         """Record."""
-        if trainer.global_step % self.every == 1:
+        if trainer.global_step == 1 or trainer.global_step % self.every == 0:
             self.notes.append((resident(), hooks(pl_module), time.process_time()))
 
 
-def trainer(steps: int, extra: list[lightning.Callback], folder: str) -> lightning.Trainer:
+def make_trainer(steps: int, extra: list[lightning.Callback], folder: str) -> lightning.Trainer:
     quiet = {
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -154,13 +158,13 @@ def soak(name: str, steps: int) -> str:
     watch = Watch(steps)
     model, data = subject(name)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        trainer(steps, [*CASES[name](), watch], folder).fit(model, **data)
-    memory, held, clock = zip(*watch.notes, (resident(), watch.notes[-1][1], time.process_time()), strict=True)
-    parts = [b - a for a, b in zip(clock, clock[1:], strict=False)]
-    growth = memory[-2] / memory[1] - 1
+        make_trainer(steps, [*CASES[name](), watch], folder).fit(model, **data)
+    memory, held, clock = zip(*watch.notes, strict=True)
+    tenths = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+    growth = memory[-1] / memory[1] - 1
     return (
-        f"| {name} | {steps} | {memory[1]:.0f} | {100 * growth:+.2f} | {held[1]} | {held[-2]} | "
-        f"{1e3 * parts[1] / watch.every:.2f} | {parts[-2] / parts[1]:.2f} |"
+        f"| {name} | {steps} | {memory[1]:.0f} | {100 * growth:+.2f} | {held[1]} | {held[-1]} | "
+        f"{1e3 * tenths[1] / watch.every:.2f} | {tenths[-1] / tenths[1]:.2f} |"
     )
 
 
@@ -170,7 +174,7 @@ def fit_and_undo(name: str, fits: int) -> str:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         for _ in range(fits):
             start, extra = time.process_time(), CASES[name]()
-            trainer(3, extra, folder).fit(model, **data)
+            make_trainer(3, extra, folder).fit(model, **data)
             for callback in extra:
                 if getattr(callback, "surgery", None) is not None:
                     callback.surgery.undo()
@@ -188,7 +192,7 @@ def fit_and_undo(name: str, fits: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("callbacks", nargs="*", metavar="CALLBACK", help=", ".join(CASES))
-    parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--fits", type=int, default=200)
     parser.add_argument("--here", choices=["soak", "undo"], help="run one case in this process (internal)")
     args = parser.parse_args()
@@ -199,7 +203,7 @@ def main() -> None:
         (name,) = args.callbacks
         print(soak(name, args.steps) if args.here == "soak" else fit_and_undo(name, args.fits), flush=True)
         return
-    print("| | steps or fits | MiB at a tenth | growth % | hooks | hooks at the end | ms each | last / first tenth |")
+    print("| | steps or fits | MiB at a tenth | growth % | hooks | hooks at the end | ms each | last / second tenth |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.callbacks or CASES:
         for kind in ("soak", "undo"):

@@ -3,56 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
-from sklearn.base import BaseEstimator, DensityMixin
+from sklearn import mixture as reference
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from em_lightning.mixture import COVARIANCES, Covariance, Mixture, fit_blocks, information_criteria
+from em_lightning.mixture import COVARIANCES, Mixture, fit_blocks
 from em_lightning.operators import EMOperator
 
-_STARTS = {"k-means++": "kmeans++", "farthest": "farthest", "random_from_data": "random"}
-_SAMPLE = 2**14
-_ROWS = 2**16
+_SAMPLE = 2**14  # rows of a start
+_ROWS = 2**16  # rows of a block
+_GIVEN = ("weights_init", "means_init", "precisions_init")
 
 
-class GaussianMixture(DensityMixin, BaseEstimator):
+class GaussianMixture(reference.GaussianMixture):
     r"""Fit :math:`p(x) = \sum_k \pi_k N(x | \mu_k, \Sigma_k)` by EM, as ``sklearn.mixture.GaussianMixture`` does.
 
-    Parameters, attributes and results are those of scikit-learn's class: the same initialization gives the same mixture
-    after the same number of iterations. Rows are read in blocks and responsibilities are not stored, so X may be a
-    memory-mapped array. Rows may have weights.
+    Parameters, attributes, methods and results are those of scikit-learn's class. In addition:
 
-    Args:
-        n_components: K.
-        covariance_type: ``"full"``, ``"tied"``, ``"diag"`` or ``"spherical"``.
-        tol: EM stops when the log-likelihood per row changes by less.
-        reg_covar: added to every variance.
-        max_iter: largest number of iterations.
-        n_init: number of initializations; the fit of the highest ``lower_bound_`` is kept.
-        init_params: initialization of the centers: ``"k-means++"``, ``"random_from_data"``, or the deterministic
-            ``"farthest"``.
-        weights_init: (K,), initial weights; whichever of the three initial values is missing is drawn.
-        means_init: (K, D), initial means.
-        precisions_init: initial inverse covariances, in scikit-learn's shape.
-        random_state: of the initialization and of :meth:`sample`.
-        warm_start: whether a further :meth:`fit` starts from the mixture of the last one.
+    - Rows are read in blocks and responsibilities are not stored, so X may be a memory-mapped array.
+    - :meth:`fit` accepts weights of the rows. A common factor of the weights has no effect.
+    - ``init_params="farthest"`` is a deterministic start.
 
-    Attributes:
-        weights_: (K,).
-        means_: (K, D).
-        covariances_: full (K, D, D), tied (D, D), diagonal (K, D), spherical (K,).
-        precisions_: inverse covariances, of the same shape.
-        precisions_cholesky_: their factors :math:`U` with :math:`U U^T = \Sigma^{-1}`, of the same shape.
-        converged_: whether ``tol`` was reached.
-        n_iter_: number of iterations.
-        lower_bound_: log-likelihood per row before the last M-step.
+    A start is drawn from the rows, or from 16,384 of them that are drawn in proportion to their weights. EM runs in
+    float64, and the attributes have the dtype of X. The mixture is ``weights_``, ``means_`` and ``covariances_``, which
+    may be set by hand; it must fit ``n_components`` and ``covariance_type``.
 
     Example:
         >>> X = np.array([[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]])
@@ -63,206 +46,183 @@ class GaussianMixture(DensityMixin, BaseEstimator):
         (1, 2)
     """
 
-    def __init__(
-        self,
-        n_components: int = 1,
-        *,
-        covariance_type: str = "full",
-        tol: float = 1e-3,
-        reg_covar: float = 1e-6,
-        max_iter: int = 100,
-        n_init: int = 1,
-        init_params: str = "k-means++",
-        weights_init: Any = None,
-        means_init: Any = None,
-        precisions_init: Any = None,
-        random_state: Any = None,
-        warm_start: bool = False,
-    ) -> None:
-        self.n_components = n_components
-        self.covariance_type = covariance_type
-        self.tol = tol
-        self.reg_covar = reg_covar
-        self.max_iter = max_iter
-        self.n_init = n_init
-        self.init_params = init_params
-        self.weights_init = weights_init
-        self.means_init = means_init
-        self.precisions_init = precisions_init
-        self.random_state = random_state
-        self.warm_start = warm_start
-
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
         """Fit the mixture to rows X (N, D) with weights ``sample_weight`` (N,).
 
         Raises:
-            ValueError: an argument is out of range, or there are fewer rows than components.
+            ValueError: an argument is out of range, there are fewer rows than components, or a component has no
+                positive definite covariance, which ``reg_covar=0`` allows.
         """
-        self._check()
-        X = validate_data(self, X, dtype=[np.float64, np.float32], order="C", ensure_min_samples=2)
-        if len(X) < self.n_components:
-            raise ValueError(f"n_samples={len(X)} must be at least n_components={self.n_components}")
+        for name in _GIVEN:
+            if getattr(self, name) is not None:
+                check_array(getattr(self, name), ensure_2d=False, allow_nd=True, input_name=name)
+        for name, least in (("max_iter", 0), ("n_init", 1)):
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least {least}")
+        alike, X = _as_given(X), validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C")
         counts = None if sample_weight is None else _counts(sample_weight, len(X))
         random = check_random_state(self.random_state)
-        again = self.warm_start and hasattr(self, "means_")
-        drawn = self.init_params != "farthest" and any(
-            part is None for part in (self.weights_init, self.means_init, self.precisions_init)
-        )
-        count = self.n_init if drawn else 1  # deterministic initializations are equal
-        starts = [self._mixture] if again else (self._start(X, counts, random) for _ in range(count))
-        fits = (
-            fit_blocks(lambda: _blocks(X, counts), start, max_iters=self.max_iter, tol=self.tol, floor=self.reg_covar)
-            for start in starts
-        )
-        fit = max(fits, key=lambda each: each.log_likelihoods[-1])
-        if not fit.converged and self.tol > 0:
+        again = self.warm_start and hasattr(self, "converged_")
+        if again and (change := self._changed(X.shape[1])):
             warnings.warn(
-                f"EM did not converge in max_iter={self.max_iter} iterations; increase max_iter or tol={self.tol}",
+                f"warm_start=True cannot continue the fitted mixture, a new one is fitted: {change}", stacklevel=2
+            )
+            again = False
+        best, before = None, self.lower_bound_ if again else None  # type: ignore[has-type]
+        for number in range(1 if again else self.n_init):
+            if self.verbose:
+                print(f"Initialization {number}")
+            start = self._mixture() if again else self._start(X, counts, random)
+            fit = fit_blocks(
+                lambda: _blocks(X, counts),
+                start,
+                max_iters=self.max_iter,
+                tol=self.tol,
+                floor=self.reg_covar,
+                before=before,
+                report=self._report,
+            )
+            if best is None or fit.log_likelihoods[-1:] > best.log_likelihoods[-1:]:
+                best = fit
+        assert best is not None
+        if not best.converged and self.max_iter > 0 and self.tol > 0:
+            warnings.warn(
+                "Best performing initialization did not converge. Try different init parameters, or increase max_iter, "
+                "tol, or check for degenerate data.",
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        mixture, covariance = fit.mixture, self._covariance
-        weights = mixture.weights[0].numpy()
-        self.weights_, self.means_ = weights / weights.sum(), mixture.means[0].numpy()
-        self.covariances_ = covariance.to_sklearn(mixture.covariances).numpy()
-        self.precisions_ = covariance.to_sklearn(covariance.precisions(mixture.covariances)).numpy()
-        self.precisions_cholesky_ = covariance.to_sklearn(covariance.precision_factors(mixture.covariances)).numpy()
-        self.converged_, self.n_iter_ = fit.converged, len(fit.log_likelihoods)
-        self.lower_bound_ = fit.log_likelihoods[-1]
+        self._adopt(best.mixture, lambda part: alike(part.numpy().astype(X.dtype)))
+        self.converged_, self.n_iter_ = best.converged, len(best.log_likelihoods)
+        self.lower_bounds_ = best.log_likelihoods
+        self.lower_bound_ = best.log_likelihoods[-1] if best.log_likelihoods else -np.inf
         return self
 
-    @property
-    def _covariance(self) -> Covariance:
-        return COVARIANCES[self.covariance_type]
-
-    def _check(self) -> None:
-        for name, value in (("n_components", self.n_components), ("max_iter", self.max_iter), ("n_init", self.n_init)):
-            if not value >= 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        for name, number in (("tol", self.tol), ("reg_covar", self.reg_covar)):
-            if not number >= 0:
-                raise ValueError(f"{name}={number} must be at least 0")
-        for name, choice, known in (
-            ("covariance_type", self.covariance_type, list(COVARIANCES)),
-            ("init_params", self.init_params, list(_STARTS)),
-        ):
-            if choice not in known:
-                raise ValueError(f"{name}={choice!r} must be one of {', '.join(known)}")
-
-    def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
-        given = self._given(X.shape[1])
-        weights, means, covariances = given
-        if weights is not None and means is not None and covariances is not None:
-            return Mixture(weights, means, covariances)
-        rows = np.sort(random.choice(len(X), _SAMPLE, replace=False)) if len(X) > _SAMPLE else slice(None)
-        init = _STARTS[self.init_params]
-        seed = int(random.randint(2**31 - 1))
-        operator = EMOperator(
-            self.n_components,
-            X.shape[1],
-            covariance=self.covariance_type,
-            init=init,
-            seed=None if init == "farthest" else seed,
-            covariance_floor=self.reg_covar,
-            residual=False,
-        )
-        chosen = None if counts is None else torch.from_numpy(counts[rows].astype(np.float64))[None]
-        drawn = operator(torch.from_numpy(X[rows].astype(np.float64))[None], weights=chosen, num_iters=0)
-        own = drawn.parameters()
-        return Mixture(*(one if part is None else part for part, one in zip(given, own, strict=True)))
-
-    def _given(self, num_features: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the given initial log-weights, means and covariances, in the shapes of a mixture."""
-        K, D, covariance = self.n_components, num_features, self._covariance
-        layout = covariance.to_sklearn(torch.empty(1, *covariance.shape(K, D))).shape
-        parts = []
-        for name, value, shape in (
-            ("weights_init", self.weights_init, (K,)),
-            ("means_init", self.means_init, (K, D)),
-            ("precisions_init", self.precisions_init, layout),
-        ):
-            part = None if value is None else torch.as_tensor(np.asarray(value), dtype=torch.float64)
-            if part is not None and part.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(part.shape)} but must have {tuple(shape)}")
-            if part is not None and not part.isfinite().all():
-                raise ValueError(f"{name} must be finite, but contains NaN or infinity")
-            parts.append(part)
-        weights, means, precisions = parts
-        if weights is not None and not ((weights >= 0).all() and abs(weights.sum() - 1.0) < 1e-6):
-            raise ValueError(f"weights_init={self.weights_init} must be non-negative and sum to 1")
-        if precisions is not None:
-            precisions = covariance.from_sklearn(precisions)
-            full = covariance.to_full(precisions, torch.empty(1, K, D))
-            if torch.linalg.cholesky_ex(full).info.any() or not torch.allclose(full, full.mT):
-                raise ValueError(f"precisions_init={self.precisions_init} must be symmetric and positive definite")
-        return (
-            None if weights is None else weights.log()[None],
-            None if means is None else means[None],
-            None if precisions is None else covariance.precisions(precisions),
-        )
-
-    @property
-    def _mixture(self) -> Mixture:
-        check_is_fitted(self)
-        covariances = self._covariance.from_sklearn(torch.from_numpy(self.covariances_))
-        return Mixture(torch.from_numpy(self.weights_).log()[None], torch.from_numpy(self.means_)[None], covariances)
-
-    def _read(self, X: Any) -> np.ndarray:
-        check_is_fitted(self)
-        return validate_data(self, X, dtype=[np.float64, np.float32], order="C", reset=False)
-
-    def score_samples(self, X: Any) -> np.ndarray:
-        """Return the log-density (N,) of rows."""
-        X, mixture = self._read(X), self._mixture
-        return np.concatenate([mixture.log_prob(block[None])[0].numpy() for block, _ in _blocks(X)])
-
-    def score(self, X: Any, y: Any = None) -> float:
-        """Return the mean log-density of rows."""
-        return float(self.score_samples(X).mean(dtype=np.float64))
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the responsibilities (N, K)."""
-        X, mixture = self._read(X), self._mixture
-        return np.concatenate([mixture.posterior(block[None]).responsibilities[0].numpy() for block, _ in _blocks(X)])
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Return the component with the largest responsibility, (N,)."""
-        X, mixture = self._read(X), self._mixture
-        return np.concatenate([mixture.log_joint(block[None])[0].argmax(-1).numpy() for block, _ in _blocks(X)])
-
-    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> np.ndarray:
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Fit, and return the component of each row."""
         return self.fit(X, y, sample_weight).predict(X)
 
-    def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def score_samples(self, X: Any) -> Any:
+        """Return the log-density (N,) of rows."""
+        return self._evaluate(X, lambda mixture, block: mixture.log_prob(block))
+
+    def predict_proba(self, X: Any) -> Any:
+        """Return the responsibilities (N, K)."""
+        return self._evaluate(X, lambda mixture, block: mixture.posterior(block).responsibilities)
+
+    def predict(self, X: Any) -> Any:
+        """Return the component with the largest responsibility, (N,)."""
+        return self._evaluate(X, lambda mixture, block: mixture.log_joint(block).argmax(-1))
+
+    def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
         """Draw rows (n, D) from the mixture; return them and their components (n,), sorted by component."""
-        check_is_fitted(self)
-        if n_samples < 1:
-            raise ValueError(f"n_samples={n_samples} must be at least 1")
+        mixture, alike = self._mixture(), _as_given(self.means_)
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(f"Invalid value for 'n_samples': {n_samples!r} must be an integer of at least 1")
         random = check_random_state(self.random_state)
-        labels = np.repeat(np.arange(self.n_components), random.multinomial(n_samples, self.weights_))
-        full = self._mixture.full()
-        scale = COVARIANCES["full"].factorize(full.covariances).scale[0].numpy()
-        noise = random.standard_normal((n_samples, self.means_.shape[1]))
-        noise = (scale[labels] @ noise[..., None])[..., 0]
-        return self.means_[labels] + noise, labels
+        weights, means = mixture.weights[0].numpy(), mixture.means[0].numpy()
+        labels = np.repeat(np.arange(len(means)), random.multinomial(n_samples, weights / weights.sum()))
+        scale = COVARIANCES["full"].factorize(mixture.full().covariances).scale[0].numpy()
+        noise = random.standard_normal((n_samples, means.shape[1], 1))
+        rows = means[labels] + (scale[labels] @ noise)[..., 0]
+        return alike(rows), alike(labels)
 
-    def bic(self, X: Any) -> float:
-        """Return the Bayesian information criterion of the mixture on rows; lower is better."""
-        return information_criteria(self._mixture, self.score(X) * len(X), len(X)).bic
+    def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
+        """Return the mixture from which EM starts: scikit-learn's, or that of the farthest points."""
+        if len(X) > _SAMPLE:
+            X, counts = _draw(X, counts, random), None
+        farthest = self.init_params == "farthest"
+        start = reference.GaussianMixture(**self.get_params())
+        start.set_params(max_iter=0, n_init=1, warm_start=False, verbose=0, random_state=random)
+        start.set_params(**{name: _to_numpy(getattr(self, name)) for name in _GIVEN})
+        if farthest:
+            start.set_params(init_params="random")
+        start.covariances_ = None  # which scikit-learn reads and does not set if precisions_init is given
+        start.fit(X if counts is None else _draw(X, counts, random))
+        covariance = COVARIANCES[self.covariance_type]
+        parts = [torch.from_numpy(part).double()[None] for part in (np.log(start.weights_), start.means_)]
+        if self.precisions_init is None:
+            parts.append(covariance.from_sklearn(torch.from_numpy(start.covariances_).double()))
+        else:
+            parts.append(covariance.precisions(covariance.from_sklearn(torch.from_numpy(start.precisions_).double())))
+        if farthest:
+            operator = EMOperator(
+                self.n_components,
+                X.shape[1],
+                covariance=self.covariance_type,
+                init="farthest",
+                covariance_floor=self.reg_covar,
+                residual=False,
+            )
+            weights = None if counts is None else torch.from_numpy(counts)[None]
+            drawn = operator(torch.from_numpy(X.astype(np.float64))[None], weights=weights, num_iters=0).parameters()
+            parts = [
+                own if getattr(self, name) is None else part
+                for own, name, part in zip(drawn, _GIVEN, parts, strict=True)
+            ]
+        return Mixture(*parts)
 
-    def aic(self, X: Any) -> float:
-        """Return Akaike's information criterion of the mixture on rows; lower is better."""
-        return information_criteria(self._mixture, self.score(X) * len(X), len(X)).aic
+    def _report(self, iteration: int, log_likelihood: float) -> None:
+        if self.verbose and iteration % self.verbose_interval == 0:
+            print(f"  Iteration {iteration}: log-likelihood {log_likelihood:.5f} per row")
+
+    def _adopt(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
+        covariance = COVARIANCES[self.covariance_type]
+        weights = mixture.weights[0]
+        self.weights_, self.means_ = convert(weights / weights.sum()), convert(mixture.means[0])
+        self.covariances_, self.precisions_, self.precisions_cholesky_ = (
+            convert(covariance.to_sklearn(function(mixture.covariances)))
+            for function in (lambda part: part, covariance.precisions, covariance.precision_factors)
+        )
+        self._fitted_type = self.covariance_type
+
+    def _changed(self, num_features: int) -> str:
+        """Return how the parameters differ from those of the fitted mixture; an empty string if they do not."""
+        components, features = np.shape(self.means_)
+        kind = getattr(self, "_fitted_type", self.covariance_type)
+        pairs = {
+            "n_components": (self.n_components, components),
+            "covariance_type": (self.covariance_type, kind),
+            "n_features": (num_features, features),
+        }
+        differences = (f"{name}={now!r}, was {then!r}" for name, (now, then) in pairs.items() if now != then)
+        return "; ".join(differences)
+
+    def _mixture(self) -> Mixture:
+        """Return the mixture of the attributes."""
+        check_is_fitted(self)
+        weights, means, covariances = (
+            torch.from_numpy(np.array(_to_numpy(part), dtype=np.float64))
+            for part in (self.weights_, self.means_, self.covariances_)
+        )
+        change = self._changed(means.shape[-1])
+        if change:
+            raise ValueError(f"the fitted mixture does not have the parameters of the estimator; call fit: {change}")
+        covariances = COVARIANCES[self.covariance_type].from_sklearn(covariances)
+        return Mixture(weights.log()[None], means[None], covariances)
+
+    def _evaluate(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
+        """Return a function of the mixture and the rows, block by block."""
+        mixture, alike = self._mixture(), _as_given(X)
+        X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
+        return alike(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
 
 
 def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
-    counts = np.asarray(sample_weight, dtype=np.float64)
+    """Return weights whose largest is 1."""
+    counts = np.asarray(_to_numpy(sample_weight), dtype=np.float64)
     if counts.shape != (num_rows,) or not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
         raise ValueError(
             f"sample_weight of shape {counts.shape} must be ({num_rows},), finite, not negative and not all zero"
         )
-    return counts
+    return counts / counts.max()
+
+
+def _draw(X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> np.ndarray:
+    """Return rows in proportion to their weights, one from each of equal shares of the total weight."""
+    ends = np.cumsum(np.ones(len(X)) if counts is None else counts)
+    places = (np.arange(_SAMPLE) + random.random_sample(_SAMPLE)) * (ends[-1] / _SAMPLE)
+    return X[np.searchsorted(ends, places, side="right").clip(max=len(X) - 1)]
 
 
 def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -271,3 +231,20 @@ def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[T
         # torch.from_numpy warns about arrays that are not writeable.
         block = X[rows] if X.flags.writeable else X[rows].copy()
         yield torch.from_numpy(block), None if counts is None else torch.from_numpy(counts[rows].astype(X.dtype))
+
+
+def _dispatched(X: Any) -> bool:
+    """Return whether X is an array of another library, whose kind results must have."""
+    return sklearn.get_config()["array_api_dispatch"] and hasattr(X, "__dlpack__") and not isinstance(X, np.ndarray)
+
+
+def _to_numpy(X: Any) -> Any:
+    return torch.from_dlpack(X).cpu().numpy() if _dispatched(X) else X
+
+
+def _as_given(X: Any) -> Callable[[np.ndarray], Any]:
+    """Return the function that turns NumPy arrays into arrays of the kind of X, on its device."""
+    if not _dispatched(X):
+        return lambda array: array
+    library = torch if isinstance(X, Tensor) else X.__array_namespace__()
+    return lambda array: library.asarray(array, device=X.device)

@@ -13,9 +13,7 @@ T = TypeVar("T")
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
-    """Import the class with a dotted path, such as ``package.module.Name``.
-
-    All imports that a config or a checkpoint asks for go through this function: restrict here what may be imported.
+    """Import the class with a dotted path, such as ``package.module.Name``; all imports by configs and checkpoints.
 
     Raises:
         ValueError: there is no such class, or it is not derived from ``base``.
@@ -124,7 +122,7 @@ class Registry(Generic[T]):
         return self[spec["name"]], {str(key): value for key, value in spec.items() if key != "name"}
 
     def build(self, spec: Any, **arguments: Any) -> T:
-        """Build an object from a key, a class, a mapping or an instance.
+        """Build an object.
 
         Args:
             spec: a key; a class; ``{"name": key, **arguments}`` or ``{"class_path": ..., "init_args": {...}}``; or an
@@ -142,15 +140,11 @@ class Registry(Generic[T]):
             except TypeError as error:
                 raise TypeError(f"{self.kind} {spec!r}: {error}") from error
         if not callable(spec):
-            raise TypeError(
-                f"{spec!r} is not a {self.kind}: give a key ({', '.join(sorted(self))}), a class, "
-                f"a mapping with 'name', or an instance"
-            )
+            keys = ", ".join(sorted(self))
+            raise TypeError(f"{spec!r} is not a {self.kind}: give a key ({keys}), a class, a mapping or an instance")
         if arguments:
-            raise TypeError(
-                f"{', '.join(sorted(arguments))} cannot be set on an instance of {type(spec).__name__}; "
-                f"give its key or class instead"
-            )
+            names = ", ".join(sorted(arguments))
+            raise TypeError(f"{names} cannot be set on an instance of {type(spec).__name__}; give its key or class")
         return spec
 
 
@@ -158,14 +152,14 @@ def from_options(argument: str, cls: type[T], options: Mapping[str, Any]) -> T:
     """Return ``cls(**options)`` for an argument that may be a mapping of options.
 
     Raises:
-        TypeError: the class has no such option; the message names ``argument`` and lists the options that it has.
+        TypeError: an option is unknown or missing; the message has the name ``argument`` and the signature.
 
     Example:
         >>> from_options("size", complex, {"real": 1.0, "imag": 2.0})
         (1+2j)
     """
-    known = list(inspect.signature(cls).parameters)
-    for name in options:
-        if name not in known:
-            raise TypeError(f"{argument}={dict(options)!r} has an unknown option {name!r}; known: {', '.join(known)}")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        signature = f"{cls.__name__}{inspect.signature(cls)}"
+        raise TypeError(f"{argument}={dict(options)!r} must be arguments of {signature}: {error}") from error

@@ -1,8 +1,10 @@
-"""Audit of a model: where it computes EM, checked numerically in one forward pass."""
+"""Audit: find the softmax-like operations of a model and check the identity dF/dd = r of implicit EM."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -13,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode  # has no public name, and sees what no public hook sees
+from torch.utils._python_dispatch import TorchDispatchMode  # no public hook sees ATen operations
 
 from em_lightning.activations import Activation
 from em_lightning.activations.competitive import SparseminActivation
 from em_lightning.competition import Competition, Entmin, Hardmin, Sparsemin
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
-from em_lightning.surgery import undo_all, walk, wrap
+from em_lightning.surgery import walk
 
 _OPERATIONS = {
     "softmax": "aten::_softmax aten::_safe_softmax",
@@ -38,7 +40,7 @@ _MEANING = {
     "cross-entropy": "dL/dz = r - onehot: the weights are prototypes of the classes",
 }
 _RELU = "elementwise, no normalization, hard zeros"
-_HARD = "hard selection: one takes all, the others get no gradient"
+_HARD = "hard selection: only the selected have a gradient"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _SMOOTH = "elementwise: no normalization across units"
 _OTHERS = {
@@ -47,7 +49,7 @@ _OTHERS = {
     "Softsign Hardswish Softshrink Tanhshrink": _SMOOTH,
     "Linear Bilinear Embedding Conv* ConvTranspose*": "affine: scores, neither exponentiated nor normalized",
     "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm": "normalizes moments, not hypotheses",
-    "MaxPool* AdaptiveMaxPool*": "hard maximum: the winner takes all",
+    "MaxPool* AdaptiveMaxPool*": "hard maximum: only the maximum has a gradient",
     "AvgPool* AdaptiveAvgPool*": "an average with fixed weights",
     "Dropout Dropout* AlphaDropout Identity Flatten Unflatten": "no hypotheses",
 }
@@ -91,7 +93,7 @@ class Audit(list[Finding]):
     """The findings in the order of the forward pass; ``print`` shows a table."""
 
     def __str__(self) -> str:
-        header = ("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "why")
+        header = ("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "reason")
         rows: list[tuple[str, ...]] = [header]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
@@ -118,8 +120,8 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     random stream are restored.
 
     Args:
-        model: any module. Of a LightningModule the ``training_step`` is run, to include its loss; in manual
-            optimization only its forward, on the first part of the batch.
+        model: any module. For a LightningModule ``training_step`` is run, so that the loss is included; with manual
+            optimization ``forward(batch[0])``.
         batch: the argument of ``training_step``, or the input of the forward (a tuple is unpacked).
         run: runs the model in another way; ``batch`` is then ignored.
 
@@ -138,7 +140,9 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     Source: the scope of the implicit-EM identity, Oursland, arXiv 2512.24780.
     """
     recorder = _Recorder()
-    with _restored(model), recorder.watching(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), recorder:
+    with _on_a_copy(model), recorder, sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        model.eval()
+        recorder.watch(model)
         (run or _runner(model, batch))()
     return recorder.findings()
 
@@ -154,31 +158,35 @@ def _runner(model: Any, batch: Any) -> Callable[[], Any]:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode without logs, and restore modes, buffers and the random stream."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _on_a_copy(model: nn.Module) -> Iterator[None]:
+    """Let a model and its submodules work on a copy of their state without logs, and restore state and random stream.
+
+    The state is exchanged, not the model, so that functions which hold the model or a part of it use the copy too.
+    """
+    modules = list(model.modules())
+    states = [vars(module) for module in modules]
+    copied = [vars(module) for module in copy.deepcopy(model).modules()]
     fast_path = mha.get_fastpath_enabled()
-    logs = [name for name in ("log", "log_dict") if callable(getattr(type(model), name, None))]
-    undos = [wrap(model, name, lambda *_, **__: None) for name in logs]
-    model.eval()
     mha.set_fastpath_enabled(False)
     try:
+        for module, state in zip(modules, copied, strict=True):
+            object.__setattr__(module, "__dict__", state)
+        vars(model).update(log=_nothing, log_dict=_nothing)
         with torch.random.fork_rng():
             yield
     finally:
         mha.set_fastpath_enabled(fast_path)
-        undo_all(undos)
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for name, value in buffers.items():
-                model.get_buffer(name).copy_(value)
+        for module, state in zip(modules, states, strict=True):
+            object.__setattr__(module, "__dict__", state)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stand for a method of Lightning that acts on the outside."""
 
 
 @dataclass
 class _Event:
-    """A softmax, to be checked after the pass: below autograd nothing can be differentiated."""
+    """A softmax that is checked after the forward pass, because a dispatch mode runs below autograd."""
 
     path: str
     module: nn.Module
@@ -201,23 +209,16 @@ class _Recorder(TorchDispatchMode):
         self.events: list[_Event] = []
         self.log_softmax: tuple[Tensor, _Event] | None = None
 
-    @contextlib.contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watch(self, model: nn.Module) -> None:
         """Register hooks on all modules."""
-        handles = []
         for path, module in [("", model), *((site.path, site.module) for site in walk(model) if not site.function)]:
-            handles.append(module.register_forward_pre_hook(lambda m, _, path=path: self._enter(path, m)))
-            handles.append(module.register_forward_hook(lambda *a, path=path: self._leave(path, *a), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            module.register_forward_pre_hook(functools.partial(self._enter, path))
+            module.register_forward_hook(functools.partial(self._leave, path), with_kwargs=True)
 
     def _inside(self, *kinds: type[nn.Module]) -> bool:
         return any(isinstance(module, kinds) for _, module in self.stack)
 
-    def _enter(self, path: str, module: nn.Module) -> None:
+    def _enter(self, path: str, module: nn.Module, _: Any) -> None:
         if self.paused:
             return
         # The kernel of an activation is a part of it.
@@ -237,7 +238,7 @@ class _Recorder(TorchDispatchMode):
             self._check_e_step(path, module, inputs, kwargs, output)
         self.paused = False
         if isinstance(output, Tensor):
-            # The innermost module that returned it; outputs are kept, so that no address is used twice.
+            # The innermost module that returned it. The output is kept: a freed address could be used again.
             self.makers.setdefault((output.data_ptr(), output.numel()), (path, module, output))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -307,7 +308,8 @@ class _Recorder(TorchDispatchMode):
             gradient = torch.autograd.grad(posterior.free_energy.sum(), energies, allow_unused=True)[0]
         used = posterior.responsibilities.detach().double()
         gradient = torch.full_like(used, math.nan) if gradient is None else gradient.double()
-        axis = kwargs.get("dim") or module.dim
+        axis = kwargs.get("dim")
+        axis = module.dim if axis is None else axis
         where, reason = f"axis {axis % used.ndim}", "competition of the units"
         if isinstance(module, Activation) and not module.competes:
             axis, where, reason = -1, "each unit", "hypotheses of each unit by itself: units do not compete"

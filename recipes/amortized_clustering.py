@@ -1,9 +1,9 @@
-"""Learn to cluster over many sets: an EM operator with a learned prior; default data: generated sets.
+"""Learn an EM operator with a learned prior on many point sets; default data: generated sets.
 
     em-lightning run amortized_clustering
     em-lightning run amortized_clustering --seeds 0,1,2
 
-The table (true mixtures, classical EM, the trained operator, published networks) is in
+The table compares the true mixtures, classical EM, the trained operator and published networks; it is in
 lightning_logs/amortized_clustering. The default takes about three minutes on two cores.
 """
 
@@ -12,7 +12,7 @@ from em_lightning.data import MixtureSets
 from em_lightning.modules import AmortizedClustering
 from em_lightning.studies import ClusteringReport
 
-recipe = Recipe(__file__, AmortizedClustering, MixtureSets, ClusteringReport, data_subclasses=False)
+recipe = Recipe(__file__, model=AmortizedClustering, data=MixtureSets, report=ClusteringReport, data_subclasses=False)
 
 if __name__ == "__main__":
     recipe.main()

@@ -4,8 +4,8 @@
     em-lightning run decoder_free_sae --data MNIST --data.root PATH/TO/mnist --trainer.max_epochs=100
     em-lightning run decoder_free_sae --config ablation --data.root PATH/TO/mnist
 
-The variants ablation, comparison and optimizers are published tables (Oursland, arXiv 2601.06478): rows times seeds in
-parallel processes. The same command continues an interrupted table. The table and figures are in
+The variants ablation, comparison and optimizers reproduce published tables (Oursland, arXiv 2601.06478). Rows run in
+parallel processes, and the same command continues an interrupted table. The table and figures are in
 lightning_logs/decoder_free_sae. Without --data.root MNIST is downloaded.
 """
 
@@ -16,10 +16,10 @@ from em_lightning.studies import LayerReport
 
 recipe = Recipe(
     __file__,
-    EnergyLayer,
-    TensorDataModule,
-    LayerReport,
-    links=["num_features"],
+    model=EnergyLayer,
+    data=TensorDataModule,
+    report=LayerReport,
+    data_to_model=["num_features"],
     model_subclasses=True,
     threads=1,  # more threads are slower for networks of this size
 )

@@ -19,7 +19,7 @@ from em_lightning.data import TabularDataModule
 from em_lightning.modules import GaussianMixtureModule
 from em_lightning.studies import SelectionReport
 
-recipe = Recipe(__file__, GaussianMixtureModule, TabularDataModule, SelectionReport)
+recipe = Recipe(__file__, model=GaussianMixtureModule, data=TabularDataModule, report=SelectionReport)
 
 if __name__ == "__main__":
     recipe.main()

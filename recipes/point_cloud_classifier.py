@@ -1,10 +1,11 @@
 """Classify point sets with EM pooling or a pyramid of EM layers; default data: scikit-learn's digits as points.
 
+    em-lightning run point_cloud_classifier
     em-lightning run point_cloud_classifier --model.pooling=max
     em-lightning run point_cloud_classifier --config mnist --data.root PATH/TO/mnist
     em-lightning run point_cloud_classifier --config pooling --data.root PATH/TO/mnist
 
-The variant mnist is a pyramid of EM abstractions; pooling and shapes_pooling compare EM pooling with maximum, mean,
+The variant mnist uses a pyramid of EM layers; pooling and shapes_pooling compare EM pooling with maximum, mean,
 attention, Set Transformer and memory pooling at an equal number of parameters. Without --data.root MNIST is downloaded.
 """
 
@@ -16,10 +17,10 @@ from em_lightning.studies import LayerReport
 
 recipe = Recipe(
     __file__,
-    PointCloudClassifier,
-    LightningDataModule,
-    LayerReport,
-    links=["num_features", "num_classes"],
+    model=PointCloudClassifier,
+    data=LightningDataModule,
+    report=LayerReport,
+    data_to_model=["num_features", "num_classes"],
     model_subclasses=True,
     threads=1,  # more threads are slower for networks of this size
 )

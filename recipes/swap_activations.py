@@ -15,10 +15,10 @@ from em_lightning.studies import ImageClassifier, LayerReport
 
 recipe = Recipe(
     __file__,
-    ImageClassifier,
-    TensorDataModule,
-    LayerReport,
-    links=["shape", "num_classes"],
+    model=ImageClassifier,
+    data=TensorDataModule,
+    report=LayerReport,
+    data_to_model=["shape", "num_classes"],
     threads=1,  # more threads are slower for networks of this size
 )
 

@@ -4,8 +4,8 @@
     em-lightning run volume_control --data MNIST --data.root PATH/TO/mnist --trainer.max_epochs=50
     em-lightning run volume_control --config ablation --data.root PATH/TO/mnist
 
-The variants ablation, capacity and optimizers are published tables (Oursland, the supervised study): rows times seeds
-in parallel processes. The same command continues an interrupted table. The table and figures are in
+The variants ablation, capacity and optimizers reproduce published tables (Oursland, the supervised study). Rows run in
+parallel processes, and the same command continues an interrupted table. The table and figures are in
 lightning_logs/volume_control. Without --data.root MNIST is downloaded.
 """
 
@@ -16,10 +16,10 @@ from em_lightning.studies import LayerReport
 
 recipe = Recipe(
     __file__,
-    EnergyLayer,
-    TensorDataModule,
-    LayerReport,
-    links=["num_features", "num_classes"],
+    model=EnergyLayer,
+    data=TensorDataModule,
+    report=LayerReport,
+    data_to_model=["num_features", "num_classes"],
     model_subclasses=True,
     threads=1,  # more threads are slower for networks of this size
 )

@@ -1,3 +1,5 @@
+"""Activations: contract tests, closed forms and Jacobians."""
+
 import math
 
 import pytest
@@ -116,7 +118,7 @@ def signed(kernel, **arguments):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("margin", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("kernel", SCALAR_KERNELS)
-def test_closed_form_of_every_kernel_is_the_generic_path(kernel, margin, temperature):
+def test_closed_forms_equal_the_generic_path(kernel, margin, temperature):
     activation = signed(kernel, margin=margin, temperature=temperature)
     z = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([margin, -margin, 30.0, -30.0])]).double()
     torch.testing.assert_close(activation(z), activation.generic(z), rtol=1e-12, atol=1e-12)
@@ -126,7 +128,7 @@ def test_closed_form_of_every_kernel_is_the_generic_path(kernel, margin, tempera
 
 
 def formula(kernel, z, m):
-    """The energies of the catalogue at +-m, in plain Python, and their posterior mean."""
+    """Return the posterior mean from energies at +-m, in plain Python."""
 
     def energy(u):
         return {
@@ -147,14 +149,14 @@ def formula(kernel, z, m):
 
 
 @pytest.mark.parametrize("kernel", SCALAR_KERNELS)
-def test_signed_is_the_posterior_mean_of_the_catalogue(kernel):
+def test_signed_is_the_posterior_mean(kernel):
     for z in torch.randn(30).double().tolist():
         y = signed(kernel, margin=1.4)(torch.tensor(z).double()).item()
         assert y == pytest.approx(formula(kernel, z, 1.4), abs=1e-12)
 
 
 @pytest.mark.parametrize("kernel", SCALAR_KERNELS)
-def test_signed_is_stable_far_away(kernel):
+def test_signed_is_stable_for_large_inputs(kernel):
     activation = SignedActivation({"name": kernel, **SCALAR_KERNELS[kernel]})
     z = torch.tensor([-1e6, -1e3, -1e-8, 0.0, 1e-8, 1e3, 1e6], requires_grad=True)
     y = activation(z)
@@ -177,14 +179,14 @@ def test_signed_named_forms():
 
 
 @pytest.mark.parametrize("spec", ["cosine", {"name": "mahalanobis", "num_features": 1}])
-def test_other_kernels_go_by_the_generic_path(spec):
+def test_other_kernels_use_the_generic_path(spec):
     activation = SignedActivation(spec)
     z = torch.tensor([-2.0, 1.0])
     assert activation(z).sign().tolist() == [-1.0, 1.0]
     torch.testing.assert_close(activation(z), activation.generic(z))
 
 
-def test_a_subclass_of_a_kernel_is_not_taken_for_it():
+def test_subclasses_of_kernels_use_the_generic_path():
     class Doubled(GaussianKernel):
         def energy(self, x, centers):
             return 2 * super().energy(x, centers)
@@ -210,7 +212,7 @@ def test_a_kernel_may_be_a_key_a_class_a_mapping_or_an_instance():
     assert "margin=0.5" in repr(built) and "LaplaceKernel(scale=2" in repr(built)
 
 
-def test_signed_refuses_bad_margins_and_kernels():
+def test_signed_rejects_wrong_margins_and_kernels():
     with pytest.raises(ValueError, match=r"margin=0"):
         SignedActivation(margin=0)
     with pytest.raises(ValueError, match="'gaussian'"):
@@ -260,7 +262,7 @@ def test_documented_jacobians():
     torch.testing.assert_close(torch.func.jacrev(SparseminActivation(temperature=t))(z), expected)
 
 
-def test_groups_are_local_and_the_last_may_be_short():
+def test_groups_are_independent_and_the_last_may_be_smaller():
     z = torch.randn(3, 7).double()
     y = GroupedActivation(group_size=3)(z)
     for first, last in ((0, 3), (3, 6), (6, 7)):
@@ -275,12 +277,12 @@ def test_direction_is_homogeneous():
     torch.testing.assert_close(DirectionActivation()(100 * z), 100 * DirectionActivation()(z))
 
 
-def test_cold_gate_is_relu():
+def test_gated_at_low_temperature_is_relu():
     z = torch.randn(100)
     torch.testing.assert_close(GatedActivation(temperature=1e-6)(z), z.relu(), rtol=0, atol=1e-6)
 
 
-def test_an_activation_of_ones_own_is_two_methods():
+def test_a_custom_activation_defines_two_methods():
     class Mine(Activation):
         def posterior(self, z):
             return SoftmaxGatedActivation().posterior(z)
@@ -300,7 +302,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("key", FORMULAS)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_every_mode_of_differentiation(key):
+def test_reverse_forward_and_batched_derivatives(key):
     activation, z = ACTIVATIONS.build(key), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(activation, z, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(activation, z)
@@ -325,6 +327,6 @@ def saved_elements(call, z):
 @pytest.mark.parametrize(
     "key", ["neg_log_softmin", "softmax_gated", "log_softmax", "residual_softmax", "signed", "gated"]
 )
-def test_no_more_is_saved_than_one_tensor_beside_the_input(key):
+def test_backward_saves_one_tensor_besides_the_input(key):
     z = torch.randn(32, 64, requires_grad=True)
     assert saved_elements(ACTIVATIONS.build(key), z) <= z.numel()

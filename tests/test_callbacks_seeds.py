@@ -10,6 +10,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from em_lightning.callbacks import StepSeeds
 from em_lightning.modules import EMModule
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:You defined a .validation_step",
+    "ignore:The dirpath has changed",
+    "ignore:The number of training batches",
+    "ignore:`isinstance.treespec, LeafSpec.`",
+)
+STEPS_PER_EPOCH = 4  # 12 items in batches of 3
+
 
 class Noisy(EMModule):
     """Dropout, noise, and items in random order."""
@@ -28,7 +37,7 @@ class Noisy(EMModule):
 
 def fit(folder, epochs, seeds, ckpt_path=None, before=0):
     torch.manual_seed(7)
-    torch.rand(before)  # what an interrupted program has drawn by then
+    torch.rand(before)  # advance the generator, as the interrupted run did
     x = torch.arange(48.0).view(12, 4).cos()
     model = Noisy()
     torch.manual_seed(7 + before)
@@ -46,34 +55,30 @@ def fit(folder, epochs, seeds, ckpt_path=None, before=0):
     return model
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers", "ignore:You defined a .validation_step"
-)
-@pytest.mark.filterwarnings(
-    "ignore:The dirpath has changed", "ignore:The number of training batches", "ignore:`isinstance.treespec, LeafSpec.`"
-)
-class TestResumedRuns:
-    @pytest.mark.parametrize("step", [4, 8])  # the ends of epochs
-    @pytest.mark.parametrize("seed", [None, 5])
-    def test_a_resumed_run_draws_what_a_straight_one_does(self, step, seed, tmp_path):
-        straight = fit(tmp_path, 3, StepSeeds(seed))
-        (checkpoint,) = tmp_path.glob(f"*step={step}.ckpt")
-        resumed = fit(tmp_path / "again", 3, StepSeeds(seed), ckpt_path=checkpoint, before=9)
-        assert resumed.drawn == straight.drawn[step:]
-        for name, value in straight.state_dict().items():
-            assert torch.equal(resumed.state_dict()[name], value), name
+@pytest.mark.parametrize("step", [4, 8])  # the ends of epochs
+@pytest.mark.parametrize("seed", [None, 5])
+def test_resumed_run_equals_uninterrupted_run(step, seed, tmp_path):
+    uninterrupted = fit(tmp_path, 3, StepSeeds(seed))
+    (checkpoint,) = tmp_path.glob(f"*step={step}.ckpt")
+    resumed = fit(tmp_path / "again", 3, StepSeeds(seed), ckpt_path=checkpoint, before=9)
+    assert resumed.drawn == uninterrupted.drawn[step:]
+    for name, value in uninterrupted.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
 
-    def test_steps_seeds_and_fits_differ(self, tmp_path):
-        seeds = StepSeeds(5)
-        first = fit(tmp_path / "a", 3, seeds)
-        assert fit(tmp_path / "b", 3, seeds, before=3).drawn == first.drawn
-        other = fit(tmp_path / "c", 3, StepSeeds(6))
-        noise = [entry[-1] for entry in first.drawn + other.drawn]
-        assert len(set(noise)) == len(noise) == 24
-        orders = {tuple(entry[1] for entry in first.drawn[4 * epoch : 4 * epoch + 4]) for epoch in range(3)}
-        assert len(orders) == 3
-        seeds.seed = None
-        assert fit(tmp_path / "d", 3, seeds).drawn != first.drawn  # a fit of its own, with a seed of its own
+
+def test_steps_seeds_and_fits_differ(tmp_path):
+    seeds = StepSeeds(5)
+    first = fit(tmp_path / "a", 3, seeds)
+    assert fit(tmp_path / "b", 3, seeds, before=3).drawn == first.drawn
+    other = fit(tmp_path / "c", 3, StepSeeds(6))
+    noise = [entry[-1] for entry in first.drawn + other.drawn]
+    assert len(set(noise)) == len(noise) == 2 * 3 * STEPS_PER_EPOCH
+    orders = {
+        tuple(entry[1] for entry in first.drawn[STEPS_PER_EPOCH * epoch :][:STEPS_PER_EPOCH]) for epoch in range(3)
+    }
+    assert len(orders) == 3
+    seeds.seed = None
+    assert fit(tmp_path / "d", 3, seeds).drawn != first.drawn  # seed=None draws a new seed per fit
 
 
 def test_a_negative_seed_is_refused():

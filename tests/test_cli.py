@@ -1,3 +1,5 @@
+"""The command line: recipes, configs, runs, copies, audits and error messages."""
+
 import json
 import re
 import shlex
@@ -45,8 +47,8 @@ def configs():
             yield pytest.param(name, path, id=f"{name}/{variant}")
 
 
-def published(argument):
-    """Return an argument of a header with the data that it asks for, where they lie beside the project."""
+def with_local_data(argument):
+    """Replace PATH/TO/x by the local copy of the data; skip the test if there is none."""
     if "PATH/TO/" not in argument:
         return argument
     found = sorted((ROOT.parent / "shared" / "data").rglob(Path(argument).name))
@@ -61,10 +63,10 @@ def test_every_config_runs_by_the_command_in_its_header(name, config, here):
     assert arguments[:2] == ([] if config.stem == name else ["--config", config.stem])
     assert re.search("second|minute|hour", needs) and re.search("[GM]B", needs), f"{config}: time, memory"
     fast = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu"]
-    assert cli.main([run, recipe, *map(published, arguments), *fast]) == 0
+    assert cli.main([run, recipe, *map(with_local_data, arguments), *fast]) == 0
 
 
-def test_every_recipe_says_what_it_does():
+def test_the_docstring_of_a_recipe_starts_with_a_sentence():
     for path in cli.recipes().values():
         assert cli.docstring(path).splitlines()[0].endswith(".") and len(path.read_text().splitlines()) <= 60
 
@@ -83,7 +85,7 @@ def test_the_parts_of_every_registry_are_listed(kind, capsys):
         assert key in printed and sentence and "`" not in sentence
 
 
-def test_the_help_fits_a_screen(here, capsys, monkeypatch):
+def test_help_has_at_most_40_lines(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     for args in [[], ["cp"], ["run"], ["audit"], ["kernels"], *(["run", name] for name in cli.recipes())]:
         with pytest.raises(SystemExit, match="0"):
@@ -119,7 +121,7 @@ def test_a_copy_is_edited_and_run(here, capsys):
     assert script in capsys.readouterr().err
 
 
-def test_a_run_leaves_table_pictures_and_events(here, capsys):
+def test_a_run_writes_results_figures_and_tensorboard_events(here, capsys):
     assert cli.main(["run", "point_cloud_gmm", *SMALL]) == 0
     folder = here / "lightning_logs" / "point_cloud_gmm" / "version_0"
     written = {path.name for path in folder.iterdir()}
@@ -157,7 +159,7 @@ def test_a_run_leaves_table_pictures_and_events(here, capsys):
 
 
 @pytest.mark.slow
-def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monkeypatch):
+def test_seeds_run_in_separate_processes_and_are_combined(here, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert cli.main(["run", "point_cloud_gmm", *SMALL, "--seeds=0,1"]) == 0
     (table,) = (here / "lightning_logs" / "point_cloud_gmm").glob("*-seeds/results.md")
@@ -184,7 +186,7 @@ def test_seeds_run_in_processes_of_their_own_and_are_combined(here, capfd, monke
         (["point_cloud_gmm", "--data", "GeometricShapes", "--data.root=/nowhere"], ["root='/nowhere'", "raw.zip"]),
     ],
 )
-def test_a_mistake_gets_one_line_and_exit_code_2(args, words, here, capsys):
+def test_invalid_arguments_print_one_line_and_exit_2(args, words, here, capsys):
     assert cli.main(["run", *args]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("em-lightning: ") and all(word in message for word in words), message
@@ -213,7 +215,7 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch):
 def test_two_processes_train_to_the_same_likelihood(here):
     results = []
     for options in ([], ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=4"]):
-        start = ["--model.init=farthest", "--model.num_starts=1"]  # which draws nothing, whatever the rank
+        start = ["--model.init=farthest", "--model.num_starts=1"]  # deterministic start, equal on all ranks
         command = [sys.executable, "-m", "em_lightning.cli", "run", "point_cloud_gmm", *SMALL, *start, *options]
         done = subprocess.run(
             command, cwd=here, env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True
@@ -242,7 +244,7 @@ number = lambda: 3
 
 
 @pytest.mark.parametrize("name", ["classifier", "ready"])
-def test_audit_prints_where_em_lives(name, here, capsys):
+def test_audit_marks_softmax_as_em(name, here, capsys):
     Path("networks.py").write_text(MODELS)
     assert cli.main(["audit", f"networks.py:{name}", "--input=5,8"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -304,7 +306,7 @@ def test_audit_loads_a_checkpoint_with_its_surgery(here, capsys):
         (["networks.py:ready", "--input=5x8"], ["--input='5x8'", "32,784"]),
     ],
 )
-def test_a_mistake_of_an_audit_gets_one_line(args, words, here, capsys):
+def test_invalid_arguments_of_an_audit_print_one_line(args, words, here, capsys):
     Path("networks.py").write_text(MODELS)
     assert cli.main(["audit", *args]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -319,7 +321,7 @@ def test_a_mistake_of_an_audit_gets_one_line(args, words, here, capsys):
         (["--model.init_args.num_classes", "3"], "model.num_classes"),
     ],
 )
-def test_what_would_have_no_effect_is_refused(args, words, here, capsys):
+def test_options_without_effect_are_refused(args, words, here, capsys):
     assert cli.main(["run", "volume_control", *args]) == 2
     assert words in capsys.readouterr().err
 

@@ -1,3 +1,5 @@
+"""Competition operators: contract tests, references, and wrong arguments."""
+
 import warnings
 
 import numpy as np
@@ -143,14 +145,14 @@ def test_every_operator_is_registered_and_has_a_contract():
 
 @pytest.mark.filterwarnings("ignore::em_lightning.competition.ScopeWarning")
 @pytest.mark.parametrize("key", FUNCTIONS)
-def test_module_is_its_function(key):
+def test_module_equals_function(key):
     d, log_prior = torch.randn(6, 4).double(), torch.randn(4).double()
     module = COMPETITIONS.build({"name": key, "temperature": 0.3})
     torch.testing.assert_close(tuple(module(d, log_prior)), tuple(FUNCTIONS[key](d, 0.3, log_prior)), rtol=0, atol=0)
     assert "temperature=0.3" in repr(module)
 
 
-def test_softmin_is_scipys():
+def test_softmin_equals_scipy():
     d = torch.randn(5, 7, dtype=torch.float64) * 100
     posterior = softmin(d, temperature=0.7)
     np.testing.assert_allclose(posterior.responsibilities, scipy.special.softmax(-d.numpy() / 0.7, -1), atol=1e-14)
@@ -163,7 +165,7 @@ def test_softmin_prior_is_the_limit_of_high_temperature():
     torch.testing.assert_close(r, log_prior.exp())
 
 
-def test_nothing_is_responsible_where_all_are_excluded():
+def test_all_energies_infinite_give_zero_responsibilities():
     for function in (softmin, sparsemin, entmin, topk):
         d = torch.full((2, 3), torch.inf, requires_grad=True)
         posterior = function(d)
@@ -172,7 +174,7 @@ def test_nothing_is_responsible_where_all_are_excluded():
     assert background(torch.full((3,), torch.inf)).responsibilities.tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
-def test_a_compiled_softmin_excludes_as_the_plain_one_does():
+def test_compiled_softmin_with_infinite_energies():
     d = torch.randn(4, 3)
     d[0], d[1, 2] = torch.inf, torch.inf
     found = torch.compile(lambda d: softmin(d)[1:], backend="eager", fullgraph=True)(d)
@@ -180,7 +182,7 @@ def test_a_compiled_softmin_excludes_as_the_plain_one_does():
     assert (found[0][0] == 0).all() and found[1][0] == torch.inf
 
 
-def test_a_temperature_is_fixed_unless_it_is_asked_to_learn():
+def test_temperature_is_fixed_by_default():
     assert not list(Tempered(2.0).parameters()) and Tempered(2.0).temperature == 2.0
     assert [parameter.shape for parameter in Tempered(2.0, learnable=True).parameters()] == [(1,)]
 
@@ -236,7 +238,7 @@ def test_temperature_tensor_for_each_item():
         ("balanced", {}, "num_iters=40, temperature=1"),
     ],
 )
-def test_what_a_module_shows(key, arguments, shown):
+def test_module_repr(key, arguments, shown):
     assert COMPETITIONS.build(key, **arguments).extra_repr() == shown
 
 
@@ -286,13 +288,13 @@ def test_sparse_operators_sum_to_one_in_float32_over_many(function):
 
 @pytest.mark.parametrize("function", [sparsemin, entmin])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_infinite_energies_have_no_share_at_all(function, dtype):
+def test_infinite_energies_have_zero_responsibility(function, dtype):
     for size in range(2, 40):
         d = torch.full((size,), torch.inf, dtype=dtype).index_fill(0, torch.tensor([size // 2]), 1.5)
         assert function(d).responsibilities.tolist() == [float(k == size // 2) for k in range(size)]
 
 
-def test_groups_compete_alone():
+def test_groups_are_independent():
     d = torch.randn(2, 6, 3, dtype=torch.float64)
     posterior = grouped(d, 0.7, dim=1, group_size=3)
     assert posterior.free_energy.shape == (2, 2, 3)
@@ -302,7 +304,7 @@ def test_groups_compete_alone():
         torch.testing.assert_close(posterior.free_energy[:, g], alone.free_energy)
 
 
-def test_grouped_refuses_what_does_not_divide():
+def test_grouped_rejects_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="group_size=2.* 5 hypotheses.*dim=-1"):
         grouped(torch.zeros(5))
     with pytest.raises(ValueError, match="group_size=0"):
@@ -326,7 +328,7 @@ def test_background_energy_is_learned():
     assert "energy=1, learnable_energy=True" in repr(module)
 
 
-def test_topk_keeps_ties_and_refuses_zero():
+def test_topk_keeps_ties_and_rejects_zero():
     assert topk(torch.tensor([0.0, 0.0, 0.0, 1.0]), k=1).responsibilities.tolist() == pytest.approx([1 / 3] * 3 + [0])
     with pytest.raises(ValueError, match="k=0"):
         TopK(k=0)
@@ -334,14 +336,14 @@ def test_topk_keeps_ties_and_refuses_zero():
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e3])
 @pytest.mark.parametrize("shape", [(6, 4), (3, 8), (7, 5), (64, 16)])
-def test_balanced_shares_the_batch(shape, size):
+def test_balanced_satisfies_both_constraints(shape, size):
     d = (torch.rand(shape, dtype=torch.float64) * 2 - 1) * size
     r = balanced(d).responsibilities
     torch.testing.assert_close(r.sum(-1), torch.ones(shape[0]).double(), rtol=0, atol=1e-12)
     torch.testing.assert_close(r.sum(0), torch.full(shape[1:], shape[0] / shape[1], dtype=r.dtype), rtol=0, atol=1e-9)
 
 
-def test_balanced_is_the_plan_of_plain_sinkhorn():
+def test_balanced_equals_plain_sinkhorn():
     d, shares = torch.rand(7, 3, dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2]).double()
     plan, mass = torch.exp(-d / 0.5), 7 * shares
     for _ in range(2000):
@@ -353,14 +355,14 @@ def test_balanced_is_the_plan_of_plain_sinkhorn():
     torch.testing.assert_close(posterior.free_energy.sum(), cost)
 
 
-def test_cold_balanced_is_the_best_assignment():
+def test_balanced_at_low_temperature_is_the_linear_assignment():
     d = torch.rand(6, 6, dtype=torch.float64)
     rows, columns = scipy.optimize.linear_sum_assignment(d.numpy())
     r = balanced(d, temperature=1e-3, num_iters=200).responsibilities
     assert (r[rows, columns] > 0.99).all()
 
 
-def test_balanced_over_one_axis_solves_each_problem_alone():
+def test_balanced_with_item_dim_solves_independent_problems():
     d = torch.randn(3, 5, 4, dtype=torch.float64)
     posterior = balanced(d, item_dim=1)
     swapped = balanced(d.movedim(2, 0), dim=0, item_dim=-1)
@@ -414,7 +416,7 @@ def test_only_balanced_couples_items():
     assert [key for key in COMPETITIONS if COMPETITIONS[key].couples_items] == ["balanced"]
 
 
-def test_balanced_refuses_bad_arguments():
+def test_balanced_rejects_wrong_arguments():
     with pytest.raises(ValueError, match="item_dim=1.*dim=-1"):
         balanced(torch.zeros(3, 2), item_dim=1)
     with pytest.raises(ValueError, match="num_iters=0"):
@@ -425,7 +427,7 @@ def test_balanced_refuses_bad_arguments():
         balanced(torch.zeros(3, 2), 1.0, torch.zeros(1))
 
 
-def test_hard_assignment_says_what_it_breaks():
+def test_hardmin_warns():
     with pytest.warns(ScopeWarning, match="scope of implicit EM.*no gradient"):
         posterior = hardmin(torch.tensor([3.0, 1.0, 1.0]))
     assert posterior.responsibilities.tolist() == [0.0, 0.5, 0.5] and posterior.free_energy == 1.0

@@ -119,7 +119,7 @@ def test_families(family):
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="family='cube' .* sphere, "):
+    with pytest.raises(ValueError, match="family='cube' .*sphere"):
         data.random_surface("cube", generator())
 
 
@@ -366,7 +366,7 @@ def test_folder_with_train_and_test(tmp_path):
 
 def test_folder_with_test_alone(tmp_path):
     folder(tmp_path, ["test/a.off"])
-    with pytest.raises(ValueError, match="no files for train and val"):
+    with pytest.raises(ValueError, match="no files for .*train.*val"):
         data.PointCloudFolder(root=str(tmp_path)).setup()
 
 
@@ -400,7 +400,7 @@ def test_a_pattern_chooses_files(tmp_path):
         module = data.PointCloudFolder(root=str(tmp_path), num_points=16, pattern=pattern)
         module.setup()
         assert sum(len(part) for part in module.datasets.values()) == count
-    with pytest.raises(ValueError, match="damaged.txt"):
+    with pytest.warns(UserWarning, match="damaged.txt"):
         data.PointCloudFolder(root=str(tmp_path), pattern="*.txt").setup()
     with pytest.raises(ValueError, match=r"'\*.ply' matches no"):
         data.PointCloudFolder(root=str(tmp_path), pattern="*.ply").setup()
@@ -464,7 +464,7 @@ def test_bad_archives_are_named(tmp_path, archive):
         ({"seed": -1}, "seed=-1 .* 0"),
         ({"noise": -0.1}, "noise=-0.1 .* 0"),
         ({"noise": math.nan}, "noise=nan .* 0"),
-        ({"rotate": "x"}, "rotate='x' .* none, z, so3"),
+        ({"rotate": "x"}, "rotate='x' .*none.*z.*so3"),
         ({"train_clouds": 0}, "train_clouds=0 .* 1"),
         ({"families": ["cube"]}, r"families=\['cube'\] .* sphere"),
         ({"families": []}, r"families=\[\] .* sphere"),
@@ -483,7 +483,7 @@ def test_bad_arguments_of_the_other_sources(tmp_path, archive):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"root=.*CLASS/train/\*.off .*raw.zip"):
         data.GeometricShapes(root=str(tmp_path / "empty")).setup()
-    with pytest.raises(ValueError, match="name='30' .* 10, 40"):
+    with pytest.raises(ValueError, match="name='30' .*10.*40"):
         data.ModelNet("30")
     with pytest.raises(ValueError, match="val_fraction=1.0 .* 0 and 1"):
         data.ModelNet(val_fraction=1.0)
@@ -504,7 +504,7 @@ def test_the_command_line_knows_every_argument(name):
     text = parser.format_help()
     for argument in ("num_points", "batch_size", "num_workers", "seed", "noise", "rotate"):
         assert f"--data.{argument}" in text
-    assert "points of a cloud to fit, and as many held out" in text
+    assert "points per cloud to fit; the same number is held out" in text
 
 
 def test_the_epoch_of_a_resumed_run_is_told_after_its_iterator_is_made():

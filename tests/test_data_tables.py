@@ -107,7 +107,7 @@ def test_a_loader_goes_on_behind_the_block_it_gave_last(x):
         assert len(list(second)) == len(blocks)
 
 
-def test_a_sample_is_spread_over_the_table_and_the_same_on_every_rank(x):
+def test_a_sample_is_distributed_over_the_table_and_the_same_on_every_rank(x):
     numbers = Table(torch.arange(1000.0)[:, None])
     samples = [TableBlocks(numbers, None, 100, False, 4, rank).sample(50, seed=3).points for rank in range(4)]
     assert all(torch.equal(samples[0], other) for other in samples)
@@ -161,7 +161,7 @@ def test_hidden_files_are_not_shards(x, tmp_path):
         (lambda f: Table(torch.zeros(3)), ["data has shape (3,)", "(N, D)"]),
         (lambda f: Table(torch.zeros(0, 3)), ["shape (0, 3)", "at least one row"]),
         (lambda f: Table(torch.zeros(3, 2), ndim=1, name="weights"), ["weights has shape (3, 2)", "(N,)"]),
-        (lambda f: Table(f / "objects.npy"), ["objects.npy cannot be read", "numpy.save"]),
+        (lambda f: Table(f / "objects.npy"), ["objects.npy", "numpy.save"]),
         (lambda f: Table(f / "text.npy"), ["text.npy", "numpy.save"]),
         (lambda f: Table(f / "complex.npy"), ["complex.npy", "complex128"]),
         (lambda f: Table(f / "uneven"), ["shape (4, 3) in 001.npy", "the same D in all shards"]),
@@ -173,7 +173,7 @@ def test_hidden_files_are_not_shards(x, tmp_path):
             ["weights", "rows 0 to 2"],
         ),
         (lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(), ["held_out", "4, 2"]),
-        (lambda f: GaussianBlobs(storage="tape"), ["storage='tape'", "memory, shards"]),
+        (lambda f: GaussianBlobs(storage="tape"), ["storage='tape'", "memory", "shards"]),
         (lambda f: GaussianBlobs(num_points=1), ["num_points=1"]),
         (lambda f: GaussianBlobs(true_components=0), ["true_components=0"]),
         (lambda f: TabularDataModule(torch.zeros(3, 2), seed=-1), ["seed=-1"]),

@@ -1,3 +1,5 @@
+"""Sums and moments over ranks."""
+
 import copy
 
 import numpy as np
@@ -12,7 +14,7 @@ from em_lightning.testing.distributed import run_ranks
 DOUBLE = torch.float64
 
 
-def test_flatten_units_lays_every_other_axis_out_as_items():
+def test_flatten_units_flattens_all_other_axes_into_items():
     x = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4)
     items, counts = flatten_units(x, dim=1)
     assert counts is None
@@ -21,7 +23,7 @@ def test_flatten_units_lays_every_other_axis_out_as_items():
     assert flatten_units(x.bfloat16())[0].dtype == torch.float32
 
 
-def test_what_does_not_count_may_be_nan():
+def test_masked_items_may_be_nan():
     x = torch.tensor([[1.0, 2.0], [torch.nan, torch.inf], [3.0, 4.0]])
     items, counts = flatten_units(x, mask=torch.tensor([True, False, True]), weights=torch.tensor([2.0, 5.0, 0.5]))
     assert counts.tolist() == [2.0, 0.0, 0.5] and items[1].tolist() == [0.0, 0.0]
@@ -36,7 +38,7 @@ def test_what_does_not_count_may_be_nan():
         ({"mask": torch.ones(3)}, TypeError, "mask of dtype torch.float32"),
     ],
 )
-def test_wrong_use_is_answered(arguments, error, words):
+def test_wrong_arguments_raise(arguments, error, words):
     with pytest.raises(error) as caught:
         flatten_units(torch.zeros(3, 2), **arguments)
     assert words in str(caught.value)
@@ -77,7 +79,7 @@ def test_a_constant_unit_has_variance_zero_and_no_gradient(value):
 
 
 @pytest.mark.parametrize("items", [0, 1])
-def test_fewer_than_two_items_have_no_spread(items):
+def test_fewer_than_two_items_have_variance_zero(items):
     x = torch.randn(items, 3, requires_grad=True)
     moments = batch_moments(x)
     (moments.variance.sum() + moments.covariance().sum()).backward()
@@ -93,7 +95,7 @@ def test_moments_have_the_right_gradient():
     assert torch.autograd.gradgradcheck(lambda x: batch_moments(x).covariance(), (x,))
 
 
-def test_autocast_does_not_reach_the_statistics():
+def test_statistics_ignore_autocast():
     x = torch.randn(64, 4) + 10
     expected = batch_moments(x).correlation()
     with torch.autocast("cpu", torch.bfloat16):
@@ -101,7 +103,7 @@ def test_autocast_does_not_reach_the_statistics():
         assert torch.equal(moments.correlation(), expected) and moments.variance.dtype == torch.float32
 
 
-def test_compiles_whole_without_a_group():
+def test_compiles_to_one_graph_without_a_process_group():
     x = torch.randn(16, 4)
     compiled = torch.compile(lambda x: batch_moments(x).correlation(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), batch_moments(x).correlation())

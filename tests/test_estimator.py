@@ -136,30 +136,36 @@ def test_a_start_may_be_given_in_part(kind, X):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"n_components": 0}, ["n_components=0"]),
-        ({"n_components": 601}, ["n_samples=600", "n_components=601"]),
-        ({"max_iter": 0}, ["max_iter=0"]),
-        ({"tol": -1.0}, ["tol=-1.0"]),
-        ({"reg_covar": -1.0}, ["reg_covar=-1.0"]),
-        ({"covariance_type": "round"}, ["covariance_type='round'"]),
-        ({"init_params": "kmeans"}, ["init_params='kmeans'"]),
+        ({"n_components": 0}, ["n_components", "0"]),
+        ({"n_components": "3"}, ["n_components", "'3'"]),
+        ({"n_components": 601}, ["n_samples = 600", "n_components = 601"]),
+        ({"max_iter": -1}, ["max_iter=-1"]),
+        ({"max_iter": None}, ["max_iter=None"]),
         ({"n_init": 0}, ["n_init=0"]),
-        ({"means_init": np.zeros((2, 3))}, ["means_init", "(2, 3)", "(1, 3)"]),
+        ({"n_init": 2.5}, ["n_init=2.5"]),
+        ({"tol": -1.0}, ["tol", "-1.0"]),
+        ({"tol": None}, ["tol", "None"]),
+        ({"reg_covar": -1.0}, ["reg_covar", "-1.0"]),
+        ({"reg_covar": np.inf}, ["reg_covar", "inf"]),
+        ({"covariance_type": "round"}, ["covariance_type", "'round'"]),
+        ({"init_params": "grid"}, ["init_params", "'grid'"]),
+        ({"means_init": np.zeros((2, 3))}, ["means", "(2, 3)", "(1, 3)"]),
         ({"means_init": np.full((1, 3), np.nan)}, ["means_init", "NaN"]),
-        ({"weights_init": [0.5]}, ["weights_init=[0.5]"]),
-        ({"precisions_init": -np.eye(3)[None]}, ["precisions_init"]),
-        ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precisions_init"]),
+        ({"weights_init": [0.5]}, ["weights", "0.5"]),
+        ({"precisions_init": -np.eye(3)[None]}, ["precision", "positive"]),
+        ({"precisions_init": [0.0], "covariance_type": "spherical"}, ["precision", "positive"]),
     ],
 )
 def test_wrong_arguments_are_reported(options, words, X):
-    assert_raises(ValueError, words, lambda: GaussianMixture(**options).fit(X))
+    for init in ({"init_params": "farthest"}, {}):
+        assert_raises(ValueError, words, lambda options={**init, **options}: GaussianMixture(**options).fit(X))
 
 
 def test_a_fit_that_has_not_converged_warns(X):
-    with pytest.warns(ConvergenceWarning, match="max_iter=2"):
+    with pytest.warns(ConvergenceWarning, match="max_iter"):
         fit = GaussianMixture(4, max_iter=2, tol=1e-12, random_state=0).fit(X)
     assert not fit.converged_
-    assert_raises(ValueError, ["n_samples=0"], lambda: fit.sample(0))
+    assert_raises(ValueError, ["n_samples", "0"], lambda: fit.sample(0))
 
 
 def test_the_package_does_not_import_scikit_learn():

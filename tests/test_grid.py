@@ -93,11 +93,11 @@ def test_a_table_is_run_and_continued(here, capfd):
 class Stop(lightning.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 2:
-            raise RuntimeError("the lights went out")
+            raise RuntimeError("stopped by the test")
 
 
-def test_an_interrupted_row_goes_on_from_its_checkpoint(here, monkeypatch):
-    """In this process, so that the interruption can be made."""
+def test_an_interrupted_row_resumes_from_its_checkpoint(here, monkeypatch):
+    """Run the row in this process, so that a callback can interrupt it."""
 
     def run(seeds, stop=False):
         recipe, made = cli.load_recipe(cli.find_recipe("decoder_free_sae")), []
@@ -111,7 +111,7 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(here, monkeypatch):
         return [json.loads(cell.result.read_text()) for cell in row]
 
     for seeds in ([1, 2], [1]):  # together, and one alone
-        with pytest.raises(RuntimeError, match="published, seed 1: .*the lights went out"):
+        with pytest.raises(RuntimeError, match="published, seed 1: .*stopped by the test"):
             run(seeds, stop=True)
         resumed = run(seeds)
         shutil.rmtree("lightning_logs")
@@ -141,7 +141,7 @@ def test_a_row_that_fails_is_named(here, capfd):
         ([27.0, 28.0], None, 27.9, ("27.5 ± 0.71", "-0.4", "no")),
     ],
 )
-def test_a_line_compares_with_what_was_published(values, published, checked, expected):
+def test_a_row_compares_with_published_values(values, published, checked, expected):
     line = compare(values, published, checked)
     assert (line["reproduced"], line["difference"], line["inside"]) == expected
 
@@ -155,7 +155,7 @@ def test_published_tables_name_metrics_that_exist():
                     assert len(parse_number(value)) == 3
 
 
-def test_a_fit_that_is_over_before_its_first_validation_reports(here):
+def test_a_fit_shorter_than_the_validation_interval_reports(here):
     table = yaml.safe_load(Path(write_table(epochs=2, seeds=[1])).read_text())
     table["trainer"]["check_val_every_n_epoch"] = 10
     Path("small.yaml").write_text(yaml.safe_dump({key: part for key, part in table.items() if key != "table"}))
@@ -164,7 +164,7 @@ def test_a_fit_that_is_over_before_its_first_validation_reports(here):
     assert [each["epoch"] for each in json.loads(results.read_text())["history"]] == [2]
 
 
-def test_a_table_names_the_command_that_made_it(here, monkeypatch):
+def test_a_table_contains_its_command(here, monkeypatch):
     commands = []
     monkeypatch.setattr(grid, "run_cells", lambda *args: None)
     monkeypatch.setattr(grid, "write_table", lambda folder, table, cells, command: commands.append(command))

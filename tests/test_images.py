@@ -137,7 +137,7 @@ def test_bytes_become_pixels_from_0_to_1():
         (lambda: data.TensorBatches([torch.zeros(2)], 0), "batch_size=0"),
         (lambda: data.Digits(val_size=-1), "val_size=-1"),
         (lambda: data.Digits(val_size=1437).setup(), "val_size=1437 .* 1437"),
-        (lambda: data.MNIST("nowhere"), "root='nowhere' .* train-images"),
+        (lambda: data.MNIST("nowhere"), "root='nowhere' .* t10k-images"),
     ],
 )
 def test_wrong_arguments_are_answered(make, message):

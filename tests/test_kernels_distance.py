@@ -10,7 +10,7 @@ many_distances = functools.partial(squared_distance, max_differences=0)
 
 
 class TestManyDistances:
-    """The path of large inputs, which stores no differences, on small inputs."""
+    """The path for large inputs, which stores no differences, on small inputs."""
 
     def test_values_and_derivatives(self):
         x = torch.randn(2, 1, 4, 3, dtype=torch.float64, requires_grad=True)
@@ -37,8 +37,8 @@ class TestManyDistances:
         x.requires_grad_()
         assert_close(second(x, many_distances), second(x, squared_distance), rtol=1e-9, atol=1e-9)
 
-    def test_no_digit_is_lost_far_from_zero(self):
-        """The expanded square would be off by more than the distance itself."""
+    def test_distances_far_from_the_origin_are_accurate(self):
+        """The error of an expanded square would exceed the distance."""
         x = torch.tensor([[1e4, -1e4]], requires_grad=True)
         centers = torch.tensor([[1e4 + 2**-9, -1e4], [-1e4, 1e4]])
         distances = many_distances(x, centers)
@@ -46,7 +46,7 @@ class TestManyDistances:
         (slope,) = torch.autograd.grad(distances[0, 0], x)
         assert_close(slope, torch.tensor([[-(2**-8), 0.0]]), rtol=1e-6, atol=0)
 
-    def test_meeting_points_have_slope_zero_and_a_curvature(self):
+    def test_derivatives_at_distance_zero(self):
         x = torch.ones(1, 2, requires_grad=True)
         hessian = torch.autograd.functional.hessian(lambda x: many_distances(x, torch.ones(1, 2)).sum(), x)
         assert_close(hessian.reshape(2, 2), 2 * torch.eye(2))

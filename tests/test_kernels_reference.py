@@ -50,12 +50,12 @@ def log_density(kernel, num_features):
     ],
     ids=["gaussian", "student_t", "laplace", "pseudo_huber"],
 )
-def test_densities_are_those_of_scipy(kernel, reference, size):
+def test_densities_equal_scipy(kernel, reference, size):
     expected = reference(ITEMS[:, :size].numpy(), CENTER[0, :size].numpy()).reshape(-1)
     np.testing.assert_allclose(log_density(kernel, size), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_one_dimensional_student_t_and_its_default_exponent_are_those_of_scipy():
+def test_one_dimensional_student_t_and_cauchy_equal_scipy():
     z = ITEMS[:, 0].numpy()
     expected = scipy.stats.t(3.5, 0.3, 0.7).logpdf(z)
     np.testing.assert_allclose(log_density(StudentTKernel(3.5, 0.7, density=True), 1), expected, rtol=1e-12)
@@ -63,13 +63,13 @@ def test_one_dimensional_student_t_and_its_default_exponent_are_those_of_scipy()
     np.testing.assert_allclose(log_density(StudentTKernel(3.5, 0.7), 1), cauchy, rtol=1e-12)
 
 
-def test_mahalanobis_is_scipys_normal_of_half_the_covariance():
+def test_mahalanobis_equals_scipy_normal_of_half_the_covariance():
     expected = scipy.stats.multivariate_normal(CENTER[0].numpy(), SIGMA.numpy() / 2).logpdf(ITEMS.numpy())
     np.testing.assert_allclose(log_density(MahalanobisKernel(3, SIGMA, learnable=False), 3), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 100])
-def test_cosine_is_scipys_von_mises_fisher(size):
+def test_cosine_equals_scipy_von_mises_fisher(size):
     x = nn.functional.normalize(torch.randn(20, size, dtype=torch.float64), dim=-1)
     center = nn.functional.normalize(torch.randn(1, size, dtype=torch.float64), dim=-1)
     found = -CosineKernel()(x, center).squeeze(-1) - CosineKernel().log_normalizer(size)
@@ -77,7 +77,7 @@ def test_cosine_is_scipys_von_mises_fisher(size):
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_energies_are_those_of_scipy_and_scikit_learn():
+def test_energies_equal_scipy_and_scikit_learn():
     x, centers = ITEMS[:20], ITEMS[20:26]
     z = (x[:, None] - centers).numpy()
     pairs = [

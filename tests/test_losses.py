@@ -1,3 +1,5 @@
+"""Losses: contract tests, references, and equality of one and two processes."""
+
 import math
 
 import numpy as np
@@ -78,7 +80,7 @@ class TestEM(LossContract):
 
 
 def published(a):
-    """The objective of arXiv 2601.06478 as its text has it, from torch's own statistics."""
+    """Return the objective of arXiv 2601.06478 from torch's own statistics."""
     off_diagonal = ~torch.eye(a.shape[1], dtype=torch.bool)
     std = a.std(0) + 1e-8
     return {
@@ -102,7 +104,7 @@ def test_the_default_is_the_published_objective():
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_the_objective_at_once_is_its_terms_one_by_one(reduction, temperature):
+def test_emloss_equals_its_terms_computed_alone(reduction, temperature):
     a = torch.rand(9, 4, dtype=DOUBLE, requires_grad=True)
     terms = EMLoss(free_energy={"temperature": temperature}, reduction=reduction)(a)
     logits = torch.logsumexp(-a / temperature, 1)
@@ -117,7 +119,7 @@ def test_the_objective_at_once_is_its_terms_one_by_one(reduction, temperature):
         torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-def test_the_free_energy_alone_counts_as_it_does_beside_others():
+def test_weights_of_the_free_energy_with_and_without_other_terms():
     a, counts = torch.rand(9, 4, dtype=DOUBLE), torch.randint(0, 3, (9,))
     expected = FreeEnergyLoss()(a.repeat_interleave(counts, 0))
     torch.testing.assert_close(EMLoss(variance=0, decorrelation=0)(a, weights=counts)["free_energy"], expected)
@@ -130,11 +132,11 @@ def test_the_free_energy_alone_counts_as_it_does_beside_others():
         (VarianceLoss(), "eps=1e-06"),
         (VarianceLoss(dim=1), "dim=1, eps=1e-06"),
         (FreeEnergyLoss("mean", 2.0), "reduction='mean', temperature=2.0"),
-        (LogDetLoss(of="correlation", dim=0), "dim=0, of='correlation', eps=1e-06"),
+        (LogDetLoss(of="correlation", dim=0), "dim=0, eps=1e-06, of='correlation'"),
         (EMLoss(variance=0.5, decorrelation=0), "free_energy=1, variance=0.5, decorrelation=0"),
     ],
 )
-def test_what_a_loss_shows(loss, shown):
+def test_repr(loss, shown):
     assert loss.extra_repr() == shown
 
 
@@ -155,7 +157,7 @@ def test_terms_equal_plain_loops():
     assert [value.item() for value in terms.values()] == pytest.approx([free / 7, variance, correlation], rel=1e-12)
 
 
-def test_a_dead_unit_adds_to_the_variance_term_alone():
+def test_a_constant_unit_changes_the_variance_term_only():
     a = torch.rand(20, 3, dtype=DOUBLE)
     dead = torch.cat([a, torch.zeros(20, 1, dtype=DOUBLE)], dim=1)
     torch.testing.assert_close(DecorrelationLoss()(dead), DecorrelationLoss()(a), rtol=1e-12, atol=0)
@@ -254,7 +256,7 @@ def test_balance_against_scipy_and_its_bounds():
     assert BalanceLoss()(one_for_all).item() == pytest.approx(math.log(4))
 
 
-def test_scaling_lowers_the_published_loss_without_limit_but_not_the_bounded_one():
+def test_variance_loss_is_unbounded_under_scaling_and_bounded_variance_is_not():
     a = torch.relu(torch.randn(128, 64, dtype=DOUBLE))
     assert EMLoss().total(a) - EMLoss().total(a * 1e4) > 1000
     assert VarianceLoss()(a) - VarianceLoss()(a * 1e4) > 1000
@@ -263,7 +265,7 @@ def test_scaling_lowers_the_published_loss_without_limit_but_not_the_bounded_one
     bounded = EMLoss(variance=0.0, bounded_variance=1.0)
     free = FreeEnergyLoss()(a).item()
     assert all(bounded.total(a * scale) > free - 1 for scale in (1e1, 1e2, 1e4, 1e8))
-    # Below its target it is the published term, gradient too: a unit that dies is pulled as hard.
+    # Far below the target, the gradient equals that of the published term.
     dying = (a * 1e-2).requires_grad_()
     (pull,) = torch.autograd.grad(BoundedVarianceLoss()(dying), dying)
     (wanted,) = torch.autograd.grad(VarianceLoss()(dying), dying)
@@ -286,7 +288,7 @@ def test_terms_are_weighted_and_those_of_weight_zero_are_not_computed():
     assert list(loss(a)) == ["decorrelation"]
 
 
-def test_a_plug_in_is_a_term_by_its_name(monkeypatch):
+def test_a_registered_loss_is_a_term_by_its_key(monkeypatch):
     class Mean(EnergyLoss):
         def __init__(self, power=1):
             super().__init__()
@@ -338,13 +340,13 @@ def test_weight_redundancy_reads_the_weight():
         (lambda: EMLoss()(torch.zeros(4, 0)), ValueError, "dim=-1"),
     ],
 )
-def test_wrong_use_is_answered(make, error, words):
+def test_wrong_arguments_raise(make, error, words):
     with pytest.raises(error) as caught:
         make()
     assert words in str(caught.value)
 
 
-def test_the_registry_names_them_all():
+def test_registry_contains_the_built_in_losses():
     assert {"free_energy", "variance", "decorrelation", "weight_redundancy", "log_det", "balance"} <= set(LOSSES)
     assert all(type(LOSSES.build(key)) is LOSSES[key] for key in LOSSES)
 

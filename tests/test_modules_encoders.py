@@ -54,7 +54,7 @@ def test_energies_are_the_joint_log_densities_of_scikit_learns_mixture(covarianc
     torch.manual_seed(0)
     fitted = MixtureEncoder(64, 5, subspace=4, num_iters=10, covariance=covariance)
     fitted.fit(x)
-    losses = [each.objective(x, None, each.energies(x), "test")["free_energy"] for each in (module, fitted)]
+    losses = [each.loss_terms(x, None, each.energies(x), "test")["free_energy"] for each in (module, fitted)]
     assert losses[0].item() == pytest.approx(-np.logaddexp.reduce(-expected, -1).mean(), rel=1e-3)
     assert losses[1] < losses[0]
 

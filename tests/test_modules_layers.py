@@ -1,4 +1,4 @@
-"""Modules with one layer of energies: objective, metrics, subclasses; replicas go the way that each would go alone."""
+"""Modules with one layer of energies: loss terms, metrics, subclasses; replicas go the way that each would go alone."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch.nn import functional
 from em_lightning import modules
 from em_lightning.data import Digits
 from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer
-from em_lightning.studies import ReplicaData, Replicas, SparseAutoencoder, linear_probe
+from em_lightning.studies import Replicas, SparseAutoencoder, linear_probe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
@@ -27,12 +27,12 @@ MAKE = {
 }
 
 
-def fit(module, data, epochs=2, **options):
+def fit(module, *data, epochs=2, **options):
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, **options,
     )  # fmt: skip
-    trainer.fit(module, data)
+    trainer.fit(module, *data)
     return trainer
 
 
@@ -162,8 +162,8 @@ def test_replicas_go_the_way_that_each_goes_alone(key):
         return MAKE[key](lr=1e-4)
 
     replicas = Replicas([make(seed) for seed in range(3)])
-    data = ReplicaData([Digits(seed=seed) for seed in range(3)])
-    together = fit(replicas, data).callback_metrics
+    loaders = [Digits(seed=seed).train_dataloader() for seed in range(3)]
+    together = fit(replicas, loaders, Digits().val_dataloader()).callback_metrics
     for seed, layer in enumerate(replicas.layers):
         alone = make(seed)
         metrics = fit(alone, Digits(seed=seed)).callback_metrics
@@ -172,6 +172,17 @@ def test_replicas_go_the_way_that_each_goes_alone(key):
         for name in ("entropy", "l0", "min_variance", *(["accuracy"] if "accuracy" in metrics else [])):
             found, expected = together[f"{seed}/val/{name}"], metrics[f"val/{name}"]
             assert float(found) == pytest.approx(float(expected), rel=1e-2, abs=1e-3), name
+
+
+def test_a_layer_logs_under_its_own_names_after_a_fit_as_a_replica():
+    replicas = Replicas([MAKE["classifier"](), MAKE["classifier"]()])
+    assert "0/val/loss" in fit(replicas, [Digits().train_dataloader()] * 2, Digits().val_dataloader()).callback_metrics
+    layer = MAKE["classifier"]()
+    layer.load_state_dict(replicas.layers[1].state_dict())
+    for p in replicas.layers[1].parameters():
+        p.requires_grad_()
+    for module in (replicas.layers[1], layer):
+        assert "val/loss" in fit(module, Digits(), epochs=1).callback_metrics
 
 
 def test_replicas_that_are_not_alike_are_refused():
@@ -207,9 +218,9 @@ def test_errors_name_the_argument_and_the_value(make, message):
         make()
 
 
-def test_a_layer_without_an_objective_raises():
+def test_a_layer_without_loss_terms_raises():
     layer = EnergyLayer(4, 2)
-    with pytest.raises(NotImplementedError, match="EnergyLayer.*objective"):
+    with pytest.raises(NotImplementedError, match="EnergyLayer.*loss_terms"):
         layer.step((torch.rand(3, 4), None), "train")
 
 

@@ -13,7 +13,7 @@ from em_lightning.operators import DirectionalEM
 
 
 def on_sphere(sets=2, items=90, features=3, spread=0.3):
-    """Draw points of three directions; their lengths differ and do not matter."""
+    """Draw points around three directions, with different norms."""
     x = clusters(sets, items, features, 3, distance=1.0, spread=spread)
     return x * (0.5 + torch.rand(sets, items, 1, dtype=torch.float64))
 
@@ -25,12 +25,12 @@ def log_normalizer(kappa, features):
     return kappa - mixture.log_prob(mean)[:, 0]
 
 
-def concentration_of(resultant, features, concentration_floor=None):
+def concentration_of(resultant, features, dispersion_floor=None):
     """Return the concentration that one component finds for two unit vectors whose mean has a given length."""
     across = np.sqrt(max(1.0 - resultant**2, 0.0))
     x = torch.zeros(1, 2, features, dtype=torch.float64)
     x[..., 0], x[0, 0, 1], x[0, 1, 1] = resultant, across, -across
-    options = {} if concentration_floor is None else {"concentration_floor": concentration_floor}
+    options = {} if dispersion_floor is None else {"dispersion_floor": dispersion_floor}
     return DirectionalEM(1, features, num_iters=2, **options)(x).concentrations.item()
 
 
@@ -158,7 +158,7 @@ def test_float32_equals_float64():
         (lambda: DirectionalEM(0, 3), ["num_components=0"]),
         (lambda: DirectionalEM(2, 1), ["num_features=1"]),
         (lambda: DirectionalEM(2, 3, init="learned"), ["init='learned'"]),
-        (lambda: DirectionalEM(2, 3, concentration_floor=0.0), ["concentration_floor=0.0"]),
+        (lambda: DirectionalEM(2, 3, dispersion_floor=0.0), ["dispersion_floor=0.0"]),
         (lambda: DirectionalEM(2, 3)(torch.randn(2, 5, 2)), ["x", "(2, 5, 2)"]),
     ],
 )

@@ -1,3 +1,5 @@
+"""Set pooling and the PyG aggregation."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""Figures of mixtures."""
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ def test_ellipses_have_the_radius_of_the_components(kind):
         np.testing.assert_allclose(distance, 3.0 * 0.2, rtol=1e-5)
 
 
-def test_clouds_in_space_have_a_surface_for_each_component_that_has_weight():
+def test_3d_plot_draws_one_surface_per_component_with_positive_weight():
     mixture = Mixture(torch.tensor([[0.5, 0.5, 1e-9]]).log(), torch.randn(1, 3, 3), torch.ones(1, 3))
     figure = mixture_grid(torch.randn(1, 7, 3), mixture, titles=["a cloud"])
     assert len(figure.axes[0].collections) == 1 + 2 and figure.axes[0].get_title() == "a cloud"

@@ -1,3 +1,5 @@
+"""Posterior: mean, variance, entropy and mode against plain formulas."""
+
 import itertools
 import math
 
@@ -39,7 +41,7 @@ class TestPosterior:
             scalar = values[:, 0]
             torch.testing.assert_close(getattr(first, name)(scalar, dim=1), getattr(last, name)(scalar))
 
-    def test_half_precision_holds_a_variance_whose_squares_it_cannot(self):
+    def test_float16_variance_whose_squares_overflow(self):
         posterior = softmin(torch.tensor([[0.0, 0.0, 9.0]], dtype=torch.float16))
         values = torch.tensor([150.0, 150.0, -250.0], dtype=torch.float16)
         r = posterior.responsibilities.double()

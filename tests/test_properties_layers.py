@@ -21,7 +21,7 @@ from em_lightning.distributed import (
     batch_moments,
     flatten_units,
     global_sum,
-    is_spread,
+    is_distributed,
 )
 from em_lightning.losses import WeightRedundancyLoss
 from em_lightning.studies import linear_probe
@@ -64,7 +64,7 @@ def test_means_and_layouts_of_any_batch(values):
     items, counts = flatten_units(x, -1, mask, weights)
     wide = torch.promote_types(dtype, torch.float32)
     assert items.dtype == wide and items.isfinite().all()
-    assert accumulation_dtype(items) == torch.float64 and not is_spread() and torch.equal(global_sum(items), items)
+    assert accumulation_dtype(items) == torch.float64 and not is_distributed() and torch.equal(global_sum(items), items)
     mean = batch_mean(items, counts)
     eps = 64 * torch.finfo(wide).eps
     expected = (w[:, None] * kept).sum(0) / max(w.sum(), 1e-300)

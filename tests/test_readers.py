@@ -179,7 +179,7 @@ BROKEN = {
     "long.obj": (b"v 0 0 0\nf 99999999999999999999 1 1\n", ""),
     "none.obj": (b"o nothing\n", "no points"),
     "header.xyz": (b"x y z\n1 2 3\nx y z\n", "'x'"),
-    "chemistry.xyz": (b"2\nwater\nH 0 0 0\n", "shape"),
+    "chemistry.xyz": (b"2\nwater\nH 0 0 0\n", "'H'"),
     "comma.xyz": (b"0,5;1,5;2,5\n3,5;4,5;5,5\n", "0,5"),
     "comma.txt": (b"0,5\t1,5\t2,5\n", ""),
     "comma.csv": (b"x;y;z\n1;2;3\n1,5;2;3\n", "'1,5'"),

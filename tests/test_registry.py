@@ -1,3 +1,5 @@
+"""Registry: keys, mappings, plug-ins and errors."""
+
 import sys
 import types
 

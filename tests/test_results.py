@@ -1,8 +1,13 @@
+"""Tables of results as Markdown and JSON, and their combination over seeds."""
+
 import json
 
+import lightning
 import pytest
+import torch
 
-from em_lightning.studies import combine, markdown_table, write_results
+from em_lightning.modules import EMModule
+from em_lightning.studies import Report, combine, markdown_table, write_results
 
 ROWS = [{"method": "EM", "score": 1.23456, "count": 3}, {"method": "other", "score": -2.0, "count": 4}]
 
@@ -29,3 +34,47 @@ def test_different_tables_are_not_combined(tmp_path):
     write_results(tmp_path / "b", "Title", [], [{"method": "other", "score": 1.0}])
     with pytest.raises(ValueError, match="different rows"):
         combine([tmp_path / "a" / "results.json", tmp_path / "b" / "results.json"])
+
+
+class Frozen(EMModule):
+    """A model whose batch norm is frozen, as in fine-tuning."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.layer = torch.nn.Linear(2, 1)
+
+    def on_train_epoch_start(self):
+        self.norm.eval()
+
+    def step(self, batch, stage):
+        return self.layer(self.norm(batch[0])).square().mean()
+
+
+class Modes(Report):
+    """Record the modes during the report, and fail if asked to."""
+
+    def __init__(self, fails):
+        super().__init__()
+        self.fails = fails
+
+    def report(self, trainer, module, folder):
+        self.seen = [part.training for part in module.modules()]
+        if self.fails:
+            raise OSError("disk full")
+
+
+@pytest.mark.filterwarnings("ignore:.*many workers", "ignore:.*logging interval", "ignore:.*no `val_dataloader`")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_report_restores_the_mode_of_every_submodule(fails, tmp_path):
+    module, report = Frozen(), Modes(fails)
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(callbacks=[report], **options)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(8, 2)), batch_size=4)
+    if fails:
+        with pytest.raises(OSError, match="disk full"):
+            trainer.fit(module, loader)
+    else:
+        trainer.fit(module, loader)
+    assert not any(report.seen) and module.training and not module.norm.training and module.layer.training

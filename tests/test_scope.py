@@ -1,3 +1,5 @@
+"""The audit: which operations of a model are EM."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,19 @@ def test_competitions_of_the_library(key):
         assert "not exponentiated" in finding.reason
 
 
+def test_axis_of_a_competition_is_that_of_its_call():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.competition = COMPETITIONS.build("softmin")
+
+        def forward(self, x):
+            return self.competition(x, dim=0)
+
+    finding = only(audit(Model(), torch.rand(5, 3)))
+    assert finding.hypotheses == "axis 0: 5" and finding.em
+
+
 def test_inserted_operator():
     model = nn.Sequential(nn.Linear(4, 8))
     insert_em_operators(model, "0", 3)
@@ -128,7 +143,7 @@ def test_table_reads():
         "-",
         "r",
         "EM",
-        "why",
+        "reason",
     ]
     assert lines[2].split()[:3] == ["1", "ReLU", "relu"] and lines[2].endswith("hard zeros")
     assert "yes" in lines[3]

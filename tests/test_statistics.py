@@ -1,3 +1,5 @@
+"""Statistics of posteriors."""
+
 import pickle
 
 import numpy as np
@@ -70,7 +72,7 @@ def test_vmap_and_compile(key):
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(d), expected)
 
 
-def test_values_are_asked_for():
+def test_missing_values_raise():
     for key in ("mean", "variance"):
         with pytest.raises(ValueError, match=f"values=None.*{key}"):
             STATISTICS.build(key)(softmin(torch.zeros(3)))
@@ -87,7 +89,7 @@ def test_log_responsibilities_are_finite_at_zero():
     assert y.isfinite().all() and grad.isfinite().all()
 
 
-def test_excess_energy_of_every_kind_of_posterior():
+def test_excess_energy_of_all_competitions():
     d, statistic = torch.randn(3, 6, dtype=torch.float64), NegLogResponsibilities()
     torch.testing.assert_close(statistic(softmin(d, 0.5)), -0.5 * softmin(d, 0.5).responsibilities.log())
     of_groups = statistic(grouped(d, group_size=3))
@@ -103,6 +105,6 @@ def test_half_precision_keeps_its_dtype():
         assert STATISTICS.build(key)(posterior, torch.randn(4).bfloat16()).dtype == torch.bfloat16
 
 
-def test_statistics_read_a_posterior_of_ones_own():
+def test_statistics_of_a_hand_written_posterior():
     posterior = Posterior(torch.zeros(2), torch.tensor([0.25, 0.75]), torch.zeros(()))
     assert Mean()(posterior, torch.tensor([0.0, 4.0])) == 3.0

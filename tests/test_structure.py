@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in the order in which data flows; each imports only from rooms above it.
 ORDER = [
     "_version",
+    "checks",
     "files",
     "checkpoints",
     "registry",
@@ -40,7 +41,7 @@ ORDER = [
     "cli",
 ]
 # The aim is 16,500 and 19,000: lower these limits as code goes, and never raise them.
-MAX_LINES = {"file": 400, "package without studies": 17_500, "package": 19_400}
+MAX_LINES = {"file": 400, "package without studies": 17_480, "package": 19_250}
 # Private attributes of other libraries that are used, and why there is no public way.
 EXCEPTIONS = {
     "_python_dispatch": "torch has no public name for TorchDispatchMode, which sees the operations below autograd",

@@ -1,3 +1,5 @@
+"""Surgery: selection, replacement, insertion, undo, checkpoints."""
+
 import copy
 import functools
 import pickle
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore
 
 
 class Scaled(nn.Module):
-    """An activation with a parameter, whose starting value tells how it was built."""
+    """Activation with one random parameter."""
 
     def __init__(self, start=1.0):
         super().__init__()
@@ -60,17 +62,17 @@ def test_selection_by_class_name_predicate_and_list():
         find_modules(model, 3)
 
 
-def test_a_selection_may_narrow_by_several_names_at_once():
+def test_second_selection_accepts_a_list():
     assert paths(net(), nn.Linear, ["0", "2.*"]) == ["0", "2.0"]
     assert paths(net(), nn.Linear, ["1", lambda path, module: module.in_features == 8]) == ["2.0"]
 
 
-def test_no_match_lists_what_is_there():
+def test_no_match_error_lists_the_modules():
     with pytest.raises(NoMatchError, match=r"where=GELU.*Linear: 0, 2.0; ReLU: 1, 2.1; Sequential: 2"):
         replace_modules(net(), nn.GELU, nn.Tanh)
 
 
-def test_every_name_of_a_shared_instance_is_a_site_of_its_own():
+def test_shared_instance_is_replaced_once_per_name():
     act = nn.ReLU()
     model = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
     replace_modules(model, nn.ReLU, Scaled)
@@ -118,7 +120,8 @@ def test_calls_are_counted_per_name_of_a_shared_instance():
     model = shared_net()
     swap_activations(model, "signed", learnable=True)
     model(torch.randn(3, 4)).sum().backward()
-    assert model[1].log_temperature_ratio.grad is not None is not model[3].log_temperature_ratio.grad
+    assert model[1].log_temperature_ratio.grad is not None
+    assert model[3].log_temperature_ratio.grad is not None
 
 
 def test_layer_losses_of_a_swapped_shared_activation_are_those_of_each_layer():
@@ -149,14 +152,14 @@ def test_a_plan_with_two_operations_on_one_site_is_applied_in_order():
     fresh.load_state_dict({key: value for key, value in model.state_dict().items() if "em_surgery" not in key})
     surgery = apply_plan(fresh, recorded_plan(model), into=Surgery(fresh))
     assert torch.equal(fresh(x), model(x)) and recorded_plan(fresh) == recorded_plan(model)
-    apply_plan(fresh, recorded_plan(model))  # nothing is left to do
+    apply_plan(fresh, recorded_plan(model))  # already applied
     assert len(surgery) == len(recorded_plan(fresh)) == 2
 
 
 @pytest.mark.parametrize("on_root", [False, True])
-def test_reused_module_gets_an_operator_per_call_or_is_refused(on_root):
+def test_module_called_twice_requires_calls(on_root):
     model = users.ReusedMLP() if on_root else nn.Sequential(users.ReusedMLP())
-    name, x = ("relu", "0.relu")[not on_root], torch.randn(3, 6)
+    name, x = ("relu" if on_root else "0.relu"), torch.randn(3, 6)
     with replace_modules(model, nn.ReLU, Scaled):
         with pytest.raises(RuntimeError, match=f"'{name}' .* 1 time.* calls=N .* calls='any'"):
             model(x)
@@ -173,7 +176,7 @@ def test_reused_module_gets_an_operator_per_call_or_is_refused(on_root):
         assert torch.equal(copy.deepcopy(model)(x), model(x))
     with pytest.raises(ValueError, match="calls=0"):
         replace_modules(model, nn.ReLU, Scaled, calls=0)
-    replace_modules(model, nn.ReLU, nn.Tanh)  # nothing to tie: no limit
+    replace_modules(model, nn.ReLU, nn.Tanh)  # no parameters, so the number of calls is not checked
     model(x)
 
 
@@ -263,7 +266,7 @@ def test_surgeries_are_undone_in_any_order(order):
     assert torch.equal(model(x), before) and recorded_plan(model) == []
 
 
-def test_links_of_one_method_are_removed_in_any_order():
+def test_wrappers_of_one_method_are_removed_in_any_order():
     class Greeter:
         def greet(self, name):
             return name
@@ -276,7 +279,7 @@ def test_links_of_one_method_are_removed_in_any_order():
             handles[number]()
         assert greeter.greet("x") == "x" and "greet" not in vars(greeter)
     other = Greeter()
-    other.greet = lambda name: name.upper()  # somebody else's
+    other.greet = lambda name: name.upper()  # patched by other code
     wrap(other, "greet", lambda proceed, name: proceed(name) + "!")()
     assert other.greet("x") == "X"
 
@@ -332,7 +335,7 @@ def test_transformer_in_eval_takes_the_swapped_activation(activation):
     assert torch.equal(encoder.eval()(x, src_key_padding_mask=padding), before)
 
 
-def test_inside_of_attention_and_scripts_is_refused():
+def test_submodules_of_attention_and_script_modules_raise():
     with pytest.raises(ValueError, match="'0.out_proj' .*nn.MultiheadAttention"):
         replace_modules(nn.Sequential(nn.MultiheadAttention(4, 2)), nn.Linear, nn.Identity)
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
@@ -387,7 +390,7 @@ def test_operated_models_compile_whole(calls):
         torch.testing.assert_close(compiled(x), expected)
 
 
-def test_units_axis_and_width_are_read_off_the_layers():
+def test_dim_and_num_features_are_inferred():
     model = users.ResNet()
     surgery = swap_activations(model, "softmax_gated", calls="any")
     assert {change.added[0].dim for change in surgery.changes} == {1}
@@ -408,7 +411,7 @@ def test_units_axis_and_width_are_read_off_the_layers():
     assert insert_em_operators(encoder, "0", 2).changes[0].added[0].operator.num_features == 8
 
 
-def test_inserted_operators_leave_outputs_alone_bit_for_bit():
+def test_inserted_operator_is_the_identity_at_initialization():
     model, x = users.ResNet().eval(), torch.randn(2, 3, 32, 32)
     before = model(x)
     with insert_em_operators(model, ["layer1", "layer3"], 4):
@@ -493,7 +496,7 @@ def test_calls_of_relu_in_the_root_and_in_a_checkpoint(tmp_path):
 
 
 class FunctionalConv(nn.Module):
-    """Channels are on axis 1 behind convolutions, also after a sum, and on the last behind linear layers."""
+    """Channels are axis 1 after a convolution or a sum, and the last axis after a linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -517,13 +520,13 @@ def test_functional_relu_competes_over_channels():
     torch.testing.assert_close(net(x), h * h.softmax(-1))
 
 
-def test_a_forward_that_calls_relu_is_hinted_at():
+def test_error_suggests_functional_if_forward_calls_relu():
     with pytest.raises(NoMatchError, match="relu .*functional=True"):
         swap_activations(FunctionalConv(), "signed")
 
 
 @pytest.mark.parametrize("name", ["softmax_gated", "neg_log_softmin", "relu_gated", "log_softmax", "direction"])
-def test_an_axis_that_is_none_is_answered(name):
+def test_dim_out_of_range_raises(name):
     with pytest.raises(ValueError, match=r"dim=7.*\(3, 5\)"):
         ACTIVATIONS.build(name, dim=7)(torch.randn(3, 5))
 
@@ -546,7 +549,7 @@ def test_patterns_of_weights_have_to_match():
         LayerwiseLoss(net, "0", weight={"0": 0.1, "head*": 0.2})
 
 
-def test_an_activation_that_is_built_is_copied_to_every_site():
+def test_activation_instance_is_copied_to_every_site():
     built = ACTIVATIONS.build("signed", margin=0.5)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU())
     x = torch.randn(3, 4)

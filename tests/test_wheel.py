@@ -1,4 +1,4 @@
-"""The wheel, built and installed outside the checkout, beside the dependencies of this environment."""
+"""Build the wheel, install it outside the checkout, and run its commands."""
 
 import os
 import statistics
@@ -53,7 +53,7 @@ def test_the_wheel_holds_one_package_with_its_types_recipes_and_configs(wheel):
     assert configs == {name.removeprefix("em_lightning/") for name in names if name.endswith(".yaml")}
 
 
-def test_its_command_lists_copies_and_runs(run, site, tmp_path):
+def test_the_installed_command_lists_copies_and_runs_recipes(run, site, tmp_path):
     command = site / "bin" / "em-lightning"
     assert "point_cloud_gmm" in run(command, "ls")
     copied = run(command, "cp", "point_cloud_gmm", "mine").split()
@@ -63,7 +63,7 @@ def test_its_command_lists_copies_and_runs(run, site, tmp_path):
     run(command, "run", "mine/point_cloud_gmm.py", "--model.num_components=4", *fast)
 
 
-def test_it_loads_torch_alone_and_fast(run, site):
+def test_import_loads_only_torch_in_under_0_3_s(run, site):
     code = """
 import time, torch
 start = time.perf_counter()

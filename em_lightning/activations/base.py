@@ -13,8 +13,7 @@ class Activation(Tempered):
     """Base class of the activations: shape-preserving summaries of a posterior.
 
     A subclass defines the hypotheses and their competition in :meth:`posterior` and the statistic in :meth:`summarize`.
-    It may override :meth:`closed_form`, which :meth:`forward` calls, with a cheaper formula of the same value. Half
-    precision is computed in float32. Arguments are those of :class:`Tempered`.
+    Half precision is computed in float32. Arguments are those of :class:`Tempered`.
 
     Attributes:
         competes: whether the units on ``dim`` compete with each other.
@@ -53,15 +52,19 @@ class Activation(Tempered):
         return self.summarize(z, self.posterior(z))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return the value of :meth:`generic` by a cheaper formula, if there is one."""
+        """Return the value of :meth:`generic`; override it where there is a cheaper formula."""
         return self.generic(z)
 
     def divided(self, z: Tensor) -> Tensor:
         """Return z / T, or z itself if T is fixed at 1."""
-        temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            return z / temperature.to(z.dtype)
-        return z if temperature == 1 else z / temperature
+        return times(z, 1 / self.temperature)
+
+
+def times(z: Tensor, factor: float | Tensor) -> Tensor:
+    """Return the product in the dtype of z, or z itself if the factor is the number 1."""
+    if isinstance(factor, Tensor):
+        return z * factor.to(z.dtype)
+    return z if factor == 1 else z * factor
 
 
 ACTIVATIONS: Registry[Activation] = Registry("activation", "activations", nn.Module)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from em_lightning.activations.base import ACTIVATIONS, Activation
+from em_lightning.activations.base import ACTIVATIONS, Activation, times
 from em_lightning.competition import Posterior, grouped, softmin, sparsemin
 from em_lightning.statistics import STATISTICS
 
@@ -52,9 +52,7 @@ class NegLogSoftminActivation(Activation):
         return STATISTICS.build("neg_log_responsibilities")(posterior, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        scaled = -functional.log_softmax(-self.divided(z), self.dim)
-        temperature = self.temperature
-        return scaled if isinstance(temperature, float) and temperature == 1 else scaled * temperature
+        return times(-functional.log_softmax(-self.divided(z), self.dim), self.temperature)
 
 
 @ACTIVATIONS.register("log_softmax")
@@ -95,8 +93,7 @@ class SoftmaxGatedActivation(_LogitActivation):
 class ReLUGatedActivation(_LogitActivation):
     """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    The softmax is inside the scope of implicit EM, the rectifier is not: units below 0 have output 0, but still compete
-    and receive gradient through the other units. Units compete:
+    The rectifier is outside the scope of implicit EM: units below 0 have output 0, but still compete. Units compete:
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
     Example:
@@ -131,11 +128,8 @@ class GroupedActivation(Activation):
     Jacobian is block-diagonal, with blocks dy_i/dz_j = r_i [i = j] + (z_i / T) r_i ([i = j] - r_j).
 
     Args:
-        group_size: units per group.
+        group_size: units per group, at least 1.
         temperature, learnable, dim: as in :class:`Activation`.
-
-    Raises:
-        ValueError: ``group_size`` is less than 1.
 
     Example:
         >>> GroupedActivation(group_size=2)(torch.tensor([2.0, 2.0, 9.0, -9.0, 3.0]))
@@ -152,9 +146,8 @@ class GroupedActivation(Activation):
 
     def posterior(self, z: Tensor) -> Posterior:
         axis = self.dim % z.ndim
-        missing = -z.shape[axis] % self.group_size
-        padding = [0, 0] * (z.ndim - 1 - axis) + [0, missing]
-        energies = functional.pad(-z, padding, value=torch.inf) if missing else -z
+        padding = [0, 0] * (z.ndim - 1 - axis) + [0, -z.shape[axis] % self.group_size]
+        energies = functional.pad(-z, padding, value=torch.inf)
         return grouped(energies, self.temperature, dim=axis, group_size=self.group_size)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:

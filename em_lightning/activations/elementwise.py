@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from em_lightning.activations.base import ACTIVATIONS, Activation
+from em_lightning.activations.base import ACTIVATIONS, Activation, times
 from em_lightning.competition import Posterior, softmin
 from em_lightning.kernels import (
     KERNELS,
@@ -50,8 +50,7 @@ class SignedActivation(Activation):
     Args:
         kernel: key, class, mapping or instance of a kernel.
         margin: m > 0.
-        temperature, learnable: as in :class:`Activation`.
-        dim: axis of the units; has no effect.
+        temperature, learnable, dim: as in :class:`Activation`; ``dim`` has no effect.
 
     Raises:
         ValueError: ``margin`` is not positive, or the kernel is unknown.
@@ -89,12 +88,7 @@ class SignedActivation(Activation):
 
     def closed_form(self, z: Tensor) -> Tensor:
         closed_form = _CLOSED_FORMS.get(type(self.kernel))
-        if closed_form is None:
-            return self.generic(z)
-        temperature = self.temperature
-        if isinstance(temperature, Tensor):
-            temperature = temperature.to(z.dtype)
-        return closed_form(self.kernel, z, self.margin, temperature)
+        return closed_form(self.kernel, z, self.margin, self.temperature) if closed_form else self.generic(z)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin:g}, {super().extra_repr()}"
@@ -103,20 +97,19 @@ class SignedActivation(Activation):
 Number = float | Tensor
 
 
-def _times(z: Tensor, factor: Number) -> Tensor:
-    return z if isinstance(factor, float) and factor == 1 else z * factor
+# The closed forms of the table, for a kernel, z, margin m and temperature t.
 
 
 def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    return torch.tanh(_times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
+    return torch.tanh(times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
 
 
 def _dot_product(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    return torch.tanh(_times(z, kernel.positive("scale", z.dtype) * m / t))
+    return torch.tanh(times(z, kernel.positive("scale", z.dtype) * m / t))
 
 
 def _laplace(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    return torch.tanh(_times(z.clamp(-m, m), 1 / (kernel.positive("scale", z.dtype) * t)))
+    return torch.tanh(times(z.clamp(-m, m), 1 / (kernel.positive("scale", z.dtype) * t)))
 
 
 def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:

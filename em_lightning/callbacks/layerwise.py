@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from em_lightning.surgery import LayerwiseLoss, undo_all, wrap
+from em_lightning.surgery.layerwise import check_options
 
 
 class LayerwiseEMLoss(Callback):
@@ -18,19 +19,11 @@ class LayerwiseEMLoss(Callback):
     layer. The model's own logs do not include it: it is logged as ``em/<layer>/<term>``, with the weight. Schedules
     count ``trainer.global_step``, and checkpoints store the state of ``weight="auto"``.
 
-    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which has the same arguments.
-
-    Args:
-        where: the layers: a class, a name pattern such as ``"encoder.*"``, a predicate, or a list of these.
-        loss: "em", a part of ``LOSSES``, or a function of energies (..., K).
-        weight: a number, "auto", or a mapping from name patterns to either.
-        tap: "output" or "input" of the layer.
-        schedule: a factor of the step, on all weights.
-        target: a second selection, which must match as well; for the others see LayerwiseLoss.
+    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains the arguments.
 
     Raises:
         NoMatchError: when the fit starts, if nothing matches; the message lists the modules of the model.
-        RuntimeError: in the first step, if a layer's loss would be lost.
+        RuntimeError: in the first step, if a layer's loss was not added to any backward pass.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -52,12 +45,11 @@ class LayerwiseEMLoss(Callback):
         ratio: float = 0.1,
         auto_every: int = 10,
     ) -> None:
-        options: dict[str, Any] = {"loss": loss, "tap": tap, "schedule": schedule, "warmup": warmup, "dim": dim}
+        options: dict[str, Any] = {"loss": loss, "weight": weight, "tap": tap, "warmup": warmup}
         options.update(every=every, ratio=ratio, auto_every=auto_every)
-        for one in weight.values() if isinstance(weight, dict) else [weight]:  # check the arguments now
-            LayerwiseLoss(nn.Sequential(nn.Identity()), "*", weight=one, **options).remove()
+        check_options(**options)
         self.where = where
-        self.options = {**options, "weight": weight, "target": target}
+        self.options = {**options, "schedule": schedule, "target": target, "dim": dim}
         self.losses: LayerwiseLoss | None = None
         self._undos: list[Callable[[], Any]] = []
         self._state: dict[str, Any] = {}
@@ -68,14 +60,14 @@ class LayerwiseEMLoss(Callback):
         return f"{type(self).__qualname__}(where={self.where}, tap={self.options['tap']}, loss={self.options['loss']})"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Register the hooks: the conversion of batch norms would remove earlier ones."""
+        """Register the hooks here, after Lightning has converted BatchNorm to SyncBatchNorm, which drops hooks."""
         losses = self.losses = LayerwiseLoss(pl_module, self.where, **self.options)
         losses.taps.recording = False
         if self._state:
             losses.load_state_dict(self._state)
         automatic = pl_module.automatic_optimization
 
-        def charge(loss: Tensor) -> Tensor:
+        def add_layer_losses(loss: Tensor) -> Tensor:
             losses.step = trainer.global_step
             total = losses.add_to(loss, all_layers=automatic)
             values = {f"em/{name}": value for name, value in losses.values.items()}
@@ -84,17 +76,19 @@ class LayerwiseEMLoss(Callback):
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             losses.reset()
-            result = _recording(losses, True, proceed, *args, **kwargs)
+            with losses.taps.switched(on=True):
+                result = proceed(*args, **kwargs)
             if not automatic:
-                losses.check_charged()
+                losses.check_all_added()
             elif isinstance(result, Tensor):
-                return charge(result)
+                return add_layer_losses(result)
             elif result is not None:  # None skips the step
-                return {**result, "loss": charge(result["loss"])}
+                return {**result, "loss": add_layer_losses(result["loss"])}
             return result
 
         def manual_backward(proceed: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return _recording(losses, False, proceed, charge(loss), *args, **kwargs)
+            with losses.taps.switched(on=False):  # checkpointed layers are run again
+                return proceed(add_layer_losses(loss), *args, **kwargs)
 
         self._undos = [wrap(pl_module, "training_step", training_step)]
         if not automatic:
@@ -116,13 +110,6 @@ class LayerwiseEMLoss(Callback):
             self.losses = None
         undo_all(self._undos)
 
-    on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception
-
-
-def _recording(losses: LayerwiseLoss, on: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a method with the taps on or off; they are off in validation and when checkpointed layers are recomputed."""
-    before, losses.taps.recording = losses.taps.recording, on
-    try:
-        return proceed(*args, **kwargs)
-    finally:
-        losses.taps.recording = before
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Remove hooks and wrappers: Lightning calls no teardown after an exception."""
+        self.teardown(trainer, pl_module, None)

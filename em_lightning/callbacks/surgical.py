@@ -1,4 +1,4 @@
-"""Callbacks that change the model before its optimizers are built: swap activations, insert EM operators, restore."""
+"""Callbacks that modify the model before its optimizers are built: swap activations, insert operators, restore both."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from em_lightning.surgery import (
 )
 from em_lightning.surgery.select import described
 
+# By name, as lightning and pytorch_lightning have one each.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class SurgicalCallback(Callback):
-    """Operates on the model before its optimizers are built and its checkpoint is loaded; a subclass defines how.
+    """Base class of callbacks that modify the model before its optimizers are built; a subclass implements ``apply``.
 
-    A model that builds layers in its own ``setup`` or ``configure_model`` is operated after these as well. The surgery
-    remains after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its
-    plan and do not load into a model without it.
+    If the model builds layers in ``setup`` or ``configure_model``, the surgery is applied again after them. It remains
+    after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its plan and
+    do not load into a model without it.
 
     Args:
-        **settings: what the subclass does where; callbacks with different settings have different state keys.
+        **settings: arguments of the subclass, used in its state key.
 
     Attributes:
         surgery: the surgery; None before the first run.
@@ -54,39 +55,39 @@ class SurgicalCallback(Callback):
         settings = ", ".join(f"{name}={described(value)}" for name, value in self.settings.items())
         return f"{type(self).__qualname__}({settings})"
 
-    def operate(self, model: nn.Module, surgery: Surgery) -> None:
-        """Extend the surgery by what the model holds so far; raise NoMatchError if nothing matches."""
+    def apply(self, model: nn.Module, surgery: Surgery) -> None:
+        """Apply the surgery to the layers that exist so far; raise NoMatchError if nothing matches."""
         raise NotImplementedError
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Operate, unless an earlier run with the same settings has done so."""
+        """Apply the surgery, unless an earlier run with the same settings has done so."""
         for callback in trainer.callbacks[: trainer.callbacks.index(self)]:
             if any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
                 averaging, own = type(callback).__name__, type(self).__name__
-                raise ValueError(f"{averaging} copies the model before its surgery: put {own} before it in callbacks")
+                raise ValueError(f"{averaging} copies the model in its setup: put {own} before it in callbacks")
         if any(entry["by"] == self.state_key for entry in recorded_plan(pl_module)):
             return
         self.surgery = Surgery(pl_module, by=self.state_key)
         builders = [name for name in ("setup", "configure_model") if _overrides(pl_module, name)]
-        self._operate(self.surgery, last=not builders)
+        self._apply_so_far(self.surgery, raise_if_unmatched=not builders)
         for name in builders:
-            link = functools.partial(self._operate_after, self.surgery, name == builders[-1])
+            link = functools.partial(self._apply_after_builder, self.surgery, name == builders[-1])
             self._undos.append(wrap(pl_module, name, link))
 
-    def _operate_after(
-        self, surgery: Surgery, last: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    def _apply_after_builder(
+        self, surgery: Surgery, is_last: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         result = proceed(*args, **kwargs)
-        self._operate(surgery, last)
-        if last:
+        self._apply_so_far(surgery, raise_if_unmatched=is_last)
+        if is_last:
             undo_all(self._undos)
         return result
 
-    def _operate(self, surgery: Surgery, last: bool) -> None:
+    def _apply_so_far(self, surgery: Surgery, raise_if_unmatched: bool) -> None:
         try:
-            self.operate(surgery.model, surgery)
+            self.apply(surgery.model, surgery)
         except NoMatchError:
-            if last and not surgery.changes:
+            if raise_if_unmatched and not surgery.changes:
                 raise
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -96,19 +97,21 @@ class SurgicalCallback(Callback):
             ValueError: no optimizer trains one.
         """
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        trained = {id(p) for group in groups for p in group["params"]}
-        missing = sorted(name for name, p in added_parameters(pl_module).items() if id(p) not in trained)
-        if trained and missing:
+        optimized = {id(p) for group in groups for p in group["params"]}
+        missing = sorted(name for name, p in added_parameters(pl_module).items() if id(p) not in optimized)
+        if optimized and missing:
             raise ValueError(
-                f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or operate with "
-                f"em_lightning.surgery before the optimizer is built"
+                f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or use the functions "
+                f"of em_lightning.surgery before the optimizer is built"
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Remove the wrappers of methods; the surgery remains."""
         undo_all(self._undos)
 
-    on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Remove the wrappers: Lightning calls no teardown after an exception."""
+        undo_all(self._undos)
 
 
 def _overrides(module: Any, name: str) -> bool:
@@ -117,16 +120,18 @@ def _overrides(module: Any, name: str) -> bool:
     return base is not None and (name in vars(module) or getattr(type(module), name) is not getattr(base, name))
 
 
+def _merged(own: dict[str, Any], arguments: dict[str, Any] | None) -> dict[str, Any]:
+    repeated = [name for name in arguments or {} if name in own]
+    if repeated:
+        raise TypeError(f"arguments={arguments!r} repeats {', '.join(repeated)}, an argument of the callback itself")
+    return {**own, **(arguments or {})}
+
+
 class SwapActivations(SurgicalCallback):
     """Replaces activations by competitive ones in any LightningModule.
 
-    Without a Trainer: :func:`em_lightning.surgery.swap_activations`.
-
-    Args:
-        activation: a key, class, mapping or instance of ``ACTIVATIONS``.
-        target: the class or classes to replace.
-        where: a second selection: a name pattern such as ``"encoder.*"``, a predicate, or a list of these.
-        arguments: of the activation; for the others see :func:`em_lightning.surgery.swap_activations`.
+    Without a Trainer: :func:`em_lightning.surgery.swap_activations`, which explains the arguments. ``arguments`` are
+    those of the activation.
 
     Raises:
         NoMatchError: at setup, if nothing matches; the message lists the modules of the model.
@@ -148,10 +153,11 @@ class SwapActivations(SurgicalCallback):
         functional: bool = False,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        options: dict[str, Any] = {"dim": dim, "shared": shared, "calls": calls, "functional": functional}
-        super().__init__(activation=activation, target=target, where=where, **options, **(arguments or {}))
+        own: dict[str, Any] = {"activation": activation, "target": target, "where": where, "dim": dim}
+        own.update(shared=shared, calls=calls, functional=functional)
+        super().__init__(**_merged(own, arguments))
 
-    def operate(self, model: nn.Module, surgery: Surgery) -> None:
+    def apply(self, model: nn.Module, surgery: Surgery) -> None:
         """Swap what matches."""
         swap_activations(model, into=surgery, **self.settings)
 
@@ -159,14 +165,8 @@ class SwapActivations(SurgicalCallback):
 class InsertEMOperator(SurgicalCallback):
     """Inserts a gated EM layer behind chosen layers: ``x + gate * op(x)`` with a gate that starts at 0.
 
-    Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`.
-
-    Args:
-        where: the layers: a class, a name pattern, a predicate, or a list of these.
-        num_components: K.
-        target: a second selection, which must match as well.
-        arguments: of :class:`em_lightning.operators.EMRefinement`; for the others see
-            :func:`em_lightning.surgery.insert_em_operators`.
+    Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`, which explains the arguments. ``arguments``
+    are those of :class:`em_lightning.operators.EMRefinement`.
 
     Raises:
         NoMatchError: at setup, if nothing matches; the message lists the modules of the model.
@@ -188,21 +188,19 @@ class InsertEMOperator(SurgicalCallback):
         calls: Calls = None,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        options: dict[str, Any] = {"target": target, "num_features": num_features, "dim": dim, "shared": shared}
-        super().__init__(where=where, num_components=num_components, calls=calls, **options, **(arguments or {}))
+        own: dict[str, Any] = {"where": where, "num_components": num_components, "target": target}
+        own.update(num_features=num_features, dim=dim, shared=shared, calls=calls)
+        super().__init__(**_merged(own, arguments))
 
-    def operate(self, model: nn.Module, surgery: Surgery) -> None:
+    def apply(self, model: nn.Module, surgery: Surgery) -> None:
         """Insert where it matches."""
         insert_em_operators(model, into=surgery, **self.settings)
 
 
 class RestoreSurgery(SurgicalCallback):
-    """Repeats the surgery of a checkpoint, so that test and predict need no other callback.
+    """Repeats the surgery of the checkpoint at ``path``, so that test and predict need no other callback.
 
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
-
-    Args:
-        path: the checkpoint with the plan, the one that is given to the Trainer as ``ckpt_path``.
 
     Raises:
         ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model
@@ -210,29 +208,29 @@ class RestoreSurgery(SurgicalCallback):
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        super().__init__()
+        super().__init__(path=str(path))
         self.path = path
         self._plan: list[dict[str, Any]] = []
-        self._operated = False
+        self._needs_weights = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Read the plan and operate, unless the model has been operated already."""
+        """Read the plan and apply it, unless the model records it already."""
         self._plan = read_plan(self.path)
-        self._operated = bool(self._plan) and recorded_plan(pl_module) != self._plan
-        if self._operated:
+        self._needs_weights = bool(self._plan) and recorded_plan(pl_module) != self._plan
+        if self._needs_weights:
             super().setup(trainer, pl_module, stage)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Raise if the model has untrained weights; a fit may start from them."""
-        if self._operated and trainer.state.fn != "fit" and trainer.ckpt_path is None:
+        if self._needs_weights and trainer.state.fn != "fit" and trainer.ckpt_path is None:
             raise ValueError(
-                f"{trainer.state.fn.value} was called without ckpt_path, so the operated model would have untrained "
+                f"{trainer.state.fn.value} was called without ckpt_path, so the restored model would have untrained "
                 f"weights: give ckpt_path={str(self.path)!r}, or a model from restore_surgery"
             )
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
-    def operate(self, model: nn.Module, surgery: Surgery) -> None:
-        """Apply the entries of the plan that the model holds so far."""
+    def apply(self, model: nn.Module, surgery: Surgery) -> None:
+        """Apply the entries of the plan whose layers exist so far."""
         apply_plan(model, self._plan, into=surgery)

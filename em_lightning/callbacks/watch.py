@@ -16,14 +16,7 @@ from em_lightning.surgery import Taps, units_of
 
 
 def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
-    """Draw the responsibilities of the first items (rows) for all hypotheses (columns), and the mean of each.
-
-    Args:
-        energies: (..., K); low energy wins.
-        max_items: number of rows.
-
-    Returns:
-        A matplotlib figure.
+    """Draw the responsibilities (columns) of the first items (rows) of energies (..., K), and the mean of each column.
 
     Example:
         >>> len(responsibilities_figure(torch.rand(100, 8)).axes)

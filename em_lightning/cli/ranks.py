@@ -11,10 +11,7 @@ _FIRST = "EM_LIGHTNING_FIRST_RANK"
 
 
 def leave_process_group() -> None:
-    """Destroy the process group that Lightning has left open, if there is one.
-
-    A process that exits with an open gloo group is sometimes aborted (pytorch/pytorch#190489).
-    """
+    """Destroy the process group that Lightning leaves open: a process may abort at its end (pytorch/pytorch#190489)."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -24,8 +21,8 @@ def leave_process_group() -> None:
 def end_with_first_rank(seconds: float = 1.0) -> None:
     """Make this process exit when the process that started it has ended, if that is the first of several local ranks.
 
-    Otherwise a rank whose first rank is killed before they are connected waits for half an hour. Lightning only ends
-    the first rank when another one fails; ``torchrun`` and SLURM end all ranks.
+    Lightning ends the first rank when another one fails, but not the reverse: a rank whose first rank is killed before
+    they are connected would wait for half an hour. ``torchrun`` and SLURM end all ranks.
     """
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank == "0":
@@ -35,8 +32,8 @@ def end_with_first_rank(seconds: float = 1.0) -> None:
     def watch(first: int) -> None:
         while os.getppid() == first:
             time.sleep(seconds)
-        print(f"em-lightning: rank {rank} exits, because the process that started it has ended", file=sys.stderr)
-        sys.stderr.flush()
+        text = f"em-lightning: rank {rank} exits, because the process that started it has ended"
+        print(text, file=sys.stderr, flush=True)
         os._exit(1)
 
     if _FIRST in os.environ:

@@ -44,7 +44,7 @@ class Recipe:
         model: a LightningModule class.
         data: a LightningDataModule class.
         report: a callback class that measures at the end of the fit, configured under the key ``report``.
-        links: arguments of the model that are attributes of the data, such as ``"num_features"``.
+        data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
         model_subclasses: whether ``--model`` names a subclass of ``model``.
         data_subclasses: whether ``--data`` names a subclass of ``data``.
         threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
@@ -54,7 +54,7 @@ class Recipe:
     model: type
     data: type
     report: type
-    links: Sequence[str] = ()
+    data_to_model: Sequence[str] = ()
     model_subclasses: bool = False
     data_subclasses: bool = True
     threads: int | None = None
@@ -123,9 +123,9 @@ class RecipeCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
-        for link in self.recipe.links:
-            target = f"model.init_args.{link}" if self.recipe.model_subclasses else f"model.{link}"
-            parser.link_arguments(f"data.{link}", target, apply_on="instantiate")
+        for name in self.recipe.data_to_model:
+            target = f"model.init_args.{name}" if self.recipe.model_subclasses else f"model.{name}"
+            parser.link_arguments(f"data.{name}", target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments, or print the short help and exit.
@@ -137,9 +137,9 @@ class RecipeCLI(LightningCLI):
             print(self.short_help(parser))
             raise SystemExit(0)
         keys = [arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")]
-        for link in self.recipe.links:  # a linked argument of a subclass would be ignored
-            if f"model.{link}" in keys or f"model.init_args.{link}" in keys:
-                raise ValueError(f"model.{link} must not be given, because it is the data's {link}")
+        for name in self.recipe.data_to_model:  # a linked argument of a subclass would be ignored
+            if {f"model.{name}", f"model.init_args.{name}"} & set(keys):
+                raise ValueError(f"model.{name} must not be given, because it is the data's {name}")
         try:
             super().parse_arguments(parser, ["--help" if arg == "--help=all" else arg for arg in args])
         except ArgumentError as error:
@@ -166,18 +166,15 @@ class RecipeCLI(LightningCLI):
     def short_help(self, parser: LightningArgumentParser) -> str:
         """Return the recipe's docstring, and its own arguments with their defaults, on one screen."""
         shown = ("model.", "data.", "report.", "seed_everything", "trainer.max_epochs", "trainer.accelerator")
-        options = [
-            f"--{key.replace('.init_args', '').replace('.class_path', '')}={value}"
-            for key, value in parser.get_defaults().items()
-            if key.startswith(shown) and value is not None
-        ]
+        defaults = parser.get_defaults().items()
+        given = {key: value for key, value in defaults if key.startswith(shown) and value is not None}
+        options = [f"--{key.replace('.init_args', '').replace('.class_path', '')}={given[key]}" for key in given]
         variants = ", ".join(variants_of(self.script)) or "none"
-        paragraphs = [
+        paragraphs = (
             f"Arguments with defaults: {' '.join(options)}",
             f"--config NAME or FILE: a config on top of the default one; variants: {variants}. --seeds 0,1,2: one run "
             "per seed, and one table of all. --jobs N: parallel runs of a table or of seeds, by default one per core.",
             "--help=all: all arguments. --print_config: the whole config.",
-        ]
-        return "\n\n".join(
-            [docstring(self.script), *(textwrap.fill(text, 100, break_on_hyphens=False) for text in paragraphs)]
         )
+        filled = (textwrap.fill(text, 100, break_on_hyphens=False) for text in paragraphs)
+        return "\n\n".join([docstring(self.script), *filled])

@@ -46,11 +46,12 @@ def variants_of(script: Path) -> dict[str, Path]:
 def find_config(script: Path, config: str) -> Path:
     """Return a config, given by its path or by the name of a variant; ValueError if there is none."""
     variants = variants_of(script)
-    path = Path(config) if Path(config).is_file() else variants.get(config)
-    if path is None:
+    if Path(config).is_file():
+        return Path(config)
+    if config not in variants:
         known = ", ".join(variants) or "none"
         raise ValueError(f"--config={config!r} must be a file or a variant of {script.stem} (variants: {known})")
-    return path
+    return variants[config]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -74,17 +75,14 @@ def docstring(script: Path) -> str:
 def copy(name: str, folder: Path) -> list[Path]:
     """Copy a recipe's script and configs to a folder, and return the new files; ValueError if one exists already."""
     script = find_recipe(name)
-    config = config_of(script)
-    targets = {script: folder / script.name, config: folder / config.name}
+    targets = {path: folder / path.name for path in (script, config_of(script))}
     targets |= {path: folder / script.stem / path.name for path in variants_of(script).values()}
-    taken = [str(target) for target in targets.values() if target.exists()]
-    if taken:
+    if taken := [str(target) for target in targets.values() if target.exists()]:
         raise ValueError(f"{', '.join(taken)} exists; give another folder: em-lightning cp {name} FOLDER")
     for source, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = source.read_text(encoding="utf-8")
         # The commands in the comments of the copy run the copy.
-        text = text.replace(f"em-lightning run {script.stem}", f"em-lightning run {script.name}")
+        text = source.read_text(encoding="utf-8").replace(f"run {script.stem}", f"run {script.name}")
         target.write_text(text, encoding="utf-8")
     return list(targets.values())
 

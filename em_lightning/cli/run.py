@@ -12,21 +12,16 @@ from pathlib import Path
 from em_lightning.cli.recipes import config_of, find_config, find_recipe, load_recipe, read_config
 
 
-def integers(text: str) -> list[int]:
-    """Parse ``0,1,2``."""
-    return [int(number) for number in text.split(",")]
-
-
 def run(name: str, args: Sequence[str]) -> None:
-    """Run a recipe with the arguments of its LightningCLI.
+    """Run a recipe, given by its name or the path of a copy of its script, with the arguments of its LightningCLI.
 
     ``--config`` takes the name of a variant or a file. ``--seeds 0,1,2`` runs the recipe once per seed in ``--jobs``
     parallel processes and combines the tables. A config with the entry ``table`` runs or continues that table.
-
-    Args:
-        name: name of the recipe, or the path of a copy of its script.
-        args: arguments of the LightningCLI.
     """
+
+    def integers(text: str) -> list[int]:
+        return [int(number) for number in text.split(",")]
+
     script = find_recipe(name)
     parser = argparse.ArgumentParser(prog=f"em-lightning run {name}", add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", action="append", default=[])

@@ -12,10 +12,7 @@ KINDS = ("kernels", "competitions", "statistics", "activations", "losses")
 
 
 def parts_of(kind: str) -> list[tuple[str, type, str, str]]:
-    """Return key, class, arguments and first sentence of each class in a registry.
-
-    Args:
-        kind: one of ``KINDS``.
+    """Return key, class, arguments and first sentence of each class in a registry, one of ``KINDS``.
 
     Example:
         >>> [key for key, *_ in parts_of("losses")][:2]
@@ -26,9 +23,8 @@ def parts_of(kind: str) -> list[tuple[str, type, str, str]]:
     registry, parts = getattr(em_lightning, kind.upper()), []
     for key in registry:
         cls = registry[key]
-        named = [
-            p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        ]
+        parameters = inspect.signature(cls).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         arguments = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named)
         sentence = (inspect.getdoc(cls) or "").partition("\n")[0]
         parts.append((key, cls, arguments, re.sub(r":\w+:`(.+?)`", r"\1", sentence)))
@@ -49,10 +45,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_recipes() -> None:
     """Print the recipes with their variants."""
-    rows = [
-        (name, docstring(path).partition("\n")[0], ", ".join(variants_of(path))) for name, path in recipes().items()
-    ]
-    print_table(["recipe", "what it does", "variants"], rows)
+    texts = ((name, docstring(path).partition("\n")[0], variants_of(path)) for name, path in recipes().items())
+    print_table(["recipe", "what it does", "variants"], [(name, text, ", ".join(more)) for name, text, more in texts])
 
 
 def print_parts(kind: str) -> None:

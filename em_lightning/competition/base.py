@@ -14,12 +14,10 @@ from em_lightning.registry import Registry
 class Tempered(nn.Module):
     """Module with an axis of hypotheses and a temperature that is fixed, learnable or scheduled.
 
-    A fixed temperature is a Python number, exact in every dtype. It is part of the ``state_dict``, because a schedule
-    may have changed it.
+    A fixed temperature is a Python number. It is part of the ``state_dict``, because a schedule may have changed it.
 
     Args:
-        temperature: T > 0, divides the energies. Energies over T must lie in the range of the dtype (3.4e38 in
-            float32), otherwise responsibilities are NaN.
+        temperature: T > 0, divides the energies.
         learnable: make the temperature a positive parameter with initial value ``temperature``.
         dim: axis of the hypotheses or units, for instance 1 for the channels of images.
 
@@ -62,15 +60,12 @@ class Tempered(nn.Module):
 
 
 class Competition(Tempered):
-    """Base class of the competition operators: the module form of a function.
-
-    A subclass names the function and its keyword arguments. Arguments are those of :class:`Tempered`.
+    """Base class of the competition operators: the module form of a function. Arguments are those of :class:`Tempered`.
 
     Attributes:
         function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
         options: names of the attributes that are passed to the function as keyword arguments.
-        couples_items: whether the posterior of an item depends on the other items, so that all items of a set must be
-            passed in one call.
+        couples_items: whether the posterior of an item depends on the other items of its set.
     """
 
     function: Callable[..., Posterior]
@@ -103,7 +98,7 @@ def check_temperature(temperature: float | Tensor) -> None:
 
 
 def check_at_least_one(name: str, value: int) -> int:
-    """Return a count; raise ValueError if it is below 1."""
+    """Return an integer; raise ValueError if it is below 1."""
     if value < 1:
         raise ValueError(f"{name}={value} must be at least 1")
     return value
@@ -116,11 +111,10 @@ def widen(energies: Tensor) -> Tensor:
     return energies.float() if energies.dtype in (torch.float16, torch.bfloat16) else energies
 
 
-def on_axis(weights: Tensor, energies: Tensor, dim: int) -> Tensor:
-    """Reshape weights (K,) to broadcast along axis ``dim`` of the energies; other shapes are kept."""
-    if weights.ndim != 1:
-        return weights.to(energies.dtype)
-    return weights.to(energies.dtype).reshape([-1] + [1] * (energies.ndim - 1 - dim % energies.ndim))
+def along(dim: int, vector: Tensor, like: Tensor) -> Tensor:
+    """Reshape a vector (K,) to broadcast along axis ``dim`` of a tensor, in its dtype; other shapes are kept."""
+    vector = vector.to(like.dtype)
+    return vector.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if vector.ndim == 1 else vector
 
 
 def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor | None, dim: int) -> Tensor:
@@ -133,15 +127,15 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
         excluded = torch.isposinf(energies)
         scaled = energies.masked_fill(excluded, 0.0) / -temperature.to(energies.dtype)
         logits = scaled.masked_fill(excluded, -torch.inf)
-    return logits if log_prior is None else logits + on_axis(log_prior, energies, dim)
+    return logits if log_prior is None else logits + along(dim, log_prior, energies)
 
 
 def to_posterior(
-    energies: Tensor, value: Tensor, responsibilities: Tensor, temperature: float | Tensor, dim: int
+    energies: Tensor, temperature: float | Tensor, dim: int, value: Tensor, responsibilities: Tensor
 ) -> Posterior:
     """Return the posterior with free energy -T ``value`` in the dtype of the energies; ``value`` lacks axis ``dim``."""
-    if not isinstance(temperature, Tensor):
-        free = -value if temperature == 1 else value * -temperature
-    else:
+    if isinstance(temperature, Tensor):
         free = (value.unsqueeze(dim) * -temperature.to(value.dtype)).squeeze(dim)
+    else:
+        free = -value if temperature == 1 else value * -temperature
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

@@ -6,62 +6,69 @@ import torch
 from torch import Tensor
 
 
-def gibbs(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return logsumexp and softmax of the logits; -inf and 0, with gradient 0, where every logit is -inf.
-
-    Faster than the two calls of torch, because both share the exponentials.
-    """
+def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return both, which share the exponentials; -inf and 0, with gradient 0, where every logit is -inf."""
     top = logits.detach().amax(dim, keepdim=True)  # both results are constant in it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
     total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # below 1 only where every logit is -inf
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
 
 
-def entmax(logits: Tensor, dim: int, alpha: float) -> tuple[Tensor, Tensor]:
-    r"""Return max_p <p, z> + H(p) and the maximizing p, for the Tsallis entropy of order 2 or 1.5.
+def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    r"""Return max_p <p, z> + H(p) and the maximizing p = relu(z - tau), for H(p) = 1/2 sum(p - p^2).
 
-    H_2(p) = 1/2 sum(p - p^2) gives p = relu(z - tau), H_1.5(p) = 4/3 sum(p - p^1.5) gives p = relu(z / 2 - tau)^2.
     Sorting finds the support exactly; autograd differentiates the closed form on that support. Where every logit is
     -inf, the results are -inf and 0, with gradient 0.
 
-    Source: Martins and Astudillo, "From softmax to sparsemax", 2016; Peters, Niculae and Martins, "Sparse
-    sequence-to-sequence models", 2019.
+    Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
     """
-    top = logits.detach().amax(dim, keepdim=True)
-    empty = top == -torch.inf
-    top = top.masked_fill(empty, 0.0)
-    shifted = logits - top
-    # p is 0 where z (or z / 2) is 1 below its maximum, so the bound changes only infinite values.
-    z = shifted.clamp_min(-1.0) if alpha == 2 else (shifted / 2).clamp_min(-1.0)
-    # Values at the bound are outside the support, whatever the rounding of the threshold.
-    support = _support(z.detach(), dim, alpha) & (z.detach() > -1.0)
-    count = support.sum(dim, keepdim=True).to(z.dtype)
-    mean = (z * support).sum(dim, keepdim=True) / count
-    centered = (z - mean) * support
-    if alpha == 2:
-        p = (centered + 1 / count) * support
-        entropy = (1 - p.square().sum(dim)) / 2
-        product = (p * z).sum(dim)
-    else:
-        slack = (1 - centered.square().sum(dim, keepdim=True)) / count
-        root = (centered + slack.sqrt()) * support
-        p = root.square()
-        entropy = (1 - (p * root).sum(dim)) * (4 / 3)
-        product = 2 * (p * z).sum(dim)
-    value = product + entropy + top.squeeze(dim)
-    return value.masked_fill(empty.squeeze(dim), -torch.inf), p.masked_fill(empty, 0.0)
+    z, top = _shifted(logits, dim)
+    ranked, rank = _ranked(z, dim)
+    threshold = (ranked.cumsum(dim) - 1) / rank
+    support, count, centered = _support(z, ranked, threshold, dim)
+    p = (centered + 1 / count) * support
+    return _result((p * z).sum(dim) + (1 - p.square().sum(dim)) / 2, p, top, dim)
 
 
-def _support(z: Tensor, dim: int, alpha: float) -> Tensor:
-    """Return where p > 0, for logits whose maximum is 0."""
-    ranked = z.sort(dim, descending=True).values
-    rank = torch.arange(1, z.shape[dim] + 1, dtype=z.dtype, device=z.device)
-    rank = rank.reshape([-1] + [1] * (z.ndim - 1 - dim % z.ndim))
+def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    r"""Return what :func:`sparsemax` does for H(p) = 4/3 sum(p - p^1.5), maximized by p = relu(z / 2 - tau)^2.
+
+    Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
+    """
+    z, top = _shifted(logits / 2, dim)
+    ranked, rank = _ranked(z, dim)
     mean = ranked.cumsum(dim) / rank
-    if alpha == 2:
-        threshold = mean - 1 / rank
-    else:
-        spread = ranked.square().cumsum(dim) / rank - mean.square()
-        threshold = mean - (1 / rank - spread).clamp_min(0.0).sqrt()
-    inside = threshold <= ranked if alpha == 1.5 else threshold < ranked
-    return z >= ranked.masked_fill(~inside, torch.inf).amin(dim, keepdim=True)
+    spread = ranked.square().cumsum(dim) / rank - mean.square()
+    threshold = mean - (1 / rank - spread).clamp_min(0.0).sqrt()
+    support, count, centered = _support(z, ranked, threshold, dim)
+    slack = (1 - centered.square().sum(dim, keepdim=True)) / count
+    root = (centered + slack.sqrt()) * support
+    p = root.square()
+    return _result(2 * (p * z).sum(dim) + (1 - (p * root).sum(dim)) * (4 / 3), p, 2 * top, dim)
+
+
+def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return logits of maximum 0 and the maximum; logits 1 below it have p = 0, so -1 replaces all lower values."""
+    top = logits.detach().amax(dim, keepdim=True)
+    return (logits - top.clamp_min(torch.finfo(logits.dtype).min)).clamp_min(-1.0), top
+
+
+def _ranked(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the logits in descending order, and their ranks 1 to K along ``dim``."""
+    return z.sort(dim, descending=True).values.detach(), torch.ones_like(z).cumsum(dim)
+
+
+def _support(z: Tensor, ranked: Tensor, threshold: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where p > 0, the number of these logits, and their differences from their mean."""
+    least = ranked.masked_fill(threshold >= ranked, torch.inf).amin(dim, keepdim=True)
+    # Logits of -1 are outside the support, whatever the rounding of the threshold.
+    support = (z >= least) & (z > -1.0)
+    count = support.sum(dim, keepdim=True).to(z.dtype)
+    return support, count, (z - (z * support).sum(dim, keepdim=True) / count) * support
+
+
+def _result(value: Tensor, p: Tensor, top: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the value plus the maximum, and p; -inf and 0 where every logit is -inf."""
+    empty = top == -torch.inf
+    value = value.masked_fill(empty.squeeze(dim), 0.0) + top.squeeze(dim)
+    return value, p.masked_fill(empty, 0.0)

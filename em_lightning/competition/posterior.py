@@ -54,20 +54,17 @@ class Posterior(NamedTuple):
         In float16, its derivative by a responsibility is infinite for distances from the mean above 256.
         """
         responsibilities = self._last(values, dim)
-        scalar = values.ndim == 1
-        values = values.unsqueeze(-1) if scalar else values
-        single = responsibilities.ndim == 1
-        responsibilities = responsibilities.unsqueeze(0) if single else responsibilities
+        table = values.unsqueeze(-1) if values.ndim == 1 else values
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
         wide = torch.promote_types(dtype, torch.float32)  # squares above 65504 overflow in float16
         with torch.autocast(values.device.type, enabled=False):
-            responsibilities, values = responsibilities.to(wide), values.to(wide)
+            responsibilities, table = responsibilities.to(wide), table.to(wide)
             # Two passes, because E[v^2] - E[v]^2 cancels if the mean is large.
-            mean = torch.matmul(responsibilities, values)
-            squares = (values.unsqueeze(-3) - mean.unsqueeze(-2)).square()
+            mean = torch.matmul(responsibilities, table)
+            table = table if responsibilities.ndim == 1 else table.unsqueeze(-3)
+            squares = (table - mean.unsqueeze(-2)).square()
             variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2).to(dtype)
-        variance = variance.squeeze(-2) if single else variance
-        if scalar:
+        if values.ndim == 1:
             return variance.squeeze(-1)
         return variance if dim == -1 else variance.movedim(-1, dim)
 

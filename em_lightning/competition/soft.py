@@ -9,13 +9,13 @@ from em_lightning.competition.base import (
     COMPETITIONS,
     Competition,
     Tempered,
+    along,
     check_at_least_one,
-    on_axis,
     to_logits,
     to_posterior,
     widen,
 )
-from em_lightning.competition.entropic import gibbs
+from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 
 
@@ -48,7 +48,7 @@ def softmin(
         tensor(-0.6931)
     """
     logits = to_logits(widen(energies), temperature, log_prior, dim)
-    return to_posterior(energies, *gibbs(logits, dim), temperature, dim)
+    return to_posterior(energies, temperature, dim, *logsumexp_and_softmax(logits, dim))
 
 
 @COMPETITIONS.register("softmin")
@@ -84,18 +84,13 @@ def grouped(
     if energies.shape[axis] % check_at_least_one("group_size", group_size):
         raise ValueError(f"group_size={group_size} must divide the {energies.shape[axis]} hypotheses on axis dim={dim}")
     logits = to_logits(widen(energies), temperature, log_prior, dim).unflatten(axis, (-1, group_size))
-    log_sum, responsibilities = gibbs(logits, axis + 1)
-    return to_posterior(energies, log_sum, responsibilities.flatten(axis, axis + 1), temperature, dim)
+    log_sum, responsibilities = logsumexp_and_softmax(logits, axis + 1)
+    return to_posterior(energies, temperature, dim, log_sum, responsibilities.flatten(axis, axis + 1))
 
 
 @COMPETITIONS.register("grouped")
 class Grouped(Competition):
-    """Module form of :func:`grouped`.
-
-    Args:
-        group_size: hypotheses per group.
-        temperature, learnable, dim: as in :class:`Competition`.
-    """
+    """Module form of :func:`grouped`, with its ``group_size`` and the arguments of :class:`Competition`."""
 
     function = staticmethod(grouped)
     options = ("group_size",)
@@ -130,7 +125,7 @@ def background(
     axis = dim % energies.ndim
     shape = [1 if n == axis else size for n, size in enumerate(energies.shape)]
     if log_prior is not None:
-        log_prior = on_axis(log_prior, energies, dim).expand_as(energies)
+        log_prior = along(dim, log_prior, energies).expand_as(energies)
         log_prior = torch.cat([log_prior, log_prior.new_zeros(shape)], axis)
     energy = torch.as_tensor(energy, dtype=energies.dtype, device=energies.device)
     return softmin(torch.cat([energies, energy.expand(shape)], axis), temperature, log_prior, dim)
@@ -143,12 +138,9 @@ def none_of_the_above(posterior: Posterior, dim: int = -1) -> Tensor:
 
 @COMPETITIONS.register("background")
 class Background(Competition):
-    """Module form of :func:`background`.
+    """Module form of :func:`background`, with its ``energy`` and the arguments of :class:`Competition`.
 
-    Args:
-        energy: b, the energy of the background.
-        learnable_energy: make b a parameter.
-        temperature, learnable, dim: as in :class:`Competition`.
+    With ``learnable_energy`` the energy of the background is a parameter.
     """
 
     function = staticmethod(background)
@@ -193,17 +185,13 @@ def topk(
     """
     logits = to_logits(widen(energies), temperature, log_prior, dim)
     least = logits.detach().topk(min(check_at_least_one("k", k), logits.shape[dim]), dim).values.amin(dim, keepdim=True)
-    return to_posterior(energies, *gibbs(logits.masked_fill(logits < least, -torch.inf), dim), temperature, dim)
+    logits = logits.masked_fill(logits < least, -torch.inf)
+    return to_posterior(energies, temperature, dim, *logsumexp_and_softmax(logits, dim))
 
 
 @COMPETITIONS.register("topk")
 class TopK(Competition):
-    """Module form of :func:`topk`.
-
-    Args:
-        k: number of hypotheses that compete.
-        temperature, learnable, dim: as in :class:`Competition`.
-    """
+    """Module form of :func:`topk`, with its ``k`` and the arguments of :class:`Competition`."""
 
     function = staticmethod(topk)
     options = ("k",)

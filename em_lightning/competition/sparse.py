@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.competition.base import COMPETITIONS, Competition, to_logits, to_posterior, widen
-from em_lightning.competition.entropic import entmax
+from em_lightning.competition.entropic import entmax15, sparsemax
 from em_lightning.competition.posterior import Posterior
 
 
@@ -33,7 +33,7 @@ def sparsemin(
     Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
     """
     logits = to_logits(widen(energies), temperature, log_prior, dim)
-    return to_posterior(energies, *entmax(logits, dim, 2.0), temperature, dim)
+    return to_posterior(energies, temperature, dim, *sparsemax(logits, dim))
 
 
 @COMPETITIONS.register("sparsemin")
@@ -59,7 +59,7 @@ def entmin(
     Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
     """
     logits = to_logits(widen(energies), temperature, log_prior, dim)
-    return to_posterior(energies, *entmax(logits, dim, 1.5), temperature, dim)
+    return to_posterior(energies, temperature, dim, *entmax15(logits, dim))
 
 
 @COMPETITIONS.register("entmin")
@@ -97,7 +97,7 @@ def hardmin(
     top = logits.amax(dim, keepdim=True)
     best = ((logits == top) & (top > -torch.inf)).to(logits.dtype)
     responsibilities = best / best.sum(dim, keepdim=True).clamp_min(1.0)
-    return to_posterior(energies, top.squeeze(dim), responsibilities, temperature, dim)
+    return to_posterior(energies, temperature, dim, top.squeeze(dim), responsibilities)
 
 
 @COMPETITIONS.register("hardmin")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.competition.base import COMPETITIONS, Competition, check_at_least_one, check_temperature, widen
-from em_lightning.competition.entropic import gibbs
+from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
 
@@ -32,9 +32,8 @@ def balanced(
     order.
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
-    decrease to T during the first three quarters of the steps. The constraints are tested up to energies of 1e9 T. An
-    energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0 and F = +inf and
-    does not count in N.
+    decrease to T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0
+    and F = +inf and does not count in N.
 
     Args:
         energies: d, shape (..., K) with the hypotheses on axis ``dim``.
@@ -110,7 +109,7 @@ def _transport(
 
 def _compete(d: Tensor, excluded: Tensor, prices: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax of (g - d) / T over the hypotheses."""
-    return gibbs(((prices.unsqueeze(-2) - d) / temperature).masked_fill(excluded, -torch.inf), -1)
+    return logsumexp_and_softmax(((prices.unsqueeze(-2) - d) / temperature).masked_fill(excluded, -torch.inf), -1)
 
 
 @torch.no_grad()
@@ -141,13 +140,7 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
 
 @COMPETITIONS.register("balanced")
 class Balanced(Competition):
-    """Module form of :func:`balanced`.
-
-    Args:
-        item_dim: axis of the items; ``None`` treats all axes but ``dim`` as items.
-        num_iters: number of solver steps.
-        temperature, learnable, dim: as in :class:`Competition`.
-    """
+    """Module form of :func:`balanced`, with its options and the arguments of :class:`Competition`."""
 
     function = staticmethod(balanced)
     options = ("item_dim", "num_iters")

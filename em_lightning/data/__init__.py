@@ -14,7 +14,7 @@ from em_lightning.data.images import MNIST, Digits, read_idx
 from em_lightning.data.meshes import GeometricShapes, ModelNet
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import PointCloudDataModule, PointCloudFolder, ProceduralSurfaces
-from em_lightning.data.readers import read_points
+from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.sampling import Normalization, Surface, random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 from em_lightning.data.tables import Table, TableBatch, TableBlocks
@@ -53,6 +53,7 @@ __all__ = [
     "bright_pixels",
     "collate_clouds",
     "draw_cloud",
+    "parse_points",
     "random_rotation",
     "random_surface",
     "read_idx",

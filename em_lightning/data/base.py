@@ -14,20 +14,6 @@ SPLITS = ("train", "val", "test")
 CACHE = "~/.cache/em_lightning"
 
 
-def at_least(low: float, **values: float) -> None:
-    """Raise ValueError for an argument below its minimum."""
-    for name, value in values.items():
-        if not value >= low:
-            raise ValueError(f"{name}={value} must be at least {low}")
-
-
-def one_of(choices: tuple[str, ...], **values: str) -> None:
-    """Raise ValueError for an argument that is not one of the choices."""
-    for name, value in values.items():
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
-
-
 def generator_of(*key: int) -> torch.Generator:
     """Return a generator that is seeded by several integers."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -72,9 +58,7 @@ class SplitDataModule(lightning.LightningDataModule):
         """Return the test batches."""
         return self.loader("test")
 
-    def predict_dataloader(self) -> Any:
-        """Return the test batches."""
-        return self.loader("test")
+    predict_dataloader = test_dataloader
 
 
 class RankLoader:

@@ -1,4 +1,4 @@
-"""Images as point sets: the positions of their bright pixels, drawn anew in every epoch."""
+"""Images as point sets: positions of bright pixels, resampled every epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import SPLITS, at_least, generator_of, one_of
+from em_lightning.checks import check_at_least, check_choice
+from em_lightning.data.base import SPLITS, generator_of
 from em_lightning.data.images import MNIST, Digits
 from em_lightning.data.tensors import TensorBatches, TensorDataModule, Tensors
 
@@ -17,7 +18,7 @@ from em_lightning.data.tensors import TensorBatches, TensorDataModule, Tensors
 class PointSetBatch(NamedTuple):
     """Point sets of equal size with their classes.
 
-    Args:
+    Attributes:
         points: (B, N, D) float32.
         mask: (B, N) bool, true for points, false for padding.
         label: (B,) long.
@@ -29,10 +30,10 @@ class PointSetBatch(NamedTuple):
 
 
 def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the indices of the pixels brighter than ``threshold`` and their numbers, for images (B, 1, H, W).
+    """Return the indices of pixels brighter than ``threshold`` and their count per image, for images (B, 1, H, W).
 
     Images are uint8 from 0 to 255 or floats from 0 to 1. The indices (B, M) int32 are ascending and padded with zeros;
-    M is the largest of the numbers (B,), at least 1.
+    M is the largest of the counts (B,), at least 1.
 
     Example:
         >>> bright_pixels(torch.tensor([[[[0.9, 0.2], [0.1, 0.8]]], [[[0.0, 0.0], [0.7, 0.0]]]]), 0.5)
@@ -51,16 +52,16 @@ def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 class PointSetBatches(TensorBatches):
     """A loader of point sets that are drawn from the bright pixels of images.
 
-    Every bright pixel of an image is drawn equally often, except for a remainder that is drawn without replacement,
-    and moved by Gaussian noise. The draw is a function of (seed, split, epoch, rank, number of the batch); without
-    ``shuffle`` it is the same in all epochs. The tensors are those of :func:`bright_pixels` and the labels (N,).
+    Each bright pixel of an image with M of them is drawn floor(num_points / M) times; the remaining points are distinct
+    random pixels. Gaussian noise is added. The draw is a function of (seed, split, epoch, rank, number of the batch);
+    without ``shuffle`` it is the same in all epochs. The tensors are those of :func:`bright_pixels`, and labels (N,).
 
     Args:
         *args: arguments of :class:`TensorBatches`.
         shape: height and width of an image.
-        num_points: as in :class:`ImagePointSets`.
-        jitter: as in :class:`ImagePointSets`.
-        split: as in :class:`RandomDataset`.
+        num_points: points per set.
+        jitter: standard deviation of the noise, which is clipped at three standard deviations.
+        split: ``"train"``, ``"val"`` or ``"test"``.
         **options: further arguments of :class:`TensorBatches`.
     """
 
@@ -75,12 +76,12 @@ class PointSetBatches(TensorBatches):
 
     def __iter__(self) -> Iterator[PointSetBatch]:
         key = self.seed, SPLITS.index(self.split), self.epoch if self.shuffle else 0, self.rank
-        for number, index in enumerate(self.indices()):
-            yield self.draw(index, generator_of(*key, number))
+        for batch_index, indices in enumerate(self.indices()):
+            yield self.draw(indices, generator_of(*key, batch_index))
 
-    def draw(self, index: Tensor, generator: torch.Generator) -> PointSetBatch:
+    def draw(self, indices: Tensor, generator: torch.Generator) -> PointSetBatch:
         """Return the point sets of these images."""
-        pixels, counts, labels = (tensor.index_select(0, index) for tensor in self.tensors)
+        pixels, counts, labels = (tensor.index_select(0, indices) for tensor in self.tensors)
         counts = counts.unsqueeze(1)
         noise = torch.rand(pixels.shape, generator=generator)
         # A random order of the bright pixels of each image; padding comes last and is never chosen.
@@ -99,12 +100,12 @@ class PointSetBatches(TensorBatches):
 class ImagePointSets(TensorDataModule):
     """Images as sets of points in the plane: a fixed number of pixels brighter than ``threshold``, with jitter.
 
-    The longer side of an image spans -1 to 1, x to the right and y upwards. Training sets are drawn anew in every
-    epoch; validation and test sets are fixed by the seed. An image without bright pixels becomes an empty set.
+    The longer side of an image spans -1 to 1, x to the right and y upwards. Training sets are resampled every epoch;
+    validation and test sets are fixed by the seed. An image without bright pixels becomes an empty set.
 
     Args:
-        images: ``"digits"``, those of scikit-learn, or ``"mnist"``.
-        root: folder of the four files of MNIST, or of others in the same format; ``None`` downloads MNIST.
+        images: ``"digits"`` (scikit-learn) or ``"mnist"``.
+        root: folder of the four files of MNIST, or of another data set in MNIST's format; ``None`` downloads MNIST.
         num_points: points per set.
         threshold: brightness that a pixel must exceed, at least 0 and less than 1.
         jitter: standard deviation of the noise, which is clipped at three standard deviations.
@@ -133,11 +134,11 @@ class ImagePointSets(TensorDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(("digits", "mnist"), images=self.images)
+        check_choice("images", self.images, ("digits", "mnist"))
         if self.images == "digits" and self.root is not None:
             raise ValueError(f"root={self.root!r} must be None for images='digits', which are part of scikit-learn")
-        at_least(1, num_points=self.num_points)
-        at_least(0, jitter=self.jitter)
+        check_at_least(1, num_points=self.num_points)
+        check_at_least(0, jitter=self.jitter)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold={self.threshold} must be at least 0 and less than 1")
         self.dataset: TensorDataModule = Digits() if self.images == "digits" else MNIST(self.root)

@@ -37,15 +37,13 @@ def read_idx(path: str | Path) -> Tensor:
     try:
         return torch.from_numpy(_parse(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data))
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not an IDX file ({error}); download it again") from error
+        raise ValueError(f"{path}: damaged or not an IDX file ({error})") from error
 
 
 def _parse(data: bytes) -> np.ndarray:
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or data[3] == 0:
-        raise ValueError(f"the first bytes are {data[:4]!r}")
+        raise ValueError(f"it must start with two zero bytes, a dtype code and a rank, got {data[:4]!r}")
     dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
-    if len(data) < start:
-        raise ValueError(f"the header ends after {len(data)} bytes")
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
     size = math.prod(shape) * dtype.itemsize
     if len(data) - start != size:
@@ -54,10 +52,10 @@ def _parse(data: bytes) -> np.ndarray:
 
 
 class Digits(TensorDataModule):
-    """scikit-learn's digits: 1,797 images of 8 x 8 pixels, which are part of its package; needs no download.
+    """scikit-learn's digits: 1,797 images of 8 x 8 pixels, bundled with scikit-learn; needs no download.
 
-    The test is the last fifth of the file, most of it by other writers than the rest. The arguments are those of
-    :class:`TensorDataModule`.
+    The test set is the last fifth of the file; most of its writers do not occur in the training set. The arguments are
+    those of :class:`TensorDataModule`.
 
     Example:
         >>> data = Digits(batch_size=32)
@@ -100,10 +98,6 @@ class MNIST(TensorDataModule):
         super().__post_init__()
         self.source = "MNIST" if self.root is None else f"images in {self.root}"
         self.class_names = [str(i) for i in range(10)]
-        if self.root is not None and not self._folder.is_dir():
-            raise ValueError(
-                f"root={self.root!r} must be a folder with {next(iter(MNIST_HASHES))}.gz, or None to download"
-            )
         self.shape = (
             (1, 28, 28) if self.root is None else (1, *read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:])
         )
@@ -132,11 +126,15 @@ class MNIST(TensorDataModule):
         images, labels = self._path(f"{part}-images-idx3-ubyte"), self._path(f"{part}-labels-idx1-ubyte")
         x, y = read_idx(images), read_idx(labels)
         if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[1:] != self.shape[1:]:
-            raise ValueError(f"{images}: must hold uint8 (N, {self.shape[1:]}), got {x.dtype} {tuple(x.shape)}")
+            raise ValueError(
+                f"{images}: must hold uint8 (N, {self.shape[1]}, {self.shape[2]}), got {x.dtype} {tuple(x.shape)}"
+            )
         if y.dtype != torch.uint8 or y.shape != x.shape[:1]:
             raise ValueError(f"{labels}: must hold {len(x)} labels of uint8, got {y.dtype} {tuple(y.shape)}")
         if train:
             self.class_names = [str(i) for i in range(int(y.max()) + 1)]
         elif int(y.max()) >= self.num_classes:
-            raise ValueError(f"{labels}: label {int(y.max())} does not occur in training")
+            raise ValueError(
+                f"{labels}: label {int(y.max())} exceeds {self.num_classes - 1}, the largest training label"
+            )
         return Tensors(x.unsqueeze(1), y.long())

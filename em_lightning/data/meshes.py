@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from em_lightning.data.base import CACHE, at_least, download, one_of
+from em_lightning.checks import check_at_least, check_choice
+from em_lightning.data.base import CACHE, download
 from em_lightning.data.clouds import Shape, ShapeSource
 from em_lightning.data.point_clouds import PointCloudDataModule, known_shape, read_shape
 
@@ -47,8 +48,8 @@ class GeometricShapes(PointCloudDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, clouds_per_mesh=self.clouds_per_mesh, eval_clouds_per_mesh=self.eval_clouds_per_mesh)
-        at_least(0, held_out_classes=self.held_out_classes)
+        check_at_least(1, clouds_per_mesh=self.clouds_per_mesh, eval_clouds_per_mesh=self.eval_clouds_per_mesh)
+        check_at_least(0, held_out_classes=self.held_out_classes)
         self.path = Path(self.root or f"{CACHE}/GeometricShapes/raw.zip").expanduser()
         if self.root is not None and not self.path.exists():
             raise ValueError(f"root={self.root!r} must be raw.zip or its folder, or None to download")
@@ -131,7 +132,7 @@ class ModelNet(PointCloudDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(("10", "40"), name=self.name)
+        check_choice("name", self.name, ("10", "40"))
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must be between 0 and 1")
         self.source = f"meshes of ModelNet{self.name}" + (f" in {self.root}" if self.root else "")

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Dirichlet
 from torch.utils.data import DataLoader
 
-from em_lightning.data.base import SplitDataModule, at_least
+from em_lightning.checks import check_at_least, check_positive
+from em_lightning.data.base import SplitDataModule
 from em_lightning.data.clouds import EpochSampler, RandomDataset
 from em_lightning.mixture import Mixture
 
@@ -90,15 +91,15 @@ class MixtureSets(SplitDataModule):
         super().__init__()
         self.num_sets = {"train": self.train_batches * self.batch_size, "val": self.val_sets, "test": self.test_sets}
         self.fresh = {"train": self.train_held_out, "val": self.held_out, "test": self.held_out}
-        at_least(1, num_components=self.num_components, num_features=self.num_features, min_points=self.min_points)
-        at_least(1, batch_size=self.batch_size, train_batches=self.train_batches)
-        at_least(1, val_sets=self.val_sets, test_sets=self.test_sets)
-        at_least(1, train_held_out=self.train_held_out, held_out=self.held_out)
-        at_least(0, seed=self.seed)
-        at_least(self.min_points, max_points=self.max_points)
-        for name in ("extent", "scale", "concentration"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        check_at_least(
+            1, num_components=self.num_components, num_features=self.num_features, min_points=self.min_points
+        )
+        check_at_least(1, batch_size=self.batch_size, train_batches=self.train_batches)
+        check_at_least(1, val_sets=self.val_sets, test_sets=self.test_sets)
+        check_at_least(1, train_held_out=self.train_held_out, held_out=self.held_out)
+        check_at_least(0, seed=self.seed)
+        check_at_least(self.min_points, max_points=self.max_points)
+        check_positive(extent=self.extent, scale=self.scale, concentration=self.concentration)
 
     def describe(self) -> str:
         """Return one line that describes the data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,8 @@ from typing import Literal
 import torch
 from torch.utils.data import DataLoader
 
-from em_lightning.data.base import SPLITS, SplitDataModule, at_least, one_of
+from em_lightning.checks import check_at_least, check_choice
+from em_lightning.data.base import SPLITS, SplitDataModule
 from em_lightning.data.clouds import (
     EpochSampler,
     PointCloudBatch,
@@ -22,7 +24,7 @@ from em_lightning.data.clouds import (
     collate_clouds,
     draw_cloud,
 )
-from em_lightning.data.readers import SUPPORTED, read_points
+from em_lightning.data.readers import SUPPORTED, has_points, read_points
 from em_lightning.data.sampling import random_rotation
 from em_lightning.data.surfaces import FAMILIES, random_surface
 
@@ -31,16 +33,16 @@ from em_lightning.data.surfaces import FAMILIES, random_surface
 class PointCloudDataModule(SplitDataModule):
     """Batches of point clouds, each with points to fit and held-out points of the same shape.
 
-    Training clouds are drawn anew in every epoch; validation and test clouds are fixed by the seed. An item is a
+    Training clouds are resampled every epoch; validation and test clouds are fixed by the seed. An item is a
     function of (seed, split, epoch, index). Subclasses define :meth:`shapes` and ``source``.
 
     Args:
-        num_points: points of a cloud to fit, and as many held out.
+        num_points: points per cloud to fit; the same number is held out.
         batch_size: clouds per batch and rank.
         num_workers: number of worker processes that draw clouds; 0 draws them in the main process.
         seed: at least 0; the clouds are a function of it.
-        noise: standard deviation of Gaussian jitter, in units in which the shape has radius 1. Points on a surface have
-            no density in space, so without jitter the likelihood of a mixture is unbounded.
+        noise: standard deviation of Gaussian jitter, relative to the radius of the shape. Points on a surface have no
+            density in space, so without jitter the likelihood of a mixture is unbounded.
         rotate: random rotation of each training cloud: ``"none"``, about ``"z"``, or ``"so3"``, any rotation.
 
     Raises:
@@ -58,9 +60,9 @@ class PointCloudDataModule(SplitDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, num_points=self.num_points, batch_size=self.batch_size)
-        at_least(0, num_workers=self.num_workers, seed=self.seed, noise=self.noise)
-        one_of(("none", "z", "so3"), rotate=self.rotate)
+        check_at_least(1, num_points=self.num_points, batch_size=self.batch_size)
+        check_at_least(0, num_workers=self.num_workers, seed=self.seed, noise=self.noise)
+        check_choice("rotate", self.rotate, ("none", "z", "so3"))
         self.class_names: list[str] = []
         self.datasets: dict[str, RandomDataset] = {}
 
@@ -140,7 +142,7 @@ class ProceduralSurfaces(PointCloudDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, train_clouds=self.train_clouds, val_clouds=self.val_clouds, test_clouds=self.test_clouds)
+        check_at_least(1, train_clouds=self.train_clouds, val_clouds=self.val_clouds, test_clouds=self.test_clouds)
         if self.families == [] or not set(self.families or ()) <= set(FAMILIES):
             raise ValueError(f"families={self.families} must be some of {', '.join(FAMILIES)}")
         self.class_names = list(self.families or FAMILIES)
@@ -148,22 +150,18 @@ class ProceduralSurfaces(PointCloudDataModule):
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
         """Return random surfaces."""
-        return partial(_random_shape, self.class_names), {
-            "train": self.train_clouds,
-            "val": self.val_clouds,
-            "test": self.test_clouds,
-        }[split]
+        return partial(_random_shape, self.class_names), getattr(self, f"{split}_clouds")
 
 
 @dataclass(eq=False, repr=False)
 class PointCloudFolder(PointCloudDataModule):
     """Meshes and point clouds from the files of a folder and its subfolders (formats: :func:`read_points`).
 
-    The subfolder is the class. Folders named ``train``, ``val`` and ``test``, above or below it, decide the split.
-    Otherwise, and for validation without a folder of its own, files are split in the order of a hash of their names, so
-    that all machines agree; with fewer than three files every split holds all of them. Points are drawn from meshes;
+    The class of a file is its subfolder. Folders named ``train``, ``val`` and ``test``, above or below it, define the
+    split; missing splits are drawn by a hash of the file name, which is the same on all machines. With fewer than three
+    files every split holds all of them. Points are drawn from meshes;
     point clouds are divided into points to fit and held-out points, and padded if they are smaller than ``num_points``.
-    Hidden files are skipped; a ``pattern`` excludes other files that are not clouds, such as README.txt.
+    Hidden files are skipped, and text files without a row of three numbers, such as README.txt, with a warning.
 
     Args:
         root: the folder.
@@ -187,7 +185,7 @@ class PointCloudFolder(PointCloudDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, clouds_per_file=self.clouds_per_file)
+        check_at_least(1, clouds_per_file=self.clouds_per_file)
         for name, value in {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}.items():
             if not 0 < value < 0.5:
                 raise ValueError(f"{name}={value} must be between 0 and 0.5")
@@ -198,36 +196,40 @@ class PointCloudFolder(PointCloudDataModule):
         self.files: dict[str, list[str]] = {}
 
     def _find(self) -> list[str]:
-        paths = [
-            path for path in self.folder.rglob(self.pattern) if path.suffix.lower() in SUPPORTED and path.is_file()
-        ]
-        names = [path.relative_to(self.folder) for path in paths]
-        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        if not names:
+        found: dict[bool, list[str]] = {True: [], False: []}
+        for path in sorted(self.folder.rglob(self.pattern)):
+            name = path.relative_to(self.folder)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if path.suffix.lower() in SUPPORTED and path.is_file() and not hidden:
+                found[has_points(path)].append(name.as_posix())
+        if found[False]:
+            warnings.warn(f"root={self.root!r}: text files without points are skipped: {found[False]}", stacklevel=2)
+        if not found[True]:
             raise ValueError(f"root={self.root!r}: {self.pattern!r} matches no {', '.join(SUPPORTED)} file")
-        return sorted(name.as_posix() for name in names)
+        return sorted(found[True])
 
     def _split(self) -> None:
         names = self._find()
-        files: dict[str, list[str]] = {split: [] for split in (*SPLITS, "")}
+        files: dict[str, list[str]] = {split: [] for split in SPLITS}
+        rest: list[str] = []
         for name in names:
-            files[next((part for part in Path(name).parts[:-1] if part in SPLITS), "")].append(name)
-        rest = files.pop("")
+            split = next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
+            (rest if split is None else files[split]).append(name)
         if rest and len(rest) < len(names):
-            raise ValueError(f"root={self.root!r} has train and test folders, but {rest[0]!r} is outside of them")
+            raise ValueError(f"root={self.root!r}: {rest[0]!r} is in no train, val or test folder, but other files are")
         if rest:
-            files["test"], files["train"] = self._divide(rest, self.test_fraction)
+            files["test"], files["train"] = self._hold_out(rest, self.test_fraction)
         if files["train"] and not files["val"]:
             share = self.val_fraction / (1 - self.test_fraction) if rest else self.val_fraction
-            files["val"], files["train"] = self._divide(files["train"], share)
+            files["val"], files["train"] = self._hold_out(files["train"], share)
         empty = [split for split in SPLITS if not files[split]]
         if empty:
-            raise ValueError(f"root={self.root!r} has no files for {' and '.join(empty)}; add such a folder")
+            raise ValueError(f"root={self.root!r} has no files for {empty}; add folders of these names")
         self.class_names = sorted({self._label(name) for name in names})
         self.files = files
 
-    def _divide(self, names: list[str], fraction: float) -> tuple[list[str], list[str]]:
-        """Return a fraction of the files, at least one, and the rest."""
+    def _hold_out(self, names: list[str], fraction: float) -> tuple[list[str], list[str]]:
+        """Return a fraction of the files, at least one, and the rest; fewer than three files are in both."""
         if len(names) < 3:
             return names, names
         order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())

@@ -1,10 +1,9 @@
-"""Readers of point clouds and meshes: OFF, PLY, OBJ and STL with trimesh, text and NumPy files with NumPy."""
+"""Readers of point clouds and meshes: OFF, PLY, OBJ and STL with trimesh, PCD, text and arrays with NumPy."""
 
 from __future__ import annotations
 
 import io
 import re
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ Points = NDArray[np.float64]
 Faces = NDArray[np.int64]
 MESHES = (".off", ".ply", ".obj", ".stl")
 TEXTS = (".xyz", ".txt", ".csv", ".pts")
-ARRAYS = (".npy", ".npz")
-SUPPORTED = (*MESHES, *TEXTS, *ARRAYS)
+SUPPORTED = (*MESHES, *TEXTS, ".pcd", ".npy", ".npz")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ROW = re.compile(rb"\s*[-+]?\.?\d\S*?([\s,;]+[-+]?\.?\d\S*?){2}")  # of three numbers
 
 
 def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
@@ -26,8 +25,9 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
 
     The ending decides the format: ``.off``, ``.ply``, ``.obj`` and ``.stl`` are read by trimesh. ``.xyz``, ``.txt``,
     ``.csv`` and ``.pts`` are text with one point per line, separated by blanks, commas or semicolons; the first three
-    columns are read; a first line with column names or with the number of points is skipped. ``.npy`` holds an array
-    of shape (N, 3) or wider, ``.npz`` one such array or one named ``points``. Polygons are split into triangles.
+    columns are read; a first line with column names and lines with the number of points are skipped. ``.pcd`` is ASCII
+    or binary. ``.npy`` holds an array of shape (N, 3) or wider, ``.npz`` one such array or one named ``points``.
+    Polygons are split into triangles.
 
     Args:
         path: the file.
@@ -40,31 +40,40 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
         FileNotFoundError: the file does not exist.
         ValueError: the file is empty, truncated or corrupt; the message names the file.
     """
-    path = Path(path)
-    ending = path.suffix.lower()
+    return parse_points(Path(path).read_bytes(), str(path), drop_non_finite)
+
+
+def parse_points(content: bytes, name: str, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
+    r"""Return the points and faces of the content of a file; the ending of its name decides the format.
+
+    The other arguments and the results are those of :func:`read_points`.
+
+    Example:
+        >>> points, faces = parse_points(b"0 0 0\n1 2 3\n", "cloud.xyz")
+        >>> points.tolist(), faces
+        ([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], None)
+    """
+    ending = Path(name).suffix.lower()
     if ending not in SUPPORTED:
-        raise ValueError(f"{path}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
-    path.stat()  # raises FileNotFoundError
+        raise ValueError(f"{name}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
+    parse = {".pcd": _parse_pcd, ".npy": _parse_npy, ".npz": _parse_npz}.get(ending, _parse_text)
     try:
-        if ending in MESHES:
-            points, faces = _parse_mesh(path.read_bytes().removeprefix(_BYTE_ORDER_MARK), ending)
-        else:
-            points, faces = _parse_text(path.read_bytes()) if ending in TEXTS else _read_array(path), None
+        content = content.removeprefix(_BYTE_ORDER_MARK)
+        points, faces = _parse_mesh(content, ending) if ending in MESHES else (parse(content), None)
         return _checked(points, faces, drop_non_finite)
     except Exception as error:  # trimesh and zipfile raise errors of many types
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        remedy = "repair the file, leave it out, or export it again" + (
-            " with triangles only" if ending in MESHES else ""
-        )
-        raise ValueError(f"{path}: {kind}{error}; {remedy}") from error
+        remedy = "repair the file, leave it out, or export it again"
+        remedy += " with triangles only" if ending in MESHES else ""
+        raise ValueError(f"{name}: {kind}{error}; {remedy}") from error
 
 
-def map_npy(path: Path) -> np.ndarray:
-    """Return an NPY file as a memory map; pickled objects are refused with a ValueError."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # NumPy evaluates the header as a Python literal
-        raise ValueError(f"not a plain NumPy array of numbers ({error})") from error
+def has_points(path: Path) -> bool:
+    """Return whether a file can hold points: a text without a row of three numbers, such as README.txt, cannot."""
+    if path.suffix.lower() not in TEXTS:
+        return True
+    with path.open("rb") as file:
+        return any(_ROW.match(line.replace(b"\0", b"").removeprefix(_BYTE_ORDER_MARK)) for line in file)  # UTF-16
 
 
 def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tuple[Points, Faces | None]:
@@ -92,35 +101,70 @@ def _check_shape(shape: tuple[int, ...]) -> None:
         raise ValueError(f"the array has shape {shape}, but points must be rows, (N, 3) or wider; transpose it")
 
 
-def _read_array(path: Path) -> Points:
-    if path.suffix.lower() == ".npy":
-        array = map_npy(path)
-    else:
-        # Extracted and mapped, because np.load would allocate any size that a damaged header announces.
-        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory() as folder:
-            names = archive.namelist()
-            name = names[0] if len(names) == 1 else "points.npy"
-            if name not in names:
-                raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
-            array = np.array(map_npy(Path(archive.extract(name, folder))))
+def _parse_npy(data: bytes) -> Points:
+    try:
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # NumPy evaluates the header as a Python literal
+        raise ValueError(f"not a plain NumPy array of numbers ({error})") from None
     _check_shape(array.shape)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the array has dtype {array.dtype}, which must be real numbers")
     return np.array(array[:, :3], dtype=np.float64)
 
 
+def _parse_npz(data: bytes) -> Points:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = archive.namelist()
+        name = names[0] if len(names) == 1 else "points.npy"
+        if name not in names:
+            raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
+        return _parse_npy(archive.read(name))
+
+
+def _parse_pcd(data: bytes) -> Points:
+    end = re.search(rb"(?m)^DATA[ \t]+(\w+)[^\n]*\n", data)
+    if end is None:
+        raise ValueError("a PCD file must have a header that ends with DATA")
+    lines = (line.split() for line in data[: end.start()].decode("latin-1").split("\n"))
+    header = {line[0]: line[1:] for line in lines if line}
+    fields, count, body = header["FIELDS"], int(header["POINTS"][0]), data[end.end() :]
+    sizes = [int(size) for size in header.get("COUNT", ["1"] * len(fields))]
+    places = [fields.index(name) for name in "xyz"]
+    if end[1] == b"ascii":
+        points = _numbers(_lines(body), None, [sum(sizes[:place]) for place in places])
+    elif end[1] == b"binary":
+        kinds = zip(header["TYPE"], header["SIZE"], sizes, strict=True)
+        dtype = np.dtype([(f"{i}", f"<{kind.lower()}{size}", number) for i, (kind, size, number) in enumerate(kinds)])
+        rows = np.frombuffer(body, dtype)
+        points = np.stack([rows[f"{place}"].reshape(len(rows)) for place in places], 1).astype(np.float64)
+    else:
+        raise ValueError(f"DATA {end[1].decode()} is not read; save the cloud as binary or ascii")
+    if len(points) != count:
+        raise ValueError(f"{count} points are announced, {len(points)} follow")
+    return points
+
+
+def _lines(data: bytes) -> list[str]:
+    """Return the lines of a text without comments and empty lines; only newline characters end a line."""
+    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1", "replace")
+    return [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
+
+
+def _numbers(lines: list[str], delimiter: str | None, columns: list[int]) -> Points:
+    return np.loadtxt(lines, delimiter=delimiter, usecols=columns, ndmin=2, comments=None)
+
+
 def _parse_text(data: bytes) -> Points:
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1"
-    text = data.removeprefix(_BYTE_ORDER_MARK).decode(encoding, "replace")
-    # Only newline characters end a line.
-    lines = [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
-    if lines and (lines[0] == str(len(lines) - 1) or re.match(r"(?!nan|inf)[^-+.\d]", lines[0], re.IGNORECASE)):
-        lines = lines[1:]  # the number of points, or column names
+    lines = [line for line in _lines(data) if not line.isdecimal()]  # the number of points of a scan
+    if lines and re.match(r"(?!nan|inf)[^-+.\d]", lines[0], re.IGNORECASE):
+        lines = lines[1:]  # column names
     if not lines:
         raise ValueError("the file holds no points")
     delimiter = next((mark for mark in ";," if mark in lines[0]), None)
+    if "," in lines[0] and re.search(r";|\d\s+[-+.\d]", lines[0]):
+        raise ValueError(f"decimal commas are not read: {lines[0][:80]!r}; write decimal points")
     _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))))
-    return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
+    return _numbers(lines, delimiter, [0, 1, 2])
 
 
 def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import one_of
+from em_lightning.checks import check_choice
 
 Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
 
@@ -204,5 +204,5 @@ def random_surface(family: str, generator: torch.Generator) -> Mesh:
         >>> vertices.shape, faces.shape
         (torch.Size([8, 3]), torch.Size([12, 3]))
     """
-    one_of(FAMILIES, family=family)
+    check_choice("family", family, FAMILIES)
     return getattr(_Family(generator), family)()

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import RankLoader, at_least
-from em_lightning.data.readers import map_npy
+from em_lightning.checks import check_at_least
+from em_lightning.data.base import RankLoader
 
 # Rows that are read under one memory map: its pages count as memory of the process until it is closed.
 _ROWS_PER_MAP = 4096
@@ -79,9 +79,11 @@ class Table:
 
     def _open(self, path: Path) -> np.ndarray:
         try:
-            array = map_npy(path)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {path} cannot be read ({error}); write it with numpy.save") from error
+            array = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # NumPy evaluates the header as a Python literal
+            raise ValueError(
+                f"{self.name}: {path} is not a plain NumPy array ({error}); write it with numpy.save"
+            ) from error
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} must hold real numbers, got {array.dtype}")
         return array
@@ -151,7 +153,7 @@ class TableBlocks(RankLoader):
         rank: int = 0,
         seed: int = 0,
     ) -> None:
-        at_least(1, block_rows=block_rows)
+        check_at_least(1, block_rows=block_rows)
         if weights is not None and len(weights) != len(table):
             raise ValueError(f"weights must have as many rows as the data, got {len(weights)} and {len(table)}")
         super().__init__(len(table), shuffle, num_replicas, rank, seed)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import SplitDataModule, at_least, generator_of, one_of
+from em_lightning.checks import check_at_least, check_choice
+from em_lightning.data.base import SplitDataModule, generator_of
 from em_lightning.data.tables import Table, TableBlocks
 from em_lightning.mixture import Mixture
 
@@ -52,8 +53,8 @@ class TabularDataModule(SplitDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, block_rows=self.block_rows)
-        at_least(0, seed=self.seed)
+        check_at_least(1, block_rows=self.block_rows)
+        check_at_least(0, seed=self.seed)
         self.tables: dict[str, Table] = {}
         if self.held_out is None:
             # Lightning skips validation if this is the method of its own class, and warns of an empty list.
@@ -136,10 +137,10 @@ class GaussianBlobs(TabularDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, num_features=self.num_features, true_components=self.true_components)
-        at_least(1, held_out_points=self.held_out_points)
-        at_least(3, num_points=self.num_points)
-        one_of(("memory", "shards"), storage=self.storage)
+        check_at_least(1, num_features=self.num_features, true_components=self.true_components)
+        check_at_least(1, held_out_points=self.held_out_points)
+        check_at_least(3, num_points=self.num_points)
+        check_choice("storage", self.storage, ("memory", "shards"))
         name = f"blobs-{self.num_points}-{self.num_features}-{self.true_components}-{self.seed}"
         self.path = Path(self.folder) / name
 

@@ -1,4 +1,4 @@
-"""Data sets that fit in memory, as tensors: a loader that indexes whole batches, and its LightningDataModule."""
+"""In-memory data sets: TensorBatches, a loader, and TensorDataModule."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import RankLoader, SplitDataModule, at_least
+from em_lightning.checks import check_at_least
+from em_lightning.data.base import RankLoader, SplitDataModule
+
+_SPLIT_SEED = 0  # the same validation items for every seed
 
 
 class TensorBatches(RankLoader):
-    """A loader of batches that are indexed at once instead of being collated item by item.
+    """A loader that indexes whole batches, without collation of single items.
 
     The order of an epoch is a function of (seed, epoch). Lightning calls ``set_epoch``; in a plain loop, call it to get
-    a new order. Ranks divide each batch of the epoch and have equally many batches.
+    a new order. Each global batch is split among the ranks, so all ranks have the same number of batches.
 
     Args:
-        tensors: tensors of equal length N along their first axis. uint8 becomes float32 from 0 to 1.
+        tensors: tensors of equal length N along their first axis. uint8 is converted to float32 in [0, 1].
         batch_size: items per batch and rank; the last batch may have fewer.
         shuffle: whether to draw a new order in every epoch.
         num_replicas: number of ranks.
@@ -48,20 +51,20 @@ class TensorBatches(RankLoader):
         lengths = {len(tensor) for tensor in tensors}
         if len(lengths) != 1:
             raise ValueError(f"tensors must have equal lengths, got {sorted(lengths)}")
-        at_least(1, batch_size=batch_size)
-        self.size = lengths.pop()
-        super().__init__(self.size, shuffle, num_replicas, rank, seed)
+        check_at_least(1, batch_size=batch_size)
+        self.num_items = lengths.pop()
+        super().__init__(self.num_items, shuffle, num_replicas, rank, seed)
         self.tensors = tensors
         self.batch_size = batch_size
 
     def __len__(self) -> int:
-        return math.ceil(self.size / (self.batch_size * self.num_replicas))
+        return math.ceil(self.num_items / (self.batch_size * self.num_replicas))
 
     def indices(self) -> Iterator[Tensor]:
         """Yield the indices of this rank's batches in this epoch."""
-        order = self.order(self.size)
+        order = self.order(self.num_items)
         whole = self.batch_size * self.num_replicas
-        left = self.size % whole
+        left = self.num_items % whole
         if 0 < left < self.num_replicas:
             # Repeat items, so that every rank has one: batch statistics are reduced over all ranks.
             order = torch.cat([order, order[: self.num_replicas - left]])
@@ -92,8 +95,8 @@ class TensorDataModule(SplitDataModule):
     Args:
         batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
         eval_batch_size: items per batch of validation, test and prediction.
-        val_size: number of training items for validation, a fixed random choice. With 0, as in published tables,
-            validation uses the test items, so no choice may depend on it.
+        val_size: number of training items for validation, a fixed random choice. 0 validates on the test
+            items, as the published tables do; do not select models by it.
         seed: at least 0; seed of the order of training items.
 
     Raises:
@@ -107,8 +110,8 @@ class TensorDataModule(SplitDataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
-        at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
-        at_least(0, val_size=self.val_size, seed=self.seed)
+        check_at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        check_at_least(0, val_size=self.val_size, seed=self.seed)
         self.shape: tuple[int, ...]
         self.splits: dict[str, Tensors] = {}
 
@@ -142,7 +145,7 @@ class TensorDataModule(SplitDataModule):
             raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
         val = test
         if self.val_size:
-            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0))
+            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(_SPLIT_SEED))
             kept, chosen = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
             train, val = Tensors(*(part[kept] for part in train)), Tensors(*(part[chosen] for part in train))
         self.splits = {"train": train, "val": val, "test": test}
@@ -157,5 +160,5 @@ class TensorDataModule(SplitDataModule):
         """Return the batches (x, y) of a split; those of ``"train"`` are shuffled."""
         self.setup()
         train = split == "train"
-        size = self.batch_size if train else self.eval_batch_size
-        return TensorBatches(list(self.splits[split]), size, train, *self.ranks, self.seed)
+        batch_size = self.batch_size if train else self.eval_batch_size
+        return TensorBatches(list(self.splits[split]), batch_size, train, *self.ranks, self.seed)

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_spread
+from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_distributed
 
 
 class Moments(NamedTuple):
     """Moments of D units over the global batch.
 
     Attributes:
-        size: number of items in the global batch, or the sum of their weights: a scalar.
+        size: number of items, or sum of weights, in the global batch: a scalar.
         mean: mean of each unit (D,).
         variance: unbiased variance of each unit (D,); 0 for fewer than two items.
         deviations: this rank's items minus the mean (N, D).
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
         return self.variance.clamp_min(torch.finfo(self.variance.dtype).tiny).sqrt()
 
     def covariance(self) -> Tensor:
-        """Return the unbiased covariance (D, D)."""
+        """Return the unbiased covariance, shape (D, D)."""
         return self._sum_of_products(self.deviations) / _degrees_of_freedom(self.size)
 
     def correlation(self, eps: float = 1e-8) -> Tensor:
@@ -50,9 +50,9 @@ class Moments(NamedTuple):
         standardized = self.deviations * (1 / (std * _degrees_of_freedom(self.size).sqrt()))
         diagonal = self.variance / std.square()
         num_items, num_units = standardized.shape
-        if self.weights is not None or num_items >= num_units or is_spread():
+        if self.weights is not None or num_items >= num_units or is_distributed():
             return (self._sum_of_products(standardized) - torch.diag(diagonal)).square().sum()
-        # With fewer items than units the (N, N) product is smaller: C = Z^T Z has the Frobenius norm of Z Z^T.
+        # Z Z^T (N, N) is smaller than Z^T Z (D, D) and has the same Frobenius norm.
         with torch.autocast(standardized.device.type, enabled=False):
             similarity = standardized @ standardized.T
         return similarity.square().sum() - diagonal.square().sum()
@@ -73,37 +73,25 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
 
     Two passes: the mean :math:`m = \sum_n w_n x_n / \sum_n w_n`, then the variance
     :math:`\sum_n w_n (x_n - m)^2 / (\sum_n w_n - 1)`, because :math:`E[x^2] - m^2` cancels if the mean is large. The
-    mean is accumulated in float64 on devices that have it, so a constant unit has variance exactly 0.
-
-    Args:
-        values: activations with D units along ``dim``; all other axes count items.
-        dim: axis of the units.
-        mask: booleans of the shape of ``values`` without ``dim``; False items do not count.
-        weights: non-negative numbers of the same shape; an item of weight w counts w times.
-
-    Raises:
-        ValueError, TypeError: as :func:`flatten_units`.
+    mean is accumulated in float64 on devices that have it, so a constant unit has variance exactly 0. Arguments and
+    errors are those of :func:`flatten_units`.
 
     Example:
         >>> moments = batch_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         >>> moments.mean, moments.variance
         (tensor([2., 0.]), tensor([2., 0.]))
     """
-    items, counts = flatten_units(values, dim, mask, weights)
-    exact, size = _mean_and_size(items, counts, accumulation_dtype(items))
+    items, weights = flatten_units(values, dim, mask, weights)
+    exact, size = _mean_and_size(items, weights, accumulation_dtype(items))
     mean, size = exact.to(items.dtype), size.to(items.dtype)
     deviations = items - mean
-    squares = deviations.square() if counts is None else deviations.square() * counts[:, None]
+    squares = deviations.square() if weights is None else deviations.square() * weights[:, None]
     variance = global_sum(squares.sum(0)) / _degrees_of_freedom(size)
-    return Moments(size, mean, variance, deviations, counts)
+    return Moments(size, mean, variance, deviations, weights)
 
 
 def batch_mean(items: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the weighted mean of items (N, ...) over the global batch, shape (...); 0 if there are no items.
-
-    Args:
-        items: this rank's items.
-        weights: non-negative numbers (N,); ``None`` weighs all items equally.
+    """Return the mean of items (N, ...) with weights (N,) over the global batch, shape (...); 0 if there are no items.
 
     Example:
         >>> batch_mean(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))

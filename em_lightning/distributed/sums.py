@@ -37,14 +37,14 @@ def global_sum(values: Tensor) -> Tensor:
         >>> global_sum(torch.ones(2))
         tensor([1., 1.])
     """
-    return _GlobalSum.apply(values) if is_spread() else values
+    return _GlobalSum.apply(values) if is_distributed() else values
 
 
-def is_spread() -> bool:
+def is_distributed() -> bool:
     """Return whether the default process group has more than one rank.
 
     Example:
-        >>> is_spread()
+        >>> is_distributed()
         False
     """
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -63,18 +63,15 @@ def accumulation_dtype(values: Tensor) -> torch.dtype:
 def flatten_units(
     values: Tensor, dim: int = -1, mask: Tensor | None = None, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Reshape activations to items x units, and combine mask and weights into one weight per item.
+    """Reshape activations to items (N, D), and combine mask and weights into one weight per item (N,).
+
+    Items are in float32 or float64, those of weight 0 are zeros. Without mask and weights, the second result is None.
 
     Args:
-        values: activations with D units along ``dim``; all other axes count items, so the positions of a feature map
-            are items under ``dim=1``.
+        values: activations with D units along ``dim``; all other axes are flattened into items.
         dim: axis of the units.
-        mask: booleans of the shape of ``values`` without ``dim``. False items have weight 0; their values are ignored
-            and may be NaN.
+        mask: booleans of the shape of ``values`` without ``dim``. False items have weight 0 and may be NaN.
         weights: non-negative numbers of the same shape; an item of weight w counts w times.
-
-    Returns:
-        Items (N, D) in float32 or float64, and weights (N,), or ``None`` if neither mask nor weights were given.
 
     Raises:
         ValueError: ``dim`` is not an axis of ``values`` or has length 0; ``mask`` or ``weights`` has the wrong shape.
@@ -85,21 +82,16 @@ def flatten_units(
         >>> items.shape, weights
         (torch.Size([18, 5]), None)
     """
-    if not -values.dim() <= dim < values.dim():
-        raise ValueError(f"dim={dim} must be an axis of values, which have shape {tuple(values.shape)}")
-    if values.shape[dim] == 0:
+    if not -values.dim() <= dim < values.dim() or values.shape[dim] == 0:
         raise ValueError(f"values of shape {tuple(values.shape)} must have at least one unit along dim={dim}")
     values = values.movedim(dim, -1)
+    shape = tuple(values.shape[:-1])
     for name, given in (("mask", mask), ("weights", weights)):
-        if given is not None and given.shape != values.shape[:-1]:
-            raise ValueError(
-                f"{name} of shape {tuple(given.shape)} must have the shape of values without dim={dim}, "
-                f"{tuple(values.shape[:-1])}"
-            )
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} of shape {tuple(given.shape)} must have shape {shape}, without dim={dim}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask of dtype {mask.dtype} must be boolean; pass numbers as weights")
-    items = values.to(torch.promote_types(values.dtype, torch.float32))
-    items = items if items.dim() == 2 else items.reshape(-1, values.shape[-1])
+    items = values.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, values.shape[-1])
     if mask is None and weights is None:
         return items, None
     counts = items.new_ones(items.shape[0]) if weights is None else weights.reshape(-1).to(items.dtype)

@@ -24,12 +24,10 @@ class Kernel(nn.Module):
     r"""An energy :math:`d(x, \mu)` between items and centers; low energy wins.
 
     A subclass defines :meth:`energy`, passes its positive shape parameters to this constructor, and defines
-    :meth:`log_normalizer` if exp(-d) is integrable. It owns no centers, so learned prototypes, M-step means and fixed
-    hypotheses can share one kernel.
+    :meth:`log_normalizer` if exp(-d) is integrable. It owns no centers.
 
-    Half-precision inputs, and any input under autocast, are computed in float32 or the wider of the input dtypes.
-    Energies are returned in the inputs' dtype; float16 energies are clamped to its largest number. Energies beyond the
-    range of float32 are infinite; for kernels of the squared distance this happens at distances beyond 1e19.
+    Energies are computed in float32 or float64, under autocast as well, and returned in the inputs' dtype; float16
+    energies are clamped to its largest number.
 
     Args:
         learnable: make the shape parameters learnable. Each is then ``value * exp(log_<name>)`` with a parameter
@@ -62,11 +60,7 @@ class Kernel(nn.Module):
             self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
 
     def forward(self, x: Tensor, centers: Tensor) -> Tensor:
-        """Return the energy (..., N, K) of every item under every center.
-
-        Args:
-            x: items (..., N, D).
-            centers: centers (..., K, D); leading axes broadcast with those of ``x``, as in ``torch.cdist``.
+        """Return energies (..., N, K) of items (..., N, D) and centers (..., K, D); leading axes broadcast.
 
         Raises:
             TypeError: an input is not a floating-point tensor.
@@ -96,10 +90,7 @@ class Kernel(nn.Module):
         raise NoDensityError(f"{type(self).__name__} has no density (num_features={num_features}): {self.no_density}")
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
-        """Return a shape parameter: a number if fixed, else a tensor of shape () in ``dtype``.
-
-        The default dtype is float64, on MPS float32. A tensor of shape () does not promote the dtype of other tensors.
-        """
+        """Return a shape parameter: a number if fixed, else a tensor of shape () in ``dtype``, by default float64."""
         if not self._learnable:
             return self._initial[name]
         log_ratio: Tensor = getattr(self, f"log_{name}")
@@ -149,9 +140,8 @@ class EllipticalKernel(Kernel):
     =============  ==============================================  ===================================
 
     For the Student-t :math:`p = (\nu + D) / 2` with ``density=True``. A ``scale`` :math:`s` divides the distance,
-    :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. With D = 1 the densities
-    are those of the kernels; with D > 1 the multivariate t, an exponential power (Laplace) and a hyperbolic one
-    (pseudo-Huber). Laplace is a parabola below the distance 1e-4 s, where its IRLS weight would tend to infinity.
+    :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. Laplace is a parabola below
+    the distance 1e-4 s, where its IRLS weight would tend to infinity.
 
     Source: Kent and Tyler, "Redescending M-estimates of multivariate location and scatter", Annals of Statistics 19
     (1991); exponential power: Gómez, Gómez-Villegas and Marín, Communications in Statistics 27 (1998).
@@ -178,13 +168,7 @@ class EllipticalKernel(Kernel):
 
 
 def density_kernel(spec: Any) -> Kernel:
-    """Build a kernel that is a density in any number of features, if it has that option.
-
-    Kernels whose constructor has an argument ``density``, such as Student-t, get ``density=True`` unless a mapping sets
-    it. Otherwise this is ``KERNELS.build(spec)``: instances are returned unchanged.
-
-    Args:
-        spec: a key, a class, a mapping or an instance.
+    """Return ``KERNELS.build(spec)``, with ``density=True`` for classes that have this option, such as Student-t.
 
     Example:
         >>> density_kernel("student_t"), density_kernel({"name": "student_t", "df": 3.0, "density": False})

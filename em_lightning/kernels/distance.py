@@ -25,9 +25,8 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
 
     .. math:: \lVert L^{-1} (x_n - \mu_k) \rVert^2
 
-    Values and gradients are sums of differences, not expanded squares, which would cancel far from the origin.
-    Derivatives of every order exist, also at distance 0. Beyond ``max_differences`` memory is that of the result,
-    forward and backward, and forward-mode derivatives (``torch.func.jvp``) raise NotImplementedError.
+    Values and gradients are sums of differences: expanded squares would cancel far from the origin. Derivatives of
+    every order exist, also at distance 0; beyond ``max_differences`` forward-mode ones raise NotImplementedError.
 
     Args:
         x: items (..., N, D).

@@ -18,8 +18,8 @@ class GaussianKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = \frac{\lVert x - \mu \rVert^2}{2 s^2}
 
-    where :math:`x` is an item, :math:`\mu` a center and :math:`s` the ``scale``. Not robust: the gradient grows with
-    the distance without bound. A density with normalizer :math:`(2 \pi s^2)^{D/2}`.
+    with ``scale`` :math:`s`. Not robust: the gradient is unbounded. A density with normalizer
+    :math:`(2 \pi s^2)^{D/2}`.
 
     Args:
         scale: standard deviation of each feature.
@@ -58,17 +58,16 @@ class StudentTKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = p \, \log\Bigl(1 + \frac{\lVert x - \mu \rVert^2}{\nu s^2}\Bigr)
 
-    with degrees of freedom :math:`\nu` (``df``), ``scale`` :math:`s` and exponent :math:`p = 1`, or with
-    ``density=True`` the exponent :math:`p = (\nu + D) / 2` of the multivariate Student-t distribution. Very robust: the
-    gradient decreases with the inverse of the distance.
+    with exponent :math:`p = 1`, or with ``density=True`` :math:`p = (\nu + D) / 2`, that of the multivariate Student-t
+    distribution. Very robust: the gradient decreases with the inverse of the distance.
 
     exp(-d) is integrable if :math:`2 p > D`, with normalizer
     :math:`(\pi \nu s^2)^{D/2} \, \Gamma(p - D/2) / \Gamma(p)`. This always holds with ``density=True``, and for
     :math:`p = 1` only if D = 1, a Cauchy distribution of scale :math:`s \sqrt{\nu}`.
 
     Args:
-        df: degrees of freedom; the smaller, the heavier the tails of the density.
-        scale: length scale of the distance.
+        df: degrees of freedom :math:`\nu`; the smaller, the heavier the tails of the density.
+        scale: length scale :math:`s` of the distance.
         density: use the exponent of the Student-t density in any number of features.
 
     Example:
@@ -87,7 +86,7 @@ class StudentTKernel(EllipticalKernel):
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         return self.rho(squared_distance(x, centers), x.shape[-1])
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
+    def log_normalizer(self, num_features: int) -> Tensor:
         if not self.density and num_features >= 2:
             return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
         df, half = self.df, num_features / 2
@@ -95,8 +94,8 @@ class StudentTKernel(EllipticalKernel):
         volume = half * (math.pi * df).log() + num_features * self.scale.log()
         return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
 
-    def log_normalizer(self, num_features: int) -> Tensor:
-        return self.elliptical_log_normalizer(num_features)
+    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
+        return self.log_normalizer(num_features)
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))
@@ -119,9 +118,8 @@ class MahalanobisKernel(Kernel):
 
     .. math:: d(x, \mu) = (x - \mu)^\top \Sigma^{-1} (x - \mu), \qquad \Sigma = L L^\top
 
-    without the 1/2 of a Gaussian exponent. :math:`L` is lower triangular with a positive diagonal for all parameter
-    values, so :math:`\Sigma` is always positive definite. Not robust, like the Gaussian. A density with normalizer
-    :math:`\det(\pi \Sigma)^{1/2}`, that of a Gaussian of covariance :math:`\Sigma / 2`.
+    without the 1/2 of a Gaussian exponent, with :math:`L` lower triangular of positive diagonal. Not robust. A density
+    with normalizer :math:`\det(\pi \Sigma)^{1/2}`, that of a Gaussian of covariance :math:`\Sigma / 2`.
 
     Args:
         num_features: number of features D.

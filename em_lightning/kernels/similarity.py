@@ -16,8 +16,8 @@ class CosineKernel(Kernel):
 
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 
-    Energies lie in [0, 2], so responsibilities are soft unless the temperature is below 1; 1 / temperature is the
-    concentration of a von Mises-Fisher distribution. The cosine of a zero vector is taken as 0. No shape parameters.
+    Energies lie in [0, 2]; 1 / temperature is the concentration of a von Mises-Fisher distribution. The cosine of a
+    zero vector is 0.
 
     A density on the unit sphere only, von Mises-Fisher of concentration 1, with normalizer
     :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind; for
@@ -87,9 +87,7 @@ class LearnedEnergyKernel(Kernel):
 
     .. math:: d_k(x) = f_\theta(x)_k
 
-    The network's parameters are learnable as they are, so there is no argument ``learnable``; freeze them with
-    ``requires_grad_(False)``. It also determines dtypes, tails and robustness. **Not a density**: the integral of
-    exp(-f) is unknown and may be infinite.
+    **Not a density**: the integral of exp(-f) is unknown and may be infinite.
 
     Args:
         network: module from items (..., N, D) to energies (..., N, K).
@@ -120,8 +118,5 @@ class LearnedEnergyKernel(Kernel):
             raise ValueError("centers must be None: the hypotheses of LearnedEnergyKernel are outputs of its network")
         energies = self.network(x)
         if energies.shape[:-1] != x.shape[:-1]:
-            raise ValueError(
-                f"the network returned {tuple(energies.shape)} for x {tuple(x.shape)}, but must return (..., N, K) = "
-                f"{(*x.shape[:-1], 'K')}"
-            )
+            raise ValueError(f"the network must return (..., N, K) for x {tuple(x.shape)}, not {tuple(energies.shape)}")
         return energies

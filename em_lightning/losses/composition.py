@@ -24,9 +24,8 @@ class EMLoss(nn.Module):
     maps names to weights and may be changed between steps; terms of weight 0 are not computed.
 
     Args:
-        free_energy: weight of the free energy.
-        variance: weight of the term against dead units.
-        decorrelation: weight of the term against redundant units.
+        free_energy, variance, decorrelation: weights of the free energy and of the terms against dead and redundant
+            units.
         reduction: "sum" or "mean" of the free energy over the items of the global batch. These are different
             experiments: "mean" divides the free energy by the batch size, but not volume control.
         dim: axis of the units, for instance 1 for the channels of a feature map.
@@ -82,19 +81,21 @@ class EMLoss(nn.Module):
         """Return each term times its weight, by name; their sum is the loss.
 
         Args:
-            energies: any shape with D units along ``dim``; all other axes count items.
-            mask: booleans of that shape without ``dim``; False items do not count.
-            weights: non-negative numbers of the same shape; an item of weight w counts w times.
+            energies: any shape with D units along ``dim``.
+            mask: as in :meth:`EnergyLoss.forward`.
+            weights: as in :meth:`EnergyLoss.forward`.
             weight_matrix: weight (D, ...) of the layer that computes the energies, used by ``weight_redundancy``.
 
         Raises:
             ValueError: ``weight_redundancy`` has a positive weight and ``weight_matrix`` is None.
         """
         energies = energies.movedim(self.dim, -1)
-        active = {name: self.terms[name] for name, weight in self.weights.items() if weight}
         moments = None
         values: dict[str, Tensor] = {}
-        for name, term in active.items():
+        for name, weight in self.weights.items():
+            term = self.terms[name]
+            if not weight:
+                continue
             if isinstance(term, WeightRedundancyLoss):
                 if weight_matrix is None:
                     raise ValueError(f"{name} needs the weight of the layer: pass weight_matrix=layer.weight")
@@ -105,7 +106,7 @@ class EMLoss(nn.Module):
                 value = term.from_moments(moments)
             else:
                 value = term(energies, mask, weights)
-            values[name] = self.weights[name] * value
+            values[name] = weight * value
         return values
 
     def total(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:

@@ -3,10 +3,7 @@
 Letters: N items (all axes but that of the units), D units. Energies are the post-activation outputs of a layer: low
 energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients over
 its ranks, and gradients equal those of a single process; every rank must make the call. All terms are computed and
-returned in float32 or float64, under autocast as well.
-
-If the square of a deviation from the mean overflows (above 1.8e19 in float32), the variance is infinite, and variance
-terms are infinite or NaN, decorrelation and determinants NaN: a diverging run reports inf or NaN.
+returned in float32 or float64, under autocast as well. A diverging run reports inf or NaN.
 """
 
 from __future__ import annotations
@@ -26,11 +23,7 @@ LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
 
 
 class EnergyLoss(nn.Module):
-    """Base class of scalar losses of a batch of energies; register a subclass in ``LOSSES`` to use it by its key.
-
-    Args:
-        dim: axis of the units; all other axes count items.
-    """
+    """Base class of scalar losses of energies with units on axis ``dim``; register a subclass in ``LOSSES``."""
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()
@@ -53,7 +46,15 @@ class EnergyLoss(nn.Module):
 
 
 class MomentLoss(EnergyLoss):
-    """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them."""
+    """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them.
+
+    Raises:
+        ValueError: ``eps`` is not positive.
+    """
+
+    def __init__(self, eps: float = 1e-6, dim: int = -1) -> None:
+        super().__init__(dim)
+        self.eps = positive_number("eps", eps)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         return self.from_moments(batch_moments(energies, self.dim, mask, weights))
@@ -71,8 +72,7 @@ class FreeEnergyLoss(EnergyLoss):
     training collapses.
 
     Args:
-        reduction: "sum" or "mean" over the items of the global batch. They weigh the term differently against volume
-            control and are different experiments.
+        reduction: "sum" or "mean" over the items of the global batch.
         temperature: T > 0.
 
     Raises:
@@ -117,10 +117,6 @@ class VarianceLoss(MomentLoss):
     Oursland, arXiv 2601.06478.
     """
 
-    def __init__(self, eps: float = 1e-6, dim: int = -1) -> None:
-        super().__init__(dim)
-        self.eps = positive_number("eps", eps)
-
     def from_moments(self, moments: Moments) -> Tensor:
         return -(moments.variance + self.eps).log().sum()
 
@@ -129,14 +125,12 @@ class VarianceLoss(MomentLoss):
 class BoundedVarianceLoss(MomentLoss):
     r"""A non-negative term against dead units, :math:`\sum_j \log(1 + \tau / (\mathrm{Var}(d_j) + \epsilon))`.
 
-    It is the softplus of log target minus log variance. Far below the target, value and gradient equal those of
-    ``VarianceLoss`` (up to the constant :math:`D \log \tau`); far above, the gradient vanishes as
-    :math:`\tau / \mathrm{Var}^2`, so scaling up the energies has no benefit. The hinge of VICReg is bounded as well,
-    but its gradient at a dying unit is finite and can be smaller than that of a summed free energy.
+    Far below the target, value and gradient equal those of ``VarianceLoss`` (up to the constant
+    :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`, so scaling up the energies
+    has no benefit.
 
     Args:
-        target: variance tau above which the term becomes flat. A softmin at temperature T distinguishes energies that
-            differ by about T, so T^2 is a natural unit.
+        target: variance tau above which the term becomes flat, for instance the square of the temperature.
         eps: keeps the logarithm of a constant unit finite.
 
     Raises:
@@ -149,9 +143,8 @@ class BoundedVarianceLoss(MomentLoss):
     """
 
     def __init__(self, target: float = 1.0, eps: float = 1e-6, dim: int = -1) -> None:
-        super().__init__(dim)
+        super().__init__(eps, dim)
         self.target = positive_number("target", target)
-        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         return torch.log1p(self.target / (moments.variance + self.eps)).sum()
@@ -175,8 +168,7 @@ class DecorrelationLoss(MomentLoss):
     """
 
     def __init__(self, eps: float = 1e-8, dim: int = -1) -> None:
-        super().__init__(dim)
-        self.eps = positive_number("eps", eps)
+        super().__init__(eps, dim)
 
     def from_moments(self, moments: Moments) -> Tensor:
         return moments.redundancy(self.eps)
@@ -187,9 +179,8 @@ class LogDetLoss(MomentLoss):
     r"""The full volume term, :math:`-\log\det(\mathrm{Cov}(d) + \epsilon I)`, or that of the correlation.
 
     With R the correlation, :math:`-\log\det\mathrm{Cov} = -\sum_j \log\mathrm{Var}_j - \log\det R`. The last term is at
-    least 0 (Hadamard) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order. The loss is therefore an
-    upper bound of the variance term and combines variance and decorrelation. Half of it is, up to a constant, a lower
-    bound of the negative entropy of the energies, because the Gaussian has the largest entropy for a given covariance.
+    least 0 (Hadamard) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss combines variance
+    and decorrelation.
 
     Args:
         of: "covariance", which is unbounded below under scaling like the variance term; or "correlation", which is at
@@ -206,11 +197,10 @@ class LogDetLoss(MomentLoss):
     """
 
     def __init__(self, of: str = "covariance", eps: float = 1e-6, dim: int = -1) -> None:
-        super().__init__(dim)
+        super().__init__(eps, dim)
         if of not in ("covariance", "correlation"):
             raise ValueError(f"of={of!r} must be 'covariance' or 'correlation'")
         self.of = of
-        self.eps = positive_number("eps", eps)
 
     def from_moments(self, moments: Moments) -> Tensor:
         if self.of == "covariance":

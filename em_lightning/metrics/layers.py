@@ -1,4 +1,4 @@
-"""Metrics of the units of a layer: active and dead units, least variance, redundancy, effective rank, linear probe."""
+"""Metrics of the units of a layer: active and dead units, smallest variance, redundancy, effective rank."""
 
 from __future__ import annotations
 

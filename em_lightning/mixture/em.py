@@ -73,7 +73,13 @@ class Fit(NamedTuple):
 
 
 def fit(
-    step: Callable[[State, int], tuple[State, Tensor]], state: State, *, max_iters: int, tol: float, min_iters: int = 1
+    step: Callable[[State, int], tuple[State, Tensor]],
+    state: State,
+    *,
+    max_iters: int,
+    tol: float,
+    min_iters: int = 1,
+    before: Tensor | None = None,
 ) -> Fit:
     """Iterate until the objective per point of each set changes by less than ``tol``, as scikit-learn does.
 
@@ -86,11 +92,12 @@ def fit(
         max_iters: largest number of iterations.
         tol: in nats per point; 0 makes all iterations.
         min_iters: iterations before the first test.
+        before: the objective (B,) of an iteration before these.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)
     running = torch.ones(size, dtype=torch.bool, device=device)
-    before, objectives = None, []
+    objectives = []
     for iteration in range(1, max_iters + 1):
         after, objective = step(state, iteration)
         state, steps = where(running, after, state), steps + running
@@ -209,6 +216,8 @@ def fit_blocks(
     tol: float = 1e-3,
     floor: float = 1e-6,
     prior: MixturePrior | None = None,
+    before: float | None = None,
+    report: Callable[[int, float], None] | None = None,
 ) -> BlockFit:
     """Fit one mixture to points in blocks by EM, one pass over the blocks per iteration.
 
@@ -219,6 +228,8 @@ def fit_blocks(
         tol: of the change of the log-likelihood, in nats per point; 0 makes all iterations.
         floor: added to every variance.
         prior: of the parameters, with its mean and covariance given.
+        before: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
+        report: is called after each iteration with its number and its log-likelihood per point.
 
     Example:
         >>> x = torch.tensor([[-2.0], [-1.9], [3.0], [3.1]])
@@ -230,7 +241,7 @@ def fit_blocks(
     start = start.to(accumulation_dtype(start.means))
     streamed = StreamedEM.about(start)
 
-    def step(parameters: Parameters, _: int) -> tuple[Parameters, Tensor]:
+    def step(parameters: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
         mixture = Mixture(*parameters)
         statistics = None
         for x, weights in blocks():
@@ -243,8 +254,11 @@ def fit_blocks(
             raise ValueError(
                 f"the log-likelihood is {float(level)}: the points hold NaN or infinity, or all weights are zero"
             )
+        if report is not None:
+            report(iteration, float(level))
         return streamed.m_step(statistics, mixture, floor, prior).parameters(), level
 
-    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol)
+    known = None if before is None else torch.tensor([before], dtype=torch.float64)
+    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol, min_iters=int(known is None), before=known)
     levels = [float(level) for level in found.objectives]
     return BlockFit(Mixture(*found.state), levels, bool(found.converged))

@@ -2,10 +2,8 @@
 
 from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.classifier import EMClassifier
-from em_lightning.modules.decoder_free import DecoderFreeEncoder
+from em_lightning.modules.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer
 from em_lightning.modules.gaussian_mixture import GaussianMixtureModule
-from em_lightning.modules.layer import EnergyLayer
 from em_lightning.modules.point_cloud_classifier import PointCloudClassifier
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 

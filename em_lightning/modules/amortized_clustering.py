@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_positive
 from em_lightning.data import MixtureSetBatch
 from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.checks import check_positive
 from em_lightning.operators import EMOperator
 
 

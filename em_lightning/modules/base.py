@@ -14,27 +14,28 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from em_lightning.checkpoints import check_archive
-from em_lightning.modules.checks import check_at_least, check_choice, check_positive
+from em_lightning.checks import check_at_least, check_choice, check_positive
 
 STAGES = ("train", "val", "test")
-_WARM_UP = 0.3
+_WARM_UP_FRACTION = 0.3
+_INITIAL_FACTOR = 0.04  # as in OneCycleLR
 
 
 class EMModule(lightning.LightningModule):
     """Base class with optimizer, schedule, logging and metrics; a subclass defines ``forward`` and ``step``.
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
-    term is logged as ``<stage>/<name>``: in the stages ``val`` and ``test`` as the mean over the epoch and all ranks,
-    in ``train`` as the value of the batch, every ``log_every_n_steps`` and at the last step of an epoch. Terms with an
-    auxiliary weight are added to the loss, and the sum is logged as ``<stage>/total``. Metrics given to
+    term is logged as ``<stage>/<name>``. In the stages ``val`` and ``test`` it is the mean over the epoch and all
+    ranks. In ``train`` it is the value of the batch, every ``log_every_n_steps`` and at the end of an epoch. Terms with
+    an auxiliary weight are added to the loss, and the sum is logged as ``<stage>/total``. Metrics given to
     :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step`` updates them.
 
     Args:
         lr: learning rate; with a schedule, its largest value.
         schedule: ``"one_cycle"`` warms up and anneals to zero over the run; ``"constant"`` keeps the rate.
         weight_decay: decoupled weight decay.
-        skip_gradients_above: norm of the gradient above which an optimizer step is skipped, as it is where the norm
-            is not finite; ``None`` skips no step. It limits the effect of single sets with a very large loss.
+        skip_gradients_above: largest norm of the gradient; optimizer steps with a larger or non-finite norm are
+            skipped. ``None`` skips no step. It limits the effect of single sets with a very large loss.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum; for another override ``configure_optimizers``.
         auxiliary: weights of the terms of ``step`` that are minimized in addition to its loss; other terms are only
             logged.
@@ -126,10 +127,13 @@ class EMModule(lightning.LightningModule):
         return getattr(self, f"_{stage}_metrics", {})
 
     def batch_size(self, batch: Any) -> int:
-        """Return the number of items in a batch, its weight in logged means."""
-        while not isinstance(batch, Tensor):
-            batch = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-        return len(batch)
+        """Return the number of items in a batch, its weight in logged means: the length of the first tensor in it."""
+        if isinstance(batch, Tensor):
+            return len(batch)
+        for part in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ():
+            if isinstance(part, (Tensor, Mapping, Sequence)) and not isinstance(part, str):
+                return self.batch_size(part)
+        raise TypeError(f"{type(self).__name__} must define batch_size(batch) for batches of {type(batch).__name__}")
 
     def _step(self, batch: Any, stage: str) -> Tensor:
         """Run ``step``, add the auxiliary terms and log everything."""
@@ -153,10 +157,10 @@ class EMModule(lightning.LightningModule):
         return loss
 
     def _logs_this_step(self) -> bool:
-        """Return whether a logger or callback reads this training step; logging costs as much as a small step."""
+        """Return whether Lightning logs this training step; logging costs as much as a small step."""
         try:
             trainer = self.trainer
-        except RuntimeError:  # Lightning's answer where no Trainer is attached
+        except RuntimeError:  # no Trainer is attached
             return True
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
@@ -180,16 +184,16 @@ class EMModule(lightning.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         self.log("train/gradient_norm", norm)
-        if not norm <= self.skip_gradients_above:
+        if not norm.isfinite() or norm > self.skip_gradients_above:
             optimizer.zero_grad(set_to_none=True)
 
     def _one_cycle(self, step: int) -> float:
         """Return the factor of the learning rate: a cosine up over 30 % of the run, then a cosine down to 0."""
-        # Step 0 must not ask for the length of the run: Lightning would set up the loader before a run is resumed.
+        # At step 0 estimated_stepping_batches would create the data loader before the checkpoint is restored.
         done = step / max(self.trainer.estimated_stepping_batches, 1) if step else 0.0
-        if done < _WARM_UP:
-            return 0.04 + 0.96 * (1 - math.cos(math.pi * done / _WARM_UP)) / 2
-        return (1 + math.cos(math.pi * min((done - _WARM_UP) / (1 - _WARM_UP), 1.0))) / 2
+        if done < _WARM_UP_FRACTION:
+            return _INITIAL_FACTOR + (1 - _INITIAL_FACTOR) * (1 - math.cos(math.pi * done / _WARM_UP_FRACTION)) / 2
+        return (1 + math.cos(math.pi * min((done - _WARM_UP_FRACTION) / (1 - _WARM_UP_FRACTION), 1.0))) / 2
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the parameter groups of the optimizer; override it for several learning rates."""

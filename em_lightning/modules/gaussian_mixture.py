@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.distributed import global_sum
 from em_lightning.metrics import MixtureLogLikelihood
 from em_lightning.mixture import Mixture, MixturePrior, information_criteria
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.checks import check_at_least, check_choice
 from em_lightning.modules.learners import (
     FullBatchEM,
     GradientAscent,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from em_lightning.checks import check_choice
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.checks import check_choice
 from em_lightning.operators import EMAbstraction, EMPooling
 
 

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_choice
 from em_lightning.data import PointCloudBatch
 from em_lightning.metrics import DeadComponents, EffectiveComponents, MixtureLogLikelihood, ResponsibilityEntropy
 from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.checks import check_choice
 from em_lightning.operators import EMOperator
 
 

@@ -1,4 +1,4 @@
-"""EM as a layer."""
+"""EM operators: EMOperator, GeneralizedEM, DirectionalEM, and layers built on them."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

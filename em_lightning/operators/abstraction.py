@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from em_lightning.operators.em import EMOperator
 
-# Bound of the exponents: smaller ones give subnormal numbers, with which arithmetic is slow.
+# Smallest exponent per axis: the product over five axes is above the smallest normal float32; subnormals are slow.
 _SMALLEST_EXPONENT = -16.0
 # Sets per block when no gradient is recorded, so that a block stays in the cache.
 _BLOCK = 8
 
 
 class EMAbstraction(nn.Module):
-    r"""Summarize each set by K tokens: EM finds their centers, Gaussian bumps around each describe the items there.
+    r"""Summarize each set by K tokens: means of a mixture, and sums of Gaussian bumps around them as features.
 
     .. math::
         y_{kj} = \sum_n \phi_j(x_n - \mu_k)\, h_n, \qquad
@@ -24,13 +24,11 @@ class EMAbstraction(nn.Module):
         t_k = \mathrm{relu}(\mathrm{BN}(W y_k))
 
     :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the coordinates. The offsets
-    :math:`o_j` form a lattice of ``grid`` places along each axis at distances s. Without features :math:`h_n = 1 / N`:
-    the bumps are then batch-normalized relative counts. This is a point convolution; ``blocks`` residual layers of the
-    same kind follow, from token to token, with 3 places along each axis. Several abstractions in a row, the last one
-    with one component, form a pyramid.
+    :math:`o_j` form a lattice of ``grid`` places along each axis at distances s. Without features, y is the
+    batch-normalized fraction of items per bump. ``blocks`` residual layers of this kind follow, from token to token,
+    with 3 places along each axis. Stack several abstractions, the last with K = 1, for a pyramid.
 
-    The result is invariant to the order of the items. Features have gradients, coordinates have none: with
-    ``init="learned"``, the cheapest start, EM starts from a fixed random template.
+    The result is invariant to the order of the items. No gradient reaches the coordinates and the operator.
 
     Args:
         num_components: K.
@@ -82,11 +80,8 @@ class EMAbstraction(nn.Module):
         for name, size in (("pitch", pitch), ("inner_pitch", inner_pitch)):
             if not size > 0:
                 raise ValueError(f"{name}={size} must be positive")
-        self.num_features = num_features
-        self.out_features = out_features
-        self.grid = grid
-        self.pitch = pitch
-        self.inner_pitch = inner_pitch
+        self.num_features, self.out_features = num_features, out_features
+        self.grid, self.pitch, self.inner_pitch = grid, pitch, inner_pitch
         options: dict[str, Any] = {
             "num_iters": 4,
             "init": "learned",
@@ -108,21 +103,20 @@ class EMAbstraction(nn.Module):
         given = None if features is None else features.shape[-1]
         if given != self.num_features:
             raise ValueError(f"features have {given} columns; num_features is {self.num_features}")
+        valid = torch.ones_like(coordinates[..., 0], dtype=torch.bool) if mask is None else mask
         with torch.no_grad(), torch.autocast(coordinates.device.type, enabled=False):
             x = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
             centers = self.operator(x, mask).means
-            valid = torch.ones_like(x[..., 0]) if mask is None else mask.to(x.dtype)
-            if mask is not None:
-                x = torch.where(mask.unsqueeze(-1), x, 0.0)
+            x = torch.where(valid.unsqueeze(-1), x, 0.0)
             if features is None:
-                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), valid.split(_BLOCK), strict=True)
+                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), valid.to(x).split(_BLOCK), strict=True)
                 found = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks])
                 found = found / valid.sum(1).clamp(min=1)[:, None, None]
             else:
                 outer = bumps(x, centers, self.grid, self.pitch)
             inner = bumps(centers, centers, 3, self.inner_pitch) if len(self.blocks) else None
         if features is not None:
-            found = _gather(outer, features if mask is None else torch.where(mask.unsqueeze(-1), features, 0.0))
+            found = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0))
         tokens = self.embed(self.scale(found.flatten(0, 1)).view_as(found))
         for block in self.blocks:
             tokens = block(tokens, inner)

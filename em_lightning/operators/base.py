@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_choice
 from em_lightning.mixture import em
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators import gradients
-from em_lightning.operators.checks import check_choice, check_sets
+from em_lightning.operators.checks import check_sets
 
 
 class SetOperator(nn.Module):
@@ -28,6 +29,7 @@ class SetOperator(nn.Module):
     """
 
     gradients_known: tuple[str, ...] = gradients.GRADIENTS
+    shown: tuple[str, ...] = ("num_iters", "init", "gradient")
 
     def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
         super().__init__()
@@ -140,6 +142,11 @@ class SetOperator(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
             return self._objective(sets, self._enter(sets, mixture)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Return the main arguments."""
+        options = [f"{name}={getattr(self, name)!r}" for name in self.shown]
+        return ", ".join([str(self.num_components), str(self.num_features), *options])
 
     # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations.
 

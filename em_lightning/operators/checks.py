@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-
-
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raise ValueError unless a value is one of the choices."""
-    known = list(choices)
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
 
 
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:

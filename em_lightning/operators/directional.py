@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior
 from em_lightning.mixture import initialization
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density
@@ -15,11 +16,10 @@ from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 from em_lightning.mixture.von_mises_fisher import VON_MISES_FISHER, DirectionalMixture, directions
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import check_choice
 
 
 class _Sets(NamedTuple):
-    """Directions ready for EM, the lower bound (B,) of ``1 / kappa``, and the dtype of the result."""
+    """Inputs of the EM loop: unit vectors, the lower bound (B,) of ``1 / kappa``, and the dtype of the result."""
 
     points: Points
     floor: Tensor
@@ -29,19 +29,18 @@ class _Sets(NamedTuple):
 class DirectionalEM(SetOperator):
     r"""Fit a mixture of von Mises-Fisher distributions to the directions of each set by T iterations of EM.
 
-    The responsibilities ``r_nk`` are proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``, the density
-    of the cosine kernel at temperature ``1 / kappa_k``. No iteration lowers the likelihood.
+    The responsibilities ``r_nk`` are proportional to ``pi_k C_D(kappa_k) exp(kappa_k mu_k . x_n / |x_n|)``. No
+    iteration decreases the likelihood.
 
     Args:
         num_components: K.
         num_features: D, at least 2.
-        num_iters: T, iterations per call.
+        num_iters, gradient: as in :class:`EMOperator`.
         init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
-        concentration_floor: smallest ``1 / kappa``, about the variance of an angle in squared radians.
-        gradient: ``"unrolled"``, ``"checkpoint"``, ``"last"`` or ``"implicit"``, as in :class:`EMOperator`.
+        dispersion_floor: lower bound of ``1 / kappa``, so kappa is at most 1e6 by default.
 
     Shape:
-        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
         - output: a :class:`~em_lightning.mixture.DirectionalMixture` of B mixtures.
 
     Raises:
@@ -64,17 +63,17 @@ class DirectionalEM(SetOperator):
         *,
         num_iters: int = 10,
         init: str = "farthest",
-        concentration_floor: float = 1e-6,
+        dispersion_floor: float = 1e-6,
         gradient: str = "unrolled",
     ) -> None:
         super().__init__(num_components, num_features, num_iters, gradient)
         if num_features < 2:
             raise ValueError(f"num_features={num_features} must be at least 2")
         check_choice("init", init, ("farthest", "kmeans++", "random"))
-        if not concentration_floor > 0:
-            raise ValueError(f"concentration_floor={concentration_floor} must be positive")
+        if not dispersion_floor > 0:
+            raise ValueError(f"dispersion_floor={dispersion_floor} must be positive")
         self.init = init
-        self.concentration_floor = concentration_floor
+        self.dispersion_floor = dispersion_floor
 
     def log_prob(self, x: Tensor, mixture: DirectionalMixture, mask: Tensor | None = None) -> Tensor:
         """Return ``log p`` of the directions of x (B, N, D), as (B, N); zero where masked."""
@@ -86,20 +85,20 @@ class DirectionalEM(SetOperator):
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
         points = directions(x, mask, weights)
-        return _Sets(points, torch.full_like(points.mass, self.concentration_floor), x.dtype)
+        return _Sets(points, torch.full_like(points.mass, self.dispersion_floor), x.dtype)
 
     @torch.no_grad()
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
-        """Return the M-step for hard assignments of the points to the nearest of drawn centers."""
+        """Draw centers, assign each point to the nearest, and return the parameters of one M-step."""
         points = sets.points
         x, weights = points.coordinates(), points.weights
         centers = initialization.draw_centers(self.init, x.mT, self.num_components, weights=weights)
         counts = torch.ones_like(x[:, 0]) if weights is None else weights
         cosines = centers @ x
         members = torch.zeros_like(cosines).scatter_(1, cosines.argmax(1, keepdim=True), counts.unsqueeze(1))
-        mass, none = members.sum(-1), torch.zeros_like(points.mass)
+        mass, zeros = members.sum(-1), torch.zeros_like(points.mass)
         second = members.new_zeros(*mass.shape, 0)
-        statistics = SufficientStatistics(mass, mass, members @ x.mT, second, none, none, none)
+        statistics = SufficientStatistics(mass, mass, members @ x.mT, second, zeros, zeros, zeros)
         return m_step(statistics, VON_MISES_FISHER, sets.floor, mass)
 
     def _enter(self, sets: _Sets, mixture: DirectionalMixture) -> Parameters:
@@ -121,10 +120,3 @@ class DirectionalEM(SetOperator):
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
         return VON_MISES_FISHER.changes(before, after)
-
-    def extra_repr(self) -> str:
-        """Return the main arguments."""
-        return (
-            f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, init={self.init!r}, "
-            f"gradient={self.gradient!r}"
-        )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
@@ -22,7 +23,7 @@ from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import check_choice, check_sets
+from em_lightning.operators.checks import check_sets
 from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import GivenSets, build_start
 from em_lightning.registry import from_options

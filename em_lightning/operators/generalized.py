@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior, softmin
 from em_lightning.kernels import CosineKernel, LearnedEnergyKernel, NoDensityError, density_kernel
 from em_lightning.mixture import initialization
 from em_lightning.mixture.generalized import KernelMixture, PointSets, energies_of, generalized_step, point_sets
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import check_choice
 
 
 class _Sets(NamedTuple):
-    """Point sets ready for generalized EM."""
+    """Inputs of the EM loop."""
 
     points: PointSets
 
@@ -33,27 +33,26 @@ class GeneralizedEM(SetOperator):
 
     It is a log-likelihood if the kernel is a density (Gaussian, Student-t, Laplace, Huber, pseudo-Huber, exponential,
     Mahalanobis; the cosine on the unit sphere). Otherwise Z is omitted: objectives of different kernels are then not
-    comparable, and the best centers may lie on the border of the bounding box, which they never leave. Centers of an
-    energy with a kink (Laplace, exponential) may stop before the optimum, at a coordinate of a point.
+    comparable, and centers, which are restricted to the bounding box, may end on its border. Centers of an energy with
+    a kink (Laplace, exponential) may stop before the optimum, at a coordinate of a point.
 
-    :class:`EMOperator` is faster and has full covariances for Gaussian, Student-t, Laplace, Huber and pseudo-Huber
-    kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates concentrations.
+    :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates
+    concentrations.
 
     Args:
         num_components: K.
         num_features: D.
         kernel: a key of ``KERNELS`` or an instance of a kernel (``"student_t"`` is the density). EM does not change its
             shape parameters; learnable ones have gradients. Memory is proportional to N x K x D.
-        num_iters: T, iterations per call.
+        num_iters, gradient: as in :class:`EMOperator`; ``"implicit"`` is not available.
         num_steps: steps per M-step.
         estimate_scale: estimate a scale per component, ``d(x / s_k, mu_k / s_k) + D log s_k``, alternating with the
             centers. It requires a density on the whole space.
         scale_floor: lower bound of ``s_k^2``.
         init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
-        gradient: ``"unrolled"``, ``"checkpoint"`` or ``"last"``, as in :class:`EMOperator`.
 
     Shape:
-        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each counts.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
         - output: a :class:`~em_lightning.mixture.KernelMixture` of B mixtures.
 
     Raises:
@@ -72,6 +71,7 @@ class GeneralizedEM(SetOperator):
     """
 
     gradients_known = ("unrolled", "checkpoint", "last")
+    shown = ("num_iters", "num_steps", "estimate_scale", "init", "gradient")
 
     def __init__(
         self,
@@ -98,15 +98,9 @@ class GeneralizedEM(SetOperator):
         self.init = init
         self.kernel = density_kernel(kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
-            raise ValueError(
-                "kernel=LearnedEnergyKernel has no centers; train it with em_lightning.losses.FreeEnergyLoss, or give "
-                "a Kernel whose energy(x, centers) calls the network"
-            )
+            raise ValueError("kernel=LearnedEnergyKernel has no centers; train it with FreeEnergyLoss")
         if estimate_scale and isinstance(self.kernel, CosineKernel):
-            raise ValueError(
-                "estimate_scale=True with kernel='cosine', which has no scale; "
-                "em_lightning.operators.DirectionalEM estimates concentrations"
-            )
+            raise ValueError("kernel='cosine' has no scale; set estimate_scale=False or use DirectionalEM")
         if estimate_scale:
             try:
                 self.kernel.log_normalizer(num_features)
@@ -180,10 +174,3 @@ class GeneralizedEM(SetOperator):
 
     def _mixture(self, sets: _Sets, state: Parameters) -> KernelMixture:
         return KernelMixture(*state)
-
-    def extra_repr(self) -> str:
-        """Return the main arguments."""
-        return (
-            f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, num_steps={self.num_steps}, "
-            f"estimate_scale={self.estimate_scale}, init={self.init!r}, gradient={self.gradient!r}"
-        )

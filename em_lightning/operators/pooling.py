@@ -1,4 +1,4 @@
-"""Set pooling: a vector of the mixture of each set, and of statistics of its items under the responsibilities."""
+"""Set pooling by EM: mixture parameters and responsibility-weighted statistics."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class EMPooling(nn.Module):
     log_prob       1       mean log-density of the set, once per head
     ============== ======= ==================================================================
 
-    Components are in the order of their start: with ``init="learned"`` a component has the same role in all sets;
-    farthest points and k-means++ find better fits, in an order that differs between sets.
+    Components are in the order of their start: only with ``init="learned"`` a component has the same role in all sets.
 
     Args:
         num_components: K.
@@ -41,11 +40,8 @@ class EMPooling(nn.Module):
         head_features: d, the outputs of the linear map of each head; ``None`` fits to the features themselves.
         num_coordinates: d, for coordinates that are given to :meth:`forward`, such as those of a point cloud.
         summary: names of the parts, in the order of the output.
-        num_iters: EM iterations per call.
-        covariance: ``"diag"``, ``"spherical"``, ``"full"`` or ``"tied"``.
-        init: start of EM.
         out_features: size of a final linear layer; ``None`` omits the layer.
-        **operator: further arguments of :class:`EMOperator`, such as ``residual=False``, or
+        num_iters, covariance, init, **operator: arguments of :class:`EMOperator`, such as ``residual=False``, or
             ``prior={"covariance_strength": 1.0}`` against singular components of few items.
 
     Shape:
@@ -113,12 +109,12 @@ class EMPooling(nn.Module):
         Args:
             x: items (B, N, F).
             mask: (B, N), false where a row is padding.
-            weights: (B, N), how often each item counts.
+            weights: (B, N), relative to their mean.
             coordinates: (B, N, d), required with ``num_coordinates``.
         """
         given = None if coordinates is None else coordinates.shape[-1]
         if given != self.num_coordinates:
-            raise ValueError(f"coordinates have {given} columns; num_coordinates is {self.num_coordinates}")
+            raise ValueError(f"coordinates have {given} columns, but num_coordinates={self.num_coordinates}")
         with torch.autocast(x.device.type, enabled=False):
             items = check_sets(x, mask, weights, self.num_features)
             places = items if coordinates is None else coordinates.to(items.dtype)
@@ -142,7 +138,7 @@ class EMPooling(nn.Module):
         if not set(self.summary) <= set(parts):
             eps = torch.finfo(dtype).eps
             if "value_scales" in self.summary:
-                # In float64, since gradients are ratios of squares to masses and variances, both possibly tiny.
+                # In float64, since the gradient divides by the mass and the variance.
                 z, values = z.to(accumulation_dtype(z)), values.to(accumulation_dtype(z))
                 mixture = mixture.to(z.dtype)
             posterior = mixture.posterior(z)

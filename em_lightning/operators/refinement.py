@@ -22,11 +22,9 @@ class EMRefinement(nn.Module):
         num_components: K.
         num_features: D, the size of ``dim``.
         dim: the axis of the features; all axes but the first and this one index the items of a set.
-        num_iters: EM iterations per call.
-        covariance: "spherical", "diag", or for few features "full" or "tied".
         temperature: of the responsibilities; ``None`` takes the square root of D, since differences of log-densities
             grow with D until every responsibility is 0 or 1.
-        **operator: further arguments of :class:`EMOperator`, such as ``residual=False``.
+        num_iters, covariance, **operator: arguments of :class:`EMOperator`, such as ``residual=False``.
 
     Shape:
         - input and output: (B, N, D), with ``dim=1`` feature maps (B, D, H, W) as sets of positions; (N, D) is one set.
@@ -69,10 +67,8 @@ class EMRefinement(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""
         if x.ndim < 2 or x.shape[self.dim] != self.operator.num_features:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; it must have at least two axes and {self.operator.num_features} "
-                f"features along dim={self.dim}"
-            )
+            size = self.operator.num_features
+            raise ValueError(f"x {tuple(x.shape)} must have at least two axes and size {size} along dim={self.dim}")
         moved = x.movedim(self.dim, -1)
         items = moved.unsqueeze(0) if x.ndim == 2 else moved.flatten(1, -2)
         with torch.autocast(x.device.type, enabled=False):

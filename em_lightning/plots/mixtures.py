@@ -10,7 +10,6 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
 from em_lightning.mixture import Mixture
 from em_lightning.plots.style import NEUTRAL, figure_style, new_figure, new_grid
@@ -52,10 +51,7 @@ def mixture_grid(
         >>> figure = mixture_grid(torch.randn(1, 50, 2), mixture)
     """
     points = points.detach().cpu().float()
-    mixture = mixture.map(lambda part: part.detach().cpu().float())
-    components: Any = mixture.to_distribution().component_distribution
-    full = isinstance(components, MultivariateNormal)
-    covariances = components.covariance_matrix if full else components.variance.diag_embed()
+    mixture = mixture.detach().to("cpu").to(torch.float32).full()
     colors = component_colors(mixture.means.shape[1])
     shades = mixture.posterior(points).responsibilities @ colors
     flat = points.shape[-1] == 2
@@ -67,7 +63,7 @@ def mixture_grid(
         cloud = points[i][keep][:, :3]
         ax.scatter(*cloud.T.numpy(), c=shades[i][keep].clamp(0, 1).numpy(), s=3, linewidths=0, alpha=0.8)
         for k in (mixture.log_weights[i].exp() > 1e-3).nonzero().flatten():
-            _draw_ellipsoid(ax, mixture.means[i, k, :3], covariances[i, k, :3, :3], colors[k].numpy(), radius)
+            _draw_ellipsoid(ax, mixture.means[i, k, :3], mixture.covariances[i, k, :3, :3], colors[k].numpy(), radius)
         if titles is not None:
             ax.set_title(titles[i])
         _frame(ax, cloud)

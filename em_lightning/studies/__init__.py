@@ -4,11 +4,10 @@ from em_lightning.studies.clustering_report import ClusteringReport
 from em_lightning.studies.encoders import MixtureEncoder, SparseAutoencoder
 from em_lightning.studies.grid import run_table
 from em_lightning.studies.image_classifier import ImageClassifier
-from em_lightning.studies.layer_figures import gradient_scatter, panels, prototype_grid
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
 from em_lightning.studies.poolings import POOLINGS, PoolingClassifier
-from em_lightning.studies.replicas import ReplicaData, Replicas
+from em_lightning.studies.replicas import Replicas
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
 from em_lightning.studies.seeds import run_seeds
@@ -22,19 +21,15 @@ __all__ = [
     "MixtureEncoder",
     "MixtureReport",
     "PoolingClassifier",
-    "ReplicaData",
     "Replicas",
     "Report",
     "SelectionReport",
     "SparseAutoencoder",
     "combine",
     "compare",
-    "gradient_scatter",
     "linear_probe",
     "markdown_table",
     "paired",
-    "panels",
-    "prototype_grid",
     "run_seeds",
     "run_table",
     "spread",

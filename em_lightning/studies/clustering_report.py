@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 import warnings
@@ -23,6 +24,7 @@ METHOD = "method"
 LL0, LL1, GAP = "LL0", "LL1", "LL1 - oracle"
 HELD_OUT, HELD_OUT_GAP = "held out", "held out - oracle"
 ARI, CALIBRATION, SECONDS = "adjusted Rand", "calibration error", "ms per set"
+COLUMNS = (LL0, LL1, GAP, HELD_OUT, HELD_OUT_GAP, ARI, CALIBRATION, SECONDS)
 
 # Lee et al. 2019, supplement, table 5: LL0, LL1, and LL1 minus the oracle's LL1 of the same paper.
 PUBLISHED = {
@@ -66,19 +68,30 @@ class ClusteringReport(Report):
         self.transfer_sets = transfer_sets
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure and write."""
+        """Write both tables."""
         data: MixtureSets = trainer.datamodule
         torch.manual_seed(data.seed)
-        batches = [_on(batch, module.device) for batch in data.test_dataloader()]
-        rows = [_measure("oracle", lambda batch: _plain(batch.truth, batch), batches)]
-        if self.classical:
-            rows += [_measure(name, _fit_of(operator), batches) for name, operator in _classical(data).items()]
-        rows.append(_measure("trained operator", lambda batch: _trained(module, batch), batches))
-        for row in rows:
-            row[GAP] = row[LL1] - rows[0][LL1 if row is rows[0] else LL0]
-            row[HELD_OUT_GAP] = row[HELD_OUT] - rows[0][HELD_OUT]
+        sigma = {"mean_strength": 0.0, "covariance_strength": 1000.0, "covariance": [data.scale**2] * data.num_features}
+        classical = {
+            "EM from random points, 100 steps": _classical(data, init="random"),
+            "EM from k-means++, 100 steps": _classical(data, init="kmeans++"),
+            "EM from farthest points, 1 step": _classical(data, num_iters=1),
+            "EM from farthest points, 25 steps": _classical(data, num_iters=25),
+            "EM from farthest points, 50 steps": _classical(data, num_iters=50),
+            "EM, best of 10 k-means++, 100 steps": _classical(data, init="kmeans++", num_starts=10),
+            "MAP with known sigma, farthest points, 25 steps": _classical(data, num_iters=25, prior=sigma),
+        }
+        fits: dict[str, Fit] = {"oracle": _oracle, **(classical if self.classical else {})}
+        fits["trained operator"] = functools.partial(_trained, module)
+        batches = _test_batches(data, module.device)
+        found = {name: _measure(fit, batches) for name, fit in fits.items()}
+        truth = found["oracle"]
+        rows = []
+        for name, row in found.items():
+            gaps = {GAP: row[LL1] - truth[LL0], HELD_OUT_GAP: row[HELD_OUT] - truth[HELD_OUT]}
+            rows.append({METHOD: name} | {key: {**row, **gaps}[key] for key in COLUMNS})
         for name, (first, second, gap) in PUBLISHED.items():
-            rows.append({**dict.fromkeys(rows[0], "-"), METHOD: name, LL0: first, LL1: second, GAP: gap})
+            rows.append({METHOD: name, **dict.fromkeys(COLUMNS, "-"), LL0: first, LL1: second, GAP: gap})
         transfer = self._transfer(module, data)
         parameters = sum(value.numel() for value in module.parameters())
         notes = [
@@ -96,32 +109,22 @@ class ClusteringReport(Report):
             print_markdown(more)
 
     def _transfer(self, module: Any, data: MixtureSets) -> list[dict[str, Any]]:
+        """Return the second table: a row for each number of points, and for each number of components."""
         if not self.transfer_sets:
             return []
-        others: list[tuple[int | None, int]] = [(size, data.num_components) for size in self.sizes]
-        others += [(None, components) for components in self.components]
+        others: list[dict[str, int]] = [{"min_points": size, "max_points": size} for size in self.sizes]
+        others += [{"num_components": components} for components in self.components]
         rows = []
-        for size, components in others:
-            low, high = (data.min_points, data.max_points) if size is None else (size, size)
-            other = MixtureSets(
-                components,
-                data.num_features,
-                low,
-                high,
-                data.extent,
-                data.scale,
-                data.concentration,
-                test_sets=self.transfer_sets,
-                held_out=data.fresh["test"],
-                seed=data.seed,
-            )
-            batches = [_on(batch, module.device) for batch in other.test_dataloader()]
-            fitted = module if components == data.num_components else module.for_components(components)
-            oracle = _measure("oracle", lambda batch: _plain(batch.truth, batch), batches)
-            row: dict[str, Any] = {"points": str(size or f"{low} to {high}"), "K": str(components)}
-            kmeans = _operator(other, init="kmeans++", num_starts=10)
-            for name, fit in (("best of 10", _fit_of(kmeans)), ("trained", functools.partial(_trained, fitted))):
-                found = _measure(name, fit, batches)
+        for changes in others:
+            other = dataclasses.replace(data, test_sets=self.transfer_sets, **changes)
+            batches = _test_batches(other, module.device)
+            fitted = module if "min_points" in changes else module.for_components(other.num_components)
+            oracle = _measure(_oracle, batches)
+            sizes = [str(size) for size in dict.fromkeys((other.min_points, other.max_points))]
+            row: dict[str, Any] = {"points": " to ".join(sizes), "K": str(other.num_components)}
+            best = _classical(other, init="kmeans++", num_starts=10)
+            for name, fit in (("best of 10", best), ("trained", functools.partial(_trained, fitted))):
+                found = _measure(fit, batches)
                 row[f"{name}: LL1 - oracle"] = found[LL1] - oracle[LL0]
                 row[f"{name}: held out - oracle"] = found[HELD_OUT] - oracle[HELD_OUT]
                 row[f"{name}: adjusted Rand"] = found[ARI]
@@ -129,35 +132,23 @@ class ClusteringReport(Report):
         return rows
 
 
-def _on(batch: MixtureSetBatch, device: Any) -> MixtureSetBatch:
-    moved: Any = (part.to(device) for part in batch)
-    return MixtureSetBatch(*moved)
+def _test_batches(data: MixtureSets, device: Any) -> list[MixtureSetBatch]:
+    return [MixtureSetBatch(*(part.to(device) for part in batch)) for batch in data.test_dataloader()]
 
 
-def _operator(data: MixtureSets, **arguments: Any) -> EMOperator:
+def _classical(data: MixtureSets, **arguments: Any) -> Fit:
+    """Return a fit by classical EM with diagonal covariances, by default of 100 steps."""
     arguments = {"num_iters": 100, "covariance": "diag", **arguments}
-    return EMOperator(data.num_components, data.num_features, residual=False, **arguments).eval()
+    operator = EMOperator(data.num_components, data.num_features, residual=False, **arguments).eval()
+    return lambda batch: _with_held_out(operator(batch.points, batch.mask), batch)
 
 
-def _classical(data: MixtureSets) -> dict[str, EMOperator]:
-    sigma = {"mean_strength": 0.0, "covariance_strength": 1000.0, "covariance": [data.scale**2] * data.num_features}
-    return {
-        "EM from random points, 100 steps": _operator(data, init="random"),
-        "EM from k-means++, 100 steps": _operator(data, init="kmeans++"),
-        "EM from farthest points, 1 step": _operator(data, num_iters=1),
-        "EM from farthest points, 25 steps": _operator(data, num_iters=25),
-        "EM from farthest points, 50 steps": _operator(data, num_iters=50),
-        "EM, best of 10 k-means++, 100 steps": _operator(data, init="kmeans++", num_starts=10),
-        "MAP with known sigma, farthest points, 25 steps": _operator(data, num_iters=25, prior=sigma),
-    }
-
-
-def _fit_of(operator: EMOperator) -> Fit:
-    return lambda batch: _plain(operator(batch.points, batch.mask), batch)
-
-
-def _plain(mixture: Mixture, batch: MixtureSetBatch) -> tuple[Mixture, Tensor]:
+def _with_held_out(mixture: Mixture, batch: MixtureSetBatch) -> tuple[Mixture, Tensor]:
     return mixture, mixture.log_prob(batch.held_out)
+
+
+def _oracle(batch: MixtureSetBatch) -> tuple[Mixture, Tensor]:
+    return _with_held_out(batch.truth, batch)
 
 
 def _trained(module: Any, batch: MixtureSetBatch) -> tuple[Mixture, Tensor]:
@@ -165,52 +156,50 @@ def _trained(module: Any, batch: MixtureSetBatch) -> tuple[Mixture, Tensor]:
     return mixture, module.log_prob(mixture, batch.held_out, batch.points, batch.mask)
 
 
-def _measure(name: str, fit: Fit, batches: list[MixtureSetBatch]) -> dict[str, Any]:
+def _measure(fit: Fit, batches: list[MixtureSetBatch]) -> dict[str, Any]:
+    """Return the metrics of a method, by column."""
     from torchmetrics.classification import BinaryCalibrationError
-    from torchmetrics.functional.clustering import adjusted_rand_score
 
     calibration = BinaryCalibrationError().to(batches[0].points.device)
-    sums = {LL0: 0.0, LL1: 0.0, HELD_OUT: 0.0, ARI: 0.0}
-    sets, seconds = 0, 0.0
+    sums, sets, seconds = torch.zeros(4, dtype=torch.double), 0, 0.0
     for batch in batches:
         start = time.perf_counter()
         mixture, held_out = fit(batch)
         seconds += time.perf_counter() - start
         sets += len(batch.points)
-        sizes = batch.mask.sum(-1)
-        for key, one in ((LL0, mixture), (LL1, _one_step(mixture, batch))):
-            sums[key] += float((one.log_prob(batch.points, batch.mask).sum(-1) / sizes).sum())
-        sums[HELD_OUT] += float(held_out.mean(-1).sum())
+        levels = [
+            one.log_prob(batch.points, batch.mask).sum(-1) / batch.mask.sum(-1)
+            for one in (mixture, _one_step(mixture, batch))
+        ]
         responsibilities = mixture.posterior(batch.points).responsibilities
-        found = responsibilities.argmax(-1)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse invariant checks")  # of a tensor that torchmetrics makes
-            for one, labels, mask in zip(found, batch.labels, batch.mask, strict=True):
-                sums[ARI] += float(adjusted_rand_score(one[mask], labels[mask]))
-        pair = torch.rand(2, len(sizes), _PAIRS, device=sizes.device) * sizes[:, None]
-        a, b = pair.long().unbind(0)
-        wide = (len(sizes), _PAIRS, responsibilities.shape[-1])
-        shares = [responsibilities.gather(1, index.unsqueeze(-1).expand(wide)) for index in (a, b)]
-        together = batch.labels.gather(1, a) == batch.labels.gather(1, b)
-        apart = a != b
-        calibration.update((shares[0] * shares[1]).sum(-1)[apart].clamp(0.0, 1.0), together[apart].long())
-    return {
-        METHOD: name,
-        LL0: sums[LL0] / sets,
-        LL1: sums[LL1] / sets,
-        GAP: 0.0,
-        HELD_OUT: sums[HELD_OUT] / sets,
-        HELD_OUT_GAP: 0.0,
-        ARI: sums[ARI] / sets,
-        CALIBRATION: float(calibration.compute()),
-        SECONDS: 1e3 * seconds / sets,
-    }
+        scores = _adjusted_rand(responsibilities.argmax(-1), batch)
+        sums += torch.stack([*levels, held_out.mean(-1), scores]).sum(1).cpu()
+        calibration.update(*_pairs(responsibilities, batch))
+    last = {CALIBRATION: float(calibration.compute()), SECONDS: 1e3 * seconds / sets}
+    return {**dict(zip((LL0, LL1, HELD_OUT, ARI), (sums / sets).tolist(), strict=True)), **last}
+
+
+def _adjusted_rand(found: Tensor, batch: MixtureSetBatch) -> Tensor:
+    """Return the adjusted Rand index (B,) of components found (B, N)."""
+    from torchmetrics.functional.clustering import adjusted_rand_score
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse invariant checks")  # of a tensor that torchmetrics makes
+        sets = zip(found, batch.labels, batch.mask, strict=True)
+        return torch.stack([adjusted_rand_score(one[mask], labels[mask]) for one, labels, mask in sets])
+
+
+def _pairs(responsibilities: Tensor, batch: MixtureSetBatch) -> tuple[Tensor, Tensor]:
+    """Return for random pairs of points the probability that they share a component, and whether they do."""
+    sizes = batch.mask.sum(-1, keepdim=True)
+    a, b = (torch.rand(2, len(sizes), _PAIRS, device=sizes.device) * sizes).long().unbind(0)
+    each = [responsibilities.take_along_dim(index.unsqueeze(-1), 1) for index in (a, b)]
+    together = batch.labels.gather(1, a) == batch.labels.gather(1, b)
+    return (each[0] * each[1]).sum(-1)[a != b].clamp(0.0, 1.0), together[a != b].long()
 
 
 def _one_step(mixture: Mixture, batch: MixtureSetBatch) -> Mixture:
     """Return mixtures after one exact EM step with diagonal covariances."""
-    _, components, features = mixture.means.shape
-    step = EMOperator(components, features, num_iters=1, covariance="diag", residual=False)
-    return step(
-        batch.points, batch.mask, init=Mixture(mixture.log_weights, mixture.means, mixture.variances().contiguous())
-    )
+    step = EMOperator(mixture.components, mixture.features, num_iters=1, covariance="diag", residual=False)
+    start = Mixture(mixture.log_weights, mixture.means, mixture.variances().contiguous())
+    return step(batch.points, batch.mask, init=start)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from em_lightning.checks import check_at_least
 from em_lightning.competition import softmin
 from em_lightning.modules import EnergyLayer
-from em_lightning.modules.checks import check_at_least
 from em_lightning.modules.parameters import PlainMixture
 from em_lightning.operators import EMOperator
 from em_lightning.statistics import STATISTICS
@@ -47,7 +47,7 @@ class SparseAutoencoder(EnergyLayer):
         """Return the reconstruction (N, D) of items (N, ...)."""
         return self.decoder(self.energies(x))
 
-    def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+    def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
         """Return both terms."""
         error = functional.mse_loss(self.decoder(energies), x.flatten(1))
         return {"reconstruction": error, "sparsity": self.sparsity * energies.abs().mean()}
@@ -146,7 +146,7 @@ class MixtureEncoder(EnergyLayer):
         """Return the statistic (N, K) of the posterior of items (N, ...)."""
         return self.statistic(softmin(self.energies(x)))
 
-    def objective(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+    def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
         """Return the mean free energy, the negative log-likelihood in the subspace."""
         return {"free_energy": softmin(energies).free_energy.mean()}
 

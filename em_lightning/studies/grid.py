@@ -11,17 +11,8 @@ A config with the entry ``table`` describes such a table; the rest of it is an o
           published: {dead_units: 64}
           checked: {dead_units: 64}
 
-A table without published numbers names its ``columns``. A row may name another row ``against`` which it is compared:
-
-    table:
-      title: Widths
-      seeds: [1, 2, 3]
-      columns: [accuracy %, dead_units]
-      rows:
-        baseline:
-          arguments: {model.weight: 0}
-        with volume control:
-          against: baseline
+A table without published numbers names its ``columns``, such as ``[accuracy %, dead_units]``; there a row may have the
+entry ``against: ROW``, the row with which its first column is compared seed by seed.
 """
 
 from __future__ import annotations
@@ -42,7 +33,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from em_lightning.modules import EnergyLayer
 from em_lightning.studies.layer_report import LayerReport
-from em_lightning.studies.replicas import ReplicaData, Replicas
+from em_lightning.studies.replicas import Replicas
 from em_lightning.studies.results import compare, paired, spread, write_results
 
 Results = Mapping[str, Sequence[Mapping[str, float]]]
@@ -50,16 +41,7 @@ Results = Mapping[str, Sequence[Mapping[str, float]]]
 
 @dataclasses.dataclass
 class Table:
-    """The entry ``table`` of a config.
-
-    Args:
-        title: the heading.
-        seeds: seeds of each row.
-        rows: for each row ``arguments`` of the recipe, ``published`` and ``checked`` metrics, or a row ``against``
-            which it is compared; all of them are optional.
-        columns: metrics to show in a table without published numbers.
-        notes: sentences above the table.
-    """
+    """The entry ``table`` of a config; every key of a row is optional, and ``notes`` are sentences above the table."""
 
     title: str
     seeds: Sequence[int]
@@ -98,8 +80,8 @@ def run_table(
     depends on: the same command continues a table, other arguments start new cells, and tables share equal cells.
 
     Args:
-        load: returns the recipe, an object with the methods ``prepare`` and ``fit``; must be picklable.
-        entry: arguments of :class:`Table`.
+        load: returns the :class:`~em_lightning.cli.Recipe`; must be picklable.
+        entry: the entry ``table`` of the config.
         folder: folder of the results, inside the folder of the recipe's logger.
         arguments: arguments of the recipe, for all rows.
         configs: contents of the config files that ``arguments`` name, for the hash.
@@ -118,8 +100,8 @@ def run_table(
         for row, spec in table.rows.items():
             own = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
             own += [f"--seed_everything={seed}", f"--data.seed={seed}"]
-            known = [value for value in arguments if not value.startswith("--config=")]
-            version = f"cells/{_digest([list(configs), known, own])}-seed{seed}"
+            options = [value for value in arguments if not value.startswith("--config=")]
+            version = f"cells/{_digest([list(configs), options, own])}-seed{seed}"
             given = [*arguments, *own, f"--trainer.logger.version={version}"]
             cells.append(Cell(row, seed, given, folder.parent / version))
     if any("fast_dev_run" in argument for argument in arguments):
@@ -135,11 +117,7 @@ def _digest(value: Any) -> str:
 
 
 def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None = None) -> None:
-    """Run cells in parallel processes, one row per process at a time.
-
-    Raises:
-        ValueError: a cell failed, or the user interrupted the run.
-    """
+    """Run cells in parallel processes, one row per process at a time."""
     from rich.progress import track
 
     if not cells:
@@ -172,18 +150,20 @@ def run_row(load: Callable[[], Any], cells: Sequence[Cell]) -> None:
     for group in [cells] if together else [[cell] for cell in cells]:
         folder = group[0].folder
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "output.txt", "a", encoding="utf-8") as output:
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-                try:
-                    if together:
-                        _train_together(recipe, group)
-                    else:
-                        last = folder / "checkpoints" / "last.ckpt"
-                        recipe.fit([*group[0].arguments, *([f"--ckpt_path={last}"] if last.exists() else [])])
-                except Exception as error:
-                    reason = " ".join(str(error).split())
-                    message = f"{group[0].row}, seed {group[0].seed}: {reason} (see {output.name})"
-                    raise RuntimeError(message) from error
+        with (
+            open(folder / "output.txt", "a", encoding="utf-8") as output,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            try:
+                if together:
+                    _train_together(recipe, group)
+                else:
+                    last = folder / "checkpoints" / "last.ckpt"
+                    recipe.fit([*group[0].arguments, *([f"--ckpt_path={last}"] if last.exists() else [])])
+            except Exception as error:
+                reason = " ".join(str(error).split())
+                raise RuntimeError(f"{group[0].row}, seed {group[0].seed}: {reason} (see {output.name})") from error
 
 
 def _trains_together(recipe: Any, cell: Cell) -> bool:
@@ -199,18 +179,24 @@ def _train_together(recipe: Any, cells: Sequence[Cell]) -> None:
     made = [recipe.prepare(cell.arguments) for cell in cells]
     folder = cells[0].folder.parent / f"together-{_digest([cell.arguments for cell in cells])}"
     trainer = made[0].trainer
-    callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
-    for callback in callbacks:
+    others = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
+    for callback in others:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = str(folder / "checkpoints")
-    for r, cli in enumerate(made):
-        for report in [callback for callback in cli.trainer.callbacks if isinstance(callback, LayerReport)]:
-            report.follow(r, cells[r].folder, cli.model, cli.datamodule)
-            callbacks.insert(0, report)
-    trainer.callbacks = callbacks
+    reports = [
+        next(callback for callback in cli.trainer.callbacks if isinstance(callback, LayerReport)) for cli in made
+    ]
+    for r, (report, cell, cli) in enumerate(zip(reports, cells, made, strict=True)):
+        report.follow(r, cell.folder, cli.model, cli.datamodule)
+    trainer.callbacks = [*reports, *others]
     last = folder / "checkpoints" / "last.ckpt"
-    model, data = Replicas([cli.model for cli in made]), ReplicaData([cli.datamodule for cli in made])
-    trainer.fit(model, data, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    trainer.fit(
+        Replicas([cli.model for cli in made]),
+        [cli.datamodule.train_dataloader() for cli in made],
+        made[0].datamodule.val_dataloader(),
+        ckpt_path=str(last) if last.exists() else None,
+        weights_only=True,
+    )
 
 
 def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str) -> None:

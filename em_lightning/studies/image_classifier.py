@@ -12,9 +12,9 @@ from torch.nn import functional
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.metrics import DeadUnits, EffectiveRank, Redundancy
 from em_lightning.modules import EMModule
-from em_lightning.modules.checks import check_at_least, check_choice
 
 
 class ImageClassifier(EMModule):

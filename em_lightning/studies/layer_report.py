@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
-from em_lightning.studies.layer_figures import gradient_scatter, panels, prototype_grid
+from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure, new_grid
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
 
@@ -24,16 +26,16 @@ _PANELS = {
     "effective_rank": "effective rank",
 }
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
+_PICTURED_ITEMS, _CHUNK_SIZE = 256, 10_000
 
 
 class LayerReport(Report):
-    """Measure an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit, and draw it.
-
-    Without probe and figures it works with any module whose validation logs metrics as ``val/...``.
+    """Write metrics and figures of an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit.
 
     It writes to the folder of the logger: ``results.md`` and ``results.json`` with the validation metrics, averaged
     over the last epochs, and the figures ``prototypes.png`` (weights as images), ``training.png`` and
     ``gradients.png`` (the gradient of the free energy with respect to the energies, against the responsibilities).
+    Without probe and figures it works with any module whose validation logs metrics as ``val/...``.
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
@@ -48,27 +50,19 @@ class LayerReport(Report):
         self.last_epochs = last_epochs
         self.probe = probe
         self.figures = figures
-        self.history: list[dict[str, float]] = []
-        self._losses: tuple[Any, int] = (0.0, 0)  # sum and number
+        self._loss_sum: Any = 0.0
+        self._num_batches = 0
         self._replica: int | None = None
-        self._own: tuple[Path, Any, Any] | None = None
+        self._source: tuple[Path, Any, Any] | None = None  # folder, module and data of a replica
 
     def follow(self, replica: int, folder: Path, module: Any, data: Any) -> None:
-        """Report one of :class:`~em_lightning.studies.Replicas`, given by its number, into a folder of its own."""
-        self._replica, self._own = replica, (folder, module, data)
+        """Report one replica of :class:`~em_lightning.studies.Replicas`, and write to ``folder``."""
+        self._replica, self._source = replica, (folder, module, data)
 
     @property
     def state_key(self) -> str:
         """Return a key that differs between replicas."""
         return f"LayerReport{'' if self._replica is None else self._replica}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the metrics of all epochs, so that a resumed run reports them too."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the metrics."""
-        self.history = state_dict["history"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate after the last epoch if the fit would end before its first validation."""
@@ -78,33 +72,36 @@ class LayerReport(Report):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Reset the mean of the loss."""
-        self._losses = (0.0, 0)
+        self._loss_sum, self._num_batches = 0.0, 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Accumulate the loss of the batch."""
         loss = outputs["loss"] if self._replica is None else outputs["losses"][self._replica]
-        self._losses = (self._losses[0] + loss.detach(), self._losses[1] + 1)
+        self._loss_sum, self._num_batches = self._loss_sum + loss.detach(), self._num_batches + 1
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the metrics of the epoch."""
-        if trainer.sanity_checking or not self._losses[1]:
+        if trainer.sanity_checking or not self._num_batches:
             return
         prefix = "val/" if self._replica is None else f"{self._replica}/val/"
         logged = trainer.callback_metrics.items()
         values = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
-        values["loss"] = float(self._losses[0]) / self._losses[1]
+        values["loss"] = float(self._loss_sum) / self._num_batches
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure, write and draw."""
+        """Write the table and the figures."""
         if not self.history:
             return
-        folder, module, data = self._own or (folder, module, trainer.datamodule)
+        folder, module, data = self._source or (folder, module, trainer.datamodule)
         row = self._row(data, module)
-        note = f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; validation metrics, "
-        note += f"mean over the last {min(self.last_epochs, len(self.history))} validations."
+        averaged = min(self.last_epochs, len(self.history))
+        notes = [
+            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; "
+            f"validation metrics, mean over the last {averaged} validations."
+        ]
         table = [{"metric": name, "value": value} for name, value in row.items()]
-        write_results(folder, type(module).__name__, [note], table, values=row, history=self.history)
+        write_results(folder, type(module).__name__, notes, table, values=row, history=self.history)
         if self.figures:
             self.save_figures(trainer, self._draw(module, data), folder)
 
@@ -116,19 +113,19 @@ class LayerReport(Report):
             train, test = data.whole("train"), data.whole("test")
             function = getattr(module, "features", module.energies)
             features = [_in_parts(module, function, part.x) for part in (train, test)]
-            with torch.enable_grad():
-                row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
-        return {f"{k} %" if k in _IN_PERCENT else k: 100 * v if k in _IN_PERCENT else v for k, v in row.items()}
+            row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
+        percents = {f"{name} %": 100 * value for name, value in row.items() if name in _IN_PERCENT}
+        return {name: value for name, value in row.items() if name not in _IN_PERCENT} | percents
 
     def _draw(self, module: Any, data: Any) -> dict[str, Any]:
         with torch.enable_grad():
-            energies = _in_parts(module, module.energies, data.whole("test").x[:256]).requires_grad_()
+            energies = _in_parts(module, module.energies, data.whole("test").x[:_PICTURED_ITEMS]).requires_grad_()
             (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
-        figures = {"gradients": gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
+        figures = {"gradients": _gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
         if len(data.shape) == 3 and data.shape[0] == 1:
-            figures["prototypes"] = prototype_grid(module.prototypes, data.shape[1:])
+            figures["prototypes"] = _prototype_grid(module.prototypes, data.shape[1:])
         series = {title: [each[k] for each in self.history] for k, title in _PANELS.items() if k in self.history[0]}
-        figures["training"] = panels([each["epoch"] for each in self.history], series, "epoch")
+        figures["training"] = _panels([each["epoch"] for each in self.history], series, "epoch")
         return figures
 
 
@@ -151,4 +148,43 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
 
 @torch.no_grad()
 def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
-    return torch.cat([function(part.to(module.device)).cpu() for part in x.split(10_000)])
+    return torch.cat([function(part.to(module.device)).cpu() for part in x.split(_CHUNK_SIZE)])
+
+
+@figure_style()
+def _prototype_grid(prototypes: Tensor, shape: tuple[int, int]) -> Figure:
+    """Draw the weights (K, H * W) of each unit as an image (H, W), all on one symmetric colour scale."""
+    images = prototypes.detach().float().cpu().unflatten(1, shape)
+    figure, axes = new_grid(len(images), 16, width=0.45, height=0.45)
+    limit = float(images.abs().max()) or 1.0
+    for ax, image in zip(axes, images, strict=True):
+        ax.axis("off")
+        ax.imshow(image.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
+    return figure
+
+
+@figure_style()
+def _gradient_scatter(gradients: Tensor, responsibilities: Tensor) -> Figure:
+    """Draw the gradient of the free energy against the responsibilities, and the line on which they are equal."""
+    x, y = (values.detach().float().cpu().flatten() for values in (responsibilities, gradients))
+    step = max(1, len(x) // 5000)
+    figure, axes = new_figure(width=3.6, height=3.2)
+    ax, top = axes[0, 0], float(x.max())
+    ax.plot([0, top], [0, top], color=NEUTRAL, linestyle="--", linewidth=1.2, label="gradient = responsibility")
+    ax.plot(x[::step].numpy(), y[::step].numpy(), ".", color=PALETTE[0], markersize=2)
+    error = float((x - y).abs().max())
+    correlation = float(torch.corrcoef(torch.stack([x, y]).double())[0, 1])
+    ax.set(xlabel="responsibility softmax(-d)", ylabel="gradient of the free energy by d")
+    ax.set_title(f"correlation {correlation:.6f},\nlargest difference {error:.1e}")
+    ax.legend(loc="upper left")
+    return figure
+
+
+@figure_style()
+def _panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """Draw several series, by title, over the same x, each in its own panel."""
+    figure, axes = new_grid(len(series), 3, width=2.6, height=2.0, sharex=True)
+    for ax, (title, y) in zip(axes, series.items(), strict=True):
+        ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
+        ax.set(title=title, xlabel=xlabel)
+    return figure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from em_lightning.data import PointCloudBatch
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
-from em_lightning.studies.report import Report
+from em_lightning.studies.report import Report, fit_sklearn
 from em_lightning.studies.results import write_results
 
 HELD_OUT = "held-out log-likelihood (nats per point)"
@@ -49,32 +48,20 @@ class MixtureReport(Report):
         self.sklearn = sklearn
         self.sklearn_tol = sklearn_tol
         self.curve_iters = curve_iters
-        self.history: dict[str, list[list[float]]] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the training curves, so that a resumed run reports them too."""
-        return {"history": self.history}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the training curves."""
-        self.history = state_dict["history"]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihoods of the epoch."""
-        for name in ("train/log_likelihood", "val/log_likelihood"):
-            if name in trainer.callback_metrics:
-                value = float(trainer.callback_metrics[name])
-                self.history.setdefault(name, []).append([float(trainer.global_step), value])
+        logged = {stage: trainer.callback_metrics.get(f"{stage}/log_likelihood") for stage in ("train", "val")}
+        found = {stage: float(value) for stage, value in logged.items() if value is not None}
+        self.history.append({"step": trainer.global_step, **found})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure, write and draw."""
+        """Write the table and the figures."""
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(trainer.datamodule.seed)
         operator: EMOperator = module.operator
-        batches = [
-            PointCloudBatch(*(part.to(module.device) for part in batch))
-            for batch in trainer.datamodule.test_dataloader()
-        ]
+        loader = trainer.datamodule.test_dataloader()
+        batches = [PointCloudBatch(*(part.to(module.device) for part in batch)) for batch in loader]
         steps = operator.num_iters
         first = batches[0]
         starts = [operator(batch.points, batch.mask, num_iters=0) for batch in batches]
@@ -84,9 +71,10 @@ class MixtureReport(Report):
         ]
         if self.sklearn:
             rows.insert(1, self._measure_sklearn(operator, batches, trainer.datamodule.seed))
+        clouds = sum(len(batch.points) for batch in batches)
         notes = [
-            f"Data: {trainer.datamodule.describe()}. Likelihoods are of held-out points of the {_num_clouds(batches)} "
-            f"test clouds, normalized to radius 1, K = {operator.num_components}, {operator.covariance} covariance, "
+            f"Data: {trainer.datamodule.describe()}. Likelihoods are of held-out points of the {clouds} test clouds, "
+            f"normalized to radius 1, K = {operator.num_components}, {operator.covariance} covariance, "
             f"floor {operator.covariance_floor:g}; seed {trainer.datamodule.seed}.",
             "Times are wall-clock on this machine; the operator fits one batch of clouds at a time.",
         ]
@@ -105,29 +93,13 @@ class MixtureReport(Report):
             "iterations": self._iterations(operator, batches, starts, rows),
         }
         if self.history:
-            figures["training"] = curves(
-                {
-                    name.split("/")[0]: ([step for step, _ in points], [value for _, value in points])
-                    for name, points in self.history.items()
-                },
-                "optimizer step",
-                "log-likelihood per point (nats)",
-                "Training",
-            )
+            series: Any = {}
+            for stage in ("train", "val"):
+                points = [(one["step"], one[stage]) for one in self.history if stage in one]
+                series |= {stage: tuple(zip(*points, strict=True))} if points else {}
+            figures["training"] = curves(series, "optimizer step", "log-likelihood per point (nats)", "Training")
         self.save_figures(trainer, figures, folder)
-        writer: Any = getattr(trainer.logger, "experiment", None)
-        if hasattr(writer, "add_mesh") and shown.points.shape[-1] == 3:
-            colors = mixture.posterior(shown.points).responsibilities @ component_colors(operator.num_components).to(
-                shown.points
-            )
-            dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
-            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, dots, 0)
-        if hasattr(writer, "add_histogram"):
-            for i, mixture in enumerate(operator.iterate(shown.points, shown.mask)):
-                largest = mixture.posterior(shown.points).responsibilities.amax(-1)[shown.mask]
-                writer.add_histogram("by EM iteration/weights of the components", mixture.weights, i)
-                writer.add_histogram("by EM iteration/largest responsibility of a point", largest, i)
-            writer.flush()
+        _write_events(getattr(trainer.logger, "experiment", None), operator, shown)
 
     def _iterations(
         self, operator: EMOperator, batches: list[PointCloudBatch], starts: list[Mixture], rows: list[dict[str, Any]]
@@ -144,75 +116,46 @@ class MixtureReport(Report):
             points = sum(int(batch.held_out_mask.sum()) for batch in batches)
             series[name] = (list(range(steps + 1)), (totals / points).tolist())
         levels = {row["method"]: row[HELD_OUT] for row in rows if row["method"].startswith("scikit-learn")}
-        return curves(
-            series, "EM iteration", "held-out log-likelihood (nats per point)", "Likelihood by iteration", levels
-        )
+        return curves(series, "EM iteration", HELD_OUT, "Likelihood by iteration", levels)
 
     def _measure_sklearn(self, operator: EMOperator, batches: list[PointCloudBatch], seed: int) -> dict[str, Any]:
         from rich.progress import track
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.mixture import GaussianMixture
         from threadpoolctl import threadpool_limits
 
-        mixtures, seconds = [], 0.0
+        scores, total = [], 0.0
         clouds = [(batch, i) for batch in batches for i in range(len(batch.points))]
         for batch, i in track(clouds, "scikit-learn on every test cloud", transient=True):
             points = batch.points[i][batch.mask[i]].double().cpu().numpy()
-            start = time.perf_counter()
-            # Several threads are slower on sets of this size.
-            with warnings.catch_warnings(), threadpool_limits(1):
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                fit = GaussianMixture(
+            with threadpool_limits(1):  # several threads are slower on sets of this size
+                mixture, _, seconds = fit_sklearn(
+                    points,
                     min(operator.num_components, len(points)),
-                    covariance_type=operator.covariance,
+                    operator.covariance,
                     reg_covar=operator.covariance_floor,
                     tol=self.sklearn_tol,
                     max_iter=1000,
                     random_state=seed,
-                ).fit(points)
-            seconds += time.perf_counter() - start
-            parts = (torch.from_numpy(part)[None] for part in (fit.weights_, fit.means_, fit.covariances_))
-            weights, means, covariances = (part.to(batch.points.device) for part in parts)
-            if operator.covariance == "tied":
-                covariances = covariances.unsqueeze(1)
-            mixtures.append(Mixture(weights.log(), means, covariances))
-        return _row("scikit-learn GaussianMixture, converged", _one_by_one(mixtures, clouds), seconds, len(clouds))
+                )
+            total += seconds
+            one = PointCloudBatch(*(part[i : i + 1] for part in batch))
+            scores.append(_scores(mixture.to(batch.points.device), one))
+        return _row("scikit-learn GaussianMixture, converged", scores, total)
 
 
-def _num_clouds(batches: list[PointCloudBatch]) -> int:
-    return sum(len(batch.points) for batch in batches)
-
-
-class _Scores:
-    """Metrics of each cloud, for the means in the table."""
-
-    def __init__(self) -> None:
-        self.held_out, self.fitted, self.own, self.effective = [], [], [], []  # type: ignore[var-annotated]
-
-    def add(self, mixture: Mixture, batch: PointCloudBatch) -> None:
-        held_out = _mean(mixture.log_prob(batch.held_out, batch.held_out_mask), batch.held_out_mask)
-        self.held_out += held_out.tolist()
-        self.fitted += _mean(mixture.log_prob(batch.points, batch.mask), batch.mask).tolist()
-        self.own += (held_out + batch.normalization.log_jacobian()).tolist()
-        self.effective += torch.special.entr(mixture.weights).sum(-1).exp().tolist()
-
-
-def _mean(log_prob: Tensor, mask: Tensor) -> Tensor:
-    return log_prob.sum(-1) / mask.sum(-1).clamp(min=1)
-
-
-def _row(method: str, scores: _Scores, seconds: float, clouds: int) -> dict[str, Any]:
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
-    return {
-        "method": method,
-        HELD_OUT: mean(scores.held_out),
-        FITTED: mean(scores.fitted),
-        OWN_UNITS: mean(scores.own),
-        EFFECTIVE: mean(scores.effective),
-        SECONDS: 1e3 * seconds / clouds,
-    }
+def _write_events(writer: Any, operator: EMOperator, clouds: PointCloudBatch) -> None:
+    """Add a point-cloud view and histograms by EM iteration to TensorBoard, if the writer is one."""
+    if not hasattr(writer, "add_mesh"):
+        return
+    for i, mixture in enumerate(operator.iterate(clouds.points, clouds.mask)):
+        responsibilities = mixture.posterior(clouds.points).responsibilities
+        writer.add_histogram("by EM iteration/weights of the components", mixture.weights, i)
+        largest = responsibilities.amax(-1)[clouds.mask]
+        writer.add_histogram("by EM iteration/largest responsibility of a point", largest, i)
+    if clouds.points.shape[-1] == 3:
+        colors = responsibilities.cpu() @ component_colors(operator.num_components)
+        dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
+        writer.add_mesh("responsibilities", clouds.points.cpu(), (255 * colors).byte(), None, dots, 0)
+    writer.flush()
 
 
 def _measure(
@@ -220,19 +163,30 @@ def _measure(
 ) -> dict[str, Any]:
     from rich.progress import track
 
-    scores, seconds = _Scores(), 0.0
+    scores, seconds = [], 0.0
     operator(batches[0].points, batches[0].mask)  # warm up
     for batch, start in track(list(zip(batches, starts, strict=True)), method, transient=True):
         began = time.perf_counter()
         operator(batch.points, batch.mask).means.cpu()  # waits for a GPU
         seconds += time.perf_counter() - began
         # Fit again from the common start, because random starts differ between calls.
-        scores.add(operator(batch.points, batch.mask, init=start), batch)
-    return _row(method, scores, seconds, _num_clouds(batches))
+        scores.append(_scores(operator(batch.points, batch.mask, init=start), batch))
+    return _row(method, scores, seconds)
 
 
-def _one_by_one(mixtures: list[Mixture], clouds: list[tuple[PointCloudBatch, int]]) -> _Scores:
-    scores = _Scores()
-    for mixture, (batch, i) in zip(mixtures, clouds, strict=True):
-        scores.add(mixture, PointCloudBatch(*(part[i : i + 1] for part in batch)))
-    return scores
+def _scores(mixture: Mixture, batch: PointCloudBatch) -> Tensor:
+    """Return the metrics (4, B) of each cloud."""
+    held_out = _per_point(mixture.log_prob(batch.held_out, batch.held_out_mask), batch.held_out_mask)
+    fitted = _per_point(mixture.log_prob(batch.points, batch.mask), batch.mask)
+    own = held_out + batch.normalization.log_jacobian()
+    return torch.stack([held_out, fitted, own, torch.special.entr(mixture.weights).sum(-1).exp()]).double().cpu()
+
+
+def _per_point(log_prob: Tensor, mask: Tensor) -> Tensor:
+    return log_prob.sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def _row(method: str, scores: list[Tensor], seconds: float) -> dict[str, Any]:
+    clouds = torch.cat(scores, 1)
+    means = zip((HELD_OUT, FITTED, OWN_UNITS, EFFECTIVE), clouds.mean(1).tolist(), strict=True)
+    return {"method": method, **dict(means), SECONDS: 1e3 * seconds / clouds.shape[1]}

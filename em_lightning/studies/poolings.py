@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from em_lightning.checks import check_choice
 from em_lightning.modules import PointCloudClassifier
-from em_lightning.modules.checks import check_choice
 
 POOLINGS = ("em", "max", "mean", "attention", "set_transformer", "mem")
 

@@ -1,9 +1,9 @@
-"""Replicas: train several small networks of one kind at once, each as if it were alone."""
+"""Replicas: train R small networks of one class in parallel with vmap, each as if it were trained alone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from em_lightning.data import TensorBatches, TensorDataModule
 from em_lightning.modules import EnergyLayer
 
 
 class Replicas(lightning.LightningModule):
     """Train R layers of energies at once, from different starts and with different orders of the data.
 
-    The time of a step of such a small network is mostly the overhead of its calls, which the replicas share: their
-    parameters are stacked (R, ...), the objective is mapped over them by ``vmap``, and the optimizer acts elementwise,
-    so that each replica trains as it would alone, up to rounding. The given layers are views of the stacked
-    parameters and can be used as before. Their metrics are logged as ``<r>/val/...`` for r from 0 to R - 1.
+    A training step of a small network is dominated by call overhead, which the replicas share: their parameters are
+    stacked (R, ...), the objective is mapped over them by ``vmap``, and the optimizer acts elementwise, so that each
+    replica trains as it would alone, up to rounding. The parameters of the given layers become views of the stacked
+    ones. During a fit their metrics are logged as ``<r>/val/...`` for r from 0 to R - 1. A training batch is a list of
+    one batch per replica, as a list of R loaders gives it.
 
     Args:
         layers: layers of the same class with the same hyperparameters.
@@ -49,13 +49,22 @@ class Replicas(lightning.LightningModule):
         self.names = list(stacked)
         self.stacked = nn.ParameterList([nn.Parameter(stacked[name].detach()) for name in self.names])
         self.layers = nn.ModuleList(layers)
-        # In a list, so that its parameters are not registered a second time.
-        self._one = [_Objective(copy.deepcopy(first))]
+        # In a tuple, so that its parameters are not registered a second time.
+        self._template = (_Objective(copy.deepcopy(first)),)
         for r, layer in enumerate(layers):
             for name, values in zip(self.names, self.stacked, strict=True):
                 parameter = layer.get_parameter(name).requires_grad_(False)
                 parameter.data = values.data[r]
-            layer.log = partial(self._log_of, r)  # type: ignore[method-assign]
+
+    def setup(self, stage: str) -> None:
+        """Let each layer log under its number."""
+        for r, layer in enumerate(self.layers):
+            layer.log = partial(self._log_of, r)  # type: ignore[assignment]
+
+    def teardown(self, stage: str) -> None:
+        """Let each layer log under its own names again."""
+        for layer in self.layers:
+            del layer.log
 
     def _log_of(self, replica: int, name: str, value: Any, **options: Any) -> None:
         self.log(f"{replica}/{name}", value, **options)
@@ -64,14 +73,15 @@ class Replicas(lightning.LightningModule):
         """Return the loss of each replica (R,), given its own batch: x (R, N, ...) and y (R, N)."""
 
         def objective(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            return functional_call(self._one[0], parameters, (x, y))
+            return functional_call(self._template[0], parameters, (x, y))
 
         parameters = {f"layer.{name}": values for name, values in zip(self.names, self.stacked, strict=True)}
         return torch.vmap(objective)(parameters, x, y)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the sum of all losses, and each loss (R,); a replica's parameters occur in its own loss only."""
-        losses = self.objectives(*batch)
+        """Return the sum of all losses, whose gradient is each replica's own gradient, and each loss (R,)."""
+        x, y = (torch.stack(parts) for parts in zip(*batch, strict=True))
+        losses = self.objectives(x, y)
         return {"loss": losses.sum(), "losses": losses.detach()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -93,47 +103,3 @@ class _Objective(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.layer.step((x, y), "train")["loss"]
-
-
-class ReplicaData(lightning.LightningDataModule):
-    """The training batches of several data modules side by side, x (R, N, ...); the first one's validation.
-
-    Args:
-        sources: data modules with the same data and batch size, and different seeds.
-    """
-
-    def __init__(self, sources: Sequence[TensorDataModule]) -> None:
-        super().__init__()
-        self.sources = list(sources)
-
-    def train_dataloader(self) -> _SideBySide:
-        """Return batches of all sources, each in its own order."""
-        return _SideBySide([source.train_dataloader() for source in self.sources])
-
-    def val_dataloader(self) -> TensorBatches:
-        """Return the validation batches of the first source."""
-        return self.sources[0].val_dataloader()
-
-
-class _SideBySide:
-    batch_sampler = None
-
-    def __init__(self, loaders: Sequence[TensorBatches]) -> None:
-        self.loaders = loaders
-
-    @property
-    def sampler(self) -> _SideBySide:
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        for loader in self.loaders:
-            loader.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self.loaders[0])
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for indices in zip(*(loader.indices() for loader in self.loaders), strict=True):
-            index = torch.stack(indices)
-            parts = self.loaders[0].take(index.flatten())
-            yield tuple(part.unflatten(0, index.shape) for part in parts)

@@ -24,12 +24,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(_cell(row[key]) for key in header) + " |" for row in rows]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
     return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence[Row], **facts: Any) -> str:
@@ -38,7 +35,7 @@ def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence
     Args:
         folder: created if it does not exist.
         title: the heading.
-        notes: sentences above the table, for instance about the data and the metrics.
+        notes: paragraphs above the table.
         rows: the table.
         **facts: further entries of the JSON, such as the seed.
     """
@@ -106,14 +103,9 @@ def paired(values: Sequence[float], others: Sequence[float]) -> str:
 def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, Any]:
     """Return one line of a table: the published, checked and reproduced value and their difference.
 
-    The difference is the reproduced value minus the published one, or minus the checked one if nothing is published.
-    ``inside`` is "yes" if it is at most the larger standard deviation of these two plus half a unit of the last
-    printed digit.
-
-    Args:
-        values: the reproduced values, one per seed.
-        published: a number, a text such as ``"93.4 ± .3"``, or ``None``.
-        checked: the same, by somebody who reproduced the publication.
+    The difference is the mean of the reproduced values minus the published one, or minus the checked one if nothing is
+    published. ``inside`` is "yes" if it is at most the larger standard deviation of these two plus half a unit of the
+    last printed digit. Both are numbers, texts such as ``"93.4 ± .3"``, or ``None``.
 
     Example:
         >>> compare([93.0, 93.4], "93.4 ± .3", None)["difference"], compare([93.0, 93.4], 94.0, None)["inside"]

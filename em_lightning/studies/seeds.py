@@ -22,7 +22,7 @@ def run_seeds(
         command: the words that run the recipe, for instance ``["em-lightning", "run", "point_cloud_gmm"]``.
         folder: folder of the recipe's logger.
         arguments: arguments of the recipe.
-        seeds: the seeds.
+        seeds: one per run.
         jobs: number of parallel processes; ``None`` takes the number of cores.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from em_lightning.data import GaussianBlobs, TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
 from em_lightning.plots.mixtures import curves, mixture_grid
-from em_lightning.studies.report import Report
+from em_lightning.studies.report import Report, fit_sklearn
 from em_lightning.studies.results import write_results
 
 _PICTURED = 4000
@@ -42,16 +41,6 @@ class SelectionReport(Report):
         self.components = list(components)
         self.max_iters = max_iters
         self.sklearn_rows = sklearn_rows
-        self.levels: list[float] = []
-        self.seconds = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the likelihoods and the seconds so far, so that a resumed run reports them too."""
-        return {"levels": self.levels, "seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the likelihoods and the seconds."""
-        self.levels, self.seconds = list(state_dict["levels"]), state_dict["seconds"]
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the clock of an epoch."""
@@ -59,15 +48,16 @@ class SelectionReport(Report):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihood and the time of an epoch; an epoch resumed in its middle adds no time."""
-        self.levels.append(float(pl_module.log_likelihood))
-        self.seconds += time.perf_counter() - getattr(self, "_began", time.perf_counter())
+        seconds = time.perf_counter() - getattr(self, "_began", time.perf_counter())
+        self.history.append({"log_likelihood": float(pl_module.log_likelihood), "seconds": seconds})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure, write and draw."""
+        """Write the table and the figures."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
         own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
-        rows = [_row(own, mixture, data, int(module.iterations), self.seconds)]
+        levels, seconds = [one["log_likelihood"] for one in self.history], sum(one["seconds"] for one in self.history)
+        rows = [_row(own, mixture, data, int(module.iterations), seconds)]
         if isinstance(data, GaussianBlobs):
             rows.append(_row("the mixture the rows were drawn from", data.truth(), data))
         if len(data.tables["train"]) <= self.sklearn_rows and data.tables.get("weights") is None:
@@ -82,8 +72,8 @@ class SelectionReport(Report):
         write_results(folder, "One mixture of one data set", notes, rows + others, seed=module.seed)
 
         figures = {"components": _picture(mixture, data)}
-        if self.levels:
-            series = {"this run": (list(range(1, len(self.levels) + 1)), self.levels)}
+        if levels:
+            series = {"this run": (list(range(1, len(levels) + 1)), levels)}
             figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats per row)", "Training")
         if others:
             tried = sorted((row["K"], row["BIC"]) for row in [rows[0], *others])
@@ -112,27 +102,17 @@ class SelectionReport(Report):
         return _row("EM", fit.mixture, data, len(fit.log_likelihoods), time.perf_counter() - began)
 
     def _sklearn(self, module: Any, mixture: Mixture, data: TabularDataModule) -> dict[str, Any]:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.mixture import GaussianMixture
-
         table = data.tables["train"]
-        rows = table.rows(0, len(table)).cpu().numpy()
-        began = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            fit = GaussianMixture(
-                mixture.means.shape[1],
-                covariance_type=module.covariance,
-                reg_covar=module.covariance_floor,
-                tol=module.tol,
-                max_iter=self.max_iters,
-                random_state=module.seed,
-            ).fit(rows)
-        seconds = time.perf_counter() - began
-        parts = [torch.as_tensor(part, dtype=torch.float64)[None] for part in (fit.weights_, fit.means_)]
-        covariances = torch.as_tensor(fit.covariances_, dtype=torch.float64)[None]
-        covariances = covariances[None] if module.covariance == "tied" else covariances
-        return _row("scikit-learn", Mixture(parts[0].log(), parts[1], covariances), data, fit.n_iter_, seconds)
+        mixture, iterations, seconds = fit_sklearn(
+            table.rows(0, len(table)).cpu().numpy(),
+            mixture.components,
+            module.covariance,
+            reg_covar=module.covariance_floor,
+            tol=module.tol,
+            max_iter=self.max_iters,
+            random_state=module.seed,
+        )
+        return _row("scikit-learn", mixture, data, iterations, seconds)
 
 
 def _row(

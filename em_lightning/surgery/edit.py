@@ -14,7 +14,7 @@ from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, undo_all, wrap
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
-from em_lightning.surgery.select import Site, Where, check_operable, find_modules
+from em_lightning.surgery.select import Site, Where, check_reachable, find_modules
 from em_lightning.surgery.wrappers import MARKER, CallCounter, CallSites, Inserted
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
@@ -24,7 +24,7 @@ _BEFORE = "_em_before"  # attribute of a module whose change was undone while an
 
 
 class Change(NamedTuple):
-    """One operated site: ``parent.<name>`` held ``old`` and now holds ``new``."""
+    """One changed site: ``parent.<name>`` held ``old`` and now holds ``new``."""
 
     parent: nn.Module
     name: str
@@ -40,15 +40,7 @@ class Change(NamedTuple):
 
 
 class Surgery:
-    """The changes made to a model, and their undo.
-
-    Args:
-        model: the model that is changed.
-        by: who changes it, such as the state key of a callback; stored in the plan.
-
-    Attributes:
-        changes: one :class:`Change` per site.
-    """
+    """The ``changes`` made to a model, one :class:`Change` per site, and their undo; ``by`` is stored in the plan."""
 
     def __init__(self, model: nn.Module, by: str | None = None) -> None:
         self.model = model
@@ -61,27 +53,26 @@ class Surgery:
         """A table of the changes: path, class before and after, number of added parameters."""
         rows = [("path", "before", "after", "parameters")]
         for change in self.changes:
-            before = getattr(change.old, "__name__", type(change.old).__name__)
-            after = " + ".join(dict.fromkeys(type(module).__name__ for module in change.added))
+            before, after = getattr(change.old, "__name__", type(change.old).__name__), type(change.added[0]).__name__
             if change.entry["operation"] == "insert_after":
                 after = f"{before} -> {after}"
             parameters = sum(p.numel() for module in change.added for p in module.parameters())
             rows.append((change.path, before, after, str(parameters)))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        first, second, third, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return "\n".join(f"{row[0]:{first}}  {row[1]:{second}}  {row[2]:{third}}  {row[3]}" for row in rows)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all added parameters by their name in the model."""
         added = {id(p) for change in self.changes for module in change.added for p in module.parameters()}
         return {name: p for name, p in self.model.named_parameters() if id(p) in added}
 
-    def has_operated(self, site: Site) -> bool:
-        """Return whether a site is, or lies in, a module that this surgery has put into the model."""
+    def contains(self, site: Site) -> bool:
+        """Return whether a site is, or lies in, a module that this surgery put into the model."""
         return any(change.new in (*site.ancestors, site.module) for change in self.changes)
 
     def find(self, where: Where, target: Where | None = None) -> list[Site]:
-        """Return the sites that match, as :func:`find_modules` does, without those that this surgery has operated."""
-        return [site for site in find_modules(self.model, where, target) if not self.has_operated(site)]
+        """Return the sites that match, as :func:`find_modules` does, without those that this surgery changed."""
+        return [site for site in find_modules(self.model, where, target) if not self.contains(site)]
 
     def undo(self) -> None:
         """Restore the model; several surgeries on one model can be undone in any order."""
@@ -121,9 +112,9 @@ def replace_modules(
     Args:
         model: any module; in Lightning the LightningModule itself, so that its checkpoints store the plan.
         where: what to replace, see :func:`find_modules`.
+        target: a second selection, which must match as well.
         make: a class or a ``functools.partial`` of one (built for each site), a module (copied for each site), or a
             function of the old module that returns the new one.
-        target: a second selection, which must match as well.
         shared: one instance under several names becomes one module per name ("separate") or one for all ("together").
         calls: for a module that is called several times in one forward of its parent, such as a ResNet's reused
             ``self.relu``. An int builds one operator per call; "any" shares one operator; a mapping from name patterns
@@ -132,7 +123,7 @@ def replace_modules(
 
     Raises:
         NoMatchError: nothing matches.
-        ValueError: a site cannot be operated: part of a ScriptModule or nn.MultiheadAttention.
+        ValueError: a site cannot be changed: part of a ScriptModule or nn.MultiheadAttention.
         TypeError: ``make`` returned no new module.
 
     Example:
@@ -146,7 +137,7 @@ def replace_modules(
         ReLU()
     """
     surgery = Surgery(model) if into is None else into
-    return operate(surgery, "replace", surgery.find(where, target), lambda _: make, calls, shared)
+    return change_sites(surgery, "replace", surgery.find(where, target), lambda _: make, calls, shared)
 
 
 def insert_after(
@@ -173,10 +164,10 @@ def insert_after(
         Linear(in_features=2, out_features=3, bias=True)
     """
     surgery = Surgery(model) if into is None else into
-    return operate(surgery, "insert_after", surgery.find(where, target), lambda _: make, calls, shared)
+    return change_sites(surgery, "insert_after", surgery.find(where, target), lambda _: make, calls, shared)
 
 
-def operate(
+def change_sites(
     surgery: Surgery,
     operation: Literal["replace", "insert_after", "functional"],
     sites: list[Site],
@@ -184,12 +175,12 @@ def operate(
     calls: Calls = None,
     shared: Shared = "separate",
 ) -> Surgery:
-    """Operate on given sites, with the ``make`` of each: the common part of all surgeries."""
+    """Change the given sites, with the ``make`` of each: the common part of all surgeries."""
     if shared not in ("separate", "together"):
         raise ValueError(f"shared={shared!r} must be 'separate' or 'together'")
     names: dict[int, list[str]] = {}
     for site in sites:
-        check_operable(site)
+        check_reachable(site)
         names.setdefault(id(site.module), []).append(site.path)
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)

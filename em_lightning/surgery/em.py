@@ -13,7 +13,7 @@ from torch import nn
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.operators import EMRefinement
-from em_lightning.surgery.edit import Calls, Make, Shared, Surgery, operate
+from em_lightning.surgery.edit import Calls, Make, Shared, Surgery, change_sites
 from em_lightning.surgery.functional import swap_relu_calls
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, units_of
 
@@ -44,7 +44,7 @@ def swap_activations(
         dim: the axis of the units; "auto" takes 1 behind convolutions and their norms, else the last.
         shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
-        into: a surgery to extend; by default a new one.
+        into: see :func:`replace_modules`.
         functional: also replace ``relu`` where the forward of a module that ``where`` selects calls it as a function,
             see :func:`swap_relu_calls`. "auto" then takes axis 1 of tensors with as many axes as the feature maps of
             the module's convolutions, else the last.
@@ -74,7 +74,7 @@ def swap_activations(
         if not functional:
             raise NoMatchError(f"{error}; relu called as a function is swapped with functional=True") from None
         return swap_relu_calls(model, where, make, calls=calls, into=surgery)
-    operate(surgery, "replace", sites, make_at, calls, shared)
+    change_sites(surgery, "replace", sites, make_at, calls, shared)
     if functional:
         with contextlib.suppress(NoMatchError):
             swap_relu_calls(model, where, make, calls=calls, into=surgery)
@@ -123,13 +123,13 @@ def insert_em_operators(
     Args:
         model: any module.
         where: the layers; see :func:`find_modules`.
-        num_components: K.
         target: a second selection, which must match as well.
+        num_components: K.
         num_features: D, the width of the layer's output; by default read from the layer.
         dim: the axis of the features; "auto" takes 1 behind convolutions and their norms, else the last.
         shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
-        into: a surgery to extend; by default a new one.
+        into: see :func:`replace_modules`.
         **arguments: of :class:`EMRefinement`, such as ``num_iters=5``.
 
     Raises:
@@ -153,16 +153,11 @@ def insert_em_operators(
         given = {"num_components": num_components, "num_features": features, "dim": axis, **arguments}
         return functools.partial(EMRefinement, **given)
 
-    return operate(surgery, "insert_after", surgery.find(where, target), make_at, calls, shared)
+    return change_sites(surgery, "insert_after", surgery.find(where, target), make_at, calls, shared)
 
 
 def set_temperature(model: nn.Module, temperature: float, where: Where = "*") -> dict[str, Tempered]:
-    """Set the temperature of the competitions and activations in a model, and return these by path.
-
-    Args:
-        model: any module.
-        temperature: T > 0, which divides the energies.
-        where: a second selection, see :func:`find_modules`.
+    """Set the temperature T > 0 of the selected competitions and activations in a model, and return these by path.
 
     Raises:
         NoMatchError: no selected module has a temperature; the message lists the modules of the model.

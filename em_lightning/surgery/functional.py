@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from em_lightning.surgery.edit import Calls, Make, Surgery, operate
+from em_lightning.surgery.edit import Calls, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
 from em_lightning.surgery.select import MAPS, NoMatchError, Site, Where, contents, described, matches, walk
 
@@ -38,10 +38,10 @@ class _Swapped(TorchFunctionMode):
             return func(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
         if func in _IN_PLACE or kwargs.get("inplace") or len(args) > 1:
-            return x.copy_(self._operated(x.clone()))
-        return self._operated(x)
+            return x.copy_(self._swapped(x.clone()))
+        return self._swapped(x)
 
-    def _operated(self, x: Tensor) -> Tensor:
+    def _swapped(self, x: Tensor) -> Tensor:
         if x.dim() not in self.map_dims or getattr(self.operator, "dim", None) != -1:
             return self.operator(x)
         return self.operator(x.movedim(1, -1)).movedim(-1, 1)
@@ -53,15 +53,9 @@ def swap_relu_calls(
     """Replace every ``relu`` that the forwards of selected modules call as a function.
 
     The operator becomes a child of the module, named ``em_functional``; all other names stay. It serves all calls in
-    that forward, including those of unselected children; with parameters, a second call raises, see ``calls`` of
+    that forward, including those of unselected children. The model itself may be selected, as the path ""; modules of
+    torch.nn and those whose forward does not mention ``relu`` are skipped. For ``make``, ``calls`` and ``into`` see
     :func:`replace_modules`.
-
-    Args:
-        model: any module; it may be selected itself, as the path "".
-        where: the modules; modules of torch.nn and those whose forward does not mention ``relu`` are skipped.
-        make: as for :func:`replace_modules`.
-        calls: as for :func:`replace_modules`.
-        into: a surgery to extend; by default a new one.
 
     Raises:
         NoMatchError: no selected forward mentions ``relu``; the message lists the modules of the model.
@@ -82,7 +76,7 @@ def swap_relu_calls(
         Site(f"{site.path}.{NAME}".lstrip("."), nn.ReLU(), site.module, NAME, (*site.ancestors, site.module), F.relu)
         for site in (root, *walk(model))
         if site.function is None
-        and not surgery.has_operated(site)
+        and not surgery.contains(site)
         and _calls_relu(site.module)
         and not hasattr(site.module, NAME)
         and any(matches(site, entry) for entry in entries)
@@ -91,7 +85,7 @@ def swap_relu_calls(
         raise NoMatchError(
             f"where={described(where)} matches no module whose forward calls relu; the model holds {contents(model)}"
         )
-    operate(surgery, "functional", sites, lambda _: make, calls)
+    change_sites(surgery, "functional", sites, lambda _: make, calls)
     for site in sites:
         kinds = [type(one) for one in site.parent.modules()]
         dims = frozenset(dims for dims, maps in MAPS.items() if any(issubclass(kind, maps) for kind in kinds))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from em_lightning.surgery.select import NoMatchError, Site, Where, check_operable, described, find_modules
+from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
 
 Link = Callable[..., Any]
 Undo = Callable[[], Any]
@@ -127,13 +128,7 @@ def _with_flag_off(module: nn.Module, flag: str, proceed: Callable[..., Any], *a
 
 
 class Taps:
-    """Captures the outputs or the inputs of layers in forward hooks, while ``recording`` is true.
-
-    Args:
-        model: any module.
-        where: the layers, see :func:`find_modules`.
-        tap: "output" or "input".
-        target: a second selection, which must match as well.
+    """Captures the outputs or the inputs of the layers that :func:`find_modules` selects, while ``recording`` is true.
 
     Raises:
         NoMatchError: nothing matches, or only functions, which have no hooks.
@@ -161,11 +156,20 @@ class Taps:
         self._undos: list[Undo] = []
         self.sites: list[Site] = []
         for site in find_modules(model, where, target):
-            check_operable(site)
+            check_reachable(site)
             if site.function is None and not any(site.module is known.module for known in self.sites):
                 self.sites.append(site)
         if not self.sites:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
+
+    @contextlib.contextmanager
+    def switched(self, on: bool) -> Iterator[None]:
+        """Record, or do not record, inside the context."""
+        before, self.recording = self.recording, on
+        try:
+            yield
+        finally:
+            self.recording = before
 
     def attach(self) -> None:
         """Register the hooks."""

@@ -83,11 +83,7 @@ class LayerwiseLoss:
         ratio: float = 0.1,
         auto_every: int = 10,
     ) -> None:
-        for name, value, least in (("every", every, 1), ("auto_every", auto_every, 1), ("warmup", warmup, 0)):
-            if not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name}={value!r} must be an int of at least {least}")
-        if not ratio > 0:
-            raise ValueError(f"ratio={ratio!r} must be positive")
+        check_options(loss, weight, tap, warmup, every, ratio, auto_every)
         self.taps = Taps(model, where, tap, target)
         self.dims = {site.path: units_of(site, dim)[1] for site in self.taps.sites}
         self.losses = {path: _build_loss(loss) for path in self.dims}
@@ -99,7 +95,7 @@ class LayerwiseLoss:
         self.auto_every = auto_every
         self.step = 0
         self.values: dict[str, Tensor] = {}
-        self._charged: set[str] = set()
+        self._added: set[str] = set()
         # path -> averages of the norms of both gradients, and the step of the next measurement
         self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
         self.taps.attach()
@@ -130,7 +126,7 @@ class LayerwiseLoss:
         else:
             graph = _graph_of(loss)
             captured = self.taps.take(lambda tensor: tensor.grad_fn in graph)
-        self._charged.update(captured)
+        self._added.update(captured)
         factor = self.factor()
         self.step += 1
         self.values = {}
@@ -178,13 +174,13 @@ class LayerwiseLoss:
         self.norms = {path: list(norms) for path, norms in state["norms"].items()}
 
     def reset(self) -> None:
-        """Forget captured tensors and charged layers; call it before a training step with several losses."""
+        """Forget captured tensors and added losses; call it before a training step with several losses."""
         self.taps.captured = []
-        self._charged = set()
+        self._added = set()
 
-    def check_charged(self) -> None:
+    def check_all_added(self) -> None:
         """Raise RuntimeError if the EM loss of a layer was added to no loss since :meth:`reset`."""
-        missed = [path for path in self.dims if path not in self._charged]
+        missed = [path for path in self.dims if path not in self._added]
         if missed:
             raise RuntimeError(
                 f"no loss of this step depends on the layer(s) {', '.join(missed)}: they were not called, or under "
@@ -254,13 +250,26 @@ def _square(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack([gradient.float().square().sum() for gradient in gradients if gradient is not None]).sum()
 
 
+def check_options(loss: Any, weight: Any, tap: str, warmup: int, every: int, ratio: float, auto_every: int) -> None:
+    """Raise ValueError if an argument of :class:`LayerwiseLoss` is out of range."""
+    for name, value, least in (("every", every, 1), ("auto_every", auto_every, 1), ("warmup", warmup, 0)):
+        if not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name}={value!r} must be an int of at least {least}")
+    if not ratio > 0:
+        raise ValueError(f"ratio={ratio!r} must be positive")
+    if tap not in ("output", "input"):
+        raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
+    for pattern, value in (weight if isinstance(weight, Mapping) else {"*": weight}).items():
+        if value != "auto" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise ValueError(f"weight={value!r} for {pattern!r} must be a positive number or 'auto'")
+    _build_loss(loss)
+
+
 def _weights_of(paths: Iterable[str], weight: Weight | Mapping[str, Weight]) -> dict[str, Weight]:
     """Return the weight of each layer: that of the first pattern that matches it."""
     patterns = weight if isinstance(weight, Mapping) else {"*": weight}
     weights: dict[str, Weight] = {}
     for pattern, value in patterns.items():
-        if value != "auto" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"weight={value!r} for {pattern!r} must be a positive number or 'auto'")
         matching = [path for path in paths if fnmatchcase(path, pattern)]
         weights = {**dict.fromkeys(matching, value), **weights}
         if not matching:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from em_lightning.registry import import_class
-from em_lightning.surgery.edit import Make, Surgery, operate
+from em_lightning.surgery.edit import Make, Surgery, change_sites
 from em_lightning.surgery.functional import NAME, swap_relu_calls
 from em_lightning.surgery.record import plan_in, recorded_plan
 from em_lightning.surgery.select import find_modules
@@ -55,7 +55,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make 
         swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
         return
     sites = find_modules(surgery.model, tied or [path])
-    operate(surgery, entry["operation"], sites, lambda _: make, calls, "together" if tied else "separate")
+    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, "together" if tied else "separate")
 
 
 def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:
@@ -77,16 +77,13 @@ def restore_surgery(
     make: Callable[[nn.Module], nn.Module] | None = None,
     **arguments: Any,
 ) -> Any:
-    """Load the checkpoint of an operated LightningModule without the callback that operated it.
+    """Build a LightningModule of class ``cls`` with the surgery and the weights of a checkpoint, without a callback.
 
     Args:
         cls: the LightningModule's class.
         path: the checkpoint.
         make: see :func:`apply_plan`.
         **arguments: those of ``cls.load_from_checkpoint``.
-
-    Returns:
-        A model of class ``cls`` with the surgery and the weights of the checkpoint.
 
     Raises:
         ValueError: the checkpoint stores no plan, or is damaged.

@@ -104,14 +104,13 @@ def contents(model: nn.Module) -> str:
 def find_modules(model: nn.Module, where: Where, target: Where | None = None) -> list[Site]:
     """Return the sites of a model that match ``where`` and, if given, ``target``.
 
+    The root itself is never selected. The inside of a match is not searched for further matches of the same entry.
+
     Args:
-        model: any module; the root itself is never selected.
+        model: any module.
         where: a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
             ``(path, module)``; or a list of these, any of which may match.
         target: a second selection, which must match as well.
-
-    Returns:
-        The outermost matches of each entry of ``where``: the inside of a match is not searched further.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
@@ -147,11 +146,11 @@ def described(where: Where) -> str:
     return getattr(where, "__qualname__", None) or repr(where)
 
 
-def check_operable(site: Site) -> None:
+def check_reachable(site: Site) -> None:
     """Raise ValueError where PyTorch never calls the module at a site, so that a replacement or hook has no effect."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in (*site.ancestors, site.module)):
         raise ValueError(
-            f"{site.path!r} belongs to a ScriptModule, which cannot be changed: operate before torch.jit.script"
+            f"{site.path!r} belongs to a ScriptModule, which cannot be changed: do this before torch.jit.script"
         )
     if isinstance(site.parent, nn.MultiheadAttention):
         raise ValueError(

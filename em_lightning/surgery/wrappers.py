@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-MARKER = "em_surgery"  # a buffer whose key keeps an operated checkpoint from loading into a plain model
+MARKER = "em_surgery"  # a buffer whose key keeps the checkpoint from loading into a model without the surgery
 
 
 def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

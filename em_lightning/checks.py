@@ -1,18 +1,19 @@
-"""Checks of constructor arguments."""
+"""Checks of arguments, which raise errors that name the argument, its value and the rule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raise ValueError unless a value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(map(repr, choices))}")
+    known = list(choices)
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, known))}")
 
 
 def check_at_least(least: float, **values: float) -> None:
-    """Raise ValueError for an argument below ``least``, or NaN."""
+    """Raise ValueError for an argument below its minimum, or NaN."""
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name}={value} must be at least {least}")

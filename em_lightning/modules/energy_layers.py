@@ -1,0 +1,203 @@
+"""Modules with a single energy layer: EnergyLayer (base class), DecoderFreeEncoder and EMClassifier."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import add
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+
+from em_lightning.activations import NegLogSoftminActivation
+from em_lightning.checks import check_at_least
+from em_lightning.losses import EMLoss, WeightRedundancyLoss
+from em_lightning.metrics import layer_metrics
+from em_lightning.modules.base import EMModule
+
+
+class EnergyLayer(EMModule):
+    r"""One energy layer :math:`d = \mathrm{relu}(W x + b)` (low energy wins) with metrics.
+
+    A subclass defines the terms whose sum is minimized, in :meth:`loss_terms`; it may override :meth:`energies`, or set
+    another ``encoder``. In validation and test it logs :func:`~em_lightning.metrics.layer_metrics` of the energies and
+    the redundancy of the prototypes W.
+
+    Args:
+        num_features: D.
+        num_components: K, the competing units.
+        lr: learning rate.
+        optimizer: ``"adam"`` or ``"sgd"``.
+
+    Shape:
+        - batch: x (N, ...) of D features in all, and labels y (N,).
+        - ``energies(x)``: (N, K).
+    """
+
+    def __init__(
+        self, num_features: int, num_components: int, lr: float = 1e-3, optimizer: Literal["adam", "sgd"] = "adam"
+    ) -> None:
+        super().__init__(lr, optimizer=optimizer)
+        check_at_least(1, num_features=num_features, num_components=num_components)
+        self.encoder = nn.Linear(num_features, num_components)
+        self.add_metrics(("val", "test"), energies=layer_metrics())
+
+    @property
+    def prototypes(self) -> Tensor:
+        """The weights (K, D) of the units."""
+        return self.encoder.weight
+
+    def energies(self, x: Tensor) -> Tensor:
+        """Return the energies (N, K) of items (N, ...)."""
+        return torch.relu(self.encoder(x.flatten(1)))
+
+    def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+        """Return the terms whose sum is minimized, by name."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss_terms(x, y, energies, stage)")
+
+    def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
+        """Return the terms and their sum; outside training, update the metrics."""
+        x, y = batch
+        energies = self.energies(x)
+        terms = self.loss_terms(x, y, energies, stage)
+        terms = {"loss": reduce(add, terms.values()), **terms}
+        if stage != "train":
+            self.metrics_of(stage)["energies"].update(energies)
+            terms["weight_redundancy"] = WeightRedundancyLoss()(self.prototypes)
+        return terms
+
+
+class DecoderFreeEncoder(EnergyLayer):
+    r"""A sparse encoder trained without a decoder, by free energy and volume control.
+
+    With energies :math:`d = \mathrm{relu}(W x + b)` the loss is
+    :math:`-\sum_n \log \sum_j e^{-d_{nj}} - \sum_j \log(\mathrm{Var}(d_j) + 10^{-6})
+    + \sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`. The free energy is summed over the batch, so its relative
+    weight grows with the batch size.
+
+    Args:
+        num_features: D.
+        num_components: K.
+        free_energy: weight of the free energy.
+        variance: weight of the term against dead units.
+        decorrelation: weight of the term against redundant units.
+        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, such as
+            ``{"variance": 0, "bounded_variance": 1}``; they override the three weights.
+        lr: learning rate.
+        optimizer: ``"adam"`` or ``"sgd"``.
+
+    Shape:
+        - batch: x (N, ...) of D features in all, and labels y (N,), not used.
+        - ``forward(x)``: energies (N, K).
+
+    Example:
+        >>> module = DecoderFreeEncoder(num_features=64, num_components=16)
+        >>> module(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 16])
+        >>> list(module.step((torch.rand(5, 64), None), "train"))
+        ['loss', 'free_energy', 'variance', 'decorrelation']
+
+    Source: Oursland, arXiv 2601.06478.
+    """
+
+    def __init__(
+        self,
+        num_features: int = 784,
+        num_components: int = 64,
+        free_energy: float = 1.0,
+        variance: float = 1.0,
+        decorrelation: float = 1.0,
+        terms: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        optimizer: Literal["adam", "sgd"] = "adam",
+    ) -> None:
+        super().__init__(num_features, num_components, lr, optimizer)
+        self.save_hyperparameters()
+        weights = {"free_energy": free_energy, "variance": variance, "decorrelation": decorrelation}
+        self.loss = EMLoss(**{**weights, **(terms or {})})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the energies (N, K) of items (N, ...)."""
+        return self.energies(x)
+
+    def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+        """Return free energy and volume control."""
+        return self.loss(energies)
+
+
+class EMClassifier(EnergyLayer):
+    r"""A classifier with one hidden layer of energies and volume control on them.
+
+    With :math:`d = \mathrm{relu}(W x + b)`, :math:`y = d + \log \sum_j e^{-d_j}` (or :math:`y = d`) and logits
+    :math:`\mathrm{LayerNorm}(V y + c)`, the loss is cross-entropy :math:`+ \lambda\,(` variance + decorrelation of d
+    :math:`)`. Cross-entropy takes the place of the free energy of :class:`DecoderFreeEncoder`.
+
+    Args:
+        num_features: D.
+        num_components: K.
+        num_classes: C.
+        neg_log_softmin: whether the head reads :math:`d + \log \sum_j e^{-d_j}` instead of d.
+        weight: lambda; 0 disables the auxiliary loss.
+        variance: weight, inside lambda, of the term against dead units.
+        decorrelation: weight, inside lambda, of the term against redundant units.
+        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, inside lambda.
+        lr: learning rate.
+        optimizer: ``"adam"`` or ``"sgd"``.
+
+    Shape:
+        - batch: x (N, ...) of D features in all, and labels y (N,).
+        - ``forward(x)``: logits (N, C).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> module = EMClassifier(num_features=64, num_components=16)
+        >>> module(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+        >>> list(module.step((torch.rand(5, 64), torch.arange(5)), "train"))
+        ['loss', 'cross_entropy', 'variance', 'decorrelation']
+
+    Source: Oursland, the supervised study of implicit EM.
+    """
+
+    def __init__(
+        self,
+        num_features: int = 784,
+        num_components: int = 25,
+        num_classes: int = 10,
+        neg_log_softmin: bool = True,
+        weight: float = 1e-3,
+        variance: float = 1.0,
+        decorrelation: float = 1.0,
+        terms: dict[str, Any] | None = None,
+        lr: float = 1e-3,
+        optimizer: Literal["adam", "sgd"] = "adam",
+    ) -> None:
+        super().__init__(num_features, num_components, lr, optimizer)
+        check_at_least(2, num_classes=num_classes)
+        check_at_least(0, weight=weight)
+        self.save_hyperparameters()
+        self.weight = weight
+        self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
+        self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))
+        self.loss = None
+        if weight:
+            weights = {"free_energy": 0.0, "variance": variance, "decorrelation": decorrelation}
+            self.loss = EMLoss(**{**weights, **(terms or {})})
+            self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
+        self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (N, C) of items (N, ...)."""
+        return self.head(self.activation(self.energies(x)))
+
+    def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+        """Return the cross-entropy, and the weighted volume control of the energies."""
+        logits = self.head(self.activation(energies))
+        if stage != "train":
+            self.metrics_of(stage)["accuracy"].update(logits, y)
+        terms = {} if self.loss is None else self.loss(energies)
+        return {"cross_entropy": functional.cross_entropy(logits, y), **terms}
