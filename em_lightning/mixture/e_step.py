@@ -184,7 +184,7 @@ def log_density(
     """Return ``log p(x_n)`` (B, N) in the coordinates of the points; arguments are those of :func:`e_step`."""
     family, kernel, background = likelihood
     if kernel is None and background is None and native.serves(points.x, family):
-        return native.log_density(points.x, *_fused_arguments(points, parameters, family))
+        return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
     theta, peak = family.natural_parameters(parameters)
 
     def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:

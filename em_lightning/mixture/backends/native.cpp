@@ -243,7 +243,10 @@ class Worker {
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
       for (int s = 0; s < steps; ++s) r[s] /= total[s];
-      if (!p.grads) continue;
+      if (!p.grads) {
+        std::fill(a, a + steps, V{});
+        continue;
+      }
       choose(k, r, steps);
       components[k].slope(chosen, y, choice.steps, &gradients[k * G], choice.gathered ? chosen_slope : a);
       if (choice.gathered) {

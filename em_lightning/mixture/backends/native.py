@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class use_backend:
         if name not in ("auto", "reference", "native"):
             raise ValueError(f"name={name!r} must be 'auto', 'reference' or 'native'")
         if name == "native":
-            require("spherical", 0, torch.float32)
+            _require("spherical", 0, torch.float32)
         self.before, _chosen = _chosen, name
 
     def __enter__(self) -> None:
@@ -76,7 +76,7 @@ def serves(x: Tensor, family: Any) -> bool:
     if not _is_chosen(x, x.numel() >= _FEWEST_NUMBERS):
         return False
     if _chosen == "native":
-        require(kind, x.shape[1], x.dtype)
+        _require(kind, x.shape[1], x.dtype)
     return _is_available("native.cpp", *_variant(kind, x.shape[1], x.dtype))
 
 
@@ -100,7 +100,8 @@ def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
     return True
 
 
-# E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2 and r its softmax over components. Arguments:
+# E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
+# Arguments:
 #     x: points (B, D, N) in float32 or float64, which is the precision of all that is done per point.
 #     weights: (B, N) in float64, or None.
 #     means: (B, K, D), in the coordinates z = (x - center) / unit.
@@ -112,91 +113,60 @@ def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
 #     kind: "full", "diagonal" or "spherical".
 
 
-@torch.library.custom_op("em_lightning::e_step", mutates_args=(), device_types="cpu")
-def e_step(
-    x: Tensor,
-    weights: Optional[Tensor],  # noqa: UP045
-    means: Tensor,
-    inverse: Tensor,
-    peak: Tensor,
-    scale: Tensor,
-    center: Tensor,
-    unit: Tensor,
-    kind: str,
-    with_log_likelihood: bool,
-) -> tuple[Tensor, Tensor]:
+_ARGUMENTS = (
+    "Tensor x, Tensor? weights, Tensor means, Tensor inverse, Tensor peak, Tensor scale, Tensor center, Tensor unit, "
+    "str kind"
+)
+_operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+
+
+@_operator("em_lightning::e_step", schema=f"({_ARGUMENTS}, bool with_log_likelihood) -> (Tensor, Tensor)")
+def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,), zeros if it is not wanted."""
-    sums, log_likelihood = _empty_sums(means, kind), means.new_zeros(len(means))
-    _run(
-        kind,
-        (x, weights, means, inverse, peak, scale, center, unit),
-        sums=sums,
-        log_likelihood=log_likelihood if with_log_likelihood else None,
-    )
+    *tensors, kind, with_log_likelihood = arguments
+    sums, log_likelihood = _empty_sums(tensors[2], kind), tensors[2].new_zeros(len(tensors[2]))
+    _run(kind, tensors, sums=sums, log_likelihood=log_likelihood if with_log_likelihood else None)
     return sums, log_likelihood
 
 
-@torch.library.custom_op("em_lightning::log_density", mutates_args=(), device_types="cpu")
-def log_density(
-    x: Tensor,
-    means: Tensor,
-    inverse: Tensor,
-    peak: Tensor,
-    scale: Tensor,
-    center: Tensor,
-    unit: Tensor,
-    kind: str,
-) -> Tensor:
-    """Return ``log p(z_n)`` (B, N) in float64."""
-    density = means.new_empty(x[:, 0].shape)
-    _run(kind, (x, None, means, inverse, peak, scale, center, unit), log_density=density)
+@_operator("em_lightning::log_density", schema=f"({_ARGUMENTS}) -> Tensor")
+def log_density(*arguments: Any) -> Tensor:
+    """Return ``log p(z_n)`` (B, N) in float64; the weights are ``None``."""
+    *tensors, kind = arguments
+    density = tensors[2].new_empty(tensors[0][:, 0].shape)
+    _run(kind, tensors, log_density=density)
     return density
 
 
-@torch.library.custom_op("em_lightning::e_step_gradient", mutates_args=(), device_types="cpu")
-def e_step_gradient(
-    x: Tensor,
-    weights: Optional[Tensor],  # noqa: UP045
-    means: Tensor,
-    inverse: Tensor,
-    peak: Tensor,
-    scale: Tensor,
-    center: Tensor,
-    unit: Tensor,
-    kind: str,
-    grad_sums: Optional[Tensor],  # noqa: UP045
-    grad_density: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+@_operator(
+    "em_lightning::e_step_gradient",
+    schema=f"({_ARGUMENTS}, Tensor? grad_sums, Tensor grad_density) -> (Tensor, Tensor, Tensor)",
+)
+def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of peak, means and W side by side, of points and of weights.
 
-    ``grad_density`` is that of each log-density per weight, (B, N) or (B, 1).
+    The last argument is the gradient of each log-density per weight, (B, N) or (B, 1).
     """
-    parameters, of_x, of_weights = _empty_gradients(x, means, inverse)
-    _run(
-        kind,
-        (x, weights, means, inverse, peak, scale, center, unit),
-        outer=grad_density,
-        sums=parameters,
-        grads=grad_sums,
-        grad_x=of_x,
-        grad_weights=of_weights,
-    )
-    return parameters, of_x, of_weights
+    *tensors, kind, grads, outer = arguments
+    own, of_x, of_weights = _empty_gradients(*tensors)
+    _run(kind, tensors, outer=outer, sums=own, grads=grads, grad_x=of_x, grad_weights=of_weights)
+    return own, of_x, of_weights
 
 
 @e_step.register_fake
-def _(x: Tensor, weights: Any, means: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty_sums(means, others[-2]), means.new_empty(len(means))
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    means, kind = arguments[2], arguments[-2]
+    return _empty_sums(means, kind), means.new_empty(len(means))
 
 
 @log_density.register_fake
-def _(x: Tensor, means: Tensor, *others: Any) -> Tensor:
+def _(x: Tensor, weights: None, means: Tensor, *others: Any) -> Tensor:
     return means.new_empty(x[:, 0].shape)
 
 
 @e_step_gradient.register_fake
-def _(x: Tensor, weights: Any, means: Tensor, inverse: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, means, inverse)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(*arguments)
 
 
 def _empty_sums(means: Tensor, kind: str) -> Tensor:
@@ -205,39 +175,37 @@ def _empty_sums(means: Tensor, kind: str) -> Tensor:
     return means.new_empty(*means.shape[:2], 1 + features + size)
 
 
-def _empty_gradients(x: Tensor, means: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(x: Tensor, _: Any, means: Tensor, inverse: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     size = 1 + means.shape[-1] + inverse[0, 0].numel()
     return means.new_empty(*means.shape[:2], size), x.new_empty(x.shape), means.new_empty(x[:, 0].shape)
 
 
-def _e_step_in_torch(
-    x: Tensor, weights: Tensor | None, means: Tensor, inverse: Tensor, peak: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
+def _e_step_in_torch(x: Tensor, weights: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
     """Return :func:`e_step` by operations that have every derivative."""
-    z, joint = _joint_in_torch(x, means, inverse, peak, *others)
+    z, joint = _joint_in_torch(x, weights, *others)
+    kind = others[6]
     responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
     if weights is not None:
         responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
-    pairs = [z[:, i : i + 1] * z[:, i:] for i in range(z.shape[1])] if others[3] == "full" else [z.square()]
+    pairs = [z[:, i : i + 1] * z[:, i:] for i in range(z.shape[1])] if kind == "full" else [z.square()]
     second = torch.cat(pairs, 1)
-    second = second.sum(1, keepdim=True) if others[3] == "spherical" else second
+    second = second.sum(1, keepdim=True) if kind == "spherical" else second
     features = torch.cat([torch.ones_like(z[:, :1]), z, second], 1)
     return responsibilities @ features.mT, log_density.sum(-1)
 
 
-def _joint_in_torch(
-    x: Tensor, means: Tensor, inverse: Tensor, peak: Tensor, scale: Tensor, center: Tensor, unit: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
+def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return coordinates (B, D, N) and joint log-densities (B, K, N)."""
+    x, _, means, inverse, peak, _, center, unit, kind, *_ = arguments
     z = (x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]
     difference = z.unsqueeze(1) - means.unsqueeze(-1)
-    y = inverse @ difference if others[0] == "full" else inverse.unsqueeze(-1) * difference
+    y = inverse @ difference if kind == "full" else inverse.unsqueeze(-1) * difference
     return z, peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.others = [value for value in inputs if isinstance(value, (str, bool))]
-    ctx.save_for_backward(*(value for value in inputs if not isinstance(value, (str, bool))))
+    ctx.others = inputs[8:]
+    ctx.save_for_backward(*inputs[:8])
 
 
 def _e_step_backward(ctx: Any, grad_sums: Tensor, grad_log_likelihood: Tensor) -> tuple[Tensor | None, ...]:
@@ -245,21 +213,22 @@ def _e_step_backward(ctx: Any, grad_sums: Tensor, grad_log_likelihood: Tensor) -
         grad_log_likelihood = torch.zeros_like(grad_log_likelihood)
     if torch.is_grad_enabled():
         return _second_order(ctx, _e_step_in_torch, (grad_sums, grad_log_likelihood))
-    x, weights, means, inverse, *_ = tensors = ctx.saved_tensors
-    found = e_step_gradient(*tensors, ctx.others[0], grad_sums, grad_log_likelihood.unsqueeze(-1))
-    own, of_x, of_weights = found
-    of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
-    of_weights = None if weights is None else of_weights
-    return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *(None,) * 5
+    return _first_order(ctx, grad_sums, grad_log_likelihood.unsqueeze(-1))
 
 
 def _log_density_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         return _second_order(ctx, lambda *inputs: (_joint_in_torch(*inputs)[1].logsumexp(1),), (grad,))
-    x, means, inverse, *_ = tensors = ctx.saved_tensors
-    own, of_x, _ = e_step_gradient(x, None, *tensors[1:], ctx.others[0], None, grad)
+    return _first_order(ctx, None, grad)
+
+
+def _first_order(ctx: Any, grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
+    _, weights, means, inverse, *_ = ctx.saved_tensors
+    own, of_x, of_weights = e_step_gradient(*ctx.saved_tensors, ctx.others[0], grad_sums, grad_density)
     of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
-    return of_x, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *(None,) * 4
+    of_weights = None if weights is None else of_weights
+    nothing = [None] * (3 + len(ctx.others))
+    return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *nothing
 
 
 def _second_order(
@@ -314,7 +283,7 @@ def _run(kind: str, tensors: Any, outer: Tensor | None = None, **others: Tensor 
 # Cholesky factors.
 
 
-@torch.library.custom_op("em_lightning::cholesky", mutates_args=(), device_types="cpu")
+@_operator("em_lightning::cholesky")
 def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Cholesky factors of matrices (..., D, D) with smallest pivots (..., D), and their inverses."""
     factors = torch.empty_like(matrix), torch.empty_like(matrix)
@@ -322,7 +291,7 @@ def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
     return factors
 
 
-@torch.library.custom_op("em_lightning::cholesky_gradient", mutates_args=(), device_types="cpu")
+@_operator("em_lightning::cholesky_gradient")
 def cholesky_gradient(
     matrix: Tensor, pivots: Tensor, scale: Tensor, inverse: Tensor, grad_scale: Tensor, grad_inverse: Tensor
 ) -> Tensor:
@@ -355,12 +324,15 @@ def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
     return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={own}"
 
 
-def require(kind: str, features: int, dtype: torch.dtype) -> None:
-    """Compile the native E-step of a kind of covariances.
+def reason_against(family: Any, features: int, dtype: torch.dtype = torch.float32) -> str:
+    """Compile the native E-step of a family of densities; return why it cannot be used, or an empty string."""
+    kind = getattr(family, "whitening", None)
+    if kind is None or (kind == "full" and features > _MOST_FEATURES):
+        return f"it has no code for {family.name} of {features} features"
+    return _load("native.cpp", *_variant(kind, features, dtype))[1]
 
-    Raises:
-        RuntimeError: it cannot be compiled; the message is the compiler's.
-    """
+
+def _require(kind: str, features: int, dtype: torch.dtype) -> None:
     library, message = _load("native.cpp", *_variant(kind, features, dtype))
     if library is None:
         raise RuntimeError(f"the native backend cannot be compiled: {message}")

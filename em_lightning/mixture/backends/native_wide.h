@@ -14,7 +14,7 @@ constexpr int kRows = (D + 3) / 4 * 4;  // rows of whitened points and of matric
 constexpr int kUnrolled = 2;            // steps are a multiple of it
 constexpr int kGrain = 1;               // points without responsibilities that count are skipped one by one
 constexpr int kMatrix = kRows * kRows;
-constexpr int kChunk = 32;  // steps whose differences stay in the first-level cache
+constexpr int kChunk = 16;  // steps whose differences stay in the first-level cache
 inline int gradient_size(int64_t) { return 1 + D + 2 * kMatrix; }
 
 // Stores G, the lower triangle of the gradient of pairs, and G + G^T.
