@@ -161,6 +161,7 @@ struct Task {
     std::fill(mean.begin(), mean.end(), V{});
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
+      std::fill(a, a + steps, V{});  // the block before has left its own
       if (p.grads) components[k].slope(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], a);
       for (int s = 0; s < steps; ++s) {
         r[s] /= total[s];

@@ -10,12 +10,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from em_lightning.mixture.backends.reference import have_memory
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_components.h")]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -63,7 +66,7 @@ class use_backend:
         _chosen = self.before
 
 
-def serves(x: Tensor, family: Any) -> bool:
+def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
     """Return whether the native backend computes the E-step of points (B, D, N) under a family of densities."""
     kind = getattr(family, "whitening", None)
     if _chosen == "reference" or kind is None or x.device.type != "cpu" or x.dtype not in _REALS:
@@ -74,9 +77,7 @@ def serves(x: Tensor, family: Any) -> bool:
         return False
     if forward_ad.unpack_dual(x).tangent is not None:
         return False
-    try:
-        x.data_ptr()
-    except RuntimeError:  # functorch's tensors and those of a tracer have no memory of their own
+    if not have_memory(x, *parameters):
         return False
     if _chosen == "native":
         _require(kind, x.shape[1], x.dtype)
@@ -111,8 +112,10 @@ class _Fused(torch.autograd.Function):
         """Return the gradients of all arguments for those of the sums and of each log-density."""
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled():  # for second derivatives
-            inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
-            results = cls._in_torch(ctx.family, *tensors)
+            # Gradients at the tensors themselves would include the paths from x through the parameters.
+            aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+            inputs = [tensor for tensor, needed in zip(aliases, wanted, strict=False) if needed]
+            results = cls._in_torch(ctx.family, *aliases)
             found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
             return tuple(next(found) if needed else None for needed in wanted)
         x, _, means, inverse, *_ = tensors
