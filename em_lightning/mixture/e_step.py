@@ -114,7 +114,7 @@ def e_step(
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
-    if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family):
+    if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, parameters):
         return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
     theta, peak = likelihood.family.natural_parameters(parameters)
 
@@ -186,7 +186,7 @@ def log_density(
 ) -> Tensor:
     """Return ``log p(x_n)`` (B, N) in the coordinates of the points; arguments are those of :func:`e_step`."""
     family, kernel, background = likelihood
-    if kernel is None and background is None and native.serves(points.x, family):
+    if kernel is None and background is None and native.serves(points.x, family, parameters):
         return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
     theta, peak = family.natural_parameters(parameters)
 

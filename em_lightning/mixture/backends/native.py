@@ -13,13 +13,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from em_lightning.mixture.backends.reference import have_memory
 
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -68,12 +70,12 @@ class use_backend:
         _chosen = self.before
 
 
-def serves(x: Tensor, family: Any) -> bool:
+def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
     """Return whether the native backend computes the E-step of points (B, D, N) under a family of densities."""
     kind = getattr(family, "whitening", None)
     if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
-    if not _is_chosen(x, x.numel() >= _FEWEST_NUMBERS):
+    if not _is_chosen(x, x.numel() >= _FEWEST_NUMBERS) or not have_memory(*parameters):
         return False
     if _chosen == "native":
         _require(kind, x.shape[1], x.dtype)
@@ -91,13 +93,7 @@ def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    if forward_ad.unpack_dual(tensor).tangent is not None:
-        return False
-    try:
-        tensor.data_ptr()
-    except RuntimeError:  # functorch's tensors have no memory of their own
-        return False
-    return True
+    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor)
 
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
@@ -236,6 +232,8 @@ def _second_order(
 ) -> tuple[Tensor | None, ...]:
     """Return gradients that can be differentiated again."""
     tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+    # Gradients at the tensors themselves would include the paths from the points through the parameters.
+    tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
     found = iter(torch.autograd.grad(function(*tensors, *ctx.others), inputs, grads, create_graph=True))
     return tuple(next(found) if needed else None for needed in wanted)

@@ -91,6 +91,17 @@ def _split(tensors: Tensors, size: int, dim: int, count: int) -> list[tuple[Tens
 
 
 def _recomputed(function: BlockFunction, *arguments: slice | Tensor | None) -> tuple[Tensor, ...]:
-    if not torch.is_grad_enabled():
+    tensors = [part for part in arguments if isinstance(part, Tensor)]
+    if not torch.is_grad_enabled() or not have_memory(*tensors):  # torch.func does not support checkpoints
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def have_memory(*tensors: Tensor) -> bool:
+    """Return whether all tensors have memory of their own, unlike those of torch.func's transforms and of tracers."""
+    try:
+        for tensor in tensors:
+            tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
