@@ -14,9 +14,9 @@ from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, undo_all, wrap
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
-from em_lightning.surgery.select import Site, Where, check_reachable, class_name, find_modules
+from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 from em_lightning.surgery.twins import guard_twins
-from em_lightning.surgery.wrappers import MARKER, CallCounter, CallSites, Inserted
+from em_lightning.surgery.wrappers import CallCounter, CallSites, Inserted
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | Mapping[str, Any] | None
@@ -101,6 +101,11 @@ class Surgery:
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
         self.changes = []
+        authors = vars(self.model).get(_SURGERIES, {})
+        if authors.get(self.by) is self:
+            del authors[self.by]
+        if not authors:
+            vars(self.model).pop(_SURGERIES, None)
 
     def __len__(self) -> int:
         return len(self.changes)

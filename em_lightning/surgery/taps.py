@@ -22,6 +22,7 @@ class Taps:
 
     Attributes:
         axes: the axis of the units of each layer.
+        seen: the layers that have run.
         frozen: the layers that ran with gradients enabled and gave a tensor without one, since the last :meth:`clear`.
 
     Raises:
@@ -66,7 +67,7 @@ class Taps:
         if not self.sites:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
-        self._seen: set[str] = set()
+        self.seen: set[str] = set()
 
     @contextlib.contextmanager
     def switched(self, on: bool) -> Iterator[None]:
@@ -115,9 +116,9 @@ class Taps:
         except TypeError as error:
             raise TypeError(f"the {self.tap} of {path!r} {error}") from None
         dim = self.axes[path](tensor.shape)
-        if self.verbose and path not in self._seen:
+        if self.verbose and path not in self.seen:
             show(describe(path, self.tap, tensor.shape, dim))
-        self._seen.add(path)
+        self.seen.add(path)
         if torch.is_grad_enabled() and not tensor.requires_grad:
             self.frozen.add(path)
         self.captured.append((path, tensor, _version(tensor)))

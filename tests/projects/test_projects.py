@@ -60,7 +60,9 @@ def fitted(project, folder, callbacks=(), ckpt_path=None, save=False):
 
 
 def made(project, mode):
-    import inspect; known = lambda cls, a: {k: v for k, v in a.items() if k in inspect.signature(cls).parameters}  # TEMP
+    import inspect
+
+    known = lambda cls, a: {k: v for k, v in a.items() if k in inspect.signature(cls).parameters}  # TEMP
     return [CALLBACKS[name](**known(CALLBACKS[name], getattr(project, name))) for name in MODES[mode]]
 
 
@@ -204,7 +206,9 @@ def test_audit_leaves_everything_as_it_was(name, mode, tmp_path):
 
 
 def copies(state):
-    return type(state)((key, value.clone() if isinstance(value, torch.Tensor) else value) for key, value in state.items())
+    return type(state)(
+        (key, value.clone() if isinstance(value, torch.Tensor) else value) for key, value in state.items()
+    )
 
 
 @pytest.mark.parametrize("name", PROJECTS)
@@ -215,7 +219,9 @@ def test_wrong_uses_are_named(name, tmp_path):
         trainer_of(tmp_path, [callback], epochs=1).fit(project.build(), project.data())
 
     for key, cls in CALLBACKS.items():
-        import inspect; known = lambda cls, a: {k: v for k, v in a.items() if k in inspect.signature(cls).parameters}  # TEMP
+        import inspect
+
+        known = lambda cls, a: {k: v for k, v in a.items() if k in inspect.signature(cls).parameters}  # TEMP
         arguments = known(cls, getattr(project, key))
         with pytest.raises(NoMatchError, match="bodi"):
             fit(cls(**{**arguments, "where": "bodi.*"}))
