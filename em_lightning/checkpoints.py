@@ -67,9 +67,9 @@ def _untrusted(path: str | PathLike[str]) -> str:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # pickle and torch raise many kinds on altered files
         names = []
-    listed = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+    listed = f": {', '.join(names[:5])}" * bool(names) + f" and {len(names) - 5} more" * (len(names) > 5)
     return (
-        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code: {listed}); "
+        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code{listed}); "
         f"only if you trust its author, for instance if these are hyperparameters of your own, allow the classes by "
         f"torch.serialization.safe_globals, or load it with weights_only=False"
     )

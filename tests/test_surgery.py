@@ -25,7 +25,7 @@ from em_lightning.surgery import (
     swap_activations,
     wrap,
 )
-from em_lightning.surgery.wrappers import MARKER
+from em_lightning.surgery.select import MARKER
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:`torch.jit")
 

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, Dataset
 
 from em_lightning.scope.findings import Audit
 from em_lightning.scope.recorder import Recorder
@@ -30,7 +31,8 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     every other layer the table names the assumption that it violates, and what could replace it.
 
     The model runs in eval mode on deep copies of its state and of the batch. Parameters, buffers, metrics, teachers,
-    environments and other attributes stay as they are, and so do the random streams of Python, NumPy and torch.
+    environments and other attributes stay as they are, and so do the random streams of Python, NumPy and torch. Data
+    sets and data loaders are not copied.
 
     Args:
         model: any module. Of a LightningModule the ``training_step`` is run without its logs, to include its loss; in
@@ -118,12 +120,14 @@ def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
 
     The state is exchanged, not the model, so that functions which hold the model or a part of it use the copy too.
     """
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    shared: list[Any] = [value for value in attributes if isinstance(value, (Dataset, DataLoader))]
     trainer = None
     with contextlib.suppress(AttributeError, RuntimeError):  # not a LightningModule, or not attached
         trainer = model.trainer
     try:
         with _CopyGraphs():
-            copied, batch = copy.deepcopy((model, batch), {id(trainer): trainer})
+            copied, batch = copy.deepcopy((model, batch), {id(value): value for value in (trainer, *shared)})
     except Exception as error:  # objects of other libraries raise any kind
         raise TypeError(
             f"{type(model).__name__} cannot be copied ({error}), and the audit runs on a copy: audit a part of the "

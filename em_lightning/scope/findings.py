@@ -126,7 +126,9 @@ class Audit(list[Finding]):
                 advice.setdefault(one.advice, []).append(place[0])
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"{', '.join(dict.fromkeys(paths))}: {text}" for text, paths in advice.items()]
+        for text, paths in advice.items():
+            places = list(dict.fromkeys(paths))
+            lines.append(f"{', '.join(places[:3])}{f' and {len(places) - 3} more' * (len(places) > 3)}: {text}")
         return "\n".join(lines)
 
     def at(self, path: str) -> list[Finding]:

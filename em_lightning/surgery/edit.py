@@ -14,9 +14,9 @@ from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, undo_all, wrap
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
-from em_lightning.surgery.select import Site, Where, check_reachable, class_name, find_modules
+from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 from em_lightning.surgery.twins import guard_twins
-from em_lightning.surgery.wrappers import MARKER, CallCounter, CallSites, Inserted, outside_added
+from em_lightning.surgery.wrappers import CallCounter, CallSites, Inserted
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | Mapping[str, Any] | None
@@ -91,8 +91,7 @@ class Surgery:
 
     def find(self, where: Where, target: Where | None = None) -> list[Site]:
         """Return the sites that match, as :func:`find_modules` does, without those that this surgery changed."""
-        found = outside_added(find_modules(self.model, where, target))
-        return [site for site in found if not self.contains(site)]
+        return [site for site in find_modules(self.model, where, target) if not self.contains(site)]
 
     def undo(self) -> None:
         """Restore the model; several surgeries on one model can be undone in any order."""
@@ -102,10 +101,11 @@ class Surgery:
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
         self.changes = []
-        others = {by: other for by, other in vars(self.model).get(_SURGERIES, {}).items() if other is not self}
-        vars(self.model)[_SURGERIES] = _Uncopied(others)
-        if not others:
-            del vars(self.model)[_SURGERIES]
+        authors = vars(self.model).get(_SURGERIES, {})
+        if authors.get(self.by) is self:
+            del authors[self.by]
+        if not authors:
+            vars(self.model).pop(_SURGERIES, None)
 
     def __len__(self) -> int:
         return len(self.changes)

@@ -258,7 +258,7 @@ def set_temperature(model: nn.Module, temperature: float, where: Where = "*") ->
     """
     found: dict[str, Tempered] = {}
     try:
-        sites = find_modules(model, Tempered, where)
+        sites = find_modules(model, Tempered, where, inserted=True)
     except NoMatchError as error:
         raise NoMatchError(
             f"no selected module has a temperature: swap first, with SwapActivations before TemperatureSchedule in the "

@@ -16,8 +16,17 @@ from torch.overrides import TorchFunctionMode
 from em_lightning.surgery.axes import FirstCall, UnitAxis, describe, show, widths_in
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
-from em_lightning.surgery.select import NoMatchError, Site, Where, check_patterns, contents, described, matches, walk
-from em_lightning.surgery.wrappers import MARKER
+from em_lightning.surgery.select import (
+    NoMatchError,
+    Site,
+    Where,
+    check_patterns,
+    contents,
+    described,
+    is_built,
+    matches,
+    walk,
+)
 
 NAME = "em_functional"  # of the operator, as a child of the module whose methods call the function
 # The modules whose functions can be replaced, and the names of these in torch, torch.nn.functional and Tensor.
@@ -146,7 +155,7 @@ def swap_calls(
         for site in (root, *walk(model))
         if site.function is None
         and not hasattr(site.module, NAME)
-        and not any(hasattr(module, MARKER) for module in (*site.ancestors, site.module))
+        and not any(map(is_built, (*site.ancestors, site.module)))
         and any(matches(site, entry) for entry in entries)
         and (found := _methods_that_call(type(site.module), names))
     }

@@ -217,12 +217,12 @@ class LayerwiseLoss:
         """Return the captured tensors with a gradient; raise RuntimeError if a layer that is trained has none."""
         kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
         for path in self.losses:
-            if path not in captured:
+            if path not in captured and path not in self.taps.seen:
                 raise RuntimeError(
                     f"the layer {path!r} fired no hook in this step: it was not called, or compiled and run before the "
                     f"hooks were set; exclude it through where="
                 )
-            if not kept[path] and path not in self.taps.frozen:
+            if path in captured and not kept[path] and path not in self.taps.frozen:
                 raise RuntimeError(
                     f"the {self.taps.tap} of {path!r} carries no gradient: it was computed under no_grad, as "
                     f"re-entrant checkpointing does (set use_reentrant=False)"

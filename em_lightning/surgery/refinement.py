@@ -143,35 +143,46 @@ def observe_forwards(site: Site, operator: SetRefinement) -> list[Undo]:
     undos = []
     for module in (*site.ancestors, site.module):
         names = list(inspect.signature(module.forward).parameters)
-        undos.append(wrap(module, "forward", functools.partial(_observe, operator, site.path, names)))
+        fused = any(isinstance(one, nn.MultiheadAttention) for one in module.modules())
+        undos.append(wrap(module, "forward", functools.partial(_observe, operator, site.path, names, fused)))
     return undos
 
 
 def _observe(
-    operator: SetRefinement, path: str, names: list[str], proceed: Callable[..., Any], *args: Any, **kwargs: Any
+    operator: SetRefinement,
+    path: str,
+    names: list[str],
+    fused: bool,
+    proceed: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     before = operator.padding
     masks = [(name, given[name]) for name in _PADDING if isinstance(given.get(name), Tensor)]
     operator.padding = [*masks, *before]
+    watch = AttentionWatch()
     try:
         if operator.called or operator.causal or torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
-        with AttentionWatch() as watch:
-            output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
+        inference = fused and not operator.training and not torch.is_grad_enabled()
+        if inference:
+            watch.inspect("attention", (), given)  # the mode would turn the fused kernels off
+            output = proceed(*args, **kwargs)
+        else:
+            with watch:
+                output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = before
     if operator.called and not operator.decided and watch.attention:  # of the innermost module that has attention
-        operator.decided = not watch.causal
+        operator.decided = not watch.causal and not inference
+        operator.called = operator.decided  # inspect the next call as well
         if watch.causal:
-            operator.called = False
             raise ValueError(
                 f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "
                 f"so that earlier positions would see later ones: set causal=True"
             )
-    if operator.training or torch.is_grad_enabled():
-        return output
-    return proceed(*args, **kwargs)  # once more, with the fused kernels for inference, which the mode avoids
+    return output
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -182,15 +193,17 @@ class AttentionWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and inspect its masks."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+        self.inspect(getattr(func, "__name__", ""), args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count a call if its name is one of attention."""
         if "attention" in name or name == "softmax":
             tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
             masked = bool(kwargs.get("is_causal")) or ("scaled" in name and any(one is True for one in args))
             masked = masked or any(_blocks_later(one) for one in tensors)
             self.causal += masked
             self.attention += masked or "attention" in name or any(_is_square(one) for one in tensors)
-        return func(*args, **kwargs)
 
 
 def _is_square(scores: Tensor) -> bool:

@@ -14,8 +14,8 @@ from em_lightning.surgery.edit import Change, Make, Shared, Surgery, change_site
 from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan, settled
-from em_lightning.surgery.select import Site, find_modules, walk
-from em_lightning.surgery.wrappers import CallSites, Inserted, is_added
+from em_lightning.surgery.select import Site, find_modules, is_built, walk
+from em_lightning.surgery.wrappers import CallSites, Inserted
 
 
 def apply_plan(
@@ -60,7 +60,7 @@ def _holds(model: nn.Module, entry: dict[str, Any]) -> bool:
             pending += [module.layer, module.operator]
         elif isinstance(module, CallSites):
             pending += module.operators
-        elif is_added(module):
+        elif is_built(module):
             cls = type(module)
             if f"{cls.__module__}.{cls.__qualname__}" == entry["class_path"]:
                 return True

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# A buffer of every module that surgery built. Its key keeps a checkpoint from loading into a model without the surgery.
+# Errors on unexpected keys print it, and so do the warnings of strict=False: it names what loads such a checkpoint.
+MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
+
 Where = type | str | Callable[..., bool] | Sequence[Any]
 
 # Functions that models keep as attributes (nn.TransformerEncoderLayer.activation), and the equivalent modules.
@@ -85,6 +89,11 @@ def matches(site: Site, where: Where) -> bool:
     )
 
 
+def is_built(module: nn.Module) -> bool:
+    """Return whether surgery built this module."""
+    return MARKER in dict(module.named_buffers(recurse=False))
+
+
 def class_name(cls: type) -> str:
     """Return the name of a class, with its module unless it is one of torch.nn."""
     return cls.__qualname__ if getattr(nn, cls.__qualname__, None) is cls else f"{cls.__module__}.{cls.__qualname__}"
@@ -115,16 +124,18 @@ def check_patterns(model: nn.Module, where: Where | None) -> None:
             )
 
 
-def find_modules(model: nn.Module, where: Where, target: Where | None = None) -> list[Site]:
+def find_modules(model: nn.Module, where: Where, target: Where | None = None, inserted: bool = False) -> list[Site]:
     """Return the sites of a model that match ``where`` and, if given, ``target``.
 
-    The root itself is never selected. The inside of a match is not searched for further matches of the same entry.
+    The root itself is never selected. The inside of a match is not searched for further matches of the same entry, and
+    the inside of modules that surgery built only with ``inserted=True``.
 
     Args:
         model: any module.
         where: a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
             ``(path, module)``; or a list of these, any of which may match.
         target: a second selection, which must match as well.
+        inserted: whether to search modules that surgery built.
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
@@ -140,7 +151,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None) ->
     """
     for selection in (where, target):
         check_patterns(model, selection)
-    sites = list(walk(model))
+    sites = [site for site in walk(model) if inserted or not any(map(is_built, site.ancestors))]
     found: set[str] = set()
     for entry in where if isinstance(where, Sequence) and not isinstance(where, str) else [where]:
         outermost = ""

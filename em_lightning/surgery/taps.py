@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from em_lightning.surgery.axes import describe, show, unit_axis
 from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
-from em_lightning.surgery.wrappers import outside_added
 
 
 class Taps:
@@ -23,6 +22,7 @@ class Taps:
 
     Attributes:
         axes: the axis of the units of each layer.
+        seen: the layers that have run.
         frozen: the layers that ran with gradients enabled and gave a tensor without one, since the last :meth:`clear`.
 
     Raises:
@@ -60,14 +60,14 @@ class Taps:
         self.captured: list[tuple[str, Tensor, int]] = []
         self._undos: list[Undo] = []
         self.sites: list[Site] = []
-        for site in outside_added(find_modules(model, where, target)):
+        for site in find_modules(model, where, target):
             check_reachable(site)
             if site.function is None and not any(site.module is known.module for known in self.sites):
                 self.sites.append(site)
         if not self.sites:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
-        self._seen: set[str] = set()
+        self.seen: set[str] = set()
 
     @contextlib.contextmanager
     def switched(self, on: bool) -> Iterator[None]:
@@ -116,9 +116,9 @@ class Taps:
         except TypeError as error:
             raise TypeError(f"the {self.tap} of {path!r} {error}") from None
         dim = self.axes[path](tensor.shape)
-        if self.verbose and path not in self._seen:
+        if self.verbose and path not in self.seen:
             show(describe(path, self.tap, tensor.shape, dim))
-        self._seen.add(path)
+        self.seen.add(path)
         if torch.is_grad_enabled() and not tensor.requires_grad:
             self.frozen.add(path)
         self.captured.append((path, tensor, _version(tensor)))

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from em_lightning.surgery.hooks import Undo
-from em_lightning.surgery.select import Site
-from em_lightning.surgery.wrappers import MARKER
+from em_lightning.surgery.select import MARKER, Site
 
 
 def twins_of(model: nn.Module, path: str) -> Iterator[tuple[str, str, str]]:

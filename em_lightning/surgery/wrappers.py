@@ -8,26 +8,12 @@ from typing import Any
 from torch import nn
 
 from em_lightning.surgery.hooks import first_tensor
-from em_lightning.surgery.select import Site
-
-# A buffer whose key keeps the checkpoint from loading into a model without the surgery. Errors on unexpected keys print
-# it, and so do the warnings of strict=False: it names what loads such a checkpoint.
-MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
-
-
-def is_added(module: nn.Module) -> bool:
-    """Return whether surgery built a module."""
-    return MARKER in dict(module.named_buffers(recurse=False))
-
-
-def outside_added(sites: list[Site]) -> list[Site]:
-    """Return the sites that do not lie inside modules that surgery built, or all if there are no others."""
-    return [site for site in sites if not any(map(is_added, site.ancestors))] or sites
+from em_lightning.surgery.select import is_built
 
 
 def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of the modules that surgery built in a model, by name."""
-    added = {id(p) for module in filter(is_added, model.modules()) for p in module.parameters()}
+    added = {id(p) for module in model.modules() if is_built(module) for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in added and p.requires_grad}
 
 
