@@ -58,9 +58,10 @@ class GaussianMixture(reference.GaussianMixture):
         for name in _GIVEN:
             if getattr(self, name) is not None:
                 check_array(getattr(self, name), ensure_2d=False, allow_nd=True, input_name=name)
-        for name, least in (("max_iter", 0), ("n_init", 1)):
-            if not isinstance(getattr(self, name), Integral) or getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least {least}")
+        for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
         given, alike = X, _as_given(X)
         X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C")
         counts = None if sample_weight is None else _counts(sample_weight, len(X))

@@ -167,6 +167,7 @@ def test_partial_initial_parameters(kind, X):
     [
         ({"n_components": 0}, ["n_components", "0"]),
         ({"n_components": "3"}, ["n_components", "'3'"]),
+        ({"n_components": True}, ["n_components", "True"]),
         ({"n_components": 601}, ["n_samples = 600", "n_components = 601"]),
         ({"max_iter": -1}, ["max_iter=-1"]),
         ({"max_iter": None}, ["max_iter=None"]),
