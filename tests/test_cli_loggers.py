@@ -60,6 +60,13 @@ def test_a_run_with_any_logger_writes_its_report_beside_its_checkpoints(name, he
         assert list(here.rglob("media/images/clouds*.png"))
 
 
+@pytest.mark.parametrize("option", ["--trainer.logger=false", "--trainer.logger", "--trainer.logger.version=mine"])
+@pytest.mark.parametrize("many", ["--seeds=0,1", "--config=ablation"])
+def test_tables_and_seeds_refuse_another_logger(option, many, here, capsys):
+    assert cli.main(["run", "decoder_free_sae", many, option]) == 2
+    assert option in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("logger", [False, "csv"])
 def test_callbacks_need_no_tensorboard(logger, here, caplog):
     class Net(lightning.LightningModule):

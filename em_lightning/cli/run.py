@@ -33,9 +33,12 @@ def run(name: str, args: Sequence[str]) -> None:
     # Configs first, so that the other arguments override them.
     arguments = [*(f"--config={path}" for path in paths), *rest]
     folder = Path("lightning_logs") / script.stem
+    logger = next((word for word in rest if word.startswith("--trainer.logger")), None)
     tables = [(path, content["table"]) for path, content in zip(paths, contents, strict=True) if content.get("table")]
     if any(word.partition("=")[0] in ("-h", "--help", "--print_config") for word in rest):
         load_recipe(script).fit(arguments)  # prints and exits
+    elif logger and (tables or options.seeds):
+        raise ValueError(f"{logger} must not be given with --seeds or the config of a table, which set the loggers")
     elif tables:
         from em_lightning.studies.grid import run_table
 
