@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close, detached, parts
+from lightning.pytorch.plugins import MixedPrecision
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch.utils.data import DataLoader, TensorDataset
@@ -190,19 +191,41 @@ def test_a_prior_weighs_as_in_the_operator(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_objective_of_gradients_has_its_maximum_where_em_with_the_prior_ends(kind, tmp_path):
+def test_the_gradient_of_the_penalized_likelihood_is_zero_where_em_ends(kind, tmp_path):
     x = rows(300)
     prior = {"weight_concentration": 4.0, "mean_strength": 3.0, "mean": [0.5, 0.0, -0.5], "covariance_strength": 20.0}
     options = {"covariance": kind, "tol": 0.0, "covariance_floor": 1e-12}
     exact = GaussianMixtureModule(3, 3, prior=prior, **options)
     trainer(tmp_path, max_epochs=100).fit(exact, TabularDataModule(x))
     steepest = {}
-    for name, given, blocks in (("whole", prior, [x]), ("blocks", prior, x.split(100)), ("without", None, [x])):
+    for name, given, blocks, factor in (
+        ("whole", prior, [x], None),
+        ("blocks", prior, x.split(100), None),
+        ("weights", prior, x.split(100), 1e-20),
+        ("large weights", prior, [x], 1e20),
+        ("without", None, [x], None),
+    ):
         module = GaussianMixtureModule(3, 3, method="gradient", prior=given, **options).double()
         module.start_from(exact.mixture, exact.learner.center, exact.learner.variance)
-        sum(module.learner.learn(TableBatch(block, None), len(blocks)) for block in blocks).backward()
+        weights = [None if factor is None else torch.full_like(block[:, 0], factor) for block in blocks]
+        sum(
+            module.learner.learn(TableBatch(*block), len(blocks)) for block in zip(blocks, weights, strict=True)
+        ).backward()
         steepest[name] = max(float(parameter.grad.abs().max()) for parameter in module.parameters())
-    assert steepest["whole"] < 1e-8 and steepest["blocks"] < 1e-8 and steepest["without"] > 1e-3
+    assert steepest.pop("without") > 1e-3 and max(steepest.values()) < 1e-8
+
+
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+def test_the_result_is_invariant_to_the_scale_of_the_weights(method, factor, tmp_path):
+    x, weights = rows(300), torch.rand(300, dtype=torch.float64)
+    found = []
+    for own in (weights, factor * weights):
+        module = GaussianMixtureModule(3, 3, method=method, prior={"covariance_strength": 5.0}, tol=0.0)
+        trainer(tmp_path, max_epochs=5).fit(module, TabularDataModule(x, own, block_rows=100))
+        found.append(module.mixture)
+    torch.testing.assert_close(found[0].means, found[1].means)
+    torch.testing.assert_close(found[0].covariances, found[1].covariances)
 
 
 def test_half_precision_of_the_trainer_leaves_the_statistics_alone(tmp_path):
@@ -309,3 +332,16 @@ def test_a_gpu_finds_the_mixture_of_the_cpu(kind, precision, tmp_path):
     fit.fit(module, TabularDataModule(x.float(), block_rows=1000))
     expected = sklearn_of(x, start, kind, 20)
     assert_same(Mixture(*(part.cpu() for part in parts(module.mixture))), expected, kind, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+def test_a_gradient_scaler_changes_nothing(method, tmp_path):
+    """Lightning replaces 16-mixed by bf16 on a CPU, so the plugin with its scaler is given."""
+    levels = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]):
+        lightning.seed_everything(0)
+        data = GaussianBlobs(num_points=600, num_features=2, true_components=3, block_rows=256)
+        module = GaussianMixtureModule(3, 2, method=method)
+        trainer(tmp_path, max_epochs=3, plugins=plugins).fit(module, data)
+        levels.append(float(module.log_likelihood))
+    assert levels[0] == pytest.approx(levels[1])

@@ -252,7 +252,8 @@ def test_a_corrected_component_equals_its_formula(covariance, features, floor):
         np.testing.assert_allclose(spread[b, k], expected, atol=1e-7 * np.abs(expected).max())
         change = axes.T @ (exact.means[b, k] - start.means[b, k]).numpy() / deviations
         moved = exact.means[b, k].numpy() + axes @ (deviations * np.tanh(shift * change))
-        np.testing.assert_allclose(found.means[b, k], moved, atol=1e-9)
+        # The axes are those of the covariance plus 1e-6 of the second moments of its neighbours.
+        np.testing.assert_allclose(found.means[b, k], moved, atol=1e-7)
 
 
 def test_a_correction_multiplies_the_pseudo_counts_of_each_component():

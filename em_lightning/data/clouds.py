@@ -32,8 +32,8 @@ class PointCloudBatch(NamedTuple):
         mask: (B, N) bool, true for points, false for padding.
         held_out: (B, M, D) float32, held-out points of the same shapes in the same units.
         held_out_mask: (B, M) bool.
-        center: (B, D), of the normalization.
-        scale: (B,), of the normalization.
+        center: (B, D) float64, of the normalization.
+        scale: (B,) float64, of the normalization.
         label: (B,) long, classes.
         index: (B,) long, indices in the dataset.
     """
@@ -65,8 +65,8 @@ def collate_clouds(clouds: Sequence[Cloud]) -> PointCloudBatch:
     return PointCloudBatch(
         *_pad([cloud.points for cloud in clouds]),
         *_pad([cloud.held_out for cloud in clouds]),
-        torch.stack([cloud.normalization.center for cloud in clouds]).float(),
-        torch.stack([cloud.normalization.scale for cloud in clouds]).float(),
+        torch.stack([cloud.normalization.center for cloud in clouds]).double(),
+        torch.stack([cloud.normalization.scale for cloud in clouds]).double(),
         torch.tensor([cloud.label for cloud in clouds]),
         torch.tensor([cloud.index for cloud in clouds]),
     )

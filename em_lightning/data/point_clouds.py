@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -110,6 +110,12 @@ class PointCloudDataModule(SplitDataModule):
             )
             datasets[split] = RandomDataset(draw, size, split, self.seed)
         self.datasets = datasets
+
+    def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; its normalization becomes float32 on devices without float64."""
+        if device.type == "mps":
+            batch = batch._replace(center=batch.center.float(), scale=batch.scale.float())
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def loader(self, split: str) -> DataLoader[PointCloudBatch]:
         """Return the batches of a split; those of ``"train"`` are shuffled and divided among ranks."""

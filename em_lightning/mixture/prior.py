@@ -117,10 +117,9 @@ class MixturePrior(nn.Module):
             variance = variance * (num_components ** (-2.0 / features) if self.share is None else self.share)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
-        axes = covariance.second_degree(torch.eye(features).to(variance).unsqueeze(0))[0]  # (S, D)
+        axes = covariance.second_degree(torch.eye(features, dtype=dtype, device=mean.device).unsqueeze(0))[0]  # (S, D)
         weight_count, mean_count, covariance_count = (
-            torch.as_tensor(self.count(name, dtype), dtype=dtype, device=mean.device).reshape(1, 1)
-            for name in ("weight", "mean", "covariance")
+            (mean.new_ones(1, 1) * self.count(name, dtype)).to(dtype) for name in ("weight", "mean", "covariance")
         )
         scatter = (variance @ axes.mT).unsqueeze(1)
         return PseudoCounts(weight_count, mean_count, covariance_count, mean.unsqueeze(1), scatter)

@@ -187,8 +187,8 @@ class PointCloudGMM(EMModule):
         return points, mask, *held_out
 
     def predict_step(self, batch: PointCloudBatch, batch_idx: int) -> Mixture:
-        """Return the mixtures of a batch of clouds, in the data's own units."""
-        return self(batch.points, batch.mask).affine(batch.scale, batch.center)
+        """Return the mixtures of a batch of clouds in the units of the data, in the dtype of the normalization."""
+        return self(batch.points, batch.mask).to(batch.center.dtype).affine(batch.scale, batch.center)
 
     @torch.no_grad()
     def sample(self, points: Tensor, n: int, mask: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
-from em_lightning.plots.mixtures import component_colors, curves, mixture_grid, mixture_page
+from em_lightning.plots import component_colors, curves, mixture_grid, mixture_page, tensorboard_writers
 from em_lightning.studies.density_fits import Clouds, Result, baselines, measure, sklearn_mixtures, tune
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
@@ -55,8 +55,8 @@ class MixtureReport(Report):
         found = {stage: float(value) for stage, value in logged.items() if value is not None}
         self.history.append({"step": trainer.global_step, **found})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Measure, write and draw."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> str:
+        """Measure, write and draw; return the verdict."""
         data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(data.seed)
@@ -76,12 +76,12 @@ class MixtureReport(Report):
             f"Data: {data.describe()}. Held-out log-likelihood per point in nats of the test clouds, normalized to "
             f"radius 1, K = {components}, by number of fitted points N, and milliseconds per cloud on this machine; "
             f"seed {data.seed}. Tuned methods: settings of the highest mean on the validation clouds of each size.",
-            verdict({size: {name: each.scores for name, each in row.items()} for size, row in found.items()}),
+            verdict_by_size({size: {name: each.scores for name, each in row.items()} for size, row in found.items()}),
         ]
         settings = {size: {name: dict(each.setting) for name, each in row.items()} for size, row in found.items()}
         write_results(folder, "Mixtures of point clouds", notes, table(found), seed=data.seed, settings=settings)
         self._draw(trainer, module, folder, splits[1][0], found)
-        print(notes[1])
+        return notes[1]
 
     def _compare(self, module: Any, val: Clouds, test: Clouds, size: int) -> dict[str, Result]:
         from rich.progress import track
@@ -120,8 +120,9 @@ class MixtureReport(Report):
             figures["training"] = curves(lines, "optimizer step", label, "Training")
         self.save_figures(trainer, figures, folder)
         mixture_page(folder / "report.html", list(_scenes(module, shown, titles, self.sklearn)))
-        writer: Any = getattr(trainer.logger, "experiment", None)
-        if hasattr(writer, "add_mesh") and shown.points.shape[-1] == 3:
+        if shown.points.shape[-1] != 3:
+            return
+        for writer in tensorboard_writers(trainer, "point clouds"):
             colors = mixture.posterior(shown.points).responsibilities
             colors = colors @ component_colors(module.operator.num_components).to(shown.points)
             dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
@@ -159,11 +160,11 @@ def table(found: Mapping[int, Mapping[str, Result]]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict(scores: Mapping[int, Mapping[str, Tensor]], trained: str = TRAINED) -> str:
+def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]], trained: str = TRAINED) -> str:
     """Return one sentence on how far a trained fit is from the best other one at each size.
 
     Example:
-        >>> verdict({32: {"EM": torch.zeros(2), "trained operator": torch.tensor([0.9, 1.1])}})
+        >>> verdict_by_size({32: {"EM": torch.zeros(2), "trained operator": torch.tensor([0.9, 1.1])}})
         'The trained operator is above every classical fit at 32 points (+1.000 ± 0.100 over EM).'
     """
     told: dict[bool, list[str]] = {True: [], False: []}

@@ -43,6 +43,10 @@ class DiagonalCovariance(FullCovariance):
         root = torch.maximum(variances, smallest_pivots(self.second_moments(variances, means))).sqrt()
         return Factor(root, root.reciprocal())
 
+    def indefinite(self, covariances: Tensor) -> Tensor:
+        """Return whether each variance is zero or negative."""
+        return covariances <= 0
+
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return ``[log pi_k N(0), mu / sigma^2, -1 / (2 sigma^2)]`` and the log-density at the mean."""
         log_weights, means, covariances = parameters

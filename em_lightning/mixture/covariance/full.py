@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.parameters import Parameters
 
 
@@ -77,6 +77,13 @@ class FullCovariance:
             second_moment = second_moment + self.pool(means.square())
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
+    def indefinite(self, covariances: Tensor) -> Tensor:
+        """Return whether each finite covariance is not positive definite, by more than round-off, (B, K) or (B, 1)."""
+        features = covariances.shape[-1]
+        least = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        failed = torch.linalg.cholesky_ex(covariances + least.diag_embed()).info != 0
+        return failed & covariances.isfinite().flatten(-2).all(-1)
+
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K).
 
@@ -88,11 +95,10 @@ class FullCovariance:
         precision = inverse.mT @ inverse
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
         peak = self.log_peak(log_weights, inverse, features)
-        constant = peak - 0.5 * (means * linear).sum(-1)
-        i, j = torch.triu_indices(features, features, device=means.device)
-        square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
-        square = square.expand(*linear.shape[:-1], -1)
-        return torch.cat([constant.unsqueeze(-1), linear, square], -1), peak
+        constant = peak.sub((means * linear).sum(-1), alpha=0.5)
+        negative = precision * (0.5 * identity(features, means) - 1.0)
+        square = [negative[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
+        return torch.cat([constant.unsqueeze(-1), linear, *square], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
@@ -108,7 +114,7 @@ class FullCovariance:
         Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
         """
         spread = self.matrix(self.average(scatter, mass), means.shape[-1])
-        return means, spread + floor[:, None, None, None] * torch.eye(means.shape[-1]).to(spread)
+        return means, spread + floor[:, None, None, None] * identity(means.shape[-1], spread)
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
         """Return the scatter (B, K, S) per mass (B, K)."""
@@ -120,10 +126,9 @@ class FullCovariance:
 
     def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
         """Return symmetric matrices (..., D, D) of their upper triangles (..., S)."""
-        i, j = torch.triu_indices(num_features, num_features, device=pairs.device)
-        place = torch.empty(num_features, num_features, dtype=torch.long, device=pairs.device)
-        place[i, j] = place[j, i] = torch.arange(len(i), device=pairs.device)
-        return pairs[..., place]
+        rows = pairs.split([*range(num_features, 0, -1)], -1)
+        entries = [part for i, row in enumerate(rows) for part in (*(rows[j][..., i - j, None] for j in range(i)), row)]
+        return torch.cat(entries, -1).unflatten(-1, (num_features, num_features))
 
     # Conversions.
 
@@ -229,7 +234,7 @@ class FullCovariance:
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
         """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``."""
         step = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
-        least = floor[:, None, None, None] * torch.eye(axes.shape[-1]).to(axes)
+        least = floor[:, None, None, None] * identity(axes.shape[-1], axes)
         return step @ (covariances - least) @ step.mT + least
 
     def pairs(self, matrix: Tensor) -> Tensor:
