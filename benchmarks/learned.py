@@ -191,7 +191,8 @@ def chamfer(one, other):
 
 def resample(folder, module, sizes):
     """Print the chamfer distance of 2,048 drawn points to 2,048 points of the surface itself, times 1,000."""
-    print("| N | noise | points alone | jittered, tuned | EM, tuned | MAP-EM, tuned | learned | learned minus best |")
+    columns = ("N", "noise", "fitted points alone", "jittered points, tuned", "EM, tuned", "MAP-EM, tuned", "learned")
+    print(f"| {' | '.join(columns)} | learned minus best |")
     print("|---|---|---|---|---|---|---|---|")
     for size in sizes:
         for noise in (0.0, 0.02):

@@ -10,6 +10,7 @@ import torch
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
 from em_lightning.mixture.backends import native, use_backend
+from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse
 from em_lightning.mixture.e_step import Likelihood
 
 try:
@@ -101,10 +102,115 @@ def test_shapes(kind, shape):
 
 
 @needs_compiler
-@pytest.mark.parametrize("features", [4, 8])
-def test_more_features(features):
-    x, parameters = problem(torch.float32, features=features)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features, items", [(5, 300), (7, 129), (16, 700), (33, 40)])
+def test_more_features(features, items, dtype):
+    """Few, some and many features have code of their own."""
+    x, parameters = problem(dtype, items=items, features=features)
     compare("full", x, parameters, with_log_likelihood=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["full", "diag"])
+def test_components_far_from_most_points(kind):
+    """Points whose responsibilities do not count are skipped, in values and gradients."""
+    x, parameters = problem(torch.float64, items=700, components=5, features=9)
+    means = 30.0 * torch.randn(1, 5, 9, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x = x + means[:, torch.arange(700) % 5]
+    compare(kind, x, parameters._replace(means=means.expand(2, -1, -1).clone()), with_log_likelihood=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("features", [2, 9])
+def test_log_densities_and_their_gradients_agree_with_the_reference(kind, dtype, features):
+    x, parameters = problem(dtype, features=features)
+    parameters = parameters._replace(covariances=covariances_of(kind, parameters.covariances))
+    target = torch.randn(x.shape[:2], generator=torch.Generator().manual_seed(5), dtype=dtype)
+    results = []
+    for backend in ("native", "reference"):
+        inputs = [part.clone().requires_grad_() for part in (x, *parameters)]
+        with use_backend(backend):
+            density = Mixture(*inputs[1:]).log_prob(inputs[0])
+            results.append([density, *torch.autograd.grad(density, inputs, target)])
+    for own, expected in zip(*results, strict=True):
+        scale = expected.abs().max().clamp(min=1.0)
+        torch.testing.assert_close(own / scale, expected / scale, rtol=0.0, atol=TOLERANCE[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_log_densities_by_differences(kind):
+    x, parameters = problem(torch.float64, sets=1, items=4, components=2)
+    inputs = [x, *parameters._replace(covariances=covariances_of(kind, parameters.covariances))]
+    inputs = [part.clone().requires_grad_() for part in inputs]
+
+    def density(x, log_weights, means, covariances):
+        if kind in ("full", "tied"):
+            covariances = 0.5 * (covariances + covariances.mT)
+        return Mixture(log_weights, means, covariances).log_prob(x)
+
+    with use_backend("native"):
+        assert torch.autograd.gradcheck(density, inputs)
+        assert torch.autograd.gradgradcheck(density, inputs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_cholesky_factors_by_differences(size):
+    factor = torch.eye(size) + 0.3 * torch.randn(4, size, size, generator=torch.Generator().manual_seed(6))
+    matrix = (factor @ factor.mT).double().requires_grad_()
+    pivots = torch.full((4, size), 1e-12, dtype=torch.float64)
+
+    def factors(matrix):
+        return cholesky_with_inverse(0.5 * (matrix + matrix.mT), pivots)
+
+    with use_backend("native"):
+        scale, inverse = factors(matrix)
+        torch.testing.assert_close(scale, torch.linalg.cholesky(matrix))
+        torch.testing.assert_close(inverse, torch.linalg.inv(scale))
+        assert torch.autograd.gradcheck(factors, matrix)
+        assert torch.autograd.gradgradcheck(factors, matrix)
+
+
+@needs_compiler
+def test_matrices_that_are_not_positive_definite_have_finite_factors_and_gradients():
+    matrix = torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]], dtype=torch.float64)
+    results = []
+    for backend in ("native", "reference"):
+        own = matrix.clone().requires_grad_()
+        with use_backend(backend):
+            factors = cholesky_with_inverse(own, torch.full((2, 2), 1e-8, dtype=torch.float64))
+        results.append([*factors, *torch.autograd.grad(sum(part.sum() for part in factors), own)])
+    for own, expected in zip(*results, strict=True):
+        assert own.isfinite().all()
+        torch.testing.assert_close(own, expected)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_and_exported_operators_contain_the_native_one():
+    (x,), start = problem(torch.float32, items=2100)[:1], None
+    operator = EMOperator(3, 2, num_iters=2, residual=False)
+    start = operator(x, num_iters=0)
+
+    def fit(points):
+        mixture = operator(points, init=start)
+        return mixture.means, mixture.log_prob(points).sum()
+
+    expected = fit(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(fit, fullgraph=True, backend="aot_eager")
+    for own, other in zip(compiled(x), expected, strict=True):
+        torch.testing.assert_close(own, other)
+    slopes = [
+        torch.autograd.grad(function(points)[1], points)[0]
+        for function, points in ((fit, x.clone().requires_grad_()), (compiled, x.clone().requires_grad_()))
+    ]
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
+    program = torch.export.export(EMOperator(3, 2, num_iters=1, residual=False), (x,))
+    assert any("em_lightning.e_step" in str(node.target) for node in program.graph.nodes)
 
 
 @needs_compiler
@@ -211,7 +317,7 @@ def test_results_are_the_same_for_every_run_and_number_of_threads():
 
 
 @needs_compiler
-def test_nan_points_are_not_hidden():
+def test_nan_points_give_nan():
     x, parameters = problem(torch.float32)
     x[0, 5, 1] = float("nan")
     found = statistics_of("native", "full", x, parameters, with_log_likelihood=True)
@@ -219,7 +325,7 @@ def test_nan_points_are_not_hidden():
     assert found.mass[1].isfinite().all()
 
 
-def test_backend_is_chosen_for_a_block_or_for_good():
+def test_backend_can_be_set_in_a_block_or_permanently():
     x = torch.randn(1, 4096, 2)
     with use_backend("reference"):
         assert not native.serves(x.mT, COVARIANCES["full"])
@@ -255,5 +361,7 @@ def test_message_of_a_failing_compiler(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="cannot compile"):
             use_backend("native")
         assert not native.serves(torch.randn(1, 3, 5000), COVARIANCES["full"])
+        with pytest.warns(UserWarning, match="cannot compile"):
+            EMOperator(2, 3).compile(backend="eager")
     finally:
         native._load.cache_clear()

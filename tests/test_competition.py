@@ -221,7 +221,7 @@ def test_temperature_tensor_for_each_item():
     posterior = softmin(d, temperature)
     for n in range(5):
         torch.testing.assert_close(posterior.free_energy[n], softmin(d[n], float(temperature[n])).free_energy)
-    posterior = softmin(d.T, temperature.flatten(), dim=0)  # along an axis that is not the hypotheses'
+    posterior = softmin(d.T, temperature.flatten(), dim=0)  # hypotheses on axis 0
     torch.testing.assert_close(posterior.free_energy, softmin(d, temperature).free_energy)
 
 
@@ -328,7 +328,7 @@ def test_background_energy_is_learned():
     assert "energy=1, learnable_energy=True" in repr(module)
 
 
-def test_topk_keeps_ties_and_rejects_zero():
+def test_topk_keeps_ties_and_rejects_k_of_zero():
     assert topk(torch.tensor([0.0, 0.0, 0.0, 1.0]), k=1).responsibilities.tolist() == pytest.approx([1 / 3] * 3 + [0])
     with pytest.raises(ValueError, match="k=0"):
         TopK(k=0)
@@ -500,7 +500,7 @@ def test_learnable_temperature_has_a_gradient_and_stays_positive():
     assert module.temperature.item() > 0 and module.temperature.item() != pytest.approx(0.3)
 
 
-def test_scheduled_temperature_does_not_recompile_without_end():
+def test_temperature_changes_do_not_recompile_every_step():
     torch._dynamo.reset()
     module = Softmin()
     compiled = torch.compile(module, fullgraph=True, backend="eager")

@@ -31,14 +31,14 @@ def kills(*arguments, seed=0):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_checkpoints_do_not_wait_for_the_end(path):
+def test_checkpoints_are_written_during_the_run(path):
     """Without a top-k Lightning saves the last one where a number of steps asks for it, and at the end of the fit."""
     options = yaml.safe_load(path.read_text()).get("checkpoint") or {}
     assert options.get("save_top_k", 1) != 0 or "every_n_train_steps" in options
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_where_an_uninterrupted_one_does():
+def test_killed_run_equals_uninterrupted_run():
     (found,) = kills("gaussian_mixture", "--kills=2").values()
     assert found[0] == 2
 
@@ -81,7 +81,7 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="look
 
 
 @on_linux
-def test_a_rank_ends_with_the_process_that_started_it():
+def test_rank_ends_with_its_parent_process():
     watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_parent as end; end(0.05)"
     child = [sys.executable, "-c", f"{watch}; time.sleep(60)"]
     code = f"{watch}; subprocess.Popen({child!r}, env={{**os.environ, 'LOCAL_RANK': '1'}}).wait()"
@@ -120,7 +120,7 @@ def test_the_workers_of_a_table_and_of_seeds_end_with_their_run(kind, number, tm
         process.stderr.close()
 
 
-def test_a_rank_leaves_the_group_that_it_was_in(tmp_path, monkeypatch):
+def test_rank_leaves_its_process_group(tmp_path, monkeypatch):
     def run(recipe, arguments):
         if arguments:
             dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

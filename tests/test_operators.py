@@ -76,7 +76,7 @@ def test_equivariant_in_shift_and_scale_of_the_points(covariance):
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_masked_points_do_not_count_whatever_they_hold(covariance, init):
+def test_masked_points_are_ignored_even_if_nan(covariance, init):
     x = clusters(2, 120, 3, spread=SPREAD)
     operator = trained(EMOperator(4, 3, covariance=covariance, init=init).double())
     padded = torch.cat([x, torch.full((2, 30, 3), torch.nan, dtype=x.dtype)], 1)
@@ -91,7 +91,7 @@ def test_masked_points_do_not_count_whatever_they_hold(covariance, init):
         assert operator.classical()(padded, mask, num_iters=0).means.abs().max() <= x.abs().max()
 
 
-def test_weights_count_as_repetitions():
+def test_integer_weights_equal_repeated_points():
     x = clusters(2, 120, 3, spread=SPREAD)
     # Weights count relative to their mean, and corrections know the number of points.
     operator = EMOperator(4, 3, residual=False).double()
@@ -116,7 +116,7 @@ def test_weights_count_as_repetitions():
     ],
     ids=str,
 )
-def test_a_common_factor_of_the_weights_does_not_matter(factor, options):
+def test_result_is_invariant_to_the_scale_of_the_weights(factor, options):
     x = clusters(2, 60, 3, spread=SPREAD)
     operator = trained(EMOperator(4, 3, **options).double(), 0.02)
     weights = 0.1 + torch.rand(2, 60, dtype=torch.float64)
@@ -205,7 +205,7 @@ def test_corrected_covariances_stay_above_the_floor(covariance, floor):
     assert mixture.log_prob(x).isfinite().all()
 
 
-def test_a_harmful_last_correction_is_dropped_for_the_sets_it_harms():
+def test_last_correction_is_dropped_per_set_if_it_lowers_the_likelihood():
     x = clusters(8, 120, 3, spread=SPREAD)
     operator = EMOperator(4, 3, num_iters=2).double()
     with torch.no_grad():
@@ -381,5 +381,5 @@ X = torch.randn(2, 10, 3)
         ),
     ],
 )
-def test_wrong_arguments_are_reported(call, error, words):
+def test_wrong_arguments_raise(call, error, words):
     assert_raises(error, words, call)

@@ -307,6 +307,6 @@ def test_pickled_arrays_are_not_loaded(tmp_path):
         read_points(tmp_path / "a.npy")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_raises_with_its_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.off"):
         read_points(tmp_path / "gone.off")

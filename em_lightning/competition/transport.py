@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.competition.base import COMPETITIONS, Competition, check_at_least_one, check_temperature, widen
+from em_lightning.checks import check_at_least
+from em_lightning.competition.base import COMPETITIONS, Competition, check_temperature, widen
 from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
@@ -59,7 +60,7 @@ def balanced(
     Source: Cuturi, "Sinkhorn distances", 2013; Peyre and Cuturi, "Computational optimal transport", 2019, chapter 4.
     """
     check_temperature(temperature)
-    check_at_least_one("num_iters", num_iters)
+    check_at_least(1, num_iters=num_iters)
     axis = dim % energies.ndim
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
@@ -166,7 +167,8 @@ class Balanced(Competition):
         dim: int = -1,
     ) -> None:
         super().__init__(temperature, learnable, dim)
-        self.item_dim, self.num_iters = item_dim, check_at_least_one("num_iters", num_iters)
+        check_at_least(1, num_iters=num_iters)
+        self.item_dim, self.num_iters = item_dim, num_iters
 
     def forward(
         self,
@@ -179,5 +181,6 @@ class Balanced(Competition):
         """Return the posterior over the hypotheses; arguments are those of :func:`balanced`."""
         dim = self.dim if dim is None else dim
         item_dim = self.item_dim if item_dim is None else item_dim
-        options = {"item_dim": item_dim, "num_iters": self.num_iters, "mask": mask}
-        return balanced(energies, self.temperature, log_prior, dim, **options)
+        return balanced(
+            energies, self.temperature, log_prior, dim, item_dim=item_dim, num_iters=self.num_iters, mask=mask
+        )

@@ -1,4 +1,4 @@
-"""Point clouds as items of a Dataset and as padded batches; a sampler that draws new clouds in every epoch."""
+"""Point clouds as items of a Dataset and as padded batches; a sampler that resamples clouds every epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cloud(NamedTuple):
 class PointCloudBatch(NamedTuple):
     """Clouds padded with zeros to the longest of them.
 
-    Args:
+    Attributes:
         points: (B, N, D) float32, normalized.
         mask: (B, N) bool, true for points, false for padding.
         held_out: (B, M, D) float32, held-out points of the same shapes in the same units.
@@ -122,15 +122,15 @@ def draw_cloud(
     """
     content, normalization, label = shape(index, generator)
     if isinstance(content, Surface):
-        points, fit = content.sample((3 if holes else 2) * num_points, generator), num_points
+        points, num_fitted = content.sample((3 if holes else 2) * num_points, generator), num_points
         points = cut_holes(points, holes, generator)[: 2 * num_points]
     else:
         content = cut_holes(content, holes, generator)
         order = torch.randperm(len(content), generator=generator)
-        fit = min(num_points, (len(order) + 1) // 2)
+        num_fitted = min(num_points, (len(order) + 1) // 2)
         # float64 until the points are centered: float32 rounds coordinates far from the origin.
-        points = content[order[: fit + num_points]].double()
-        normalization = Normalization.of(points[:fit])
+        points = content[order[: num_fitted + num_points]].double()
+        normalization = Normalization.of(points[:num_fitted])
         points = normalization.apply(points).float()
     assert normalization is not None
     if rotate != "none":
@@ -140,7 +140,7 @@ def draw_cloud(
         noise = 0.0 if clean < 0.5 else noise[0] ** (1.0 - level) * noise[1] ** level
     if noise > 0:
         points = points + noise * torch.randn(points.shape, generator=generator)
-    return Cloud(points[:fit], points[fit:], normalization, label, index)
+    return Cloud(points[:num_fitted], points[num_fitted:], normalization, label, index)
 
 
 def cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -178,7 +178,7 @@ class RandomDataset(Dataset[Any]):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can draw new items in every epoch.
+    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch.
 
     Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
     """

@@ -164,7 +164,7 @@ def _fused_statistics(
 ) -> SufficientStatistics:
     """Return the statistics of Gaussian components by the native backend."""
     arguments = _fused_arguments(points, parameters, family, temperature)
-    sums, log_likelihood = native.FusedSums.apply(points.x, points.weights, *arguments, with_log_likelihood)
+    sums, log_likelihood = native.e_step(points.x, points.weights, *arguments, with_log_likelihood)
     zeroth, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
     mass, zeros = zeroth.squeeze(-1), torch.zeros_like(points.mass)
     return SufficientStatistics(mass, mass, first, second, log_likelihood, zeros, points.num_points)
@@ -178,7 +178,7 @@ def _fused_arguments(
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
     peak = family.log_peak(log_weights, inverse, points.num_features) / temperature
     root = temperature**0.5
-    return means, inverse / root, peak, (scale * root).detach(), *points.frame, family
+    return means, inverse / root, peak, (scale * root).detach(), *points.frame, family.whitening
 
 
 def log_density(
@@ -187,7 +187,7 @@ def log_density(
     """Return ``log p(x_n)`` (B, N) in the coordinates of the points; arguments are those of :func:`e_step`."""
     family, kernel, background = likelihood
     if kernel is None and background is None and native.serves(points.x, family):
-        return native.FusedDensity.apply(points.x, None, *_fused_arguments(points, parameters, family))
+        return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
     theta, peak = family.natural_parameters(parameters)
 
     def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:

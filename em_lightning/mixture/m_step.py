@@ -58,7 +58,7 @@ def m_step(
     mass, zeroth, first, second, _, background_mass, _ = statistics
     # Added to the mass as in scikit-learn, so that results agree step for step; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps
-    mean_irls_weight = 1.0
+    mean_irls_weight: float | Tensor = 1.0
     if zeroth is not mass:
         mean_irls_weight = torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
     zeroth_eps = eps * mean_irls_weight

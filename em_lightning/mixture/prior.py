@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels import positive_number
+from em_lightning.checks import positive_number
 from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_tau
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture

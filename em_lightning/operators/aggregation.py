@@ -115,8 +115,8 @@ class EMAggregation(Aggregation):
         rows = rows.reshape(len(rows) * heads, features)
         index = (index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)).flatten()
         summaries = self._summaries(rows, index, num_groups * heads, max_num_elements)
-        shape = shape if self.pooling is None else (*shape[:-1], self.pooling.out_features)
-        return summaries.to(x.dtype).reshape(num_groups, *shape).movedim(0, dim)
+        ends = shape if self.pooling is None else (*shape[:-1], self.pooling.out_features)
+        return summaries.to(x.dtype).reshape(num_groups, *ends).movedim(0, dim)
 
     def _summaries(self, rows: Tensor, index: Tensor, num_groups: int, limit: int | None) -> Tensor:
         """Return summaries (G, F) of the groups of rows (E, D); zeros for empty groups."""

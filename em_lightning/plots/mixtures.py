@@ -40,7 +40,7 @@ def mixture_grid(
     columns: int = 4,
     radius: float = 2.0,
 ) -> Figure:
-    """Draw clouds with points coloured by their responsibilities and an ellipsoid for each component.
+    """Draw clouds with points coloured by their responsibilities and an ellipsoid per component of weight above 1e-3.
 
     Args:
         points: (B, N, D); of more than three features the first three are drawn.
@@ -116,7 +116,7 @@ def curves(
         series: x and y of each line.
         xlabel: label of the x axis, with its unit.
         ylabel: label of the y axis, with its unit.
-        title: of the figure.
+        title: title of the figure.
         levels: y of the dashed lines.
         log_x: whether the x axis is logarithmic.
 

@@ -98,7 +98,7 @@ class ClusteringReport(Report):
         transfer = self._transfer(module, data)
         parameters = sum(value.numel() for value in module.parameters())
         notes = [
-            f"Data: {data.describe()}; {data.num_sets['test']} test sets, {data.fresh['test']} held-out points each, "
+            f"Data: {data.describe()}; {data.test_sets} test sets, {data.held_out} held-out points each, "
             f"seed {data.seed}. Likelihoods are in nats per point. LL0 is of the fitted points under the output, LL1 "
             f"after one exact EM step with diagonal covariances; both are compared with the true mixtures' LL0. The "
             f"published rows are of other test sets, so that only their gap can be compared.",

@@ -3,23 +3,24 @@
 // For each set b, point n and component k, with y = W_k (x_n - mu_k):
 //   g_nk = peak_k - |y|^2 / 2,  r_nk = softmax_k(g_nk),  sums_k = sum_n w_n r_nk [1, y, s(y)],
 // where s(y) holds the products y_i y_j (j <= i), the squares y_i^2, or |y|^2. Whitened points are of order one, however
-// thin a component is, so that float32 suffices for float32 points. Sums of blocks are added in double, in which they
-// become the sums of [1, z, s(z)], with z = (x - center) / unit = mu_k + L_k y and s(z) holding z_i z_j for i <= j.
+// thin a component is, so that float32 suffices for float32 points. Block sums are accumulated in double and then converted
+// to sums of [1, z, s(z)], with z = (x - center) / unit = mu_k + L_k y and s(z) holding z_i z_j for i <= j.
 //
 // Compiled once per kind of covariance, number of features and dtype: REAL is float or double, KIND 0 (full, FEATURES
 // features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang; no option such as -ffast-math is needed,
 // so that infinities and NaN keep their meaning.
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <system_error>
 #include <thread>
-#include <vector>
 
-#include "native_components.h"
+#if KIND == 0
+#include "native_full.h"
+#else
+#include "native_diagonal.h"
+#endif
 
 namespace {
 
@@ -35,50 +36,75 @@ struct Problem {
   double* grad_weights;
 };
 
-// The rows of one set that one thread works on at a time.
-struct Task {
-  const Problem& p;
-  const int64_t set, first, last;
-  const int64_t K, M;  // components, and sums per component
-  std::vector<V> u, white, weights, score, slope, outer, largest, total, mean, grad_u, sums;
-  std::vector<Real> gradients;
-  std::vector<double> wide;
-  std::vector<Component> components;
-  Real unit;  // of points in this code, the reciprocal
+// The points of a block whose responsibilities for a component count: others are below the rounding error of any sum. They
+// are gathered, unless most of the points count.
+struct Choice {
+  bool gathered = false;
+  int steps = 0, count = 0, place[kSteps * kLanes];
 
-  Task(const Problem& problem, int64_t set, int64_t first, int64_t last)
-      : p(problem), set(set), first(first), last(last), K(p.components), M(num_sums(p.features)),
-        u(p.features * kSteps), white(K * D * kSteps), weights(kSteps), score(K * kSteps), slope(p.outer ? K * kSteps : 0),
-        outer(kSteps), largest(kSteps), total(kSteps), mean(kSteps), grad_u(p.grad_x ? p.features * kSteps : 0), sums(K * M + 1),
-        gradients(p.outer ? K * M : 0), wide((K * M + 1) * kLanes) {
-    // Differences of points and means need no centered points. Their unit and W stay normal numbers in Real, and so do
-    // the squares of whitened points.
-    using Limits = std::numeric_limits<Real>;
-    const double own = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
-    const double ratio = own / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
-    const int64_t features = p.features, size = factor_size(features);
-    unit = Real(1.0 / own);
-    std::vector<double> mean(features), inverse(size);
-    components.reserve(K);
-    for (int64_t k = set * K; k < (set + 1) * K; ++k) {
-      for (int64_t i = 0; i < features; ++i)
-        mean[i] = p.means[k * features + i] / ratio + p.center[set * features + i] / own;
-      for (int64_t i = 0; i < size; ++i)
-        inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
-      components.emplace_back(inverse.data(), mean.data(), p.peak[k], features);
-      if (p.grads)
-        whiten_gradient(p.grads + k * M, p.scale + k * size, p.means + k * features, features,
-                        &gradients[(k - set * K) * M]);
+  void find(const V* r, int all) {
+    steps = all;
+    if (!kGrain) return;
+    count = 0;
+    for (int s = 0; s < all; ++s) {
+      const I counts = r[s] != r[s] || r[s] > kNegligible;  // NaN counts
+      int64_t words[kBytes / 8], any = 0;
+      std::memcpy(words, &counts, kBytes);
+      for (int64_t word : words) any |= word;
+      if (!any) continue;
+      for (int lane = 0; lane < kLanes; lane += kGrain) {
+        place[count] = s * kLanes + lane;
+        count += kGrain > 1 || counts[lane] != 0;
+      }
     }
+    gathered = 4 * count * kGrain < 3 * all * kLanes;
+    if (gathered) steps = (count * kGrain + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
+  }
+
+  // Returns a row of values of the chosen points, with zeros behind them.
+  const V* gather(const V* from, V* to) const {
+    if (!gathered) return from;
+    const Real* values = reinterpret_cast<const Real*>(from);
+    Real* found = reinterpret_cast<Real*>(to);
+    for (int s = count * kGrain / kLanes; s < steps; ++s) to[s] = V{};
+    for (int n = 0; n < count; ++n) std::memcpy(found + n * kGrain, values + place[n], kGrain * sizeof(Real));
+    return to;
+  }
+
+  // Adds a row of values of the chosen points to their places.
+  void scatter(const V* from, V* to) const {
+    const Real* values = reinterpret_cast<const Real*>(from);
+    Real* found = reinterpret_cast<Real*>(to);
+    for (int n = 0; n < count; ++n)
+      for (int i = 0; i < kGrain; ++i) found[place[n] + i] += values[n * kGrain + i];
+  }
+};
+
+// The rows of one set at a time, block by block, with buffers that all blocks of a thread share.
+class Worker {
+ public:
+  explicit Worker(const Problem& problem)
+      : p(problem), K(p.components), M(num_sums(p.features)), G(p.outer ? gradient_size(p.features) : 0) {
+    points.resize(p.features * kSteps);
+    white.resize((kKeeps ? K : 1) * kRows * kSteps);
+    score.resize(K * kSteps);
+    slope.resize(p.outer ? K * kSteps : 0);
+    sums.resize(K * M + 1);
+    sums_in_double.resize(K * M + 1);
+    gradients.resize(K * G);
+    grad_points.resize(p.grad_x ? p.features * kSteps : 0);
+    chosen_points.resize(kGrain ? p.features * kSteps : 0);
+    chosen_grads.resize(kGrain ? grad_points.size() : 0);
   }
 
   // Writes K M sums, and the log-likelihood after them.
-  void run(double* result) {
+  void run(int64_t own_set, int64_t first, int64_t last, double* result) {
+    if (own_set != set) enter(own_set);
     constexpr int rows = kSteps * kLanes;
     int pending = 0;
     for (int64_t row = first; row < last; row += rows) {
       const int count = std::min<int64_t>(rows, last - row);
-      const int steps = (count + kLanes - 1) / kLanes;
+      const int steps = (count + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
       load(row, count, steps * kLanes);
       evaluate(steps);
       if (p.outer) {
@@ -87,110 +113,196 @@ struct Task {
         forward(row, count, steps);
       }
       if (++pending == kBlocksPerSum || row + rows >= last) {
-        const Real* narrow = reinterpret_cast<const Real*>(sums.data());
-        for (size_t i = 0; i < wide.size(); ++i) wide[i] += double(narrow[i]);
+        for (int64_t i = 0; i <= K * M; ++i)
+          for (int lane = 0; lane < kLanes; ++lane) sums_in_double[i] += double(sums[i][lane]);
         std::fill(sums.begin(), sums.end(), V{});
         pending = 0;
       }
     }
-    for (int64_t i = 0; i <= K * M; ++i) {
-      result[i] = 0.0;
-      for (int lane = 0; lane < kLanes; ++lane) result[i] += wide[i * kLanes + lane];
-    }
+    std::copy(sums_in_double.begin(), sums_in_double.end(), result);
+    std::fill(sums_in_double.begin(), sums_in_double.end(), 0.0);
   }
 
  private:
-  // Copies rows, feature by feature. Rows that fill up the last vector repeat the last row with weight zero.
+  const Problem& p;
+  const int64_t K, M, G;                      // components, sums and numbers of a gradient per component
+  int64_t set = -1;
+  std::vector<Component> components;
+  std::vector<Real> gradients, origin;        // of the sums (K, G); a point (D,) near the middle of the set
+  std::vector<V> points, grad_points;         // (D, steps)
+  std::vector<V> white, score, slope;         // (K or 1, rows, steps), (K, steps), (K, steps)
+  std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
+  std::vector<double> sums_in_double;
+  V weights[kSteps], outer[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];  // outer: of the log-densities
+  Choice choice;                              // of points, for one component
+  const V *chosen, *y;                        // its points, and its whitened points
+  std::vector<V> chosen_points, chosen_grads;
+  V chosen_r[kSteps], chosen_slope[kSteps];
+  Real inverse_unit = 1;
+
+  void enter(int64_t own_set) {
+    set = own_set;
+    // The unit of points and W stay normal numbers in Real; the bound keeps the squares of whitened points finite.
+    using Limits = std::numeric_limits<Real>;
+    const double unit = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
+    const double ratio = unit / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
+    const int64_t features = p.features, size = factor_size(features);
+    inverse_unit = Real(1.0 / unit);
+    std::vector<double> component_mean(features), inverse(size), gradient(M);
+    const double* center = p.center + set * features;
+    origin.assign(center, center + features);
+    components.clear();
+    components.reserve(K);
+    for (int64_t k = set * K; k < (set + 1) * K; ++k) {
+      const double* mean = p.means + k * features;
+      for (int64_t i = 0; i < features; ++i)
+        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;
+      for (int64_t i = 0; i < size; ++i)
+        inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
+      components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
+      if (p.grads) {
+        whiten_gradient(p.grads + k * M, p.scale + k * size, mean, features, gradient.data());
+        store_gradient(gradient.data(), features, &gradients[(k - set * K) * G]);
+      }
+    }
+  }
+
+  // Copies rows, feature by feature. Rows that fill up the last vectors repeat the last row with weight zero.
   void load(int64_t row, int count, int padded) {
     for (int64_t i = 0; i < p.features; ++i) {
       const Real* from = p.x + set * p.set_stride + i * p.feature_stride + row * p.item_stride;
-      Real* to = reinterpret_cast<Real*>(&u[i * kSteps]);
-      for (int n = 0; n < count; ++n) to[n] = from[n * p.item_stride] * unit;
+      Real *to = reinterpret_cast<Real*>(&points[i * kSteps]), middle = origin[i];
+      if (p.item_stride == 1) {
+        for (int n = 0; n < count; ++n) to[n] = (from[n] - middle) * inverse_unit;
+      } else {
+        for (int n = 0; n < count; ++n) to[n] = (from[n * p.item_stride] - middle) * inverse_unit;
+      }
       std::fill(to + count, to + padded, to[count - 1]);
     }
-    Real* to = reinterpret_cast<Real*>(weights.data());
+    Real* to = reinterpret_cast<Real*>(weights);
     for (int n = 0; n < count; ++n) to[n] = p.weights ? Real(p.weights[set * p.items + row + n]) : Real(1);
     std::fill(to + count, to + padded, Real(0));
   }
+
+  V* place(int64_t k) { return white.data() + (kKeeps ? k : 0) * kRows * kSteps; }
+
+  // Chooses the points of component k by their responsibilities, and whitens them.
+  void choose(int64_t k, const V* r, int steps) {
+    choice.find(r, steps);
+    chosen = choice.gathered ? chosen_points.data() : points.data();
+    for (int64_t i = 0; choice.gathered && i < p.features; ++i)
+      choice.gather(&points[i * kSteps], &chosen_points[i * kSteps]);
+    y = components[k].whitened(chosen, choice.steps, place(k));
+  }
+
+  V log_density(int s) const { return Real(kLn2) * (largest[s] + log2(total[s])); }
 
   // Leaves exp(g - largest) in score, in units of log 2, and its sum over components in total.
   void evaluate(int steps) {
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      components[k].score(u.data(), steps, white.data() + k * D * kSteps, own);
-      if (k == 0) std::copy(own, own + steps, largest.begin());
+      components[k].score(points.data(), steps, place(k), own);
+      if (k == 0) std::copy(own, own + steps, largest);
       for (int s = 0; s < steps; ++s) largest[s] = own[s] > largest[s] ? own[s] : largest[s];
     }
-    std::fill(total.begin(), total.end(), V{});
+    std::fill(total, total + steps, V{});
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      for (int s = 0; s < steps; ++s) {
-        own[s] = exp2(own[s] - largest[s]);
-        total[s] += own[s];
-      }
+      for (int s = 0; s < steps; ++s) total[s] += own[s] = exp2(own[s] - largest[s]);
     }
   }
 
-  V log_density(int s) const { return Real(kLn2) * (largest[s] + log2(total[s])); }
-
   void forward(int64_t row, int count, int steps) {
     if (p.log_density) {
-      for (int s = 0; s < steps; ++s) mean[s] = log_density(s);
-      const Real* found = reinterpret_cast<const Real*>(mean.data());
-      std::copy(found, found + count, p.log_density + set * p.items + row);
+      V found[kSteps];
+      for (int s = 0; s < steps; ++s) found[s] = log_density(s);
+      const Real* lanes = reinterpret_cast<const Real*>(found);
+      std::copy(lanes, lanes + count, p.log_density + set * p.items + row);
       return;
     }
     if (p.log_likelihood)
       for (int s = 0; s < steps; ++s) sums[K * M] += weights[s] * log_density(s);
     for (int s = 0; s < steps; ++s) total[s] = weights[s] / total[s];
     for (int64_t k = 0; k < K; ++k) {
-      V* own = &score[k * kSteps];
-      for (int s = 0; s < steps; ++s) own[s] *= total[s];
-      components[k].add(u.data(), white.data() + k * D * kSteps, steps, own, &sums[k * M]);
+      V* r = &score[k * kSteps];
+      for (int s = 0; s < steps; ++s) r[s] *= total[s];
+      choose(k, r, steps);
+      components[k].add(chosen, y, choice.steps, choice.gather(r, chosen_r), &sums[k * M]);
     }
   }
 
   // The derivative of the joint log-density g_nk is w_n r_nk (a_nk - sum_j r_nj a_nj + l), where a_nk is the derivative
-  // of sums_k in w_n r_nk and l that of the log-density of point n per weight. Sums over points of [1, y, s(y)] under it
-  // give those of the parameters.
+  // of sums_k in w_n r_nk and l that of the log-density of point n per weight. The gradients of the parameters follow
+  // from the sums of [1, y, s(y)], weighted by this derivative.
   void backward(int64_t row, int count, int steps) {
-    Real* to = reinterpret_cast<Real*>(outer.data());
+    Real* to = reinterpret_cast<Real*>(outer);
     const double* from = p.outer + set * p.outer_set_stride + row * p.outer_item_stride;
     for (int n = 0; n < count; ++n) to[n] = Real(from[n * p.outer_item_stride]);
     std::fill(to + count, to + steps * kLanes, Real(0));
-    std::fill(mean.begin(), mean.end(), V{});
+    std::fill(mean_slope, mean_slope + steps, V{});
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
-      if (p.grads) components[k].slope(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], a);
-      for (int s = 0; s < steps; ++s) {
-        r[s] /= total[s];
-        mean[s] += r[s] * a[s];
+      for (int s = 0; s < steps; ++s) r[s] /= total[s];
+      if (!p.grads) {
+        std::fill(a, a + steps, V{});
+        continue;
       }
+      choose(k, r, steps);
+      components[k].slope(chosen, y, choice.steps, &gradients[k * G], choice.gathered ? chosen_slope : a);
+      if (choice.gathered) {
+        std::fill(a, a + steps, V{});
+        choice.scatter(chosen_slope, a);
+      }
+      for (int s = 0; s < steps; ++s) mean_slope[s] += r[s] * a[s];
     }
     if (p.grad_weights) {
-      V of_weights[kSteps];
-      for (int s = 0; s < steps; ++s) of_weights[s] = mean[s] + outer[s] * log_density(s);
-      const Real* found = reinterpret_cast<const Real*>(of_weights);
-      std::copy(found, found + count, p.grad_weights + set * p.items + row);
+      V found[kSteps];
+      for (int s = 0; s < steps; ++s) found[s] = mean_slope[s] + outer[s] * log_density(s);
+      const Real* lanes = reinterpret_cast<const Real*>(found);
+      std::copy(lanes, lanes + count, p.grad_weights + set * p.items + row);
     }
-    std::fill(grad_u.begin(), grad_u.end(), V{});
+    std::fill(grad_points.begin(), grad_points.end(), V{});
     for (int64_t k = 0; k < K; ++k) {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
       for (int s = 0; s < steps; ++s) {
         r[s] *= weights[s];
-        a[s] = r[s] * (a[s] - mean[s] + outer[s]);
+        a[s] = r[s] * (a[s] - mean_slope[s] + outer[s]);
       }
-      components[k].add(u.data(), white.data() + k * D * kSteps, steps, a, &sums[k * M]);
-      if (p.grad_x) components[k].pull(u.data(), white.data() + k * D * kSteps, steps, &gradients[k * M], r, a, grad_u.data());
+      choose(k, r, steps);
+      const V* own_slope = choice.gather(a, chosen_slope);
+      components[k].add(chosen, y, choice.steps, own_slope, &sums[k * M]);
+      if (!p.grad_x) continue;
+      V* grads = choice.gathered ? chosen_grads.data() : grad_points.data();
+      if (choice.gathered) std::fill(chosen_grads.begin(), chosen_grads.end(), V{});
+      components[k].pull(chosen, y, choice.steps, &gradients[k * G], choice.gather(r, chosen_r), own_slope, grads);
+      for (int64_t i = 0; choice.gathered && i < p.features; ++i)
+        choice.scatter(&grads[i * kSteps], &grad_points[i * kSteps]);
     }
     if (p.grad_x)
       for (int64_t i = 0; i < p.features; ++i) {
-        const Real* from = reinterpret_cast<const Real*>(&grad_u[i * kSteps]);
-        Real* to = p.grad_x + (set * p.features + i) * p.items + row;
-        for (int n = 0; n < count; ++n) to[n] = from[n] * unit;
+        const Real* lanes = reinterpret_cast<const Real*>(&grad_points[i * kSteps]);
+        Real* found = p.grad_x + (set * p.features + i) * p.items + row;
+        for (int n = 0; n < count; ++n) found[n] = lanes[n] * inverse_unit;
       }
   }
 };
+
+// Adds the results of all tasks of a set, in their order, and changes coordinates.
+void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t size) {
+  const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
+  for (int64_t task = 1; task < tasks; ++task)
+    for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
+  if (p.log_likelihood) p.log_likelihood[set] = sums[size - 1];
+  for (int64_t k = 0; p.sums && k < p.components; ++k) {
+    const int64_t place = set * p.components + k;
+    const double *scale = p.scale + place * factor, *inverse = p.inverse + place * factor;
+    if (p.outer) {
+      parameter_gradient(sums + k * M, scale, inverse, features, p.sums + place * (1 + features + factor));
+    } else {
+      unwhiten(sums + k * M, scale, p.means + place * features, features, p.sums + place * M);
+    }
+  }
+}
 
 }  // namespace
 
@@ -202,11 +314,15 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const int64_t tasks_per_set = std::max<int64_t>((p.items + kRowsPerTask - 1) / kRowsPerTask, 1);
   const int64_t tasks = p.sets * tasks_per_set;
   std::vector<double> results(tasks * size);
+  std::vector<std::atomic<int64_t>> running(p.sets);
+  for (auto& count : running) count = tasks_per_set;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
+    Worker worker(p);
     for (int64_t task = next++; task < tasks; task = next++) {
-      const int64_t first = task % tasks_per_set * kRowsPerTask;
-      Task(p, task / tasks_per_set, first, std::min(first + kRowsPerTask, p.items)).run(&results[task * size]);
+      const int64_t set = task / tasks_per_set, first = task % tasks_per_set * kRowsPerTask;
+      worker.run(set, first, std::min(first + kRowsPerTask, p.items), &results[task * size]);
+      if (--running[set] == 0) finish(p, set, &results[set * tasks_per_set * size], tasks_per_set, size);
     }
   };
   std::vector<std::thread> others;
@@ -216,21 +332,4 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   }
   work();
   for (auto& other : others) other.join();
-  const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
-  for (int64_t set = 0; p.sums && set < p.sets; ++set) {
-    double* sums = &results[set * tasks_per_set * size];
-    for (int64_t task = 1; task < tasks_per_set; ++task)
-      for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
-    for (int64_t k = 0; k < p.components; ++k) {
-      const int64_t place = set * p.components + k;
-      const double* scale = p.scale + place * factor;
-      if (p.outer) {
-        parameter_gradient(sums + k * M, scale, p.inverse + place * factor, features,
-                           p.sums + place * (1 + features + factor));
-      } else {
-        unwhiten(sums + k * M, scale, p.means + place * features, features, p.sums + place * M);
-      }
-    }
-    if (p.log_likelihood) p.log_likelihood[set] = sums[size - 1];
-  }
 }

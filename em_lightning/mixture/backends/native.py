@@ -1,4 +1,7 @@
-"""The E-step of Gaussian mixtures in C++ on the CPU (``native.cpp``), compiled on demand and cached."""
+"""The E-step of Gaussian mixtures, and Cholesky factors, in C++ on the CPU, compiled on demand and cached.
+
+The functions are operators of ``torch.library``: ``torch.compile`` and ``torch.export`` keep them as they are.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_components.h")]
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
-# The unrolled code for full covariances runs out of registers for more features.
-_MOST_FEATURES = 8
+# Of full covariances: the time to compile grows with them.
+_MOST_FEATURES = 64
 # The reference takes less than a millisecond for fewer numbers, and needs no compiler.
 _FEWEST_NUMBERS = 2**12
+_FEWEST_MATRICES = 2**6
 # Work of about 0.1 ms, the cost of starting a thread.
 _NUMBERS_PER_THREAD = 2**17
 
@@ -66,125 +71,178 @@ class use_backend:
 def serves(x: Tensor, family: Any) -> bool:
     """Return whether the native backend computes the E-step of points (B, D, N) under a family of densities."""
     kind = getattr(family, "whitening", None)
-    if _chosen == "reference" or kind is None or x.device.type != "cpu" or x.dtype not in _REALS:
+    if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
-    if torch.compiler.is_compiling() or (kind == "full" and x.shape[1] > _MOST_FEATURES):
-        return False
-    if _chosen == "auto" and x.numel() < _FEWEST_NUMBERS:
-        return False
-    if forward_ad.unpack_dual(x).tangent is not None:
-        return False
-    try:
-        x.data_ptr()
-    except RuntimeError:  # functorch's tensors and those of a tracer have no memory of their own
+    if not _is_chosen(x, x.numel() >= _FEWEST_NUMBERS):
         return False
     if _chosen == "native":
         _require(kind, x.shape[1], x.dtype)
-    return _load(*_variant(kind, x.shape[1], x.dtype))[0] is not None
+    return _is_available("native.cpp", *_variant(kind, x.shape[1], x.dtype))
 
 
-class _Fused(torch.autograd.Function):
-    r"""A result of the kernel; the backward pass computes the responsibilities again.
-
-    The joint log-density is :math:`g_{nk} = peak_k - |W_k (z_n - \mu_k)|^2 / 2` and ``r`` its softmax over components.
-    With the derivative :math:`a_{nk}` of a sum in ``w_n r_nk`` and ``l_n`` of the log-density in units of the weight,
-    that of ``g`` is :math:`w_n r_{nk} (a_{nk} - \sum_j r_{nj} a_{nj} + l_n)`.
-
-    Args of ``apply``:
-        x: points (B, D, N) in float32 or float64, which is the precision of all that is done per point.
-        weights: (B, N) in float64, or ``None``.
-        means: (B, K, D), in the coordinates ``z = (x - center) / unit``.
-        inverse: ``W`` (B, K, D, D) lower triangular, (B, K, D) or (B, K, 1).
-        peak: (B, K), the log-densities of the components at their means.
-        scale: the inverse of ``W``, without gradient.
-        center: (B, D), without gradient.
-        unit: (B,), a power of two, without gradient.
-        family: the covariance type.
-    """
-
-    @staticmethod
-    def _in_torch(family: Any, *tensors: Any) -> Any:
-        """Return the result by operations that have every derivative."""
-
-    @classmethod
-    def _differentiate(cls, ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Return the gradients of all arguments for those of the sums and of each log-density."""
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for second derivatives
-            inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
-            results = cls._in_torch(ctx.family, *tensors)
-            found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
-            return tuple(next(found) if needed else None for needed in wanted)
-        x, _, means, inverse, *_ = tensors
-        outer, sums = grads[-1], grads[0] if len(grads) > 1 else None
-        outer = outer.reshape(len(x), -1)
-        own = means.new_empty(*means.shape[:2], 1 + means.shape[-1] + inverse[0, 0].numel())
-        of_x = x.new_empty(x.shape) if wanted[0] else None
-        of_weights = means.new_empty(outer.expand(-1, x.shape[-1]).shape) if wanted[1] else None
-        _run(ctx.family.whitening, tensors, sums=own, grads=sums, outer=outer, grad_x=of_x, grad_weights=of_weights)
-        of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
-        nothing = [None] * (len(wanted) - 5)
-        return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *nothing
+def factorizes(matrix: Tensor) -> bool:
+    """Return whether the native backend computes the Cholesky factors of matrices (..., D, D)."""
+    large = matrix[..., 0, 0].numel() >= _FEWEST_MATRICES
+    return matrix.dtype == torch.float64 and _is_chosen(matrix, large) and _is_available("cholesky.cpp")
 
 
-class FusedSums(_Fused):
-    """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,); zeros where it is not wanted."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.family, with_log_likelihood = arguments
-        ctx.save_for_backward(*tensors)
-        means = tensors[2]
-        size = ctx.family.second_degree(means[:1, :1].mT).shape[1]
-        sums = means.new_empty(*means.shape[:2], 1 + means.shape[-1] + size)
-        log_likelihood = means.new_zeros(len(means))
-        _run(ctx.family.whitening, tensors, sums=sums, log_likelihood=log_likelihood if with_log_likelihood else None)
-        if not with_log_likelihood:
-            ctx.mark_non_differentiable(log_likelihood)
-        return sums, log_likelihood
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return FusedSums._differentiate(ctx, grads)
-
-    @staticmethod
-    def _in_torch(family: Any, x: Tensor, weights: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        z, joint = _joint_in_torch(family, x, *parameters)
-        responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
-        if weights is not None:
-            responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
-        return responsibilities @ family.features(z).mT, log_density.sum(-1)
+def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
+    if _chosen == "reference" or tensor.device.type != "cpu" or not (is_large or _chosen == "native"):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        return False
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # functorch's tensors have no memory of their own
+        return False
+    return True
 
 
-class FusedDensity(_Fused):
+# E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
+# Arguments:
+#     x: points (B, D, N) in float32 or float64, which is the precision of all that is done per point.
+#     weights: (B, N) in float64, or None.
+#     means: (B, K, D), in the coordinates z = (x - center) / unit.
+#     inverse: W (B, K, D, D) lower triangular, (B, K, D) or (B, K, 1).
+#     peak: (B, K), the log-densities of the components at their means.
+#     scale: the inverse of W, without gradient.
+#     center: (B, D), without gradient.
+#     unit: (B,), a power of two, without gradient.
+#     kind: "full", "diagonal" or "spherical".
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor? weights, Tensor means, Tensor inverse, Tensor peak, Tensor scale, Tensor center, Tensor unit, "
+    "str kind"
+)
+_operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+
+
+@_operator("em_lightning::e_step", schema=f"({_ARGUMENTS}, bool with_log_likelihood) -> (Tensor, Tensor)")
+def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,), zeros if it is not wanted."""
+    *tensors, kind, with_log_likelihood = arguments
+    sums, log_likelihood = _empty_sums(tensors[2], kind), tensors[2].new_zeros(len(tensors[2]))
+    _run(kind, tensors, sums=sums, log_likelihood=log_likelihood if with_log_likelihood else None)
+    return sums, log_likelihood
+
+
+@_operator("em_lightning::log_density", schema=f"({_ARGUMENTS}) -> Tensor")
+def log_density(*arguments: Any) -> Tensor:
     """Return ``log p(z_n)`` (B, N) in float64; the weights are ``None``."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.family = arguments
-        ctx.save_for_backward(*tensors)
-        density = tensors[2].new_empty(tensors[0][:, 0].shape)
-        _run(ctx.family.whitening, tensors, log_density=density)
-        return density
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return FusedDensity._differentiate(ctx, grads)
-
-    @staticmethod
-    def _in_torch(family: Any, x: Tensor, _: None, *parameters: Tensor) -> Tensor:
-        return _joint_in_torch(family, x, *parameters)[1].logsumexp(1)
+    *tensors, kind = arguments
+    density = tensors[2].new_empty(tensors[0][:, 0].shape)
+    _run(kind, tensors, log_density=density)
+    return density
 
 
-def _joint_in_torch(
-    family: Any, x: Tensor, means: Tensor, inverse: Tensor, peak: Tensor, *frame: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return coordinates and joint log-densities (B, K, N)."""
-    _, center, unit = frame
+@_operator(
+    "em_lightning::e_step_gradient",
+    schema=f"({_ARGUMENTS}, Tensor? grad_sums, Tensor grad_density) -> (Tensor, Tensor, Tensor)",
+)
+def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of peak, means and W side by side, of points and of weights.
+
+    The last argument is the gradient of each log-density per weight, (B, N) or (B, 1).
+    """
+    *tensors, kind, grads, outer = arguments
+    own, of_x, of_weights = _empty_gradients(*tensors)
+    _run(kind, tensors, outer=outer, sums=own, grads=grads, grad_x=of_x, grad_weights=of_weights)
+    return own, of_x, of_weights
+
+
+@e_step.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    means, kind = arguments[2], arguments[-2]
+    return _empty_sums(means, kind), means.new_empty(len(means))
+
+
+@log_density.register_fake
+def _(x: Tensor, weights: None, means: Tensor, *others: Any) -> Tensor:
+    return means.new_empty(x[:, 0].shape)
+
+
+@e_step_gradient.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(*arguments)
+
+
+def _empty_sums(means: Tensor, kind: str) -> Tensor:
+    features = means.shape[-1]
+    size = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
+    return means.new_empty(*means.shape[:2], 1 + features + size)
+
+
+def _empty_gradients(x: Tensor, _: Any, means: Tensor, inverse: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    size = 1 + means.shape[-1] + inverse[0, 0].numel()
+    return means.new_empty(*means.shape[:2], size), x.new_empty(x.shape), means.new_empty(x[:, 0].shape)
+
+
+def _e_step_in_torch(x: Tensor, weights: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    """Return :func:`e_step` by operations that have every derivative."""
+    z, joint = _joint_in_torch(x, weights, *others)
+    kind = others[6]
+    responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
+    if weights is not None:
+        responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
+    pairs = [z[:, i : i + 1] * z[:, i:] for i in range(z.shape[1])] if kind == "full" else [z.square()]
+    second = torch.cat(pairs, 1)
+    second = second.sum(1, keepdim=True) if kind == "spherical" else second
+    features = torch.cat([torch.ones_like(z[:, :1]), z, second], 1)
+    return responsibilities @ features.mT, log_density.sum(-1)
+
+
+def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return coordinates (B, D, N) and joint log-densities (B, K, N)."""
+    x, _, means, inverse, peak, _, center, unit, kind, *_ = arguments
     z = (x.to(center.dtype) - center.unsqueeze(-1)) / unit[:, None, None]
     difference = z.unsqueeze(1) - means.unsqueeze(-1)
-    y = inverse @ difference if family.whitening == "full" else inverse.unsqueeze(-1) * difference
+    y = inverse @ difference if kind == "full" else inverse.unsqueeze(-1) * difference
     return z, peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.others = inputs[8:]
+    ctx.save_for_backward(*inputs[:8])
+
+
+def _e_step_backward(ctx: Any, grad_sums: Tensor, grad_log_likelihood: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.others[1]:  # the log-likelihood is a constant
+        grad_log_likelihood = torch.zeros_like(grad_log_likelihood)
+    if torch.is_grad_enabled():
+        return _second_order(ctx, _e_step_in_torch, (grad_sums, grad_log_likelihood))
+    return _first_order(ctx, grad_sums, grad_log_likelihood.unsqueeze(-1))
+
+
+def _log_density_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        return _second_order(ctx, lambda *inputs: (_joint_in_torch(*inputs)[1].logsumexp(1),), (grad,))
+    return _first_order(ctx, None, grad)
+
+
+def _first_order(ctx: Any, grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
+    _, weights, means, inverse, *_ = ctx.saved_tensors
+    own, of_x, of_weights = e_step_gradient(*ctx.saved_tensors, ctx.others[0], grad_sums, grad_density)
+    of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
+    of_weights = None if weights is None else of_weights
+    nothing = [None] * (3 + len(ctx.others))
+    return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *nothing
+
+
+def _second_order(
+    ctx: Any, function: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return gradients that can be differentiated again."""
+    tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+    inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
+    found = iter(torch.autograd.grad(function(*tensors, *ctx.others), inputs, grads, create_graph=True))
+    return tuple(next(found) if needed else None for needed in wanted)
+
+
+e_step.register_autograd(_e_step_backward, setup_context=_save)
+log_density.register_autograd(_log_density_backward, setup_context=_save)
 
 
 class _Problem(ctypes.Structure):
@@ -201,7 +259,7 @@ class _Problem(ctypes.Structure):
 
 
 def _run(kind: str, tensors: Any, outer: Tensor | None = None, **others: Tensor | None) -> None:
-    """Run the kernel on the tensors of :class:`_Fused`, and others by their names in ``_Problem``."""
+    """Run the E-step on its tensors, and others by their names in ``_Problem``."""
     x, means = tensors[0], tensors[2]
     names = ("weights", "means", "inverse", "peak", "scale", "center", "unit")
     others.update(zip(names, tensors[1:], strict=True))
@@ -217,9 +275,47 @@ def _run(kind: str, tensors: Any, outer: Tensor | None = None, **others: Tensor 
     if outer is not None:
         outer = outer.expand(-1, x.shape[-1])
         problem.outer, problem.outer_set_stride, problem.outer_item_stride = outer.data_ptr(), *outer.stride()
-    library, _ = _load(*_variant(kind, x.shape[1], x.dtype))
+    library, _ = _load("native.cpp", *_variant(kind, x.shape[1], x.dtype))
     threads = min(torch.get_num_threads(), 1 + x.numel() * means.shape[1] // _NUMBERS_PER_THREAD)
     library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(threads))
+
+
+# Cholesky factors.
+
+
+@_operator("em_lightning::cholesky")
+def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factors of matrices (..., D, D) with smallest pivots (..., D), and their inverses."""
+    factors = torch.empty_like(matrix), torch.empty_like(matrix)
+    _call("em_lightning_cholesky", matrix, pivots, *factors)
+    return factors
+
+
+@_operator("em_lightning::cholesky_gradient")
+def cholesky_gradient(
+    matrix: Tensor, pivots: Tensor, scale: Tensor, inverse: Tensor, grad_scale: Tensor, grad_inverse: Tensor
+) -> Tensor:
+    """Return the gradient of the symmetric matrices."""
+    found = torch.empty_like(matrix)
+    _call("em_lightning_cholesky_gradient", matrix, pivots, scale, inverse, grad_scale, grad_inverse, found)
+    return found
+
+
+@cholesky.register_fake
+def _(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(matrix), torch.empty_like(matrix)
+
+
+@cholesky_gradient.register_fake
+def _(matrix: Tensor, *others: Tensor) -> Tensor:
+    return torch.empty_like(matrix)
+
+
+def _call(name: str, matrix: Tensor, *others: Tensor) -> None:
+    parts = [part.contiguous() for part in (matrix, *others)]
+    library, _ = _load("cholesky.cpp")
+    sizes = ctypes.c_int64(matrix[..., 0, 0].numel()), ctypes.c_int64(matrix.shape[-1])
+    getattr(library, name)(*sizes, *(ctypes.c_void_p(part.data_ptr()) for part in parts))
 
 
 def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
@@ -228,14 +324,27 @@ def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
     return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={own}"
 
 
+def reason_against(family: Any, features: int, dtype: torch.dtype = torch.float32) -> str:
+    """Compile the native E-step of a family of densities; return why it cannot be used, or an empty string."""
+    kind = getattr(family, "whitening", None)
+    if kind is None or (kind == "full" and features > _MOST_FEATURES):
+        return f"it has no code for {family.name} of {features} features"
+    return _load("native.cpp", *_variant(kind, features, dtype))[1]
+
+
 def _require(kind: str, features: int, dtype: torch.dtype) -> None:
-    library, message = _load(*_variant(kind, features, dtype))
+    library, message = _load("native.cpp", *_variant(kind, features, dtype))
     if library is None:
         raise RuntimeError(f"the native backend cannot be compiled: {message}")
 
 
+@torch.compiler.assume_constant_result
+def _is_available(*source: str) -> bool:
+    return _load(*source)[0] is not None
+
+
 @functools.cache
-def _load(*definitions: str) -> tuple[Any, str]:
+def _load(source: str, *definitions: str) -> tuple[Any, str]:
     """Return the compiled library, or ``None`` and the reason why there is none."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -245,15 +354,15 @@ def _load(*definitions: str) -> tuple[Any, str]:
         cpu = Path("/proc/cpuinfo")
         lines = cpu.read_text().splitlines() if cpu.exists() else []
         features = next((line for line in lines if line.startswith("flags")), platform.machine())
-        sources = (source.read_text() for source in _SOURCES)
-        key = "\n".join([*sources, version, features, *_FLAGS, *definitions])
-        target = _folder() / f"e_step_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        texts = (path.read_text() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h"))
+        key = "\n".join([*texts, version, features, *_FLAGS, source, *definitions])
+        target = _folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not target.exists():
             # Under a name of its own first: several processes may compile at once.
             handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             try:
-                command = [compiler, *_FLAGS, *definitions, str(_SOURCES[0]), "-o", name]
+                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", name]
                 subprocess.run(command, capture_output=True, text=True, check=True)
                 os.replace(name, target)
             finally:

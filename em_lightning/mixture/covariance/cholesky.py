@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from em_lightning.mixture.backends import native
 
 # Up to this size a factorization written out over (...,) tensors is faster on a CPU than the library's loop over
 # matrices. On a GPU it would be about 40 launches.
@@ -35,8 +37,14 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
 
     A matrix that rounding made indefinite is factored with the smallest pivots (..., D).
     """
+    if native.factorizes(matrix):
+        return Factor(*native.cholesky(matrix, pivots))
+    return _cholesky_in_torch(matrix, pivots)
+
+
+def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     if matrix.shape[-1] <= _UNROLLED_SIZE and matrix.device.type == "cpu":
-        return _unrolled_cholesky(matrix, pivots)
+        return _unrolled_cholesky(0.5 * (matrix + matrix.mT), pivots)
     with torch.no_grad():  # gradients of a failed factorization are NaN, so failures are replaced beforehand
         failed = (torch.linalg.cholesky_ex(matrix).info != 0)[..., None, None]
     diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()
@@ -78,3 +86,18 @@ def _assemble(rows: list[list[Tensor]]) -> Tensor:
     size, zero = len(rows), torch.zeros_like(rows[0][0])
     entries = [entry for row in rows for entry in (*row, *[zero] * (size - len(row)))]
     return torch.stack(entries, -1).unflatten(-1, (size, size))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, grad_scale: Tensor, grad_inverse: Tensor) -> tuple[Tensor, None]:
+    matrix, pivots, scale, inverse = ctx.saved_tensors
+    if torch.is_grad_enabled():  # for second derivatives
+        factors = _cholesky_in_torch(matrix, pivots)
+        return torch.autograd.grad(factors, matrix, (grad_scale, grad_inverse), create_graph=True)[0], None
+    return native.cholesky_gradient(matrix, pivots, scale, inverse, grad_scale, grad_inverse), None
+
+
+native.cholesky.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,125 @@
+// Diagonal and spherical covariances of any number of features: one feature at a time.
+
+// A Component whitens points, y = W (u - mean), and works on sums of [1, y, s(y)], where s(y) holds the products y_i y_j
+// (j <= i), the squares y_i^2, or |y|^2. A block u of points holds kSteps vectors per feature.
+
+#include "native_vectors.h"
+
+namespace {
+
+constexpr bool kKeeps = false;
+constexpr int kRows = 0;      // whitened points are not kept
+constexpr int kUnrolled = 4;  // steps are a multiple of it
+constexpr int kGrain = kLanes;  // points without responsibilities that count are skipped by vectors
+constexpr bool kDiagonal = KIND == 1;
+inline int num_sums(int64_t features) { return kDiagonal ? 1 + 2 * features : 2 + features; }
+inline int factor_size(int64_t features) { return kDiagonal ? features : 1; }
+
+// See the functions of the same names for full covariances.
+inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t features, double* result) {
+  std::fill(result, result + num_sums(features), 0.0);
+  result[0] = sums[0];
+  for (int i = 0; i < features; ++i) {
+    const double own = scale[kDiagonal ? i : 0], shift = own * sums[1 + i];
+    double& second = result[1 + features + (kDiagonal ? i : 0)];
+    result[1 + i] = mu[i] * sums[0] + shift;
+    second += mu[i] * (result[1 + i] + shift);
+    if (kDiagonal || i == 0) second += own * own * sums[1 + features + i];
+  }
+}
+
+inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t features,
+                            double* result) {
+  result[0] = grads[0];
+  for (int i = 0; i < features; ++i) {
+    const int second = 1 + features + (kDiagonal ? i : 0);
+    const double own = scale[kDiagonal ? i : 0];
+    result[0] += mu[i] * (grads[1 + i] + mu[i] * grads[second]);
+    result[1 + i] = own * (grads[1 + i] + 2 * mu[i] * grads[second]);
+    result[second] = own * own * grads[second];
+  }
+}
+
+inline int gradient_size(int64_t features) { return num_sums(features); }
+inline void store_gradient(const double* own, int64_t features, Real* result) {
+  std::copy(own, own + num_sums(features), result);
+}
+
+inline void parameter_gradient(const double* sums, const double* scale, const double* w, int64_t features,
+                               double* result) {
+  result[0] = sums[0];
+  for (int i = 0; i < features; ++i) result[1 + i] = w[kDiagonal ? i : 0] * sums[1 + i];
+  for (int i = 0; i < factor_size(features); ++i) result[1 + features + i] = -scale[i] * sums[1 + features + i];
+}
+
+struct Component {
+  Real peak;
+  int features;
+  std::vector<Real> offset, inverse;  // y = inverse (u - mean) = inverse u + offset
+
+  Component(const double* w, const double* mu, double top, int64_t d)
+      : peak(top * kLog2e), features(d), offset(d), inverse(d) {
+    for (int i = 0; i < features; ++i) {
+      const double own = w[kDiagonal ? i : 0];
+      inverse[i] = Real(own);
+      offset[i] = Real(-double(inverse[i]) * mu[i]);
+    }
+  }
+
+  void score(const V* u, int steps, V*, V* score) const {
+    for (int s = 0; s < steps; s += kUnrolled) {
+      V square[kUnrolled] = {};
+      for (int i = 0; i < features; ++i)
+        for (int t = 0; t < kUnrolled; ++t) {
+          const V y = y_of(u, i, s + t);
+          square[t] += y * y;
+        }
+      for (int t = 0; t < kUnrolled; ++t) score[s + t] = peak - Real(0.5 * kLog2e) * square[t];
+    }
+  }
+
+  const V* whitened(const V*, int, V* white) const { return white; }
+
+  void add(const V* u, const V*, int steps, const V* r, V* sums) const {
+    for (int s = 0; s < steps; ++s) sums[0] += r[s];
+    V all = {};
+    for (int i = 0; i < features; ++i) {
+      V first = {}, second = {};
+      for (int s = 0; s < steps; ++s) {
+        const V y = y_of(u, i, s), weighted = r[s] * y;
+        first += weighted;
+        second += weighted * y;
+      }
+      sums[1 + i] += first;
+      if (kDiagonal) sums[1 + features + i] += second;
+      all += second;
+    }
+    if (!kDiagonal) sums[1 + features] += all;
+  }
+
+  void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
+    std::fill(slope, slope + steps, V{} + gradient[0]);
+    for (int i = 0; i < features; ++i) {
+      const Real second = gradient[1 + features + (kDiagonal ? i : 0)];
+      for (int s = 0; s < steps; ++s) {
+        const V y = y_of(u, i, s);
+        slope[s] += y * (gradient[1 + i] + second * y);
+      }
+    }
+  }
+
+  void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+    for (int i = 0; i < features; ++i) {
+      const Real first = gradient[1 + i], second = 2 * gradient[1 + features + (kDiagonal ? i : 0)];
+      for (int s = 0; s < steps; ++s) {
+        const V y = y_of(u, i, s);
+        grad_u[i * kSteps + s] += inverse[i] * (r[s] * (first + second * y) - slope[s] * y);
+      }
+    }
+  }
+
+ private:
+  V y_of(const V* u, int i, int s) const { return inverse[i] * u[i * kSteps + s] + offset[i]; }
+};
+
+}  // namespace

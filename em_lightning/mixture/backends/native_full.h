@@ -1,0 +1,85 @@
+// Full covariances: sums of whitened points, their change of coordinates, and its gradients.
+//
+// A Component whitens points, y = W (u - mean), and works on sums of [1, y, y_i y_j for j <= i]. A block u of points holds
+// kSteps vectors per feature.
+
+#include "native_vectors.h"
+
+namespace {
+
+constexpr int D = FEATURES;
+using Matrix = double[D][D];
+inline int num_sums(int64_t) { return 1 + D + D * (D + 1) / 2; }
+inline int factor_size(int64_t) { return D * D; }
+inline int lower(int i, int j) { return 1 + D + i * (i + 1) / 2 + j; }              // the place of y_i y_j, j <= i
+inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i; }  // the place of z_i z_j, i <= j
+
+// The sums of [1, z, s(z)] for those of [1, y, s(y)].
+inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t, double* result) {
+  double shift[D] = {};
+  static thread_local Matrix product;  // L S
+  for (int i = 0; i < D; ++i) {
+    for (int j = 0; j <= i; ++j) shift[i] += scale[i * D + j] * sums[1 + j];
+    for (int b = 0; b < D; ++b) {
+      double total = 0.0;
+      for (int a = 0; a <= i; ++a) total += scale[i * D + a] * sums[lower(std::max(a, b), std::min(a, b))];
+      product[i][b] = total;
+    }
+  }
+  result[0] = sums[0];
+  for (int i = 0; i < D; ++i) {
+    result[1 + i] = mu[i] * sums[0] + shift[i];
+    for (int j = i; j < D; ++j) {
+      double total = mu[j] * result[1 + i] + mu[i] * shift[j];
+      for (int b = 0; b <= j; ++b) total += product[i][b] * scale[j * D + b];
+      result[upper(i, j)] = total;
+    }
+  }
+}
+
+// The transpose of unwhiten: the gradient of [1, y, s(y)] for that of [1, z, s(z)].
+inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t, double* own) {
+  double linear[D];
+  static thread_local Matrix product;  // L^T G, with the upper triangle G of gradients
+  std::fill(own, own + num_sums(D), 0.0);
+  own[0] = grads[0];
+  for (int i = 0; i < D; ++i) linear[i] = grads[1 + i];
+  for (int i = 0; i < D; ++i) {
+    own[0] += mu[i] * grads[1 + i];
+    for (int j = i; j < D; ++j) {
+      const double pair = grads[upper(i, j)];
+      own[0] += pair * mu[i] * mu[j];
+      linear[i] += pair * mu[j];
+      linear[j] += pair * mu[i];
+    }
+  }
+  for (int a = 0; a < D; ++a)
+    for (int j = 0; j < D; ++j) {
+      product[a][j] = 0.0;
+      for (int i = a; i <= j; ++i) product[a][j] += scale[i * D + a] * grads[upper(i, j)];
+    }
+  for (int j = 0; j < D; ++j)
+    for (int b = 0; b <= j; ++b) {
+      own[1 + b] += scale[j * D + b] * linear[j];
+      for (int a = 0; a <= j; ++a) own[lower(std::max(a, b), std::min(a, b))] += product[a][j] * scale[j * D + b];
+    }
+}
+
+// The gradients of peak, mean and W from the sums of [1, y, s(y)], weighted by the derivative of g.
+inline void parameter_gradient(const double* sums, const double* scale, const double* w, int64_t, double* result) {
+  std::fill(result, result + 1 + D + D * D, 0.0);
+  result[0] = sums[0];
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j <= i; ++j) {
+      result[1 + j] += w[i * D + j] * sums[1 + i];
+      for (int a = 0; a <= j; ++a) result[1 + D + i * D + j] -= sums[lower(i, a)] * scale[j * D + a];
+    }
+}
+
+}  // namespace
+
+#if FEATURES <= 6
+#include "native_small.h"
+#else
+#include "native_wide.h"
+#endif

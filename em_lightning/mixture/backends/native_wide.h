@@ -1,0 +1,146 @@
+// Full covariances of more than 6 features: products of tiles of 4 rows and 2 vectors of points, in registers.
+
+// Keeps a value in a register, where the compiler would load it again for each use.
+#if defined(__x86_64__)
+#define KEEP(value) asm("" : "+x"(value))
+#else
+#define KEEP(value)
+#endif
+
+namespace {
+
+constexpr bool kKeeps = false;          // whitened points of all components
+constexpr int kRows = (D + 3) / 4 * 4;  // rows of whitened points and of matrices; those beyond D are zero
+constexpr int kUnrolled = 2;            // steps are a multiple of it
+constexpr int kGrain = 1;               // points without responsibilities that count are skipped one by one
+constexpr int kMatrix = kRows * kRows;
+constexpr int kChunk = 16;  // steps whose differences stay in the first-level cache
+inline int gradient_size(int64_t) { return 1 + D + 2 * kMatrix; }
+
+// Stores G, the lower triangle of the gradient of pairs, and G + G^T.
+inline void store_gradient(const double* own, int64_t, Real* result) {
+  std::copy(own, own + 1 + D, result);
+  Real *lower_half = result + 1 + D, *both = lower_half + kMatrix;
+  std::fill(lower_half, lower_half + 2 * kMatrix, Real(0));
+  for (int i = 0; i < D; ++i)
+    for (int j = 0; j <= i; ++j) {
+      lower_half[i * kRows + j] = both[i * kRows + j] = both[j * kRows + i] = Real(own[lower(i, j)]);
+      if (i == j) both[i * kRows + i] *= 2;
+    }
+}
+
+// Calls use(row, s, sum) with sum_j matrix[row][j] in[j][s] for all rows and steps; j is at most the last row of a tile of
+// a lower triangle.
+template <bool kTriangle, int kStride = kSteps, class Use>
+inline void multiply(const Real* matrix, const V* in, int steps, Use use) {
+  for (int row = 0; row < kRows; row += 4) {
+    const int columns = kTriangle ? std::min(row + 4, D) : D;
+    for (int s = 0; s < steps; s += kUnrolled) {
+      V sums[4][kUnrolled] = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < columns; ++j) {
+        V own[kUnrolled];
+        for (int t = 0; t < kUnrolled; ++t) {
+          own[t] = in[j * kStride + s + t];
+          KEEP(own[t]);
+        }
+        for (int r = 0; r < 4; ++r)
+          for (int t = 0; t < kUnrolled; ++t) sums[r][t] += matrix[(row + r) * kRows + j] * own[t];
+      }
+      for (int r = 0; r < 4; ++r)
+        for (int t = 0; t < kUnrolled; ++t) use(row + r, s + t, sums[r][t]);
+    }
+  }
+}
+
+struct Component {
+  Real peak, mean[D], offset[kRows] = {}, inverse[kMatrix] = {}, transposed[kMatrix] = {};
+
+  Component(const double* w, const double* mu, double top, int64_t) : peak(top * kLog2e) {
+    for (int i = 0; i < D; ++i) mean[i] = Real(mu[i]);
+    for (int i = 0; i < D; ++i) {
+      double rest = 0.0;  // rounding error of the mean, after whitening
+      for (int j = 0; j <= i; ++j) {
+        rest += w[i * D + j] * (double(mean[j]) - mu[j]);
+        inverse[i * kRows + j] = transposed[j * kRows + i] = Real(w[i * D + j]);
+      }
+      offset[i] = Real(rest);
+    }
+  }
+
+  void score(const V* u, int steps, V*, V* score) const {
+    V square[kSteps] = {};
+    whiten(u, steps, [&](int, int s, V y) { square[s] += y * y; });
+    for (int s = 0; s < steps; ++s) score[s] = peak - Real(0.5 * kLog2e) * square[s];
+  }
+
+  // Whitened points of all components would not stay in a cache: those that count are computed again.
+  const V* whitened(const V* u, int steps, V* white) const {
+    whiten(u, steps, [&](int i, int s, V y) { white[i * kSteps + s] = y; });
+    return white;
+  }
+
+  // sums += sum r [1, y, y_i y_j]
+  void add(const V*, const V* white, int steps, const V* r, V* sums) const {
+    V weighted[kRows * kSteps];
+    for (int s = 0; s < steps; ++s) sums[0] += r[s];
+    for (int i = 0; i < kRows; ++i) {
+      V first = {};
+      for (int s = 0; s < steps; ++s) first += weighted[i * kSteps + s] = r[s] * white[i * kSteps + s];
+      if (i < D) sums[1 + i] += first;
+    }
+    for (int row = 0; row < kRows; row += 4)
+      for (int column = 0; column < row + 4; column += 2) {
+        V own[4][2] = {};
+        for (int s = 0; s < steps; ++s) {
+          V left = white[column * kSteps + s], right = white[(column + 1) * kSteps + s];
+          KEEP(left);
+          KEEP(right);
+          for (int i = 0; i < 4; ++i) {
+            V outer = weighted[(row + i) * kSteps + s];
+            KEEP(outer);
+            own[i][0] += outer * left;
+            own[i][1] += outer * right;
+          }
+        }
+        for (int i = 0; i < 4; ++i)
+          for (int j = 0; j < 2; ++j)
+            if (row + i < D && column + j <= row + i) sums[lower(row + i, column + j)] += own[i][j];
+      }
+  }
+
+  // slope = gradient . [1, y, y_i y_j]
+  void slope(const V*, const V* white, int steps, const Real* gradient, V* slope) const {
+    std::fill(slope, slope + steps, V{} + gradient[0]);
+    multiply<true>(gradient + 1 + D, white, steps, [&](int i, int s, V sum) {
+      if (i < D) slope[s] += (sum + gradient[1 + i]) * white[i * kSteps + s];
+    });
+  }
+
+  // grad_u += W^T (r d(gradient . [1, y, y_i y_j]) / dy - slope y)
+  void pull(const V*, const V* white, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+    V outer[kRows * kSteps];
+    multiply<false>(gradient + 1 + D + kMatrix, white, steps, [&](int i, int s, V sum) {
+      outer[i * kSteps + s] = r[s] * (sum + (i < D ? gradient[1 + i] : Real(0))) - slope[s] * white[i * kSteps + s];
+    });
+    multiply<false>(transposed, outer, steps, [&](int i, int s, V sum) {
+      if (i < D) grad_u[i * kSteps + s] += sum;
+    });
+  }
+
+ private:
+  template <class Use>
+  void whiten(const V* u, int steps, Use use) const {
+    V difference[D * kChunk];
+    for (int first = 0; first < steps; first += kChunk) {
+      const int count = std::min(kChunk, steps - first);
+      for (int i = 0; i < D; ++i)
+        for (int s = 0; s < count; ++s) difference[i * kChunk + s] = u[i * kSteps + first + s] - mean[i];
+      multiply<true, kChunk>(inverse, difference, count, [&](int i, int s, V sum) {
+        use(i, first + s, sum + offset[i]);
+      });
+    }
+  }
+};
+
+}  // namespace
