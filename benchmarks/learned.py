@@ -29,7 +29,7 @@ from em_lightning.studies.mixture_report import learned_result
 SIZES, NOISES = (32, 64, 128, 256, 512, 1024, 2048), (0.0, 0.02)
 NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512
 # Chosen on the validation clouds.
-INFERENCE = {"num_starts": 8, "exact_iters": 40}
+INFERENCE = {"num_starts": 8, "exact_iters": 75}
 FLAT = ("box", "pyramid", "prism", "table", "chair")
 
 
@@ -174,7 +174,7 @@ def elsewhere(folder, module, root, sizes):
                 if found is None or number_of(method) < NUM_TEST:
                     continue
                 if components != 16:  # settings depend on the number of components
-                    val, _ = clouds_of(size, noise, "val", NUM_VAL)
+                    val, _ = clouds_of(size, noise, "val", 18)
                     found = {"setting": tune(method, val, components)}
                 rivals[method.name] = measure(method, clouds, components, found["setting"]).scores
             best = max(rivals, key=lambda name: float(rivals[name].mean()))

@@ -9,7 +9,7 @@ from em_lightning.data import ProceduralSurfaces
 from em_lightning.modules import PointCloudGMM
 from em_lightning.plots import mixture_page
 from em_lightning.studies.density_fits import Clouds, Method, baselines, em_scores, kernel_scores, measure, tune
-from em_lightning.studies.mixture_report import verdict
+from em_lightning.studies.mixture_report import verdict_by_size
 
 
 def surfaces(**options):
@@ -117,7 +117,7 @@ def test_settings_are_chosen_on_validation_clouds():
 
 
 def test_the_verdict_names_the_sizes_above_and_below():
-    told = verdict({size: {"EM": torch.zeros(3), "trained operator": torch.full((3,), gain)} for size, gain in
+    told = verdict_by_size({size: {"EM": torch.zeros(3), "trained operator": torch.full((3,), gain)} for size, gain in
                     ((32, 0.5), (64, -0.25))})  # fmt: skip
     assert told == (
         "The trained operator is above every classical fit at 32 points (+0.500 ± 0.000 over EM) and is not above "

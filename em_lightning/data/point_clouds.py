@@ -88,7 +88,9 @@ class PointCloudDataModule(SplitDataModule):
     def describe(self) -> str:
         counts = ", ".join(f"{len(data)} {split}" for split, data in self.datasets.items())
         counts = f": {counts} clouds" if counts else ""
-        return f"{self.source}, {self.num_points} points per cloud to fit and as many held out{counts}"
+        changes = f", noise {self.noise}" if self.noise else ""
+        changes += f", up to {self.holes} missing regions" if self.holes else ""
+        return f"{self.source}, {self.num_points} points per cloud to fit and as many held out{changes}{counts}"
 
     def setup(self, stage: str | None = None) -> None:
         """Create the datasets of all splits, once."""

@@ -70,10 +70,10 @@ class EMOperator(SetOperator):
         \mu_k = \frac{1}{N_k} \sum_n r_{nk} x_n, \quad
         \Sigma_k = \frac{1}{N_k} \sum_n r_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top + \epsilon I
 
-    and then ``mu <- mu + MLP_mu(.)`` and ``Sigma <- Sigma + MLP_Sigma(.)``, parametrized so that ``Sigma`` stays
-    positive definite. Both MLPs start at zero: **an untrained operator is exactly classical EM**. The last
-    correction is dropped for sets whose log-likelihood it lowers by more than 0.5 nats per point. The result is
-    invariant to the order of the points and equivariant to permutations of the initial components.
+    with pseudo-counts, means and covariances corrected by a :class:`ResidualCorrection`, which keeps ``Sigma`` positive
+    definite and starts at zero: **an untrained operator is exactly classical EM**. The last correction is dropped for
+    sets whose log-likelihood it lowers by more than the optimism of the fit. The result is invariant to the order of
+    the points and equivariant to permutations of the initial components.
 
     Args:
         num_components: K.
@@ -294,10 +294,8 @@ class EMOperator(SetOperator):
         if self.correction is None:
             return after, objective
         correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
-        corrected = after
-        if sets.prior is not None:
-            prior = correction.pseudo_counts(sets.prior, self.family)
-            corrected = m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
+        prior = None if sets.prior is None else correction.pseudo_counts(sets.prior, self.family)
+        corrected = m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Earlier corrections are followed by an exact iteration.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective

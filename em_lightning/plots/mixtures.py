@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from em_lightning.files import write_whole
@@ -134,7 +134,7 @@ def curves(
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if log_x:
         ax.set_xscale("log")
-        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
     ax.legend(loc="best")
     return figure
 
