@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close, detached, parts
+from lightning.pytorch.plugins import MixedPrecision
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch.utils.data import DataLoader, TensorDataset
@@ -309,3 +310,16 @@ def test_gpu_equals_scikit_learn_on_cpu(kind, precision, tmp_path):
     fit.fit(module, TabularDataModule(x.float(), block_rows=1000))
     expected = sklearn_of(x, start, kind, 20)
     assert_same(Mixture(*(part.cpu() for part in parts(module.mixture))), expected, kind, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+def test_a_gradient_scaler_changes_nothing(method, tmp_path):
+    """Lightning replaces 16-mixed by bf16 on a CPU, so the plugin with its scaler is given."""
+    levels = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]):
+        lightning.seed_everything(0)
+        data = GaussianBlobs(num_points=600, num_features=2, true_components=3, block_rows=256)
+        module = GaussianMixtureModule(3, 2, method=method)
+        trainer(tmp_path, max_epochs=3, plugins=plugins).fit(module, data)
+        levels.append(float(module.log_likelihood))
+    assert levels[0] == pytest.approx(levels[1])

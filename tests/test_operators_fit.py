@@ -304,3 +304,17 @@ X = torch.randn(2, 10, 3)
 )
 def test_wrong_arguments_raise(call, error, words):
     assert_raises(error, words, call)
+
+
+def test_balanced_components_couple_the_points_of_a_set_and_nothing_else():
+    x = torch.randn(2, 30, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(2, 30, generator=torch.Generator().manual_seed(1)) < 0.7
+    operator = EMOperator(3, 2, competition="balanced", residual=False, num_iters=3)
+    mixture = operator(torch.where(mask.unsqueeze(-1), x, 1e3), mask)
+    responsibilities = operator.posterior(x, mixture, mask).responsibilities
+    for n in range(2):
+        alone = operator(x[n : n + 1, mask[n]])
+        torch.testing.assert_close(mixture.means[n], alone.means[0])
+        torch.testing.assert_close(mixture.weights[n], torch.full((3,), 1 / 3).double())
+        expected = operator.posterior(x[n : n + 1, mask[n]], alone).responsibilities[0]
+        torch.testing.assert_close(responsibilities[n, mask[n]], expected)

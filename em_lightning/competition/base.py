@@ -63,7 +63,8 @@ class Competition(Tempered):
     Attributes:
         function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
         options: names of the attributes that are passed to the function as keyword arguments.
-        couples_items: whether the posterior of an item depends on the other items of its set.
+        couples_items: whether the posterior of an item depends on the other items of its set; ``forward`` then takes
+            the axis ``item_dim`` of the items and a ``mask`` of those that count.
     """
 
     function: Callable[..., Posterior]

@@ -121,7 +121,7 @@ def background(
     if log_prior is not None:
         log_prior = align(dim, log_prior, energies).expand_as(energies)
         log_prior = torch.cat([log_prior, log_prior.new_zeros(shape)], axis)
-    energy = torch.as_tensor(energy, dtype=energies.dtype, device=energies.device)
+    energy = energy.to(energies) if isinstance(energy, Tensor) else energies.new_full((), energy)
     return softmin(torch.cat([energies, energy.expand(shape)], axis), temperature, log_prior, dim)
 
 

@@ -11,6 +11,9 @@ from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
 
+_ANNEALED_FRACTION = 0.75  # of the solver's steps decrease the temperature to T
+_LARGEST_MOVE = 4.0  # of a price in one Newton step, in units of the temperature
+
 
 def balanced(
     energies: Tensor,
@@ -20,6 +23,7 @@ def balanced(
     *,
     item_dim: int | None = None,
     num_iters: int = 40,
+    mask: Tensor | None = None,
 ) -> Posterior:
     r"""Competition in which every hypothesis receives the same total responsibility N / K over the N items.
 
@@ -34,7 +38,8 @@ def balanced(
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
     decrease to T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0
-    and F = +inf and does not count in N.
+    and F = +inf and does not count in N, and a hypothesis without any has no share. Where the other exclusions leave no
+    way to satisfy both constraints, the second one is violated.
 
     Args:
         energies: d, shape (..., K) with the hypotheses on axis ``dim``.
@@ -44,10 +49,11 @@ def balanced(
         item_dim: axis of the N items; all further axes are independent problems. ``None`` treats all axes but ``dim``
             as items.
         num_iters: number of solver steps; each solves one K x K system.
+        mask: booleans of the shape of the energies without ``dim``; False items do not count and have r = 0 and F = 0.
 
     Raises:
-        ValueError: ``item_dim`` equals ``dim``, ``num_iters`` is less than 1, or ``log_prior`` has a shape other than
-            (K,).
+        ValueError: ``item_dim`` equals ``dim``, ``num_iters`` is less than 1, or ``log_prior`` or ``mask`` has a wrong
+            shape.
 
     Example:
         >>> posterior = balanced(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
@@ -66,18 +72,20 @@ def balanced(
             f"log_prior of shape {tuple(log_prior.shape)} must have one entry for each of the {energies.shape[axis]} "
             f"hypotheses"
         )
-    moved = widen(energies).to(accumulation_dtype(energies)).movedim(axis, -1)
-    if item_dim is not None:
-        item = item_dim % energies.ndim
-        item -= item > axis
-        moved = moved.movedim(item, -2)
-    shape = moved.shape
-    table = moved.reshape(-1, shape[-1]) if item_dim is None else moved
+    if mask is not None:
+        if mask.shape != energies.shape[:axis] + energies.shape[axis + 1 :] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask {tuple(mask.shape)} of dtype {mask.dtype} must be boolean, of the shape of energies"
+            )
+        energies = energies.masked_fill(~mask.unsqueeze(axis), torch.inf)
+    dims = (axis,) if item_dim is None else (item_dim % energies.ndim, axis)
+    last = tuple(range(-len(dims), 0))
+    moved = widen(energies).to(accumulation_dtype(energies)).movedim(dims, last)
+    table = moved.reshape(-1, moved.shape[-1]) if item_dim is None else moved
     free, responsibilities = _transport(table, temperature, log_prior, num_iters)
-    free, responsibilities = free.reshape(shape[:-1]), responsibilities.reshape(shape)
-    if item_dim is not None:
-        free, responsibilities = free.movedim(-1, item), responsibilities.movedim(-2, item)
-    responsibilities = responsibilities.movedim(-1, axis)
+    responsibilities = responsibilities.reshape(moved.shape).movedim(last, dims)
+    free = free.reshape(*moved.shape[:-1], 1).movedim(last, dims).squeeze(axis)
+    free = free if mask is None else free.masked_fill(~mask, 0.0)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))
 
 
@@ -88,7 +96,8 @@ def _transport(
     if d.shape[-2] == 0:
         return d.sum(-1), d
     t = torch.as_tensor(temperature, dtype=d.dtype, device=d.device).reshape(())
-    share = (d.new_zeros(d.shape[-1]) if log_prior is None else log_prior.to(d.dtype)).softmax(-1)
+    share = (d.new_zeros(d.shape[-1]) if log_prior is None else log_prior.to(d.dtype)).expand_as(d[..., 0, :])
+    share = share.masked_fill((d == torch.inf).all(-2), torch.finfo(d.dtype).min).softmax(-1)
     # F(d + c) = F(d) + c for each item, so the derivatives do not depend on the shift.
     lowest = d.detach().amin(-1, keepdim=True)
     excluded = d == torch.inf
@@ -116,9 +125,9 @@ def _compete(d: Tensor, excluded: Tensor, prices: Tensor, temperature: Tensor) -
 @torch.no_grad()
 def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
     """Return the dual variables g (..., K) and the matrix of the Newton system at them (..., K, K)."""
-    # At a quarter of the range of the energies, Sinkhorn steps mix all hypotheses.
-    spread = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
-    initial = (spread / (4 * temperature)).clamp_min(1.0)
+    # Start at a quarter of the range of the energies, where Sinkhorn steps mix all hypotheses.
+    energy_range = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
+    initial_ratio = (energy_range / (4 * temperature)).clamp_min(1.0)
     prices = torch.zeros_like(d[..., 0, :])
     least = torch.finfo(d.dtype).tiny
     items, size = mass.sum(-1, keepdim=True), mass.shape[-1]
@@ -131,11 +140,11 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
         return total, total.diag_embed() - responsibilities.mT @ responsibilities + ridge
 
     for step in range(num_iters):
-        t = temperature * initial ** (1 - min(step / (0.75 * num_iters), 1.0))
-        prices = prices + t * (mass / totals(t)[0].clamp_min(least)).log()
+        t = temperature * initial_ratio ** (1 - min(step / (_ANNEALED_FRACTION * num_iters), 1.0))
+        prices = prices + t * (mass.clamp_min(least) / totals(t)[0].clamp_min(least)).log()
         total, system = totals(t)
         move = torch.linalg.solve(system, (mass - total).unsqueeze(-1)).squeeze(-1)
-        prices = prices + t * move * (4 / move.abs().amax(-1, keepdim=True).clamp_min(4.0))
+        prices = prices + t * move * (_LARGEST_MOVE / move.abs().amax(-1, keepdim=True).clamp_min(_LARGEST_MOVE))
     return prices, totals(temperature.reshape(1))[1]
 
 
@@ -158,3 +167,18 @@ class Balanced(Competition):
         super().__init__(temperature, learnable, dim)
         check_at_least(1, num_iters=num_iters)
         self.item_dim, self.num_iters = item_dim, num_iters
+
+    def forward(
+        self,
+        energies: Tensor,
+        log_prior: Tensor | None = None,
+        dim: int | None = None,
+        item_dim: int | None = None,
+        mask: Tensor | None = None,
+    ) -> Posterior:
+        """Return the posterior over the hypotheses; arguments are those of :func:`balanced`."""
+        dim = self.dim if dim is None else dim
+        item_dim = self.item_dim if item_dim is None else item_dim
+        return balanced(
+            energies, self.temperature, log_prior, dim, item_dim=item_dim, num_iters=self.num_iters, mask=mask
+        )

@@ -58,7 +58,10 @@ def m_step(
     mass, zeroth, first, second, _, background_mass, _ = statistics
     # Added to the mass as in scikit-learn, so that results agree step for step; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps
-    zeroth_eps = eps * torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
+    mean_irls_weight = 1.0
+    if zeroth is not mass:
+        mean_irls_weight = torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
+    zeroth_eps = eps * mean_irls_weight
     component_mass, mass = mass.sum(-1), mass + eps
     scatter_mass = mass
     if prior is not None:
@@ -73,7 +76,7 @@ def m_step(
         mass, background_mass = mass + prior.weight_count, background_mass + prior.weight_count
         component_mass = component_mass + prior.weight_count * mass.shape[1]
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)
-    log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
+    log_weights = (mass / mass.sum(-1, keepdim=True)).log()
     if background is not None:
         log_weights = background.update_weights(log_weights, component_mass, background_mass)
     return Parameters(log_weights, means, covariances)

@@ -117,7 +117,9 @@ class MixturePrior(nn.Module):
             variance = variance * (num_components ** (-2.0 / features) if self.share is None else self.share)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
-        axes = covariance.second_degree(torch.eye(features).to(variance).unsqueeze(0))[0]  # (S, D)
+        axes = covariance.second_degree(torch.eye(features, dtype=dtype, device=variance.device).unsqueeze(0))[
+            0
+        ]  # (S, D)
         return PseudoCounts(
             self.count("weight", dtype),
             self.count("mean", dtype),

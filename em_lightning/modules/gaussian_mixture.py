@@ -242,6 +242,9 @@ class GaussianMixtureModule(EMModule):
         """Backpropagate for the gradient method; EM needs no backward pass."""
         if self.method == "gradient":
             super().backward(loss, *args, **kwargs)
+        elif self.trainer.scaler is not None:  # of 16-mixed precision, which fails without any gradient
+            for parameter in self.parameters():
+                parameter.grad = torch.zeros_like(parameter)
 
     def forward(self, points: Tensor) -> Any:
         """Return the posterior of points (n, D): energies and responsibilities (n, K), free energy (n,)."""

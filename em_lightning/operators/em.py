@@ -198,7 +198,8 @@ class EMOperator(SetOperator):
         features = points.lift()
         joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
         joint = with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
-        return self.competition(-joint.mT.to(x.dtype))
+        coupling = {"item_dim": 1, "mask": mask} if self.competition.couples_items else {}
+        return self.competition(-joint.mT.to(x.dtype), **coupling)
 
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
@@ -286,7 +287,8 @@ class EMOperator(SetOperator):
         softmin = isinstance(competition, Softmin)
 
         def respond(joint: Tensor) -> Tensor:
-            return competition(-joint / temperature, dim=1).responsibilities
+            coupling = {"item_dim": 2, "mask": sets.given.mask} if competition.couples_items else {}
+            return competition(-joint / temperature, dim=1, **coupling).responsibilities
 
         statistics = e_step(
             points,
@@ -298,8 +300,10 @@ class EMOperator(SetOperator):
             couples_points=competition.couples_items,
         )
         after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
+        if not with_objective:
+            return after, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
-        return after, self._with_prior(sets, state, likelihood, log_likelihood) if with_objective else log_likelihood
+        return after, self._with_prior(sets, state, likelihood, log_likelihood)
 
     def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
         """Return corrected parameters, or plain ones for sets whose likelihood the correction lowers too much."""

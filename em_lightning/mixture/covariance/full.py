@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.parameters import Parameters
 
 
@@ -88,11 +88,10 @@ class FullCovariance:
         precision = inverse.mT @ inverse
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
         peak = self.log_peak(log_weights, inverse, features)
-        constant = peak - 0.5 * (means * linear).sum(-1)
-        i, j = torch.triu_indices(features, features, device=means.device)
-        square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
-        square = square.expand(*linear.shape[:-1], -1)
-        return torch.cat([constant.unsqueeze(-1), linear, square], -1), peak
+        constant = peak.sub((means * linear).sum(-1), alpha=0.5)
+        negative = precision * (0.5 * identity(features, means) - 1.0)
+        square = [negative[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
+        return torch.cat([constant.unsqueeze(-1), linear, *square], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
@@ -108,7 +107,7 @@ class FullCovariance:
         Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
         """
         spread = self.matrix(self.average(scatter, mass), means.shape[-1])
-        return means, spread + floor[:, None, None, None] * torch.eye(means.shape[-1]).to(spread)
+        return means, spread + floor[:, None, None, None] * identity(means.shape[-1], spread)
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
         """Return the scatter (B, K, S) per mass (B, K)."""
@@ -120,10 +119,9 @@ class FullCovariance:
 
     def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
         """Return symmetric matrices (..., D, D) of their upper triangles (..., S)."""
-        i, j = torch.triu_indices(num_features, num_features, device=pairs.device)
-        place = torch.empty(num_features, num_features, dtype=torch.long, device=pairs.device)
-        place[i, j] = place[j, i] = torch.arange(len(i), device=pairs.device)
-        return pairs[..., place]
+        rows = pairs.split([*range(num_features, 0, -1)], -1)
+        entries = [part for i, row in enumerate(rows) for part in (*(rows[j][..., i - j, None] for j in range(i)), row)]
+        return torch.cat(entries, -1).unflatten(-1, (num_features, num_features))
 
     # Conversions.
 
@@ -222,7 +220,7 @@ class FullCovariance:
         E-step and those of ``covariances``; the correction is (B, K, correction_size).
         """
         features = covariances.shape[-1]
-        eye = torch.eye(features).to(covariances)
+        eye = identity(features, covariances)
         change = before.inverse @ after.scale
         change = change.mT @ change
         change = change / change.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1.0)[..., None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.covariance.full import FullCovariance, lower_triangle
 
 # Steps of EM for factor analysis: in an M-step, and to approximate a given full covariance.
@@ -57,7 +57,7 @@ class LowRankCovariance(FullCovariance):
 
     def _climb(self, spread: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, num_steps: int) -> Tensor:
         """Return loadings and noise after steps of EM for factor analysis of sample covariances (B, K, D, D)."""
-        eye = torch.eye(self.rank).to(spread)
+        eye = identity(self.rank, spread)
         variance = spread.diagonal(dim1=-2, dim2=-1)
         for _ in range(num_steps):
             weighted = loadings / noise.unsqueeze(-1)
@@ -82,7 +82,7 @@ class LowRankCovariance(FullCovariance):
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         """Return ``diag(variance)`` for every component, half of the first R variances in ``U``."""
         root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
-        share = torch.eye(variance.shape[-1], self.rank).to(root) * 0.5**0.5
+        share = 0.5**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
         loadings = root.unsqueeze(-1) * share
         noise = (root.square() - loadings.square().sum(-1)).sqrt()
         return torch.cat([loadings, noise.unsqueeze(-1)], -1)
@@ -95,7 +95,7 @@ class LowRankCovariance(FullCovariance):
         features = covariances.shape[-2]
         triangle = lower_triangle(correction[..., :-2], features)
         loadings, root = covariances[..., :-1], covariances[..., -1]
-        change = triangle - torch.eye(features).to(triangle)
+        change = triangle - identity(features, triangle)
         loadings = loadings + after.scale @ (change @ (after.inverse @ loadings))
         root = root * correction[..., :features].exp()
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
