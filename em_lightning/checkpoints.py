@@ -38,8 +38,13 @@ def check_archive(path: str | PathLike[str]) -> None:
         raise _invalid(path, f"{path.stat().st_size:,} bytes, {error}") from error
 
 
-def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
-    """Return the content of a checkpoint, with its CRCs checked and tensors and plain values only, on the CPU.
+def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dict[str, Any]:
+    """Return the content of a checkpoint on the CPU, with its CRCs checked.
+
+    Args:
+        path: the checkpoint.
+        weights_only: whether it may contain tensors, plain values and the classes in
+            ``torch.serialization.safe_globals`` only. False may run code that the file contains.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -47,14 +52,27 @@ def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
     """
     check_archive(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:  # not torch's message, which advises to load the file without protection
-        raise _invalid(path, "it contains more than tensors and plain values, which could run code") from error
+        checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except UnpicklingError as error:  # torch's message does not name all of the classes
+        raise ValueError(_untrusted(path)) from error
     except Exception as error:  # pickle and torch raise many kinds on altered files
         raise _invalid(path, error) from error
     if not isinstance(checkpoint, dict):
         raise _invalid(path, f"it contains a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint
+
+
+def _untrusted(path: str | PathLike[str]) -> str:
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # pickle and torch raise many kinds on altered files
+        names = []
+    listed = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+    return (
+        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code: {listed}); "
+        f"only if you trust its author, for instance if these are hyperparameters of your own, allow the classes by "
+        f"torch.serialization.safe_globals, or load it with weights_only=False"
+    )
 
 
 def _invalid(path: str | PathLike[str], reason: object) -> ValueError:

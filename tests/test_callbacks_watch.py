@@ -110,9 +110,49 @@ def test_audit_is_printed_and_logged_once(tmp_path, capsys):
     plain = users.MLP()
     quiet = EMAudit(printed=False)
     users.trainer(tmp_path, 1, [quiet]).fit(users.TwoOptimizers(), users.MLP.data())
-    assert capsys.readouterr().out == "" and not any(finding.em for finding in quiet.audit)
+    assert capsys.readouterr().out == "" and {one.operation for one in quiet.audit if one.em} == {"cross-entropy"}
     users.trainer(tmp_path, 1, [EMAudit(printed=False)]).fit(plain, users.MLP.data())
     torch.manual_seed(3)
     unwatched = users.MLP()
     users.trainer(tmp_path, 1).fit(unwatched, users.MLP.data())
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in unwatched.state_dict().items())
+
+
+class Acting(users.MLP):
+    """Its training step takes an iterator forward, which cannot be copied."""
+
+    def build(self):
+        super().build()
+        self.noise = (0.1 * i for i in range(100))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0] + next(self.noise), batch[1]), batch_idx)
+
+
+class FirstStepOnly(users.MLP):
+    """Its training step raises while it is audited."""
+
+    def training_step(self, batch, batch_idx):
+        if not self.training:
+            raise KeyError("only in training mode")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("cls", [Acting, FirstStepOnly])
+def test_an_audit_that_fails_warns_and_changes_nothing(cls, tmp_path):
+    states = []
+    for callbacks in ([], [EMAudit()]):
+        torch.manual_seed(0)
+        model = cls()
+        trainer = users.trainer(tmp_path, 1, callbacks)
+        if callbacks:
+            with pytest.warns(
+                UserWarning, match=r"EMAudit .*(Acting|only in training mode).*continues.*em_lightning.audit"
+            ):
+                trainer.fit(model, users.MLP.data())
+            assert callbacks[0].audit == []
+        else:
+            trainer.fit(model, users.MLP.data())
+        assert trainer.state.finished and trainer.global_step == 3
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

@@ -1,6 +1,9 @@
 """Atomic writes of files and checkpoints, and checks of damaged ones."""
 
+import dataclasses
+import enum
 import os
+import pydoc
 import signal
 import subprocess
 import sys
@@ -8,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import user_models as users
+from torch import nn
 
 import em_lightning
+from em_lightning.callbacks import InsertEMOperator, RestoreSurgery, SwapActivations
 from em_lightning.checkpoints import AtomicCheckpointIO
 from em_lightning.files import write_whole
+from em_lightning.surgery import read_plan, restore_surgery
 
 ROOT = Path(em_lightning.__file__).parents[1]
 
@@ -84,6 +91,85 @@ def test_a_truncated_checkpoint_raises(tmp_path):
             io.load_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="absent.ckpt"):
         io.load_checkpoint(tmp_path / "absent.ckpt")
+
+
+@dataclasses.dataclass
+class Settings:
+    hidden: int = 16
+    folder: Path = Path("data")
+
+
+class Mode(enum.Enum):
+    FAST = 1
+
+
+class Configured(users.MLP):
+    def __init__(self, settings, mode=Mode.FAST):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class Holder(users.MLP):
+    """Holds a module that is given, and with it the surgery on it, in its hyperparameters."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.save_hyperparameters()
+        self.encoder = encoder
+
+
+def encoder():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Attribute 'encoder' is an instance of `nn.Module`",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:`isinstance.treespec, LeafSpec.`",
+)
+@pytest.mark.parametrize("make", [lambda: Configured(Settings()), lambda: Holder(encoder())], ids=["plain", "module"])
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda: [SwapActivations("softmax_gated", arguments={"learnable": True}, calls="any")],
+        lambda: [InsertEMOperator("encoder.0", 2), InsertEMOperator("encoder.0", 3)],
+    ],
+    ids=["swap", "insert"],
+)
+def test_trusted_hyperparameters_of_any_class_are_restored(make, callbacks, tmp_path):
+    model, path = make(), str(tmp_path / "model.ckpt")
+    cls, data = type(model), users.MLP.data()
+    trainer = users.trainer(tmp_path, 1, callbacks())
+    trainer.fit(model, data)
+    trainer.save_checkpoint(path)
+    expected = [model.eval()(x) for x, _ in data]
+    for load in (
+        lambda: restore_surgery(cls, path),
+        lambda: users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(make(), data),
+    ):
+        with pytest.raises(ValueError, match="more than tensors.*(Settings|em_lightning)") as caught:
+            load()
+        assert "torch.serialization.safe_globals" in str(caught.value) and "weights_only=False" in str(caught.value)
+    restored = restore_surgery(cls, path, weights_only=False).eval()
+    assert all(torch.equal(restored(x), y) for (x, _), y in zip(data, expected, strict=True))
+    again = str(tmp_path / "again.ckpt")  # the plan is kept
+    trainer.strategy.connect(restored)
+    trainer.save_checkpoint(again)
+    assert read_plan(again, weights_only=False) == read_plan(path, weights_only=False)
+    fresh = make()
+    tester = users.trainer(tmp_path, 1, [RestoreSurgery(path, weights_only=False)])
+    found = tester.predict(fresh, data, ckpt_path=path, weights_only=False)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    if cls is Configured:
+        with torch.serialization.safe_globals([Settings, Mode, type(Path()), *safe_parts(path)]):
+            assert torch.equal(restore_surgery(cls, path).eval()(next(iter(data))[0]), expected[0])
+
+
+def safe_parts(path):
+    """Return what else a pickled Path needs in this version of Python."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [pydoc.locate(name) for name in names if name.startswith("pathlib")]
 
 
 def test_urls_are_handled_by_lightning():

@@ -125,29 +125,30 @@ def test_a_run_writes_results_figures_and_tensorboard_events(here, capsys):
     assert cli.main(["run", "point_cloud_gmm", *SMALL]) == 0
     folder = here / "lightning_logs" / "point_cloud_gmm" / "version_0"
     written = {path.name for path in folder.iterdir()}
-    pictures = {"clouds.png", "samples.png", "iterations.png", "training.png"}
-    assert pictures | {"results.md", "results.json", "config.yaml", "checkpoints"} <= written
+    pictures = {"clouds.png", "sizes.png", "times.png", "training.png"}
+    assert pictures | {"results.md", "results.json", "report.html", "config.yaml", "checkpoints"} <= written
     assert (folder / "checkpoints" / "last.ckpt").exists()
     rows = json.loads((folder / "results.json").read_text())["rows"]
-    assert [row["method"].split(",")[0] for row in rows] == [
-        "classical EM",
-        "scikit-learn GaussianMixture",
-        "trained operator",
-    ]
-    assert all(row["held-out log-likelihood (nats per point)"] < 10 and row["ms per cloud"] > 0 for row in rows)
+    names = [row["method"] for row in rows]
+    assert {"EM, tuned", "MAP-EM, tuned", "kernel density", "scikit-learn, tuned"} < set(names)
+    assert names[-1] == "trained operator"
+    assert all(row["N = 32"] < 10 and row["ms, N = 32"] > 0 for row in rows)
     printed = capsys.readouterr().out
-    assert "Data: procedural surfaces" in printed and "| trained operator, 2 steps |" in printed
+    assert "Data: procedural surfaces" in printed and "| trained operator |" in printed
+    result, files, command = printed.strip().splitlines()[-3:]
+    assert result.startswith("The trained operator is ")
+    assert files.startswith(f"Files in {folder.relative_to(here)}: clouds.png") and "results.md" in files
+    assert command == f"TensorBoard: tensorboard --logdir {folder.parent.relative_to(here)}"
+    page = (folder / "report.html").read_text()
+    assert "/*DATA*/" not in page and "http" not in page
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
-    assert {"clouds", "samples", "iterations", "training"} <= set(tags["images"])
+    assert {"clouds", "sizes", "times", "training"} <= set(tags["images"])
     assert any(tag.startswith("responsibilities") for tag in tags["tensors"])
-    assert {"by EM iteration/weights of the components", "by EM iteration/largest responsibility of a point"} == set(
-        tags["histograms"]
-    )
     assert {"train/log_likelihood", "val/log_likelihood"} <= set(tags["scalars"])
 
     resumed = cli.main(
@@ -155,7 +156,7 @@ def test_a_run_writes_results_figures_and_tensorboard_events(here, capsys):
     )
     assert resumed == 0
     history = json.loads((here / "lightning_logs/point_cloud_gmm/version_1/results.json").read_text())
-    assert history["rows"][2]["method"] == "trained operator, 2 steps"
+    assert history["rows"][-1]["method"] == "trained operator"
 
 
 @pytest.mark.slow
@@ -223,7 +224,7 @@ def test_two_processes_train_to_the_same_likelihood(here):
         assert done.returncode == 0, done.stderr.decode()
         folder = here / "lightning_logs" / "point_cloud_gmm" / f"version_{len(results)}"
         rows = json.loads((folder / "results.json").read_text())["rows"]
-        results.append(rows[2]["held-out log-likelihood (nats per point)"])
+        results.append(rows[-1]["held-out log-likelihood (nats per point)"])
     assert len(list((here / "lightning_logs" / "point_cloud_gmm").iterdir())) == 2
     assert results[0] == pytest.approx(results[1], abs=0.02)
 
@@ -293,13 +294,152 @@ def test_audit_loads_a_checkpoint_with_its_surgery(here, capsys):
     assert "--ckpt_path='swapped.ckpt'" in message and "Net" in message
 
 
+REAL = """
+import dataclasses
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch_geometric.data import Batch, Data
+from torch_geometric.nn import GINConv
+
+
+class Tokens(nn.Module):
+    def __init__(self, vocabulary, width=8):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
+
+    def forward(self, input_ids, attention_mask=None):
+        assert input_ids.max() < self.embed.num_embeddings and input_ids.dtype == torch.int64
+        assert attention_mask is None or set(attention_mask.unique().tolist()) <= {0, 1}
+        return self.head(self.embed(input_ids)).softmax(-1)
+
+
+class Two(nn.Module):
+    def forward(self, x, y):
+        return (x @ y).softmax(-1)
+
+
+class Dictionary(nn.Module):
+    def forward(self, batch):
+        return (batch["left"] + batch["right"]).softmax(-1)
+
+
+class Graphs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = GINConv(nn.Linear(3, 4))
+
+    def forward(self, data):
+        return self.conv(data.x, data.edge_index).softmax(-1)
+
+
+def graphs():
+    edges = torch.tensor([[0, 1, 2], [1, 2, 0]])
+    return Batch.from_data_list([Data(x=torch.randn(3, 3), edge_index=edges) for _ in range(2)])
+
+
+@dataclasses.dataclass
+class Sizes:
+    width: int = 6
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self, sizes, classes):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Linear(sizes.width, classes)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch):
+        return F.cross_entropy(self(batch["x"]), batch["y"])
+
+
+def classifier():
+    return Classifier(Sizes(), 3)
+
+
+def labelled():
+    return {"x": torch.randn(4, 6), "y": torch.tensor([0, 1, 2, 0])}
+"""
+
+
+@pytest.mark.parametrize(
+    "args, operation",
+    [
+        (["real.py:Tokens", "--input=2,5:10", "--init_args={vocabulary: 10}"], "softmax"),
+        (
+            [
+                "real.py:Tokens",
+                "--input=input_ids=2,5:7",
+                "--input=attention_mask=2,5:2",
+                "--init_args={vocabulary: 7}",
+            ],
+            "softmax",
+        ),
+        (["real.py:Two", "--input=2,3", "--input=3,5"], "softmax"),
+        (["real.py:Two", "--input=y=3,5", "--input=x=2,3"], "softmax"),
+        (["real.py:Dictionary", "--input=left=2,3", "--input=right=2,3"], "softmax"),
+        (["real.py:Graphs", "--batch=graphs"], "softmax"),
+        (["real.py:classifier", "--batch=labelled"], "cross-entropy"),
+        (["real.py:classifier", "--batch=real.py:labelled"], "cross-entropy"),
+    ],
+)
+def test_audit_takes_the_inputs_of_real_models(args, operation, here, capsys):
+    Path("real.py").write_text(REAL)
+    assert cli.main(["audit", *args]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if f" {operation} " in line]
+    assert row.split("  ")[-2].strip() == "yes" or " yes  " in row
+
+
+def test_audit_loads_the_weights_of_any_module(here, capsys):
+    Path("real.py").write_text(REAL)
+    import torch
+
+    args = ["audit", "real.py:Tokens", "--input=2,5:10", "--init_args={vocabulary: 10}", "--ckpt_path=weights.pt"]
+    torch.save(cli.load_model("real.py:Tokens", init_args={"vocabulary": 10}).state_dict(), "weights.pt")
+    assert cli.main(args) == 0
+    torch.save({"state_dict": cli.load_model("real.py:Tokens", init_args={"vocabulary": 9}).state_dict()}, "weights.pt")
+    assert cli.main(args) == 2
+    assert "--ckpt_path='weights.pt'" in capsys.readouterr().err
+
+
+def test_audit_loads_trusted_hyperparameters(here, capsys):
+    Path("trusted.py").write_text(REAL)
+    save = """
+import lightning, trusted
+trainer = lightning.Trainer(logger=False, enable_checkpointing=False, max_steps=0, accelerator="cpu")
+trainer.strategy.connect(trusted.classifier())
+trainer.save_checkpoint("trusted.ckpt")
+"""
+    subprocess.run([sys.executable, "-c", save], check=True, capture_output=True)
+    args = ["audit", "trusted.py:Classifier", "--batch=labelled", "--ckpt_path=trusted.ckpt"]
+    assert cli.main(args) == 2
+    message = capsys.readouterr().err
+    assert "Sizes" in message and "weights_only=False" in message
+    assert cli.main([*args, "--weights_only=false"]) == 0
+    assert "cross-entropy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
         (["networks.py", "--input=5,8"], ["'networks.py'", "path/to/file.py:NAME"]),
         (["networks.py:clasifier", "--input=5,8"], ["'clasifier'"]),
         (["nowhere:Model", "--input=5,8"], ["'nowhere'", "imported"]),
-        (["networks.py:needs", "--input=5,8"], ["without arguments", "arguments"]),
+        (["networks.py:needs", "--input=5,8"], ["--init_args={}", "arguments"]),
+        (["networks.py:needs", "--input=5,8", "--init_args={arguments: 3}"], ["torch.nn.Module", "NoneType"]),
+        (["networks.py:needs", "--input=5,8", "--init_args=3"], ["--init_args='3'", "mapping"]),
+        (["networks.py:needs", "--input=5,8", "--init_args={"], ["--init_args='{'"]),
+        (["networks.py:ready", "--input=5,8:ten"], ["--input='5,8:ten'", "8,128:50257"]),
+        (["networks.py:ready", "--input=5,8:0"], ["--input='5,8:0'"]),
+        (["networks.py:ready", "--input=x=5,8", "--input=5,8"], ["--input=x=5,8 --input=5,8", "name all"]),
+        (["networks.py:ready", "--input=x=5,8", "--input=x=5,8"], ["--input=x=5,8 --input=x=5,8", "name all"]),
+        (["networks.py:ready", "--input=5,9"], ["--input=5,9", "5x9"]),
+        (["networks.py:ready", "--batch=nothing"], ["'nothing'"]),
+        (["networks.py:ready", "--batch=number"], ["--batch=number"]),
         (["networks.py:number", "--input=5,8"], ["'networks.py:number'", "torch.nn.Module", "int"]),
         (["network.py:ready", "--input=5,8"], ["'network.py'"]),
         (["networks.py:ready", "--input=5,8", "--ckpt_path=gone"], ["gone"]),

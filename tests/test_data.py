@@ -17,6 +17,7 @@ from scipy import stats
 
 from em_lightning import data
 from em_lightning.data import meshes
+from em_lightning.modules import PointCloudGMM
 
 OFF = "OFF\n4 4 0\n0 0 0\n2 0 0\n0 2 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 REAL = Path(os.environ.get("GEOMETRIC_SHAPES", Path(__file__).parents[2] / "shared/data/geometric_shapes/raw.zip"))
@@ -419,6 +420,50 @@ def test_points_far_from_the_origin_stay_distinct(tmp_path):
             back = item.normalization.invert(item.points.double())
             back = back - item.normalization.center.round(decimals=-2)  # the offset
             assert torch.cdist(back, torch.from_numpy(cloud)).amin(1).max() < 1e-6
+
+
+def test_mixtures_are_returned_in_units_of_a_survey(tmp_path):
+    """The resolution of float32 at 5e6 is half a meter."""
+    cloud = np.random.default_rng(0).random((600, 3))
+    for name, offset in {"a": [8e5, 5e6, 100.0], "b": [0.0, 0.0, 0.0]}.items():
+        np.save(tmp_path / f"{name}.npy", cloud + offset)
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=256, batch_size=2)
+    mixture = PointCloudGMM(num_components=4).eval().predict_step(next(iter(module.val_dataloader())), 0)
+    assert (mixture.means[0] - torch.tensor([8e5, 5e6, 100.0]) - 0.5).abs().max() < 0.5
+    points = torch.from_numpy(np.load(tmp_path / "a.npy"))[None]
+    far, near = mixture[0].log_prob(points), mixture[1].log_prob(points - points.mean(1) + 0.5)
+    assert abs(far.mean() - near.mean()) < 0.5
+
+
+OTHERS = {
+    "README.txt": "These clouds come from a scanner.\n2 files, 600 points each.\n",
+    "a/LICENSE.txt": "Permission is granted, free of charge, 2024.",
+    "train_list.txt": "a_0001\na_0002\n",
+    "empty.csv": "",
+    "b/notes.csv": "file,operator,date\nx,Å…,2024-01-01\n",
+    ".hidden.txt": "1 2 3\n",
+    "a/.cache/old.xyz": "1 2 3\n",
+}
+
+
+def test_files_that_are_no_clouds_are_skipped(tmp_path):
+    folder(tmp_path, [f"{kind}/{i}.off" for kind in ("a", "b") for i in range(3)])
+    np.savetxt(tmp_path / "b" / "scan.txt", np.random.rand(9, 3), header="x y z", encoding="utf-16")
+    for name, content in OTHERS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=4)
+    with pytest.warns(UserWarning, match="README.txt.*a/LICENSE.txt.*b/notes.csv.*empty.csv.*train_list.txt"):
+        module.setup()
+    assert sum(len(part) for part in module.datasets.values()) == 7 and module.class_names == ["a", "b"]
+
+
+def test_damaged_texts_are_no_readme(tmp_path):
+    for i in range(4):
+        np.savetxt(tmp_path / f"{i}.txt", np.random.rand(9, 3))
+    (tmp_path / "2.txt").write_text("# scan\n1 2 3\n1 2\n")
+    with pytest.raises(ValueError, match="2.txt"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
 
 
 def test_non_finite_points_of_a_folder_are_dropped_on_request(tmp_path):

@@ -198,12 +198,34 @@ def test_gradient_of_the_penalized_likelihood_is_zero_at_the_em_solution(kind, t
     exact = GaussianMixtureModule(3, 3, prior=prior, **options)
     trainer(tmp_path, max_epochs=100).fit(exact, TabularDataModule(x))
     steepest = {}
-    for name, given, blocks in (("whole", prior, [x]), ("blocks", prior, x.split(100)), ("without", None, [x])):
+    for name, given, blocks, factor in (
+        ("whole", prior, [x], None),
+        ("blocks", prior, x.split(100), None),
+        ("weights", prior, x.split(100), 1e-20),
+        ("large weights", prior, [x], 1e20),
+        ("without", None, [x], None),
+    ):
         module = GaussianMixtureModule(3, 3, method="gradient", prior=given, **options).double()
         module.start_from(exact.mixture, exact.learner.center, exact.learner.variance)
-        sum(module.learner.learn(TableBatch(block, None), len(blocks)) for block in blocks).backward()
+        weights = [None if factor is None else torch.full_like(block[:, 0], factor) for block in blocks]
+        sum(
+            module.learner.learn(TableBatch(*block), len(blocks)) for block in zip(blocks, weights, strict=True)
+        ).backward()
         steepest[name] = max(float(parameter.grad.abs().max()) for parameter in module.parameters())
-    assert steepest["whole"] < 1e-8 and steepest["blocks"] < 1e-8 and steepest["without"] > 1e-3
+    assert steepest.pop("without") > 1e-3 and max(steepest.values()) < 1e-8
+
+
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+def test_the_result_is_invariant_to_the_scale_of_the_weights(method, factor, tmp_path):
+    x, weights = rows(300), torch.rand(300, dtype=torch.float64)
+    found = []
+    for own in (weights, factor * weights):
+        module = GaussianMixtureModule(3, 3, method=method, prior={"covariance_strength": 5.0}, tol=0.0)
+        trainer(tmp_path, max_epochs=5).fit(module, TabularDataModule(x, own, block_rows=100))
+        found.append(module.mixture)
+    torch.testing.assert_close(found[0].means, found[1].means)
+    torch.testing.assert_close(found[0].covariances, found[1].covariances)
 
 
 def test_bf16_mixed_does_not_change_em(tmp_path):

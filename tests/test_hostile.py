@@ -220,5 +220,5 @@ def test_npy_files_with_an_invalid_header_raise(tmp_path):
         file = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
         (tmp_path / "a.npy").write_bytes(file)
         for read in (fuzz_readers.read_table, fuzz_readers.READERS["npy"][2]):
-            with pytest.raises(ValueError, match="not a plain NumPy array of numbers"):
+            with pytest.raises(ValueError, match="not a plain NumPy array"):
                 read(tmp_path / "a.npy")

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end where a run ends that was left alone; a rank does not outlive another."""
+"""Killed and resumed runs equal uninterrupted ones, and processes end with the process that started them."""
 
 import os
 import re
@@ -82,7 +82,7 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="look
 
 @on_linux
 def test_rank_ends_with_its_parent_process():
-    watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_first_rank as end; end(0.05)"
+    watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_parent as end; end(0.05)"
     child = [sys.executable, "-c", f"{watch}; time.sleep(60)"]
     code = f"{watch}; subprocess.Popen({child!r}, env={{**os.environ, 'LOCAL_RANK': '1'}}).wait()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -92,7 +92,32 @@ def test_rank_ends_with_its_parent_process():
     assert len(group_of(parent.pid)) == 2
     parent.kill()
     wait_until(lambda: not group_of(parent.pid), 60)
-    assert "rank 1 exits" in parent.communicate()[1].decode()
+    assert "the process that started it has ended" in parent.communicate()[1].decode()
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["table", "seeds"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_workers_of_a_table_and_of_seeds_end_with_their_run(kind, number, tmp_path):
+    rows = {"first": {"published": {"l0": 1}}, "second": {"arguments": {"model.lr": 0.1}, "published": {"l0": 1}}}
+    table = {"table": {"title": "Endless", "seeds": [1], "rows": rows}}
+    (tmp_path / "endless.yaml").write_text(yaml.safe_dump(table))
+    command = [sys.executable, "-m", "em_lightning.cli", "run", "decoder_free_sae", "--trainer.max_epochs=1000000"]
+    command += ["--config=endless.yaml", "--jobs=2"] if kind == "table" else ["--seeds=1,2", "--jobs=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: len(list(tmp_path.rglob("events.out*"))) == 2 and len(group_of(process.pid)) >= 3, 300)
+        os.kill(process.pid, number)
+        wait_until(lambda: process.poll() is not None and not group_of(process.pid), 60)
+        assert process.returncode == (2 if number == signal.SIGINT else -number)
+        if number == signal.SIGINT:
+            assert "em-lightning: interrupted" in process.stderr.read().decode()
+    finally:
+        for left in group_of(process.pid):
+            os.kill(left, signal.SIGKILL)
+        process.stderr.close()
 
 
 def test_rank_leaves_its_process_group(tmp_path, monkeypatch):
@@ -101,7 +126,7 @@ def test_rank_leaves_its_process_group(tmp_path, monkeypatch):
             dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
 
     monkeypatch.setattr(cli, "run", run)
-    monkeypatch.setattr(cli, "end_with_first_rank", lambda: None)
+    monkeypatch.setattr(cli, "end_with_parent", lambda: None)
     for strategy in ([], ["--trainer.strategy=ddp"]):
         assert cli.main(["run", "gaussian_mixture", *strategy]) == 0
         assert not dist.is_initialized()

@@ -5,13 +5,16 @@ import subprocess
 import sys
 import warnings
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from scipy import stats
 from torch import nn
 from torchmetrics import MetricCollection
 
+from em_lightning import metrics as room
 from em_lightning.metrics import (
     L0,
     DeadComponents,
@@ -108,10 +111,83 @@ def test_metrics_of_a_constant_layer():
     }
 
 
-def test_one_item_has_no_variance():
-    for metric in (MinVariance(), Redundancy(), EffectiveRank()):
-        metric.update(torch.ones(1, 3))
+@pytest.mark.parametrize("cls", [DeadUnits, MinVariance, Redundancy, EffectiveRank])
+def test_fewer_than_two_items_have_no_variance(cls):
+    metric = cls()
+    with pytest.warns(UserWarning, match="before"):
         assert metric.compute().isnan()
+    metric.update(torch.ones(1, 3))
+    assert metric.compute().isnan()
+    metric.update(torch.full((2, 3), torch.nan), torch.tensor([True, False]))
+    assert metric.compute().isnan()
+
+
+UPDATES = {
+    **dict.fromkeys((L0, DeadUnits, Redundancy, EffectiveRank), activations),
+    MinVariance: lambda: activations()[:, 2:],
+    **dict.fromkeys((MaxResponsibility, ResponsibilityEntropy), lambda: activations()[:, 2:].softmax(1)),
+    **dict.fromkeys((EffectiveComponents, DeadComponents), lambda: activations()[:, 2:].log_softmax(1)),
+    MixtureLogLikelihood: lambda: activations(),
+}
+
+
+def test_every_metric_is_merged_and_plotted():
+    assert {*UPDATES} == {
+        cls for cls in vars(room).values() if isinstance(cls, type) and "metrics.base" not in cls.__module__
+    }
+
+
+@pytest.mark.parametrize("cls", UPDATES)
+def test_merged_metrics_equal_one_of_all_items(cls):
+    items = UPDATES[cls]()
+    whole, first, second = cls(), cls(), cls()
+    whole.update(items)
+    first.update(items[:50])
+    second.update(items[50:])
+    before = second.compute()
+    assert first.compute() != whole.compute() or cls in (DeadComponents, DeadUnits)
+    first.merge_state(second)
+    first.merge_state(cls())  # has no items
+    torch.testing.assert_close(first.compute(), whole.compute(), rtol=1e-12, atol=0)
+    assert second.compute() == before
+    empty = cls()
+    empty.merge_state(whole.metric_state)
+    assert empty.compute() == whole.compute()
+    with pytest.raises(TypeError, match="incoming_state.*list"):
+        first.merge_state([second])
+    other = L0() if cls is not L0 else MinVariance()
+    with pytest.raises(TypeError, match=f"incoming_state.*{cls.__name__}.*{type(other).__name__}"):
+        first.merge_state(other)
+
+
+def test_merging_checks_the_number_of_units():
+    few, many = MinVariance(), MinVariance()
+    few.update(torch.rand(4, 2))
+    many.update(torch.rand(4, 3))
+    with pytest.raises(ValueError, match="3 units.*2"):
+        few.merge_state(many)
+
+
+def test_members_of_a_collection_are_merged_one_by_one():
+    a = activations()
+    first, second = layer_metrics(), layer_metrics()
+    first.update(a[:50])
+    second.update(a[50:])
+    for name in second:
+        first[name].merge_state(second[name])
+    assert_equal_to_oracle(first.compute(), oracle(a), rel=1e-6)
+
+
+@pytest.mark.parametrize("cls", UPDATES)
+def test_plot_shows_the_value_or_given_values(cls):
+    metric = cls()
+    metric.update(UPDATES[cls]())
+    figure, axes = metric.plot()
+    assert axes.lines[0].get_ydata()[0] == pytest.approx(metric.compute().item())
+    given = Figure().subplots()
+    assert metric.plot([torch.tensor(1.0), torch.tensor(2.0)], ax=given)[1] is given
+    assert list(given.lines[0].get_ydata()) == [1.0, 2.0]
+    plt.close(figure)
 
 
 def test_forward_gives_the_batch_and_keeps_the_total():

@@ -229,7 +229,7 @@ def test_clouds_of_random_shapes(values):
     loose = values.draw(drawing.tensors((values.draw(st.integers(2, 7)), 3), torch.float64, -9, 9))
     known = [Shape.of(*mesh, 1), Shape.of(loose, None, 2)]
     rotate = values.draw(st.sampled_from(("none", "z", "so3")))
-    draw = functools.partial(draw_cloud, lambda index, _: known[index], number, 0.0, rotate)
+    draw = functools.partial(draw_cloud, lambda index, _: known[index], number, 0.0, 0, rotate)
     data = RandomDataset(draw, 2, "train", seed)
     clouds = [data[values.draw(st.integers(0, 3)), index] for index in range(2)]
     for cloud in clouds:

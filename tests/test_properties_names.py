@@ -39,7 +39,8 @@ ELSEWHERE = {
     ),
     "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_plan restore_surgery",
     "hooks and types, in tests/test_surgery.py and tests/test_callbacks_*.py": (
-        "Calls Chain LayerwiseLoss Shared Taps added_parameters swap_relu_calls undo_all units_of walk wrap"
+        "Calls Chain LayerwiseLoss SetRefinement Shared Taps UnitAxis added_parameters surgery_by swap_calls undo_all "
+        "unit_axis walk wrap"
     ),
 }
 

@@ -1,10 +1,14 @@
 """The audit: which operations of a model are EM."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import user_models as users
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from em_lightning import ACTIVATIONS, COMPETITIONS, audit
 from em_lightning.surgery import insert_em_operators
@@ -116,17 +120,192 @@ def test_inserted_operator():
     assert {one.operation for one in findings if one.em} == {"E-step", "Softmin"}
 
 
-def test_model_is_left_as_it_was():
-    model = users.ResNet18().train()
-    model.net.bn1.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    batch = next(iter(users.ResNet18.data()))
-    state = torch.get_rng_state()
+class Counter:
+    """An environment: an object whose methods change it."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def step(self):
+        self.steps += 1
+
+
+class Restless(users.MLP):
+    """Everything that a training step may change beside the parameters."""
+
+    def build(self):
+        super().build()
+        self.teacher = nn.Linear(6, 3).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(3).eval()
+        self.register_buffer("queue", torch.empty(0))
+        self.accuracy = MulticlassAccuracy(3)
+        self.environment = Counter()
+        self.generator = torch.Generator().manual_seed(0)
+        self.losses = []
+        self.kept = None
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        with torch.no_grad():
+            self.teacher.weight.lerp_(torch.ones(3, 6), 0.5)
+            self.norm.train()(self.teacher(x))
+        if not len(self.queue):
+            self.queue = torch.randn(5, 3)
+        self.environment.step()
+        torch.randn(2, generator=self.generator)
+        self.kept = self(x) * random.random() * np.random.rand()  # not a leaf of the graph
+        self.accuracy(self.kept, y)
+        self.losses.append(F.cross_entropy(self.kept, y))
+        batch[0].zero_()
+        self.log("loss", self.losses[-1])
+        return self.losses[-1]
+
+
+def randomness():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_everything_is_left_as_it_was(again):
+    model = Restless()
+    batch = next(iter(users.MLP.data()))
+    if again:  # the state then holds tensors with a graph
+        model.log = lambda *_: None
+        model.training_step([part.clone() for part in batch], 0)
+    x, queue, kept = batch[0].clone(), model.queue, model.kept
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    state = randomness(), model.generator.get_state().tolist()
+    counts = model.environment.steps, len(model.losses), model.accuracy.update_count
+    attributes = {name: list(vars(module)) for name, module in model.named_modules()}
+    modes = {name: module.training for name, module in model.named_modules()}
     audit(model, batch)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training and not model.net.bn1.training and "log" not in vars(model)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert torch.equal(batch[0], x) and model.queue is queue and model.kept is kept
+    assert (randomness(), model.generator.get_state().tolist()) == state
+    assert (model.environment.steps, len(model.losses), model.accuracy.update_count) == counts
+    assert attributes == {name: list(vars(module)) for name, module in model.named_modules()}
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_own_run_works_on_the_copy_too():
+    model = users.ResNet18().train()
+    part, statistics = model.net.layer1, model.net.bn1.running_mean.clone()
+    x = next(iter(users.ResNet18.data()))[0]
+    findings = audit(model, None, lambda: part.train()(model.net.bn1.train()(model.net.conv1(x))))
+    assert {"net.bn1", "net.layer1.0.bn2"} <= {one.path for one in findings if one.checked}
+    assert torch.equal(model.net.bn1.running_mean, statistics)
+    assert part[0].bn1.num_batches_tracked == 0
+
+
+def test_manual_optimization_steps_optimizers_of_the_copy():
+    model, batch = users.TwoOptimizers(), next(iter(users.MLP.data()))
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    findings = audit(model, batch)
+    assert any(one.operation == "cross-entropy" and one.em for one in findings)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert not {"optimizers", "manual_backward", "log"} & set(vars(model))
+
+
+def test_state_that_cannot_be_copied_is_refused_and_a_part_can_be_audited():
+    model = users.MLP()
+    model.batches = iter(users.MLP.data())
+    with pytest.raises(TypeError, match=r"MLP cannot be copied .*audit\(model.encoder"):
+        audit(model, next(iter(users.MLP.data())))
+    assert len(audit(model.encoder, torch.randn(4, 6))) == 4
+
+
+class Experts(nn.Module):
+    """Routes items to two experts by the sign of their first feature; skips an expert that gets none if told so."""
+
+    def __init__(self, skip, competition):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 3), competition()) for _ in range(2))
+        self.skip = skip
+
+    def forward(self, x):
+        items = [x[x[:, 0] > 0], x[x[:, 0] <= 0]]
+        chosen = [(e, part) for e, part in zip(self.experts, items, strict=True) if len(part) or not self.skip]
+        return torch.cat([getattr(result := e(part), "responsibilities", result) for e, part in chosen])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("competition", [lambda: nn.Softmax(-1), lambda: COMPETITIONS.build("softmin")])
+def test_an_expert_without_items_is_reported_as_not_checked(skip, competition):
+    findings = audit(Experts(skip, competition), torch.rand(6, 4))
+    seen, unseen = only(findings.at("experts.0.1")), only(findings.at("experts.1.1"))
+    assert seen.em and not unseen.em and not unseen.checked
+    assert "not checked" in unseen.reason and "normal" not in unseen.reason and "batch" in unseen.advice
+    row = next(line for line in str(findings).splitlines() if line.startswith("experts.1.1 "))
+    assert "yes" not in row and " no  " not in row
+
+
+def test_an_operation_that_gets_items_in_its_second_call_is_checked():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(-1))
+    findings = audit(model, None, lambda: (model(torch.rand(0, 4)), model(torch.rand(2, 4))))
+    assert only(findings.at("1")).em
+
+
+class Contrastive(users.MLP):
+    def training_step(self, batch, batch_idx):
+        z = F.normalize(self(batch[0]), dim=1)
+        return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)))
+
+
+class Criterion(users.MLP):
+    def build(self):
+        super().build()
+        self.criterion = nn.CrossEntropyLoss()
+
+    def training_step(self, batch, batch_idx):
+        return self.criterion(self(batch[0]), batch[1])
+
+
+class Compared(Contrastive):
+    """Logits from a layer that has no weights."""
+
+    def build(self):
+        super().build()
+        self.compare = Calls(lambda z: z @ z.T)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.compare(batch[0][:, :4]), torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "prototypes"),
+    [(users.MLP, "head", True), (Criterion, "head", True), (Contrastive, "", False), (Compared, "compare", False)],
+)
+def test_prototypes_are_named_where_a_layer_has_one_weight_vector_per_class(model, path, prototypes):
+    findings = audit(model(), next(iter(users.MLP.data())))
+    loss = only([one for one in findings if one.operation == "cross-entropy"])
+    assert loss.em and loss.path == path and ("prototypes of the classes" in loss.reason) == prototypes
+    assert "r - onehot" in loss.reason
+
+
+def test_a_batch_is_passed_as_its_type_says():
+    class Model(nn.Module):
+        def forward(self, x, scale=1.0):
+            return (x["x"] if isinstance(x, dict) else x).softmax(-1) * scale
+
+    x = torch.randn(3, 4)
+    for batch in (x, (x, 2.0), {"x": x}, {"x": x, "scale": 2.0}, {"x": x, "label": 3}):
+        assert only(audit(Model(), batch)).em
+
+
+def test_each_no_has_one_line_of_advice():
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.GELU(), nn.LayerNorm(4), nn.AvgPool1d(1), Calls(torch.exp)]
+    findings = audit(nn.Sequential(*layers, *map(COMPETITIONS.build, ["sparsemin"])), torch.randn(3, 4))
+    lines = str(findings).splitlines()[len(findings) + 1 :]
+    for one in findings:
+        assert bool(one.advice) == (not one.em) and "\n" not in one.advice and "{" not in one.advice
+        if not one.em:
+            (line,) = [line for line in lines if line.endswith(one.advice)]
+            assert one.path in line.split(":")[0].split(", ")
+    assert "target=GELU" in only(findings.at("2")).advice
+    (function,) = [one for one in audit(Calls(F.relu), torch.randn(3, 4)) if one.operation == "relu"]
+    assert "functional=True" in function.advice
 
 
 def test_table_reads():

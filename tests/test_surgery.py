@@ -25,6 +25,7 @@ from em_lightning.surgery import (
     swap_activations,
     wrap,
 )
+from em_lightning.surgery.wrappers import MARKER
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:`torch.jit")
 
@@ -354,7 +355,7 @@ def test_operator_behind_an_attention_takes_the_first_of_its_outputs():
     model = nn.Sequential(nn.LSTMCell(2, 2), nn.Flatten())
     insert_after(model, "0", nn.Tanh)
     model[0].layer.forward = lambda x: {"x": x}
-    with pytest.raises(TypeError, match="LSTMCell returns dict"):
+    with pytest.raises(TypeError, match="LSTMCell is dict"):
         model[0](x)
 
 
@@ -392,12 +393,15 @@ def test_operated_models_compile_whole(calls):
 
 def test_dim_and_num_features_are_inferred():
     model = users.ResNet()
-    surgery = swap_activations(model, "softmax_gated", calls="any")
+    with pytest.warns(UserWarning, match="softmax_gated over the 32 units of 'layer4"):
+        surgery = swap_activations(model, "softmax_gated", calls="any")
+    model(torch.randn(2, 3, 32, 32))
     assert {change.added[0].dim for change in surgery.changes} == {1}
     assert swap_activations(net(), "softmax_gated").changes[0].added[0].dim == -1
     inserted = insert_em_operators(
         users.ResNet(), ["layer2", "layer3.0.relu", "fc", "bn1"], 2, residual=False, calls="any"
     )
+    inserted.model(torch.randn(2, 3, 32, 32))
     found = {change.path: change.added[0] for change in inserted.changes}
     assert {path: (op.operator.num_features, op.dim) for path, op in found.items()} == {
         "layer2": (8, 1),
@@ -463,7 +467,7 @@ def test_calls_of_relu_are_swapped_where_that_is_asked_for():
     y = ((((y - 0.5).tanh() - 0.25).tanh() - 0.1).tanh() - 0.05).tanh()
     expected = model[1](y)
     assert torch.equal(model(x), expected)
-    assert set(model.state_dict()) - keys == {"0.em_functional.em_surgery"}
+    assert set(model.state_dict()) - keys == {f"0.em_functional.{MARKER}"}
     model(x).sum().backward()
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
     assert torch.equal(copy.deepcopy(model)(x), expected)

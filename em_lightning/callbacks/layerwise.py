@@ -10,20 +10,26 @@ from torch import Tensor, nn
 
 from em_lightning.surgery import LayerwiseLoss, undo_all, wrap
 from em_lightning.surgery.layerwise import check_options
+from em_lightning.surgery.owners import owners_of
+from em_lightning.surgery.select import described
 
 
 class LayerwiseEMLoss(Callback):
     """Adds an EM loss of chosen layers to the loss that ``training_step`` returns.
 
     In manual optimization the loss of a layer is added to the first ``manual_backward`` of a loss that depends on the
-    layer. The model's own logs do not include it: it is logged as ``em/<layer>/<term>``, with the weight. Schedules
-    count ``trainer.global_step``, and checkpoints store the state of ``weight="auto"``.
+    layer. With several optimizers it belongs to the one that owns the layer's parameters, or to number ``optimizer``:
+    it is added to losses that reach these, and trains nothing else. The model's own logs do not include it: it is
+    logged as ``em/<layer>/<term>``, with the weight. Schedules, ``warmup``, ``every`` and ``auto_every`` count batches,
+    and checkpoints store their number and the state of ``weight="auto"``.
 
-    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains the arguments.
+    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains the other arguments.
 
     Raises:
         NoMatchError: when the fit starts, if nothing matches; the message lists the modules of the model.
-        RuntimeError: in the first step, if a layer's loss was not added to any backward pass.
+        RuntimeError: in a step, or with several optimizers after an epoch, if a layer's loss was not added to any
+            backward pass.
+        ValueError: when the fit starts, if several optimizers or none own the parameters of a layer.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -44,12 +50,19 @@ class LayerwiseEMLoss(Callback):
         every: int = 1,
         ratio: float = 0.1,
         auto_every: int = 10,
+        detach: bool = False,
+        optimizer: int | None = None,
+        verbose: bool = True,
     ) -> None:
         options: dict[str, Any] = {"loss": loss, "weight": weight, "tap": tap, "warmup": warmup}
         options.update(every=every, ratio=ratio, auto_every=auto_every)
         check_options(**options)
         self.where = where
         self.options = {**options, "schedule": schedule, "target": target, "dim": dim}
+        self.options.update(detach=detach, verbose=verbose)
+        self.optimizer = optimizer
+        self._batch = 0
+        self._had_loss = False  # whether this training step had a loss
         self.losses: LayerwiseLoss | None = None
         self._undos: list[Callable[[], Any]] = []
         self._state: dict[str, Any] = {}
@@ -57,7 +70,8 @@ class LayerwiseEMLoss(Callback):
     @property
     def state_key(self) -> str:
         """A key that differs between callbacks on different layers."""
-        return f"{type(self).__qualname__}(where={self.where}, tap={self.options['tap']}, loss={self.options['loss']})"
+        tap, loss = self.options["tap"], self.options["loss"]
+        return f"{type(self).__qualname__}(where={described(self.where)}, tap={tap}, loss={described(loss)})"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Register the hooks here, after Lightning has converted BatchNorm to SyncBatchNorm, which drops hooks."""
@@ -65,21 +79,32 @@ class LayerwiseEMLoss(Callback):
         losses.taps.recording = False
         if self._state:
             losses.load_state_dict(self._state)
-        automatic = pl_module.automatic_optimization
+        self._batch = losses.step
+        automatic, several = pl_module.automatic_optimization, len(trainer.optimizers) > 1
+        if several:
+            owners_of(losses.taps.sites, trainer.optimizers, self.optimizer)
 
         def add_layer_losses(loss: Tensor) -> Tensor:
-            losses.step = trainer.global_step
-            total = losses.add_to(loss, all_layers=automatic)
+            self._had_loss = True
+            losses.step = self._batch
+            owners = owners_of(losses.taps.sites, trainer.optimizers, self.optimizer) if several else None
+            total = losses.add_to(loss, automatic, owners)
             values = {f"em/{name}": value for name, value in losses.values.items()}
             pl_module.log_dict(values, batch_size=1)
             return total
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            losses.reset()
+            self._had_loss = False
+            if several:
+                losses.taps.captured = []
+            else:
+                losses.reset()
             with losses.taps.switched(on=True):
                 result = proceed(*args, **kwargs)
             if not automatic:
-                losses.check_all_added()
+                with_gradient = any(tensor.requires_grad for _, tensor, _ in losses.taps.captured)
+                if not several and (self._had_loss or with_gradient):
+                    losses.check_all_added()
             elif isinstance(result, Tensor):
                 return add_layer_losses(result)
             elif result is not None:  # None skips the step
@@ -94,18 +119,28 @@ class LayerwiseEMLoss(Callback):
         if not automatic:
             self._undos.append(wrap(pl_module, "manual_backward", manual_backward))
 
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch."""
+        self._batch += 1
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Check that every layer had its loss in the epoch."""
+        if self.losses is not None and len(trainer.optimizers) > 1:
+            self.losses.check_all_added()
+            self.losses.reset()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of automatic weights."""
-        return self._state if self.losses is None else self.losses.state_dict()
+        """Return the number of batches and the state of automatic weights."""
+        return self._state if self.losses is None else {**self.losses.state_dict(), "step": self._batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of automatic weights until the fit starts."""
+        """Keep the state until the fit starts."""
         self._state = dict(state_dict)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Remove hooks and wrappers."""
         if self.losses is not None:
-            self._state = self.losses.state_dict()
+            self._state = self.state_dict()
             self.losses.remove()
             self.losses = None
         undo_all(self._undos)

@@ -7,6 +7,8 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import RandomSampler
 
 
 class StepSeeds(lightning.Callback):
@@ -49,15 +51,20 @@ class StepSeeds(lightning.Callback):
         self._base, self._epoch = state_dict["seed"], state_dict["epoch"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Seed the order of the first epoch, which Lightning draws before any hook of training."""
+        """Seed the order of the first epoch, whose iterator Lightning makes before any hook of training."""
         if self._base is None:
             self._base = torch.initial_seed() if self.seed is None else self.seed
         self._reseed(trainer, self._epoch, 0)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Seed the samplers for the first epoch, as Lightning starts some resumed epochs without a hook."""
+        self._seed_samplers(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the order of the epoch."""
         self._epoch = trainer.current_epoch
         self._reseed(trainer, self._epoch, 0)
+        self._seed_samplers(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Seed the step."""
@@ -67,7 +74,28 @@ class StepSeeds(lightning.Callback):
         """Count the epoch as finished after its last batch, for a checkpoint that is saved now."""
         self._epoch = trainer.current_epoch + trainer.is_last_batch
 
+    def _seed_samplers(self, trainer: Any) -> None:
+        """Give each sampler the numbers that it draws from PyTorch's generator if the loader has worker processes.
+
+        These draw the order as soon as there is an iterator, which for the first epoch is right after on_fit_start, and
+        after one other number, the base of the workers' seeds.
+        """
+        for loader in CombinedLoader(trainer.train_dataloader).flattened:
+            sampler: Any = getattr(loader, "sampler", None)
+            if hasattr(sampler, "generator"):
+                sampler.generator = torch.Generator().manual_seed(self._seed_of(trainer, self._epoch, 0))
+                _draw(sampler.generator)
+                if isinstance(sampler, RandomSampler):
+                    sampler.generator.manual_seed(_draw(sampler.generator))
+
     def _reseed(self, trainer: Any, epoch: int, number: int) -> None:
+        torch.manual_seed(self._seed_of(trainer, epoch, number))
+
+    def _seed_of(self, trainer: Any, epoch: int, number: int) -> int:
         assert self._base is not None
         sequence = np.random.SeedSequence((self._base, trainer.global_rank, epoch, number))
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def _draw(generator: torch.Generator) -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator))

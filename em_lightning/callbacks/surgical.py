@@ -20,11 +20,14 @@ from em_lightning.surgery import (
     insert_em_operators,
     read_plan,
     recorded_plan,
+    surgery_by,
     swap_activations,
     undo_all,
     wrap,
 )
+from em_lightning.surgery.record import settled
 from em_lightning.surgery.select import described
+from em_lightning.surgery.twins import trained_in_a_twin
 
 # By name, as lightning and pytorch_lightning have one each.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -38,13 +41,15 @@ class SurgicalCallback(Callback):
     do not load into a model without it.
 
     Args:
+        verbose: whether to print a line per changed layer at the first batch.
         **settings: arguments of the subclass, used in its state key.
 
     Attributes:
-        surgery: the surgery; None before the first run.
+        surgery: the surgery, also that of an earlier callback with the same settings; None before the first run.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, verbose: bool = True, **settings: Any) -> None:
+        self.verbose = verbose
         self.settings = settings
         self.surgery: Surgery | None = None
         self._undos: list[Callable[[], Any]] = []
@@ -66,6 +71,7 @@ class SurgicalCallback(Callback):
                 averaging, own = type(callback).__name__, type(self).__name__
                 raise ValueError(f"{averaging} copies the model in its setup: put {own} before it in callbacks")
         if any(entry["by"] == self.state_key for entry in recorded_plan(pl_module)):
+            self.surgery = surgery_by(pl_module, self.state_key)
             return
         self.surgery = Surgery(pl_module, by=self.state_key)
         builders = [name for name in ("setup", "configure_model") if _overrides(pl_module, name)]
@@ -91,14 +97,16 @@ class SurgicalCallback(Callback):
                 raise
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that an optimizer trains every added parameter.
+        """Check that an optimizer trains every added parameter, except in target networks and other copies.
 
         Raises:
             ValueError: no optimizer trains one.
         """
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         optimized = {id(p) for group in groups for p in group["params"]}
-        missing = sorted(name for name, p in added_parameters(pl_module).items() if id(p) not in optimized)
+        added = added_parameters(pl_module)
+        missing = sorted(name for name, p in added.items() if id(p) not in optimized)
+        missing = [name for name in missing if not trained_in_a_twin(pl_module, name, added, optimized)]
         if optimized and missing:
             raise ValueError(
                 f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or use the functions "
@@ -151,15 +159,16 @@ class SwapActivations(SurgicalCallback):
         shared: Shared = "separate",
         calls: Calls = None,
         functional: bool = False,
+        verbose: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
         own: dict[str, Any] = {"activation": activation, "target": target, "where": where, "dim": dim}
         own.update(shared=shared, calls=calls, functional=functional)
-        super().__init__(**_merged(own, arguments))
+        super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
         """Swap what matches."""
-        swap_activations(model, into=surgery, **self.settings)
+        swap_activations(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
 class InsertEMOperator(SurgicalCallback):
@@ -184,17 +193,20 @@ class InsertEMOperator(SurgicalCallback):
         target: type[nn.Module] | None = None,
         num_features: int | None = None,
         dim: int | Literal["auto"] = "auto",
+        set_dim: int | Literal["auto"] = "auto",
+        causal: bool = False,
         shared: Shared = "separate",
         calls: Calls = None,
+        verbose: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
         own: dict[str, Any] = {"where": where, "num_components": num_components, "target": target}
-        own.update(num_features=num_features, dim=dim, shared=shared, calls=calls)
-        super().__init__(**_merged(own, arguments))
+        own.update(num_features=num_features, dim=dim, set_dim=set_dim, causal=causal, shared=shared, calls=calls)
+        super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
         """Insert where it matches."""
-        insert_em_operators(model, into=surgery, **self.settings)
+        insert_em_operators(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
 class RestoreSurgery(SurgicalCallback):
@@ -207,16 +219,18 @@ class RestoreSurgery(SurgicalCallback):
             would have untrained weights.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], weights_only: bool = True) -> None:
         super().__init__(path=str(path))
         self.path = path
+        self.weights_only = weights_only
         self._plan: list[dict[str, Any]] = []
         self._needs_weights = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read the plan and apply it, unless the model records it already."""
-        self._plan = read_plan(self.path)
-        self._needs_weights = bool(self._plan) and recorded_plan(pl_module) != self._plan
+        self._plan = read_plan(self.path, self.weights_only)
+        recorded = [settled(entry) for entry in recorded_plan(pl_module)]
+        self._needs_weights = bool(self._plan) and recorded != [settled(entry) for entry in self._plan]
         if self._needs_weights:
             super().setup(trainer, pl_module, stage)
 

@@ -6,13 +6,16 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from em_lightning.competition import softmin
 from em_lightning.metrics import layer_metrics
+from em_lightning.plots.tensorboard import tensorboard_writers
 from em_lightning.scope import Audit, audit
-from em_lightning.surgery import Taps, units_of
+from em_lightning.surgery import Taps, UnitAxis
+from em_lightning.surgery.select import described
 
 
 def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
@@ -50,9 +53,11 @@ class PosteriorMonitor(Callback):
         where: the layers: a class, a name pattern, a predicate, or a list of these.
         target: a second selection, which must match as well.
         tap: "output" or "input" of the layer.
-        dim: the axis of the units; "auto" takes 1 at convolutions and what follows them, else the last.
+        dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
+            first batch: the one of axes 1 and -1 that has the width of the layer.
         every_n_steps: training steps between two measurements.
         figures: whether to draw figures.
+        verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
 
     Raises:
         NoMatchError: at the start, if nothing matches; the message lists the modules of the model.
@@ -71,6 +76,7 @@ class PosteriorMonitor(Callback):
         dim: int | Literal["auto"] = "auto",
         every_n_steps: int = 50,
         figures: bool = True,
+        verbose: bool = True,
     ) -> None:
         if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
@@ -80,21 +86,23 @@ class PosteriorMonitor(Callback):
         self.dim = dim
         self.every_n_steps = every_n_steps
         self.figures = figures
+        self.verbose = verbose
         self._taps: Taps | None = None
+        self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
-        self._dims: dict[str, int] = {}
         self._last: dict[str, Tensor] = {}
 
     @property
     def state_key(self) -> str:
         """A key that differs between callbacks on different layers."""
-        return f"{type(self).__qualname__}(where={self.where}, tap={self.tap})"
+        return f"{type(self).__qualname__}(where={described(self.where)}, tap={self.tap})"
 
     def _start(self, pl_module: Any) -> None:
         self._stop()
-        self._taps = Taps(pl_module, self.where, self.tap, self.target)
-        self._dims = {site.path: units_of(site, self.dim)[1] for site in self._taps.sites}
-        self._metrics = {path: layer_metrics(dim).to(pl_module.device) for path, dim in self._dims.items()}
+        verbose = self.verbose and not self._axes
+        self._taps = Taps(pl_module, self.where, self.tap, self.target, self.dim, verbose=verbose)
+        self._taps.axes.update(self._axes)  # as decided at the first batch
+        self._axes = self._taps.axes
         self._taps.attach()
 
     def _stop(self) -> None:
@@ -106,20 +114,21 @@ class PosteriorMonitor(Callback):
     def _update(self) -> None:
         for path, tensors in self._taps.take().items() if self._taps else ():
             for tensor in tensors:
+                dim = self._axes[path](tensor.shape)
+                if path not in self._metrics:
+                    self._metrics[path] = layer_metrics(dim).to(tensor.device)
                 self._metrics[path].update(tensor.detach())
-                self._last[path] = tensor.detach().movedim(self._dims[path], -1)
+                self._last[path] = tensor.detach().movedim(dim, -1)
 
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():
             values = self._metrics[path].compute()
             pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
-            for logger in trainer.loggers if trainer.is_global_zero else ():
-                if hasattr(logger.experiment, "add_histogram"):
-                    tag = f"{prefix}/{path}/responsibilities"
-                    responsibilities = softmin(energies.float()).responsibilities
-                    logger.experiment.add_histogram(tag, responsibilities.flatten(), trainer.global_step)
-                    if self.figures:
-                        logger.experiment.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
+            for writer in tensorboard_writers(trainer, "responsibilities") if trainer.is_global_zero else ():
+                tag = f"{prefix}/{path}/responsibilities"
+                writer.add_histogram(tag, softmin(energies.float()).responsibilities.flatten(), trainer.global_step)
+                if self.figures:
+                    writer.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
         self._stop()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -157,14 +166,14 @@ class PosteriorMonitor(Callback):
 class EMAudit(Callback):
     """Prints, at the first training batch, where EM is found in the model; TensorBoard gets the table as text.
 
-    Without a Trainer: :func:`em_lightning.audit`. The model's ``training_step`` is run once more, in eval mode and
-    without its logs.
+    Without a Trainer: :func:`em_lightning.audit`. It runs ``training_step`` once more, on a copy of the model's state,
+    in eval mode and without its logs. If the audit fails, the callback warns and the run continues.
 
     Args:
         printed: whether to print the table.
 
     Attributes:
-        audit: the findings, after the first batch.
+        audit: the findings, after the first batch; empty if the audit failed.
     """
 
     def __init__(self, printed: bool = True) -> None:
@@ -175,7 +184,15 @@ class EMAudit(Callback):
         """Audit at the first batch."""
         if self.audit is not None:
             return
-        self.audit = audit(pl_module, batch)
+        try:
+            self.audit = audit(pl_module, batch)
+        except Exception as error:  # a model may raise any kind outside of the Trainer's loop
+            self.audit = Audit()
+            rank_zero_warn(
+                f"EMAudit has no table: the audit raised {type(error).__name__}: {error}. Training continues; "
+                f"call em_lightning.audit with run=..., or on a part of the model"
+            )
+            return
         if not trainer.is_global_zero:
             return
         if self.printed:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.ranks import end_with_first_rank, leave_process_group
+from em_lightning.cli.ranks import end_with_parent, leave_process_group
 from em_lightning.cli.recipes import config_of, copy, docstring, find_recipe, load_recipe, recipes, variants_of
 from em_lightning.cli.run import run
 from em_lightning.cli.tables import KINDS, parts_of, print_parts, print_recipes
@@ -60,9 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     runner.add_argument("recipe", help="name of a recipe, or path of a copy of its script")
     runner.add_argument("arguments", nargs=argparse.REMAINDER, help="of its LightningCLI: --trainer.max_epochs=3")
     auditor = command("audit", "list the layers of a model in which EM takes place")
-    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME, called without arguments")
-    auditor.add_argument("--input", required=True, help="shape of a random input, for instance 32,784")
-    auditor.add_argument("--ckpt_path", help="checkpoint to load, if NAME is a LightningModule class")
+    auditor.add_argument("model", help="package.module:NAME or path/to/file.py:NAME: a module, or what makes one")
+    source = auditor.add_mutually_exclusive_group(required=True)
+    form = "[NAME=]SHAPE[:LIMIT]"
+    shapes = "random input: 32,784 for numbers, ids=8,128:50257 for integers below 50257; one per argument of forward"
+    source.add_argument("--input", action="append", metavar=form, help=shapes)
+    source.add_argument("--batch", metavar="FUNCTION", help="makes a batch; a LightningModule runs its training_step")
+    auditor.add_argument("--init_args", default="{}", help="arguments of NAME, for instance '{width: 8, depth: 2}'")
+    auditor.add_argument("--ckpt_path", help="checkpoint to load")
+    trust = "false loads a checkpoint that you trust, with hyperparameters of any class"
+    auditor.add_argument("--weights_only", choices=["true", "false"], default="true", help=trust)
     lister = command("kernels", "list the kernels, or the classes in another registry")
     lister.add_argument("kind", nargs="?", default="kernels", choices=KINDS, help=", ".join(KINDS))
     return parser
@@ -77,11 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif parsed.command == "cp":
             print(*copy(parsed.recipe, parsed.folder), sep="\n")
         elif parsed.command == "audit":
-            print_audit(parsed.model, parsed.input, parsed.ckpt_path)
+            trusted = parsed.weights_only == "false"
+            print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, parsed.init_args, not trusted)
         elif parsed.command == "kernels":
             print_parts(parsed.kind)
         else:
-            end_with_first_rank()
+            end_with_parent()
             run(parsed.recipe, parsed.arguments)
             leave_process_group()
     except (ValueError, TypeError, OSError) as error:

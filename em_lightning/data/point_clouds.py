@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -41,8 +41,10 @@ class PointCloudDataModule(SplitDataModule):
         batch_size: clouds per batch and rank.
         num_workers: number of worker processes that draw clouds; 0 draws them in the main process.
         seed: at least 0; the clouds are a function of it.
-        noise: standard deviation of Gaussian jitter, relative to the radius of the shape. Points on a surface have no
+        noise: standard deviation of Gaussian jitter, relative to the radius of the shape. A pair draws it for each
+            cloud: zero for half of them, log-uniform between the two for the others. Points on a surface have no
             density in space, so without jitter the likelihood of a mixture is unbounded.
+        holes: largest number of missing regions of a cloud, up to a third of its points together.
         rotate: random rotation of each training cloud: ``"none"``, about ``"z"``, or ``"so3"``, any rotation.
 
     Raises:
@@ -55,13 +57,20 @@ class PointCloudDataModule(SplitDataModule):
     batch_size: int = 32
     num_workers: int = 0
     seed: int = 0
-    noise: float = 0.0
+    noise: float | tuple[float, float] = 0.0
+    holes: int = 0
     rotate: Literal["none", "z", "so3"] = "none"
 
     def __post_init__(self) -> None:
         super().__init__()
         check_at_least(1, num_points=self.num_points, batch_size=self.batch_size)
-        check_at_least(0, num_workers=self.num_workers, seed=self.seed, noise=self.noise)
+        check_at_least(0, num_workers=self.num_workers, seed=self.seed, holes=self.holes)
+        if isinstance(self.noise, (tuple, list)):
+            low, high = self.noise = (float(self.noise[0]), float(self.noise[1]))
+            if not 0.0 < low <= high:
+                raise ValueError(f"noise={self.noise} must be a number or a pair of positive numbers in order")
+        else:
+            check_at_least(0, noise=self.noise)
         check_choice("rotate", self.rotate, ("none", "z", "so3"))
         self.class_names: list[str] = []
         self.datasets: dict[str, RandomDataset] = {}
@@ -88,9 +97,22 @@ class PointCloudDataModule(SplitDataModule):
         datasets = {}
         for split in SPLITS:
             shape, size = self.shapes(split)
-            draw = partial(draw_cloud, shape, self.num_points, self.noise, self.rotate if split == "train" else "none")
+            draw = partial(
+                draw_cloud,
+                shape,
+                self.num_points,
+                self.noise,
+                self.holes,
+                self.rotate if split == "train" else "none",
+            )
             datasets[split] = RandomDataset(draw, size, split, self.seed)
         self.datasets = datasets
+
+    def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; its normalization becomes float32 on devices without float64."""
+        if device.type == "mps":
+            batch = batch._replace(center=batch.center.float(), scale=batch.scale.float())
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def loader(self, split: str) -> DataLoader[PointCloudBatch]:
         self.setup()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from em_lightning.distributed import flatten_units
 
@@ -24,6 +25,29 @@ class Float64Metric(Metric):
         device = fn(torch.empty(0, device=self.device)).device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return super()._apply(lambda state: state.to(device, dtype), exclude_state)
+
+    def _add_state(self, **states: Any) -> None:
+        """Add states of other items to the own."""
+        raise NotImplementedError
+
+    def merge_state(self, incoming_state: Any) -> None:
+        """Add the items of another metric of this class, given as the metric or as its ``metric_state``.
+
+        Raises:
+            TypeError: ``incoming_state`` is neither.
+        """
+        if not isinstance(incoming_state, (dict, type(self))):
+            kind = type(incoming_state).__name__
+            raise TypeError(f"incoming_state must be a {type(self).__name__} or its metric_state, got {kind}")
+        state = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
+        self._add_state(**state)
+        self._computed = None  # torchmetrics would return its last result
+        self._update_count = max(self._update_count, 1)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Return a matplotlib figure and axes with the value of the metric, or with given values of ``compute``."""
+        value = self.compute() if val is None else val
+        return plot_single_or_multi_val(value, ax=ax, higher_is_better=self.higher_is_better, name=type(self).__name__)
 
 
 class MeanOfItems(Float64Metric):
@@ -43,12 +67,18 @@ class MeanOfItems(Float64Metric):
         counts = torch.ones_like(items) if counts is None else counts.to(items.dtype)
         self.sums = self.sums + torch.stack([counts @ items, counts.sum(), torch.zeros_like(counts.sum())])
 
+    def _add_state(self, sums: Tensor) -> None:  # type: ignore[override]
+        self.sums = self.sums + sums
+
     def compute(self) -> Tensor:
         return self.sums[0] / self.sums[1]
 
 
 class UnitMoments(Float64Metric):
-    """Count, mean and co-moments of the units over all items, for subclasses that compute a number from them."""
+    """Count, mean and co-moments of the units over all items; a subclass defines a ``_statistic`` of their covariance.
+
+    The value is NaN for fewer than two items.
+    """
 
     moments: Tensor
     # The size of the state is known at the first update, so torchmetrics cannot add an empty state to a full one.
@@ -67,21 +97,30 @@ class UnitMoments(Float64Metric):
         """
         items, counts = flatten_units(activations, self.dim, mask)
         items = items.to(self.moments.dtype)
-        units, known = items.shape[1], self.moments.shape[0] - 1
-        if known not in (0, units):
-            raise ValueError(f"activations have {units} units but earlier ones had {known}; reset() the metric between")
+        units = items.shape[1]
         counts = items.new_ones(items.shape[0]) if counts is None else counts.to(items.dtype)
         batch = items.new_zeros(units + 1, units + 1)
         batch[0, 0] = counts.sum()
         batch[0, 1:] = batch[1:, 0] = counts @ items / batch[0, 0].clamp_min(1.0)
         centred = (items - batch[0, 1:]) * counts[:, None]
         batch[1:, 1:] = centred.T @ centred
-        self.moments = _merge(torch.stack(_pad([self.moments, batch])))
+        self._add_state(batch)
 
-    def covariance(self) -> Tensor:
-        """Return the unbiased covariance (D, D) of the units, NaN if fewer than two items were counted."""
+    def _add_state(self, moments: Tensor) -> None:  # type: ignore[override]
+        units, known = len(moments) - 1, len(self.moments) - 1
+        if units and known and units != known:
+            raise ValueError(f"activations have {units} units but earlier ones had {known}; reset() the metric between")
+        self.moments = _merge(torch.stack(_pad([self.moments, moments.to(self.moments)])))
+
+    def compute(self) -> Tensor:
         count = self.moments[0, 0]
-        return self.moments[1:, 1:] / torch.where(count > 1, count - 1, torch.nan)
+        if count <= 1 or self.moments.isnan().any():
+            return torch.full_like(count, torch.nan)
+        return self._statistic(self.moments[1:, 1:] / (count - 1))
+
+    def _statistic(self, covariance: Tensor) -> Tensor:
+        """Return the value of the metric for the unbiased covariance (D, D) of the units."""
+        raise NotImplementedError
 
 
 def _merge(stack: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class DeadUnits(UnitMoments):
         self.threshold = threshold
         self.relative = relative
 
-    def compute(self) -> Tensor:
-        variance = self.covariance().diagonal()
+    def _statistic(self, covariance: Tensor) -> Tensor:
+        variance = covariance.diagonal()
         threshold = self.threshold * variance.mean() if self.relative else self.threshold
         return ((variance < threshold) | (variance == 0)).sum().to(self.moments.dtype)
 
@@ -77,8 +77,8 @@ class MinVariance(UnitMoments):
 
     higher_is_better = True
 
-    def compute(self) -> Tensor:
-        return self.covariance().diagonal().amin()
+    def _statistic(self, covariance: Tensor) -> Tensor:
+        return covariance.diagonal().amin()
 
 
 class Redundancy(UnitMoments):
@@ -95,8 +95,7 @@ class Redundancy(UnitMoments):
 
     higher_is_better = False
 
-    def compute(self) -> Tensor:
-        covariance = self.covariance()
+    def _statistic(self, covariance: Tensor) -> Tensor:
         std = covariance.diagonal().sqrt() + 1e-8
         return (covariance / std / std[:, None]).square().fill_diagonal_(0.0).sum()
 
@@ -117,10 +116,7 @@ class EffectiveRank(UnitMoments):
 
     higher_is_better = True
 
-    def compute(self) -> Tensor:
-        covariance = self.covariance()
-        if covariance.isnan().any():
-            return covariance.new_full((), torch.nan)
+    def _statistic(self, covariance: Tensor) -> Tensor:
         spectrum = torch.linalg.eigvalsh(covariance).clamp_min(0.0)
         total = spectrum.sum()
         return torch.special.entr(spectrum / total).sum().exp() if total > 0 else torch.zeros_like(total)

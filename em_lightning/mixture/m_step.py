@@ -15,16 +15,16 @@ from em_lightning.mixture.parameters import Family, Parameters
 class PseudoCounts(NamedTuple):
     """A prior as pseudo-counts of each component, in the coordinates of the points.
 
-    weight_count: ``alpha - 1``, added to the mass.
-    mean_count: ``kappa``, points at the prior mean.
-    covariance_count: ``s``, points with the prior covariance about the mean of the component.
+    weight_count: (B, K), ``alpha - 1``, added to the mass; the sizes B and K may be 1, here and below.
+    mean_count: (B, K), ``kappa``, points at the prior mean.
+    covariance_count: (B, K), ``s``, points with the prior covariance about the mean of the component.
     mean: (B, 1, D), the prior mean.
-    scatter: (B, 1, S), the expectation of ``s(x - mu)`` under the prior covariance.
+    scatter: (B, K, S), the expectation of ``s(x - mu)`` under the prior covariance.
     """
 
-    weight_count: Tensor | float
-    mean_count: Tensor | float
-    covariance_count: Tensor | float
+    weight_count: Tensor
+    mean_count: Tensor
+    covariance_count: Tensor
     mean: Tensor
     scatter: Tensor
 
@@ -66,15 +66,16 @@ def m_step(
     scatter_mass = mass
     if prior is not None:
         zeroth = zeroth + prior.mean_count
-        first = first + prior.mean_count * prior.mean
-        second = second + prior.mean_count * family.second_degree(prior.mean.mT).mT
+        first = first + prior.mean_count.unsqueeze(-1) * prior.mean
+        second = second + prior.mean_count.unsqueeze(-1) * family.second_degree(prior.mean.mT).mT
     means = first / (zeroth + zeroth_eps).unsqueeze(-1)
     scatter = second - zeroth.unsqueeze(-1) * family.second_degree(means.mT).mT
     if prior is not None:
         strength = prior.covariance_count / family.sharing(mass.shape[1])
-        scatter, scatter_mass = scatter + strength * prior.scatter, scatter_mass + strength
-        mass, background_mass = mass + prior.weight_count, background_mass + prior.weight_count
-        component_mass = component_mass + prior.weight_count * mass.shape[1]
+        scatter, scatter_mass = scatter + strength.unsqueeze(-1) * prior.scatter, scatter_mass + strength
+        added = prior.weight_count.expand_as(mass)
+        mass, background_mass = mass + added, background_mass + added.mean(-1)
+        component_mass = component_mass + added.sum(-1)
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)
     log_weights = (mass / mass.sum(-1, keepdim=True)).log()
     if background is not None:

@@ -167,11 +167,12 @@ class GradientAscent(MixtureLearner):
         mixture = self.mixture
         log_prob = mixture.log_prob(points.unsqueeze(0)).squeeze(0).to(self.sums)
         counts = torch.ones_like(log_prob) if weights is None else weights.to(log_prob)
-        block = torch.stack([counts @ log_prob, counts.sum()])
-        self.sums += block.detach()
-        total, mass = global_sum(block)
-        if self.prior is not None:
-            total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
+        block = torch.stack([counts @ log_prob, counts.sum(), (counts > 0).sum()])
+        self.sums += block[:2].detach()
+        total, mass, num_rows = global_sum(block)
+        if self.prior is not None:  # relative to the number of rows, as in EM: a common factor of weights has no effect
+            share = self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
+            total = total + share * mass / num_rows.clamp(min=1)
         return loss_of(total, mass)
 
 

@@ -71,9 +71,13 @@ class EMRefinement(nn.Module):
             raise ValueError(f"x {tuple(x.shape)} must have at least two axes and size {size} along dim={self.dim}")
         moved = x.movedim(self.dim, -1)
         items = moved.unsqueeze(0) if x.ndim == 2 else moved.flatten(1, -2)
-        with torch.autocast(x.device.type, enabled=False):
-            items = items.to(torch.promote_types(x.dtype, torch.float32))
-            mixture = self.operator(items)
-            responsibilities = self.operator.competition(-mixture.log_joint(items)).responsibilities
-            refined = (responsibilities @ mixture.means).reshape(moved.shape).movedim(-1, self.dim)
-        return x + self.gate * refined.to(x.dtype)
+        return x + self.gate * self.reconstruct(items).reshape(moved.shape).movedim(-1, self.dim)
+
+    def reconstruct(self, items: Tensor, mask: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
+        """Return the posterior means of items (B, N, D), or of queries (B, M, D), under the mixture of each set."""
+        with torch.autocast(items.device.type, enabled=False):
+            wide = items.to(torch.promote_types(items.dtype, torch.float32))
+            mixture = self.operator(wide, mask)
+            points = wide if queries is None else queries.to(wide.dtype)
+            responsibilities = self.operator.competition(-mixture.log_joint(points)).responsibilities
+            return (responsibilities @ mixture.means).to(items.dtype)

@@ -1,18 +1,22 @@
 """Find, replace and insert modules in any ``nn.Module``, undo it, and add EM losses to layers.
 
-Files, each importing only from those before it: select (find modules), hooks (wrappers and taps), wrappers (inserted
-modules), record (the plan in a checkpoint), edit (replace, insert, undo), functional (calls of ``relu``), replay
-(restore a plan), em (activations and operators), layerwise (losses).
+Files, each importing only from those before it: select (find modules), hooks (wrappers of methods), wrappers (inserted
+modules), twins (target networks), record (the plan in a checkpoint), edit (replace, insert, undo), axes (of units),
+taps (captured tensors), functional (calls such as ``F.relu``), refinement (the inserted operator), em (activations and
+operators), replay (restore a plan), owners (of parameters), layerwise (losses).
 """
 
-from em_lightning.surgery.edit import Calls, Change, Shared, Surgery, insert_after, replace_modules
+from em_lightning.surgery.axes import UnitAxis, unit_axis
+from em_lightning.surgery.edit import Calls, Change, Shared, Surgery, insert_after, replace_modules, surgery_by
 from em_lightning.surgery.em import insert_em_operators, set_temperature, swap_activations
-from em_lightning.surgery.functional import swap_relu_calls
-from em_lightning.surgery.hooks import Chain, Taps, undo_all, wrap
+from em_lightning.surgery.functional import swap_calls
+from em_lightning.surgery.hooks import Chain, undo_all, wrap
 from em_lightning.surgery.layerwise import LayerwiseLoss
 from em_lightning.surgery.record import recorded_plan
+from em_lightning.surgery.refinement import SetRefinement
 from em_lightning.surgery.replay import apply_plan, read_plan, restore_surgery
-from em_lightning.surgery.select import NoMatchError, Site, find_modules, units_of, walk
+from em_lightning.surgery.select import NoMatchError, Site, find_modules, walk
+from em_lightning.surgery.taps import Taps
 from em_lightning.surgery.wrappers import added_parameters
 
 __all__ = [
@@ -24,7 +28,9 @@ __all__ = [
     "Shared",
     "Site",
     "Surgery",
+    "SetRefinement",
     "Taps",
+    "UnitAxis",
     "added_parameters",
     "apply_plan",
     "find_modules",
@@ -35,10 +41,11 @@ __all__ = [
     "replace_modules",
     "restore_surgery",
     "set_temperature",
+    "surgery_by",
     "swap_activations",
-    "swap_relu_calls",
+    "swap_calls",
     "undo_all",
-    "units_of",
+    "unit_axis",
     "walk",
     "wrap",
 ]

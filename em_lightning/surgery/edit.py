@@ -14,12 +14,14 @@ from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, undo_all, wrap
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
-from em_lightning.surgery.select import Site, Where, check_reachable, find_modules
-from em_lightning.surgery.wrappers import MARKER, CallCounter, CallSites, Inserted
+from em_lightning.surgery.select import Site, Where, check_reachable, class_name, find_modules
+from em_lightning.surgery.twins import guard_twins
+from em_lightning.surgery.wrappers import MARKER, CallCounter, CallSites, Inserted, outside_added
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | Mapping[str, Any] | None
 Shared = Literal["separate", "together"]
+_SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries that have an author
 _BEFORE = "_em_before"  # attribute of a module whose change was undone while another module stood in its place
 
 
@@ -39,6 +41,18 @@ class Change(NamedTuple):
         return self.entry["path"]
 
 
+class _Uncopied(dict[str, Any]):
+    """A dictionary whose copies and pickles are empty: a surgery belongs to one model in one process."""
+
+    def __reduce__(self) -> Any:
+        return _Uncopied, ()
+
+
+def surgery_by(model: nn.Module, by: str) -> Surgery:
+    """Return the surgery of an author on a model; for a copied model one without changes, which cannot be undone."""
+    return vars(model).get(_SURGERIES, {}).get(by) or Surgery(model, by)
+
+
 class Surgery:
     """The ``changes`` made to a model, one :class:`Change` per site, and their undo; ``by`` is stored in the plan."""
 
@@ -47,13 +61,18 @@ class Surgery:
         self.by = by
         self.changes: list[Change] = []
         self.undos: list[Undo] = []
+        if by is not None:
+            vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self
 
     @property
     def report(self) -> str:
         """A table of the changes: path, class before and after, number of added parameters."""
         rows = [("path", "before", "after", "parameters")]
         for change in self.changes:
-            before, after = getattr(change.old, "__name__", type(change.old).__name__), type(change.added[0]).__name__
+            old, new = type(change.old), type(change.added[0])
+            before, after = getattr(change.old, "__name__", old.__name__), new.__name__
+            if before == after:
+                before, after = class_name(old), class_name(new)
             if change.entry["operation"] == "insert_after":
                 after = f"{before} -> {after}"
             parameters = sum(p.numel() for module in change.added for p in module.parameters())
@@ -72,7 +91,8 @@ class Surgery:
 
     def find(self, where: Where, target: Where | None = None) -> list[Site]:
         """Return the sites that match, as :func:`find_modules` does, without those that this surgery changed."""
-        return [site for site in find_modules(self.model, where, target) if not self.contains(site)]
+        found = outside_added(find_modules(self.model, where, target))
+        return [site for site in found if not self.contains(site)]
 
     def undo(self) -> None:
         """Restore the model; several surgeries on one model can be undone in any order."""
@@ -82,6 +102,10 @@ class Surgery:
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
         self.changes = []
+        others = {by: other for by, other in vars(self.model).get(_SURGERIES, {}).items() if other is not self}
+        vars(self.model)[_SURGERIES] = _Uncopied(others)
+        if not others:
+            del vars(self.model)[_SURGERIES]
 
     def __len__(self) -> int:
         return len(self.changes)
@@ -174,8 +198,9 @@ def change_sites(
     make_at: Callable[[Site], Make],
     calls: Calls = None,
     shared: Shared = "separate",
+    prepare: Callable[[Surgery, Site, Change], None] = lambda *_: None,
 ) -> Surgery:
-    """Change the given sites, with the ``make`` of each: the common part of all surgeries."""
+    """Change the given sites, with the ``make`` of each, then prepare each change: the common part of all surgeries."""
     if shared not in ("separate", "together"):
         raise ValueError(f"shared={shared!r} must be 'separate' or 'together'")
     names: dict[int, list[str]] = {}
@@ -184,6 +209,7 @@ def change_sites(
         names.setdefault(id(site.module), []).append(site.path)
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
+    surgery.undos += guard_twins(surgery.model, sites)
     tie = shared == "together"
     built: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
     for site in sites:
@@ -194,17 +220,20 @@ def change_sites(
         surgery.undos += disable_fast_path(site)
         setattr(site.parent, site.name, new)
         cls = type(added[0])
-        entry = {
+        entry: dict[str, Any] = {
             "operation": operation,
             "path": site.path,
             "class_path": f"{cls.__module__}.{cls.__qualname__}",
             "init_args": arguments_of(make),
             "calls": number,
             "tied": names[id(site.module)][0] if tie else None,
+            "undecided": False,  # whether the axis of the units is open until the first batch
+            "target": [],  # of the functions whose calls are replaced
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
         surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry))
+        prepare(surgery, site, surgery.changes[-1])
     return surgery
 
 

@@ -5,17 +5,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.operators import EMRefinement
-from em_lightning.surgery.edit import Calls, Make, Shared, Surgery, change_sites
-from em_lightning.surgery.functional import swap_relu_calls
-from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, units_of
+from em_lightning.surgery.axes import FirstCall, UnitAxis, unit_axis, widths_of
+from em_lightning.surgery.edit import Calls, Change, Make, Shared, Surgery, change_sites
+from em_lightning.surgery.functional import swap_calls
+from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
+from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules
+
+# Points of accuracy lost against ReLU over the 128 units of an MLP on MNIST: docs/results/open_questions.md, section C.
+_LOST = {
+    "direction": 65.0,
+    "softmax_gated": 7.3,
+    "relu_gated": 6.6,
+    "sparsemin": 6.0,
+    "neg_log_softmin": 4.8,
+    "residual_softmax": 4.6,
+    "log_softmax": 4.5,
+}
+_WIDE = 32  # units
 
 
 def swap_activations(
@@ -28,31 +42,37 @@ def swap_activations(
     shared: Shared = "separate",
     calls: Calls = None,
     functional: bool = False,
+    verbose: bool = True,
     into: Surgery | None = None,
     **arguments: Any,
 ) -> Surgery:
     """Replace activations by competitive ones; the function behind ``SwapActivations``.
 
     A function kept as an attribute, as in ``nn.TransformerEncoderLayer(activation="relu")``, counts as the equivalent
-    module. Calls of ``F.relu`` in a forward are replaced only with ``functional=True``.
+    module. Calls such as ``F.relu(x)`` are replaced only with ``functional=True``.
 
     Args:
         model: any module.
         activation: a key, class, mapping or instance of ``ACTIVATIONS``, or any module class.
         target: the class or classes to replace.
         where: a second selection by name or predicate, see :func:`find_modules`.
-        dim: the axis of the units; "auto" takes 1 behind convolutions and their norms, else the last.
+        dim: the axis of the units; "auto" takes that of the layer before the activation where its type defines it,
+            and otherwise decides at the first batch: the one of axes 1 and -1 that has the width of that layer.
         shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
+        functional: also replace calls of the function that ``target`` is the module of, such as ``F.relu(x)``, in the
+            methods of modules that ``where`` selects, see :func:`swap_calls`.
+        verbose: whether to print a line per activation at the first batch: path, shape, axis of units, units, items.
         into: see :func:`replace_modules`.
-        functional: also replace ``relu`` where the forward of a module that ``where`` selects calls it as a function,
-            see :func:`swap_relu_calls`. "auto" then takes axis 1 of tensors with as many axes as the feature maps of
-            the module's convolutions, else the last.
         **arguments: of the activation, such as ``margin=2.0``.
+
+    Warns:
+        UserWarning: the activation is known to ruin layers of 32 and more units.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
         TypeError: the activation does not take the arguments.
+        ValueError: at the first batch, if the axis of the units cannot be decided.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -62,22 +82,32 @@ def swap_activations(
     """
     surgery = Surgery(model) if into is None else into
     make = _activation(activation, dim, arguments)
+    warn = _WideWarning(make)
 
     def make_at(site: Site) -> Make:
-        if not isinstance(make, functools.partial) or "dim" in make.keywords or not _takes_dim(make.func):
+        warn(site.path, next(iter(widths_of(site)), 0))
+        axis = unit_axis(site).dim
+        if axis == "auto" or not isinstance(make, functools.partial) or not _has_open_dim(make):
             return make
-        return functools.partial(make, dim=units_of(site)[1])
+        return functools.partial(make, dim=axis)
+
+    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
+        open_dim = _has_open_dim(make) and unit_axis(site).dim == "auto"
+        watch_first_call(surgery, site, change, open_dim, verbose, warn)
 
     try:
         sites = surgery.find(where, target)
     except NoMatchError as error:
         if not functional:
-            raise NoMatchError(f"{error}; relu called as a function is swapped with functional=True") from None
-        return swap_relu_calls(model, where, make, calls=calls, into=surgery)
-    change_sites(surgery, "replace", sites, make_at, calls, shared)
+            raise NoMatchError(
+                f"{error}; relu and others called as functions are swapped with functional=True"
+            ) from None
+        sites = []
+    if sites:
+        change_sites(surgery, "replace", sites, make_at, calls, shared, prepare)
     if functional:
-        with contextlib.suppress(NoMatchError):
-            swap_relu_calls(model, where, make, calls=calls, into=surgery)
+        with contextlib.suppress(*([NoMatchError] if sites else [])):
+            swap_calls(model, where, make, target, calls=calls, verbose=verbose, warn=warn, into=surgery)
     return surgery
 
 
@@ -103,6 +133,31 @@ def _takes_dim(cls: Any) -> bool:
     return "dim" in inspect.signature(cls).parameters
 
 
+def _has_open_dim(make: Make) -> bool:
+    """Return whether an activation competes along an axis that was not given."""
+    if not isinstance(make, functools.partial) or "dim" in make.keywords:
+        return False
+    return _takes_dim(make.func) and getattr(make.func, "competes", True)
+
+
+class _WideWarning:
+    """Warns once if an activation that ruins wide layers is to compete over many units."""
+
+    def __init__(self, make: Make) -> None:
+        cls = make.func if isinstance(make, functools.partial) else type(make)
+        self.name = next((name for name in _LOST if ACTIVATIONS[name] is cls), None)
+
+    def __call__(self, path: str, units: int) -> None:
+        if self.name is not None and units >= _WIDE:
+            warnings.warn(
+                f"{self.name} over the {units} units of {path!r}: over 128 units of an MLP on MNIST it lost "
+                f"{_LOST[self.name]} points of accuracy against ReLU (documentation, open questions, C); 'signed' and "
+                f"'grouped' gained 0.2",
+                stacklevel=4,
+            )
+            self.name = None
+
+
 def insert_em_operators(
     model: nn.Module,
     where: Where,
@@ -111,14 +166,19 @@ def insert_em_operators(
     target: Where | None = None,
     num_features: int | None = None,
     dim: int | Literal["auto"] = "auto",
+    set_dim: int | Literal["auto"] = "auto",
+    causal: bool = False,
     shared: Shared = "separate",
     calls: Calls = None,
+    verbose: bool = True,
     into: Surgery | None = None,
     **arguments: Any,
 ) -> Surgery:
-    """Insert a gated :class:`EMRefinement` behind layers; the function behind ``InsertEMOperator``.
+    """Insert a gated :class:`SetRefinement` behind layers; the function behind ``InsertEMOperator``.
 
-    The gates start at 0, so that the outputs of the model do not change until the first training step.
+    The gates start at 0, so that the outputs of the model do not change until the first training step. Each set of the
+    batch has its own mixture, and padding takes no part in it. Attention that masks later positions around a layer is
+    detected at the first batch; recurrent and convolutional layers that must not look ahead are not.
 
     Args:
         model: any module.
@@ -126,34 +186,64 @@ def insert_em_operators(
         target: a second selection, which must match as well.
         num_components: K.
         num_features: D, the width of the layer's output; by default read from the layer.
-        dim: the axis of the features; "auto" takes 1 behind convolutions and their norms, else the last.
+        dim: the axis of the features; "auto" takes that which the layer's type defines, and otherwise decides at the
+            first batch: the one of axes 1 and -1 that has D features.
+        set_dim: the axis of the items; "auto" takes all axes but those of the batch and the features. Outputs (B, D)
+            then have one item per set; ``set_dim=0`` fits one mixture to the rows of the batch.
+        causal: whether items see only those before them.
         shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
+        verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, sets, items.
         into: see :func:`replace_modules`.
-        **arguments: of :class:`EMRefinement`, such as ``num_iters=5``.
+        **arguments: of :class:`~em_lightning.operators.EMRefinement`, such as ``num_iters=5``.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
-        ValueError: the width of a layer cannot be read from it.
+        ValueError: the width of a layer cannot be read from it; or, at the first batch, an axis cannot be decided, or
+            ``causal=False`` would let positions see later ones, which the attention of the model masks.
         TypeError: the operator does not take the arguments.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
         >>> print(insert_em_operators(net, "0", num_components=4, residual=False).report)
-        path  before  after                   parameters
-        0     Linear  Linear -> EMRefinement  1
+        path  before  after                    parameters
+        0     Linear  Linear -> SetRefinement  1
     """
     surgery = Surgery(model) if into is None else into
 
     def make_at(site: Site) -> Make:
-        width, axis = units_of(site, dim)
-        features = width if num_features is None else num_features
+        features = next(iter(widths_of(site)), None) if num_features is None else num_features
         if features is None:
             raise ValueError(f"{site.path!r} is a {type(site.module).__name__} of unknown width: give num_features=")
-        given = {"num_components": num_components, "num_features": features, "dim": axis, **arguments}
-        return functools.partial(EMRefinement, **given)
+        axis = unit_axis(site, dim).dim
+        given: dict[str, Any] = {"num_components": num_components, "num_features": features, "set_dim": set_dim}
+        given.update(causal=causal, batch_dim=batch_dim_of(site), **({} if axis == "auto" else {"dim": axis}))
+        return functools.partial(SetRefinement, **given, **arguments)
 
-    return change_sites(surgery, "insert_after", surgery.find(where, target), make_at, calls, shared)
+    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
+        watch_first_call(surgery, site, change, unit_axis(site, dim).dim == "auto", verbose)
+
+    return change_sites(surgery, "insert_after", surgery.find(where, target), make_at, calls, shared, prepare)
+
+
+def watch_first_call(
+    surgery: Surgery,
+    site: Site,
+    change: Change,
+    open_dim: bool,
+    verbose: bool = False,
+    warn: Callable[[str, int], None] | None = None,
+) -> None:
+    """Let the modules of a change decide the axis of their units at their first call, and print it."""
+    change.entry["undecided"] = open_dim
+    for module in change.added:
+        widths = widths_of(site)
+        if isinstance(module, SetRefinement):
+            surgery.undos += observe_forwards(site, module)
+            widths = [module.operator.num_features]
+        known = getattr(module, "dim", None) if getattr(module, "competes", True) else None
+        axis = UnitAxis(site.path, widths, "auto" if open_dim else known) if known is not None else None
+        surgery.undos.append(module.register_forward_pre_hook(FirstCall(axis, change.entry, verbose, warn)).remove)
 
 
 def set_temperature(model: nn.Module, temperature: float, where: Where = "*") -> dict[str, Tempered]:
@@ -167,7 +257,14 @@ def set_temperature(model: nn.Module, temperature: float, where: Where = "*") ->
         ['1']
     """
     found: dict[str, Tempered] = {}
-    for site in find_modules(model, Tempered, where):
+    try:
+        sites = find_modules(model, Tempered, where)
+    except NoMatchError as error:
+        raise NoMatchError(
+            f"no selected module has a temperature: swap first, with SwapActivations before TemperatureSchedule in the "
+            f"callbacks, or with swap_activations ({error})"
+        ) from None
+    for site in sites:
         if isinstance(site.module, Tempered):
             site.module.temperature = temperature
             found[site.path] = site.module

@@ -1,105 +1,219 @@
-"""Replace ``relu`` where a forward calls it as a function: ``F.relu(x)``, ``torch.relu(x)``, ``x.relu_()``."""
+"""Replace activations that methods call as functions: ``F.relu(x)``, ``torch.tanh(x)``, ``x.relu_()``."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from em_lightning.surgery.edit import Calls, Make, Surgery, change_sites
+from em_lightning.surgery.axes import FirstCall, UnitAxis, describe, show, widths_in
+from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
-from em_lightning.surgery.select import MAPS, NoMatchError, Site, Where, contents, described, matches, walk
+from em_lightning.surgery.select import NoMatchError, Site, Where, check_patterns, contents, described, matches, walk
+from em_lightning.surgery.wrappers import MARKER
 
-NAME = "em_functional"  # of the operator, as a child of the module whose forward calls relu
-_IN_PLACE = {torch.relu_, F.relu_, Tensor.relu_}
-_RELU = {F.relu, torch.relu, Tensor.relu, *_IN_PLACE}
+NAME = "em_functional"  # of the operator, as a child of the module whose methods call the function
+# The modules whose functions can be replaced, and the names of these in torch, torch.nn.functional and Tensor.
+CALLS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.ReLU: ("relu", "relu_"),
+    nn.GELU: ("gelu",),
+    nn.SiLU: ("silu",),
+    nn.LeakyReLU: ("leaky_relu", "leaky_relu_"),
+    nn.ELU: ("elu", "elu_"),
+    nn.Tanh: ("tanh", "tanh_"),
+    nn.Sigmoid: ("sigmoid", "sigmoid_"),
+}
+
+
+_OWNERS = (torch, F, Tensor)
+
+
+def _functions(names: Collection[str]) -> frozenset[Any]:
+    return frozenset(getattr(owner, name) for owner in _OWNERS for name in names if hasattr(owner, name))
+
+
+_IN_PLACE = _functions([name for names in CALLS.values() for name in names if name.endswith("_")])
 
 
 class _Swapped(TorchFunctionMode):
-    """Calls an operator in place of relu.
+    """Calls an operator in place of the functions of some activations."""
 
-    An operator over the last axis competes over units, which feature maps have on axis 1: for tensors with as many
-    axes as the feature maps of the module's convolutions, the channels are moved to the last axis.
-    """
+    running = False  # whether an operator runs, whose own calls stay as they are
 
-    def __init__(self, operator: Callable[[Tensor], Tensor], map_dims: frozenset[int]) -> None:
+    def __init__(self, operator: Callable[[Tensor], Tensor], functions: frozenset[Any], axes: CallAxes | None) -> None:
         super().__init__()
         self.operator = operator
-        self.map_dims = map_dims
+        self.functions = functions
+        self.axes = axes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _RELU:
+        if func not in self.functions or _Swapped.running:
             return func(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
-        if func in _IN_PLACE or kwargs.get("inplace") or len(args) > 1:
-            return x.copy_(self._swapped(x.clone()))
-        return self._swapped(x)
+        _Swapped.running = True
+        try:
+            if func in _IN_PLACE or kwargs.get("inplace") or any(one is True for one in args[1:]):
+                return x.copy_(self._swapped(x.clone()))
+            return self._swapped(x)
+        finally:
+            _Swapped.running = False
 
     def _swapped(self, x: Tensor) -> Tensor:
-        if x.dim() not in self.map_dims or getattr(self.operator, "dim", None) != -1:
-            return self.operator(x)
-        return self.operator(x.movedim(1, -1)).movedim(-1, 1)
+        dim = -1 if self.axes is None else self.axes(x)
+        return self.operator(x) if dim == -1 else self.operator(x.movedim(dim, -1)).movedim(-1, dim)
 
 
-def swap_relu_calls(
-    model: nn.Module, where: Where, make: Make, *, calls: Calls = None, into: Surgery | None = None
+class CallAxes:
+    """The axis of the units at the calls in one module, decided once for each number of axes of the tensors.
+
+    Args:
+        path: the name of the operator.
+        widths: the widths of the layers in the module.
+        kind: the class of the operator.
+        dim: the axis, "auto", or None for elementwise operators.
+        verbose: whether to print each decision.
+    """
+
+    def __init__(
+        self, path: str, widths: list[int], kind: str, dim: int | Literal["auto"] | None, verbose: bool
+    ) -> None:
+        self.path = path
+        self.widths = widths
+        self.kind = kind
+        self.dim = dim
+        self.verbose = verbose
+        self.decided: dict[int, int] = {}
+
+    def __call__(self, x: Tensor) -> int:
+        """Return the axis that has to be moved to the last, which is -1 where the operator knows its axis."""
+        if x.ndim not in self.decided:
+            axis = self.dim if self.dim != "auto" else UnitAxis(self.path, self.widths)(x.shape)
+            if self.verbose:
+                show(describe(self.path, self.kind, x.shape, axis))
+            self.decided[x.ndim] = axis if self.dim == "auto" and axis is not None else -1
+        return self.decided[x.ndim]
+
+
+def swap_calls(
+    model: nn.Module,
+    where: Where,
+    make: Make,
+    target: Where = nn.ReLU,
+    *,
+    calls: Calls = None,
+    verbose: bool = True,
+    warn: Callable[[str, int], None] | None = None,
+    into: Surgery | None = None,
 ) -> Surgery:
-    """Replace every ``relu`` that the forwards of selected modules call as a function.
+    """Replace the activations that the methods of selected modules call as functions.
 
-    The operator becomes a child of the module, named ``em_functional``; all other names stay. It serves all calls in
-    that forward, including those of unselected children. The model itself may be selected, as the path ""; modules of
-    torch.nn and those whose forward does not mention ``relu`` are skipped. For ``make``, ``calls`` and ``into`` see
-    :func:`replace_modules`.
+    ``target`` selects among ``nn.ReLU``, ``GELU``, ``SiLU``, ``LeakyReLU``, ``ELU``, ``Tanh`` and ``Sigmoid``. The
+    operator becomes a child of the module, named ``em_functional``; all other names stay. It serves all calls while one
+    of the module's methods runs that mentions the function, also those of unselected children. The model itself may
+    be selected, as the path ""; modules of torch.nn are skipped. Functions that are reached only through containers or
+    other objects are not found. ``warn`` is called with the name of the operator and its units at the first call. For
+    ``make``, ``calls`` and ``into`` see :func:`replace_modules`.
 
     Raises:
-        NoMatchError: no selected forward mentions ``relu``; the message lists the modules of the model.
+        NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
 
     Example:
         >>> class Net(nn.Module):
         ...     def forward(self, x):
         ...         return F.relu(x)
         >>> net = Net()
-        >>> surgery = swap_relu_calls(net, "*", nn.Tanh)
+        >>> surgery = swap_calls(net, "*", nn.Tanh, verbose=False)
         >>> torch.equal(net(torch.ones(1)), torch.ones(1).tanh())
         True
     """
+    check_patterns(model, where)
     surgery = Surgery(model) if into is None else into
+    kinds = [kind for kind in CALLS if matches(Site("", kind(), model, "", (model,)), target)]
+    names = {name for kind in kinds for name in CALLS[kind]}
+    functions = _functions(names)
     entries = where if isinstance(where, (list, tuple)) else [where]
     root = Site("", model, model, "", (model,))
-    sites = [
-        Site(f"{site.path}.{NAME}".lstrip("."), nn.ReLU(), site.module, NAME, (*site.ancestors, site.module), F.relu)
+    methods = {
+        site: found
         for site in (root, *walk(model))
         if site.function is None
-        and not surgery.contains(site)
-        and _calls_relu(site.module)
         and not hasattr(site.module, NAME)
+        and not any(hasattr(module, MARKER) for module in (*site.ancestors, site.module))
         and any(matches(site, entry) for entry in entries)
-    ]
-    if not sites:
+        and (found := _methods_that_call(type(site.module), names))
+    }
+    if not methods:
         raise NoMatchError(
-            f"where={described(where)} matches no module whose forward calls relu; the model holds {contents(model)}"
+            f"where={described(where)} matches no module whose methods call {' or '.join(sorted(names))}, functions of "
+            f"target={described(target)}; the model holds {contents(model)}"
         )
-    change_sites(surgery, "functional", sites, lambda _: make, calls)
-    for site in sites:
-        kinds = [type(one) for one in site.parent.modules()]
-        dims = frozenset(dims for dims, maps in MAPS.items() if any(issubclass(kind, maps) for kind in kinds))
-        surgery.undos.append(wrap(site.parent, "forward", functools.partial(_with_operator, site.parent, dims)))
-    return surgery
+
+    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
+        operator = change.added[0]
+        change.entry["target"] = [kind.__name__ for kind in kinds]
+        dim = getattr(operator, "dim", None) if getattr(operator, "competes", True) else None
+        if (
+            dim is not None
+            and isinstance(change.entry["init_args"], Mapping)
+            and "dim" not in change.entry["init_args"]
+        ):
+            dim = "auto"
+        axes = CallAxes(site.path, widths_in([site.parent])[::-1], type(operator).__name__, dim, verbose)
+        last = None if dim is None else UnitAxis(site.path, (), -1 if dim == "auto" else dim)
+        surgery.undos.append(operator.register_forward_pre_hook(FirstCall(last, change.entry, False, warn)).remove)
+        for name in found_at[id(site.parent)]:
+            surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions, axes)))
+
+    found_at = {id(site.module): found for site, found in methods.items()}
+    sites = [
+        Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
+        for site in methods
+    ]
+    return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare=prepare)
 
 
-def _with_operator(
-    module: nn.Module, map_dims: frozenset[int], proceed: Callable[..., Any], *args: Any, **kwargs: Any
+def _run(
+    module: nn.Module,
+    functions: frozenset[Any],
+    axes: CallAxes,
+    proceed: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    with _Swapped(getattr(module, NAME), map_dims):
+    with _Swapped(getattr(module, NAME), functions, axes):
         return proceed(*args, **kwargs)
 
 
-def _calls_relu(module: nn.Module) -> bool:
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    return not type(module).__module__.startswith("torch.nn.") and ("relu" in names or "relu_" in names)
+def _methods_that_call(cls: type[nn.Module], names: set[str]) -> list[str]:
+    """Return the methods of a user's class, or of its bases, that mention one of the names."""
+    return sorted(
+        {
+            name
+            for base in cls.__mro__
+            if not base.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
+            for name, method in vars(base).items()
+            if inspect.isfunction(method) and not name.startswith("__") and _mentions(method.__code__, names, method)
+        }
+    )
+
+
+def _mentions(code: types.CodeType, names: set[str], function: Any, depth: int = 3) -> bool:
+    """Return whether code, the functions nested in it or the functions of its own module that it calls use a name."""
+    if names & set(code.co_names):
+        return True
+    if any(_mentions(one, names, function, depth) for one in code.co_consts if isinstance(one, types.CodeType)):
+        return True
+    called = [function.__globals__.get(name) for name in code.co_names] if depth else []
+    return any(
+        _mentions(one.__code__, names, one, depth - 1)
+        for one in called
+        if inspect.isfunction(one) and not one.__module__.startswith("torch.")
+    )

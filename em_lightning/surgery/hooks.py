@@ -1,17 +1,17 @@
-"""Removable wrappers around bound methods, forward hooks that capture tensors, and hooks carried to a new module."""
+"""Removable wrappers around bound methods, hooks carried to a new module, and the first tensor of an output."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
-from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
+from em_lightning.surgery.select import Site
 
 Link = Callable[..., Any]
 Undo = Callable[[], Any]
@@ -127,98 +127,31 @@ def _with_flag_off(module: nn.Module, flag: str, proceed: Callable[..., Any], *a
         setattr(module, flag, before)
 
 
-class Taps:
-    """Captures the outputs or the inputs of the layers that :func:`find_modules` selects, while ``recording`` is true.
+def first_tensor(value: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """Return the first tensor of a layer's output, and the function that puts another in its place.
+
+    The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry is one; entries of None are
+    skipped.
 
     Raises:
-        NoMatchError: nothing matches, or only functions, which have no hooks.
-        ValueError: ``tap`` has another value, or a hook on a layer would never fire.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-        >>> taps = Taps(net, "0")
-        >>> taps.attach()
-        >>> y = net(torch.ones(4, 2))
-        >>> {path: [tuple(tensor.shape) for tensor in tensors] for path, tensors in taps.take().items()}
-        {'0': [(4, 3)]}
-        >>> taps.remove()
+        TypeError: the output is something else.
     """
+    if isinstance(value, Tensor):
+        return value, lambda new: new
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        name = next((f.name for f in dataclasses.fields(value) if getattr(value, f.name) is not None), None)
+        if name is not None:
+            first, put = first_tensor(getattr(value, name))
+            return first, lambda new: dataclasses.replace(value, **{name: put(new)})
+    place = (
+        next((i for i, one in enumerate(value) if one is not None), None) if isinstance(value, (tuple, list)) else None
+    )
+    if place is not None:
+        first, put = first_tensor(value[place])
 
-    def __init__(
-        self, model: nn.Module, where: Where, tap: Literal["output", "input"] = "output", target: Where | None = None
-    ) -> None:
-        if tap not in ("output", "input"):
-            raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
-        self.tap = tap
-        self.recording = True
-        self.captured: list[tuple[str, Tensor, int]] = []
-        self._undos: list[Undo] = []
-        self.sites: list[Site] = []
-        for site in find_modules(model, where, target):
-            check_reachable(site)
-            if site.function is None and not any(site.module is known.module for known in self.sites):
-                self.sites.append(site)
-        if not self.sites:
-            raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
+        def rebuild(new: Tensor) -> Any:
+            entries = [*value[:place], put(new), *value[place + 1 :]]
+            return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
-    @contextlib.contextmanager
-    def switched(self, on: bool) -> Iterator[None]:
-        """Record, or do not record, inside the context."""
-        before, self.recording = self.recording, on
-        try:
-            yield
-        finally:
-            self.recording = before
-
-    def attach(self) -> None:
-        """Register the hooks."""
-        for site in self.sites:
-            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
-
-    def remove(self) -> None:
-        """Remove the hooks and what they captured."""
-        undo_all(self._undos)
-        self.captured = []
-
-    def _register(self, module: nn.Module, path: str) -> Undo:
-        # Functions, as deepcopy(model) copies bound methods with the captured tensors, which cannot be copied.
-        if self.tap == "output":
-            return module.register_forward_hook(lambda _, inputs, output: self._capture(path, output)).remove
-        return module.register_forward_pre_hook(
-            lambda _, inputs, kwargs: self._capture(path, inputs or tuple(kwargs.values())), with_kwargs=True
-        ).remove
-
-    def _capture(self, path: str, value: Any) -> None:
-        if not self.recording:
-            return
-        while isinstance(value, (tuple, list)) and value:
-            value = value[0]
-        if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise TypeError(f"the {self.tap} of {path!r} is {kind}; it must be a tensor or a tuple with one first")
-        self.captured.append((path, value, _version(value)))
-
-    def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
-        """Return the captured tensors that are wanted, by path, and forget them.
-
-        Raises:
-            RuntimeError: a tensor was overwritten in place after it was captured.
-        """
-        taken: dict[str, list[Tensor]] = {}
-        captured, self.captured = self.captured, []
-        for path, tensor, version in captured:
-            if not wanted(tensor):
-                self.captured.append((path, tensor, version))
-                continue
-            if _version(tensor) != version:
-                raise RuntimeError(
-                    f"the {self.tap} of {path!r} was overwritten in place after it was captured, as "
-                    f"nn.ReLU(inplace=True) does: set inplace=False in the next layer, or tap its output"
-                )
-            taken.setdefault(path, []).append(tensor)
-        return taken
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # torch's only record of in-place changes
+        return first, rebuild
+    raise TypeError(f"is {type(value).__name__}; it must be a tensor, or a tuple, list or dataclass with one first")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
-from em_lightning.surgery.hooks import Taps
-from em_lightning.surgery.select import Where, units_of
+from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
+from em_lightning.surgery.select import Where
+from em_lightning.surgery.taps import Taps
 
 Weight = float | Literal["auto"]
 _MOMENTUM = 0.9  # of the averages of weight="auto"
@@ -30,7 +32,8 @@ class LayerwiseLoss:
     With ``weight="auto"`` the gradient of each EM loss has the share ``ratio`` = rho of the main loss's gradient at the
     same tap. Both norms are those of the global batch, measured every ``auto_every`` steps and smoothed by exponential
     averages. A layer that is called several times between two calls of :meth:`add_to` counts once, on the items of all
-    calls. Losses are computed in float32 or float64, without autocast.
+    calls with a gradient. While nothing before a layer is trained, its loss waits, and a warning says so once. Losses
+    are computed in float32 or float64, without autocast.
 
     Args:
         model: any module.
@@ -40,12 +43,15 @@ class LayerwiseLoss:
         weight: a number, "auto", or a mapping from name patterns to either.
         tap: "output" or "input" of the layer.
         target: a second selection, which must match as well.
-        dim: the axis of the units; "auto" takes 1 at convolutions, their norms and what follows them, else the last.
+        dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
+            first batch: the one of axes 1 and -1 that has the width of the layer.
         schedule: a factor f(t) of the step, on all weights.
         warmup: number of steps over which the factor rises linearly from 0.
         every: add the loss every ``every`` steps, times ``every``: the same gradient on average at lower cost.
         ratio: rho of ``weight="auto"``.
         auto_every: steps between two measurements of ``weight="auto"``.
+        detach: cut the layer from what follows, so that its own loss alone trains it; "auto" is then the weight 1.
+        verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
 
     Attributes:
         step: the step, which :meth:`add_to` increases.
@@ -57,7 +63,7 @@ class LayerwiseLoss:
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> em = LayerwiseLoss(net, "0", weight=0.01)
+        >>> em = LayerwiseLoss(net, "0", weight=0.01, verbose=False)
         >>> loss = em.add_to(net(torch.rand(16, 4)).square().mean())
         >>> loss.backward()
         >>> sorted(em.values)
@@ -82,12 +88,15 @@ class LayerwiseLoss:
         every: int = 1,
         ratio: float = 0.1,
         auto_every: int = 10,
+        detach: bool = False,
+        verbose: bool = True,
     ) -> None:
         check_options(loss, weight, tap, warmup, every, ratio, auto_every)
-        self.taps = Taps(model, where, tap, target)
-        self.dims = {site.path: units_of(site, dim)[1] for site in self.taps.sites}
-        self.losses = {path: _build_loss(loss) for path in self.dims}
-        self.weights = _weights_of(self.dims, weight)
+        self.taps = Taps(model, where, tap, target, dim, detach, verbose)
+        self.losses = {path: _build_loss(loss) for path in self.taps.axes}
+        self.weights = _weights_of(self.losses, weight)
+        if detach:
+            self.weights = {path: 1.0 if weight == "auto" else weight for path, weight in self.weights.items()}
         self.schedule = schedule
         self.warmup = warmup
         self.every = every
@@ -96,9 +105,17 @@ class LayerwiseLoss:
         self.step = 0
         self.values: dict[str, Tensor] = {}
         self._added: set[str] = set()
+        self._said_waiting = False
+        self._pure: set[str] = set()  # layers that had a call which only their own optimizer trains
+        self._mixed: set[str] = set()  # layers that had none yet
         # path -> averages of the norms of both gradients, and the step of the next measurement
         self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
         self.taps.attach()
+
+    @property
+    def dims(self) -> dict[str, int | Literal["auto"]]:
+        """The axis of the units of each layer; "auto" where it is decided at the first batch."""
+        return {path: axis.dim for path, axis in self.taps.axes.items()}
 
     def factor(self) -> float:
         """Return f at the current step."""
@@ -109,23 +126,31 @@ class LayerwiseLoss:
             factor *= min(1.0, self.step / self.warmup)
         return factor * self.every if self.step % self.every == 0 else 0.0
 
-    def add_to(self, loss: Tensor, all_layers: bool = True) -> Tensor:
+    def add_to(self, loss: Tensor, all_layers: bool = True, owners: Mapping[str, Owner] | None = None) -> Tensor:
         """Return the loss plus the EM losses of the layers that were called since the last call, and count a step.
 
         Args:
             loss: the loss of the task.
             all_layers: whether every layer must have been called; else only those are added that the loss depends on,
                 and the others are kept for a later loss.
+            owners: for several optimizers, from :func:`owners_of`. A layer is then added only where the loss reaches
+                parameters of the layer's optimizer, and trains nothing else.
 
         Raises:
             RuntimeError: a layer was not called, or its output carries no gradient.
         """
+        owned: dict[str, list[Tensor]] = {}
         if all_layers:
             captured = self.taps.take()
-            self._check(captured, loss)
+            if loss.requires_grad or any(tensor.requires_grad for tensors in captured.values() for tensor in tensors):
+                captured = self._with_gradient(captured)
         else:
-            graph = _graph_of(loss)
-            captured = self.taps.take(lambda tensor: tensor.grad_fn in graph)
+            graph = graph_of(loss)
+            captured = self.taps.take(
+                lambda tensor: tensor.requires_grad if self.taps.detach else tensor.grad_fn in graph
+            )
+            if owners is not None:
+                captured, owned = self._of_owners(captured, owners)
         self._added.update(captured)
         factor = self.factor()
         self.step += 1
@@ -140,7 +165,7 @@ class LayerwiseLoss:
         for path, value in aux.items():
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
-            total = total + weight * value
+            total = total + only_for(owned[path], weight * value) if path in owned else total + weight * value
         return loss + total.to(loss.dtype)
 
     def weight_of(self, path: str) -> float:
@@ -175,36 +200,75 @@ class LayerwiseLoss:
 
     def reset(self) -> None:
         """Forget captured tensors and added losses; call it before a training step with several losses."""
-        self.taps.captured = []
+        self.taps.clear()
         self._added = set()
 
     def check_all_added(self) -> None:
-        """Raise RuntimeError if the EM loss of a layer was added to no loss since :meth:`reset`."""
-        missed = [path for path in self.dims if path not in self._added]
+        """Raise RuntimeError if the EM loss of a layer was added to no loss since :meth:`reset`, and does not wait."""
+        self._say_waiting(self.taps.frozen - self._added)
+        missed = [path for path in self.losses if path not in self._added and path not in self.taps.frozen]
         if missed:
             raise RuntimeError(
                 f"no loss of this step depends on the layer(s) {', '.join(missed)}: they were not called, or under "
                 f"no_grad, or compiled before the hooks were set, or backward was called instead of manual_backward"
             )
 
-    def _check(self, captured: Mapping[str, list[Tensor]], loss: Tensor) -> None:
-        for path in self.dims:
+    def _with_gradient(self, captured: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Return the captured tensors with a gradient; raise RuntimeError if a layer that is trained has none."""
+        kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
+        for path in self.losses:
             if path not in captured:
                 raise RuntimeError(
                     f"the layer {path!r} fired no hook in this step: it was not called, or compiled and run before the "
                     f"hooks were set; exclude it through where="
                 )
-            if loss.requires_grad and not any(tensor.requires_grad for tensor in captured[path]):
+            if not kept[path] and path not in self.taps.frozen:
                 raise RuntimeError(
-                    f"the {self.taps.tap} of {path!r} carries no gradient: nothing before it is trained, or it was "
-                    f"computed under no_grad, as re-entrant checkpointing does (set use_reentrant=False)"
+                    f"the {self.taps.tap} of {path!r} carries no gradient: it was computed under no_grad, as "
+                    f"re-entrant checkpointing does (set use_reentrant=False)"
                 )
+        self._say_waiting({path for path, tensors in kept.items() if not tensors})
+        self.taps.frozen = set()
+        return {path: tensors for path, tensors in kept.items() if tensors}
+
+    def _say_waiting(self, paths: Collection[str]) -> None:
+        if paths and not self._said_waiting:
+            self._said_waiting = True
+            warnings.warn(
+                f"the loss(es) of {', '.join(sorted(paths))} wait: nothing before these layers is trained now",
+                stacklevel=3,
+            )
+
+    def _of_owners(
+        self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+        """Return the tensors that reach parameters of the layer's optimizer, and these where they reach others as well.
+
+        Calls that only the layer's own optimizer trains, such as a discriminator's on detached images, take precedence:
+        once a layer had such a call, only these count.
+        """
+        kept: dict[str, list[Tensor]] = {}
+        owned: dict[str, list[Tensor]] = {}
+        for path, tensors in captured.items():
+            reached = [(tensor, leaves_of(graph_of(tensor))) for tensor in tensors]
+            reached = [(tensor, leaves) for tensor, leaves in reached if leaves.keys() & owners[path].own]
+            pure = [tensor for tensor, leaves in reached if not leaves.keys() & owners[path].others]
+            if pure:
+                self._pure.add(path)
+                if path in self._mixed and path in self.norms:
+                    self.norms[path] = [0.0, 0.0, 0.0]  # they were measured with the losses of other optimizers
+                self._mixed.discard(path)
+            if path in self._pure:
+                kept[path] = pure
+            else:
+                self._mixed.add(path)
+                kept[path] = [tensor for tensor, _ in reached]
+                leaves = {key: leaf for _, found in reached for key, leaf in found.items()}
+                owned[path] = [leaf for key, leaf in leaves.items() if key in owners[path].own]
+        return {path: tensors for path, tensors in kept.items() if tensors}, owned
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
-        dim = self.dims[path]
-        shape = tuple(tensors[0].shape)
-        if not -len(shape) <= dim < len(shape):
-            raise ValueError(f"dim={dim} must be an axis of the {self.taps.tap} of {path!r}, of shape {shape}")
+        dim = self.taps.axes[path](tensors[0].shape)
         energies = tensors[0].movedim(dim, -1)
         if len(tensors) > 1:
             energies = torch.cat([tensor.movedim(dim, -1).flatten(0, -2) for tensor in tensors])
@@ -232,18 +296,6 @@ class LayerwiseLoss:
             pairs = zip(self.norms[path][:2], norms, strict=True)
             averages = [_MOMENTUM * average + (1 - _MOMENTUM) * norm for average, norm in pairs]
             self.norms[path] = [*averages, self.step - 1 + self.auto_every]
-
-
-def _graph_of(loss: Tensor) -> set[Any]:
-    """Return all nodes of the autograd graph of a loss."""
-    nodes: set[Any] = set()
-    ahead = [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in nodes:
-            nodes.add(node)
-            ahead.extend(following for following, _ in node.next_functions)
-    return nodes
 
 
 def _square(gradients: Iterable[Tensor | None]) -> Tensor:

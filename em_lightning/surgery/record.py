@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,8 +23,10 @@ def recorded_plan(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
-    """Set the plan of a model."""
+    """Set the plan of a model; an empty one leaves no attribute."""
     vars(model)[_PLAN] = plan
+    if not plan:
+        del vars(model)[_PLAN]
 
 
 def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
@@ -44,8 +46,15 @@ def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, A
 
 
 def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
-    stored = [_readable(entry) for entry in plan_in(checkpoint)]
-    live = [_readable(entry) for entry in recorded_plan(model)]
+    plans = plan_in(checkpoint), recorded_plan(model)
+    open_paths = {entry["path"] for plan in plans for entry in plan if entry.get("undecided")}
+    stored, live = ([_readable(entry, open_paths) for entry in plan] for plan in plans)
+    if live and not stored:
+        raise ValueError(
+            f"the checkpoint was saved without surgery; nothing of it is in the checkpoint, but in the model: "
+            f"{'; '.join(live)}. To start from its weights, load them before the fit, with "
+            f"model.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
+        )
     if sorted(stored) != sorted(live):
         missing = "; ".join(entry for entry in stored if entry not in live) or "nothing"
         extra = "; ".join(entry for entry in live if entry not in stored) or "nothing"
@@ -56,10 +65,18 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
     return proceed(checkpoint)
 
 
-def _readable(entry: Mapping[str, Any]) -> str:
+def _readable(entry: Mapping[str, Any], open_paths: Collection[str]) -> str:
+    """Return an entry as text, without the axis at paths where it is decided at the first batch."""
+    arguments = {k: v for k, v in (entry["init_args"] or {}).items() if k != "dim" or entry["path"] not in open_paths}
     calls = "" if entry["calls"] is None else f" calls={entry['calls']}"
     tied = "" if entry["tied"] is None else f" tied to {entry['tied']}"
-    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''}){calls}{tied}"
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({arguments or ''}){calls}{tied}"
+
+
+def settled(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry without what is decided at the first batch, to compare entries before and after it."""
+    arguments = {name: value for name, value in (entry["init_args"] or {}).items() if name != "dim"}
+    return {**{name: entry[name] for name in _FIELDS}, "init_args": arguments}
 
 
 def arguments_of(make: Any) -> dict[str, Any] | None:

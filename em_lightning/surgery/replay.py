@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from em_lightning.registry import import_class
-from em_lightning.surgery.edit import Make, Surgery, change_sites
-from em_lightning.surgery.functional import NAME, swap_relu_calls
-from em_lightning.surgery.record import plan_in, recorded_plan
-from em_lightning.surgery.select import find_modules
+from em_lightning.surgery.edit import Change, Make, Shared, Surgery, change_sites
+from em_lightning.surgery.em import watch_first_call
+from em_lightning.surgery.functional import NAME, swap_calls
+from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan, settled
+from em_lightning.surgery.select import Site, find_modules, walk
+from em_lightning.surgery.wrappers import CallSites, Inserted, is_added
 
 
 def apply_plan(
@@ -35,13 +37,34 @@ def apply_plan(
         ValueError: the plan cannot build a module and ``make`` is None.
     """
     surgery = Surgery(model) if into is None else into
-    done = recorded_plan(model)
+    done = [settled(entry) for entry in recorded_plan(model)]
+    held = [entry for entry in plan if settled(entry) not in done and _holds(model, entry)]
+    if held:
+        surgery.undos += keep_in_checkpoints(model)
+        record_plan(model, [*recorded_plan(model), *held])
     for entry in plan:
-        if entry in done or entry["tied"] not in (None, entry["path"]):  # tied modules are built at their first path
+        first = entry["tied"] in (None, entry["path"])  # tied modules are built at their first path
+        if settled(entry) in done or entry in held or not first:
             continue
         surgery.by = entry["by"]
         _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
     return surgery
+
+
+def _holds(model: nn.Module, entry: dict[str, Any]) -> bool:
+    """Return whether a model was built from a module that had the surgery, stored with its hyperparameters."""
+    pending = [site.module for site in walk(model) if site.path == entry["path"]]
+    while pending:
+        module = pending.pop()
+        if isinstance(module, Inserted):
+            pending += [module.layer, module.operator]
+        elif isinstance(module, CallSites):
+            pending += module.operators
+        elif is_added(module):
+            cls = type(module)
+            if f"{cls.__module__}.{cls.__qualname__}" == entry["class_path"]:
+                return True
+    return False
 
 
 def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make | None) -> None:
@@ -52,14 +75,25 @@ def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make 
     if make is None:
         raise ValueError(f"{path!r} holds a {entry['class_path']} of unknown arguments: pass make=, which builds it")
     if entry["operation"] == "functional":
-        swap_relu_calls(surgery.model, path.removesuffix(NAME).removesuffix("."), make, calls=calls, into=surgery)
+        target = [getattr(nn, name) for name in entry.get("target", ["ReLU"])]
+        where = path.removesuffix(NAME).removesuffix(".")
+        swap_calls(surgery.model, where, make, target, calls=calls, verbose=False, into=surgery)
         return
+
+    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
+        watch_first_call(surgery, site, change, entry.get("undecided", False))
+
     sites = find_modules(surgery.model, tied or [path])
-    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, "together" if tied else "separate")
+    shared: Shared = "together" if tied else "separate"
+    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, shared, prepare)
 
 
-def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:
+def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
     """Return the plan in a checkpoint file, which is empty if it was saved without surgery.
+
+    Args:
+        path: the checkpoint.
+        weights_only: False loads a file that you trust with objects of any class, such as hyperparameters.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -67,7 +101,7 @@ def read_plan(path: str | PathLike[str]) -> list[dict[str, Any]]:
     """
     from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which the rest of surgery does without
 
-    return plan_in(read_checkpoint(path))
+    return plan_in(read_checkpoint(path, weights_only))
 
 
 def restore_surgery(
@@ -83,12 +117,13 @@ def restore_surgery(
         cls: the LightningModule's class.
         path: the checkpoint.
         make: see :func:`apply_plan`.
-        **arguments: those of ``cls.load_from_checkpoint``.
+        **arguments: those of ``cls.load_from_checkpoint``; ``weights_only`` is True by default.
 
     Raises:
         ValueError: the checkpoint stores no plan, or is damaged.
     """
-    plan = read_plan(path)
+    arguments = {"weights_only": True, **arguments}
+    plan = read_plan(path, arguments["weights_only"] is not False)
     if not plan:
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
 
@@ -98,6 +133,6 @@ def restore_surgery(
 
     # load_from_checkpoint builds the model, calls this hook, then loads the weights.
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
-    model = loader.load_from_checkpoint(path, **{"weights_only": True, **arguments})  # type: ignore[attr-defined]
+    model = loader.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
     model.__class__ = cls
     return model

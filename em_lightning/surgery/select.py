@@ -1,11 +1,11 @@
-"""Select modules of a model by class, name pattern or predicate; find the axis and number of their units."""
+"""Select modules of a model by class, name pattern or predicate."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,6 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     torch.tanh: nn.Tanh,
     torch.sigmoid: nn.Sigmoid,
 }
-
-# Layers with channels on axis 1, by the number of axes of their feature maps.
-MAPS: dict[int, tuple[type[nn.Module], ...]] = {
-    d + 2: tuple(getattr(nn, f"{kind}{d}d") for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm"))
-    for d in (1, 2, 3)
-}
-_CHANNELS_FIRST = (*(kind for kinds in MAPS.values() for kind in kinds), nn.SyncBatchNorm, nn.GroupNorm)
 
 
 class Site(NamedTuple):
@@ -92,13 +85,34 @@ def matches(site: Site, where: Where) -> bool:
     )
 
 
+def class_name(cls: type) -> str:
+    """Return the name of a class, with its module unless it is one of torch.nn."""
+    return cls.__qualname__ if getattr(nn, cls.__qualname__, None) is cls else f"{cls.__module__}.{cls.__qualname__}"
+
+
 def contents(model: nn.Module) -> str:
     """Return the classes of a model's modules, each with the paths of its first instances, for error messages."""
+    classes = {type(site.module) for site in walk(model)}
+    names = [cls.__name__ for cls in classes]
     paths: dict[str, list[str]] = {}
     for site in walk(model):
-        paths.setdefault(type(site.module).__name__, []).append(site.path)
+        cls = type(site.module)
+        ambiguous = names.count(cls.__name__) > 1 or hasattr(nn, cls.__name__)
+        paths.setdefault(class_name(cls) if ambiguous else cls.__name__, []).append(site.path)
     lines = [f"{kind}: {', '.join(p[:4])}{f' and {len(p) - 4} more' * (len(p) > 4)}" for kind, p in paths.items()]
     return "; ".join(lines) or "no submodules"
+
+
+def check_patterns(model: nn.Module, where: Where | None) -> None:
+    """Raise NoMatchError if a name pattern in a list matches no module of the model."""
+    if isinstance(where, Sequence) and not isinstance(where, str):
+        sites = list(walk(model))
+        unmatched = [one for one in where if isinstance(one, str) and not any(matches(site, one) for site in sites)]
+        if unmatched:
+            wrong = ", ".join(map(repr, unmatched))
+            raise NoMatchError(
+                f"nothing matches {wrong} in where={described(where)}; the model holds {contents(model)}"
+            )
 
 
 def find_modules(model: nn.Module, where: Where, target: Where | None = None) -> list[Site]:
@@ -113,7 +127,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None) ->
         target: a second selection, which must match as well.
 
     Raises:
-        NoMatchError: nothing matches; the message lists the modules of the model.
+        NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
         TypeError: ``where`` has another type.
 
     Example:
@@ -124,6 +138,8 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None) ->
         Traceback (most recent call last):
         em_lightning.surgery.select.NoMatchError: nothing matches where='encoder.*' (strings are name ...
     """
+    for selection in (where, target):
+        check_patterns(model, selection)
     sites = list(walk(model))
     found: set[str] = set()
     for entry in where if isinstance(where, Sequence) and not isinstance(where, str) else [where]:
@@ -139,11 +155,13 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None) ->
     return [site for site in sites if site.path in found]
 
 
-def described(where: Where) -> str:
-    """Return a selection as error messages and state keys show it."""
+def described(where: Any) -> str:
+    """Return a selection as error messages and state keys show it: another class or function, another text."""
     if isinstance(where, Sequence) and not isinstance(where, str):
         return f"[{', '.join(described(one) for one in where)}]"
-    return getattr(where, "__qualname__", None) or repr(where)
+    if inspect.isfunction(where):
+        return f"{where.__module__}.{where.__qualname__}:{where.__code__.co_firstlineno}"
+    return class_name(where) if isinstance(where, type) else repr(where)
 
 
 def check_reachable(site: Site) -> None:
@@ -156,43 +174,3 @@ def check_reachable(site: Site) -> None:
         raise ValueError(
             f"{site.path!r} lies inside nn.MultiheadAttention, which never calls its {site.name}: select the attention"
         )
-
-
-def num_units(module: nn.Module) -> int | None:
-    """Return the width of a layer's output, or None if its type does not define one."""
-    if isinstance(module, nn.LayerNorm):
-        return int(module.normalized_shape[-1])
-    for name in ("out_features", "out_channels", "num_features", "num_channels", "embedding_dim", "embed_dim"):
-        value = getattr(module, name, None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def units_of(site: Site, dim: int | Literal["auto"] = "auto") -> tuple[int | None, int]:
-    """Return the number of units of a site's output and their axis.
-
-    Both are read from the site's own layer; for an activation or a container, from the last layer inside it, else the
-    last one before it, else the first one after it. Convolutions and their norms have units on axis 1, others on the
-    last.
-
-    Args:
-        site: the site.
-        dim: the axis, if it is known.
-    """
-    sized = _sized([site.module]) if num_units(site.module) is None else [site.module]
-    for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
-        if sized:
-            break
-        children = dict(owner._modules)  # by name, as an instance may have several
-        position = list(children).index(name) if name in children else len(children)
-        before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
-        sized = _sized(before) or _sized(behind)[:1]
-    if dim == "auto":
-        dim = 1 if sized and isinstance(sized[-1], _CHANNELS_FIRST) else -1
-    return (num_units(sized[-1]) if sized else None), dim
-
-
-def _sized(modules: Sequence[nn.Module | None]) -> list[nn.Module]:
-    inner = [inner for module in modules if module is not None for inner in module.modules()]
-    return [module for module in inner if num_units(module) is not None]

@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-MARKER = "em_surgery"  # a buffer whose key keeps the checkpoint from loading into a model without the surgery
+from em_lightning.surgery.hooks import first_tensor
+from em_lightning.surgery.select import Site
+
+# A buffer whose key keeps the checkpoint from loading into a model without the surgery. Errors on unexpected keys print
+# it, and so do the warnings of strict=False: it names what loads such a checkpoint.
+MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
+
+
+def is_added(module: nn.Module) -> bool:
+    """Return whether surgery built a module."""
+    return MARKER in dict(module.named_buffers(recurse=False))
+
+
+def outside_added(sites: list[Site]) -> list[Site]:
+    """Return the sites that do not lie inside modules that surgery built, or all if there are no others."""
+    return [site for site in sites if not any(map(is_added, site.ancestors))] or sites
 
 
 def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of the modules that surgery built in a model, by name."""
-    added = {
-        id(p)
-        for module in model.modules()
-        if MARKER in dict(module.named_buffers(recurse=False))
-        for p in module.parameters()
-    }
+    added = {id(p) for module in filter(is_added, model.modules()) for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in added and p.requires_grad}
 
 
 class Inserted(nn.Module):
-    """A layer and the operator behind it: ``operator(layer(...))``, on the first element if that is a tuple.
+    """A layer and the operator behind it: ``operator(layer(...))``, on the first tensor of a tuple or dataclass.
 
     Other attributes are those of the layer, so that code which reads ``model.encoder.weight`` still works.
     """
@@ -35,12 +45,11 @@ class Inserted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output with the operator applied."""
         output = self.layer(*args, **kwargs)
-        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-            return (self.operator(output[0]), *output[1:])
-        if not isinstance(output, Tensor):
-            kind = type(self.layer).__name__
-            raise TypeError(f"{kind} returns {type(output).__name__}; it must be a tensor or a tuple with one first")
-        return self.operator(output)
+        try:
+            first, put = first_tensor(output)
+        except TypeError as error:
+            raise TypeError(f"the output of {type(self.layer).__name__} {error}") from None
+        return put(self.operator(first))
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -77,6 +77,13 @@ class FullCovariance:
             second_moment = second_moment + self.pool(means.square())
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
+    def indefinite(self, covariances: Tensor) -> Tensor:
+        """Return whether each finite covariance is not positive definite, by more than round-off, (B, K) or (B, 1)."""
+        features = covariances.shape[-1]
+        least = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        failed = torch.linalg.cholesky_ex(covariances + least.diag_embed()).info != 0
+        return failed & covariances.isfinite().flatten(-2).all(-1)
+
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K).
 
@@ -207,38 +214,33 @@ class FullCovariance:
         growth = self.compose(new.inverse, new.scale - own.scale).abs().flatten(1).amax(1)
         return torch.stack([weights, shift, growth]).amax(0)
 
-    def correction_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: the entries of ``T``, and the two repetitions."""
-        return num_features * (num_features + 1) // 2 + 2
+    def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+        """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
 
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return corrected covariances, never below the floor (B,), equal to ``covariances`` for a correction of zero.
-
-        ``Sigma <- G (Sigma - floor I) G^T + floor I`` with ``G = L T (I + a (M - I) + b (M^2 - M)) L^-1``: a lower
-        triangle ``T`` with a positive diagonal stretches and shears the component, and ``a`` and ``b`` extrapolate the
-        change ``M = L^T Sigma_before^-1 L`` of the M-step, like one and two more iterations. Factors are those of the
-        E-step and those of ``covariances``; the correction is (B, K, correction_size).
+        Where variances are equal, as they are at the floor, the axes are those of the second moments (B, K, D, D) of
+        the neighbours, and not of rounding errors.
         """
-        features = covariances.shape[-1]
-        eye = identity(features, covariances)
-        change = before.inverse @ after.scale
-        change = change.mT @ change
-        change = change / change.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1.0)[..., None, None]
-        once, twice = correction[..., -2:].tanh()[..., None, None].unbind(-3)
-        repeated = eye + once * (change - eye) + twice * (change @ change - change)
-        step = after.scale @ (lower_triangle(correction[..., :-2], features) @ repeated) @ after.inverse
-        least = floor[:, None, None, None] * eye
+        least = smallest_pivots(self.pool(means.square()).amax(-1, keepdim=True))
+        own = self.to_public(covariances)
+        matrix = own + 1e-6 * self.pool(neighbours)
+        values, axes = torch.linalg.eigh(matrix.detach())
+        # The derivative of eigh divides by the differences of eigenvalues; here they are bounded away from zero.
+        gap = values.unsqueeze(-2) - values.unsqueeze(-1)
+        size = (1e-6 * values[..., -1:, None]).square().clamp(min=torch.finfo(gap.dtype).tiny)
+        turn = axes.mT @ (matrix - matrix.detach()) @ axes * gap / (gap.square() + size)
+        axes = axes + axes @ turn
+        return axes, torch.maximum(((axes.mT @ own) * axes.mT).sum(-1), least).sqrt()
+
+    def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
+        """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``."""
+        step = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
+        least = floor[:, None, None, None] * identity(axes.shape[-1], axes)
         return step @ (covariances - least) @ step.mT + least
 
-    def describe(self, before: Factor, after: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-sizes and slopes of each factor relative to a unit (B, 1, 1), and of the change of the M-step."""
-        below = _below_diagonal(after.scale)
-        diagonal = after.scale.diagonal(dim1=-2, dim2=-1)
-        slopes = after.scale[..., below[0], below[1]] / diagonal[..., below[1]]
-        change = before.inverse @ after.scale
-        shrunk = change.diagonal(dim1=-2, dim2=-1).log()
-        sizes = torch.cat([(diagonal / unit).log(), slopes], -1)
-        return sizes, torch.cat([shrunk, change[..., below[0], below[1]]], -1)
+    def pairs(self, matrix: Tensor) -> Tensor:
+        """Return the entries (..., S) of symmetric matrices (..., D, D) that this type has: upper triangles."""
+        i, j = torch.triu_indices(matrix.shape[-1], matrix.shape[-1], device=matrix.device)
+        return matrix[..., i, j]
 
 
 class TiedCovariance(FullCovariance):
@@ -274,6 +276,6 @@ class TiedCovariance(FullCovariance):
         """Return ``Sigma`` times the mean ratio of the components."""
         return super().scaled(covariances, ratio.mean(1, keepdim=True))
 
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return the covariances under the mean of the components' corrections."""
-        return super().correct(before, after, covariances, correction.mean(1, keepdim=True), floor)
+    def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
+        """Return the covariances stretched by the mean of the components."""
+        return super().stretched(covariances, axes, stretch.mean(1, keepdim=True), floor)

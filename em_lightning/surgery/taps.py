@@ -1,0 +1,149 @@
+"""Forward hooks that capture the outputs or inputs of layers, with the axis of their units."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from em_lightning.surgery.axes import describe, show, unit_axis
+from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all
+from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
+from em_lightning.surgery.wrappers import outside_added
+
+
+class Taps:
+    """Captures the outputs or the inputs of the layers that :func:`find_modules` selects, while ``recording`` is true.
+
+    The axis of the units is decided at the first capture, see :func:`unit_axis`, and printed with ``verbose``. With
+    ``detach`` the captured tensor is cut from what follows: the layer passes a detached one on.
+
+    Attributes:
+        axes: the axis of the units of each layer.
+        frozen: the layers that ran with gradients enabled and gave a tensor without one, since the last :meth:`clear`.
+
+    Raises:
+        NoMatchError: nothing matches, or only functions, which have no hooks.
+        ValueError: ``tap`` has another value, or a hook on a layer would never fire.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> taps = Taps(net, "0", verbose=False)
+        >>> taps.attach()
+        >>> y = net(torch.ones(4, 2))
+        >>> {path: [tuple(tensor.shape) for tensor in tensors] for path, tensors in taps.take().items()}
+        {'0': [(4, 3)]}
+        >>> taps.remove()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        where: Where,
+        tap: Literal["output", "input"] = "output",
+        target: Where | None = None,
+        dim: int | Literal["auto"] = "auto",
+        detach: bool = False,
+        verbose: bool = True,
+    ) -> None:
+        if tap not in ("output", "input"):
+            raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
+        self.tap = tap
+        self.detach = detach
+        self.verbose = verbose
+        self.recording = True
+        self.frozen: set[str] = set()
+        self.captured: list[tuple[str, Tensor, int]] = []
+        self._undos: list[Undo] = []
+        self.sites: list[Site] = []
+        for site in outside_added(find_modules(model, where, target)):
+            check_reachable(site)
+            if site.function is None and not any(site.module is known.module for known in self.sites):
+                self.sites.append(site)
+        if not self.sites:
+            raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
+        self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
+        self._seen: set[str] = set()
+
+    @contextlib.contextmanager
+    def switched(self, on: bool) -> Iterator[None]:
+        """Record, or do not record, inside the context."""
+        before, self.recording = self.recording, on
+        try:
+            yield
+        finally:
+            self.recording = before
+
+    def attach(self) -> None:
+        """Register the hooks."""
+        for site in self.sites:
+            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
+
+    def remove(self) -> None:
+        """Remove the hooks and what they captured."""
+        undo_all(self._undos)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self.captured, self.frozen = [], set()
+
+    def _register(self, module: nn.Module, path: str) -> Undo:
+        # Functions, as deepcopy(model) copies bound methods with the captured tensors, which cannot be copied.
+        if self.tap == "output":
+            return module.register_forward_hook(lambda _, inputs, output: self._capture(path, output)).remove
+        return module.register_forward_pre_hook(
+            lambda _, inputs, kwargs: self._capture_input(path, inputs, kwargs), with_kwargs=True
+        ).remove
+
+    def _capture_input(self, path: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if inputs:
+            passed = self._capture(path, inputs)
+            return None if passed is None else (passed, kwargs)
+        passed = self._capture(path, tuple(kwargs.values()))
+        return None if passed is None else ((), dict(zip(kwargs, passed, strict=True)))
+
+    def _capture(self, path: str, value: Any) -> Any:
+        """Keep the first tensor of a value; with ``detach`` return the value with a detached one in its place."""
+        if not self.recording:
+            return None
+        try:
+            tensor, put = first_tensor(value)
+        except TypeError as error:
+            raise TypeError(f"the {self.tap} of {path!r} {error}") from None
+        dim = self.axes[path](tensor.shape)
+        if self.verbose and path not in self._seen:
+            show(describe(path, self.tap, tensor.shape, dim))
+        self._seen.add(path)
+        if torch.is_grad_enabled() and not tensor.requires_grad:
+            self.frozen.add(path)
+        self.captured.append((path, tensor, _version(tensor)))
+        return put(tensor.detach()) if self.detach else None
+
+    def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
+        """Return the captured tensors that are wanted, by path, and forget them.
+
+        Raises:
+            RuntimeError: a tensor was overwritten in place after it was captured.
+        """
+        taken: dict[str, list[Tensor]] = {}
+        captured, self.captured = self.captured, []
+        for path, tensor, version in captured:
+            if not wanted(tensor):
+                self.captured.append((path, tensor, version))
+                continue
+            if _version(tensor) != version:
+                raise RuntimeError(
+                    f"the {self.tap} of {path!r} was overwritten in place after it was captured, as "
+                    f"nn.ReLU(inplace=True) does: set inplace=False in the next layer, or tap its output"
+                )
+            taken.setdefault(path, []).append(tensor)
+        return taken
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # torch's only record of in-place changes

@@ -1,0 +1,519 @@
+"""Surgery in models of other projects: axes, sets, padding, causal attention, functions, outputs of other types."""
+
+import copy
+import dataclasses
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from em_lightning import ACTIVATIONS
+from em_lightning.surgery import (
+    LayerwiseLoss,
+    NoMatchError,
+    apply_plan,
+    insert_em_operators,
+    recorded_plan,
+    swap_activations,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:LSTM with projections")
+
+
+def opened(model, where, *args, **options):
+    """Insert operators with open gates."""
+    torch.manual_seed(0)
+    surgery = insert_em_operators(model, where, 2, *args, verbose=False, **options)
+    for name, parameter in surgery.parameters().items():
+        if name.endswith("gate"):
+            parameter.data.fill_(1.0)
+    return surgery
+
+
+def change_of(model, x, place, seen, *args, **options):
+    """Return the largest change of an output at ``seen`` if the input changes at ``place``."""
+    other = x.clone()
+    other[place] += 1
+    return (model(x, *args, **options) - model(other, *args, **options))[seen].abs().max().item()
+
+
+class Attention(nn.Module):
+    """Self-attention of one head, written in three ways."""
+
+    def __init__(self, way, width=8):
+        super().__init__()
+        self.way, self.qkv, self.out = way, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.register_buffer("later", torch.ones(16, 16, dtype=torch.bool).triu(1))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        n = x.shape[1]
+        if self.way == "flag":
+            return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        if self.way == "mask":
+            return self.out(F.scaled_dot_product_attention(q, k, v, ~self.later[:n, :n]))
+        scores = q @ k.mT / math.sqrt(x.shape[-1])
+        if self.way == "softmax":
+            scores = scores.masked_fill(self.later[:n, :n], -torch.inf)
+        return self.out(scores.softmax(-1) @ v)
+
+
+class Language(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.embedding, self.attention, self.mlp = nn.Linear(8, 8), Attention(way), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.embedding(x)
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("way", ["flag", "mask", "softmax"])
+@pytest.mark.parametrize("where", ["embedding", "attention.out", "mlp"])
+def test_an_operator_that_would_see_later_positions_is_refused(way, where):
+    model, x = Language(way), torch.randn(2, 6, 8)
+    opened(model, where)
+    for _ in range(2):  # also at the second try
+        with pytest.raises(ValueError, match=f"'{where}' masks later .*causal=True"):
+            model(x)
+
+
+@pytest.mark.parametrize("way", ["flag", "softmax"])
+def test_a_causal_operator_sees_only_earlier_positions(way):
+    model, x = Language(way), torch.randn(2, 6, 8)
+    opened(model, "mlp", causal=True)
+    assert change_of(model, x, (slice(None), 4), (slice(None), slice(4))) < 1e-6
+    assert change_of(model, x, (slice(None), 4), (slice(None), slice(4, None))) > 1e-3
+    operator, items = model.mlp.operator, torch.randn(2, 5, 8)
+    for t in range(5):  # each position as the last one of its own set
+        alone = operator.reconstruct(items[:, : t + 1])[:, -1]
+        torch.testing.assert_close(operator(items)[:, t] - items[:, t], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_given_to_torch_layers_are_seen():
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(2, 5, 8)
+    opened(layer, "linear2")
+    with pytest.raises(ValueError, match="causal=True"):
+        layer(x, mask)
+    decoder = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)  # with attention to a memory as well
+    opened(decoder, "linear1")
+    with pytest.raises(ValueError, match="causal=True"):
+        decoder(x, torch.randn(2, 7, 8), tgt_mask=mask)
+
+
+def test_attention_to_all_positions_is_not_refused_and_keeps_its_numbers():
+    for model in (Language("plain"), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)):
+        x, plain = torch.randn(2, 5, 8), copy.deepcopy(model).eval()
+        insert_em_operators(model.eval(), ["mlp" if hasattr(model, "mlp") else "linear2"], 2, verbose=False)
+        with torch.no_grad():
+            first, second = model(x), model(x)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, plain(x))
+
+
+class LengthFirst(nn.Module):
+    """A block in the layout (T, B, D) of nn.MultiheadAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.mlp(self.attention(x, x, x, need_weights=False)[0])
+
+
+class First(nn.Module):
+    """A recurrent layer without its state."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def test_sequences_of_a_batch_are_sets_of_their_own():
+    others = (slice(None), slice(2))
+    x = torch.randn(6, 3, 8)
+    for model, where in (
+        (nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), "linear2"),
+        (nn.Sequential(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), 2)), "0"),
+        (First(nn.LSTM(8, 8)), "layer"),
+        (First(nn.GRU(8, 4, bidirectional=True)), "layer"),
+    ):
+        opened(model, where)
+        assert change_of(model, x, (slice(None), 2), others) == 0.0
+        assert change_of(model, x, (slice(None), 2), (slice(None), 2)) > 0
+    model = LengthFirst()
+    opened(model, "mlp")
+    with pytest.raises(ValueError, match=r"\(6, 3, 8\).*batch_first=False.*set_dim="):
+        model(x)
+    model = LengthFirst()
+    opened(model, "mlp", set_dim=0)
+    assert change_of(model, x, (slice(None), 2), others) == 0.0
+
+
+def test_rows_and_images_of_a_batch_are_sets_of_their_own():
+    rows = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+    opened(rows, "0")
+    assert change_of(rows, torch.randn(5, 4), 4, slice(4)) == 0.0
+    maps = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+    opened(maps, "1")
+    assert change_of(maps, torch.randn(3, 3, 8, 8), 2, slice(2)) == 0.0
+    batch = nn.Sequential(nn.Linear(4, 6))
+    opened(batch, "0", set_dim=0)
+    assert change_of(batch, torch.randn(5, 4), 4, slice(4)) > 1e-3
+    with pytest.raises(ValueError, match="set_dim=1 .*dim=-1"):
+        wrong = nn.Sequential(nn.Linear(4, 6))
+        opened(wrong, "0", set_dim=1)
+        wrong(torch.randn(5, 4))
+
+
+class Padded(nn.Module):
+    """Hands a mask with 1 at words to its inner module, as language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x, attention_mask=None):
+        return self.inner(x)
+
+
+def test_padding_takes_no_part_in_a_fit():
+    padding = torch.arange(6) >= torch.tensor([[4], [6], [3]])
+    words = ~padding
+    x = torch.randn(3, 6, 8)
+    first = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    opened(first, "linear2")
+    assert change_of(first, x, padding, words, src_key_padding_mask=padding) < 1e-6
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), 1)
+    opened(encoder, "layers.0.linear2")
+    assert change_of(encoder, x.mT.mT.transpose(0, 1), padding.T, words.T, src_key_padding_mask=padding) < 1e-6
+    own = Padded()
+    opened(own, "inner.0")
+    assert change_of(own, x, padding, words, attention_mask=words.long()) < 1e-6
+    assert change_of(own, x, padding, words) > 1e-3  # without a mask
+
+
+class ChannelsLast(nn.Module):
+    """A block as in ConvNeXt: channels last inside, first outside."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.linear, self.act = nn.Conv2d(6, 6, 3, padding=1), Norm(), nn.Linear(6, 6), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.linear(self.norm(self.conv(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+
+class Norm(nn.Module):
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:])
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.act = nn.Conv2d(6, 10, 4, 4), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.proj(x).flatten(2).mT)
+
+
+def test_axes_are_decided_by_the_first_batch(capsys):
+    model = nn.Sequential(ChannelsLast(), Tokens())
+    losses = LayerwiseLoss(model, ["0", "0.norm", "0.conv", "1", "1.act"], "free_energy", weight=1.0)
+    swap_activations(model, "softmax_gated")
+    insert_em_operators(model, ["0.norm", "1"], 2)
+    assert losses.dims["0"] == "auto" and losses.dims["0.conv"] == 1
+    losses.add_to(model(torch.randn(2, 6, 8, 8)).sum())
+    assert losses.dims == {"0": 1, "0.norm": -1, "0.conv": 1, "1": -1, "1.act": -1}
+    assert model[0].act.dim == model[1].layer.act.dim == -1
+    lines = capsys.readouterr().out.splitlines()
+    assert "0: output, shape (2, 6, 8, 8), axis 1 has 6 units, 128 items" in lines
+    assert "1: SetRefinement, shape (2, 4, 10), axis -1 has 10 units, 2 sets of 4 items" in lines
+    assert "0.act: SoftmaxGatedActivation, shape (2, 8, 8, 6), axis -1 has 6 units, 128 items" in lines
+    assert len(lines) == 5 + 2 + 2
+    model(torch.randn(2, 6, 8, 8))
+    assert capsys.readouterr().out == ""
+
+
+def test_the_decided_axis_is_part_of_the_plan():
+    model, fresh = ChannelsLast(), ChannelsLast()
+    swap_activations(model, "softmax_gated", verbose=False)
+    undecided = recorded_plan(model)
+    assert undecided[0]["undecided"] and "dim" not in undecided[0]["init_args"]
+    x = torch.randn(2, 6, 8, 8)
+    model(x)
+    assert recorded_plan(model)[0]["init_args"]["dim"] == -1
+    apply_plan(fresh, recorded_plan(model))
+    apply_plan(fresh, undecided)  # the same surgery
+    assert fresh.act.dim == -1 and len(recorded_plan(fresh)) == 1
+    again = ChannelsLast()
+    apply_plan(again, undecided)
+    again(x)
+    assert again.act.dim == -1
+
+
+def test_axes_that_widths_do_not_decide_are_refused():
+    square, x = ChannelsLast(), torch.randn(2, 6, 6, 6)
+    for surgery in (
+        lambda model: swap_activations(model, "softmax_gated"),
+        lambda model: insert_em_operators(model, "norm", 2),
+        lambda model: LayerwiseLoss(model, "norm", weight=1.0),
+    ):
+        model = copy.deepcopy(square)
+        surgery(model)
+        with pytest.raises(ValueError, match=r"dim='auto' .*'(act|norm)'.*\(2, 6, 6, 6\).*6 units.*dim="):
+            model(x)
+    swap_activations(square, "softmax_gated", dim=-1)
+    square(x)
+    wide = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(-1, (2, 3)))
+    LayerwiseLoss(wide, "1", weight=1.0)
+    with pytest.raises(ValueError, match=r"'1'.*\(5, 2, 3\) has 6 units.*dim="):
+        wide(torch.randn(5, 4))
+
+
+def test_elementwise_activations_need_no_axis_and_silence_is_kept(capsys):
+    model = ChannelsLast()
+    swap_activations(model, "signed")
+    model(torch.randn(2, 6, 6, 6))
+    assert capsys.readouterr().out == "act: SignedActivation, shape (2, 6, 6, 6), elementwise\n"
+    quiet = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    swap_activations(quiet, "softmax_gated", verbose=False)
+    insert_em_operators(quiet, "0", 2, verbose=False)
+    LayerwiseLoss(quiet, "0", weight=1.0, verbose=False).add_to(quiet(torch.randn(5, 4)).sum())
+    assert capsys.readouterr().out == ""
+
+
+# Functions.
+
+
+class Functions(nn.Module):
+    def forward(self, x):
+        return F.leaky_relu(F.silu(F.gelu(x)), 0.1) + torch.tanh(x) + x.tanh() + F.elu(x, 1.0) + F.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (nn.GELU, lambda x, f: F.leaky_relu(F.silu(f(x)), 0.1) + 2 * x.tanh() + F.elu(x) + F.relu(x)),
+        (nn.SiLU, lambda x, f: F.leaky_relu(f(F.gelu(x)), 0.1) + 2 * x.tanh() + F.elu(x) + F.relu(x)),
+        (nn.LeakyReLU, lambda x, f: f(F.silu(F.gelu(x))) + 2 * x.tanh() + F.elu(x) + F.relu(x)),
+        (nn.Tanh, lambda x, f: F.leaky_relu(F.silu(F.gelu(x)), 0.1) + 2 * f(x) + F.elu(x) + F.relu(x)),
+        ([nn.ReLU, nn.ELU], lambda x, f: F.leaky_relu(F.silu(F.gelu(x)), 0.1) + 2 * x.tanh() + 2 * f(x)),
+    ],
+)
+def test_only_calls_of_the_target_are_swapped(target, expected):
+    model, x = nn.Sequential(Functions()), torch.randn(3, 4)
+    swap_activations(model, "softmax_gated", target, functional=True, verbose=False)
+    torch.testing.assert_close(model(x), expected(x, lambda x: x * x.softmax(-1)))
+
+
+def test_functions_beside_a_module_of_the_target_stay():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.GELU()
+
+        def forward(self, x):
+            return F.relu(self.act(x))
+
+    model, x = Both(), torch.randn(3, 4)
+    assert [change.path for change in swap_activations(model, nn.Tanh, nn.GELU, functional=True).changes] == ["act"]
+    assert torch.equal(model(x), x.tanh().relu())
+
+
+def block(x):
+    return F.relu(x)
+
+
+class Helpers(nn.Module):
+    """Calls relu in a method of its own, in one of a base class's, and in a function of its module."""
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+    def first(self, x):
+        return [F.relu(one) for one in (x,)][0]
+
+    def second(self, x):
+        return block(x)
+
+
+class Inherited(Helpers):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [Helpers, Inherited])
+def test_calls_in_helper_methods_are_swapped(cls):
+    model, x = nn.Sequential(cls()), torch.randn(3, 4)
+    surgery = swap_activations(model, "softmax_gated", functional=True, verbose=False)
+    swapped = x * x.softmax(-1)
+    torch.testing.assert_close(model(x), 2 * swapped)
+    torch.testing.assert_close(model[0].first(x), swapped)  # as a training_step may call it
+    surgery.undo()
+    assert torch.equal(model(x), 2 * x.relu())
+
+
+def test_functions_inside_an_operator_are_not_swapped_again():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Helpers()
+
+        def forward(self, x):
+            return F.relu(self.inner(x))
+
+    model, x = Outer(), torch.randn(3, 4)
+    swap_activations(model, "relu_gated", functional=True, verbose=False)
+    gated = ACTIVATIONS.build("relu_gated")
+    torch.testing.assert_close(model(x), gated(2 * gated(x)))
+
+
+def test_a_given_axis_is_kept_in_calls():
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            x = self.layer(x)
+            return F.relu(self.norm(x.flatten(0, 1)).view_as(x))
+
+    model, x = Graph().eval(), torch.randn(2, 5, 4)
+    plain = model.norm(model.layer(x).flatten(0, 1)).view(2, 5, 6)
+    for dim, expected in ((-1, -1), (1, 1), ("auto", -1)):
+        with swap_activations(model, "softmax_gated", functional=True, dim=dim, verbose=False):
+            torch.testing.assert_close(model(x), plain * plain.softmax(expected))
+
+
+# Outputs of other types, widths, empty batches.
+
+
+class Pair(NamedTuple):
+    y: torch.Tensor
+    h: torch.Tensor
+
+
+@dataclasses.dataclass
+class Output:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class Typed(nn.Linear):
+    def __init__(self, make):
+        super().__init__(4, 3)
+        self.make = make
+
+    def forward(self, x):
+        return self.make(super().forward(x))
+
+
+def test_outputs_keep_their_type():
+    x = torch.randn(2, 5, 4)
+    for make, read in (
+        (lambda y: Pair(y, y), lambda out: out.y),
+        (lambda y: Output(None, y), lambda out: out.logits),
+        (lambda y: [y, 3], lambda out: out[0]),
+        (lambda y: (Pair(y, y), y), lambda out: out[0].y),
+    ):
+        model = nn.Sequential(Typed(make))
+        plain = model(x)
+        opened(model, "0")
+        out = model(x)
+        assert type(out) is type(plain) and not torch.allclose(read(out), read(plain))
+        losses = LayerwiseLoss(model, "0", lambda d: d.square().mean(), weight=1.0)
+        total = losses.add_to(read(model(x)).sum())
+        torch.testing.assert_close(total, read(out).sum() + read(out).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("layer", "width"),
+    [
+        (nn.LSTM(10, 6, batch_first=True), 6),
+        (nn.GRU(10, 6, batch_first=True, bidirectional=True), 12),
+        (nn.LSTM(10, 6, batch_first=True, proj_size=5), 5),
+        (nn.RNN(10, 6, batch_first=True), 6),
+    ],
+)
+def test_widths_of_recurrent_layers(layer, width):
+    model = nn.Sequential(nn.Linear(4, 10), layer)
+    surgery = opened(model, "1")
+    assert model(torch.randn(2, 5, 4))[0].shape[-1] == surgery.changes[0].added[0].operator.num_features == width
+
+
+def test_layers_without_items_pass_and_keep_zero_gradients():
+    class Experts(nn.Module):
+        def __init__(self, make):
+            super().__init__()
+            self.a, self.b = make(), make()
+
+        def forward(self, x):
+            return torch.cat([self.a(x[x[:, 0, 0] > 0]), self.b(x[x[:, 0, 0] <= 0])])
+
+    model = Experts(lambda: nn.Linear(4, 3))
+    surgery = opened(model, ["a", "b"])
+    model(torch.rand(6, 5, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in surgery.parameters().values())
+    assert all((p.grad == 0).all() for name, p in surgery.parameters().items() if name.startswith("b"))
+    tokens = Experts(lambda: nn.Linear(4, 3))
+    opened(tokens, "b", set_dim=0)
+    tokens(torch.rand(6, 5, 4))
+
+
+# Selections and names.
+
+
+def test_a_typo_in_a_list_is_named():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    for surgery in (
+        lambda: insert_em_operators(model, ["0", "fc9"], 2),
+        lambda: swap_activations(model, where=["1", "fc9"]),
+        lambda: swap_activations(model, where=["1", "fc9"], functional=True),
+        lambda: LayerwiseLoss(model, [nn.ReLU, "fc9"], weight=1.0),
+        lambda: insert_em_operators(model, nn.Linear, 2, target=["0", "fc9"]),
+    ):
+        with pytest.raises(NoMatchError, match="nothing matches 'fc9' in where=.*Linear: 0"):
+            surgery()
+    assert not recorded_plan(model)
+    assert len(swap_activations(model, target=[nn.ReLU, nn.GELU])) == 1  # classes are alternatives
+
+
+class GELU(nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+def test_classes_of_one_name_are_told_apart():
+    with pytest.raises(NoMatchError, match=r"target=GELU .*test_surgery_layouts.GELU: 0"):
+        swap_activations(nn.Sequential(GELU()), target=nn.GELU)
+    with pytest.raises(NoMatchError, match=r"target=test_surgery_layouts.GELU .* GELU: 0"):
+        swap_activations(nn.Sequential(nn.GELU()), target=GELU)
+    report = swap_activations(nn.Sequential(GELU()), nn.GELU, target=GELU).report
+    assert report.splitlines()[1].split() == ["0", "test_surgery_layouts.GELU", "GELU", "0"]
+
+
+def test_activations_that_ruin_wide_layers_warn_once():
+    wide = [layer for _ in range(2) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    for name, loss in (("direction", "65.0"), ("sparsemin", "6.0"), ("log_softmax", "4.5")):
+        with pytest.warns(UserWarning, match=f"{name} over the 64 units of '1'.*{loss} points.*'signed'") as caught:
+            model = copy.deepcopy(nn.Sequential(*wide))
+            swap_activations(model, name, verbose=False)
+            model(torch.randn(3, 64))
+        assert len(caught) == 1
+    with pytest.warns(UserWarning, match="softmax_gated over the 40 units"):  # of unknown width until the first batch
+        model = nn.Sequential(nn.ReLU())
+        swap_activations(model, "softmax_gated", verbose=False)
+        model(torch.randn(3, 40))
+    swap_activations(nn.Sequential(*wide), "grouped", verbose=False)
+    swap_activations(nn.Sequential(nn.Linear(4, 16), nn.ReLU()), "softmax_gated", verbose=False)
