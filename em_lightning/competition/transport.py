@@ -11,6 +11,9 @@ from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
 
+_ANNEALED_FRACTION = 0.75  # of the solver's steps decrease the temperature to T
+_LARGEST_MOVE = 4.0  # of a price in one Newton step, in units of the temperature
+
 
 def balanced(
     energies: Tensor,
@@ -75,18 +78,13 @@ def balanced(
                 f"mask {tuple(mask.shape)} of dtype {mask.dtype} must be boolean, of the shape of energies"
             )
         energies = energies.masked_fill(~mask.unsqueeze(axis), torch.inf)
-    moved = widen(energies).to(accumulation_dtype(energies)).movedim(axis, -1)
-    if item_dim is not None:
-        item = item_dim % energies.ndim
-        item -= item > axis
-        moved = moved.movedim(item, -2)
-    shape = moved.shape
-    table = moved.reshape(-1, shape[-1]) if item_dim is None else moved
+    dims = (axis,) if item_dim is None else (item_dim % energies.ndim, axis)
+    last = tuple(range(-len(dims), 0))
+    moved = widen(energies).to(accumulation_dtype(energies)).movedim(dims, last)
+    table = moved.reshape(-1, moved.shape[-1]) if item_dim is None else moved
     free, responsibilities = _transport(table, temperature, log_prior, num_iters)
-    free, responsibilities = free.reshape(shape[:-1]), responsibilities.reshape(shape)
-    if item_dim is not None:
-        free, responsibilities = free.movedim(-1, item), responsibilities.movedim(-2, item)
-    responsibilities = responsibilities.movedim(-1, axis)
+    responsibilities = responsibilities.reshape(moved.shape).movedim(last, dims)
+    free = free.reshape(*moved.shape[:-1], 1).movedim(last, dims).squeeze(axis)
     free = free if mask is None else free.masked_fill(~mask, 0.0)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))
 
@@ -127,9 +125,9 @@ def _compete(d: Tensor, excluded: Tensor, prices: Tensor, temperature: Tensor) -
 @torch.no_grad()
 def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
     """Return the dual variables g (..., K) and the matrix of the Newton system at them (..., K, K)."""
-    # At a quarter of the range of the energies, Sinkhorn steps mix all hypotheses.
-    spread = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
-    initial = (spread / (4 * temperature)).clamp_min(1.0)
+    # Start at a quarter of the range of the energies, where Sinkhorn steps mix all hypotheses.
+    energy_range = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
+    initial_ratio = (energy_range / (4 * temperature)).clamp_min(1.0)
     prices = torch.zeros_like(d[..., 0, :])
     least = torch.finfo(d.dtype).tiny
     items, size = mass.sum(-1, keepdim=True), mass.shape[-1]
@@ -142,11 +140,11 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
         return total, total.diag_embed() - responsibilities.mT @ responsibilities + ridge
 
     for step in range(num_iters):
-        t = temperature * initial ** (1 - min(step / (0.75 * num_iters), 1.0))
+        t = temperature * initial_ratio ** (1 - min(step / (_ANNEALED_FRACTION * num_iters), 1.0))
         prices = prices + t * (mass.clamp_min(least) / totals(t)[0].clamp_min(least)).log()
         total, system = totals(t)
         move = torch.linalg.solve(system, (mass - total).unsqueeze(-1)).squeeze(-1)
-        prices = prices + t * move * (4 / move.abs().amax(-1, keepdim=True).clamp_min(4.0))
+        prices = prices + t * move * (_LARGEST_MOVE / move.abs().amax(-1, keepdim=True).clamp_min(_LARGEST_MOVE))
     return prices, totals(temperature.reshape(1))[1]
 
 

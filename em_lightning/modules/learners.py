@@ -169,10 +169,10 @@ class GradientAscent(MixtureLearner):
         counts = torch.ones_like(log_prob) if weights is None else weights.to(log_prob)
         block = torch.stack([counts @ log_prob, counts.sum(), (counts > 0).sum()])
         self.sums += block[:2].detach()
-        total, mass, number = global_sum(block)
+        total, mass, num_rows = global_sum(block)
         if self.prior is not None:  # relative to the number of rows, as in EM: a common factor of weights has no effect
             share = self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
-            total = total + share * mass / number.clamp(min=1)
+            total = total + share * mass / num_rows.clamp(min=1)
         return loss_of(total, mass)
 
 
