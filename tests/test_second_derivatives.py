@@ -64,8 +64,19 @@ def test_log_prob_in_the_parameters(size):
 @pytest.mark.parametrize("covariance", ["full", "diag", "spherical", "tied"])
 def test_em_operator(covariance, size):
     torch.manual_seed(0)
-    operator = EMOperator(4, 3, num_iters=2, covariance=covariance, init="learned").double()
+    residual = covariance in ("diag", "spherical")
+    operator = EMOperator(4, 3, num_iters=2, covariance=covariance, init="learned", residual=residual).double()
     check(lambda x: operator(x).means.square().sum(), points(size))
+
+
+@pytest.mark.parametrize("size", [40, MANY])
+@pytest.mark.parametrize("covariance", ["full", "tied"])
+def test_corrections_of_full_covariances_refuse_second_derivatives(covariance, size):
+    operator = EMOperator(4, 3, num_iters=2, covariance=covariance).double()
+    x = points(size).requires_grad_()
+    torch.autograd.grad(operator(x).means.square().sum(), x)
+    with pytest.raises(RuntimeError, match="second derivatives.*residual=False"):
+        torch.autograd.grad(operator(x).means.square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("size", [40, MANY])

@@ -136,7 +136,7 @@ def print_audit(
     """
     import yaml
 
-    from em_lightning.scope.audit import audit, call
+    from em_lightning.scope.auditing import audit, call
 
     try:
         arguments = yaml.safe_load(init_args)

@@ -1,9 +1,9 @@
 """Audit: find the softmax-like operations of a model and check the identity dF/dd = r of implicit EM.
 
-Files: findings (result and words), checks (the identity), recorder (what a model computes), audit (the run on a copy).
+Files: findings (result and words), checks (the identity), recorder (what a model computes), auditing (the run on a copy).
 """
 
-from em_lightning.scope.audit import audit
+from em_lightning.scope.auditing import audit
 from em_lightning.scope.findings import Audit, Finding
 
 __all__ = ["Audit", "Finding", "audit"]

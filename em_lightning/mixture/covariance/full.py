@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,27 @@ def _below_diagonal(matrix: Tensor) -> Tensor:
 def half_log_tau(num_features: int) -> float:
     """Return ``D / 2 log(2 pi)``."""
     return 0.5 * num_features * math.log(2.0 * math.pi)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity, which refuses second derivatives: those of the principal axes would be wrong."""
+
+    @staticmethod
+    def forward(axes: Tensor) -> Tensor:
+        return axes.view_as(axes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "corrections of full covariances have no second derivatives and do not support torch.func; "
+                "use residual=False, operator.classical() or covariance='diag'"
+            )
+        return grad
 
 
 class FullCovariance:
@@ -228,7 +250,7 @@ class FullCovariance:
         gap = values.unsqueeze(-2) - values.unsqueeze(-1)
         size = (1e-6 * values[..., -1:, None]).square().clamp(min=torch.finfo(gap.dtype).tiny)
         turn = axes.mT @ (matrix - matrix.detach()) @ axes * gap / (gap.square() + size)
-        axes = axes + axes @ turn
+        axes = _OnceDifferentiable.apply(axes + axes @ turn)
         return axes, torch.maximum(((axes.mT @ own) * axes.mT).sum(-1), least).sqrt()
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
