@@ -183,10 +183,9 @@ class EMOperator(SetOperator):
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
         self.temperature = (float(pair[0]), float(pair[1]))
-        learned = (
-            residual if isinstance(residual, ResidualCorrection) else ResidualCorrection(num_features, self.family)
-        )
-        self.correction = learned if residual else None
+        if residual is True:
+            residual = ResidualCorrection(num_features, self.family)
+        self.correction: ResidualCorrection | None = residual or None
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
