@@ -85,7 +85,7 @@ CASES = {
     "TimeLeft": lambda: [callbacks.TimeLeft()],
     "RestoreSurgery": lambda: [callbacks.RestoreSurgery(operated(SCRATCH.name))],
     "LayerReport": lambda: [studies.LayerReport(figures=False)],
-    "MixtureReport": lambda: [studies.MixtureReport(num_pictured=2, curve_iters=4)],
+    "MixtureReport": lambda: [studies.MixtureReport(sizes=(16, 32), num_pictured=2)],
     "SelectionReport": lambda: [studies.SelectionReport(components=[1, 3], max_iters=4)],
     "ClusteringReport": clustering,
 }

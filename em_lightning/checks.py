@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -24,3 +26,14 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name}={value} must be positive")
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return ``value`` as a float; raise ValueError unless it is a positive, finite number."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}={value!r} must be a positive, finite number")
+    return number

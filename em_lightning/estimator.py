@@ -19,6 +19,7 @@ from torch import Tensor
 from em_lightning.mixture import COVARIANCES, Mixture, fit_blocks
 from em_lightning.operators import EMOperator
 
+_SMALL = 2**12  # rows that scikit-learn fits faster
 _SAMPLE = 2**14  # rows of a start
 _ROWS = 2**16  # rows of a block
 _GIVEN = ("weights_init", "means_init", "precisions_init")
@@ -59,15 +60,21 @@ class GaussianMixture(reference.GaussianMixture):
         for name, least in (("max_iter", 0), ("n_init", 1)):
             if not isinstance(getattr(self, name), Integral) or getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer of at least {least}")
-        alike, X = _as_given(X), validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C")
+        given, alike = X, _as_given(X)
+        X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C")
         counts = None if sample_weight is None else _counts(sample_weight, len(X))
         random = check_random_state(self.random_state)
         again = self.warm_start and hasattr(self, "converged_")
         if again and (change := self._changed(X.shape[1])):
-            warnings.warn(
-                f"warm_start=True cannot continue the fitted mixture, a new one is fitted: {change}", stacklevel=2
-            )
+            warnings.warn(f"warm_start=True has no effect, a new mixture is fitted: {change}", stacklevel=2)
+            del self.converged_  # type: ignore[has-type]
             again = False
+        if again:  # attributes that were set by hand
+            self._adopt(self._mixture(), lambda part: alike(part.numpy().astype(X.dtype)))
+        if len(X) <= _SMALL and X.dtype == np.float64 and counts is None and self.init_params != "farthest":
+            super().fit_predict(given)
+            self._fitted_type = self.covariance_type
+            return self
         best, before = None, self.lower_bound_ if again else None  # type: ignore[has-type]
         for number in range(1 if again else self.n_init):
             if self.verbose:
@@ -85,7 +92,8 @@ class GaussianMixture(reference.GaussianMixture):
             if best is None or fit.log_likelihoods[-1:] > best.log_likelihoods[-1:]:
                 best = fit
         assert best is not None
-        if not best.converged and self.max_iter > 0 and self.tol > 0:
+        self._check(best.mixture)
+        if not best.converged and self.max_iter > 0:
             warnings.warn(
                 "Best performing initialization did not converge. Try different init parameters, or increase max_iter, "
                 "tol, or check for degenerate data.",
@@ -162,6 +170,18 @@ class GaussianMixture(reference.GaussianMixture):
             ]
         return Mixture(*parts)
 
+    def _check(self, mixture: Mixture) -> None:
+        """Raise ValueError if round-off alone keeps a covariance positive definite, as with reg_covar=0."""
+        variance, covariances = mixture.variance[0], mixture.full().covariances[0]
+        if self.reg_covar > 1e-30 * variance.max():
+            return
+        correlations = covariances / (variance.unsqueeze(-1) * variance).sqrt().clamp(min=1e-300)
+        if variance.min() <= 1e-60 * variance.max() or torch.linalg.eigvalsh(correlations).min() < 1e-14:
+            raise ValueError(
+                f"reg_covar={self.reg_covar} leaves components with ill-defined covariances, such as those of equal "
+                "rows; increase reg_covar, decrease n_components, or remove constant columns"
+            )
+
     def _report(self, iteration: int, log_likelihood: float) -> None:
         if self.verbose and iteration % self.verbose_interval == 0:
             print(f"  Iteration {iteration}: log-likelihood {log_likelihood:.5f} per row")
@@ -213,7 +233,8 @@ def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
     counts = np.asarray(_to_numpy(sample_weight), dtype=np.float64)
     if counts.shape != (num_rows,) or not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
         raise ValueError(
-            f"sample_weight of shape {counts.shape} must be ({num_rows},), finite, not negative and not all zero"
+            f"sample_weight of shape {counts.shape} must be ({num_rows},), finite, not negative and not all zero, got "
+            f"{counts.min()} to {counts.max()}; subtract the largest of log-weights before exp()"
         )
     return counts / counts.max()
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
-    """Import the class with a dotted path, such as ``package.module.Name``; all imports by configs and checkpoints.
+    """Import the class with a dotted path, such as ``package.module.Name``, for a config or checkpoint.
 
     Raises:
         ValueError: there is no such class, or it is not derived from ``base``.
@@ -92,8 +92,8 @@ class Registry(Generic[T]):
 
     def __getitem__(self, key: str) -> type[T]:
         if key not in self:
-            near = difflib.get_close_matches(str(key), self._classes, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            similar = difflib.get_close_matches(str(key), self._classes, n=1)
+            hint = f"; did you mean {similar[0]!r}?" if similar else "."
             raise ValueError(f"unknown {self.kind} {key!r}{hint} Known: {', '.join(sorted(self._classes))}")
         return self._classes[key]
 
@@ -134,9 +134,9 @@ class Registry(Generic[T]):
             TypeError: arguments were given with an instance, or the constructor does not accept them.
         """
         if isinstance(spec, (str, type, Mapping)):
-            cls, given = self.resolve(spec)
+            cls, options = self.resolve(spec)
             try:
-                return cls(**{**arguments, **given})
+                return cls(**{**arguments, **options})
             except TypeError as error:
                 raise TypeError(f"{self.kind} {spec!r}: {error}") from error
         if not callable(spec):

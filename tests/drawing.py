@@ -31,7 +31,7 @@ def tensors(draw, shape, dtype=torch.float64, least=-30, most=30):
 
 @st.composite
 def holes(draw, shape):
-    """Draw a mask that is partly or everywhere false, or None."""
+    """Draw None, or a mask with some or all entries false."""
     kind = draw(st.sampled_from(("none", "some", "all")))
     if kind == "none":
         return None
@@ -41,7 +41,7 @@ def holes(draw, shape):
 
 @st.composite
 def counts(draw, shape, dtype=torch.float64):
-    """Draw weights of which some are zero, all are zero or all are small, or None."""
+    """Draw None, or weights: some zero, all zero, or all small."""
     kind = draw(st.sampled_from(("none", "some", "zero", "tiny")))
     if kind == "none":
         return None

@@ -58,6 +58,14 @@ def ply(form):
     return head.encode() + body + struct.pack(order + "B3iB3i", 3, 0, 1, 2, 3, 0, 1, 4)
 
 
+def pcd(form):
+    """Return two points and a label each as PCD."""
+    head = f"FIELDS x y z label\nSIZE 4 4 8 1\nTYPE F F F U\nCOUNT 1 1 1 2\nPOINTS 2\nDATA {form}\n".encode()
+    if form == "ascii":
+        return head + b"1 2 3 4 4\n5 6 7 8 8\n"
+    return head + 2 * struct.pack("<ffdBB", 1, 2, 3, 4, 4)
+
+
 def npy(array):
     """Return an array as NumPy saves it."""
     file = io.BytesIO()
@@ -132,6 +140,8 @@ READERS = {
     ),
     "xyz": (".xyz", [VERTICES.encode()], data.read_points),
     "csv": (".csv", [b"x,y,z\n" + VERTICES.encode().replace(b" ", b",")], data.read_points),
+    "pts": (".pts", [b"5\n" + VERTICES.encode(), b"2\n1 2 3 4\n5 6 7 8\n1\n9 9 9 9\n"], data.read_points),
+    "pcd": (".pcd", [pcd("ascii"), pcd("binary")], data.read_points),
     "npz": (".npz", [npz(np.eye(4, 3))], data.read_points),
     "npy": (".npy", [npy(np.eye(4, 3)), npy(np.eye(3, dtype="<f4"))], data.read_points),
     "table": (".npy", [npy(np.eye(4, 3)), npy(np.ones((3, 2), "i2"))], read_table),

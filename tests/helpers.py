@@ -144,7 +144,7 @@ def mixture_at(means, covariance_type="full", variance=1.0):
 
 
 def start_among(x, components, covariance_type="full"):
-    """Return mixtures beside some of the points (B, N, D), each component as wide as the whole set."""
+    """Return mixtures with means near some points (B, N, D) and the variance of the whole set."""
     rows = torch.arange(components) * (x.shape[1] // components) + 1
     return mixture_at(x.detach()[:, rows] + 0.3, covariance_type, x.detach().var(1, correction=0))
 

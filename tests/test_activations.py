@@ -104,7 +104,7 @@ class TestDirection(ActivationContract):
         return DirectionActivation(**arguments)
 
 
-def test_all_ten_are_registered_and_have_a_contract():
+def test_every_activation_is_registered_and_has_a_contract():
     assert sorted(ACTIVATIONS) == TEN
     contracts = [cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, ActivationContract)]
     covered = {type(cls().make()) for cls in contracts if cls is not ActivationContract}

@@ -211,7 +211,7 @@ def test_results_are_the_same_for_every_run_and_number_of_threads():
 
 
 @needs_compiler
-def test_nan_points_are_not_hidden():
+def test_nan_points_give_nan():
     x, parameters = problem(torch.float32)
     x[0, 5, 1] = float("nan")
     found = statistics_of("native", "full", x, parameters, with_log_likelihood=True)
@@ -219,7 +219,7 @@ def test_nan_points_are_not_hidden():
     assert found.mass[1].isfinite().all()
 
 
-def test_backend_is_chosen_for_a_block_or_for_good():
+def test_backend_can_be_set_in_a_block_or_permanently():
     x = torch.randn(1, 4096, 2)
     with use_backend("reference"):
         assert not native.serves(x.mT, COVARIANCES["full"])

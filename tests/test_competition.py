@@ -221,7 +221,7 @@ def test_temperature_tensor_for_each_item():
     posterior = softmin(d, temperature)
     for n in range(5):
         torch.testing.assert_close(posterior.free_energy[n], softmin(d[n], float(temperature[n])).free_energy)
-    posterior = softmin(d.T, temperature.flatten(), dim=0)  # along an axis that is not the hypotheses'
+    posterior = softmin(d.T, temperature.flatten(), dim=0)  # hypotheses on axis 0
     torch.testing.assert_close(posterior.free_energy, softmin(d, temperature).free_energy)
 
 
@@ -328,7 +328,7 @@ def test_background_energy_is_learned():
     assert "energy=1, learnable_energy=True" in repr(module)
 
 
-def test_topk_keeps_ties_and_rejects_zero():
+def test_topk_keeps_ties_and_rejects_k_of_zero():
     assert topk(torch.tensor([0.0, 0.0, 0.0, 1.0]), k=1).responsibilities.tolist() == pytest.approx([1 / 3] * 3 + [0])
     with pytest.raises(ValueError, match="k=0"):
         TopK(k=0)
@@ -412,6 +412,62 @@ def test_balanced_with_infinite_energies_in_some_items():
         assert gradient.isfinite().all()
 
 
+def test_balanced_with_a_mask_equals_balanced_without_the_masked_items():
+    d, mask = torch.randn(2, 7, 3, dtype=torch.float64), torch.tensor([[1, 1, 0, 1, 1, 1, 0], [1] * 7]).bool()
+    d[0, 2], d[0, 4, 1] = torch.nan, torch.inf
+    d.requires_grad_()
+    posterior = balanced(d, item_dim=1, mask=mask)
+    alone = [balanced(own[kept]) for own, kept in zip(d, mask, strict=True)]
+    for n in range(2):
+        torch.testing.assert_close(posterior.responsibilities[n][mask[n]], alone[n].responsibilities)
+        torch.testing.assert_close(posterior.free_energy[n][mask[n]], alone[n].free_energy)
+    assert not posterior.responsibilities[~mask].any() and not posterior.free_energy[~mask].any()
+    (grad,) = torch.autograd.grad(posterior.free_energy.sum(), d)
+    torch.testing.assert_close(grad, posterior.responsibilities)
+    first = balanced(d[0].T, dim=0, item_dim=1, mask=mask[0])
+    torch.testing.assert_close(first.responsibilities.T, posterior.responsibilities[0])
+    with pytest.raises(ValueError, match=r"mask \(3,\)"):
+        balanced(torch.zeros(4, 2), mask=torch.ones(3).bool())
+
+
+@pytest.mark.parametrize("size", [(6, 3), (100, 10)])
+def test_a_hypothesis_of_infinite_energies_only_has_no_share(size):
+    d = torch.randn(size, dtype=torch.float64)
+    d[:, 1] = torch.inf
+    d.requires_grad_()
+    posterior, kept = balanced(d), torch.arange(size[1]) != 1
+    expected = balanced(d[:, kept])
+    torch.testing.assert_close(posterior.responsibilities[:, kept], expected.responsibilities)
+    torch.testing.assert_close(posterior.free_energy, expected.free_energy)
+    for value in (posterior.free_energy, posterior.responsibilities.square()):
+        (grad,) = torch.autograd.grad(value.sum(), d, retain_graph=True)
+        assert grad.isfinite().all() and not grad[:, 1].any()
+
+
+def test_any_infinite_energies_leave_balanced_finite():
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        d = torch.randn(9, 4, generator=generator) * 10.0 ** (seed % 5)
+        d = d.masked_fill(torch.rand(9, 4, generator=generator) < (0.1, 0.5, 0.9)[seed % 3], torch.inf).requires_grad_()
+        posterior, counted = balanced(d), d.isfinite().any(1)
+        assert posterior.free_energy[counted].isfinite().all()
+        torch.testing.assert_close(posterior.responsibilities.sum(1), counted.float())
+        (grad,) = torch.autograd.grad(posterior.free_energy[counted].sum(), d)
+        torch.testing.assert_close(grad, posterior.responsibilities, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduce", [torch.mean, lambda free: (free * torch.arange(5.0)).sum() / 10])
+def test_balanced_gradient_of_weighted_free_energies_at_large_energies(reduce):
+    """Shifting all energies of an item shifts its free energy, whatever the weight of the item."""
+    for scale in (1e4, 1e7, 1e9):
+        d = (torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) * scale).requires_grad_()
+        shift = torch.zeros(5, 1, requires_grad=True)
+        (found,) = torch.autograd.grad(reduce(balanced(d + shift).free_energy), shift)
+        free = torch.zeros(5, requires_grad=True)
+        (expected,) = torch.autograd.grad(reduce(free), free)
+        torch.testing.assert_close(found[:, 0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_only_balanced_couples_items():
     assert [key for key in COMPETITIONS if COMPETITIONS[key].couples_items] == ["balanced"]
 
@@ -444,7 +500,7 @@ def test_learnable_temperature_has_a_gradient_and_stays_positive():
     assert module.temperature.item() > 0 and module.temperature.item() != pytest.approx(0.3)
 
 
-def test_scheduled_temperature_does_not_recompile_without_end():
+def test_temperature_changes_do_not_recompile_every_step():
     torch._dynamo.reset()
     module = Softmin()
     compiled = torch.compile(module, fullgraph=True, backend="eager")

@@ -1,4 +1,4 @@
-"""Clouds are uniform on their surfaces and the same wherever they are drawn; every source fails with a clear line."""
+"""Point clouds: uniform sampling, reproducibility, data modules of shapes and folders, wrong arguments."""
 
 import hashlib
 import math
@@ -17,6 +17,7 @@ from scipy import stats
 
 from em_lightning import data
 from em_lightning.data import meshes
+from em_lightning.modules import PointCloudGMM
 
 OFF = "OFF\n4 4 0\n0 0 0\n2 0 0\n0 2 0\n0 0 2\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 REAL = Path(os.environ.get("GEOMETRIC_SHAPES", Path(__file__).parents[2] / "shared/data/geometric_shapes/raw.zip"))
@@ -74,17 +75,17 @@ def test_sampling_is_a_function_of_the_generator():
         (torch.eye(3) * math.nan, torch.tensor([[0, 1, 2]]), "area .* nan"),
     ],
 )
-def test_bad_surfaces_are_refused(vertices, faces, message):
+def test_bad_surfaces_raise(vertices, faces, message):
     with pytest.raises(ValueError, match=message):
         data.Surface.of(vertices, faces)
 
 
-def test_normalization_fills_the_unit_ball_and_changes_densities_as_it_says():
+def test_normalization_fills_the_unit_ball_and_transforms_densities():
     x = torch.randn(50, 3, dtype=torch.float64) * 4 + 7
     unit = data.Normalization.of(x)
     assert unit.apply(x).norm(dim=1).max() == pytest.approx(1)
     torch.testing.assert_close(unit.invert(unit.apply(x)), x)
-    # A Gaussian written in the data's units and in normalized ones.
+    # The same Gaussian in the units of the data and in normalized units.
     ours = torch.distributions.Normal(2.0, 3.0)
     theirs = torch.distributions.Normal((2.0 - unit.center) / unit.scale, 3.0 / unit.scale)
     log_prob = theirs.log_prob(unit.apply(x)).sum(1) + unit.log_jacobian()
@@ -123,7 +124,7 @@ def test_unknown_family():
         data.random_surface("cube", generator())
 
 
-# The data modules: items depend on (seed, split, epoch, index) alone.
+# Data modules: items are a function of (seed, split, epoch, index).
 
 
 def epochs(module, count, **options):
@@ -162,7 +163,7 @@ def small(**options):
     return data.ProceduralSurfaces(**{"num_points": 8, "batch_size": 4, "train_clouds": 6, **options})
 
 
-def test_training_is_drawn_afresh_and_a_resumed_run_goes_on_as_a_straight_one(tmp_path):
+def test_training_clouds_change_every_epoch_and_resume_exactly(tmp_path):
     straight, _ = epochs(small(), 3)
     first, second = straight[:2]
     shared = set(first.index.tolist()) & set(second.index.tolist())  # four of six items each
@@ -175,12 +176,12 @@ def test_training_is_drawn_afresh_and_a_resumed_run_goes_on_as_a_straight_one(tm
     assert len(resumed) == 1 and same(resumed[0], straight[2])
 
 
-def test_workers_change_nothing():
+def test_clouds_do_not_depend_on_the_number_of_workers():
     by_workers = []
     for num_workers in (0, 2):
         loader = small(num_workers=num_workers).train_dataloader()
         batches = []
-        for epoch in range(2):  # the workers live on, and yet the second epoch is a fresh one
+        for epoch in range(2):  # persistent workers must resample in the second epoch
             loader.sampler.set_epoch(epoch)
             batches += list(loader)
         by_workers.append(batches)
@@ -208,7 +209,7 @@ def test_evaluation_is_fixed_and_splits_differ():
         first.datasets["train"][6]
 
 
-def test_held_out_points_are_fresh_points_of_the_same_shape():
+def test_held_out_points_are_other_points_of_the_same_shape():
     module = small(num_points=500, families=["sphere"])
     batch = next(iter(module.train_dataloader()))
     assert batch.points.shape == batch.held_out.shape == (4, 500, 3) and batch.points.dtype == torch.float32
@@ -220,7 +221,7 @@ def test_held_out_points_are_fresh_points_of_the_same_shape():
     assert (noisy.points.norm(dim=-1) - 1).std() == pytest.approx(0.1, rel=0.1)
 
 
-def test_the_default_in_one_line():
+def test_describe_of_the_default_data():
     module = small()
     assert "18 families" in module.describe() and "train" not in module.describe()
     module.setup()
@@ -247,7 +248,7 @@ def test_geometric_shapes_from_archive_and_folder(archive, tmp_path):
         assert module.class_names == ["ball", "cone", "cube"]
         assert [len(module.datasets[split]) for split in ("train", "val", "test")] == [48, 3, 3]
         assert same(module.datasets["train"][4], modules[0].datasets["train"][4])
-        assert not same(module.datasets["train"][4], module.datasets["train"][7])  # another draw of that mesh
+        assert not same(module.datasets["train"][4], module.datasets["train"][7])  # two clouds of one mesh
     assert str(archive) in modules[0].describe()
     assert archive.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["raw.zip", "unpacked"]
 
@@ -260,7 +261,7 @@ def test_geometric_shapes_keeps_classes_for_the_test(archive):
     assert labels["train"] | labels["test"] == {0, 1, 2} and not labels["train"] & labels["test"]
 
 
-def test_geometric_shapes_rotates_training_clouds_alone(archive):
+def test_geometric_shapes_rotates_only_training_clouds(archive):
     for rotate, fixed in (("none", 3), ("z", 1), ("so3", 0)):
         plain, turned = (data.GeometricShapes(root=str(archive), num_points=8, rotate=r) for r in ("none", rotate))
         plain.setup(), turned.setup()
@@ -299,7 +300,7 @@ def test_geometric_shapes_download(monkeypatch, tmp_path, archive, serve):
 @imports_pyg
 def test_model_net_through_pyg(tmp_path):
     names = ["bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet"]
-    for name in names:  # PyG finds its raw folder filled and downloads nothing
+    for name in names:  # PyG does not download if its raw folder has files
         for split, count in (("train", 3), ("test", 1)):
             (tmp_path / "raw" / name / split).mkdir(parents=True)
             for i in range(count):
@@ -313,7 +314,7 @@ def test_model_net_through_pyg(tmp_path):
     cloud = module.datasets["val"][0]
     torch.testing.assert_close(cloud.normalization.center, torch.ones(3).double())
     assert "ModelNet10" in module.describe()
-    # A converted file that somebody else made is read as tensors, or not at all.
+    # A converted file from another source is loaded with weights_only=True.
     ran = tmp_path / "ran"
     torch.save(Runs(str(ran)), tmp_path / "processed" / "training.pt")
     with pytest.raises(pickle.UnpicklingError):
@@ -364,7 +365,7 @@ def test_folder_with_train_and_test(tmp_path):
         data.PointCloudFolder(root=str(tmp_path)).setup()
 
 
-def test_folder_with_test_alone(tmp_path):
+def test_folder_with_only_a_test_split(tmp_path):
     folder(tmp_path, ["test/a.off"])
     with pytest.raises(ValueError, match="no files for .*train.*val"):
         data.PointCloudFolder(root=str(tmp_path)).setup()
@@ -387,12 +388,12 @@ def test_sets_of_points_are_halved_and_padded(tmp_path):
                 batch.normalization.invert(torch.stack([both] * len(batch.mask)))[i].double(),
                 torch.from_numpy(original[{1: 1, 4: 7, 16: 100}[int(fit)]]),
             )
-            # Each point is one of the file's, and none occurs twice, so that held-out points are unseen.
+            # Every point is from the file and occurs once, so the held-out points are not fitted.
             assert found.amin(1).max() < 1e-4 and len(found.argmin(1).unique()) == fit + held
             assert batch.points[i].norm(dim=-1).max() == pytest.approx(1 if fit > 1 else 0, abs=1e-5)
 
 
-def test_a_pattern_chooses_files(tmp_path):
+def test_pattern_selects_files(tmp_path):
     folder(tmp_path, [f"{kind}/{i}.off" for kind in ("a", "b") for i in range(5)])
     (tmp_path / "a" / "damaged.txt").write_text("no numbers")
     np.savetxt(tmp_path / "b" / "cloud.txt", np.eye(3))
@@ -421,6 +422,50 @@ def test_points_far_from_the_origin_stay_distinct(tmp_path):
             assert torch.cdist(back, torch.from_numpy(cloud)).amin(1).max() < 1e-6
 
 
+def test_mixtures_are_returned_in_units_of_a_survey(tmp_path):
+    """The resolution of float32 at 5e6 is half a meter."""
+    cloud = np.random.default_rng(0).random((600, 3))
+    for name, offset in {"a": [8e5, 5e6, 100.0], "b": [0.0, 0.0, 0.0]}.items():
+        np.save(tmp_path / f"{name}.npy", cloud + offset)
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=256, batch_size=2)
+    mixture = PointCloudGMM(num_components=4).eval().predict_step(next(iter(module.val_dataloader())), 0)
+    assert (mixture.means[0] - torch.tensor([8e5, 5e6, 100.0]) - 0.5).abs().max() < 0.5
+    points = torch.from_numpy(np.load(tmp_path / "a.npy"))[None]
+    far, near = mixture[0].log_prob(points), mixture[1].log_prob(points - points.mean(1) + 0.5)
+    assert abs(far.mean() - near.mean()) < 0.5
+
+
+OTHERS = {
+    "README.txt": "These clouds come from a scanner.\n2 files, 600 points each.\n",
+    "a/LICENSE.txt": "Permission is granted, free of charge, 2024.",
+    "train_list.txt": "a_0001\na_0002\n",
+    "empty.csv": "",
+    "b/notes.csv": "file,operator,date\nx,Å…,2024-01-01\n",
+    ".hidden.txt": "1 2 3\n",
+    "a/.cache/old.xyz": "1 2 3\n",
+}
+
+
+def test_files_that_are_no_clouds_are_skipped(tmp_path):
+    folder(tmp_path, [f"{kind}/{i}.off" for kind in ("a", "b") for i in range(3)])
+    np.savetxt(tmp_path / "b" / "scan.txt", np.random.rand(9, 3), header="x y z", encoding="utf-16")
+    for name, content in OTHERS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    module = data.PointCloudFolder(root=str(tmp_path), num_points=4)
+    with pytest.warns(UserWarning, match="README.txt.*a/LICENSE.txt.*b/notes.csv.*empty.csv.*train_list.txt"):
+        module.setup()
+    assert sum(len(part) for part in module.datasets.values()) == 7 and module.class_names == ["a", "b"]
+
+
+def test_damaged_texts_are_no_readme(tmp_path):
+    for i in range(4):
+        np.savetxt(tmp_path / f"{i}.txt", np.random.rand(9, 3))
+    (tmp_path / "2.txt").write_text("# scan\n1 2 3\n1 2\n")
+    with pytest.raises(ValueError, match="2.txt"):
+        data.PointCloudFolder(root=str(tmp_path)).setup()
+
+
 def test_non_finite_points_of_a_folder_are_dropped_on_request(tmp_path):
     cloud = np.random.default_rng(0).random((40, 3))
     cloud[::4] = np.nan
@@ -433,7 +478,7 @@ def test_non_finite_points_of_a_folder_are_dropped_on_request(tmp_path):
     assert len(module.datasets["train"][0].points) == 15 and module.datasets["train"][0].points.isfinite().all()
 
 
-def test_bad_files_are_named_at_setup(tmp_path):
+def test_setup_raises_for_bad_files(tmp_path):
     folder(tmp_path, ["a.off", "b.off", "c.off"])
     (tmp_path / "b.off").write_text(OFF.replace("3 1 2 3", "3 1 2 9"))
     with pytest.raises(ValueError, match=r"b\.off: .* index"):
@@ -443,7 +488,7 @@ def test_bad_files_are_named_at_setup(tmp_path):
         data.PointCloudFolder(root=str(tmp_path)).setup()
 
 
-def test_bad_archives_are_named(tmp_path, archive):
+def test_bad_archives_raise(tmp_path, archive):
     content = archive.read_bytes()
     for name, damaged in {
         "cut.zip": content[: len(content) // 2],
@@ -470,12 +515,12 @@ def test_bad_archives_are_named(tmp_path, archive):
         ({"families": []}, r"families=\[\] .* sphere"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         data.ProceduralSurfaces(**arguments)
 
 
-def test_bad_arguments_of_the_other_sources(tmp_path, archive):
+def test_bad_arguments_of_folders_and_archives_raise(tmp_path, archive):
     with pytest.raises(ValueError, match="root='/no/such' .* raw.zip"):
         data.GeometricShapes(root="/no/such")
     with pytest.raises(ValueError, match="held_out_classes=3 .* 3 classes"):
@@ -507,7 +552,7 @@ def test_the_command_line_knows_every_argument(name):
     assert "points per cloud to fit; the same number is held out" in text
 
 
-def test_the_epoch_of_a_resumed_run_is_told_after_its_iterator_is_made():
+def test_sampler_uses_an_epoch_that_is_set_after_iter():
     loader = torch.utils.data.DataLoader(Keys(), batch_size=None, sampler=data.EpochSampler(Keys(), seed=1))
     iterator = iter(loader)
     loader.sampler.set_epoch(3)

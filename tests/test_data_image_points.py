@@ -1,4 +1,4 @@
-"""Images as point sets: where the points lie, and what a draw depends on."""
+"""Images as point sets: positions of the points, reproducible draws, wrong arguments."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def mnist(folder, **options):
     return module, arrays
 
 
-def test_points_are_the_places_of_bright_pixels_each_as_often_as_the_others(tmp_path):
+def test_points_are_bright_pixels_drawn_equally_often(tmp_path):
     module, arrays = mnist(tmp_path / "set", num_points=40)
     (batch,) = module.test_dataloader()
     assert batch.mask.all() and batch.label.tolist() == arrays["t10k"][1].tolist()
@@ -40,12 +40,12 @@ def test_jitter_is_clipped_and_of_its_size():
     assert noise.abs().max() <= 0.06 + 1e-6 and 0.0197 < noise.std() < 0.0202
 
 
-def test_a_draw_depends_on_seed_split_epoch_and_batch_alone():
+def test_draws_are_a_function_of_seed_split_epoch_and_batch():
     def first(split="train", epoch=0, seed=0, **options):
         module = data.ImagePointSets(num_points=16, seed=seed, batch_size=32, eval_batch_size=32, **options)
         loader = getattr(module, f"{split}_dataloader")()
         loader.set_epoch(epoch)
-        torch.manual_seed(epoch + 17)  # the global generator plays no part
+        torch.manual_seed(epoch + 17)  # the global generator must have no effect
         return next(iter(loader)).points
 
     torch.testing.assert_close(first(), first(), rtol=0, atol=0)
@@ -55,7 +55,7 @@ def test_a_draw_depends_on_seed_split_epoch_and_batch_alone():
     assert not torch.equal(first("val"), first("test")), "of the same images, but drawn by themselves"
 
 
-def test_every_epoch_has_each_image_once_on_all_ranks_together():
+def test_ranks_cover_each_image_once_per_epoch():
     module = data.ImagePointSets(num_points=4, batch_size=10)
     module.setup()
     loaders = [module.train_dataloader() for _ in range(2)]
@@ -78,7 +78,7 @@ def test_an_image_without_bright_pixels_is_an_empty_set():
     assert batch.mask.tolist() == [[False] * 3, [True] * 3] and (batch.points[0] == 0).all()
 
 
-def test_validation_is_set_aside_and_described():
+def test_validation_split_and_describe():
     module = data.ImagePointSets(num_points=8, val_size=100)
     assert module.num_classes == 10 and module.num_features == 2
     sizes = [sum(len(batch.label) for batch in getattr(module, f"{s}_dataloader")()) for s in ("train", "val", "test")]
@@ -97,6 +97,6 @@ def test_validation_is_set_aside_and_described():
         ({"seed": -1}, "seed=-1 .* 0"),
     ],
 )
-def test_mistakes_are_answered(arguments, words):
+def test_wrong_arguments_raise(arguments, words):
     with pytest.raises(ValueError, match=words):
         data.ImagePointSets(**arguments)

@@ -1,4 +1,4 @@
-"""Tables in memory and in files, cut into blocks that no row is left out of."""
+"""Tables in memory and in files, and loaders of their blocks."""
 
 import lightning
 import numpy as np
@@ -33,7 +33,7 @@ def tables(x, folder):
     ]
 
 
-def test_rows_are_the_same_whatever_holds_them(x, tmp_path):
+def test_rows_do_not_depend_on_the_storage(x, tmp_path):
     chosen = torch.tensor([0, 1, 2, 59, 60, 99, 100])
     for table in tables(x, tmp_path):
         assert len(table) == 101 and table.shape == (101, 4)
@@ -42,7 +42,7 @@ def test_rows_are_the_same_whatever_holds_them(x, tmp_path):
         assert torch.equal(table.take(chosen), x[chosen])
 
 
-def test_blocks_in_memory_are_views_and_those_of_files_may_be_changed(x, tmp_path):
+def test_blocks_in_memory_are_views_and_blocks_of_files_are_copies(x, tmp_path):
     assert Table(x).rows(3, 50).data_ptr() == x[3:].data_ptr()
     np.save(tmp_path / "x.npy", x.numpy())
     Table(tmp_path / "x.npy").rows(0, 5).zero_()
@@ -53,7 +53,7 @@ def test_blocks_in_memory_are_views_and_those_of_files_may_be_changed(x, tmp_pat
     "dtype, expected",
     [("f4", "float32"), ("f8", "float64"), ("f2", "float32"), ("i2", "float32"), ("i8", "float64"), (">f4", "float32")],
 )
-def test_numbers_keep_their_value(dtype, expected, tmp_path):
+def test_dtype_conversions_keep_values(dtype, expected, tmp_path):
     numbers = np.arange(12).reshape(6, 2).astype(dtype)
     np.save(tmp_path / "x.npy", numbers)
     rows = Table(tmp_path / "x.npy").rows(2, 5)
@@ -88,7 +88,7 @@ def test_shuffling_is_a_function_of_seed_and_epoch(x):
     assert not torch.equal(order(1, 3), order(1, 4)) and not torch.equal(order(1, 3), order(2, 3))
 
 
-def test_a_loader_goes_on_behind_the_block_it_gave_last(x):
+def test_resumed_loader_continues_after_its_last_block(x):
     straight = TableBlocks(Table(x), block_rows=10, shuffle=True)
     straight.set_epoch(2)
     blocks = list(straight)
@@ -101,13 +101,13 @@ def test_a_loader_goes_on_behind_the_block_it_gave_last(x):
         second = TableBlocks(Table(x), block_rows=10, shuffle=True)
         second.load_state_dict(first.state_dict())
         iterator = iter(second)
-        second.set_epoch(2)  # which Lightning calls after it has made the iterator
+        second.set_epoch(2)  # Lightning calls set_epoch after it has created the iterator
         rest = blocks[given:] or blocks
         assert all(torch.equal(one.points, two.points) for one, two in zip(rest, iterator, strict=True))
         assert len(list(second)) == len(blocks)
 
 
-def test_a_sample_is_distributed_over_the_table_and_the_same_on_every_rank(x):
+def test_sample_covers_the_table_and_is_equal_on_all_ranks(x):
     numbers = Table(torch.arange(1000.0)[:, None])
     samples = [TableBlocks(numbers, None, 100, False, 4, rank).sample(50, seed=3).points for rank in range(4)]
     assert all(torch.equal(samples[0], other) for other in samples)
@@ -116,7 +116,7 @@ def test_a_sample_is_distributed_over_the_table_and_the_same_on_every_rank(x):
 
 
 @pytest.mark.parametrize("storage", ["memory", "shards"])
-def test_blobs_are_the_same_whatever_the_storage(storage, tmp_path):
+def test_blobs_do_not_depend_on_the_storage(storage, tmp_path):
     options = {"num_points": 1001, "num_features": 3, "true_components": 4, "held_out_points": 50, "seed": 2}
     data = GaussianBlobs(**options, storage=storage, folder=str(tmp_path / "made"), block_rows=300)
     data.prepare_data()
@@ -129,14 +129,14 @@ def test_blobs_are_the_same_whatever_the_storage(storage, tmp_path):
     stamps = [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").rglob("*.npy"))]
     data.prepare_data()
     assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "made").rglob("*.npy"))]
-    # Each component's rows lie where the truth says, by the likelihood's own law: E log p = -entropy.
+    # The rows follow the true mixture: the mean of log p is minus its entropy.
     truth = data.truth()
     assert truth.weights.sum().item() == pytest.approx(1.0)
     other = truth.sample(2000).float()
     assert truth.log_prob(found[None]).mean().item() == pytest.approx(truth.log_prob(other).mean().item(), abs=0.2)
 
 
-def test_the_data_module_serves_every_stage(x):
+def test_data_module_has_loaders_for_every_stage(x):
     data = TabularDataModule(x, torch.ones(101), x[:20], block_rows=40, shuffle=True)
     assert data.describe() == "101 x 4 from a tensor of float32, weighted; 20 held out"
     assert [len(batch.points) for batch in data.test_dataloader()] == [20]
@@ -179,7 +179,7 @@ def test_hidden_files_are_not_shards(x, tmp_path):
         (lambda f: TabularDataModule(torch.zeros(3, 2), seed=-1), ["seed=-1"]),
     ],
 )
-def test_wrong_data_are_answered(call, words, tmp_path):
+def test_wrong_data_raise(call, words, tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "text.npy").write_text("1,2,3")
     np.save(tmp_path / "complex.npy", np.zeros((3, 2), dtype=complex))

@@ -1,4 +1,4 @@
-"""Degenerate point sets: finite values and gradients, likelihoods that never fall; float32 points far from zero."""
+"""Degenerate point sets: finite values and gradients, monotone likelihoods; float32 points far from zero."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def sets(features):
 
 
 def dense_start(covariance, sets, components, features, dtype, starved=False):
-    """Return a start whose last component, where starved, takes no point."""
+    """Return an initial mixture whose last component receives no point in starved sets."""
     means = torch.linspace(-1, 1, components, dtype=dtype)[None, :, None].expand(sets, -1, features).clone()
     start = mixture_at(means, covariance)
     if not starved:
@@ -99,7 +99,7 @@ def test_degenerate_sets_under_other_gradients(kernel, dtype, gradient):
                 assert "num_iters" in str(error)
 
 
-# Other sizes, each with every covariance, dtype and start, and with one kernel and gradient in turn.
+# Other sizes: every covariance, dtype and start, and one kernel and gradient each.
 SIZES = [(1, 16), (2, 1), (2, K), (2, 16), (16, 1), (16, K), (64, 1), (64, K)]
 GRADIENTS = ["unrolled", "checkpoint", "last"]
 
@@ -169,7 +169,7 @@ def largest_fall(x, mass, irls_weight, mixture):
 
 @pytest.mark.parametrize("features", [1, 2, 3, 16, 64])
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_the_likelihood_of_degenerate_sets_never_falls(covariance, features):
+def test_likelihood_of_degenerate_sets_is_monotone(covariance, features):
     x, weights, names = sets(features)
     mass = weights.sum(1)
     for place, components in enumerate((1, K, 16) if features < 64 else (1, K)):
@@ -179,7 +179,7 @@ def test_the_likelihood_of_degenerate_sets_never_falls(covariance, features):
             for init in (None, dense_start(covariance, len(x), components, features, x.dtype, starved=components > 1)):
                 steps = list(operator.iterate(x, weights=weights, init=init, num_iters=6))
                 likelihoods = [operator.objective(x, mixture, weights=weights) for mixture in steps]
-                # Half of a fall by rounding may show only in the next step.
+                # Half of a decrease by rounding may appear only in the next step.
                 irls_weight = {"student_t": 1.0 + features, "laplace": 1e4}.get(kernel, 1.0)
                 falls = [
                     torch.zeros_like(mass),

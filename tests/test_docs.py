@@ -225,3 +225,37 @@ def test_the_generated_table_of_the_readme_is_up_to_date():
     finally:
         sys.path.remove(str(DOCS))
     assert README.read_text() == updated(README.read_text()), "run python docs/make_tables.py"
+
+
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
+
+
+def figures_of(text):
+    """Yield each row or paragraph of a page, its links to results, and its numbers with decimals, as printed."""
+    prose = re.sub(r"Python 3\.\d+|`[^`]*`", "", FENCE.sub("", text))
+    for part in re.split(r"\n\n|\n(?=\|)", prose):
+        links = re.findall(r"\]\((docs/results/\w+\.md)", part)
+        numbers = [number for number in NUMBER.findall(re.sub(r"\]\([^)]*\)", "]", part)) if "." in number]
+        if numbers:
+            yield part, links, numbers
+
+
+def is_among(number, text):
+    """Return whether a text has a number that rounds to a printed one."""
+    half = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
+    return any(abs(float(number) - float(other)) <= half for other in NUMBER.findall(text) if "." in other)
+
+
+@pytest.mark.parametrize("part, links, numbers", [*figures_of((ROOT / "README.md").read_text())], ids=lambda x: "")
+def test_every_figure_of_the_readme_is_in_the_results_that_its_row_links(part, links, numbers):
+    """docs/index.md is the README."""
+    assert links, f"no link to docs/results in: {part}"
+    text = "\n".join((ROOT / link).read_text() for link in links)
+    missing = [number for number in numbers if not is_among(number, text)]
+    assert not missing, f"{missing} not in {links}: {part}"
+
+
+def test_a_wrong_figure_is_found():
+    ((_, links, numbers),) = figures_of("`0.5` under Python 3.11\n\n| [a](docs/results/robust.md) | 1.0304 | 9 % |\n")
+    assert links == ["docs/results/robust.md"] and numbers == ["1.0304"]
+    assert is_among("1.030", "| 1.0304 | 23 |") and not is_among("1.031", "| 1.0304 |") and not is_among("23.0", "23")

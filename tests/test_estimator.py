@@ -14,10 +14,23 @@ from sklearn.mixture import GaussianMixture as Reference
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from em_lightning import estimator
 from em_lightning.estimator import GaussianMixture
 
 
-@parametrize_with_checks([GaussianMixture(), GaussianMixture(2, init_params="farthest", covariance_type="diag")])
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    """Do not leave small tables to scikit-learn."""
+    monkeypatch.setattr(estimator, "_SMALL", 0)
+
+
+@parametrize_with_checks(
+    [
+        GaussianMixture(),
+        GaussianMixture(2, init_params="farthest", covariance_type="diag"),
+        GaussianMixture(2, init_params="k-means++", covariance_type="tied", warm_start=True, n_init=2),
+    ]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_it_passes_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
@@ -28,19 +41,19 @@ def X():
     return make_blobs(600, 3, centers=4, cluster_std=1.5, random_state=0)[0]
 
 
-def pair(X, kind, **options):
+def fit_both(X, kind, **options):
+    """Return the fits of both classes from the same start."""
     rough = Reference(4, covariance_type=kind, random_state=1, max_iter=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         rough.fit(X)
         start = {"weights_init": rough.weights_, "means_init": rough.means_, "precisions_init": rough.precisions_}
-        both = (made(4, covariance_type=kind, **start, **options).fit(X) for made in (GaussianMixture, Reference))
-        return tuple(both)
+        return [cls(4, covariance_type=kind, **start, **options).fit(X) for cls in (GaussianMixture, Reference)]
 
 
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_results_equal_scikit_learn(kind, X):
-    ours, theirs = pair(X, kind, max_iter=50, tol=1e-5)
+    ours, theirs = fit_both(X, kind, max_iter=50, tol=1e-5)
     assert ours.n_iter_ == theirs.n_iter_ and ours.converged_ == theirs.converged_
     assert ours.lower_bound_ == pytest.approx(theirs.lower_bound_, abs=1e-9)
     for name in ("weights_", "means_", "covariances_", "precisions_", "precisions_cholesky_"):
@@ -53,7 +66,7 @@ def test_results_equal_scikit_learn(kind, X):
 
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_samples_have_the_moments_of_the_mixture(kind, X):
-    fit, _ = pair(X, kind, max_iter=20)
+    fit, _ = fit_both(X, kind, max_iter=20)
     fit.random_state = 3
     drawn, labels = fit.sample(40_000)
     assert drawn.shape == (40_000, 3) and (np.diff(labels) >= 0).all()
@@ -74,16 +87,30 @@ def test_weights_count_as_repetitions_of_rows(X):
     assert np.array_equal(found.predict(X), expected.predict(X))
 
 
-@pytest.mark.parametrize("factor", [1e-14, 1e14])
-def test_a_common_factor_of_the_weights_does_not_matter(factor, X):
+@pytest.mark.parametrize("factor", [1e-300, 1e-60, 1e-14, 1e14, 1e300])
+@pytest.mark.parametrize("init", ["farthest", "kmeans"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_result_is_invariant_to_the_scale_of_the_weights(factor, init, dtype, X):
     counts = np.random.default_rng(0).random(len(X))
-    fits = [GaussianMixture(3, init_params="farthest").fit(X, sample_weight=own) for own in (counts, factor * counts)]
+    fits = [
+        GaussianMixture(3, init_params=init, random_state=0).fit(X.astype(dtype), sample_weight=own)
+        for own in (counts, factor * counts)
+    ]
     assert np.allclose(fits[0].means_, fits[1].means_) and fits[0].n_iter_ == fits[1].n_iter_
+    assert fits[0].lower_bound_ == pytest.approx(fits[1].lower_bound_) and fits[1].converged_
 
 
+@pytest.mark.parametrize(
+    "weights", [np.zeros(600), np.exp(np.full(600, -1000.0)), -np.ones(600), np.full(600, np.nan), np.ones((600, 1))]
+)
+def test_weights_without_a_meaning_are_refused(weights, X):
+    assert_raises(ValueError, ["sample_weight", "600"], lambda: GaussianMixture(2).fit(X, sample_weight=weights))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_many_rows_in_several_blocks_equal_their_weights(X):
     start = {"weights_init": [0.25] * 4, "means_init": X[:4], "precisions_init": np.stack([np.eye(3)] * 4)}
-    many = np.tile(X, (200, 1))  # block size
+    many = np.tile(X, (200, 1))  # more rows than fit into one block
     found = GaussianMixture(4, max_iter=5, tol=0.0, **start).fit(many)
     expected = GaussianMixture(4, max_iter=5, tol=0.0, **start).fit(X)
     assert np.allclose(found.means_, expected.means_, atol=1e-8)
@@ -114,16 +141,18 @@ def test_the_best_of_several_starts_is_kept(X):
     assert best.lower_bound_ == pytest.approx(max(bounds), abs=1e-12) and max(bounds) > min(bounds) + 1e-3
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_warm_start_continues_the_fit(X):
     start = {"init_params": "farthest", "tol": 0.0}
     fit = GaussianMixture(4, max_iter=3, warm_start=True, **start).fit(X).fit(X)
     assert np.allclose(fit.means_, GaussianMixture(4, max_iter=6, **start).fit(X).means_, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
-def test_a_start_may_be_given_in_part(kind, X):
+def test_partial_initial_parameters(kind, X):
     """``lower_bound_`` after one iteration is the log-likelihood of the start."""
-    _, theirs = pair(X, kind, max_iter=3)
+    _, theirs = fit_both(X, kind, max_iter=3)
     whole = {"weights_init": theirs.weights_, "means_init": theirs.means_, "precisions_init": theirs.precisions_}
     options = {"covariance_type": kind, "tol": 0.0, "max_iter": 1, "random_state": 0}
     drawn = GaussianMixture(4, **options).fit(X).lower_bound_
@@ -166,6 +195,128 @@ def test_a_fit_that_has_not_converged_warns(X):
         fit = GaussianMixture(4, max_iter=2, tol=1e-12, random_state=0).fit(X)
     assert not fit.converged_
     assert_raises(ValueError, ["n_samples", "0"], lambda: fit.sample(0))
+
+
+@pytest.mark.parametrize("init", ["kmeans", "k-means++", "random", "random_from_data"])
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_every_start_is_that_of_scikit_learn(kind, init, X):
+    options = {"covariance_type": kind, "init_params": init, "random_state": 3, "n_init": 2}
+    ours, theirs = (cls(4, **options).fit(X) for cls in (GaussianMixture, Reference))
+    assert np.allclose(ours.means_, theirs.means_, atol=1e-8) and ours.n_iter_ == theirs.n_iter_
+    assert np.allclose(ours.lower_bounds_, theirs.lower_bounds_) and ours.lower_bounds_[-1] == ours.lower_bound_
+
+
+def test_small_tables_have_the_same_result_in_blocks(X, monkeypatch):
+    blocks = GaussianMixture(4, random_state=0).fit(X)
+    monkeypatch.setattr(estimator, "_SMALL", 2**12)
+    whole = GaussianMixture(4, random_state=0).fit(X)
+    assert np.allclose(whole.means_, blocks.means_) and np.array_equal(whole.predict(X), blocks.predict(X))
+
+
+@pytest.mark.parametrize("small", [0, 2**12])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ({"covariance_type": "full"}, {"covariance_type": "diag"}),
+        ({"covariance_type": "diag"}, {"covariance_type": "tied"}),  # the same shape for three components
+        ({"covariance_type": "spherical"}, {"covariance_type": "full"}),
+        ({"n_components": 2}, {"n_components": 3}),
+        ({"n_components": 5}, {"n_components": 3}),
+    ],
+)
+def test_a_warm_start_after_changed_parameters_fits_anew(before, after, small, X, monkeypatch):
+    monkeypatch.setattr(estimator, "_SMALL", small)
+    fit = GaussianMixture(**{"n_components": 3, "warm_start": True, "random_state": 0, **before}).fit(X)
+    fit.set_params(**after)
+    for stale in (fit.predict, fit.score_samples, fit.bic, lambda _: fit.sample(3)):
+        assert_raises(ValueError, [*after, repr(*before.values())], lambda stale=stale: stale(X))
+    with pytest.warns(UserWarning, match=next(iter(after))):
+        fit.fit(X)
+    expected = GaussianMixture(**{"n_components": 3, "random_state": 0, **after}).fit(X)
+    assert np.allclose(fit.covariances_, expected.covariances_) and fit.bic(X) == pytest.approx(expected.bic(X))
+    with pytest.warns(UserWarning, match="n_features=2"):
+        fit.fit(X[:, :2])
+    assert fit.means_.shape == (3, 2)
+
+
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_attributes_set_by_hand(kind, X):
+    fit = GaussianMixture(3, covariance_type=kind, random_state=0).fit(X)
+    scores, labels = fit.score_samples(X), fit.predict(X)
+    fit.weights_, fit.means_, fit.covariances_ = fit.weights_.tolist(), fit.means_.tolist(), fit.covariances_.tolist()
+    assert np.allclose(fit.score_samples(X), scores) and fit.sample(5)[0].shape == (5, 3)
+    labels = fit.set_params(warm_start=True).fit(X).predict(X)
+    order = slice(None, None, -1)  # views with negative strides
+    fit.weights_, fit.means_ = fit.weights_[order], fit.means_[order]
+    fit.covariances_ = fit.covariances_ if kind == "tied" else fit.covariances_[order]
+    assert np.array_equal(fit.predict(X), 2 - labels) and fit.sample(5)[0].shape == (5, 3)
+    fit.covariances_ = -np.asarray(fit.covariances_)
+    for use in (fit.score_samples, fit.predict_proba, fit.predict):
+        assert_raises(ValueError, ["covariances"], lambda use=use: use(X))
+
+
+DEGENERATE = {
+    "two points": np.repeat([[0.0] * 3, [1.0] * 3], 5, 0),
+    "a line": np.linspace(-1, 1, 50)[:, None] * [[1.0, 2.0, 3.0]],
+    "a constant column": np.column_stack([np.random.default_rng(0).normal(size=(50, 2)), np.full(50, 7.0)]),
+}
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["full", "tied"])
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_degenerate_rows_are_refused_without_a_floor(name, kind, weighted, given, X):
+    rows, weights = DEGENERATE[name], np.ones(len(DEGENERATE[name])) if weighted else None
+    start = {
+        "weights_init": [0.5, 0.5],
+        "means_init": rows[[0, -1]],
+        "precisions_init": np.eye(3) if kind == "tied" else np.stack([np.eye(3)] * 2),
+    }
+    model = GaussianMixture(2, covariance_type=kind, reg_covar=0.0, **(start if given else {}))
+    assert_raises(ValueError, ["covariance", "reg_covar"], lambda: model.fit(rows, sample_weight=weights))
+    model.set_params(reg_covar=1e-6).fit(rows, sample_weight=weights)
+    assert np.isfinite(model.score(rows))
+
+
+def test_units_of_the_columns_are_no_degeneracy(X):
+    units = np.array([1e-9, 1.0, 1e9])
+    fits = [GaussianMixture(3, reg_covar=0.0, init_params="farthest").fit(rows) for rows in (X, X + 1e3)]
+    assert np.isfinite([fit.score(X) for fit in fits]).all()
+    scaled = GaussianMixture(3, reg_covar=0.0, random_state=0, init_params="random").fit(X * units)
+    assert np.isfinite(scaled.score(X * units))
+
+
+def test_progress_is_printed(X, capsys):
+    with pytest.warns(ConvergenceWarning):
+        GaussianMixture(3, verbose=1, verbose_interval=2, random_state=0, tol=0.0, max_iter=5, n_init=2).fit(X)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "Initialization 0",
+        "Iteration 2",
+        "Iteration 4",
+        "Initialization 1",
+        "Iteration 2",
+        "Iteration 4",
+    ]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 10])
+def test_no_iterations_return_the_start(rows, X):
+    means = X[:2] + rows
+    fit = GaussianMixture(2, max_iter=0, means_init=means, random_state=0).fit(X)
+    assert np.allclose(fit.means_, means) and fit.n_iter_ == 0 and fit.lower_bounds_ == [] and not fit.converged_
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_attributes_have_the_dtype_of_the_rows(dtype, X):
+    rows = (10 * X).astype(dtype)
+    fit = GaussianMixture(3, random_state=0).fit(rows, sample_weight=np.ones(len(rows)))
+    expected = np.float64 if dtype == np.int64 else dtype
+    for name in ("weights_", "means_", "covariances_", "precisions_", "precisions_cholesky_"):
+        assert getattr(fit, name).dtype == expected, name
+    assert fit.score_samples(rows).dtype == fit.predict_proba(rows).dtype == expected
 
 
 def test_the_package_does_not_import_scikit_learn():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import sklearn.mixture
 
+from em_lightning import estimator
 from em_lightning.estimator import GaussianMixture
 
 # scikit-learn's tests take the class from this module.
@@ -27,6 +28,8 @@ LEFT_OUT = {
 }
 for module in (test_gaussian_mixture, test_mixture):
     for name, test in vars(module).items():
+        if "array_api" in name and "SCIPY_ARRAY_API" not in os.environ:
+            continue  # see test_arrays_of_other_libraries
         if name.startswith("test_") and callable(test) and name not in LEFT_OUT:
             # pytest deprecates parameters from a generator.
             test.pytestmark = [
@@ -34,7 +37,18 @@ for module in (test_gaussian_mixture, test_mixture):
                 for mark in getattr(test, "pytestmark", [])
             ]
             globals()[name] = test
+# One iteration collapses a component, which is refused where scikit-learn returns a variance of round-off.
+REFUSED_IN_BLOCKS = {"test_gaussian_mixture_setting_best_params"}
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(params=["whole", "blocks"], autouse=True)
+def mode(request, monkeypatch):
+    """Small tables are fitted by scikit-learn; test the EM of this package on them too."""
+    if request.param == "blocks":
+        if request.node.originalname in REFUSED_IN_BLOCKS:
+            pytest.skip("refused")
+        monkeypatch.setattr(estimator, "_SMALL", 0)
 
 
 @pytest.fixture(params=[np.float32, np.float64])
@@ -47,6 +61,7 @@ def global_random_seed(request):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("SCIPY_ARRAY_API" in os.environ, reason="runs itself")
 def test_arrays_of_other_libraries():
     """scikit-learn reads the setting when it is imported."""

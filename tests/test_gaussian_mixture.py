@@ -1,4 +1,4 @@
-"""One mixture of one large data set, under the Trainer: beside scikit-learn, in blocks, resumed."""
+"""GaussianMixtureModule: equality with scikit-learn, data in blocks, resuming."""
 
 import math
 import warnings
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_close, detached, parts
+from lightning.pytorch.plugins import MixedPrecision
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch.utils.data import DataLoader, TensorDataset
@@ -62,7 +63,7 @@ def assert_same(mixture, fit, kind, atol=1e-8):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_iterations_under_the_trainer_are_scikit_learns(kind, tmp_path):
+def test_twenty_epochs_equal_scikit_learn(kind, tmp_path):
     x = rows()
     start = start_of(x, kind)
     module = GaussianMixtureModule(3, 3, covariance=kind, tol=0.0)
@@ -79,7 +80,7 @@ def test_twenty_iterations_under_the_trainer_are_scikit_learns(kind, tmp_path):
     assert tested["test/log_likelihood"] == pytest.approx(expected.score(x.numpy()), abs=1e-6)
 
 
-def test_it_stops_where_scikit_learn_stops(tmp_path):
+def test_stops_at_the_same_iteration_as_scikit_learn(tmp_path):
     x = rows()
     start = start_of(x, "full")
     module = GaussianMixtureModule(3, 3, tol=1e-4)
@@ -95,7 +96,7 @@ def test_it_stops_where_scikit_learn_stops(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
-def test_weights_count_rows(method, tmp_path):
+def test_integer_weights_equal_repeated_rows(method, tmp_path):
     x = rows(300)
     counts = torch.randint(0, 4, (300,))
     start = start_of(x, "full")
@@ -122,7 +123,7 @@ def test_other_methods_find_the_mixture_of_em(method, kind, tmp_path):
     assert best[-1] - 0.02 < best[0] < best[-1] and float(module.log_likelihood) == pytest.approx(best[0], abs=0.05)
 
 
-def test_steps_of_stochastic_em_are_the_published_recursion(tmp_path):
+def test_stochastic_em_equals_the_published_recursion(tmp_path):
     x = rows(400)
     start = start_of(x, "diag")
     module = GaussianMixtureModule(3, 3, covariance="diag", method="stochastic", step_exponent=0.6, step_offset=2.0)
@@ -148,7 +149,7 @@ def test_steps_of_stochastic_em_are_the_published_recursion(tmp_path):
     assert np.allclose(module.mixture.covariances[0].numpy(), variances)
 
 
-def test_the_start_is_drawn_in_a_sample_of_the_table(tmp_path):
+def test_start_is_computed_on_a_random_sample(tmp_path):
     data = GaussianBlobs(4000, 2, true_components=4, held_out_points=100, block_rows=500)
     module = GaussianMixtureModule(4, 2, sample_size=1000, seed=5, num_starts=3)
     seen = []
@@ -178,7 +179,7 @@ def test_any_loader_of_rows_is_accepted(tmp_path):
     assert torch.allclose(plain(x).free_energy, -plain.log_prob(x))
 
 
-def test_a_prior_weighs_as_in_the_operator(tmp_path):
+def test_prior_gives_the_same_result_as_the_operator(tmp_path):
     x = rows(300)
     start = start_of(x, "full")
     counts = {"weight_concentration": 4.0, "mean_strength": 3.0, "covariance_strength": 20.0}
@@ -190,22 +191,44 @@ def test_a_prior_weighs_as_in_the_operator(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_objective_of_gradients_has_its_maximum_where_em_with_the_prior_ends(kind, tmp_path):
+def test_gradient_of_the_penalized_likelihood_is_zero_at_the_em_solution(kind, tmp_path):
     x = rows(300)
     prior = {"weight_concentration": 4.0, "mean_strength": 3.0, "mean": [0.5, 0.0, -0.5], "covariance_strength": 20.0}
     options = {"covariance": kind, "tol": 0.0, "covariance_floor": 1e-12}
     exact = GaussianMixtureModule(3, 3, prior=prior, **options)
     trainer(tmp_path, max_epochs=100).fit(exact, TabularDataModule(x))
     steepest = {}
-    for name, given, blocks in (("whole", prior, [x]), ("blocks", prior, x.split(100)), ("without", None, [x])):
+    for name, given, blocks, factor in (
+        ("whole", prior, [x], None),
+        ("blocks", prior, x.split(100), None),
+        ("weights", prior, x.split(100), 1e-20),
+        ("large weights", prior, [x], 1e20),
+        ("without", None, [x], None),
+    ):
         module = GaussianMixtureModule(3, 3, method="gradient", prior=given, **options).double()
         module.start_from(exact.mixture, exact.learner.center, exact.learner.variance)
-        sum(module.learner.learn(TableBatch(block, None), len(blocks)) for block in blocks).backward()
+        weights = [None if factor is None else torch.full_like(block[:, 0], factor) for block in blocks]
+        sum(
+            module.learner.learn(TableBatch(*block), len(blocks)) for block in zip(blocks, weights, strict=True)
+        ).backward()
         steepest[name] = max(float(parameter.grad.abs().max()) for parameter in module.parameters())
-    assert steepest["whole"] < 1e-8 and steepest["blocks"] < 1e-8 and steepest["without"] > 1e-3
+    assert steepest.pop("without") > 1e-3 and max(steepest.values()) < 1e-8
 
 
-def test_half_precision_of_the_trainer_leaves_the_statistics_alone(tmp_path):
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+def test_the_result_is_invariant_to_the_scale_of_the_weights(method, factor, tmp_path):
+    x, weights = rows(300), torch.rand(300, dtype=torch.float64)
+    found = []
+    for own in (weights, factor * weights):
+        module = GaussianMixtureModule(3, 3, method=method, prior={"covariance_strength": 5.0}, tol=0.0)
+        trainer(tmp_path, max_epochs=5).fit(module, TabularDataModule(x, own, block_rows=100))
+        found.append(module.mixture)
+    torch.testing.assert_close(found[0].means, found[1].means)
+    torch.testing.assert_close(found[0].covariances, found[1].covariances)
+
+
+def test_bf16_mixed_does_not_change_em(tmp_path):
     x = rows(300).float()
     start = start_of(x.double(), "full")
     found = []
@@ -217,7 +240,7 @@ def test_half_precision_of_the_trainer_leaves_the_statistics_alone(tmp_path):
     assert_close(*found, atol=0)
 
 
-def test_blocks_without_a_trainer_make_the_same_steps():
+def test_fit_blocks_equals_em_step():
     x = rows(200)
     mixture = start = start_of(x, "tied")
     fit = fit_blocks(lambda: [(block, None) for block in x.split(60)], start, max_iters=4, tol=0.0)
@@ -230,13 +253,13 @@ def test_blocks_without_a_trainer_make_the_same_steps():
         fit_blocks(lambda: [(x * math.nan, None)], start)
 
 
-def test_it_ends_with_the_first_change_below_a_thousandth():
+def test_stops_at_the_first_change_below_tol():
     x = rows(300)
     fit = fit_blocks(lambda: [(x, None)], start_of(x, "full"))
     changes = np.abs(np.diff(fit.log_likelihoods))
     assert fit.converged and changes[-1] < 1e-3 <= changes[:-1].min()
     one = fit_blocks(lambda: [(x, None)], start_of(x, "diag", 1), max_iters=6, tol=0.0)
-    assert len(one.log_likelihoods) == 6 and not one.converged  # though nothing changes after the first
+    assert len(one.log_likelihoods) == 6 and not one.converged  # tol=0 disables the stopping rule
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -253,7 +276,7 @@ def test_the_moments_of_a_mixture_are_those_of_its_rows(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_criteria_are_scikit_learns(kind):
+def test_bic_and_aic_equal_scikit_learn(kind):
     x = rows(200)
     expected = sklearn_of(x, start_of(x, kind), kind, 5)
     found = [torch.as_tensor(part)[None] for part in (expected.weights_, expected.means_, expected.covariances_)]
@@ -300,7 +323,7 @@ def test_broken_data_raise(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_finds_the_mixture_of_the_cpu(kind, precision, tmp_path):
+def test_gpu_equals_scikit_learn_on_cpu(kind, precision, tmp_path):
     x = rows(5000)
     start = start_of(x, kind)
     module = GaussianMixtureModule(3, 3, covariance=kind, tol=0.0)
@@ -309,3 +332,16 @@ def test_a_gpu_finds_the_mixture_of_the_cpu(kind, precision, tmp_path):
     fit.fit(module, TabularDataModule(x.float(), block_rows=1000))
     expected = sklearn_of(x, start, kind, 20)
     assert_same(Mixture(*(part.cpu() for part in parts(module.mixture))), expected, kind, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["em", "stochastic", "gradient"])
+def test_a_gradient_scaler_changes_nothing(method, tmp_path):
+    """Lightning replaces 16-mixed by bf16 on a CPU, so the plugin with its scaler is given."""
+    levels = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]):
+        lightning.seed_everything(0)
+        data = GaussianBlobs(num_points=600, num_features=2, true_components=3, block_rows=256)
+        module = GaussianMixtureModule(3, 2, method=method)
+        trainer(tmp_path, max_epochs=3, plugins=plugins).fit(module, data)
+        levels.append(float(module.log_likelihood))
+    assert levels[0] == pytest.approx(levels[1])

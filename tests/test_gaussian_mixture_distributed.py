@@ -104,7 +104,7 @@ def shards(tmp_path_factory):
     return folder, x
 
 
-def test_two_and_four_processes_find_the_mixture_of_scikit_learn(shards, tmp_path):
+def test_two_and_four_processes_equal_scikit_learn(shards, tmp_path):
     folder, x = shards
     alone = fit_until_it_stops(trainer(tmp_path, max_epochs=300), folder)
     assert 1 < int(alone[3]) < 300

@@ -176,6 +176,19 @@ def test_a_table_contains_its_command(here, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("option", ["--print_config", "--print_config=skip_null", "--help", "-h"])
+@pytest.mark.parametrize("many", ["--config=small.yaml", "--seeds=1,2"])
+def test_printing_the_config_or_help_starts_no_runs(option, many, here, capsys):
+    write_table()
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", "decoder_free_sae", many, "--model.lr=0.25", option])
+    printed = capsys.readouterr().out
+    assert ("lr: 0.25" if "config" in option else "--config NAME or FILE") in printed
+    if "config" in option and "small" in many:
+        assert yaml.safe_load(printed)["table"]["title"] == "A small table"
+    assert not Path("lightning_logs").exists()
+
+
 def test_an_unknown_entry_of_a_table_is_named(here, capsys):
     Path("small.yaml").write_text("table: {title: A, seeds: [1], row: {}}\n")
     assert cli.main(["run", "decoder_free_sae", "--config", "small.yaml"]) == 2

@@ -33,7 +33,7 @@ def test_responsibility_weighted_updates_reach_the_prototypes():
     posterior = softmin(GaussianKernel()(x, prototypes))
     (gradient,) = torch.autograd.grad(posterior.free_energy.sum(), prototypes)
     r = posterior.responsibilities
-    # Zero exactly where the M-step's mean is reached.
+    # Zero if and only if the prototypes are the means of the M-step.
     close(gradient, r.sum(0).unsqueeze(-1) * prototypes - r.T @ x)
 
 
@@ -68,7 +68,7 @@ def test_attention_is_dot_product_energy_and_posterior_mean():
     close(softmin(energies).mean(value), functional.scaled_dot_product_attention(query, key, value))
 
 
-def test_masked_attention_is_excluded_hypotheses():
+def test_masked_attention_equals_infinite_energies():
     query, key, value = (torch.randn(2, 4, 6, 8, dtype=torch.float64) for _ in range(3))
     energies = DotProductKernel(scale=8**-0.5)(query, key)
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)

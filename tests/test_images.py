@@ -1,4 +1,4 @@
-"""IDX files, hostile ones too; whole data sets as tensors; the order of batches on one rank and on several."""
+"""IDX files, also malformed ones; TensorDataModule and TensorBatches on one rank and on several."""
 
 import gzip
 import hashlib
@@ -45,9 +45,9 @@ def write_set(folder, train=40, test=10, size=5, pack=False):
 
 
 @pytest.mark.parametrize("dtype", CODES)
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # the machine may be busy
 @given(values=st.data())
-def test_arrays_come_back_as_they_were(tmp_path_factory, dtype, values):
+def test_idx_arrays_round_trip(tmp_path_factory, dtype, values):
     array = values.draw(arrays(np.dtype(dtype), array_shapes(max_dims=4, max_side=4)))
     path = tmp_path_factory.mktemp("idx") / "file"
     content = idx(array, CODES[dtype])
@@ -79,14 +79,14 @@ PACKED = gzip.compress(GOOD, mtime=0)
         (b"\x1f\x8b" + b"garbage of some length", "damaged"),
     ],
 )
-def test_a_hostile_file_is_refused_by_name(tmp_path, content, message):
+def test_malformed_files_raise_with_their_name(tmp_path, content, message):
     path = tmp_path / "bad-idx3-ubyte"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"bad-idx3-ubyte: .*{message}"):
         data.read_idx(path)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_raises_with_its_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"):
         data.read_idx(tmp_path / "gone")
 
@@ -103,7 +103,7 @@ def test_batches_are_those_of_a_data_loader():
         assert torch.equal(found[0], a) and torch.equal(found[1], b)
 
 
-def test_every_epoch_has_an_order_of_its_own_which_seed_and_epoch_decide():
+def test_order_is_a_function_of_seed_and_epoch():
     def order(seed, epoch):
         batches = data.TensorBatches([torch.arange(50)], batch_size=8, seed=seed)
         batches.sampler.set_epoch(epoch)
@@ -121,10 +121,10 @@ def test_ranks_share_each_batch_of_a_single_process(size):
     assert len(one) == len(parts[0]) == len(parts[1])
     for (whole,), (left,), (right,) in zip(one, *parts, strict=True):
         assert set(left.tolist()) | set(right.tolist()) == set(whole.tolist()) or len(whole) == 1
-        assert len(left) and len(right)  # also where one item is left over
+        assert len(left) and len(right)  # also for the last batch, which has fewer items than ranks
 
 
-def test_bytes_become_pixels_from_0_to_1():
+def test_uint8_is_converted_to_0_to_1():
     (pixels,) = next(iter(data.TensorBatches([torch.tensor([[0, 51, 255]], dtype=torch.uint8)], 1)))
     assert pixels.dtype == torch.float32 and torch.equal(pixels, torch.tensor([[0, 51, 255]]) / 255)
 
@@ -140,7 +140,7 @@ def test_bytes_become_pixels_from_0_to_1():
         (lambda: data.MNIST("nowhere"), "root='nowhere' .* t10k-images"),
     ],
 )
-def test_wrong_arguments_are_answered(make, message):
+def test_wrong_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -157,7 +157,7 @@ def test_digits_are_split_in_the_order_of_the_file():
     assert "digits" in digits.describe() and "1437 train, 360 test" in digits.describe()
 
 
-def test_a_validation_set_is_kept_apart_whatever_the_seed():
+def test_validation_split_does_not_depend_on_the_seed():
     splits = []
     for seed in (0, 1):
         digits = data.Digits(val_size=100, seed=seed)
@@ -169,7 +169,7 @@ def test_a_validation_set_is_kept_apart_whatever_the_seed():
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_four_files_are_a_data_set(tmp_path, pack):
+def test_mnist_reads_four_files(tmp_path, pack):
     arrays = write_set(tmp_path, pack=pack)
     mnist = data.MNIST(str(tmp_path), batch_size=16, eval_batch_size=4)
     assert (mnist.shape, mnist.num_features, mnist.num_classes) == ((1, 5, 5), 25, 10)
@@ -197,7 +197,7 @@ def test_four_files_are_a_data_set(tmp_path, pack):
         (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 7, np.uint8))), "label 7"),
     ],
 )
-def test_files_that_do_not_belong_together_are_refused(tmp_path, spoil, message):
+def test_mismatched_files_raise(tmp_path, spoil, message):
     write_set(tmp_path)
     spoil(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -215,7 +215,7 @@ def mirror(tmp_path, monkeypatch, serve):
     return tmp_path
 
 
-def test_the_download_is_verified_and_kept(mirror):
+def test_download_is_verified_and_cached(mirror):
     mnist = data.MNIST()
     mnist.shape = (1, 5, 5)
     mnist.prepare_data()
@@ -225,20 +225,20 @@ def test_the_download_is_verified_and_kept(mirror):
     assert len(list((mirror / "cache").rglob("*"))) == 5
 
 
-def test_a_file_with_another_hash_is_not_kept(mirror, monkeypatch):
+def test_download_with_a_wrong_hash_raises(mirror, monkeypatch):
     monkeypatch.setitem(images.MNIST_HASHES, "t10k-labels-idx1-ubyte", "0" * 32)
     with pytest.raises(ValueError, match="t10k-labels-idx1-ubyte.gz.*pass their folder as root"):
         data.MNIST().prepare_data()
     assert len(list((mirror / "cache").rglob("*.gz"))) == 3
 
 
-def test_without_a_network_the_remedy_is_named(mirror, monkeypatch):
+def test_failed_download_names_the_remedy(mirror, monkeypatch):
     monkeypatch.setattr(images, "MNIST_URL", images.MNIST_URL + "gone/")
     with pytest.raises(ConnectionError, match="gone/train-images.*pass their folder as root"):
         data.MNIST().prepare_data()
 
 
-def test_a_module_of_several_ranks_deals_its_batches():
+def test_ranks_of_a_data_module_share_batches():
     digits = data.Digits(batch_size=32)
     digits.trainer = SimpleNamespace(world_size=2, global_rank=1)
     assert len(digits.train_dataloader()) == 23 and digits.train_dataloader().rank == 1

@@ -352,7 +352,7 @@ class Sum(nn.Module):
         (lambda: HuberKernel(math.inf), ValueError, ["delta=inf", "finite"]),
         (lambda: ExponentialKernel(math.nan), ValueError, ["rate=nan", "finite"]),
         (lambda: LogisticKernel("steep"), ValueError, ["slope='steep'", "number"]),
-        (lambda: MahalanobisKernel(0), ValueError, ["num_features=0", "positive"]),
+        (lambda: MahalanobisKernel(0), ValueError, ["num_features=0", "at least 1"]),
         (lambda: MahalanobisKernel(2, torch.eye(3)), ValueError, ["(3, 3)", "(2, 2)"]),
         (lambda: MahalanobisKernel(2, -torch.eye(2)), ValueError, ["covariance=", "positive definite"]),
         (lambda: MahalanobisKernel(2, [[1.0, 0.9], [0.0, 1.0]]), ValueError, ["covariance=", "symmetric"]),

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end where a run ends that was left alone; a rank does not outlive another."""
+"""Killed and resumed runs equal uninterrupted ones, and processes end with the process that started them."""
 
 import os
 import re
@@ -31,14 +31,14 @@ def kills(*arguments, seed=0):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_checkpoints_do_not_wait_for_the_end(path):
+def test_checkpoints_are_written_during_the_run(path):
     """Without a top-k Lightning saves the last one where a number of steps asks for it, and at the end of the fit."""
     options = yaml.safe_load(path.read_text()).get("checkpoint") or {}
     assert options.get("save_top_k", 1) != 0 or "every_n_train_steps" in options
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_where_an_uninterrupted_one_does():
+def test_killed_run_equals_uninterrupted_run():
     (found,) = kills("gaussian_mixture", "--kills=2").values()
     assert found[0] == 2
 
@@ -81,8 +81,8 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="look
 
 
 @on_linux
-def test_a_rank_ends_with_the_process_that_started_it():
-    watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_first_rank as end; end(0.05)"
+def test_rank_ends_with_its_parent_process():
+    watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_parent as end; end(0.05)"
     child = [sys.executable, "-c", f"{watch}; time.sleep(60)"]
     code = f"{watch}; subprocess.Popen({child!r}, env={{**os.environ, 'LOCAL_RANK': '1'}}).wait()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -92,16 +92,41 @@ def test_a_rank_ends_with_the_process_that_started_it():
     assert len(group_of(parent.pid)) == 2
     parent.kill()
     wait_until(lambda: not group_of(parent.pid), 60)
-    assert "rank 1 exits" in parent.communicate()[1].decode()
+    assert "the process that started it has ended" in parent.communicate()[1].decode()
 
 
-def test_a_rank_leaves_the_group_that_it_was_in(tmp_path, monkeypatch):
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["table", "seeds"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_workers_of_a_table_and_of_seeds_end_with_their_run(kind, number, tmp_path):
+    rows = {"first": {"published": {"l0": 1}}, "second": {"arguments": {"model.lr": 0.1}, "published": {"l0": 1}}}
+    table = {"table": {"title": "Endless", "seeds": [1], "rows": rows}}
+    (tmp_path / "endless.yaml").write_text(yaml.safe_dump(table))
+    command = [sys.executable, "-m", "em_lightning.cli", "run", "decoder_free_sae", "--trainer.max_epochs=1000000"]
+    command += ["--config=endless.yaml", "--jobs=2"] if kind == "table" else ["--seeds=1,2", "--jobs=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    try:
+        wait_until(lambda: len(list(tmp_path.rglob("events.out*"))) == 2 and len(group_of(process.pid)) >= 3, 300)
+        os.kill(process.pid, number)
+        wait_until(lambda: process.poll() is not None and not group_of(process.pid), 60)
+        assert process.returncode == (2 if number == signal.SIGINT else -number)
+        if number == signal.SIGINT:
+            assert "em-lightning: interrupted" in process.stderr.read().decode()
+    finally:
+        for left in group_of(process.pid):
+            os.kill(left, signal.SIGKILL)
+        process.stderr.close()
+
+
+def test_rank_leaves_its_process_group(tmp_path, monkeypatch):
     def run(recipe, arguments):
         if arguments:
             dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
 
     monkeypatch.setattr(cli, "run", run)
-    monkeypatch.setattr(cli, "end_with_first_rank", lambda: None)
+    monkeypatch.setattr(cli, "end_with_parent", lambda: None)
     for strategy in ([], ["--trainer.strategy=ddp"]):
         assert cli.main(["run", "gaussian_mixture", *strategy]) == 0
         assert not dist.is_initialized()

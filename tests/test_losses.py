@@ -68,8 +68,6 @@ class TestBalance(LossContract):
 
 
 class TestWeightRedundancy(LossContract):
-    takes_mask = has_dim = False
-
     def make(self):
         return WeightRedundancyLoss()
 
@@ -211,7 +209,7 @@ def test_the_published_objective_of_batches_of_batches():
 
 
 @pytest.mark.parametrize("key", sorted(set(LOSSES) - {"weight_redundancy"}))
-def test_the_units_are_on_the_last_axis_unless_another_is_named(key):
+def test_dim_selects_the_axis_of_the_units(key):
     x = torch.rand(4, 5, 3, dtype=DOUBLE)
     loss = LOSSES.build(key)
     torch.testing.assert_close(loss(x), loss(x.reshape(20, 3)))

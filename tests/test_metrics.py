@@ -32,7 +32,7 @@ from em_lightning.testing.distributed import run_ranks
 
 
 def activations(items=200, units=6, offset=0.0, seed=0):
-    """Correlated activations behind a ReLU; unit 0 is dead and unit 1 nearly so."""
+    """Return correlated activations after a ReLU; unit 0 is dead, unit 1 has a small variance."""
     rng = np.random.default_rng(seed)
     a = np.maximum(rng.standard_normal((items, units)) @ rng.standard_normal((units, units)), 0)
     a[:, 0] = 0.0
@@ -41,7 +41,7 @@ def activations(items=200, units=6, offset=0.0, seed=0):
 
 
 def oracle(a):
-    """The definitions of the published tables, in numpy over the whole set."""
+    """Return the metrics of the published tables, computed by numpy over the whole set."""
     a = a.double().numpy()
     var = a.var(0, ddof=1)
     std = np.sqrt(var) + 1e-8
@@ -250,7 +250,7 @@ def test_many_small_updates_keep_float64_accuracy():
     assert total.compute().item() == pytest.approx(a[:, 2:].double().mean().item(), rel=1e-14)
 
 
-def test_states_stay_wide_and_copies_agree():
+def test_states_stay_float64_and_copies_are_equal():
     module = nn.ModuleDict({"redundancy": Redundancy(), "entropy": ResponsibilityEntropy()})
     for cast in (nn.Module.half, nn.Module.bfloat16, lambda m: m.to(torch.float16)):
         cast(module)
@@ -287,7 +287,7 @@ def test_two_processes_equal_one(tmp_path):
         assert values["redundancy"].item() == pytest.approx(expected["redundancy"], rel=1e-9)
 
 
-def test_the_room_does_not_load_lightning():
+def test_metrics_do_not_import_lightning():
     heavy = "{'lightning', 'pytorch_lightning', 'torch_geometric'}"
     code = f"import sys, em_lightning.metrics; print(*{heavy} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
@@ -299,7 +299,7 @@ def test_l0_counts_what_is_above_the_threshold(metric):
     assert metric.compute().item() == {0.01: 2.0, 0.5: 1.5}[metric.threshold]
 
 
-def test_dead_units_of_any_scale_by_a_share_of_the_mean_variance():
+def test_relative_threshold_of_dead_units():
     a = activations()
     for scale in (1e-6, 1.0, 1e6):
         metric = DeadUnits(threshold=1e-2, relative=True)

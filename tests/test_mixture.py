@@ -53,7 +53,7 @@ def test_log_prob_equals_scipy(covariance, features):
 
 
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_masked_points_have_log_prob_zero_whatever_they_hold(covariance):
+def test_masked_points_have_log_prob_zero_even_if_nan(covariance):
     mixture, x = random_mixture(covariance), torch.randn(2, 7, 2, dtype=torch.float64)
     mask = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
     dirty = x.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
@@ -82,7 +82,7 @@ def test_affine_changes_units(covariance):
     torch.testing.assert_close(moved, mixture.log_prob(x) - 2 * scale.log()[:, None], rtol=0, atol=1e-12)
 
 
-def test_wrong_shapes_are_reported():
+def test_wrong_shapes_raise():
     mixture = random_mixture("full")
     wrong = torch.ones(2, 9)
     assert_raises(

@@ -26,7 +26,7 @@ def test_em_step_equals_the_textbook(covariance, features):
 
 
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_the_likelihood_never_falls(covariance):
+def test_likelihood_is_monotone(covariance):
     x = clusters(3, 200, 3)
     mixture, before = start_among(x, 4, covariance), -math.inf
     for _ in range(30):
@@ -37,7 +37,7 @@ def test_the_likelihood_never_falls(covariance):
 
 
 @pytest.mark.parametrize("factor", [1e-14, 1e-3, 7.0, 1e14])
-def test_a_common_factor_of_the_weights_does_not_matter(factor):
+def test_result_is_invariant_to_the_scale_of_the_weights(factor):
     x = clusters(2, 60)
     mixture = start_among(x, 4)
     weights = torch.rand(2, 60, dtype=torch.float64)
@@ -88,7 +88,7 @@ def test_gradients_of_points_weights_and_parameters(covariance, padded):
 
 
 @pytest.mark.parametrize("wanted", range(4))
-def test_the_gradient_of_one_input_alone_is_that_of_all(wanted):
+def test_gradient_does_not_depend_on_which_inputs_require_it(wanted):
     start = random_mixture("full")
     inputs = [torch.randn(2, 7, 2, dtype=torch.float64), torch.rand(2, 7, dtype=torch.float64)]
     inputs += [start.means, start.covariances]

@@ -35,7 +35,7 @@ def test_random_centers_are_seeded_points_of_the_set(draw):
 
 
 @pytest.mark.parametrize("draw", [kmeans_plus_plus, random_points, farthest_points])
-def test_points_of_zero_weight_are_no_centers(draw):
+def test_points_of_zero_weight_are_not_chosen_as_centers(draw):
     x = clusters(3, 40, 3)
     weights = torch.rand(3, 40, dtype=x.dtype) * (torch.arange(40) % 4 == 0) * torch.tensor([[1.0], [1e-3], [1e-6]])
     options = {} if draw is farthest_points else {"generator": torch.Generator().manual_seed(1)}
@@ -87,7 +87,7 @@ def test_lloyd_equals_scikit_learn(weighted):
         np.testing.assert_allclose(found[b], reference.cluster_centers_, atol=1e-9)
 
 
-def test_a_center_without_points_stays_where_it_is():
+def test_center_without_points_does_not_move():
     x = two_clusters(2, 60)
     centers = random_points(x, 4) + 1e3 * (torch.arange(4) == 3).unsqueeze(-1)
     torch.testing.assert_close(lloyd(x, centers, 3)[:, 3], centers[:, 3])

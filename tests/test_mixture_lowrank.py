@@ -32,7 +32,7 @@ def factor_clusters(sets=1, items=200, features=5, rank=2, groups=1):
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_one_component_is_scikit_learns_factor_analysis(rank):
+def test_one_component_equals_scikit_learn_factor_analysis(rank):
     x = factor_clusters(items=500, features=7, rank=2)
     operator = EMOperator(1, 7, covariance="lowrank", rank=rank, covariance_floor=0.0, residual=False)
     mixture, _ = operator.fit(x, max_iters=2000, tol=1e-9)
@@ -44,7 +44,7 @@ def test_one_component_is_scikit_learns_factor_analysis(rank):
 @pytest.mark.parametrize("prior", [None, {"weight_concentration": 2.0}])
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 @pytest.mark.parametrize("kernel", ["gaussian", "huber"])
-def test_the_objective_never_falls(prior, floor, kernel):
+def test_objective_is_monotone(prior, floor, kernel):
     x = factor_clusters(3, groups=3)
     operator = EMOperator(
         3, 5, covariance="lowrank", rank=2, covariance_floor=floor, prior=prior, kernel=kernel, residual=False
@@ -117,11 +117,11 @@ def test_degenerate_sets_stay_finite(name, init, dtype):
         ({"covariance": "lowrank", "rank": 3}, ["rank=3", "num_features=3"]),
     ],
 )
-def test_a_rank_belongs_to_lowrank(arguments, words):
+def test_rank_is_for_lowrank_only(arguments, words):
     assert_raises(ValueError, words, lambda: EMOperator(2, 3, **arguments))
 
 
-def test_a_low_rank_mixture_is_returned_as_a_full_one_and_is_a_start():
+def test_low_rank_mixture_is_returned_as_full_and_accepted_as_start():
     x = factor_clusters(1, 50, 3)
     operator = EMOperator(2, 3, covariance="lowrank", rank=1, residual=False)
     mixture = operator(x)

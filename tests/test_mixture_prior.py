@@ -57,7 +57,7 @@ def test_map_em_equals_the_textbook(covariance, name, weighted):
 
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
 @pytest.mark.parametrize("name", [None, *PRIORS])
-def test_the_map_objective_never_falls(covariance, name):
+def test_map_objective_is_monotone(covariance, name):
     x = two_clusters(3, 100)
     prior = None if name is None else PRIORS[name]
     operator = EMOperator(3, 2, covariance=covariance, prior=prior, covariance_floor=0.0, residual=False)
@@ -72,7 +72,7 @@ def test_the_map_objective_never_falls(covariance, name):
 
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("factor", [1e-14, 2.0, 1e14])
-def test_a_common_factor_of_the_weights_does_not_matter(name, factor):
+def test_result_is_invariant_to_the_scale_of_the_weights(name, factor):
     """Weights are divided by their mean, so that pseudo-counts count points of mean weight."""
     x, mask, weights = with_padding(two_clusters(2, 60))
     operator = EMOperator(3, 2, prior=PRIORS[name], residual=False, init="farthest")
@@ -182,5 +182,5 @@ def test_a_relative_floor_follows_the_units():
         ),
     ],
 )
-def test_wrong_arguments_are_reported(call, error, words):
+def test_wrong_arguments_raise(call, error, words):
     assert_raises(error, words, call)

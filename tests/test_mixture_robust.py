@@ -121,7 +121,7 @@ def test_gradients_equal_autograd_through_the_textbook(name):
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
 @pytest.mark.parametrize("prior", [None, {"weight_concentration": 2.0}])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_objective_never_falls(covariance, prior, name):
+def test_objective_is_monotone(covariance, prior, name):
     x = two_clusters(2, 100, outliers=0.1)
     operator = EMOperator(
         2, 2, covariance=covariance, kernel=textbook.ROBUST[name], prior=prior, covariance_floor=0.0, residual=False
@@ -186,7 +186,7 @@ def test_degenerate_sets_stay_finite(covariance, kernel, name, dtype):
         ({"name": "student_t", "density": False}, ["num_features=3", "density"]),
     ],
 )
-def test_kernels_without_an_m_step_or_a_density_are_reported(kernel, words):
+def test_kernels_without_an_m_step_or_a_density_raise(kernel, words):
     assert_raises(ValueError, words, lambda: EMOperator(4, 3, kernel=kernel))
 
 

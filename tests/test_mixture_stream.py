@@ -37,7 +37,7 @@ def test_blocks_add_up_to_steps_on_all_points(covariance, weighted):
 
 
 @pytest.mark.parametrize("factor", [1e-14, 1e14])
-def test_a_common_factor_of_the_weights_does_not_matter(factor):
+def test_result_is_invariant_to_the_scale_of_the_weights(factor):
     x, weights = clusters(1, 90, 3, 3), torch.rand(1, 90, dtype=torch.float64)
     start = start_of(x, "full")
     fits = [fit_blocks(blocks_of(x, own), start, max_iters=3, tol=0.0) for own in (weights, factor * weights)]
@@ -58,7 +58,7 @@ def test_a_prior_over_blocks_is_that_of_the_operator(covariance):
 
 
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_the_size_of_blocks_does_not_matter(covariance):
+def test_result_does_not_depend_on_the_block_size(covariance):
     x = clusters(1, 90, 3, 3)
     start = start_of(x, covariance)
     fits = [fit_blocks(blocks_of(x, size=size), start, tol=1e-6) for size in (1, 40, 1000)]
@@ -93,7 +93,7 @@ class LargestResult(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("init", ["farthest", "kmeans++", "random"])
-def test_a_start_of_a_large_set_takes_a_few_numbers_per_point(init):
+def test_start_of_a_large_set_uses_bounded_memory_per_point(init):
     """Neither a matrix of points and components nor one of points and pairs of features is ever whole in memory."""
     x = torch.randn(1, 2**19, 4)
     operator = EMOperator(32, 4, init=init, lloyd_steps=1, residual=False)
@@ -103,7 +103,7 @@ def test_a_start_of_a_large_set_takes_a_few_numbers_per_point(init):
     assert seen.bytes <= 4 * x.numel() * x.element_size()
 
 
-def test_an_iteration_on_a_large_set_takes_a_few_numbers_per_point():
+def test_iteration_on_a_large_set_uses_bounded_memory_per_point():
     x = torch.randn(1, 2**19, 4)
     start = mixture_at(x[:, :32], "full")
     operator = EMOperator(32, 4, num_iters=1, residual=False)
@@ -113,7 +113,7 @@ def test_an_iteration_on_a_large_set_takes_a_few_numbers_per_point():
 
 
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_a_large_set_is_fitted_as_its_blocks_are(covariance):
+def test_large_set_equals_its_blocks(covariance):
     x = clusters(1, 300_000, 3, 3, dtype=torch.float32)  # block size
     start = start_of(x[:, :1000], covariance)
     whole = EMOperator(3, 3, covariance=covariance, residual=False)(x, init=start, num_iters=2)

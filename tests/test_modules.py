@@ -52,7 +52,7 @@ class Regression(EMModule):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "one_cycle"])
-def test_a_subclass_writes_forward_and_step_and_has_the_rest(tmp_path, schedule):
+def test_a_subclass_needs_only_forward_and_step(tmp_path, schedule):
     x = torch.linspace(-1, 1, 64)[:, None]
     loader = DataLoader(TensorDataset(x, 3 * x + 1), batch_size=16)
     module = Regression(lr=0.1, schedule=schedule)
@@ -73,9 +73,9 @@ class Weighed(Regression):
         return super().step(batch, stage)
 
 
-def test_auxiliary_terms_are_minimized_and_metrics_are_those_of_the_epoch(tmp_path):
+def test_auxiliary_terms_are_minimized_and_epoch_metrics_logged(tmp_path):
     x = torch.randn(50, 1)
-    loader = DataLoader(TensorDataset(x, 3 * x), batch_size=16)  # whose last batch is smaller
+    loader = DataLoader(TensorDataset(x, 3 * x), batch_size=16)  # the last batch has 8 items
     found = {}
     for weight in (0.0, 5.0):
         module = Weighed(lr=0.05, auxiliary={"size": weight})
@@ -91,7 +91,7 @@ def test_auxiliary_terms_are_minimized_and_metrics_are_those_of_the_epoch(tmp_pa
         Regression(auxiliary={"gone": 1.0}).training_step((x, x), 0)
 
 
-def test_a_step_with_a_huge_or_broken_gradient_is_left_out(tmp_path):
+def test_steps_with_huge_or_nan_gradients_are_skipped(tmp_path):
     x = torch.ones(4, 1)
     for target, moves in ((2.0, True), (1e9, False), (torch.nan, False)):
         module = Regression(lr=0.1, skip_gradients_above=10.0)
@@ -143,7 +143,7 @@ def test_training_raises_the_held_out_likelihood_above_classical_em(tmp_path):
     assert "val/dead_components" in after
 
 
-def test_a_resumed_run_is_the_straight_one_bitwise(tmp_path):
+def test_resumed_run_equals_uninterrupted_run_bitwise(tmp_path):
     straight = PointCloudGMM(num_components=3, num_iters=2)
     start = {name: value.clone() for name, value in straight.state_dict().items()}
     trainer(tmp_path / "a", max_epochs=4).fit(straight, surfaces())
@@ -176,7 +176,7 @@ def test_predictions_are_mixtures_in_the_units_of_the_data(tmp_path):
     assert module.sample(batch.points, 7, batch.mask).shape == (8, 7, 3)
 
 
-def test_the_loss_is_taken_where_it_is_asked_for():
+def test_target_selects_the_points_of_the_loss():
     batch = next(iter(surfaces().train_dataloader()))
     held_out, fitted = PointCloudGMM(num_components=3), PointCloudGMM(num_components=3, target="fitted")
     fitted.load_state_dict(held_out.state_dict())

@@ -19,7 +19,7 @@ def small(**arguments):
     )
 
 
-def test_sets_are_of_their_mixtures():
+def test_sets_have_the_moments_of_their_mixtures():
     data = MixtureSets(num_components=3, min_points=2000, max_points=2000, test_sets=20, batch_size=20, held_out=2000)
     batch = next(iter(data.test_dataloader()))
     assert batch.mask.all() and (batch.truth.means.abs() <= 4).all()
@@ -32,7 +32,7 @@ def test_sets_are_of_their_mixtures():
     assert abs(fitted - fresh) < 0.03
 
 
-def test_batches_depend_on_seed_split_epoch_and_index_alone():
+def test_batches_are_a_function_of_seed_split_epoch_and_index():
     data = small()
     first, again = next(iter(data.val_dataloader())), next(iter(small().val_dataloader()))
     assert torch.equal(first.points, again.points)
@@ -55,18 +55,18 @@ def test_batches_depend_on_seed_split_epoch_and_index_alone():
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )
-def test_wrong_data_is_answered(arguments, words):
+def test_wrong_data_raise(arguments, words):
     with pytest.raises(ValueError, match=words):
         MixtureSets(**arguments)
 
 
 @pytest.mark.parametrize("name", ["prior_scale", "prior_lr"])
-def test_wrong_settings_are_answered(name):
+def test_wrong_settings_raise(name):
     with pytest.raises(ValueError, match=f"{name}=0.0"):
         AmortizedClustering(**{name: 0.0})
 
 
-def test_before_training_it_is_em_with_the_prior():
+def test_untrained_module_equals_em_with_the_prior():
     batch = next(iter(small().val_dataloader()))
     module = AmortizedClustering(init="farthest", open_world=False)
     found = module(batch.points, batch.mask)
@@ -76,7 +76,7 @@ def test_before_training_it_is_em_with_the_prior():
     assert torch.equal(module.log_prob(found, batch.held_out, batch.points), found.log_prob(batch.held_out))
 
 
-def test_the_open_world_is_one_more_component():
+def test_open_world_equals_one_more_component():
     batch = next(iter(small().val_dataloader()))
     module = AmortizedClustering(prior_scale=0.3).double()
     points, x = batch.points.double(), batch.held_out.double()
@@ -90,7 +90,7 @@ def test_the_open_world_is_one_more_component():
     torch.testing.assert_close(module.log_prob(mixture, x, points, batch.mask), expected)
 
 
-def test_it_serves_other_numbers_of_components():
+def test_for_components_keeps_the_weights():
     torch.manual_seed(0)
     module = AmortizedClustering(init="farthest", num_iters=3)
     with torch.no_grad():
@@ -102,18 +102,18 @@ def test_it_serves_other_numbers_of_components():
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
 
 
-def test_a_prior_learns_the_size_of_clusters():
+def test_prior_learns_the_scale_of_clusters():
     prior = MixturePrior(mean_strength=0.0, covariance_strength=50.0, covariance=[1.0, 1.0], learnable=True)
     assert sorted(dict(prior.named_parameters())) == ["log_covariance", "log_spread"]
     batch = next(iter(small().val_dataloader()))
     module = AmortizedClustering(residual=False, init="farthest", prior_scale=1.0)
     loss = module.step(batch, "train")["loss"]
     loss.backward()
-    assert module.operator.prior.log_spread.grad > 0  # clusters are smaller than that
+    assert module.operator.prior.log_spread.grad > 0  # clusters are smaller than the prior scale
     assert all(value.grad.isfinite().all() for value in module.parameters())
 
 
-def test_a_run_lowers_the_loss_and_writes_its_tables(tmp_path):
+def test_run_lowers_the_loss_and_writes_tables(tmp_path):
     torch.manual_seed(0)
     module, data = AmortizedClustering(num_iters=4, num_starts=2, prior_scale=1.0, prior_lr=0.2), small(val_sets=64)
     trainer = Trainer(
@@ -137,7 +137,7 @@ def test_a_run_lowers_the_loss_and_writes_its_tables(tmp_path):
     assert "Sets unlike the training sets" in (tmp_path / "results.md").read_text()
 
 
-def test_the_table_has_classical_em_beside_the_truth(tmp_path):
+def test_table_compares_classical_em_with_the_truth(tmp_path):
     data = small(num_components=2, min_points=30, max_points=40, test_sets=4)
     report = ClusteringReport(transfer_sets=0)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -169,7 +169,7 @@ def test_the_table_has_classical_em_beside_the_truth(tmp_path):
         expected.append(logsumexp(one, axis=0).mean())
     assert rows["oracle"]["LL0"] == pytest.approx(np.mean(expected), abs=1e-4)
     steps = [rows[f"EM from farthest points, {n}"]["LL0"] for n in ("1 step", "25 steps", "50 steps")]
-    assert steps == sorted(steps)  # of one start: the likelihood never falls
+    assert steps == sorted(steps)  # one start: the likelihood is monotone
     told = rows["MAP with known sigma, farthest points, 25 steps"]
     assert told["held out"] > rows["EM from farthest points, 25 steps"]["held out"]
     assert rows["EM from k-means++, 100 steps"]["LL1 - oracle"] == pytest.approx(

@@ -1,4 +1,4 @@
-"""The mixture as an encoder, and the classifier that activations are compared by."""
+"""Mixture encoder and image classifier of the studies."""
 
 import lightning
 import numpy as np
@@ -76,7 +76,7 @@ def test_the_trainer_fits_once_and_a_checkpoint_keeps_the_mixture(tmp_path):
     assert module.prototypes.shape == (6, 64)
 
 
-def test_the_mixture_refuses_a_subspace_larger_than_the_items():
+def test_subspace_larger_than_the_items_raises():
     with pytest.raises(ValueError, match=r"subspace=65.*num_features=64"):
         MixtureEncoder(64, 4, subspace=65)
 
@@ -111,7 +111,7 @@ def test_the_classifier_measures_the_activations_that_were_swapped_in(tmp_path, 
     assert measured["test/calibration_error"] == pytest.approx(error, rel=1e-4)
 
 
-def test_the_classifier_says_what_is_wrong():
+def test_wrong_arguments_of_the_classifier_raise():
     with pytest.raises(ValueError, match=r"network='rnn'.*mlp.*cnn"):
         ImageClassifier(network="rnn")
     with pytest.raises(ValueError, match=r"num_classes=1\b"):

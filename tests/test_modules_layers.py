@@ -1,4 +1,4 @@
-"""Modules with one layer of energies: loss terms, metrics, subclasses; replicas go the way that each would go alone."""
+"""Modules with one energy layer: loss terms, metrics, subclasses, replicas."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def fit(module, *data, epochs=2, **options):
 
 
 def volume(a):
-    """The published terms, one number at a time."""
+    """Return the published terms, computed by plain loops."""
     a = a.double()
     variance = [float(np.var(unit.detach().numpy(), ddof=1)) for unit in a.T]
     correlation = np.corrcoef(a.detach().numpy().T)
@@ -45,7 +45,7 @@ def volume(a):
     return -sum(np.log(v + 1e-6) for v in variance), redundancy
 
 
-def test_the_encoder_minimizes_what_was_published():
+def test_encoder_loss_equals_the_published_one():
     module, x = MAKE["encoder"](), torch.rand(100, 64)
     a = functional.relu(x @ module.prototypes.T + module.encoder.bias)
     variance, redundancy = volume(a)
@@ -57,7 +57,7 @@ def test_the_encoder_minimizes_what_was_published():
     assert sum(p.numel() for p in DecoderFreeEncoder().parameters()) == 50_240
 
 
-def test_the_autoencoder_minimizes_what_was_published():
+def test_autoencoder_loss_equals_the_published_one():
     module, x = MAKE["autoencoder"](), torch.rand(100, 64)
     a = functional.relu(x @ module.prototypes.T + module.encoder.bias)
     back = a @ module.decoder.weight.T + module.decoder.bias
@@ -68,7 +68,7 @@ def test_the_autoencoder_minimizes_what_was_published():
 
 
 @pytest.mark.parametrize("nls", [True, False])
-def test_the_classifier_minimizes_what_was_published(nls):
+def test_classifier_loss_equals_the_published_one(nls):
     module, x, labels = EMClassifier(64, 12, neg_log_softmin=nls), torch.rand(100, 64), torch.arange(100) % 10
     d = functional.relu(x @ module.prototypes.T + module.encoder.bias)
     y = d + torch.logsumexp(-d, 1, keepdim=True) if nls else d
@@ -79,7 +79,7 @@ def test_the_classifier_minimizes_what_was_published(nls):
     torch.testing.assert_close(module(x), logits)
 
 
-def test_further_terms_replace_the_published_ones():
+def test_terms_override_the_default_weights():
     module = MAKE["encoder"](terms={"variance": 0.0, "bounded_variance": {"weight": 1.0, "target": 4.0}})
     assert list(module.step((torch.rand(9, 64), None), "train")) == [
         "loss", "free_energy", "decorrelation", "bounded_variance",
@@ -111,7 +111,7 @@ def test_training_lowers_the_loss_and_logs_the_metrics(key):
     assert "test/entropy" in trainer.test(module, data, verbose=False)[0]
 
 
-def test_a_subclass_may_take_other_energies():
+def test_a_subclass_may_override_energies():
     class Squared(DecoderFreeEncoder):
         def energies(self, x):
             return self.encoder(x.flatten(1)).square()
@@ -132,12 +132,12 @@ def test_training_steps_are_logged_every_n_steps_and_at_the_end_of_an_epoch():
 
     module = Counted(64, 12)
     trainer = fit(module, Digits(), epochs=1, log_every_n_steps=5, limit_val_batches=0)
-    assert module.steps == (4, 9, 11)  # of 12: every fifth, and the last of the epoch
+    assert module.steps == (4, 9, 11)  # of 12 steps: every fifth, and the last of the epoch
     assert "train/variance" in trainer.callback_metrics
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_the_optimizer_is_the_one_asked_for(optimizer):
+def test_optimizer_argument_selects_the_class(optimizer):
     module = MAKE["encoder"](optimizer=optimizer, lr=1e-2)
     expected = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
     other = MAKE["encoder"](optimizer=optimizer, lr=1e-2)
@@ -156,7 +156,7 @@ def test_the_optimizer_is_the_one_asked_for(optimizer):
 
 
 @pytest.mark.parametrize("key", MAKE)
-def test_replicas_go_the_way_that_each_goes_alone(key):
+def test_replicas_train_as_if_alone(key):
     def make(seed):
         torch.manual_seed(seed)
         return MAKE[key](lr=1e-4)
@@ -185,12 +185,12 @@ def test_a_layer_logs_under_its_own_names_after_a_fit_as_a_replica():
         assert "val/loss" in fit(module, Digits(), epochs=1).callback_metrics
 
 
-def test_replicas_that_are_not_alike_are_refused():
+def test_different_replicas_raise():
     with pytest.raises(ValueError, match="layers must have the same class"):
         Replicas([MAKE["classifier"](), MAKE["baseline"]()])
 
 
-def test_a_probe_is_the_regression_of_scikit_learn():
+def test_probe_equals_scikit_learn_regression():
     from sklearn.linear_model import LogisticRegression
 
     x, y = Digits().whole("train")
@@ -224,7 +224,7 @@ def test_a_layer_without_loss_terms_raises():
         layer.step((torch.rand(3, 4), None), "train")
 
 
-def test_the_page_on_tables_shows_a_subclass_that_trains():
+def test_subclass_in_the_docs_trains():
     page = Path(modules.__file__).parents[2] / "docs" / "how-to" / "reprint-published-tables.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     found = {}

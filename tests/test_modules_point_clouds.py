@@ -1,4 +1,4 @@
-"""Point clouds to classes: every pooling under the same contract, with and without a pyramid."""
+"""PointCloudClassifier with every pooling, with and without a pyramid."""
 
 import lightning
 import pytest
@@ -30,12 +30,12 @@ def classifier(pooling, levels=(), **options):
 
 @pytest.mark.parametrize("levels", [(), LEVELS], ids=["points", "pyramid"])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_order_and_padding_play_no_part(pooling, levels):
+def test_invariant_to_order_and_padding(pooling, levels):
     module = classifier(pooling, levels).eval()
     points, mask, _ = clouds()
     logits = module(points, mask)
     assert logits.shape == (6, 4) and logits.isfinite().all()
-    # PyG pads sets itself, and the sums of its attention go with the length of the padding.
+    # PyG pads the sets, and rounding in its attention depends on the padded length.
     close = {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(module(points.flip(1), mask.flip(1)), logits, **close)
     torch.testing.assert_close(module(torch.where(mask.unsqueeze(-1), points, torch.nan), mask), logits, **close)
@@ -49,7 +49,7 @@ def test_poolings_have_equally_many_parameters(pooling):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_few_steps_lower_the_loss_and_every_parameter_takes_part(pooling):
+def test_steps_lower_the_loss_and_change_every_parameter(pooling):
     module = classifier(pooling, dropout=0.0, scale=0.0, shift=0.0, jitter=0.0)
     batch = clouds()
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
@@ -101,7 +101,7 @@ def test_augmentation_is_a_linear_map_and_a_shift():
     torch.testing.assert_close(still.augment(points), points)
 
 
-def test_surfaces_know_how_many_classes_they_have():
+def test_procedural_surfaces_have_num_classes():
     names = list(FAMILIES)[:3]
     assert ProceduralSurfaces(families=names).num_classes == 3
 

@@ -75,7 +75,7 @@ def test_equivariant_in_shift_and_scale_of_the_points(covariance):
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_masked_points_do_not_count_whatever_they_hold(covariance, init):
+def test_masked_points_are_ignored_even_if_nan(covariance, init):
     x = clusters(2, 120, 3, spread=SPREAD)
     operator = trained(EMOperator(4, 3, covariance=covariance, init=init).double())
     padded = torch.cat([x, torch.full((2, 30, 3), torch.nan, dtype=x.dtype)], 1)
@@ -90,9 +90,10 @@ def test_masked_points_do_not_count_whatever_they_hold(covariance, init):
         assert operator.classical()(padded, mask, num_iters=0).means.abs().max() <= x.abs().max()
 
 
-def test_weights_count_as_repetitions():
+def test_integer_weights_equal_repeated_points():
     x = clusters(2, 120, 3, spread=SPREAD)
-    operator = trained(EMOperator(4, 3).double())
+    # Weights count relative to their mean, and corrections know the number of points.
+    operator = EMOperator(4, 3, residual=False).double()
     weights = torch.randint(0, 3, (2, 120)).double()
     for b in range(2):
         repeated = x[b].repeat_interleave(weights[b].long(), 0)[None]
@@ -114,7 +115,7 @@ def test_weights_count_as_repetitions():
     ],
     ids=str,
 )
-def test_a_common_factor_of_the_weights_does_not_matter(factor, options):
+def test_result_is_invariant_to_the_scale_of_the_weights(factor, options):
     x = clusters(2, 60, 3, spread=SPREAD)
     operator = trained(EMOperator(4, 3, **options).double(), 0.02)
     weights = 0.1 + torch.rand(2, 60, dtype=torch.float64)
@@ -195,7 +196,7 @@ def test_corrected_covariances_stay_above_the_floor(covariance, floor):
     x = clusters(2, 120, 3, spread=SPREAD)
     operator = trained(EMOperator(4, 3, covariance=covariance, covariance_floor=floor).double())
     with torch.no_grad():
-        operator.correction.covariance_mlp[-1].bias -= 5.0
+        operator.correction.decide[-1].bias -= 5.0
     mixture = operator(x)
     values = torch.linalg.eigvalsh(full_covariances(mixture))
     # Without a floor a component may be thinner than the rounding error of its covariance.
@@ -203,16 +204,14 @@ def test_corrected_covariances_stay_above_the_floor(covariance, floor):
     assert mixture.log_prob(x).isfinite().all()
 
 
-def test_a_harmful_last_correction_is_dropped_for_the_sets_it_harms():
+def test_last_correction_is_dropped_per_set_if_it_lowers_the_likelihood():
     x = clusters(8, 120, 3, spread=SPREAD)
     operator = EMOperator(4, 3, num_iters=2).double()
     with torch.no_grad():
-        operator.correction.covariance_mlp[-1].bias[:3] = -9.0  # far too narrow
-        operator.correction.mean_mlp[-1].bias[:] = 9.0
+        operator.correction.decide[-1].bias[:3] = -9.0  # far too narrow
     harmed, plain = operator(x).log_prob(x).mean(-1), operator.classical()(x).log_prob(x).mean(-1)
     assert (harmed >= plain - 3.0).all()
-    operator.correction.mean_mlp[-1].bias.data.zero_()
-    operator.correction.covariance_mlp[-1].bias.data[:3] = 0.05  # a small change is kept
+    operator.correction.decide[-1].bias.data[:3] = 0.05  # a small change is kept
     assert not torch.allclose(operator(x).covariances, operator.classical()(x).covariances)
 
 
@@ -224,47 +223,60 @@ def test_classical_is_the_operator_without_its_corrections():
     assert operator.correction is not None and not torch.allclose(operator(x).means, plain(x).means)
 
 
-def corrected(covariance, features, size, floor):
-    """Return the factors before a step and after its exact M-step, the corrected mixture and the correction.
+@pytest.mark.parametrize("floor", [0.0, 0.02])
+@pytest.mark.parametrize("features", [1, 3, 6])
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_a_corrected_component_equals_its_formula(covariance, features, floor):
+    """``mu + V tanh(a . V^T change / sigma) sigma`` and ``G (Sigma - floor) G + floor``, matrix by matrix.
 
     The networks end in zero weights, so that their biases are the correction of every component.
     """
     x = torch.randn(2, 80, features, dtype=torch.float64)
     start = mixture_at(x[:, :2], covariance, 0.5 + torch.rand(2, features))
     operator = EMOperator(2, features, num_iters=1, covariance=covariance, covariance_floor=floor).double()
-    with torch.no_grad():
-        for mlp in (operator.correction.mean_mlp, operator.correction.covariance_mlp):
-            mlp[-1].bias.copy_(size * torch.randn_like(mlp[-1].bias))
+    bias = operator.correction.decide[-1].bias.detach()
+    bias.copy_(0.05 * torch.randn_like(bias))
     exact, found = operator.classical()(x, init=start), detached(operator(x, init=start))
     assert not torch.allclose(exact.means, found.means)
-    shift = operator.correction.mean_mlp[-1].bias.detach().tanh()
-    stretch = 2 * (operator.correction.covariance_mlp[-1].bias.detach() / 2).tanh()
-    roots = [torch.linalg.cholesky(full_covariances(mixture)) for mixture in (start, exact)]
-    return *roots, exact, found, shift, stretch
-
-
-@pytest.mark.parametrize("floor", [0.0, 0.02])
-@pytest.mark.parametrize("features", [1, 3, 6])
-@pytest.mark.parametrize("covariance", ["full", "diag"])
-def test_a_corrected_component_equals_its_formula(covariance, features, floor):
-    """``mu + L m`` and ``L (E (I - V) E^T + V) L^T`` with ``V`` the share of the floor, matrix by matrix."""
-    before, after, exact, found, shift, stretch = corrected(covariance, features, 0.05, floor)
-    eye = np.eye(features)
-    spread = full_covariances(found).numpy()
+    before, after, spread = (full_covariances(mixture).numpy() for mixture in (start, exact, found))
+    stretch, shift = 2 * np.tanh(bias[:features].numpy() / 2), 10 * np.tanh(bias[features : 2 * features].numpy() / 10)
     for b, k in np.ndindex(2, 2):
-        factor = after[b, k].numpy()
-        step = np.diag(np.exp(stretch[:features].numpy()))
-        if covariance == "full":
-            step[np.tril_indices(features, -1)] = stretch[features:-2].numpy()
-        change = np.linalg.inv(before[b, k].numpy()) @ factor
-        change = change.T @ change
-        change = change / max(1.0, np.trace(change) / features)
-        once, twice = np.tanh(stretch[-2:].numpy())
-        step = step @ (eye + once * (change - eye) + twice * (change @ change - change))
-        share = floor * np.linalg.inv(factor) @ np.linalg.inv(factor).T
-        expected = factor @ (step @ (eye - share) @ step.T + share) @ factor.T
+        axes = np.eye(features) if covariance == "diag" else np.linalg.eigh(after[b, k])[1]
+        deviations = np.sqrt(np.diag(axes.T @ after[b, k] @ axes))
+        mass = 80 * float(exact.weights[b, k])
+        step = axes @ np.diag(np.exp(np.sqrt(8 / (8 + mass)) * stretch)) @ axes.T
+        expected = step @ (after[b, k] - floor * np.eye(features)) @ step.T + floor * np.eye(features)
         np.testing.assert_allclose(spread[b, k], expected, atol=1e-7 * np.abs(expected).max())
-        np.testing.assert_allclose(found.means[b, k], exact.means[b, k].numpy() + factor @ shift.numpy(), atol=1e-9)
+        change = axes.T @ (exact.means[b, k] - start.means[b, k]).numpy() / deviations
+        moved = exact.means[b, k].numpy() + axes @ (deviations * np.tanh(shift * change))
+        # The axes are those of the covariance plus 1e-6 of the second moments of its neighbours.
+        np.testing.assert_allclose(found.means[b, k], moved, atol=1e-7)
+
+
+def test_a_correction_multiplies_the_pseudo_counts_of_each_component():
+    x = torch.randn(2, 80, 3, dtype=torch.float64)
+    prior = {"weight_concentration": 2.0, "mean_strength": 0.5, "covariance_strength": 3.0, "covariance": 0.2}
+    operator = EMOperator(3, 3, num_iters=1, prior=prior).double()
+    start = operator(x, num_iters=0)
+    bias = operator.correction.decide[-1].bias.detach()
+    bias[7] = -1e3  # no points at the prior mean
+    found = operator(x, init=start)
+    assert not torch.allclose(found.means, operator.classical()(x, init=start).means, atol=1e-2)
+    without = EMOperator(3, 3, num_iters=1, residual=False, prior={**prior, "mean_strength": 0.0}).double()
+    torch.testing.assert_close(found.means, without(x, init=start).means, atol=1e-2, rtol=0)
+
+
+def test_corrections_turn_with_the_points():
+    x = clusters(4, 60, 3, spread=SPREAD)
+    operator = trained(EMOperator(4, 3).double(), 0.1)
+    start = operator(x, num_iters=0)
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
+    found = operator(
+        x @ turn.T, init=Mixture(start.log_weights, start.means @ turn.T, turn @ start.covariances @ turn.T)
+    )
+    expected = operator(x, init=start)
+    torch.testing.assert_close(found.means, expected.means @ turn.T, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.covariances, turn @ expected.covariances @ turn.T, atol=1e-6, rtol=0)
 
 
 # Starts, competitions, dtypes, copies.
@@ -366,5 +378,5 @@ X = torch.randn(2, 10, 3)
         ),
     ],
 )
-def test_wrong_arguments_are_reported(call, error, words):
+def test_wrong_arguments_raise(call, error, words):
     assert_raises(error, words, call)

@@ -43,7 +43,7 @@ def sets():
 
 
 @pytest.mark.parametrize("init", ["learned", "farthest"])
-def test_order_and_padding_do_not_matter(init):
+def test_invariant_to_order_and_padding(init):
     first, second = (level.eval() for level in two_levels(init=init))
     x, mask = sets()
     centers, tokens = first(x, mask=mask)
@@ -110,12 +110,12 @@ def test_features_have_gradients_and_the_template_has_none():
         ({"out_features": 0}, "out_features=0"),
     ],
 )
-def test_wrong_arguments_are_reported(arguments, words):
+def test_wrong_arguments_raise(arguments, words):
     with pytest.raises(ValueError, match=words):
         EMAbstraction(3, 2, None, **{"out_features": 4, "pitch": 1.0, **arguments})
 
 
-def test_unexpected_or_missing_features_are_reported():
+def test_unexpected_or_missing_features_raise():
     first, second = two_levels()
     x, _ = sets()
     with pytest.raises(ValueError, match="features.* 3 .*None"):
@@ -125,6 +125,6 @@ def test_unexpected_or_missing_features_are_reported():
 
 
 @pytest.mark.parametrize("shape, dim", [((4,), -1), ((2, 5, 4), -1), ((2, 5, 4), 2)])
-def test_a_refinement_reports_wrong_shapes(shape, dim):
+def test_wrong_shapes_of_a_refinement_raise(shape, dim):
     layer = EMRefinement(2, 3, dim=dim)
     assert_raises(ValueError, ["x", str(shape), f"dim={dim}"], lambda: layer(torch.zeros(shape)))

@@ -94,7 +94,7 @@ def test_each_set_has_its_own_weight():
 
 @pytest.mark.parametrize("covariance", [*COVARIANCE_TYPES, "lowrank"])
 @pytest.mark.parametrize("arguments", [{}, {"kernel": "student_t"}, {"prior": {"weight_concentration": 3.0}}])
-def test_the_objective_never_falls(covariance, arguments):
+def test_objective_is_monotone(covariance, arguments):
     x = torch.cat([sets((0.1, 0.4), 60), torch.randn(2, 60, 1, dtype=torch.float64)], -1)
     mask = torch.rand(2, 60) < 0.8
     weights = of_mean_one(torch.rand(2, 60, dtype=torch.float64), mask)

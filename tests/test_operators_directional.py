@@ -99,7 +99,7 @@ def test_a_step_equals_a_plain_loop_with_mask_and_weights():
 
 @pytest.mark.parametrize("features", [2, 3, 6])
 @pytest.mark.parametrize("init", ["farthest", "kmeans++", "random"])
-def test_the_likelihood_never_falls(features, init):
+def test_likelihood_is_monotone(features, init):
     x = on_sphere(3, features=features)
     operator = DirectionalEM(4, features, init=init)
     mixture, before = operator(x, num_iters=0), -np.inf
@@ -162,5 +162,5 @@ def test_float32_equals_float64():
         (lambda: DirectionalEM(2, 3)(torch.randn(2, 5, 2)), ["x", "(2, 5, 2)"]),
     ],
 )
-def test_wrong_arguments_are_reported(call, words):
+def test_wrong_arguments_raise(call, words):
     assert_raises(ValueError, words, call)

@@ -53,7 +53,7 @@ def test_a_background_is_a_uniform_component():
 
 @pytest.mark.parametrize("kernel", ["gaussian", "huber"])
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
-def test_the_objective_never_falls_with_a_background(covariance, kernel):
+def test_objective_with_a_background_is_monotone(covariance, kernel):
     x = two_clusters(3, 200, outliers=0.25)
     mask = torch.rand(3, 200) < 0.8
     weights = of_mean_one(torch.rand(3, 200, dtype=torch.float64), mask)
@@ -134,7 +134,7 @@ def test_annealing_escapes_a_poor_start():
 
 
 @pytest.mark.parametrize("kernel", ["gaussian", "student_t"])
-def test_a_fit_of_weighted_points_stops_when_that_of_repeated_points_does(kernel):
+def test_weighted_and_repeated_points_stop_at_the_same_iteration(kernel):
     x, counts = 0.4 * two_clusters(1, 80), torch.randint(0, 4, (1, 80))  # clusters that overlap: many steps
     operator = EMOperator(2, 2, kernel=kernel, residual=False)
     start = start_of(x)
@@ -202,7 +202,7 @@ def test_lloyd_steps_move_the_centers_of_a_start():
     assert not torch.allclose(operator(x, num_iters=0).means, plain(x, num_iters=0).means)
 
 
-def test_a_start_has_the_shape_of_cores_and_the_size_of_cells():
+def test_start_covariances_have_the_shape_of_cores_and_the_size_of_cells():
     """Cells of three centers: one with a core, one with few points, one with too few for a covariance."""
     x = torch.cat([torch.randn(80, 2) * torch.tensor([1.0, 3.0]), 60 + torch.randn(6, 2), 140 + torch.rand(2, 2)])
     x = x.double()
@@ -302,5 +302,19 @@ X = torch.randn(2, 10, 3)
         (lambda: EMOperator(4, 3).log_prob(X[..., :2], EMOperator(4, 3)(X)), ValueError, ["x", "(2, 10, 2)"]),
     ],
 )
-def test_wrong_arguments_are_reported(call, error, words):
+def test_wrong_arguments_raise(call, error, words):
     assert_raises(error, words, call)
+
+
+def test_balanced_components_couple_the_points_of_a_set_and_nothing_else():
+    x = torch.randn(2, 30, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(2, 30, generator=torch.Generator().manual_seed(1)) < 0.7
+    operator = EMOperator(3, 2, competition="balanced", residual=False, num_iters=3)
+    mixture = operator(torch.where(mask.unsqueeze(-1), x, 1e3), mask)
+    responsibilities = operator.posterior(x, mixture, mask).responsibilities
+    for n in range(2):
+        alone = operator(x[n : n + 1, mask[n]])
+        torch.testing.assert_close(mixture.means[n], alone.means[0])
+        torch.testing.assert_close(mixture.weights[n], torch.full((3,), 1 / 3).double())
+        expected = operator.posterior(x[n : n + 1, mask[n]], alone).responsibilities[0]
+        torch.testing.assert_close(responsibilities[n, mask[n]], expected)

@@ -105,7 +105,7 @@ def test_one_feature_has_the_fixed_point_of_the_operator():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", [*DENSITIES, *OTHERS, "user"])
-def test_the_objective_never_falls(name, scaled):
+def test_objective_is_monotone(name, scaled):
     if scaled and name not in DENSITIES:
         pytest.skip("no density over space")
     dirty, mask, weights = with_padding(sets())
@@ -319,5 +319,5 @@ X = torch.randn(2, 10, 3)
         ),
     ],
 )
-def test_wrong_arguments_are_reported(call, error, words):
+def test_wrong_arguments_raise(call, error, words):
     assert_raises(error, words, call)

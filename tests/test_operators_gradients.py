@@ -42,7 +42,7 @@ def test_checkpoint_equals_unrolled(covariance):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
-def test_last_has_the_value_of_all_iterations_and_another_gradient():
+def test_last_gradient_has_the_unrolled_value_and_another_gradient():
     x, weights = separated(), torch.rand(2, 60, dtype=torch.float64)
     target = torch.randn(2, 60, dtype=torch.float64)
     operator = EMOperator(3, 2, num_iters=4, residual=False, gradient="last")
@@ -97,7 +97,7 @@ def test_implicit_raises_where_the_loop_has_not_converged():
 @pytest.mark.parametrize("gradient", ["unrolled", "checkpoint", "last"])
 @pytest.mark.parametrize("kernel", ["gaussian", "pseudo_huber"])
 @pytest.mark.parametrize("wanted", ["means", "log_prob"])
-def test_second_derivatives_are_right_or_an_error(kernel, gradient, wanted):
+def test_second_derivatives_are_correct_or_raise(kernel, gradient, wanted):
     """A sum has a constant incoming gradient, for which a once-differentiable function would be silently zero."""
     x = clusters(1, 20, 2, 2).requires_grad_()
     start = start_among(x, 2)

@@ -8,9 +8,10 @@ from torch import nn
 from torch_geometric.nn import MLP, EdgeConv, GINConv, GraphSAGE, PointNetConv, SAGEConv
 from torch_geometric.nn.aggr import MeanAggregation, MultiAggregation
 from torch_geometric.nn.resolver import aggregation_resolver
+from torch_geometric.utils import to_dense_batch
 
 from em_lightning import EMOperator
-from em_lightning.operators import EMAggregation, EMPooling, register_aggregation
+from em_lightning.operators import EMAbstraction, EMAggregation, EMPooling, EMRefinement, register_aggregation
 
 SUMMARIES = ("weights", "means", "scales", "values", "value_scales", "log_prob")
 
@@ -215,11 +216,148 @@ def test_pointnet_and_the_resolver():
         ({"out_channels": 3}, "in_channels=None.*out_channels=3"),
         ({"heads": 2}, "heads.*out_channels"),
         ({"components": 2}, "components"),
+        ({"num_iters": -1}, "num_iters=-1"),
     ],
 )
 def test_wrong_aggregations_are_reported(arguments, words):
     with pytest.raises((ValueError, TypeError), match=words):
         EMAggregation(2, **arguments)
+
+
+def padded_layout(aggregation, rows, index, num_groups):
+    """Return the result of one EMOperator on groups padded to the largest."""
+    order = index.argsort(stable=True)
+    x, mask = to_dense_batch(rows[order], index[order], batch_size=num_groups)
+    operator = EMOperator(
+        aggregation.num_components,
+        rows.shape[-1],
+        num_iters=aggregation.num_iters,
+        covariance="spherical",
+        residual=False,
+        prior={"mean_strength": 0.0, "covariance_strength": 1.0},
+    )
+    mixture = operator(x, mask)
+    scores = aggregation.by_weight * mixture.log_weights - aggregation.by_scale * mixture.covariances.log() / 2
+    means = (scores.softmax(-1).unsqueeze(1) @ mixture.means).squeeze(1)
+    return torch.where(mask.any(1, keepdim=True), means, 0.0)
+
+
+@pytest.mark.parametrize("components", [1, 2, 4])
+@pytest.mark.parametrize("features", [1, 3, 16])
+def test_groups_of_any_size_equal_the_padded_layout(components, features):
+    generator = torch.Generator().manual_seed(components)
+    sizes = [1, 2, 0, 3, 4, 5, 7, 8, 0, 15, 16, 17, 33, 90, 2]  # both sides of the sizes at which the method changes
+    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    index = index[torch.randperm(len(index), generator=generator)]
+    rows = 3 + torch.randn(len(index), features, generator=generator, dtype=torch.float64).requires_grad_()
+    aggregation = EMAggregation(components, num_iters=2).double()
+    with torch.no_grad():
+        aggregation.by_weight.fill_(2.0), aggregation.by_scale.fill_(-0.5)
+    found, expected = (f(rows, index) for f in (aggregation, lambda *a: padded_layout(aggregation, *a, len(sizes))))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    inputs = (rows, aggregation.by_weight, aggregation.by_scale)
+    gradients = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives_and_transforms_of_an_aggregation():
+    index = torch.tensor([0, 0, 0, 1, 1, 2] + [3] * 18)
+    rows = torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    aggregation = EMAggregation(2, num_iters=1).double()
+    with torch.no_grad():
+        aggregation.by_weight.fill_(2.0)
+    scores = [
+        torch.autograd.grad(means.square().sum(), rows, create_graph=True)[0]
+        for means in (aggregation(rows, index), padded_layout(aggregation, rows, index, 4))
+    ]
+    seconds = [torch.autograd.grad(score.square().sum(), rows)[0] for score in scores]
+    torch.testing.assert_close(*seconds, rtol=1e-8, atol=1e-8)
+    found = torch.func.grad(lambda x: aggregation(x, index, dim_size=4).square().sum())(rows.detach())
+    torch.testing.assert_close(found, scores[0])
+
+
+def test_a_hub_of_many_rows_costs_no_more_than_its_rows():
+    # Padded to the hub, the groups would take 3 GB.
+    index = torch.cat([torch.zeros(20_000, dtype=torch.long), torch.arange(1, 20_000)])
+    rows = torch.randn(len(index), 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    means = EMAggregation(2)(rows, index)
+    torch.testing.assert_close(means, MeanAggregation()(rows, index), rtol=0, atol=1e-5)
+    means.sum().backward()
+    torch.testing.assert_close(rows.grad[-1], torch.ones(2))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 3), (2, 6, 3), (2, 2, 6, 3)])
+def test_every_axis_of_rows_and_heads(shape):
+    aggregation, index = EMAggregation(2, num_iters=2).double(), torch.tensor([2, 0, 2, 2, 0, 2])
+    with torch.no_grad():
+        aggregation.by_weight.fill_(3.0)
+    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rows = x.movedim(max(len(shape) - 2, 0), 0)
+    expected = torch.stack(
+        [
+            aggregation(part, index, dim_size=4)
+            for part in rows.reshape(6, -1, shape[-1] if len(shape) > 1 else 1).unbind(1)
+        ],
+        1,
+    ).reshape(4, *rows.shape[1:])
+    for dim in range(len(shape)):
+        found = aggregation(rows.movedim(0, dim), index, dim_size=4, dim=dim)
+        torch.testing.assert_close(found, expected.movedim(0, dim))
+        torch.testing.assert_close(aggregation(rows.movedim(0, dim), index, dim_size=4, dim=dim - len(shape)), found)
+        assert found.shape == MeanAggregation()(rows.movedim(0, dim), index, dim_size=4, dim=dim).shape
+
+
+@pytest.mark.parametrize("arguments", [{}, {"in_channels": 3, "out_channels": 4, "head_features": 2}])
+def test_no_rows_give_zeros_and_zero_gradients(arguments):
+    aggregation, x = EMAggregation(2, **arguments), torch.zeros(0, 3, requires_grad=True)
+    out = aggregation(x, torch.zeros(0, dtype=torch.long), dim_size=5)
+    out.sum().backward()
+    assert not out.any() and x.grad.shape == x.shape
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in aggregation.parameters())
+    assert aggregation(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).shape[0] == 0
+
+
+def test_max_num_elements_drops_the_last_rows_of_a_group():
+    rows, index, *_ = ragged()
+    aggregation = EMAggregation(2).double()
+    kept = torch.cat([(index == group).nonzero()[:4, 0] for group in range(4)])
+    expected = aggregation(rows[kept], index[kept], dim_size=4)
+    torch.testing.assert_close(aggregation(rows, index, dim_size=4, max_num_elements=4), expected)
+    torch.testing.assert_close(
+        aggregation(rows, index, dim_size=4, max_num_elements=100), aggregation(rows, index, dim_size=4)
+    )
+    assert not aggregation(rows, index, dim_size=4, max_num_elements=0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_modules_of_half_precision(dtype):
+    x, mask = sets()
+    x = x.to(dtype).requires_grad_()
+    modules = [
+        EMPooling(2, 3, heads=2, head_features=2, out_features=5),
+        EMRefinement(2, 3),
+        EMAbstraction(2, 3, None, 4, pitch=0.5, blocks=1),
+        EMAbstraction(2, 3, 3, 4, pitch=0.5),
+        EMAggregation(2, in_channels=3, out_channels=4),
+    ]
+    for module, inputs in zip(modules, [(x, mask), (x,), (x,), (x, x), (x[mask],)], strict=True):
+        out = module.to(dtype)(*inputs)
+        out = out[-1] if isinstance(out, tuple) else out
+        assert out.dtype == dtype and out.isfinite().all()
+        out.float().square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("x", "index", "error", "words"),
+    [
+        (torch.ones(4, 2, dtype=torch.long), torch.zeros(4, dtype=torch.long), TypeError, "x.*int64"),
+        (torch.ones(4, 2), torch.zeros(3, dtype=torch.long), ValueError, r"index \(3,\).*4 rows"),
+    ],
+)
+def test_wrong_rows_are_reported(x, index, error, words):
+    with pytest.raises(error, match=words):
+        EMAggregation(2)(x, index, dim_size=1)
 
 
 def test_masks_and_weights_of_another_shape_are_reported():

@@ -13,7 +13,7 @@ from em_lightning.plots.style import PALETTE
 GALLERIES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_images.py"))
 
 
-def test_gallery_shows_energies_beside_responsibilities():
+def test_gallery_shows_energies_and_responsibilities():
     keys = ["gaussian", "laplace", "huber", "student_t", "exponential"]
     figure = GALLERIES["kernel_gallery"](keys)
     assert [axes.get_title() for axes in figure.axes[::2]] == keys
@@ -31,7 +31,7 @@ def test_gallery_has_every_kernel_of_one_feature_that_can_be_built_by_name():
     assert set(GALLERIES["SCALAR_KERNELS"]) == built_in - needs_more
 
 
-def test_style_leaves_no_trace(tmp_path):
+def test_style_is_restored(tmp_path):
     def settings():  # without the backend, which matplotlib settles whenever it is first asked
         return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
 

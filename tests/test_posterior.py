@@ -33,7 +33,7 @@ class TestPosterior:
         assert one.mean(values).shape == one.variance(values).shape == (2, 4)
         torch.testing.assert_close(one.variance(values)[1], posterior.variance(values[1])[0, 0])
 
-    def test_values_take_the_place_of_the_hypotheses(self):
+    def test_value_axis_replaces_the_hypothesis_axis(self):
         last, values = self.posterior(2, 5, 7, 3), torch.randn(3, 4, dtype=torch.float64)
         first = Posterior(last.energies.movedim(-1, 1), last.responsibilities.movedim(-1, 1), last.free_energy)
         for name in ("mean", "variance"):
@@ -64,7 +64,7 @@ class TestPosterior:
         softmin(d).entropy().backward()
         assert d.grad.isfinite().all() and d.grad[2] == 0
 
-    def test_wrong_number_of_values(self):
+    def test_wrong_number_of_values_raises(self):
         with pytest.raises(ValueError, match=r"values.*\(4, 2\).*3.*dim=-1"):
             self.posterior(5, 3).mean(torch.zeros(4, 2))
         with pytest.raises(ValueError, match=r"values.*\(3,\).*4.*dim=0"):

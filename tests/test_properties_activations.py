@@ -50,7 +50,7 @@ def gate(z, t):
     return 1 / (1 + math.exp(-z / t)) if z > -700 * t else 0.0
 
 
-# From the units of an item and T to what each becomes.
+# Reference outputs, as functions of the units of an item and T.
 FORMULAS = {
     "neg_log_softmin": lambda row, t: [z + t * log_total([-z / t for z in row]) for z in row],
     "log_softmax": lambda row, t: [z / t - log_total([z / t for z in row]) for z in row],
@@ -66,7 +66,7 @@ FORMULAS = {
 
 
 def slack_of(key, row, t, units):
-    """Return what rounding z / T to a relative eps does to each unit, in units of eps."""
+    """Return the error of each unit caused by rounding z / T, in units of eps."""
     reach = max(abs(z) for z in row)
     if key == "neg_log_softmin":
         return [reach + t * (1 + math.log(units))] * units
@@ -106,14 +106,14 @@ def test_activations_of_any_input(key, values):
             if abs(expected) > 0.9 * info.max or slack > 0.1 * inner.max:
                 assert not math.isnan(value)
                 continue
-            # A responsibility below the least number is zero.
+            # A responsibility below the smallest number is zero.
             lost = 64 * info.smallest_normal + reach * inner.smallest_normal
             allowed = 32 * inner.eps * slack + info.eps * abs(expected) + lost
             assert abs(value - expected) <= allowed, (value, expected, allowed)
         assert all(map(math.isfinite, steep)) or dtype == torch.float16 and not any(map(math.isnan, steep)), steep
 
 
-# In decimals of a hundred digits: the difference of two energies is small beside them.
+# Decimals of a hundred digits: the difference of two energies is much smaller than both.
 ENERGIES = {
     "gaussian": lambda z: z**2 / 2,
     "laplace": abs,
@@ -142,7 +142,7 @@ def test_signed_activations_of_any_kernel(kernel, values):
         for number, value in zip(z.tolist(), y.tolist(), strict=True):
             low, high = (ENERGIES[kernel](Decimal(number) + side * Decimal(margin)) for side in (1, -1))
             expected = tangent((low - high) / (2 * Decimal(temperature)))
-            # What rounding z, and for the logistic its softplus, does to the difference of the energies.
+            # Error of the difference caused by rounding z, and for the logistic kernel its softplus.
             slack = 64 * eps * (1 + (1 + margin + abs(number)) / temperature * (abs(number) < 1e3 * (1 + margin)))
             assert abs(value - expected) <= slack + torch.finfo(dtype).eps, (number, value, expected)
             assert -1 <= value <= 1

@@ -1,4 +1,4 @@
-"""Tensors that data are made of: nothing lost, nothing twice, units there and back, files as they were written."""
+"""Property tests of data: loaders visit each item once; normalization and file formats round-trip."""
 
 import functools
 import gzip
@@ -45,7 +45,7 @@ from em_lightning.data import (
 
 
 @given(values=st.data())
-def test_batches_lose_nothing(values):
+def test_ranks_cover_all_items(values):
     items, size, ranks, epoch = (values.draw(st.integers(least, 9)) for least in (0, 0, 1, 0))
     pair = [torch.arange(items), values.draw(drawing.tensors((items, 2), torch.float32))]
     try:
@@ -64,7 +64,7 @@ def test_batches_lose_nothing(values):
     assert {len(share) for share in shares} == {len(loaders[0])}
     seen = torch.cat([batch[0] for share in shares for batch in share])
     assert set(seen.tolist()) == set(range(items))
-    # Only so many come twice as the last batch needs for every rank to have one.
+    # At most ranks - 1 items are repeated, so that every rank has an item in the last batch.
     assert 0 <= len(seen) - items < ranks
     assert all(torch.equal(x, pair[1][index]) for share in shares for index, x in share)
     assert all(len(index) <= size for share in shares for index, _ in share)
@@ -103,7 +103,7 @@ def test_splits_of_tensors(values):
 
 
 @given(values=st.data())
-def test_blocks_of_tables_lose_nothing(values):
+def test_blocks_of_tables_cover_all_rows(values):
     rows, width, ranks, size = (values.draw(st.integers(least, 9)) for least in (0, 0, 1, 1))
     dtype = values.draw(st.sampled_from((torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool)))
     x = values.draw(drawing.tensors((rows, width), torch.float32, -3, 2)).abs().clamp(max=200).to(dtype)
@@ -171,16 +171,16 @@ def test_bright_pixels_become_points(values):
                 places = (rows[b] * width + columns[b])[batch.mask[b]].tolist()
                 known = pixels[label, : counts[label]].tolist()
                 assert set(places) <= set(known)
-                # Each as often as the others, but for a remainder.
+                # Counts differ by at most one.
                 often = [places.count(place) for place in known]
                 assert not known or max(often) - min(often) <= 1
 
 
 @given(values=st.data())
-def test_units_there_and_back(values):
+def test_normalization_round_trip(values):
     items, features = values.draw(st.integers(1, 6)), values.draw(st.integers(1, 3))
     dtype = values.draw(st.sampled_from(drawing.WIDE))
-    # Squares of lengths lie in the range of the dtype.
+    # The square of 10^18 is within the range of float32.
     most = 18 if dtype == torch.float32 else 30
     x = values.draw(drawing.tensors((items, features), dtype, -30, most))
     unit = Normalization.of(x)
@@ -195,7 +195,7 @@ def test_units_there_and_back(values):
 
 
 @given(values=st.data())
-def test_surfaces_of_any_triangles(values):
+def test_random_triangles_give_points_on_the_surface_or_raise(values):
     corners, triangles = values.draw(st.integers(0, 5)), values.draw(st.integers(0, 4))
     vertices = values.draw(drawing.tensors((corners, 3), torch.float64, -30, 30))
     faces = torch.tensor(
@@ -218,7 +218,7 @@ def test_surfaces_of_any_triangles(values):
 
 
 @given(values=st.data())
-def test_clouds_of_any_shapes(values):
+def test_clouds_of_random_shapes(values):
     seed, number = values.draw(st.integers(0, 2**20)), values.draw(st.integers(1, 5))
     family = values.draw(st.sampled_from(sorted(FAMILIES)))
     mesh = random_surface(family, torch.Generator().manual_seed(seed))
@@ -229,7 +229,7 @@ def test_clouds_of_any_shapes(values):
     loose = values.draw(drawing.tensors((values.draw(st.integers(2, 7)), 3), torch.float64, -9, 9))
     known = [Shape.of(*mesh, 1), Shape.of(loose, None, 2)]
     rotate = values.draw(st.sampled_from(("none", "z", "so3")))
-    draw = functools.partial(draw_cloud, lambda index, _: known[index], number, 0.0, rotate)
+    draw = functools.partial(draw_cloud, lambda index, _: known[index], number, 0.0, 0, rotate)
     data = RandomDataset(draw, 2, "train", seed)
     clouds = [data[values.draw(st.integers(0, 3)), index] for index in range(2)]
     for cloud in clouds:
@@ -249,7 +249,7 @@ CODES = {np.uint8: 0x08, np.int8: 0x09, np.int16: 0x0B, np.int32: 0x0C, np.float
 
 
 @given(values=st.data())
-def test_files_come_back_as_they_were_written(values):
+def test_readers_round_trip(values):
     dtype = values.draw(st.sampled_from(list(CODES)))
     shape = values.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
     raw = values.draw(drawing.tensors(shape, torch.float64, -30, 30)).numpy()

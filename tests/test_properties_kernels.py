@@ -89,7 +89,7 @@ def test_energies_of_any_size(key, values):
     inner = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     allowed = 64 * inner * (wide.abs() + shake) + eps * wide.abs() + info.smallest_normal * 64
     if key == "cosine":
-        allowed = allowed + 16 * inner  # of a difference from 1
+        allowed = allowed + 16 * inner  # rounding of the cosine near 1
     assert (error <= allowed)[known].all(), (found, wide)
     # Only sums of products may overflow to inf - inf.
     assert key == "dot_product" or not found.isnan().any(), found
@@ -168,7 +168,7 @@ def test_posteriors_of_any_energies(key, values):
     r, free = posterior.responsibilities.detach().double(), posterior.free_energy.detach().double()
     info = torch.finfo(dtype)
     eps = 64 * max(info.eps, 1e-13)
-    lost = torch.isposinf(d.detach()).all(-1)  # nothing is responsible there, unless there is a background
+    lost = torch.isposinf(d.detach()).all(-1)  # without a background, all responsibilities are 0 there
     assert (r >= 0).all() and (r <= 1 + eps).all()
     assert r[..., : shape[1]][torch.isposinf(d.detach())].eq(0).all()
     totals = r.sum(-1) if contract is None else contract.totals(r)
@@ -202,11 +202,11 @@ def test_softmin_is_its_formula(values):
     top = max(logits)
     total = math.fsum(math.exp(z - top) for z in logits)
     expected = [math.exp(z - top) / total for z in logits]
-    # A logit carries the rounding of its own size.
+    # Rounding error of a logit, relative to its size.
     rel = 1e-13 + 1e-15 * max(abs(z) for z in logits)
     if rel < 0.1:
         assert posterior.responsibilities.tolist() == pytest.approx(expected, rel=rel, abs=rel)
-    # The sum is rounded, near 1 by eps, and its logarithm so too: an F below T has an error of eps T.
+    # A sum near 1 has an error of eps, and so has its logarithm: F has an error of at least eps T.
     free = -temperature * (top + math.log(total))
     assert posterior.free_energy.item() == pytest.approx(free, rel=1e-12, abs=1e-300 + 1e-15 * temperature)
 

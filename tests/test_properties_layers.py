@@ -58,7 +58,7 @@ def squares_fit(kept, dtype):
 
 
 @given(values=st.data())
-def test_means_and_layouts_of_any_batch(values):
+def test_means_and_layouts_of_random_batches(values):
     dtype = values.draw(st.sampled_from(drawing.DTYPES))
     x, mask, weights, kept, w = batch(values, dtype)
     items, counts = flatten_units(x, -1, mask, weights)
@@ -90,10 +90,10 @@ def test_moments_of_any_batch(values):
     np.testing.assert_allclose(moments.mean.double(), mean, rtol=eps, atol=eps * size + 1e-37)
     if not squares_fit(kept, dtype):
         return  # documented
-    # Deviations carry the rounding of the mean and of the items.
+    # Rounding errors of the mean and of the items enter the deviations.
     total = float(w.sum())
     freedom = total / (total - 1) if total > 1 else 1.0
-    # Of N - 1 the digits near 1 are lost, which are given in the dtype of the weights.
+    # N - 1 cancels near N = 1, where weights are rounded in their own dtype.
     freedom = freedom * (1 + freedom)
     spread = float(np.abs(kept - mean).max(initial=0.0)) + eps * size
     allowed = eps * freedom * (spread**2 + spread * size) + 1e-37
@@ -105,7 +105,7 @@ def test_moments_of_any_batch(values):
 
 
 def expected_loss(key, kept, w):
-    """Return a loss in numpy, and how far its own rounding error is from this one's in units of eps."""
+    """Return a loss computed by numpy, and the allowed error in units of eps."""
     _, covariance = in_numpy(kept, w)
     variance = covariance.diagonal()
     lows = kept.min(1, keepdims=True)
@@ -116,7 +116,7 @@ def expected_loss(key, kept, w):
     correlation = covariance / std / std[:, None]
     spectrum = np.linalg.eigvalsh(covariance).clip(0) + 1e-6
     reach = np.abs(kept).max(initial=0.0)
-    # A variance carries the rounding of the items: 2 |x| sigma + |x|^2 eps, and the logarithm divides it by itself.
+    # Rounding the items changes a variance by 2 |x| sigma + |x|^2 eps; the logarithm makes that relative.
     shake = (2 * reach * np.sqrt(variance) + 1e-3 * reach**2) / (variance + 1e-6)
     return {
         "free_energy": ((w * free).sum(), (w * (np.abs(free) + 1)).sum() + (w.sum() * reach)),
@@ -134,7 +134,7 @@ def expected_loss(key, kept, w):
     }[key]
 
 
-# Their argument is a weight, not a batch of energies.
+# Losses of a weight, not of a batch of energies.
 OF_ENERGIES = [key for key in LOSSES if key != "weight_redundancy"]
 OF_SQUARES = ("variance", "bounded_variance", "decorrelation", "log_det")
 
@@ -245,7 +245,7 @@ def mean_of(function):
     return lambda x: np.mean([function(row) for row in x]) if len(x) else math.nan
 
 
-# From all items, in float64, to the number.
+# Reference metrics, as functions of all items in float64.
 METRICS = {
     "L0": mean_of(lambda row: (row > 0.01).sum()),
     "DeadComponents": mean_of(lambda row: (np.exp(row) < 1e-3).sum()),
@@ -262,7 +262,7 @@ OF_WEIGHTS = ("EffectiveComponents", "DeadComponents")
 
 
 def update(name, metric, x, mask):
-    """Give a metric items (N, K)."""
+    """Update a metric with items (N, K)."""
     if name in OF_WEIGHTS:
         metric.update(x if mask is None else x[mask])
     elif name == "MixtureLogLikelihood":
@@ -293,7 +293,7 @@ def test_metrics_of_any_batches(name, values):
         expected = METRICS[name](kept)
     found = metric.compute().item()
     if math.isnan(expected):
-        assert math.isnan(found)  # documented: nothing was counted, or one item, which has no variance
+        assert math.isnan(found)  # documented: no item was counted, or one, which has no variance
         return
     assert math.isfinite(found)
     covariance = moments_of(kept) if len(kept) > 1 else np.zeros((units, units))
@@ -340,5 +340,5 @@ def test_probes_of_any_features(values):
     labels = torch.arange(items) % 2
     accuracy = linear_probe(x, labels, x, labels)
     assert accuracy * items == pytest.approx(round(accuracy * items)) and 0 <= accuracy <= 1
-    if units == 1 and (x[0] < x[1:2]).all():  # two points that can be told apart are told apart
+    if units == 1 and (x[0] < x[1:2]).all():  # a probe separates two distinct points
         assert linear_probe(x[:2], labels[:2], x[:2], labels[:2]) == 1.0

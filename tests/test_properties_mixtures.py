@@ -31,7 +31,7 @@ from em_lightning.operators import GeneralizedEM
 
 @st.composite
 def mixtures(draw, covariance, sets, components, features, dtype=torch.float64, size=1.0):
-    """Draw mixtures about the origin, of one size."""
+    """Draw mixtures about the origin with components of similar size."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     mixture = random_mixture(covariance, sets, components, features, generator=generator)
     return cast(Mixture(mixture.log_weights, size * mixture.means, size**2 * mixture.covariances), dtype)
@@ -103,7 +103,7 @@ def test_densities_posteriors_and_samples(kind, values):
     close = torch.isclose(again, found.detach(), rtol=10 * eps, atol=eps * 100)
     assert (close | (x.detach().abs().amax(-1) > 50 * size)).all()
     if not items:
-        return  # torch's own mixtures take no empty batch
+        return  # torch.distributions does not accept empty batches
     other = mixture.to_distribution().log_prob(x.detach().movedim(1, 0)).movedim(0, 1).double()
     close = torch.isclose(other, torch.from_numpy(density), rtol=2 * eps, atol=10 * eps)
     assert (close | (x.detach().abs().amax(-1) > 50 * size)).all()
@@ -175,7 +175,7 @@ def tensors_of(mixture):
 def check_step(found, b, kind, x, r, floor, prior, size, eps, reach):
     mass = r.sum(0)
     if mass.min() < 1e-3 * max(mass.sum(), 1.0):
-        return  # empty components are only known to be finite
+        return  # empty components are only checked to be finite
     alpha, kappa, s = (0.0, 0.0, 0.0)
     if prior is not None:
         alpha, kappa, s = (float(prior.count(name)) for name in ("weight", "mean", "covariance"))
@@ -278,7 +278,7 @@ def test_backgrounds_equal_one_more_component(values):
             if not len(kept):
                 continue
             sides = kept.amax(0) - kept.amin(0)
-            # The density of a box whose sides are rounding errors is only known to be finite.
+            # If the sides of the box are rounding errors, the density is only checked to be finite.
             if (sides < 1e-12 * kept.abs().max()).any():
                 continue
             level = -torch.maximum(sides, 1e-3 * sides.max()).clamp(min=2.0**-52).log().sum().item()
@@ -333,7 +333,7 @@ def test_directions_of_any_length(values):
             expected = constant + float(logsumexp(logits))
             assert found[b, n].item() == pytest.approx(expected, rel=eps, abs=eps * (10 + 10 * kappa))
     (grad,) = torch.autograd.grad(found.sum(), dirty)
-    # The slope is that of a direction: kappa over the length.
+    # The gradient with respect to a direction: kappa over the length.
     lengths = x.double().norm(dim=-1)
     steep = (lengths > 0) & (kappa / lengths.clamp(min=1e-300) > 0.1 * torch.finfo(dtype).max)
     kept = ~steep if mask is None else mask & ~steep
@@ -393,7 +393,7 @@ def test_low_ranks_of_any_points(values):
     floor = 1e-3 * size**2
     options = {"covariance_floor": floor, "num_iters": 1, "residual": False}
     operator = EMOperator(components, features, covariance="lowrank", rank=rank, **options)
-    start = operator(x, init=mixture, num_iters=0)  # the mixture of low rank that fits the given one best
+    start = operator(x, init=mixture, num_iters=0)  # the low-rank approximation of the mixture
     after, spread = operator(x, init=mixture), full_covariances(start)
     full = EMOperator(components, features, **options)(x, init=replace(start, covariances=spread))
     assert is_finite(after)

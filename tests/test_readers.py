@@ -1,23 +1,13 @@
-"""Readers: all formats give the same points and faces; damage is reported with the name of the file."""
+"""Readers: all formats give the same points and faces; errors name the file."""
 
 import io
 import struct
-import tempfile
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from em_lightning.data import read_points
-
-
-def parse(content, name, **options):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(content)
-        return read_points(path, **options)
-
+from em_lightning.data import parse_points, read_points
 
 POINTS = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.5, 0.5, 2]])
 TRIANGLES = [[0, 1, 2], [0, 1, 4], [0, 2, 3]]  # a square as two triangles, and one side
@@ -72,6 +62,16 @@ def test_meshes(tmp_path, name):
     assert sorted(sorted(face) for face in faces.tolist()) == TRIANGLES
 
 
+PCD = (
+    "# .PCD v0.7\nVERSION 0.7\nFIELDS label x y z normal\nSIZE 1 4 4 4 2\nTYPE U F F F U\nCOUNT 1 1 1 1 2\nWIDTH {}\n"
+    "HEIGHT 1\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {}\nDATA {}\n"
+)
+
+
+def pcd_rows(*rows):
+    return b"".join(struct.pack("<BfffHH", *row) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -80,6 +80,14 @@ def test_meshes(tmp_path, name):
         ("spaces.csv", b"1, 2, 3\r\n4, 5, 6\r\n"),
         ("semicolons.csv", b"x;y;z;label\n1;2;3;chair\n4;5;6;table"),
         ("count.pts", b"2\n1 2 3 9 9 9\n4 5 6 9 9 9"),
+        ("scans.pts", b"1\n1 2 3 -700 8 8 8\n1\n4 5 6 -600 8 8 8\n"),
+        ("count.txt", b"2\r\n1 2 3\r\n4 5 6\r\n"),
+        ("text.pcd", PCD.format(2, 2, "ascii").encode() + b"9 1 2 3 7 7\n9 4 5 6 7 7\n"),
+        (
+            "rows.pcd",
+            PCD.format(2, 2, "binary").encode() + pcd_rows((9, 1, 2, 3, 7, 7), (9, 4, 5, 6, 7, 7)),
+        ),
+        ("mark.pcd", b"\xef\xbb\xbf# \x85\n" + PCD.format(2, 2, "ascii").encode() + b"9 1 2 3 7 7\n9 4 5 6 7 7\n"),
         ("mark.txt", b"\xef\xbb\xbf1\t2\t3\n4\t5\t6\n"),
         ("windows.csv", "x,y,z\r\n1,2,3\r\n4,5,6\r\n".encode("utf-16")),
         ("cp1252.xyz", "# scan 1… 10 20 30\n1 2 3\n4 5 6\n".encode("cp1252")),
@@ -115,11 +123,20 @@ def test_stl(tmp_path):
     text = f"solid a\nfacet normal 0 0 1\nouter loop\n{rows}endloop\nendfacet\nendsolid a\n".encode()
     binary = bytes(80) + struct.pack("<I3f", 1, 0, 0, 1) + triangle.tobytes() + bytes(2)
     for content in (text, binary):
-        points, faces = parse(content, "a.stl")
+        points, faces = parse_points(content, "a.stl")
         np.testing.assert_array_equal(points[faces[0]], triangle)
     for content in (text.replace(b"1.0 0.0 0.0", b"1.0 x 0.0"), text[:-40], binary[:-1], binary + b"1"):
         with pytest.raises(ValueError, match="a.stl"):
-            parse(content, "a.stl")
+            parse_points(content, "a.stl")
+
+
+def test_three_points_with_further_columns():
+    """A text has one point per line, an array of three rows may be transposed."""
+    points, _ = parse_points(b"1 2 3 9 9 9\n4 5 6 9 9 9\n7 8 9 9 9 9\n", "a.xyz")
+    assert points.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    for columns in (4, 6, 1000):
+        with pytest.raises(ValueError, match=rf"\(3, {columns}\).*transpose"):
+            parse_points(npy(np.ones((3, columns))), "a.npy")
 
 
 def test_coordinates_keep_the_digits_of_the_file(tmp_path):
@@ -131,7 +148,7 @@ def test_coordinates_keep_the_digits_of_the_file(tmp_path):
         "a.obj": f"v {far}\n",
         "a.ply": header + far,
     }.items():
-        points, _ = parse(content.encode(), name)
+        points, _ = parse_points(content.encode(), name)
         assert points.tolist() == [[800000.123, 5000000.456, 0.789]]
 
 
@@ -142,7 +159,7 @@ LITTLE, BIG = "binary_little_endian", "binary_big_endian"
 NO_LIST = "element face 1\nproperty int a\n"
 LIST = "element face {}\nproperty list uchar int vertex_indices\n"
 
-# The content of a file and what the error names.
+# File content and a regular expression for the message.
 BROKEN = {
     "empty.off": (b"", "OFF"),
     "header.off": (b"FOO\n1 0 0\n0 0 0\n", "OFF"),
@@ -180,8 +197,17 @@ BROKEN = {
     "none.obj": (b"o nothing\n", "no points"),
     "header.xyz": (b"x y z\n1 2 3\nx y z\n", "'x'"),
     "chemistry.xyz": (b"2\nwater\nH 0 0 0\n", "'H'"),
-    "comma.xyz": (b"0,5;1,5;2,5\n3,5;4,5;5,5\n", "0,5"),
-    "comma.txt": (b"0,5\t1,5\t2,5\n", ""),
+    "comma.xyz": (b"0,5;1,5;2,5\n3,5;4,5;5,5\n", "decimal commas .*'0,5;1,5;2,5'"),
+    "comma.txt": (b"0,5\t1,5\t2,5\n", "decimal commas .*0,5"),
+    "comma.pts": (b"1\n0,5  1,5  -2,5\n", "decimal commas .*0,5"),
+    "header.csv": (b"x;y;z\n0,5;1,5;2,5\n", "decimal commas .*0,5"),
+    "integers.csv": (b"1,5;2;3\n", "decimal commas .*1,5"),
+    "header.pcd": (b"1 2 3\n", "DATA"),
+    "count.pcd": (PCD.format(2, 2, "ascii").encode() + b"9 1 2 3 7 7\n", "2 points .* 1 follow"),
+    "cut.pcd": (PCD.format(2, 2, "binary").encode() + bytes(20), ""),
+    "longer.pcd": (PCD.format(1, 1, "binary").encode() + bytes(34), "1 points .* 2 follow"),
+    "packed.pcd": (PCD.format(2, 2, "binary_compressed").encode() + bytes(9), "binary_compressed"),
+    "fields.pcd": (PCD.format(1, 1, "ascii").replace("x y z", "x y w").encode() + b"9 1 2 3 7 7\n", "'z'"),
     "comma.csv": (b"x;y;z\n1;2;3\n1,5;2;3\n", "'1,5'"),
     "wide.txt": (b"\n".join([b" ".join([b"1"] * 100)] * 3), r"\(3, 100\).*transpose"),
     "gap.csv": (b"1,2,3,4\n1,,3,4\n", "''"),
@@ -192,7 +218,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_damage_is_reported(tmp_path, name):
+def test_corrupt_files_raise(tmp_path, name):
     content, fault = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=fault or None) as error:
@@ -201,11 +227,11 @@ def test_damage_is_reported(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["little.ply", "text.ply", "plain.off", "mesh.obj"])
-def test_every_truncation_ends_in_an_error_or_in_points(name):
+def test_truncated_files_raise_or_return_a_prefix(name):
     content = MESHES[name]
     for size in range(len(content)):
         try:
-            points, _ = parse(content[:size], name)
+            points, _ = parse_points(content[:size], name)
         except ValueError as error:
             assert name in str(error)
         else:  # a cut inside the last number or face of a text cannot be detected
@@ -214,12 +240,12 @@ def test_every_truncation_ends_in_an_error_or_in_points(name):
 
 def test_non_finite_points_are_dropped_on_request(tmp_path):
     content = b"nan 0 0\n1 2 3\n4 inf 6\n7 8 9\n"
-    assert parse(content, "a.xyz", drop_non_finite=True)[0].tolist() == [[1, 2, 3], [7, 8, 9]]
+    assert parse_points(content, "a.xyz", drop_non_finite=True)[0].tolist() == [[1, 2, 3], [7, 8, 9]]
     mesh = b"OFF\n5 2 0\nnan 0 0\n0 0 0\n1 0 0\n1 1 0\n0 1 0\n3 0 1 2\n3 1 3 4\n"
-    points, faces = parse(mesh, "a.off", drop_non_finite=True)
+    points, faces = parse_points(mesh, "a.off", drop_non_finite=True)
     assert points.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0]] and faces.tolist() == [[0, 2, 3]]
     with pytest.raises(ValueError, match="no points"):
-        parse(b"nan 0 0\n", "a.xyz", drop_non_finite=True)
+        parse_points(b"nan 0 0\n", "a.xyz", drop_non_finite=True)
 
 
 def npy_header(shape, descr="<f8"):
@@ -250,7 +276,7 @@ def npy(array):
         (npy(np.zeros((6, 50))), r"\(6, 50\).*transpose"),
     ],
 )
-def test_npy_damage_is_reported(tmp_path, content, fault, packed):
+def test_corrupt_arrays_raise(tmp_path, content, fault, packed):
     path = tmp_path / ("a.npz" if packed else "a.npy")
     if packed:
         with zipfile.ZipFile(path, "w") as archive:
@@ -281,6 +307,6 @@ def test_pickled_arrays_are_not_loaded(tmp_path):
         read_points(tmp_path / "a.npy")
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_missing_file_raises_with_its_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.off"):
         read_points(tmp_path / "gone.off")

@@ -93,7 +93,7 @@ def test_plugins_are_read_once_and_only_when_needed(monkeypatch):
     assert calls == ["em_lightning.parts"]
 
 
-def test_the_error_of_a_broken_plugin_has_its_name(monkeypatch):
+def test_broken_plugin_error_names_the_plugin(monkeypatch):
     def load():
         raise RuntimeError("boom")
 

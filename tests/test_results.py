@@ -62,6 +62,7 @@ class Modes(Report):
         self.seen = [part.training for part in module.modules()]
         if self.fails:
             raise OSError("disk full")
+        return "done"
 
 
 @pytest.mark.filterwarnings("ignore:.*many workers", "ignore:.*logging interval", "ignore:.*no `val_dataloader`")

@@ -304,6 +304,8 @@ def test_each_no_has_one_line_of_advice():
             (line,) = [line for line in lines if line.endswith(one.advice)]
             assert one.path in line.split(":")[0].split(", ")
     assert "target=GELU" in only(findings.at("2")).advice
+    (function,) = [one for one in audit(Calls(F.relu), torch.randn(3, 4)) if one.operation == "relu"]
+    assert "functional=True" in function.advice
 
 
 def test_table_reads():

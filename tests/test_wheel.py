@@ -43,7 +43,7 @@ def run(site, tmp_path):
     return run
 
 
-def test_the_wheel_holds_one_package_with_its_types_recipes_and_configs(wheel):
+def test_wheel_contains_types_recipes_and_configs(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"em_lightning"}
     assert "em_lightning/py.typed" in names

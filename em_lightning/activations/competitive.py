@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from em_lightning.activations.base import ACTIVATIONS, Activation, times
+from em_lightning.checks import check_at_least
 from em_lightning.competition import Posterior, grouped, softmin, sparsemin
 from em_lightning.statistics import STATISTICS
 
@@ -140,8 +141,7 @@ class GroupedActivation(Activation):
 
     def __init__(self, group_size: int = 2, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable, dim)
-        if group_size < 1:
-            raise ValueError(f"group_size={group_size} must be at least 1")
+        check_at_least(1, group_size=group_size)
         self.group_size = group_size
 
     def posterior(self, z: Tensor) -> Posterior:

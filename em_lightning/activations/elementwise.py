@@ -9,20 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from em_lightning import kernels
 from em_lightning.activations.base import ACTIVATIONS, Activation, times
+from em_lightning.checks import check_positive
 from em_lightning.competition import Posterior, softmin
-from em_lightning.kernels import (
-    KERNELS,
-    DotProductKernel,
-    ExponentialKernel,
-    GaussianKernel,
-    HuberKernel,
-    Kernel,
-    LaplaceKernel,
-    LogisticKernel,
-    PseudoHuberKernel,
-    StudentTKernel,
-)
+from em_lightning.kernels import KERNELS, Kernel
 
 
 @ACTIVATIONS.register("signed")
@@ -73,8 +64,7 @@ class SignedActivation(Activation):
         dim: int = -1,
     ) -> None:
         super().__init__(temperature, learnable, dim)
-        if not margin > 0:
-            raise ValueError(f"margin={margin!r} must be positive")
+        check_positive(margin=margin)
         self.margin = float(margin)
         self.kernel = KERNELS.build(kernel)
 
@@ -134,8 +124,8 @@ def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
     # With the energy delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2, the linear parts cancel analytically.
-    round_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
-    return torch.tanh((delta * z.clamp(-m, m) + round_part / 4) / t)
+    quadratic_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
+    return torch.tanh((delta * z.clamp(-m, m) + quadratic_part / 4) / t)
 
 
 def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
@@ -154,14 +144,14 @@ def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 
 _CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
-    GaussianKernel: _gaussian,
-    DotProductKernel: _dot_product,
-    LaplaceKernel: _laplace,
-    LogisticKernel: _logistic,
-    StudentTKernel: _student_t,
-    HuberKernel: _huber,
-    PseudoHuberKernel: _pseudo_huber,
-    ExponentialKernel: _exponential,
+    kernels.GaussianKernel: _gaussian,
+    kernels.DotProductKernel: _dot_product,
+    kernels.LaplaceKernel: _laplace,
+    kernels.LogisticKernel: _logistic,
+    kernels.StudentTKernel: _student_t,
+    kernels.HuberKernel: _huber,
+    kernels.PseudoHuberKernel: _pseudo_huber,
+    kernels.ExponentialKernel: _exponential,
 }
 
 

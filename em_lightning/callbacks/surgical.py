@@ -214,10 +214,6 @@ class RestoreSurgery(SurgicalCallback):
 
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
 
-    Args:
-        path: the checkpoint with the plan, the one that is given to the Trainer as ``ckpt_path``.
-        weights_only: False loads a checkpoint that you trust with objects of any class, as in the Trainer's methods.
-
     Raises:
         ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model
             would have untrained weights.

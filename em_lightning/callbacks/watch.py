@@ -12,6 +12,7 @@ from torchmetrics import MetricCollection
 
 from em_lightning.competition import softmin
 from em_lightning.metrics import layer_metrics
+from em_lightning.plots.tensorboard import tensorboard_writers
 from em_lightning.scope import Audit, audit
 from em_lightning.surgery import Taps, UnitAxis
 from em_lightning.surgery.select import described
@@ -123,13 +124,11 @@ class PosteriorMonitor(Callback):
         for path, energies in self._last.items():
             values = self._metrics[path].compute()
             pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
-            for logger in trainer.loggers if trainer.is_global_zero else ():
-                if hasattr(logger.experiment, "add_histogram"):
-                    tag = f"{prefix}/{path}/responsibilities"
-                    responsibilities = softmin(energies.float()).responsibilities
-                    logger.experiment.add_histogram(tag, responsibilities.flatten(), trainer.global_step)
-                    if self.figures:
-                        logger.experiment.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
+            for writer in tensorboard_writers(trainer, "responsibilities") if trainer.is_global_zero else ():
+                tag = f"{prefix}/{path}/responsibilities"
+                writer.add_histogram(tag, softmin(energies.float()).responsibilities.flatten(), trainer.global_step)
+                if self.figures:
+                    writer.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
         self._stop()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.ranks import end_with_first_rank, leave_process_group
+from em_lightning.cli.ranks import end_with_parent, leave_process_group
 from em_lightning.cli.recipes import config_of, copy, docstring, find_recipe, load_recipe, recipes, variants_of
 from em_lightning.cli.run import run
 from em_lightning.cli.tables import KINDS, parts_of, print_parts, print_recipes
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif parsed.command == "kernels":
             print_parts(parsed.kind)
         else:
-            end_with_first_rank()
+            end_with_parent()
             run(parsed.recipe, parsed.arguments)
             leave_process_group()
     except (ValueError, TypeError, OSError) as error:

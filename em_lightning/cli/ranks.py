@@ -1,4 +1,4 @@
-"""End of a process that is one of several ranks: leave the process group, and end when the first rank has ended."""
+"""End of a process: leave the process group, and exit when the em-lightning process that started it has ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-_FIRST = "EM_LIGHTNING_FIRST_RANK"
+_PARENT = "EM_LIGHTNING_PARENT"
 
 
 def leave_process_group() -> None:
@@ -18,23 +18,20 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def end_with_first_rank(seconds: float = 1.0) -> None:
-    """Make this process exit when the process that started it has ended, if that is the first of several local ranks.
+def end_with_parent(seconds: float = 1.0) -> None:
+    """Make this process exit when its parent has ended, if that is the first of several ranks, or a run of seeds.
 
     Lightning ends the first rank when another one fails, but not the reverse: a rank whose first rank is killed before
     they are connected would wait for half an hour. ``torchrun`` and SLURM end all ranks.
     """
-    rank = os.environ.get("LOCAL_RANK", "0")
-    if rank == "0":
-        os.environ[_FIRST] = str(os.getpid())  # inherited by the ranks that Lightning starts
-        return
+    parent = os.environ.get(_PARENT)
+    os.environ[_PARENT] = str(os.getpid())  # inherited by the processes that this one starts
 
-    def watch(first: int) -> None:
-        while os.getppid() == first:
+    def watch() -> None:
+        while str(os.getppid()) == parent:
             time.sleep(seconds)
-        text = f"em-lightning: rank {rank} exits, because the process that started it has ended"
-        print(text, file=sys.stderr, flush=True)
+        print("em-lightning: exits, because the process that started it has ended", file=sys.stderr, flush=True)
         os._exit(1)
 
-    if _FIRST in os.environ:
-        threading.Thread(target=watch, args=[int(os.environ[_FIRST])], daemon=True).start()
+    if str(os.getppid()) == parent:
+        threading.Thread(target=watch, daemon=True).start()

@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,12 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from em_lightning.checkpoints import AtomicCheckpointIO
 from em_lightning.cli.recipes import config_of, docstring, variants_of
-
-# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes.
-_WARNINGS = (
-    ".*does not have many workers.*",
-    ".*number of training batches.*smaller than the logging interval.*",
-    ".*LightningCLI's args parameter is intended to run from within Python.*",
-    ".*isinstance.treespec, LeafSpec.* is deprecated.*",
-    ".*torch.jit.script. is.*deprecated.*",
-    ".*dirpath has changed.*",
-)
+from em_lightning.cli.terminal import quieten, with_progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +62,15 @@ class Recipe:
             cli.datamodule.prepare_data()
             cli.datamodule.setup("fit")
             print(f"Data: {cli.datamodule.describe()}")
+            parameters = [p.numel() for p in cli.model.parameters() if p.requires_grad]
+            print(f"Model: {type(cli.model).__name__} with {sum(parameters):,} trainable parameters")
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
 
     def prepare(self, args: Sequence[str]) -> RecipeCLI:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        for words in _WARNINGS:
-            warnings.filterwarnings("ignore", words)
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+        quieten()
         return RecipeCLI(self, args)
 
 
@@ -100,6 +90,7 @@ class RecipeCLI(LightningCLI):
             args=list(args),
             parser_kwargs={
                 "allow_abbrev": False,
+                "default_env": True,  # PL_TRAINER__MAX_EPOCHS=3
                 "exit_on_error": False,
                 "default_config_files": [str(config_of(self.script))],
                 "prog": f"em-lightning run {self.script.stem}",
@@ -118,6 +109,7 @@ class RecipeCLI(LightningCLI):
             {
                 "trainer.logger": {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": logger},
                 "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
                 "checkpoint.filename": "last",
                 "checkpoint.save_on_train_epoch_end": True,
                 "checkpoint.enable_version_counter": False,
@@ -155,6 +147,11 @@ class RecipeCLI(LightningCLI):
         """Return the trainer, which writes checkpoints atomically."""
         if self.config.trainer.enable_checkpointing is False:
             self.parser.callback_keys.remove("checkpoint")
+        given = self.config_init.trainer
+        if given.logger is False and given.callbacks:  # LearningRateMonitor raises without a logger
+            given.callbacks = [each for each in given.callbacks if not isinstance(each, LearningRateMonitor)]
+        if given.enable_progress_bar is not False:
+            given.callbacks = with_progress_bar(given.callbacks)
         try:
             trainer = super().instantiate_trainer(**options)
         except (ValueError, MisconfigurationException) as error:

@@ -34,7 +34,9 @@ def run(name: str, args: Sequence[str]) -> None:
     arguments = [*(f"--config={path}" for path in paths), *rest]
     folder = Path("lightning_logs") / script.stem
     tables = [(path, content["table"]) for path, content in zip(paths, contents, strict=True) if content.get("table")]
-    if tables:
+    if any(word.partition("=")[0] in ("-h", "--help", "--print_config") for word in rest):
+        load_recipe(script).fit(arguments)  # prints and exits
+    elif tables:
         from em_lightning.studies.grid import run_table
 
         path, table = tables[-1]

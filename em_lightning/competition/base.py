@@ -27,10 +27,9 @@ class Tempered(nn.Module):
 
     def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__()
-        check_temperature(temperature)
-        self._temperature = float(temperature)
-        self.dim = dim
         self.log_temperature_ratio = nn.Parameter(torch.zeros(1)) if learnable else None
+        self.temperature = temperature
+        self.dim = dim
 
     @property
     def temperature(self) -> float | Tensor:
@@ -44,8 +43,7 @@ class Tempered(nn.Module):
         check_temperature(value)
         self._temperature = float(value)
         if self.log_temperature_ratio is not None:
-            with torch.no_grad():
-                self.log_temperature_ratio.zero_()
+            nn.init.zeros_(self.log_temperature_ratio)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([self._temperature], dtype=torch.float64)
@@ -65,7 +63,8 @@ class Competition(Tempered):
     Attributes:
         function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
         options: names of the attributes that are passed to the function as keyword arguments.
-        couples_items: whether the posterior of an item depends on the other items of its set.
+        couples_items: whether the posterior of an item depends on the other items of its set; ``forward`` then takes
+            the axis ``item_dim`` of the items and a ``mask`` of those that count.
     """
 
     function: Callable[..., Posterior]
@@ -97,13 +96,6 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise ValueError(f"temperature={temperature!r} must be positive; use hardmin for the limit T -> 0")
 
 
-def check_at_least_one(name: str, value: int) -> int:
-    """Return an integer; raise ValueError if it is below 1."""
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    return value
-
-
 def widen(energies: Tensor) -> Tensor:
     """Convert half-precision energies to float32; raise TypeError for a dtype that is not floating-point."""
     if not energies.is_floating_point():
@@ -111,7 +103,7 @@ def widen(energies: Tensor) -> Tensor:
     return energies.float() if energies.dtype in (torch.float16, torch.bfloat16) else energies
 
 
-def along(dim: int, vector: Tensor, like: Tensor) -> Tensor:
+def align(dim: int, vector: Tensor, like: Tensor) -> Tensor:
     """Reshape a vector (K,) to broadcast along axis ``dim`` of a tensor, in its dtype; other shapes are kept."""
     vector = vector.to(like.dtype)
     return vector.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if vector.ndim == 1 else vector
@@ -127,7 +119,7 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
         excluded = torch.isposinf(energies)
         scaled = energies.masked_fill(excluded, 0.0) / -temperature.to(energies.dtype)
         logits = scaled.masked_fill(excluded, -torch.inf)
-    return logits if log_prior is None else logits + along(dim, log_prior, energies)
+    return logits if log_prior is None else logits + align(dim, log_prior, energies)
 
 
 def to_posterior(

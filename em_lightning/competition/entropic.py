@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return both, which share the exponentials; -inf and 0, with gradient 0, where every logit is -inf."""
-    top = logits.detach().amax(dim, keepdim=True)  # both results are constant in it
+    """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
+    top = logits.detach().amax(dim, keepdim=True)  # subtracted for range; both results are constant in it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
     total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # below 1 only where every logit is -inf
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
@@ -31,7 +31,7 @@ def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    r"""Return what :func:`sparsemax` does for H(p) = 4/3 sum(p - p^1.5), maximized by p = relu(z / 2 - tau)^2.
+    r"""Return max_p <p, z> + H(p) and the maximizing p = relu(z / 2 - tau)^2, for H(p) = 4/3 sum(p - p^1.5).
 
     Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
     """
@@ -48,7 +48,7 @@ def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return logits of maximum 0 and the maximum; logits 1 below it have p = 0, so -1 replaces all lower values."""
+    """Return the logits minus their maximum, clamped to -1, below which p = 0; and the maximum."""
     top = logits.detach().amax(dim, keepdim=True)
     return (logits - top.clamp_min(torch.finfo(logits.dtype).min)).clamp_min(-1.0), top
 
@@ -60,9 +60,9 @@ def _ranked(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _support(z: Tensor, ranked: Tensor, threshold: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return where p > 0, the number of these logits, and their differences from their mean."""
-    least = ranked.masked_fill(threshold >= ranked, torch.inf).amin(dim, keepdim=True)
+    smallest = ranked.masked_fill(threshold >= ranked, torch.inf).amin(dim, keepdim=True)
     # Logits of -1 are outside the support, whatever the rounding of the threshold.
-    support = (z >= least) & (z > -1.0)
+    support = (z >= smallest) & (z > -1.0)
     count = support.sum(dim, keepdim=True).to(z.dtype)
     return support, count, (z - (z * support).sum(dim, keepdim=True) / count) * support
 

@@ -42,7 +42,7 @@ class Posterior(NamedTuple):
         Raises:
             ValueError: the number of ``values`` differs from the number of hypotheses.
         """
-        responsibilities = self._last(values, dim)
+        responsibilities = self._with_hypotheses_last(values, dim)
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
         with torch.autocast(values.device.type, enabled=False):
             mean = torch.matmul(responsibilities.to(dtype), values.to(dtype))
@@ -53,7 +53,7 @@ class Posterior(NamedTuple):
 
         In float16, its derivative by a responsibility is infinite for distances from the mean above 256.
         """
-        responsibilities = self._last(values, dim)
+        responsibilities = self._with_hypotheses_last(values, dim)
         table = values.unsqueeze(-1) if values.ndim == 1 else values
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
         wide = torch.promote_types(dtype, torch.float32)  # squares above 65504 overflow in float16
@@ -82,11 +82,11 @@ class Posterior(NamedTuple):
         """Return exp(H), the effective number of hypotheses, shape (...)."""
         return self.entropy(dim).exp()
 
-    def _last(self, values: Tensor, dim: int) -> Tensor:
+    def _with_hypotheses_last(self, values: Tensor, dim: int) -> Tensor:
         """Return the responsibilities with the hypothesis axis last; raise ValueError if the values do not fit it."""
         responsibilities = self.responsibilities if dim == -1 else self.responsibilities.movedim(dim, -1)
-        given = values.shape[-min(values.ndim, 2)] if values.ndim else 0
-        if given != responsibilities.shape[-1]:
+        num_values = values.shape[-min(values.ndim, 2)] if values.ndim else 0
+        if num_values != responsibilities.shape[-1]:
             raise ValueError(
                 f"values of shape {tuple(values.shape)} must have shape (K,) or (..., K, V) with "
                 f"K={responsibilities.shape[-1]}, the number of hypotheses on axis dim={dim}"

@@ -5,16 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from em_lightning.competition.base import (
-    COMPETITIONS,
-    Competition,
-    Tempered,
-    along,
-    check_at_least_one,
-    to_logits,
-    to_posterior,
-    widen,
-)
+from em_lightning.checks import check_at_least
+from em_lightning.competition.base import COMPETITIONS, Competition, Tempered, align, to_logits, to_posterior, widen
 from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 
@@ -81,7 +73,8 @@ def grouped(
         (tensor([0.3333, 0.3333, 0.3333, 0.3333, 0.3333, 0.3333]), tensor([-1.0986, -1.0986]))
     """
     axis = dim % energies.ndim
-    if energies.shape[axis] % check_at_least_one("group_size", group_size):
+    check_at_least(1, group_size=group_size)
+    if energies.shape[axis] % group_size:
         raise ValueError(f"group_size={group_size} must divide the {energies.shape[axis]} hypotheses on axis dim={dim}")
     logits = to_logits(widen(energies), temperature, log_prior, dim).unflatten(axis, (-1, group_size))
     log_sum, responsibilities = logsumexp_and_softmax(logits, axis + 1)
@@ -97,7 +90,8 @@ class Grouped(Competition):
 
     def __init__(self, group_size: int = 2, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable, dim)
-        self.group_size = check_at_least_one("group_size", group_size)
+        check_at_least(1, group_size=group_size)
+        self.group_size = group_size
 
 
 def background(
@@ -125,9 +119,9 @@ def background(
     axis = dim % energies.ndim
     shape = [1 if n == axis else size for n, size in enumerate(energies.shape)]
     if log_prior is not None:
-        log_prior = along(dim, log_prior, energies).expand_as(energies)
+        log_prior = align(dim, log_prior, energies).expand_as(energies)
         log_prior = torch.cat([log_prior, log_prior.new_zeros(shape)], axis)
-    energy = torch.as_tensor(energy, dtype=energies.dtype, device=energies.device)
+    energy = energy.to(energies) if isinstance(energy, Tensor) else energies.new_full((), energy)
     return softmin(torch.cat([energies, energy.expand(shape)], axis), temperature, log_prior, dim)
 
 
@@ -163,12 +157,7 @@ class Background(Competition):
 
 
 def topk(
-    energies: Tensor,
-    temperature: float | Tensor = 1.0,
-    log_prior: Tensor | None = None,
-    dim: int = -1,
-    *,
-    k: int = 2,
+    energies: Tensor, temperature: float | Tensor = 1.0, log_prior: Tensor | None = None, dim: int = -1, *, k: int = 2
 ) -> Posterior:
     """Competition by softmin among the k best hypotheses; the others have r = 0 and no gradient.
 
@@ -183,9 +172,10 @@ def topk(
         >>> topk(torch.tensor([0.0, 3.0, 0.0, 1.0]), k=2).responsibilities
         tensor([0.5000, 0.0000, 0.5000, 0.0000])
     """
+    check_at_least(1, k=k)
     logits = to_logits(widen(energies), temperature, log_prior, dim)
-    least = logits.detach().topk(min(check_at_least_one("k", k), logits.shape[dim]), dim).values.amin(dim, keepdim=True)
-    logits = logits.masked_fill(logits < least, -torch.inf)
+    lowest_kept = logits.detach().topk(min(k, logits.shape[dim]), dim).values.amin(dim, keepdim=True)
+    logits = logits.masked_fill(logits < lowest_kept, -torch.inf)
     return to_posterior(energies, temperature, dim, *logsumexp_and_softmax(logits, dim))
 
 
@@ -198,4 +188,5 @@ class TopK(Competition):
 
     def __init__(self, k: int = 2, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable, dim)
-        self.k = check_at_least_one("k", k)
+        check_at_least(1, k=k)
+        self.k = k

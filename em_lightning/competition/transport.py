@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.competition.base import COMPETITIONS, Competition, check_at_least_one, check_temperature, widen
+from em_lightning.checks import check_at_least
+from em_lightning.competition.base import COMPETITIONS, Competition, check_temperature, widen
 from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
@@ -19,6 +20,7 @@ def balanced(
     *,
     item_dim: int | None = None,
     num_iters: int = 40,
+    mask: Tensor | None = None,
 ) -> Posterior:
     r"""Competition in which every hypothesis receives the same total responsibility N / K over the N items.
 
@@ -33,7 +35,8 @@ def balanced(
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
     decrease to T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0
-    and F = +inf and does not count in N.
+    and F = +inf and does not count in N, and a hypothesis without any has no share. Where the other exclusions leave no
+    way to satisfy both constraints, the second one is violated.
 
     Args:
         energies: d, shape (..., K) with the hypotheses on axis ``dim``.
@@ -43,10 +46,11 @@ def balanced(
         item_dim: axis of the N items; all further axes are independent problems. ``None`` treats all axes but ``dim``
             as items.
         num_iters: number of solver steps; each solves one K x K system.
+        mask: booleans of the shape of the energies without ``dim``; False items do not count and have r = 0 and F = 0.
 
     Raises:
-        ValueError: ``item_dim`` equals ``dim``, ``num_iters`` is less than 1, or ``log_prior`` has a shape other than
-            (K,).
+        ValueError: ``item_dim`` equals ``dim``, ``num_iters`` is less than 1, or ``log_prior`` or ``mask`` has a wrong
+            shape.
 
     Example:
         >>> posterior = balanced(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
@@ -56,7 +60,7 @@ def balanced(
     Source: Cuturi, "Sinkhorn distances", 2013; Peyre and Cuturi, "Computational optimal transport", 2019, chapter 4.
     """
     check_temperature(temperature)
-    check_at_least_one("num_iters", num_iters)
+    check_at_least(1, num_iters=num_iters)
     axis = dim % energies.ndim
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
@@ -65,6 +69,12 @@ def balanced(
             f"log_prior of shape {tuple(log_prior.shape)} must have one entry for each of the {energies.shape[axis]} "
             f"hypotheses"
         )
+    if mask is not None:
+        if mask.shape != energies.shape[:axis] + energies.shape[axis + 1 :] or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask {tuple(mask.shape)} of dtype {mask.dtype} must be boolean, of the shape of energies"
+            )
+        energies = energies.masked_fill(~mask.unsqueeze(axis), torch.inf)
     moved = widen(energies).to(accumulation_dtype(energies)).movedim(axis, -1)
     if item_dim is not None:
         item = item_dim % energies.ndim
@@ -77,6 +87,7 @@ def balanced(
     if item_dim is not None:
         free, responsibilities = free.movedim(-1, item), responsibilities.movedim(-2, item)
     responsibilities = responsibilities.movedim(-1, axis)
+    free = free if mask is None else free.masked_fill(~mask, 0.0)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))
 
 
@@ -87,7 +98,8 @@ def _transport(
     if d.shape[-2] == 0:
         return d.sum(-1), d
     t = torch.as_tensor(temperature, dtype=d.dtype, device=d.device).reshape(())
-    share = (d.new_zeros(d.shape[-1]) if log_prior is None else log_prior.to(d.dtype)).softmax(-1)
+    share = (d.new_zeros(d.shape[-1]) if log_prior is None else log_prior.to(d.dtype)).expand_as(d[..., 0, :])
+    share = share.masked_fill((d == torch.inf).all(-2), torch.finfo(d.dtype).min).softmax(-1)
     # F(d + c) = F(d) + c for each item, so the derivatives do not depend on the shift.
     lowest = d.detach().amin(-1, keepdim=True)
     excluded = d == torch.inf
@@ -131,7 +143,7 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
 
     for step in range(num_iters):
         t = temperature * initial ** (1 - min(step / (0.75 * num_iters), 1.0))
-        prices = prices + t * (mass / totals(t)[0].clamp_min(least)).log()
+        prices = prices + t * (mass.clamp_min(least) / totals(t)[0].clamp_min(least)).log()
         total, system = totals(t)
         move = torch.linalg.solve(system, (mass - total).unsqueeze(-1)).squeeze(-1)
         prices = prices + t * move * (4 / move.abs().amax(-1, keepdim=True).clamp_min(4.0))
@@ -155,4 +167,20 @@ class Balanced(Competition):
         dim: int = -1,
     ) -> None:
         super().__init__(temperature, learnable, dim)
-        self.item_dim, self.num_iters = item_dim, check_at_least_one("num_iters", num_iters)
+        check_at_least(1, num_iters=num_iters)
+        self.item_dim, self.num_iters = item_dim, num_iters
+
+    def forward(
+        self,
+        energies: Tensor,
+        log_prior: Tensor | None = None,
+        dim: int | None = None,
+        item_dim: int | None = None,
+        mask: Tensor | None = None,
+    ) -> Posterior:
+        """Return the posterior over the hypotheses; arguments are those of :func:`balanced`."""
+        dim = self.dim if dim is None else dim
+        item_dim = self.item_dim if item_dim is None else item_dim
+        return balanced(
+            energies, self.temperature, log_prior, dim, item_dim=item_dim, num_iters=self.num_iters, mask=mask
+        )

@@ -46,16 +46,17 @@ class SplitDataModule(lightning.LightningDataModule):
         """Return the batches of ``"train"``, ``"val"`` or ``"test"`` for this rank."""
         raise NotImplementedError(f"{type(self).__name__} must define loader(split)")
 
+    def describe(self) -> str:
+        """Return one line that describes the data."""
+        return self.source
+
     def train_dataloader(self) -> Any:
-        """Return the training batches."""
         return self.loader("train")
 
     def val_dataloader(self) -> Any:
-        """Return the validation batches."""
         return self.loader("val")
 
     def test_dataloader(self) -> Any:
-        """Return the test batches."""
         return self.loader("test")
 
     predict_dataloader = test_dataloader

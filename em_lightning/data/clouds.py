@@ -1,4 +1,4 @@
-"""Point clouds as items of a Dataset and as padded batches; a sampler that draws new clouds in every epoch."""
+"""Point clouds as items of a Dataset and as padded batches; a sampler that resamples clouds every epoch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Cloud(NamedTuple):
 class PointCloudBatch(NamedTuple):
     """Clouds padded with zeros to the longest of them.
 
-    Args:
+    Attributes:
         points: (B, N, D) float32, normalized.
         mask: (B, N) bool, true for points, false for padding.
         held_out: (B, M, D) float32, held-out points of the same shapes in the same units.
         held_out_mask: (B, M) bool.
-        center: (B, D), of the normalization.
-        scale: (B,), of the normalization.
+        center: (B, D) float64, of the normalization.
+        scale: (B,) float64, of the normalization.
         label: (B,) long, classes.
         index: (B,) long, indices in the dataset.
     """
@@ -65,8 +65,8 @@ def collate_clouds(clouds: Sequence[Cloud]) -> PointCloudBatch:
     return PointCloudBatch(
         *_pad([cloud.points for cloud in clouds]),
         *_pad([cloud.held_out for cloud in clouds]),
-        torch.stack([cloud.normalization.center for cloud in clouds]).float(),
-        torch.stack([cloud.normalization.scale for cloud in clouds]).float(),
+        torch.stack([cloud.normalization.center for cloud in clouds]).double(),
+        torch.stack([cloud.normalization.scale for cloud in clouds]).double(),
         torch.tensor([cloud.label for cloud in clouds]),
         torch.tensor([cloud.index for cloud in clouds]),
     )
@@ -108,7 +108,13 @@ ShapeSource = Callable[[int, torch.Generator], Shape]  # the index of a shape an
 
 
 def draw_cloud(
-    shape: ShapeSource, num_points: int, noise: float, rotate: str, index: int, generator: torch.Generator
+    shape: ShapeSource,
+    num_points: int,
+    noise: float | tuple[float, float],
+    holes: int,
+    rotate: str,
+    index: int,
+    generator: torch.Generator,
 ) -> Cloud:
     """Draw a cloud from shape ``index``; the arguments are those of :class:`PointCloudDataModule`.
 
@@ -116,20 +122,39 @@ def draw_cloud(
     """
     content, normalization, label = shape(index, generator)
     if isinstance(content, Surface):
-        points, fit = content.sample(2 * num_points, generator), num_points
+        points, num_fitted = content.sample((3 if holes else 2) * num_points, generator), num_points
+        points = cut_holes(points, holes, generator)[: 2 * num_points]
     else:
+        content = cut_holes(content, holes, generator)
         order = torch.randperm(len(content), generator=generator)
-        fit = min(num_points, (len(order) + 1) // 2)
+        num_fitted = min(num_points, (len(order) + 1) // 2)
         # float64 until the points are centered: float32 rounds coordinates far from the origin.
-        points = content[order[: fit + num_points]].double()
-        normalization = Normalization.of(points[:fit])
+        points = content[order[: num_fitted + num_points]].double()
+        normalization = Normalization.of(points[:num_fitted])
         points = normalization.apply(points).float()
     assert normalization is not None
     if rotate != "none":
         points = points @ random_rotation(generator, rotate).float().T
+    if isinstance(noise, tuple):
+        clean, level = torch.rand(2, generator=generator).tolist()
+        noise = 0.0 if clean < 0.5 else noise[0] ** (1.0 - level) * noise[1] ** level
     if noise > 0:
         points = points + noise * torch.randn(points.shape, generator=generator)
-    return Cloud(points[:fit], points[fit:], normalization, label, index)
+    return Cloud(points[:num_fitted], points[num_fitted:], normalization, label, index)
+
+
+def cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Return points (N, D) without 0 to ``most`` balls about points, at least two thirds of the points.
+
+    Each ball holds 5 % of the points or more; all numbers of balls are equally likely.
+    """
+    count = int(torch.randint(most + 1, (1,), generator=generator)) if most else 0
+    for _ in range(count):
+        center = points[torch.randint(len(points), (1,), generator=generator)]
+        share = (0.05 + (1.0 / 3.0 / most - 0.05) * torch.rand(1, generator=generator)).clamp(min=0.0)
+        distance = (points - center).norm(dim=-1)
+        points = points[distance > distance.quantile(share.to(distance))]
+    return points
 
 
 class RandomDataset(Dataset[Any]):
@@ -153,7 +178,7 @@ class RandomDataset(Dataset[Any]):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can draw new items in every epoch.
+    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch.
 
     Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
     """

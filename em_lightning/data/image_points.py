@@ -86,14 +86,14 @@ class PointSetBatches(TensorBatches):
         noise = torch.rand(pixels.shape, generator=generator)
         # A random order of the bright pixels of each image; padding comes last and is never chosen.
         order = noise.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
-        ranks = torch.arange(self.num_points) % counts.clamp(min=1)
-        chosen = pixels.gather(1, order.gather(1, ranks)).long()
+        positions = torch.arange(self.num_points) % counts.clamp(min=1)
+        drawn = pixels.gather(1, order.gather(1, positions)).long()
         height, width = self.shape
-        row, column = chosen.div(width, rounding_mode="floor"), chosen % width
+        row, column = drawn.div(width, rounding_mode="floor"), drawn % width
         points = torch.stack([column - (width - 1) / 2, (height - 1) / 2 - row], -1) * (2 / max(height, width))
-        moved = torch.randn(points.shape, generator=generator).clamp_(-3, 3).mul_(self.jitter)
+        shift = torch.randn(points.shape, generator=generator).clamp_(-3, 3).mul_(self.jitter)
         mask = (counts > 0).expand(-1, self.num_points)
-        return PointSetBatch((points + moved) * mask.unsqueeze(-1), mask, labels)
+        return PointSetBatch((points + shift) * mask.unsqueeze(-1), mask, labels)
 
 
 @dataclass(eq=False, repr=False)
@@ -148,19 +148,15 @@ class ImagePointSets(TensorDataModule):
 
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names of the classes."""
         return self.dataset.class_names
 
     def prepare_data(self) -> None:
-        """Download MNIST if needed."""
         self.dataset.prepare_data()
 
     def load(self, train: bool) -> Tensors:
-        """Return the training or the test images and their labels."""
         return self.dataset.load(train)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all images and find their bright pixels, once."""
         super().setup()
         if not self.pixels:
             self.pixels = {split: bright_pixels(part.x, self.threshold) for split, part in self.splits.items()}

@@ -41,8 +41,9 @@ def read_idx(path: str | Path) -> Tensor:
 
 
 def _parse(data: bytes) -> np.ndarray:
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or data[3] == 0:
-        raise ValueError(f"it must start with two zero bytes, a dtype code and a rank, got {data[:4]!r}")
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or not 0 < data[3] <= (len(data) - 4) // 4:
+        rule = "two zero bytes, a dtype code, a rank and the length of each axis"
+        raise ValueError(f"it must start with {rule}, got {data[:4]!r} in {len(data)} bytes")
     dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
     size = math.prod(shape) * dtype.itemsize
@@ -98,9 +99,8 @@ class MNIST(TensorDataModule):
         super().__post_init__()
         self.source = "MNIST" if self.root is None else f"images in {self.root}"
         self.class_names = [str(i) for i in range(10)]
-        self.shape = (
-            (1, 28, 28) if self.root is None else (1, *read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:])
-        )
+        size = (28, 28) if self.root is None else read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:]
+        self.shape = (1, *size)
 
     @property
     def _folder(self) -> Path:
@@ -113,7 +113,6 @@ class MNIST(TensorDataModule):
         raise ValueError(f"root={str(self._folder)!r} has no {name} or {name}.gz; all four files are needed")
 
     def prepare_data(self) -> None:
-        """Download the files if ``root`` is ``None``."""
         if self.root is None:
             remedy = "download the four files of MNIST and pass their folder as root"
             for name, md5 in MNIST_HASHES.items():
@@ -126,15 +125,13 @@ class MNIST(TensorDataModule):
         images, labels = self._path(f"{part}-images-idx3-ubyte"), self._path(f"{part}-labels-idx1-ubyte")
         x, y = read_idx(images), read_idx(labels)
         if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[1:] != self.shape[1:]:
-            raise ValueError(
-                f"{images}: must hold uint8 (N, {self.shape[1]}, {self.shape[2]}), got {x.dtype} {tuple(x.shape)}"
-            )
+            height, width = self.shape[1:]
+            raise ValueError(f"{images}: must hold uint8 (N, {height}, {width}), got {x.dtype} {tuple(x.shape)}")
         if y.dtype != torch.uint8 or y.shape != x.shape[:1]:
             raise ValueError(f"{labels}: must hold {len(x)} labels of uint8, got {y.dtype} {tuple(y.shape)}")
+        largest = int(y.max())
         if train:
-            self.class_names = [str(i) for i in range(int(y.max()) + 1)]
-        elif int(y.max()) >= self.num_classes:
-            raise ValueError(
-                f"{labels}: label {int(y.max())} exceeds {self.num_classes - 1}, the largest training label"
-            )
+            self.class_names = [str(i) for i in range(largest + 1)]
+        elif largest >= self.num_classes:
+            raise ValueError(f"{labels}: label {largest} exceeds {self.num_classes - 1}, the largest training label")
         return Tensors(x.unsqueeze(1), y.long())

@@ -15,7 +15,7 @@ import torch
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.data.base import CACHE, download
 from em_lightning.data.clouds import Shape, ShapeSource
-from em_lightning.data.point_clouds import PointCloudDataModule, known_shape, read_shape
+from em_lightning.data.point_clouds import PointCloudDataModule, cycle_shapes, read_shape
 
 # The archive of PyG's data set.
 SHAPES_URL = "https://github.com/Yannick-S/geometric_shapes/raw/master/raw.zip"
@@ -58,7 +58,6 @@ class GeometricShapes(PointCloudDataModule):
         self._meshes: list[tuple[str, str, Shape]] = []  # class, train or test, shape
 
     def prepare_data(self) -> None:
-        """Download the archive if ``root`` is ``None``."""
         if self.root is None:
             download(SHAPES_URL, self.path, SHAPES_HASH, f"download {SHAPES_URL} and pass it as root")
 
@@ -86,19 +85,18 @@ class GeometricShapes(PointCloudDataModule):
             )
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return the meshes of a split."""
         if not self._meshes:
             self._read()
         order = torch.randperm(len(self.class_names), generator=torch.Generator().manual_seed(self.seed))
         held_out = {self.class_names[i] for i in order[: self.held_out_classes]}
         part = "test" if split == "test" else "train"
-        known = [
+        shapes = [
             shape._replace(label=self.class_names.index(name))
             for name, mesh_part, shape in self._meshes
             if mesh_part == part and (not held_out or (name in held_out) == (split == "test"))
         ]
         repeats = self.clouds_per_mesh if split == "train" else self.eval_clouds_per_mesh
-        return partial(known_shape, known), len(known) * repeats
+        return partial(cycle_shapes, shapes), len(shapes) * repeats
 
 
 def _pyg_shape(source: Any, items: Sequence[int], index: int, generator: torch.Generator) -> Shape:
@@ -138,7 +136,6 @@ class ModelNet(PointCloudDataModule):
         self.source = f"meshes of ModelNet{self.name}" + (f" in {self.root}" if self.root else "")
 
     def prepare_data(self) -> None:
-        """Convert the data set, once."""
         self._data(True)
 
     def _data(self, train: bool) -> Any:
@@ -155,7 +152,6 @@ class ModelNet(PointCloudDataModule):
         return Source(str(folder), self.name, train=train)
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return the meshes of a split."""
         source = self._data(train=split != "test")
         self.class_names = sorted(path.name for path in Path(source.raw_dir).iterdir() if path.is_dir())
         items = list(range(len(source)))

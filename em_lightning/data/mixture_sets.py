@@ -20,7 +20,7 @@ from em_lightning.mixture import Mixture
 class MixtureSetBatch(NamedTuple):
     """Point sets and the mixtures that they were drawn from.
 
-    Args:
+    Attributes:
         points: (B, N, D) float32, zeros where masked.
         mask: (B, N) bool, true for points, false for padding.
         held_out: (B, M, D), further points of the same mixtures.
@@ -42,7 +42,7 @@ class MixtureSets(SplitDataModule):
     .. math:: \mu_k \sim U([-a, a]^D), \quad \pi \sim \text{Dirichlet}(\alpha), \quad x_n \sim
         \textstyle\sum_k \pi_k N(\mu_k, \sigma^2 I)
 
-    Training sets are drawn anew in every epoch; validation and test sets are fixed by the seed. A batch is a function
+    Training sets are resampled every epoch; validation and test sets are fixed by the seed. A batch is a function
     of (seed, split, epoch, index).
 
     Args:
@@ -90,11 +90,9 @@ class MixtureSets(SplitDataModule):
     def __post_init__(self) -> None:
         super().__init__()
         self.num_sets = {"train": self.train_batches * self.batch_size, "val": self.val_sets, "test": self.test_sets}
-        self.fresh = {"train": self.train_held_out, "val": self.held_out, "test": self.held_out}
-        check_at_least(
-            1, num_components=self.num_components, num_features=self.num_features, min_points=self.min_points
-        )
-        check_at_least(1, batch_size=self.batch_size, train_batches=self.train_batches)
+        self.num_held_out = {"train": self.train_held_out, "val": self.held_out, "test": self.held_out}
+        check_at_least(1, num_components=self.num_components, num_features=self.num_features)
+        check_at_least(1, min_points=self.min_points, batch_size=self.batch_size, train_batches=self.train_batches)
         check_at_least(1, val_sets=self.val_sets, test_sets=self.test_sets)
         check_at_least(1, train_held_out=self.train_held_out, held_out=self.held_out)
         check_at_least(0, seed=self.seed)
@@ -102,7 +100,6 @@ class MixtureSets(SplitDataModule):
         check_positive(extent=self.extent, scale=self.scale, concentration=self.concentration)
 
     def describe(self) -> str:
-        """Return one line that describes the data."""
         return (
             f"random sets of {self.min_points} to {self.max_points} points, K = {self.num_components} components of "
             f"scale {self.scale:g} in [-{self.extent:g}, {self.extent:g}]^{self.num_features}"
@@ -115,10 +112,10 @@ class MixtureSets(SplitDataModule):
         means = self.extent * (2.0 * torch.rand(shape, generator=generator) - 1.0)
         weights = self._weights(num_sets, generator)
         points, labels = self._points(means, weights, self.max_points, generator)
-        fresh, _ = self._points(means, weights, held_out, generator)
+        test_points, _ = self._points(means, weights, held_out, generator)
         mask = torch.arange(self.max_points) < sizes[:, None]
         truth = Mixture(weights.log(), means, torch.full(shape[:2], self.scale**2))
-        return MixtureSetBatch(points * mask.unsqueeze(-1), mask, fresh, labels, truth)
+        return MixtureSetBatch(points * mask.unsqueeze(-1), mask, test_points, labels, truth)
 
     def _weights(self, num_sets: int, generator: torch.Generator) -> Tensor:
         # torch's Dirichlet has no argument for a generator and draws from the global one.
@@ -142,4 +139,4 @@ class MixtureSets(SplitDataModule):
 
     def _draw(self, split: str, index: int, generator: torch.Generator) -> MixtureSetBatch:
         num_sets = min(self.batch_size, self.num_sets[split] - index * self.batch_size)
-        return self.draw(num_sets, self.fresh[split], generator)
+        return self.draw(num_sets, self.num_held_out[split], generator)

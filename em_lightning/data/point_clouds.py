@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -41,8 +41,10 @@ class PointCloudDataModule(SplitDataModule):
         batch_size: clouds per batch and rank.
         num_workers: number of worker processes that draw clouds; 0 draws them in the main process.
         seed: at least 0; the clouds are a function of it.
-        noise: standard deviation of Gaussian jitter, relative to the radius of the shape. Points on a surface have no
+        noise: standard deviation of Gaussian jitter, relative to the radius of the shape. A pair draws it for each
+            cloud: zero for half of them, log-uniform between the two for the others. Points on a surface have no
             density in space, so without jitter the likelihood of a mixture is unbounded.
+        holes: largest number of missing regions of a cloud, up to a third of its points together.
         rotate: random rotation of each training cloud: ``"none"``, about ``"z"``, or ``"so3"``, any rotation.
 
     Raises:
@@ -55,13 +57,20 @@ class PointCloudDataModule(SplitDataModule):
     batch_size: int = 32
     num_workers: int = 0
     seed: int = 0
-    noise: float = 0.0
+    noise: float | tuple[float, float] = 0.0
+    holes: int = 0
     rotate: Literal["none", "z", "so3"] = "none"
 
     def __post_init__(self) -> None:
         super().__init__()
         check_at_least(1, num_points=self.num_points, batch_size=self.batch_size)
-        check_at_least(0, num_workers=self.num_workers, seed=self.seed, noise=self.noise)
+        check_at_least(0, num_workers=self.num_workers, seed=self.seed, holes=self.holes)
+        if isinstance(self.noise, (tuple, list)):
+            low, high = self.noise = (float(self.noise[0]), float(self.noise[1]))
+            if not 0.0 < low <= high:
+                raise ValueError(f"noise={self.noise} must be a number or a pair of positive numbers in order")
+        else:
+            check_at_least(0, noise=self.noise)
         check_choice("rotate", self.rotate, ("none", "z", "so3"))
         self.class_names: list[str] = []
         self.datasets: dict[str, RandomDataset] = {}
@@ -77,7 +86,6 @@ class PointCloudDataModule(SplitDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")
 
     def describe(self) -> str:
-        """Return one line that describes the data, with the numbers of clouds after :meth:`setup`."""
         counts = ", ".join(f"{len(data)} {split}" for split, data in self.datasets.items())
         counts = f": {counts} clouds" if counts else ""
         return f"{self.source}, {self.num_points} points per cloud to fit and as many held out{counts}"
@@ -89,12 +97,24 @@ class PointCloudDataModule(SplitDataModule):
         datasets = {}
         for split in SPLITS:
             shape, size = self.shapes(split)
-            draw = partial(draw_cloud, shape, self.num_points, self.noise, self.rotate if split == "train" else "none")
+            draw = partial(
+                draw_cloud,
+                shape,
+                self.num_points,
+                self.noise,
+                self.holes,
+                self.rotate if split == "train" else "none",
+            )
             datasets[split] = RandomDataset(draw, size, split, self.seed)
         self.datasets = datasets
 
+    def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; its normalization becomes float32 on devices without float64."""
+        if device.type == "mps":
+            batch = batch._replace(center=batch.center.float(), scale=batch.scale.float())
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def loader(self, split: str) -> DataLoader[PointCloudBatch]:
-        """Return the batches of a split; those of ``"train"`` are shuffled and divided among ranks."""
         self.setup()
         data = self.datasets[split]
         return DataLoader(
@@ -149,7 +169,6 @@ class ProceduralSurfaces(PointCloudDataModule):
         self.source = f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return random surfaces."""
         return partial(_random_shape, self.class_names), getattr(self, f"{split}_clouds")
 
 
@@ -159,8 +178,8 @@ class PointCloudFolder(PointCloudDataModule):
 
     The class of a file is its subfolder. Folders named ``train``, ``val`` and ``test``, above or below it, define the
     split; missing splits are drawn by a hash of the file name, which is the same on all machines. With fewer than three
-    files every split holds all of them. Points are drawn from meshes;
-    point clouds are divided into points to fit and held-out points, and padded if they are smaller than ``num_points``.
+    files every split holds all of them. Points are drawn from meshes; point clouds are divided into points to fit and
+    held-out points, and padded if they are smaller than ``num_points``.
     Hidden files are skipped, and text files without a row of three numbers, such as README.txt, with a warning.
 
     Args:
@@ -196,32 +215,35 @@ class PointCloudFolder(PointCloudDataModule):
         self.files: dict[str, list[str]] = {}
 
     def _find(self) -> list[str]:
-        found: dict[bool, list[str]] = {True: [], False: []}
+        names: list[str] = []
+        skipped: list[str] = []
         for path in sorted(self.folder.rglob(self.pattern)):
             name = path.relative_to(self.folder)
             hidden = any(part.startswith(".") for part in name.parts)
             if path.suffix.lower() in SUPPORTED and path.is_file() and not hidden:
-                found[has_points(path)].append(name.as_posix())
-        if found[False]:
-            warnings.warn(f"root={self.root!r}: text files without points are skipped: {found[False]}", stacklevel=2)
-        if not found[True]:
+                (names if has_points(path) else skipped).append(name.as_posix())
+        if skipped:
+            warnings.warn(f"root={self.root!r}: text files without points are skipped: {skipped}", stacklevel=2)
+        if not names:
             raise ValueError(f"root={self.root!r}: {self.pattern!r} matches no {', '.join(SUPPORTED)} file")
-        return sorted(found[True])
+        return sorted(names)
 
     def _split(self) -> None:
         names = self._find()
         files: dict[str, list[str]] = {split: [] for split in SPLITS}
-        rest: list[str] = []
+        outside: list[str] = []  # files in no train, val or test folder
         for name in names:
             split = next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
-            (rest if split is None else files[split]).append(name)
-        if rest and len(rest) < len(names):
-            raise ValueError(f"root={self.root!r}: {rest[0]!r} is in no train, val or test folder, but other files are")
-        if rest:
-            files["test"], files["train"] = self._hold_out(rest, self.test_fraction)
+            (outside if split is None else files[split]).append(name)
+        if outside and len(outside) < len(names):
+            raise ValueError(
+                f"root={self.root!r}: {outside[0]!r} is in no train, val or test folder, but other files are"
+            )
+        if outside:
+            files["test"], files["train"] = self._hold_out(outside, self.test_fraction)
         if files["train"] and not files["val"]:
-            share = self.val_fraction / (1 - self.test_fraction) if rest else self.val_fraction
-            files["val"], files["train"] = self._hold_out(files["train"], share)
+            fraction = self.val_fraction / (1 - self.test_fraction) if outside else self.val_fraction
+            files["val"], files["train"] = self._hold_out(files["train"], fraction)
         empty = [split for split in SPLITS if not files[split]]
         if empty:
             raise ValueError(f"root={self.root!r} has no files for {empty}; add folders of these names")
@@ -241,19 +263,18 @@ class PointCloudFolder(PointCloudDataModule):
         return "/".join(part for part in Path(name).parts[:-1] if part not in SPLITS)
 
     def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        """Return the shapes in the files of a split."""
         if not self.files:
             self._split()
-        known = [
+        shapes = [
             read_shape(self.folder / name, self.class_names.index(self._label(name)), self.drop_non_finite)
             for name in self.files[split]
         ]
-        return partial(known_shape, known), len(known) * (self.clouds_per_file if split == "train" else 1)
+        return partial(cycle_shapes, shapes), len(shapes) * (self.clouds_per_file if split == "train" else 1)
 
 
-def known_shape(known: Sequence[Shape], index: int, generator: torch.Generator) -> Shape:
-    """Return shape ``index`` modulo the number of shapes."""
-    return known[index % len(known)]
+def cycle_shapes(shapes: Sequence[Shape], index: int, generator: torch.Generator) -> Shape:
+    """Return shape ``index`` modulo the number of shapes; a :data:`ShapeSource` for a list of shapes."""
+    return shapes[index % len(shapes)]
 
 
 def read_shape(path: Path, label: int = 0, drop_non_finite: bool = False) -> Shape:

@@ -94,10 +94,11 @@ def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tupl
     return points, faces if faces is not None and len(faces) else None
 
 
-def _check_shape(shape: tuple[int, ...]) -> None:
+def _check_shape(shape: tuple[int, ...], most_columns: int = 3) -> None:
+    """Raise ValueError unless rows are points: 3 to 12 rows with more columns are an array that must be transposed."""
     if len(shape) != 2 or shape[1] < 3:
         raise ValueError(f"the array has shape {shape}, which must be (N, 3) or wider")
-    if shape[0] == 3 < shape[1] or 3 < shape[0] <= 12 < shape[1]:
+    if 3 <= shape[0] <= 12 and shape[1] > (most_columns if shape[0] == 3 else 12):
         raise ValueError(f"the array has shape {shape}, but points must be rows, (N, 3) or wider; transpose it")
 
 
@@ -163,7 +164,7 @@ def _parse_text(data: bytes) -> Points:
     delimiter = next((mark for mark in ";," if mark in lines[0]), None)
     if "," in lines[0] and re.search(r";|\d\s+[-+.\d]", lines[0]):
         raise ValueError(f"decimal commas are not read: {lines[0][:80]!r}; write decimal points")
-    _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))))
+    _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))), most_columns=12)
     return _numbers(lines, delimiter, [0, 1, 2])
 
 

@@ -26,13 +26,13 @@ def _grid(points: Tensor) -> Mesh:
 
 
 @lru_cache(maxsize=16)
-def _span(steps: int, low: float, high: float) -> Tensor:
+def _linspace(steps: int, low: float, high: float) -> Tensor:
     return torch.linspace(low, high, steps, dtype=torch.float64)
 
 
 def _revolve(radius: Tensor, height: Tensor, sides: int = 48) -> Mesh:
     """Return the profile (radius, height), each (P,), turned about the z axis; few sides give a prism or pyramid."""
-    angle = _span(sides + 1, 0.0, 2 * math.pi)
+    angle = _linspace(sides + 1, 0.0, 2 * math.pi)
     around = torch.stack([angle.cos(), angle.sin()], -1)
     flat = radius[:, None, None] * around
     return _grid(torch.cat([flat, height[:, None, None].expand(-1, sides + 1, 1)], -1))
@@ -51,7 +51,7 @@ def _tube(curve: Tensor, radius: float, sides: int = 16) -> Mesh:
     side = torch.linalg.cross(tangent, up)
     side = side / side.norm(dim=-1, keepdim=True)
     normal = torch.linalg.cross(side, tangent)
-    angle = _span(sides + 1, 0.0, 2 * math.pi)[None, :, None]
+    angle = _linspace(sides + 1, 0.0, 2 * math.pi)[None, :, None]
     return _grid(curve[:, None] + radius * (angle.cos() * side[:, None] + angle.sin() * normal[:, None]))
 
 
@@ -92,7 +92,7 @@ class _Family:
         def power(value: Tensor, exponent: float) -> Tensor:
             return value.sign() * value.abs() ** exponent
 
-        latitude, longitude = _span(25, -math.pi / 2, math.pi / 2)[:, None], _span(49, -math.pi, math.pi)[None]
+        latitude, longitude = _linspace(25, -math.pi / 2, math.pi / 2)[:, None], _linspace(49, -math.pi, math.pi)[None]
         flat = power(latitude.cos(), exponents[0])
         grid = torch.stack(
             [
@@ -135,49 +135,49 @@ class _Family:
         return _profile((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])
 
     def capsule(self) -> Mesh:
-        angle, h = _span(32, -math.pi / 2, math.pi / 2), self._draw(0.3, 2)
+        angle, h = _linspace(32, -math.pi / 2, math.pi / 2), self._draw(0.3, 2)
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
     def vase(self) -> Mesh:
         """Return an open surface of revolution whose radius is a random wave."""
-        z = _span(40, -1.0, 1.0)
+        z = _linspace(40, -1.0, 1.0)
         radius = 0.5 + self._draw(0.1, 0.35) * torch.sin(self._draw(2, 5) * z + self._draw(0, 2 * math.pi))
         return _revolve(radius, self._draw(0.7, 1.3) * z)
 
     def torus(self) -> Mesh:
-        angle, r = _span(33, 0.0, 2 * math.pi), self._draw(0.15, 0.6)
+        angle, r = _linspace(33, 0.0, 2 * math.pi), self._draw(0.15, 0.6)
         return _revolve(1 + r * angle.cos(), r * angle.sin())
 
     def helix(self) -> Mesh:
         """Return a tube along a helix of one and a half to three turns."""
         turns, pitch = self._draw(1.5, 3), self._draw(0.4, 0.8)
-        t = _span(97, 0.0, 1.0) * turns
+        t = _linspace(97, 0.0, 1.0) * turns
         angle = 2 * math.pi * t
         return _tube(torch.stack([angle.cos(), angle.sin(), pitch * t], -1), self._draw(0.08, 0.18))
 
     def knot(self) -> Mesh:
         """Return a tube along the torus knot (2, 3) or (3, 2)."""
         p, q = ((2, 3), (3, 2))[self._integer(0, 1)]
-        t = _span(129, 0.0, 2 * math.pi)
+        t = _linspace(129, 0.0, 2 * math.pi)
         ring = 1 + self._draw(0.35, 0.5) * (q * t).cos()
         return _tube(
             torch.stack([ring * (p * t).cos(), ring * (p * t).sin(), 0.5 * (q * t).sin()], -1), self._draw(0.08, 0.16)
         )
 
     def moebius(self) -> Mesh:
-        u, v = _span(97, 0.0, 2 * math.pi)[:, None], _span(9, -1.0, 1.0)[None] * self._draw(0.2, 0.45)
+        u, v = _linspace(97, 0.0, 2 * math.pi)[:, None], _linspace(9, -1.0, 1.0)[None] * self._draw(0.2, 0.45)
         half = (1, 3)[self._integer(0, 1)] * u / 2
         ring = 1 + v * half.cos()
         return _grid(torch.stack([ring * u.cos(), ring * u.sin(), v * half.sin()], -1))
 
     def saddle(self) -> Mesh:
         """Return the saddle z = a x^2 - b y^2 over a square."""
-        x, y = _span(33, -1.0, 1.0)[:, None].expand(-1, 33), _span(33, -1.0, 1.0)[None].expand(33, -1)
+        x, y = _linspace(33, -1.0, 1.0)[:, None].expand(-1, 33), _linspace(33, -1.0, 1.0)[None].expand(33, -1)
         return _grid(torch.stack([x, y, self._draw(0.4, 1) * x**2 - self._draw(0.4, 1) * y**2], -1))
 
     def bowl(self) -> Mesh:
         """Return the paraboloid z = a r^2 over a disc."""
-        radius = _span(33, 0.0, 1.0)
+        radius = _linspace(33, 0.0, 1.0)
         return _revolve(radius, self._draw(0.4, 1.5) * radius**2)
 
     def table(self) -> Mesh:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from em_lightning.checks import check_at_least
 from em_lightning.data.base import RankLoader
 
-# Rows that are read under one memory map: its pages count as memory of the process until it is closed.
+# Rows read per memory map. The pages of a map count as memory of the process until it is closed.
 _ROWS_PER_MAP = 4096
 
 
@@ -67,7 +66,7 @@ class Table:
         for part, shape in zip(self.parts, shapes, strict=True):
             if len(shape) != ndim or shape[1:] != shapes[0][1:]:
                 place = "" if isinstance(part, Tensor) else f" in {part.name}"
-                rule = ("(N,)", "(N, D) with the same D in all shards")[ndim - 1]
+                rule = "(N,)" if ndim == 1 else "(N, D) with the same D in all shards"
                 raise ValueError(f"{name} has shape {shape}{place}, which must be {rule}")
         self.starts = [0, *itertools.accumulate(shape[0] for shape in shapes)]
         self.shape = (self.starts[-1], *shapes[0][1:])
@@ -98,24 +97,21 @@ class Table:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start`` to ``stop`` - 1: a view of a tensor in memory, a copy of rows in files."""
-        found = []
-        for number in range(bisect.bisect_right(self.starts, start) - 1, len(self.parts)):
-            first = self.starts[number]
-            low, high = max(start - first, 0), min(stop, self.starts[number + 1]) - first
-            if low < high:
-                found.append(self._read(self.parts[number], slice(low, high)))
-        return found[0] if len(found) == 1 else torch.cat(found)
+        blocks = []
+        for part, first, end in zip(self.parts, self.starts, self.starts[1:], strict=False):
+            if max(start, first) < min(stop, end):
+                blocks.append(self._read(part, slice(max(start - first, 0), stop - first)))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def take(self, rows: Tensor) -> Tensor:
         """Return the rows of these indices, which must be ascending."""
-        found = []
+        blocks = []
         for group in rows.split(_ROWS_PER_MAP):
-            bounds = torch.searchsorted(group, torch.tensor(self.starts))
-            for number, part in enumerate(self.parts):
-                own = group[bounds[number] : bounds[number + 1]] - self.starts[number]
-                if len(own):
-                    found.append(self._read(part, own))
-        return torch.cat(found)
+            bounds = torch.searchsorted(group, torch.tensor(self.starts)).tolist()
+            for part, first, low, high in zip(self.parts, self.starts, bounds, bounds[1:], strict=False):
+                if low < high:
+                    blocks.append(self._read(part, group[low:high] - first))
+        return torch.cat(blocks)
 
 
 class TableBlocks(RankLoader):
@@ -130,9 +126,7 @@ class TableBlocks(RankLoader):
         block_rows: b.
         shuffle: whether to draw a new order of the blocks in every epoch, a function of (seed, epoch). Rows are not
             shuffled within blocks: shuffle an ordered table when writing it.
-        num_replicas: W.
-        rank: rank of this process.
-        seed: seed of the order.
+        num_replicas, rank, seed: W, the rank of this process, and the seed of the order.
 
     Raises:
         ValueError: the numbers of weights and rows differ, a weight is negative or NaN, or there are fewer rows than
@@ -160,29 +154,30 @@ class TableBlocks(RankLoader):
         self.table = table
         self.weights = weights
         self.position = 0
-        self.size = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
+        self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of blocks that this epoch has returned."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next epoch begin after these blocks."""
+        """Start the next epoch after these blocks."""
         self.position = state["position"]
 
     def __len__(self) -> int:
-        return self.size
+        return self.num_blocks
 
     def __iter__(self) -> Iterator[TableBatch]:
-        first, self.position = self.position % self.size, 0
+        first, self.position = self.position % self.num_blocks, 0
         return self._blocks(first)
 
     def _blocks(self, first: int) -> Iterator[TableBatch]:
-        total = self.num_replicas * self.size
-        for place, block in enumerate(self.order(self.size)[first:].tolist(), first):
-            self.position = place + 1
-            number = self.rank * self.size + block
-            start, stop = len(self.table) * number // total, len(self.table) * (number + 1) // total
+        total = self.num_replicas * self.num_blocks
+        for block in self.order(self.num_blocks)[first:].tolist():
+            first += 1
+            self.position = first
+            index = self.rank * self.num_blocks + block
+            start, stop = len(self.table) * index // total, len(self.table) * (index + 1) // total
             weights = None if self.weights is None else self.weights.rows(start, stop)
             if weights is not None and not bool((weights >= 0).all()):
                 raise ValueError(f"weights must be at least 0 and not NaN; rows {start} to {stop} are not")

@@ -32,7 +32,7 @@ class TabularDataModule(SplitDataModule):
         held_out: a table for validation and test; without it there is no validation, and the test uses ``data``.
         block_rows: rows per block and rank.
         shuffle: whether to draw a new order of the training blocks in every epoch.
-        seed: at least 0; seed of that order.
+        seed: at least 0; seed of the order of blocks.
 
     Raises:
         ValueError: an argument is out of range, or a file cannot be read.
@@ -61,7 +61,6 @@ class TabularDataModule(SplitDataModule):
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the tables, once."""
         if self.tables:
             return
         tables = {"train": Table(self.data)}
@@ -81,7 +80,6 @@ class TabularDataModule(SplitDataModule):
         return self.tables["train"].shape[1]
 
     def describe(self) -> str:
-        """Return one line that describes the data."""
         self.setup()
         train = self.tables["train"]
         counts = f"{len(train):,} x {train.shape[1]} from {train.source}"
@@ -98,7 +96,6 @@ class TabularDataModule(SplitDataModule):
         return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
 
     def loader(self, split: str) -> TableBlocks:
-        """Return the blocks of a split for this rank."""
         self.setup()
         return self.blocks("held_out" if split != "train" and "held_out" in self.tables else "train")
 
@@ -117,7 +114,7 @@ class GaussianBlobs(TabularDataModule):
         held_out_points: rows for validation and test.
         storage: ``"memory"``, or ``"shards"``, a folder of memory-mapped files, which are written once.
         folder: folder of the shards.
-        seed: at least 0; seed of the mixture, the rows and that order.
+        seed: at least 0; seed of the mixture, the rows and the order of blocks.
 
     Example:
         >>> data = GaussianBlobs(num_points=1000, num_features=2, held_out_points=100)
@@ -155,19 +152,19 @@ class GaussianBlobs(TabularDataModule):
         return Mixture((weights / weights.sum()).log()[None], means[None], (root @ root.mT)[None])
 
     def _draw(self, stream: int, rows: int) -> Tensor:
-        truth, found = self.truth(), []
+        truth, blocks = self.truth(), []
         weights = truth.log_weights[0].exp()
         factors = torch.linalg.cholesky(truth.covariances[0])
-        for number, start in enumerate(range(0, rows, _DRAWN_ROWS)):
-            generator = generator_of(self.seed, stream, number)
+        for start in range(0, rows, _DRAWN_ROWS):
+            generator = generator_of(self.seed, stream, start // _DRAWN_ROWS)
             size = min(_DRAWN_ROWS, rows - start)
             label = torch.multinomial(weights, size, replacement=True, generator=generator)
             noise = torch.randn(size, self.num_features, generator=generator)
             for k in range(self.true_components):
-                chosen = label == k
-                noise[chosen] = noise[chosen] @ factors[k].T.float() + truth.means[0, k].float()
-            found.append(noise)
-        return torch.cat(found)
+                drawn = label == k
+                noise[drawn] = noise[drawn] @ factors[k].T.float() + truth.means[0, k].float()
+            blocks.append(noise)
+        return torch.cat(blocks)
 
     def prepare_data(self) -> None:
         """Write the shards, unless they exist."""

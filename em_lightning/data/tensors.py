@@ -26,9 +26,7 @@ class TensorBatches(RankLoader):
         tensors: tensors of equal length N along their first axis. uint8 is converted to float32 in [0, 1].
         batch_size: items per batch and rank; the last batch may have fewer.
         shuffle: whether to draw a new order in every epoch.
-        num_replicas: number of ranks.
-        rank: rank of this process.
-        seed: seed of the order.
+        num_replicas, rank, seed: number of ranks, rank of this process, and seed of the order.
 
     Raises:
         ValueError: the lengths differ, or there are fewer items than ranks.
@@ -95,8 +93,8 @@ class TensorDataModule(SplitDataModule):
     Args:
         batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
         eval_batch_size: items per batch of validation, test and prediction.
-        val_size: number of training items for validation, a fixed random choice. 0 validates on the test
-            items, as the published tables do; do not select models by it.
+        val_size: number of training items for validation, a fixed random choice. 0 validates on the test items, as the
+            published tables do; do not select models by it.
         seed: at least 0; seed of the order of training items.
 
     Raises:
@@ -130,14 +128,12 @@ class TensorDataModule(SplitDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define load(train)")
 
     def describe(self) -> str:
-        """Return one line that describes the data."""
         self.setup()
         same = self.splits["val"] is self.splits["test"]
         sizes = [f"{len(part.y)} {split}" for split, part in self.splits.items() if not (same and split == "val")]
         return f"{self.source}: {', '.join(sizes)}" + (" (also used for validation)" if same else "")
 
     def setup(self, stage: str | None = None) -> None:
-        """Load all splits, once."""
         if self.splits:
             return
         train, test = self.load(True), self.load(False)
@@ -146,8 +142,8 @@ class TensorDataModule(SplitDataModule):
         val = test
         if self.val_size:
             order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-            kept, chosen = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
-            train, val = Tensors(*(part[kept] for part in train)), Tensors(*(part[chosen] for part in train))
+            train_rows, val_rows = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
+            train, val = (Tensors(train.x[rows], train.y[rows]) for rows in (train_rows, val_rows))
         self.splits = {"train": train, "val": val, "test": test}
 
     def whole(self, split: str) -> Tensors:

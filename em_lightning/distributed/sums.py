@@ -86,9 +86,9 @@ def flatten_units(
         raise ValueError(f"values of shape {tuple(values.shape)} must have at least one unit along dim={dim}")
     values = values.movedim(dim, -1)
     shape = tuple(values.shape[:-1])
-    for name, given in (("mask", mask), ("weights", weights)):
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name} of shape {tuple(given.shape)} must have shape {shape}, without dim={dim}")
+    for name, value in (("mask", mask), ("weights", weights)):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} of shape {tuple(value.shape)} must have shape {shape}, without dim={dim}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask of dtype {mask.dtype} must be boolean; pass numbers as weights")
     items = values.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, values.shape[-1])

@@ -7,7 +7,7 @@ from em_lightning.kernels.additive import (
     LogisticKernel,
     PseudoHuberKernel,
 )
-from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel, NoDensityError, density_kernel, positive_number
+from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel, NoDensityError, density_kernel
 from em_lightning.kernels.distance import pairwise, squared_distance
 from em_lightning.kernels.radial import GaussianKernel, MahalanobisKernel, StudentTKernel
 from em_lightning.kernels.similarity import CosineKernel, DotProductKernel, LearnedEnergyKernel
@@ -30,6 +30,5 @@ __all__ = [
     "StudentTKernel",
     "density_kernel",
     "pairwise",
-    "positive_number",
     "squared_distance",
 ]

@@ -24,11 +24,8 @@ class LaplaceKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \frac{|x_i - \mu_i|}{b}
 
-    with ``scale`` :math:`b`. Robust: the best center is the median. At :math:`x_i = \mu_i` the gradient is 0. A density
-    with normalizer :math:`(2 b)^D`.
-
-    Args:
-        scale: mean absolute deviation of each feature.
+    with ``scale`` :math:`b`, the mean absolute deviation of each feature. Robust: the best center is the median. At
+    :math:`x_i = \mu_i` the gradient is 0. A density with normalizer :math:`(2 b)^D`.
 
     Example:
         >>> LaplaceKernel(scale=2.0)(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 2))
@@ -62,11 +59,8 @@ class LogisticKernel(Kernel):
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \log\bigl(1 + e^{-\alpha (x_i - \mu_i)}\bigr)
 
-    with ``slope`` :math:`\alpha`. exp(-d) is a product of logistic sigmoids, the probability of a binary latent, and
-    **not a density**: it tends to 1 above the center. The gradient is at most the slope.
-
-    Args:
-        slope: steepness below the center.
+    with ``slope`` :math:`\alpha`, the largest gradient. exp(-d) is a product of logistic sigmoids, the probability of a
+    binary latent, and **not a density**: it tends to 1 above the center.
 
     Example:
         >>> LogisticKernel()(torch.tensor([[0.0]]), torch.tensor([[0.0], [100.0]]))
@@ -96,9 +90,6 @@ class HuberKernel(EllipticalKernel):
 
     with ``delta`` :math:`\delta`, the largest gradient. Robust. A density with normalizer
     :math:`\bigl(\sqrt{2 \pi} \operatorname{erf}(\delta / \sqrt 2) + \tfrac{2}{\delta} e^{-\delta^2 / 2}\bigr)^D`.
-
-    Args:
-        delta: distance at which the energy turns linear.
 
     Example:
         >>> HuberKernel(delta=1.0)(torch.tensor([[0.5], [3.0]]), torch.zeros(1, 1))
@@ -144,9 +135,6 @@ class PseudoHuberKernel(EllipticalKernel):
     with ``delta`` :math:`\delta`, the slope of the tails. Robust, like Huber. A density, that of a symmetric hyperbolic
     distribution, with normalizer :math:`\bigl(2 \delta e^{\delta^2} K_1(\delta^2)\bigr)^D`, where :math:`K_1` is the
     modified Bessel function of the second kind.
-
-    Args:
-        delta: distance around which the energy turns linear.
 
     Example:
         >>> PseudoHuberKernel(delta=4.0)(torch.tensor([[3.0]]), torch.zeros(1, 1))
@@ -195,9 +183,6 @@ class ExponentialKernel(Kernel):
     :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, finite and ordered in float32. A density
     with normalizer :math:`(2 E_1(1) / \alpha)^D`, where :math:`E_1(1) = 0.2194` is the exponential integral.
 
-    Args:
-        rate: rate of growth.
-
     Example:
         >>> ExponentialKernel()(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0]]))
         tensor([[2.7183, 1.0000]])
@@ -220,7 +205,7 @@ class ExponentialKernel(Kernel):
 
 def _huber_rho(squared_distance: Tensor, delta: Tensor | float) -> Tensor:
     inside = squared_distance <= delta**2
-    # At distance 0 the derivative of the square root is infinite: take the root outside only.
+    # Take the root only where it is used: its derivative at distance 0 is infinite.
     distance = torch.where(inside, delta**2, squared_distance).sqrt()
     return torch.where(inside, 0.5 * squared_distance, delta * (distance - 0.5 * delta))
 

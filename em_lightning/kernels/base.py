@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import positive_number
 from em_lightning.registry import Registry
 
 KERNELS: Registry[Kernel] = Registry("kernel", "kernels", nn.Module)
@@ -177,17 +177,6 @@ def density_kernel(spec: Any) -> Kernel:
     if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
         return KERNELS.build(spec, density=True)
     return KERNELS.build(spec)
-
-
-def positive_number(name: str, value: Any) -> float:
-    """Return ``value`` as a float; raise ValueError unless it is a positive, finite number."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}={value!r} must be a positive, finite number")
-    return number
 
 
 def _check_inputs(x: Tensor, centers: Tensor) -> None:

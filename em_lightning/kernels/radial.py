@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_at_least
 from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import squared_distance
 
@@ -18,11 +19,8 @@ class GaussianKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = \frac{\lVert x - \mu \rVert^2}{2 s^2}
 
-    with ``scale`` :math:`s`. Not robust: the gradient is unbounded. A density with normalizer
-    :math:`(2 \pi s^2)^{D/2}`.
-
-    Args:
-        scale: standard deviation of each feature.
+    with ``scale`` :math:`s`, the standard deviation of each feature. Not robust: the gradient is unbounded. A density
+    with normalizer :math:`(2 \pi s^2)^{D/2}`.
 
     Example:
         >>> GaussianKernel(scale=2.0)(torch.tensor([[3.0]]), torch.tensor([[1.0], [3.0]]))
@@ -137,8 +135,7 @@ class MahalanobisKernel(Kernel):
 
     def __init__(self, num_features: int, covariance: Any = None, learnable: bool = True) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features={num_features} must be positive")
+        check_at_least(1, num_features=num_features)
         covariance = torch.eye(num_features) if covariance is None else torch.as_tensor(covariance)
         if covariance.shape != (num_features, num_features):
             raise ValueError(f"covariance {tuple(covariance.shape)} must have shape ({num_features}, {num_features})")

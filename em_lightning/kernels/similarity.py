@@ -62,9 +62,6 @@ class DotProductKernel(Kernel):
     with ``scale`` :math:`a`. With queries as items, keys as centers, :math:`a = D^{-1/2}` and the posterior mean of the
     values, this is scaled dot-product attention. Energies are unbounded below, and exp(-d) is **not a density**.
 
-    Args:
-        scale: factor of the inner product.
-
     Example:
         >>> DotProductKernel(scale=0.5)(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[-5.5000]])
@@ -87,10 +84,8 @@ class LearnedEnergyKernel(Kernel):
 
     .. math:: d_k(x) = f_\theta(x)_k
 
-    **Not a density**: the integral of exp(-f) is unknown and may be infinite.
-
-    Args:
-        network: module from items (..., N, D) to energies (..., N, K).
+    with the module ``network`` :math:`f_\theta` from items (..., N, D) to energies (..., N, K). **Not a density**: the
+    integral of exp(-f) is unknown and may be infinite.
 
     Example:
         >>> kernel = LearnedEnergyKernel(nn.Linear(2, 5))

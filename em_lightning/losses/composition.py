@@ -44,7 +44,7 @@ class EMLoss(nn.Module):
         ['free_energy', 'variance', 'decorrelation', 'balance']
         >>> total = sum(terms.values())
 
-    Oursland, arXiv 2601.06478.
+    Source: Oursland, arXiv 2601.06478.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class EMLoss(nn.Module):
         self.dim = dim
         self.weights: dict[str, float] = {}
         self.terms = nn.ModuleDict()
-        given = {"free_energy": free_energy, "variance": variance, "decorrelation": decorrelation, **terms}
-        for name, spec in given.items():
+        specs = {"free_energy": free_energy, "variance": variance, "decorrelation": decorrelation, **terms}
+        for name, spec in specs.items():
             arguments: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"weight": spec}
             self.weights[name] = _valid_weight(name, arguments.pop("weight", 1.0))
             if name == "free_energy":
@@ -93,16 +93,15 @@ class EMLoss(nn.Module):
         moments = None
         values: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            term = self.terms[name]
             if not weight:
                 continue
+            term = self.terms[name]
             if isinstance(term, WeightRedundancyLoss):
                 if weight_matrix is None:
                     raise ValueError(f"{name} needs the weight of the layer: pass weight_matrix=layer.weight")
                 value = term(weight_matrix)
             elif isinstance(term, MomentLoss):
-                if moments is None:
-                    moments = batch_moments(energies, mask=mask, weights=weights)
+                moments = moments or batch_moments(energies, mask=mask, weights=weights)
                 value = term.from_moments(moments)
             else:
                 value = term(energies, mask, weights)

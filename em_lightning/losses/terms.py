@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from em_lightning.checks import check_choice, positive_number
 from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
-from em_lightning.kernels import positive_number
 from em_lightning.registry import Registry
 
 LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
@@ -82,13 +82,12 @@ class FreeEnergyLoss(EnergyLoss):
         >>> FreeEnergyLoss()(torch.zeros(3, 4)) / 3 == -torch.tensor(4.0).log()
         tensor(True)
 
-    Oursland, arXiv 2601.06478.
+    Source: Oursland, arXiv 2601.06478.
     """
 
     def __init__(self, reduction: str = "sum", temperature: float = 1.0, dim: int = -1) -> None:
         super().__init__(dim)
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={reduction!r} must be 'sum' or 'mean'")
+        check_choice("reduction", reduction, ("sum", "mean"))
         self.reduction = reduction
         self.temperature = positive_number("temperature", temperature)
 
@@ -104,17 +103,15 @@ class FreeEnergyLoss(EnergyLoss):
 class VarianceLoss(MomentLoss):
     r"""The published term against dead units, :math:`-\sum_j \log(\mathrm{Var}(d_j) + \epsilon)`.
 
-    The variance is unbiased; for fewer than two items it is 0 with gradient 0. Scaling up the energies decreases the
-    term without bound; ``BoundedVarianceLoss`` is bounded.
-
-    Args:
-        eps: keeps the logarithm of a constant unit finite.
+    The variance is unbiased; for fewer than two items it is 0 with gradient 0. ``eps`` :math:`\epsilon` keeps the
+    logarithm of a constant unit finite. Scaling up the energies decreases the term without bound;
+    ``BoundedVarianceLoss`` is bounded.
 
     Example:
         >>> VarianceLoss()(torch.tensor([[0.0], [2.0]])) == -torch.tensor(2.0 + 1e-6).log()
         tensor(True)
 
-    Oursland, arXiv 2601.06478.
+    Source: Oursland, arXiv 2601.06478.
     """
 
     def from_moments(self, moments: Moments) -> Tensor:
@@ -155,16 +152,13 @@ class DecorrelationLoss(MomentLoss):
     r"""The term against redundant units, :math:`\sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`.
 
     The correlation is the unbiased covariance over :math:`(\sigma_i + \epsilon)(\sigma_j + \epsilon)`, with unbiased
-    standard deviations, so a constant unit contributes 0.
-
-    Args:
-        eps: added to the standard deviations.
+    standard deviations and ``eps`` :math:`\epsilon`, so a constant unit contributes 0.
 
     Example:
         >>> DecorrelationLoss()(torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]])).round(decimals=4)
         tensor(2.)
 
-    Oursland, arXiv 2601.06478.
+    Source: Oursland, arXiv 2601.06478.
     """
 
     def __init__(self, eps: float = 1e-8, dim: int = -1) -> None:
@@ -198,8 +192,7 @@ class LogDetLoss(MomentLoss):
 
     def __init__(self, of: str = "covariance", eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(eps, dim)
-        if of not in ("covariance", "correlation"):
-            raise ValueError(f"of={of!r} must be 'covariance' or 'correlation'")
+        check_choice("of", of, ("covariance", "correlation"))
         self.of = of
 
     def from_moments(self, moments: Moments) -> Tensor:
@@ -218,10 +211,8 @@ class LogDetLoss(MomentLoss):
 class BalanceLoss(EnergyLoss):
     r"""The term against unused units, :math:`\mathrm{KL}(\bar r \,\|\, \mathrm{uniform}) = \log D - H(\bar r)`.
 
-    :math:`\bar r` is the mean responsibility over the global batch. The loss ranges from 0 (equal shares) to log D.
-
-    Args:
-        temperature: of the softmin that gives the responsibilities.
+    :math:`\bar r` is the mean over the global batch of the responsibilities of a softmin with ``temperature``. The loss
+    ranges from 0 (equal shares) to log D.
 
     Raises:
         ValueError: ``temperature`` is not positive.

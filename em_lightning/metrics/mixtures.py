@@ -23,13 +23,7 @@ class MixtureLogLikelihood(MeanOfItems):
     higher_is_better = True
 
     def update(self, log_prob: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Add points.
-
-        Args:
-            log_prob: log-likelihoods of any shape, such as (B, N) from ``Mixture.log_prob``.
-            mask: booleans of the same shape; False points are not counted.
-            weights: non-negative numbers of the same shape.
-        """
+        """Add log-likelihoods of any shape, such as (B, N) from ``Mixture.log_prob``; mask and weights have it too."""
         self._add(log_prob, mask, weights)
 
 
@@ -49,10 +43,7 @@ class EffectiveComponents(MeanOfItems):
 
 
 class DeadComponents(MeanOfItems):
-    r"""Number of components with :math:`\pi_k <` ``threshold``; mean over the sets.
-
-    Args:
-        threshold: the weight below which a component is dead.
+    r"""Number of components with a weight :math:`\pi_k <` ``threshold``; mean over the sets.
 
     Raises:
         ValueError: ``threshold`` is not between 0 and 1.

@@ -117,7 +117,12 @@ def e_step(
     if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family):
         return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
     theta, peak = likelihood.family.natural_parameters(parameters)
-    respond = respond or (lambda joint: (joint / temperature).softmax(1))
+
+    def responsibilities_of(joint: Tensor, sets: slice) -> Tensor:
+        if respond is None:
+            return (joint / temperature if tempered else joint).softmax(1)
+        # A competition may depend on the unit of the densities.
+        return respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
 
     def sums_of_block(
         sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
@@ -126,8 +131,7 @@ def e_step(
         features = points.lift(block, sets)
         joint, irls_weights = log_joint(features, theta, peak, points.num_features, likelihood.kernel)
         joint = with_background(joint, level)
-        # A competition may depend on the unit of the densities.
-        responsibilities = respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
+        responsibilities = responsibilities_of(joint, sets)
         log_likelihood = theta.new_zeros(len(theta))
         if with_log_likelihood:
             log_density = joint.logsumexp(1)
@@ -151,9 +155,8 @@ def e_step(
         points.x.shape[0] * points.x.shape[2] * width if couples_points else block_size,
     )
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
-    return SufficientStatistics(
-        mass, zeroth.squeeze(-1), first, second, log_likelihood, background_mass, points.num_points
-    )
+    zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)
+    return SufficientStatistics(mass, zeroth, first, second, log_likelihood, background_mass, points.num_points)
 
 
 def _fused_statistics(

@@ -18,6 +18,8 @@ from em_lightning.mixture.points import Points, features_first
 _CORE = 0.4
 # Numbers of a temporary of the starts.
 _BLOCK_SIZE = 2**18
+# A GPU is filled by larger temporaries.
+_DEVICE_BLOCK_SIZE = 2**27
 # Distances are taken as differences, not as differences of squares.
 _EXACT = "donot_use_mm_for_euclid_dist"
 
@@ -35,13 +37,13 @@ def farthest_points(
     """
     points, counts = _laid_out(x, mask, weights)
     center = (points * counts.unsqueeze(1)).sum(-1) / counts.sum(-1, keepdim=True).clamp(min=1e-30)
-    nearest = torch.full_like(counts, torch.inf)
+    farthest = torch.where(counts > 0, torch.inf, -1.0)  # points that do not count are never chosen
     chosen = []
     for step in range(num_components):
         if step <= 1:  # the first center is the point farthest from the mean, which is then forgotten
-            nearest = torch.full_like(nearest, torch.inf)
+            nearest = farthest.clone()
         _approach(points, center, nearest)
-        center = _pick(points, torch.where(counts > 0, nearest, -1.0).argmax(-1, keepdim=True)).squeeze(-1)
+        center = _pick(points, nearest.argmax(-1, keepdim=True)).squeeze(-1)
         chosen.append(center)
     return torch.stack(chosen, 1)
 
@@ -224,7 +226,8 @@ def _laid_out(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[T
 def _row_blocks(rows: Tensor, width: int) -> list[slice]:
     """Return slices of the rows of (B, ., N) that are worked on together, for temporaries of a width per row."""
     sets, items = rows.shape[0], rows.shape[-1]
-    size = max(_BLOCK_SIZE // max(sets * width, 1), 1)
+    block_size = _BLOCK_SIZE if rows.device.type == "cpu" else _DEVICE_BLOCK_SIZE
+    size = max(block_size // max(sets * width, 1), 1)
     return [slice(row, row + size) for row in range(0, items, size)]
 
 

@@ -15,16 +15,16 @@ from em_lightning.mixture.parameters import Family, Parameters
 class PseudoCounts(NamedTuple):
     """A prior as pseudo-counts of each component, in the coordinates of the points.
 
-    weight_count: ``alpha - 1``, added to the mass.
-    mean_count: ``kappa``, points at the prior mean.
-    covariance_count: ``s``, points with the prior covariance about the mean of the component.
+    weight_count: (B, K), ``alpha - 1``, added to the mass; the sizes B and K may be 1, here and below.
+    mean_count: (B, K), ``kappa``, points at the prior mean.
+    covariance_count: (B, K), ``s``, points with the prior covariance about the mean of the component.
     mean: (B, 1, D), the prior mean.
-    scatter: (B, 1, S), the expectation of ``s(x - mu)`` under the prior covariance.
+    scatter: (B, K, S), the expectation of ``s(x - mu)`` under the prior covariance.
     """
 
-    weight_count: Tensor | float
-    mean_count: Tensor | float
-    covariance_count: Tensor | float
+    weight_count: Tensor
+    mean_count: Tensor
+    covariance_count: Tensor
     mean: Tensor
     scatter: Tensor
 
@@ -58,22 +58,26 @@ def m_step(
     mass, zeroth, first, second, _, background_mass, _ = statistics
     # Added to the mass as in scikit-learn, so that results agree step for step; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps
-    zeroth_eps = eps * torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
+    mean_irls_weight: float | Tensor = 1.0
+    if zeroth is not mass:
+        mean_irls_weight = torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
+    zeroth_eps = eps * mean_irls_weight
     component_mass, mass = mass.sum(-1), mass + eps
     scatter_mass = mass
     if prior is not None:
         zeroth = zeroth + prior.mean_count
-        first = first + prior.mean_count * prior.mean
-        second = second + prior.mean_count * family.second_degree(prior.mean.mT).mT
+        first = first + prior.mean_count.unsqueeze(-1) * prior.mean
+        second = second + prior.mean_count.unsqueeze(-1) * family.second_degree(prior.mean.mT).mT
     means = first / (zeroth + zeroth_eps).unsqueeze(-1)
     scatter = second - zeroth.unsqueeze(-1) * family.second_degree(means.mT).mT
     if prior is not None:
         strength = prior.covariance_count / family.sharing(mass.shape[1])
-        scatter, scatter_mass = scatter + strength * prior.scatter, scatter_mass + strength
-        mass, background_mass = mass + prior.weight_count, background_mass + prior.weight_count
-        component_mass = component_mass + prior.weight_count * mass.shape[1]
+        scatter, scatter_mass = scatter + strength.unsqueeze(-1) * prior.scatter, scatter_mass + strength
+        added = prior.weight_count.expand_as(mass)
+        mass, background_mass = mass + added, background_mass + added.mean(-1)
+        component_mass = component_mass + added.sum(-1)
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)
-    log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
+    log_weights = (mass / mass.sum(-1, keepdim=True)).log()
     if background is not None:
         log_weights = background.update_weights(log_weights, component_mass, background_mass)
     return Parameters(log_weights, means, covariances)

@@ -143,11 +143,21 @@ class Mixture:
     def _enter(self, x: Tensor, mask: Tensor | None = None) -> tuple[Points, Parameters]:
         """Return points and parameters in coordinates about the means."""
         check_points(self, x)
+        self._check_covariances()
         means = self.means.detach().to(accumulation_dtype(x))
         frame = Frame(means.mean(1), torch.ones_like(means[:, 0, 0]))
         x = x.expand(self.sets, -1, -1)
         points = prepare(x, self._covariance.features, mask, frame=frame, with_moments=False)
         return points, frame.enter_parameters(self.parameters())
+
+    def _check_covariances(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        wrong = self._covariance.indefinite(self.covariances.detach())
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            value = self.covariances[tuple(place)].tolist()
+            raise ValueError(f"covariances must be positive definite, got {value} at index {place}")
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of points (B, N, D).
@@ -170,6 +180,7 @@ class Mixture:
 
     def _scale_tril(self) -> Tensor:
         """Return lower triangular factors (B, K, D, D) of the covariances."""
+        self._check_covariances()
         covariances = self.full().covariances
         return COVARIANCES["full"].factorize(covariances.to(accumulation_dtype(covariances))).scale.to(self.means.dtype)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from em_lightning.kernels import positive_number
+from em_lightning.checks import positive_number
 from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_tau
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture
@@ -117,14 +117,12 @@ class MixturePrior(nn.Module):
             variance = variance * (num_components ** (-2.0 / features) if self.share is None else self.share)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
-        axes = covariance.second_degree(torch.eye(features).to(variance).unsqueeze(0))[0]  # (S, D)
-        return PseudoCounts(
-            self.count("weight", dtype),
-            self.count("mean", dtype),
-            self.count("covariance", dtype),
-            mean.unsqueeze(1),
-            (variance @ axes.mT).unsqueeze(1),
+        axes = covariance.second_degree(torch.eye(features, dtype=dtype, device=mean.device).unsqueeze(0))[0]  # (S, D)
+        weight_count, mean_count, covariance_count = (
+            (mean.new_ones(1, 1) * self.count(name, dtype)).to(dtype) for name in ("weight", "mean", "covariance")
         )
+        scatter = (variance @ axes.mT).unsqueeze(1)
+        return PseudoCounts(weight_count, mean_count, covariance_count, mean.unsqueeze(1), scatter)
 
     def log_prob(
         self, mixture: Mixture, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None

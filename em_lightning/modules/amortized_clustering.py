@@ -31,8 +31,8 @@ class AmortizedClustering(EMModule):
         num_components: K; no learned parameter depends on it, see :meth:`for_components`.
         num_features: D.
         num_iters: T, EM iterations per set.
-        covariance: ``"spherical"``, ``"diag"`` or ``"full"``.
-        init: ``"kmeans++"``, ``"farthest"`` or ``"random"``.
+        covariance: type of the covariances.
+        init: initialization of EM.
         num_starts: number of random starts of which the best is kept for each set, in training too: corrections that
             are trained on worse starts become too cautious.
         residual: whether to learn corrections in addition to the prior.
@@ -42,14 +42,11 @@ class AmortizedClustering(EMModule):
         weight_concentration: initial concentration of the Dirichlet prior of the weights; 1 keeps it flat.
         lr: largest learning rate of the corrections.
         prior_lr: largest learning rate of the prior and the "none of the above" component.
-        schedule: ``"one_cycle"`` or ``"constant"``.
+        schedule: schedule of both learning rates.
 
     Shape:
         - batch: a :class:`~em_lightning.data.MixtureSetBatch` of B sets.
         - ``forward(points (B, N, D), mask (B, N))``: a :class:`~em_lightning.Mixture`.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> from em_lightning.data import MixtureSets
@@ -118,7 +115,6 @@ class AmortizedClustering(EMModule):
         return self
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
-        """Return the mixtures of sets (B, N, D)."""
         return self.operator(points, mask)
 
     def log_prob(self, mixture: Mixture, x: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -143,7 +139,9 @@ class AmortizedClustering(EMModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the corrections, and a group with its own learning rate for everything else."""
-        groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+        corrections: list[Tensor] = []
+        others: list[Tensor] = []
         for name, value in self.named_parameters():
-            groups[not name.startswith("operator.") or name.startswith("operator.prior.")].append(value)
-        return [{"params": groups[0]}, {"params": groups[1], "lr": self.prior_lr}]
+            is_correction = name.startswith("operator.") and not name.startswith("operator.prior.")
+            (corrections if is_correction else others).append(value)
+        return [{"params": corrections}, {"params": others, "lr": self.prior_lr}]

@@ -66,8 +66,8 @@ class EMModule(lightning.LightningModule):
         >>> module = Regression(lr=0.1, auxiliary={"free_energy": 1e-3, "variance": 1e-2})
         >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
         >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, 3 * x), batch_size=16)
-        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        >>> trainer = lightning.Trainer(max_epochs=9, accelerator="cpu", enable_model_summary=False, **quiet)
+        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = lightning.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
         >>> trainer.fit(module, loader, loader)
         >>> sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         ['val/decorrelation', 'val/error', 'val/free_energy', 'val/loss', 'val/total', 'val/variance']
@@ -135,10 +135,10 @@ class EMModule(lightning.LightningModule):
                 return self.batch_size(part)
         raise TypeError(f"{type(self).__name__} must define batch_size(batch) for batches of {type(batch).__name__}")
 
-    def _step(self, batch: Any, stage: str) -> Tensor:
+    def _run_and_log(self, batch: Any, stage: str) -> Tensor:
         """Run ``step``, add the auxiliary terms and log everything."""
-        found = self.step(batch, stage)
-        terms = found if isinstance(found, dict) else {"loss": found}
+        terms = self.step(batch, stage)
+        terms = terms if isinstance(terms, dict) else {"loss": terms}
         missing = sorted({"loss", *self.auxiliary} - set(terms))
         if missing:
             raise ValueError(f"step must return 'loss' and the keys of auxiliary: {missing} missing in {sorted(terms)}")
@@ -166,16 +166,13 @@ class EMModule(lightning.LightningModule):
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a training batch."""
-        return self._step(batch, "train")
+        return self._run_and_log(batch, "train")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the terms of a validation batch."""
-        self._step(batch, "val")
+        self._run_and_log(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the terms of a test batch."""
-        self._step(batch, "test")
+        self._run_and_log(batch, "test")
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Log the norm of the gradient, and drop the gradient if the norm is above ``skip_gradients_above``."""
@@ -209,7 +206,6 @@ class EMModule(lightning.LightningModule):
         return (torch.optim.AdamW if self.weight_decay else torch.optim.Adam)(parameters, **options)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer, with the schedule if there is one."""
         optimizer = self.make_optimizer(self.parameter_groups())
         if self.schedule == "constant":
             return optimizer

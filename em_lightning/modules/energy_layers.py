@@ -28,8 +28,7 @@ class EnergyLayer(EMModule):
     Args:
         num_features: D.
         num_components: K, the competing units.
-        lr: learning rate.
-        optimizer: ``"adam"`` or ``"sgd"``.
+        lr, optimizer: as in :class:`EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,).
@@ -58,7 +57,6 @@ class EnergyLayer(EMModule):
         raise NotImplementedError(f"{type(self).__name__} must define loss_terms(x, y, energies, stage)")
 
     def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        """Return the terms and their sum; outside training, update the metrics."""
         x, y = batch
         energies = self.energies(x)
         terms = self.loss_terms(x, y, energies, stage)
@@ -85,8 +83,7 @@ class DecoderFreeEncoder(EnergyLayer):
         decorrelation: weight of the term against redundant units.
         terms: further terms or arguments of :class:`~em_lightning.EMLoss`, such as
             ``{"variance": 0, "bounded_variance": 1}``; they override the three weights.
-        lr: learning rate.
-        optimizer: ``"adam"`` or ``"sgd"``.
+        lr, optimizer: as in :class:`EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,), not used.
@@ -119,11 +116,9 @@ class DecoderFreeEncoder(EnergyLayer):
         self.loss = EMLoss(**{**weights, **(terms or {})})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the energies (N, K) of items (N, ...)."""
         return self.energies(x)
 
     def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
-        """Return free energy and volume control."""
         return self.loss(energies)
 
 
@@ -140,18 +135,14 @@ class EMClassifier(EnergyLayer):
         num_classes: C.
         neg_log_softmin: whether the head reads :math:`d + \log \sum_j e^{-d_j}` instead of d.
         weight: lambda; 0 disables the auxiliary loss.
-        variance: weight, inside lambda, of the term against dead units.
-        decorrelation: weight, inside lambda, of the term against redundant units.
-        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, inside lambda.
-        lr: learning rate.
-        optimizer: ``"adam"`` or ``"sgd"``.
+        variance: weight of the term against dead units, which lambda multiplies.
+        decorrelation: weight of the term against redundant units, which lambda multiplies.
+        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, which lambda multiplies.
+        lr, optimizer: as in :class:`EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,).
         - ``forward(x)``: logits (N, C).
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> module = EMClassifier(num_features=64, num_components=16)
@@ -187,15 +178,13 @@ class EMClassifier(EnergyLayer):
         if weight:
             weights = {"free_energy": 0.0, "variance": variance, "decorrelation": decorrelation}
             self.loss = EMLoss(**{**weights, **(terms or {})})
-            self.loss.weights = {name: weight * inner for name, inner in self.loss.weights.items()}
+            self.loss.weights = {name: weight * value for name, value in self.loss.weights.items()}
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, C) of items (N, ...)."""
         return self.head(self.activation(self.energies(x)))
 
     def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
-        """Return the cross-entropy, and the weighted volume control of the energies."""
         logits = self.head(self.activation(energies))
         if stage != "train":
             self.metrics_of(stage)["accuracy"].update(logits, y)

@@ -52,11 +52,11 @@ class GaussianMixtureModule(EMModule):
     Args:
         num_components: K.
         num_features: D.
-        covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-        method: ``"em"``, ``"stochastic"`` or ``"gradient"``.
-        init: initialization of the centers from a sample of the rows: ``"kmeans++"``, ``"farthest"`` or ``"random"``.
+        covariance: type of the covariances.
+        method: see above.
+        init: initialization of the centers from a sample of the rows.
         sample_size: number of rows in the sample.
-        lloyd_steps: steps of k-means on the sample after that.
+        lloyd_steps: steps of k-means on the sample after the initialization.
         num_starts: number of starts, of which the best after five iterations on the sample is kept.
         covariance_floor: added to every variance, in squared units of the data.
         tol: the run stops when the log-likelihood per point changes by less in an epoch; 0 runs all epochs.
@@ -64,9 +64,8 @@ class GaussianMixtureModule(EMModule):
             its mean and covariance default to those of the sample.
         step_exponent: :math:`\alpha` of stochastic EM, above 1/2 and at most 1.
         step_offset: :math:`t_0` of stochastic EM, at least 1; :math:`\gamma_0` is 1 in any case.
-        seed: of the sample and the initialization.
-        lr: learning rate of the gradient method.
-        schedule: ``"one_cycle"`` or ``"constant"``, of the gradient method.
+        seed: seed of the sample and the initialization.
+        lr, schedule: as in :class:`EMModule`, for the gradient method.
 
     Shape:
         - batch: points (n, D), or a pair of points and weights (n,).
@@ -125,7 +124,7 @@ class GaussianMixtureModule(EMModule):
         self.covariance_floor = covariance_floor
         self.tol = tol
         self.seed = seed
-        self._start = functools.partial(
+        self._make_operator = functools.partial(
             EMOperator,
             num_components,
             num_features,
@@ -138,17 +137,16 @@ class GaussianMixtureModule(EMModule):
             num_starts=num_starts,
             covariance_floor=covariance_floor,
         )
-        self._start()  # checks the arguments
-        counts = None if prior is None else from_options("prior", MixturePrior, prior)
+        self._make_operator()  # checks the arguments
+        common = covariance_floor, None if prior is None else from_options("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
         self.learner: MixtureLearner
         if method == "gradient":
-            self.learner = GradientAscent(UnconstrainedMixture(*shape, covariance_floor), covariance_floor, counts)
+            self.learner = GradientAscent(UnconstrainedMixture(*shape, covariance_floor), *common)
         elif method == "em":
-            self.learner = FullBatchEM(PlainMixture(*shape), covariance_floor, counts)
+            self.learner = FullBatchEM(PlainMixture(*shape), *common)
         else:
-            plain = PlainMixture(*shape)
-            self.learner = StochasticEM(plain, covariance_floor, counts, exponent=step_exponent, offset=step_offset)
+            self.learner = StochasticEM(PlainMixture(*shape), *common, exponent=step_exponent, offset=step_offset)
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP would broadcast the buffers before every block; ranks agree on them already, or each has its own.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -187,12 +185,12 @@ class GaussianMixtureModule(EMModule):
         """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
         self.trainer.should_stop |= self.converged  # in an earlier run
         if not self.learner.started:
-            found: Any = None
+            start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
-                mixture, *moments = initial_mixture(rows, self._start())
-                found = (tuple(mixture.parameters()), *moments)
-            parts, center, variance = self.trainer.strategy.broadcast(found)
+                mixture, *moments = initial_mixture(rows, self._make_operator())
+                start = (tuple(mixture.parameters()), *moments)
+            parts, center, variance = self.trainer.strategy.broadcast(start)
             self.start_from(Mixture(*parts), center, variance)
         self.learner.sums.zero_()
         sums, self._restored = self._restored, None
@@ -218,8 +216,8 @@ class GaussianMixtureModule(EMModule):
         """
         rows = rows_of(batch)
         if stage == "train":
-            blocks = self.trainer.num_training_batches
-            return {"loss": self.learner.learn(rows, blocks if math.isfinite(blocks) else 1)}
+            num_blocks = self.trainer.num_training_batches
+            return {"loss": self.learner.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
         log_prob = self.log_prob(rows.points)
         self.metrics_of(stage)["log_likelihood"].update(log_prob, weights=rows.weights)
         counts = torch.ones_like(log_prob) if rows.weights is None else rows.weights.to(log_prob)
@@ -244,6 +242,9 @@ class GaussianMixtureModule(EMModule):
         """Backpropagate for the gradient method; EM needs no backward pass."""
         if self.method == "gradient":
             super().backward(loss, *args, **kwargs)
+        elif self.trainer.scaler is not None:  # of 16-mixed precision, which fails without any gradient
+            for parameter in self.parameters():
+                parameter.grad = torch.zeros_like(parameter)
 
     def forward(self, points: Tensor) -> Any:
         """Return the posterior of points (n, D): energies and responsibilities (n, K), free energy (n,)."""
@@ -257,11 +258,10 @@ class GaussianMixtureModule(EMModule):
     def on_test_epoch_end(self) -> None:
         """Log BIC and AIC of all rows."""
         total, mass, _ = global_sum(self.metrics_of("test")["log_likelihood"].sums).tolist()
-        found = information_criteria(self.mixture, total, mass)
-        self.log_dict({"test/bic": found.bic, "test/aic": found.aic}, sync_dist=True)
+        criteria = information_criteria(self.mixture, total, mass)
+        self.log_dict({"test/bic": criteria.bic, "test/aic": criteria.aic}, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the responsibilities (n, K) of a block of rows."""
         return self(rows_of(batch).points).responsibilities
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

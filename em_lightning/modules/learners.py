@@ -54,9 +54,9 @@ class MixtureLearner(nn.Module):
         """The mixture of one set, in float64."""
         return self.parametrization()
 
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Learn from a block of rows, of ``blocks`` in a pass, and return its negative log-likelihood per row."""
-        raise NotImplementedError(f"{type(self).__name__} must define learn(rows, blocks)")
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
+        """Learn from one of ``num_blocks`` blocks of a pass, and return its negative log-likelihood per row."""
+        raise NotImplementedError(f"{type(self).__name__} must define learn(rows, num_blocks)")
 
     @torch.no_grad()
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
@@ -108,15 +108,13 @@ class FullBatchEM(MixtureLearner):
     """Exact EM: a pass sums the sufficient statistics of its blocks and ends with an M-step."""
 
     def num_sums(self) -> int:
-        """Return the size of the sufficient statistics."""
         return self.no_rows.flatten().numel()
 
     @torch.no_grad()
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Add the statistics of a block."""
-        found = self.streamed.e_step(rows.points, self.mixture, rows.weights)
-        self.sums += found.flatten()
-        return loss_of(found.log_likelihood[0], found.mass.sum())
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
+        block = self.streamed.e_step(rows.points, self.mixture, rows.weights)
+        self.sums += block.flatten()
+        return loss_of(block.log_likelihood[0], block.mass.sum())
 
     def summarize(self, total: Tensor) -> Tensor:
         """Maximize, and return the log-likelihood per row before that."""
@@ -142,20 +140,19 @@ class StochasticEM(MixtureLearner):
         self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Mix the statistics of a block, of all ranks, into the running ones, and maximize."""
-        found = self.streamed.e_step(rows.points, self.mixture, rows.weights)
-        self.sums += torch.stack([found.log_likelihood[0], found.mass.sum()])
-        total = global_sum(found.flatten())
-        summed = found.unflatten(total)
-        mass = summed.mass.sum()
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
+        block = self.streamed.e_step(rows.points, self.mixture, rows.weights)
+        self.sums += torch.stack([block.log_likelihood[0], block.mass.sum()])
+        flat = global_sum(block.flatten())
+        total = block.unflatten(flat)
+        mass = total.mass.sum()
         if mass > 0:  # a block whose rows all have weight zero changes nothing
             share = 1.0 if self.blocks_seen == 0 else float(self.blocks_seen + self.offset) ** -self.exponent
-            # In the mass of the whole data set, relative to which a prior has its strength.
-            self.running.lerp_(total * blocks, share)
+            # A prior's strength is relative to the mass of the whole data set.
+            self.running.lerp_(flat * num_blocks, share)
             self.blocks_seen += 1
-            self.maximize(found.unflatten(self.running))
-        return loss_of(summed.log_likelihood[0], mass)
+            self.maximize(total.unflatten(self.running))
+        return loss_of(total.log_likelihood[0], mass)
 
 
 class GradientAscent(MixtureLearner):
@@ -165,17 +162,17 @@ class GradientAscent(MixtureLearner):
     weight; EM with the same prior has the same maximum.
     """
 
-    def learn(self, rows: TableBatch, blocks: float) -> Tensor:
-        """Return the loss for an optimizer."""
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         points, weights = rows
         mixture = self.mixture
         log_prob = mixture.log_prob(points.unsqueeze(0)).squeeze(0).to(self.sums)
         counts = torch.ones_like(log_prob) if weights is None else weights.to(log_prob)
-        found = torch.stack([counts @ log_prob, counts.sum()])
-        self.sums += found.detach()
-        total, mass = global_sum(found)
-        if self.prior is not None:
-            total = total + self.prior.log_density(mixture, self.center, self.variance)[0] / blocks
+        block = torch.stack([counts @ log_prob, counts.sum(), (counts > 0).sum()])
+        self.sums += block[:2].detach()
+        total, mass, number = global_sum(block)
+        if self.prior is not None:  # relative to the number of rows, as in EM: a common factor of weights has no effect
+            share = self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
+            total = total + share * mass / number.clamp(min=1)
         return loss_of(total, mass)
 
 
@@ -195,12 +192,12 @@ def sample_of(loader: Any, size: int, seed: int) -> TableBatch:
     """Return rows of a loader, from its ``sample`` method if it has one, else the first rows."""
     if hasattr(loader, "sample"):
         return loader.sample(size, seed)
-    found: list[Any] = []
+    blocks: list[TableBatch] = []
     for batch in loader:
-        found.append(rows_of(batch))
-        if sum(len(rows.points) for rows in found) >= size:
+        blocks.append(rows_of(batch))
+        if sum(len(block.points) for block in blocks) >= size:
             break
-    points, weights = zip(*found, strict=True)
+    points, weights = zip(*blocks, strict=True)
     return TableBatch(torch.cat(points)[:size], None if weights[0] is None else torch.cat(weights)[:size])
 
 

@@ -73,5 +73,5 @@ class UnconstrainedMixture(nn.Module):
         self.spread.copy_(self.covariance.common_scale(mixture.variance[0].sqrt()))
         self.logits.copy_(mixture.log_weights[0])
         self.offsets.copy_((mixture.means[0] - self.center) / self.spread)
-        own = self.covariance.rescaled(mixture.covariances, self.spread.reciprocal())
-        self.entries.copy_(self.covariance.unconstrained(own)[0])
+        covariances = self.covariance.rescaled(mixture.covariances, self.spread.reciprocal())
+        self.entries.copy_(self.covariance.unconstrained(covariances)[0])

@@ -34,22 +34,19 @@ class PointCloudClassifier(EMModule):
         pooling: ``"em"`` or ``"max"``.
         num_components: K, components of EM.
         num_iters: EM iterations.
-        covariance: of the components.
+        covariance: type of the covariances.
         init: initialization of EM; with ``"learned"`` components keep their identity from cloud to cloud.
-        levels: for each level of the pyramid the arguments of its ``EMAbstraction``: ``num_components``,
-            ``out_features``, ``pitch``, and any others.
+        levels: arguments of the ``EMAbstraction`` of each level, such as ``num_components`` and ``pitch``.
         width: features of a point; ignored with ``levels``.
         hidden: width of the head.
-        dropout: after the hidden layers of the head.
-        label_smoothing: of the cross-entropy in training.
+        dropout: dropout rate after the hidden layers of the head.
+        label_smoothing: label smoothing of the cross-entropy in training.
         distort: augmentation of training clouds: largest difference of the entries of a random linear map from those of
             the identity.
         scale: augmentation: a random factor from 1 - scale to 1 + scale.
         shift: augmentation: largest random shift of each coordinate.
         jitter: augmentation: standard deviation of Gaussian noise on each point.
-        lr: largest learning rate.
-        schedule: ``"one_cycle"`` or ``"constant"``.
-        weight_decay: decoupled weight decay.
+        lr, schedule, weight_decay: as in :class:`EMModule`.
 
     Shape:
         - batch: an object with ``points`` (B, N, D), ``mask`` (B, N) and ``label`` (B,).
@@ -132,7 +129,6 @@ class PointCloudClassifier(EMModule):
         )
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return logits (B, C) of clouds (B, N, D)."""
         if self.levels:
             points, features = self.levels[0](points, None, mask)
             for level in self.levels[1:]:
@@ -144,7 +140,7 @@ class PointCloudClassifier(EMModule):
             rows = self.features(points[mask])  # batch normalization must not see the padding
             features = rows.new_zeros(*mask.shape, rows.shape[-1]).masked_scatter(mask.unsqueeze(-1), rows)
         if self.pool is None:
-            return self.head(features.amax(1))  # padding is 0, the least output of the ReLU
+            return self.head(features.amax(1))  # padding is 0, the smallest output of the ReLU
         return self.head(self.pool(features, mask, coordinates=points))
 
     def step(self, batch: Any, stage: str) -> Tensor:

@@ -114,9 +114,10 @@ class EMAbstraction(nn.Module):
                 found = found / valid.sum(1).clamp(min=1)[:, None, None]
             else:
                 outer = bumps(x, centers, self.grid, self.pitch)
-            inner = bumps(centers, centers, 3, self.inner_pitch) if len(self.blocks) else None
+            inner = bumps(centers, centers, 3, self.inner_pitch).to(self.embed.linear.weight.dtype)
         if features is not None:
-            found = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0))
+            found = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0).to(outer.dtype))
+        found = found.to(self.embed.linear.weight.dtype)  # the module may be of half precision
         tokens = self.embed(self.scale(found.flatten(0, 1)).view_as(found))
         for block in self.blocks:
             tokens = block(tokens, inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ import torch_geometric.nn.aggr
 from torch import Tensor, nn
 from torch_geometric.index import ptr2index
 from torch_geometric.nn.aggr import Aggregation
-from torch_geometric.utils import to_dense_batch
 
-from em_lightning.operators.em import EMOperator
 from em_lightning.operators.pooling import EMPooling
+from em_lightning.operators.small_sets import fit_small_sets
 
 
 class EMAggregation(Aggregation):
@@ -23,11 +23,11 @@ class EMAggregation(Aggregation):
 
     .. math:: y = \sum_k s_k \mu_k, \qquad s = \operatorname{softmax}_k(a \log \pi_k - b \log \sigma_k)
 
-    with learned a and b, at first :math:`a = 1, b = 0`: the mean of the group. A large a selects the largest cluster of
-    a neighbourhood and a large b the tightest one, both without outliers. With ``out_channels`` it is an
+    a and b are learned; the initial values :math:`a = 1, b = 0` give the mean of the group. A large a selects the
+    heaviest cluster, a large b the tightest; outliers have little influence on either. With ``out_channels`` it is an
     :class:`EMPooling` with a linear layer on top, for the readout of a graph.
 
-    Groups may come in any order; empty groups give zeros.
+    Groups may come in any order; empty groups give zeros. The cost is linear in the number of rows.
 
     Args:
         num_components: K.
@@ -59,7 +59,9 @@ class EMAggregation(Aggregation):
         if (in_channels is None) != (out_channels is None):
             raise ValueError(f"in_channels={in_channels} and out_channels={out_channels} must be given together")
         if pooling and out_channels is None:
-            raise ValueError(f"{', '.join(pooling)} must be given with out_channels")
+            raise ValueError(f"{', '.join(pooling)} requires out_channels")
+        if num_components < 1 or num_iters < 0:
+            raise ValueError(f"num_components={num_components} must be at least 1 and num_iters={num_iters} at least 0")
         self.num_components = num_components
         self.num_iters = num_iters
         self.pooling = None
@@ -71,7 +73,6 @@ class EMAggregation(Aggregation):
         else:
             self.by_weight = nn.Parameter(torch.ones(1))
             self.by_scale = nn.Parameter(torch.zeros(1))
-        self._operators: dict[int, EMOperator] = {}
 
     def reset_parameters(self) -> None:
         """Draw new initial values of the parameters."""
@@ -90,52 +91,74 @@ class EMAggregation(Aggregation):
         ptr: Tensor | None = None,
         dim_size: int | None = None,
         dim: int = -2,
+        max_num_elements: int | None = None,
     ) -> Tensor:
         """Return one row per group; ``Aggregation.__call__`` completes the arguments.
 
         Args:
-            x: rows along ``dim``.
+            x: rows along ``dim``; the last other axis holds the features. Further axes, such as attention heads, are
+                aggregated separately.
             index: the group of each row, in any order.
             ptr: the boundaries of the groups, instead of ``index``.
             dim_size: number of groups.
-            dim: the axis of the rows; axes between rows and features, such as attention heads, are separate sets.
+            dim: the axis of the rows.
+            max_num_elements: largest number of rows per group; further rows of a group are dropped.
         """
-        rows = x.movedim(dim, 0)
-        groups = dim_size or 0
+        if not x.is_floating_point():
+            raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index
-        # to_dense_batch requires sorted groups.
-        order = torch.argsort(index, stable=True)
-        sets = rows[order].unsqueeze(1).flatten(1, -2).unbind(1)
-        summary = torch.stack([self._summaries(part, index[order], groups) for part in sets], 1)
-        return summary.reshape(groups, *rows.shape[1:-1], summary.shape[-1]).movedim(0, dim)
+        rows = x.movedim(dim, 0)
+        shape, num_groups = rows.shape[1:], dim_size or 0
+        if index.shape != rows.shape[:1]:
+            raise ValueError(f"index {tuple(index.shape)} must have one entry for each of the {len(rows)} rows of x")
+        features, heads = (shape[-1] if shape else 1), math.prod(shape[:-1])
+        rows = rows.reshape(len(rows) * heads, features)
+        index = (index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)).flatten()
+        summaries = self._summaries(rows, index, num_groups * heads, max_num_elements)
+        ends = shape if self.pooling is None else (*shape[:-1], self.pooling.out_features)
+        return summaries.to(x.dtype).reshape(num_groups, *ends).movedim(0, dim)
 
-    def _summaries(self, rows: Tensor, index: Tensor, groups: int) -> Tensor:
-        if groups == 0 or len(rows) == 0:
-            return rows.new_zeros(groups, rows.shape[-1] if self.pooling is None else self.pooling.out_features)
-        sets, mask = to_dense_batch(rows, index, batch_size=groups)
-        summary = self._shape_preserving(sets, mask) if self.pooling is None else self.pooling(sets, mask)
-        return torch.where(mask.any(1, keepdim=True), summary, 0.0)
+    def _summaries(self, rows: Tensor, index: Tensor, num_groups: int, limit: int | None) -> Tensor:
+        """Return summaries (G, F) of the groups of rows (E, D); zeros for empty groups."""
+        summaries = rows.new_zeros(num_groups, rows.shape[-1] if self.pooling is None else self.pooling.out_features)
+        sizes = index.new_zeros(num_groups).scatter_add_(0, index, torch.ones_like(index))
+        first = sizes.cumsum(0) - sizes
+        sizes = sizes if limit is None else sizes.clamp(max=limit)
+        if not sizes.any():  # data-parallel training needs a gradient of every parameter, here of zero
+            return summaries + sum((p.flatten()[:0].sum() for p in self.parameters()), rows[:0].sum())
+        buckets, masks = _buckets(sizes)
+        places = [
+            first[bucket].unsqueeze(1) + torch.where(mask, mask.cumsum(1) - 1, 0)
+            for bucket, mask in zip(buckets, masks, strict=True)
+        ]
+        order = index.argsort(stable=True)[torch.cat([place.flatten() for place in places])]
+        parts = rows.index_select(0, order).split([mask.numel() for mask in masks])
+        summarize = self._mean_of_components if self.pooling is None else self.pooling
+        found = [summarize(x.view(*mask.shape, -1), mask) for x, mask in zip(parts, masks, strict=True)]
+        return summaries.to(found[0].dtype).index_copy(0, torch.cat(buckets), torch.cat(found))
 
-    def _shape_preserving(self, sets: Tensor, mask: Tensor) -> Tensor:
-        features = sets.shape[-1]
-        if features not in self._operators:
-            self._operators[features] = EMOperator(
-                self.num_components,
-                features,
-                num_iters=self.num_iters,
-                covariance="spherical",
-                residual=False,
-                prior={"mean_strength": 0.0, "covariance_strength": 1.0},
-            )
-        mixture = self._operators[features](sets, mask)
-        with torch.autocast(sets.device.type, enabled=False):
-            score = self.by_weight * mixture.log_weights - self.by_scale * 0.5 * mixture.covariances.log()
-            return (score.softmax(-1).unsqueeze(1) @ mixture.means).squeeze(1).to(sets.dtype)
+    def _mean_of_components(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return y (B, D) of padded sets (B, N, D)."""
+        log_weights, variances, coefficients = fit_small_sets(x, mask, self.num_components, self.num_iters)
+        shares = (self.by_weight * log_weights - self.by_scale * 0.5 * variances.log()).softmax(0)
+        weights = (coefficients * shares).sum(1).mT.to(torch.promote_types(x.dtype, torch.float32))
+        return (weights.unsqueeze(-1) * x).sum(1)
 
     def __repr__(self) -> str:
         """Return the class with K and the number of output features."""
         more = "" if self.pooling is None else f", out_channels={self.pooling.out_features}"
         return f"{type(self).__name__}({self.num_components}{more})"
+
+
+def _buckets(sizes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return groups of similar size, 2^n to 2^(n + 1) - 1, and which rows (B, N) of the padded groups exist."""
+    exponents = torch.frexp(sizes.double()).exponent
+    buckets = [(exponents == exponent).nonzero().squeeze(1) for exponent in exponents.unique() if exponent > 0]
+    masks = []
+    for bucket in buckets:
+        own = sizes[bucket]
+        masks.append(torch.arange(int(own.max()), device=own.device) < own.unsqueeze(1))
+    return buckets, masks
 
 
 def register_aggregation() -> None:
@@ -147,4 +170,4 @@ def register_aggregation() -> None:
         >>> SAGEConv(8, 16, aggr="em").aggr_module
         EMAggregation(2)
     """
-    torch_geometric.nn.aggr.EMAggregation = EMAggregation
+    torch_geometric.nn.aggr.EMAggregation = EMAggregation  # the resolver of PyG reads this namespace

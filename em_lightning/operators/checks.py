@@ -23,7 +23,9 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(x.shape[:2])}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}")
-    if not torch.compiler.is_compiling():
+    # Neither a compiler nor the capture of a CUDA graph allows reading values.
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not capturing:
         finite = x.detach().isfinite().all(-1)
         _check_all(finite if mask is None else finite | ~mask, "x must be finite", x)
         if weights is not None:

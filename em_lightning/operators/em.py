@@ -15,7 +15,14 @@ from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmi
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
-from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joint, with_background
+from em_lightning.mixture.e_step import (
+    Likelihood,
+    SufficientStatistics,
+    e_step,
+    log_density,
+    log_joint,
+    with_background,
+)
 from em_lightning.mixture.em import where
 from em_lightning.mixture.m_step import PseudoCounts, m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
@@ -28,8 +35,6 @@ from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import GivenSets, build_start
 from em_lightning.registry import from_options
 
-# Largest decrease of the log-likelihood per point by the last correction, in nats.
-_TOLERATED_LOSS = 0.5
 # Exact iterations after which starts are compared.
 _TRIAL_ITERATIONS = 5
 
@@ -91,7 +96,7 @@ class EMOperator(SetOperator):
         num_starts: number of random starts. Each set takes the one with the highest objective after ``num_iters`` exact
             iterations, at most five. In training mode :meth:`forward` takes a single start.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
-        residual: whether there are corrections to learn.
+        residual: whether there are corrections to learn, or the :class:`ResidualCorrection`.
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
@@ -133,7 +138,7 @@ class EMOperator(SetOperator):
         lloyd_steps: int = 0,
         num_starts: int = 1,
         seed: int | None = None,
-        residual: bool = True,
+        residual: bool | ResidualCorrection = True,
         prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
         relative_floor: bool = False,
@@ -176,7 +181,10 @@ class EMOperator(SetOperator):
         self.covariance_floor = covariance_floor
         self.relative_floor = relative_floor
         self.temperature = (float(pair[0]), float(pair[1]))
-        self.correction = ResidualCorrection(num_features, self.family) if residual else None
+        learned = (
+            residual if isinstance(residual, ResidualCorrection) else ResidualCorrection(num_features, self.family)
+        )
+        self.correction = learned if residual else None
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
     def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
@@ -198,7 +206,8 @@ class EMOperator(SetOperator):
         features = points.lift()
         joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
         joint = with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
-        return self.competition(-joint.mT.to(x.dtype))
+        coupling = {"item_dim": 1, "mask": mask} if self.competition.couples_items else {}
+        return self.competition(-joint.mT.to(x.dtype), **coupling)
 
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
@@ -268,10 +277,16 @@ class EMOperator(SetOperator):
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        after, objective = self._exact_step(sets, state, progress, with_objective)
+        statistics, objective = self._e_step(sets, state, progress, with_objective)
+        after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
         if self.correction is None:
             return after, objective
-        corrected = self.correction(sets.points, state, after, sets.floor, progress)
+        correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
+        corrected = after
+        if sets.prior is not None:
+            prior = correction.pseudo_counts(sets.prior, self.family)
+            corrected = m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
+        corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Earlier corrections are followed by an exact iteration.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
@@ -279,6 +294,13 @@ class EMOperator(SetOperator):
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
         """Return the parameters after one E-step and one M-step, and the objective (B,) before if it is wanted."""
+        statistics, objective = self._e_step(sets, state, progress, with_objective)
+        return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background), objective
+
+    def _e_step(
+        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool
+    ) -> tuple[SufficientStatistics, Tensor]:
+        """Return the sufficient statistics, and the objective (B,) if it is wanted."""
         points, competition = sets.points, self.competition
         first, last = self.temperature
         temperature = first ** (1.0 - progress) * last**progress
@@ -286,7 +308,8 @@ class EMOperator(SetOperator):
         softmin = isinstance(competition, Softmin)
 
         def respond(joint: Tensor) -> Tensor:
-            return competition(-joint / temperature, dim=1).responsibilities
+            coupling = {"item_dim": 2, "mask": sets.given.mask} if competition.couples_items else {}
+            return competition(-joint / temperature, dim=1, **coupling).responsibilities
 
         statistics = e_step(
             points,
@@ -297,23 +320,34 @@ class EMOperator(SetOperator):
             with_log_likelihood=with_objective,
             couples_points=competition.couples_items,
         )
-        after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
+        if not with_objective:
+            return statistics, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
-        return after, self._with_prior(sets, state, likelihood, log_likelihood) if with_objective else log_likelihood
+        return statistics, self._with_prior(sets, state, likelihood, log_likelihood)
 
     def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
-        """Return corrected parameters, or plain ones for sets whose likelihood the correction lowers too much."""
+        """Return corrected parameters, or plain ones for sets whose log-likelihood the correction lowers too much.
+
+        p parameters raise the log-likelihood of N fitted points by about ``N p / (N - p - 1)`` above that of as many
+        others (Hurvich and Tsai, 1989); a correction that lowers it by more cannot help others.
+        """
+        components, features = self.num_components, self.num_features
+        parameters = components * (1 + features) - 1 + self.family.num_parameters(components, features)
+        spare = sets.points.num_points - parameters - 1
+        allowed = torch.where(spare > 0, parameters + parameters * (parameters + 1) / spare, torch.inf)
         with torch.no_grad():
-            least = self._objective(sets, plain) - _TOLERATED_LOSS * sets.points.mass
-            keep = self._objective(sets, corrected) >= least
+            keep = self._log_likelihood(sets, corrected) >= self._log_likelihood(sets, plain) - allowed
         return where(keep, corrected, plain)
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+        likelihood = self._likelihood(sets.points, state, sets.covariance)
+        return self._with_prior(sets, state, likelihood, self._log_likelihood(sets, state))
+
+    def _log_likelihood(self, sets: _Sets, state: Parameters) -> Tensor:
         points = sets.points
         likelihood = self._likelihood(points, state, sets.covariance)
         density = log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)
-        total = (density if points.weights is None else density * points.weights).sum(-1)
-        return self._with_prior(sets, state, likelihood, total)
+        return (density if points.weights is None else density * points.weights).sum(-1)
 
     def _with_prior(self, sets: _Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
         """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
@@ -321,9 +355,9 @@ class EMOperator(SetOperator):
             return log_likelihood
         own = log_prior(state, sets.covariance, sets.prior)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
-        own = own - sets.prior.covariance_count * num_covariances * sets.points.log_volume()
+        own = own - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:
-            own = own + sets.prior.weight_count * likelihood.background.log_weight
+            own = own + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
         return log_likelihood + own
 
     def _mixture(self, sets: _Sets, state: Parameters) -> Mixture:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from em_lightning.mixture.points import accumulation_dtype
 from em_lightning.operators.checks import check_sets
@@ -120,10 +121,10 @@ class EMPooling(nn.Module):
             places = items if coordinates is None else coordinates.to(items.dtype)
             if mask is not None:
                 items, places = (torch.where(mask.unsqueeze(-1), part, 0.0) for part in (items, places))
-            heads = [places] if self.project is None else self.project(items).chunk(self.heads, -1)
+            heads = [places] if self.project is None else _linear(self.project, items).chunk(self.heads, -1)
             pairs = zip(self.operators, heads, strict=True)
             vector = torch.cat([self._summary(operator, z, items, mask, weights) for operator, z in pairs], -1)
-            vector = vector if self.output is None else self.output(vector)
+            vector = vector if self.output is None else _linear(self.output, vector)
         return vector.to(x.dtype)
 
     def _summary(
@@ -156,3 +157,9 @@ class EMPooling(nn.Module):
         chosen = [parts[name].to(dtype) for name in self.summary if name != "log_prob"]
         vector = torch.cat([mixture.means[..., :0].to(dtype), *chosen], -1).flatten(1)
         return torch.cat([vector, log_prob.to(dtype)], -1) if "log_prob" in self.summary else vector
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return the linear map of x in the wider dtype of x and the layer, which may be of half precision."""
+    dtype = torch.promote_types(x.dtype, layer.weight.dtype)
+    return functional.linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))

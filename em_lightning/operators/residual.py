@@ -1,85 +1,170 @@
-"""Learned corrections of means and covariances after each M-step."""
+"""The learned M-step: pseudo-counts per component, and corrections of means and covariances."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from em_lightning.mixture.covariance import COVARIANCES, Covariance
+from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
+# Bounds of the corrections: of a standard deviation and of a pseudo-count as logarithms of factors.
+_STRETCH, _FACTOR = 2.0, 12.0
+
+
+class Correction(NamedTuple):
+    """Corrections of one iteration; all are zero in an untrained operator.
+
+    stretch: (B, K, D), logarithms of the factors of the standard deviations along the principal axes.
+    shift: (B, K, D), how many more changes of the mean to add along each principal axis.
+    counts: (B, K, 4), logarithms of the factors of the prior's three pseudo-counts and of its covariance.
+    share: (B, K), share of the neighbours' covariance in the prior covariance, at least 0.
+    neighbours: (B, K, D, D), second moments of the neighbouring components about the mean of each.
+    """
+
+    stretch: Tensor
+    shift: Tensor
+    counts: Tensor
+    share: Tensor
+    neighbours: Tensor
+
+    def pseudo_counts(self, prior: PseudoCounts, covariance: Covariance) -> PseudoCounts:
+        """Return the pseudo-counts of each component."""
+        weight, mean, strength, spread = self.counts.exp().unbind(-1)
+        share = self.share.unsqueeze(-1)
+        scatter = (1.0 - share) * prior.scatter + share * covariance.pairs(self.neighbours)
+        return PseudoCounts(
+            prior.weight_count * weight,
+            prior.mean_count * mean,
+            prior.covariance_count * strength,
+            prior.mean,
+            spread.unsqueeze(-1) * scatter,
+        )
+
+    def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:
+        """Return corrected parameters, given the means before and the parameters after an M-step."""
+        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)
+        step = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
+        step = deviations * _bounded(self.shift * step / deviations, 1.0)
+        means = after.means + (axes @ step.unsqueeze(-1)).squeeze(-1)
+        return Parameters(after.log_weights, means, covariance.stretched(after.covariances, axes, self.stretch, floor))
+
 
 class ResidualCorrection(nn.Module):
-    r"""Correct each component: ``mu <- mu + L MLP_mu(h)`` and ``L <- L E(MLP_Sigma(h))``, with ``Sigma = L L^T``.
+    r"""Networks that correct the M-step of each component from what the component and its set know.
 
-    ``h_k`` encodes component k: its weight, mean and covariance relative to the set, their change in the last M-step,
-    the progress of the loop, and the mean encoding of all components. Corrections are in the coordinates of the
-    component's factor ``L`` and therefore independent of the scale of the data. ``E`` is a triangular matrix times an
-    extrapolation of the M-step; covariances stay positive definite and above their floor. The last layers of both
-    networks start at zero, so that an untrained correction changes nothing. The correction is equivariant in the
-    components.
+    ``h_k`` describes component k by its principal standard deviations, their change and that of the mean in the last
+    iteration, the number of its points, the extent of its neighbours, and the set by its size; then
+
+    .. math::
+        (\text{counts}, \text{stretch}, \text{shift})_k = \operatorname{MLP}(h_k, \text{mean}_j h_j, \max_j h_j) + A h_k
+
+    The pseudo-counts of a prior, if there is one, are multiplied by ``exp(counts)``, and its covariance is mixed with
+    that of the neighbouring components. Along each principal axis of the M-step's covariance the standard deviation is
+    multiplied by ``exp(stretch)``, and the mean moves by ``shift`` times its change. The last layers start at zero, so
+    that an untrained correction changes nothing. Corrections are independent of the scale and, for full covariances, of
+    the rotation of the data, and equivariant in the components.
 
     Args:
         num_features: D.
         covariance: the covariance type, or its key.
         width: of the hidden layers.
+
+    Source: the residual operator core of EM as a neural operator, in the coordinates of each component.
     """
 
     def __init__(self, num_features: int, covariance: str | Covariance = "full", width: int = 64) -> None:
         super().__init__()
         self.covariance: Covariance = COVARIANCES[covariance] if isinstance(covariance, str) else covariance
-        size = self.covariance.correction_size(num_features)
-        inputs = 1 + 2 * num_features + 2 * (size - 2) + 2
+        self.num_features = num_features
+        inputs, outputs = 7 * num_features + 10, 2 * num_features + 5
         self.describe = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.mean_mlp = _mlp(2 * width, width, num_features)
-        self.covariance_mlp = _mlp(2 * width, width, size)
+        self.decide = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, outputs))
+        self.direct = nn.Linear(inputs, outputs, bias=False)
+        for last in (self.decide[-1], self.direct):
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
-        self, points: Points, before: Parameters, after: Parameters, floor: Tensor, progress: float
-    ) -> Parameters:
-        """Return corrected parameters for those before and after an EM iteration.
+        self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
+    ) -> Correction:
+        """Return the corrections for the parameters before and after an EM iteration.
 
         Args:
             points: the point sets.
+            mass: (B, K), of the components.
             before: the parameters before the E-step.
             after: the parameters after the M-step.
             floor: (B,), of the variances.
             progress: completed share of the loop, 1 at the last iteration.
         """
-        covariance, components = self.covariance, after.means.shape[1]
-        own = covariance.factorize(before.covariances, before.means)
-        new = covariance.factorize(after.covariances, after.means)
+        covariance, dtype = self.covariance, after.means.dtype
+        components = after.means.shape[1]
         unit = points.unit()[:, None, None]
-        size, change = covariance.describe(own, new, unit)
-        done = torch.full_like(after.means[..., :1], progress)
+        neighbours = neighbour_moments(after, covariance, unit)
+        axes, deviations = covariance.principal_axes(after.covariances, after.means, neighbours)
+
+        def along(matrix: Tensor) -> Tensor:
+            """Return the standard deviations (B, K, D) of covariances along the axes."""
+            return ((axes.mT @ matrix) * axes.mT).sum(-1).clamp(min=0).sqrt() + 1e-6 * unit
+
+        step = (axes.mT @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
+        wide = (deviations + 1e-6 * unit).expand_as(after.means)
+        count = points.num_points[:, None, None].expand(-1, components, 1)
+        one = torch.ones_like(count)
+        thickness = torch.cat([(wide / unit).log(), floor[:, None, None] / wide.square()], -1)
         features = [
-            after.log_weights.unsqueeze(-1) + math.log(components),
-            (after.means - points.mean.unsqueeze(1)) / unit,
-            covariance.apply(own.inverse, after.means - before.means),
-            size.expand(-1, components, -1),
-            change.expand(-1, components, -1),
-            done,
-            (done == 1.0).to(done),
+            thickness,
+            (after.log_weights.softmax(-1).unsqueeze(1) @ thickness).expand_as(thickness),
+            (along(covariance.to_full(before.covariances, before.means)) / wide).log(),
+            (along(neighbours) / wide).log(),
+            (step / wide).abs().log1p(),
+            (after.log_weights + math.log(components)).unsqueeze(-1),
+            mass.unsqueeze(-1).clamp(min=1e-3).log(),
+            1.0 / (mass.unsqueeze(-1) + 1.0),
+            count.clamp(min=1.0).log() - 5.0,
+            (count.clamp(min=1.0).log() - 5.0).square(),
+            ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True),
+            (neighbours.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt() / unit).log(),
+            (floor[:, None, None].sqrt() / unit + 1e-6).log().expand_as(one),
+            one * progress,
+            one * (progress == 1.0),
         ]
-        hidden = self.describe(_bounded(torch.cat(features, -1), 10.0).to(next(self.parameters()).dtype))
-        hidden = torch.cat([hidden, hidden.mean(1, keepdim=True).expand_as(hidden)], -1)
-        # With larger bounds components sometimes left their set.
-        shift = _bounded(self.mean_mlp(hidden), 1.0).to(after.means.dtype)
-        stretch = _bounded(self.covariance_mlp(hidden), 2.0).to(after.means.dtype)
-        means = after.means + covariance.apply(new.scale, shift)
-        covariances = covariance.correct(own, new, after.covariances, stretch, floor)
-        return Parameters(after.log_weights, means, covariances)
+        described = _bounded(torch.cat(features, -1), 10.0).to(next(self.parameters()).dtype)
+        hidden = self.describe(described)
+        pooled = torch.cat([hidden.mean(1, keepdim=True), hidden.amax(1, keepdim=True)], -1)
+        decided = self.decide(torch.cat([hidden, pooled.expand(-1, components, -1)], -1)) + self.direct(described)
+        stretch, shift, counts, share = decided.to(dtype).split([self.num_features, self.num_features, 4, 1], -1)
+        # The standard error of what is corrected falls with the number of points.
+        error = (8.0 / (8.0 + mass)).sqrt().unsqueeze(-1)
+        return Correction(
+            error * _bounded(stretch, _STRETCH),
+            _bounded(shift, 10.0),
+            error.square() * _bounded(counts, _FACTOR),
+            share.squeeze(-1).tanh().clamp(min=0.0),
+            neighbours,
+        )
 
 
-def _mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    """Return a network with zero output before training."""
-    last = nn.Linear(width, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), last)
+def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tensor) -> Tensor:
+    """Return second moments (B, K, D, D) of the mixture near each component about its mean.
+
+    Components count by their weight and by a Gaussian of their distance, as wide as K components lie apart.
+    """
+    log_weights, means, covariances = parameters
+    components, features = means.shape[1:]
+    width = unit * components ** (-1.0 / features)
+    distance = torch.cdist(means / width, means / width, compute_mode="donot_use_mm_for_euclid_dist")
+    near = (log_weights.unsqueeze(1) - 0.5 * distance.square()).softmax(-1)
+    square = means.unsqueeze(-1) * means.unsqueeze(-2)
+    second = (near @ (covariance.to_full(covariances, means) + square).flatten(2)).unflatten(2, (features, features))
+    cross = (near @ means).unsqueeze(-1) * means.unsqueeze(-2)
+    return second - cross - cross.mT + square
 
 
 def _bounded(values: Tensor, bound: float) -> Tensor:

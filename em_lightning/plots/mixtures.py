@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from em_lightning.files import write_whole
 from em_lightning.mixture import Mixture
+from em_lightning.mixture.covariance import covariance_of
 from em_lightning.plots.style import NEUTRAL, figure_style, new_figure, new_grid
 
 
@@ -36,7 +40,7 @@ def mixture_grid(
     columns: int = 4,
     radius: float = 2.0,
 ) -> Figure:
-    """Draw clouds with points coloured by their responsibilities and an ellipsoid for each component.
+    """Draw clouds with points coloured by their responsibilities and an ellipsoid per component of weight above 1e-3.
 
     Args:
         points: (B, N, D); of more than three features the first three are drawn.
@@ -104,6 +108,7 @@ def curves(
     ylabel: str,
     title: str = "",
     levels: Mapping[str, float] | None = None,
+    log_x: bool = False,
 ) -> Figure:
     """Draw named lines in one panel, and dashed horizontal lines for comparison.
 
@@ -111,8 +116,9 @@ def curves(
         series: x and y of each line.
         xlabel: label of the x axis, with its unit.
         ylabel: label of the y axis, with its unit.
-        title: of the figure.
+        title: title of the figure.
         levels: y of the dashed lines.
+        log_x: whether the x axis is logarithmic.
 
     Example:
         >>> figure = curves({"trained": ([0, 1], [-1.0, 0.5])}, "EM iteration", "log-likelihood per point (nats)")
@@ -126,5 +132,49 @@ def curves(
     for name, level in (levels or {}).items():
         ax.axhline(level, color=NEUTRAL, linestyle="--", linewidth=1.2, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log_x:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
     ax.legend(loc="best")
     return figure
+
+
+def mixture_page(
+    path: Path, clouds: Sequence[tuple[str, Tensor, Tensor, Mapping[str, Sequence[Mixture]]]], decimals: int = 4
+) -> None:
+    """Write an HTML page that needs no network: clouds to turn, ellipsoids, and a slider over iterations.
+
+    Args:
+        path: of the page.
+        clouds: for each the title, fitted points (1, N, 3), held-out points (1, M, 3), and for each method the
+            mixtures of one set after each iteration.
+        decimals: of the coordinates.
+    """
+
+    def numbers(values: Tensor) -> Any:
+        return [numbers(part) for part in values] if values.ndim else round(float(values), decimals)
+
+    def step(mixture: Mixture, points: Tensor, held_out: Tensor) -> dict[str, Any]:
+        values, vectors = torch.linalg.eigh(
+            covariance_of(mixture.covariances, mixture.means).to_full(mixture.covariances, mixture.means)[0].double()
+        )
+        axes = (2.0 * vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)).mT
+        scores = (float(mixture.log_prob(x.to(mixture.means)).mean()) for x in (points, held_out))
+        named = {"means": mixture.means[0], "axes": axes, "weights": mixture.weights[0]}
+        shapes = {name: numbers(value.detach().cpu()) for name, value in named.items()}
+        return {**shapes, **dict(zip(("fitted", "held_out"), scores, strict=True))}
+
+    content = [
+        {
+            "title": title,
+            "points": numbers(points[0].cpu()),
+            "held_out": numbers(held_out[0].cpu()),
+            "methods": [
+                {"name": name, "steps": [step(mixture, points, held_out) for mixture in mixtures]}
+                for name, mixtures in methods.items()
+            ],
+        }
+        for title, points, held_out, methods in clouds
+    ]
+    page = Path(__file__).with_name("scene.html").read_text(encoding="utf-8")
+    write_whole(path, page.replace("/*DATA*/", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")))

@@ -19,43 +19,34 @@ SPARSE = "normalized, but not exponentiated: hypotheses drop to exactly zero"
 NOTHING_SEEN = "no exponentiated and normalized competition seen in its forward"
 NO_ITEMS = "not checked: it got no items"
 NOT_CALLED = "not checked: its forward was not called"
-_SMOOTH = "elementwise: no normalization across units"
-_AFFINE = "affine: scores, neither exponentiated nor normalized"
-_MOMENTS = "normalizes moments, not hypotheses"
-_MAXIMUM = "hard maximum: only the maximum has a gradient"
-_AVERAGE = "an average with fixed weights"
-_NO_HYPOTHESES = "no hypotheses"
-_LAYERS = {
-    "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink": RELU,
-    "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid Tanh LogSigmoid": _SMOOTH,
-    "Softsign Hardswish Softshrink Tanhshrink": _SMOOTH,
-    "Linear Bilinear Embedding Conv* ConvTranspose*": _AFFINE,
-    "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm": _MOMENTS,
-    "MaxPool* AdaptiveMaxPool*": _MAXIMUM,
-    "AvgPool* AdaptiveAvgPool*": _AVERAGE,
-    "Dropout Dropout* AlphaDropout Identity Flatten Unflatten Metric": _NO_HYPOTHESES,
-}
-# By the names of classes, as PyG has a Linear too; * is 1d, 2d or 3d.
-_REASONS = {
-    name.replace("*", f"{n}d"): why for names, why in _LAYERS.items() for name in names.split() for n in (1, 2, 3)
-}
-_SWAP = "replace it by a competition with SwapActivations(target={module})"
+_SWAP = "replace it by a competition with SwapActivations({argument})"
 _POOL = "EMPooling summarizes items by a mixture that it fits to them"
-_BATCH = "audit a batch that reaches it"
-_NOTHING_TO_DO = "nothing to change: it is no place for a competition"
-_ADVICE = {
-    RELU: _SWAP,
-    _SMOOTH: _SWAP,
-    _AFFINE: "train its outputs as energies with LayerwiseEMLoss, or put a mixture behind it with InsertEMOperator",
-    _MOMENTS: _NOTHING_TO_DO,
-    _NO_HYPOTHESES: _NOTHING_TO_DO,
-    _MAXIMUM: _POOL,
-    _AVERAGE: _POOL,
+_KEEP = "nothing to change: it is no place for a competition"
+# Reason, advice and classes by name, as PyG has a Linear too; * is 1d, 2d or 3d.
+_LAYERS = (
+    (RELU, _SWAP, "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink"),
+    (
+        "elementwise: no normalization across units",
+        _SWAP,
+        "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid Tanh LogSigmoid Hardswish",
+    ),
+    (
+        "affine: scores, neither exponentiated nor normalized",
+        "train its outputs as energies with LayerwiseEMLoss, or put a mixture behind it with InsertEMOperator",
+        "Linear Bilinear Embedding Conv* ConvTranspose*",
+    ),
+    ("normalizes moments, not hypotheses", _KEEP, "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm"),
+    ("hard maximum: only the maximum has a gradient", _POOL, "MaxPool* AdaptiveMaxPool*"),
+    ("an average with fixed weights", _POOL, "AvgPool* AdaptiveAvgPool*"),
+    ("no hypotheses", _KEEP, "Dropout Dropout* AlphaDropout Identity Flatten Unflatten Metric"),
+)
+_REASONS = {name.replace("*", f"{n}d"): why for why, _, names in _LAYERS for name in names.split() for n in (1, 2, 3)}
+_ADVICE = {why: advice for why, advice, _ in _LAYERS} | {
     HARD: "select by the responsibilities of a competition such as softmin or topk, which have a gradient",
     SPARSE: "use softmin if every hypothesis must keep a gradient",
     NOTHING_SEEN: "if it competes, build it from softmax, logsumexp or em_lightning.competition",
-    NO_ITEMS: _BATCH,
-    NOT_CALLED: _BATCH,
+    NO_ITEMS: "audit a batch that reaches it",
+    NOT_CALLED: "audit a batch that reaches it",
 }
 
 
@@ -103,8 +94,11 @@ class Finding:
     @property
     def advice(self) -> str:
         """What to do where this is not EM; empty where it is."""
+        if self.em:
+            return ""
         other = "its responsibilities must be the gradient of its free energy, as CompetitionContract tests"
-        return "" if self.em else _ADVICE.get(self.reason, other).format(module=self.module)
+        argument = f"target={self.module}" if self.module in _REASONS else "functional=True"
+        return _ADVICE.get(self.reason, other).format(argument=argument)
 
 
 def reason_of(module: object) -> str:

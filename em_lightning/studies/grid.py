@@ -23,6 +23,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -124,7 +125,7 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
         return
     rows = [[cell for cell in cells if cell.row == row] for row in dict.fromkeys(cell.row for cell in cells)]
     jobs = min(jobs or os.cpu_count() or 1, len(rows))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
         done = [pool.submit(run_row, load, row) for row in rows]
         try:
             for future in track(done, f"rows, {jobs} at a time"):
@@ -137,6 +138,13 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
             raise ValueError("interrupted; the same command continues the table") from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Use one thread, and exit when the process of the table has ended, whatever ended it."""
+    torch.set_num_threads(1)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_row(load: Callable[[], Any], cells: Sequence[Cell]) -> None:

@@ -89,10 +89,10 @@ class LayerReport(Report):
         values["loss"] = float(self._loss_sum) / self._num_batches
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> None:
+    def report(self, trainer: Any, module: Any, folder: Path) -> str:
         """Write the table and the figures."""
         if not self.history:
-            return
+            return "There is no report, because nothing was validated."
         folder, module, data = self._source or (folder, module, trainer.datamodule)
         row = self._row(data, module)
         averaged = min(self.last_epochs, len(self.history))
@@ -104,6 +104,8 @@ class LayerReport(Report):
         write_results(folder, type(module).__name__, notes, table, values=row, history=self.history)
         if self.figures:
             self.save_figures(trainer, self._draw(module, data), folder)
+        metric = next((name for name in ("accuracy %", "probe %") if name in row), "loss")
+        return f"{type(module).__name__}: {metric} {row[metric]:.4g}."
 
     def _row(self, data: Any, module: Any) -> dict[str, float]:
         last = self.history[-self.last_epochs :]

@@ -1,8 +1,10 @@
-"""MixtureReport: mixtures of point clouds by a trained EM operator, classical EM and scikit-learn."""
+"""MixtureReport: the trained point-cloud operator against classical fits that are tuned for each cloud size."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +12,42 @@ import torch
 from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
-from em_lightning.mixture import Mixture
-from em_lightning.operators import EMOperator
-from em_lightning.plots.mixtures import component_colors, curves, mixture_grid
-from em_lightning.studies.report import Report, fit_sklearn
+from em_lightning.plots import component_colors, curves, mixture_grid, mixture_page, tensorboard_writers
+from em_lightning.studies.density_fits import Clouds, Result, baselines, measure, sklearn_mixtures, tune
+from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
 
-HELD_OUT = "held-out log-likelihood (nats per point)"
-FITTED = "log-likelihood of the fitted points"
-OWN_UNITS = "held-out, in the data's own units"
-EFFECTIVE = "effective components"
-SECONDS = "ms per cloud"
+TRAINED = "trained operator"
 
 
 class MixtureReport(Report):
-    """Compare a trained :class:`~em_lightning.EMOperator` with classical EM and scikit-learn on the test clouds.
+    """Compare a trained :class:`~em_lightning.modules.PointCloudGMM` with tuned classical fits, by cloud size.
 
     At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json`` (held-out
-    log-likelihood, time per cloud), ``clouds.png`` (responsibilities and ellipsoids), ``samples.png``,
-    ``training.png`` and ``iterations.png`` (likelihood by iteration). TensorBoard gets the same figures, a
-    point-cloud view and histograms by EM iteration. The module must have an attribute ``operator``, the data module
-    must be a :class:`~em_lightning.data.PointCloudDataModule`.
+    log-likelihood and time per cloud of each method), ``sizes.png`` (likelihood by number of points), ``times.png``
+    (likelihood by time), ``clouds.png``, ``training.png``, and ``report.html``, in which clouds and ellipsoids turn.
+    The settings of the classical fits are chosen on the validation clouds, for each size. It prints what was found as
+    its last line.
 
     Args:
-        num_pictured: number of clouds in the figures.
-        sklearn: whether to fit scikit-learn's ``GaussianMixture`` to every cloud, until an iteration gains less than
-            ``sklearn_tol``.
-        sklearn_tol: tolerance of scikit-learn's fit.
-        curve_iters: number of iterations of classical EM in ``iterations.png``.
+        sizes: numbers of points; those above the size of the data's clouds are left out.
+        num_pictured: number of clouds in the figures and in ``report.html``.
+        sklearn: whether to fit scikit-learn's ``GaussianMixture``.
+        thorough: whether to try fine grids of settings and all methods, which takes an hour.
     """
 
     def __init__(
-        self, num_pictured: int = 8, sklearn: bool = True, sklearn_tol: float = 1e-4, curve_iters: int = 20
+        self,
+        sizes: Sequence[int] = (32, 128, 512),
+        num_pictured: int = 6,
+        sklearn: bool = True,
+        thorough: bool = False,
     ) -> None:
         super().__init__()
+        self.sizes = sizes
         self.num_pictured = num_pictured
         self.sklearn = sklearn
-        self.sklearn_tol = sklearn_tol
-        self.curve_iters = curve_iters
+        self.thorough = thorough
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihoods of the epoch."""
@@ -55,138 +55,144 @@ class MixtureReport(Report):
         found = {stage: float(value) for stage, value in logged.items() if value is not None}
         self.history.append({"step": trainer.global_step, **found})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> None:
-        """Write the table and the figures."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> str:
+        """Measure, write and draw; return the verdict."""
+        data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
-        torch.manual_seed(trainer.datamodule.seed)
-        operator: EMOperator = module.operator
-        loader = trainer.datamodule.test_dataloader()
-        batches = [PointCloudBatch(*(part.to(module.device) for part in batch)) for batch in loader]
-        steps = operator.num_iters
-        first = batches[0]
-        starts = [operator(batch.points, batch.mask, num_iters=0) for batch in batches]
-        rows = [
-            _measure(f"classical EM, {steps} steps, same start", operator.classical(), batches, starts),
-            _measure(f"trained operator, {steps} steps", operator, batches, starts),
+        torch.manual_seed(data.seed)
+        splits = [
+            [PointCloudBatch(*(part.to(module.device) for part in batch)) for batch in loader]
+            for loader in (data.val_dataloader(), data.test_dataloader())
         ]
-        if self.sklearn:
-            rows.insert(1, self._measure_sklearn(operator, batches, trainer.datamodule.seed))
-        clouds = sum(len(batch.points) for batch in batches)
+        found: dict[int, dict[str, Result]] = {}
+        for size in self.sizes:
+            val, test = (clouds_of(batches, size) for batches in splits)
+            if len(val.points) and len(test.points):
+                found[size] = self._compare(module, val, test, size)
+        if not found:
+            raise ValueError(f"sizes={tuple(self.sizes)} must hold one that validation and test clouds have")
+        components = module.operator.num_components
         notes = [
-            f"Data: {trainer.datamodule.describe()}. Likelihoods are of held-out points of the {clouds} test clouds, "
-            f"normalized to radius 1, K = {operator.num_components}, {operator.covariance} covariance, "
-            f"floor {operator.covariance_floor:g}; seed {trainer.datamodule.seed}.",
-            "Times are wall-clock on this machine; the operator fits one batch of clouds at a time.",
+            f"Data: {data.describe()}. Held-out log-likelihood per point in nats of the test clouds, normalized to "
+            f"radius 1, K = {components}, by number of fitted points N, and milliseconds per cloud on this machine; "
+            f"seed {data.seed}. Tuned methods: settings of the highest mean on the validation clouds of each size.",
+            verdict_by_size({size: {name: each.scores for name, each in row.items()} for size, row in found.items()}),
         ]
-        write_results(folder, "Mixtures of point clouds", notes, rows, seed=trainer.datamodule.seed)
+        settings = {size: {name: dict(each.setting) for name, each in row.items()} for size, row in found.items()}
+        write_results(folder, "Mixtures of point clouds", notes, table(found), seed=data.seed, settings=settings)
+        self._draw(trainer, module, folder, splits[1][0], found)
+        return notes[1]
 
-        # Clouds of one class are adjacent in the batch.
-        rows_shown = torch.linspace(0, len(first.points) - 1, min(self.num_pictured, len(first.points))).long()
-        shown = PointCloudBatch(*(part[rows_shown] for part in first))
-        mixture = operator(shown.points, shown.mask)
-        names = trainer.datamodule.class_names
-        titles = [names[i] if names else "" for i in shown.label.tolist()]
-        samples = mixture.sample(shown.points.shape[1])
-        figures = {
-            "clouds": mixture_grid(shown.points, mixture, shown.mask, titles),
-            "samples": mixture_grid(samples, mixture, titles=[f"{title}, sampled" for title in titles]),
-            "iterations": self._iterations(operator, batches, starts, rows),
-        }
-        if self.history:
-            series: Any = {}
-            for stage in ("train", "val"):
-                points = [(one["step"], one[stage]) for one in self.history if stage in one]
-                series |= {stage: tuple(zip(*points, strict=True))} if points else {}
-            figures["training"] = curves(series, "optimizer step", "log-likelihood per point (nats)", "Training")
-        self.save_figures(trainer, figures, folder)
-        _write_events(getattr(trainer.logger, "experiment", None), operator, shown)
-
-    def _iterations(
-        self, operator: EMOperator, batches: list[PointCloudBatch], starts: list[Mixture], rows: list[dict[str, Any]]
-    ) -> Any:
-        series = {}
-        for name, each, steps in (
-            ("classical EM", operator.classical(), max(self.curve_iters, operator.num_iters)),
-            ("trained operator", operator, operator.num_iters),
-        ):
-            totals = torch.zeros(steps + 1)
-            for batch, start in zip(batches, starts, strict=True):
-                for i, mixture in enumerate(each.iterate(batch.points, batch.mask, init=start, num_iters=steps)):
-                    totals[i] += mixture.log_prob(batch.held_out, batch.held_out_mask).sum().cpu()
-            points = sum(int(batch.held_out_mask.sum()) for batch in batches)
-            series[name] = (list(range(steps + 1)), (totals / points).tolist())
-        levels = {row["method"]: row[HELD_OUT] for row in rows if row["method"].startswith("scikit-learn")}
-        return curves(series, "EM iteration", HELD_OUT, "Likelihood by iteration", levels)
-
-    def _measure_sklearn(self, operator: EMOperator, batches: list[PointCloudBatch], seed: int) -> dict[str, Any]:
+    def _compare(self, module: Any, val: Clouds, test: Clouds, size: int) -> dict[str, Result]:
         from rich.progress import track
-        from threadpoolctl import threadpool_limits
 
-        scores, total = [], 0.0
-        clouds = [(batch, i) for batch in batches for i in range(len(batch.points))]
-        for batch, i in track(clouds, "scikit-learn on every test cloud", transient=True):
-            points = batch.points[i][batch.mask[i]].double().cpu().numpy()
-            with threadpool_limits(1):  # several threads are slower on sets of this size
-                mixture, _, seconds = fit_sklearn(
-                    points,
-                    min(operator.num_components, len(points)),
-                    operator.covariance,
-                    reg_covar=operator.covariance_floor,
-                    tol=self.sklearn_tol,
-                    max_iter=1000,
-                    random_state=seed,
-                )
-            total += seconds
-            one = PointCloudBatch(*(part[i : i + 1] for part in batch))
-            scores.append(_scores(mixture.to(batch.points.device), one))
-        return _row("scikit-learn GaussianMixture, converged", scores, total)
+        methods = [each for each in baselines(size, self.thorough) if self.sklearn or "scikit" not in each.name]
+        components, found = module.operator.num_components, {}
+        for method in track(methods, f"classical fits, {size} points", transient=True):
+            found[method.name] = measure(method, test, components, tune(method, val, components))
+        found[TRAINED] = learned_result(module, test)
+        return found
 
-
-def _write_events(writer: Any, operator: EMOperator, clouds: PointCloudBatch) -> None:
-    """Add a point-cloud view and histograms by EM iteration to TensorBoard, if the writer is one."""
-    if not hasattr(writer, "add_mesh"):
-        return
-    for i, mixture in enumerate(operator.iterate(clouds.points, clouds.mask)):
-        responsibilities = mixture.posterior(clouds.points).responsibilities
-        writer.add_histogram("by EM iteration/weights of the components", mixture.weights, i)
-        largest = responsibilities.amax(-1)[clouds.mask]
-        writer.add_histogram("by EM iteration/largest responsibility of a point", largest, i)
-    if clouds.points.shape[-1] == 3:
-        colors = responsibilities.cpu() @ component_colors(operator.num_components)
-        dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
-        writer.add_mesh("responsibilities", clouds.points.cpu(), (255 * colors).byte(), None, dots, 0)
-    writer.flush()
-
-
-def _measure(
-    method: str, operator: EMOperator, batches: list[PointCloudBatch], starts: list[Mixture]
-) -> dict[str, Any]:
-    from rich.progress import track
-
-    scores, seconds = [], 0.0
-    operator(batches[0].points, batches[0].mask)  # warm up
-    for batch, start in track(list(zip(batches, starts, strict=True)), method, transient=True):
-        began = time.perf_counter()
-        operator(batch.points, batch.mask).means.cpu()  # waits for a GPU
-        seconds += time.perf_counter() - began
-        # Fit again from the common start, because random starts differ between calls.
-        scores.append(_scores(operator(batch.points, batch.mask, init=start), batch))
-    return _row(method, scores, seconds)
+    def _draw(
+        self, trainer: Any, module: Any, folder: Path, batch: PointCloudBatch, found: Mapping[int, Mapping[str, Result]]
+    ) -> None:
+        names = [name for name in next(iter(found.values())) if not name.startswith("EM, ") or "tuned" in name]
+        levels = {name: [float(row[name].scores.mean()) for row in found.values()] for name in names}
+        seconds = {name: [1e3 * row[name].seconds for row in found.values()] for name in names}
+        label = "held-out log-likelihood per point (nats)"
+        sizes = list(found)
+        # Clouds of one class are adjacent in the batch.
+        rows = torch.linspace(0, len(batch.points) - 1, min(self.num_pictured, len(batch.points))).long()
+        shown = PointCloudBatch(*(part[rows] for part in batch))
+        titles = [trainer.datamodule.class_names[i] for i in shown.label.tolist()]
+        mixture = module(shown.points, shown.mask)
+        figures = {
+            "sizes": curves({name: (sizes, levels[name]) for name in names}, "number of points", label, log_x=True),
+            "times": curves({name: (seconds[name], levels[name]) for name in names}, "ms per cloud", label, log_x=True),
+            "clouds": mixture_grid(shown.points, mixture, shown.mask, titles),
+        }
+        lines = {}
+        for stage in ("train", "val"):
+            epochs = [epoch for epoch in self.history if stage in epoch]
+            if epochs:
+                lines[stage] = ([epoch["step"] for epoch in epochs], [epoch[stage] for epoch in epochs])
+        if lines:
+            figures["training"] = curves(lines, "optimizer step", label, "Training")
+        self.save_figures(trainer, figures, folder)
+        mixture_page(folder / "report.html", list(_scenes(module, shown, titles, self.sklearn)))
+        if shown.points.shape[-1] != 3:
+            return
+        for writer in tensorboard_writers(trainer, "point clouds"):
+            colors = mixture.posterior(shown.points).responsibilities
+            colors = colors @ component_colors(module.operator.num_components).to(shown.points)
+            dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
+            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, dots, 0)
+            writer.flush()
 
 
-def _scores(mixture: Mixture, batch: PointCloudBatch) -> Tensor:
-    """Return the metrics (4, B) of each cloud."""
-    held_out = _per_point(mixture.log_prob(batch.held_out, batch.held_out_mask), batch.held_out_mask)
-    fitted = _per_point(mixture.log_prob(batch.points, batch.mask), batch.mask)
-    own = held_out + batch.normalization.log_jacobian()
-    return torch.stack([held_out, fitted, own, torch.special.entr(mixture.weights).sum(-1).exp()]).double().cpu()
+def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds:
+    """Return the first ``size`` points of the clouds that have as many, and as many held-out points as all have."""
+    count = min(int(batch.held_out_mask.sum(1).min()) for batch in batches)
+    kept = [(batch, batch.mask.sum(1) >= size) for batch in batches if batch.points.shape[1] >= size]
+    if not kept:
+        return Clouds(batches[0].points[:0], batches[0].held_out[:0])
+    return Clouds(
+        torch.cat([batch.points[keep, :size] for batch, keep in kept]),
+        torch.cat([batch.held_out[keep, :count] for batch, keep in kept]),
+    )
 
 
-def _per_point(log_prob: Tensor, mask: Tensor) -> Tensor:
-    return log_prob.sum(-1) / mask.sum(-1).clamp(min=1)
+def learned_result(module: Any, clouds: Clouds) -> Result:
+    """Return the scores and the time of a trained module."""
+    module(clouds.points[:1])  # warm up
+    began = time.perf_counter()
+    scores = module(clouds.points).log_prob(clouds.held_out).mean(1).cpu()
+    return Result({}, scores, (time.perf_counter() - began) / max(len(scores), 1))
 
 
-def _row(method: str, scores: list[Tensor], seconds: float) -> dict[str, Any]:
-    clouds = torch.cat(scores, 1)
-    means = zip((HELD_OUT, FITTED, OWN_UNITS, EFFECTIVE), clouds.mean(1).tolist(), strict=True)
-    return {"method": method, **dict(means), SECONDS: 1e3 * seconds / clouds.shape[1]}
+def table(found: Mapping[int, Mapping[str, Result]]) -> list[dict[str, Any]]:
+    """Return one row per method: likelihoods by size, then times by size."""
+    rows = []
+    for name in next(iter(found.values())):
+        levels = {f"N = {size}": float(row[name].scores.mean()) for size, row in found.items()}
+        times = {f"ms, N = {size}": 1e3 * row[name].seconds for size, row in found.items()}
+        rows.append({"method": name, **levels, **times})
+    return rows
+
+
+def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]], trained: str = TRAINED) -> str:
+    """Return one sentence on how far a trained fit is from the best other one at each size.
+
+    Example:
+        >>> verdict_by_size({32: {"EM": torch.zeros(2), "trained operator": torch.tensor([0.9, 1.1])}})
+        'The trained operator is above every classical fit at 32 points (+1.000 ± 0.100 over EM).'
+    """
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for size, row in scores.items():
+        best = max((name for name in row if name != trained), key=lambda name: float(row[name].mean()))
+        gain = row[trained] - row[best]
+        error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else math.nan
+        told[bool(gain.mean() > 0)].append(f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})")
+    parts = [
+        f"is {'' if above else 'not '}above every classical fit at {', '.join(told[above])}"
+        for above in told
+        if told[above]
+    ]
+    return f"The {trained} {' and '.join(parts)}."
+
+
+def _scenes(module: Any, batch: PointCloudBatch, titles: Sequence[str], sklearn: bool) -> Any:
+    """Yield the clouds of the page: points, held-out points and the mixtures of each method after each iteration."""
+    for i, title in enumerate(titles):
+        points, held_out = (
+            batch.points[i : i + 1][:, batch.mask[i]],
+            batch.held_out[i : i + 1][:, batch.held_out_mask[i]],
+        )
+        total = module.exact_iters + module.operator.num_iters
+        methods = {
+            "classical EM": list(module.operator.classical().iterate(points, num_iters=total)),
+            "trained operator": list(module.iterate(points)),
+        }
+        if sklearn:
+            methods["scikit-learn GaussianMixture"] = sklearn_mixtures(points, module.operator.num_components)
+        yield title, points, held_out, methods

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """
     header = list(rows[0])
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()) + " |")
+    lines += ["| " + " | ".join(_cell(row[key]) for key in header) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence[Row], **facts: Any) -> str:
@@ -44,20 +49,63 @@ def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence
     write_whole(folder / "results.md", text)
     content = {"title": title, "notes": list(notes), "rows": [dict(row) for row in rows], **facts}
     write_whole(folder / "results.json", json.dumps(content, indent=2) + "\n")
-    print_markdown(f"{text}\nWritten to {folder}")
+    print_results(title, notes, rows)
     return text
 
 
-def print_markdown(text: str) -> None:
-    """Print Markdown, formatted by rich on a terminal and as it is elsewhere."""
+def print_results(title: str, notes: Sequence[str], rows: Sequence[Row]) -> None:
+    """Print a title, paragraphs and a table: as Markdown, on a terminal in lines that fit its width."""
     from rich.console import Console
     from rich.markdown import Markdown
 
     console = Console()
-    if console.is_terminal:
-        console.print(Markdown(text))
-    else:
-        print(f"\n{text}")
+    if not console.is_terminal:
+        print("\n" + "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n")
+        return
+    console.print(Markdown("\n\n".join([f"# {title}", *notes])))
+    print("\n" + fitted_table(rows, console.width) + "\n")
+
+
+def fitted_table(rows: Sequence[Row], width: int) -> str:
+    """Return a table with headers and first column wrapped at spaces, or one line per cell if that is still too wide.
+
+    Example:
+        >>> print(fitted_table([{"method": "classical EM", "log-likelihood per point": 1.23456}], width=25))
+        method     log-likelihood
+                   per point
+        ---------  --------------
+        classical  1.235
+        EM
+    """
+    header, body = list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]
+    least = [max(map(len, name.split())) for name in header]
+    widths = [max(size, *map(len, column)) for size, column in zip(least, zip(*body, strict=True), strict=True)]
+    others = sum(widths[1:]) + 2 * len(widths[1:])
+    widths[0] = max(least[0], *(len(word) for row in body for word in row[0].split()), min(widths[0], width - others))
+    if widths[0] + others > width:
+        cells = [[row[0], *map(": ".join, zip(header[1:], row[1:], strict=True))] for row in body]
+        return "\n".join("\n    ".join(row) for row in cells)
+    lines = []
+    for row in (header, ["-" * size for size in widths], *body):
+        wrapped = [textwrap.wrap(*pair, break_on_hyphens=False) for pair in zip(row, widths, strict=True)]
+        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
+            lines.append("  ".join(part.ljust(size) for part, size in zip(parts, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+def verdict(rows: Sequence[Row], method: str, column: str) -> str:
+    """Return a sentence that compares a method with the best of the others by a column; higher is better.
+
+    Example:
+        >>> verdict([{"method": "EM", "score": 1.0}, {"method": "ours", "score": 0.75}], "ours", "score")
+        'ours: 0.75 score, 0.25 below EM, the best of the others.'
+    """
+    scores = {row["method"]: row[column] for row in rows if isinstance(row[column], float)}
+    own = scores.pop(method)
+    best = max(scores, key=scores.__getitem__)
+    gap = own - scores[best]
+    side = "above" if gap > 0 else "below"
+    return f"{method}: {own:.4g} {column}, {abs(gap):.2g} {side} {best}, the best of the others."
 
 
 def combine(paths: Sequence[Path]) -> list[dict[str, Any]]:

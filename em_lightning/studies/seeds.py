@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from em_lightning.files import write_whole
-from em_lightning.studies.results import combine, markdown_table, print_markdown
+from em_lightning.studies.results import combine, markdown_table, print_results
 
 
 def run_seeds(
@@ -37,6 +37,8 @@ def run_seeds(
     jobs = 1 if distributed else min(jobs or cores, len(seeds))
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(cores // jobs, 1))}
 
+    processes: list[subprocess.Popen[bytes]] = []
+
     def run_seed(seed: int) -> Path:
         version = f"{stamp}-seed{seed}"
         target = folder / version
@@ -44,17 +46,26 @@ def run_seeds(
         options = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
         with open(target / "output.txt", "w", encoding="utf-8") as output:
             environment = {**os.environ, **threads}
-            done = subprocess.run([*command, *arguments, *options], stdout=output, stderr=output, env=environment)
-        if done.returncode:
+            words = [*command, *arguments, *options]
+            process = subprocess.Popen(words, stdout=output, stderr=output, env=environment)
+            processes.append(process)
+            code = process.wait()
+        if code:
             last = (target / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise ValueError(f"seed {seed} ended with exit code {done.returncode}: {''.join(last)} ({output.name})")
+            raise ValueError(f"seed {seed} ended with exit code {code}: {''.join(last)} ({output.name})")
         return target / "results.json"
 
     with ThreadPoolExecutor(jobs) as pool:
-        paths = list(track(pool.map(run_seed, seeds), f"seeds, {jobs} at a time", total=len(seeds)))
-    title = f"# {folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
-    text = f"{title}\n\n{markdown_table(combine(paths))}\n"
+        try:
+            paths = list(track(pool.map(run_seed, seeds), f"seeds, {jobs} at a time", total=len(seeds)))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise ValueError("interrupted") from None
+    title, rows = f"{folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation", combine(paths)
     target = folder / f"{stamp}-seeds"
     target.mkdir(parents=True)
-    write_whole(target / "results.md", text)
-    print_markdown(f"{text}\nWritten to {target}")
+    write_whole(target / "results.md", f"# {title}\n\n{markdown_table(rows)}\n")
+    print_results(title, [], rows)
+    print(f"Files in {target}: results.md")

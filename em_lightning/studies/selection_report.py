@@ -51,7 +51,7 @@ class SelectionReport(Report):
         seconds = time.perf_counter() - getattr(self, "_began", time.perf_counter())
         self.history.append({"log_likelihood": float(pl_module.log_likelihood), "seconds": seconds})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> None:
+    def report(self, trainer: Any, module: Any, folder: Path) -> str:
         """Write the table and the figures."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
@@ -81,6 +81,9 @@ class SelectionReport(Report):
             truth = {row["mixture"]: row["BIC"] for row in rows[1:2] if isinstance(data, GaussianBlobs)}
             figures["selection"] = curves(line, "number of components K", "BIC", "Selection", truth)
         self.save_figures(trainer, figures, folder)
+        best = min([rows[0], *others], key=lambda row: row["BIC"])
+        tried = sorted(row["K"] for row in [rows[0], *others])
+        return f"BIC is lowest for K = {best['K']} of {tried}: {best['BIC']}."
 
     def _other(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
         blocks = data.blocks(whole=True)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from em_lightning.activations import Activation
-from em_lightning.testing.modules import ModuleContract
+from em_lightning.testing.modules import TemperedContract
 
 
-class ActivationContract(ModuleContract):
+class ActivationContract(TemperedContract):
     """Tests that every activation must pass: shapes, closed form, gradients, axes and dtypes.
 
     Subclass it under a name that pytest collects, and define :meth:`make`.
@@ -30,7 +30,6 @@ class ActivationContract(ModuleContract):
 
     twice = True
     large = 1e4
-    settings = {"temperature": 0.3}
 
     def make(self, **arguments: Any) -> Activation:
         """Return a new activation; the arguments are a subset of temperature, learnable and dim."""
@@ -39,10 +38,6 @@ class ActivationContract(ModuleContract):
     def example(self) -> Tensor:
         """Return pre-activations (6 items, 8 units)."""
         return self.inputs(6, 8)
-
-    def permutation(self, size: int) -> Tensor:
-        """Return a permutation of the units under which the activation is equivariant."""
-        return torch.randperm(size)
 
     @staticmethod
     def inputs(*shape: int, size: float = 2.0) -> Tensor:
@@ -98,19 +93,3 @@ class ActivationContract(ModuleContract):
                 y = self.make(temperature=temperature)(x)
                 (grad,) = torch.autograd.grad(y.sum(), x)
                 assert y.isfinite().all() and grad.isfinite().all()
-
-    def test_learnable_temperature(self) -> None:
-        activation, z = self.make(temperature=0.7, learnable=True), self.inputs(6, 8, size=0.5).float()
-        torch.testing.assert_close(activation(z), self.make(temperature=0.7)(z))
-        activation(z).square().sum().backward()
-        ratio = activation.log_temperature_ratio
-        assert ratio is not None and ratio.shape == (1,) and ratio.grad is not None
-        assert ratio.grad.isfinite().all() and ratio.grad != 0
-        activation.temperature = 2.0
-        torch.testing.assert_close(activation(z), self.make(temperature=2.0)(z))
-
-    def test_bad_input_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="int64"):
-            self.make()(torch.zeros(2, 8, dtype=torch.long))
-        with pytest.raises(ValueError, match="temperature=0.0"):
-            self.make(temperature=0.0)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.competition import Competition
-from em_lightning.testing.modules import ModuleContract
+from em_lightning.testing.modules import TemperedContract
 
 
-class CompetitionContract(ModuleContract):
+class CompetitionContract(TemperedContract):
     """Tests that every operator must pass: r = dF/dd, sum r = 1, F(d + c) = F(d) + c, limits, axes and dtypes.
 
     Subclass it under a name that pytest collects, and define :meth:`make`. The other methods and attributes describe
@@ -29,7 +29,6 @@ class CompetitionContract(ModuleContract):
     """
 
     tolerance = 1e-10
-    settings = {"temperature": 0.3}
 
     def make(self, **arguments: Any) -> Competition:
         """Return a new operator; the arguments are a subset of temperature, learnable and dim."""
@@ -40,7 +39,6 @@ class CompetitionContract(ModuleContract):
         return self.energies(6, 8)
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Return responsibilities and free energy."""
         return tuple(module(x))[1:]
 
     def shift(self, operator: Competition, c: float) -> Competition:
@@ -50,10 +48,6 @@ class CompetitionContract(ModuleContract):
     def totals(self, responsibilities: Tensor) -> Tensor:
         """Return the sums over the last axis that must be 1."""
         return responsibilities.sum(-1)
-
-    def permutation(self, size: int) -> Tensor:
-        """Return a permutation of the hypotheses under which the operator is equivariant."""
-        return torch.randperm(size)
 
     def cold(self, energies: Tensor) -> Tensor | None:
         """Return the responsibilities for T -> 0 along the last axis; ``None`` requires finite ones only."""
@@ -156,15 +150,3 @@ class CompetitionContract(ModuleContract):
         loss = posterior.free_energy.sum() + posterior.responsibilities.square().sum()
         for grad in torch.autograd.grad(loss, [d, *operator.parameters()], allow_unused=True):
             assert grad is None or grad.isfinite().all()
-
-    def test_temperature_is_exact_positive_and_settable(self) -> None:
-        for learnable in (False, True):
-            operator = self.make(temperature=0.3, learnable=learnable)
-            assert float(torch.as_tensor(operator.temperature).detach()) == pytest.approx(0.3, abs=1e-7)
-            assert [p.shape for p in operator.parameters() if p is operator.log_temperature_ratio] == [(1,)] * learnable
-            operator.temperature = 0.7
-            assert float(torch.as_tensor(operator.temperature).detach()) == pytest.approx(0.7, abs=1e-7)
-        with pytest.raises(TypeError, match="int64"):
-            self.make()(torch.zeros(4, 8, dtype=torch.long))
-        with pytest.raises(ValueError, match="temperature=-1.0"):
-            self.make(temperature=-1.0)

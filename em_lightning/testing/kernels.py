@@ -58,19 +58,23 @@ class KernelContract(ModuleContract):
         raise NotImplementedError
 
     def default(self) -> Kernel:
-        """Return the kernel of the last number of features, in float64."""
         return self.make(self.num_features[-1]).double()
 
     def other(self) -> Kernel:
-        """Return a kernel with other parameter values."""
         return self.moved(self.default())
 
+    def moved(self, kernel: Kernel) -> Kernel:
+        """Return a copy with other parameter values."""
+        moved = copy.deepcopy(kernel)
+        with torch.no_grad():
+            for parameter in moved.parameters():
+                parameter.add_(0.1)
+        return moved
+
     def example(self) -> Tensor:
-        """Return items and centers (5 + 3, D)."""
         return torch.cat(self.draw(self.num_features[-1]))
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the energies."""
         return (module(x[:_N], x[_N:]),)
 
     def draw(self, num_features: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -96,18 +100,19 @@ class KernelContract(ModuleContract):
         for index in grid.split(2**16):
             yield center + offsets[index], weights[index].prod(-1)
 
-    def test_energies_are_the_formula(self) -> None:
+    def cases(self) -> Iterator[tuple[Kernel, Tensor, Tensor]]:
+        """Yield kernel, items and centers in float64 for each number of features."""
         for size in self.num_features:
-            x, centers = self.draw(size)
+            yield (self.make(size).double(), *self.draw(size))
+
+    def test_energies_are_the_formula(self) -> None:
+        for kernel, x, centers in self.cases():
             x[0] = centers[0]
             expected = [[self.energy(item.tolist(), center.tolist()) for center in centers] for item in x]
-            energies = self.make(size).double()(x, centers)
-            assert_close(energies, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+            assert_close(kernel(x, centers), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
     def test_leading_dimensions_broadcast(self) -> None:
-        for size in self.num_features:
-            kernel = self.make(size).double()
-            x, centers = self.draw(size)
+        for kernel, x, centers in self.cases():
             xs = torch.stack([x, x + 0.5]).unsqueeze(1)  # (2, 1, N, D)
             stacks = torch.stack([centers, 2 * centers, centers - 0.25])  # (3, K, D)
             energies = kernel(xs, stacks)
@@ -118,16 +123,14 @@ class KernelContract(ModuleContract):
             assert kernel(x[:0], centers).shape == (0, _K)
 
     def test_gradients_are_those_of_the_energies(self) -> None:
-        for size in self.num_features:
-            kernel = self.make(size).double()
-            inputs = [value.requires_grad_() for value in (*self.draw(size), *kernel.parameters())]
+        for kernel, x, centers in self.cases():
+            inputs = [value.requires_grad_() for value in (x, centers, *kernel.parameters())]
 
             def energies(x: Tensor, centers: Tensor, *parameters: Tensor, kernel: Kernel = kernel) -> Tensor:
                 return kernel(x, centers)  # gradcheck changes the kernel's parameters in place
 
             assert gradcheck(energies, inputs)
-            if self.twice:
-                assert gradgradcheck(energies, inputs)
+            assert not self.twice or gradgradcheck(energies, inputs)
 
     def test_the_density_integrates_to_one(self) -> None:
         for size in self.density_features:
@@ -141,17 +144,9 @@ class KernelContract(ModuleContract):
                     integral += float(weights @ density.detach())
                 assert abs(integral - 1) < 1e-6, f"D = {size}: {integral} with {kernel}"
 
-    def moved(self, kernel: Kernel) -> Kernel:
-        """Return a copy with other parameter values."""
-        moved = copy.deepcopy(kernel)
-        with torch.no_grad():
-            for parameter in moved.parameters():
-                parameter.add_(0.1)
-        return moved
-
     def test_log_normalizer_has_a_gradient_or_a_reason(self) -> None:
-        for size in self.num_features:
-            kernel = self.make(size).double()
+        for kernel, x, _ in self.cases():
+            size = x.shape[-1]
             if size not in self.density_features:
                 with pytest.raises(NoDensityError, match=type(kernel).__name__):
                     kernel.log_normalizer(size)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,9 +19,8 @@ from em_lightning.testing.modules import ModuleContract
 class LossContract(ModuleContract):
     """Tests that every loss of a batch of energies must pass; subclass it in a test file and define :meth:`make`.
 
-    Attributes:
-        takes_mask: whether the loss takes ``mask`` and ``weights`` of its items.
-        has_dim: whether the loss has an attribute ``dim``, the axis of the units.
+    The tests of mask and weights are for losses whose ``forward`` takes them, the test of the axis for losses with an
+    attribute ``dim``.
 
     Example:
         >>> from em_lightning.losses import VarianceLoss
@@ -29,15 +30,11 @@ class LossContract(ModuleContract):
         >>> TestVariance().test_gradient()
     """
 
-    takes_mask = True
-    has_dim = True
-
     def example(self) -> Tensor:
         """Return energies (12 items, 5 units), positive like those after a ReLU."""
         return torch.rand(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
 
     def outputs(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the value of the loss."""
         return (self.value(module, x),)
 
     def value(self, loss: nn.Module, *arguments: Any, **named: Any) -> Tensor:
@@ -84,15 +81,15 @@ class LossContract(ModuleContract):
         torch.testing.assert_close(value, self.value(loss, x.float()))
         (gradient,) = torch.autograd.grad(value, x)
         assert value.dtype == torch.float32 and gradient.dtype == torch.bfloat16
-        weights = (None, torch.arange(12) / 7) if self.takes_mask else ()
-        expected = self.value(loss, x, *weights)
+        weights = {"weights": torch.arange(12) / 7} if _takes_weights(loss) else {}
+        expected = self.value(loss, x, **weights)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(self.value(loss, x, *weights), expected)
+            assert torch.equal(self.value(loss, x, **weights), expected)
 
     def test_mask_and_weights(self) -> None:
-        if not self.takes_mask:
-            return
         loss, x = self.make(), self.example()
+        if not _takes_weights(loss):
+            pytest.skip("the loss takes no weights")
         mask = torch.arange(12) % 3 > 0
         holes = torch.where(mask[:, None], x, torch.nan).requires_grad_()
         value = self.value(loss, holes, mask)
@@ -104,11 +101,15 @@ class LossContract(ModuleContract):
         torch.testing.assert_close(self.value(loss, x, weights=counts.double()), repeated)
 
     def test_positions_are_items(self) -> None:
-        if not self.has_dim:
-            return
         loss, x = self.make(), self.example()
-        setattr(loss, "dim", 1)  # noqa: B010
+        if not hasattr(loss, "dim"):
+            pytest.skip("the loss has no dim")
+        loss.dim = 1
         torch.testing.assert_close(self.value(loss, x.reshape(2, 2, 3, 5).movedim(-1, 1)), self.value(self.make(), x))
+
+
+def _takes_weights(loss: nn.Module) -> bool:
+    return "weights" in inspect.signature(loss.forward).parameters
 
 
 def assert_ranks_agree(losses: Sequence[nn.Module], folder: Path, tolerance: float = 1e-6) -> None:

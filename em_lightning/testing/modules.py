@@ -7,6 +7,7 @@ import io
 import pickle
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -72,9 +73,37 @@ class ModuleContract:
     def test_low_precision_is_computed_in_float32(self) -> None:
         module, x = self.default().float(), self.example()
         for dtype in (torch.float16, torch.bfloat16):
-            half, wide = self.outputs(module, x.to(dtype)), self.outputs(module, x.to(dtype).float())
-            for found, expected in zip(half, wide, strict=True):
-                torch.testing.assert_close(found, expected.to(dtype), rtol=0, atol=0)
+            expected = tuple(output.to(dtype) for output in self.outputs(module, x.to(dtype).float()))
+            torch.testing.assert_close(self.outputs(module, x.to(dtype)), expected, rtol=0, atol=0)
         plain = self.outputs(module, x.float())
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(self.outputs(module, x.float()), plain, rtol=0, atol=0)
+
+
+class TemperedContract(ModuleContract):
+    """Base class of the contracts of competition operators and activations, which have a temperature and an axis."""
+
+    settings = {"temperature": 0.3}
+
+    def permutation(self, size: int) -> Tensor:
+        """Return a permutation of the units or hypotheses under which the module is equivariant."""
+        return torch.randperm(size)
+
+    @pytest.mark.parametrize("learnable", [False, True])
+    def test_temperature_can_be_learned_and_set(self, learnable: bool) -> None:
+        x, module = self.example(), self.make(temperature=0.3, learnable=learnable).double()
+        torch.testing.assert_close(self.outputs(module, x), self.outputs(self.make(temperature=0.3), x))
+        if learnable:
+            ratio = module.log_temperature_ratio
+            assert ratio.shape == (1,)
+            # gradcheck changes the parameter in place.
+            assert torch.autograd.gradcheck(lambda _: self.objective(module, x), ratio, atol=1e-4)
+        module.temperature = 0.7
+        torch.testing.assert_close(self.outputs(module, x), self.outputs(self.make(temperature=0.7), x))
+
+    def test_wrong_input_raises(self) -> None:
+        with pytest.raises(TypeError, match="int64"):
+            self.make()(torch.zeros(4, 8, dtype=torch.long))
+        for temperature in (0.0, -1.0):
+            with pytest.raises(ValueError, match=f"temperature={temperature}"):
+                self.make(temperature=temperature)

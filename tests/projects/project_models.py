@@ -23,7 +23,6 @@ class Project:
     layers: dict[str, Any]
     em: str = "cross-entropy"  # an operation that the audit must find in the plain model
     weights_only: bool | None = None
-    filters: tuple[str, ...] = ()
 
 
 PROJECTS: dict[str, Project] = {}
@@ -37,7 +36,7 @@ def integers(limit, *shape, seed=2):
     return torch.randint(limit, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def loader(*tensors, batch_size=4):
+def loader(*tensors, batch_size=8):
     return DataLoader(TensorDataset(*tensors), batch_size=batch_size)
 
 
@@ -348,7 +347,7 @@ class UNet(Base):
 
 PROJECTS["unet"] = Project(
     UNet,
-    lambda: loader(normal(8, 1, 6, 6), integers(3, 8, 6, 6)),
+    lambda: loader(normal(12, 1, 6, 6), integers(3, 12, 6, 6)),
     swap={"where": ["down.*", "up.*"]},
     insert={"where": "down.0", "num_components": 2},
     layers={"where": "inner.2"},
@@ -453,7 +452,7 @@ class Experts(Base):
 
 PROJECTS["experts"] = Project(
     Experts,
-    lambda: loader(normal(24, 6), integers(3, 24), batch_size=8),
+    lambda: loader(normal(24, 6), integers(3, 24)),
     swap={"where": "experts.*"},
     insert={"where": "experts.*.0", "num_components": 2},
     layers={"where": "experts.*.1", "weight": 0.01},

@@ -45,7 +45,7 @@ def map_blocks(
     function: BlockFunction, rows: Tensors, parameters: Tensors, width: int, block_size: int | None = None
 ) -> tuple[Tensor, ...]:
     """Return a function of points (B, ..., N), evaluated block by block; arguments are those of :func:`sum_blocks`."""
-    return _over_blocks(function, rows, parameters, width, block_size, lambda parts: torch.cat(parts, -1))
+    return _over_blocks(function, rows, parameters, width, block_size, lambda parts: _cat(parts, -1))
 
 
 def _over_blocks(
@@ -73,7 +73,11 @@ def _over_blocks(
         which = slice(block * sets, min((block + 1) * sets, num_sets))
         results = [_recomputed(function, which, *cut, *own) for cut in _split(own_rows, items, -1, item_blocks)]
         by_sets.append([join(list(parts)) for parts in zip(*results, strict=True)])
-    return tuple(torch.cat(parts) for parts in zip(*by_sets, strict=True))
+    return tuple(_cat(parts, 0) for parts in zip(*by_sets, strict=True))
+
+
+def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _add(parts: list[Tensor]) -> Tensor:

@@ -43,6 +43,10 @@ class DiagonalCovariance(FullCovariance):
         root = torch.maximum(variances, smallest_pivots(self.second_moments(variances, means))).sqrt()
         return Factor(root, root.reciprocal())
 
+    def indefinite(self, covariances: Tensor) -> Tensor:
+        """Return whether each variance is zero or negative."""
+        return covariances <= 0
+
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return ``[log pi_k N(0), mu / sigma^2, -1 / (2 sigma^2)]`` and the log-density at the mean."""
         log_weights, means, covariances = parameters
@@ -102,22 +106,19 @@ class DiagonalCovariance(FullCovariance):
     def compose(self, factor: Tensor, other: Tensor) -> Tensor:
         return factor * other
 
-    def correction_size(self, num_features: int) -> int:
-        """Return D + 2: the log of the stretch of each feature, and the two repetitions."""
-        return num_features + 2
+    def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the coordinate axes and the standard deviations."""
+        root = self.factorize(covariances, means).scale.expand(*means.shape)
+        return torch.eye(means.shape[-1]).to(root), root
 
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return the corrected variances, feature by feature as for full covariances."""
-        change = (before.inverse * after.scale).square()
-        change = change / change.mean(-1, keepdim=True).clamp(min=1.0)
-        once, twice = correction[..., -2:].tanh().unsqueeze(-1).unbind(-2)
-        repeated = 1.0 + once * (change - 1.0) + twice * (change.square() - change)
-        step, least = correction[..., :-2].exp() * repeated, floor[:, None, None]
-        return self.pack(step.square() * (self.variances(covariances) - least) + least)
+    def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
+        """Return ``exp(2 stretch) (sigma^2 - floor) + floor``."""
+        least = floor[:, None, None]
+        return self.pack((2.0 * stretch).exp() * (self.variances(covariances) - least) + least)
 
-    def describe(self, before: Factor, after: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log standard deviations and the logs of their ratios."""
-        return (after.scale / unit).log(), (after.scale * before.inverse).log()
+    def pairs(self, matrix: Tensor) -> Tensor:
+        """Return the diagonals."""
+        return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 class SphericalCovariance(DiagonalCovariance):
@@ -152,6 +153,6 @@ class SphericalCovariance(DiagonalCovariance):
         """Return ``sigma^2 + |mu|^2 / D``."""
         return variances if means is None else variances + means.square().mean(-1, keepdim=True)
 
-    def correction_size(self, num_features: int) -> int:
-        """Return 3: the log of the stretch, and the two repetitions."""
-        return 3
+    def pairs(self, matrix: Tensor) -> Tensor:
+        """Return the traces (..., 1)."""
+        return matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
+from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.parameters import Parameters
 
 
@@ -77,6 +77,13 @@ class FullCovariance:
             second_moment = second_moment + self.pool(means.square())
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
+    def indefinite(self, covariances: Tensor) -> Tensor:
+        """Return whether each finite covariance is not positive definite, by more than round-off, (B, K) or (B, 1)."""
+        features = covariances.shape[-1]
+        least = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        failed = torch.linalg.cholesky_ex(covariances + least.diag_embed()).info != 0
+        return failed & covariances.isfinite().flatten(-2).all(-1)
+
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K).
 
@@ -88,11 +95,10 @@ class FullCovariance:
         precision = inverse.mT @ inverse
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
         peak = self.log_peak(log_weights, inverse, features)
-        constant = peak - 0.5 * (means * linear).sum(-1)
-        i, j = torch.triu_indices(features, features, device=means.device)
-        square = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(precision)
-        square = square.expand(*linear.shape[:-1], -1)
-        return torch.cat([constant.unsqueeze(-1), linear, square], -1), peak
+        constant = peak.sub((means * linear).sum(-1), alpha=0.5)
+        negative = precision * (0.5 * identity(features, means) - 1.0)
+        square = [negative[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
+        return torch.cat([constant.unsqueeze(-1), linear, *square], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
@@ -108,7 +114,7 @@ class FullCovariance:
         Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
         """
         spread = self.matrix(self.average(scatter, mass), means.shape[-1])
-        return means, spread + floor[:, None, None, None] * torch.eye(means.shape[-1]).to(spread)
+        return means, spread + floor[:, None, None, None] * identity(means.shape[-1], spread)
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
         """Return the scatter (B, K, S) per mass (B, K)."""
@@ -120,10 +126,9 @@ class FullCovariance:
 
     def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
         """Return symmetric matrices (..., D, D) of their upper triangles (..., S)."""
-        i, j = torch.triu_indices(num_features, num_features, device=pairs.device)
-        place = torch.empty(num_features, num_features, dtype=torch.long, device=pairs.device)
-        place[i, j] = place[j, i] = torch.arange(len(i), device=pairs.device)
-        return pairs[..., place]
+        rows = pairs.split([*range(num_features, 0, -1)], -1)
+        entries = [part for i, row in enumerate(rows) for part in (*(rows[j][..., i - j, None] for j in range(i)), row)]
+        return torch.cat(entries, -1).unflatten(-1, (num_features, num_features))
 
     # Conversions.
 
@@ -209,38 +214,33 @@ class FullCovariance:
         growth = self.compose(new.inverse, new.scale - own.scale).abs().flatten(1).amax(1)
         return torch.stack([weights, shift, growth]).amax(0)
 
-    def correction_size(self, num_features: int) -> int:
-        """Return how many numbers describe a correction: the entries of ``T``, and the two repetitions."""
-        return num_features * (num_features + 1) // 2 + 2
+    def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+        """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
 
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return corrected covariances, never below the floor (B,), equal to ``covariances`` for a correction of zero.
-
-        ``Sigma <- G (Sigma - floor I) G^T + floor I`` with ``G = L T (I + a (M - I) + b (M^2 - M)) L^-1``: a lower
-        triangle ``T`` with a positive diagonal stretches and shears the component, and ``a`` and ``b`` extrapolate the
-        change ``M = L^T Sigma_before^-1 L`` of the M-step, like one and two more iterations. Factors are those of the
-        E-step and those of ``covariances``; the correction is (B, K, correction_size).
+        Where variances are equal, as they are at the floor, the axes are those of the second moments (B, K, D, D) of
+        the neighbours, and not of rounding errors.
         """
-        features = covariances.shape[-1]
-        eye = torch.eye(features).to(covariances)
-        change = before.inverse @ after.scale
-        change = change.mT @ change
-        change = change / change.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1.0)[..., None, None]
-        once, twice = correction[..., -2:].tanh()[..., None, None].unbind(-3)
-        repeated = eye + once * (change - eye) + twice * (change @ change - change)
-        step = after.scale @ (lower_triangle(correction[..., :-2], features) @ repeated) @ after.inverse
-        least = floor[:, None, None, None] * eye
+        least = smallest_pivots(self.pool(means.square()).amax(-1, keepdim=True))
+        own = self.to_public(covariances)
+        matrix = own + 1e-6 * self.pool(neighbours)
+        values, axes = torch.linalg.eigh(matrix.detach())
+        # The derivative of eigh divides by the differences of eigenvalues; here they are bounded away from zero.
+        gap = values.unsqueeze(-2) - values.unsqueeze(-1)
+        size = (1e-6 * values[..., -1:, None]).square().clamp(min=torch.finfo(gap.dtype).tiny)
+        turn = axes.mT @ (matrix - matrix.detach()) @ axes * gap / (gap.square() + size)
+        axes = axes + axes @ turn
+        return axes, torch.maximum(((axes.mT @ own) * axes.mT).sum(-1), least).sqrt()
+
+    def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
+        """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``."""
+        step = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
+        least = floor[:, None, None, None] * identity(axes.shape[-1], axes)
         return step @ (covariances - least) @ step.mT + least
 
-    def describe(self, before: Factor, after: Factor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-sizes and slopes of each factor relative to a unit (B, 1, 1), and of the change of the M-step."""
-        below = _below_diagonal(after.scale)
-        diagonal = after.scale.diagonal(dim1=-2, dim2=-1)
-        slopes = after.scale[..., below[0], below[1]] / diagonal[..., below[1]]
-        change = before.inverse @ after.scale
-        shrunk = change.diagonal(dim1=-2, dim2=-1).log()
-        sizes = torch.cat([(diagonal / unit).log(), slopes], -1)
-        return sizes, torch.cat([shrunk, change[..., below[0], below[1]]], -1)
+    def pairs(self, matrix: Tensor) -> Tensor:
+        """Return the entries (..., S) of symmetric matrices (..., D, D) that this type has: upper triangles."""
+        i, j = torch.triu_indices(matrix.shape[-1], matrix.shape[-1], device=matrix.device)
+        return matrix[..., i, j]
 
 
 class TiedCovariance(FullCovariance):
@@ -276,6 +276,6 @@ class TiedCovariance(FullCovariance):
         """Return ``Sigma`` times the mean ratio of the components."""
         return super().scaled(covariances, ratio.mean(1, keepdim=True))
 
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return the covariances under the mean of the components' corrections."""
-        return super().correct(before, after, covariances, correction.mean(1, keepdim=True), floor)
+    def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
+        """Return the covariances stretched by the mean of the components."""
+        return super().stretched(covariances, axes, stretch.mean(1, keepdim=True), floor)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, smallest_pivots
-from em_lightning.mixture.covariance.full import FullCovariance, lower_triangle
+from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse, identity, smallest_pivots
+from em_lightning.mixture.covariance.full import FullCovariance
 
 # Steps of EM for factor analysis: in an M-step, and to approximate a given full covariance.
 _STEPS, _INITIAL_STEPS = 4, 40
@@ -57,7 +57,7 @@ class LowRankCovariance(FullCovariance):
 
     def _climb(self, spread: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, num_steps: int) -> Tensor:
         """Return loadings and noise after steps of EM for factor analysis of sample covariances (B, K, D, D)."""
-        eye = torch.eye(self.rank).to(spread)
+        eye = identity(self.rank, spread)
         variance = spread.diagonal(dim1=-2, dim2=-1)
         for _ in range(num_steps):
             weighted = loadings / noise.unsqueeze(-1)
@@ -82,7 +82,7 @@ class LowRankCovariance(FullCovariance):
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         """Return ``diag(variance)`` for every component, half of the first R variances in ``U``."""
         root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
-        share = torch.eye(variance.shape[-1], self.rank).to(root) * 0.5**0.5
+        share = 0.5**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
         loadings = root.unsqueeze(-1) * share
         noise = (root.square() - loadings.square().sum(-1)).sqrt()
         return torch.cat([loadings, noise.unsqueeze(-1)], -1)
@@ -90,13 +90,10 @@ class LowRankCovariance(FullCovariance):
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
         return covariances * ratio.sqrt()[..., None, None]
 
-    def correct(self, before: Factor, after: Factor, covariances: Tensor, correction: Tensor, floor: Tensor) -> Tensor:
-        """Return ``U + L (T - I) W U`` and ``Psi`` stretched by the square of the diagonal of ``T``."""
-        features = covariances.shape[-2]
-        triangle = lower_triangle(correction[..., :-2], features)
-        loadings, root = covariances[..., :-1], covariances[..., -1]
-        change = triangle - torch.eye(features).to(triangle)
-        loadings = loadings + after.scale @ (change @ (after.inverse @ loadings))
-        root = root * correction[..., :features].exp()
+    def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
+        """Return ``G U`` with ``G = axes exp(stretch) axes^T``, and ``Psi`` times the square of its diagonal."""
+        step = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
+        root = covariances[..., -1] * step.diagonal(dim1=-2, dim2=-1)
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
-        return torch.cat([loadings, torch.maximum(root.square(), least).sqrt().unsqueeze(-1)], -1)
+        root = torch.maximum(root.square(), least).sqrt()
+        return torch.cat([step @ covariances[..., :-1], root.unsqueeze(-1)], -1)

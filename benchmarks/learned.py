@@ -1,0 +1,301 @@
+"""Held-out likelihood and time of the pretrained PointCloudGMM and of tuned classical fits, by cloud size.
+
+    python benchmarks/learned.py fits FOLDER [--sizes 32,128] [--noise 0,0.02]   tune and measure the classical fits
+    python benchmarks/learned.py table FOLDER                                     measure the learned fit, print tables
+    python benchmarks/learned.py elsewhere FOLDER [--root raw.zip]                other K, data and meshes, untouched
+    python benchmarks/learned.py resample FOLDER                                  points drawn from the mixtures
+    python benchmarks/learned.py times FOLDER                                     milliseconds of one core per cloud
+    python benchmarks/learned.py store FOLDER --checkpoints last.ckpt             the file of pretrained()
+
+Settings are chosen on validation clouds for each size and noise level; the test clouds are drawn from another seed. The
+slow fits of scikit-learn are measured on the first 90 test clouds (36 for n_init=10 and the Bayesian mixture).
+"""
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+from time import process_time
+
+import torch
+
+from em_lightning import EMOperator
+from em_lightning.data import GeometricShapes, ProceduralSurfaces, Shape
+from em_lightning.data.base import generator_of
+from em_lightning.modules import PointCloudGMM
+from em_lightning.studies.density_fits import Clouds, baselines, measure, tune
+from em_lightning.studies.mixture_report import learned_result
+
+SIZES, NOISES = (32, 64, 128, 256, 512, 1024, 2048), (0.0, 0.02)
+NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512
+# Chosen on the validation clouds.
+INFERENCE = {"num_starts": 8, "exact_iters": 40}
+FLAT = ("box", "pyramid", "prism", "table", "chair")
+
+
+def clouds_of(size, noise, split, number, seed=1000, **options):
+    """Return clouds and whether each is of a flat family."""
+    data = ProceduralSurfaces(num_points=max(SIZES), noise=noise, seed=seed, batch_size=number, **options)
+    data.val_clouds = data.test_clouds = number
+    batch = next(iter(data.loader(split)))
+    flat = torch.tensor([name in FLAT for name in data.class_names])[batch.label]
+    return Clouds(batch.points[:, :size], batch.held_out[:, :HELD_OUT]), flat
+
+
+def number_of(method):
+    slow = "n_init" in method.name or "Bayesian" in method.name
+    return 36 if slow else 90 if "scikit" in method.name else NUM_TEST
+
+
+def first(clouds, number):
+    return Clouds(clouds.points[:number], clouds.held_out[:number])
+
+
+def fits(folder, sizes, noises, names):
+    for size in sizes:
+        for noise in noises:
+            val, _ = clouds_of(size, noise, "val", NUM_VAL)
+            test, _ = clouds_of(size, noise, "test", NUM_TEST)
+            for method in baselines(size):
+                path = folder / f"{method.name}, {size}, {noise:g}.json"
+                if path.exists() or (names and not any(name in method.name for name in names)):
+                    continue
+                torch.manual_seed(0)
+                slow = number_of(method) < NUM_TEST
+                setting = tune(method, first(val, 18 if slow else NUM_VAL), 16)
+                found = measure(method, first(test, number_of(method)), 16, setting)
+                content = {"setting": dict(found.setting), "scores": found.scores.tolist(), "seconds": found.seconds}
+                path.write_text(json.dumps(content))
+                print(
+                    f"{path.stem}: {found.scores.mean():.3f}, {1e3 * found.seconds:.1f} ms, {found.setting}", flush=True
+                )
+
+
+def load(folder, method, size, noise):
+    path = folder / f"{method}, {size}, {noise:g}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def models(paths):
+    """Return the trained modules: the pretrained one, or checkpoints of several seeds."""
+    if not paths:
+        return [PointCloudGMM.pretrained()]
+    return [PointCloudGMM.load_from_checkpoint(path, **INFERENCE).eval() for path in paths]
+
+
+def mean_error(values):
+    return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
+
+
+def table(folder, modules, sizes, noises):
+    """Print held-out likelihood and time by size and noise, and the paired gain over the best classical fit."""
+    for noise in noises:
+        names = [method.name for method in baselines(1024)]
+        print(f"\n### Noise {noise:g}\n\n| method | " + " | ".join(f"N = {size}" for size in sizes) + " |")
+        print("|---|" + "---|" * len(sizes))
+        results = {size: {name: load(folder, name, size, noise) for name in names} for size in sizes}
+        for name in names:
+            cells = [
+                f"{torch.tensor(found['scores']).mean():.3f} ({1e3 * found['seconds']:.1f} ms)" if found else "-"
+                for found in (results[size][name] for size in sizes)
+            ]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+        lines = {"learned": [], "gain over the best": [], "gain, flat": [], "gain, curved": [], "of seeds": []}
+        for size in sizes:
+            test, flat = clouds_of(size, noise, "test", NUM_TEST)
+            found = [learned_result(module, test) for module in modules]
+            scores = found[0].scores
+            lines["learned"].append(f"{scores.mean():.3f} ({1e3 * found[0].seconds:.1f} ms)")
+            lines["of seeds"].append(", ".join(f"{each.scores.mean():.3f}" for each in found))
+            rivals = {}
+            for name, each in results[size].items():
+                if each:
+                    other = torch.tensor(each["scores"])
+                    rivals[name] = (scores[: len(other)] - other, flat[: len(other)])
+            name = min(rivals, key=lambda name: float(rivals[name][0].mean()))
+            gain, kind = rivals[name]
+            lines["gain over the best"].append(f"{mean_error(gain)} ({name})")
+            lines["gain, flat"].append(mean_error(gain[kind]))
+            lines["gain, curved"].append(mean_error(gain[~kind]))
+        for name, cells in lines.items():
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def meshes(size, noise):
+    """Return clouds of meshes made by trimesh, six of each."""
+    from trimesh import creation
+
+    made = [
+        creation.annulus(r_min=0.5, r_max=1.0, height=0.6),
+        creation.axis(origin_size=0.2),
+        creation.icosahedron(),
+        creation.capsule(height=2.0, radius=0.5),
+        creation.torus(1.0, 0.3),
+        creation.cone(radius=1.0, height=2.0),
+    ]
+    points, held_out = [], []
+    for i, mesh in enumerate(made * 6):
+        shape = Shape.of(torch.tensor(mesh.vertices), torch.tensor(mesh.faces))
+        generator = generator_of(7, i)
+        drawn = shape.content.sample(size + HELD_OUT, generator)
+        drawn = drawn + noise * torch.randn(drawn.shape, generator=generator)
+        points.append(drawn[:size])
+        held_out.append(drawn[size:])
+    return Clouds(torch.stack(points), torch.stack(held_out))
+
+
+def elsewhere(folder, module, root, sizes):
+    """Print the gain of the untouched model over the classical fits on other data, with their tuned settings."""
+    print("| data | K | N | best classical fit | its level | learned | gain |\n|---|---|---|---|---|---|---|")
+    for size in sizes:
+        plain, noisy = (clouds_of(size, noise, "test", 108, seed=2000)[0] for noise in (0.0, 0.02))
+        wild = 2.0 * torch.rand(noisy.points.shape, generator=generator_of(5)) - 1.0
+        outlier = torch.rand(noisy.points.shape[:2], generator=generator_of(6)).unsqueeze(-1) < 0.1
+        cases = {
+            "surfaces, noise 0.02": (noisy, 8, 0.02),
+            "surfaces, noise 0.02 ": (noisy, 32, 0.02),
+            "surfaces, no noise": (plain, 8, 0.0),
+            "surfaces, no noise ": (plain, 32, 0.0),
+            "10 % outliers, noise 0.02": (Clouds(torch.where(outlier, wild, noisy.points), noisy.held_out), 16, 0.02),
+            "holes, noise 0.02": (clouds_of(size, 0.02, "test", 108, seed=2000, holes=3)[0], 16, 0.02),
+            "trimesh primitives, no noise": (meshes(size, 0.0), 16, 0.0),
+            "trimesh primitives, noise 0.02": (meshes(size, 0.02), 16, 0.02),
+        }
+        if root:
+            for noise in (0.0, 0.02):
+                data = GeometricShapes(root=root, num_points=1024, noise=noise, batch_size=40)
+                batch = next(iter(data.test_dataloader()))
+                clouds = Clouds(batch.points[:, :size], batch.held_out[:, :HELD_OUT])
+                cases[f"GeometricShapes, noise {noise:g}"] = (clouds, 16, noise)
+        for name, (clouds, components, noise) in cases.items():
+            rivals = {}
+            for method in baselines(size):
+                found = load(folder, method.name, size, noise)
+                if found is None or number_of(method) < NUM_TEST:
+                    continue
+                if components != 16:  # settings depend on the number of components
+                    val, _ = clouds_of(size, noise, "val", NUM_VAL)
+                    found = {"setting": tune(method, val, components)}
+                rivals[method.name] = measure(method, clouds, components, found["setting"]).scores
+            best = max(rivals, key=lambda name: float(rivals[name].mean()))
+            learned = learned_result(module.for_components(components), clouds).scores
+            cells = (name, components, size, best, f"{rivals[best].mean():.3f}", f"{learned.mean():.3f}")
+            print("| " + " | ".join(map(str, cells)) + f" | {mean_error(learned - rivals[best])} |", flush=True)
+
+
+def chamfer(one, other):
+    """Return the mean distance to the nearest point, both ways, of each pair of clouds."""
+    distance = torch.cdist(one, other)
+    return 0.5 * (distance.amin(1).mean(1) + distance.amin(2).mean(1))
+
+
+def resample(folder, module, sizes):
+    """Print the chamfer distance of 2,048 drawn points to 2,048 points of the surface itself, times 1,000."""
+    columns = ("N", "noise", "fitted points alone", "jittered points, tuned", "EM, tuned", "MAP-EM, tuned", "learned")
+    print(f"| {' | '.join(columns)} | learned minus best |")
+    print("|---|---|---|---|---|---|---|---|")
+    for size in sizes:
+        for noise in (0.0, 0.02):
+            clouds = {
+                split: clouds_of(size, noise, split, number)[0].points for split, number in (("val", 54), ("test", 108))
+            }
+            dense = {split: surface_of(split, len(points)) for split, points in clouds.items()}
+
+            def jittered(points, width):
+                rows = torch.randint(points.shape[1], (len(points), 2048))
+                drawn = points.gather(1, rows.unsqueeze(-1).expand(-1, -1, 3))
+                return drawn + width * torch.randn(drawn.shape)
+
+            torch.manual_seed(0)
+            widths = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+            width = min(widths, key=lambda w: float(chamfer(jittered(clouds["val"], w), dense["val"]).mean()))
+            points, target = clouds["test"], dense["test"]
+            found = {"alone": chamfer(points, target), "jittered": chamfer(jittered(points, width), target)}
+            for name in ("EM, tuned", "MAP-EM, tuned"):
+                setting = load(folder, name, size, noise)["setting"]
+                options = {
+                    "init": "kmeans++",
+                    "num_starts": setting["starts"],
+                    "residual": False,
+                    "prior": setting["prior"],
+                }
+                operator = EMOperator(16, 3, covariance_floor=setting["floor"], **options).eval()
+                found[name] = chamfer(operator(points, num_iters=setting["steps"]).sample(2048), target)
+            found["learned"] = chamfer(module(points).sample(2048), target)
+            best = min((name for name in found if name != "learned"), key=lambda name: float(found[name].mean()))
+            cells = [f"{1e3 * value.mean():.1f}" for value in found.values()]
+            gain = mean_error(1e3 * (found["learned"] - found[best]))
+            print(f"| {size} | {noise:g} | " + " | ".join(cells) + f" | {gain} ({best}) |", flush=True)
+
+
+def surface_of(split, number):
+    """Return the held-out points of noise-free clouds: those of the same surfaces."""
+    data = ProceduralSurfaces(num_points=max(SIZES), seed=1000, batch_size=number)
+    data.val_clouds = data.test_clouds = number
+    return next(iter(data.loader(split))).held_out
+
+
+def times(folder, module, sizes):
+    """Print milliseconds of one core per cloud of each method, fitting and evaluating 512 held-out points."""
+    print("| method | " + " | ".join(f"N = {size}" for size in sizes) + " |\n|---|" + "---|" * len(sizes))
+    methods = baselines(1024)
+    cells = {name: [] for name in [*(method.name for method in methods), "learned"]}
+    for size in sizes:
+        test, _ = clouds_of(size, 0.02, "test", 32)
+        for method in baselines(size):
+            found = load(folder, method.name, size, 0.02) or load(folder, method.name, size, 0.0)
+            part = first(test, 4 if "scikit" in method.name or "Bayes" in method.name else 32)
+            if found is None:
+                cells[method.name].append("-")
+                continue
+            measure(method, first(test, 1), 16, found["setting"])
+            began = process_time()
+            measure(method, part, 16, found["setting"])
+            cells[method.name].append(f"{1e3 * (process_time() - began) / len(part.points):.1f}")
+        learned_result(module, first(test, 1))
+        began = process_time()
+        learned_result(module, test)
+        cells["learned"].append(f"{1e3 * (process_time() - began) / len(test.points):.1f}")
+    for name, row in cells.items():
+        print(f"| {name} | " + " | ".join(row) + " |", flush=True)
+
+
+def store(checkpoint):
+    """Write the file of PointCloudGMM.pretrained() from a checkpoint."""
+    module = PointCloudGMM.load_from_checkpoint(checkpoint, **INFERENCE)
+    arguments = {name: value for name, value in module.hparams.items() if not name.startswith("_")}
+    path = Path(inspect.getfile(PointCloudGMM)).with_suffix(".pt")
+    torch.save({"arguments": arguments, "state_dict": module.state_dict()}, path)
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("fits", "table", "elsewhere", "resample", "times", "store"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--noise", default="0,0.02")
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--checkpoints", nargs="*", default=[])
+    parser.add_argument("--root", help="raw.zip of GeometricShapes")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    sizes, noises = [int(x) for x in args.sizes.split(",")], [float(x) for x in args.noise.split(",")]
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        if args.what == "fits":
+            fits(args.folder, sizes, noises, [name for name in args.methods.split(";") if name])
+        elif args.what == "table":
+            table(args.folder, models(args.checkpoints), sizes, noises)
+        elif args.what == "elsewhere":
+            elsewhere(args.folder, models(args.checkpoints)[0], args.root, sizes)
+        elif args.what == "resample":
+            resample(args.folder, models(args.checkpoints)[0], sizes)
+        elif args.what == "times":
+            times(args.folder, models(args.checkpoints)[0], sizes)
+        else:
+            store(args.checkpoints[0])
+
+
+if __name__ == "__main__":
+    main()
