@@ -84,3 +84,51 @@ def test_steps_seeds_and_fits_differ(tmp_path):
 def test_a_negative_seed_is_refused():
     with pytest.raises(ValueError, match="seed=-1"):
         StepSeeds(-1)
+
+
+class Validated(Noisy):
+    """Draws random numbers in validation as well."""
+
+    def validation_step(self, batch, batch_idx):
+        torch.rand(3)
+
+
+class SaveAt(lightning.Callback):
+    """Saves a checkpoint at one hook of the first epoch."""
+
+    def __init__(self, hook, path):
+        self.path = path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer, pl_module):
+        if not trainer.sanity_checking and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers", "ignore:.*smaller than the logging interval")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_end", "last"])
+def test_order_is_repeated_after_checkpoints_at_the_end_of_an_epoch(hook, workers, tmp_path):
+    path = str(tmp_path / "last.ckpt")
+
+    def run(epochs, ckpt_path=None):
+        keep = [ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, enable_version_counter=False)]
+        torch.manual_seed(7)
+        x, model = torch.arange(48.0).view(12, 4).cos(), Validated()
+        trainer = lightning.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[StepSeeds(5), *(keep if hook == "last" else [SaveAt(hook, path)])],
+            enable_checkpointing=hook == "last",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        options = {"num_workers": workers, "persistent_workers": workers > 0}
+        loader = DataLoader(TensorDataset(x), batch_size=3, shuffle=True, **options)
+        trainer.fit(model, loader, DataLoader(TensorDataset(x), batch_size=6), ckpt_path=ckpt_path)
+        return model.drawn
+
+    uninterrupted = run(3)[STEPS_PER_EPOCH:]
+    run(1)
+    assert run(3, path) == uninterrupted

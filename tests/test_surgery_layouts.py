@@ -517,3 +517,17 @@ def test_activations_that_ruin_wide_layers_warn_once():
         model(torch.randn(3, 40))
     swap_activations(nn.Sequential(*wide), "grouped", verbose=False)
     swap_activations(nn.Sequential(nn.Linear(4, 16), nn.ReLU()), "softmax_gated", verbose=False)
+
+
+def test_selections_stay_out_of_inserted_operators():
+    model = nn.Sequential(nn.Linear(4, 6), nn.SiLU(), nn.Linear(6, 6))
+    opened(model, "0")
+    assert [change.path for change in swap_activations(model, "signed", nn.SiLU, verbose=False).changes] == ["1"]
+    with pytest.raises(NoMatchError, match="target=SiLU"):  # those of the operator's correction
+        swap_activations(model, "signed", nn.SiLU)
+    linear = LayerwiseLoss(model, nn.Linear, weight=1.0, verbose=False)
+    assert list(linear.losses) == ["0.layer", "2"]
+    linear.remove()
+    assert list(LayerwiseLoss(model, "0.operator.operator", weight=1.0, verbose=False).losses) == [
+        "0.operator.operator"
+    ]

@@ -128,7 +128,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
     """Return the sites of a model that match ``where`` and, if given, ``target``.
 
     The root itself is never selected. The inside of a match is not searched for further matches of the same entry, and
-    the inside of modules that surgery built only with ``inserted=True``.
+    the inside of modules that surgery built only with ``inserted=True`` or for an entry that is a module's whole name.
 
     Args:
         model: any module.
@@ -151,9 +151,10 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
     """
     for selection in (where, target):
         check_patterns(model, selection)
-    sites = [site for site in walk(model) if inserted or not any(map(is_built, site.ancestors))]
+    entries = where if isinstance(where, Sequence) and not isinstance(where, str) else [where]
+    sites = [site for site in walk(model) if inserted or site.path in entries or not any(map(is_built, site.ancestors))]
     found: set[str] = set()
-    for entry in where if isinstance(where, Sequence) and not isinstance(where, str) else [where]:
+    for entry in entries:
         outermost = ""
         for site in sites:
             inside = outermost and site.path.startswith(outermost + ".")
