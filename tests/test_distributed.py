@@ -96,7 +96,7 @@ def test_a_last_batch_of_one_item_is_reported(key):
     with pytest.warns(UserWarning, match="a batch of 1 "):
         LOSSES.build(key)(torch.randn(1, 8))
     with pytest.warns(UserWarning, match="a batch of 1 "):
-        EMLoss(free_energy=0, variance=0, decorrelation=0, **{key: 1.0}).total(torch.randn(1, 8))
+        EMLoss(**{"free_energy": 0, "variance": 0, "decorrelation": 0, key: 1.0}).total(torch.randn(1, 8))
 
 
 @pytest.mark.parametrize("x", [torch.randn(2, 8), torch.randn(1, 8, 3, 3).movedim(1, -1)])

@@ -88,8 +88,8 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
     items, weights = flatten_units(values, dim, mask, weights)
     if len(items) < 2 and not is_distributed() and not torch.compiler.is_compiling():
         warnings.warn(
-            f"a batch of {len(items)} item(s) has variance 0 without gradient, so terms such as -log(variance + eps) are "
-            f"far from those of other batches; drop such batches (drop_last=True)",
+            f"a batch of {len(items)} item(s) has variance 0 without gradient: terms such as -log(variance + eps) "
+            f"are far from those of other batches; drop such batches (drop_last=True)",
             stacklevel=3,
         )
     exact, size = _mean_and_size(items, weights, accumulation_dtype(items))
