@@ -179,5 +179,6 @@ class Balanced(Competition):
         """Return the posterior over the hypotheses; arguments are those of :func:`balanced`."""
         dim = self.dim if dim is None else dim
         item_dim = self.item_dim if item_dim is None else item_dim
-        options = {"item_dim": item_dim, "num_iters": self.num_iters, "mask": mask}
-        return balanced(energies, self.temperature, log_prior, dim, **options)
+        return balanced(
+            energies, self.temperature, log_prior, dim, item_dim=item_dim, num_iters=self.num_iters, mask=mask
+        )

@@ -114,7 +114,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():  # for second derivatives
             # Gradients at the tensors themselves would include the paths from x through the parameters.
             aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-            inputs = [tensor for tensor, needed in zip(aliases, wanted, strict=False) if needed]
+            inputs: Any = [tensor for tensor, needed in zip(aliases, wanted, strict=False) if needed]
             results = cls._in_torch(ctx.family, *aliases)
             found = iter(torch.autograd.grad(results, inputs, grads, create_graph=True))
             return tuple(next(found) if needed else None for needed in wanted)
