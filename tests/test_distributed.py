@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from em_lightning import LOSSES, EMLoss
 from em_lightning.distributed import batch_mean, batch_moments, flatten_units, global_sum
+from em_lightning.losses import FreeEnergyLoss
 from em_lightning.testing.distributed import run_ranks
 
 DOUBLE = torch.float64
@@ -81,10 +83,26 @@ def test_a_constant_unit_has_variance_zero_and_no_gradient(value):
 @pytest.mark.parametrize("items", [0, 1])
 def test_fewer_than_two_items_have_variance_zero(items):
     x = torch.randn(items, 3, requires_grad=True)
-    moments = batch_moments(x)
+    with pytest.warns(UserWarning, match=f"a batch of {items} .*drop_last"):
+        moments = batch_moments(x)
     (moments.variance.sum() + moments.covariance().sum()).backward()
     assert moments.variance.tolist() == [0.0] * 3 and not x.grad.any()
     assert torch.isfinite(batch_mean(x)).all()
+
+
+@pytest.mark.parametrize("key", ["variance", "bounded_variance", "log_det", "decorrelation"])
+def test_a_last_batch_of_one_item_is_reported(key):
+    """The variance term of one item of 8 units is -8 log(eps) = 110, where 1 is usual."""
+    with pytest.warns(UserWarning, match="a batch of 1 "):
+        LOSSES.build(key)(torch.randn(1, 8))
+    with pytest.warns(UserWarning, match="a batch of 1 "):
+        EMLoss(**{"free_energy": 0, "variance": 0, "decorrelation": 0, key: 1.0}).total(torch.randn(1, 8))
+
+
+@pytest.mark.parametrize("x", [torch.randn(2, 8), torch.randn(1, 8, 3, 3).movedim(1, -1)])
+def test_two_items_and_feature_maps_give_no_warning(x):
+    EMLoss().total(x)
+    FreeEnergyLoss()(x[:1])
 
 
 def test_moments_have_the_right_gradient():

@@ -26,6 +26,8 @@ from em_lightning.distributed import (
 from em_lightning.losses import WeightRedundancyLoss
 from em_lightning.studies import linear_probe
 
+pytestmark = pytest.mark.filterwarnings("ignore:a batch of:UserWarning")
+
 # Batch statistics and losses.
 
 

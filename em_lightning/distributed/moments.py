@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -76,12 +77,21 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
     mean is accumulated in float64 on devices that have it, so a constant unit has variance exactly 0. Arguments and
     errors are those of :func:`flatten_units`.
 
+    Warns:
+        UserWarning: the batch has fewer than two items, so the variance is 0.
+
     Example:
         >>> moments = batch_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         >>> moments.mean, moments.variance
         (tensor([2., 0.]), tensor([2., 0.]))
     """
     items, weights = flatten_units(values, dim, mask, weights)
+    if len(items) < 2 and not is_distributed() and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"a batch of {len(items)} item(s) has variance 0 without gradient: terms such as -log(variance + eps) "
+            f"are far from those of other batches; drop such batches (drop_last=True)",
+            stacklevel=3,
+        )
     exact, size = _mean_and_size(items, weights, accumulation_dtype(items))
     mean, size = exact.to(items.dtype), size.to(items.dtype)
     deviations = items - mean

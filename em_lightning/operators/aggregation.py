@@ -108,7 +108,7 @@ class EMAggregation(Aggregation):
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index
         rows = x.movedim(dim, 0)
-        shape, num_groups = rows.shape[1:], dim_size or 0
+        shape, num_groups = tuple(rows.shape[1:]), dim_size or 0
         if index.shape != rows.shape[:1]:
             raise ValueError(f"index {tuple(index.shape)} must have one entry for each of the {len(rows)} rows of x")
         features, heads = (shape[-1] if shape else 1), math.prod(shape[:-1])

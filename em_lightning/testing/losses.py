@@ -52,6 +52,7 @@ class LossContract(ModuleContract):
         torch.testing.assert_close(self.value(loss, x[torch.randperm(12)]), value)
         torch.testing.assert_close(self.value(loss, x[:, torch.randperm(5)]), value)
 
+    @pytest.mark.filterwarnings("ignore:a batch of:UserWarning")
     def test_extremes_are_finite(self) -> None:
         x = self.example().float()
         constant = x.clone()
