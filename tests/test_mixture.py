@@ -209,3 +209,28 @@ def test_a_marginal_is_the_mixture_of_some_features(covariance):
     weights, covariances = mixture.weights, full_covariances(mixture)[..., [0, 2], :][..., [0, 2]]
     expected = scipy_log_prob(Mixture(weights.log(), mixture.means[..., [0, 2]], covariances), x[..., [0, 2]])
     torch.testing.assert_close(mixture.marginal([0, 2]).log_prob(x[..., [0, 2]]), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "covariances",
+    [
+        torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]]),
+        torch.stack([torch.eye(2), torch.zeros(2, 2)]),
+        torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]),  # tied
+        torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        torch.tensor([1.0, -1e-3]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_covariances_that_are_not_positive_definite_are_refused(covariances, dtype):
+    mixture = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.zeros(1, 2, 2), covariances[None]).to(dtype)
+    x = torch.zeros(1, 3, 2, dtype=dtype)
+    for use in (mixture.log_prob, mixture.posterior, mixture.log_joint, lambda x: mixture.sample(2)):
+        with pytest.raises(ValueError, match="covariances must be positive definite"):
+            use(x)
+
+
+def test_covariances_that_rounding_made_singular_are_evaluated():
+    thin = torch.tensor([[1.0, 1.0 - 1e-9], [1.0 - 1e-9, 1.0]])  # equal to 1 in float32
+    mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), thin[None, None])
+    assert mixture.log_prob(torch.ones(1, 1, 2)).isfinite().all()
