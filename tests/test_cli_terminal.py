@@ -70,3 +70,4 @@ def test_a_verdict_names_the_best_other_method():
     rows += [{"method": "published", "score": "-"}]
     assert verdict(rows, "ours", "score") == "ours: 1 score, 0.5 below EM, the best of the others."
     assert "0.5 above ours" in verdict(rows, "EM", "score")
+    assert verdict(rows[:1], "EM", "score") == "EM: 1.5 score."

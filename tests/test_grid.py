@@ -176,7 +176,7 @@ def test_a_table_contains_its_command(here, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("option", ["--print_config", "--print_config=skip_null", "--help", "-h"])
+@pytest.mark.parametrize("option", ["--print_config", "--help", "-h"])
 @pytest.mark.parametrize("many", ["--config=small.yaml", "--seeds=1,2"])
 def test_printing_the_config_or_help_starts_no_runs(option, many, here, capsys):
     write_table()

@@ -154,7 +154,7 @@ def test_table_compares_classical_em_with_the_truth(tmp_path):
     assert module.training
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
-    assert len(rows) == 1 + 7 + 1 + 3 and results["transfer"] == []
+    assert len(rows) == 1 + 10 + 1 + 3 and results["transfer"] == []
     assert "Sets unlike" not in (tmp_path / "results.md").read_text()
 
     (batch,) = data.test_dataloader()

@@ -102,6 +102,8 @@ def verdict(rows: Sequence[Row], method: str, column: str) -> str:
     """
     scores = {row["method"]: row[column] for row in rows if isinstance(row[column], float)}
     own = scores.pop(method)
+    if not scores:
+        return f"{method}: {own:.4g} {column}."
     best = max(scores, key=scores.__getitem__)
     gap = own - scores[best]
     side = "above" if gap > 0 else "below"
