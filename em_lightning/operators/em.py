@@ -87,11 +87,9 @@ class EMOperator(SetOperator):
             ``"pseudo_huber"`` (:class:`~em_lightning.kernels.EllipticalKernel`). Their M-step is IRLS, covariances are
             scale matrices, and :meth:`log_prob` is their density; ``Mixture.log_prob`` is that of Gaussians.
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
-        background: a component that is uniform over the bounding box of each set, for outliers: its weight, a
-            :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}`` for a
-            weight that EM estimates for each set.
-        temperature: divides the joint log-densities in the E-step; a pair ``(first, last)`` anneals geometrically,
-            ``first^(1 - t/T) last^(t/T)`` in iteration t of T.
+        background: the weight of a component for outliers, uniform over the bounding box of each set, or a
+            :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
+        temperature: divides the joint log-densities in the E-step; a pair ``(first, last)`` anneals geometrically.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the set).
         lloyd_steps: steps of k-means that the centers take first.
@@ -104,8 +102,7 @@ class EMOperator(SetOperator):
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
         relative_floor: take the floor as a share of the mean variance of each set instead.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
-            last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged
-            (:func:`~em_lightning.operators.gradients.iterate`).
+            last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged.
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each point counts,
@@ -125,6 +122,8 @@ class EMOperator(SetOperator):
 
     Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
     """
+
+    shown = ("num_iters", "covariance", "init", "num_starts", "covariance_floor", "relative_floor", "gradient")
 
     def __init__(
         self,
@@ -390,15 +389,6 @@ class EMOperator(SetOperator):
         if self.background is None:
             return state
         return state._replace(log_weights=self.background.reserve_share(state.log_weights))
-
-    def extra_repr(self) -> str:
-        """Return the main arguments."""
-        return (
-            f"{self.num_components}, {self.num_features}, num_iters={self.num_iters}, "
-            f"covariance={self.family.name!r}, init={self.init!r}, num_starts={self.num_starts}, "
-            f"covariance_floor={self.covariance_floor:g}, relative_floor={self.relative_floor}, "
-            f"gradient={self.gradient!r}"
-        )
 
 
 def _built(argument: str, cls: type[Any], value: Any) -> Any:

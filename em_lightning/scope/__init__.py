@@ -1,6 +1,6 @@
 """Audit: find the softmax-like operations of a model and check the identity dF/dd = r of implicit EM.
 
-Files: findings (result and words), checks (the identity), recorder (what a model computes), auditing (the run on a copy).
+Files: findings (result and words), checks (the identity), recorder (what a model computes), auditing (on a copy).
 """
 
 from em_lightning.scope.auditing import audit
