@@ -223,8 +223,9 @@ def _log_density_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _first_order(ctx: Any, grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
-    _, weights, means, inverse, *_ = ctx.saved_tensors
-    own, of_x, of_weights = e_step_gradient(*ctx.saved_tensors, ctx.others[0], grad_sums, grad_density)
+    tensors = ctx.saved_tensors  # torch.utils.checkpoint lets them be read once
+    _, weights, means, inverse, *_ = tensors
+    own, of_x, of_weights = e_step_gradient(*tensors, ctx.others[0], grad_sums, grad_density)
     of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
     of_weights = None if weights is None else of_weights
     nothing = [None] * (3 + len(ctx.others))
