@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from em_lightning.kernels import squared_distance
 from em_lightning.mixture.covariance import COVARIANCES, Covariance
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.parameters import Parameters
@@ -159,10 +160,8 @@ def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tens
     log_weights, means, covariances = parameters
     components, features = means.shape[1:]
     width = unit * components ** (-1.0 / features)
-    # exp(-|m_k - m_j|^2 / 2 w^2) up to a factor of k; torch.cdist has no second derivative.
-    scaled = means / width
-    nearness = scaled @ scaled.mT - 0.5 * scaled.square().sum(-1).unsqueeze(1)
-    near = (log_weights.unsqueeze(1) + nearness).softmax(-1)
+    distances = squared_distance(means / width, means / width)
+    near = (log_weights.unsqueeze(1) - 0.5 * distances).softmax(-1)
     square = means.unsqueeze(-1) * means.unsqueeze(-2)
     second = (near @ (covariance.to_full(covariances, means) + square).flatten(2)).unflatten(2, (features, features))
     cross = (near @ means).unsqueeze(-1) * means.unsqueeze(-2)
