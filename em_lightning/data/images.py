@@ -44,6 +44,8 @@ def _parse(data: bytes) -> np.ndarray:
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or data[3] == 0:
         raise ValueError(f"it must start with two zero bytes, a dtype code and a rank, got {data[:4]!r}")
     dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
+    if len(data) < start:
+        raise ValueError(f"the header ends after {len(data)} bytes")
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
     size = math.prod(shape) * dtype.itemsize
     if len(data) - start != size:
