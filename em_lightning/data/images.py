@@ -45,6 +45,8 @@ def _parse(data: bytes) -> np.ndarray:
         rule = "two zero bytes, a dtype code, a rank and the length of each axis"
         raise ValueError(f"it must start with {rule}, got {data[:4]!r} in {len(data)} bytes")
     dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
+    if len(data) < start:
+        raise ValueError(f"the header ends after {len(data)} bytes")
     shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
     size = math.prod(shape) * dtype.itemsize
     if len(data) - start != size:
