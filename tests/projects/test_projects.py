@@ -26,6 +26,7 @@ CALLBACKS = {"swap": SwapActivations, "insert": InsertEMOperator, "layers": Laye
 MODES = {"swap": ["swap"], "insert": ["insert"], "layers": ["layers"], "all": ["swap", "insert", "layers"]}
 
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:a batch of . item",
     "ignore:The '.*_dataloader' does not have many workers",
     "ignore:`isinstance.treespec, LeafSpec.`",
     "ignore:.*torch.jit.script.*:DeprecationWarning",
