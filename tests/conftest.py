@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# Registers a device for the whole process; test_device.py runs it in a process of its own.
+collect_ignore = ["pretend_device.py"]
 
 # No deadlines, since machines may be busy. CI runs the same examples every time, the nightly run new ones.
 settings.register_profile(
