@@ -27,7 +27,7 @@ def parts_of(kind: str) -> list[tuple[str, type, str, str]]:
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         arguments = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named)
         sentence = (inspect.getdoc(cls) or "").partition("\n")[0]
-        parts.append((key, cls, arguments, re.sub(r":\w+:`(.+?)`", r"\1", sentence)))
+        parts.append((key, cls, arguments, re.sub(r"(?::\w+:)?`+(.+?)`+", r"\1", sentence)))
     return parts
 
 

@@ -44,9 +44,10 @@ class Report(lightning.Callback):
             return
         folder, began = folder_of(trainer), time.time() - 1.0
         modes = {module: module.training for module in pl_module.modules()}
+        device = pl_module.device
         pl_module.eval()
         try:
-            with torch.no_grad(), torch.random.fork_rng():
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type in ("cuda", "mps") else []):
                 result = self.report(trainer, pl_module, folder)
         finally:
             for module, mode in modes.items():
