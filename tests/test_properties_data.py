@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import io
 import math
 import struct
 import tempfile
@@ -37,6 +38,7 @@ from em_lightning.data import (
     bright_pixels,
     collate_clouds,
     draw_cloud,
+    parse_points,
     random_rotation,
     random_surface,
     read_idx,
@@ -283,6 +285,45 @@ def test_readers_round_trip(values):
             np.testing.assert_array_equal(points, rows)
             assert (triangles is None) == (ending == "xyz" or not faces)
             assert triangles is None or triangles.tolist() == faces
+
+
+ENDINGS = ("off", "ply", "obj", "stl", "xyz", "txt", "csv", "pts", "pcd", "npy", "npz")
+
+
+@given(values=st.data())
+def test_points_that_are_not_finite_are_dropped_or_named(values):
+    rows = values.draw(drawing.tensors((values.draw(st.integers(1, 5)), 3), torch.float64)).numpy()
+    kept = values.draw(drawing.holes((len(rows),)))
+    kept = np.ones(len(rows), dtype=bool) if kept is None else kept.numpy()
+    dirty = np.where(kept[:, None], rows, values.draw(st.sampled_from((np.nan, np.inf, -np.inf))))
+    array = io.BytesIO()
+    np.save(array, dirty)
+    contents = {
+        "a.npy": array.getvalue(),
+        "a.xyz": "".join(" ".join(map(repr, row)) + "\n" for row in dirty.tolist()).encode(),
+    }
+    for name, content in contents.items():
+        for drop in (False, True):
+            if kept.all() or (drop and kept.any()):
+                points, faces = parse_points(content, name, drop_non_finite=drop)
+                np.testing.assert_array_equal(points, rows[kept])
+                assert faces is None
+            else:
+                with pytest.raises(ValueError, match=f"^{name}: "):
+                    parse_points(content, name, drop_non_finite=drop)
+
+
+@given(values=st.data())
+def test_any_content_is_points_or_an_error_that_names_the_file(values):
+    name = f"a.{values.draw(st.sampled_from(ENDINGS))}"
+    content = values.draw(st.binary(max_size=60) | st.text("0123456789.,-e \n", max_size=60).map(str.encode))
+    try:
+        points, faces = parse_points(content, name)
+    except ValueError as error:
+        assert str(error).startswith(f"{name}: "), error
+        return
+    assert points.dtype == np.float64 and points.shape[1:] == (3,) and len(points) and np.isfinite(points).all()
+    assert faces is None or (faces.shape[1:] == (3,) and 0 <= faces.min() <= faces.max() < len(points))
 
 
 @given(values=st.data())

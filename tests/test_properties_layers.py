@@ -231,6 +231,8 @@ def rank(x):
 
 
 def redundancy(x):
+    if len(x) < 2:
+        return math.nan
     if x.shape[1] == 1:
         return 0.0
     covariance = moments_of(x)
@@ -251,7 +253,7 @@ def mean_of(function):
 METRICS = {
     "L0": mean_of(lambda row: (row > 0.01).sum()),
     "DeadComponents": mean_of(lambda row: (np.exp(row) < 1e-3).sum()),
-    "DeadUnits": lambda x: 0.0 if len(x) < 2 else (moments_of(x).diagonal() < 0.01).sum(),
+    "DeadUnits": lambda x: math.nan if len(x) < 2 else (moments_of(x).diagonal() < 0.01).sum(),
     "EffectiveComponents": mean_of(lambda row: math.exp(entropy(np.exp(row)))),
     "EffectiveRank": rank,
     "MaxResponsibility": mean_of(max),
@@ -298,7 +300,7 @@ def test_metrics_of_any_batches(name, values):
         assert math.isnan(found)  # documented: no item was counted, or one, which has no variance
         return
     assert math.isfinite(found)
-    covariance = moments_of(kept) if len(kept) > 1 else np.zeros((units, units))
+    covariance = moments_of(kept) if len(kept) > 1 else np.zeros((units, units))  # means of items need no variance
     size = np.abs(kept).max(initial=0.0)
     std = np.sqrt(covariance.diagonal())
     if name == "Redundancy" and (1e-13 * size > 1e-6 * (std + 1e-8)).any():

@@ -1,8 +1,8 @@
 """Modules on batches of any size and magnitude, surgery on any model, and the arguments of callbacks."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import drawing
 import numpy as np
@@ -23,7 +23,7 @@ from em_lightning.callbacks import (
     SwapActivations,
     TemperatureSchedule,
 )
-from em_lightning.data import TableBatch
+from em_lightning.data import PointCloudBatch, TableBatch
 from em_lightning.modules import (
     AmortizedClustering,
     DecoderFreeEncoder,
@@ -82,7 +82,10 @@ def test_energy_layers_of_any_items(kind, values):
     out = module(x)
     assert out.isfinite().all() and len(out) == items
     if items:
-        terms = module.step((x, y), "train")
+        # Losses of the moments of units warn of a batch without variance.
+        warned = items == 1 and kind is not SparseAutoencoder
+        with pytest.warns(UserWarning, match=r"1 item\(s\) has variance 0") if warned else nullcontext():
+            terms = module.step((x, y), "train")
         assert terms["loss"].item() == pytest.approx(sum(v.item() for k, v in terms.items() if k != "loss"), rel=1e-5)
         if x.abs().max() < 1e7:  # a slope of squared errors is a product of three
             assert_learns(terms["loss"], module)
@@ -124,19 +127,35 @@ def test_mixtures_of_clouds_of_any_size(values):
     mask, other = (values.draw(drawing.holes((sets, items))) for _ in range(2))
     mask, other = (torch.ones(sets, items, dtype=torch.bool) if one is None else one for one in (mask, other))
     module = PointCloudGMM(
-        components, features, num_iters=2, target=values.draw(st.sampled_from(("held_out", "fitted")))
+        components,
+        features,
+        num_iters=2,
+        init=values.draw(st.sampled_from(("farthest", "kmeans++"))),
+        target=values.draw(st.sampled_from(("held_out", "fitted"))),
     )
-    scale = torch.full((sets,), 2.0)
-    batch = SimpleNamespace(
-        points=x, mask=mask, held_out=x, held_out_mask=other, scale=scale, center=torch.zeros(sets, features)
+    indices = torch.arange(sets)
+    batch = PointCloudBatch(
+        points=x,
+        mask=mask,
+        held_out=x,
+        held_out_mask=other,
+        center=torch.zeros(sets, features),
+        scale=torch.full((sets,), 2.0),
+        label=indices,
+        index=indices,
     )
-    terms = module.step(batch, "train")
-    mixture = module(x, mask)
+
+    def same_draws(function, *args):  # of random starts
+        torch.manual_seed(0)
+        return function(*args)
+
+    terms = same_draws(module.step, batch, "train")
+    mixture = same_draws(module, x, mask)
     counted = other if module.target == "held_out" else mask
     expected = mixture.log_prob(x)[counted].sum() / max(int(counted.sum()), 1)
     torch.testing.assert_close(terms["log_likelihood"], expected, rtol=1e-4, atol=1e-3)
     assert terms["loss"].isfinite() and module.sample(x, 2, mask).isfinite().all()
-    torch.testing.assert_close(module.predict_step(batch, 0).means, 2 * mixture.means)
+    torch.testing.assert_close(same_draws(module.predict_step, batch, 0).means, 2 * mixture.means)
 
 
 @given(values=st.data())

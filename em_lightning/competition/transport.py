@@ -95,7 +95,8 @@ def _transport(
     """Return F (..., N) and R (..., N, K) of energies (..., N, K)."""
     if d.shape[-2] == 0:
         return d.sum(-1), d
-    t = torch.as_tensor(temperature, dtype=d.dtype, device=d.device).reshape(())
+    # Numbers are filled in on the device, not copied to it.
+    t = temperature.to(d).reshape(()) if isinstance(temperature, Tensor) else d.new_full((), temperature)
     share = (d.new_zeros(d.shape[-1]) if log_prior is None else log_prior.to(d.dtype)).expand_as(d[..., 0, :])
     share = share.masked_fill((d == torch.inf).all(-2), torch.finfo(d.dtype).min).softmax(-1)
     # F(d + c) = F(d) + c for each item, so the derivatives do not depend on the shift.

@@ -41,8 +41,8 @@ def farthest_points(
     chosen = []
     for step in range(num_components):
         if step <= 1:  # the first center is the point farthest from the mean, which is then forgotten
-            nearest = farthest.clone()
-        _approach(points, center, nearest)
+            nearest = farthest
+        nearest = _approach(points, center, nearest)
         center = _pick(points, nearest.argmax(-1, keepdim=True)).squeeze(-1)
         chosen.append(center)
     return torch.stack(chosen, 1)
@@ -69,7 +69,7 @@ def kmeans_plus_plus(
     center = _pick(points, torch.multinomial(counts, 1, generator=generator)).squeeze(-1)
     chosen = [center]
     for _ in range(num_components - 1):
-        _approach(points, center, nearest)
+        nearest = _approach(points, center, nearest)
         potential = nearest * counts
         # All distances are zero: draw in proportion to the weights.
         potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, counts)
@@ -231,11 +231,13 @@ def _row_blocks(rows: Tensor, width: int) -> list[slice]:
     return [slice(row, row + size) for row in range(0, items, size)]
 
 
-def _approach(points: Tensor, center: Tensor, nearest: Tensor) -> None:
-    """Lower squared distances (B, N) in place to those of points (B, D, N) from a center (B, D) of each set."""
-    for rows in _row_blocks(points, points.shape[1]):
-        own = nearest[:, rows]
-        own.copy_(torch.minimum(own, _squared_distance(points[:, :, rows], center)))
+def _approach(points: Tensor, center: Tensor, nearest: Tensor) -> Tensor:
+    """Return squared distances (B, N), lowered to those of points (B, D, N) from a center (B, D) of each set."""
+    lowered = [
+        torch.minimum(nearest[:, rows], _squared_distance(points[:, :, rows], center))
+        for rows in _row_blocks(points, points.shape[1])
+    ]
+    return lowered[0] if len(lowered) == 1 else torch.cat(lowered, 1)
 
 
 def _squared_distance(points: Tensor, center: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor, smallest_pivots
+from em_lightning.mixture.covariance.cholesky import Factor, identity, smallest_pivots
 from em_lightning.mixture.covariance.full import FullCovariance, half_log_tau
 from em_lightning.mixture.parameters import Parameters
 
@@ -109,7 +109,7 @@ class DiagonalCovariance(FullCovariance):
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coordinate axes and the standard deviations."""
         root = self.factorize(covariances, means).scale.expand(*means.shape)
-        return torch.eye(means.shape[-1]).to(root), root
+        return identity(means.shape[-1], root), root
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
         """Return ``exp(2 stretch) (sigma^2 - floor) + floor``."""
