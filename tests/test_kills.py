@@ -106,7 +106,10 @@ def test_the_workers_of_a_table_and_of_seeds_end_with_their_run(kind, number, tm
     command = [sys.executable, "-m", "em_lightning.cli", "run", "decoder_free_sae", "--trainer.max_epochs=1000000"]
     command += ["--config=endless.yaml", "--jobs=2"] if kind == "table" else ["--seeds=1,2", "--jobs=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE)
+    options = {"start_new_session": True, "stderr": subprocess.PIPE}
+    # A shell ignores SIGINT in its background jobs, and children inherit that.
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **options)
     try:
         wait_until(lambda: len(list(tmp_path.rglob("events.out*"))) == 2 and len(group_of(process.pid)) >= 3, 300)
         os.kill(process.pid, number)
