@@ -97,8 +97,10 @@ def test_rank_ends_with_its_parent_process():
 
 @on_linux
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["table", "seeds"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "kind, number",
+    [("table", signal.SIGTERM), ("table", signal.SIGKILL), ("seeds", signal.SIGTERM), ("seeds", signal.SIGINT)],
+)
 def test_the_workers_of_a_table_and_of_seeds_end_with_their_run(kind, number, tmp_path):
     rows = {"first": {"published": {"l0": 1}}, "second": {"arguments": {"model.lr": 0.1}, "published": {"l0": 1}}}
     table = {"table": {"title": "Endless", "seeds": [1], "rows": rows}}
