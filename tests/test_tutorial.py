@@ -33,7 +33,9 @@ def test_the_tutorial_runs_and_shows_what_it_says(tmp_path, monkeypatch):
     small, large = (re.findall(r"-\d+\.\d+", line) for line in printed.splitlines() if line.startswith("floor "))
     for *classical, trained in (small, large):
         assert len(classical) == 3 and float(trained) > max(map(float, classical))
-    assert float(large[0]) > float(small[-1])  # the floor alone gains more than training with the small floor
+    # The floor alone gains as much as training with the small floor; both together gain a few hundredths more.
+    assert abs(float(large[0]) - float(small[-1])) < 0.015
+    assert 0.02 < float(large[-1]) - float(large[0]) < 0.1
 
 
 def kinds(cell):
