@@ -131,7 +131,6 @@ def test_mixtures_of_clouds_of_any_size(values):
         features,
         num_iters=2,
         exact_iters=2,
-        num_starts=2,
         init=values.draw(st.sampled_from(("farthest", "kmeans++"))),
         target=values.draw(st.sampled_from(("held_out", "fitted"))),
     )
