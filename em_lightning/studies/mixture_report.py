@@ -39,7 +39,7 @@ class MixtureReport(Report):
     def __init__(
         self,
         sizes: Sequence[int] = (32, 128, 512),
-        num_pictured: int = 6,
+        num_pictured: int = 8,
         sklearn: bool = True,
         thorough: bool = False,
     ) -> None:

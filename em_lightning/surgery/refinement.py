@@ -44,7 +44,7 @@ class SetRefinement(EMRefinement):
         **operator: further arguments of :class:`EMRefinement`.
 
     Raises:
-        ValueError: ``set_dim`` is no axis of items, or the batch cannot be told from the items.
+        ValueError: ``set_dim`` is out of range or equals ``dim``, or ``set_dim="auto"`` is ambiguous.
     """
 
     def __init__(
@@ -217,8 +217,7 @@ def _blocks_later(scores: Tensor) -> bool:
     first = scores.detach().reshape(-1, *scores.shape[-2:])[0]
     later = torch.ones_like(first, dtype=torch.bool).triu(1)
     own = first.diagonal()
-    if (
-        first.dtype == torch.bool
-    ):  # true excludes in nn.MultiheadAttention, and includes in scaled_dot_product_attention
+    if first.dtype == torch.bool:
+        # True excludes in nn.MultiheadAttention, and includes in scaled_dot_product_attention.
         return bool((first[later].all() and not own.all()) or (own.any() and not first[later].any()))
     return bool((first[later] <= _BLOCKED).all() and (first[~later] > _BLOCKED).any())
