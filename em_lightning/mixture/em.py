@@ -190,7 +190,7 @@ class StreamedEM(NamedTuple):
             statistics = statistics.with_mean_weight_one()
             counts = None
             if prior is not None:
-                if variance is None and prior.covariance is None:
+                if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
                     raise ValueError("variance=None must be given: the prior's covariance is a share of it")
                 spread = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)
@@ -227,9 +227,13 @@ def fit_blocks(
         max_iters: largest number of iterations.
         tol: of the change of the log-likelihood, in nats per point; 0 makes all iterations.
         floor: added to every variance.
-        prior: of the parameters, with its mean and covariance given.
+        prior: of the parameters. It must give the mean and the covariance whose pseudo-count is positive.
         before: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
         report: is called after each iteration with its number and its log-likelihood per point.
+
+    Raises:
+        ValueError: ``blocks()`` yields no block, the log-likelihood is not finite, or the prior lacks its mean or
+            covariance.
 
     Example:
         >>> x = torch.tensor([[-2.0], [-1.9], [3.0], [3.1]])
@@ -238,6 +242,13 @@ def fit_blocks(
         >>> [round(mean, 2) for mean in fit.mixture.means.flatten().tolist()], fit.converged
         ([-1.95, 3.05], True)
     """
+    if prior is not None:
+        for name in ("mean", "covariance"):  # those of all points are not known before the first pass
+            if getattr(prior, name) is None and bool(prior.count(name) > 0):
+                raise ValueError(
+                    f"prior has {name}=None and {name}_strength={float(prior.count(name)):g}: give its {name} in units "
+                    f"of the points, or {name}_strength=0"
+                )
     start = start.to(accumulation_dtype(start.means))
     streamed = StreamedEM.about(start)
 
