@@ -16,7 +16,6 @@ from em_lightning.losses import EMLoss
 from em_lightning.scope import curvature
 from em_lightning.surgery import Taps, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
-from em_lightning.surgery.select import described
 
 _MAX_ITEMS = 128  # of a batch, whose curvature is computed
 
@@ -69,11 +68,6 @@ class CompetitionMonitor(Callback):
         self._taps: Taps | None = None
         self._undos: list[Callable[[], Any]] = []
 
-    @property
-    def state_key(self) -> str:
-        """A key that differs between callbacks on different layers."""
-        return f"{type(self).__qualname__}(where={described(self.where)}, tap={self.tap})"
-
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wrap ``training_step`` before :class:`LayerwiseEMLoss` does, to see the loss of the task alone."""
         if stage != "fit":
@@ -113,24 +107,34 @@ class CompetitionMonitor(Callback):
             self._undos.append(wrap(pl_module, "manual_backward", manual_backward))
 
     def _measure(self, pl_module: Any, loss: Tensor, captured: dict[str, list[Tensor]]) -> None:
+        trained = [tensor for tensors in captured.values() for tensor in tensors if tensor.requires_grad]
+        of_task = {}
+        if trained and loss.requires_grad:
+            gradients = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
+            of_task = dict(zip(map(id, trained), gradients, strict=True))
         for path, tensors in captured.items():
-            trained = [tensor for tensor in tensors if tensor.requires_grad]
-            leaves = [tensor.detach().requires_grad_() for tensor in trained or tensors]
-            dim = self._taps.axes[path](leaves[0].shape)  # type: ignore[union-attr]
+            dim = self._taps.axes[path](tensors[0].shape)  # type: ignore[union-attr]
+            tensors = [tensor for tensor in tensors if id(tensor) in of_task] or tensors
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
             with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
                 energies = torch.cat([leaf.float().movedim(dim, -1).flatten(0, -2) for leaf in leaves])
-                own = torch.autograd.grad(self.loss.total(energies), leaves)
+                of_em = torch.autograd.grad(self.loss.total(energies), leaves)
             some = energies.detach()[:: -(-len(energies) // _MAX_ITEMS) or 1]
             values = curvature(softmin(some).responsibilities)
-            log = {"mean": values.mean(), "max": values.amax(), "gap": 0.5 - values.amax()}
-            log = {f"curvature_{name}": value for name, value in log.items()}
-            if trained and loss.requires_grad:
-                task = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
-                pairs = [(t.float().flatten(), e.float().flatten()) for t, e in zip(task, own, strict=True)]
-                sums = torch.stack([torch.stack([t.dot(t), e.dot(e), t.dot(e)]) for t, e in pairs]).sum(0)
-                of_task, of_em, product = global_sum(sums)
-                log["dominance"] = (of_task / of_em).sqrt()
-                log["cosine"] = product / (of_task.sqrt() * of_em.sqrt()).clamp_min(torch.finfo(sums.dtype).tiny)
+            log = {
+                "curvature_mean": values.mean(),
+                "curvature_max": values.amax(),
+                "curvature_gap": 0.5 - values.amax(),
+            }
+            if id(tensors[0]) in of_task:
+                pairs = [
+                    (of_task[id(t)].float().flatten(), e.float().flatten()) for t, e in zip(tensors, of_em, strict=True)
+                ]
+                task, em, product = global_sum(
+                    torch.stack([torch.stack([t.dot(t), e.dot(e), t.dot(e)]) for t, e in pairs]).sum(0)
+                )
+                log["dominance"] = (task / em).sqrt()
+                log["cosine"] = product / (task.sqrt() * em.sqrt()).clamp_min(torch.finfo(em.dtype).tiny)
             pl_module.log_dict({f"em/{path}/{name}": value for name, value in log.items()}, batch_size=1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
