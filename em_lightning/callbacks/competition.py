@@ -17,7 +17,7 @@ from em_lightning.scope import curvature
 from em_lightning.surgery import Taps, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
 
-_MAX_ITEMS = 128  # of a batch, whose curvature is computed
+_MAX_ITEMS = 64  # of a batch, whose curvature is computed
 
 
 class CompetitionMonitor(Callback):
@@ -25,7 +25,7 @@ class CompetitionMonitor(Callback):
 
     The output d of a layer is read as energies. Every ``every`` batches it logs, as ``em/<layer>/<name>``:
 
-    - ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at T = 1 over 128 items of
+    - ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at T = 1 over 64 items of
       this rank's batch, and ``curvature_gap``, 1/2 minus the maximum;
     - ``dominance``, :math:`\|\partial L_\text{task} / \partial d\| / \|\partial L_\text{EM} / \partial d\|` over the
       global batch, and ``cosine`` of the two gradients.
