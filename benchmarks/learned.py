@@ -8,7 +8,8 @@
     python benchmarks/learned.py store FOLDER --checkpoints last.ckpt             the file of pretrained()
 
 Settings are chosen on validation clouds for each size and noise level and kept in FOLDER/settings; the test clouds are
-drawn from another seed. The slow fits of scikit-learn are measured on the first 90 test clouds (36 for n_init=10 and the Bayesian mixture).
+drawn from another seed. The slow fits of scikit-learn are measured on the first 90 test clouds (36 for n_init=10 and
+the Bayesian mixture).
 """
 
 import argparse

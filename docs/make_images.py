@@ -108,7 +108,8 @@ def _draw(ax: Axes, activation: Activation, reach: float) -> None:
 
 # The classical settings that the validation clouds of docs/results/learned.md choose for 128 points with noise of 0.02.
 _TUNED = {"covariance_floor": 3e-3, "num_iters": 2}
-_COLORS = colormaps["tab20"](range(16))[:, :3]
+# Without four colours of tab20 that resemble others.
+_COLORS = colormaps["tab20"]([k for k in range(20) if k not in (7, 9, 15, 19)])[:, :3]
 
 
 @figure_style()
