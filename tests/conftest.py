@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 # Registers a device for the whole process; test_device.py runs it in a process of its own.
 collect_ignore = ["pretend_device.py"]
 

@@ -371,7 +371,7 @@ def test_a_checkpoint_with_surgery_names_what_loads_it(tmp_path):
     ):
         with pytest.raises(RuntimeError, match="RestoreSurgery_or_restore_surgery"):
             load()
-    with pytest.warns(UserWarning, match="RestoreSurgery_or_restore_surgery"):
+    with pytest.warns(UserWarning, match="RestoreSurgery.or.restore_surgery"):
         users.MLP.load_from_checkpoint(path, strict=False)
     assert type(restore_surgery(users.MLP, path).encoder[1]) is not nn.ReLU
     users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(
@@ -393,3 +393,15 @@ def test_fine_tuning_from_a_plain_checkpoint_gets_advice_that_works(tmp_path):
 def test_a_repeated_argument_is_named():
     with pytest.raises(TypeError, match="arguments=.*repeats dim"):
         SwapActivations("softmax_gated", arguments={"dim": 1})
+
+
+@pytest.mark.parametrize("make", [SwapActivations, lambda: InsertEMOperator("encoder.2", verbose=False)])
+def test_a_plain_load_that_drops_a_surgery_warns(make, tmp_path):
+    trainer = fit(tmp_path, model := users.MLP(), make())
+    trainer.save_checkpoint(tmp_path / "changed.ckpt")
+    state = torch.load(tmp_path / "changed.ckpt")["state_dict"]
+    with pytest.warns(
+        UserWarning, match="strict=False drops the surgery at encoder.*RestoreSurgery or restore_surgery"
+    ):
+        users.MLP().load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=False)  # the changed model takes all of it

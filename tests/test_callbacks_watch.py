@@ -156,3 +156,43 @@ def test_an_audit_that_fails_warns_and_changes_nothing(cls, tmp_path):
         assert trainer.state.finished and trainer.global_step == 3
         states.append(model.state_dict())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+class Returns(torch.nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x):
+        return self.change(x)
+
+
+class Odd(users.MLP):
+    """Has a layer whose output is no tensor of energies."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.odd = Returns(change)
+
+    def training_step(self, batch, batch_idx):
+        self.odd(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: (x > 0).long(), lambda x: x > 0, lambda x: "text", lambda x: (1, x), lambda x: x[None, None]]
+)
+def test_a_layer_that_cannot_be_monitored_is_skipped_with_one_warning(change, tmp_path):
+    monitor = PosteriorMonitor(["odd", "encoder.0"], every_n_steps=1, verbose=False)
+    with pytest.warns(UserWarning, match="PosteriorMonitor skips 'odd'") as caught:
+        trainer = users.trainer(tmp_path, 1, [monitor])
+        trainer.fit(Odd(change), users.MLP.data())
+    assert sum("skips" in str(one.message) for one in caught) == 1
+    assert trainer.global_step == 3
+    assert any(key.startswith("em/encoder.0/") for key in trainer.callback_metrics)
+
+
+def test_the_first_tensor_of_a_tuple_is_monitored(tmp_path):
+    trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("odd", every_n_steps=1, dim=-1, verbose=False)])
+    trainer.fit(Odd(lambda x: (x, 3)), users.MLP.data())
+    assert any(key.startswith("em/odd/") for key in trainer.callback_metrics)

@@ -192,3 +192,38 @@ def test_the_energy_of_the_box_gives_the_same_fit(features):
     for background in ({"weight": 0.2}, {"weight": 0.2, "energy": float(sides.log().sum())}):
         found.append(EMOperator(2, features, background=background, residual=False)(x[:1], num_iters=5))
     assert_close(*found, rtol=1e-7)
+
+
+@pytest.mark.parametrize("background", [0.2, {"estimate": True}, {"energy": 3.0}])
+def test_densities_under_the_background_of_the_fit_do_not_depend_on_other_points(background):
+    x, mask, _ = with_padding(sets())
+    operator = EMOperator(2, 2, background=background, residual=False)
+    mixture = operator(x, mask, init=start_of(x))
+    energies = operator.background.energies(x, mask)
+    density, posterior = operator.log_prob(x, mixture, mask), operator.posterior(x, mixture, mask)
+    for rows in (slice(0, 1), slice(3, 20)):
+        alone = operator.log_prob(x[:, rows], mixture, mask[:, rows], energies)
+        torch.testing.assert_close(alone, density[:, rows], rtol=0, atol=1e-9)
+        shares = operator.posterior(x[:, rows], mixture, mask[:, rows], energies).responsibilities
+        counted = mask[:, rows]
+        torch.testing.assert_close(shares[counted], posterior.responsibilities[:, rows][counted], rtol=0, atol=1e-9)
+
+
+def test_energies_are_log_volumes_of_boxes_in_units_of_the_points():
+    x = 1e4 + torch.tensor([[[0.0, 0.0], [2.0, 3.0], [1.0, 90.0]]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False]])
+    box = UniformBackground()
+    assert box.energies(x, mask).item() == pytest.approx(math.log(6.0))
+    assert box.energies(x, weights=mask.double()).item() == pytest.approx(math.log(6.0))
+    assert box.energies(5.0 * x, mask).item() == pytest.approx(math.log(150.0))
+    assert UniformBackground(energy=2.0).energies(x).item() == pytest.approx(2.0)
+
+
+def test_wrong_energies_are_reported():
+    x = sets()
+    with_box, without = EMOperator(2, 2, background=0.1, residual=False), EMOperator(2, 2, residual=False)
+    mixture = start_of(x)
+    two, three = torch.zeros(2), torch.zeros(3)
+    assert_raises(ValueError, ["background_energies", "None"], lambda: without.log_prob(x, mixture, None, two))
+    assert_raises(ValueError, ["background_energies", "None"], lambda: without.posterior(x, mixture, None, two))
+    assert_raises(ValueError, ["background_energies", "(3,)"], lambda: with_box.log_prob(x, mixture, None, three))

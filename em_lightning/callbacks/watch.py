@@ -91,6 +91,7 @@ class PosteriorMonitor(Callback):
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
         self._last: dict[str, Tensor] = {}
+        self._skipped: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -100,7 +101,7 @@ class PosteriorMonitor(Callback):
     def _start(self, pl_module: Any) -> None:
         self._stop()
         verbose = self.verbose and not self._axes
-        self._taps = Taps(pl_module, self.where, self.tap, self.target, self.dim, verbose=verbose)
+        self._taps = Taps(pl_module, self.where, self.tap, self.target, self.dim, verbose=verbose, skip=self._skip)
         self._taps.axes.update(self._axes)  # as decided at the first batch
         self._axes = self._taps.axes
         self._taps.attach()
@@ -110,15 +111,33 @@ class PosteriorMonitor(Callback):
             self._taps.remove()
         self._taps, self._metrics, self._last = None, {}, {}
 
+    def _skip(self, path: str, error: Exception) -> None:
+        if path not in self._skipped:
+            self._skipped.add(path)
+            rank_zero_warn(f"PosteriorMonitor skips {path!r}, and the run continues: {type(error).__name__}: {error}")
+
     @torch.no_grad()
     def _update(self) -> None:
-        for path, tensors in self._taps.take().items() if self._taps else ():
-            for tensor in tensors:
-                dim = self._axes[path](tensor.shape)
-                if path not in self._metrics:
-                    self._metrics[path] = layer_metrics(dim).to(tensor.device)
-                self._metrics[path].update(tensor.detach())
-                self._last[path] = tensor.detach().movedim(dim, -1)
+        try:
+            taken = self._taps.take() if self._taps else {}
+        except RuntimeError as error:  # a tensor was overwritten in place
+            taken = {}
+            self._skip(described(self.where), error)
+        for path, tensors in taken.items():
+            try:
+                for tensor in tensors:
+                    self._measure(path, tensor.detach())
+            except Exception as error:  # a layer may return a tensor of any dtype and shape
+                self._skip(path, error)
+
+    def _measure(self, path: str, tensor: Tensor) -> None:
+        if not tensor.is_floating_point():
+            raise TypeError(f"the {self.tap} of {path!r} has dtype {tensor.dtype}; energies must be floating-point")
+        dim = self._axes[path](tensor.shape)
+        if path not in self._metrics:
+            self._metrics[path] = layer_metrics(dim).to(tensor.device)
+        self._metrics[path].update(tensor)
+        self._last[path] = tensor.movedim(dim, -1)
 
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():

@@ -108,7 +108,6 @@ class _Family:
         return self._superellipsoid((1.0, 1.0), 1.0)
 
     def ellipsoid(self) -> Mesh:
-        """Return an ellipsoid with axes down to 0.3 of the longest."""
         return self._superellipsoid((1.0, 1.0), 0.3)
 
     def superellipsoid(self) -> Mesh:
@@ -171,12 +170,10 @@ class _Family:
         return _grid(torch.stack([ring * u.cos(), ring * u.sin(), v * half.sin()], -1))
 
     def saddle(self) -> Mesh:
-        """Return the saddle z = a x^2 - b y^2 over a square."""
         x, y = _linspace(33, -1.0, 1.0)[:, None].expand(-1, 33), _linspace(33, -1.0, 1.0)[None].expand(33, -1)
         return _grid(torch.stack([x, y, self._draw(0.4, 1) * x**2 - self._draw(0.4, 1) * y**2], -1))
 
     def bowl(self) -> Mesh:
-        """Return the paraboloid z = a r^2 over a disc."""
         radius = _linspace(33, 0.0, 1.0)
         return _revolve(radius, self._draw(0.4, 1.5) * radius**2)
 

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_distributed
+
+
+class _Gram(torch.autograd.Function):
+    """X^T X with one matrix product in the backward pass; autograd needs two for ``X.T @ X``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(items: Tensor) -> Tensor:
+        return items.T @ items
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return ctx.saved_tensors[0] @ (gradient + gradient.T)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        half = ctx.saved_tensors[0].T @ tangent
+        return half + half.T
+
+
+def _gram(items: Tensor) -> Tensor:
+    return items.T @ items if torch.compiler.is_compiling() else _Gram.apply(items)
 
 
 class Moments(NamedTuple):
@@ -55,13 +83,14 @@ class Moments(NamedTuple):
             return (self._sum_of_products(standardized) - torch.diag(diagonal)).square().sum()
         # Z Z^T (N, N) is smaller than Z^T Z (D, D) and has the same Frobenius norm.
         with torch.autocast(standardized.device.type, enabled=False):
-            similarity = standardized @ standardized.T
+            similarity = _gram(standardized.T)
         return similarity.square().sum() - diagonal.square().sum()
 
     def _sum_of_products(self, items: Tensor) -> Tensor:
-        weighted = items if self.weights is None else items * self.weights[:, None]
         with torch.autocast(items.device.type, enabled=False):
-            return global_sum(weighted.T @ items)
+            if self.weights is None:
+                return global_sum(_gram(items))
+            return global_sum((items * self.weights[:, None]).T @ items)
 
 
 def _degrees_of_freedom(size: Tensor) -> Tensor:
@@ -92,8 +121,12 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
             f"are far from those of other batches; drop such batches (drop_last=True)",
             stacklevel=3,
         )
-    exact, size = _mean_and_size(items, weights, accumulation_dtype(items))
-    mean, size = exact.to(items.dtype), size.to(items.dtype)
+    wide = accumulation_dtype(items)
+    counts = items.new_ones(1).expand(len(items)) if weights is None else weights
+    weighted = items if weights is None else items * weights[:, None]
+    size = global_sum(counts.sum(dtype=wide))
+    mean = (global_sum(weighted.sum(0, dtype=wide)) / size.clamp_min(torch.finfo(wide).tiny)).to(items.dtype)
+    size = size.to(items.dtype)
     deviations = items - mean
     squares = deviations.square() if weights is None else deviations.square() * weights[:, None]
     variance = global_sum(squares.sum(0)) / _degrees_of_freedom(size)
@@ -107,14 +140,6 @@ def batch_mean(items: Tensor, weights: Tensor | None = None) -> Tensor:
         >>> batch_mean(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
         tensor([2., 0.])
     """
-    mean, _ = _mean_and_size(items.flatten(1) if items.dim() > 1 else items[:, None], weights, items.dtype)
-    return mean.reshape(items.shape[1:])
-
-
-def _mean_and_size(items: Tensor, weights: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if weights is None:
-        total, size = items.sum(0, dtype=dtype), items.new_full((), items.shape[0], dtype=dtype)
-    else:
-        total, size = (items * weights[:, None]).sum(0, dtype=dtype), weights.sum(dtype=dtype)
-    size = global_sum(size)
-    return global_sum(total) / size.clamp_min(torch.finfo(dtype).tiny), size
+    weights = items.new_ones(len(items)) if weights is None else weights
+    total = global_sum((items.movedim(0, -1) * weights).sum(-1))
+    return total / global_sum(weights.sum()).clamp_min(torch.finfo(weights.dtype).tiny)

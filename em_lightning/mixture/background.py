@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from em_lightning.mixture.e_step import BackgroundLevel
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Points, prepare
 
 # Smallest side of a bounding box relative to its longest.
 _MIN_SIDE_RATIO = 1e-3
@@ -95,15 +95,29 @@ class UniformBackground(nn.Module):
         )
         return log_weights + torch.log1p(-share.clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT)).unsqueeze(-1)
 
-    def level(self, points: Points, log_weights: Tensor) -> BackgroundLevel:
-        """Return the log-density and log-weights of the background in the coordinates of the points."""
+    def energies(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in units of the points.
+
+        Example:
+            >>> UniformBackground().energies(torch.tensor([[[0.0, 0.0], [2.0, 3.0]]])).exp()  # the area of the box
+            tensor([6.0000], dtype=torch.float64)
+        """
+        points = prepare(x, lambda z: z, mask, weights, with_moments=False)
+        return points.log_volume() - self._log_density(points)
+
+    def level(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundLevel:
+        """Return the log-density and log-weights of the background in the coordinates of the points.
+
+        ``energies`` (B,), in units of the points, replace the density of their bounding box.
+        """
         if self.estimate:
             log_weight = (-torch.expm1(log_weights.logsumexp(-1))).clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT).log()
             log_rest = torch.zeros_like(log_weight)
         else:
             logits = self._logits(points.mass)
             log_weight, log_rest = functional.logsigmoid(logits), functional.logsigmoid(-logits)
-        return BackgroundLevel(self._log_density(points) + log_weight, log_weight, log_rest)
+        density = self._log_density(points) if energies is None else points.log_volume() - energies.to(log_weight)
+        return BackgroundLevel(density + log_weight, log_weight, log_rest)
 
     def _log_density(self, points: Points) -> Tensor:
         """Return ``log p_0`` (B,) in the coordinates of the points."""

@@ -58,13 +58,7 @@ def em_step(
 
 
 class Fit(NamedTuple):
-    """The result of EM iterations to convergence.
-
-    state: the parameters of each set.
-    steps: (B,), iterations of each set.
-    converged: (B,), whether the objective of a set changed by less than the tolerance.
-    objectives: one (B,) per iteration, the objective per point before its M-step.
-    """
+    """The result of EM iterations to convergence."""
 
     state: tuple[Tensor, ...]
     steps: Tensor
@@ -85,14 +79,7 @@ def fit(
 
     A set that has converged keeps its parameters, so that its result does not depend on the other sets.
 
-    Args:
-        step: from parameters and the number of the iteration, from 1, to the parameters after an iteration and the
-            objective per point (B,) before it.
-        state: a named tuple of tensors (B, ...).
-        max_iters: largest number of iterations.
-        tol: in nats per point; 0 makes all iterations.
-        min_iters: iterations before the first test.
-        before: the objective (B,) of an iteration before these.
+    ``step(state, iteration)`` returns the state after an iteration and the objective per point (B,) before it.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)
@@ -190,7 +177,7 @@ class StreamedEM(NamedTuple):
             statistics = statistics.with_mean_weight_one()
             counts = None
             if prior is not None:
-                if variance is None and prior.covariance is None:
+                if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
                     raise ValueError("variance=None must be given: the prior's covariance is a share of it")
                 spread = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)
@@ -227,9 +214,13 @@ def fit_blocks(
         max_iters: largest number of iterations.
         tol: of the change of the log-likelihood, in nats per point; 0 makes all iterations.
         floor: added to every variance.
-        prior: of the parameters, with its mean and covariance given.
+        prior: of the parameters. It must give the mean and the covariance whose pseudo-count is positive.
         before: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
         report: is called after each iteration with its number and its log-likelihood per point.
+
+    Raises:
+        ValueError: ``blocks()`` yields no block, the log-likelihood is not finite, or the prior lacks its mean or
+            covariance.
 
     Example:
         >>> x = torch.tensor([[-2.0], [-1.9], [3.0], [3.1]])
@@ -238,6 +229,13 @@ def fit_blocks(
         >>> [round(mean, 2) for mean in fit.mixture.means.flatten().tolist()], fit.converged
         ([-1.95, 3.05], True)
     """
+    if prior is not None:
+        for name in ("mean", "covariance"):  # those of all points are not known before the first pass
+            if getattr(prior, name) is None and bool(prior.count(name) > 0):
+                raise ValueError(
+                    f"prior has {name}=None and {name}_strength={float(prior.count(name)):g}: give its {name} in units "
+                    f"of the points, or {name}_strength=0"
+                )
     start = start.to(accumulation_dtype(start.means))
     streamed = StreamedEM.about(start)
 

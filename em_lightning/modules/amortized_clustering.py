@@ -100,14 +100,6 @@ class AmortizedClustering(EMModule):
         self.log_count = nn.Parameter(torch.zeros(1)) if open_world else None
         self.log_extent = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale))) if open_world else None
 
-    def for_components(self, num_components: int) -> AmortizedClustering:
-        """Return a module with the same weights for another number of components."""
-        # LightningCLI adds private hyperparameters of its own.
-        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        other = AmortizedClustering(**{**arguments, "num_components": num_components})
-        other.load_state_dict(self.state_dict())
-        return other.to(self.device).train(self.training)
-
     def train(self, mode: bool = True) -> AmortizedClustering:
         """Set the mode; the operator stays in eval mode, in which it tries several starts."""
         super().train(mode)

@@ -132,14 +132,6 @@ class PointCloudGMM(EMModule):
         module.load_state_dict(stored["state_dict"])
         return module.eval()
 
-    def for_components(self, num_components: int) -> PointCloudGMM:
-        """Return a module with the same weights for another number of components."""
-        # LightningCLI adds private hyperparameters of its own.
-        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        other = PointCloudGMM(**{**arguments, "num_components": num_components})
-        other.load_state_dict(self.state_dict())
-        return other.to(self.device).train(self.training)
-
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
         """Return the mixtures of clouds (B, N, D)."""
         with torch.no_grad():

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from em_lightning.registry import from_options
+
+
+def build(argument: str, cls: type[Any], value: Any) -> Any:
+    """Return an instance of a class for an instance, a mapping of its arguments, or ``None``."""
+    if isinstance(value, Mapping):
+        return from_options(argument, cls, value)
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"{argument}={value!r} must be a {cls.__name__}, a dict or None")
+    return value
 
 
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:

@@ -32,25 +32,16 @@ from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import check_sets
+from em_lightning.operators.checks import build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import GivenSets, build_start
-from em_lightning.registry import from_options
 
 # Exact iterations after which starts are compared.
 _TRIAL_ITERATIONS = 5
 
 
 class _Sets(NamedTuple):
-    """The inputs of all iterations.
-
-    given: the sets as they were given.
-    points: the sets ready for EM.
-    covariance: the covariance type.
-    floor: (B,), of the variances.
-    prior: pseudo-counts.
-    dtype: of the result.
-    """
+    """The inputs of all iterations: sets as given and ready for EM, variance floor (B,), and dtype of the result."""
 
     given: GivenSets
     points: Points
@@ -173,8 +164,8 @@ class EMOperator(SetOperator):
         self.competition = COMPETITIONS.build(competition)
         if isinstance(background, (int, float)):
             background = {"weight": background}
-        self.background = _built("background", UniformBackground, background)
-        self.prior = _built("prior", MixturePrior, prior)
+        self.background = build("background", UniformBackground, background)
+        self.prior = build("prior", MixturePrior, prior)
         if self.background is not None and isinstance(self.competition, Background):
             raise ValueError("background and competition='background' are two backgrounds; give one of them")
         self.init = init
@@ -187,21 +178,30 @@ class EMOperator(SetOperator):
         self.correction: ResidualCorrection | None = residual or None
         self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
 
-    def log_prob(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, background_energies: Tensor | None = None
+    ) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D) under the operator's kernel and background, as (B, N).
 
-        Zero where masked. A background without an energy is uniform over the bounding box of these points.
+        Zero where masked. A background without an energy is uniform over the bounding box of these points. For points
+        other than those of the fit, give as ``background_energies`` the ``operator.background.energies`` of the fit.
+
+        Raises:
+            ValueError: ``background_energies`` are given to an operator without background, or are not of shape (B,).
         """
-        points, state, likelihood = self._evaluation(x, mixture, mask)
+        points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
         density = (log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)).to(x.dtype)
         return density if mask is None else torch.where(mask, density, 0.0)
 
-    def posterior(self, x: Tensor, mixture: Mixture, mask: Tensor | None = None) -> Posterior:
+    def posterior(
+        self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, background_energies: Tensor | None = None
+    ) -> Posterior:
         """Return the posterior of the competition for points (B, N, D): responsibilities (B, N, K).
 
         A background is one more hypothesis, the last: :func:`~em_lightning.competition.none_of_the_above` reads it.
+        ``background_energies`` are those of :meth:`log_prob`.
         """
-        points, state, likelihood = self._evaluation(x, mixture, mask)
+        points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
         theta, peak = likelihood.family.natural_parameters(state)
         features = points.lift()
         joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
@@ -224,14 +224,21 @@ class EMOperator(SetOperator):
             state = self._with_reserved_share(sets.points.frame.enter_parameters(mixture.parameters()))
             return self._objective(sets, state).to(x.dtype)
 
-    def _evaluation(self, x: Tensor, mixture: Mixture, mask: Tensor | None) -> tuple[Points, Parameters, Likelihood]:
+    def _evaluation(
+        self, x: Tensor, mixture: Mixture, mask: Tensor | None, energies: Tensor | None
+    ) -> tuple[Points, Parameters, Likelihood]:
         """Return points, parameters and the density of given mixtures, of any covariance type."""
         check_points(mixture, x)
+        if energies is not None:
+            if self.background is None:
+                raise ValueError("background_energies are given, but the operator has background=None")
+            if energies.shape != mixture.means.shape[:1]:
+                raise ValueError(f"background_energies {tuple(energies.shape)} must have shape ({mixture.sets},)")
         check_sets(x, mask, None, self.num_features)
         covariance = covariance_of(mixture.covariances, mixture.means)
         points = prepare(x.expand(mixture.sets, -1, -1), covariance.features, mask, with_moments=False)
         state = self._with_reserved_share(points.frame.enter_parameters(mixture.parameters()))
-        return points, state, self._likelihood(points, state, covariance)
+        return points, state, self._likelihood(points, state, covariance, energies)
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -377,10 +384,12 @@ class EMOperator(SetOperator):
     def _schedule_length(self) -> int:
         return 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
 
-    def _likelihood(self, points: Points, state: Parameters, covariance: Covariance) -> Likelihood:
+    def _likelihood(
+        self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None
+    ) -> Likelihood:
         level: BackgroundLevel | None = None
         if self.background is not None:
-            level = self.background.level(points, state.log_weights)
+            level = self.background.level(points, state.log_weights, energies)
         kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
         return Likelihood(covariance, kernel, level)
 
@@ -389,12 +398,3 @@ class EMOperator(SetOperator):
         if self.background is None:
             return state
         return state._replace(log_weights=self.background.reserve_share(state.log_weights))
-
-
-def _built(argument: str, cls: type[Any], value: Any) -> Any:
-    """Return an instance of a class for an instance, a mapping of its arguments, or ``None``."""
-    if isinstance(value, Mapping):
-        return from_options(argument, cls, value)
-    if value is not None and not isinstance(value, cls):
-        raise TypeError(f"{argument}={value!r} must be a {cls.__name__}, a dict or None")
-    return value

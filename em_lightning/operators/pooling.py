@@ -142,10 +142,10 @@ class EMPooling(nn.Module):
                 # In float64, since the gradient divides by the mass and the variance.
                 z, values = z.to(accumulation_dtype(z)), values.to(accumulation_dtype(z))
                 mixture = mixture.to(z.dtype)
-            posterior = mixture.posterior(z)
             counts = torch.ones_like(z[..., 0]) if weights is None else weights.to(z.dtype)
             counts = counts if mask is None else counts * mask
-            shares = posterior.responsibilities * counts.unsqueeze(-1)
+            shares = operator.posterior(z, mixture, mask).responsibilities[..., : mixture.components]
+            shares = shares * counts.unsqueeze(-1)
             mass = shares.sum(1).clamp(min=eps).unsqueeze(-1)
             parts["values"] = shares.mT @ values / mass
             if "value_scales" in self.summary:
@@ -153,7 +153,7 @@ class EMPooling(nn.Module):
                 variance = (shares.mT.unsqueeze(-1) * square).sum(2) / mass
                 parts["value_scales"] = 0.5 * (variance + eps).log()
             total = counts.sum(1, keepdim=True).clamp(min=1.0)
-            log_prob = -(posterior.free_energy * counts).sum(1, keepdim=True) / total
+            log_prob = (operator.log_prob(z, mixture, mask) * counts).sum(1, keepdim=True) / total
         chosen = [parts[name].to(dtype) for name in self.summary if name != "log_prob"]
         vector = torch.cat([mixture.means[..., :0].to(dtype), *chosen], -1).flatten(1)
         return torch.cat([vector, log_prob.to(dtype)], -1) if "log_prob" in self.summary else vector

@@ -79,5 +79,9 @@ class EMRefinement(nn.Module):
             wide = items.to(torch.promote_types(items.dtype, torch.float32))
             mixture = self.operator(wide, mask)
             points = wide if queries is None else queries.to(wide.dtype)
-            responsibilities = self.operator.competition(-mixture.log_joint(points)).responsibilities
+            background, energies = self.operator.background, None
+            if background is not None and queries is not None:
+                energies = background.energies(wide, mask)
+            posterior = self.operator.posterior(points, mixture, mask if queries is None else None, energies)
+            responsibilities = posterior.responsibilities[..., : mixture.components].to(mixture.means.dtype)
             return (responsibilities @ mixture.means).to(items.dtype)

@@ -37,7 +37,6 @@ def mixture_grid(
     mixture: Mixture,
     mask: Tensor | None = None,
     titles: Sequence[str] | None = None,
-    columns: int = 4,
     radius: float = 2.0,
 ) -> Figure:
     """Draw clouds with points coloured by their responsibilities and an ellipsoid per component of weight above 1e-3.
@@ -47,7 +46,6 @@ def mixture_grid(
         mixture: B mixtures.
         mask: (B, N), false where a row is padding.
         titles: one per cloud.
-        columns: clouds per row.
         radius: of the ellipsoids, in standard deviations.
 
     Example:
@@ -60,7 +58,7 @@ def mixture_grid(
     shades = mixture.posterior(points).responsibilities @ colors
     flat = points.shape[-1] == 2
     projection = {} if flat else {"projection": "3d", "box_aspect": (1, 1, 1)}
-    figure, axes = new_grid(len(points), columns, width=2.4, height=2.4, subplot_kw=projection)
+    figure, axes = new_grid(len(points), 4, width=2.4, height=2.4, subplot_kw=projection)
     ax: Any
     for i, ax in enumerate(axes):
         keep = slice(None) if mask is None else mask[i].cpu()
@@ -139,20 +137,17 @@ def curves(
     return figure
 
 
-def mixture_page(
-    path: Path, clouds: Sequence[tuple[str, Tensor, Tensor, Mapping[str, Sequence[Mixture]]]], decimals: int = 4
-) -> None:
+def mixture_page(path: Path, clouds: Sequence[tuple[str, Tensor, Tensor, Mapping[str, Sequence[Mixture]]]]) -> None:
     """Write an HTML page that needs no network: clouds to turn, ellipsoids, and a slider over iterations.
 
     Args:
         path: of the page.
         clouds: for each the title, fitted points (1, N, 3), held-out points (1, M, 3), and for each method the
             mixtures of one set after each iteration.
-        decimals: of the coordinates.
     """
 
     def numbers(values: Tensor) -> Any:
-        return [numbers(part) for part in values] if values.ndim else round(float(values), decimals)
+        return [numbers(part) for part in values] if values.ndim else round(float(values), 4)
 
     def step(mixture: Mixture, points: Tensor, held_out: Tensor) -> dict[str, Any]:
         values, vectors = torch.linalg.eigh(

@@ -60,11 +60,6 @@ def measure(method: Method, clouds: Clouds, components: int, setting: Setting) -
     return Result(setting, scores, (time.perf_counter() - began) / len(scores))
 
 
-def operator_scores(operator: EMOperator, clouds: Clouds, **setting: Any) -> tuple[Setting, Tensor]:
-    """Return the scores of an operator."""
-    return setting, operator(clouds.points).log_prob(clouds.held_out).mean(1)
-
-
 def em_scores(
     clouds: Clouds,
     components: int,
@@ -94,28 +89,17 @@ def cross_validated_scores(clouds: Clouds, components: int, steps: int, floors: 
     """Score EM whose floor each cloud chooses by the mean log-likelihood of five folds of its own points."""
     points = clouds.points
     fold = torch.arange(points.shape[1]) % 5
-    levels = torch.stack(
-        [
-            sum(
-                (
-                    _classical(clouds, components, floor, 1)(
-                        points, (fold != out).expand(points.shape[:2]), num_iters=steps
-                    )
-                    .log_prob(points[:, fold == out])
-                    .sum(1)
-                    for out in range(5)
-                ),
-                start=torch.zeros(len(points)),
-            )
-            for floor in floors
-        ]
-    )
+    operators = [_classical(clouds, components, floor, 1) for floor in floors]
+    levels = torch.zeros(len(floors), len(points))
+    for operator, level in zip(operators, levels, strict=True):
+        for out in range(5):
+            mixture = operator(points, (fold != out).expand(points.shape[:2]), num_iters=steps)
+            level += mixture.log_prob(points[:, fold == out]).sum(1)
     best, scores = levels.argmax(0), torch.zeros(len(points))
-    for i, floor in enumerate(floors):
+    for i in best.unique().tolist():
         chosen = best == i
-        if chosen.any():
-            mixture = _classical(clouds, components, floor, 1)(points[chosen], num_iters=steps)
-            scores[chosen] = mixture.log_prob(clouds.held_out[chosen]).mean(1)
+        mixture = operators[i](points[chosen], num_iters=steps)
+        scores[chosen] = mixture.log_prob(clouds.held_out[chosen]).mean(1)
     yield {"steps": steps, "floors": floors}, scores
 
 

@@ -18,7 +18,8 @@ class Taps:
     """Captures the outputs or the inputs of the layers that :func:`find_modules` selects, while ``recording`` is true.
 
     The axis of the units is decided at the first capture, see :func:`unit_axis`, and printed with ``verbose``. With
-    ``detach`` the captured tensor is cut from what follows: the layer passes a detached one on.
+    ``detach`` the captured tensor is cut from what follows: the layer passes a detached one on. With ``skip`` a layer
+    whose value cannot be captured raises nothing; ``skip(path, error)`` is called instead.
 
     Attributes:
         axes: the axis of the units of each layer.
@@ -49,12 +50,14 @@ class Taps:
         dim: int | Literal["auto"] = "auto",
         detach: bool = False,
         verbose: bool = True,
+        skip: Callable[[str, Exception], None] | None = None,
     ) -> None:
         if tap not in ("output", "input"):
             raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
         self.tap = tap
         self.detach = detach
         self.verbose = verbose
+        self.skip = skip
         self.recording = True
         self.frozen: set[str] = set()
         self.captured: list[tuple[str, Tensor, int]] = []
@@ -111,6 +114,15 @@ class Taps:
         """Keep the first tensor of a value; with ``detach`` return the value with a detached one in its place."""
         if not self.recording:
             return None
+        try:
+            return self._captured(path, value)
+        except (TypeError, ValueError) as error:
+            if self.skip is None:
+                raise
+            self.skip(path, error)
+            return None
+
+    def _captured(self, path: str, value: Any) -> Any:
         try:
             tensor, put = first_tensor(value)
         except TypeError as error:

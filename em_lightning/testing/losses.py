@@ -122,7 +122,7 @@ def assert_ranks_agree(losses: Sequence[nn.Module], folder: Path, tolerance: flo
     Args:
         losses: losses of energies; the terms of a dictionary are summed.
         folder: an empty folder, such as pytest's ``tmp_path``.
-        tolerance: largest difference allowed, relative to the loss and to the largest gradient.
+        tolerance: largest difference allowed, relative to the loss (to 1 for a smaller one) and to the largest gradient.
 
     Raises:
         AssertionError: a loss differs; the message names it and the difference.
@@ -132,9 +132,9 @@ def assert_ranks_agree(losses: Sequence[nn.Module], folder: Path, tolerance: flo
     for index, loss in enumerate(losses):
         value, gradient = _gradient(loss, _network(), features)
         for rank in ranks:
-            value_gap = float((rank[index][0] - value).abs() / value.abs())
+            value_gap = float((rank[index][0] - value).abs() / value.abs().clamp(min=1.0))
             gradient_gap = float((rank[index][1] - gradient).abs().max() / gradient.abs().max())
-            assert value_gap <= tolerance, f"{loss}: relative difference of the loss {value_gap:.1e}"
+            assert value_gap <= tolerance, f"{loss}: difference of the loss {value_gap:.1e}"
             assert gradient_gap <= tolerance, f"{loss}: relative difference of the gradient {gradient_gap:.1e}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import os
 import platform
 import shutil
@@ -29,6 +30,8 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
 # Of full covariances: the time to compile grows with them.
 _MOST_FEATURES = 64
+# A tile of whitened points, and a factor, must fit in the registers of a block.
+_MOST_FEATURES_TRITON = {"full": 16, "diagonal": 128, "spherical": 128}
 # The reference takes less than a millisecond for fewer numbers, and needs no compiler.
 _FEWEST_NUMBERS = 2**12
 _FEWEST_MATRICES = 2**6
@@ -43,11 +46,13 @@ class use_backend:
 
     Args:
         name: ``"auto"`` takes the native backend for all but small sets if there is a compiler, ``"native"`` for all
-            sets that it supports, ``"reference"`` for none.
+            sets that it supports, ``"reference"`` for none, ``"triton"`` the Triton kernels for float32 points on CUDA
+            devices. These were tested in Triton's interpreter only, and are therefore never taken by ``"auto"``.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the native backend cannot be compiled; the message is the compiler's.
+        RuntimeError: the native backend cannot be compiled, with the compiler's message; or Triton is not installed, or
+            there is neither a CUDA device nor ``TRITON_INTERPRET=1``.
 
     Example:
         >>> with use_backend("reference"):
@@ -56,10 +61,12 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _chosen
-        if name not in ("auto", "reference", "native"):
-            raise ValueError(f"name={name!r} must be 'auto', 'reference' or 'native'")
+        if name not in ("auto", "reference", "native", "triton"):
+            raise ValueError(f"name={name!r} must be 'auto', 'reference', 'native' or 'triton'")
         if name == "native":
             _require("spherical", 0, torch.float32)
+        if name == "triton":
+            _require_triton()
         self.before, _chosen = _chosen, name
 
     def __enter__(self) -> None:
@@ -75,6 +82,8 @@ def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
     kind = getattr(family, "whitening", None)
     if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
+    if _chosen == "triton":
+        return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and have_memory(x, *parameters)
     if not _is_chosen(x, x.numel() >= _FEWEST_NUMBERS):
         return False
     if not torch.compiler.is_compiling() and not have_memory(*parameters):
@@ -88,6 +97,23 @@ def factorizes(matrix: Tensor) -> bool:
     """Return whether the native backend computes the Cholesky factors of matrices (..., D, D)."""
     large = matrix[..., 0, 0].numel() >= _FEWEST_MATRICES
     return matrix.dtype == torch.float64 and _is_chosen(matrix, large) and _is_available("cholesky.cpp")
+
+
+def _is_for_triton(x: Tensor) -> bool:
+    return _chosen == "triton" or x.device.type == "cuda"
+
+
+def _triton() -> Any:
+    return importlib.import_module("em_lightning.mixture.backends.triton")
+
+
+def _require_triton() -> None:
+    try:
+        _triton()
+    except ImportError as error:
+        raise RuntimeError(f"the Triton backend needs the package triton: {error}") from None
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the Triton backend needs a CUDA device, or TRITON_INTERPRET=1 to run in an interpreter")
 
 
 def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
@@ -115,12 +141,14 @@ _ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor means, Tensor inverse, Tensor peak, Tensor scale, Tensor center, Tensor unit, "
     "str kind"
 )
-_operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+_operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
 
 @_operator("em_lightning::e_step", schema=f"({_ARGUMENTS}, bool with_log_likelihood) -> (Tensor, Tensor)")
 def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,), zeros if it is not wanted."""
+    if _is_for_triton(arguments[0]):
+        return _triton().e_step(*arguments)
     *tensors, kind, with_log_likelihood = arguments
     sums, log_likelihood = _empty_sums(tensors[2], kind), tensors[2].new_zeros(len(tensors[2]))
     _run(kind, tensors, sums=sums, log_likelihood=log_likelihood if with_log_likelihood else None)
@@ -130,6 +158,8 @@ def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
 @_operator("em_lightning::log_density", schema=f"({_ARGUMENTS}) -> Tensor")
 def log_density(*arguments: Any) -> Tensor:
     """Return ``log p(z_n)`` (B, N) in float64; the weights are ``None``."""
+    if _is_for_triton(arguments[0]):
+        return _triton().log_density(*arguments)
     *tensors, kind = arguments
     density = tensors[2].new_empty(tensors[0][:, 0].shape)
     _run(kind, tensors, log_density=density)
@@ -145,6 +175,8 @@ def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     The last argument is the gradient of each log-density per weight, (B, N) or (B, 1).
     """
+    if _is_for_triton(arguments[0]):
+        return _triton().e_step_gradient(*arguments)
     *tensors, kind, grads, outer = arguments
     own, of_x, of_weights = _empty_gradients(*tensors)
     _run(kind, tensors, outer=outer, sums=own, grads=grads, grad_x=of_x, grad_weights=of_weights)

@@ -1,0 +1,76 @@
+"""Curvature of the softmin free energy: the largest eigenvalue of diag(r) - r r^T, without the matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from em_lightning.competition.base import check_temperature
+from em_lightning.distributed import accumulation_dtype
+
+_NUM_STEPS = 8  # of the solver
+
+
+def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
+    r"""Return the spectral norm, per item, of the Hessian of a softmin's free energy with respect to its energies.
+
+    .. math:: \kappa = \lambda_{\max}(\mathrm{diag}(r) - r r^\top) / T \le \frac{1}{2 T}
+
+    It is 0 for a single winner, 1/(2T) for two equal winners and 1/(KT) for K equal ones, so dead units that tie at the
+    lowest energy raise it as competition does. The eigenvalue is the root of
+    :math:`\sum_k r_k^2 / (r_k - \lambda) = 1` between the two largest responsibilities, found in float64 (float32
+    on MPS). The gradient is exact to first order; for one-hot rows and ties of three or more, where the eigenvalue is
+    not simple, it is a subgradient.
+
+    Args:
+        responsibilities: r, shape (..., K), non-negative with sum 1 along ``dim``. A row of zeros gives 0.
+        temperature: T > 0, a number or a tensor that broadcasts with the result.
+        dim: axis of the hypotheses.
+
+    Raises:
+        ValueError: ``temperature`` is a number and not positive.
+        TypeError: ``responsibilities`` are not floating-point.
+
+    Example:
+        >>> curvature(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]))
+        tensor([0.5000, 0.0000, 0.3750])
+
+    Source: Böhning, "Multinomial logistic regression algorithm", 1992, for the bound.
+    """
+    check_temperature(temperature)
+    if not responsibilities.is_floating_point():
+        raise TypeError(f"responsibilities of dtype {responsibilities.dtype} must be floating-point")
+    r = responsibilities.movedim(dim, -1).to(accumulation_dtype(responsibilities))
+    r = F.pad(r, (0, 1)).sort(-1, descending=True).values  # a hypothesis of r = 0 changes nothing, and K may be 1
+    # The Rayleigh quotient is stationary in the vector, so its derivative by r is that of the eigenvalue.
+    vector = _eigenvector(r)
+    value = (r * vector.square()).sum(-1) - (r * vector).sum(-1).square()
+    value = value / (temperature.to(value) if isinstance(temperature, Tensor) else temperature)
+    return value.to(responsibilities.dtype)
+
+
+@torch.no_grad()
+def _eigenvector(r: Tensor) -> Tensor:
+    """Return the unit eigenvector of the largest eigenvalue for r (..., K) in descending order; 0 for a row of zeros.
+
+    With the gap g = r_1 - r_2, lambda = r_2 + t g and 0 < t < 1, the secular equation times g is
+    r_1^2 / (1 - t) + psi(t) = g. Each step replaces psi, which has its poles at t <= 0, by p - q / t with the value and
+    the slope of psi, and solves for t: quadratic convergence (Bunch, Nielsen and Sorensen, 1978).
+    """
+    tiny, eps = torch.finfo(r.dtype).tiny, torch.finfo(r.dtype).eps
+    first, rest = r[..., :1], r[..., 1:]
+    gap, distance = first - rest[..., :1], rest[..., :1] - rest
+    at_pole = distance == 0  # ties for the second place
+    pole, others = rest.masked_fill(~at_pole, 0.0), rest.masked_fill(at_pole, 0.0)
+    t = torch.full_like(first, 0.5)
+    for _ in range(_NUM_STEPS):
+        u = (others / (distance + t * gap).clamp_min(tiny)).square()
+        q = pole.square().sum(-1, keepdim=True) + (t * gap).square() * u.sum(-1, keepdim=True)
+        c = gap + gap * (distance * u).sum(-1, keepdim=True)
+        middle = first.square() + q - c  # c t^2 + middle t - q = 0
+        larger = (middle.square() + 4 * c * q).sqrt() + middle.abs()
+        t = torch.where(middle >= 0, 2 * q / larger.clamp_min(tiny), larger / (2 * c).clamp_min(tiny))
+        t = t.clamp(tiny, 1 - eps)
+    below = pole / t + others * gap / (distance + t * gap).clamp_min(tiny)
+    return F.normalize(torch.cat([first / (1 - t), -below], -1), dim=-1, eps=tiny)
