@@ -32,7 +32,12 @@ class BackgroundLevel(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """The density of the points; ``None`` stands for Gaussian components and no background."""
+    """The density of the points.
+
+    family: the covariance type, or von Mises-Fisher.
+    kernel: a robust kernel of the Mahalanobis distance; ``None`` for Gaussian components.
+    background: a constant component; ``None`` for none.
+    """
 
     family: Family
     kernel: EllipticalKernel | None = None
@@ -197,7 +202,15 @@ def log_density(
 def log_joint(
     features: Tensor, theta: Tensor, peak: Tensor, num_features: int, kernel: EllipticalKernel | None
 ) -> tuple[Tensor, Tensor | None]:
-    r"""Return :math:`\log \pi_k + \log p_k(x_n)` and the IRLS weights :math:`u_{nk}`, both (B, K, N)."""
+    r"""Return :math:`\log \pi_k + \log p_k(x_n)` and the IRLS weights :math:`u_{nk}`, both (B, K, N).
+
+    Args:
+        features: ``phi(x)`` (B, F, N).
+        theta: (B, K, F), natural parameters.
+        peak: (B, K), the log-density of each Gaussian component at its mean.
+        num_features: D.
+        kernel: of the Mahalanobis distance; ``None`` for Gaussian components, whose IRLS weights are 1 (``None``).
+    """
     gaussian = theta @ features
     if kernel is None:
         return gaussian, None

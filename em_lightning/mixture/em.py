@@ -58,7 +58,13 @@ def em_step(
 
 
 class Fit(NamedTuple):
-    """The result of EM iterations to convergence."""
+    """The result of EM iterations to convergence.
+
+    state: the parameters of each set.
+    steps: (B,), iterations of each set.
+    converged: (B,), whether the objective of a set changed by less than the tolerance.
+    objectives: one (B,) per iteration, the objective per point before its M-step.
+    """
 
     state: tuple[Tensor, ...]
     steps: Tensor
@@ -79,7 +85,14 @@ def fit(
 
     A set that has converged keeps its parameters, so that its result does not depend on the other sets.
 
-    ``step(state, iteration)`` returns the state after an iteration and the objective per point (B,) before it.
+    Args:
+        step: from parameters and the number of the iteration, from 1, to the parameters after an iteration and the
+            objective per point (B,) before it.
+        state: a named tuple of tensors (B, ...).
+        max_iters: largest number of iterations.
+        tol: in nats per point; 0 makes all iterations.
+        min_iters: iterations before the first test.
+        before: the objective (B,) of an iteration before these.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)

@@ -33,6 +33,13 @@ def iterate(step: Step, state: Parameters, steps: int, gradient: str, changes: C
     - ``"implicit"``: of the fixed point :math:`z = f(z, x)`, exact at convergence. For an incoming gradient v, GMRES
       solves :math:`(I - \partial f / \partial z)^\top u = v` for each set. The start has no gradient.
 
+    Args:
+        step: an iteration. ``progress`` is the completed share of the loop, always 1 for ``"implicit"``.
+        state: the start.
+        steps: T.
+        gradient: one of ``GRADIENTS``.
+        changes: how much an iteration changed each set (B,), in standard deviations.
+
     Raises:
         RuntimeError: the gradient is ``"implicit"`` and the loop has not converged.
 

@@ -127,9 +127,7 @@ class EMPooling(nn.Module):
             vector = vector if self.output is None else _linear(self.output, vector)
         return vector.to(x.dtype)
 
-    def _summary(
-        self, operator: nn.Module, z: Tensor, values: Tensor, mask: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
+    def _summary(self, operator: Any, z: Tensor, values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
         mixture, dtype = operator(z, mask, weights), z.dtype
         parts = {
             "weights": mixture.weights.unsqueeze(-1),

@@ -37,7 +37,12 @@ def fit_small_sets(x: Tensor, mask: Tensor, num_components: int, num_iters: int)
         -\frac12 |x_n - \mu_k|^2 = h_{nk} - \frac12 q_k, \qquad \sum_n c_{nk} |x_n - \mu_k|^2 = -q_k.
 
     Sets are the last axis of all tensors, (N, K, B), which is the fastest layout for many small sets.
-    Padded rows of x (B, N, D), where the mask (B, N) is false, repeat a row of their set.
+
+    Args:
+        x: points (B, N, D); padded rows repeat a row of their set.
+        mask: (B, N), false where a row is padding, true for the first row of each set.
+        num_components: K.
+        num_iters: T.
     """
     with torch.autocast(x.device.type, enabled=False):
         sets = _Sets(x, mask, num_components)

@@ -122,7 +122,8 @@ def assert_ranks_agree(losses: Sequence[nn.Module], folder: Path, tolerance: flo
     Args:
         losses: losses of energies; the terms of a dictionary are summed.
         folder: an empty folder, such as pytest's ``tmp_path``.
-        tolerance: largest difference allowed, relative to the loss (to 1 for a smaller one) and to the largest gradient.
+        tolerance: largest difference allowed, relative to the loss, or to 1 if that is larger, and to the largest
+            gradient.
 
     Raises:
         AssertionError: a loss differs; the message names it and the difference.

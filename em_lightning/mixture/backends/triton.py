@@ -262,8 +262,8 @@ class _Launch:
 
 def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     """See :func:`.native.e_step`."""
-    *arguments, with_log_likelihood = arguments
-    launch = _Launch(*arguments)
+    *problem, with_log_likelihood = arguments
+    launch = _Launch(*problem)
     means, scale = launch.means, launch.scale
     density, _ = launch.rows()
     zeroth, first, second = launch.sums(density, density, density)
@@ -283,7 +283,7 @@ def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     log_likelihood = means.new_zeros(launch.sets)
     if with_log_likelihood:
         log_density = density.to(means.dtype)
-        log_likelihood = (log_density if arguments[1] is None else log_density * arguments[1]).sum(-1)
+        log_likelihood = (log_density if problem[1] is None else log_density * problem[1]).sum(-1)
     return torch.cat([mass, mass * means + shift, square], -1), log_likelihood
 
 
@@ -294,8 +294,8 @@ def log_density(*arguments: Any) -> Tensor:
 
 def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.native.e_step_gradient`."""
-    *arguments, grads, outer = arguments
-    launch = _Launch(*arguments)
+    *problem, grads, outer = arguments
+    launch = _Launch(*problem)
     launch.set_gradients(grads)
     density, mean_slope = launch.rows()
     outer = outer.expand(-1, launch.items)
@@ -307,6 +307,6 @@ def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     else:
         of_means, of_inverse = first * launch.inverse, -second * launch.scale
         of_inverse = of_inverse.sum(-1, keepdim=True) if launch.kind == "spherical" else of_inverse
-    of_x = launch.grad_z(*rows) / arguments[7][:, None, None].float()
+    of_x = launch.grad_z(*rows) / problem[7][:, None, None].float()
     of_weights = mean_slope.to(launch.means.dtype) + outer * density
     return torch.cat([zeroth.unsqueeze(-1), of_means, of_inverse], -1), of_x, of_weights
