@@ -7,13 +7,15 @@
     python benchmarks/learned.py times FOLDER                                     milliseconds of one core per cloud
     python benchmarks/learned.py store FOLDER --checkpoints last.ckpt             the file of pretrained()
 
-Settings are chosen on validation clouds for each size and noise level; the test clouds are drawn from another seed. The
-slow fits of scikit-learn are measured on the first 90 test clouds (36 for n_init=10 and the Bayesian mixture).
+Settings are chosen on validation clouds for each size and noise level and kept in FOLDER/settings; the test clouds are
+drawn from another seed. The slow fits of scikit-learn are measured on the first 90 test clouds (36 for n_init=10 and
+the Bayesian mixture).
 """
 
 import argparse
 import inspect
 import json
+from itertools import product
 from pathlib import Path
 from time import process_time
 
@@ -23,11 +25,12 @@ from em_lightning import EMOperator
 from em_lightning.data import GeometricShapes, ProceduralSurfaces, Shape
 from em_lightning.data.base import generator_of
 from em_lightning.modules import PointCloudGMM
-from em_lightning.studies.density_fits import Clouds, baselines, measure, tune
+from em_lightning.studies.density_fits import Clouds, Method, baselines, measure, tune
 from em_lightning.studies.mixture_report import learned_result
 
 SIZES, NOISES = (32, 64, 128, 256, 512, 1024, 2048), (0.0, 0.02)
 NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512
+TEST_SEED = 4321  # drawn once; model and settings were fixed before
 # Chosen on the validation clouds.
 INFERENCE = {"num_starts": 8, "exact_iters": 75}
 FLAT = ("box", "pyramid", "prism", "table", "chair")
@@ -51,24 +54,36 @@ def first(clouds, number):
     return Clouds(clouds.points[:number], clouds.held_out[:number])
 
 
-def fits(folder, sizes, noises, names):
-    for size in sizes:
-        for noise in noises:
-            val, _ = clouds_of(size, noise, "val", NUM_VAL)
-            test, _ = clouds_of(size, noise, "test", NUM_TEST)
-            for method in baselines(size):
+def setting_of(folder, method, size, noise):
+    """Return the setting that validation clouds choose, from FOLDER/settings if it is there."""
+    path = folder / "settings" / f"{method.name}, {size}, {noise:g}.json"
+    if not path.exists():
+        if len(method.grid) == 1 and "steps" in method.grid[0]:
+            return method.grid[0]
+        val, _ = clouds_of(size, noise, "val", NUM_VAL)
+        torch.manual_seed(0)
+        chosen = tune(method, first(val, 18 if number_of(method) < NUM_TEST else NUM_VAL), 16)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"setting": dict(chosen)}))
+    return json.loads(path.read_text())["setting"]
+
+
+def fits(folder, sizes, noises, names, module):
+    """Measure each method on the test clouds; results that are in the folder are kept."""
+    trained = Method("learned", lambda clouds, _: iter([({}, learned_result(module, clouds).scores)]), [{}])
+    for name in names or [method.name for method in (*baselines(1024), trained)]:
+        for size in sizes:
+            for noise, method in product(noises, (*baselines(size), trained)):
                 path = folder / f"{method.name}, {size}, {noise:g}.json"
-                if path.exists() or (names and not any(name in method.name for name in names)):
+                if method.name != name or path.exists():
                     continue
+                setting = {} if method is trained else setting_of(folder, method, size, noise)
+                test, _ = clouds_of(size, noise, "test", NUM_TEST, TEST_SEED)
                 torch.manual_seed(0)
-                slow = number_of(method) < NUM_TEST
-                setting = tune(method, first(val, 18 if slow else NUM_VAL), 16)
                 found = measure(method, first(test, number_of(method)), 16, setting)
                 content = {"setting": dict(found.setting), "scores": found.scores.tolist(), "seconds": found.seconds}
                 path.write_text(json.dumps(content))
-                print(
-                    f"{path.stem}: {found.scores.mean():.3f}, {1e3 * found.seconds:.1f} ms, {found.setting}", flush=True
-                )
+                print(f"{path.stem}: {found.scores.mean():.3f}, {1e3 * found.seconds:.1f} ms, {setting}", flush=True)
 
 
 def load(folder, method, size, noise):
@@ -102,8 +117,11 @@ def table(folder, modules, sizes, noises):
             print(f"| {name} | " + " | ".join(cells) + " |")
         lines = {"learned": [], "gain over the best": [], "gain, flat": [], "gain, curved": [], "of seeds": []}
         for size in sizes:
-            test, flat = clouds_of(size, noise, "test", NUM_TEST)
-            found = [learned_result(module, test) for module in modules]
+            test, flat = clouds_of(size, noise, "test", NUM_TEST, TEST_SEED)
+            found = []
+            for module in modules:
+                torch.manual_seed(0)
+                found.append(learned_result(module, test))
             scores = found[0].scores
             lines["learned"].append(f"{scores.mean():.3f} ({1e3 * found[0].seconds:.1f} ms)")
             lines["of seeds"].append(", ".join(f"{each.scores.mean():.3f}" for each in found))
@@ -284,7 +302,8 @@ def main():
     torch.set_num_threads(1)
     with torch.no_grad():
         if args.what == "fits":
-            fits(args.folder, sizes, noises, [name for name in args.methods.split(";") if name])
+            names = [name for name in args.methods.split(";") if name]
+            fits(args.folder, sizes, noises, names, models(args.checkpoints)[0])
         elif args.what == "table":
             table(args.folder, models(args.checkpoints), sizes, noises)
         elif args.what == "elsewhere":

@@ -60,3 +60,12 @@ def test_every_activation_has_a_panel_with_value_and_derivative():
             labels = {line.get_label() for line in panels[title].lines}
             assert {"value y", "derivative dy/dz"} <= labels
             assert ("derivative of a rival by z" in labels) == ACTIVATIONS[key].competes
+
+
+def test_clouds_show_two_classical_fits_beside_the_pretrained_one():
+    figure = GALLERIES["cloud_gallery"](["moebius"], 128)
+    names, levels = zip(*(panel.get_title().split("\n") for panel in figure.axes), strict=True)
+    assert names == ("EM, 40 steps", "EM, tuned", "pretrained", "held-out points")
+    assert float(levels[0]) < float(levels[1]) < float(levels[2])
+    colors = GALLERIES["_COLORS"]
+    assert min(np.abs(a - b).max() for i, a in enumerate(colors) for b in colors[:i]) > 0.1
