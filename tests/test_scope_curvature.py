@@ -68,6 +68,12 @@ def test_gradient():
     assert torch.autograd.gradcheck(curvature, two)
 
 
+def test_second_derivatives_are_refused():
+    r = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(curvature(r).sum(), r, create_graph=True)
+
+
 def test_axis_dtype_and_errors():
     r = torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(0)).softmax(1)
     assert torch.equal(curvature(r, dim=1), curvature(r.movedim(1, -1)))

@@ -31,6 +31,7 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
     Raises:
         ValueError: ``temperature`` is a number and not positive.
         TypeError: ``responsibilities`` are not floating-point.
+        RuntimeError: in the backward pass, if it is to be differentiated again.
 
     Example:
         >>> curvature(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]))
@@ -47,7 +48,14 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
     vector = _eigenvector(r)
     value = (r * vector.square()).sum(-1) - (r * vector).sum(-1).square()
     value = value / (temperature.to(value) if isinstance(temperature, Tensor) else temperature)
+    if value.requires_grad:
+        value.register_hook(_refuse_second_derivatives)
     return value.to(responsibilities.dtype)
+
+
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("curvature() has no second derivatives: its eigenvector is a constant of the gradient")
 
 
 @torch.no_grad()
