@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --table docs/results/gpu.md and writes the tables to a page
     python benchmarks/gpu.py --device cpu --scale 0.001  a dry run at toy size
 
-Errors are of float32 against float64 on the CPU, relative to the largest value: plain, with TF32 products allowed
-(``torch.set_float32_matmul_precision("high")``), under bf16 and fp16 autocast, and with deterministic algorithms. Times
+Errors are of float32 against float64 on the CPU, relative to the largest value: plain, with Triton kernels, with TF32
+products allowed (``torch.set_float32_matmul_precision("high")``), under bf16 and fp16 autocast, and with deterministic
+algorithms. Times
 are medians of repeats over rotating inputs, measured with CUDA events. Launches and synchronizations are counted by
 torch.profiler. A step that fails is reported, and the next one runs.
 """
@@ -25,24 +26,32 @@ from torch import nn
 import em_lightning
 from em_lightning import ACTIVATIONS, COMPETITIONS, KERNELS, EMLoss, EMOperator
 from em_lightning.mixture import farthest_points
+from em_lightning.mixture.backends import use_backend
 from em_lightning.operators import DirectionalEM, EMPooling, GeneralizedEM
 
-SETTINGS = ("float32", "TF32", "bf16-mixed", "16-mixed", "deterministic")
+SETTINGS = ("float32", "Triton kernels", "TF32", "bf16-mixed", "16-mixed", "deterministic")
 
 
 @contextlib.contextmanager
 def setting(name, device):
-    """Run a block under one of the settings."""
+    """Run a block under one of the settings, on a CUDA device with Triton kernels where asked for."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "TF32" else "highest")
     torch.use_deterministic_algorithms(name == "deterministic")
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(name)
+    backend = "triton" if name == "Triton kernels" and device == "cuda" else "auto"
     try:
-        with torch.autocast(device, half) if half else contextlib.nullcontext():
+        with torch.autocast(device, half) if half else contextlib.nullcontext(), use_backend(backend):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
         torch.use_deterministic_algorithms(False)
+
+
+def under(name, device, call, *arguments):
+    """Return the result of a call under one of the settings."""
+    with setting(name, device):
+        return call(device, *arguments)
 
 
 def components(scale):
@@ -289,7 +298,11 @@ def main():
     steps = {
         "Machine": lambda: {"this machine": machine(device, scale)},
         "Times": lambda: times(device, scale, arguments.repeats),
-        "Milliseconds per iteration in a CUDA graph": lambda: {"forward": graph(device, scale)},
+        "Times of Triton kernels": lambda: under("Triton kernels", device, times, scale, arguments.repeats),
+        "Milliseconds per iteration in a CUDA graph": lambda: {
+            "forward": graph(device, scale),
+            "forward, Triton kernels": under("Triton kernels", device, graph, scale),
+        },
         "Largest relative errors": lambda: errors(device, scale),
     }
     for title, step in steps.items():

@@ -1,5 +1,6 @@
 """Lightning callbacks: put EM into a model, schedule, watch and audit it."""
 
+from em_lightning.callbacks.competition import CompetitionMonitor
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.step_seeds import StepSeeds
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
@@ -8,6 +9,7 @@ from em_lightning.callbacks.time_left import TimeLeft
 from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor, responsibilities_figure
 
 __all__ = [
+    "CompetitionMonitor",
     "EMAudit",
     "InsertEMOperator",
     "LayerwiseEMLoss",

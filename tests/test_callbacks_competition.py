@@ -1,0 +1,100 @@
+"""The monitor of the curvature of layers and of the dominance of the task's gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import user_models as users
+
+from em_lightning import EMLoss, softmin
+from em_lightning.callbacks import CompetitionMonitor, LayerwiseEMLoss
+from em_lightning.scope import curvature
+from em_lightning.surgery import NoMatchError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:The number of training batches",
+    "ignore:`isinstance.treespec, LeafSpec.`",
+)
+
+
+class Manual(users.MLP):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+
+
+def fitted(tmp_path, kind, callbacks, epochs=2, **options):
+    torch.manual_seed(0)
+    model = kind()
+    trainer = users.trainer(tmp_path, epochs, callbacks, **options)
+    trainer.fit(model, users.MLP.data())
+    return model, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def layer_loss():
+    return LayerwiseEMLoss("encoder.1", weight=0.5, verbose=False)
+
+
+def monitor(every=1):
+    return CompetitionMonitor(["encoder.1", "encoder.3"], every, verbose=False)
+
+
+@pytest.mark.parametrize("kind", [users.MLP, Manual, users.TwoOptimizers])
+@pytest.mark.parametrize("before", [(), (layer_loss,)])
+def test_training_is_the_same_bitwise(tmp_path, kind, before):
+    plain, _ = fitted(tmp_path, kind, [make() for make in before])
+    watched, logged = fitted(tmp_path, kind, [*(make() for make in before), monitor()])
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    assert {f"em/encoder.3/{name}" for name in ("curvature_mean", "curvature_max", "dominance", "cosine")} <= {*logged}
+
+
+@pytest.mark.parametrize("kind", [users.MLP, Manual])
+@pytest.mark.parametrize("layers", ["none", "before", "after"])
+def test_values_equal_formulas(tmp_path, kind, layers):
+    """Also beside a LayerwiseEMLoss, in either order: its loss is no part of the task's."""
+    callbacks = {"none": [monitor()], "before": [layer_loss(), monitor()], "after": [monitor(), layer_loss()]}[layers]
+    _, logged = fitted(tmp_path, kind, callbacks, 1, limit_train_batches=1)
+    torch.manual_seed(0)
+    model = users.MLP()
+    x, y = next(iter(users.MLP.data()))
+    d = model.encoder[:2](x)
+    task, em = F.cross_entropy(model.head(model.encoder[2:](d)), y), EMLoss().total(d)
+    (of_task,), (of_em,) = (torch.autograd.grad(loss, d, retain_graph=True) for loss in (task, em))
+    values = curvature(softmin(d.detach()).responsibilities)
+    expected = {
+        "curvature_mean": values.mean(),
+        "curvature_max": values.max(),
+        "curvature_gap": 0.5 - values.max(),
+        "dominance": of_task.norm() / of_em.norm(),
+        "cosine": F.cosine_similarity(of_task.flatten(), of_em.flatten(), dim=0),
+    }
+    for name, value in expected.items():
+        assert logged[f"em/encoder.1/{name}"] == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_it_measures_every_n_batches_and_leaves_nothing(tmp_path):
+    class Counting(CompetitionMonitor):
+        calls = 0
+
+        def _measure(self, *args):
+            self.calls += 1
+            super()._measure(*args)
+
+    callback = Counting("encoder.1", every=4, verbose=False)
+    model, _ = fitted(tmp_path, users.MLP, [callback], epochs=3)  # 3 batches each
+    assert callback.calls == 3
+    assert "training_step" not in vars(model) and not model.encoder[1]._forward_hooks
+
+
+def test_it_refuses(tmp_path):
+    with pytest.raises(ValueError, match="every=0"):
+        CompetitionMonitor("encoder.1", 0)
+    with pytest.raises(NoMatchError, match="decoder"):
+        fitted(tmp_path, users.MLP, [CompetitionMonitor("decoder")])
