@@ -10,6 +10,7 @@ import torch
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
 from em_lightning.mixture.backends import native, use_backend
+from em_lightning.mixture.backends.compiler import load
 from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse
 from em_lightning.mixture.e_step import Likelihood
 from em_lightning.mixture.points import Frame
@@ -363,7 +364,7 @@ def test_message_of_a_failing_compiler(tmp_path, monkeypatch):
     compiler.write_text("#!/bin/sh\nif [ $1 = --version ]; then exit 0; fi\necho cannot compile >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    native._load.cache_clear()
+    load.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="cannot compile"):
             use_backend("native")
@@ -371,4 +372,4 @@ def test_message_of_a_failing_compiler(tmp_path, monkeypatch):
         with pytest.warns(UserWarning, match="cannot compile"):
             EMOperator(2, 3).compile(backend="eager")
     finally:
-        native._load.cache_clear()
+        load.cache_clear()

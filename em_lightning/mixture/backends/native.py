@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from em_lightning.mixture.backends.compiler import load
 from em_lightning.mixture.backends.reference import have_memory
 
-_FOLDER = Path(__file__).parent
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
 # Of full covariances: the time to compile grows with them.
@@ -308,7 +301,7 @@ def _run(kind: str, tensors: Any, outer: Tensor | None = None, **others: Tensor 
     if outer is not None:
         outer = outer.expand(-1, x.shape[-1])
         problem.outer, problem.outer_set_stride, problem.outer_item_stride = outer.data_ptr(), *outer.stride()
-    library, _ = _load("native.cpp", *_variant(kind, x.shape[1], x.dtype))
+    library, _ = load("native.cpp", *_variant(kind, x.shape[1], x.dtype))
     threads = min(torch.get_num_threads(), 1 + x.numel() * means.shape[1] // _NUMBERS_PER_THREAD)
     library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(threads))
 
@@ -346,7 +339,7 @@ def _(matrix: Tensor, *others: Tensor) -> Tensor:
 
 def _call(name: str, matrix: Tensor, *others: Tensor) -> None:
     parts = [part.contiguous() for part in (matrix, *others)]
-    library, _ = _load("cholesky.cpp")
+    library, _ = load("cholesky.cpp")
     sizes = ctypes.c_int64(matrix[..., 0, 0].numel()), ctypes.c_int64(matrix.shape[-1])
     getattr(library, name)(*sizes, *(ctypes.c_void_p(part.data_ptr()) for part in parts))
 
@@ -362,59 +355,15 @@ def reason_against(family: Any, features: int, dtype: torch.dtype = torch.float3
     kind = getattr(family, "whitening", None)
     if kind is None or (kind == "full" and features > _MOST_FEATURES):
         return f"it has no code for {family.name} of {features} features"
-    return _load("native.cpp", *_variant(kind, features, dtype))[1]
+    return load("native.cpp", *_variant(kind, features, dtype))[1]
 
 
 def _require(kind: str, features: int, dtype: torch.dtype) -> None:
-    library, message = _load("native.cpp", *_variant(kind, features, dtype))
+    library, message = load("native.cpp", *_variant(kind, features, dtype))
     if library is None:
         raise RuntimeError(f"the native backend cannot be compiled: {message}")
 
 
 @torch.compiler.assume_constant_result
 def _is_available(*source: str) -> bool:
-    return _load(*source)[0] is not None
-
-
-@functools.cache
-def _load(source: str, *definitions: str) -> tuple[Any, str]:
-    """Return the compiled library, or ``None`` and the reason why there is none."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        return None, "no g++ was found on the PATH"
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        cpu = Path("/proc/cpuinfo")
-        lines = cpu.read_text().splitlines() if cpu.exists() else []
-        features = next((line for line in lines if line.startswith("flags")), platform.machine())
-        texts = (path.read_text() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h"))
-        key = "\n".join([*texts, version, features, *_FLAGS, source, *definitions])
-        target = _folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-        if not target.exists():
-            # Under a name of its own first: several processes may compile at once.
-            handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
-            os.close(handle)
-            try:
-                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", name]
-                subprocess.run(command, capture_output=True, text=True, check=True)
-                os.replace(name, target)
-            finally:
-                Path(name).unlink(missing_ok=True)
-        return ctypes.CDLL(str(target)), ""
-    except subprocess.CalledProcessError as error:
-        return None, error.stderr
-    except OSError as error:
-        return None, str(error)
-
-
-@functools.cache
-def _folder() -> Path:
-    """Return the folder of compiled libraries: in the user's cache, or for this process only if that is read-only."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "em_lightning")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="em_lightning_"))
+    return load(*source)[0] is not None

@@ -1,0 +1,61 @@
+"""C++ sources of this folder, compiled by g++ at first use and cached."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).parent
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+
+
+@functools.cache
+def load(source: str, *definitions: str) -> tuple[Any, str]:
+    """Return the compiled library, or ``None`` and the reason why there is none."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        return None, "no g++ was found on the PATH"
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        cpu = Path("/proc/cpuinfo")
+        lines = cpu.read_text().splitlines() if cpu.exists() else []
+        features = next((line for line in lines if line.startswith("flags")), platform.machine())
+        texts = (path.read_text() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h"))
+        key = "\n".join([*texts, version, features, *_FLAGS, source, *definitions])
+        target = _folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        if not target.exists():
+            # Under a name of its own first: several processes may compile at once.
+            handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+            os.close(handle)
+            try:
+                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", name]
+                subprocess.run(command, capture_output=True, text=True, check=True)
+                os.replace(name, target)
+            finally:
+                Path(name).unlink(missing_ok=True)
+        return ctypes.CDLL(str(target)), ""
+    except subprocess.CalledProcessError as error:
+        return None, error.stderr
+    except OSError as error:
+        return None, str(error)
+
+
+@functools.cache
+def _folder() -> Path:
+    """Return the folder of compiled libraries: in the user's cache, or for this process only if that is read-only."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "em_lightning")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="em_lightning_"))
