@@ -99,7 +99,7 @@ class UniformBackground(nn.Module):
         """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in units of the points.
 
         Example:
-            >>> UniformBackground().energies(torch.tensor([[[0.0, 0.0], [2.0, 3.0]]])).exp().round()  # the area of the box
+            >>> UniformBackground().energies(torch.tensor([[[0.0, 0.0], [2.0, 3.0]]])).exp().round()
             tensor([6.], dtype=torch.float64)
         """
         points = prepare(x, lambda z: z, mask, weights, with_moments=False)
