@@ -18,16 +18,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Manual(users.MLP):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.optimizers().zero_grad()
-        self.manual_backward(loss)
-        self.optimizers().step()
+class Manual(users.Manual, users.MLP):
+    pass
 
 
 def fitted(tmp_path, kind, callbacks, epochs=2, **options):

@@ -70,18 +70,6 @@ class Checkpointed:
         return super().hidden(x)
 
 
-class Manual:
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.optimizers().zero_grad()
-        self.manual_backward(loss)
-        self.optimizers().step()
-
-
 def build(base, *mixins):
     torch.manual_seed(3)
     return type("Model", (*mixins, base), {})()
@@ -107,11 +95,11 @@ def fitted(tmp_path, model, callbacks=(), compiled=False, **options):
         ((), {"plugins": "16-mixed", "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}),
         ((LBFGS,), {}),
         ((Dict,), {}),
-        ((Manual,), {}),
+        ((users.Manual,), {}),
         ((Checkpointed,), {}),
         ((), {"compiled": True}),
         ((LBFGS,), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
-        ((Checkpointed, Manual), {"precision": "bf16-mixed"}),
+        ((Checkpointed, users.Manual), {"precision": "bf16-mixed"}),
     ],
     ids=str,
 )
@@ -264,7 +252,7 @@ def test_losses_that_would_be_lost_are_refused():
     refuse("layer 'aux' .*hook", Branches(), "aux")
     refuse("'encoder.0' .*in place.*inplace=False", Overwritten(), "encoder.0")
     refuse("where='decoder'", users.MLP(), "decoder", NoMatchError)
-    refuse(r"no loss .*layer\(s\) aux", build(Branches, Manual), "aux")
+    refuse(r"no loss .*layer\(s\) aux", build(Branches, users.Manual), "aux")
     refuse("weight='auto' .*'side'", Side(), "side", weight="auto")
     attention = users.Transformer()
     with pytest.raises(ValueError, match="'encoder.layers.0.self_attn.out_proj' .*nn.MultiheadAttention"):

@@ -285,3 +285,17 @@ def trainer(folder, epochs=2, callbacks=(), **options):
         num_sanity_val_steps=0,
         **options,
     )
+
+
+class Manual:
+    """Manual optimization, to be mixed into a model with one optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()

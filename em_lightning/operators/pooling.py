@@ -150,8 +150,9 @@ class EMPooling(nn.Module):
                 square = (values.unsqueeze(1) - parts["values"].unsqueeze(2)).square()
                 variance = (shares.mT.unsqueeze(-1) * square).sum(2) / mass
                 parts["value_scales"] = 0.5 * (variance + eps).log()
-            total = counts.sum(1, keepdim=True).clamp(min=1.0)
-            log_prob = (operator.log_prob(z, mixture, mask) * counts).sum(1, keepdim=True) / total
+            if "log_prob" in self.summary:
+                total = counts.sum(1, keepdim=True).clamp(min=1.0)
+                log_prob = (operator.log_prob(z, mixture, mask) * counts).sum(1, keepdim=True) / total
         chosen = [parts[name].to(dtype) for name in self.summary if name != "log_prob"]
         vector = torch.cat([mixture.means[..., :0].to(dtype), *chosen], -1).flatten(1)
         return torch.cat([vector, log_prob.to(dtype)], -1) if "log_prob" in self.summary else vector

@@ -23,7 +23,8 @@ def _whitened(x, item, feature, own, at, k, D: tl.constexpr, FULL: tl.constexpr)
     x_ptr, set_stride, feature_stride, item_stride, items = x
     origin, inverse_unit, means, inverse, features, components = own
     real = feature < features
-    from_ = x_ptr + at * set_stride + feature[:, None] * feature_stride + item[None, :] * item_stride
+    rows, columns = feature.to(tl.int64)[:, None] * feature_stride, item.to(tl.int64)[None, :] * item_stride
+    from_ = x_ptr + at * set_stride + rows + columns
     points = tl.load(from_, mask=real[:, None] & (item < items)[None, :], other=0.0)
     z = (points - tl.load(origin + at * features + feature, mask=real, other=0.0)[:, None]) * tl.load(inverse_unit + at)
     place = (at * components + k) * features + feature
@@ -64,8 +65,10 @@ def _rows(
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr,
 ):  # fmt: skip
     """Write ``log p(z_n)`` and, for the gradient, ``sum_k r_nk a_nk``."""
-    at, items, features, components = tl.program_id(0).to(tl.int64), x[4], own[4], own[5]
-    item, feature = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    items, features, components = x[4], own[4], own[5]
+    tiles = tl.cdiv(items, TILE)
+    at, feature = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
+    item = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total, slopes = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     for k in range(components):
@@ -107,8 +110,10 @@ def _sums(
     WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of ``[1, y, s(y)]`` over a chunk of points, under ``w_n r_nk`` or the derivative of the result."""
-    place, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     items, features, components = x[4], own[4], own[5]
+    slot = tl.program_id(0).to(tl.int64)  # grids have one dimension, as the others end at 65,535 programs
+    chunks = tl.maximum(tl.cdiv(items, CHUNK), 1)
+    place, chunk = slot // chunks, (slot % chunks).to(tl.int32)
     at, k, feature = place // components, place % components, tl.arange(0, D)
     sum0, sum1 = 0.0, tl.zeros((D,), tl.float32)
     if FULL:
@@ -128,7 +133,7 @@ def _sums(
             sum2 += tl.sum(cy[:, None, :] * y[None, :, :], 2)
         else:
             sum2 += tl.sum(cy * y, 1)
-    slot, real = place * tl.num_programs(1) + chunk, feature < features
+    real = feature < features
     tl.store(zeroth + slot, sum0)
     tl.store(first + slot * features + feature, sum1, mask=real)
     row = slot * features + feature
@@ -144,8 +149,10 @@ def _points(
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient in the coordinates z (B, D, N)."""
-    at, items, features, components = tl.program_id(0).to(tl.int64), x[4], own[4], own[5]
-    item, feature = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, D)
+    items, features, components = x[4], own[4], own[5]
+    tiles = tl.cdiv(items, TILE)
+    at, feature = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
+    item = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     found = tl.zeros((D, TILE), tl.float32)
     for k in range(components):
         place = at * components + k
@@ -180,6 +187,7 @@ class _Launch:
         self.peak = peak.float().contiguous()
         self.x = (x, *x.stride(), self.items)
         self.weights = None if weights is None else weights.float().contiguous()
+        self.weighted = {"WEIGHTED": weights is not None}
         self.sizes = {"D": triton.next_power_of_2(self.features), "TILE": _TILE, "FULL": self.full}
         self.gradients: tuple[Tensor, ...] = (self.peak, self.peak, self.peak)  # not read
         self.slopes = False
@@ -188,8 +196,8 @@ class _Launch:
         """Store the gradient of the sums as a function of whitened points."""
         self.slopes = True
         if grads is None:
-            grads = self.means.new_zeros(*self.peak.shape, 1 + self.features)
-            grads = torch.cat([grads, grads.new_zeros(*self.peak.shape, self._num_squares())], -1)
+            self.gradients = tuple(map(torch.zeros_like, (self.peak, *self.own[2:4])))
+            return
         constant, linear, square = grads.split([1, self.features, grads.shape[-1] - 1 - self.features], -1)
         constant = constant.squeeze(-1)
         if self.full:
@@ -206,58 +214,31 @@ class _Launch:
         constant = constant + ((linear + of_mean) * self.means).sum(-1)
         self.gradients = tuple(part.float().contiguous() for part in (constant, first, second))
 
-    def _num_squares(self) -> int:
-        return {"full": self.features * (self.features + 1) // 2, "diagonal": self.features, "spherical": 1}[self.kind]
-
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return the log-densities and the mean slopes (B, N)."""
         density = self.peak.new_empty(self.sets, self.items)
         mean_slope = torch.empty_like(density) if self.slopes else density
-        grid = (self.sets, triton.cdiv(self.items, _TILE))
-        if self.items:
-            _rows[grid](
-                self.x, self.own, self.peak, self.gradients, density, mean_slope, SLOPES=self.slopes, **self.sizes
-            )
+        self._run(_rows, self.sets * triton.cdiv(self.items, _TILE), density, mean_slope)
         return density, mean_slope
 
     def sums(self, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums of 1 (B, K), y (B, K, D), and y y^T (B, K, D, D) or y^2 (B, K, D), in float64."""
         chunks = max(triton.cdiv(self.items, _CHUNK), 1)
-        shape = (*self.peak.shape, chunks)
         square = (self.features, self.features) if self.full else (self.features,)
-        parts = [self.peak.new_empty(*shape, *rest) for rest in ((), (self.features,), square)]
-        _sums[(self.peak.numel(), chunks)](
-            self.x,
-            self.own,
-            self.peak,
-            self.gradients,
-            self.weights,
-            rows,
-            *parts,
-            CHUNK=_CHUNK,
-            SLOPES=self.slopes,
-            WEIGHTED=self.weights is not None,
-            **self.sizes,
-        )
+        parts = [self.peak.new_empty(*self.peak.shape, chunks, *rest) for rest in ((), (self.features,), square)]
+        self._run(_sums, self.peak.numel() * chunks, self.weights, rows, *parts, CHUNK=_CHUNK, **self.weighted)
         return tuple(part.sum(2, dtype=self.means.dtype) for part in parts)
 
     def grad_z(self, *rows: Tensor) -> Tensor:
         """Return the gradient in the coordinates z (B, D, N)."""
         found = self.peak.new_empty(self.sets, self.features, self.items)
-        if self.items:
-            _points[(self.sets, triton.cdiv(self.items, _TILE))](
-                self.x,
-                self.own,
-                self.peak,
-                self.gradients,
-                self.weights,
-                rows,
-                found,
-                SLOPES=self.slopes,
-                WEIGHTED=self.weights is not None,
-                **self.sizes,
-            )
+        self._run(_points, self.sets * triton.cdiv(self.items, _TILE), self.weights, rows, found, **self.weighted)
         return found
+
+    def _run(self, kernel: Any, programs: int, *others: Any, **constants: Any) -> None:
+        if programs:
+            common = self.x, self.own, self.peak, self.gradients
+            kernel[(programs,)](*common, *others, SLOPES=self.slopes, **self.sizes, **constants)
 
 
 def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
