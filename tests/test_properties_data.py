@@ -17,17 +17,14 @@ from hypothesis import strategies as st
 
 from em_lightning.data import (
     FAMILIES,
-    Cloud,
     EpochSampler,
     MixtureSetBatch,
     MixtureSets,
-    Normalization,
     PointCloudBatch,
     PointSetBatch,
     PointSetBatches,
     RandomDataset,
     Shape,
-    Surface,
     Table,
     TableBatch,
     TableBlocks,
@@ -43,6 +40,7 @@ from em_lightning.data import (
     random_surface,
     read_idx,
     read_points,
+    unit_ball,
 )
 
 
@@ -185,11 +183,11 @@ def test_normalization_round_trip(values):
     # The square of 10^18 is within the range of float32.
     most = 18 if dtype == torch.float32 else 30
     x = values.draw(drawing.tensors((items, features), dtype, -30, most))
-    unit = Normalization.of(x)
-    there = unit.apply(x)
+    center, scale = unit_ball(x)
+    there = (x - center) / scale
     eps = torch.finfo(dtype).eps
-    assert there.isfinite().all() and unit.scale > 0 and unit.log_jacobian().isfinite()
-    back, size = unit.invert(there), float(x.abs().max())
+    assert there.isfinite().all() and 0 < scale < math.inf
+    back, size = there * scale + center, float(x.abs().max())
     assert ((back - x).abs() <= 16 * eps * size + 8 * torch.finfo(dtype).smallest_normal).all()
     spread = float((x.amax(0) - x.amin(0)).max())
     if spread > 1e3 * eps * size and spread > 1e-10 * 10 ** (0 if dtype == torch.float32 else -100):
@@ -204,19 +202,18 @@ def test_random_triangles_give_points_on_the_surface_or_raise(values):
         [[values.draw(st.integers(-1, corners)) for _ in range(3)] for _ in range(triangles)], dtype=torch.long
     ).reshape(-1, 3)
     try:
-        surface = Surface.of(vertices, faces)
+        shape = Shape.of(vertices, faces, label=2)
     except ValueError as error:
         sides = [vertices[f] for f in faces.tolist() if all(0 <= i < corners for i in f)]
         areas = [torch.linalg.cross(b - a, c - a).norm().item() for a, b, c in sides]
         assert len(sides) < triangles or not areas or not 0 < sum(areas) < math.inf, error
         return
-    points = surface.sample(4, torch.Generator().manual_seed(0)).double()
+    points = shape.sample(4, torch.Generator().manual_seed(0))
+    assert shape.label == 2 and points.norm(dim=-1).max() <= 1 + 1e-5
+    points = points * shape.scale + shape.center
     low, high = vertices[faces].amin((0, 1)), vertices[faces].amax((0, 1))
     slack = 1e-6 * vertices.abs().max() + 1e-37
     assert ((points >= low - slack) & (points <= high + slack)).all()
-    shape = Shape.of(vertices, faces, label=2)
-    assert shape.label == 2 and isinstance(shape.content, Surface)
-    assert shape.content.sample(3).norm(dim=-1).max() <= 1 + 1e-5
 
 
 @given(values=st.data())
@@ -235,7 +232,7 @@ def test_clouds_of_random_shapes(values):
     data = RandomDataset(draw, 2, "train", seed)
     clouds = [data[values.draw(st.integers(0, 3)), index] for index in range(2)]
     for cloud in clouds:
-        assert isinstance(cloud, Cloud) and cloud.points.isfinite().all() and cloud.held_out.isfinite().all()
+        assert isinstance(cloud, PointCloudBatch) and cloud.points.isfinite().all() and cloud.held_out.isfinite().all()
         assert cloud.points.norm(dim=-1).max() <= 1 + 1e-5
     assert len(clouds[0].points) == number and len(clouds[1].points) == min(number, (len(loose) + 1) // 2)
     batch = collate_clouds(clouds)
