@@ -2,8 +2,17 @@
 
 from em_lightning.data.base import EpochSampler, RandomDataset
 from em_lightning.data.folders import GeometricShapes, PointCloudFolder
-from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
-from em_lightning.data.images import MNIST, Digits, read_idx
+from em_lightning.data.images import (
+    MNIST,
+    Digits,
+    ImagePointSets,
+    PointSetBatch,
+    TensorBatches,
+    TensorDataModule,
+    Tensors,
+    bright_pixels,
+    read_idx,
+)
 from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import (
     PointCloudBatch,
@@ -18,7 +27,6 @@ from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.surfaces import FAMILIES, ProceduralSurfaces, random_surface
 from em_lightning.data.tables import Table, TableBatch, TableBlocks
 from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
-from em_lightning.data.tensors import TensorBatches, TensorDataModule, Tensors
 
 __all__ = [
     "FAMILIES",
@@ -34,7 +42,6 @@ __all__ = [
     "PointCloudDataModule",
     "PointCloudFolder",
     "PointSetBatch",
-    "PointSetBatches",
     "ProceduralSurfaces",
     "RandomDataset",
     "Shape",
