@@ -26,14 +26,18 @@ from em_lightning.callbacks import (
 from em_lightning.data import PointCloudBatch, TableBatch
 from em_lightning.modules import (
     AmortizedClustering,
-    DecoderFreeEncoder,
-    EMClassifier,
     EMModule,
-    EnergyLayer,
     GaussianMixtureModule,
     PointCloudGMM,
 )
-from em_lightning.studies import ImageClassifier, MixtureEncoder, PoolingClassifier, SparseAutoencoder
+from em_lightning.studies import (
+    DecoderFreeEncoder,
+    EMClassifier,
+    EnergyLayer,
+    ImageClassifier,
+    PoolingClassifier,
+    SparseAutoencoder,
+)
 from em_lightning.surgery import (
     Change,
     NoMatchError,
@@ -100,24 +104,6 @@ def test_image_classifiers_of_any_images(values):
     logits = module(x)
     assert logits.shape == (items, 3) and logits.isfinite().all()
     assert_learns(module.step((x, torch.arange(items) % 3), "train"), module)
-
-
-@given(values=st.data())
-def test_mixture_encoders_of_any_items(values):
-    items, features, components = values.draw(st.integers(1, 6)), values.draw(st.integers(1, 3)), 2
-    size = 10.0 ** values.draw(st.integers(-9, 9))
-    module = MixtureEncoder(
-        features,
-        components,
-        subspace=values.draw(st.integers(1, features)),
-        num_iters=2,
-        covariance=values.draw(st.sampled_from(COVARIANCE_TYPES)),
-    )
-    x = (size * values.draw(drawing.tensors((items, features), least=-3, most=1))).float()
-    module.fit(x)
-    out = module(x)
-    assert out.shape == (items, components) and out.isfinite().all()
-    assert module.prototypes.isfinite().all()
 
 
 @given(values=st.data())

@@ -39,7 +39,7 @@ class LayerReport(Report):
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
-        probe: whether to score a linear probe of the energies, or of ``features(x)`` if the module defines it.
+        probe: whether to score a linear probe of the energies.
         figures: whether to draw.
     """
 
@@ -52,17 +52,6 @@ class LayerReport(Report):
         self.figures = figures
         self._loss_sum: Any = 0.0
         self._num_batches = 0
-        self._replica: int | None = None
-        self._source: tuple[Path, Any, Any] | None = None  # folder, module and data of a replica
-
-    def follow(self, replica: int, folder: Path, module: Any, data: Any) -> None:
-        """Report one replica of :class:`~em_lightning.studies.Replicas`, and write to ``folder``."""
-        self._replica, self._source = replica, (folder, module, data)
-
-    @property
-    def state_key(self) -> str:
-        """Return a key that differs between replicas."""
-        return f"LayerReport{'' if self._replica is None else self._replica}"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate after the last epoch if the fit would end before its first validation."""
@@ -76,16 +65,14 @@ class LayerReport(Report):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Accumulate the loss of the batch."""
-        loss = outputs["loss"] if self._replica is None else outputs["losses"][self._replica]
-        self._loss_sum, self._num_batches = self._loss_sum + loss.detach(), self._num_batches + 1
+        self._loss_sum, self._num_batches = self._loss_sum + outputs["loss"].detach(), self._num_batches + 1
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the metrics of the epoch."""
         if trainer.sanity_checking or not self._num_batches:
             return
-        prefix = "val/" if self._replica is None else f"{self._replica}/val/"
         logged = trainer.callback_metrics.items()
-        values = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
+        values = {name.removeprefix("val/"): float(value) for name, value in logged if name.startswith("val/")}
         values["loss"] = float(self._loss_sum) / self._num_batches
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
@@ -93,7 +80,7 @@ class LayerReport(Report):
         """Write the table and the figures."""
         if not self.history:
             return "There is no report, because nothing was validated."
-        folder, module, data = self._source or (folder, module, trainer.datamodule)
+        data = trainer.datamodule
         row = self._row(data, module)
         averaged = min(self.last_epochs, len(self.history))
         notes = [
@@ -113,8 +100,7 @@ class LayerReport(Report):
         row["parameters"] = sum(p.numel() for p in module.parameters())
         if self.probe:
             train, test = data.whole("train"), data.whole("test")
-            function = getattr(module, "features", module.energies)
-            features = [_in_parts(module, function, part.x) for part in (train, test)]
+            features = [_in_parts(module, module.energies, part.x) for part in (train, test)]
             row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
         percents = {f"{name} %": 100 * value for name, value in row.items() if name in _IN_PERCENT}
         return {name: value for name, value in row.items() if name not in _IN_PERCENT} | percents
