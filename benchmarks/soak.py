@@ -69,7 +69,7 @@ def operated(folder: str) -> str:
 
 
 def clustering() -> list[lightning.Callback]:
-    return [studies.ClusteringReport(sizes=(30,), components=(3,), transfer_sets=4)]
+    return [studies.ClusteringReport()]
 
 
 SCRATCH = tempfile.TemporaryDirectory()

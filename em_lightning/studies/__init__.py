@@ -7,7 +7,7 @@ from em_lightning.studies.image_classifier import ImageClassifier
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
 from em_lightning.studies.poolings import POOLINGS, PoolingClassifier
-from em_lightning.studies.report import Report
+from em_lightning.studies.report import Findings, Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
 from em_lightning.studies.seeds import run_seeds
 from em_lightning.studies.selection_report import SelectionReport
@@ -18,6 +18,7 @@ __all__ = [
     "DecoderFreeEncoder",
     "EMClassifier",
     "EnergyLayer",
+    "Findings",
     "ImageClassifier",
     "LayerReport",
     "MixtureReport",

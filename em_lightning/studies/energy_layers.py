@@ -170,8 +170,7 @@ class EMClassifier(EnergyLayer):
         self.save_hyperparameters()
         self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
         self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))
-        weights = {"variance": weight * variance, "decorrelation": weight * decorrelation}
-        self.loss = EMLoss(free_energy=0.0, **weights) if weight else None
+        self.loss = EMLoss(0.0, weight * variance, weight * decorrelation) if weight else None
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
 from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure, new_grid
-from em_lightning.studies.report import Report
-from em_lightning.studies.results import write_results
+from em_lightning.studies.report import Findings, Report
 
 _PANELS = {
     "loss": "training loss",
@@ -30,12 +29,11 @@ _PICTURED_ITEMS, _CHUNK_SIZE = 256, 10_000
 
 
 class LayerReport(Report):
-    """Write metrics and figures of an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit.
+    """Report metrics of an :class:`~em_lightning.studies.EnergyLayer`, a linear probe and figures.
 
-    It writes to the folder of the logger: ``results.md`` and ``results.json`` with the validation metrics, averaged
-    over the last epochs, and the figures ``prototypes.png`` (weights as images), ``training.png`` and
-    ``gradients.png`` (the gradient of the free energy with respect to the energies, against the responsibilities).
-    Without probe and figures it works with any module whose validation logs metrics as ``val/...``.
+    The table has the validation metrics, averaged over the last epochs. The figures are ``prototypes`` (weights as
+    images), ``training``, and ``gradients`` (the gradient of the free energy with respect to the energies, against the
+    responsibilities). Without probe and figures it works with any module whose validation logs ``val/...``.
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
@@ -76,23 +74,27 @@ class LayerReport(Report):
         values["loss"] = float(self._loss_sum) / self._num_batches
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> str:
-        """Write the table and the figures."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> Findings | None:
+        """Average the metrics, score the probe and draw."""
         if not self.history:
-            return "There is no report, because nothing was validated."
+            print("There is no report, because nothing was validated.")
+            return None
         data = trainer.datamodule
         row = self._row(data, module)
-        averaged = min(self.last_epochs, len(self.history))
         notes = [
-            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; "
-            f"validation metrics, mean over the last {averaged} validations."
+            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; validation metrics, "
+            f"mean over the last {min(self.last_epochs, len(self.history))} validations."
         ]
-        table = [{"metric": name, "value": value} for name, value in row.items()]
-        write_results(folder, type(module).__name__, notes, table, values=row, history=self.history)
-        if self.figures:
-            self.save_figures(trainer, self._draw(module, data), folder)
         metric = next((name for name in ("accuracy %", "probe %") if name in row), "loss")
-        return f"{type(module).__name__}: {metric} {row[metric]:.4g}."
+        title = type(module).__name__
+        return Findings(
+            title,
+            notes,
+            [{"metric": name, "value": value} for name, value in row.items()],
+            f"{title}: {metric} {row[metric]:.4g}.",
+            self._draw(module, data) if self.figures else {},
+            {"values": row, "history": self.history},
+        )
 
     def _row(self, data: Any, module: Any) -> dict[str, float]:
         last = self.history[-self.last_epochs :]
