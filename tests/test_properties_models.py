@@ -207,7 +207,7 @@ def test_mixture_modules_of_any_rows(values):
     for method in ("em", "stochastic", "gradient"):
         other = GaussianMixtureModule(method=method, **options)
         other.start_from(mixture, x.mean(0, keepdim=True), variance)
-        loss = other.learner.learn(TableBatch(x, weights), 1.0)
+        loss = other.learn(TableBatch(x, weights), 1.0)
         eps = 1e-3 if method == "gradient" else 1e-6  # its parameters are float32
         assert loss.item() == pytest.approx(expected, rel=eps, abs=10 * eps)
         assert all(part.isfinite().all() for part in parts_of(other.mixture))
