@@ -271,7 +271,7 @@ e_step.register_autograd(_e_step_backward, setup_context=_save)
 log_density.register_autograd(_log_density_backward, setup_context=_save)
 
 
-def _run(kind: str, tensors: Any, outer: Tensor | None = None, **results: Tensor) -> None:
+def _run(kind: str, tensors: Any, outer: Tensor | None = None, **results: Tensor | None) -> None:
     """Run the E-step on its tensors; the results are named as in ``native.cpp``."""
     x, means = tensors[0], tensors[2]
     outputs = (

@@ -53,17 +53,25 @@ inline double sum(V values) {
   return total;
 }
 
+// The parameters of a mixture, or their gradients. Log-weights are log M_k up to a constant: mass holds their gradients.
 struct Mixture {
-  std::vector<double> log_weights, variances;
+  std::vector<double> mass, variances;
   std::vector<V> means;
 };
 
-// Buffers that all sets of a thread share. Vectors of D numbers fill P vectors V, the last of them with zeros.
-template <class Point>
+// Buffers that all sets of a thread share. Points and means fill P vectors V, with zeros behind their D numbers; kP is P, or 0
+// where it is only known at run time.
+template <class Point, int kP>
 class Fit {
  public:
   explicit Fit(const Problem& problem)
-      : p(problem), D(p.features), K(p.components), P((D + kLanes - 1) / kLanes), states(p.iterations + 1), grads(one()) {
+      : p(problem),
+        D(p.features),
+        K(p.components),
+        P(kP ? kP : (D + kLanes - 1) / kLanes),
+        prior_share(std::pow(double(K), -2.0 / D)),
+        states(p.iterations + 1),
+        grads(one()) {
     for (auto& state : states) state = one();
     centers.resize(K * P);
     cell_means.resize(K * P);
@@ -88,8 +96,9 @@ class Fit {
   }
 
  private:
-  const Problem& p;
+  const Problem p;
   const int64_t D, K, P;
+  const double prior_share;
   std::vector<Mixture> states;  // the start, and after each iteration
   Mixture grads;                // of one of them
   std::vector<V> centers, cell_means, slopes;
@@ -100,42 +109,46 @@ class Fit {
   std::vector<V> z, grad_z, responsibilities;  // (N, P), (N, P), (N, K) numbers
   std::vector<double> distances, nearest;      // d (N, K), and from the nearest center (N,)
   std::vector<int64_t> cell;                   // the nearest center (N,)
-  std::vector<double> center;
-  double scale, floor, scatter, share;
+  std::vector<V> center;                       // (P,)
+  double scale, floor, scatter;
 
   Mixture one() const { return {std::vector<double>(K), std::vector<double>(K), std::vector<V>(K * P)}; }
 
+  int64_t width() const { return kP ? kP : P; }  // known to the compiler
+
   double squared_distance(const V* a, const V* b) const {
     V total = {};
-    for (int64_t i = 0; i < P; ++i) total += (a[i] - b[i]) * (a[i] - b[i]);
+    for (int64_t i = 0; i < width(); ++i) total += (a[i] - b[i]) * (a[i] - b[i]);
     return sum(total);
   }
 
-  const Point* point(int64_t n) const { return static_cast<const Point*>(p.x) + rows[n] * D; }
-
-  // Large sets are scaled to a size of one, so that no square overflows.
+  // Sets of a size above one are scaled to it, so that no square overflows.
   void enter() {
-    z.assign(N * P, V{});
-    center.assign(D, 0.0);
-    for (int64_t n = 0; n < N; ++n)
-      for (int64_t i = 0; i < D; ++i) center[i] += double(point(n)[i]) / N;
-    double extent = 0.0;
+    z.assign(N * width(), V{});
+    center.assign(width(), V{});
     for (int64_t n = 0; n < N; ++n) {
-      double* own = reinterpret_cast<double*>(&z[n * P]);
-      for (int64_t i = 0; i < D; ++i) {
-        own[i] = double(point(n)[i]) - center[i];
-        extent = std::max(extent, std::abs(own[i]));
-      }
+      const Point* from = static_cast<const Point*>(p.x) + rows[n] * D;
+      std::copy(from, from + D, reinterpret_cast<double*>(&z[n * width()]));
+      for (int64_t i = 0; i < width(); ++i) center[i] += z[n * width() + i];
     }
-    scale = extent > 1.0 ? std::exp2(std::ceil(std::log2(extent))) : 1.0;
-    if (scale > 1.0)
-      for (V& own : z) own /= scale;
+    for (V& own : center) own /= double(N);
+    V extent = {};
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < width(); ++i) {
+        const V own = z[n * width() + i] -= center[i];
+        extent = extent < own ? own : extent < -own ? -own : extent;
+      }
+    double largest = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, extent[lane]);
+    scale = largest > 1.0 ? std::ldexp(1.0, 1 + std::ilogb(largest)) : 1.0;
     const double eps = std::numeric_limits<Point>::epsilon();
     floor = std::max(kFloor / scale / scale, eps * eps);
-    share = std::pow(double(K), -2.0 / D) / N;
     V squares = {};
-    for (const V& own : z) squares += own * own;
-    scatter = share * sum(squares);
+    for (V& own : z) {
+      own *= 1.0 / scale;
+      squares += own * own;
+    }
+    scatter = prior_share / N * sum(squares);
   }
 
   // The mixture around the farthest points.
@@ -144,13 +157,13 @@ class Fit {
     nearest.resize(N);
     cell.assign(N, 0);
     const std::vector<V> origin(P);
-    for (int64_t n = 0; n < N; ++n) nearest[n] = squared_distance(&z[n * P], origin.data());
+    for (int64_t n = 0; n < N; ++n) nearest[n] = squared_distance(&z[n * width()], origin.data());
     for (int64_t k = 0; k < K; ++k) {
       const int64_t farthest = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
-      std::copy(&z[farthest * P], &z[farthest * P] + P, &centers[k * P]);
+      std::copy(&z[farthest * width()], &z[farthest * width()] + width(), &centers[k * width()]);
       if (k == 0) std::fill(nearest.begin(), nearest.end(), std::numeric_limits<double>::infinity());
       for (int64_t n = 0; n < N; ++n) {
-        const double distance = squared_distance(&z[n * P], &centers[k * P]);
+        const double distance = squared_distance(&z[n * width()], &centers[k * width()]);
         if (distance < nearest[n]) nearest[n] = distance, cell[n] = k;
       }
     }
@@ -163,22 +176,22 @@ class Fit {
     std::fill(state.means.begin(), state.means.end(), V{});
     for (int64_t n = 0; n < N; ++n) {
       const int64_t k = cell[n];
-      for (int64_t i = 0; i < P; ++i) cell_means[k * P + i] += z[n * P + i];
+      for (int64_t i = 0; i < width(); ++i) cell_means[k * width() + i] += z[n * width() + i];
       if (nearest[n] > reach[k]) continue;
       core_mass[k] += 1.0;
-      for (int64_t i = 0; i < P; ++i) state.means[k * P + i] += z[n * P + i];
+      for (int64_t i = 0; i < width(); ++i) state.means[k * width() + i] += z[n * width() + i];
     }
     double within = 0.0;
     for (double own : nearest) within += own / (D * N);
     for (int64_t k = 0; k < K; ++k) {
-      V *mean = &state.means[k * P], *cell_mean = &cell_means[k * P], *own_center = &centers[k * P];
-      for (int64_t i = 0; i < P; ++i) {
+      V *mean = &state.means[k * width()], *cell_mean = &cell_means[k * width()], *own_center = &centers[k * width()];
+      for (int64_t i = 0; i < width(); ++i) {
         cell_mean[i] /= mass[k] + kEps;
         mean[i] = mass[k] == 0.0 ? own_center[i] : has_core(k) ? mean[i] / (core_mass[k] + kEps) : cell_mean[i];
       }
       const double scatter = inner[k] - mass[k] * squared_distance(cell_mean, own_center);
       state.variances[k] = floor + (has_variance(k) ? scatter / (mass[k] + kEps) / D : within);
-      state.log_weights[k] = std::log((mass[k] + kEps) / (N + K * kEps));
+      state.mass[k] = mass[k] + kEps;
     }
   }
 
@@ -194,12 +207,12 @@ class Fit {
     std::fill(r + size, r + steps * kLanes, 0.0);
     for (int64_t k = 0; k < K; ++k) {
       precision[k] = 1.0 / state.variances[k];
-      peak[k] = kLog2e * (state.log_weights[k] - 0.5 * D * std::log(state.variances[k]));
+      peak[k] = std::log2(state.mass[k]) - 0.5 * D * std::log2(state.variances[k]);
     }
     for (int64_t n = 0; n < N; ++n) {
       double largest = -std::numeric_limits<double>::infinity();
       for (int64_t k = 0; k < K; ++k) {
-        const double distance = distances[n * K + k] = squared_distance(&z[n * P], &state.means[k * P]);
+        const double distance = distances[n * K + k] = squared_distance(&z[n * width()], &state.means[k * width()]);
         r[n * K + k] = peak[k] - 0.5 * kLog2e * distance * precision[k];
         largest = std::max(largest, r[n * K + k]);
       }
@@ -215,33 +228,31 @@ class Fit {
 
   void m_step(const Mixture& before, Mixture& after) {
     const double* r = reinterpret_cast<const double*>(responsibilities.data());
-    std::vector<double>& total = after.log_weights;
-    std::fill(total.begin(), total.end(), 0.0);
+    std::fill(after.mass.begin(), after.mass.end(), kEps);
     std::fill(inner.begin(), inner.end(), 0.0);
     std::fill(after.means.begin(), after.means.end(), V{});
     for (int64_t n = 0; n < N; ++n)
       for (int64_t k = 0; k < K; ++k) {
         const double own = r[n * K + k];
-        total[k] += own;
+        after.mass[k] += own;
         inner[k] += own * distances[n * K + k];
-        for (int64_t i = 0; i < P; ++i) after.means[k * P + i] += own * z[n * P + i];
+        for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] += own * z[n * width() + i];
       }
     for (int64_t k = 0; k < K; ++k) {
-      const double own = total[k] + kEps;
-      for (int64_t i = 0; i < P; ++i) after.means[k * P + i] /= own;
-      const double moved = squared_distance(&after.means[k * P], &before.means[k * P]);
-      after.variances[k] = (inner[k] - total[k] * moved + scatter) / (own + 1.0) / D + floor;
-      after.log_weights[k] = std::log(own / (N + K * kEps));
+      const double own = after.mass[k];
+      for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] /= own;
+      const double moved = squared_distance(&after.means[k * width()], &before.means[k * width()]);
+      after.variances[k] = (inner[k] - own * moved + scatter) / (own + 1.0) / D + floor;
     }
   }
 
   void leave() const {
     const Mixture& state = states.back();
     for (int64_t k = 0; k < K; ++k) {
-      const double* mean = reinterpret_cast<const double*>(&state.means[k * P]);
+      const double* mean = reinterpret_cast<const double*>(&state.means[k * width()]);
       double* found = p.means + (set * K + k) * D;
-      for (int64_t i = 0; i < D; ++i) found[i] = mean[i] * scale + center[i];
-      p.log_weights[set * K + k] = state.log_weights[k];
+      for (int64_t i = 0; i < D; ++i) found[i] = mean[i] * scale + center[i / kLanes][i % kLanes];
+      p.log_weights[set * K + k] = std::log(state.mass[k] / (N + K * kEps));
       p.log_scales[set * K + k] = 0.5 * std::log(state.variances[k]) + std::log(scale);
     }
   }
@@ -249,20 +260,20 @@ class Fit {
   void backward() {
     for (int64_t k = 0; k < K; ++k) {
       const double* of_mean = p.grad_means + (set * K + k) * D;
-      double* found = reinterpret_cast<double*>(&grads.means[k * P]);
+      double* found = reinterpret_cast<double*>(&grads.means[k * width()]);
       for (int64_t i = 0; i < D; ++i) found[i] = of_mean[i] * scale;
-      grads.log_weights[k] = p.grad_log_weights[set * K + k];
+      grads.mass[k] = p.grad_log_weights[set * K + k];
       grads.variances[k] = 0.5 * p.grad_log_scales[set * K + k] / states.back().variances[k];
     }
-    grad_z.assign(N * P, V{});
+    grad_z.assign(N * width(), V{});
     double grad_scatter = 0.0;
     for (int64_t t = p.iterations - 1; t >= 0; --t) {
       if (t < p.iterations - 1) e_step(states[t]);
       grad_scatter += step_backward(states[t], states[t + 1]);
     }
-    start_backward(2.0 * share * grad_scatter);
+    start_backward(2.0 * prior_share / N * grad_scatter);
     for (int64_t n = 0; n < N; ++n) {
-      const double* own = reinterpret_cast<const double*>(&grad_z[n * P]);
+      const double* own = reinterpret_cast<const double*>(&grad_z[n * width()]);
       Point* found = static_cast<Point*>(p.grad_x) + rows[n] * D;
       for (int64_t i = 0; i < D; ++i) found[i] = Point(own[i] / scale);
     }
@@ -273,41 +284,41 @@ class Fit {
   double step_backward(const Mixture& before, const Mixture& after) {
     double grad_scatter = 0.0;
     for (int64_t k = 0; k < K; ++k) {
-      const double own = std::exp(after.log_weights[k]) * (N + K * kEps);  // M_k
+      const double own = after.mass[k];
       const double of_scatter = grads.variances[k] / (own + 1.0) / D;
       V moved_by = {}, along = {};
-      for (int64_t i = k * P; i < (k + 1) * P; ++i) {
+      for (int64_t i = k * width(); i < (k + 1) * width(); ++i) {
         const V shift = after.means[i] - before.means[i], of_mean = grads.means[i] / own;
         moved_by += shift * shift;
         along += shift * of_mean;
         slopes[i] = of_mean - 2.0 * of_scatter * shift;
       }
-      constant[k] = grads.log_weights[k] / own - of_scatter * D * (after.variances[k] - floor) +
+      constant[k] = grads.mass[k] / own - of_scatter * D * (after.variances[k] - floor) +
                     of_scatter * sum(moved_by) - sum(along);
       per_distance[k] = of_scatter;
       grad_scatter += of_scatter;
     }
-    for (auto* values : {&grads.log_weights, &grads.variances}) std::fill(values->begin(), values->end(), 0.0);
+    for (auto* values : {&grads.mass, &grads.variances}) std::fill(values->begin(), values->end(), 0.0);
     std::fill(grads.means.begin(), grads.means.end(), V{});
     for (int64_t n = 0; n < N; ++n) {
       const double *r = reinterpret_cast<const double*>(responsibilities.data()) + n * K, *d = &distances[n * K];
-      const V* own = &z[n * P];
+      const V* own = &z[n * width()];
       double mean = 0.0;
       for (int64_t k = 0; k < K; ++k) {
         V along = {};
-        for (int64_t i = 0; i < P; ++i) along += slopes[k * P + i] * (own[i] - before.means[k * P + i]);
+        for (int64_t i = 0; i < width(); ++i) along += slopes[k * width() + i] * (own[i] - before.means[k * width() + i]);
         inner[k] = constant[k] + per_distance[k] * d[k] + sum(along);
         mean += r[k] * inner[k];
       }
       for (int64_t k = 0; k < K; ++k) {
         const double of_log = r[k] * (inner[k] - mean), of_mean = of_log * precision[k];
         const double outward = 2.0 * per_distance[k] * r[k] - of_mean;
-        grads.log_weights[k] += of_log;
+        grads.mass[k] += of_log;
         grads.variances[k] += 0.5 * of_mean * (d[k] * precision[k] - D);
-        for (int64_t i = 0; i < P; ++i) {
-          const V difference = own[i] - before.means[k * P + i];
-          grads.means[k * P + i] += of_mean * difference;
-          grad_z[n * P + i] += outward * difference + r[k] * slopes[k * P + i];
+        for (int64_t i = 0; i < width(); ++i) {
+          const V difference = own[i] - before.means[k * width() + i];
+          grads.means[k * width() + i] += of_mean * difference;
+          grad_z[n * width() + i] += outward * difference + r[k] * slopes[k * width() + i];
         }
       }
     }
@@ -323,21 +334,20 @@ class Fit {
       const int64_t k = cell[n];
       const double of_mean = !has_core(k) ? 1.0 / (mass[k] + kEps) : nearest[n] <= reach[k] ? 1.0 / core_mass[k] : 0.0;
       const double of_variance = has_variance(k) ? 2.0 * grads.variances[k] / (D * mass[k]) : 0.0;
-      for (int64_t i = 0; i < P; ++i) {
-        const V own = z[n * P + i];
-        grad_z[n * P + i] += of_square * own + of_mean * grads.means[k * P + i] +
-                             of_variance * (own - cell_means[k * P + i]) + shared * (own - centers[k * P + i]);
+      for (int64_t i = 0; i < width(); ++i) {
+        const V own = z[n * width() + i];
+        grad_z[n * width() + i] += of_square * own + of_mean * grads.means[k * width() + i] +
+                             of_variance * (own - cell_means[k * width() + i]) + shared * (own - centers[k * width() + i]);
       }
     }
   }
 };
 
-template <class Point>
-void fit(const Problem& p, int64_t threads) {
-  const Rows rows(p);
+template <class Point, int kP>
+void fit(const Problem& p, const Rows& rows, int64_t threads) {
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    Fit<Point> own(p);
+    Fit<Point, kP> own(p);
     for (int64_t first = next.fetch_add(kSetsPerTask); first < p.sets; first = next.fetch_add(kSetsPerTask))
       for (int64_t set = first; set < std::min(first + kSetsPerTask, p.sets); ++set) {
         const int64_t count = std::min(rows.first[set + 1] - rows.first[set], p.limit);
@@ -351,6 +361,16 @@ void fit(const Problem& p, int64_t threads) {
   }
   work();
   for (auto& other : others) other.join();
+}
+
+template <class Point>
+void fit(const Problem& p, int64_t threads) {
+  const Rows rows(p);
+  const auto run = p.features <= kLanes       ? fit<Point, 1>
+                   : p.features <= 2 * kLanes ? fit<Point, 2>
+                   : p.features <= 4 * kLanes ? fit<Point, 4>
+                                              : fit<Point, 0>;
+  run(p, rows, threads);
 }
 
 }  // namespace
