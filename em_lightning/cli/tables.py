@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
 
 from em_lightning.cli.recipes import docstring, recipes, variants_of
 
@@ -31,25 +30,14 @@ def parts_of(kind: str) -> list[tuple[str, type, str, str]]:
     return parts
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as wide as the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)
-
-
 def print_recipes() -> None:
     """Print the recipes with their variants."""
-    texts = ((name, docstring(path).partition("\n")[0], variants_of(path)) for name, path in recipes().items())
-    print_table(["recipe", "what it does", "variants"], [(name, text, ", ".join(more)) for name, text, more in texts])
+    for name, path in recipes().items():
+        variants = f" Variants: {', '.join(variants_of(path))}." if variants_of(path) else ""
+        print(f"{name}: {docstring(path).splitlines()[0]}{variants}")
 
 
 def print_parts(kind: str) -> None:
     """Print the classes in a registry, including those of installed plug-ins."""
-    rows = [(key, arguments, sentence) for key, _, arguments, sentence in parts_of(kind)]
-    print_table(["key", "arguments", "what it is"], rows)
+    for key, _, arguments, sentence in parts_of(kind):
+        print(f"{key}({arguments}): {sentence}")
