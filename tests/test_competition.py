@@ -7,6 +7,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 import torch
+from contracts import CompetitionChecks
 
 from em_lightning.competition import (
     COMPETITIONS,
@@ -30,7 +31,6 @@ from em_lightning.competition import (
     sparsemin,
     topk,
 )
-from em_lightning.testing.competition import CompetitionContract
 
 FUNCTIONS = {
     "softmin": softmin,
@@ -44,22 +44,22 @@ FUNCTIONS = {
 }
 
 
-class TestSoftmin(CompetitionContract):
+class TestSoftmin(CompetitionChecks):
     def make(self, **arguments):
         return Softmin(**arguments)
 
 
-class TestSparsemin(CompetitionContract):
+class TestSparsemin(CompetitionChecks):
     def make(self, **arguments):
         return Sparsemin(**arguments)
 
 
-class TestEntmin(CompetitionContract):
+class TestEntmin(CompetitionChecks):
     def make(self, **arguments):
         return Entmin(**arguments)
 
 
-class TestTopK(CompetitionContract):
+class TestTopK(CompetitionChecks):
     def make(self, **arguments):
         return TopK(k=3, **arguments)
 
@@ -68,7 +68,7 @@ class TestTopK(CompetitionContract):
         return best / best.sum(-1, keepdim=True).to(energies.dtype)
 
 
-class TestGrouped(CompetitionContract):
+class TestGrouped(CompetitionChecks):
     def make(self, **arguments):
         return Grouped(group_size=4, **arguments)
 
@@ -90,7 +90,7 @@ class TestGrouped(CompetitionContract):
         assert posterior.responsibilities.tolist() == [[1.0]] and posterior.free_energy.tolist() == [[3.0]]
 
 
-class TestBackground(CompetitionContract):
+class TestBackground(CompetitionChecks):
     def make(self, **arguments):
         return Background(energy=-0.5, learnable_energy=arguments.get("learnable", False), **arguments)
 
@@ -112,7 +112,7 @@ class TestBackground(CompetitionContract):
         torch.testing.assert_close(self.make()(d, zeros).responsibilities, self.make()(d).responsibilities)
 
 
-class TestBalanced(CompetitionContract):
+class TestBalanced(CompetitionChecks):
     def make(self, **arguments):
         return Balanced(**arguments)
 
@@ -126,7 +126,7 @@ class TestBalanced(CompetitionContract):
 
 
 @pytest.mark.filterwarnings("ignore::em_lightning.competition.ScopeWarning")
-class TestHardmin(CompetitionContract):
+class TestHardmin(CompetitionChecks):
     def make(self, **arguments):
         return Hardmin(**arguments)
 
@@ -136,10 +136,10 @@ class TestHardmin(CompetitionContract):
 
 def test_every_operator_is_registered_and_has_a_contract():
     assert set(COMPETITIONS) == set(FUNCTIONS)
-    contracts = {cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, CompetitionContract)}
+    contracts = {cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, CompetitionChecks)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScopeWarning)
-        covered = {type(cls().make()) for cls in contracts - {CompetitionContract}}
+        covered = {type(cls().make()) for cls in contracts - {CompetitionChecks}}
     assert covered == {COMPETITIONS[key] for key in COMPETITIONS}
 
 
