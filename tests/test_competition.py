@@ -92,7 +92,7 @@ class TestGrouped(CompetitionChecks):
 
 class TestBackground(CompetitionChecks):
     def make(self, **arguments):
-        return Background(energy=-0.5, learnable_energy=arguments.get("learnable", False), **arguments)
+        return Background(energy=-0.5, **arguments)
 
     def shift(self, operator, c):
         return Background(energy=operator.energy + c, temperature=operator.temperature)
@@ -232,7 +232,7 @@ def test_temperature_tensor_for_each_item():
         ("softmin", {"temperature": 2.0, "learnable": True, "dim": 1}, "temperature=2, learnable=True, dim=1"),
         ("grouped", {"group_size": 3}, "group_size=3, temperature=1"),
         ("grouped", {}, "group_size=2, temperature=1"),
-        ("background", {"energy": 2.0}, "energy=2, temperature=1"),
+        ("background", {"energy": 2.0}, "energy=2.0, temperature=1"),
         ("topk", {"k": 3}, "k=3, temperature=1"),
         ("balanced", {"item_dim": 0, "num_iters": 9}, "item_dim=0, num_iters=9, temperature=1"),
         ("balanced", {}, "num_iters=40, temperature=1"),
@@ -321,11 +321,12 @@ def test_background_reads_none_of_the_above():
     assert none_of_the_above(background(d, dim=0), dim=0).shape == (3,)
 
 
-def test_background_energy_is_learned():
-    module = Background(energy=1.0, learnable_energy=True)
-    none_of_the_above(module(torch.zeros(4, 3))).sum().backward()
-    assert module.energy.shape == (1,) and module.energy.grad.item() < 0
-    assert "energy=1, learnable_energy=True" in repr(module)
+def test_background_energy_has_a_gradient():
+    energy = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    d = torch.zeros(4, 3, dtype=torch.float64)
+    none_of_the_above(background(d, energy=energy)).sum().backward()
+    assert energy.grad.item() < 0
+    assert torch.autograd.gradcheck(lambda energy: background(d, energy=energy).free_energy, energy)
 
 
 def test_topk_keeps_ties_and_rejects_k_of_zero():
