@@ -25,15 +25,9 @@ def _named(target: str) -> Any:
 
 
 def load_model(target: str, checkpoint: str | None = None, weights_only: bool = True) -> Any:
-    """Return the model that ``package.module:NAME`` or ``path/to/file.py:NAME`` names.
+    """Return the module that ``package.module:NAME`` or ``path/to/file.py:NAME`` is or returns.
 
-    Args:
-        target: NAME is a module, or a class or function that returns one.
-        checkpoint: loaded into the model; a LightningModule class also gets the recorded surgery and hyperparameters.
-        weights_only: False loads a checkpoint that you trust with objects of any class.
-
-    Raises:
-        ValueError: there is no such name, or it makes no model.
+    A checkpoint is loaded into it; a LightningModule class also gets the recorded surgery and hyperparameters.
     """
     from torch import nn
 
@@ -82,11 +76,7 @@ def print_audit(
     checkpoint: str | None = None,
     weights_only: bool = True,
 ) -> None:
-    """Print the audit of the forward for random inputs, or of the training step for a batch.
-
-    Raises:
-        ValueError: an argument has another form, or the model does not take the input.
-    """
+    """Print the audit of the forward for random inputs, or of the training step for a batch; ValueError if it fails."""
     from em_lightning.scope.auditing import audit, call
 
     options = {"--ckpt_path": checkpoint, "--batch": batch}

@@ -24,10 +24,6 @@ _LAYERS = {
     "elementwise: no normalization across units": "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid "
     "Tanh LogSigmoid Hardswish",
     "affine: scores, neither exponentiated nor normalized": "Linear Bilinear Embedding Conv* ConvTranspose*",
-    "normalizes moments, not hypotheses": "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm",
-    "hard maximum: only the maximum has a gradient": "MaxPool* AdaptiveMaxPool*",
-    "an average with fixed weights": "AvgPool* AdaptiveAvgPool*",
-    "no hypotheses": "Dropout Dropout* AlphaDropout Identity Flatten Unflatten Metric",
 }
 _REASONS = {
     name.replace("*", f"{n}d"): why for why, names in _LAYERS.items() for name in names.split() for n in (1, 2, 3)
