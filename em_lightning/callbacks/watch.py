@@ -42,12 +42,11 @@ class PosteriorMonitor(Callback):
 
     Args:
         where: the layers: a class, a name pattern, a predicate, or a list of these.
-        tap: "output" or "input" of the layer.
         dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
             first batch: the one of axes 1 and -1 that has the width of the layer.
         every_n_steps: training batches between two measurements.
         loss: the EM loss whose gradient is compared with that of the task.
-        verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
+        verbose: whether to print a line per layer at the first batch.
 
     Raises:
         NoMatchError: at the start, if nothing matches; the message lists the modules of the model.
@@ -233,11 +232,7 @@ class EMAudit(Callback):
     Without a Trainer: :func:`em_lightning.audit`. It runs ``training_step`` once more, on a copy of the model's state,
     in eval mode and without its logs. If anything fails, the callback warns and the run continues.
 
-    Args:
-        printed: whether to print the table.
-
-    Attributes:
-        audit: the findings, after the first batch; empty if the audit failed.
+    ``audit`` holds the findings after the first batch; it is empty if the audit failed.
     """
 
     def __init__(self, printed: bool = True) -> None:

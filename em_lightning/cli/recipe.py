@@ -43,12 +43,9 @@ class Recipe:
     Args:
         script: ``__file__`` of the script. Its default config has the same name with the suffix ``.yaml`` and lies
             beside the script or else in the folder of configs.
-        model: a LightningModule class.
-        data: a LightningDataModule class.
         report: a callback class that measures at the end of the fit, configured under the key ``report``.
         data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
-        model_subclasses: whether ``--model`` names a subclass of ``model``.
-        data_subclasses: whether ``--data`` names a subclass of ``data``.
+        model_subclasses: whether ``--model`` names a subclass of ``model``; and so for ``data``.
         threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
     """
 

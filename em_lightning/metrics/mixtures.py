@@ -65,7 +65,6 @@ class ResponsibilityEntropy(MeanOfItems):
     Args:
         from_energies: whether ``update`` takes energies d, with responsibilities softmax(-d), instead of
             responsibilities.
-        dim: the axis of the components or units.
 
     Example:
         >>> metric = ResponsibilityEntropy()

@@ -38,7 +38,6 @@ class Finding:
         path: the module, or for a loss the module that computed its logits.
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated: whether energies are exponentiated.
-        normalized: whether the result sums to one over the hypotheses.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis takes all.
         error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
