@@ -4,7 +4,6 @@ from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance
 from em_lightning.mixture.e_step import SufficientStatistics, e_step
 from em_lightning.mixture.em import BlockFit, StreamedEM, em_step, fit_blocks
-from em_lightning.mixture.generalized import KernelMixture
 from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, information_criteria
@@ -18,7 +17,6 @@ __all__ = [
     "BlockFit",
     "Covariance",
     "DirectionalMixture",
-    "KernelMixture",
     "LowRankCovariance",
     "Mixture",
     "MixturePrior",

@@ -7,7 +7,7 @@ from em_lightning.operators.abstraction import EMAbstraction
 from em_lightning.operators.base import SetOperator
 from em_lightning.operators.directional import DirectionalEM
 from em_lightning.operators.em import EMOperator
-from em_lightning.operators.generalized import GeneralizedEM
+from em_lightning.operators.generalized import GeneralizedEM, KernelMixture
 from em_lightning.operators.pooling import EMPooling
 from em_lightning.operators.refinement import EMRefinement
 from em_lightning.operators.residual import ResidualCorrection
@@ -23,6 +23,7 @@ __all__ = [
     "EMPooling",
     "EMRefinement",
     "GeneralizedEM",
+    "KernelMixture",
     "ResidualCorrection",
     "SetOperator",
     "register_aggregation",

@@ -22,6 +22,7 @@ class _Sets(NamedTuple):
     """Inputs of the EM loop: unit vectors, the lower bound (B,) of ``1 / kappa``, and the dtype of the result."""
 
     points: Points
+    mass: Tensor
     floor: Tensor
     dtype: torch.dtype
 
@@ -85,7 +86,7 @@ class DirectionalEM(SetOperator):
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
         points = directions(x, mask, weights)
-        return _Sets(points, torch.full_like(points.mass, self.dispersion_floor), x.dtype)
+        return _Sets(points, points.mass, torch.full_like(points.mass, self.dispersion_floor), x.dtype)
 
     @torch.no_grad()
     def _start(self, sets: _Sets, choose: bool) -> Parameters:

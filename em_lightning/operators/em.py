@@ -41,10 +41,11 @@ _TRIAL_ITERATIONS = 5
 
 
 class _Sets(NamedTuple):
-    """The inputs of all iterations: sets as given and ready for EM, variance floor (B,), and dtype of the result."""
+    """The inputs of all iterations: sets as given and ready for EM, mass and floor (B,), and dtype of the result."""
 
     given: GivenSets
     points: Points
+    mass: Tensor
     covariance: Covariance
     floor: Tensor
     prior: PseudoCounts | None
@@ -269,7 +270,7 @@ class EMOperator(SetOperator):
             counts = self.prior.pseudo_counts(
                 points.frame, points.mean, points.variance, covariance, self.num_components
             )
-        return _Sets(GivenSets(x.detach(), mask, weights), points, covariance, floor, counts, x.dtype)
+        return _Sets(GivenSets(x.detach(), mask, weights), points, points.mass, covariance, floor, counts, x.dtype)
 
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
         def judge(state: Parameters) -> Tensor:
