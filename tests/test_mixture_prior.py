@@ -155,15 +155,6 @@ def test_degenerate_sets_stay_finite(covariance, name):
     assert_finite_gradients(value, x, operator)
 
 
-def test_a_relative_floor_follows_the_units():
-    x = torch.ones(1, 40, 2, dtype=torch.float64) * torch.linspace(-1, 1, 40)[None, :, None]
-    operator = EMOperator(2, 2, covariance_floor=1e-3, relative_floor=True, residual=False)
-    one, two = operator(x), operator(1e4 * x)
-    assert torch.allclose(1e8 * one.covariances, two.covariances)
-    smallest = torch.linalg.eigvalsh(one.covariances).amin(-1)
-    assert torch.allclose(smallest, 1e-3 * x.var((0, 1), correction=0).mean().expand_as(smallest))
-
-
 @pytest.mark.parametrize(
     "call, error, words",
     [

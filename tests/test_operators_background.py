@@ -178,12 +178,6 @@ def test_an_empty_set_keeps_the_start(arguments):
     assert is_finite(mixture) and x.grad.isfinite().all()
 
 
-def test_learnable_and_estimated_exclude_each_other():
-    assert "estimated" in repr(UniformBackground(estimate=True))
-    call = lambda: EMOperator(2, 2, background={"learnable": True, "estimate": True})  # noqa: E731
-    assert_raises(ValueError, ["learnable=True", "estimate=True"], call)
-
-
 @pytest.mark.parametrize("features", [1, 2])
 def test_the_energy_of_the_box_gives_the_same_fit(features):
     x = sets()[..., :features]

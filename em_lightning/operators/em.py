@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_choice
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.backends import native
@@ -81,7 +80,6 @@ class EMOperator(SetOperator):
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
         background: the weight of a component for outliers, uniform over the bounding box of each set, or a
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
-        temperature: divides the joint log-densities in the E-step; a pair ``(first, last)`` anneals geometrically.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the set).
         lloyd_steps: steps of k-means that the centers take first.
@@ -92,7 +90,6 @@ class EMOperator(SetOperator):
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
-        relative_floor: take the floor as a share of the mean variance of each set instead.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
             last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged.
 
@@ -115,7 +112,7 @@ class EMOperator(SetOperator):
     Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
     """
 
-    shown = ("num_iters", "covariance", "init", "num_starts", "covariance_floor", "relative_floor", "gradient")
+    shown = ("num_iters", "covariance", "init", "num_starts", "covariance_floor", "gradient")
 
     def __init__(
         self,
@@ -134,9 +131,7 @@ class EMOperator(SetOperator):
         residual: bool | ResidualCorrection = True,
         prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
-        relative_floor: bool = False,
         background: UniformBackground | Mapping[str, Any] | float | None = None,
-        temperature: float | tuple[float, float] = 1.0,
         gradient: str = "unrolled",
     ) -> None:
         super().__init__(num_components, num_features, num_iters, gradient)
@@ -147,11 +142,7 @@ class EMOperator(SetOperator):
             )
         if rank is not None and not 1 <= rank < num_features:
             raise ValueError(f"rank={rank} must be at least 1 and less than num_features={num_features}")
-        if not covariance_floor >= 0:
-            raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
-        pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, temperature)
-        if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
-            raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
+        check_at_least(0, covariance_floor=covariance_floor)
         self.covariance = covariance
         self.family: Covariance = COVARIANCES[covariance] if rank is None else LowRankCovariance(rank)
         built = density_kernel(kernel)
@@ -172,8 +163,6 @@ class EMOperator(SetOperator):
         self.init = init
         self.num_starts = num_starts
         self.covariance_floor = covariance_floor
-        self.relative_floor = relative_floor
-        self.temperature = (float(pair[0]), float(pair[1]))
         if residual is True:
             residual = ResidualCorrection(num_features, self.family)
         self.correction: ResidualCorrection | None = residual or None
@@ -264,7 +253,7 @@ class EMOperator(SetOperator):
     ) -> _Sets:
         covariance = covariance or self.family
         points = prepare(x, covariance.features, mask, weights)
-        floor = points.floor(self.covariance_floor, self.relative_floor)
+        floor = points.floor(self.covariance_floor)
         counts = None
         if self.prior is not None:
             counts = self.prior.pseudo_counts(
@@ -276,7 +265,7 @@ class EMOperator(SetOperator):
         def judge(state: Parameters) -> Tensor:
             state = self._with_reserved_share(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
-                state, _ = self._exact_step(sets, state, 1.0)
+                state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
             return self._objective(sets, state)
 
         start = self.start(sets.given, sets.points, self.family, sets.floor, judge if choose else None)
@@ -295,44 +284,36 @@ class EMOperator(SetOperator):
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        statistics, objective = self._e_step(sets, state, progress, with_objective)
-        after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
+        statistics, objective = self._e_step(sets, state, with_objective)
+        after = self._m_step(statistics, sets, state)
         if self.correction is None:
             return after, objective
         correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
         prior = None if sets.prior is None else correction.pseudo_counts(sets.prior, self.family)
-        corrected = m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
+        corrected = self._m_step(statistics, sets._replace(prior=prior), state)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Earlier corrections are followed by an exact iteration.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
-    def _exact_step(
-        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
-    ) -> tuple[Parameters, Tensor]:
-        """Return the parameters after one E-step and one M-step, and the objective (B,) before if it is wanted."""
-        statistics, objective = self._e_step(sets, state, progress, with_objective)
-        return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background), objective
+    def _m_step(self, statistics: SufficientStatistics, sets: _Sets, state: Parameters) -> Parameters:
+        return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
 
-    def _e_step(
-        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool
-    ) -> tuple[SufficientStatistics, Tensor]:
+    def _e_step(self, sets: _Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
         """Return the sufficient statistics, and the objective (B,) if it is wanted."""
         points, competition = sets.points, self.competition
-        first, last = self.temperature
-        temperature = first ** (1.0 - progress) * last**progress
         likelihood = self._likelihood(points, state, self.family)
         softmin = isinstance(competition, Softmin)
 
         def respond(joint: Tensor) -> Tensor:
             coupling = {"item_dim": 2, "mask": sets.given.mask} if competition.couples_items else {}
-            return competition(-joint / temperature, dim=1, **coupling).responsibilities
+            return competition(-joint, dim=1, **coupling).responsibilities
 
         statistics = e_step(
             points,
             state,
             likelihood,
             None if softmin else respond,
-            temperature=competition.temperature * temperature if softmin else 1.0,
+            temperature=competition.temperature if softmin else 1.0,
             with_log_likelihood=with_objective,
             couples_points=competition.couples_items,
         )
@@ -381,9 +362,6 @@ class EMOperator(SetOperator):
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
         return self.family.changes(before, after)
-
-    def _schedule_length(self) -> int:
-        return 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
 
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None
