@@ -101,5 +101,7 @@ def fit_sklearn(
         fit = estimator(n_components=components, covariance_type=covariance, **options).fit(rows)
     seconds = time.perf_counter() - began
     weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
-    mixture = Mixture(weights.log()[None], means[None], COVARIANCES[covariance].from_sklearn(covariances))
+    mixture = Mixture(
+        weights.log()[None], means[None], covariances.reshape(1, *COVARIANCES[covariance].shape(*means.shape))
+    )
     return mixture, fit.n_iter_, seconds

@@ -199,14 +199,6 @@ class FullCovariance:
         """Return factors ``U`` of the precisions, ``P = U U^T``, in the same shape: scikit-learn's."""
         return self.factorize(covariances).inverse.mT
 
-    def to_sklearn(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of one set (1, ...) in scikit-learn's layout."""
-        return covariances[0]
-
-    def from_sklearn(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of one set (1, ...) for scikit-learn's layout."""
-        return covariances.unsqueeze(0)
-
     def unconstrained(self, covariances: Tensor) -> Tensor:
         """Return log-diagonals and strict lower triangles (B, K, D (D + 1) / 2) of the factors."""
         scale = self.factorize(covariances).scale
@@ -287,12 +279,6 @@ class TiedCovariance(FullCovariance):
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         return super().expand(variance, 1)
-
-    def to_sklearn(self, covariances: Tensor) -> Tensor:
-        return covariances[0, 0]
-
-    def from_sklearn(self, covariances: Tensor) -> Tensor:
-        return covariances[None, None]
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
         """Return ``Sigma`` times the mean ratio of the components."""
