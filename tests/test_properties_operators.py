@@ -173,16 +173,14 @@ def test_directional_em_of_any_points(values):
 def test_pooling_of_any_items(values):
     x, mask, weights, components = sets_of(values, SQUARES)
     features = x.shape[-1]
-    parts = ("weights", "means", "scales", "values", "value_scales", "log_prob")
-    heads = values.draw(st.integers(0, 2))
-    projected = {"heads": heads, "head_features": 2} if heads else {}
+    parts = ("weights", "means", "scales", "values")
     out = values.draw(st.sampled_from((None, 3)))
     pooling = EMPooling(
         components,
         features,
         summary=[part for part in parts if values.draw(st.booleans())] or ["means"],
         out_features=out,
-        **projected,
+        head_features=values.draw(st.sampled_from((None, 2))),
     ).to(torch.promote_types(x.dtype, torch.float32))
     pooled = pooling(x, mask, weights)
     assert pooled.shape == (len(x), pooling.out_features) and pooled.dtype == x.dtype

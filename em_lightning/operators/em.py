@@ -30,8 +30,7 @@ from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
-from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import build, check_sets
+from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import GivenSets, build_start
 
