@@ -15,7 +15,6 @@ from em_lightning import EMOperator
 from em_lightning.competition import Posterior
 from em_lightning.mixture import (
     COVARIANCES,
-    DirectionalMixture,
     LowRankCovariance,
     Mixture,
     MixturePrior,
@@ -25,7 +24,7 @@ from em_lightning.mixture import (
     information_criteria,
 )
 from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
-from em_lightning.operators import GeneralizedEM, KernelMixture
+from em_lightning.operators import DirectionalMixture, GeneralizedEM, KernelMixture
 
 
 @st.composite

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from em_lightning import EMOperator, Mixture
-from em_lightning.mixture import DirectionalMixture
 from em_lightning.mixture.backends import use_backend
-from em_lightning.operators import DirectionalEM, EMPooling, GeneralizedEM
+from em_lightning.operators import DirectionalEM, DirectionalMixture, EMPooling, GeneralizedEM
 
 FEW, MANY = 7, 3000  # of 3 features and 4 components; many are served by compiled code and evaluated in blocks
 

@@ -10,13 +10,11 @@ from em_lightning.mixture.mixture import Mixture, information_criteria
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior
-from em_lightning.mixture.von_mises_fisher import DirectionalMixture
 
 __all__ = [
     "COVARIANCES",
     "BlockFit",
     "Covariance",
-    "DirectionalMixture",
     "LowRankCovariance",
     "Mixture",
     "MixturePrior",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
-from em_lightning.mixture.parameters import Family, Parameters
+from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 # From joint log-densities (B, K, N) to responsibilities (B, K, N).
@@ -39,7 +40,7 @@ class Likelihood(NamedTuple):
     background: a constant component; ``None`` for none.
     """
 
-    family: Family
+    family: Covariance
     kernel: EllipticalKernel | None = None
     background: BackgroundLevel | None = None
 
@@ -160,7 +161,7 @@ def e_step(
 
 
 def _fused_statistics(
-    points: Points, parameters: Parameters, family: Any, temperature: float | Tensor, with_log_likelihood: bool
+    points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor, with_log_likelihood: bool
 ) -> SufficientStatistics:
     """Return the statistics of Gaussian components by the native backend."""
     arguments = _fused_arguments(points, parameters, family, temperature)
@@ -171,7 +172,7 @@ def _fused_statistics(
 
 
 def _fused_arguments(
-    points: Points, parameters: Parameters, family: Any, temperature: float | Tensor = 1.0
+    points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
     log_weights, means, covariances = parameters
     factor = family.factorize(covariances, means)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.background import UniformBackground
+from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
-from em_lightning.mixture.parameters import Family, Parameters
+from em_lightning.mixture.parameters import Parameters
 
 
 class PseudoCounts(NamedTuple):
@@ -31,7 +32,7 @@ class PseudoCounts(NamedTuple):
 
 def m_step(
     statistics: SufficientStatistics,
-    family: Family,
+    family: Covariance,
     floor: Tensor,
     before: Tensor,
     prior: PseudoCounts | None = None,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from em_lightning.operators.abstraction import EMAbstraction
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.directional import DirectionalEM
+from em_lightning.operators.directional import DirectionalEM, DirectionalMixture
 from em_lightning.operators.em import EMOperator
 from em_lightning.operators.generalized import GeneralizedEM, KernelMixture
 from em_lightning.operators.pooling import EMPooling
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DirectionalEM",
+    "DirectionalMixture",
     "EMAbstraction",
     "EMAggregation",
     "EMOperator",

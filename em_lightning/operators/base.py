@@ -28,7 +28,7 @@ class SetOperator(nn.Module):
         gradient: how gradients pass through the loop; see :func:`~em_lightning.operators.gradients.iterate`.
     """
 
-    gradients_known: tuple[str, ...] = gradients.GRADIENTS
+    gradients_known: tuple[str, ...] = ("unrolled", "checkpoint", "last")
     shown: tuple[str, ...] = ("num_iters", "init", "gradient")
 
     def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:

@@ -30,6 +30,7 @@ from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
+from em_lightning.operators import gradients
 from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import GivenSets, build_start
@@ -111,6 +112,7 @@ class EMOperator(SetOperator):
     Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
     """
 
+    gradients_known = gradients.GRADIENTS
     shown = ("num_iters", "covariance", "init", "num_starts", "covariance_floor", "gradient")
 
     def __init__(
@@ -360,7 +362,13 @@ class EMOperator(SetOperator):
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        return self.family.changes(before, after)
+        own, new = (
+            COVARIANCES["full"].factorize(self.family.to_full(each.covariances, each.means)) for each in (before, after)
+        )
+        weights = after.log_weights.exp() - before.log_weights.exp()
+        shift = new.inverse @ (after.means - before.means).unsqueeze(-1)
+        growth = new.inverse @ (new.scale - own.scale)
+        return torch.stack([part.abs().flatten(1).amax(1) for part in (weights, shift, growth)]).amax(0)
 
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None

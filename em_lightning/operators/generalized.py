@@ -103,8 +103,6 @@ class GeneralizedEM(SetOperator):
     EM); Armijo, Minimization of functions having Lipschitz continuous first partial derivatives, 1966.
     """
 
-    gradients_known = ("unrolled", "checkpoint", "last")
-
     def __init__(
         self,
         num_components: int,

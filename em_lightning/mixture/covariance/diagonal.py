@@ -100,12 +100,6 @@ class DiagonalCovariance(FullCovariance):
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
         return self.diagonal(covariances, means.shape[-1]).diag_embed()
 
-    def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        return factor * vectors
-
-    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        return factor * other
-
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return the coordinate axes and the standard deviations."""
         root = self.factorize(covariances, means).scale.expand(*means.shape)

@@ -59,8 +59,8 @@ class FullCovariance:
     """
 
     name = "full"
-    # The shape of the inverse factor: a triangle ("full"), a "diagonal" or one number ("spherical").
-    whitening = "full"
+    # The inverse factor of the native backend: a triangle ("full"), a "diagonal" or one number ("spherical").
+    whitening: str | None = "full"
 
     @property
     def unrestricted(self) -> FullCovariance:
@@ -211,22 +211,6 @@ class FullCovariance:
         return factor @ factor.mT
 
     # Corrections, in the frame of each component.
-
-    def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return the product of a factor and vectors (B, K, D)."""
-        return (factor @ vectors.unsqueeze(-1)).squeeze(-1)
-
-    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        """Return the product of two factors."""
-        return factor @ other
-
-    def changes(self, before: Parameters, after: Parameters) -> Tensor:
-        """Return the largest change (B,) of weights, and of means and factors in standard deviations."""
-        own, new = self.factorize(before.covariances), self.factorize(after.covariances)
-        weights = (after.log_weights.exp() - before.log_weights.exp()).abs().amax(1)
-        shift = self.apply(new.inverse, after.means - before.means).abs().flatten(1).amax(1)
-        growth = self.compose(new.inverse, new.scale - own.scale).abs().flatten(1).amax(1)
-        return torch.stack([weights, shift, growth]).amax(0)
 
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
