@@ -116,7 +116,11 @@ def e_step(
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
     if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, parameters):
-        return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
+        arguments = _fused_arguments(points, parameters, likelihood.family, temperature)
+        moments, log_likelihood = native.e_step(points.x, points.weights, *arguments, with_log_likelihood)
+        mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
+        mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
+        return SufficientStatistics(mass, mass, first, second, log_likelihood, zeros, points.num_points)
     theta, peak = likelihood.family.natural_parameters(parameters)
 
     def responsibilities_of(joint: Tensor, sets: slice) -> Tensor:
@@ -158,17 +162,6 @@ def e_step(
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)
     return SufficientStatistics(mass, zeroth, first, second, log_likelihood, background_mass, points.num_points)
-
-
-def _fused_statistics(
-    points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor, with_log_likelihood: bool
-) -> SufficientStatistics:
-    """Return the statistics of Gaussian components by the native backend."""
-    arguments = _fused_arguments(points, parameters, family, temperature)
-    sums, log_likelihood = native.e_step(points.x, points.weights, *arguments, with_log_likelihood)
-    zeroth, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
-    mass, zeros = zeroth.squeeze(-1), torch.zeros_like(points.mass)
-    return SufficientStatistics(mass, mass, first, second, log_likelihood, zeros, points.num_points)
 
 
 def _fused_arguments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from em_lightning.mixture.e_step import (
     with_background,
 )
 from em_lightning.mixture.em import where
-from em_lightning.mixture.m_step import PseudoCounts, m_step
+from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
@@ -33,22 +33,10 @@ from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators import gradients
 from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
-from em_lightning.operators.start import GivenSets, build_start
+from em_lightning.operators.start import Sets, build_start
 
 # Exact iterations after which starts are compared.
 _TRIAL_ITERATIONS = 5
-
-
-class _Sets(NamedTuple):
-    """The inputs of all iterations: sets as given and ready for EM, mass and floor (B,), and dtype of the result."""
-
-    given: GivenSets
-    points: Points
-    mass: Tensor
-    covariance: Covariance
-    floor: Tensor
-    prior: PseudoCounts | None
-    dtype: torch.dtype
 
 
 class EMOperator(SetOperator):
@@ -251,7 +239,7 @@ class EMOperator(SetOperator):
 
     def _prepare(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
-    ) -> _Sets:
+    ) -> Sets:
         covariance = covariance or self.family
         points = prepare(x, covariance.features, mask, weights)
         floor = points.floor(self.covariance_floor)
@@ -260,30 +248,30 @@ class EMOperator(SetOperator):
             counts = self.prior.pseudo_counts(
                 points.frame, points.mean, points.variance, covariance, self.num_components
             )
-        return _Sets(GivenSets(x.detach(), mask, weights), points, points.mass, covariance, floor, counts, x.dtype)
+        return Sets(x.detach(), mask, weights, points, points.mass, covariance, floor, counts, x.dtype)
 
-    def _start(self, sets: _Sets, choose: bool) -> Parameters:
+    def _start(self, sets: Sets, choose: bool) -> Parameters:
         def judge(state: Parameters) -> Tensor:
             state = self._with_reserved_share(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
                 state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
             return self._objective(sets, state)
 
-        start = self.start(sets.given, sets.points, self.family, sets.floor, judge if choose else None)
+        start = self.start(sets, judge if choose else None)
         return self._with_reserved_share(start)
 
-    def _enter(self, sets: _Sets, mixture: Mixture) -> Parameters:
+    def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
         given = covariance_of(mixture.covariances, mixture.means)
         if given is not self.family and given.name != "full":
             raise ValueError(f"init has {given.name} covariances and the operator {self.family.name}; convert one")
-        shape = (len(sets.given.x), self.num_components, self.num_features)
+        shape = (len(sets.x), self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())
         return self._with_reserved_share(state._replace(covariances=self.family.from_public(state.covariances)))
 
     def _step(
-        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
+        self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
         statistics, objective = self._e_step(sets, state, with_objective)
         after = self._m_step(statistics, sets, state)
@@ -296,17 +284,17 @@ class EMOperator(SetOperator):
         # Earlier corrections are followed by an exact iteration.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
-    def _m_step(self, statistics: SufficientStatistics, sets: _Sets, state: Parameters) -> Parameters:
+    def _m_step(self, statistics: SufficientStatistics, sets: Sets, state: Parameters) -> Parameters:
         return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
 
-    def _e_step(self, sets: _Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
+    def _e_step(self, sets: Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
         """Return the sufficient statistics, and the objective (B,) if it is wanted."""
         points, competition = sets.points, self.competition
         likelihood = self._likelihood(points, state, self.family)
         softmin = isinstance(competition, Softmin)
 
         def respond(joint: Tensor) -> Tensor:
-            coupling = {"item_dim": 2, "mask": sets.given.mask} if competition.couples_items else {}
+            coupling = {"item_dim": 2, "mask": sets.mask} if competition.couples_items else {}
             return competition(-joint, dim=1, **coupling).responsibilities
 
         statistics = e_step(
@@ -323,7 +311,7 @@ class EMOperator(SetOperator):
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
         return statistics, self._with_prior(sets, state, likelihood, log_likelihood)
 
-    def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
+    def _safeguarded(self, sets: Sets, plain: Parameters, corrected: Parameters) -> Parameters:
         """Return corrected parameters, or plain ones for sets whose log-likelihood the correction lowers too much.
 
         p parameters raise the log-likelihood of N fitted points by about ``N p / (N - p - 1)`` above that of as many
@@ -337,17 +325,17 @@ class EMOperator(SetOperator):
             keep = self._log_likelihood(sets, corrected) >= self._log_likelihood(sets, plain) - allowed
         return where(keep, corrected, plain)
 
-    def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+    def _objective(self, sets: Sets, state: Parameters) -> Tensor:
         likelihood = self._likelihood(sets.points, state, sets.covariance)
         return self._with_prior(sets, state, likelihood, self._log_likelihood(sets, state))
 
-    def _log_likelihood(self, sets: _Sets, state: Parameters) -> Tensor:
+    def _log_likelihood(self, sets: Sets, state: Parameters) -> Tensor:
         points = sets.points
         likelihood = self._likelihood(points, state, sets.covariance)
         density = log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)
         return (density if points.weights is None else density * points.weights).sum(-1)
 
-    def _with_prior(self, sets: _Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
+    def _with_prior(self, sets: Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
         """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
         if sets.prior is None:
             return log_likelihood
@@ -358,7 +346,7 @@ class EMOperator(SetOperator):
             own = own + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
         return log_likelihood + own
 
-    def _mixture(self, sets: _Sets, state: Parameters) -> Mixture:
+    def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:

@@ -12,14 +12,6 @@ from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inver
 from em_lightning.mixture.parameters import Parameters
 
 
-def lower_triangle(entries: Tensor, num_features: int) -> Tensor:
-    """Return lower triangles (..., D, D) of log-diagonals and strict lower triangles (..., D (D + 1) / 2)."""
-    triangle = entries.new_zeros(*entries.shape[:-1], num_features, num_features)
-    below = _below_diagonal(triangle)
-    triangle[..., below[0], below[1]] = entries[..., num_features:]
-    return triangle + entries[..., :num_features].exp().diag_embed()
-
-
 def _below_diagonal(matrix: Tensor) -> Tensor:
     """Return the indices of the strict lower triangle."""
     return torch.tril_indices(matrix.shape[-1], matrix.shape[-1], -1, device=matrix.device)
@@ -207,7 +199,9 @@ class FullCovariance:
 
     def constrained(self, entries: Tensor, num_features: int) -> Tensor:
         """Return the covariances of :meth:`unconstrained` entries, positive definite for any."""
-        factor = lower_triangle(entries, num_features)
+        factor = entries[..., :num_features].exp().diag_embed()
+        below = _below_diagonal(factor)
+        factor[..., below[0], below[1]] = entries[..., num_features:]
         return factor @ factor.mT
 
     # Corrections, in the frame of each component.
