@@ -11,6 +11,7 @@ from helpers import (
     assert_raises,
     cast,
     is_finite,
+    log_prior,
     mixture_at,
     of_mean_one,
     two_clusters,
@@ -107,7 +108,7 @@ def test_objective_is_monotone(covariance, arguments):
         after = operator.objective(x, mixture, mask, weights)
         by_hand = (operator.log_prob(x, mixture, mask) * weights).sum(-1)
         if operator.prior is not None:
-            by_hand = by_hand + operator.prior.log_prob(mixture, x, mask, weights) + 2.0 * weight_of(mixture).log()
+            by_hand = by_hand + log_prior(operator.prior, mixture, x, mask, weights) + 2.0 * weight_of(mixture).log()
         torch.testing.assert_close(after, by_hand)
         assert (after >= before - 1e-9).all()
         before = after

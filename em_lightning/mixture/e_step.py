@@ -198,12 +198,8 @@ def log_joint(
 ) -> tuple[Tensor, Tensor | None]:
     r"""Return :math:`\log \pi_k + \log p_k(x_n)` and the IRLS weights :math:`u_{nk}`, both (B, K, N).
 
-    Args:
-        features: ``phi(x)`` (B, F, N).
-        theta: (B, K, F), natural parameters.
-        peak: (B, K), the log-density of each Gaussian component at its mean.
-        num_features: D.
-        kernel: of the Mahalanobis distance; ``None`` for Gaussian components, whose IRLS weights are 1 (``None``).
+    ``features`` are ``phi(x)`` (B, F, N), ``theta`` (B, K, F) the natural parameters, and ``peak`` (B, K) is the
+    log-density of each Gaussian component at its mean. Gaussian components have IRLS weights of 1 (``None``).
     """
     gaussian = theta @ features
     if kernel is None:

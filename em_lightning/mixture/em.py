@@ -83,16 +83,10 @@ def fit(
 ) -> Fit:
     """Iterate until the objective per point of each set changes by less than ``tol``, as scikit-learn does.
 
-    A set that has converged keeps its parameters, so that its result does not depend on the other sets.
-
-    Args:
-        step: from parameters and the number of the iteration, from 1, to the parameters after an iteration and the
-            objective per point (B,) before it.
-        state: a named tuple of tensors (B, ...).
-        max_iters: largest number of iterations.
-        tol: in nats per point; 0 makes all iterations.
-        min_iters: iterations before the first test.
-        before: the objective (B,) of an iteration before these.
+    A set that has converged keeps its parameters, so that its result does not depend on the other sets. ``step`` maps a
+    named tuple of tensors (B, ...) and the number of the iteration, from 1, to the tuple after the iteration and the
+    objective per point (B,) before it. ``before`` is the objective of an iteration before these, ``min_iters`` the
+    number of iterations before the first test. A tolerance of 0 makes all iterations.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)
@@ -176,14 +170,10 @@ class StreamedEM(NamedTuple):
         prior: MixturePrior | None = None,
         variance: Tensor | None = None,
     ) -> Mixture:
-        """Return the mixture of the M-step.
+        """Return the mixture of the M-step, given the one that the E-step saw.
 
-        Args:
-            statistics: of all points.
-            before: the mixture that the E-step saw.
-            floor: added to every variance, in squared units of the points.
-            prior: of the parameters. A mean that it does not give is the center of the frame.
-            variance: (1, D), of all points, for a prior that does not give its covariance.
+        A prior without a mean takes the center of the frame, one without a covariance needs the ``variance`` (1, D) of
+        all points. The floor is in squared units of the points.
         """
         center, scale = self.frame
         with torch.no_grad():

@@ -115,7 +115,7 @@ def draw_centers(
     """Return centers (B, K, D) drawn by ``"farthest"``, ``"kmeans++"`` or ``"random"``."""
     if name == "farthest":
         return farthest_points(x, num_components, mask, weights)
-    draw = {"kmeans++": kmeans_plus_plus, "random": random_points}[name]
+    draw = kmeans_plus_plus if name == "kmeans++" else random_points
     return draw(x, num_components, mask, weights, generator)
 
 

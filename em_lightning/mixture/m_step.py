@@ -48,13 +48,7 @@ def m_step(
 
     with the mass :math:`N_k = \sum_n r_{nk}` and IRLS weights :math:`u_{nk}`, 1 for Gaussian components.
 
-    Args:
-        statistics: of all points.
-        family: the covariance type, or von Mises-Fisher.
-        floor: :math:`\epsilon` (B,).
-        before: the covariances of the E-step, from which an iterative estimate starts.
-        prior: pseudo-counts.
-        background: a constant component, whose weight the M-step may estimate.
+    The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
     # Added to the mass as in scikit-learn, so that results agree step for step; scaled by the mean IRLS weight.

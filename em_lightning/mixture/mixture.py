@@ -63,11 +63,7 @@ class Mixture:
 
     @property
     def covariance_type(self) -> str:
-        """``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-
-        Raises:
-            ValueError: the covariances have the shape of none of them.
-        """
+        """``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``; ValueError if the shape is that of none."""
         return self._covariance.name
 
     @property

@@ -109,7 +109,7 @@ def prepare(
 
     Args:
         x: points (B, N, D).
-        features: from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
+        features: as in :class:`Points`.
         mask: (B, N), false where a row is padding, whatever it holds.
         weights: (B, N), not negative; a common factor has no effect.
         frame: the coordinates; the mean and the extent of each set unless given.

@@ -164,12 +164,7 @@ def build(argument: str, cls: type[Any], value: Any) -> Any:
 
 
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
-    """Return points (B, N, D) in at least float32 after a check of them, their mask and weights (B, N).
-
-    Raises:
-        ValueError: a shape does not fit, points that count are NaN or infinite, or weights are negative or not finite.
-        TypeError: points are no floating-point tensor, or the mask is not boolean.
-    """
+    """Return points (B, N, D) in at least float32 after a check of them, their mask and weights (B, N)."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {given}")

@@ -64,8 +64,7 @@ class _Sets(NamedTuple):
 class GeneralizedEM(SetOperator):
     r"""Fit a mixture under any kernel to each set by T iterations of generalized EM.
 
-    E-step: ``r_nk`` proportional to ``pi_k exp(-d(x_n, mu_k))``. M-step: weights as in EM; centers take IRLS steps
-    that lower the expected energy ``sum_n r_nk d(x_n, mu_k)``, so that no iteration lowers the objective
+    The E-step is softmin; the M-step lowers the expected energy of each center. No iteration lowers the objective
 
     .. math:: \sum_n w_n \log \sum_k \pi_k \, e^{-d(x_n, \mu_k) - \log Z}
 

@@ -94,14 +94,7 @@ class EMPooling(nn.Module):
         weights: Tensor | None = None,
         coordinates: Tensor | None = None,
     ) -> Tensor:
-        """Return one vector (B, ``out_features``) per set, finite also for a set without items.
-
-        Args:
-            x: items (B, N, F).
-            mask: (B, N), false where a row is padding.
-            weights: (B, N), relative to their mean.
-            coordinates: (B, N, d), required with ``num_coordinates``.
-        """
+        """Return one vector per set, finite also for a set without items; coordinates are (B, N, d)."""
         given = None if coordinates is None else coordinates.shape[-1]
         if given != self.num_coordinates:
             raise ValueError(f"coordinates have {given} columns, but num_coordinates={self.num_coordinates}")

@@ -259,9 +259,7 @@ class TiedCovariance(FullCovariance):
         return super().expand(variance, 1)
 
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        """Return ``Sigma`` times the mean ratio of the components."""
         return super().scaled(covariances, ratio.mean(1, keepdim=True))
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return the covariances stretched by the mean of the components."""
         return super().stretched(covariances, axes, stretch.mean(1, keepdim=True), floor)

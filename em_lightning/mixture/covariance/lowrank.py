@@ -68,7 +68,6 @@ class LowRankCovariance(FullCovariance):
         return torch.cat([loadings, noise.sqrt().unsqueeze(-1)], -1)
 
     def to_public(self, covariances: Tensor) -> Tensor:
-        """Return ``U U^T + Psi`` (B, K, D, D)."""
         loadings = covariances[..., :-1]
         return loadings @ loadings.mT + covariances[..., -1].square().diag_embed()
 
