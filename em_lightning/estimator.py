@@ -154,7 +154,7 @@ class GaussianMixture(reference.GaussianMixture):
         weights = mixture.weights[0]
         self.weights_, self.means_ = convert(weights / weights.sum()), convert(mixture.means[0])
         self.covariances_, self.precisions_, self.precisions_cholesky_ = (
-            convert(function(mixture.covariances).squeeze(0 if self.covariance_type != "tied" else (0, 1)))
+            convert(function(mixture.covariances)[(0,) * covariance.sklearn_axes])
             for function in (lambda part: part, covariance.precisions, covariance.precision_factors)
         )
         self._fitted_type = self.covariance_type
@@ -181,10 +181,9 @@ class GaussianMixture(reference.GaussianMixture):
 
     def _of_arrays(self, *arrays: Any) -> Mixture:
         """Return the mixture of weights, means and covariances in scikit-learn's layout."""
-        weights, means, covariances = (
-            torch.from_numpy(np.array(_to_numpy(part), dtype=np.float64))[None] for part in arrays
-        )
-        return Mixture(weights.log(), means, covariances[None] if self.covariance_type == "tied" else covariances)
+        weights, means, covariances = (torch.from_numpy(np.array(_to_numpy(part), dtype=np.float64)) for part in arrays)
+        axes = (None,) * COVARIANCES[self.covariance_type].sklearn_axes
+        return Mixture(weights.log()[None], means[None], covariances[axes])
 
     def _evaluate(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
         """Return a function of the mixture and the rows, block by block."""

@@ -53,6 +53,8 @@ class FullCovariance:
     name = "full"
     # The inverse factor of the native backend: a triangle ("full"), a "diagonal" or one number ("spherical").
     whitening: str | None = "full"
+    # Leading axes of size 1 that the covariances of one set have here and not in scikit-learn.
+    sklearn_axes = 1
 
     @property
     def unrestricted(self) -> FullCovariance:
@@ -239,6 +241,7 @@ class TiedCovariance(FullCovariance):
     """One covariance that all components of a set share: ``Sigma (B, 1, D, D)``."""
 
     name = "tied"
+    sklearn_axes = 2
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         return 1, num_features, num_features
