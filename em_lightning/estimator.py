@@ -109,6 +109,19 @@ class GaussianMixture(reference.GaussianMixture):
         """Return the component with the largest responsibility, (N,)."""
         return self._evaluate(X, lambda mixture, block: mixture.log_joint(block).argmax(-1))
 
+    def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
+        """Draw rows (n, D) from the mixture; return them and their components (n,), sorted by component."""
+        mixture, alike = self._mixture(), _as_given(self.means_)
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise ValueError(f"Invalid value for 'n_samples': {n_samples!r} must be an integer of at least 1")
+        random = check_random_state(self.random_state)
+        weights, means = mixture.weights[0].numpy(), mixture.means[0].numpy()
+        labels = np.repeat(np.arange(len(means)), random.multinomial(n_samples, weights / weights.sum()))
+        scale = COVARIANCES["full"].factorize(mixture.full().covariances).scale[0].numpy()
+        noise = random.standard_normal((n_samples, means.shape[1], 1))
+        rows = means[labels] + (scale[labels] @ noise)[..., 0]
+        return alike(rows), alike(labels)
+
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
         """Return the mixture from which scikit-learn's EM starts."""
         if len(X) > _SAMPLE or counts is not None:

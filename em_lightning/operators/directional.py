@@ -155,7 +155,7 @@ class DirectionalEM(SetOperator):
     ) -> None:
         super().__init__(num_components, num_features, num_iters, gradient)
         check_at_least(2, num_features=num_features)
-        check_choice("init", init, ("farthest", "kmeans++", "random"))
+        check_choice("init", init, initialization.CENTERS)
         check_positive(dispersion_floor=dispersion_floor)
         self.init = init
         self.dispersion_floor = dispersion_floor
@@ -177,7 +177,7 @@ class DirectionalEM(SetOperator):
         """Draw centers, assign each point to the nearest, and return the parameters of one M-step."""
         points = sets.points
         x, weights = points.coordinates(), points.weights
-        centers = initialization.draw_centers(self.init, x.mT, self.num_components, weights=weights)
+        centers = initialization.CENTERS[self.init](x.mT, self.num_components, weights=weights)
         counts = torch.ones_like(x[:, 0]) if weights is None else weights
         cosines = centers @ x
         members = torch.zeros_like(cosines).scatter_(1, cosines.argmax(1, keepdim=True), counts.unsqueeze(1))

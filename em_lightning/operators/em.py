@@ -257,8 +257,7 @@ class EMOperator(SetOperator):
                 state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
             return self._objective(sets, state)
 
-        start = self.start(sets, judge if choose else None)
-        return self._with_reserved_share(start)
+        return self._with_reserved_share(self.start(sets, judge if choose else None))
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
         given = covariance_of(mixture.covariances, mixture.means)

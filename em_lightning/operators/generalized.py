@@ -113,7 +113,7 @@ class GeneralizedEM(SetOperator):
         gradient: str = "unrolled",
     ) -> None:
         super().__init__(num_components, num_features, num_iters, gradient)
-        check_choice("init", init, ("farthest", "kmeans++", "random"))
+        check_choice("init", init, initialization.CENTERS)
         self.init = init
         self.kernel = density_kernel(kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
@@ -150,7 +150,7 @@ class GeneralizedEM(SetOperator):
     @torch.no_grad()
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
         """Return equal weights and drawn centers."""
-        centers = initialization.draw_centers(self.init, sets.x, self.num_components, weights=sets.counts)
+        centers = initialization.CENTERS[self.init](sets.x, self.num_components, weights=sets.counts)
         return Parameters(torch.zeros_like(centers[..., 0]).log_softmax(-1), centers, centers[..., :0])
 
     def _enter(self, sets: _Sets, mixture: KernelMixture) -> Parameters:

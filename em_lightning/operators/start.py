@@ -16,7 +16,7 @@ from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 _RANDOM = ("kmeans++", "random")
-STARTS = ("farthest", *_RANDOM, "learned")
+STARTS = (*initialization.CENTERS, "learned")
 
 # From a start to the objective (B,) after some iterations.
 Judge = Callable[[Parameters], Tensor]
@@ -73,7 +73,7 @@ class DrawnStart(NamedTuple):
     def _centers(self, sets: Sets, generator: torch.Generator | None) -> Tensor:
         """Return centers (B, K, D) in the coordinates of the points."""
         x, mask, weights = sets[:3]
-        centers = initialization.draw_centers(self.name, x, self.num_components, mask, weights, generator)
+        centers = initialization.CENTERS[self.name](x, self.num_components, mask, weights, generator)
         centers = initialization.lloyd(x, centers, self.lloyd_steps, mask, weights)
         center, scale = sets.points.frame
         return (centers.to(center.dtype) - center.unsqueeze(1)) / scale[:, None, None]

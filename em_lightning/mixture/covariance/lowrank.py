@@ -42,7 +42,7 @@ class LowRankCovariance(FullCovariance):
         return FullCovariance()
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K (D (R + 1) - R (R - 1) / 2): rotations of the factors do not change ``Sigma``."""
+        # Rotations of the factors do not change Sigma.
         return num_components * (num_features * (self.rank + 1) - self.rank * (self.rank - 1) // 2)
 
     def estimate(
