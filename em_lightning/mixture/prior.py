@@ -135,6 +135,7 @@ class MixturePrior(nn.Module):
         return log_prior(parameters, covariance, counts)
 
     def extra_repr(self) -> str:
+        """Return the pseudo-counts."""
         with torch.no_grad():
             return ", ".join(f"{name}={float(self.count(name)):g}" for name in self._counts)
 

@@ -136,6 +136,7 @@ class SetOperator(nn.Module):
             return self._objective(sets, self._enter(sets, mixture)).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Return the main arguments."""
         options = [f"{name}={getattr(self, name)!r}" for name in self.shown]
         return ", ".join([str(self.num_components), str(self.num_features), *options])
 

@@ -175,7 +175,7 @@ class GeneralizedEM(SetOperator):
     def _generalized_step(self, sets: _Sets, state: Parameters) -> Parameters:
         joint = state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)
         log_shares = joint.log_softmax(-1)
-        mass = _sum(log_shares.exp() * sets.counts.unsqueeze(-1))
+        mass = (log_shares.exp() * sets.counts.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
         guarded = mass + 10.0 * torch.finfo(mass.dtype).eps
         log_weights = guarded.log() - guarded.sum(-1, keepdim=True).log()
         centers = _move(self.kernel, sets, _within_components(log_shares, sets.counts), state.means)
@@ -226,7 +226,7 @@ def _move(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> Tenso
         return (centers + t.unsqueeze(-1) * step).clamp(sets.low, sets.high)
 
     def expected(place: Tensor) -> Tensor:
-        return _sum(shares * kernel(sets.x, place))
+        return (shares * kernel(sets.x, place)).sum(1, dtype=accumulation_dtype(sets.x))
 
     with torch.no_grad():  # the length of the step is a constant
         least = expected(centers)
@@ -279,8 +279,3 @@ def _curvature(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
             return torch.zeros_like(at)
         (found,) = torch.autograd.grad(slope.sum(), at, materialize_grads=True)
     return found.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Return the sum over points of (B, N, K)."""
-    return values.sum(1, dtype=accumulation_dtype(values))
