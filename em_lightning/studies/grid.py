@@ -83,7 +83,7 @@ def run_table(
         arguments: arguments of the recipe, for all rows.
         configs: contents of the config files that ``arguments`` name, for the hash.
         command: the command that makes the table, for its first note.
-        jobs: number of parallel processes with one thread each; ``None`` takes the number of cores.
+        jobs: number of parallel processes; ``None`` takes the number of cores.
 
     Raises:
         ValueError: an entry of the table is unknown, a cell failed, or the user interrupted the run.
@@ -120,25 +120,27 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
     if not cells:
         return
     rows = [[cell for cell in cells if cell.row == row] for row in dict.fromkeys(cell.row for cell in cells)]
-    jobs = min(jobs or os.cpu_count() or 1, len(rows))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    cores = os.cpu_count() or 1
+    jobs = min(jobs or cores, len(rows))
+    threads = (max(cores // jobs, 1),)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, threads) as pool:
         done = [pool.submit(run_row, load, row) for row in rows]
         try:
-            for future in track(done, f"rows, {jobs} at a time"):
+            for future in track(done, f"runs, {jobs} at a time"):
                 future.result()
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
                 process.kill()  # otherwise they would start the next row; checkpoints are written atomically
-            raise ValueError("interrupted; the same command continues the table") from None
+            raise ValueError("interrupted; the same command continues a table") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Use one thread, and exit when the process of the table has ended, whatever ended it."""
-    torch.set_num_threads(1)
+def _start_worker(threads: int) -> None:
+    """Set the number of threads, and exit when the parent process has ended, whatever ended it."""
+    torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
