@@ -123,7 +123,7 @@ def test_run_lowers_the_loss_and_writes_tables(tmp_path):
     assert 0 < trained["adjusted Rand"] <= 1
 
 
-def test_table_compares_classical_em_with_the_truth(tmp_path):
+def test_table_compares_classical_em_with_the_truth(tmp_path, capsys):
     data = small(num_components=2, min_points=30, max_points=40, test_sets=4)
     report = ClusteringReport()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -160,3 +160,5 @@ def test_table_compares_classical_em_with_the_truth(tmp_path):
     assert rows["EM from k-means++, 100 steps"]["LL1 - oracle"] == pytest.approx(
         rows["EM from k-means++, 100 steps"]["LL1"] - rows["oracle"]["LL0"]
     )
+    best = max(list(rows)[1:11], key=lambda name: rows[name]["held out"])
+    assert f"{best}, the best of the others: {rows[best]['held out - oracle']:+.4f}." in capsys.readouterr().out

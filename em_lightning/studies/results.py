@@ -78,23 +78,6 @@ def fitted_table(rows: Sequence[Row]) -> Any:
     return table
 
 
-def verdict(rows: Sequence[Row], method: str, column: str) -> str:
-    """Return a sentence that compares a method with the best of the others by a column; higher is better.
-
-    Example:
-        >>> verdict([{"method": "EM", "score": 1.0}, {"method": "ours", "score": 0.75}], "ours", "score")
-        'ours: 0.75 score, 0.25 below EM, the best of the others.'
-    """
-    scores = {row["method"]: row[column] for row in rows if isinstance(row[column], float)}
-    own = scores.pop(method)
-    if not scores:
-        return f"{method}: {own:.4g} {column}."
-    best = max(scores, key=scores.__getitem__)
-    gap = own - scores[best]
-    side = "above" if gap > 0 else "below"
-    return f"{method}: {own:.4g} {column}, {abs(gap):.2g} {side} {best}, the best of the others."
-
-
 def combine(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Return one table from the ``results.json`` of several seeds, each float as mean ± standard deviation.
 
