@@ -221,7 +221,7 @@ def meshes(size, noise):
     for i, mesh in enumerate(made * 6):
         shape = Shape.of(torch.tensor(mesh.vertices), torch.tensor(mesh.faces))
         generator = generator_of(7, i)
-        drawn = shape.content.sample(size + HELD_OUT, generator)
+        drawn = shape.sample(size + HELD_OUT, generator)
         drawn = drawn + noise * torch.randn(drawn.shape, generator=generator)
         points.append(drawn[:size])
         held_out.append(drawn[size:])

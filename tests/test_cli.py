@@ -189,7 +189,7 @@ def test_seeds_run_in_separate_processes_and_are_combined(here, capfd, monkeypat
         (["point_cloud_gmm", "--model.num_components=0"], ["num_components=0", "at least 1"]),
         (["point_cloud_gmm", "--data.num_points=0"], ["num_points=0"]),
         (["point_cloud_gmm", "--data.num_point=9"], ["data.num_point", "data.num_points"]),
-        (["point_cloud_gmm", "--data", "GeometricShapes", "--data.root=/nowhere"], ["root='/nowhere'", "raw.zip"]),
+        (["point_cloud_gmm", "--data", "GeometricShapes", "--data.root=/nowhere"], ["root='/nowhere'", "zip archive"]),
     ],
 )
 def test_invalid_arguments_print_one_line_and_exit_2(args, words, here, capsys):

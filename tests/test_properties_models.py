@@ -261,10 +261,9 @@ def test_swaps_of_any_model_are_undone(values):
     model, x = values.draw(networks())
     before, out = state_of(model), model(x)
     key = values.draw(st.sampled_from(list(ACTIVATIONS)))
-    shared = values.draw(st.sampled_from(("separate", "together")))
     places = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.ReLU)]
     try:
-        surgery = swap_activations(model, key, shared=shared, calls="any")
+        surgery = swap_activations(model, key, calls="any")
     except NoMatchError as error:
         assert not places and "matches" in str(error)
         assert_same_state(model, before)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MetricCollection
 
 from em_lightning.competition import softmin
@@ -51,7 +51,6 @@ class PosteriorMonitor(Callback):
 
     Args:
         where: the layers: a class, a name pattern, a predicate, or a list of these.
-        target: a second selection, which must match as well.
         tap: "output" or "input" of the layer.
         dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
             first batch: the one of axes 1 and -1 that has the width of the layer.
@@ -71,7 +70,6 @@ class PosteriorMonitor(Callback):
         self,
         where: Any,
         *,
-        target: type[nn.Module] | None = None,
         tap: Literal["output", "input"] = "output",
         dim: int | Literal["auto"] = "auto",
         every_n_steps: int = 50,
@@ -81,7 +79,6 @@ class PosteriorMonitor(Callback):
         if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
         self.where = where
-        self.target = target
         self.tap = tap
         self.dim = dim
         self.every_n_steps = every_n_steps
@@ -101,7 +98,7 @@ class PosteriorMonitor(Callback):
     def _start(self, pl_module: Any) -> None:
         self._stop()
         verbose = self.verbose and not self._axes
-        self._taps = Taps(pl_module, self.where, self.tap, self.target, self.dim, verbose=verbose, skip=self._skip)
+        self._taps = Taps(pl_module, self.where, self.tap, self.dim, verbose=verbose, skip=self._skip)
         self._taps.axes.update(self._axes)  # as decided at the first batch
         self._axes = self._taps.axes
         self._taps.attach()
