@@ -16,7 +16,6 @@ from torchmetrics import Metric, MetricCollection
 from em_lightning.checkpoints import check_archive
 from em_lightning.checks import check_at_least, check_choice, check_positive
 
-STAGES = ("train", "val", "test")
 _WARM_UP_FRACTION = 0.3
 _INITIAL_FACTOR = 0.04  # as in OneCycleLR
 
@@ -42,30 +41,26 @@ class EMModule(lightning.LightningModule):
         ValueError: an argument is out of range.
 
     Example:
-        A regression with an EM loss on its hidden layer and a metric:
+        A regression with a metric:
 
         >>> from torchmetrics import MeanAbsoluteError
-        >>> from em_lightning import EMLoss
         >>> class Regression(EMModule):
         ...     def __init__(self, **options):
         ...         super().__init__(**options)
-        ...         self.hidden, self.head = torch.nn.Linear(1, 8), torch.nn.Linear(8, 1)
-        ...         self.em = EMLoss(free_energy=1e-3, variance=1e-2, decorrelation=0.0)
+        ...         self.layer = torch.nn.Linear(1, 1)
         ...         self.add_metrics(error=MeanAbsoluteError())
         ...
         ...     def step(self, batch, stage):
-        ...         x, y = batch
-        ...         hidden = self.hidden(x)
-        ...         prediction, terms = self.head(hidden.relu()), self.em(hidden)
-        ...         self.metrics_of(stage)["error"].update(prediction, y)
-        ...         return {"loss": (prediction - y).square().mean() + sum(terms.values()), **terms}
+        ...         prediction = self.layer(batch[0])
+        ...         self.metrics_of(stage)["error"].update(prediction, batch[1])
+        ...         return (prediction - batch[1]).square().mean()
         >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
         >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, 3 * x), batch_size=16)
         >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
         >>> trainer = lightning.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
         >>> trainer.fit(Regression(lr=0.1), loader, loader)
         >>> sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-        ['val/error', 'val/free_energy', 'val/loss', 'val/variance']
+        ['val/error', 'val/loss']
     """
 
     def __init__(
@@ -100,7 +95,9 @@ class EMModule(lightning.LightningModule):
         """Return the loss of a batch, or a dictionary of terms with the entry ``"loss"``."""
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
 
-    def add_metrics(self, stages: Sequence[str] = STAGES, **metrics: Metric | MetricCollection) -> None:
+    def add_metrics(
+        self, stages: Sequence[str] = ("train", "val", "test"), **metrics: Metric | MetricCollection
+    ) -> None:
         """Add a copy of each metric for each stage, to be logged at the end of its epochs.
 
         A metric is logged as ``<stage>/<name>``, a collection as ``<stage>/<prefix><name in the collection>``.

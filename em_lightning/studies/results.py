@@ -42,26 +42,21 @@ def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence
         rows: the table.
         **facts: further entries of the JSON, such as the seed.
     """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n"
     write_whole(folder / "results.md", text)
     content = {"title": title, "notes": list(notes), "rows": [dict(row) for row in rows], **facts}
     write_whole(folder / "results.json", json.dumps(content, indent=2) + "\n")
-    print_results(title, notes, rows)
-    return text
-
-
-def print_results(title: str, notes: Sequence[str], rows: Sequence[Row]) -> None:
-    """Print a title, paragraphs and a table: as Markdown, on a terminal in lines that fit its width."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     console = Console()
     if console.is_terminal:
         console.print(Markdown("\n\n".join([f"# {title}", *notes])))
         console.print(fitted_table(rows), crop=False)
     else:
-        print("\n" + "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n")
+        print(f"\n{text}")
+    return text
 
 
 def fitted_table(rows: Sequence[Row]) -> Any:
@@ -72,7 +67,7 @@ def fitted_table(rows: Sequence[Row]) -> Any:
     table = Table(box=None, pad_edge=False)
     body = [[_cell(value) for value in row.values()] for row in rows]
     for i, (name, column) in enumerate(zip(rows[0], zip(*body, strict=True), strict=True)):
-        table.add_column(name, min_width=max(map(len, column)) if i else None)
+        table.add_column(Text(name), min_width=max(map(len, column)) if i else None)
     for row in body:
         table.add_row(*map(Text, row))
     return table

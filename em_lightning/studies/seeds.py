@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from em_lightning.files import write_whole
 from em_lightning.studies.grid import Cell, run_cells
-from em_lightning.studies.results import combine, markdown_table, print_results
+from em_lightning.studies.results import combine, write_results
 
 
 def run_seeds(
@@ -40,7 +39,5 @@ def run_seeds(
     rows = combine([cell.result for cell in cells])
     title = f"{folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
     target = folder / f"{stamp}-seeds"
-    target.mkdir(parents=True)
-    write_whole(target / "results.md", f"# {title}\n\n{markdown_table(rows)}\n")
-    print_results(title, [], rows)
-    print(f"Files in {target}: results.md")
+    write_results(target, title, [], rows)
+    print(f"Files in {target}: results.json, results.md")
