@@ -75,7 +75,7 @@ class ClusteringReport(Report):
         ]
         told = f"{TRAINED}: {found[TRAINED][HELD_OUT_GAP]:+.4f} nats per held-out point against the oracle"
         if self.classical:
-            best = max(found.keys() - {"oracle", TRAINED}, key=lambda name: found[name][HELD_OUT])
+            best = max(list(found)[1:-1], key=lambda name: found[name][HELD_OUT])
             told += f"; {best}, the best of the others: {found[best][HELD_OUT_GAP]:+.4f}"
         facts = {"seed": data.seed, "parameters": parameters}
         return Findings("Amortized clustering", notes, rows, f"{told}.", facts=facts)
