@@ -34,7 +34,7 @@ def run_seeds(
     for seed in seeds:
         version = f"{stamp}-seed{seed}"
         own = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
-        cells.append(Cell(f"run {version}", seed, [*arguments, *own], folder / version))
+        cells.append(Cell(folder.name, seed, [*arguments, *own], folder / version))
     run_cells(load, cells, jobs)
     rows = combine([cell.result for cell in cells])
     title = f"{folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
