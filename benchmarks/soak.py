@@ -82,7 +82,6 @@ CASES = {
     "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10, figures=False)],
     "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
     "StepSeeds": lambda: [callbacks.StepSeeds()],
-    "TimeLeft": lambda: [callbacks.TimeLeft()],
     "RestoreSurgery": lambda: [callbacks.RestoreSurgery(operated(SCRATCH.name))],
     "LayerReport": lambda: [studies.LayerReport(figures=False)],
     "MixtureReport": lambda: [studies.MixtureReport(sizes=(16, 32), num_pictured=2)],
