@@ -127,7 +127,8 @@ class EMModule(lightning.LightningModule):
         """Run ``step`` and log its terms and the metrics."""
         terms = self.step(batch, stage)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
-        if "loss" not in terms:
+        loss = terms.get("loss")
+        if loss is None:
             raise ValueError(f"step must return a tensor or a dictionary with the key 'loss', got {sorted(terms)}")
         training, size = stage == "train", self.batch_size(batch)
         for name, metric in self.metrics_of(stage).items():
@@ -137,7 +138,7 @@ class EMModule(lightning.LightningModule):
             options: Any = {"on_step": training, "on_epoch": not training, "sync_dist": not training}
             for name, value in terms.items():
                 self.log(f"{stage}/{name}", value.detach(), batch_size=size, **options)
-        return terms["loss"]
+        return loss
 
     def _logs_this_step(self) -> bool:
         """Return whether Lightning logs this training step; logging costs as much as a small step."""
