@@ -43,12 +43,10 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LOGGERS)
-def test_a_run_with_any_logger_writes_its_report_beside_its_checkpoints(name, here, caplog):
+def test_a_run_with_any_logger_writes_its_report_beside_its_checkpoints(name, here):
     if name in ("wandb", "mlflow"):
         pytest.importorskip(name)
-    with caplog.at_level("INFO"):
-        assert cli.main(["run", "point_cloud_gmm", *SMALL, *LOGGERS[name]]) == 0
-    assert caplog.text.count("they need a TensorBoardLogger") == 1
+    assert cli.main(["run", "point_cloud_gmm", *SMALL, *LOGGERS[name]]) == 0
     (results,) = here.rglob("results.json")
     assert len(json.loads(results.read_text())["rows"]) >= 2
     (checkpoint,) = (path for path in here.rglob("*.ckpt") if not path.is_symlink())
