@@ -27,7 +27,7 @@ from em_lightning.modules.learners import (
 )
 from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 from em_lightning.operators import EMOperator
-from em_lightning.registry import from_options
+from em_lightning.operators.checks import build
 
 
 class GaussianMixtureModule(EMModule):
@@ -138,7 +138,7 @@ class GaussianMixtureModule(EMModule):
             covariance_floor=covariance_floor,
         )
         self._make_operator()  # checks the arguments
-        common = covariance_floor, None if prior is None else from_options("prior", MixturePrior, prior)
+        common = covariance_floor, build("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
         self.learner: MixtureLearner
         if method == "gradient":

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from em_lightning.registry import from_options
-
 
 def build(argument: str, cls: type[Any], value: Any) -> Any:
-    """Return an instance of a class for an instance, a mapping of its arguments, or ``None``."""
+    """Return an instance of a class for an instance or a mapping of its arguments; ``None`` stays ``None``."""
     if isinstance(value, Mapping):
-        return from_options(argument, cls, value)
+        try:
+            return cls(**value)
+        except TypeError as error:
+            signature = f"{cls.__name__}{inspect.signature(cls)}"
+            raise TypeError(f"{argument}={dict(value)!r} must be arguments of {signature}: {error}") from error
     if value is not None and not isinstance(value, cls):
         raise TypeError(f"{argument}={value!r} must be a {cls.__name__}, a dict or None")
     return value
