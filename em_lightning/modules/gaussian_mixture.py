@@ -18,7 +18,7 @@ from em_lightning.mixture import Mixture, MixturePrior, StreamedEM, SufficientSt
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 from em_lightning.operators import EMOperator
-from em_lightning.registry import from_options
+from em_lightning.operators.base import build
 
 
 class GaussianMixtureModule(EMModule):
@@ -134,7 +134,7 @@ class GaussianMixtureModule(EMModule):
             covariance_floor=covariance_floor,
         )
         self._make_operator()  # checks the arguments
-        self.prior = None if prior is None else from_options("prior", MixturePrior, prior)
+        self.prior = build("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
         self.parametrization: PlainMixture | UnconstrainedMixture
         if method == "gradient":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,6 @@ from em_lightning.checks import check_at_least, check_choice
 from em_lightning.mixture import em
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators import gradients
-from em_lightning.registry import from_options
 
 
 class SetOperator(nn.Module):
@@ -157,7 +157,11 @@ class SetOperator(nn.Module):
 def build(argument: str, cls: type[Any], value: Any) -> Any:
     """Return an instance of a class for an instance, a mapping of its arguments, or ``None``."""
     if isinstance(value, Mapping):
-        return from_options(argument, cls, value)
+        try:
+            return cls(**value)
+        except TypeError as error:
+            signature = f"{cls.__name__}{inspect.signature(cls)}"
+            raise TypeError(f"{argument}={dict(value)!r} must be arguments of {signature}: {error}") from error
     if value is not None and not isinstance(value, cls):
         raise TypeError(f"{argument}={value!r} must be a {cls.__name__}, a dict or None")
     return value
