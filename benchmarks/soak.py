@@ -79,7 +79,7 @@ CASES = {
     "InsertEMOperator": lambda: [callbacks.InsertEMOperator("hidden", num_components=2)],
     "LayerwiseEMLoss": lambda: [callbacks.LayerwiseEMLoss("hidden")],
     "TemperatureSchedule": annealed,
-    "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10, figures=False)],
+    "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10)],
     "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
     "StepSeeds": lambda: [callbacks.StepSeeds()],
     "RestoreSurgery": lambda: [callbacks.RestoreSurgery(operated(SCRATCH.name))],

@@ -1,16 +1,19 @@
 """mkdocs hooks: pages and navigation made from the code, and docstrings converted to Markdown."""
 
+import inspect
 import re
 from pathlib import Path
 
 from griffe import Extension
 from mkdocs.structure.files import File
 
-from em_lightning.cli import KINDS, config_of, docstring, parts_of, recipes, variants_of
+import em_lightning
+from em_lightning.cli import config_of, docstring, recipes, variants_of
 
 ROOT = Path(__file__).parents[1]
 START = ["index.md", "getting-started.md", "tutorial.ipynb", "theory.md", "design.md"]
 END = ["command-line.md", "mistakes.md", "comparison.md", "contributing.md", "changelog.md"]
+KINDS = ("kernels", "competitions", "statistics", "activations", "losses")
 UNLISTED = ("_version", "registry", "cli", "__init__")
 
 
@@ -45,6 +48,19 @@ def recipes_page():
             text += f'\n??? note "{path.relative_to(ROOT)}"\n\n    ```yaml\n'
             text += "".join(f"    {line}\n" for line in path.read_text().splitlines()) + "    ```\n"
     return text
+
+
+def parts_of(kind):
+    """Return key, class, arguments and first sentence of each class in a registry."""
+    registry, parts = getattr(em_lightning, kind.upper()), []
+    for key in registry:
+        cls = registry[key]
+        parameters = inspect.signature(cls).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        arguments = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named)
+        sentence = (inspect.getdoc(cls) or "").partition("\n")[0]
+        parts.append((key, cls, arguments, re.sub(r"(?::\w+:)?`+(.+?)`+", r"\1", sentence)))
+    return parts
 
 
 def parts_page():

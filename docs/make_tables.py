@@ -12,10 +12,12 @@ def inside() -> str:
     """Return a table of the registries, callbacks, reports and recipes."""
     import lightning
 
+    import em_lightning
     from em_lightning import callbacks, studies
-    from em_lightning.cli import KINDS, parts_of, recipes
+    from em_lightning.cli import recipes
 
-    names = {f"`{kind.upper()}`": [key for key, *_ in parts_of(kind)] for kind in KINDS}
+    kinds = ("KERNELS", "COMPETITIONS", "STATISTICS", "ACTIVATIONS", "LOSSES")
+    names = {f"`{kind}`": list(getattr(em_lightning, kind)) for kind in kinds}
     for title, room in {"callbacks": callbacks, "reports": studies}.items():
         classes = {name: getattr(room, name) for name in room.__all__}
         names[title] = [

@@ -41,10 +41,8 @@ def check_archive(path: str | PathLike[str]) -> None:
 def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dict[str, Any]:
     """Return the content of a checkpoint on the CPU, with its CRCs checked.
 
-    Args:
-        path: the checkpoint.
-        weights_only: whether it may contain tensors, plain values and the classes in
-            ``torch.serialization.safe_globals`` only. False may run code that the file contains.
+    With ``weights_only`` it may contain tensors, plain values and the classes in ``torch.serialization.safe_globals``
+    only. Without, it may run code that the file contains.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -33,7 +33,6 @@ ELSEWHERE = {
     "in tests/test_modules_point_clouds.py": "PointCloudClassifier",
     "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
     "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds"),
-    "pictures, in tests/test_callbacks_watch.py": "responsibilities_figure",
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
         "Digits GaussianBlobs GeometricShapes MNIST PointCloudFolder ProceduralSurfaces"
     ),

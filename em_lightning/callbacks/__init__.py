@@ -4,7 +4,7 @@ from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.step_seeds import StepSeeds
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
 from em_lightning.callbacks.temperature import TemperatureSchedule
-from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor, responsibilities_figure
+from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor
 
 __all__ = [
     "EMAudit",
@@ -16,5 +16,4 @@ __all__ = [
     "SurgicalCallback",
     "SwapActivations",
     "TemperatureSchedule",
-    "responsibilities_figure",
 ]

@@ -37,12 +37,8 @@ class SurgicalCallback(Callback):
     after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its plan and
     do not load into a model without it.
 
-    Args:
-        verbose: whether to print a line per changed layer at the first batch.
-        **settings: arguments of the subclass, used in its state key.
-
-    Attributes:
-        surgery: the surgery, also that of an earlier callback with the same settings; None before the first run.
+    ``settings`` are the arguments of the subclass. ``surgery`` is also that of an earlier callback with the same
+    settings, and None before the first run.
     """
 
     def __init__(self, verbose: bool = True, **settings: Any) -> None:

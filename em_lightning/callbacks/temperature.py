@@ -20,10 +20,7 @@ class TemperatureSchedule(Callback):
     Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 
     Args:
-        start: T at step 0.
-        end: T from step ``steps`` on.
         steps: number of optimizer steps from start to end.
-        shape: of the curve.
         where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:

@@ -21,37 +21,16 @@ from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
-_MAX_ITEMS = 64  # of a batch, in the figure and for the curvature
-
-
-def responsibilities_figure(energies: Tensor, max_items: int = _MAX_ITEMS) -> Any:
-    """Draw the responsibilities (columns) of the first items (rows) of energies (..., K), and the mean of each column.
-
-    Example:
-        >>> len(responsibilities_figure(torch.rand(100, 8)).axes)
-        3
-    """
-    from em_lightning.plots.style import figure_style, new_figure
-
-    responsibilities = softmin(energies.detach().float().flatten(0, -2)).responsibilities.cpu().numpy()
-    with figure_style():
-        figure, axes = new_figure(1, 2, width=4.0, height=3.0)
-        image = axes[0, 0].imshow(responsibilities[:max_items], aspect="auto", vmin=0.0, interpolation="nearest")
-        axes[0, 0].set(title="responsibilities", xlabel="hypothesis", ylabel="item")
-        axes[0, 0].grid(False)
-        figure.colorbar(image, ax=axes[0, 0])
-        axes[0, 1].bar(range(responsibilities.shape[-1]), responsibilities.mean(0))
-        axes[0, 1].set(title="mean responsibility", xlabel="hypothesis")
-    return figure
+_MAX_ITEMS = 64  # of a batch, for the curvature
 
 
 class PosteriorMonitor(Callback):
-    r"""Logs how the units of layers compete: metrics, a histogram and a figure of responsibilities.
+    r"""Logs how the units of layers compete: metrics, and a histogram of responsibilities.
 
     The output d of a layer is read as energies, and the responsibilities are their softmin. In training the metrics are
     those of one batch in ``every_n_steps``, logged as ``em/<layer>/<metric>``; in validation and test those of the
     whole set over all ranks, as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's also get a histogram
-    and a figure of the last batch. A layer that cannot be measured is skipped with a warning, and the run continues.
+    of the last batch. A layer that cannot be measured is skipped with a warning, and the run continues.
 
     In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
     T = 1 over 64 items of this rank's batch; and with ``loss`` over the global batch the ``dominance``
@@ -59,17 +38,15 @@ class PosteriorMonitor(Callback):
     two gradients. The task's loss is that of ``training_step``, in manual optimization that of the first
     ``manual_backward`` that depends on the layer, without the losses of :class:`LayerwiseEMLoss`.
 
-    Without a Trainer: :func:`em_lightning.metrics.layer_metrics` and :func:`responsibilities_figure`.
+    Without a Trainer: :func:`em_lightning.metrics.layer_metrics`.
 
     Args:
         where: the layers: a class, a name pattern, a predicate, or a list of these.
-        tap: "output" or "input" of the layer.
         dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
             first batch: the one of axes 1 and -1 that has the width of the layer.
         every_n_steps: training batches between two measurements.
         loss: the EM loss whose gradient is compared with that of the task.
-        figures: whether to draw figures.
-        verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
+        verbose: whether to print a line per layer at the first batch.
 
     Raises:
         NoMatchError: at the start, if nothing matches; the message lists the modules of the model.
@@ -87,14 +64,13 @@ class PosteriorMonitor(Callback):
         dim: int | Literal["auto"] = "auto",
         every_n_steps: int = 50,
         loss: EMLoss | None = None,
-        figures: bool = True,
         verbose: bool = True,
     ) -> None:
         if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
         self.where, self.tap, self.dim = where, tap, dim
         self.every_n_steps, self.loss = every_n_steps, loss
-        self.figures, self.verbose = figures, verbose
+        self.verbose = verbose
         self._taps: Taps | None = None
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
@@ -183,10 +159,8 @@ class PosteriorMonitor(Callback):
             values["cosine"] = product / (task.sqrt() * em.sqrt()).clamp_min(torch.finfo(em.dtype).tiny)
         pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
         for writer in tensorboard_writers(trainer, "responsibilities") if trainer.is_global_zero else ():
-            tag = f"{prefix}/{path}/responsibilities"
-            writer.add_histogram(tag, softmin(energies.float()).responsibilities.flatten(), trainer.global_step)
-            if self.figures:
-                writer.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
+            responsibilities = softmin(energies.float()).responsibilities.flatten()
+            writer.add_histogram(f"{prefix}/{path}/responsibilities", responsibilities, trainer.global_step)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Wrap ``training_step`` before :class:`LayerwiseEMLoss` does, to see the loss of the task alone."""
@@ -258,11 +232,7 @@ class EMAudit(Callback):
     Without a Trainer: :func:`em_lightning.audit`. It runs ``training_step`` once more, on a copy of the model's state,
     in eval mode and without its logs. If anything fails, the callback warns and the run continues.
 
-    Args:
-        printed: whether to print the table.
-
-    Attributes:
-        audit: the findings, after the first batch; empty if the audit failed.
+    ``audit`` holds the findings after the first batch; it is empty if the audit failed.
     """
 
     def __init__(self, printed: bool = True) -> None:

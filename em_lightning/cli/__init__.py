@@ -1,4 +1,4 @@
-"""The command line ``em-lightning ls | cp | run | audit | kernels``, the same as ``python -m em_lightning.cli``."""
+"""The command line ``em-lightning ls | cp | run | audit``, the same as ``python -m em_lightning.cli``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from typing import TYPE_CHECKING, Any
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
 from em_lightning.cli.ranks import end_with_parent, leave_process_group
-from em_lightning.cli.recipes import config_of, copy, docstring, find_recipe, load_recipe, recipes, variants_of
+from em_lightning.cli.recipes import (
+    config_of,
+    copy,
+    docstring,
+    find_recipe,
+    load_recipe,
+    print_recipes,
+    recipes,
+    variants_of,
+)
 from em_lightning.cli.run import run
-from em_lightning.cli.tables import KINDS, parts_of, print_parts, print_recipes
 
 if TYPE_CHECKING:
     from em_lightning.cli.recipe import Recipe
 
 __all__ = [
-    "KINDS",
     "Recipe",
     "config_of",
     "copy",
@@ -29,7 +36,6 @@ __all__ = [
     "load_model",
     "load_recipe",
     "main",
-    "parts_of",
     "recipes",
     "run",
     "variants_of",
@@ -66,12 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     shapes = "random input: 32,784 for numbers, ids=8,128:50257 for integers below 50257; one per argument of forward"
     source.add_argument("--input", action="append", metavar=form, help=shapes)
     source.add_argument("--batch", metavar="FUNCTION", help="makes a batch; a LightningModule runs its training_step")
-    auditor.add_argument("--init_args", default="{}", help="arguments of NAME, for instance '{width: 8, depth: 2}'")
     auditor.add_argument("--ckpt_path", help="checkpoint to load")
     trust = "false loads a checkpoint that you trust, with hyperparameters of any class"
     auditor.add_argument("--weights_only", choices=["true", "false"], default="true", help=trust)
-    lister = command("kernels", "list the kernels, or the classes in another registry")
-    lister.add_argument("kind", nargs="?", default="kernels", choices=KINDS, help=", ".join(KINDS))
     return parser
 
 
@@ -84,10 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif parsed.command == "cp":
             print(*copy(parsed.recipe, parsed.folder), sep="\n")
         elif parsed.command == "audit":
-            trusted = parsed.weights_only == "false"
-            print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, parsed.init_args, not trusted)
-        elif parsed.command == "kernels":
-            print_parts(parsed.kind)
+            print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, parsed.weights_only != "false")
         else:
             end_with_parent()
             run(parsed.recipe, parsed.arguments)

@@ -6,7 +6,7 @@ import functools
 import importlib
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +24,22 @@ def _named(target: str) -> Any:
     return names[name]
 
 
-def load_model(
-    target: str, checkpoint: str | None = None, init_args: Mapping[str, Any] | None = None, weights_only: bool = True
-) -> Any:
-    """Return the model that ``package.module:NAME`` or ``path/to/file.py:NAME`` names.
+def load_model(target: str, checkpoint: str | None = None, weights_only: bool = True) -> Any:
+    """Return the module that ``package.module:NAME`` or ``path/to/file.py:NAME`` is or returns.
 
-    Args:
-        target: NAME is a module, or a class or function that returns one.
-        checkpoint: loaded into the model; a LightningModule class also gets the recorded surgery and hyperparameters.
-        init_args: arguments of the class or function.
-        weights_only: False loads a checkpoint that you trust with objects of any class.
-
-    Raises:
-        ValueError: there is no such name, or it makes no model.
+    A checkpoint is loaded into it; a LightningModule class also gets the recorded surgery and hyperparameters.
     """
     from torch import nn
 
     from em_lightning.checkpoints import read_checkpoint
     from em_lightning.surgery import read_plan, restore_surgery
 
-    made, arguments = _named(target), dict(init_args or {})
+    made = _named(target)
     if checkpoint is not None and isinstance(made, type) and hasattr(made, "load_from_checkpoint"):
         restore = functools.partial(restore_surgery, made)
         load = restore if read_plan(checkpoint, weights_only) else made.load_from_checkpoint
-        return load(checkpoint, map_location="cpu", weights_only=weights_only, **arguments)
-    model = made if isinstance(made, nn.Module) else made(**arguments)
+        return load(checkpoint, map_location="cpu", weights_only=weights_only)
+    model = made if isinstance(made, nn.Module) else made()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target!r} must make a torch.nn.Module, got {type(model).__name__}")
     if checkpoint is not None:
@@ -83,28 +74,18 @@ def print_audit(
     inputs: Sequence[str] | None,
     batch: str | None,
     checkpoint: str | None = None,
-    init_args: str = "{}",
     weights_only: bool = True,
 ) -> None:
-    """Print the audit of the forward for random inputs, or of the training step for a batch.
-
-    Raises:
-        ValueError: an argument has another form, or the model does not take the input.
-    """
-    import yaml
-
+    """Print the audit of the forward for random inputs, or of the training step for a batch; ValueError if it fails."""
     from em_lightning.scope.auditing import audit, call
 
-    options = {"--init_args": init_args, "--ckpt_path": checkpoint, "--batch": batch}
+    options = {"--ckpt_path": checkpoint, "--batch": batch}
     given = [
         *(f"--input={one}" for one in inputs or ()),
         *(f"{name}={value}" for name, value in options.items() if value),
     ]
     try:
-        arguments = yaml.safe_load(init_args)
-        if not isinstance(arguments, dict):
-            raise ValueError("--init_args must be a mapping such as '{width: 8}'")
-        model = load_model(target, checkpoint, arguments, weights_only)
+        model = load_model(target, checkpoint, weights_only)
         if batch is None:
             values = _random_inputs(inputs or ())
             found = audit(model, values, functools.partial(call, model, values))

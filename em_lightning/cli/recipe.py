@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from em_lightning.checkpoints import AtomicCheckpointIO
 from em_lightning.cli.recipes import config_of, docstring, variants_of
-from em_lightning.cli.terminal import quieten, with_progress_bar
+
+# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes.
+_WARNINGS = (
+    ".*does not have many workers.*",
+    ".*number of training batches.*smaller than the logging interval.*",
+    ".*LightningCLI's args parameter is intended to run from within Python.*",
+    ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+    ".*torch.jit.script. is.*deprecated.*",
+    ".*dirpath has changed.*",
+)
+_ADVERTISED = ("litlogger", "litmodels", "TPU available")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +43,9 @@ class Recipe:
     Args:
         script: ``__file__`` of the script. Its default config has the same name with the suffix ``.yaml`` and lies
             beside the script or else in the folder of configs.
-        model: a LightningModule class.
-        data: a LightningDataModule class.
         report: a callback class that measures at the end of the fit, configured under the key ``report``.
         data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
-        model_subclasses: whether ``--model`` names a subclass of ``model``.
-        data_subclasses: whether ``--data`` names a subclass of ``data``.
+        model_subclasses: whether ``--model`` names a subclass of ``model``; and so for ``data``.
         threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
     """
 
@@ -70,8 +79,19 @@ class Recipe:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        quieten()
+        _quieten()
         return RecipeCLI(self, args)
+
+
+def _quieten() -> None:
+    for words in _WARNINGS:
+        warnings.filterwarnings("ignore", words)
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return not any(word in record.getMessage() for word in _ADVERTISED)
 
 
 class RecipeCLI(LightningCLI):
@@ -150,8 +170,6 @@ class RecipeCLI(LightningCLI):
         given = self.config_init.trainer
         if given.logger is False and given.callbacks:  # LearningRateMonitor raises without a logger
             given.callbacks = [each for each in given.callbacks if not isinstance(each, LearningRateMonitor)]
-        if given.enable_progress_bar is not False:
-            given.callbacks = with_progress_bar(given.callbacks)
         try:
             trainer = super().instantiate_trainer(**options)
         except (ValueError, MisconfigurationException) as error:

@@ -22,6 +22,13 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder_of("recipes").glob("*.py"))}
 
 
+def print_recipes() -> None:
+    """Print the recipes with their variants."""
+    for name, path in recipes().items():
+        variants = f" Variants: {', '.join(variants_of(path))}." if variants_of(path) else ""
+        print(f"{name}: {docstring(path).splitlines()[0]}{variants}")
+
+
 def find_recipe(name: str) -> Path:
     """Return the script of a recipe, given by its name or by the path of a copy; ValueError if there is none."""
     known = recipes()

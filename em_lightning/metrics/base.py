@@ -26,21 +26,9 @@ class Float64Metric(Metric):
         dtype = torch.float32 if device.type == "mps" else torch.float64
         return super()._apply(lambda state: state.to(device, dtype), exclude_state)
 
-    def _add_state(self, **states: Any) -> None:
-        """Add states of other items to the own."""
-        raise NotImplementedError
-
     def merge_state(self, incoming_state: Any) -> None:
-        """Add the items of another metric of this class, given as the metric or as its ``metric_state``.
-
-        Raises:
-            TypeError: ``incoming_state`` is neither.
-        """
-        if not isinstance(incoming_state, (dict, type(self))):
-            kind = type(incoming_state).__name__
-            raise TypeError(f"incoming_state must be a {type(self).__name__} or its metric_state, got {kind}")
-        state = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
-        self._add_state(**state)
+        """Add the items of another metric of this class, given as the metric or as its ``metric_state``."""
+        super().merge_state(incoming_state)
         self._computed = None  # torchmetrics would return its last result
         self._update_count = max(self._update_count, 1)
 
@@ -67,9 +55,6 @@ class MeanOfItems(Float64Metric):
         counts = torch.ones_like(items) if counts is None else counts.to(items.dtype)
         self.sums = self.sums + torch.stack([counts @ items, counts.sum(), torch.zeros_like(counts.sum())])
 
-    def _add_state(self, sums: Tensor) -> None:  # type: ignore[override]
-        self.sums = self.sums + sums
-
     def compute(self) -> Tensor:
         return self.sums[0] / self.sums[1]
 
@@ -81,8 +66,6 @@ class UnitMoments(Float64Metric):
     """
 
     moments: Tensor
-    # The size of the state is known at the first update, so torchmetrics cannot add an empty state to a full one.
-    full_state_update = True
 
     def __init__(self, dim: int = -1, **kwargs: Any) -> None:
         super().__init__(**{"dist_sync_fn": _gather_padded, **kwargs})
@@ -104,9 +87,11 @@ class UnitMoments(Float64Metric):
         batch[0, 1:] = batch[1:, 0] = counts @ items / batch[0, 0].clamp_min(1.0)
         centred = (items - batch[0, 1:]) * counts[:, None]
         batch[1:, 1:] = centred.T @ centred
-        self._add_state(batch)
+        self._reduce_states({"moments": batch})
 
-    def _add_state(self, moments: Tensor) -> None:  # type: ignore[override]
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        # Overridden as merge_state and forward stack states, whose size is known at the first update only.
+        moments = incoming_state["moments"]
         units, known = len(moments) - 1, len(self.moments) - 1
         if units and known and units != known:
             raise ValueError(f"activations have {units} units but earlier ones had {known}; reset() the metric between")

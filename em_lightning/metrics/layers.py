@@ -15,10 +15,6 @@ from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntro
 class L0(MeanOfItems):
     r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`.
 
-    Args:
-        threshold: the activation above which a unit is active.
-        dim: the axis of the units.
-
     Example:
         >>> metric = L0()
         >>> metric.update(torch.tensor([[0.0, 0.5, 2.0], [0.0, 0.0, 0.001]]))
@@ -41,7 +37,6 @@ class DeadUnits(UnitMoments):
 
     Args:
         threshold: the variance below which a unit is dead; a constant unit is always dead.
-        dim: the axis of the units.
         relative: whether the threshold is a fraction of the mean variance of the units, for comparing activations of
             different scale.
 
@@ -127,9 +122,7 @@ def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
 
     The four that need the moments of the units share one state.
 
-    Args:
-        dim: the axis of the units.
-        **kwargs: for :class:`torchmetrics.MetricCollection`, for instance ``prefix``.
+    Keyword arguments are those of :class:`torchmetrics.MetricCollection`, for instance ``prefix``.
 
     Example:
         >>> metrics = layer_metrics()

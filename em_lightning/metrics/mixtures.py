@@ -43,10 +43,7 @@ class EffectiveComponents(MeanOfItems):
 
 
 class DeadComponents(MeanOfItems):
-    r"""Number of components with a weight :math:`\pi_k <` ``threshold``; mean over the sets.
-
-    Raises:
-        ValueError: ``threshold`` is not between 0 and 1.
+    r"""Number of components with a weight :math:`\pi_k < 0.001`; mean over the sets.
 
     Example:
         >>> metric = DeadComponents()
@@ -57,15 +54,9 @@ class DeadComponents(MeanOfItems):
 
     higher_is_better = False
 
-    def __init__(self, threshold: float = 1e-3, **kwargs: Any) -> None:
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold} must be between 0 and 1")
-        super().__init__(**kwargs)
-        self.threshold = threshold
-
     def update(self, log_weights: Tensor) -> None:
         """Add the log-weights (B, K) of mixtures, as in ``Mixture.log_weights``."""
-        self._add((log_weights.exp() < self.threshold).sum(-1))
+        self._add((log_weights.exp() < 1e-3).sum(-1))
 
 
 class ResponsibilityEntropy(MeanOfItems):
@@ -74,7 +65,6 @@ class ResponsibilityEntropy(MeanOfItems):
     Args:
         from_energies: whether ``update`` takes energies d, with responsibilities softmax(-d), instead of
             responsibilities.
-        dim: the axis of the components or units.
 
     Example:
         >>> metric = ResponsibilityEntropy()

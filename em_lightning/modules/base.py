@@ -137,7 +137,7 @@ class EMModule(lightning.LightningModule):
         if not training or self._logs_this_step():
             options: Any = {"on_step": training, "on_epoch": not training, "sync_dist": not training}
             for name, value in terms.items():
-                self.log(f"{stage}/{name}", value.detach(), batch_size=size, **options)
+                self.log(f"{stage}/{name}", value.detach(), prog_bar=name == "loss", batch_size=size, **options)
         return loss
 
     def _logs_this_step(self) -> bool:

@@ -24,10 +24,6 @@ _LAYERS = {
     "elementwise: no normalization across units": "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid "
     "Tanh LogSigmoid Hardswish",
     "affine: scores, neither exponentiated nor normalized": "Linear Bilinear Embedding Conv* ConvTranspose*",
-    "normalizes moments, not hypotheses": "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm",
-    "hard maximum: only the maximum has a gradient": "MaxPool* AdaptiveMaxPool*",
-    "an average with fixed weights": "AvgPool* AdaptiveAvgPool*",
-    "no hypotheses": "Dropout Dropout* AlphaDropout Identity Flatten Unflatten Metric",
 }
 _REASONS = {
     name.replace("*", f"{n}d"): why for why, names in _LAYERS.items() for name in names.split() for n in (1, 2, 3)
@@ -42,7 +38,6 @@ class Finding:
         path: the module, or for a loss the module that computed its logits.
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated: whether energies are exponentiated.
-        normalized: whether the result sums to one over the hypotheses.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis takes all.
         error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
