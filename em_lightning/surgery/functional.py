@@ -83,37 +83,19 @@ class CallAxes:
 
 
 def swap_calls(
-    model: nn.Module,
-    where: Where,
-    make: Make,
-    target: Where = nn.ReLU,
-    *,
-    calls: Calls = None,
-    verbose: bool = True,
-    into: Surgery | None = None,
+    surgery: Surgery, where: Where, make: Make, target: Where, calls: Calls = None, verbose: bool = False
 ) -> Surgery:
-    """Replace the activations that the methods of selected modules call as functions.
+    """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
-    ``target`` selects among ``nn.ReLU``, ``GELU``, ``SiLU``, ``LeakyReLU``, ``ELU``, ``Tanh`` and ``Sigmoid``. The
-    operator becomes a child of the module, named ``em_functional``; all other names stay. It serves all calls while one
-    of the module's methods runs that mentions the function, also those of unselected children. The model itself may
-    be selected, as the path ""; modules of torch.nn are skipped. Functions that are reached only through containers or
-    other objects are not found. For the other arguments see :func:`replace_modules` and :func:`swap_activations`.
+    The operator becomes a child of the module, named ``em_functional``. It serves all calls while one of the module's
+    methods runs that mentions the function, also those of unselected children. Modules of torch.nn are skipped, and
+    functions that are reached only through containers or other objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
-
-    Example:
-        >>> class Net(nn.Module):
-        ...     def forward(self, x):
-        ...         return F.relu(x)
-        >>> net = Net()
-        >>> surgery = swap_calls(net, "*", nn.Tanh, verbose=False)
-        >>> torch.equal(net(torch.ones(1)), torch.ones(1).tanh())
-        True
     """
+    model = surgery.model
     check_patterns(model, where)
-    surgery = Surgery(model) if into is None else into
     known = dict.fromkeys(FUNCTIONS.values())
     kinds = [kind for kind in known if matches(Site("", kind(), model, "", (model,)), target)]
     functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)

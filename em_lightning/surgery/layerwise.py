@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -42,8 +42,7 @@ class LayerwiseLoss:
             that returns a scalar or a dict of scalars. Modules are copied for each layer.
         weight: a number or "auto".
         tap: "output" or "input" of the layer.
-        dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
-            first batch: the one of axes 1 and -1 that has the width of the layer.
+        dim: the axis of the units, or "auto", see :class:`UnitAxis`.
         schedule: a factor f(t) of the step, on all weights.
         every: add the loss every ``every`` steps, times ``every``: the same gradient on average at lower cost.
         ratio: rho of ``weight="auto"``.
@@ -192,39 +191,31 @@ class LayerwiseLoss:
 
     def check_all_added(self) -> None:
         """Raise RuntimeError if the EM loss of a layer was added to no loss since :meth:`reset`, and does not wait."""
-        self._say_waiting(self.taps.frozen - self._added)
-        missed = [path for path in self.losses if path not in self._added and path not in self.taps.frozen]
-        if missed:
+        self._check(path for path in self.losses if path not in self._added)
+
+    def _check(self, paths: Iterable[str]) -> None:
+        """Warn once if layers without a loss wait; raise RuntimeError for the others."""
+        missed = set(paths)
+        waiting = missed & self.taps.frozen
+        if waiting and not self._said_waiting:
+            self._said_waiting = True
+            warnings.warn(
+                f"the loss(es) of {', '.join(sorted(waiting))} wait: nothing before these layers is trained now",
+                stacklevel=4,
+            )
+        if missed - waiting:
             raise RuntimeError(
-                f"no loss of this step depends on the layer(s) {', '.join(missed)}: they were not called, or under "
-                f"no_grad, or compiled before the hooks were set, or backward was called instead of manual_backward"
+                f"no loss of this step depends on the layer(s) {', '.join(sorted(missed - waiting))}: they were not "
+                f"called, or under no_grad, as re-entrant checkpointing does (set use_reentrant=False), or compiled "
+                f"before the hooks were set, or backward was called instead of manual_backward"
             )
 
     def _with_gradient(self, captured: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """Return the captured tensors with a gradient; raise RuntimeError if a layer that is trained has none."""
         kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
-        for path in self.losses:
-            if path not in captured and path not in self.taps.seen:
-                raise RuntimeError(
-                    f"the layer {path!r} fired no hook in this step: it was not called, or compiled and run before the "
-                    f"hooks were set; exclude it through where="
-                )
-            if path in captured and not kept[path] and path not in self.taps.frozen:
-                raise RuntimeError(
-                    f"the {self.taps.tap} of {path!r} carries no gradient: it was computed under no_grad, as "
-                    f"re-entrant checkpointing does (set use_reentrant=False)"
-                )
-        self._say_waiting({path for path, tensors in kept.items() if not tensors})
+        self._check(path for path in self.losses if not kept.get(path, path in self.taps.seen))
         self.taps.frozen = set()
         return {path: tensors for path, tensors in kept.items() if tensors}
-
-    def _say_waiting(self, paths: Collection[str]) -> None:
-        if paths and not self._said_waiting:
-            self._said_waiting = True
-            warnings.warn(
-                f"the loss(es) of {', '.join(sorted(paths))} wait: nothing before these layers is trained now",
-                stacklevel=3,
-            )
 
     def _of_owners(
         self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]

@@ -35,13 +35,10 @@ class SetRefinement(EMRefinement):
     ``attention_mask`` (1 at items) of the layer and the modules around it.
 
     Args:
-        num_components: K.
-        num_features: D, the size of ``dim``.
-        dim: the axis of the features.
+        num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
         set_dim: the axis of the items; "auto" takes all axes but the features' and ``batch_dim``, and none of two axes.
         causal: whether items see only those before them.
         batch_dim: the axis of the batch for ``set_dim="auto"``, or None if it is unknown.
-        **operator: further arguments of :class:`EMRefinement`.
 
     Raises:
         ValueError: ``set_dim`` is out of range or equals ``dim``, or ``set_dim="auto"`` is ambiguous.

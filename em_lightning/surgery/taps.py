@@ -64,7 +64,7 @@ class Taps:
         self.sites: list[Site] = []
         for site in find_modules(model, where):
             check_reachable(site)
-            if site.function is None and not any(site.module is known.module for known in self.sites):
+            if site.function is None and all(site.module is not known.module for known in self.sites):
                 self.sites.append(site)
         if not self.sites:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
@@ -114,19 +114,15 @@ class Taps:
         if not self.recording:
             return None
         try:
-            return self._captured(path, value)
+            tensor, put = first_tensor(value)
+            dim = self.axes[path](tensor.shape)
         except (TypeError, ValueError) as error:
+            if isinstance(error, TypeError):
+                error = TypeError(f"the {self.tap} of {path!r} {error}")
             if self.skip is None:
-                raise
+                raise error from None
             self.skip(path, error)
             return None
-
-    def _captured(self, path: str, value: Any) -> Any:
-        try:
-            tensor, put = first_tensor(value)
-        except TypeError as error:
-            raise TypeError(f"the {self.tap} of {path!r} {error}") from None
-        dim = self.axes[path](tensor.shape)
         if self.verbose and path not in self.seen:
             announce(path, self.tap, tensor.shape, dim)
         self.seen.add(path)
