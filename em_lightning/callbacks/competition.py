@@ -90,7 +90,6 @@ class CompetitionMonitor(Callback):
         """Register the hooks, after Lightning has converted BatchNorm to SyncBatchNorm, which drops hooks."""
         self._taps = Taps(pl_module, self.where, self.tap, dim=self.dim, verbose=self.verbose)
         self._taps.recording = False
-        self._taps.attach()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Wrap ``manual_backward`` after :class:`LayerwiseEMLoss` did, to see the loss of the task alone."""

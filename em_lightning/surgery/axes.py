@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import rich
@@ -19,7 +19,7 @@ _MAPS = tuple(
     getattr(nn, f"{kind}{d}d") for d in (1, 2, 3) for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm")
 )
 _CHANNELS_FIRST = (*_MAPS, nn.SyncBatchNorm, nn.GroupNorm)
-_LAST = (
+LAST_AXIS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer),
     *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
 )
@@ -104,20 +104,17 @@ def widths_of(site: Site, tap: Literal["output", "input"] = "output") -> list[in
     return widths
 
 
-def widths_in(modules: Sequence[nn.Module | None], tap: Literal["output", "input"] = "output") -> list[int]:
-    """Return the widths of the layers in some modules."""
-    inner = [inner for module in modules if module is not None for inner in _layers(module)]
-    return [width for module in inner if (width := num_units(module, tap)) is not None]
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and those in it, without the operators that were inserted."""
-    if isinstance(module, Inserted):
-        yield from _layers(module.layer)
-        return
-    yield module
-    for child in module.children():
-        yield from _layers(child)
+def widths_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> list[int]:
+    """Return the widths of the layers in some modules, without the operators that were inserted."""
+    widths = []
+    for module in modules:
+        while isinstance(module, Inserted):
+            module = module.layer
+        if module is not None:
+            width = num_units(module, tap)
+            widths += [] if width is None else [width]
+            widths += widths_in(module.children(), tap)
+    return widths
 
 
 def _axis_by_type(site: Site) -> int | Literal["auto"]:
@@ -130,7 +127,9 @@ def _axis_by_type(site: Site) -> int | Literal["auto"]:
         layer = layer.layer
     if isinstance(layer, _CHANNELS_FIRST):
         return 1
-    if isinstance(layer, _LAST) or (isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) == 1):
+    if isinstance(layer, LAST_AXIS) or (
+        isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) == 1
+    ):
         return -1
     return "auto"
 

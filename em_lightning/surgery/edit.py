@@ -51,11 +51,7 @@ class Inserted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output with the operator applied."""
-        output = self.layer(*args, **kwargs)
-        try:
-            first, put = first_tensor(output)
-        except TypeError as error:
-            raise TypeError(f"the output of {type(self.layer).__name__} {error}") from None
+        first, put = first_tensor(self.layer(*args, **kwargs), f"the output of {type(self.layer).__name__}")
         return put(self.operator(first))
 
     def __getattr__(self, name: str) -> Any:
@@ -157,9 +153,6 @@ class Surgery:
             del authors[self.by]
         if not authors:
             vars(self.model).pop(_SURGERIES, None)
-
-    def __len__(self) -> int:
-        return len(self.changes)
 
     def __enter__(self) -> Surgery:
         return self

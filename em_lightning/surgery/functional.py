@@ -100,18 +100,16 @@ def swap_calls(
     kinds = [kind for kind in known if matches(Site("", kind(), model, "", (model,)), target)]
     functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)
     names = {function.__name__ for function in functions}
-    entries = where if isinstance(where, (list, tuple)) else [where]
-    root = Site("", model, model, "", (model,))
-    methods = {
-        site: found
-        for site in (root, *walk(model))
+    owners = [
+        site
+        for site in (Site("", model, model, "", (model,)), *walk(model))
         if site.function is None
         and not hasattr(site.module, NAME)
         and not any(map(is_built, (*site.ancestors, site.module)))
-        and any(matches(site, entry) for entry in entries)
-        and (found := _methods_that_call(type(site.module), names))
-    }
-    if not methods:
+        and matches(site, where)
+        and _methods_that_call(type(site.module), names)
+    ]
+    if not owners:
         raise NoMatchError(
             f"where={described(where)} matches no module whose methods call {' or '.join(sorted(names))}, functions of "
             f"target={described(target)}; the model holds {contents(model)}"
@@ -121,13 +119,12 @@ def swap_calls(
         change.entry["target"] = [kind.__name__ for kind in kinds]
         widths, dim = widths_in([site.parent])[::-1], own_dim(change.added, make)
         axes = CallAxes(site.path, widths, type(change.added).__name__, dim, verbose)
-        for name in found_at[id(site.parent)]:
+        for name in _methods_that_call(type(site.parent), names):
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions, axes)))
 
-    found_at = {id(site.module): found for site, found in methods.items()}
     sites = [
         Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
-        for site in methods
+        for site in owners
     ]
     return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare)
 

@@ -115,10 +115,11 @@ def _with_flag_off(module: nn.Module, flag: str, proceed: Callable[..., Any], *a
         setattr(module, flag, before)
 
 
-def first_tensor(value: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def first_tensor(value: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Return the first tensor of a layer's output, and the function that puts another in its place.
 
-    The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry that is not None is one.
+    The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry that is not None is one. For
+    others TypeError is raised, which names ``what`` the value is.
     """
     if isinstance(value, Tensor):
         return value, lambda new: new
@@ -129,8 +130,9 @@ def first_tensor(value: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
         entries = dict(enumerate(value))
     key = next((key for key, entry in entries.items() if entry is not None), None)
     if key is None:
-        raise TypeError(f"is {type(value).__name__}; it must be a tensor, or a tuple, list or dataclass with one first")
-    first, put = first_tensor(entries[key])
+        kind = type(value).__name__
+        raise TypeError(f"{what} is {kind}; it must be a tensor, or a tuple, list or dataclass with one first")
+    first, put = first_tensor(entries[key], what)
     return first, lambda new: _with_entry(value, key, put(new))
 
 

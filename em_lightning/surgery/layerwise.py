@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from em_lightning.checks import check_choice, check_positive, positive_number
+from em_lightning.checks import check_at_least, check_choice, check_positive, positive_number
 from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
@@ -36,12 +36,10 @@ class LayerwiseLoss:
     are computed in float32 or float64, without autocast.
 
     Args:
-        model: any module.
         where: the layers, see :func:`find_modules`.
         loss: "em" for ``EMLoss()``; a key, mapping or class of ``LOSSES``; or a module or function of energies (..., K)
             that returns a scalar or a dict of scalars. Modules are copied for each layer.
         weight: a number or "auto".
-        tap: "output" or "input" of the layer.
         dim: the axis of the units, or "auto", see :class:`UnitAxis`.
         schedule: a factor f(t) of the step, on all weights.
         every: add the loss every ``every`` steps, times ``every``: the same gradient on average at lower cost.
@@ -95,11 +93,9 @@ class LayerwiseLoss:
         self.values: dict[str, Tensor] = {}
         self._added: set[str] = set()
         self._said_waiting = False
-        self._pure: set[str] = set()  # layers that had a call which only their own optimizer trains
-        self._mixed: set[str] = set()  # layers that had none yet
+        self._pure: dict[str, bool] = {}  # whether a layer had a call which only its own optimizer trains
         # path -> averages of the norms of both gradients, and the step of the next measurement
         self.norms = {path: [0.0, 0.0, 0.0] for path in self.losses if self.weight == "auto"}
-        self.taps.attach()
 
     @property
     def dims(self) -> dict[str, int | Literal["auto"]]:
@@ -231,15 +227,12 @@ class LayerwiseLoss:
             reached = [(tensor, leaves_of(graph_of(tensor))) for tensor in tensors]
             reached = [(tensor, leaves) for tensor, leaves in reached if leaves.keys() & owners[path].own]
             pure = [tensor for tensor, leaves in reached if not leaves.keys() & owners[path].others]
-            if pure:
-                self._pure.add(path)
-                if path in self._mixed and path in self.norms:
-                    self.norms[path] = [0.0, 0.0, 0.0]  # they were measured with the losses of other optimizers
-                self._mixed.discard(path)
-            if path in self._pure:
+            if pure and self._pure.get(path) is False and path in self.norms:
+                self.norms[path] = [0.0, 0.0, 0.0]  # they were measured with the losses of other optimizers
+            self._pure[path] = self._pure.get(path, False) or bool(pure)
+            if self._pure[path]:
                 kept[path] = pure
             else:
-                self._mixed.add(path)
                 kept[path] = [tensor for tensor, _ in reached]
                 leaves = {key: leaf for _, found in reached for key, leaf in found.items()}
                 owned[path] = [leaf for key, leaf in leaves.items() if key in owners[path].own]
@@ -282,8 +275,7 @@ def _square(gradients: Iterable[Tensor | None]) -> Tensor:
 
 def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) -> None:
     """Raise ValueError if an argument of :class:`LayerwiseLoss` is out of range."""
-    if not (isinstance(every, int) and every >= 1):
-        raise ValueError(f"every={every!r} must be an int of at least 1")
+    check_at_least(1, every=every)
     check_positive(ratio=ratio)
     check_choice("tap", tap, ("output", "input"))
     if weight != "auto":
@@ -293,13 +285,11 @@ def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) ->
 
 def _build_loss(loss: Any) -> Callable[[Tensor], Any]:
     """Build the loss of one layer; a module is copied, so that layers share no state."""
-    spec = dict(loss) if isinstance(loss, Mapping) else {"name": loss}
-    if isinstance(loss, nn.Module):
-        built: Any = copy.deepcopy(loss)
-    elif spec.get("name") == "em":
-        built = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
+    spec = loss if isinstance(loss, Mapping) else {"name": loss}
+    if spec.get("name") == "em":
+        built: Any = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
     else:
-        built = LOSSES.build(loss)
+        built = LOSSES.build(copy.deepcopy(loss))
     if isinstance(built, nn.Module) and any(True for _ in built.parameters()):
         raise ValueError(
             f"loss={type(built).__name__} has parameters, which no optimizer would train: make it a part of the model"

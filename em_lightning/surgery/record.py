@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -73,11 +74,10 @@ def arguments_of(make: Any) -> dict[str, Any] | None:
         return {}
     if not (isinstance(make, functools.partial) and isinstance(make.func, type)) or make.args:
         return None
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         json.dumps(make.keywords)  # plain values only
-    except (TypeError, ValueError):
-        return None
-    return dict(make.keywords)
+        return dict(make.keywords)
+    return None
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -35,7 +35,6 @@ class Taps:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> taps = Taps(net, "0", verbose=False)
-        >>> taps.attach()
         >>> y = net(torch.ones(4, 2))
         >>> {path: [tuple(tensor.shape) for tensor in tensors] for path, tensors in taps.take().items()}
         {'0': [(4, 3)]}
@@ -70,6 +69,8 @@ class Taps:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
         self.seen: set[str] = set()
+        for site in self.sites:
+            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
 
     @contextlib.contextmanager
     def switched(self, on: bool) -> Iterator[None]:
@@ -79,11 +80,6 @@ class Taps:
             yield
         finally:
             self.recording = before
-
-    def attach(self) -> None:
-        """Register the hooks."""
-        for site in self.sites:
-            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
 
     def remove(self) -> None:
         """Remove the hooks and what they captured."""
@@ -114,13 +110,11 @@ class Taps:
         if not self.recording:
             return None
         try:
-            tensor, put = first_tensor(value)
+            tensor, put = first_tensor(value, f"the {self.tap} of {path!r}")
             dim = self.axes[path](tensor.shape)
         except (TypeError, ValueError) as error:
-            if isinstance(error, TypeError):
-                error = TypeError(f"the {self.tap} of {path!r} {error}")
             if self.skip is None:
-                raise error from None
+                raise
             self.skip(path, error)
             return None
         if self.verbose and path not in self.seen:
