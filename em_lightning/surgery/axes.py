@@ -159,10 +159,7 @@ def own_dim(module: Any, make: Any) -> int | Literal["auto"] | None:
 
 
 class FirstCall:
-    """Forward pre-hook that sets the axis of an activation or operator at its first call, and prints the line.
-
-    The axis is None for elementwise activations.
-    """
+    """Forward pre-hook that sets the axis of a module, unless it is None, at its first call, and prints the line."""
 
     def __init__(self, path: str, axis: UnitAxis | None, verbose: bool) -> None:
         self.path = path

@@ -188,7 +188,6 @@ def set_temperature(model: nn.Module, temperature: float, where: Where = "*") ->
         >>> list(set_temperature(nn.Sequential(nn.Linear(2, 2), ACTIVATIONS.build("signed")), 0.5))
         ['1']
     """
-    found: dict[str, Tempered] = {}
     try:
         sites = find_modules(model, Tempered, where, inserted=True)
     except NoMatchError as error:
@@ -196,8 +195,7 @@ def set_temperature(model: nn.Module, temperature: float, where: Where = "*") ->
             f"no selected module has a temperature: swap first, with SwapActivations before TemperatureSchedule in the "
             f"callbacks, or with swap_activations ({error})"
         ) from None
-    for site in sites:
-        if isinstance(site.module, Tempered):
-            site.module.temperature = temperature
-            found[site.path] = site.module
+    found: dict[str, Any] = {site.path: site.module for site in sites}
+    for module in found.values():
+        module.temperature = temperature
     return found

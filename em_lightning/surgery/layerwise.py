@@ -112,12 +112,9 @@ class LayerwiseLoss:
     def add_to(self, loss: Tensor, all_layers: bool = True, owners: Mapping[str, Owner] | None = None) -> Tensor:
         """Return the loss plus the EM losses of the layers that were called since the last call, and count a step.
 
-        Args:
-            loss: the loss of the task.
-            all_layers: whether every layer must have been called; else only those are added that the loss depends on,
-                and the others are kept for a later loss.
-            owners: for several optimizers, from :func:`owners_of`. A layer is then added only where the loss reaches
-                parameters of the layer's optimizer, and trains nothing else.
+        With ``all_layers`` every layer must have been called; else only those are added that the loss depends on, and
+        the others are kept for a later loss. With ``owners``, from :func:`owners_of`, a layer is added only where the
+        loss reaches parameters of the layer's optimizer, and trains nothing else.
 
         Raises:
             RuntimeError: a layer was not called, or its output carries no gradient.
@@ -167,11 +164,7 @@ class LayerwiseLoss:
         return {"step": self.step, "norms": copy.deepcopy(self.norms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state from :meth:`state_dict`.
-
-        Raises:
-            ValueError: the state belongs to other layers.
-        """
+        """Restore a state from :meth:`state_dict`; raise ValueError if it belongs to other layers."""
         if set(state["norms"]) != set(self.norms):
             raise ValueError(
                 f"the state has automatic weights for {sorted(state['norms'])}, but the layers are "

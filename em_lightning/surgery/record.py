@@ -81,11 +81,7 @@ def arguments_of(make: Any) -> dict[str, Any] | None:
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the plan in a loaded checkpoint, which is empty if it was saved without surgery.
-
-    Raises:
-        ValueError: the checkpoint's entry has another form.
-    """
+    """Return the plan in a loaded checkpoint, empty without surgery; raise ValueError if it has another form."""
     stored = checkpoint.get(KEY, {})
     plan = stored.get("surgery", []) if isinstance(stored, Mapping) else None
     if not isinstance(plan, list) or not all(

@@ -126,11 +126,7 @@ class Taps:
         return put(tensor.detach()) if self.detach else None
 
     def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
-        """Return the captured tensors that are wanted, by path, and forget them.
-
-        Raises:
-            RuntimeError: a tensor was overwritten in place after it was captured.
-        """
+        """Return the wanted tensors by path, and forget them; raise RuntimeError if one was overwritten in place."""
         taken: dict[str, list[Tensor]] = {}
         captured, self.captured = self.captured, []
         for path, tensor, version in captured:
