@@ -90,7 +90,6 @@ class PosteriorMonitor(Callback):
         self._taps = Taps(pl_module, self.where, self.tap, self.dim, verbose=verbose, skip=self._skip)
         self._taps.axes.update(self._axes)  # as decided at the first batch
         self._axes = self._taps.axes
-        self._taps.attach()
 
     def _stop(self) -> None:
         if self._taps is not None:
