@@ -25,8 +25,7 @@ from em_lightning.data.point_clouds import (
 )
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.surfaces import FAMILIES, ProceduralSurfaces, random_surface
-from em_lightning.data.tables import Table, TableBatch, TableBlocks
-from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
+from em_lightning.data.tables import GaussianBlobs, Table, TableBatch, TableBlocks, TabularDataModule
 
 __all__ = [
     "FAMILIES",
