@@ -29,13 +29,13 @@ def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
 
     responsibilities = softmin(energies.detach().float().flatten(0, -2)).responsibilities.cpu().numpy()
     with figure_style():
-        figure, axes = new_figure(1, 2, width=4.0, height=3.0)
-        image = axes[0, 0].imshow(responsibilities[:max_items], aspect="auto", vmin=0.0, interpolation="nearest")
-        axes[0, 0].set(title="responsibilities", xlabel="hypothesis", ylabel="item")
-        axes[0, 0].grid(False)
-        figure.colorbar(image, ax=axes[0, 0])
-        axes[0, 1].bar(range(responsibilities.shape[-1]), responsibilities.mean(0))
-        axes[0, 1].set(title="mean responsibility", xlabel="hypothesis")
+        figure, axes = new_figure(2, 2, width=4.0, height=3.0)
+        image = axes[0].imshow(responsibilities[:max_items], aspect="auto", vmin=0.0, interpolation="nearest")
+        axes[0].set(title="responsibilities", xlabel="hypothesis", ylabel="item")
+        axes[0].grid(False)
+        figure.colorbar(image, ax=axes[0])
+        axes[1].bar(range(responsibilities.shape[-1]), responsibilities.mean(0))
+        axes[1].set(title="mean responsibility", xlabel="hypothesis")
     return figure
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,8 +48,8 @@ def figure_style() -> Iterator[None]:
     Example:
         >>> @figure_style()
         ... def draw():
-        ...     figure, axes = new_figure()
-        ...     return axes[0, 0].set_title("bold").get_weight()
+        ...     figure, (ax,) = new_figure()
+        ...     return ax.set_title("bold").get_weight()
         >>> draw()
         'bold'
     """
@@ -60,36 +59,26 @@ def figure_style() -> Iterator[None]:
 
 @figure_style()
 def new_figure(
-    rows: int = 1, columns: int = 1, *, width: float = 3.0, height: float = 2.4, **subplots: Any
-) -> tuple[Figure, np.ndarray]:
-    """Return a figure and its axes as a (rows, columns) array.
+    count: int = 1, columns: int = 1, *, width: float = 3.0, height: float = 2.4, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure and the list of its axes, ``count`` in rows of ``columns``.
 
     The figure is not registered with pyplot, so it need not be closed. ``width`` and ``height`` are those of each axes,
     in inches; further arguments are for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
 
     Example:
-        >>> figure, axes = new_figure(1, 2)
-        >>> axes.shape
-        (1, 2)
-    """
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
-
-
-def new_grid(count: int, columns: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure and the list of its axes, ``count`` in rows of ``columns``; options of :func:`new_figure`.
-
-    Example:
-        >>> figure, axes = new_grid(5, 3)
+        >>> figure, axes = new_figure(5, 3)
         >>> len(axes), len(figure.axes)
         (5, 5)
     """
     columns = min(columns, count)
-    figure, axes = new_figure(-(-count // columns), columns, **options)
-    for unused in axes.flat[count:]:
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **subplots).flat
+    for unused in axes[count:]:
         unused.remove()
-    return figure, list(axes.flat[:count])
+    return figure, list(axes[:count])
 
 
 @figure_style()

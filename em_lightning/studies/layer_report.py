@@ -12,7 +12,7 @@ from torch import Tensor
 
 from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
-from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure, new_grid
+from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
 
@@ -157,7 +157,7 @@ def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
 def _prototype_grid(prototypes: Tensor, shape: tuple[int, int]) -> Figure:
     """Draw the weights (K, H * W) of each unit as an image (H, W), all on one symmetric colour scale."""
     images = prototypes.detach().float().cpu().unflatten(1, shape)
-    figure, axes = new_grid(len(images), 16, width=0.45, height=0.45)
+    figure, axes = new_figure(len(images), 16, width=0.45, height=0.45)
     limit = float(images.abs().max()) or 1.0
     for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
@@ -170,8 +170,8 @@ def _gradient_scatter(gradients: Tensor, responsibilities: Tensor) -> Figure:
     """Draw the gradient of the free energy against the responsibilities, and the line on which they are equal."""
     x, y = (values.detach().float().cpu().flatten() for values in (responsibilities, gradients))
     step = max(1, len(x) // 5000)
-    figure, axes = new_figure(width=3.6, height=3.2)
-    ax, top = axes[0, 0], float(x.max())
+    figure, (ax,) = new_figure(width=3.6, height=3.2)
+    top = float(x.max())
     ax.plot([0, top], [0, top], color=NEUTRAL, linestyle="--", linewidth=1.2, label="gradient = responsibility")
     ax.plot(x[::step].numpy(), y[::step].numpy(), ".", color=PALETTE[0], markersize=2)
     error = float((x - y).abs().max())
@@ -185,7 +185,7 @@ def _gradient_scatter(gradients: Tensor, responsibilities: Tensor) -> Figure:
 @figure_style()
 def _panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """Draw several series, by title, over the same x, each in its own panel."""
-    figure, axes = new_grid(len(series), 3, width=2.6, height=2.0, sharex=True)
+    figure, axes = new_figure(len(series), 3, width=2.6, height=2.0, sharex=True)
     for ax, (title, y) in zip(axes, series.items(), strict=True):
         ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
         ax.set(title=title, xlabel=xlabel)
