@@ -37,7 +37,7 @@ ELSEWHERE = {
     ),
     "pictures, in tests/test_callbacks_watch.py": "responsibilities_figure",
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
-        "Digits GaussianBlobs GeometricShapes MNIST PointCloudFolder ProceduralSurfaces"
+        "Digits GaussianBlobs MNIST PointCloudFolder ProceduralSurfaces"
     ),
     "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_plan restore_surgery",
     "hooks and types, in tests/test_surgery.py and tests/test_callbacks_*.py": (

@@ -1,7 +1,7 @@
 """LightningDataModules of point clouds, images, mixture samples and large tables; readers of point cloud files."""
 
 from em_lightning.data.base import EpochSampler, RandomDataset
-from em_lightning.data.folders import GeometricShapes, PointCloudFolder
+from em_lightning.data.folders import PointCloudFolder
 from em_lightning.data.images import (
     MNIST,
     Digits,
@@ -33,7 +33,6 @@ __all__ = [
     "Digits",
     "EpochSampler",
     "GaussianBlobs",
-    "GeometricShapes",
     "ImagePointSets",
     "MixtureSetBatch",
     "MixtureSets",

@@ -107,7 +107,6 @@ class TensorDataModule(SplitDataModule):
         eval_batch_size: items per batch of validation, test and prediction.
         val_size: number of training items for validation, a fixed random choice. 0 validates on the test items, as the
             published tables do; do not select models by it.
-        seed: at least 0; seed of the order of training items.
 
     Raises:
         ValueError: an argument is out of range.
@@ -116,12 +115,9 @@ class TensorDataModule(SplitDataModule):
     batch_size: int = 128
     eval_batch_size: int = 2000
     val_size: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__init__()
-        check_at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
-        check_at_least(0, val_size=self.val_size, seed=self.seed)
+        super().__post_init__()
         self.shape: tuple[int, ...]
         self.splits: dict[str, Tensors] = {}
 
@@ -345,7 +341,6 @@ class ImagePointSets(TensorDataModule):
         check_choice("images", self.images, ("digits", "mnist"))
         if self.images == "digits" and self.root is not None:
             raise ValueError(f"root={self.root!r} must be None for images='digits', which are part of scikit-learn")
-        check_at_least(1, num_points=self.num_points)
         check_at_least(0, jitter=self.jitter)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold={self.threshold} must be at least 0 and less than 1")

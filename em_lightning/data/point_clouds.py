@@ -128,7 +128,8 @@ class Shape(NamedTuple):
         return (a + root * ((b - a) * (1 - v) + (c - a) * v)).float()
 
 
-ShapeSource = Callable[[int, torch.Generator], Shape]  # the index of a shape and the source of randomness
+# A list of shapes to repeat, or a function of an index and a source of randomness.
+ShapeSource = Sequence[Shape] | Callable[[int, torch.Generator], Shape]
 
 
 def random_rotation(generator: torch.Generator | None = None, axis: str = "so3") -> Tensor:
@@ -145,7 +146,7 @@ def random_rotation(generator: torch.Generator | None = None, axis: str = "so3")
 
 
 def draw_cloud(
-    shape: ShapeSource,
+    shapes: ShapeSource,
     num_points: int,
     noise: float | tuple[float, float],
     holes: int,
@@ -153,11 +154,13 @@ def draw_cloud(
     index: int,
     generator: torch.Generator,
 ) -> PointCloudBatch:
-    """Draw a cloud from shape ``index``; the arguments are those of :class:`PointCloudDataModule`.
+    """Draw a cloud from shape ``index``, modulo the length of a list.
 
-    A set of points is divided into two disjoint halves of at most ``num_points``.
+    The other arguments are those of :class:`PointCloudDataModule`. A set of points is divided into two disjoint halves
+    of at most ``num_points``.
     """
-    content, faces, _, center, scale, label = drawn = shape(index, generator)
+    drawn = shapes(index, generator) if callable(shapes) else shapes[index % len(shapes)]
+    content, faces, _, center, scale, label = drawn
     if faces is not None:
         points, num_fitted = drawn.sample((3 if holes else 2) * num_points, generator), num_points
         points = _cut_holes(points, holes, generator)[: 2 * num_points]
@@ -206,7 +209,6 @@ class PointCloudDataModule(SplitDataModule):
         num_points: points per cloud to fit; the same number is held out.
         batch_size: clouds per batch and rank.
         num_workers: number of worker processes that draw clouds; 0 draws them in the main process.
-        seed: at least 0; the clouds are a function of it.
         noise: standard deviation of Gaussian jitter, relative to the radius of the shape. A pair draws it for each
             cloud: zero for half of them, log-uniform between the two for the others. Points on a surface have no
             density in space, so without jitter the likelihood of a mixture is unbounded.
@@ -222,15 +224,12 @@ class PointCloudDataModule(SplitDataModule):
     num_points: int = 1024
     batch_size: int = 32
     num_workers: int = 0
-    seed: int = 0
     noise: float | tuple[float, float] = 0.0
     holes: int = 0
     rotate: Literal["none", "z", "so3"] = "none"
 
     def __post_init__(self) -> None:
-        super().__init__()
-        check_at_least(1, num_points=self.num_points, batch_size=self.batch_size)
-        check_at_least(0, num_workers=self.num_workers, seed=self.seed, holes=self.holes)
+        super().__post_init__()
         if isinstance(self.noise, (tuple, list)):
             low, high = self.noise = (float(self.noise[0]), float(self.noise[1]))
             if not 0.0 < low <= high:
@@ -260,9 +259,9 @@ class PointCloudDataModule(SplitDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         for split in SPLITS if not self.datasets else ():
-            shape, size = self.shapes(split)
+            shapes, size = self.shapes(split)
             rotate = self.rotate if split == "train" else "none"
-            draw = partial(draw_cloud, shape, self.num_points, self.noise, self.holes, rotate)
+            draw = partial(draw_cloud, shapes, self.num_points, self.noise, self.holes, rotate)
             self.datasets[split] = RandomDataset(draw, size, split, self.seed)
 
     def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:

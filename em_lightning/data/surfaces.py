@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_at_least, check_choice
+from em_lightning.checks import check_choice
 from em_lightning.data.point_clouds import PointCloudDataModule, Shape, ShapeSource, random_rotation
 
 Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
@@ -243,7 +243,6 @@ class ProceduralSurfaces(PointCloudDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, train_clouds=self.train_clouds, val_clouds=self.val_clouds, test_clouds=self.test_clouds)
         if self.families == [] or not set(self.families or ()) <= set(FAMILIES):
             raise ValueError(f"families={self.families} must be some of {', '.join(FAMILIES)}")
         self.class_names = list(self.families or FAMILIES)

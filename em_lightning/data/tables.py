@@ -208,7 +208,6 @@ class TabularDataModule(SplitDataModule):
         held_out: a table for validation and test; without it there is no validation, and the test uses ``data``.
         block_rows: rows per block and rank.
         shuffle: whether to draw a new order of the training blocks in every epoch.
-        seed: at least 0; seed of the order of blocks.
 
     Raises:
         ValueError: an argument is out of range, or a file cannot be read.
@@ -225,12 +224,9 @@ class TabularDataModule(SplitDataModule):
     _: KW_ONLY
     block_rows: int = 2**16
     shuffle: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__init__()
-        check_at_least(1, block_rows=self.block_rows)
-        check_at_least(0, seed=self.seed)
+        super().__post_init__()
         self.tables: dict[str, Table] = {}
         if self.held_out is None:
             # Lightning skips validation if this is the method of its own class, and warns of an empty list.
@@ -288,7 +284,6 @@ class GaussianBlobs(TabularDataModule):
         true_components: number of components of the mixture.
         held_out_points: rows for validation and test.
         folder: where to write the rows once, as memory-mapped shards; ``None`` keeps them in memory.
-        seed: at least 0; seed of the mixture, the rows and the order of blocks.
 
     Example:
         >>> data = GaussianBlobs(num_points=1000, num_features=2, held_out_points=100)
@@ -307,9 +302,6 @@ class GaussianBlobs(TabularDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = {name: getattr(self, name) for name in ("num_features", "true_components", "held_out_points")}
-        check_at_least(1, **sizes)
-        check_at_least(3, num_points=self.num_points)
         name = f"blobs-{self.num_points}-{self.num_features}-{self.true_components}-{self.seed}"
         self.path = None if self.folder is None else Path(self.folder) / name
 
