@@ -21,7 +21,7 @@ from em_lightning.data import ProceduralSurfaces
 from em_lightning.kernels import KERNELS
 from em_lightning.modules import PointCloudGMM
 from em_lightning.plots import figure_style, new_figure, save_figure
-from em_lightning.plots.style import NEUTRAL, PALETTE
+from em_lightning.plots.figures import NEUTRAL, PALETTE
 
 SCALAR_KERNELS = ("gaussian", "laplace", "logistic", "student_t", "huber", "pseudo_huber", "exponential", "dot_product")
 

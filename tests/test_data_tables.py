@@ -173,7 +173,10 @@ def test_hidden_files_are_not_shards(x, tmp_path):
             lambda f: list(TableBlocks(Table(torch.zeros(2, 2)), Table(torch.tensor([1.0, -1.0]), 1))),
             ["weights", "rows 0 to 2"],
         ),
-        (lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(), ["held_out", "4, 2"]),
+        (
+            lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(),
+            ["held_out", "(3, 4) and (3, 2)"],
+        ),
         (lambda f: GaussianBlobs(num_points=0), ["num_points=0"]),
         (lambda f: GaussianBlobs(true_components=0), ["true_components=0"]),
         (lambda f: TabularDataModule(torch.zeros(3, 2), seed=-1), ["seed=-1"]),

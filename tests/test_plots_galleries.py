@@ -8,7 +8,7 @@ import pytest
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.kernels import KERNELS
 from em_lightning.plots import figure_style, new_figure, save_figure
-from em_lightning.plots.style import PALETTE
+from em_lightning.plots.figures import PALETTE
 
 GALLERIES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_images.py"))
 

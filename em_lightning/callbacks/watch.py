@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 
 from em_lightning.competition import softmin
 from em_lightning.metrics import layer_metrics
-from em_lightning.plots.tensorboard import tensorboard_writers
+from em_lightning.plots.figures import tensorboard_writers
 from em_lightning.scope import Audit, audit
 from em_lightning.surgery import Taps, UnitAxis
 from em_lightning.surgery.select import described
@@ -25,7 +25,7 @@ def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
         >>> len(responsibilities_figure(torch.rand(100, 8)).axes)
         3
     """
-    from em_lightning.plots.style import figure_style, new_figure
+    from em_lightning.plots.figures import figure_style, new_figure
 
     responsibilities = softmin(energies.detach().float().flatten(0, -2)).responsibilities.cpu().numpy()
     with figure_style():

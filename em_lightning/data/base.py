@@ -135,10 +135,7 @@ class RandomDataset(Dataset[Any]):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch.
-
-    Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
-    """
+    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch."""
 
     def __init__(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)

@@ -93,7 +93,7 @@ class PointCloudFolder(PointCloudDataModule):
         """Set the files of the splits, their classes and their shapes."""
         names = self._find(folder)
         self.class_names = sorted(set(map(_label, names)))
-        self.files = self._without_held_out_classes(self._split(names))
+        self.files = self._split(names)
         for name in sorted(set().union(*self.files.values())):
             points, faces = read_points(folder / name, self.drop_non_finite)
             mesh = torch.from_numpy(points), None if faces is None else torch.from_numpy(faces)
@@ -123,9 +123,7 @@ class PointCloudFolder(PointCloudDataModule):
             split = next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
             (outside if split is None else files[split]).append(name)
         if outside and len(outside) < len(names):
-            raise ValueError(
-                f"root={self.root!r}: {outside[0]!r} is in no train, val or test folder, but other files are"
-            )
+            raise ValueError(f"root={self.root!r}: {outside[0]!r} is in no train, val or test folder, but others are")
         if outside:
             files["test"], files["train"] = _hold_out(outside, self.test_fraction)
         if files["train"] and not files["val"]:
@@ -134,17 +132,14 @@ class PointCloudFolder(PointCloudDataModule):
         empty = [split for split in SPLITS if not files[split]]
         if empty:
             raise ValueError(f"root={self.root!r} has no files for {empty}; add folders of these names")
-        return files
-
-    def _without_held_out_classes(self, files: dict[str, list[str]]) -> dict[str, list[str]]:
         count = len(self.class_names)
         if self.held_out_classes >= count:
             raise ValueError(f"held_out_classes={self.held_out_classes} must be less than {count} classes")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
         held_out = {self.class_names[i] for i in order[: self.held_out_classes]}
-        if not held_out:
-            return files
-        return {k: [n for n in part if (_label(n) in held_out) == (k == "test")] for k, part in files.items()}
+        if held_out:
+            files = {k: [n for n in part if (_label(n) in held_out) == (k == "test")] for k, part in files.items()}
+        return files
 
     def shapes(self, split: str) -> tuple[Sequence[Shape], int]:
         shapes = [self._shapes[name] for name in self.files[split]]

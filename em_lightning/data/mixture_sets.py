@@ -17,21 +17,13 @@ from em_lightning.mixture import Mixture
 
 
 class MixtureSetBatch(NamedTuple):
-    """Point sets and the mixtures that they were drawn from.
+    """Point sets and the mixtures that they were drawn from."""
 
-    Attributes:
-        points: (B, N, D) float32, zeros where masked.
-        mask: (B, N) bool, true for points, false for padding.
-        held_out: (B, M, D), further points of the same mixtures.
-        labels: (B, N) long, the component of each point.
-        truth: the mixtures, spherical.
-    """
-
-    points: Tensor
-    mask: Tensor
-    held_out: Tensor
-    labels: Tensor
-    truth: Mixture
+    points: Tensor  # (B, N, D) float32, zeros where masked
+    mask: Tensor  # (B, N) bool, true for points, false for padding
+    held_out: Tensor  # (B, M, D), further points of the same mixtures
+    labels: Tensor  # (B, N) long, the component of each point
+    truth: Mixture  # spherical
 
 
 @dataclass(eq=False, repr=False)
@@ -115,7 +107,6 @@ class MixtureSets(SplitDataModule):
         return means.gather(1, labels.unsqueeze(-1).expand_as(noise)) + self.scale * noise, labels
 
     def loader(self, split: str) -> DataLoader[MixtureSetBatch]:
-        """Return the batches of a split; those of ``"train"`` are divided among ranks."""
         train = split == "train"
         num_sets = self.train_batches * self.batch_size if train else getattr(self, f"{split}_sets")
         held_out = self.train_held_out if train else self.held_out

@@ -42,13 +42,7 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
 
 
 def parse_points(content: bytes, name: str, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
-    r"""Return the points and faces of the content of a file, as :func:`read_points`.
-
-    Example:
-        >>> points, faces = parse_points(b"0 0 0\n1 2 3\n", "cloud.xyz")
-        >>> points.tolist(), faces
-        ([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], None)
-    """
+    """Return the points and faces of the content of a file of this name, as :func:`read_points`."""
     ending = Path(name).suffix.lower()
     if ending not in SUPPORTED:
         raise ValueError(f"{name}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")

@@ -48,10 +48,8 @@ class Table:
         ValueError: the file does not exist, does not hold real numbers, or the shapes of shards differ.
 
     Example:
-        >>> table = Table(torch.arange(6.0).reshape(3, 2))
-        >>> table.shape, table.rows(1, 3)
-        ((3, 2), tensor([[2., 3.],
-                         [4., 5.]]))
+        >>> Table(torch.arange(6.0).reshape(3, 2)).rows(1, 2)
+        tensor([[2., 3.]])
     """
 
     def __init__(self, source: Tensor | np.ndarray | str | Path, ndim: int = 2, name: str = "data") -> None:
@@ -134,8 +132,7 @@ class TableBlocks(RankLoader):
         num_replicas, rank, seed: W, the rank of this process, and the seed of the order.
 
     Raises:
-        ValueError: the numbers of weights and rows differ, a weight is negative or NaN, or there are fewer rows than
-            ranks.
+        ValueError: the weights do not fit the rows, are negative or NaN, or there are fewer rows than ranks.
 
     Example:
         >>> [len(batch.points) for batch in TableBlocks(Table(torch.zeros(10, 2)), block_rows=4)]
@@ -162,11 +159,9 @@ class TableBlocks(RankLoader):
         self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of blocks that this epoch has returned."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next epoch after these blocks."""
         self.position = state["position"]
 
     def __len__(self) -> int:
@@ -202,8 +197,7 @@ class TabularDataModule(SplitDataModule):
     """Blocks of a large table for training and of a held-out table for validation and test.
 
     Args:
-        data: a tensor (N, D), the path of an ``.npy`` file, or a folder of ``.npy`` shards; files are memory-mapped
-            (:class:`~em_lightning.data.Table`).
+        data: a tensor (N, D), the path of an ``.npy`` file, or a folder of ``.npy`` shards (:class:`Table`).
         weights: weights of the rows, (N,), in the same forms.
         held_out: a table for validation and test; without it there is no validation, and the test uses ``data``.
         block_rows: rows per block and rank.
@@ -237,26 +231,25 @@ class TabularDataModule(SplitDataModule):
             return
         tables = {"train": Table(self.data)}
         if self.weights is not None:
-            tables["weights"] = Table(self.weights, ndim=1, name="weights")
+            tables["weights"] = Table(self.weights, 1, "weights")
         if self.held_out is not None:
-            tables["held_out"] = Table(self.held_out, name="held_out")
-            widths = tables["held_out"].shape[1], tables["train"].shape[1]
-            if widths[0] != widths[1]:
-                raise ValueError(f"held_out and data must have equal widths, got {widths[0]}, {widths[1]}")
+            tables["held_out"] = Table(self.held_out, 2, "held_out")
+            if tables["held_out"].shape[1] != tables["train"].shape[1]:
+                shapes = f"{tables['held_out'].shape} and {tables['train'].shape}"
+                raise ValueError(f"held_out and data must have equal widths, got shapes {shapes}")
         self.tables = tables
 
     @property
     def num_features(self) -> int:
-        """Number of features D."""
         self.setup()
         return self.tables["train"].shape[1]
 
     def describe(self) -> str:
         self.setup()
         train = self.tables["train"]
-        counts = f"{len(train):,} x {train.shape[1]} from {train.source}"
-        counts += ", weighted" if "weights" in self.tables else ""
-        return counts + (f"; {len(self.tables['held_out']):,} held out" if "held_out" in self.tables else "")
+        weighted = ", weighted" if "weights" in self.tables else ""
+        held_out = f"; {len(self.tables['held_out']):,} held out" if "held_out" in self.tables else ""
+        return f"{len(train):,} x {train.shape[1]} from {train.source}{weighted}{held_out}"
 
     def blocks(self, split: str = "train", whole: bool = False) -> TableBlocks:
         """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or all of them in order."""
@@ -268,8 +261,7 @@ class TabularDataModule(SplitDataModule):
         return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
 
     def loader(self, split: str) -> TableBlocks:
-        self.setup()
-        return self.blocks("held_out" if split != "train" and "held_out" in self.tables else "train")
+        return self.blocks("train" if split == "train" or self.held_out is None else "held_out")
 
 
 @dataclass(eq=False, repr=False)
@@ -279,8 +271,7 @@ class GaussianBlobs(TabularDataModule):
     The components have unequal weights and full covariances, and overlap. The rows are a function of the arguments.
 
     Args:
-        num_points: N.
-        num_features: D.
+        num_points, num_features: N and D.
         true_components: number of components of the mixture.
         held_out_points: rows for validation and test.
         folder: where to write the rows once, as memory-mapped shards; ``None`` keeps them in memory.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
-from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure
+from em_lightning.plots.figures import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
-from em_lightning.plots import component_colors, mixture_grid, tensorboard_writers
+from em_lightning.plots import component_colors, curves, mixture_grid, tensorboard_writers
 from em_lightning.studies.density_fits import Clouds, Result, baselines, measure, sklearn_mixtures, tune
-from em_lightning.studies.figures import curves, mixture_page
+from em_lightning.studies.page import mixture_page
 from em_lightning.studies.report import Report
 from em_lightning.studies.results import write_results
 

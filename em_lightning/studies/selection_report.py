@@ -12,8 +12,7 @@ import torch
 from em_lightning.data import GaussianBlobs, TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
-from em_lightning.plots import mixture_grid
-from em_lightning.studies.figures import curves
+from em_lightning.plots import curves, mixture_grid
 from em_lightning.studies.report import Report, fit_sklearn
 from em_lightning.studies.results import write_results
 

@@ -1,4 +1,4 @@
-"""Figures and pages of the reports: curves of training, and a page on which point clouds and their mixtures turn."""
+"""An HTML page on which point clouds and their mixtures turn."""
 
 from __future__ import annotations
 
@@ -8,47 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from em_lightning.files import write_whole
 from em_lightning.mixture import Mixture
-from em_lightning.plots.style import NEUTRAL, figure_style, new_figure
-
-
-@figure_style()
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    levels: Mapping[str, float] | None = None,
-    log_x: bool = False,
-) -> Figure:
-    """Draw named lines in one panel, and dashed horizontal lines for comparison.
-
-    Args:
-        series: x and y of each line.
-        xlabel: label of the x axis, with its unit.
-        ylabel: label of the y axis, with its unit.
-        title: title of the figure.
-        levels: y of the dashed lines.
-        log_x: whether the x axis is logarithmic.
-    """
-    figure, (ax,) = new_figure(width=4.6, height=3.0)
-    if all(value == int(value) for x, _ in series.values() for value in x):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for name, (x, y) in series.items():
-        ax.plot(x, y, label=name, marker="o" if len(x) <= 20 else None, markersize=3)
-    for name, level in (levels or {}).items():
-        ax.axhline(level, color=NEUTRAL, linestyle="--", linewidth=1.2, label=name)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if log_x:
-        ax.set_xscale("log")
-        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
-    ax.legend(loc="best")
-    return figure
 
 
 def mixture_page(path: Path, clouds: Sequence[tuple[str, Tensor, Tensor, Mapping[str, Sequence[Mixture]]]]) -> None:

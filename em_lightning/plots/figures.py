@@ -1,0 +1,207 @@
+"""Figures of mixtures and of curves, in one palette and style, without pyplot's global state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from torch import Tensor
+
+from em_lightning.mixture import Mixture
+
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
+# is last, as it is too faint for lines on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+DIVERGING = "PuOr"
+NEUTRAL = "#7F7F7F"
+
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "image.cmap": "viridis",
+    "savefig.dpi": 150,
+}
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Set matplotlib's parameters to the library's style for a ``with`` block or a decorated function.
+
+    Titles and legends read the style when they are made, so decorate the whole function that draws.
+    """
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+@figure_style()
+def new_figure(
+    count: int = 1, columns: int = 1, *, width: float = 3.0, height: float = 2.4, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure and the list of its axes, ``count`` in rows of ``columns``.
+
+    The figure is not registered with pyplot, so it need not be closed. ``width`` and ``height`` are those of each axes,
+    in inches; further arguments are for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
+
+    Example:
+        >>> figure, axes = new_figure(5, 3)
+        >>> len(axes), len(figure.axes)
+        (5, 5)
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **subplots).flat
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, list(axes[:count])
+
+
+@figure_style()
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure to ``path``, whose folder is created, and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def component_colors(num_components: int) -> Tensor:
+    """Return one colour (K, 3) per component: hues evenly spaced, alternately light and dark."""
+    hue = torch.arange(num_components) / num_components
+    dark = torch.arange(num_components) % 2
+    return torch.from_numpy(hsv_to_rgb(torch.stack([hue, 0.85 - 0.2 * dark, 0.95 - 0.3 * dark], -1).numpy())).float()
+
+
+@figure_style()
+def mixture_grid(
+    points: Tensor,
+    mixture: Mixture,
+    mask: Tensor | None = None,
+    titles: Sequence[str] | None = None,
+    radius: float = 2.0,
+) -> Figure:
+    """Draw clouds with points coloured by their responsibilities and an ellipsoid per component of weight above 1e-3.
+
+    Args:
+        points: (B, N, D); of more than three features the first three are drawn.
+        mixture: B mixtures.
+        mask: (B, N), false where a row is padding.
+        titles: one per cloud.
+        radius: of the ellipsoids, in standard deviations.
+
+    Example:
+        >>> mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
+        >>> figure = mixture_grid(torch.randn(1, 50, 2), mixture)
+    """
+    points = points.detach().cpu().float()
+    mixture = mixture.detach().to("cpu").to(torch.float32).full()
+    colors = component_colors(mixture.means.shape[1])
+    shades = mixture.posterior(points).responsibilities @ colors
+    flat = points.shape[-1] == 2
+    projection = {} if flat else {"projection": "3d", "box_aspect": (1, 1, 1)}
+    figure, axes = new_figure(len(points), 4, width=2.4, height=2.4, subplot_kw=projection)
+    ax: Any
+    for i, ax in enumerate(axes):
+        keep = slice(None) if mask is None else mask[i].cpu()
+        cloud = points[i][keep][:, :3]
+        ax.scatter(*cloud.T.numpy(), c=shades[i][keep].clamp(0, 1).numpy(), s=3, linewidths=0, alpha=0.8)
+        for k in (mixture.log_weights[i].exp() > 1e-3).nonzero().flatten():
+            _draw_ellipsoid(ax, mixture.means[i, k, :3], mixture.covariances[i, k, :3, :3], colors[k].numpy(), radius)
+        if titles is not None:
+            ax.set_title(titles[i])
+        _frame(ax, cloud)
+    return figure
+
+
+def _frame(ax: Any, cloud: Tensor) -> None:
+    """Centre the cloud in a square or cube without axes."""
+    center = cloud.mean(0).nan_to_num()
+    reach = float((cloud - center).abs().max()) if len(cloud) else 1.0
+    for axis, middle in zip("xyz", center.tolist(), strict=False):
+        ax.set(**{f"{axis}lim": (middle - reach, middle + reach)})
+    ax.set_axis_off()
+    if len(center) == 2:
+        ax.set_aspect("equal")
+    else:
+        ax.set_box_aspect((1, 1, 1), zoom=1.3)
+
+
+def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any, radius: float) -> None:
+    values, vectors = torch.linalg.eigh(covariance)
+    axes = radius * vectors * values.clamp(min=0).sqrt()
+    angle = torch.linspace(0, 2 * torch.pi, 25)
+    circle = torch.stack([angle.cos(), angle.sin()], -1)
+    if len(mean) == 2:
+        ax.plot(*(mean + circle @ axes.T).T.numpy(), color=color, linewidth=1.2)
+        return
+    polar = torch.linspace(0, torch.pi, 13).unsqueeze(-1)
+    sphere = torch.cat([circle[:, None] * polar.sin(), polar.cos().expand(len(angle), -1, -1)], -1)
+    surface = mean + sphere @ axes.T
+    ax.plot_surface(*surface.permute(2, 0, 1).numpy(), color=color, alpha=0.12, linewidth=0, shade=False)
+
+
+@figure_style()
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    levels: Mapping[str, float] | None = None,
+    log_x: bool = False,
+) -> Figure:
+    """Draw the named lines (x, y) of ``series`` in one panel, and the dashed horizontal lines ``levels``."""
+    figure, (ax,) = new_figure(width=4.6, height=3.0)
+    if all(value == int(value) for x, _ in series.values() for value in x):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for name, (x, y) in series.items():
+        ax.plot(x, y, label=name, marker="o" if len(x) <= 20 else None, markersize=3)
+    for name, level in (levels or {}).items():
+        ax.axhline(level, color=NEUTRAL, linestyle="--", linewidth=1.2, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log_x:
+        ax.set_xscale("log")
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+    ax.legend(loc="best")
+    return figure
+
+
+def tensorboard_writers(trainer: Any, content: str | None = None) -> list[Any]:
+    """Return the ``SummaryWriter`` of each TensorBoard logger of a Trainer, on the first rank.
+
+    If there is none, one line per process says that ``content`` is left out, as other loggers have no interface for it.
+    """
+    writers = [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, "add_histogram")]
+    if content and not writers:
+        _say_once(f"No {content} are logged: they need a TensorBoardLogger.")
+    return writers
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    from lightning.pytorch.utilities import rank_zero_info  # figures alone do not need Lightning
+
+    rank_zero_info(text)
