@@ -13,7 +13,7 @@ from torch_geometric.index import ptr2index
 from torch_geometric.nn.aggr import Aggregation
 
 from em_lightning.operators.pooling import EMPooling
-from em_lightning.operators.small_sets import fit_small_sets
+from em_lightning.operators.ragged import fit_groups, map_groups
 
 
 class EMAggregation(Aggregation):
@@ -120,45 +120,18 @@ class EMAggregation(Aggregation):
 
     def _summaries(self, rows: Tensor, index: Tensor, num_groups: int, limit: int | None) -> Tensor:
         """Return summaries (G, F) of the groups of rows (E, D); zeros for empty groups."""
-        summaries = rows.new_zeros(num_groups, rows.shape[-1] if self.pooling is None else self.pooling.out_features)
-        sizes = index.new_zeros(num_groups).scatter_add_(0, index, torch.ones_like(index))
-        first = sizes.cumsum(0) - sizes
-        sizes = sizes if limit is None else sizes.clamp(max=limit)
-        if not sizes.any():  # data-parallel training needs a gradient of every parameter, here of zero
-            return summaries + sum((p.flatten()[:0].sum() for p in self.parameters()), rows[:0].sum())
-        buckets, masks = _buckets(sizes)
-        places = [
-            first[bucket].unsqueeze(1) + torch.where(mask, mask.cumsum(1) - 1, 0)
-            for bucket, mask in zip(buckets, masks, strict=True)
-        ]
-        order = index.argsort(stable=True)[torch.cat([place.flatten() for place in places])]
-        parts = rows.index_select(0, order).split([mask.numel() for mask in masks])
-        summarize = self._mean_of_components if self.pooling is None else self.pooling
-        found = [summarize(x.view(*mask.shape, -1), mask) for x, mask in zip(parts, masks, strict=True)]
-        return summaries.to(found[0].dtype).index_copy(0, torch.cat(buckets), torch.cat(found))
-
-    def _mean_of_components(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return y (B, D) of padded sets (B, N, D)."""
-        log_weights, variances, coefficients = fit_small_sets(x, mask, self.num_components, self.num_iters)
-        shares = (self.by_weight * log_weights - self.by_scale * 0.5 * variances.log()).softmax(0)
-        weights = (coefficients * shares).sum(1).mT.to(torch.promote_types(x.dtype, torch.float32))
-        return (weights.unsqueeze(-1) * x).sum(1)
+        sizes = num_groups, len(rows) if limit is None else limit
+        if self.pooling is not None:
+            pooling = self.pooling
+            return map_groups(lambda x, mask: (pooling(x, mask),), rows, index, *sizes)[0]
+        log_weights, means, log_scales = fit_groups(rows, index, *sizes, self.num_components, self.num_iters)
+        shares = (self.by_weight * log_weights - self.by_scale * log_scales).softmax(-1)
+        return (shares.unsqueeze(-1) * means).sum(1)
 
     def __repr__(self) -> str:
         """Return the class with K and the number of output features."""
         more = "" if self.pooling is None else f", out_channels={self.pooling.out_features}"
         return f"{type(self).__name__}({self.num_components}{more})"
-
-
-def _buckets(sizes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return groups of similar size, 2^n to 2^(n + 1) - 1, and which rows (B, N) of the padded groups exist."""
-    exponents = torch.frexp(sizes.double()).exponent
-    buckets = [(exponents == exponent).nonzero().squeeze(1) for exponent in exponents.unique() if exponent > 0]
-    masks = []
-    for bucket in buckets:
-        own = sizes[bucket]
-        masks.append(torch.arange(int(own.max()), device=own.device) < own.unsqueeze(1))
-    return buckets, masks
 
 
 def register_aggregation() -> None:

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 
@@ -46,6 +48,12 @@ def load(source: str, *definitions: str) -> tuple[Any, str]:
         return None, error.stderr
     except OSError as error:
         return None, str(error)
+
+
+def structure(*fields: Tensor | int | None) -> Any:
+    """Return a structure of pointers and numbers of 64 bits; its tensors must be contiguous and outlive it."""
+    numbers = [field.data_ptr() if isinstance(field, Tensor) else field or 0 for field in fields]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 @functools.cache

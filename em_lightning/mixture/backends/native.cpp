@@ -29,11 +29,12 @@ struct Problem {
   const Real* x;
   int64_t set_stride, feature_stride, item_stride;
   const double *weights, *means, *inverse, *peak, *scale, *center, *unit;
-  const double *grads, *outer;  // gradients of the sums, and of the log-densities (null in the forward pass)
-  int64_t outer_set_stride, outer_item_stride;
+  const double* grads;  // of the sums (null in the forward pass)
   double *sums, *log_likelihood, *log_density;
   Real* grad_x;
   double* grad_weights;
+  const double* outer;  // the gradient of the log-densities (null in the forward pass)
+  int64_t outer_set_stride, outer_item_stride;
 };
 
 // The points of a block whose responsibilities for a component count: others are below the rounding error of any sum. They

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from em_lightning.mixture.backends.compiler import load
+from em_lightning.mixture.backends.compiler import load, structure
 from em_lightning.mixture.backends.reference import have_memory
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
@@ -271,39 +271,45 @@ e_step.register_autograd(_e_step_backward, setup_context=_save)
 log_density.register_autograd(_log_density_backward, setup_context=_save)
 
 
-class _Problem(ctypes.Structure):
-    """The structure of the same name in ``native.cpp``."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("sets", "components", "features", "items")]
-    _fields_ += [("x", ctypes.c_void_p)]
-    _fields_ += [(name, ctypes.c_int64) for name in ("set_stride", "feature_stride", "item_stride")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("weights", "means", "inverse", "peak", "scale")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("center", "unit", "grads", "outer")]
-    _fields_ += [(name, ctypes.c_int64) for name in ("outer_set_stride", "outer_item_stride")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("sums", "log_likelihood", "log_density")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weights")]
-
-
-def _run(kind: str, tensors: Any, outer: Tensor | None = None, **others: Tensor | None) -> None:
-    """Run the E-step on its tensors, and others by their names in ``_Problem``."""
+def _run(kind: str, tensors: Any, outer: Tensor | None = None, **results: Tensor | None) -> None:
+    """Run the E-step on its tensors; the results are named as in ``native.cpp``."""
     x, means = tensors[0], tensors[2]
-    names = ("weights", "means", "inverse", "peak", "scale", "center", "unit")
-    others.update(zip(names, tensors[1:], strict=True))
-    given = {name: part if part is None else part.contiguous() for name, part in others.items()}
-    problem = _Problem(
-        len(x),
-        *means.shape[1:],
-        x.shape[-1],
-        x.data_ptr(),
-        *x.stride(),
-        **{name: part if part is None else part.data_ptr() for name, part in given.items()},
+    outputs = (
+        results.get(name) for name in ("grads", "sums", "log_likelihood", "log_density", "grad_x", "grad_weights")
     )
-    if outer is not None:
-        outer = outer.expand(-1, x.shape[-1])
-        problem.outer, problem.outer_set_stride, problem.outer_item_stride = outer.data_ptr(), *outer.stride()
+    others = [part if part is None else part.contiguous() for part in (*tensors[1:], *outputs)]
+    outer = None if outer is None else outer.expand(-1, x.shape[-1])
+    strides = () if outer is None else outer.stride()
+    problem = structure(len(x), *means.shape[1:], x.shape[-1], x, *x.stride(), *others, outer, *strides)
     library, _ = load("native.cpp", *_variant(kind, x.shape[1], x.dtype))
-    threads = min(torch.get_num_threads(), 1 + x.numel() * means.shape[1] // _NUMBERS_PER_THREAD)
-    library.em_lightning_e_step(ctypes.byref(problem), ctypes.c_int64(threads))
+    library.em_lightning_e_step(problem, _num_threads(x.numel() * means.shape[1]))
+
+
+def _num_threads(numbers: int) -> ctypes.c_int64:
+    return ctypes.c_int64(min(torch.get_num_threads(), 1 + numbers // _NUMBERS_PER_THREAD))
+
+
+# EM of spherical mixtures for groups of rows.
+
+
+def fits_groups(x: Tensor) -> bool:
+    """Return whether the native backend fits mixtures to groups of the rows of x (E, D)."""
+    return x.dtype in _REALS and _is_chosen(x, is_large=True) and _is_available("ragged.cpp")
+
+
+def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
+    """Run EM on groups of rows x; the others are further fields of ``Problem`` in ``ragged.cpp``, in its order.
+
+    Raises:
+        IndexError: an index is negative, or not less than the number of groups.
+    """
+    num_groups, _, num_components, num_iters = others[:4]
+    if len(x) and not 0 <= int(index.min()) <= int(index.max()) < num_groups:
+        raise IndexError(f"index has values in [{index.min()}, {index.max()}]; they must be in [0, {num_groups - 1}]")
+    parts = [part.contiguous() if isinstance(part, Tensor) else part for part in (x, index, *others)]
+    library, _ = load("ragged.cpp")
+    run = getattr(library, f"em_lightning_fit_{_REALS[x.dtype]}")
+    run(structure(*x.shape, *parts), _num_threads(x.numel() * num_components * (num_iters + 1)))
 
 
 # Cholesky factors.
@@ -340,8 +346,7 @@ def _(matrix: Tensor, *others: Tensor) -> Tensor:
 def _call(name: str, matrix: Tensor, *others: Tensor) -> None:
     parts = [part.contiguous() for part in (matrix, *others)]
     library, _ = load("cholesky.cpp")
-    sizes = ctypes.c_int64(matrix[..., 0, 0].numel()), ctypes.c_int64(matrix.shape[-1])
-    getattr(library, name)(*sizes, *(ctypes.c_void_p(part.data_ptr()) for part in parts))
+    getattr(library, name)(*map(ctypes.c_int64, structure(matrix[..., 0, 0].numel(), matrix.shape[-1], *parts)))
 
 
 def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:

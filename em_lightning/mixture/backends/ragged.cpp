@@ -1,0 +1,381 @@
+// EM of spherical mixtures for many sets of any size, and its gradient: one set at a time, in double.
+//
+// EM starts from the farthest points, as mixture/initialization.py does, and takes T iterations of
+//   r_nk = softmax_k(log pi_k - D/2 log v_k - d_nk / (2 v_k)),  d_nk = |z_n - mu_k|^2,
+//   M_k = sum_n r_nk + eps,  pi'_k = M_k / sum_j M_j,  mu'_k = sum_n r_nk z_n / M_k,
+//   v'_k = (sum_n r_nk |z_n - mu'_k|^2 + S) / (M_k + 1) / D + floor,
+// in coordinates z = (x - center) / scale about the mean of the set. The prior is one point per component of scatter S, the
+// share K^(-2/D) of the set's total variance. The scatter about the new mean is sum_n r_nk d_nk - M_k |mu'_k - mu_k|^2.
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <system_error>
+#include <thread>
+
+#define REAL double
+#define KIND 2
+#define FEATURES 0
+#include "native_vectors.h"
+
+namespace {
+
+constexpr double kFloor = 1e-6;  // added to every variance, in units of the points
+constexpr double kCore = 0.4;    // as in mixture/initialization.py
+constexpr double kEps = 10.0 * std::numeric_limits<double>::epsilon();  // added to masses, as in mixture/m_step.py
+constexpr int64_t kSetsPerTask = 16;
+
+struct Problem {
+  int64_t rows, features;
+  const void* x;       // (rows, features)
+  const int64_t* set;  // of each row
+  int64_t sets, limit, components, iterations;
+  double *log_weights, *means, *log_scales;  // (sets, K), (sets, K, features), log(v_k) / 2 (sets, K)
+  const double *grad_log_weights, *grad_means, *grad_log_scales;
+  void* grad_x;  // null in the forward pass
+};
+
+// The rows of each set, in their order; at most limit of them count.
+struct Rows {
+  std::vector<int64_t> first, order;
+
+  explicit Rows(const Problem& p) : first(p.sets + 1), order(p.rows) {
+    for (int64_t n = 0; n < p.rows; ++n) ++first[p.set[n] + 1];
+    for (int64_t set = 0; set < p.sets; ++set) first[set + 1] += first[set];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t n = 0; n < p.rows; ++n) order[next[p.set[n]]++] = n;
+  }
+};
+
+inline double sum(V values) {
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) total += values[lane];
+  return total;
+}
+
+// The parameters of a mixture, or their gradients. Log-weights are log M_k up to a constant: mass holds their gradients.
+struct Mixture {
+  std::vector<double> mass, variances;
+  std::vector<V> means;
+};
+
+// Buffers that all sets of a thread share. Points and means fill P vectors V, with zeros behind their D numbers; kP is P, or 0
+// where it is only known at run time.
+template <class Point, int kP>
+class Fit {
+ public:
+  explicit Fit(const Problem& problem)
+      : p(problem),
+        D(p.features),
+        K(p.components),
+        P(kP ? kP : (D + kLanes - 1) / kLanes),
+        prior_share(std::pow(double(K), -2.0 / D)),
+        states(p.iterations + 1),
+        grads(one()) {
+    for (auto& state : states) state = one();
+    centers.resize(K * P);
+    cell_means.resize(K * P);
+    slopes.resize(K * P);
+    for (auto* values : {&mass, &core_mass, &reach, &inner, &peak, &precision, &constant, &per_distance})
+      values->resize(K);
+  }
+
+  void run(int64_t own_set, const int64_t* own_rows, int64_t count) {
+    set = own_set, rows = own_rows, N = count;
+    enter();
+    start();
+    for (int64_t t = 0; t < p.iterations; ++t) {
+      e_step(states[t]);
+      m_step(states[t], states[t + 1]);
+    }
+    if (p.grad_x) {
+      backward();
+    } else {
+      leave();
+    }
+  }
+
+ private:
+  const Problem p;
+  const int64_t D, K, P;
+  const double prior_share;
+  std::vector<Mixture> states;  // the start, and after each iteration
+  Mixture grads;                // of one of them
+  std::vector<V> centers, cell_means, slopes;
+  std::vector<double> mass, core_mass, reach, inner, peak, precision, constant, per_distance;  // (K,)
+
+  int64_t set, N;
+  const int64_t* rows;
+  std::vector<V> z, grad_z, responsibilities;  // (N, P), (N, P), (N, K) numbers
+  std::vector<double> distances, nearest;      // d (N, K), and from the nearest center (N,)
+  std::vector<int64_t> cell;                   // the nearest center (N,)
+  std::vector<V> center;                       // (P,)
+  double scale, floor, scatter;
+
+  Mixture one() const { return {std::vector<double>(K), std::vector<double>(K), std::vector<V>(K * P)}; }
+
+  int64_t width() const { return kP ? kP : P; }  // known to the compiler
+
+  double squared_distance(const V* a, const V* b) const {
+    V total = {};
+    for (int64_t i = 0; i < width(); ++i) total += (a[i] - b[i]) * (a[i] - b[i]);
+    return sum(total);
+  }
+
+  // Sets of a size above one are scaled to it, so that no square overflows.
+  void enter() {
+    z.assign(N * width(), V{});
+    center.assign(width(), V{});
+    for (int64_t n = 0; n < N; ++n) {
+      const Point* from = static_cast<const Point*>(p.x) + rows[n] * D;
+      std::copy(from, from + D, reinterpret_cast<double*>(&z[n * width()]));
+      for (int64_t i = 0; i < width(); ++i) center[i] += z[n * width() + i];
+    }
+    for (V& own : center) own /= double(N);
+    V extent = {};
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t i = 0; i < width(); ++i) {
+        const V own = z[n * width() + i] -= center[i];
+        extent = extent < own ? own : extent < -own ? -own : extent;
+      }
+    double largest = 0.0;
+    for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, extent[lane]);
+    scale = largest > 1.0 ? std::ldexp(1.0, 1 + std::ilogb(largest)) : 1.0;
+    const double eps = std::numeric_limits<Point>::epsilon();
+    floor = std::max(kFloor / scale / scale, eps * eps);
+    V squares = {};
+    for (V& own : z) {
+      own *= 1.0 / scale;
+      squares += own * own;
+    }
+    scatter = prior_share / N * sum(squares);
+  }
+
+  // The mixture around the farthest points.
+  void start() {
+    Mixture& state = states[0];
+    nearest.resize(N);
+    cell.assign(N, 0);
+    const std::vector<V> origin(P);
+    for (int64_t n = 0; n < N; ++n) nearest[n] = squared_distance(&z[n * width()], origin.data());
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t farthest = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
+      std::copy(&z[farthest * width()], &z[farthest * width()] + width(), &centers[k * width()]);
+      if (k == 0) std::fill(nearest.begin(), nearest.end(), std::numeric_limits<double>::infinity());
+      for (int64_t n = 0; n < N; ++n) {
+        const double distance = squared_distance(&z[n * width()], &centers[k * width()]);
+        if (distance < nearest[n]) nearest[n] = distance, cell[n] = k;
+      }
+    }
+    std::fill(mass.begin(), mass.end(), 0.0);
+    std::fill(inner.begin(), inner.end(), 0.0);
+    for (int64_t n = 0; n < N; ++n) mass[cell[n]] += 1.0, inner[cell[n]] += nearest[n];
+    for (int64_t k = 0; k < K; ++k) reach[k] = kCore * inner[k] / std::max(mass[k], 1.0);
+    std::fill(core_mass.begin(), core_mass.end(), 0.0);
+    std::fill(cell_means.begin(), cell_means.end(), V{});
+    std::fill(state.means.begin(), state.means.end(), V{});
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t k = cell[n];
+      for (int64_t i = 0; i < width(); ++i) cell_means[k * width() + i] += z[n * width() + i];
+      if (nearest[n] > reach[k]) continue;
+      core_mass[k] += 1.0;
+      for (int64_t i = 0; i < width(); ++i) state.means[k * width() + i] += z[n * width() + i];
+    }
+    double within = 0.0;
+    for (double own : nearest) within += own / (D * N);
+    for (int64_t k = 0; k < K; ++k) {
+      V *mean = &state.means[k * width()], *cell_mean = &cell_means[k * width()], *own_center = &centers[k * width()];
+      for (int64_t i = 0; i < width(); ++i) {
+        cell_mean[i] /= mass[k] + kEps;
+        mean[i] = mass[k] == 0.0 ? own_center[i] : has_core(k) ? mean[i] / (core_mass[k] + kEps) : cell_mean[i];
+      }
+      const double scatter = inner[k] - mass[k] * squared_distance(cell_mean, own_center);
+      state.variances[k] = floor + (has_variance(k) ? scatter / (mass[k] + kEps) / D : within);
+      state.mass[k] = mass[k] + kEps;
+    }
+  }
+
+  // Whether the mean of a cell is that of its core, and whether the cell has a variance of its own.
+  bool has_core(int64_t k) const { return core_mass[k] > 2.0 * D; }
+  bool has_variance(int64_t k) const { return mass[k] > D; }
+
+  void e_step(const Mixture& state) {
+    const int64_t size = N * K, steps = (size + kLanes - 1) / kLanes;
+    responsibilities.resize(steps);
+    distances.resize(size);
+    double* r = reinterpret_cast<double*>(responsibilities.data());
+    std::fill(r + size, r + steps * kLanes, 0.0);
+    for (int64_t k = 0; k < K; ++k) {
+      precision[k] = 1.0 / state.variances[k];
+      peak[k] = std::log2(state.mass[k]) - 0.5 * D * std::log2(state.variances[k]);
+    }
+    for (int64_t n = 0; n < N; ++n) {
+      double largest = -std::numeric_limits<double>::infinity();
+      for (int64_t k = 0; k < K; ++k) {
+        const double distance = distances[n * K + k] = squared_distance(&z[n * width()], &state.means[k * width()]);
+        r[n * K + k] = peak[k] - 0.5 * kLog2e * distance * precision[k];
+        largest = std::max(largest, r[n * K + k]);
+      }
+      for (int64_t k = 0; k < K; ++k) r[n * K + k] -= largest;
+    }
+    for (V& own : responsibilities) own = exp2(own);
+    for (int64_t n = 0; n < N; ++n) {
+      double total = 0.0;
+      for (int64_t k = 0; k < K; ++k) total += r[n * K + k];
+      for (int64_t k = 0; k < K; ++k) r[n * K + k] /= total;
+    }
+  }
+
+  void m_step(const Mixture& before, Mixture& after) {
+    const double* r = reinterpret_cast<const double*>(responsibilities.data());
+    std::fill(after.mass.begin(), after.mass.end(), kEps);
+    std::fill(inner.begin(), inner.end(), 0.0);
+    std::fill(after.means.begin(), after.means.end(), V{});
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t k = 0; k < K; ++k) {
+        const double own = r[n * K + k];
+        after.mass[k] += own;
+        inner[k] += own * distances[n * K + k];
+        for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] += own * z[n * width() + i];
+      }
+    for (int64_t k = 0; k < K; ++k) {
+      const double own = after.mass[k];
+      for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] /= own;
+      const double moved = squared_distance(&after.means[k * width()], &before.means[k * width()]);
+      after.variances[k] = (inner[k] - own * moved + scatter) / (own + 1.0) / D + floor;
+    }
+  }
+
+  void leave() const {
+    const Mixture& state = states.back();
+    for (int64_t k = 0; k < K; ++k) {
+      const double* mean = reinterpret_cast<const double*>(&state.means[k * width()]);
+      double* found = p.means + (set * K + k) * D;
+      for (int64_t i = 0; i < D; ++i) found[i] = mean[i] * scale + center[i / kLanes][i % kLanes];
+      p.log_weights[set * K + k] = std::log(state.mass[k] / (N + K * kEps));
+      p.log_scales[set * K + k] = 0.5 * std::log(state.variances[k]) + std::log(scale);
+    }
+  }
+
+  void backward() {
+    for (int64_t k = 0; k < K; ++k) {
+      const double* of_mean = p.grad_means + (set * K + k) * D;
+      double* found = reinterpret_cast<double*>(&grads.means[k * width()]);
+      for (int64_t i = 0; i < D; ++i) found[i] = of_mean[i] * scale;
+      grads.mass[k] = p.grad_log_weights[set * K + k];
+      grads.variances[k] = 0.5 * p.grad_log_scales[set * K + k] / states.back().variances[k];
+    }
+    grad_z.assign(N * width(), V{});
+    double grad_scatter = 0.0;
+    for (int64_t t = p.iterations - 1; t >= 0; --t) {
+      if (t < p.iterations - 1) e_step(states[t]);
+      grad_scatter += step_backward(states[t], states[t + 1]);
+    }
+    start_backward(2.0 * prior_share / N * grad_scatter);
+    for (int64_t n = 0; n < N; ++n) {
+      const double* own = reinterpret_cast<const double*>(&grad_z[n * width()]);
+      Point* found = static_cast<Point*>(p.grad_x) + rows[n] * D;
+      for (int64_t i = 0; i < D; ++i) found[i] = Point(own[i] / scale);
+    }
+  }
+
+  // Replaces the gradients of the mixture after an iteration by those before it; returns the gradient of S.
+  // The derivative of the objective in r_nk is constant_k + per_distance_k d_nk + slopes_k . (z_n - mu_k).
+  double step_backward(const Mixture& before, const Mixture& after) {
+    double grad_scatter = 0.0;
+    for (int64_t k = 0; k < K; ++k) {
+      const double own = after.mass[k];
+      const double of_scatter = grads.variances[k] / (own + 1.0) / D;
+      V moved_by = {}, along = {};
+      for (int64_t i = k * width(); i < (k + 1) * width(); ++i) {
+        const V shift = after.means[i] - before.means[i], of_mean = grads.means[i] / own;
+        moved_by += shift * shift;
+        along += shift * of_mean;
+        slopes[i] = of_mean - 2.0 * of_scatter * shift;
+      }
+      constant[k] = grads.mass[k] / own - of_scatter * D * (after.variances[k] - floor) +
+                    of_scatter * sum(moved_by) - sum(along);
+      per_distance[k] = of_scatter;
+      grad_scatter += of_scatter;
+    }
+    for (auto* values : {&grads.mass, &grads.variances}) std::fill(values->begin(), values->end(), 0.0);
+    std::fill(grads.means.begin(), grads.means.end(), V{});
+    for (int64_t n = 0; n < N; ++n) {
+      const double *r = reinterpret_cast<const double*>(responsibilities.data()) + n * K, *d = &distances[n * K];
+      const V* own = &z[n * width()];
+      double mean = 0.0;
+      for (int64_t k = 0; k < K; ++k) {
+        V along = {};
+        for (int64_t i = 0; i < width(); ++i) along += slopes[k * width() + i] * (own[i] - before.means[k * width() + i]);
+        inner[k] = constant[k] + per_distance[k] * d[k] + sum(along);
+        mean += r[k] * inner[k];
+      }
+      for (int64_t k = 0; k < K; ++k) {
+        const double of_log = r[k] * (inner[k] - mean), of_mean = of_log * precision[k];
+        const double outward = 2.0 * per_distance[k] * r[k] - of_mean;
+        grads.mass[k] += of_log;
+        grads.variances[k] += 0.5 * of_mean * (d[k] * precision[k] - D);
+        for (int64_t i = 0; i < width(); ++i) {
+          const V difference = own[i] - before.means[k * width() + i];
+          grads.means[k * width() + i] += of_mean * difference;
+          grad_z[n * width() + i] += outward * difference + r[k] * slopes[k * width() + i];
+        }
+      }
+    }
+    return grad_scatter;
+  }
+
+  // Adds the gradients of the start, and those of S.
+  void start_backward(double of_square) {
+    double shared = 0.0;
+    for (int64_t k = 0; k < K; ++k)
+      if (!has_variance(k)) shared += 2.0 * grads.variances[k] / (D * N);
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t k = cell[n];
+      const double of_mean = !has_core(k) ? 1.0 / (mass[k] + kEps) : nearest[n] <= reach[k] ? 1.0 / core_mass[k] : 0.0;
+      const double of_variance = has_variance(k) ? 2.0 * grads.variances[k] / (D * mass[k]) : 0.0;
+      for (int64_t i = 0; i < width(); ++i) {
+        const V own = z[n * width() + i];
+        grad_z[n * width() + i] += of_square * own + of_mean * grads.means[k * width() + i] +
+                             of_variance * (own - cell_means[k * width() + i]) + shared * (own - centers[k * width() + i]);
+      }
+    }
+  }
+};
+
+template <class Point, int kP>
+void fit(const Problem& p, const Rows& rows, int64_t threads) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    Fit<Point, kP> own(p);
+    for (int64_t first = next.fetch_add(kSetsPerTask); first < p.sets; first = next.fetch_add(kSetsPerTask))
+      for (int64_t set = first; set < std::min(first + kSetsPerTask, p.sets); ++set) {
+        const int64_t count = std::min(rows.first[set + 1] - rows.first[set], p.limit);
+        if (count > 0) own.run(set, &rows.order[rows.first[set]], count);
+      }
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int64_t i = 1; i < threads; ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads: those that run do all sets
+  }
+  work();
+  for (auto& other : others) other.join();
+}
+
+template <class Point>
+void fit(const Problem& p, int64_t threads) {
+  const Rows rows(p);
+  const auto run = p.features <= kLanes       ? fit<Point, 1>
+                   : p.features <= 2 * kLanes ? fit<Point, 2>
+                   : p.features <= 4 * kLanes ? fit<Point, 4>
+                                              : fit<Point, 0>;
+  run(p, rows, threads);
+}
+
+}  // namespace
+
+// Writes the mixtures, or the gradient of x. Sets without rows are left as they are. The set of each row must be at least 0
+// and less than the number of sets.
+extern "C" void em_lightning_fit_float(const Problem* problem, int64_t threads) { fit<float>(*problem, threads); }
+extern "C" void em_lightning_fit_double(const Problem* problem, int64_t threads) { fit<double>(*problem, threads); }

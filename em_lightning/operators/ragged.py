@@ -1,0 +1,139 @@
+"""EM of spherical mixtures for groups of rows of any size, in C++ where there is a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from em_lightning.mixture.backends import native
+from em_lightning.operators.em import EMOperator
+
+Tensors = tuple[Tensor, ...]
+
+
+@torch.library.custom_op("em_lightning::fit_groups", mutates_args=(), device_types="cpu")
+def _fit_groups(
+    x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = _empty(x, num_groups, num_components)
+    for part in found:
+        part.zero_()  # groups without rows
+    native.fit_groups(x, index, num_groups, limit, num_components, num_iters, *found, *[None] * 4)
+    return found
+
+
+@torch.library.custom_op("em_lightning::fit_groups_gradient", mutates_args=(), device_types="cpu")
+def _gradient(
+    x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int, grads: list[Tensor]
+) -> Tensor:
+    found = x.new_zeros(x.shape)
+    native.fit_groups(x, index, num_groups, limit, num_components, num_iters, *[None] * 3, *grads, found)
+    return found
+
+
+def _empty(x: Tensor, num_groups: int, num_components: int) -> tuple[Tensor, Tensor, Tensor]:
+    means = x.new_empty(num_groups, num_components, x.shape[1], dtype=torch.float64)
+    return means.new_empty(means.shape[:2]), means, means.new_empty(means.shape[:2])
+
+
+@_fit_groups.register_fake
+def _(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
+    return _empty(x, num_groups, num_components)
+
+
+@_gradient.register_fake
+def _(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.sizes = inputs[2:]
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    x, index = ctx.saved_tensors
+    if torch.is_grad_enabled():  # for second derivatives
+        found = _fit_by_operator(x, index, *ctx.sizes)
+        of_x = torch.autograd.grad(found, x, grads, create_graph=True)[0]
+    else:
+        of_x = _gradient(x, index, *ctx.sizes, list(grads))
+    return of_x, None, None, None, None, None
+
+
+_fit_groups.register_autograd(_backward, setup_context=_save)
+
+
+def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
+    """Fit a spherical mixture to each group of rows, as :func:`_fit_by_operator`, in C++ where there is a compiler.
+
+    Args:
+        x: rows (E, D).
+        index: (E,), the group of each row.
+        num_groups: G.
+        limit: rows per group; those after them are dropped.
+        num_components: K.
+        num_iters: T.
+
+    Returns:
+        Log-weights (G, K), means (G, K, D) and logarithms of the standard deviations (G, K); zeros for empty groups.
+    """
+    fit = _fit_groups if native.fits_groups(x) else _fit_by_operator
+    return fit(x, index, num_groups, limit, num_components, num_iters)
+
+
+def _fit_by_operator(
+    x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int
+) -> Tensors:
+    operator = EMOperator(
+        num_components,
+        x.shape[1],
+        num_iters=num_iters,
+        covariance="spherical",
+        residual=False,
+        prior={"mean_strength": 0.0, "covariance_strength": 1.0},
+    )
+
+    def fit(x: Tensor, mask: Tensor) -> Tensors:
+        log_weights, means, variances = (part.double() for part in operator(x, mask).parameters())
+        return log_weights, means, 0.5 * variances.log()
+
+    return map_groups(fit, x, index, num_groups, limit)
+
+
+def map_groups(
+    function: Callable[[Tensor, Tensor], Tensors], x: Tensor, index: Tensor, num_groups: int, limit: int
+) -> Tensors:
+    """Return tensors (G, ...) of groups of rows; zeros for empty groups.
+
+    Args:
+        function: from points (B, N, D) and mask (B, N) to tensors (B, ...); it is called for groups of similar size,
+            2^n to 2^(n + 1) - 1 rows, padded to the largest of them.
+        x: rows (E, D).
+        index: (E,), the group of each row.
+        num_groups: G.
+        limit: rows per group; those after them are dropped.
+    """
+    sizes = index.new_zeros(num_groups).scatter_add_(0, index, torch.ones_like(index))
+    first, order = sizes.cumsum(0) - sizes, index.argsort(stable=True)
+    sizes = sizes.clamp(max=limit)
+    exponents = torch.frexp(sizes.double()).exponent
+    groups, found = [], []
+    for exponent in exponents.unique():
+        group = (exponents == exponent).nonzero().squeeze(1)
+        largest = int(sizes[group].max())
+        if largest:
+            rank = torch.arange(largest, device=x.device)
+            mask = rank < sizes[group].unsqueeze(1)
+            rows = order[first[group].unsqueeze(1) + torch.where(mask, rank, 0)]
+            groups.append(group)
+            found.append(function(x.index_select(0, rows.flatten()).view(*mask.shape, -1), mask))
+    if not groups:  # data-parallel training needs a gradient of every parameter and of the rows, here of zero
+        nothing = x.new_zeros(1, 1, x.shape[1]) + x[:0].sum()
+        found = [tuple(part[:0] for part in function(nothing, torch.zeros_like(nothing[..., 0], dtype=torch.bool)))]
+        groups = [index[:0]]
+    parts = (torch.cat(part) for part in zip(*found, strict=True))
+    return tuple(part.new_zeros(num_groups, *part.shape[1:]).index_copy(0, torch.cat(groups), part) for part in parts)
