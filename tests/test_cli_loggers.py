@@ -10,7 +10,7 @@ import yaml
 
 from em_lightning import cli
 from em_lightning.callbacks import EMAudit, PosteriorMonitor
-from em_lightning.plots import tensorboard
+from em_lightning.plots import figures
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
@@ -38,7 +38,7 @@ LOGGERS = {
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    tensorboard._say_once.cache_clear()
+    figures._say_once.cache_clear()
     return tmp_path
 
 

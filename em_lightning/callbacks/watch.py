@@ -15,7 +15,7 @@ from em_lightning.competition import softmin
 from em_lightning.distributed import global_sum
 from em_lightning.losses import EMLoss
 from em_lightning.metrics import layer_metrics
-from em_lightning.plots.tensorboard import tensorboard_writers
+from em_lightning.plots.figures import tensorboard_writers
 from em_lightning.scope import Audit, audit, curvature
 from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of

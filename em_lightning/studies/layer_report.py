@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from em_lightning.plots.style import DIVERGING, figure_style, new_grid
+from em_lightning.plots.figures import DIVERGING, figure_style, new_figure
 from em_lightning.studies.report import Findings, Report
 
 _PANELS = {
@@ -138,7 +138,7 @@ def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
 def _prototype_grid(prototypes: Tensor, shape: Sequence[int]) -> Figure:
     """Draw the weights (K, H * W) of each unit as an image (H, W), all on one symmetric colour scale."""
     images = prototypes.detach().float().cpu().unflatten(1, shape)
-    figure, axes = new_grid(len(images), 16, width=0.45, height=0.45)
+    figure, axes = new_figure(len(images), 16, width=0.45, height=0.45)
     limit = float(images.abs().max()) or 1.0
     for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
@@ -149,7 +149,7 @@ def _prototype_grid(prototypes: Tensor, shape: Sequence[int]) -> Figure:
 @figure_style()
 def _panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """Draw several series, by title, over the same x, each in its own panel."""
-    figure, axes = new_grid(len(series), 3, width=2.6, height=2.0, sharex=True)
+    figure, axes = new_figure(len(series), 3, width=2.6, height=2.0, sharex=True)
     for ax, (title, y) in zip(axes, series.items(), strict=True):
         ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
         ax.set(title=title, xlabel=xlabel)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
-from em_lightning.plots import curves, mixture_grid, mixture_page
+from em_lightning.plots import curves, mixture_grid
 from em_lightning.studies.density_fits import (
     TRAINED,
     Clouds,
@@ -22,6 +22,7 @@ from em_lightning.studies.density_fits import (
     sklearn_mixtures,
     tune,
 )
+from em_lightning.studies.page import mixture_page
 from em_lightning.studies.report import Findings, Report
 
 _LABEL = "held-out log-likelihood per point (nats)"
