@@ -204,7 +204,7 @@ class _Clock(lightning.Callback):
         self.epochs, self.inside = [], []
 
     def on_fit_start(self, trainer, module):
-        learn = module.learner.learn
+        learn = module.learn
 
         def timed(*arguments):
             begin = time.perf_counter()
@@ -212,7 +212,7 @@ class _Clock(lightning.Callback):
             self.inside[-1] += time.perf_counter() - begin
             return loss
 
-        module.learner.learn = timed
+        module.learn = timed
 
     def on_train_epoch_start(self, trainer, module):
         self.begin = time.perf_counter()

@@ -52,7 +52,7 @@ CASES = {
         "amortized_clustering",
         *("--model.num_starts=2", "--model.num_iters=3", "--data.batch_size=4", "--data.train_batches=6"),
         *("--data.val_sets=16", "--data.test_sets=16", "--trainer.max_epochs=8", "--trainer.check_val_every_n_epoch=2"),
-        *("--report.classical=false", "--report.transfer_sets=0", "--data.held_out=50"),
+        *("--report.classical=false", "--data.held_out=50"),
     ],
     "swap_activations": ["swap_activations", "--trainer.max_epochs=12"],
     "point_cloud_classifier": [

@@ -19,14 +19,28 @@ from itertools import product
 from pathlib import Path
 from time import process_time
 
+import numpy as np
 import torch
+from sklearn.mixture import BayesianGaussianMixture
+from threadpoolctl import threadpool_limits
 
 from em_lightning import EMOperator
 from em_lightning.data import GeometricShapes, ProceduralSurfaces, Shape
 from em_lightning.data.base import generator_of
 from em_lightning.modules import PointCloudGMM
-from em_lightning.studies.density_fits import Clouds, Method, baselines, measure, tune
-from em_lightning.studies.mixture_report import learned_result
+from em_lightning.studies.density_fits import (
+    TRAINED,
+    Clouds,
+    Method,
+    baselines,
+    each,
+    em_scores,
+    learned,
+    measure,
+    sklearn_scores,
+    tune,
+)
+from em_lightning.studies.report import fit_sklearn
 
 SIZES, NOISES = (32, 64, 128, 256, 512, 1024, 2048), (0.0, 0.02)
 NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512
@@ -43,6 +57,58 @@ def clouds_of(size, noise, split, number, seed=1000, **options):
     batch = next(iter(data.loader(split)))
     flat = torch.tensor([name in FLAT for name in data.class_names])[batch.label]
     return Clouds(batch.points[:, :size], batch.held_out[:, :HELD_OUT]), flat
+
+
+def methods_of(size):
+    """Return the methods for clouds of one size with fine grids, and three slow ones."""
+    found = baselines(size, fine=True)
+    grids = {method.name: method.grid for method in found}
+    floors = [setting["floor"] for setting in grids["EM, tuned"]]
+    shares = sorted({setting["prior"]["covariance"] for setting in grids["MAP-EM, tuned"]})
+    tried = [{**setting, "n_init": 10} for setting in grids["scikit-learn, tuned"]]
+    bayesian = each(covariance_share=shares, weight_concentration_prior=(0.01, 1.0))
+    return [
+        *found,
+        Method("EM, floor cross-validated", cross_validated_scores, each(steps=(5, 20), floors=(floors,))),
+        Method("scikit-learn, n_init=10, tuned", sklearn_scores, tried),
+        Method("BayesianGaussianMixture, tuned", bayesian_scores, bayesian),
+    ]
+
+
+def cross_validated_scores(clouds, components, steps, floors):
+    """Score EM whose floor each cloud chooses by the mean log-likelihood of five folds of its own points."""
+    points = clouds.points
+    fold = torch.arange(points.shape[1]) % 5
+    options = {"init": "kmeans++", "residual": False}
+    operators = [EMOperator(components, points.shape[-1], covariance_floor=f, **options).eval() for f in floors]
+    levels = torch.zeros(len(floors), len(points))
+    for operator, level in zip(operators, levels, strict=True):
+        for out in range(5):
+            mixture = operator(points, (fold != out).expand(points.shape[:2]), num_iters=steps)
+            level += mixture.log_prob(points[:, fold == out]).sum(1)
+    best, scores = levels.argmax(0), torch.zeros(len(points))
+    for i in best.unique().tolist():
+        chosen = best == i
+        part = Clouds(points[chosen], clouds.held_out[chosen])
+        ((_, scores[chosen]),) = em_scores(part, components, floors[i], steps=steps)
+    yield {"steps": steps, "floors": floors}, scores
+
+
+def bayesian_scores(clouds, components, covariance_share, weight_concentration_prior):
+    """Score scikit-learn's Bayesian mixtures; the share is that of the prior's covariance in the variance."""
+    scores = []
+    for points, held_out in zip(clouds.points.double().numpy(), clouds.held_out.double(), strict=True):
+        estimator = BayesianGaussianMixture(
+            n_components=min(components, len(points)),
+            max_iter=300,
+            random_state=0,
+            covariance_prior=covariance_share * points.var() * np.eye(points.shape[1]),
+            weight_concentration_prior=weight_concentration_prior,
+        )
+        with threadpool_limits(1):
+            scores.append(fit_sklearn(estimator, points)[0].log_prob(held_out[None]).mean())
+    chosen = {"covariance_share": covariance_share, "weight_concentration_prior": weight_concentration_prior}
+    yield chosen, torch.stack(scores).float()
 
 
 def number_of(method):
@@ -70,10 +136,10 @@ def setting_of(folder, method, size, noise):
 
 def fits(folder, sizes, noises, names, module):
     """Measure each method on the test clouds; results that are in the folder are kept."""
-    trained = Method("learned", lambda clouds, _: iter([({}, learned_result(module, clouds).scores)]), [{}])
-    for name in names or [method.name for method in (*baselines(1024), trained)]:
+    trained = learned(module)
+    for name in names or [method.name for method in (*methods_of(1024), trained)]:
         for size in sizes:
-            for noise, method in product(noises, (*baselines(size), trained)):
+            for noise, method in product(noises, (*methods_of(size), trained)):
                 path = folder / f"{method.name}, {size}, {noise:g}.json"
                 if method.name != name or path.exists():
                     continue
@@ -91,11 +157,11 @@ def load(folder, method, size, noise):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def models(paths):
-    """Return the trained modules: the pretrained one, or checkpoints of several seeds."""
-    if not paths:
-        return [PointCloudGMM.pretrained()]
-    return [PointCloudGMM.load_from_checkpoint(path, **INFERENCE).eval() for path in paths]
+def model(path, **arguments):
+    """Return the trained module of a checkpoint, or the pretrained one for ``None``."""
+    if path is None:
+        return PointCloudGMM.pretrained(**arguments)
+    return PointCloudGMM.load_from_checkpoint(path, **INFERENCE, **arguments).eval()
 
 
 def mean_error(values):
@@ -105,7 +171,7 @@ def mean_error(values):
 def table(folder, modules, sizes, noises):
     """Print held-out likelihood and time by size and noise, and the paired gain over the best classical fit."""
     for noise in noises:
-        names = [method.name for method in baselines(1024)]
+        names = [method.name for method in methods_of(1024)]
         print(f"\n### Noise {noise:g}\n\n| method | " + " | ".join(f"N = {size}" for size in sizes) + " |")
         print("|---|" + "---|" * len(sizes))
         results = {size: {name: load(folder, name, size, noise) for name in names} for size in sizes}
@@ -121,14 +187,14 @@ def table(folder, modules, sizes, noises):
             found = []
             for module in modules:
                 torch.manual_seed(0)
-                found.append(learned_result(module, test))
+                found.append(measure(learned(module), test, 16, {}))
             scores = found[0].scores
             lines["learned"].append(f"{scores.mean():.3f} ({1e3 * found[0].seconds:.1f} ms)")
-            lines["of seeds"].append(", ".join(f"{each.scores.mean():.3f}" for each in found))
+            lines["of seeds"].append(", ".join(f"{one.scores.mean():.3f}" for one in found))
             rivals = {}
-            for name, each in results[size].items():
-                if each:
-                    other = torch.tensor(each["scores"])
+            for name, rival in results[size].items():
+                if rival:
+                    other = torch.tensor(rival["scores"])
                     rivals[name] = (scores[: len(other)] - other, flat[: len(other)])
             name = min(rivals, key=lambda name: float(rivals[name][0].mean()))
             gain, kind = rivals[name]
@@ -155,14 +221,14 @@ def meshes(size, noise):
     for i, mesh in enumerate(made * 6):
         shape = Shape.of(torch.tensor(mesh.vertices), torch.tensor(mesh.faces))
         generator = generator_of(7, i)
-        drawn = shape.content.sample(size + HELD_OUT, generator)
+        drawn = shape.sample(size + HELD_OUT, generator)
         drawn = drawn + noise * torch.randn(drawn.shape, generator=generator)
         points.append(drawn[:size])
         held_out.append(drawn[size:])
     return Clouds(torch.stack(points), torch.stack(held_out))
 
 
-def elsewhere(folder, module, root, sizes):
+def elsewhere(folder, checkpoint, root, sizes):
     """Print the gain of the untouched model over the classical fits on other data, with their tuned settings."""
     print("| data | K | N | best classical fit | its level | learned | gain |\n|---|---|---|---|---|---|---|")
     for size in sizes:
@@ -187,7 +253,7 @@ def elsewhere(folder, module, root, sizes):
                 cases[f"GeometricShapes, noise {noise:g}"] = (clouds, 16, noise)
         for name, (clouds, components, noise) in cases.items():
             rivals = {}
-            for method in baselines(size):
+            for method in methods_of(size):
                 found = load(folder, method.name, size, noise)
                 if found is None or number_of(method) < NUM_TEST:
                     continue
@@ -196,9 +262,10 @@ def elsewhere(folder, module, root, sizes):
                     found = {"setting": tune(method, val, components)}
                 rivals[method.name] = measure(method, clouds, components, found["setting"]).scores
             best = max(rivals, key=lambda name: float(rivals[name].mean()))
-            learned = learned_result(module.for_components(components), clouds).scores
-            cells = (name, components, size, best, f"{rivals[best].mean():.3f}", f"{learned.mean():.3f}")
-            print("| " + " | ".join(map(str, cells)) + f" | {mean_error(learned - rivals[best])} |", flush=True)
+            other = model(checkpoint, num_components=components)
+            own = measure(learned(other), clouds, components, {}).scores
+            cells = (name, components, size, best, f"{rivals[best].mean():.3f}", f"{own.mean():.3f}")
+            print("| " + " | ".join(map(str, cells)) + f" | {mean_error(own - rivals[best])} |", flush=True)
 
 
 def chamfer(one, other):
@@ -256,11 +323,11 @@ def surface_of(split, number):
 def times(folder, module, sizes):
     """Print milliseconds of one core per cloud of each method, fitting and evaluating 512 held-out points."""
     print("| method | " + " | ".join(f"N = {size}" for size in sizes) + " |\n|---|" + "---|" * len(sizes))
-    methods = baselines(1024)
-    cells = {name: [] for name in [*(method.name for method in methods), "learned"]}
+    methods = methods_of(1024)
+    cells = {name: [] for name in [*(method.name for method in methods), TRAINED]}
     for size in sizes:
         test, _ = clouds_of(size, 0.02, "test", 32)
-        for method in baselines(size):
+        for method in methods_of(size):
             found = load(folder, method.name, size, 0.02) or load(folder, method.name, size, 0.0)
             part = first(test, 4 if "scikit" in method.name or "Bayes" in method.name else 32)
             if found is None:
@@ -270,10 +337,10 @@ def times(folder, module, sizes):
             began = process_time()
             measure(method, part, 16, found["setting"])
             cells[method.name].append(f"{1e3 * (process_time() - began) / len(part.points):.1f}")
-        learned_result(module, first(test, 1))
+        measure(learned(module), first(test, 1), 16, {})
         began = process_time()
-        learned_result(module, test)
-        cells["learned"].append(f"{1e3 * (process_time() - began) / len(test.points):.1f}")
+        measure(learned(module), test, 16, {})
+        cells[TRAINED].append(f"{1e3 * (process_time() - began) / len(test.points):.1f}")
     for name, row in cells.items():
         print(f"| {name} | " + " | ".join(row) + " |", flush=True)
 
@@ -298,22 +365,23 @@ def main():
     parser.add_argument("--root", help="raw.zip of GeometricShapes")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    paths = args.checkpoints or [None]
     sizes, noises = [int(x) for x in args.sizes.split(",")], [float(x) for x in args.noise.split(",")]
     torch.set_num_threads(1)
     with torch.no_grad():
         if args.what == "fits":
             names = [name for name in args.methods.split(";") if name]
-            fits(args.folder, sizes, noises, names, models(args.checkpoints)[0])
+            fits(args.folder, sizes, noises, names, model(paths[0]))
         elif args.what == "table":
-            table(args.folder, models(args.checkpoints), sizes, noises)
+            table(args.folder, [model(path) for path in paths], sizes, noises)
         elif args.what == "elsewhere":
-            elsewhere(args.folder, models(args.checkpoints)[0], args.root, sizes)
+            elsewhere(args.folder, paths[0], args.root, sizes)
         elif args.what == "resample":
-            resample(args.folder, models(args.checkpoints)[0], sizes)
+            resample(args.folder, model(paths[0]), sizes)
         elif args.what == "times":
-            times(args.folder, models(args.checkpoints)[0], sizes)
+            times(args.folder, model(paths[0]), sizes)
         else:
-            store(args.checkpoints[0])
+            store(paths[0])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import callbacks, studies
 from em_lightning.data import Digits, GaussianBlobs, MixtureSets, ProceduralSurfaces
-from em_lightning.modules import AmortizedClustering, EMClassifier, EMModule, GaussianMixtureModule, PointCloudGMM
+from em_lightning.modules import AmortizedClustering, EMModule, GaussianMixtureModule, PointCloudGMM
 
 
 class Small(EMModule):
@@ -69,7 +69,7 @@ def operated(folder: str) -> str:
 
 
 def clustering() -> list[lightning.Callback]:
-    return [studies.ClusteringReport(sizes=(30,), components=(3,), transfer_sets=4)]
+    return [studies.ClusteringReport()]
 
 
 SCRATCH = tempfile.TemporaryDirectory()
@@ -82,7 +82,6 @@ CASES = {
     "PosteriorMonitor": lambda: [callbacks.PosteriorMonitor("hidden", every_n_steps=10, figures=False)],
     "EMAudit": lambda: [callbacks.EMAudit(printed=False)],
     "StepSeeds": lambda: [callbacks.StepSeeds()],
-    "TimeLeft": lambda: [callbacks.TimeLeft()],
     "RestoreSurgery": lambda: [callbacks.RestoreSurgery(operated(SCRATCH.name))],
     "LayerReport": lambda: [studies.LayerReport(figures=False)],
     "MixtureReport": lambda: [studies.MixtureReport(sizes=(16, 32), num_pictured=2)],
@@ -95,7 +94,7 @@ def subject(name: str) -> tuple[lightning.LightningModule, dict[str, Any]]:
     """Return a model and the data arguments of ``fit``."""
     torch.manual_seed(0)
     if name == "LayerReport":
-        return EMClassifier(64, 8), {"datamodule": Digits(batch_size=32)}
+        return studies.EMClassifier(64, 8), {"datamodule": Digits(batch_size=32)}
     if name == "MixtureReport":
         sizes = {"num_points": 32, "batch_size": 2, "train_clouds": 64, "val_clouds": 2, "test_clouds": 4}
         return PointCloudGMM(2, num_iters=2), {"datamodule": ProceduralSurfaces(**sizes)}

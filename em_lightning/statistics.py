@@ -10,7 +10,14 @@ from em_lightning.registry import Registry
 
 
 class Statistic(nn.Module):
-    """Base class of the summaries of a posterior; a subclass defines :meth:`forward`."""
+    """Base class of the summaries of a posterior; a subclass defines :meth:`forward`.
+
+    Example:
+        >>> from em_lightning.competition import softmin
+        >>> posterior, values = softmin(torch.tensor([1.0, 1.0])), torch.tensor([2.0, 4.0])
+        >>> Responsibilities()(posterior), Mean()(posterior, values), Variance()(posterior, values)
+        (tensor([0.5000, 0.5000]), tensor(3.), tensor(1.))
+    """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         """Return the statistic of a posterior.
@@ -19,6 +26,9 @@ class Statistic(nn.Module):
             posterior: posterior over K hypotheses on axis ``dim``.
             values: one number (K,) or one vector (..., K, V) per hypothesis, for statistics of values.
             dim: axis of the hypotheses.
+
+        Raises:
+            ValueError: values are needed, but None, or their number differs from that of the hypotheses.
         """
         raise NotImplementedError
 
@@ -34,13 +44,7 @@ def _required(values: Tensor | None, statistic: str) -> Tensor:
 
 @STATISTICS.register("responsibilities")
 class Responsibilities(Statistic):
-    """The responsibilities r, shape (..., K).
-
-    Example:
-        >>> from em_lightning.competition import softmin
-        >>> Responsibilities()(softmin(torch.tensor([1.0, 1.0])))
-        tensor([0.5000, 0.5000])
-    """
+    """The responsibilities r, shape (..., K)."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         return posterior.responsibilities
@@ -48,16 +52,7 @@ class Responsibilities(Statistic):
 
 @STATISTICS.register("mean")
 class Mean(Statistic):
-    """The posterior mean sum_k r_k v_k: values (K,) give (...), values (..., K, V) give (..., V).
-
-    Raises:
-        ValueError: ``values`` is None or has another number of hypotheses.
-
-    Example:
-        >>> from em_lightning.competition import softmin
-        >>> Mean()(softmin(torch.tensor([1.0, 1.0])), torch.tensor([2.0, 4.0]))
-        tensor(3.)
-    """
+    """The posterior mean sum_k r_k v_k: values (K,) give (...), values (..., K, V) give (..., V)."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         return posterior.mean(_required(values, "mean"), dim)
@@ -65,13 +60,7 @@ class Mean(Statistic):
 
 @STATISTICS.register("variance")
 class Variance(Statistic):
-    """The posterior variance sum_k r_k (v_k - mean)^2; shapes as in :class:`Mean`.
-
-    Example:
-        >>> from em_lightning.competition import softmin
-        >>> Variance()(softmin(torch.tensor([1.0, 1.0])), torch.tensor([2.0, 4.0]))
-        tensor(1.)
-    """
+    """The posterior variance sum_k r_k (v_k - mean)^2; shapes as in :class:`Mean`."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         return posterior.variance(_required(values, "variance"), dim)
@@ -79,13 +68,7 @@ class Variance(Statistic):
 
 @STATISTICS.register("entropy")
 class Entropy(Statistic):
-    """The entropy -sum_k r_k log r_k in nats, shape (...).
-
-    Example:
-        >>> from em_lightning.competition import softmin
-        >>> Entropy()(softmin(torch.tensor([1.0, 1.0])))
-        tensor(0.6931)
-    """
+    """The entropy -sum_k r_k log r_k in nats, shape (...)."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         return posterior.entropy(dim)
@@ -93,14 +76,7 @@ class Entropy(Statistic):
 
 @STATISTICS.register("mode")
 class Mode(Statistic):
-    """The index of the hypothesis with the largest responsibility, shape (...), or its value; without gradient to d.
-
-    Example:
-        >>> from em_lightning.competition import softmin
-        >>> posterior = softmin(torch.tensor([3.0, 1.0]))
-        >>> Mode()(posterior), Mode()(posterior, torch.tensor([-1.0, 7.0]))
-        (tensor(1), tensor(7.))
-    """
+    """The index of the hypothesis with the largest responsibility, shape (...), or its value; without gradient to d."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         if values is None:
@@ -111,13 +87,7 @@ class Mode(Statistic):
 
 @STATISTICS.register("log_responsibilities")
 class LogResponsibilities(Statistic):
-    """The log-responsibilities log r_k, shape (..., K), bounded below by the smallest normal number (log: -87.3).
-
-    Example:
-        >>> from em_lightning.competition import softmin
-        >>> LogResponsibilities()(softmin(torch.tensor([1.0, 1.0, torch.inf])))
-        tensor([ -0.6931,  -0.6931, -87.3365])
-    """
+    """The log-responsibilities log r_k, shape (..., K), bounded below by the smallest normal number (log: -87.3)."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         r = posterior.responsibilities
@@ -130,11 +100,6 @@ class NegLogResponsibilities(Statistic):
 
     For softmin at T = 1 it is d + logsumexp(-d) = -log r, exact for any size of the energies. It is positive for every
     operator whose free energy is below the lowest energy.
-
-    Example:
-        >>> from em_lightning.competition import softmin
-        >>> NegLogResponsibilities()(softmin(torch.tensor([1.0, 1.0, 900.0])))
-        tensor([6.9315e-01, 6.9315e-01, 8.9969e+02])
 
     Source: Oursland, the neg-log-softmin activation of the supervised study of implicit EM.
     """

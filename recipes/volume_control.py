@@ -11,8 +11,7 @@ lightning_logs/volume_control. Without --data.root MNIST is downloaded.
 
 from em_lightning.cli import Recipe
 from em_lightning.data import TensorDataModule
-from em_lightning.modules import EnergyLayer
-from em_lightning.studies import LayerReport
+from em_lightning.studies import EnergyLayer, LayerReport
 
 recipe = Recipe(
     __file__,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from contracts import ActivationChecks
 
 from em_lightning.activations import (
     ACTIVATIONS,
@@ -20,7 +21,6 @@ from em_lightning.activations import (
     SparseminActivation,
 )
 from em_lightning.kernels import GaussianKernel, StudentTKernel
-from em_lightning.testing.activations import ActivationContract
 
 TEN = [
     "direction",
@@ -46,47 +46,47 @@ SCALAR_KERNELS = {
 }
 
 
-class TestSigned(ActivationContract):
+class TestSigned(ActivationChecks):
     def make(self, **arguments):
         return SignedActivation(**arguments)
 
 
-class TestSignedStudentT(ActivationContract):
+class TestSignedStudentT(ActivationChecks):
     def make(self, **arguments):
         return SignedActivation({"name": "student_t", "df": 2.0, "density": True}, margin=0.5, **arguments)
 
 
-class TestGated(ActivationContract):
+class TestGated(ActivationChecks):
     def make(self, **arguments):
         return GatedActivation(**arguments)
 
 
-class TestNegLogSoftmin(ActivationContract):
+class TestNegLogSoftmin(ActivationChecks):
     def make(self, **arguments):
         return NegLogSoftminActivation(**arguments)
 
 
-class TestLogSoftmax(ActivationContract):
+class TestLogSoftmax(ActivationChecks):
     def make(self, **arguments):
         return LogSoftmaxActivation(**arguments)
 
 
-class TestSoftmaxGated(ActivationContract):
+class TestSoftmaxGated(ActivationChecks):
     def make(self, **arguments):
         return SoftmaxGatedActivation(**arguments)
 
 
-class TestReLUGated(ActivationContract):
+class TestReLUGated(ActivationChecks):
     def make(self, **arguments):
         return ReLUGatedActivation(**arguments)
 
 
-class TestResidualSoftmax(ActivationContract):
+class TestResidualSoftmax(ActivationChecks):
     def make(self, **arguments):
         return ResidualSoftmaxActivation(**arguments)
 
 
-class TestGrouped(ActivationContract):
+class TestGrouped(ActivationChecks):
     def make(self, **arguments):
         return GroupedActivation(**arguments)
 
@@ -94,20 +94,20 @@ class TestGrouped(ActivationContract):
         return torch.arange(size).reshape(-1, 2)[torch.randperm(size // 2)].flip(1).flatten()
 
 
-class TestSparsemin(ActivationContract):
+class TestSparsemin(ActivationChecks):
     def make(self, **arguments):
         return SparseminActivation(**arguments)
 
 
-class TestDirection(ActivationContract):
+class TestDirection(ActivationChecks):
     def make(self, **arguments):
         return DirectionActivation(**arguments)
 
 
 def test_every_activation_is_registered_and_has_a_contract():
     assert sorted(ACTIVATIONS) == TEN
-    contracts = [cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, ActivationContract)]
-    covered = {type(cls().make()) for cls in contracts if cls is not ActivationContract}
+    contracts = [cls for cls in globals().values() if isinstance(cls, type) and issubclass(cls, ActivationChecks)]
+    covered = {type(cls().make()) for cls in contracts if cls is not ActivationChecks}
     assert covered == {ACTIVATIONS[key] for key in ACTIVATIONS}
 
 

@@ -82,7 +82,7 @@ def data(ranks):
 
 
 def losses():
-    return [LayerwiseEMLoss("encoder.1", weight=WEIGHT), LayerwiseEMLoss("encoder.3", weight="auto", auto_every=2)]
+    return [LayerwiseEMLoss("encoder.1", weight=WEIGHT), LayerwiseEMLoss("encoder.3", weight="auto")]
 
 
 def fit(folder, model, ranks, callbacks, **options):

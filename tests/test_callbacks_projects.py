@@ -112,7 +112,7 @@ def test_every_counts_batches(cls, tmp_path):
 @pytest.mark.parametrize("cls", [Gan, Reversed])
 def test_automatic_weights_are_measured_on_the_loss_of_the_owner(cls, toggle, tmp_path):
     model = cls(toggle)
-    callback = LayerwiseEMLoss("critic.0", verbose=False, auto_every=1)
+    callback = LayerwiseEMLoss("critic.0", verbose=False)
     fit(tmp_path, model, callback, limit_train_batches=1)
     x = next(iter(users.MLP.data()))[0]
     taps = torch.cat([model.critic[0](model.generator(x).detach()), model.critic[0](x)]).detach().requires_grad_()
@@ -393,15 +393,3 @@ def test_fine_tuning_from_a_plain_checkpoint_gets_advice_that_works(tmp_path):
 def test_a_repeated_argument_is_named():
     with pytest.raises(TypeError, match="arguments=.*repeats dim"):
         SwapActivations("softmax_gated", arguments={"dim": 1})
-
-
-@pytest.mark.parametrize("make", [SwapActivations, lambda: InsertEMOperator("encoder.2", verbose=False)])
-def test_a_plain_load_that_drops_a_surgery_warns(make, tmp_path):
-    trainer = fit(tmp_path, model := users.MLP(), make())
-    trainer.save_checkpoint(tmp_path / "changed.ckpt")
-    state = torch.load(tmp_path / "changed.ckpt")["state_dict"]
-    with pytest.warns(
-        UserWarning, match="strict=False drops the surgery at encoder.*RestoreSurgery or restore_surgery"
-    ):
-        users.MLP().load_state_dict(state, strict=False)
-    model.load_state_dict(state, strict=False)  # the changed model takes all of it

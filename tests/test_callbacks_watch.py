@@ -196,3 +196,19 @@ def test_the_first_tensor_of_a_tuple_is_monitored(tmp_path):
     trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("odd", every_n_steps=1, dim=-1, verbose=False)])
     trainer.fit(Odd(lambda x: (x, 3)), users.MLP.data())
     assert any(key.startswith("em/odd/") for key in trainer.callback_metrics)
+
+
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("disk full")
+
+    callbacks = [EMAudit(printed=False), PosteriorMonitor("encoder.1", every_n_steps=1, verbose=False)]
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(logger.experiment, "add_text", full)
+    monkeypatch.setattr(logger.experiment, "add_histogram", full)
+    trainer = users.trainer(tmp_path, 1, callbacks, logger=logger)
+    with pytest.warns(UserWarning, match="disk full") as caught:
+        trainer.fit(users.MLP(), users.MLP.data())
+    found = [str(one.message).split()[0] for one in caught if "disk full" in str(one.message)]
+    assert found == ["EMAudit", "PosteriorMonitor"]
+    assert trainer.global_step == 3 and any(one.em for one in callbacks[0].audit)

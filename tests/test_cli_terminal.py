@@ -1,5 +1,6 @@
 """What a recipe prints on a terminal: lines that fit, numbers in one piece, no advertisements, and its result last."""
 
+import io
 import os
 import re
 import struct
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from em_lightning import cli
 from em_lightning.studies.results import fitted_table, verdict
@@ -60,7 +62,9 @@ def test_a_run_on_a_terminal(tmp_path):
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 def test_a_table_keeps_its_numbers_in_one_piece(width):
-    lines = fitted_table(ROWS, width).splitlines()
+    console = Console(width=width, file=io.StringIO())
+    console.print(fitted_table(ROWS), crop=False)
+    lines = console.file.getvalue().rstrip().splitlines()
     assert sum("-1.235" in line for line in lines) == sum("2.716 ± 0.0093" in line for line in lines) == 2
     assert width < 60 or max(map(len, lines)) <= width
 

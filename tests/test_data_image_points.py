@@ -15,16 +15,16 @@ def mnist(folder, **options):
 
 
 def test_points_are_bright_pixels_drawn_equally_often(tmp_path):
-    module, arrays = mnist(tmp_path / "set", num_points=40)
+    module, arrays = mnist(tmp_path / "set", num_points=1000)
     (batch,) = module.test_dataloader()
     assert batch.mask.all() and batch.label.tolist() == arrays["t10k"][1].tolist()
     for points, image in zip(batch.points, arrays["t10k"][0], strict=True):
         rows, columns = np.nonzero(image > 127.5)
-        expected = {(2 * c - 4, 4 - 2 * r) for r, c in zip(rows, columns, strict=True)}
-        places, times = points.mul(5).round().unique(dim=0, return_counts=True)
+        expected = {(2 * c - 27, 27 - 2 * r) for r, c in zip(rows, columns, strict=True)}
+        places, times = points.mul(28).round().unique(dim=0, return_counts=True)
         assert {tuple(place) for place in places.tolist()} == expected
-        assert times.sum() == 40 and times.max() - times.min() <= 1
-        torch.testing.assert_close(points * 5, points.mul(5).round())
+        assert times.sum() == 1000 and times.max() - times.min() <= 1
+        torch.testing.assert_close(points * 28, points.mul(28).round(), rtol=0, atol=1e-4)
 
 
 def test_fewer_points_than_pixels_are_drawn_without_replacement(tmp_path):
@@ -72,9 +72,7 @@ def test_an_image_without_bright_pixels_is_an_empty_set():
     images[1, 0, 1, 2] = 1.0
     pixels, counts = data.bright_pixels(images, 0.5)
     assert pixels.tolist() == [[0], [6]] and counts.tolist() == [0, 1]
-    tensors = [pixels, counts, torch.tensor([0, 1])]
-    batches = data.PointSetBatches(tensors, 2, shuffle=False, shape=(4, 4), num_points=3, jitter=0.1, split="val")
-    (batch,) = batches
+    batch = data.ImagePointSets(num_points=3).draw(pixels, counts, torch.tensor([0, 1]), torch.Generator())
     assert batch.mask.tolist() == [[False] * 3, [True] * 3] and (batch.points[0] == 0).all()
 
 

@@ -5,13 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from em_lightning import LOSSES, EMLoss
 from em_lightning.distributed import batch_mean, batch_moments, flatten_units, global_sum
 from em_lightning.losses import FreeEnergyLoss
-from em_lightning.testing.distributed import run_ranks
 
 DOUBLE = torch.float64
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from helpers import parts
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
 from test_gaussian_mixture import KINDS, assert_same, rows, sklearn_of, start_of, trainer
 
 import em_lightning
 from em_lightning.data import TabularDataModule
 from em_lightning.modules import GaussianMixtureModule
-from em_lightning.testing.distributed import run_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),

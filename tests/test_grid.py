@@ -37,7 +37,7 @@ def write_table(name="small.yaml", epochs=4, seeds=(1, 2), **rows):
         "mean": {"arguments": {"model.free_energy": 0.0}, "published": {"dead_units": 0}},
     }
     table = {
-        "model": {"class_path": "em_lightning.modules.DecoderFreeEncoder", "init_args": {"num_components": 8}},
+        "model": {"class_path": "em_lightning.studies.DecoderFreeEncoder", "init_args": {"num_components": 8}},
         "trainer": {
             "max_epochs": epochs,
             "enable_progress_bar": False,
@@ -79,9 +79,7 @@ def test_a_table_is_run_and_continued(here, capfd):
     assert cli.main(["run", "decoder_free_sae", "--config", "small.yaml"]) == 0
     after = {path: path.stat().st_mtime_ns for path in cells(here)}
     assert set(after) - set(before) == {missing} and all(after[path] == before[path] for path in before)
-    again = json.loads(missing.read_text())  # trained alone, not together with seed 1
-    assert again["values"]["loss"] == pytest.approx(values[name]["values"]["loss"], rel=1e-3)
-    assert again["history"][-1]["epoch"] == 4
+    assert json.loads(missing.read_text())["values"] == values[name]["values"]
 
     # Another table takes over the cells that it shares.
     shared = ["--config", write_table("shared.yaml", seeds=[2], published={"published": {"l0": 1}})]
@@ -110,16 +108,13 @@ def test_an_interrupted_row_resumes_from_its_checkpoint(here, monkeypatch):
         grid.run_row(lambda: recipe, row)
         return [json.loads(cell.result.read_text()) for cell in row]
 
-    for seeds in ([1, 2], [1]):  # together, and one alone
-        with pytest.raises(RuntimeError, match="published, seed 1: .*stopped by the test"):
-            run(seeds, stop=True)
-        resumed = run(seeds)
-        shutil.rmtree("lightning_logs")
-        straight = run(seeds)
-        shutil.rmtree("lightning_logs")
-        for found, expected in zip(resumed, straight, strict=True):
-            assert [each["epoch"] for each in found["history"]] == [1, 2, 3, 4]
-            assert found["values"] == pytest.approx(expected["values"], rel=1e-6)
+    with pytest.raises(RuntimeError, match="published, seed 1: .*stopped by the test"):
+        run([1, 2], stop=True)
+    resumed = run([1, 2])
+    shutil.rmtree("lightning_logs")
+    for found, expected in zip(resumed, run([1, 2]), strict=True):
+        assert [each["epoch"] for each in found["history"]] == [1, 2, 3, 4]
+        assert found["values"] == pytest.approx(expected["values"], rel=1e-6)
     assert torch.get_num_threads() == 1
 
 

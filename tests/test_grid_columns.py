@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from em_lightning.cli import find_recipe, load_recipe, run
+from em_lightning.cli import run
 from em_lightning.studies import grid
 
 
@@ -44,19 +44,3 @@ def test_swapped_activations_are_measured_from_a_config(tmp_path, monkeypatch, c
     found = json.loads((tmp_path / "lightning_logs/swap_activations/one/results.json").read_text())["values"]
     assert {"accuracy %", "calibration_error %", "activation1/dead_units", "activation2/redundancy"} <= set(found)
     assert "Data: scikit-learn's digits" in capsys.readouterr().out
-
-
-def test_a_module_without_an_optimizer_trains_one_seed_after_the_other(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = [
-        "--model=em_lightning.studies.MixtureEncoder", "--model.num_components=4", "--model.subspace=3",
-        "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=1", "--data=Digits",
-    ]  # fmt: skip
-    cells = []
-    for seed in (1, 2):
-        folder = tmp_path / f"lightning_logs/decoder_free_sae/cell{seed}"
-        own = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version=cell{seed}"]
-        cells.append(grid.Cell("mixture", seed, [*given, *own], folder))
-    grid.run_row(lambda: load_recipe(find_recipe("decoder_free_sae")), cells)
-    losses = [json.loads(cell.result.read_text())["values"]["free_energy"] for cell in cells]
-    assert np.isfinite(losses).all() and losses[0] != losses[1]

@@ -132,7 +132,7 @@ def test_missing_checkpoint_raises(tmp_path):
 
 def entry(**changes):
     kept = {"operation": "replace", "path": "1", "class_path": "torch.nn.modules.activation.SiLU", "init_args": {}}
-    return {**kept, "calls": None, "tied": None, "by": "them", **changes}
+    return {**kept, "calls": None, "target": [], "by": "them", **changes}
 
 
 def test_plan_of_a_checkpoint_builds_only_modules(tmp_path):

@@ -19,15 +19,14 @@ from em_lightning import data
 from em_lightning.data import images
 
 REAL = Path(os.environ.get("MNIST", Path(__file__).parents[2] / "shared/data/mnist"))
-CODES = {">u1": 8, ">i1": 9, ">i2": 11, ">i4": 12, ">f4": 13, ">f8": 14}
 
 
-def idx(array, code=8):
-    head = struct.pack(">HBB", 0, code, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+def idx(array):
+    head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     return head + array.tobytes()
 
 
-def write_set(folder, train=40, test=10, size=5, pack=False):
+def write_set(folder, train=40, test=10, size=28, pack=False):
     """Write the four files of a data set of random images, and return its arrays."""
     draw = np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
@@ -44,17 +43,16 @@ def write_set(folder, train=40, test=10, size=5, pack=False):
 # Files.
 
 
-@pytest.mark.parametrize("dtype", CODES)
 @settings(deadline=None)  # the machine may be busy
 @given(values=st.data())
-def test_idx_arrays_round_trip(tmp_path_factory, dtype, values):
-    array = values.draw(arrays(np.dtype(dtype), array_shapes(max_dims=4, max_side=4)))
+def test_idx_arrays_round_trip(tmp_path_factory, values):
+    array = values.draw(arrays(np.uint8, array_shapes(max_dims=4, max_side=4)))
     path = tmp_path_factory.mktemp("idx") / "file"
-    content = idx(array, CODES[dtype])
+    content = idx(array)
     path.write_bytes(gzip.compress(content, mtime=0) if len(content) % 2 else content)
     found = data.read_idx(path)
     np.testing.assert_array_equal(found.numpy(), array)
-    assert found.numpy().dtype == array.dtype.newbyteorder("=")
+    assert found.dtype == torch.uint8
 
 
 GOOD = idx(np.arange(6, dtype=np.uint8).reshape(2, 3))
@@ -68,12 +66,13 @@ PACKED = gzip.compress(GOOD, mtime=0)
         (b"\x00\x00", "IDX"),
         (b"P5 28 28 255", "IDX"),
         (b"\x00\x00\x07\x01" + bytes(8), "IDX"),
+        (b"\x00\x00\x0b\x01\x00\x00\x00\x01\x00\x00", "IDX"),
         (b"\x00\x00\x08\x00", "IDX"),
-        (GOOD[:-1], r"\(2, 3\).* 6 .* 5\)"),
-        (GOOD + b"\x00", r"\(2, 3\).* 6 .* 7\)"),
-        (GOOD[:10], "10 bytes"),
-        (b"\x00\x00\x08\x03" + b"\xff" * 12, "4294967295, 4294967295, 4294967295"),
-        (b"\x00\x00\x0e\xff" + b"\x00\x00\x00\x02" * 255, "shape"),
+        (GOOD[:-1], r"size 5 .*\(2,\s?3\)"),
+        (GOOD + b"\x00", r"size 7 .*\(2,\s?3\)"),
+        (GOOD[:10], "IDX"),
+        (b"\x00\x00\x08\x03" + b"\xff" * 12, "IDX"),
+        (b"\x00\x00\x08\xff" + b"\x00\x00\x00\x02" * 255, "IDX"),
         (PACKED[:-9], "damaged"),
         (PACKED[:-8] + b"12345678", "damaged"),
         (b"\x1f\x8b" + b"garbage of some length", "damaged"),
@@ -137,7 +136,7 @@ def test_uint8_is_converted_to_0_to_1():
         (lambda: data.TensorBatches([torch.zeros(2)], 0), "batch_size=0"),
         (lambda: data.Digits(val_size=-1), "val_size=-1"),
         (lambda: data.Digits(val_size=1437).setup(), "val_size=1437 .* 1437"),
-        (lambda: data.MNIST("nowhere"), "root='nowhere' .* t10k-images"),
+        (lambda: data.MNIST("nowhere").setup(), "root='nowhere' .* train-images"),
     ],
 )
 def test_wrong_arguments_raise(make, message):
@@ -172,11 +171,10 @@ def test_validation_split_does_not_depend_on_the_seed():
 def test_mnist_reads_four_files(tmp_path, pack):
     arrays = write_set(tmp_path, pack=pack)
     mnist = data.MNIST(str(tmp_path), batch_size=16, eval_batch_size=4)
-    assert (mnist.shape, mnist.num_features, mnist.num_classes) == ((1, 5, 5), 25, 10)
+    assert (mnist.shape, mnist.num_features, mnist.num_classes) == ((1, 28, 28), 784, 10)
     x, y = mnist.whole("train")
     np.testing.assert_allclose(x.numpy()[:, 0], arrays["train"][0] / np.float32(255), rtol=1e-6)
     np.testing.assert_array_equal(y.numpy(), arrays["train"][1])
-    assert mnist.num_classes == 3
     assert [len(part) for part, _ in mnist.train_dataloader()] == [16, 16, 8]
     assert [len(part) for part, _ in mnist.test_dataloader()] == [4, 4, 2]
     assert str(tmp_path) in mnist.describe() and "40 train, 10 test" in mnist.describe()
@@ -188,13 +186,13 @@ def test_mnist_reads_four_files(tmp_path, pack):
         (lambda root: (root / "t10k-labels-idx1-ubyte").unlink(), "has no t10k-labels-idx1-ubyte or"),
         (
             lambda root: (root / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((10, 4, 4), np.uint8))),
-            "-images",
+            r"t10k .*\(10, 4, 4\)",
         ),
         (
             lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(9, np.uint8))),
-            "t10k-labels.*10 labels.*(9,)",
+            r"t10k .*\(9,\)",
         ),
-        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 7, np.uint8))), "label 7"),
+        (lambda root: (root / "t10k-labels-idx1-ubyte").write_bytes(idx(np.full(10, 17, np.uint8))), "label 17"),
     ],
 )
 def test_mismatched_files_raise(tmp_path, spoil, message):
@@ -217,7 +215,6 @@ def mirror(tmp_path, monkeypatch, serve):
 
 def test_download_is_verified_and_cached(mirror):
     mnist = data.MNIST()
-    mnist.shape = (1, 5, 5)
     mnist.prepare_data()
     for path in (mirror / "served").iterdir():
         path.unlink()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from contracts import KernelChecks
 from torch import nn
 from torch.testing import assert_close
 
@@ -25,7 +26,6 @@ from em_lightning.kernels import (
     StudentTKernel,
     density_kernel,
 )
-from em_lightning.testing import KernelContract
 
 
 def norm(values):
@@ -36,7 +36,7 @@ def differences(x, center):
     return [a - b for a, b in zip(x, center, strict=True)]
 
 
-class TestGaussian(KernelContract):
+class TestGaussian(KernelChecks):
     def make(self, num_features):
         return GaussianKernel(scale=0.7, learnable=True)
 
@@ -44,7 +44,7 @@ class TestGaussian(KernelContract):
         return norm(differences(x, center)) ** 2 / (2 * 0.7**2)
 
 
-class TestStudentT(KernelContract):
+class TestStudentT(KernelChecks):
     density_features = (1,)
     reach = 1e9  # Cauchy distribution
 
@@ -55,7 +55,7 @@ class TestStudentT(KernelContract):
         return math.log(1 + norm(differences(x, center)) ** 2 / (3.0 * 0.7**2))
 
 
-class TestStudentTDensity(KernelContract):
+class TestStudentTDensity(KernelChecks):
     def make(self, num_features):
         return StudentTKernel(df=5.0, scale=0.7, learnable=True, density=True)
 
@@ -70,7 +70,7 @@ def sigma(num_features):
     return SIGMA[:num_features, :num_features]
 
 
-class TestMahalanobis(KernelContract):
+class TestMahalanobis(KernelChecks):
     def make(self, num_features):
         return MahalanobisKernel(num_features, covariance=sigma(num_features))
 
@@ -79,7 +79,7 @@ class TestMahalanobis(KernelContract):
         return float(z @ np.linalg.solve(sigma(len(x)).numpy(), z))
 
 
-class TestLaplace(KernelContract):
+class TestLaplace(KernelChecks):
     def make(self, num_features):
         return LaplaceKernel(scale=0.7, learnable=True)
 
@@ -87,7 +87,7 @@ class TestLaplace(KernelContract):
         return sum(abs(z) / 0.7 for z in differences(x, center))
 
 
-class TestLogistic(KernelContract):
+class TestLogistic(KernelChecks):
     density_features = ()
 
     def make(self, num_features):
@@ -97,7 +97,7 @@ class TestLogistic(KernelContract):
         return sum(math.log(1 + math.exp(-1.7 * z)) for z in differences(x, center))
 
 
-class TestHuber(KernelContract):
+class TestHuber(KernelChecks):
     kinks = (0.8, 0.8 * math.exp(0.1))
 
     def make(self, num_features):
@@ -107,7 +107,7 @@ class TestHuber(KernelContract):
         return sum(z**2 / 2 if abs(z) <= 0.8 else 0.8 * (abs(z) - 0.8 / 2) for z in differences(x, center))
 
 
-class TestPseudoHuber(KernelContract):
+class TestPseudoHuber(KernelChecks):
     def make(self, num_features):
         return PseudoHuberKernel(delta=0.8, learnable=True)
 
@@ -115,7 +115,7 @@ class TestPseudoHuber(KernelContract):
         return sum(0.8**2 * (math.sqrt(1 + (z / 0.8) ** 2) - 1) for z in differences(x, center))
 
 
-class TestExponential(KernelContract):
+class TestExponential(KernelChecks):
     def make(self, num_features):
         return ExponentialKernel(rate=1.3, learnable=True)
 
@@ -123,7 +123,7 @@ class TestExponential(KernelContract):
         return sum(math.exp(1.3 * abs(z)) for z in differences(x, center))
 
 
-class TestCosine(KernelContract):
+class TestCosine(KernelChecks):
     def make(self, num_features):
         return CosineKernel()
 
@@ -144,7 +144,7 @@ class TestCosine(KernelContract):
                 yield ring, torch.full((64,), weight * 2 * math.pi / 64, dtype=torch.float64)
 
 
-class TestDotProduct(KernelContract):
+class TestDotProduct(KernelChecks):
     density_features = ()
 
     def make(self, num_features):

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from contracts import LossChecks
+from ranks import assert_ranks_agree
 from scipy import stats
 from torch import nn
 from torch.autograd import forward_ad
@@ -22,57 +24,56 @@ from em_lightning.losses import (
     VarianceLoss,
     WeightRedundancyLoss,
 )
-from em_lightning.testing.losses import LossContract, assert_ranks_agree
 
 DOUBLE = torch.float64
 
 
-class TestFreeEnergySum(LossContract):
+class TestFreeEnergySum(LossChecks):
     def make(self):
         return FreeEnergyLoss()
 
 
-class TestFreeEnergyMean(LossContract):
+class TestFreeEnergyMean(LossChecks):
     def make(self):
         return FreeEnergyLoss(reduction="mean", temperature=0.5)
 
 
-class TestVariance(LossContract):
+class TestVariance(LossChecks):
     def make(self):
         return VarianceLoss()
 
 
-class TestBoundedVariance(LossContract):
+class TestBoundedVariance(LossChecks):
     def make(self):
         return BoundedVarianceLoss(target=0.5)
 
 
-class TestDecorrelation(LossContract):
+class TestDecorrelation(LossChecks):
     def make(self):
         return DecorrelationLoss()
 
 
-class TestLogDetOfCovariance(LossContract):
+class TestLogDetOfCovariance(LossChecks):
     def make(self):
         return LogDetLoss()
 
 
-class TestLogDetOfCorrelation(LossContract):
+class TestLogDetOfCorrelation(LossChecks):
     def make(self):
         return LogDetLoss(of="correlation")
 
 
-class TestBalance(LossContract):
+class TestBalance(LossChecks):
     def make(self):
         return BalanceLoss(temperature=2.0)
 
 
-class TestWeightRedundancy(LossContract):
+class TestWeightRedundancy(LossChecks):
     def make(self):
         return WeightRedundancyLoss()
 
 
-class TestEM(LossContract):
+class TestEM(LossChecks):
     def make(self):
         return EMLoss(log_det=0.5, balance=0.1, bounded_variance={"weight": 2.0, "target": 4.0})
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from ranks import run_ranks
 from scipy import stats
 from torch import nn
 from torchmetrics import MetricCollection
@@ -28,7 +29,6 @@ from em_lightning.metrics import (
     ResponsibilityEntropy,
     layer_metrics,
 )
-from em_lightning.testing.distributed import run_ranks
 
 
 def activations(items=200, units=6, offset=0.0, seed=0):

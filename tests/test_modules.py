@@ -175,9 +175,9 @@ def test_predictions_are_mixtures_in_the_units_of_the_data(tmp_path):
     data, module = surfaces(), PointCloudGMM(num_components=3, init="farthest")  # both calls start alike
     (mixture,) = trainer(tmp_path, enable_checkpointing=False).predict(module, data)
     batch = next(iter(data.predict_dataloader()))
-    own = batch.normalization.invert(batch.held_out)
+    own = batch.held_out * batch.scale[:, None, None] + batch.center[:, None]
     normalized = module(batch.points, batch.mask).log_prob(batch.held_out)
-    expected = normalized + batch.normalization.log_jacobian()[:, None]
+    expected = normalized - 3 * batch.scale.log()[:, None]
     assert torch.allclose(mixture.log_prob(own), expected, atol=1e-3)
     assert module.sample(batch.points, 7, batch.mask).shape == (8, 7, 3)
 

@@ -65,8 +65,7 @@ def test_padding_plays_no_part():
 
 
 def test_other_numbers_of_components_have_the_same_weights():
-    module = PointCloudGMM.pretrained()
-    other = module.for_components(5)
+    module, other = PointCloudGMM.pretrained(), PointCloudGMM.pretrained(num_components=5)
     assert other.operator.num_components == 5 and not other.training
     for one, two in zip(module.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(one, two)

@@ -11,25 +11,25 @@ import pytest
 import test_competition
 import test_kernels
 import torch
+from contracts import CompetitionChecks, KernelChecks
 from hypothesis import given
 from hypothesis import strategies as st
 
 from em_lightning import COMPETITIONS, KERNELS, STATISTICS
 from em_lightning.competition import Posterior, ScopeWarning
 from em_lightning.kernels import EllipticalKernel, LearnedEnergyKernel, NoDensityError, density_kernel, squared_distance
-from em_lightning.testing import CompetitionContract, KernelContract
 
 FORMULAS = {
     type(cls().make(2)): cls()
     for cls in list(vars(test_kernels).values())
-    if isinstance(cls, type) and issubclass(cls, KernelContract) and cls is not KernelContract
+    if isinstance(cls, type) and issubclass(cls, KernelChecks) and cls is not KernelChecks
 }
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ScopeWarning)
     OPERATORS = {
         type(cls().make()): cls()
         for cls in list(vars(test_competition).values())
-        if isinstance(cls, type) and issubclass(cls, CompetitionContract) and cls is not CompetitionContract
+        if isinstance(cls, type) and issubclass(cls, CompetitionChecks) and cls is not CompetitionChecks
     }
 GIVEN = {"mahalanobis": lambda features: {"num_features": features}}
 

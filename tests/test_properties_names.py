@@ -32,16 +32,14 @@ ELSEWHERE = {
     ),
     "in tests/test_modules_point_clouds.py": "PointCloudClassifier",
     "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
-    "of a whole run under a Trainer, whose tests have one": (
-        "CompetitionMonitor EMAudit RestoreSurgery StepSeeds TimeLeft"
-    ),
+    "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds"),
     "pictures, in tests/test_callbacks_watch.py": "responsibilities_figure",
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
-        "Digits GaussianBlobs GeometricShapes ImagePointSets MNIST ModelNet PointCloudFolder ProceduralSurfaces"
+        "Digits GaussianBlobs GeometricShapes MNIST PointCloudFolder ProceduralSurfaces"
     ),
     "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_plan restore_surgery",
     "hooks and types, in tests/test_surgery.py and tests/test_callbacks_*.py": (
-        "Calls Chain LayerwiseLoss SetRefinement Shared Taps UnitAxis added_parameters surgery_by swap_calls undo_all "
+        "Calls Chain LayerwiseLoss SetRefinement Taps UnitAxis surgery_by swap_calls undo_all "
         "unit_axis walk wrap"
     ),
 }

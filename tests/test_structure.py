@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import em_lightning
-import em_lightning.testing
 
 PACKAGE = Path(em_lightning.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -191,10 +190,3 @@ def test_every_public_name_resolves():
     assert dir(em_lightning) == sorted(em_lightning.__all__)
     with pytest.raises(AttributeError, match="'Softmin'.*softmin"):
         _ = em_lightning.Softmin
-
-
-def test_every_contract_is_offered():
-    for name in em_lightning.testing.__all__:
-        assert getattr(em_lightning.testing, name).__module__.startswith("em_lightning.testing.")
-    with pytest.raises(AttributeError, match="'Contract'"):
-        _ = em_lightning.testing.Contract

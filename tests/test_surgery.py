@@ -79,12 +79,8 @@ def test_shared_instance_is_replaced_once_per_name():
     replace_modules(model, nn.ReLU, Scaled)
     assert model[1] is not model[3] and model[1].scale != model[3].scale
     model = nn.Sequential(act, nn.Sequential(act))
-    replace_modules(model, nn.ReLU, Scaled, shared="together").undo()
+    replace_modules(model, nn.ReLU, Scaled).undo()
     assert model[0] is act and model[1][0] is act
-    replace_modules(model, nn.ReLU, Scaled, shared="together")
-    assert model[0] is model[1][0]
-    with pytest.raises(ValueError, match="shared='both'"):
-        replace_modules(net(), nn.ReLU, Scaled, shared="both")
 
 
 def shared_net():
@@ -162,21 +158,15 @@ def test_module_called_twice_requires_calls(on_root):
     model = users.ReusedMLP() if on_root else nn.Sequential(users.ReusedMLP())
     name, x = ("relu" if on_root else "0.relu"), torch.randn(3, 6)
     with replace_modules(model, nn.ReLU, Scaled):
-        with pytest.raises(RuntimeError, match=f"'{name}' .* 1 time.* calls=N .* calls='any'"):
+        with pytest.raises(RuntimeError, match=f"'{name}' .*more than once.* calls='any'"):
             model(x)
     with replace_modules(model, nn.ReLU, Scaled, calls="any"):
-        model(x)
-    with replace_modules(model, nn.ReLU, Scaled, calls=3):
-        with pytest.raises(RuntimeError, match="2 calls.*calls=3.*calls=2"):
-            model(x)
-    with replace_modules(model, nn.ReLU, Scaled, calls={"*relu": 2}):
         inner = model if on_root else model[0]
-        first, second = inner.relu.operators
-        hidden = first(inner.first(x))
-        assert torch.equal(model(x), inner.head(second(inner.second(hidden))))
+        hidden = inner.relu(inner.first(x))
+        assert torch.equal(model(x), inner.head(inner.relu(inner.second(hidden))))
         assert torch.equal(copy.deepcopy(model)(x), model(x))
-    with pytest.raises(ValueError, match="calls=0"):
-        replace_modules(model, nn.ReLU, Scaled, calls=0)
+    with pytest.raises(ValueError, match="calls=2"):
+        replace_modules(model, nn.ReLU, Scaled, calls=2)
     replace_modules(model, nn.ReLU, nn.Tanh)  # no parameters, so the number of calls is not checked
     model(x)
 
@@ -192,7 +182,7 @@ def test_calls_in_a_list_are_counted_by_the_module_that_calls():
 
     model = nn.Sequential(Stack())
     replace_modules(model, nn.ReLU, Scaled)
-    with pytest.raises(RuntimeError, match="'0.acts.0' .* 1 time"):
+    with pytest.raises(RuntimeError, match="'0.acts.0' .*more than once"):
         model(torch.randn(2))
 
 
@@ -370,7 +360,7 @@ def test_compiled_modules_keep_their_paths():
     assert torch.equal(model(x), model[0]._orig_mod[0](x).relu())
 
 
-@pytest.mark.parametrize("calls", [None, 2])
+@pytest.mark.parametrize("calls", [None, "any"])
 def test_operated_models_compile_whole(calls):
     class Block(nn.Module):
         def __init__(self):
@@ -393,16 +383,15 @@ def test_operated_models_compile_whole(calls):
 
 def test_dim_and_num_features_are_inferred():
     model = users.ResNet()
-    with pytest.warns(UserWarning, match="softmax_gated over the 32 units of 'layer4"):
-        surgery = swap_activations(model, "softmax_gated", calls="any")
+    surgery = swap_activations(model, "softmax_gated", calls="any")
     model(torch.randn(2, 3, 32, 32))
-    assert {change.added[0].dim for change in surgery.changes} == {1}
-    assert swap_activations(net(), "softmax_gated").changes[0].added[0].dim == -1
+    assert {change.added.dim for change in surgery.changes} == {1}
+    assert swap_activations(net(), "softmax_gated").changes[0].added.dim == -1
     inserted = insert_em_operators(
         users.ResNet(), ["layer2", "layer3.0.relu", "fc", "bn1"], 2, residual=False, calls="any"
     )
     inserted.model(torch.randn(2, 3, 32, 32))
-    found = {change.path: change.added[0] for change in inserted.changes}
+    found = {change.path: change.added for change in inserted.changes}
     assert {path: (op.operator.num_features, op.dim) for path, op in found.items()} == {
         "layer2": (8, 1),
         "layer3.0.relu": (16, 1),
@@ -412,7 +401,7 @@ def test_dim_and_num_features_are_inferred():
     with pytest.raises(ValueError, match="'0' is a Flatten .*num_features="):
         insert_em_operators(nn.Sequential(nn.Flatten()), "0")
     encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    assert insert_em_operators(encoder, "0", 2).changes[0].added[0].operator.num_features == 8
+    assert insert_em_operators(encoder, "0", 2).changes[0].added.operator.num_features == 8
 
 
 def test_inserted_operator_is_the_identity_at_initialization():
@@ -480,8 +469,8 @@ def test_calls_of_relu_are_swapped_where_that_is_asked_for():
         pytest.raises(RuntimeError, match="'0.em_functional' is called"),
     ):
         model(x)
-    with swap_activations(model, Scaled, functional=True, calls=5) as surgery:
-        assert len(model[0].em_functional.operators) == 5 and "0.em_functional" in surgery.report
+    with swap_activations(model, Scaled, functional=True, calls="any") as surgery:
+        assert "0.em_functional" in surgery.report
         model(x)
 
 
@@ -545,12 +534,6 @@ def test_misspelt_arguments_are_named():
         swap_activations(net, "signed", "ReLU")
     with pytest.raises(NoMatchError, match=r"target='nn.ReLU' .*name pattern"):
         swap_activations(net, "signed", "nn.ReLU")
-
-
-def test_patterns_of_weights_have_to_match():
-    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
-    with pytest.raises(ValueError, match=r"weight=.*'head\*'.* 0$"):
-        LayerwiseLoss(net, "0", weight={"0": 0.1, "head*": 0.2})
 
 
 def test_activation_instance_is_copied_to_every_site():

@@ -1,15 +1,12 @@
 """Lightning callbacks: put EM into a model, schedule, watch and audit it."""
 
-from em_lightning.callbacks.competition import CompetitionMonitor
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.step_seeds import StepSeeds
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
 from em_lightning.callbacks.temperature import TemperatureSchedule
-from em_lightning.callbacks.time_left import TimeLeft
 from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor, responsibilities_figure
 
 __all__ = [
-    "CompetitionMonitor",
     "EMAudit",
     "InsertEMOperator",
     "LayerwiseEMLoss",
@@ -19,6 +16,5 @@ __all__ = [
     "SurgicalCallback",
     "SwapActivations",
     "TemperatureSchedule",
-    "TimeLeft",
     "responsibilities_figure",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from em_lightning.surgery import LayerwiseLoss, undo_all, wrap
 from em_lightning.surgery.layerwise import check_options
@@ -20,8 +20,8 @@ class LayerwiseEMLoss(Callback):
     In manual optimization the loss of a layer is added to the first ``manual_backward`` of a loss that depends on the
     layer. With several optimizers it belongs to the one that owns the layer's parameters, or to number ``optimizer``:
     it is added to losses that reach these, and trains nothing else. The model's own logs do not include it: it is
-    logged as ``em/<layer>/<term>``, with the weight. Schedules, ``warmup``, ``every`` and ``auto_every`` count batches,
-    and checkpoints store their number and the state of ``weight="auto"``.
+    logged as ``em/<layer>/<term>``, with the weight. Schedules and ``every`` count batches, and checkpoints store their
+    number and the state of ``weight="auto"``.
 
     Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains the other arguments.
 
@@ -40,26 +40,21 @@ class LayerwiseEMLoss(Callback):
         self,
         where: Any,
         loss: Any = "em",
-        weight: float | Literal["auto"] | dict[str, Any] = "auto",
+        weight: float | Literal["auto"] = "auto",
         tap: Literal["output", "input"] = "output",
         schedule: Callable[[int], float] | None = None,
         *,
-        target: type[nn.Module] | None = None,
-        warmup: int = 0,
         dim: int | Literal["auto"] = "auto",
         every: int = 1,
         ratio: float = 0.1,
-        auto_every: int = 10,
         detach: bool = False,
         optimizer: int | None = None,
         verbose: bool = True,
     ) -> None:
-        options: dict[str, Any] = {"loss": loss, "weight": weight, "tap": tap, "warmup": warmup}
-        options.update(every=every, ratio=ratio, auto_every=auto_every)
+        options: dict[str, Any] = {"loss": loss, "weight": weight, "tap": tap, "every": every, "ratio": ratio}
         check_options(**options)
         self.where = where
-        self.options = {**options, "schedule": schedule, "target": target, "dim": dim}
-        self.options.update(detach=detach, verbose=verbose)
+        self.options = {**options, "schedule": schedule, "dim": dim, "detach": detach, "verbose": verbose}
         self.optimizer = optimizer
         self._batch = 0
         self._had_loss = False  # whether this training step had a loss

@@ -13,9 +13,7 @@ from torch import nn
 from em_lightning.surgery import (
     Calls,
     NoMatchError,
-    Shared,
     Surgery,
-    added_parameters,
     apply_plan,
     insert_em_operators,
     read_plan,
@@ -25,9 +23,8 @@ from em_lightning.surgery import (
     undo_all,
     wrap,
 )
-from em_lightning.surgery.record import settled
+from em_lightning.surgery.owners import untrained_parameters
 from em_lightning.surgery.select import described
-from em_lightning.surgery.twins import trained_in_a_twin
 
 # By name, as lightning and pytorch_lightning have one each.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -102,12 +99,8 @@ class SurgicalCallback(Callback):
         Raises:
             ValueError: no optimizer trains one.
         """
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        optimized = {id(p) for group in groups for p in group["params"]}
-        added = added_parameters(pl_module)
-        missing = sorted(name for name, p in added.items() if id(p) not in optimized)
-        missing = [name for name in missing if not trained_in_a_twin(pl_module, name, added, optimized)]
-        if optimized and missing:
+        missing = untrained_parameters(pl_module, trainer.optimizers)
+        if trainer.optimizers and missing:
             raise ValueError(
                 f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or use the functions "
                 f"of em_lightning.surgery before the optimizer is built"
@@ -156,14 +149,13 @@ class SwapActivations(SurgicalCallback):
         where: Any = "*",
         *,
         dim: int | Literal["auto"] = "auto",
-        shared: Shared = "separate",
         calls: Calls = None,
         functional: bool = False,
         verbose: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
         own: dict[str, Any] = {"activation": activation, "target": target, "where": where, "dim": dim}
-        own.update(shared=shared, calls=calls, functional=functional)
+        own.update(calls=calls, functional=functional)
         super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
@@ -190,18 +182,16 @@ class InsertEMOperator(SurgicalCallback):
         where: Any,
         num_components: int = 8,
         *,
-        target: type[nn.Module] | None = None,
         num_features: int | None = None,
         dim: int | Literal["auto"] = "auto",
         set_dim: int | Literal["auto"] = "auto",
         causal: bool = False,
-        shared: Shared = "separate",
         calls: Calls = None,
         verbose: bool = True,
         arguments: dict[str, Any] | None = None,
     ) -> None:
-        own: dict[str, Any] = {"where": where, "num_components": num_components, "target": target}
-        own.update(num_features=num_features, dim=dim, set_dim=set_dim, causal=causal, shared=shared, calls=calls)
+        own: dict[str, Any] = {"where": where, "num_components": num_components, "num_features": num_features}
+        own.update(dim=dim, set_dim=set_dim, causal=causal, calls=calls)
         super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
@@ -233,8 +223,7 @@ class RestoreSurgery(SurgicalCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Read the plan and apply it, unless the model records it already."""
         self._plan = read_plan(self.path, self.weights_only)
-        recorded = [settled(entry) for entry in recorded_plan(pl_module)]
-        self._needs_weights = bool(self._plan) and recorded != [settled(entry) for entry in self._plan]
+        self._needs_weights = bool(self._plan) and recorded_plan(pl_module) != self._plan
         if self._needs_weights:
             super().setup(trainer, pl_module, stage)
 

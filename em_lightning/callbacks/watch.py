@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MetricCollection
 
 from em_lightning.competition import softmin
+from em_lightning.distributed import global_sum
+from em_lightning.losses import EMLoss
 from em_lightning.metrics import layer_metrics
 from em_lightning.plots.tensorboard import tensorboard_writers
-from em_lightning.scope import Audit, audit
-from em_lightning.surgery import Taps, UnitAxis
+from em_lightning.scope import Audit, audit, curvature
+from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
+from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
+_MAX_ITEMS = 64  # of a batch, in the figure and for the curvature
 
-def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
+
+def responsibilities_figure(energies: Tensor, max_items: int = _MAX_ITEMS) -> Any:
     """Draw the responsibilities (columns) of the first items (rows) of energies (..., K), and the mean of each column.
 
     Example:
@@ -40,22 +46,28 @@ def responsibilities_figure(energies: Tensor, max_items: int = 64) -> Any:
 
 
 class PosteriorMonitor(Callback):
-    """Logs how the units of layers compete: metrics, a histogram and a figure of responsibilities.
+    r"""Logs how the units of layers compete: metrics, a histogram and a figure of responsibilities.
 
-    The output of a layer is read as energies, and the responsibilities are their softmin. In training the metrics are
+    The output d of a layer is read as energies, and the responsibilities are their softmin. In training the metrics are
     those of one batch in ``every_n_steps``, logged as ``em/<layer>/<metric>``; in validation and test those of the
     whole set over all ranks, as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's also get a histogram
-    and a figure of the last batch.
+    and a figure of the last batch. A layer that cannot be measured is skipped with a warning, and the run continues.
+
+    In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
+    T = 1 over 64 items of this rank's batch; and with ``loss`` over the global batch the ``dominance``
+    :math:`\|\partial L_\text{task} / \partial d\| / \|\partial L_\text{EM} / \partial d\|` and the ``cosine`` of the
+    two gradients. The task's loss is that of ``training_step``, in manual optimization that of the first
+    ``manual_backward`` that depends on the layer, without the losses of :class:`LayerwiseEMLoss`.
 
     Without a Trainer: :func:`em_lightning.metrics.layer_metrics` and :func:`responsibilities_figure`.
 
     Args:
         where: the layers: a class, a name pattern, a predicate, or a list of these.
-        target: a second selection, which must match as well.
         tap: "output" or "input" of the layer.
         dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
             first batch: the one of axes 1 and -1 that has the width of the layer.
-        every_n_steps: training steps between two measurements.
+        every_n_steps: training batches between two measurements.
+        loss: the EM loss whose gradient is compared with that of the task.
         figures: whether to draw figures.
         verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
 
@@ -71,27 +83,25 @@ class PosteriorMonitor(Callback):
         self,
         where: Any,
         *,
-        target: type[nn.Module] | None = None,
         tap: Literal["output", "input"] = "output",
         dim: int | Literal["auto"] = "auto",
         every_n_steps: int = 50,
+        loss: EMLoss | None = None,
         figures: bool = True,
         verbose: bool = True,
     ) -> None:
         if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
             raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
-        self.where = where
-        self.target = target
-        self.tap = tap
-        self.dim = dim
-        self.every_n_steps = every_n_steps
-        self.figures = figures
-        self.verbose = verbose
+        self.where, self.tap, self.dim = where, tap, dim
+        self.every_n_steps, self.loss = every_n_steps, loss
+        self.figures, self.verbose = figures, verbose
         self._taps: Taps | None = None
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
         self._last: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}
         self._skipped: set[str] = set()
+        self._undos: list[Callable[[], Any]] = []
 
     @property
     def state_key(self) -> str:
@@ -101,7 +111,7 @@ class PosteriorMonitor(Callback):
     def _start(self, pl_module: Any) -> None:
         self._stop()
         verbose = self.verbose and not self._axes
-        self._taps = Taps(pl_module, self.where, self.tap, self.target, self.dim, verbose=verbose, skip=self._skip)
+        self._taps = Taps(pl_module, self.where, self.tap, self.dim, verbose=verbose, skip=self._skip)
         self._taps.axes.update(self._axes)  # as decided at the first batch
         self._axes = self._taps.axes
         self._taps.attach()
@@ -109,17 +119,16 @@ class PosteriorMonitor(Callback):
     def _stop(self) -> None:
         if self._taps is not None:
             self._taps.remove()
-        self._taps, self._metrics, self._last = None, {}, {}
+        self._taps, self._metrics, self._last, self._products = None, {}, {}, {}
 
     def _skip(self, path: str, error: Exception) -> None:
         if path not in self._skipped:
             self._skipped.add(path)
             rank_zero_warn(f"PosteriorMonitor skips {path!r}, and the run continues: {type(error).__name__}: {error}")
 
-    @torch.no_grad()
-    def _update(self) -> None:
+    def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
         try:
-            taken = self._taps.take() if self._taps else {}
+            taken = self._taps.take(wanted) if self._taps else {}
         except RuntimeError as error:  # a tensor was overwritten in place
             taken = {}
             self._skip(described(self.where), error)
@@ -127,9 +136,12 @@ class PosteriorMonitor(Callback):
             try:
                 for tensor in tensors:
                     self._measure(path, tensor.detach())
+                if loss is not None and loss.requires_grad:
+                    self._compare(path, [tensor for tensor in tensors if tensor.requires_grad], loss)
             except Exception as error:  # a layer may return a tensor of any dtype and shape
                 self._skip(path, error)
 
+    @torch.no_grad()
     def _measure(self, path: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"the {self.tap} of {path!r} has dtype {tensor.dtype}; energies must be floating-point")
@@ -139,20 +151,73 @@ class PosteriorMonitor(Callback):
         self._metrics[path].update(tensor)
         self._last[path] = tensor.movedim(dim, -1)
 
+    def _compare(self, path: str, tensors: list[Tensor], loss: Tensor) -> None:
+        """Keep the squared norms and the product of the gradients of both losses with respect to a layer's tensors."""
+        if not tensors or self.loss is None:
+            return
+        of_task = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
+        dim, leaves = self._axes[path](tensors[0].shape), [tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
+            energies = torch.cat([leaf.float().movedim(dim, -1).flatten(0, -2) for leaf in leaves])
+            of_em = torch.autograd.grad(self.loss.total(energies), leaves)
+        task, em = (torch.cat([part.float().flatten() for part in parts]) for parts in (of_task, of_em))
+        self._products[path] = torch.stack([task @ task, em @ em, task @ em])
+
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():
-            values = self._metrics[path].compute()
-            pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
-            for writer in tensorboard_writers(trainer, "responsibilities") if trainer.is_global_zero else ():
-                tag = f"{prefix}/{path}/responsibilities"
-                writer.add_histogram(tag, softmin(energies.float()).responsibilities.flatten(), trainer.global_step)
-                if self.figures:
-                    writer.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
+            try:
+                self._log(trainer, pl_module, prefix, path, energies)
+            except Exception as error:  # a logger may raise any kind
+                self._skip(path, error)
         self._stop()
 
+    def _log(self, trainer: Any, pl_module: Any, prefix: str, path: str, energies: Tensor) -> None:
+        values = self._metrics[path].compute()
+        if prefix == "em":
+            items = energies.float().flatten(0, -2)
+            curvatures = curvature(softmin(items[:: -(-len(items) // _MAX_ITEMS) or 1]).responsibilities)
+            values.update(curvature_mean=curvatures.mean(), curvature_max=curvatures.amax())
+        if path in self._products:
+            task, em, product = global_sum(self._products[path])
+            values["dominance"] = (task / em).sqrt()
+            values["cosine"] = product / (task.sqrt() * em.sqrt()).clamp_min(torch.finfo(em.dtype).tiny)
+        pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
+        for writer in tensorboard_writers(trainer, "responsibilities") if trainer.is_global_zero else ():
+            tag = f"{prefix}/{path}/responsibilities"
+            writer.add_histogram(tag, softmin(energies.float()).responsibilities.flatten(), trainer.global_step)
+            if self.figures:
+                writer.add_figure(tag, responsibilities_figure(energies), trainer.global_step)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Wrap ``training_step`` before :class:`LayerwiseEMLoss` does, to see the loss of the task alone."""
+
+        def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = proceed(*args, **kwargs)
+            if self._taps is not None and pl_module.automatic_optimization and result is not None:
+                self._update(result if isinstance(result, Tensor) else result["loss"])
+                self._taps.recording = False  # checkpointed layers are run again
+            return result
+
+        if stage == "fit" and self.loss is not None:
+            self._undos.append(wrap(pl_module, "training_step", training_step))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Wrap ``manual_backward`` after :class:`LayerwiseEMLoss` did, to see the loss of the task alone."""
+
+        def manual_backward(proceed: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._taps is None:
+                return proceed(loss, *args, **kwargs)
+            graph = graph_of(loss)
+            self._update(loss, lambda tensor: tensor.grad_fn in graph)
+            with self._taps.switched(on=False):
+                return proceed(loss, *args, **kwargs)
+
+        if self.loss is not None and not pl_module.automatic_optimization:
+            self._undos.append(wrap(pl_module, "manual_backward", manual_backward))
+
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start to collect at every n-th step."""
-        if trainer.global_step % self.every_n_steps == 0:
+        """Start to collect at every n-th batch."""
+        if trainer.fit_loop.total_batch_idx % self.every_n_steps == 0:
             self._start(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -177,16 +242,21 @@ class PosteriorMonitor(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the hooks: Lightning calls no teardown after an exception."""
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
+        """Remove hooks and wrappers."""
         self._stop()
+        undo_all(self._undos)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Remove hooks and wrappers: Lightning calls no teardown after an exception."""
+        self.teardown(trainer, pl_module, None)
 
 
 class EMAudit(Callback):
     """Prints, at the first training batch, where EM is found in the model; TensorBoard gets the table as text.
 
     Without a Trainer: :func:`em_lightning.audit`. It runs ``training_step`` once more, on a copy of the model's state,
-    in eval mode and without its logs. If the audit fails, the callback warns and the run continues.
+    in eval mode and without its logs. If anything fails, the callback warns and the run continues.
 
     Args:
         printed: whether to print the table.
@@ -203,20 +273,17 @@ class EMAudit(Callback):
         """Audit at the first batch."""
         if self.audit is not None:
             return
+        self.audit = Audit()
         try:
             self.audit = audit(pl_module, batch)
-        except Exception as error:  # a model may raise any kind outside of the Trainer's loop
-            self.audit = Audit()
+            if self.printed and trainer.is_global_zero:
+                print(self.audit)
+            table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
+            for logger in trainer.loggers if trainer.is_global_zero else ():
+                if hasattr(logger.experiment, "add_text"):
+                    logger.experiment.add_text("em/audit", table, trainer.global_step)
+        except Exception as error:  # a model may raise any kind outside of the Trainer's loop, and so may a logger
             rank_zero_warn(
                 f"EMAudit has no table: the audit raised {type(error).__name__}: {error}. Training continues; "
                 f"call em_lightning.audit with run=..., or on a part of the model"
             )
-            return
-        if not trainer.is_global_zero:
-            return
-        if self.printed:
-            print(self.audit)
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_text"):
-                table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
-                logger.experiment.add_text("em/audit", table, trainer.global_step)

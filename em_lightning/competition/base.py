@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,24 +64,28 @@ class Competition(Tempered):
     Attributes:
         function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
         options: names of the attributes that are passed to the function as keyword arguments.
-        couples_items: whether the posterior of an item depends on the other items of its set; ``forward`` then takes
-            the axis ``item_dim`` of the items and a ``mask`` of those that count.
+        couples_items: whether the posterior of an item depends on the other items of its set; the function then has the
+            options ``item_dim``, the axis of the items, and ``mask`` of those that count.
     """
 
     function: Callable[..., Posterior]
     options: tuple[str, ...] = ()
     couples_items: bool = False
 
-    def forward(self, energies: Tensor, log_prior: Tensor | None = None, dim: int | None = None) -> Posterior:
+    def forward(
+        self, energies: Tensor, log_prior: Tensor | None = None, dim: int | None = None, **changed: Any
+    ) -> Posterior:
         """Return the posterior over the hypotheses.
 
         Args:
             energies: d, shape (..., K) with the hypotheses on axis ``dim``.
             log_prior: log of the prior weights, shape (K,) or any shape that broadcasts with the energies.
             dim: axis of the hypotheses; ``None`` uses the axis given to the constructor.
+            **changed: options of the function to use instead of the module's.
         """
         options = {name: getattr(self, name) for name in self.options}
-        return self.function(energies, self.temperature, log_prior, self.dim if dim is None else dim, **options)
+        dim = self.dim if dim is None else dim
+        return self.function(energies, self.temperature, log_prior, dim, **{**options, **changed})
 
     def extra_repr(self) -> str:
         options = [f"{name}={getattr(self, name)}, " for name in self.options if getattr(self, name) is not None]
@@ -129,5 +134,5 @@ def to_posterior(
     if isinstance(temperature, Tensor):
         free = (value.unsqueeze(dim) * -temperature.to(value.dtype)).squeeze(dim)
     else:
-        free = -value if temperature == 1 else value * -temperature
+        free = value * -temperature
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

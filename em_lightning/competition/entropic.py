@@ -6,23 +6,12 @@ import torch
 from torch import Tensor
 
 
-def logsumexp(logits: Tensor, dim: int) -> Tensor:
-    """Return logsumexp; -inf, with gradient 0, where every logit is -inf."""
-    top, _, total = _exponentials(logits, dim)
-    return (top + total.log()).squeeze(dim)
-
-
 def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
-    top, exponentials, total = _exponentials(logits, dim)
-    return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
-
-
-def _exponentials(logits: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest logit, the exponentials of the logits minus it, and their sum, at least 1."""
     top = logits.detach().amax(dim, keepdim=True)  # subtracted for range; no result depends on it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
-    return top, exponentials, exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # below 1 only without finite logits
+    total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # below 1 only without finite logits
+    return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
 
 
 def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from em_lightning.checks import check_at_least
-from em_lightning.competition.base import COMPETITIONS, Competition, Tempered, align, to_logits, to_posterior, widen
+from em_lightning.competition.base import COMPETITIONS, Competition, align, to_logits, to_posterior, widen
 from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 
@@ -132,28 +132,14 @@ def none_of_the_above(posterior: Posterior, dim: int = -1) -> Tensor:
 
 @COMPETITIONS.register("background")
 class Background(Competition):
-    """Module form of :func:`background`, with its ``energy`` and the arguments of :class:`Competition`.
-
-    With ``learnable_energy`` the energy of the background is a parameter.
-    """
+    """Module form of :func:`background`, with its ``energy`` and the arguments of :class:`Competition`."""
 
     function = staticmethod(background)
     options = ("energy",)
 
-    def __init__(
-        self,
-        energy: float = 0.0,
-        learnable_energy: bool = False,
-        temperature: float = 1.0,
-        learnable: bool = False,
-        dim: int = -1,
-    ) -> None:
+    def __init__(self, energy: float = 0.0, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:
         super().__init__(temperature, learnable, dim)
-        self.energy = nn.Parameter(torch.full((1,), float(energy))) if learnable_energy else float(energy)
-
-    def extra_repr(self) -> str:
-        learnable = ", learnable_energy=True" if isinstance(self.energy, Tensor) else ""
-        return f"energy={torch.as_tensor(self.energy).item():g}{learnable}, {Tempered.extra_repr(self)}"
+        self.energy = float(energy)
 
 
 def topk(

@@ -168,18 +168,3 @@ class Balanced(Competition):
         super().__init__(temperature, learnable, dim)
         check_at_least(1, num_iters=num_iters)
         self.item_dim, self.num_iters = item_dim, num_iters
-
-    def forward(
-        self,
-        energies: Tensor,
-        log_prior: Tensor | None = None,
-        dim: int | None = None,
-        item_dim: int | None = None,
-        mask: Tensor | None = None,
-    ) -> Posterior:
-        """Return the posterior over the hypotheses; arguments are those of :func:`balanced`."""
-        dim = self.dim if dim is None else dim
-        item_dim = self.item_dim if item_dim is None else item_dim
-        return balanced(
-            energies, self.temperature, log_prior, dim, item_dim=item_dim, num_iters=self.num_iters, mask=mask
-        )

@@ -1,30 +1,36 @@
 """LightningDataModules of point clouds, images, mixture samples and large tables; readers of point cloud files."""
 
-from em_lightning.data.clouds import (
-    Cloud,
-    EpochSampler,
+from em_lightning.data.base import EpochSampler, RandomDataset
+from em_lightning.data.folders import GeometricShapes, PointCloudFolder
+from em_lightning.data.images import (
+    MNIST,
+    Digits,
+    ImagePointSets,
+    PointSetBatch,
+    TensorBatches,
+    TensorDataModule,
+    Tensors,
+    bright_pixels,
+    read_idx,
+)
+from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
+from em_lightning.data.point_clouds import (
     PointCloudBatch,
-    RandomDataset,
+    PointCloudDataModule,
     Shape,
     collate_clouds,
     draw_cloud,
+    random_rotation,
+    unit_ball,
 )
-from em_lightning.data.image_points import ImagePointSets, PointSetBatch, PointSetBatches, bright_pixels
-from em_lightning.data.images import MNIST, Digits, read_idx
-from em_lightning.data.meshes import GeometricShapes, ModelNet
-from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
-from em_lightning.data.point_clouds import PointCloudDataModule, PointCloudFolder, ProceduralSurfaces
 from em_lightning.data.readers import parse_points, read_points
-from em_lightning.data.sampling import Normalization, Surface, random_rotation
-from em_lightning.data.surfaces import FAMILIES, random_surface
+from em_lightning.data.surfaces import FAMILIES, ProceduralSurfaces, random_surface
 from em_lightning.data.tables import Table, TableBatch, TableBlocks
 from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
-from em_lightning.data.tensors import TensorBatches, TensorDataModule, Tensors
 
 __all__ = [
     "FAMILIES",
     "MNIST",
-    "Cloud",
     "Digits",
     "EpochSampler",
     "GaussianBlobs",
@@ -32,17 +38,13 @@ __all__ = [
     "ImagePointSets",
     "MixtureSetBatch",
     "MixtureSets",
-    "ModelNet",
-    "Normalization",
     "PointCloudBatch",
     "PointCloudDataModule",
     "PointCloudFolder",
     "PointSetBatch",
-    "PointSetBatches",
     "ProceduralSurfaces",
     "RandomDataset",
     "Shape",
-    "Surface",
     "Table",
     "TableBatch",
     "TableBlocks",
@@ -58,4 +60,5 @@ __all__ = [
     "random_surface",
     "read_idx",
     "read_points",
+    "unit_ball",
 ]

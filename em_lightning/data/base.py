@@ -1,7 +1,8 @@
-"""Base classes of data modules and loaders, range checks of arguments, and downloads."""
+"""Base classes of data modules, datasets and loaders, and downloads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
 
 SPLITS = ("train", "val", "test")
 CACHE = "~/.cache/em_lightning"
@@ -90,3 +92,38 @@ class RankLoader:
         if not self.shuffle:
             return torch.arange(size)
         return torch.randperm(size, generator=generator_of(self.seed, self.epoch))
+
+
+class RandomDataset(Dataset[Any]):
+    """Random items: an item is a function of (seed, split, epoch, index), independent of workers and ranks.
+
+    The key of an item is its index, which means epoch 0, or (epoch, index) from :class:`EpochSampler`. ``draw`` returns
+    an item, given its index and a source of randomness.
+    """
+
+    def __init__(self, draw: Callable[[int, torch.Generator], Any], size: int, split: str, seed: int = 0) -> None:
+        self.draw, self.size, self.split, self.seed = draw, size, split, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < self.size:
+            raise IndexError(f"index={index} must be from 0 to {self.size - 1} in the {self.split} split")
+        return self.draw(index, generator_of(self.seed, SPLITS.index(self.split), epoch, index))
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch.
+
+    Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
+    """
+
+    def __init__(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator reads the epoch at the first item: a resumed run creates the iterator before it sets the epoch.
+        for index in super().__iter__():
+            yield self.epoch, index

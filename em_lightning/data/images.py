@@ -1,19 +1,22 @@
-"""LightningDataModules of small labeled images: scikit-learn's digits, MNIST and other data sets in IDX files."""
+"""LightningDataModules of labeled images in memory: scikit-learn's digits, MNIST, and images as point sets."""
 
 from __future__ import annotations
 
 import gzip
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from em_lightning.data.base import CACHE, download
-from em_lightning.data.tensors import TensorDataModule, Tensors
+from em_lightning.checks import check_at_least, check_choice
+from em_lightning.data.base import CACHE, SPLITS, RankLoader, SplitDataModule, download, generator_of
 
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 # MD5 of the published files, which are compressed by gzip.
@@ -23,35 +26,152 @@ MNIST_HASHES = {
     "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
-_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_SPLIT_SEED = 0  # the same validation items for every seed
 
 
-def read_idx(path: str | Path) -> Tensor:
-    """Read the array of an IDX file in its own dtype and shape; gzip is recognized by its first bytes.
+class TensorBatches(RankLoader):
+    """A loader that indexes whole batches, without collation of single items.
+
+    The order of an epoch is a function of (seed, epoch). Lightning calls ``set_epoch``; in a plain loop, call it to get
+    a new order. Each global batch is split among the ranks, so all ranks have the same number of batches.
+
+    Args:
+        tensors: tensors of equal length N along their first axis. uint8 is converted to float32 in [0, 1].
+        batch_size: items per batch and rank; the last batch may have fewer.
+        shuffle: whether to draw a new order in every epoch.
+        num_replicas, rank, seed: number of ranks, rank of this process, and seed of the order.
+        draw: a function that returns a batch, given its tensors and its key (epoch, or 0 without ``shuffle``; rank;
+            number of the batch).
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is not IDX, or damaged.
+        ValueError: the lengths differ, or there are fewer items than ranks.
+
+    Example:
+        >>> batches = TensorBatches([torch.arange(5), torch.arange(5) > 2], batch_size=2, shuffle=False)
+        >>> list(batches)[-1]
+        (tensor([4]), tensor([True]))
     """
-    data = Path(path).read_bytes()
-    try:
-        return torch.from_numpy(_parse(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data))
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not an IDX file ({error})") from error
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        batch_size: int,
+        shuffle: bool = True,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        draw: Callable[..., Any] | None = None,
+    ) -> None:
+        lengths = {len(tensor) for tensor in tensors}
+        if len(lengths) != 1:
+            raise ValueError(f"tensors must have equal lengths, got {sorted(lengths)}")
+        check_at_least(1, batch_size=batch_size)
+        self.num_items = lengths.pop()
+        super().__init__(self.num_items, shuffle, num_replicas, rank, seed)
+        self.tensors = tensors
+        self.batch_size = batch_size
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_items / (self.batch_size * self.num_replicas))
+
+    def __iter__(self) -> Iterator[Any]:
+        order = self.order(self.num_items)
+        whole = self.batch_size * self.num_replicas
+        left = self.num_items % whole
+        if 0 < left < self.num_replicas:
+            # Repeat items, so that every rank has one: batch statistics are reduced over all ranks.
+            order = torch.cat([order, order[: self.num_replicas - left]])
+        for number, batch in enumerate(order.split(whole)):
+            rows = batch[self.rank :: self.num_replicas]
+            tensors = tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+            if self.draw is None:
+                yield tuple(x.float().div_(255) if x.dtype == torch.uint8 else x for x in tensors)
+            else:
+                yield self.draw(tensors, self.epoch if self.shuffle else 0, self.rank, number)
 
 
-def _parse(data: bytes) -> np.ndarray:
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _DTYPES or not 0 < data[3] <= (len(data) - 4) // 4:
-        rule = "two zero bytes, a dtype code, a rank and the length of each axis"
-        raise ValueError(f"it must start with {rule}, got {data[:4]!r} in {len(data)} bytes")
-    dtype, start = np.dtype(_DTYPES[data[2]]), 4 + 4 * data[3]
-    if len(data) < start:
-        raise ValueError(f"the header ends after {len(data)} bytes")
-    shape = tuple(np.frombuffer(data[4:start], ">u4").tolist())
-    size = math.prod(shape) * dtype.itemsize
-    if len(data) - start != size:
-        raise ValueError(f"shape {shape} needs {size} bytes, the file has {len(data) - start}")
-    return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+class Tensors(NamedTuple):
+    """Items x (N, ...), floats or uint8, and their classes y (N,) long."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class TensorDataModule(SplitDataModule):
+    """A data set in memory. Subclasses define :meth:`load`, ``source``, ``shape`` and ``class_names``.
+
+    Args:
+        batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
+        eval_batch_size: items per batch of validation, test and prediction.
+        val_size: number of training items for validation, a fixed random choice. 0 validates on the test items, as the
+            published tables do; do not select models by it.
+        seed: at least 0; seed of the order of training items.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    batch_size: int = 128
+    eval_batch_size: int = 2000
+    val_size: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
+        check_at_least(0, val_size=self.val_size, seed=self.seed)
+        self.shape: tuple[int, ...]
+        self.splits: dict[str, Tensors] = {}
+
+    @property
+    def num_features(self) -> int:
+        """Number of features D of an item, over all its axes."""
+        return math.prod(self.shape)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def load(self, train: bool) -> Tensors:
+        """Return the training or the test items, floats or uint8 from 0 to 255."""
+        raise NotImplementedError(f"{type(self).__name__} must define load(train)")
+
+    def describe(self) -> str:
+        self.setup()
+        same = self.splits["val"] is self.splits["test"]
+        sizes = [f"{len(part.y)} {split}" for split, part in self.splits.items() if not (same and split == "val")]
+        return f"{self.source}: {', '.join(sizes)}" + (" (also used for validation)" if same else "")
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.splits:
+            return
+        train, test = self.load(True), self.load(False)
+        if self.val_size >= len(train.y):
+            raise ValueError(f"val_size={self.val_size} must be less than the {len(train.y)} training items")
+        val = test
+        if self.val_size:
+            order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+            parts = order[: -self.val_size], order[-self.val_size :]
+            train, val = (Tensors(train.x[rows], train.y[rows]) for rows in (part.sort().values for part in parts))
+        self.splits = {"train": train, "val": val, "test": test}
+
+    def whole(self, split: str) -> Tensors:
+        """Return all items of a split, as floats."""
+        self.setup()
+        part = self.splits[split]
+        return Tensors(*next(iter(TensorBatches(list(part), len(part.y), shuffle=False))))
+
+    def loader(self, split: str) -> TensorBatches:
+        self.setup()
+        return self.batches(list(self.splits[split]), split == "train")
+
+    def batches(self, tensors: list[Tensor], train: bool, draw: Callable[..., Any] | None = None) -> TensorBatches:
+        """Return a loader of these tensors: shuffled batches for training, larger ones in order for evaluation."""
+        batch_size = self.batch_size if train else self.eval_batch_size
+        return TensorBatches(tensors, batch_size, train, *self.ranks, self.seed, draw)
 
 
 class Digits(TensorDataModule):
@@ -68,11 +188,10 @@ class Digits(TensorDataModule):
     """
 
     shape = (1, 8, 8)
-    class_names = [str(i) for i in range(10)]
+    class_names = list("0123456789")
     source = "scikit-learn's digits (8 x 8 pixels, no download)"
 
     def load(self, train: bool) -> Tensors:
-        """Return the first four fifths of the images, with pixels from 0 to 1, or the last fifth."""
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
@@ -80,6 +199,25 @@ class Digits(TensorDataModule):
         part = slice(cut) if train else slice(cut, None)
         x = torch.from_numpy(images[part].astype(np.float32) / 16).unflatten(1, self.shape)
         return Tensors(x, torch.from_numpy(labels[part]))
+
+
+def read_idx(path: str | Path) -> Tensor:
+    """Read the array of an IDX file of uint8; gzip is recognized by its first bytes.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not IDX, has another dtype, or is damaged.
+    """
+    data = Path(path).read_bytes()
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        if data[:3] != b"\0\0\x08" or len(data) < 4:
+            raise ValueError(f"it must begin with 0, 0, 8 and the number of axes, got {data[:4]!r}")
+        shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
+        content = bytearray(data[4 + 4 * data[3] :])
+        return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape))
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: damaged or not an IDX file ({error})") from error
 
 
 @dataclass(eq=False, repr=False)
@@ -95,45 +233,153 @@ class MNIST(TensorDataModule):
         ConnectionError: the download failed.
     """
 
+    shape = (1, 28, 28)
+    class_names = list("0123456789")
+
     root: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.source = "MNIST" if self.root is None else f"images in {self.root}"
-        self.class_names = [str(i) for i in range(10)]
-        size = (28, 28) if self.root is None else read_idx(self._path("t10k-images-idx3-ubyte")).shape[1:]
-        self.shape = (1, *size)
-
-    @property
-    def _folder(self) -> Path:
-        return Path(f"{CACHE}/MNIST" if self.root is None else self.root).expanduser()
-
-    def _path(self, name: str) -> Path:
-        for path in (self._folder / name, self._folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-        raise ValueError(f"root={str(self._folder)!r} has no {name} or {name}.gz; all four files are needed")
+        self.folder = Path(f"{CACHE}/MNIST" if self.root is None else self.root).expanduser()
 
     def prepare_data(self) -> None:
         if self.root is None:
             remedy = "download the four files of MNIST and pass their folder as root"
             for name, md5 in MNIST_HASHES.items():
-                download(f"{MNIST_URL}{name}.gz", self._folder / f"{name}.gz", f"md5:{md5}", remedy)
+                download(f"{MNIST_URL}{name}.gz", self.folder / f"{name}.gz", f"md5:{md5}", remedy)
+
+    def _read(self, name: str) -> Tensor:
+        for path in (self.folder / name, self.folder / f"{name}.gz"):
+            if path.is_file():
+                return read_idx(path)
+        raise ValueError(f"root={str(self.folder)!r} has no {name} or {name}.gz; all four files are needed")
 
     def load(self, train: bool) -> Tensors:
-        """Return the images (N, 1, H, W), uint8, and their labels."""
         self.prepare_data()
         part = "train" if train else "t10k"
-        images, labels = self._path(f"{part}-images-idx3-ubyte"), self._path(f"{part}-labels-idx1-ubyte")
-        x, y = read_idx(images), read_idx(labels)
-        if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[1:] != self.shape[1:]:
-            height, width = self.shape[1:]
-            raise ValueError(f"{images}: must hold uint8 (N, {height}, {width}), got {x.dtype} {tuple(x.shape)}")
-        if y.dtype != torch.uint8 or y.shape != x.shape[:1]:
-            raise ValueError(f"{labels}: must hold {len(x)} labels of uint8, got {y.dtype} {tuple(y.shape)}")
-        largest = int(y.max())
-        if train:
-            self.class_names = [str(i) for i in range(largest + 1)]
-        elif largest >= self.num_classes:
-            raise ValueError(f"{labels}: label {largest} exceeds {self.num_classes - 1}, the largest training label")
+        x, y = self._read(f"{part}-images-idx3-ubyte"), self._read(f"{part}-labels-idx1-ubyte")
+        largest = max(y.flatten().tolist(), default=10)
+        if x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or largest > 9:
+            rule = "images (N, 28, 28) and N labels from 0 to 9"
+            got = f"{tuple(x.shape)} and {tuple(y.shape)}, the largest label {largest}"
+            raise ValueError(f"{self.folder}: the {part} files must hold {rule}, got {got}")
         return Tensors(x.unsqueeze(1), y.long())
+
+
+class PointSetBatch(NamedTuple):
+    """Point sets of equal size with their classes.
+
+    Attributes:
+        points: (B, N, D) float32.
+        mask: (B, N) bool, true for points, false for padding.
+        label: (B,) long.
+    """
+
+    points: Tensor
+    mask: Tensor
+    label: Tensor
+
+
+def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Return the indices of pixels brighter than ``threshold`` and their count per image, for images (B, 1, H, W).
+
+    Images are uint8 from 0 to 255 or floats from 0 to 1. The indices (B, M) int32 are ascending and padded with zeros;
+    M is the largest of the counts (B,), at least 1.
+
+    Example:
+        >>> bright_pixels(torch.tensor([[[[0.9, 0.2], [0.1, 0.8]]], [[[0.0, 0.0], [0.7, 0.0]]]]), 0.5)
+        (tensor([[0, 3],
+                [2, 0]], dtype=torch.int32), tensor([2, 1]))
+    """
+    bright = images.flatten(1) > threshold * (255 if images.dtype == torch.uint8 else 1)
+    counts = bright.sum(1)
+    image, pixel = bright.nonzero(as_tuple=True)
+    rank = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
+    pixels = torch.zeros(len(images), max(int(counts.max()), 1), dtype=torch.int32)
+    pixels[image, rank] = pixel.int()
+    return pixels, counts
+
+
+@dataclass(eq=False, repr=False)
+class ImagePointSets(TensorDataModule):
+    """Images as sets of points in the plane: a fixed number of pixels brighter than ``threshold``, with jitter.
+
+    The longer side of an image spans -1 to 1, x to the right and y upwards. Each bright pixel of an image with M of
+    them is drawn floor(num_points / M) times; the remaining points are distinct random pixels. Training sets are
+    resampled every epoch; validation and test sets are fixed by the seed. An image without bright pixels becomes an
+    empty set.
+
+    Args:
+        images: ``"digits"`` (scikit-learn) or ``"mnist"``.
+        root: folder of the four files of MNIST, or of another data set in MNIST's format; ``None`` downloads MNIST.
+        num_points: points per set.
+        threshold: brightness that a pixel must exceed, at least 0 and less than 1.
+        jitter: standard deviation of the noise, which is clipped at three standard deviations.
+        eval_batch_size: sets per batch of validation and test.
+
+    Raises:
+        ValueError: an argument is out of range, or ``root`` lacks a file.
+
+    Example:
+        >>> data = ImagePointSets(num_points=32, batch_size=16)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.points.shape, batch.mask.all().item(), batch.label.shape
+        (torch.Size([16, 32, 2]), True, torch.Size([16]))
+
+    Source: Qi et al., PointNet++, 2017, section 4.1.
+    """
+
+    num_features = 2
+    class_names = list("0123456789")
+
+    images: Literal["digits", "mnist"] = "digits"
+    root: str | None = None
+    num_points: int = 128
+    threshold: float = 0.5
+    jitter: float = 0.01
+    eval_batch_size: int = field(default=500, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("images", self.images, ("digits", "mnist"))
+        if self.images == "digits" and self.root is not None:
+            raise ValueError(f"root={self.root!r} must be None for images='digits', which are part of scikit-learn")
+        check_at_least(1, num_points=self.num_points)
+        check_at_least(0, jitter=self.jitter)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold} must be at least 0 and less than 1")
+        self.dataset: TensorDataModule = Digits() if self.images == "digits" else MNIST(self.root)
+        self.source = f"sets of {self.num_points} points from {self.dataset.source}"
+        self.pixels: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def prepare_data(self) -> None:
+        self.dataset.prepare_data()
+
+    def load(self, train: bool) -> Tensors:
+        return self.dataset.load(train)
+
+    def loader(self, split: str) -> TensorBatches:
+        self.setup()
+        part = self.splits[split]
+        if split not in self.pixels:
+            self.pixels[split] = bright_pixels(part.x, self.threshold)
+        return self.batches([*self.pixels[split], part.y], split == "train", partial(self._draw, split))
+
+    def _draw(self, split: str, tensors: tuple[Tensor, Tensor, Tensor], *key: int) -> PointSetBatch:
+        return self.draw(*tensors, generator_of(self.seed, SPLITS.index(split), *key))
+
+    def draw(self, pixels: Tensor, counts: Tensor, labels: Tensor, generator: torch.Generator) -> PointSetBatch:
+        """Draw the points of images, given their bright pixels (B, M), the counts of these (B,) and labels (B,)."""
+        counts = counts.unsqueeze(1)
+        noise = torch.rand(pixels.shape, generator=generator)
+        # A random order of the bright pixels of each image; padding comes last and is never chosen.
+        order = noise.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
+        positions = torch.arange(self.num_points) % counts.clamp(min=1)
+        drawn = pixels.gather(1, order.gather(1, positions)).long()
+        _, height, width = self.dataset.shape
+        row, column = drawn.div(width, rounding_mode="floor"), drawn % width
+        points = torch.stack([column - (width - 1) / 2, (height - 1) / 2 - row], -1) * (2 / max(height, width))
+        shift = torch.randn(points.shape, generator=generator).clamp_(-3, 3).mul_(self.jitter)
+        mask = (counts > 0).expand(-1, self.num_points)
+        return PointSetBatch((points + shift) * mask.unsqueeze(-1), mask, labels)

@@ -12,8 +12,7 @@ from torch.distributions import Dirichlet
 from torch.utils.data import DataLoader
 
 from em_lightning.checks import check_at_least, check_positive
-from em_lightning.data.base import SplitDataModule
-from em_lightning.data.clouds import EpochSampler, RandomDataset
+from em_lightning.data.base import EpochSampler, RandomDataset, SplitDataModule
 from em_lightning.mixture import Mixture
 
 

@@ -1,32 +1,198 @@
-"""LightningDataModules of point clouds: the base class, procedural surfaces, and a folder of the user's files."""
+"""Point clouds drawn from meshes and sets of points: batches, and the base class of their LightningDataModules."""
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from em_lightning.checks import check_at_least, check_choice
-from em_lightning.data.base import SPLITS, SplitDataModule
-from em_lightning.data.clouds import (
-    EpochSampler,
-    PointCloudBatch,
-    RandomDataset,
-    Shape,
-    ShapeSource,
-    collate_clouds,
-    draw_cloud,
-)
-from em_lightning.data.readers import SUPPORTED, has_points, read_points
-from em_lightning.data.sampling import random_rotation
-from em_lightning.data.surfaces import FAMILIES, random_surface
+from em_lightning.data.base import SPLITS, EpochSampler, RandomDataset, SplitDataModule
+
+
+class PointCloudBatch(NamedTuple):
+    """Clouds padded with zeros to the longest of them; one cloud has the same fields without the axis B.
+
+    Clouds are in normalized units x' = (x - c) / s, in the unit ball: log p(x) = log p'(x') - D log s.
+
+    Attributes:
+        points: (B, N, D) float32, normalized.
+        mask: (B, N) bool, true for points, false for padding.
+        held_out: (B, M, D) float32, held-out points of the same shapes in the same units.
+        held_out_mask: (B, M) bool.
+        center: c, (B, D) float64.
+        scale: s, (B,) float64.
+        label: (B,) long, classes.
+        index: (B,) long, indices in the dataset.
+    """
+
+    points: Tensor
+    mask: Tensor
+    held_out: Tensor
+    held_out_mask: Tensor
+    center: Tensor
+    scale: Tensor
+    label: Tensor
+    index: Tensor  # type: ignore[assignment]
+
+
+def collate_clouds(clouds: Sequence[PointCloudBatch]) -> PointCloudBatch:
+    """Return clouds without a batch axis as one batch, padded with zeros."""
+    columns = zip(*clouds, strict=True)
+    return PointCloudBatch(*(pad_sequence(x, True) if x[0].ndim else torch.stack(x) for x in map(list, columns)))
+
+
+def unit_ball(points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the center (D,) and scale of points (N, D) that move them into the unit ball: x' = (x - c) / s.
+
+    c is the center of the bounding box and s the largest distance from it, or 1 if all points are equal: unlike the
+    mean, both do not depend on how densely parts of the shape were sampled.
+
+    Example:
+        >>> unit_ball(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
+        (tensor([2., 0.]), tensor(2.))
+    """
+    center = (points.amin(0) + points.amax(0)) / 2
+    scale = (points - center).norm(dim=-1).amax()
+    return center, torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+class Shape(NamedTuple):
+    """The source of a cloud: a triangle mesh in the unit ball, or a set of points in the units of the data.
+
+    Attributes:
+        points: (V, 3), vertices in float64, or points.
+        faces: (F, 3) long, rows of ``points``; ``None`` for a set of points.
+        cumulative_areas: (F,) float64, the cumulative sum of the triangle areas.
+        center, scale: units of the data of a mesh (:func:`unit_ball`); only the points to fit decide those of a set.
+        label: the class.
+
+    Example:
+        >>> points = Shape.of(torch.eye(3), torch.tensor([[0, 1, 2]])).sample(1000)
+        >>> points.shape, torch.allclose(points.sum(1), points.sum(1).mean())
+        (torch.Size([1000, 3]), True)
+
+    Source: Osada et al., Shape distributions, 2002.
+    """
+
+    points: Tensor
+    faces: Tensor | None = None
+    cumulative_areas: Tensor | None = None
+    center: Tensor | None = None
+    scale: Tensor | None = None
+    label: int = 0
+
+    @classmethod
+    def of(cls, points: Tensor, faces: Tensor | None, label: int = 0) -> Shape:
+        """Return the shape of a mesh, or of a set of points if ``faces`` is ``None``.
+
+        Raises:
+            ValueError: a shape is wrong, a face refers to a missing vertex, or the total area is not positive.
+        """
+        if faces is None:
+            return cls(points, label=label)
+        if points.shape[1:] != (3,) or faces.shape[1:] != (3,):
+            shapes = f"{tuple(points.shape)} and {tuple(faces.shape)}"
+            raise ValueError(f"vertices and faces must have shapes (V, 3) and (F, 3), got {shapes}")
+        low, high = faces.aminmax() if faces.numel() else (0, -1)
+        if low < 0 or high >= len(points):
+            raise ValueError(f"faces must be from 0 to {len(points) - 1}, got {int(low)} to {int(high)}")
+        if not faces.numel():
+            raise ValueError("the area of the surface must be positive and finite, got 0.0")
+        corners = points.double().index_select(0, faces.flatten())  # vertices without a face are not on the surface
+        center, scale = unit_ball(corners)
+        a, b, c = ((corners - center) / scale).view(-1, 3, 3).unbind(1)
+        cumulative = torch.linalg.cross(b - a, c - a).norm(dim=-1).cumsum(0) / 2
+        if not 0 < cumulative[-1] < float("inf"):
+            raise ValueError(f"the area of the surface must be positive and finite, got {float(cumulative[-1])}")
+        return cls((points.double() - center) / scale, faces, cumulative, center, scale, label)
+
+    def sample(self, num_points: int, generator: torch.Generator | None = None) -> Tensor:
+        """Return points (num_points, 3) float32 of a mesh, uniform by area.
+
+        In a triangle, x = a + sqrt(u) ((1 - v) (b - a) + v (c - a)) with u, v uniform in [0, 1].
+        """
+        assert self.faces is not None and self.cumulative_areas is not None
+        u = torch.rand(num_points, 3, dtype=torch.float64, generator=generator)
+        # right=True skips triangles of zero area; clamp handles a product rounded up to the total area.
+        face = torch.searchsorted(self.cumulative_areas, u[:, 0] * self.cumulative_areas[-1], right=True)
+        corners = self.faces.index_select(0, face.clamp_(max=len(self.faces) - 1))
+        a, b, c = self.points.index_select(0, corners.flatten()).view(num_points, 3, 3).unbind(1)
+        root, v = u[:, 1:2].sqrt(), u[:, 2:3]
+        return (a + root * ((b - a) * (1 - v) + (c - a) * v)).float()
+
+
+ShapeSource = Callable[[int, torch.Generator], Shape]  # the index of a shape and the source of randomness
+
+
+def random_rotation(generator: torch.Generator | None = None, axis: str = "so3") -> Tensor:
+    """Return a rotation matrix (3, 3) float64, uniform over all rotations (``"so3"``) or those about the ``"z"`` axis.
+
+    Source: a normalized Gaussian quaternion is a uniform rotation (Shoemake, Uniform random rotations, 1992).
+    """
+    from scipy.spatial.transform import Rotation
+
+    quaternion = torch.randn(4, dtype=torch.float64, generator=generator)  # w, x, y, z
+    if axis == "z":
+        quaternion[1:3] = 0
+    return torch.from_numpy(Rotation.from_quat(quaternion.roll(-1).numpy()).as_matrix())
+
+
+def draw_cloud(
+    shape: ShapeSource,
+    num_points: int,
+    noise: float | tuple[float, float],
+    holes: int,
+    rotate: str,
+    index: int,
+    generator: torch.Generator,
+) -> PointCloudBatch:
+    """Draw a cloud from shape ``index``; the arguments are those of :class:`PointCloudDataModule`.
+
+    A set of points is divided into two disjoint halves of at most ``num_points``.
+    """
+    content, faces, _, center, scale, label = drawn = shape(index, generator)
+    if faces is not None:
+        points, num_fitted = drawn.sample((3 if holes else 2) * num_points, generator), num_points
+        points = _cut_holes(points, holes, generator)[: 2 * num_points]
+    else:
+        content = _cut_holes(content, holes, generator)
+        order = torch.randperm(len(content), generator=generator)
+        num_fitted = min(num_points, (len(order) + 1) // 2)
+        # float64 until the points are centered: float32 rounds coordinates far from the origin.
+        points = content[order[: num_fitted + num_points]].double()
+        center, scale = unit_ball(points[:num_fitted])
+        points = ((points - center) / scale).float()
+    assert center is not None and scale is not None
+    if rotate != "none":
+        points = points @ random_rotation(generator, rotate).float().T
+    if isinstance(noise, tuple):
+        clean, level = torch.rand(2, generator=generator).tolist()
+        noise = 0.0 if clean < 0.5 else noise[0] ** (1.0 - level) * noise[1] ** level
+    if noise > 0:
+        points = points + noise * torch.randn(points.shape, generator=generator)
+    fitted, held_out = points[:num_fitted], points[num_fitted:]
+    masks = (torch.ones(len(part), dtype=torch.bool) for part in (fitted, held_out))
+    return PointCloudBatch(
+        fitted, next(masks), held_out, next(masks), center, scale, torch.tensor(label), torch.tensor(index)
+    )
+
+
+def _cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Cut 0 to ``most`` balls about points out of points (N, D): each 5 % of them or more, together up to a third."""
+    count = int(torch.randint(most + 1, (1,), generator=generator)) if most else 0
+    for _ in range(count):
+        center = points[torch.randint(len(points), (1,), generator=generator)]
+        share = (0.05 + (1.0 / 3.0 / most - 0.05) * torch.rand(1, generator=generator)).clamp(min=0.0)
+        distance = (points - center).norm(dim=-1)
+        points = points[distance > distance.quantile(share.to(distance))]
+    return points
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -86,32 +252,21 @@ class PointCloudDataModule(SplitDataModule):
         raise NotImplementedError(f"{type(self).__name__} must define shapes(split)")
 
     def describe(self) -> str:
+        self.setup()
         counts = ", ".join(f"{len(data)} {split}" for split, data in self.datasets.items())
-        counts = f": {counts} clouds" if counts else ""
         changes = f", noise {self.noise}" if self.noise else ""
         changes += f", up to {self.holes} missing regions" if self.holes else ""
-        return f"{self.source}, {self.num_points} points per cloud to fit and as many held out{changes}{counts}"
+        return f"{self.source}: {counts} clouds of {self.num_points} points to fit and as many held out{changes}"
 
     def setup(self, stage: str | None = None) -> None:
-        """Create the datasets of all splits, once."""
-        if self.datasets:
-            return
-        datasets = {}
-        for split in SPLITS:
+        for split in SPLITS if not self.datasets else ():
             shape, size = self.shapes(split)
-            draw = partial(
-                draw_cloud,
-                shape,
-                self.num_points,
-                self.noise,
-                self.holes,
-                self.rotate if split == "train" else "none",
-            )
-            datasets[split] = RandomDataset(draw, size, split, self.seed)
-        self.datasets = datasets
+            rotate = self.rotate if split == "train" else "none"
+            draw = partial(draw_cloud, shape, self.num_points, self.noise, self.holes, rotate)
+            self.datasets[split] = RandomDataset(draw, size, split, self.seed)
 
     def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; its normalization becomes float32 on devices without float64."""
+        """Move a batch; center and scale become float32 on devices without float64."""
         if device.type == "mps":
             batch = batch._replace(center=batch.center.float(), scale=batch.scale.float())
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -127,162 +282,3 @@ class PointCloudDataModule(SplitDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=collate_clouds,
         )
-
-
-def _random_shape(families: Sequence[str], index: int, generator: torch.Generator) -> Shape:
-    label = index % len(families)
-    vertices, faces = random_surface(families[label], generator)
-    return Shape.of(vertices @ random_rotation(generator).T, faces, label)
-
-
-@dataclass(eq=False, repr=False)
-class ProceduralSurfaces(PointCloudDataModule):
-    """Random surfaces of 18 families with random parameters and rotations; needs no download.
-
-    Every item is a new surface; item i is of family i modulo the number of families, in all splits.
-
-    Args:
-        train_clouds: clouds per epoch.
-        val_clouds: validation clouds.
-        test_clouds: test clouds.
-        families: names of families; ``None`` means all (``em_lightning.data.FAMILIES``).
-
-    Raises:
-        ValueError: as :class:`PointCloudDataModule`, or a family is unknown.
-
-    Example:
-        >>> data = ProceduralSurfaces(num_points=64, batch_size=4, train_clouds=8)
-        >>> batch = next(iter(data.train_dataloader()))
-        >>> batch.points.shape, batch.mask.all().item(), batch.label.shape
-        (torch.Size([4, 64, 3]), True, torch.Size([4]))
-    """
-
-    train_clouds: int = 640
-    val_clouds: int = 64
-    test_clouds: int = 64
-    families: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(1, train_clouds=self.train_clouds, val_clouds=self.val_clouds, test_clouds=self.test_clouds)
-        if self.families == [] or not set(self.families or ()) <= set(FAMILIES):
-            raise ValueError(f"families={self.families} must be some of {', '.join(FAMILIES)}")
-        self.class_names = list(self.families or FAMILIES)
-        self.source = f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
-
-    def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        return partial(_random_shape, self.class_names), getattr(self, f"{split}_clouds")
-
-
-@dataclass(eq=False, repr=False)
-class PointCloudFolder(PointCloudDataModule):
-    """Meshes and point clouds from the files of a folder and its subfolders (formats: :func:`read_points`).
-
-    The class of a file is its subfolder. Folders named ``train``, ``val`` and ``test``, above or below it, define the
-    split; missing splits are drawn by a hash of the file name, which is the same on all machines. With fewer than three
-    files every split holds all of them. Points are drawn from meshes; point clouds are divided into points to fit and
-    held-out points, and padded if they are smaller than ``num_points``.
-    Hidden files are skipped, and text files without a row of three numbers, such as README.txt, with a warning.
-
-    Args:
-        root: the folder.
-        val_fraction: fraction of the files for validation.
-        test_fraction: fraction of the files for the test.
-        clouds_per_file: clouds per training file and epoch.
-        pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``.
-        drop_non_finite: whether to drop points with NaN or infinite coordinates, instead of raising.
-
-    Raises:
-        ValueError: an argument is out of range, ``root`` is not a folder, a split has no files, or a file is corrupt
-            (raised by :meth:`setup`).
-    """
-
-    root: str
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    clouds_per_file: int = 1
-    pattern: str = "*"
-    drop_non_finite: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(1, clouds_per_file=self.clouds_per_file)
-        for name, value in {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}.items():
-            if not 0 < value < 0.5:
-                raise ValueError(f"{name}={value} must be between 0 and 0.5")
-        self.folder = Path(self.root).expanduser()
-        if not self.folder.is_dir():
-            raise ValueError(f"root={self.root!r} must be a folder with {', '.join(SUPPORTED)} files")
-        self.source = f"files in {self.folder}"
-        self.files: dict[str, list[str]] = {}
-
-    def _find(self) -> list[str]:
-        names: list[str] = []
-        skipped: list[str] = []
-        for path in sorted(self.folder.rglob(self.pattern)):
-            name = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            if path.suffix.lower() in SUPPORTED and path.is_file() and not hidden:
-                (names if has_points(path) else skipped).append(name.as_posix())
-        if skipped:
-            warnings.warn(f"root={self.root!r}: text files without points are skipped: {skipped}", stacklevel=2)
-        if not names:
-            raise ValueError(f"root={self.root!r}: {self.pattern!r} matches no {', '.join(SUPPORTED)} file")
-        return sorted(names)
-
-    def _split(self) -> None:
-        names = self._find()
-        files: dict[str, list[str]] = {split: [] for split in SPLITS}
-        outside: list[str] = []  # files in no train, val or test folder
-        for name in names:
-            split = next((part for part in Path(name).parts[:-1] if part in SPLITS), None)
-            (outside if split is None else files[split]).append(name)
-        if outside and len(outside) < len(names):
-            raise ValueError(
-                f"root={self.root!r}: {outside[0]!r} is in no train, val or test folder, but other files are"
-            )
-        if outside:
-            files["test"], files["train"] = self._hold_out(outside, self.test_fraction)
-        if files["train"] and not files["val"]:
-            fraction = self.val_fraction / (1 - self.test_fraction) if outside else self.val_fraction
-            files["val"], files["train"] = self._hold_out(files["train"], fraction)
-        empty = [split for split in SPLITS if not files[split]]
-        if empty:
-            raise ValueError(f"root={self.root!r} has no files for {empty}; add folders of these names")
-        self.class_names = sorted({self._label(name) for name in names})
-        self.files = files
-
-    def _hold_out(self, names: list[str], fraction: float) -> tuple[list[str], list[str]]:
-        """Return a fraction of the files, at least one, and the rest; fewer than three files are in both."""
-        if len(names) < 3:
-            return names, names
-        order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-        size = max(1, round(fraction * len(order)))
-        return sorted(order[:size]), sorted(order[size:])
-
-    @staticmethod
-    def _label(name: str) -> str:
-        return "/".join(part for part in Path(name).parts[:-1] if part not in SPLITS)
-
-    def shapes(self, split: str) -> tuple[ShapeSource, int]:
-        if not self.files:
-            self._split()
-        shapes = [
-            read_shape(self.folder / name, self.class_names.index(self._label(name)), self.drop_non_finite)
-            for name in self.files[split]
-        ]
-        return partial(cycle_shapes, shapes), len(shapes) * (self.clouds_per_file if split == "train" else 1)
-
-
-def cycle_shapes(shapes: Sequence[Shape], index: int, generator: torch.Generator) -> Shape:
-    """Return shape ``index`` modulo the number of shapes; a :data:`ShapeSource` for a list of shapes."""
-    return shapes[index % len(shapes)]
-
-
-def read_shape(path: Path, label: int = 0, drop_non_finite: bool = False) -> Shape:
-    """Return the shape of a file's points and faces; an error names the file."""
-    points, faces = read_points(path, drop_non_finite)
-    try:
-        return Shape.of(torch.from_numpy(points), None if faces is None else torch.from_numpy(faces), label)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; repair the file or remove it") from error

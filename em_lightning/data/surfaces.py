@@ -1,14 +1,17 @@
-"""Procedural surfaces: families of shapes with random parameters, as triangle meshes."""
+"""Procedural surfaces: 18 families of shapes with random parameters, as triangle meshes and as clouds."""
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_choice
+from em_lightning.checks import check_at_least, check_choice
+from em_lightning.data.point_clouds import PointCloudDataModule, Shape, ShapeSource, random_rotation
 
 Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
 
@@ -203,3 +206,48 @@ def random_surface(family: str, generator: torch.Generator) -> Mesh:
     """
     check_choice("family", family, FAMILIES)
     return getattr(_Family(generator), family)()
+
+
+def _random_shape(families: Sequence[str], index: int, generator: torch.Generator) -> Shape:
+    label = index % len(families)
+    vertices, faces = random_surface(families[label], generator)
+    return Shape.of(vertices @ random_rotation(generator).T, faces, label)
+
+
+@dataclass(eq=False, repr=False)
+class ProceduralSurfaces(PointCloudDataModule):
+    """Random surfaces of 18 families with random parameters and rotations; needs no download.
+
+    Every item is a new surface; item i is of family i modulo the number of families, in all splits.
+
+    Args:
+        train_clouds: clouds per epoch.
+        val_clouds: validation clouds.
+        test_clouds: test clouds.
+        families: names of families; ``None`` means all (``em_lightning.data.FAMILIES``).
+
+    Raises:
+        ValueError: as :class:`PointCloudDataModule`, or a family is unknown.
+
+    Example:
+        >>> data = ProceduralSurfaces(num_points=64, batch_size=4, train_clouds=8)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch.points.shape, batch.mask.all().item(), batch.label.shape
+        (torch.Size([4, 64, 3]), True, torch.Size([4]))
+    """
+
+    train_clouds: int = 640
+    val_clouds: int = 64
+    test_clouds: int = 64
+    families: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, train_clouds=self.train_clouds, val_clouds=self.val_clouds, test_clouds=self.test_clouds)
+        if self.families == [] or not set(self.families or ()) <= set(FAMILIES):
+            raise ValueError(f"families={self.families} must be some of {', '.join(FAMILIES)}")
+        self.class_names = list(self.families or FAMILIES)
+        self.source = f"procedural surfaces of {len(self.class_names)} families with random shape and pose"
+
+    def shapes(self, split: str) -> tuple[ShapeSource, int]:
+        return partial(_random_shape, self.class_names), getattr(self, f"{split}_clouds")

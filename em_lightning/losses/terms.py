@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from em_lightning.checks import check_choice, positive_number
-from em_lightning.competition.entropic import logsumexp
+from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
 from em_lightning.registry import Registry
 
@@ -93,7 +93,7 @@ class FreeEnergyLoss(EnergyLoss):
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         items, counts = flatten_units(energies, self.dim, mask, weights)
-        free_energy = -self.temperature * logsumexp(items / -self.temperature, -1)
+        free_energy = -self.temperature * logsumexp_and_softmax(items / -self.temperature, -1)[0]
         if self.reduction == "mean":
             return batch_mean(free_energy, counts)
         return global_sum((free_energy if counts is None else free_energy * counts).sum())

@@ -2,17 +2,13 @@
 
 from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer
 from em_lightning.modules.gaussian_mixture import GaussianMixtureModule
 from em_lightning.modules.point_cloud_classifier import PointCloudClassifier
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 
 __all__ = [
     "AmortizedClustering",
-    "DecoderFreeEncoder",
-    "EMClassifier",
     "EMModule",
-    "EnergyLayer",
     "GaussianMixtureModule",
     "PointCloudClassifier",
     "PointCloudGMM",

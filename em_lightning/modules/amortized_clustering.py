@@ -28,7 +28,7 @@ class AmortizedClustering(EMModule):
     of nats per held-out point.
 
     Args:
-        num_components: K; no learned parameter depends on it, see :meth:`for_components`.
+        num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
         num_features: D.
         num_iters: T, EM iterations per set.
         covariance: type of the covariances.

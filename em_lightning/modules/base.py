@@ -135,14 +135,6 @@ class EMModule(lightning.LightningModule):
                 return self.batch_size(part)
         raise TypeError(f"{type(self).__name__} must define batch_size(batch) for batches of {type(batch).__name__}")
 
-    def for_components(self, num_components: int) -> Any:
-        """Return a module with the same weights for another number of components, if no weight depends on it."""
-        # LightningCLI adds private hyperparameters of its own.
-        arguments = {name: value for name, value in self.hparams.items() if not name.startswith("_")}
-        other = type(self)(**{**arguments, "num_components": num_components})
-        other.load_state_dict(self.state_dict())
-        return other.to(self.device).train(self.training)
-
     def _run_and_log(self, batch: Any, stage: str) -> Tensor:
         """Run ``step``, add the auxiliary terms and log everything."""
         terms = self.step(batch, stage)

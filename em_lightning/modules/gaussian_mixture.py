@@ -11,20 +11,11 @@ import torch
 from torch import Tensor
 
 from em_lightning.checks import check_at_least, check_choice
+from em_lightning.data import TableBatch
 from em_lightning.distributed import global_sum
 from em_lightning.metrics import MixtureLogLikelihood
-from em_lightning.mixture import Mixture, MixturePrior, information_criteria
+from em_lightning.mixture import Mixture, MixturePrior, StreamedEM, SufficientStatistics, information_criteria
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.learners import (
-    FullBatchEM,
-    GradientAscent,
-    MixtureLearner,
-    StochasticEM,
-    initial_mixture,
-    loss_of,
-    rows_of,
-    sample_of,
-)
 from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 from em_lightning.operators import EMOperator
 from em_lightning.registry import from_options
@@ -40,9 +31,10 @@ class GaussianMixtureModule(EMModule):
       and the M-step follows. The run stops when the log-likelihood per point changes by less than ``tol``, as in
       scikit-learn.
     - ``"stochastic"``: an M-step after every block, on running statistics
-      :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with :math:`\gamma_t = (t + t_0)^{-\alpha}`, for data
+      :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with :math:`\gamma_t = (t + 1)^{-\alpha}`, for data
       of which a part is enough to learn from.
-    - ``"gradient"``: an optimizer on unconstrained parameters; with a prior its maximum is that of EM.
+    - ``"gradient"``: an optimizer on unconstrained parameters. The loss of a block is its negative log-likelihood per
+      row, minus a share of the log-prior, so that the maximum is that of EM if blocks have equal weight.
 
     Responsibilities are not stored, so memory beyond a block does not depend on the number of rows. All ranks end an
     epoch with the same mixture, which does not depend on their number. A checkpoint within an epoch holds the
@@ -56,14 +48,12 @@ class GaussianMixtureModule(EMModule):
         method: see above.
         init: initialization of the centers from a sample of the rows.
         sample_size: number of rows in the sample.
-        lloyd_steps: steps of k-means on the sample after the initialization.
         num_starts: number of starts, of which the best after five iterations on the sample is kept.
         covariance_floor: added to every variance, in squared units of the data.
         tol: the run stops when the log-likelihood per point changes by less in an epoch; 0 runs all epochs.
         prior: arguments of :class:`~em_lightning.mixture.MixturePrior`, whose density is maximized with the likelihood;
             its mean and covariance default to those of the sample.
         step_exponent: :math:`\alpha` of stochastic EM, above 1/2 and at most 1.
-        step_offset: :math:`t_0` of stochastic EM, at least 1; :math:`\gamma_0` is 1 in any case.
         seed: seed of the sample and the initialization.
         lr, schedule: as in :class:`EMModule`, for the gradient method.
 
@@ -88,6 +78,16 @@ class GaussianMixtureModule(EMModule):
     Source: Cappé and Moulines, On-line Expectation-Maximization Algorithm for Latent Data Models, 2009.
     """
 
+    center: Tensor
+    variance: Tensor
+    log_likelihood: Tensor
+    change: Tensor
+    iterations: Tensor
+    started: Tensor
+    sums: Tensor
+    running: Tensor
+    blocks_seen: Tensor
+
     def __init__(
         self,
         num_components: int = 8,
@@ -96,13 +96,11 @@ class GaussianMixtureModule(EMModule):
         method: Literal["em", "stochastic", "gradient"] = "em",
         init: Literal["kmeans++", "farthest", "random"] = "kmeans++",
         sample_size: int = 2**14,
-        lloyd_steps: int = 0,
         num_starts: int = 1,
         covariance_floor: float = 1e-6,
         tol: float = 1e-3,
         prior: Mapping[str, Any] | None = None,
         step_exponent: float = 0.7,
-        step_offset: float = 1.0,
         seed: int = 0,
         lr: float = 1e-2,
         schedule: Literal["one_cycle", "constant"] = "constant",
@@ -111,10 +109,8 @@ class GaussianMixtureModule(EMModule):
         check_choice("method", method, ("em", "stochastic", "gradient"))
         check_at_least(1, sample_size=sample_size)
         check_at_least(0, tol=tol)
-        if not (0.5 < step_exponent <= 1 and step_offset >= 1):
-            raise ValueError(
-                f"step_exponent={step_exponent} must be above 0.5 and at most 1, step_offset={step_offset} at least 1"
-            )
+        if not 0.5 < step_exponent <= 1:
+            raise ValueError(f"step_exponent={step_exponent} must be above 0.5 and at most 1")
         if prior is not None and prior.get("learnable"):
             raise ValueError("prior={'learnable': True, ...} needs many data sets; give fixed pseudo-counts")
         self.save_hyperparameters()
@@ -123,6 +119,7 @@ class GaussianMixtureModule(EMModule):
         self.sample_size = sample_size
         self.covariance_floor = covariance_floor
         self.tol = tol
+        self.step_exponent = step_exponent
         self.seed = seed
         self._make_operator = functools.partial(
             EMOperator,
@@ -133,20 +130,30 @@ class GaussianMixtureModule(EMModule):
             init=init,
             seed=None if init == "farthest" else seed,
             residual=False,
-            lloyd_steps=lloyd_steps,
             num_starts=num_starts,
             covariance_floor=covariance_floor,
         )
         self._make_operator()  # checks the arguments
-        common = covariance_floor, None if prior is None else from_options("prior", MixturePrior, prior)
+        self.prior = None if prior is None else from_options("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
-        self.learner: MixtureLearner
+        self.parametrization: PlainMixture | UnconstrainedMixture
         if method == "gradient":
-            self.learner = GradientAscent(UnconstrainedMixture(*shape, covariance_floor), *common)
-        elif method == "em":
-            self.learner = FullBatchEM(PlainMixture(*shape), *common)
+            self.parametrization = UnconstrainedMixture(*shape, covariance_floor)
         else:
-            self.learner = StochasticEM(PlainMixture(*shape), *common, exponent=step_exponent, offset=step_offset)
+            self.parametrization = PlainMixture(*shape)
+        wide: dict[str, Any] = {"dtype": torch.float64}
+        self.register_buffer("center", torch.zeros(1, num_features, **wide))
+        self.register_buffer("variance", torch.ones(1, num_features, **wide))
+        self.register_buffer("log_likelihood", torch.tensor(-math.inf, **wide))
+        self.register_buffer("change", torch.tensor(math.inf, **wide))
+        self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        # This rank's log-likelihood, mass and statistics in this epoch; a checkpoint has those of all ranks.
+        size = 0 if method == "gradient" else self._no_rows.flatten().numel()
+        self.register_buffer("sums", torch.zeros(2 + size, **wide), persistent=False)
+        if method == "stochastic":
+            self.register_buffer("running", torch.zeros(size, **wide))
+            self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP would broadcast the buffers before every block; ranks agree on them already, or each has its own.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
@@ -155,36 +162,34 @@ class GaussianMixtureModule(EMModule):
     @property
     def mixture(self) -> Mixture:
         """The mixture of one set, in float64."""
-        return self.learner.mixture
-
-    @property
-    def log_likelihood(self) -> Tensor:
-        """The log-likelihood per row in the last epoch; for EM, of the mixture before the M-step."""
-        return self.learner.log_likelihood
-
-    @property
-    def iterations(self) -> Tensor:
-        """The number of epochs so far."""
-        return self.learner.iterations
+        return self.parametrization()
 
     @property
     def converged(self) -> bool:
         """Whether the last epoch changed the log-likelihood per point by less than ``tol``."""
-        return bool(self.learner.change < self.tol)
+        return bool(self.change < self.tol)
 
     def setup(self, stage: str) -> None:
         """Use float32 on devices without float64."""
         if self.trainer.strategy.root_device.type == "mps":
             self.float()
 
+    @torch.no_grad()
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
         """Set the initial mixture, and the mean and variance (1, D) of the data, by default those of the mixture."""
-        self.learner.start_from(mixture, center, variance)
+        mixture = mixture.map(lambda part: part.detach().to(self.center))
+        self.parametrization.assign(mixture)
+        self.center.copy_(mixture.mean if center is None else center)
+        self.variance.copy_(mixture.variance if variance is None else variance)
+        self.log_likelihood.fill_(-math.inf)
+        self.change.fill_(math.inf)
+        self.started.fill_(True)
+        self.sums.zero_()
 
     def on_train_start(self) -> None:
         """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
         self.trainer.should_stop |= self.converged  # in an earlier run
-        if not self.learner.started:
+        if not self.started:
             start: Any = None
             if self.trainer.is_global_zero:
                 rows = sample_of(self.trainer.train_dataloader, self.sample_size, self.seed)
@@ -192,14 +197,14 @@ class GaussianMixtureModule(EMModule):
                 start = (tuple(mixture.parameters()), *moments)
             parts, center, variance = self.trainer.strategy.broadcast(start)
             self.start_from(Mixture(*parts), center, variance)
-        self.learner.sums.zero_()
+        self.sums.zero_()
         sums, self._restored = self._restored, None
         if sums is None or not self.trainer.ckpt_path or not sums.any():  # a new run, or one from the end of an epoch
             return
         if len(sums) != self.trainer.world_size:
             saved, size = f"saved within an epoch by {len(sums)} processes", self.trainer.world_size
             raise ValueError(f"the checkpoint was {saved}; resume with as many, not with {size}")
-        self.learner.sums.copy_(sums[self.trainer.global_rank])
+        self.sums.copy_(sums[self.trainer.global_rank])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count the epoch: Lightning 2.6 does not after a resume from a checkpoint of an epoch's last batch."""
@@ -217,23 +222,81 @@ class GaussianMixtureModule(EMModule):
         rows = rows_of(batch)
         if stage == "train":
             num_blocks = self.trainer.num_training_batches
-            return {"loss": self.learner.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
+            return {"loss": self.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
         log_prob = self.log_prob(rows.points)
         self.metrics_of(stage)["log_likelihood"].update(log_prob, weights=rows.weights)
-        counts = torch.ones_like(log_prob) if rows.weights is None else rows.weights.to(log_prob)
-        return {"loss": loss_of(counts @ log_prob, counts.sum())}
+        return {"loss": _loss(*_sums(log_prob, rows.weights))}
+
+    def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
+        """Learn from one of ``num_blocks`` blocks of an epoch, and return its negative log-likelihood per row."""
+        if self.method == "gradient":
+            mixture = self.mixture
+            log_prob = mixture.log_prob(rows.points.unsqueeze(0)).squeeze(0).to(self.sums)
+            block = torch.stack(_sums(log_prob, rows.weights))
+            self.sums += block.detach()
+            counted = len(log_prob) if rows.weights is None else (rows.weights > 0).sum()
+            total, mass, num_rows = global_sum(torch.cat([block, block.new_tensor([counted])]))
+            if self.prior is not None:  # relative to the number of rows, as in EM: a factor of weights has no effect
+                share = self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
+                total = total + share * mass / num_rows.clamp(min=1)
+            return _loss(total, mass)
+        with torch.no_grad():
+            found = self._streamed.e_step(rows.points, self.mixture, rows.weights)
+            block = torch.cat([found.log_likelihood, found.mass.sum(-1), found.flatten()])
+            self.sums += block
+            if self.method == "em":
+                return _loss(block[0], block[1])
+            block = global_sum(block)
+            if block[1] > 0:  # a block whose rows all have weight zero changes nothing
+                share = float(self.blocks_seen + 1) ** -self.step_exponent
+                # A prior's strength is relative to the mass of the whole data set.
+                self.running.lerp_(block[2:] * num_blocks, share)
+                self.blocks_seen += 1
+                self._maximize(self.running)
+            return _loss(block[0], block[1])
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Set the log-likelihood per row, over all ranks, and its change; for full-batch EM, run the M-step."""
+        total = global_sum(self.sums)
+        mean = total[0] / total[1]
+        if not torch.isfinite(mean):
+            raise ValueError(
+                f"the log-likelihood is {float(mean)}: the data contain NaN, infinity or only weights of 0"
+            )
+        if self.method == "em":
+            self._maximize(total[2:])
+        self.change.copy_((mean - self.log_likelihood).abs())
+        self.log_likelihood.copy_(mean)
+        self.iterations += 1
+        self.sums.zero_()
+
+    @property
+    def _streamed(self) -> StreamedEM:
+        """EM in coordinates about the mean of the data."""
+        return StreamedEM.about(self.mixture, self.center, self.variance)
+
+    @property
+    def _no_rows(self) -> SufficientStatistics:
+        return self._streamed.zeros(self.mixture.components)
+
+    def _maximize(self, statistics: Tensor) -> None:
+        """Run the M-step on flattened statistics."""
+        found = self._no_rows.unflatten(statistics)
+        after = self._streamed.m_step(found, self.mixture, self.covariance_floor, self.prior, self.variance)
+        self.parametrization.assign(after)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of an epoch."""
         loss = super().training_step(batch, batch_idx)
         if not self.trainer.is_last_batch:
             return loss
-        self.learner.end_pass()
+        self.end_epoch()
         # The values are equal on all ranks; without sync_dist Lightning would warn.
         options: Any = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
         self.log("train/log_likelihood", self.log_likelihood, prog_bar=True, **options)
         if self.iterations > 1:
-            self.log("train/change", self.learner.change, **options)
+            self.log("train/change", self.change, **options)
         if self.trainer.strategy.reduce_boolean_decision(self.converged):
             self.trainer.should_stop = True
         return loss
@@ -266,9 +329,51 @@ class GaussianMixtureModule(EMModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the sums of all ranks in this epoch, (ranks, sums); every rank must make the call."""
-        sums: Any = self.all_gather(self.learner.sums)
-        checkpoint["em_pending"] = sums.reshape(-1, len(self.learner.sums)).cpu()
+        sums: Any = self.all_gather(self.sums)
+        checkpoint["em_pending"] = sums.reshape(-1, len(self.sums)).cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of an unfinished epoch for :meth:`on_train_start`."""
         self._restored = checkpoint.get("em_pending")
+
+
+def _sums(log_prob: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the weighted sum of log-densities (n,) and the sum of the weights."""
+    counts = torch.ones_like(log_prob) if weights is None else weights.to(log_prob)
+    return counts @ log_prob, counts.sum()
+
+
+def _loss(log_likelihood: Tensor, mass: Tensor) -> Tensor:
+    """Return the negative log-likelihood per row, 0 if all weights are 0."""
+    return -log_likelihood / torch.where(mass > 0, mass, 1.0)
+
+
+def rows_of(batch: Any) -> TableBatch:
+    """Return the points and weights of a batch: a tensor of points, or a sequence of points and optional weights."""
+    if isinstance(batch, Tensor):
+        return TableBatch(batch, None)
+    return TableBatch(batch[0], batch[1] if len(batch) > 1 else None)
+
+
+def sample_of(loader: Any, size: int, seed: int) -> TableBatch:
+    """Return rows of a loader, from its ``sample`` method if it has one, else the first rows."""
+    if hasattr(loader, "sample"):
+        return loader.sample(size, seed)
+    blocks: list[TableBatch] = []
+    for batch in loader:
+        blocks.append(rows_of(batch))
+        if sum(len(block.points) for block in blocks) >= size:
+            break
+    points, weights = zip(*blocks, strict=True)
+    return TableBatch(torch.cat(points)[:size], None if weights[0] is None else torch.cat(weights)[:size])
+
+
+@torch.no_grad()
+def initial_mixture(rows: TableBatch, operator: EMOperator) -> tuple[Mixture, Tensor, Tensor]:
+    """Return the initial mixture of an operator for rows, and their mean and variances (1, D), in float64."""
+    points = rows.points.cpu().double().unsqueeze(0)
+    weights = torch.ones_like(points[..., 0]) if rows.weights is None else rows.weights.cpu().double().unsqueeze(0)
+    mixture = operator.double().eval()(points, weights=None if rows.weights is None else weights, num_iters=0)
+    share = (weights / weights.sum()).unsqueeze(-1)
+    center = (share * points).sum(1)
+    return mixture, center, (share * (points - center).square()).sum(1)

@@ -33,7 +33,7 @@ class PointCloudGMM(EMModule):
     given. Untrained, the fit is classical EM, under a prior of a thousandth of a point.
 
     Args:
-        num_components: K; no learned parameter depends on it, see :meth:`for_components`.
+        num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
         num_features: D.
         num_iters: T, learned iterations per cloud.
         exact_iters: classical iterations before them, without gradient.

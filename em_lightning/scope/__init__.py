@@ -1,7 +1,6 @@
 """Audit: find the softmax-like operations of a model and check the identity dF/dd = r of implicit EM.
 
-Files: findings (result and words), checks (the identity), recorder (what a model computes), auditing (on a copy), and
-curvature (of the free energy at a site).
+Files: auditing (run a copy, record operations), findings (checks and result), curvature (of the free energy).
 """
 
 from em_lightning.scope.auditing import audit

@@ -1,9 +1,10 @@
-"""Run a model once on a copy of its state, and check each softmax-like operation."""
+"""Run a model once on a copy of its state, and record and check each softmax-like operation."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,10 +17,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode  # no public hook sees ATen operations
 from torch.utils.data import DataLoader, Dataset
 
-from em_lightning.scope.findings import Audit
-from em_lightning.scope.recorder import Recorder
+from em_lightning.activations import Activation
+from em_lightning.competition import Competition
+from em_lightning.operators import EMOperator, SetOperator
+from em_lightning.scope.findings import NOT_CHECKED, RELU, Audit, Finding, Softmax, check_call, reason_of
+from em_lightning.surgery import walk
+
+_OPERATIONS = {
+    "aten::_softmax": "softmax",
+    "aten::_safe_softmax": "softmax",
+    "aten::_log_softmax": "log-softmax",
+    "aten::logsumexp": "logsumexp",
+    "aten::nll_loss_forward": "cross-entropy",
+    "aten::nll_loss2d_forward": "cross-entropy",
+    "aten::relu": "relu",
+    "aten::relu_": "relu",
+    "aten::topk": "topk",
+    "aten::argmax": "argmax",
+}
+_CHECKED_AS_A_WHOLE = (Competition, Activation, EMOperator)
+# Their inner modules may go uncalled: torch and the library use the weights of some alone.
+_WHOLE = (Activation, Competition, SetOperator, nn.MultiheadAttention)
 
 
 def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) -> Audit:
@@ -28,7 +49,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     Each softmax, log-softmax, cross-entropy and attention of one forward pass is checked on its own numbers: with
     energies d = -logits, the gradient of :math:`F = -\log \sum_k e^{-d_k}` must equal the responsibilities that the
     model used. Competitions and activations of this library are checked on their own posterior and free energy. For
-    every other layer the table names the assumption that it violates, and what could replace it.
+    every other layer the table names the assumption that it violates.
 
     The model runs in eval mode on deep copies of its state and of the batch. Parameters, buffers, metrics, teachers,
     environments and other attributes stay as they are, and so do the random streams of Python, NumPy and torch. Data
@@ -65,7 +86,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
             mha.set_fastpath_enabled(False)
             model.eval()
             try:
-                with Recorder(model) as recorder:
+                with _Recorder(model) as recorder:
                     run() if run else _run(model, batch)
                 return recorder.findings()
             finally:
@@ -95,8 +116,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 def _optimize_the_copy(model: Any) -> None:
     """Give a model in manual optimization new optimizers of its present state, without the Trainer's."""
     made = model.configure_optimizers()
-    methods = {"optimizers": _found(made, Optimizer), "lr_schedulers": _found(made, LRScheduler)}
-    for name, found in methods.items():
+    for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
+        found = _found(made, kind)
         vars(model)[name] = lambda *_, found=found, **__: found[0] if len(found) == 1 else found
     vars(model).update(dict.fromkeys(["toggle_optimizer", "untoggle_optimizer", "clip_gradients"], _nothing))
     vars(model)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
@@ -153,3 +174,87 @@ class _CopyGraphs(TorchFunctionMode):
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             return args[0].detach().clone()
         return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):
+    """Records the operations of a model in a ``with`` block; hooks stay on its modules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.sites = [site for site in walk(model) if not site.function]
+        self.called: dict[str, nn.Module] = {}
+        self.softmaxes: list[Softmax] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.found: list[Finding] = []
+        self._stack: list[tuple[str, nn.Module]] = [("", model)]
+        self._makers: dict[tuple[int, int], tuple[str, nn.Module, Tensor]] = {}
+        for path, module in [("", model), *((site.path, site.module) for site in self.sites)]:
+            module.register_forward_pre_hook(functools.partial(self._enter, path))
+            module.register_forward_hook(functools.partial(self._leave, path), with_kwargs=True)
+
+    def _inside(self, *kinds: type[nn.Module]) -> bool:
+        return any(isinstance(module, kinds) for _, module in self._stack[1:])
+
+    def _enter(self, path: str, module: nn.Module, _: Any) -> None:
+        if not self._inside(Activation):  # whose kernel is a part of it
+            self.called.setdefault(path, module)
+        self._stack.append((path, module))
+
+    def _leave(self, path: str, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
+        while len(self._stack) > 1 and self._stack.pop()[1] is not module:
+            pass  # a module that raised has left no hook call
+        if isinstance(module, _CHECKED_AS_A_WHOLE) and not self._inside(Activation):
+            self.calls.append((path, module, inputs, kwargs, output))
+        if isinstance(output, Tensor):
+            # The innermost module that returned it. The output is kept: a freed address could be used again.
+            self._makers.setdefault(_key(output), (path, module, output))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        operation = _OPERATIONS.get(func.name())
+        if operation is None or self._inside(*_CHECKED_AS_A_WHOLE):
+            return output
+        path, module = self._stack[-1]
+        if operation == "cross-entropy":
+            last = self.softmaxes[-1] if self.softmaxes else None
+            if last and last.operation == "log-softmax" and _key(last.output) == _key(args[0]):
+                last.operation = operation
+        elif operation in ("relu", "topk", "argmax"):
+            reason = RELU if operation == "relu" else "hard selection: only the selected have a gradient"
+            self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
+        elif operation != "logsumexp" or len(args[1]) == 1:
+            maker = self._makers.get(_key(args[0]))
+            outside = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")
+            if maker is not None and outside:  # a loss outside of the layers belongs to the output layer
+                path, module, _ = maker
+            if isinstance(module, nn.MultiheadAttention):
+                operation = "attention"
+            axis = args[1][0] if operation == "logsumexp" else args[1]
+            logits = args[0].clone()
+            self.softmaxes.append(Softmax(path, module, operation, logits, output, axis, maker is not None))
+        return output
+
+    def findings(self) -> Audit:
+        """Return all findings in the order in which the modules were called; those that were not called come last."""
+        whole = {site.path for site in self.sites if any(isinstance(module, _WHOLE) for module in site.ancestors)}
+        modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in whole}}
+        called, calls = set(self.called), list(self.calls)  # the checks call modules, whose hooks add to both
+        checks = [*(check_call(*one) for one in calls), *(softmax.check() for softmax in self.softmaxes)]
+        worst: dict[tuple[str, str], Finding] = {}  # of all calls of an operation
+        for finding in (*self.found, *filter(None, checks)):
+            key = (finding.path, finding.operation)
+            worst[key] = max(worst.get(key, finding), finding, key=lambda one: (one.checked, one.error or 0.0))
+        result = Audit()
+        for path, module in modules.items():
+            own = [worst.pop(key) for key in list(worst) if key[0] == path]
+            result.extend(own)
+            if not own and not any(True for _ in module.children()):
+                name = type(module).__name__
+                reason = reason_of(module) if path in called else f"{NOT_CHECKED}its forward was not called"
+                result.append(Finding(path, name, name.lower(), reason=reason))
+        result.extend(worst.values())
+        return result
+
+
+def _key(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()

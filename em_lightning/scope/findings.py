@@ -1,52 +1,36 @@
-"""Findings of an audit: why an operation is EM or not, and what to do where it is not."""
+"""Findings of an audit, and the check behind them: responsibilities must be the gradient of the free energy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from em_lightning.activations import Activation
+from em_lightning.activations.competitive import SparseminActivation
+from em_lightning.competition import Entmin, Hardmin, Sparsemin
+from em_lightning.mixture import Mixture
+from em_lightning.operators import EMOperator
 
 TOLERANCE = 1e-3  # of sums and gradients: models compute softmaxes in float32 and below
-UNITS = "competition of the units"
-EACH_UNIT = "hypotheses of each unit by itself: units do not compete"
-HYPOTHESES = "responsibilities of the hypotheses"
-COMPONENTS = "responsibilities of the components of a mixture"
-KEYS = "posterior mean of the values over the keys"
-TARGETS = "dL/dz = r - onehot"
-CLASSES = f"{TARGETS}: the weights are prototypes of the classes"
-BETWEEN_LAYERS = f"{TARGETS}; the logits are computed outside of the layers"
+NOT_CHECKED = "not checked: "
 RELU = "elementwise, no normalization, hard zeros"
-HARD = "hard selection: only the selected have a gradient"
-SPARSE = "normalized, but not exponentiated: hypotheses drop to exactly zero"
-NOTHING_SEEN = "no exponentiated and normalized competition seen in its forward"
-NO_ITEMS = "not checked: it got no items"
-NOT_CALLED = "not checked: its forward was not called"
-_SWAP = "replace it by a competition with SwapActivations({argument})"
-_POOL = "EMPooling summarizes items by a mixture that it fits to them"
-_KEEP = "nothing to change: it is no place for a competition"
-# Reason, advice and classes by name, as PyG has a Linear too; * is 1d, 2d or 3d.
-_LAYERS = (
-    (RELU, _SWAP, "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink"),
-    (
-        "elementwise: no normalization across units",
-        _SWAP,
-        "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid Tanh LogSigmoid Hardswish",
-    ),
-    (
-        "affine: scores, neither exponentiated nor normalized",
-        "train its outputs as energies with LayerwiseEMLoss, or put a mixture behind it with InsertEMOperator",
-        "Linear Bilinear Embedding Conv* ConvTranspose*",
-    ),
-    ("normalizes moments, not hypotheses", _KEEP, "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm"),
-    ("hard maximum: only the maximum has a gradient", _POOL, "MaxPool* AdaptiveMaxPool*"),
-    ("an average with fixed weights", _POOL, "AvgPool* AdaptiveAvgPool*"),
-    ("no hypotheses", _KEEP, "Dropout Dropout* AlphaDropout Identity Flatten Unflatten Metric"),
-)
-_REASONS = {name.replace("*", f"{n}d"): why for why, _, names in _LAYERS for name in names.split() for n in (1, 2, 3)}
-_ADVICE = {why: advice for why, advice, _ in _LAYERS} | {
-    HARD: "select by the responsibilities of a competition such as softmin or topk, which have a gradient",
-    SPARSE: "use softmin if every hypothesis must keep a gradient",
-    NOTHING_SEEN: "if it competes, build it from softmax, logsumexp or em_lightning.competition",
-    NO_ITEMS: "audit a batch that reaches it",
-    NOT_CALLED: "audit a batch that reaches it",
+_SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
+# Reasons and classes by name, as PyG has a Linear too; * is 1d, 2d or 3d.
+_LAYERS = {
+    RELU: "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink",
+    "elementwise: no normalization across units": "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid "
+    "Tanh LogSigmoid Hardswish",
+    "affine: scores, neither exponentiated nor normalized": "Linear Bilinear Embedding Conv* ConvTranspose*",
+    "normalizes moments, not hypotheses": "BatchNorm* SyncBatchNorm InstanceNorm* LayerNorm GroupNorm RMSNorm",
+    "hard maximum: only the maximum has a gradient": "MaxPool* AdaptiveMaxPool*",
+    "an average with fixed weights": "AvgPool* AdaptiveAvgPool*",
+    "no hypotheses": "Dropout Dropout* AlphaDropout Identity Flatten Unflatten Metric",
+}
+_REASONS = {
+    name.replace("*", f"{n}d"): why for why, names in _LAYERS.items() for name in names.split() for n in (1, 2, 3)
 }
 
 
@@ -79,58 +63,122 @@ class Finding:
         """Whether this is EM: exponentiated, normalized, and the identity dF/dd = r holds."""
         return self.exponentiated and self.normalized and self.error is not None and self.error < TOLERANCE
 
-    def merged(self, other: Finding) -> Finding:
-        """Return the finding of two calls of one operation, with the larger error."""
-        if not self.checked:
-            return other
-        errors = [error for error in (self.error, other.error) if error is not None]
-        return replace(self, error=max(errors, default=None))
-
     @property
     def checked(self) -> bool:
         """Whether the batch reached the module; if not, ``em`` is False without a check."""
-        return self.reason not in (NO_ITEMS, NOT_CALLED)
-
-    @property
-    def advice(self) -> str:
-        """What to do where this is not EM; empty where it is."""
-        if self.em:
-            return ""
-        other = "its responsibilities must be the gradient of its free energy, as CompetitionContract tests"
-        argument = f"target={self.module}" if self.module in _REASONS else "functional=True"
-        return _ADVICE.get(self.reason, other).format(argument=argument)
+        return not self.reason.startswith(NOT_CHECKED)
 
 
-def reason_of(module: object) -> str:
+def reason_of(module: nn.Module) -> str:
     """Return why a module in which no competition was seen is not EM."""
     known = (_REASONS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _REASONS)
-    return next(known, NOTHING_SEEN)
+    return next(known, "no exponentiated and normalized competition seen in its forward")
 
 
 class Audit(list[Finding]):
-    """The findings in the order of the forward pass; ``print`` shows a table, and advice for what is not EM."""
+    """The findings in the order of the forward pass; ``print`` shows a table."""
 
     def __str__(self) -> str:
-        header = ("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "reason")
-        rows: list[tuple[str, ...]] = [header]
-        advice: dict[str, list[str]] = {}
+        rows = [("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "reason")]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
-            numbers = (one.hypotheses, *flags) if one.hypotheses else ("-", "-", "-")
+            exponentiated, normalized = flags if one.hypotheses else "--"
             soft = "-" if one.soft is None else f"{one.soft:.2f}"
             error = "-" if one.error is None else f"{one.error:.0e}"
-            place = (one.path or "(root)", one.module, one.operation)
             em = "yes" if one.em else "no" if one.checked else "-"
-            rows.append((*place, *numbers, soft, error, em, one.reason))
-            if one.advice:
-                advice.setdefault(one.advice, []).append(place[0])
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        for text, paths in advice.items():
-            places = list(dict.fromkeys(paths))
-            lines.append(f"{', '.join(places[:3])}{f' and {len(places) - 3} more' * (len(places) > 3)}: {text}")
-        return "\n".join(lines)
+            place = (one.path or "(root)", one.module, one.operation, one.hypotheses or "-")
+            rows.append((*place, exponentiated, normalized, soft, error, em, one.reason))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
     def at(self, path: str) -> list[Finding]:
         """Return the findings at a path."""
         return [finding for finding in self if finding.path == path]
+
+
+@dataclass
+class Softmax:
+    """A recorded softmax; ``from_layer`` says whether a module returned its logits."""
+
+    path: str
+    module: nn.Module
+    operation: str
+    logits: Tensor
+    output: Tensor
+    axis: int
+    from_layer: bool
+
+    def check(self) -> Finding:
+        """Compare the output with the gradient of F = -logsumexp(-d) at the energies d = -logits."""
+        energies = (-self.logits.detach().double()).movedim(self.axis, -1).requires_grad_()
+        free_energy = -torch.logsumexp(-energies, -1)
+        output = self.output.detach().double()
+        if self.operation == "logsumexp":
+            responsibilities = torch.exp(-energies.detach() - output.reshape(free_energy.shape)[..., None])
+        else:
+            is_log = self.operation in ("log-softmax", "cross-entropy")
+            responsibilities = (output.exp() if is_log else output).movedim(self.axis, -1)
+        axis = "keys" if self.operation == "attention" else f"axis {self.axis % output.ndim}"
+        finding = Finding(self.path, type(self.module).__name__, self.operation, reason=self._reason())
+        return _compared(finding, responsibilities, free_energy, energies, axis)
+
+    def _reason(self) -> str:
+        if self.operation == "attention":
+            return "posterior mean of the values over the keys"
+        if self.operation != "cross-entropy":
+            return "responsibilities of the hypotheses"
+        identity = "dL/dz = r - onehot"
+        if not self.from_layer:
+            return f"{identity}; the logits are computed outside of the layers"
+        weight = getattr(self.module, "weight", None)
+        one_per_class = isinstance(weight, Tensor) and weight.ndim > 1 and len(weight) == self.logits.shape[self.axis]
+        return f"{identity}: the weights are prototypes of the classes" if one_per_class else identity
+
+
+def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Finding | None:
+    """Check a call of a competition, activation or operator of this library; None if it has no responsibilities."""
+    finding = Finding(path, type(module).__name__, type(module).__name__, reason="competition of the units")
+    if isinstance(module, EMOperator):
+        if not isinstance(output, Mixture):
+            return None
+        finding.operation, finding.reason = "E-step", "responsibilities of the components of a mixture"
+        x = inputs[0] if inputs else kwargs["x"]
+        mask = inputs[1] if len(inputs) > 1 else kwargs.get("mask")
+        energies = module.posterior(x.detach(), output, mask).energies.detach().double()
+        posterior, axis, label = module.competition(energies.requires_grad_()), -1, "components"
+    else:
+        value = inputs[0].detach().float().requires_grad_()
+        competition = module.posterior if isinstance(module, Activation) else module
+        posterior = competition(value, *inputs[1:], **kwargs)
+        axis = module.dim if kwargs.get("dim") is None else kwargs["dim"]
+        label = f"axis {axis % posterior.energies.ndim}"
+        if isinstance(module, Activation) and not module.competes:
+            axis, label = -1, "each unit"
+            finding.reason = "hypotheses of each unit by itself: units do not compete"
+    responsibilities = posterior.responsibilities.movedim(axis, -1)
+    finding = _compared(finding, responsibilities, posterior.free_energy, posterior.energies, label, axis)
+    if isinstance(module, _SPARSE) and finding.checked:
+        finding.exponentiated = False
+        finding.reason = "normalized, but not exponentiated: hypotheses drop to exactly zero"
+    return finding
+
+
+def _compared(
+    finding: Finding, responsibilities: Tensor, free_energy: Tensor, energies: Tensor, label: str, axis: int = -1
+) -> Finding:
+    """Complete a finding: compare responsibilities (last axis) with the gradient of F with respect to energies."""
+    gradient = torch.autograd.grad(free_energy.sum(), energies, materialize_grads=True)[0].movedim(axis, -1).double()
+    responsibilities = responsibilities.detach().double()
+    total = responsibilities.sum(-1)
+    unmasked = total.isfinite() & (total > 0)
+    if not unmasked.any():
+        finding.reason = f"{NOT_CHECKED}it got no items"
+        return finding
+    used, gradient = responsibilities[unmasked], gradient[unmasked]
+    groups = max(1, round(used.sum(-1).mean().item()))  # competitions side by side
+    finding.hypotheses = f"{label}: {used.shape[-1]}" + f" in {groups} groups" * (groups > 1)
+    finding.exponentiated = True
+    finding.normalized = bool(((used.sum(-1) - groups).abs() < TOLERANCE).all())
+    finding.soft = (torch.special.entr(used).sum(-1) / groups).exp().mean().item()
+    finding.error = (used - gradient).abs().max().item()
+    return finding

@@ -1,14 +1,13 @@
 """Studies: reports of runs, tables of rows times seeds, modules to compare with, and published numbers."""
 
 from em_lightning.studies.clustering_report import ClusteringReport
-from em_lightning.studies.encoders import MixtureEncoder, SparseAutoencoder
+from em_lightning.studies.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
 from em_lightning.studies.grid import run_table
 from em_lightning.studies.image_classifier import ImageClassifier
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
 from em_lightning.studies.poolings import POOLINGS, PoolingClassifier
-from em_lightning.studies.replicas import Replicas
-from em_lightning.studies.report import Report
+from em_lightning.studies.report import Findings, Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
 from em_lightning.studies.seeds import run_seeds
 from em_lightning.studies.selection_report import SelectionReport
@@ -16,12 +15,14 @@ from em_lightning.studies.selection_report import SelectionReport
 __all__ = [
     "POOLINGS",
     "ClusteringReport",
+    "DecoderFreeEncoder",
+    "EMClassifier",
+    "EnergyLayer",
+    "Findings",
     "ImageClassifier",
     "LayerReport",
-    "MixtureEncoder",
     "MixtureReport",
     "PoolingClassifier",
-    "Replicas",
     "Report",
     "SelectionReport",
     "SparseAutoencoder",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ Scores = Iterator[tuple[Setting, Tensor]]
 
 FLOORS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 4e-2)
 STEPS = (1, 2, 3, 5, 8, 12, 20, 30, 45, 60, 80)
+TRAINED = "trained operator"
 
 
 class Clouds(NamedTuple):
@@ -60,6 +60,15 @@ def measure(method: Method, clouds: Clouds, components: int, setting: Setting) -
     return Result(setting, scores, (time.perf_counter() - began) / len(scores))
 
 
+def learned(module: Any) -> Method:
+    """Return the fit of a trained module, with the module's number of components."""
+
+    def scores(clouds: Clouds, components: int) -> Scores:
+        yield {}, module(clouds.points).log_prob(clouds.held_out).mean(1).cpu()
+
+    return Method(TRAINED, scores, [{}])
+
+
 def em_scores(
     clouds: Clouds,
     components: int,
@@ -69,38 +78,13 @@ def em_scores(
     prior: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Score batched EM, or MAP-EM under a prior, after each of some numbers of steps."""
-    operator = _classical(clouds, components, floor, starts, prior)
+    options: dict[str, Any] = {"init": "kmeans++", "num_starts": starts, "prior": prior, "residual": False}
+    operator = EMOperator(components, clouds.points.shape[-1], covariance_floor=floor, **options).eval()
     wanted = (steps,) if isinstance(steps, int) else steps
     for step, mixture in enumerate(operator.iterate(clouds.points, num_iters=max(wanted))):
         if step in wanted:
             setting = {"floor": floor, "starts": starts, "steps": step, "prior": prior}
             yield setting, mixture.log_prob(clouds.held_out).mean(1)
-
-
-def _classical(
-    clouds: Clouds, components: int, floor: float, starts: int, prior: Mapping[str, Any] | None = None
-) -> EMOperator:
-    options: dict[str, Any] = {"init": "kmeans++", "num_starts": starts, "residual": False}
-    features = clouds.points.shape[-1]
-    return EMOperator(components, features, covariance_floor=floor, prior=prior, **options).eval()
-
-
-def cross_validated_scores(clouds: Clouds, components: int, steps: int, floors: Sequence[float] = FLOORS) -> Scores:
-    """Score EM whose floor each cloud chooses by the mean log-likelihood of five folds of its own points."""
-    points = clouds.points
-    fold = torch.arange(points.shape[1]) % 5
-    operators = [_classical(clouds, components, floor, 1) for floor in floors]
-    levels = torch.zeros(len(floors), len(points))
-    for operator, level in zip(operators, levels, strict=True):
-        for out in range(5):
-            mixture = operator(points, (fold != out).expand(points.shape[:2]), num_iters=steps)
-            level += mixture.log_prob(points[:, fold == out]).sum(1)
-    best, scores = levels.argmax(0), torch.zeros(len(points))
-    for i in best.unique().tolist():
-        chosen = best == i
-        mixture = operators[i](points[chosen], num_iters=steps)
-        scores[chosen] = mixture.log_prob(clouds.held_out[chosen]).mean(1)
-    yield {"steps": steps, "floors": floors}, scores
 
 
 def kernel_scores(clouds: Clouds, components: int) -> Scores:
@@ -109,10 +93,9 @@ def kernel_scores(clouds: Clouds, components: int) -> Scores:
     features = points.shape[-1]
     bandwidths = torch.logspace(-2.5, 0.0, 26).tolist()
 
-    def log_density(square: Tensor, width: Tensor | float, others: int) -> Tensor:
-        width = torch.as_tensor(width)
-        constant = features * (width.log() + 0.5 * math.log(2.0 * math.pi)) + math.log(others)
-        return (-0.5 * square / width.square()).logsumexp(-1) - constant.squeeze(-1)
+    def log_density(square: Tensor, width: float, others: int) -> Tensor:
+        constant = features * math.log(width * math.sqrt(2.0 * math.pi)) + math.log(others)
+        return (-0.5 * square / width**2).logsumexp(-1) - constant
 
     scores = []
     for cloud, held_out in zip(points, clouds.held_out, strict=True):
@@ -132,56 +115,36 @@ def sklearn_scores(clouds: Clouds, components: int, **options: Any) -> Scores:
     yield options, torch.stack(scores).float()
 
 
-def sklearn_mixtures(
-    points: Tensor, components: int, bayesian: bool = False, covariance_share: float | None = None, **options: Any
-) -> list[Mixture]:
-    """Return the mixture of each cloud (B, N, D) by scikit-learn; the share is that of a prior in the variance."""
+def sklearn_mixtures(points: Tensor, components: int, **options: Any) -> list[Mixture]:
+    """Return the mixture of each cloud (B, N, D) by scikit-learn's ``GaussianMixture``."""
+    from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
 
-    mixtures = []
+    estimator = GaussianMixture(min(components, points.shape[1]), max_iter=300, random_state=0, **options)
     with threadpool_limits(1):  # several threads are slower on sets of this size
-        for rows in points.double().cpu().numpy():
-            if covariance_share is not None:
-                options["covariance_prior"] = covariance_share * rows.var() * np.eye(rows.shape[1])
-            found = fit_sklearn(
-                rows, min(components, len(rows)), "full", bayesian=bayesian, max_iter=300, random_state=0, **options
-            )
-            mixtures.append(found[0])
-    return mixtures
+        return [fit_sklearn(estimator, rows)[0] for rows in points.double().cpu().numpy()]
 
 
-def _each(**options: Sequence[Any]) -> list[Setting]:
+def each(**options: Sequence[Any]) -> list[Setting]:
+    """Return the settings of a grid."""
     return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
 
 
-def _priors(strengths: Sequence[float], shares: Sequence[float]) -> list[Setting]:
-    return [
-        {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": strength, "covariance": share}
-        for strength, share in product(strengths, shares)
-    ]
-
-
-def baselines(size: int, thorough: bool = True) -> list[Method]:
-    """Return the methods for clouds of one size, with fine grids of settings or, for a demonstration, coarse ones."""
+def baselines(size: int, fine: bool = False) -> list[Method]:
+    """Return the methods for clouds of one size, with coarse or fine grids of settings."""
     # Validation clouds never chose a setting at the end of these ranges where a wider one was tried.
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
     strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)
     shares = (0.03, 0.1, 0.3) if size < 200 else (1e-5, 1e-4, 1e-3)
-    if not thorough:
+    if not fine:
         floors, strengths = floors[::2], strengths[1:2]
-    methods = [Method(f"EM, {steps} steps", em_scores, [{"steps": steps, "starts": 8}]) for steps in (5, 20, 40)]
-    methods += [
-        Method("EM, tuned", em_scores, _each(floor=floors, starts=starts)),
-        Method("MAP-EM, tuned", em_scores, _each(prior=_priors(strengths, shares), starts=starts)),
+    fixed = {"weight_concentration": (1.1,), "mean_strength": (0.0,)}
+    priors = each(**fixed, covariance_strength=strengths, covariance=shares)
+    return [
+        *(Method(f"EM, {steps} steps", em_scores, [{"steps": steps, "starts": 8}]) for steps in (5, 20, 40)),
+        Method("EM, tuned", em_scores, each(floor=floors, starts=starts)),
+        Method("MAP-EM, tuned", em_scores, each(prior=priors, starts=starts)),
         Method("kernel density", kernel_scores, [{}]),
-        Method("scikit-learn, tuned", sklearn_scores, _each(reg_covar=floors[::2])),
+        Method("scikit-learn, tuned", sklearn_scores, each(reg_covar=floors[::2])),
     ]
-    if thorough:
-        prior = {"covariance_share": shares, "weight_concentration_prior": (0.01, 1.0)}
-        methods += [
-            Method("EM, floor cross-validated", cross_validated_scores, _each(steps=(5, 20), floors=(floors,))),
-            Method("scikit-learn, n_init=10, tuned", sklearn_scores, _each(reg_covar=floors[::2], n_init=(10,))),
-            Method("BayesianGaussianMixture, tuned", sklearn_scores, _each(bayesian=(True,), **prior)),
-        ]
-    return methods

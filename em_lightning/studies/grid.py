@@ -30,11 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from em_lightning.modules import EnergyLayer
-from em_lightning.studies.layer_report import LayerReport
-from em_lightning.studies.replicas import Replicas
 from em_lightning.studies.results import compare, paired, spread, write_results
 
 Results = Mapping[str, Sequence[Mapping[str, float]]]
@@ -148,63 +144,25 @@ def _start_worker() -> None:
 
 
 def run_row(load: Callable[[], Any], cells: Sequence[Cell]) -> None:
-    """Train the seeds of one row: together if the model is trained by automatic optimization of one layer.
+    """Train one row, one seed after the other; a seed that was interrupted resumes from its checkpoint.
 
     Raises:
         RuntimeError: a cell failed; the message names it and the file with its output.
     """
     recipe = load()
-    together = len(cells) > 1 and _trains_together(recipe, cells[0])
-    for group in [cells] if together else [[cell] for cell in cells]:
-        folder = group[0].folder
-        folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        last = cell.folder / "checkpoints" / "last.ckpt"
         with (
-            open(folder / "output.txt", "a", encoding="utf-8") as output,
+            open(cell.folder / "output.txt", "a", encoding="utf-8") as output,
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(output),
         ):
             try:
-                if together:
-                    _train_together(recipe, group)
-                else:
-                    last = folder / "checkpoints" / "last.ckpt"
-                    recipe.fit([*group[0].arguments, *([f"--ckpt_path={last}"] if last.exists() else [])])
+                recipe.fit([*cell.arguments, *([f"--ckpt_path={last}"] if last.exists() else [])])
             except Exception as error:
                 reason = " ".join(str(error).split())
-                raise RuntimeError(f"{group[0].row}, seed {group[0].seed}: {reason} (see {output.name})") from error
-
-
-def _trains_together(recipe: Any, cell: Cell) -> bool:
-    try:
-        model = recipe.prepare(cell.arguments).model
-    except Exception:  # reported when the cell runs
-        return False
-    return isinstance(model, EnergyLayer) and model.automatic_optimization
-
-
-def _train_together(recipe: Any, cells: Sequence[Cell]) -> None:
-    """Train the networks of several seeds at once, with the trainer of the first and a report for each."""
-    made = [recipe.prepare(cell.arguments) for cell in cells]
-    folder = cells[0].folder.parent / f"together-{_digest([cell.arguments for cell in cells])}"
-    trainer = made[0].trainer
-    others = [callback for callback in trainer.callbacks if not isinstance(callback, LayerReport)]
-    for callback in others:
-        if isinstance(callback, ModelCheckpoint):
-            callback.dirpath = str(folder / "checkpoints")
-    reports = [
-        next(callback for callback in cli.trainer.callbacks if isinstance(callback, LayerReport)) for cli in made
-    ]
-    for r, (report, cell, cli) in enumerate(zip(reports, cells, made, strict=True)):
-        report.follow(r, cell.folder, cli.model, cli.datamodule)
-    trainer.callbacks = [*reports, *others]
-    last = folder / "checkpoints" / "last.ckpt"
-    trainer.fit(
-        Replicas([cli.model for cli in made]),
-        [cli.datamodule.train_dataloader() for cli in made],
-        made[0].datamodule.val_dataloader(),
-        ckpt_path=str(last) if last.exists() else None,
-        weights_only=True,
-    )
+                raise RuntimeError(f"{cell.row}, seed {cell.seed}: {reason} (see {output.name})") from error
 
 
 def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str) -> None:

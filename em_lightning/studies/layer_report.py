@@ -13,8 +13,7 @@ from torch import Tensor
 from em_lightning.competition import softmin
 from em_lightning.losses import FreeEnergyLoss
 from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure, new_grid
-from em_lightning.studies.report import Report
-from em_lightning.studies.results import write_results
+from em_lightning.studies.report import Findings, Report
 
 _PANELS = {
     "loss": "training loss",
@@ -30,16 +29,15 @@ _PICTURED_ITEMS, _CHUNK_SIZE = 256, 10_000
 
 
 class LayerReport(Report):
-    """Write metrics and figures of an :class:`~em_lightning.modules.EnergyLayer` at the end of a fit.
+    """Report metrics of an :class:`~em_lightning.studies.EnergyLayer`, a linear probe and figures.
 
-    It writes to the folder of the logger: ``results.md`` and ``results.json`` with the validation metrics, averaged
-    over the last epochs, and the figures ``prototypes.png`` (weights as images), ``training.png`` and
-    ``gradients.png`` (the gradient of the free energy with respect to the energies, against the responsibilities).
-    Without probe and figures it works with any module whose validation logs metrics as ``val/...``.
+    The table has the validation metrics, averaged over the last epochs. The figures are ``prototypes`` (weights as
+    images), ``training``, and ``gradients`` (the gradient of the free energy with respect to the energies, against the
+    responsibilities). Without probe and figures it works with any module whose validation logs ``val/...``.
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
-        probe: whether to score a linear probe of the energies, or of ``features(x)`` if the module defines it.
+        probe: whether to score a linear probe of the energies.
         figures: whether to draw.
     """
 
@@ -52,17 +50,6 @@ class LayerReport(Report):
         self.figures = figures
         self._loss_sum: Any = 0.0
         self._num_batches = 0
-        self._replica: int | None = None
-        self._source: tuple[Path, Any, Any] | None = None  # folder, module and data of a replica
-
-    def follow(self, replica: int, folder: Path, module: Any, data: Any) -> None:
-        """Report one replica of :class:`~em_lightning.studies.Replicas`, and write to ``folder``."""
-        self._replica, self._source = replica, (folder, module, data)
-
-    @property
-    def state_key(self) -> str:
-        """Return a key that differs between replicas."""
-        return f"LayerReport{'' if self._replica is None else self._replica}"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate after the last epoch if the fit would end before its first validation."""
@@ -76,36 +63,38 @@ class LayerReport(Report):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Accumulate the loss of the batch."""
-        loss = outputs["loss"] if self._replica is None else outputs["losses"][self._replica]
-        self._loss_sum, self._num_batches = self._loss_sum + loss.detach(), self._num_batches + 1
+        self._loss_sum, self._num_batches = self._loss_sum + outputs["loss"].detach(), self._num_batches + 1
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the metrics of the epoch."""
         if trainer.sanity_checking or not self._num_batches:
             return
-        prefix = "val/" if self._replica is None else f"{self._replica}/val/"
         logged = trainer.callback_metrics.items()
-        values = {name.removeprefix(prefix): float(value) for name, value in logged if name.startswith(prefix)}
+        values = {name.removeprefix("val/"): float(value) for name, value in logged if name.startswith("val/")}
         values["loss"] = float(self._loss_sum) / self._num_batches
         self.history.append({"epoch": trainer.current_epoch + 1, **values})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> str:
-        """Write the table and the figures."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> Findings | None:
+        """Average the metrics, score the probe and draw."""
         if not self.history:
-            return "There is no report, because nothing was validated."
-        folder, module, data = self._source or (folder, module, trainer.datamodule)
+            print("There is no report, because nothing was validated.")
+            return None
+        data = trainer.datamodule
         row = self._row(data, module)
-        averaged = min(self.last_epochs, len(self.history))
         notes = [
-            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; "
-            f"validation metrics, mean over the last {averaged} validations."
+            f"Data: {data.describe()}. Seed {data.seed}, {trainer.current_epoch} epochs; validation metrics, "
+            f"mean over the last {min(self.last_epochs, len(self.history))} validations."
         ]
-        table = [{"metric": name, "value": value} for name, value in row.items()]
-        write_results(folder, type(module).__name__, notes, table, values=row, history=self.history)
-        if self.figures:
-            self.save_figures(trainer, self._draw(module, data), folder)
         metric = next((name for name in ("accuracy %", "probe %") if name in row), "loss")
-        return f"{type(module).__name__}: {metric} {row[metric]:.4g}."
+        title = type(module).__name__
+        return Findings(
+            title,
+            notes,
+            [{"metric": name, "value": value} for name, value in row.items()],
+            f"{title}: {metric} {row[metric]:.4g}.",
+            self._draw(module, data) if self.figures else {},
+            {"values": row, "history": self.history},
+        )
 
     def _row(self, data: Any, module: Any) -> dict[str, float]:
         last = self.history[-self.last_epochs :]
@@ -113,8 +102,7 @@ class LayerReport(Report):
         row["parameters"] = sum(p.numel() for p in module.parameters())
         if self.probe:
             train, test = data.whole("train"), data.whole("test")
-            function = getattr(module, "features", module.energies)
-            features = [_in_parts(module, function, part.x) for part in (train, test)]
+            features = [_in_parts(module, module.energies, part.x) for part in (train, test)]
             row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
         percents = {f"{name} %": 100 * value for name, value in row.items() if name in _IN_PERCENT}
         return {name: value for name, value in row.items() if name not in _IN_PERCENT} | percents

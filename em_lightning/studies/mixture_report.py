@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,41 +12,39 @@ from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
 from em_lightning.plots import component_colors, curves, mixture_grid, mixture_page, tensorboard_writers
-from em_lightning.studies.density_fits import Clouds, Result, baselines, measure, sklearn_mixtures, tune
-from em_lightning.studies.report import Report
-from em_lightning.studies.results import write_results
+from em_lightning.studies.density_fits import (
+    TRAINED,
+    Clouds,
+    Result,
+    baselines,
+    learned,
+    measure,
+    sklearn_mixtures,
+    tune,
+)
+from em_lightning.studies.report import Findings, Report
 
-TRAINED = "trained operator"
+_LABEL = "held-out log-likelihood per point (nats)"
 
 
 class MixtureReport(Report):
     """Compare a trained :class:`~em_lightning.modules.PointCloudGMM` with tuned classical fits, by cloud size.
 
-    At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json`` (held-out
-    log-likelihood and time per cloud of each method), ``sizes.png`` (likelihood by number of points), ``times.png``
-    (likelihood by time), ``clouds.png``, ``training.png``, and ``report.html``, in which clouds and ellipsoids turn.
-    The settings of the classical fits are chosen on the validation clouds, for each size. It prints what was found as
-    its last line.
+    The table has the held-out log-likelihood and the time per cloud of each method. The figures are ``sizes``
+    (likelihood by number of points), ``times`` (likelihood by time), ``clouds`` and ``training``; in ``report.html``
+    clouds and ellipsoids turn. The settings of the classical fits are chosen on the validation clouds, for each size.
 
     Args:
         sizes: numbers of points; those above the size of the data's clouds are left out.
         num_pictured: number of clouds in the figures and in ``report.html``.
         sklearn: whether to fit scikit-learn's ``GaussianMixture``.
-        thorough: whether to try fine grids of settings and all methods, which takes an hour.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int] = (32, 128, 512),
-        num_pictured: int = 8,
-        sklearn: bool = True,
-        thorough: bool = False,
-    ) -> None:
+    def __init__(self, sizes: Sequence[int] = (32, 128, 512), num_pictured: int = 8, sklearn: bool = True) -> None:
         super().__init__()
         self.sizes = sizes
         self.num_pictured = num_pictured
         self.sklearn = sklearn
-        self.thorough = thorough
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihoods of the epoch."""
@@ -55,8 +52,8 @@ class MixtureReport(Report):
         found = {stage: float(value) for stage, value in logged.items() if value is not None}
         self.history.append({"step": trainer.global_step, **found})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> str:
-        """Measure, write and draw; return the verdict."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
+        """Measure all methods and draw."""
         data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(data.seed)
@@ -71,63 +68,58 @@ class MixtureReport(Report):
                 found[size] = self._compare(module, val, test, size)
         if not found:
             raise ValueError(f"sizes={tuple(self.sizes)} must hold one that validation and test clouds have")
-        components = module.operator.num_components
+        verdict = verdict_by_size(
+            {size: {name: each.scores for name, each in row.items()} for size, row in found.items()}
+        )
         notes = [
             f"Data: {data.describe()}. Held-out log-likelihood per point in nats of the test clouds, normalized to "
-            f"radius 1, K = {components}, by number of fitted points N, and milliseconds per cloud on this machine; "
-            f"seed {data.seed}. Tuned methods: settings of the highest mean on the validation clouds of each size.",
-            verdict_by_size({size: {name: each.scores for name, each in row.items()} for size, row in found.items()}),
+            f"radius 1, K = {module.operator.num_components}, by number of fitted points N, and milliseconds per cloud "
+            f"on this machine; seed {data.seed}. Tuned methods: settings of the highest mean on the validation clouds "
+            f"of each size.",
+            verdict,
         ]
         settings = {size: {name: dict(each.setting) for name, each in row.items()} for size, row in found.items()}
-        write_results(folder, "Mixtures of point clouds", notes, table(found), seed=data.seed, settings=settings)
-        self._draw(trainer, module, folder, splits[1][0], found)
-        return notes[1]
+        batch = splits[1][0]  # clouds of one class are adjacent in it
+        rows = torch.linspace(0, len(batch.points) - 1, min(self.num_pictured, len(batch.points))).long()
+        shown = PointCloudBatch(*(part[rows] for part in batch))
+        titles = [data.class_names[i] for i in shown.label.tolist()]
+        mixture = module(shown.points, shown.mask)
+        figures = {**self._curves(found), "clouds": mixture_grid(shown.points, mixture, shown.mask, titles)}
+        mixture_page(folder / "report.html", list(_scenes(module, shown, titles, self.sklearn)))
+        for writer in tensorboard_writers(trainer, "point clouds") if shown.points.shape[-1] == 3 else []:
+            colors = mixture.posterior(shown.points).responsibilities
+            colors = colors @ component_colors(module.operator.num_components).to(shown.points)
+            dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
+            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, dots, 0)
+            writer.flush()
+        facts = {"seed": data.seed, "settings": settings}
+        return Findings("Mixtures of point clouds", notes, table(found), verdict, figures, facts)
 
     def _compare(self, module: Any, val: Clouds, test: Clouds, size: int) -> dict[str, Result]:
         from rich.progress import track
 
-        methods = [each for each in baselines(size, self.thorough) if self.sklearn or "scikit" not in each.name]
+        methods = [each for each in baselines(size) if self.sklearn or "scikit" not in each.name] + [learned(module)]
         components, found = module.operator.num_components, {}
-        for method in track(methods, f"classical fits, {size} points", transient=True):
+        for method in track(methods, f"fits of {size} points", transient=True):
             found[method.name] = measure(method, test, components, tune(method, val, components))
-        found[TRAINED] = learned_result(module, test)
         return found
 
-    def _draw(
-        self, trainer: Any, module: Any, folder: Path, batch: PointCloudBatch, found: Mapping[int, Mapping[str, Result]]
-    ) -> None:
+    def _curves(self, found: Mapping[int, Mapping[str, Result]]) -> dict[str, Any]:
         names = [name for name in next(iter(found.values())) if not name.startswith("EM, ") or "tuned" in name]
         levels = {name: [float(row[name].scores.mean()) for row in found.values()] for name in names}
         seconds = {name: [1e3 * row[name].seconds for row in found.values()] for name in names}
-        label = "held-out log-likelihood per point (nats)"
-        sizes = list(found)
-        # Clouds of one class are adjacent in the batch.
-        rows = torch.linspace(0, len(batch.points) - 1, min(self.num_pictured, len(batch.points))).long()
-        shown = PointCloudBatch(*(part[rows] for part in batch))
-        titles = [trainer.datamodule.class_names[i] for i in shown.label.tolist()]
-        mixture = module(shown.points, shown.mask)
+        by_size = {name: (list(found), levels[name]) for name in names}
+        by_time = {name: (seconds[name], levels[name]) for name in names}
         figures = {
-            "sizes": curves({name: (sizes, levels[name]) for name in names}, "number of points", label, log_x=True),
-            "times": curves({name: (seconds[name], levels[name]) for name in names}, "ms per cloud", label, log_x=True),
-            "clouds": mixture_grid(shown.points, mixture, shown.mask, titles),
+            "sizes": curves(by_size, "number of points", _LABEL, log_x=True),
+            "times": curves(by_time, "ms per cloud", _LABEL, log_x=True),
         }
         lines = {}
         for stage in ("train", "val"):
             epochs = [epoch for epoch in self.history if stage in epoch]
             if epochs:
                 lines[stage] = ([epoch["step"] for epoch in epochs], [epoch[stage] for epoch in epochs])
-        if lines:
-            figures["training"] = curves(lines, "optimizer step", label, "Training")
-        self.save_figures(trainer, figures, folder)
-        mixture_page(folder / "report.html", list(_scenes(module, shown, titles, self.sklearn)))
-        if shown.points.shape[-1] != 3:
-            return
-        for writer in tensorboard_writers(trainer, "point clouds"):
-            colors = mixture.posterior(shown.points).responsibilities
-            colors = colors @ component_colors(module.operator.num_components).to(shown.points)
-            dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
-            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, dots, 0)
-            writer.flush()
+        return {**figures, "training": curves(lines, "optimizer step", _LABEL, "Training")} if lines else figures
 
 
 def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds:
@@ -142,14 +134,6 @@ def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds:
     )
 
 
-def learned_result(module: Any, clouds: Clouds) -> Result:
-    """Return the scores and the time of a trained module."""
-    module(clouds.points[:1])  # warm up
-    began = time.perf_counter()
-    scores = module(clouds.points).log_prob(clouds.held_out).mean(1).cpu()
-    return Result({}, scores, (time.perf_counter() - began) / max(len(scores), 1))
-
-
 def table(found: Mapping[int, Mapping[str, Result]]) -> list[dict[str, Any]]:
     """Return one row per method: likelihoods by size, then times by size."""
     rows = []
@@ -160,7 +144,7 @@ def table(found: Mapping[int, Mapping[str, Result]]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]], trained: str = TRAINED) -> str:
+def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]]) -> str:
     """Return one sentence on how far a trained fit is from the best other one at each size.
 
     Example:
@@ -169,8 +153,8 @@ def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]], trained: str = T
     """
     told: dict[bool, list[str]] = {True: [], False: []}
     for size, row in scores.items():
-        best = max((name for name in row if name != trained), key=lambda name: float(row[name].mean()))
-        gain = row[trained] - row[best]
+        best = max((name for name in row if name != TRAINED), key=lambda name: float(row[name].mean()))
+        gain = row[TRAINED] - row[best]
         error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else math.nan
         told[bool(gain.mean() > 0)].append(f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})")
     parts = [
@@ -178,7 +162,7 @@ def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]], trained: str = T
         for above in told
         if told[above]
     ]
-    return f"The {trained} {' and '.join(parts)}."
+    return f"The {TRAINED} {' and '.join(parts)}."
 
 
 def _scenes(module: Any, batch: PointCloudBatch, titles: Sequence[str], sklearn: bool) -> Any:

@@ -4,21 +4,44 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
+from matplotlib.figure import Figure
 
 from em_lightning.mixture import COVARIANCES, Mixture
 from em_lightning.plots import save_figure, tensorboard_writers
+from em_lightning.studies.results import write_results
+
+
+class Findings(NamedTuple):
+    """The content of a report.
+
+    Attributes:
+        title: the heading.
+        notes: paragraphs above the table.
+        rows: the table.
+        verdict: the result in one sentence, which is printed last.
+        figures: figures by the names of their files.
+        facts: further entries of ``results.json``, such as the seed.
+    """
+
+    title: str
+    notes: Sequence[str]
+    rows: Sequence[Mapping[str, Any]]
+    verdict: str
+    figures: Mapping[str, Figure] = {}
+    facts: Mapping[str, Any] = {}
 
 
 class Report(lightning.Callback):
     """Call :meth:`report` on the first rank when a fit is over, with the module in evaluation mode, without gradients.
 
-    Then print its result, the files that it wrote, and the command for TensorBoard.
+    Then write its findings to the folder of the logger: ``results.md``, ``results.json`` and the figures, which
+    TensorBoard and Weights & Biases get too. Print the table, the verdict, the files and the command for TensorBoard.
     Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
     fit and a ``fast_dev_run`` write no report. A subclass may append to ``history``, which checkpoints contain.
     """
@@ -34,12 +57,12 @@ class Report(lightning.Callback):
         """Restore the history."""
         self.history = state_dict["history"]
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> str | None:
-        """Measure, write to ``folder``, the folder of the logger, and return the result in one sentence to print."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> Findings | None:
+        """Measure, and return the findings if there are any; ``folder`` is that of the logger, for further files."""
         raise NotImplementedError
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Run :meth:`report`."""
+        """Run :meth:`report` and write its findings."""
         if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
             return
         folder, began = folder_of(trainer), time.time() - 1.0
@@ -48,20 +71,14 @@ class Report(lightning.Callback):
         pl_module.eval()
         try:
             with torch.no_grad(), torch.random.fork_rng([device] if device.type in ("cuda", "mps") else []):
-                result = self.report(trainer, pl_module, folder)
+                found = self.report(trainer, pl_module, folder)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if result:
-            print(result)
-        files = sorted(path.name for path in folder.glob("*.*") if path.stat().st_mtime > began)
-        print(f"Files in {folder}: {', '.join(name for name in files if not name.startswith('events'))}")
-        if tensorboard_writers(trainer):
-            print(f"TensorBoard: tensorboard --logdir {folder.parent}")
-
-    def save_figures(self, trainer: Any, figures: Mapping[str, Any], folder: Path) -> None:
-        """Save matplotlib figures as ``<name>.png``, and add them to TensorBoard and Weights & Biases."""
-        for name, figure in figures.items():
+        if found is None:
+            return
+        write_results(folder, found.title, found.notes, found.rows, **found.facts)
+        for name, figure in found.figures.items():
             path = save_figure(figure, folder / f"{name}.png")
             for writer in tensorboard_writers(trainer):
                 writer.add_figure(name, figure, trainer.global_step, close=False)
@@ -69,6 +86,11 @@ class Report(lightning.Callback):
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image(name, [str(path)])
+        files = sorted(path.name for path in folder.glob("*.*") if path.stat().st_mtime > began)
+        print(found.verdict)
+        print(f"Files in {folder}: {', '.join(name for name in files if not name.startswith('events'))}")
+        if tensorboard_writers(trainer):
+            print(f"TensorBoard: tensorboard --logdir {folder.parent}")
 
 
 def folder_of(trainer: Any) -> Path:
@@ -84,22 +106,15 @@ def folder_of(trainer: Any) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version))
 
 
-def fit_sklearn(
-    rows: Any, components: int, covariance: str, bayesian: bool = False, **options: Any
-) -> tuple[Mixture, int, float]:
-    """Fit scikit-learn's ``GaussianMixture``, or the Bayesian one, to rows (N, D).
-
-    Returns the mixture, the number of iterations and the seconds.
-    """
+def fit_sklearn(estimator: Any, rows: Any) -> tuple[Mixture, float]:
+    """Fit a mixture of scikit-learn to rows (N, D), and return it and the seconds."""
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
 
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        estimator = BayesianGaussianMixture if bayesian else GaussianMixture
-        fit = estimator(n_components=components, covariance_type=covariance, **options).fit(rows)
+        fit = estimator.fit(rows)
     seconds = time.perf_counter() - began
     weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
-    mixture = Mixture(weights.log()[None], means[None], COVARIANCES[covariance].from_sklearn(covariances))
-    return mixture, fit.n_iter_, seconds
+    covariances = COVARIANCES[fit.covariance_type].from_sklearn(covariances)
+    return Mixture(weights.log()[None], means[None], covariances), seconds

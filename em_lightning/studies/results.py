@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,38 +57,25 @@ def print_results(title: str, notes: Sequence[str], rows: Sequence[Row]) -> None
     from rich.markdown import Markdown
 
     console = Console()
-    if not console.is_terminal:
+    if console.is_terminal:
+        console.print(Markdown("\n\n".join([f"# {title}", *notes])))
+        console.print(fitted_table(rows), crop=False)
+    else:
         print("\n" + "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n")
-        return
-    console.print(Markdown("\n\n".join([f"# {title}", *notes])))
-    print("\n" + fitted_table(rows, console.width) + "\n")
 
 
-def fitted_table(rows: Sequence[Row], width: int) -> str:
-    """Return a table with headers and first column wrapped at spaces, or one line per cell if that is still too wide.
+def fitted_table(rows: Sequence[Row]) -> Any:
+    """Return a table for a terminal that wraps headers and the first column, but no number."""
+    from rich.table import Table
+    from rich.text import Text
 
-    Example:
-        >>> print(fitted_table([{"method": "classical EM", "log-likelihood per point": 1.23456}], width=25))
-        method     log-likelihood
-                   per point
-        ---------  --------------
-        classical  1.235
-        EM
-    """
-    header, body = list(rows[0]), [[_cell(value) for value in row.values()] for row in rows]
-    least = [max(map(len, name.split())) for name in header]
-    widths = [max(size, *map(len, column)) for size, column in zip(least, zip(*body, strict=True), strict=True)]
-    others = sum(widths[1:]) + 2 * len(widths[1:])
-    widths[0] = max(least[0], *(len(word) for row in body for word in row[0].split()), min(widths[0], width - others))
-    if widths[0] + others > width:
-        cells = [[row[0], *map(": ".join, zip(header[1:], row[1:], strict=True))] for row in body]
-        return "\n".join("\n    ".join(row) for row in cells)
-    lines = []
-    for row in (header, ["-" * size for size in widths], *body):
-        wrapped = [textwrap.wrap(*pair, break_on_hyphens=False) for pair in zip(row, widths, strict=True)]
-        for parts in itertools.zip_longest(*wrapped, fillvalue=""):
-            lines.append("  ".join(part.ljust(size) for part, size in zip(parts, widths, strict=True)).rstrip())
-    return "\n".join(lines)
+    table = Table(box=None, pad_edge=False)
+    body = [[_cell(value) for value in row.values()] for row in rows]
+    for i, (name, column) in enumerate(zip(rows[0], zip(*body, strict=True), strict=True)):
+        table.add_column(name, min_width=max(map(len, column)) if i else None)
+    for row in body:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def verdict(rows: Sequence[Row], method: str, column: str) -> str:

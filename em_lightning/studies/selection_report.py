@@ -13,8 +13,7 @@ from em_lightning.data import GaussianBlobs, TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
 from em_lightning.plots.mixtures import curves, mixture_grid
-from em_lightning.studies.report import Report, fit_sklearn
-from em_lightning.studies.results import write_results
+from em_lightning.studies.report import Findings, Report, fit_sklearn
 
 _PICTURED = 4000
 
@@ -22,11 +21,10 @@ _PICTURED = 4000
 class SelectionReport(Report):
     """Compare a fitted :class:`~em_lightning.modules.GaussianMixtureModule` with others by likelihood, BIC and AIC.
 
-    At the end of a fit it writes to the folder of the logger: ``results.md`` and ``results.json``, with a row for this
-    run, for scikit-learn's mixture with as many components, for the mixture that the data were drawn from if it is
-    known, and for EM with other numbers of components, each measured on all rows; ``components.png`` (rows and
-    components in the plane in which the means differ most), ``selection.png`` (BIC by the number of components) and
-    ``likelihood.png``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
+    The table has a row for this run, for scikit-learn's mixture with as many components, for the mixture that the data
+    were drawn from if it is known, and for EM with other numbers of components, each measured on all rows. The figures
+    are ``components`` (rows and components in the plane in which the means differ most), ``selection`` (BIC by the
+    number of components) and ``likelihood``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
 
     Args:
         components: further numbers of components, fitted by EM from the same kind of start.
@@ -51,15 +49,17 @@ class SelectionReport(Report):
         seconds = time.perf_counter() - getattr(self, "_began", time.perf_counter())
         self.history.append({"log_likelihood": float(pl_module.log_likelihood), "seconds": seconds})
 
-    def report(self, trainer: Any, module: Any, folder: Path) -> str:
-        """Write the table and the figures."""
+    def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
+        """Measure all mixtures and draw."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
         own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
         levels, seconds = [one["log_likelihood"] for one in self.history], sum(one["seconds"] for one in self.history)
         rows = [_row(own, mixture, data, int(module.iterations), seconds)]
+        truth = {}
         if isinstance(data, GaussianBlobs):
             rows.append(_row("the mixture the rows were drawn from", data.truth(), data))
+            truth = {rows[1]["mixture"]: rows[1]["BIC"]}
         if len(data.tables["train"]) <= self.sklearn_rows and data.tables.get("weights") is None:
             rows.append(self._sklearn(module, mixture, data))
         others = [self._other(size, module, data) for size in self.components]
@@ -69,21 +69,20 @@ class SelectionReport(Report):
             f"fitted rows, lower is better. EM starts by {module.hparams['init']} in {module.sample_size:,} rows, "
             f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer.",
         ]
-        write_results(folder, "One mixture of one data set", notes, rows + others, seed=module.seed)
-
         figures = {"components": _picture(mixture, data)}
         if levels:
             series = {"this run": (list(range(1, len(levels) + 1)), levels)}
             figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats per row)", "Training")
+        tried = sorted((row["K"], row["BIC"]) for row in [rows[0], *others])
+        sizes, criteria = zip(*tried, strict=True)
         if others:
-            tried = sorted((row["K"], row["BIC"]) for row in [rows[0], *others])
-            line = {"EM": ([size for size, _ in tried], [value for _, value in tried])}
-            truth = {row["mixture"]: row["BIC"] for row in rows[1:2] if isinstance(data, GaussianBlobs)}
-            figures["selection"] = curves(line, "number of components K", "BIC", "Selection", truth)
-        self.save_figures(trainer, figures, folder)
-        best = min([rows[0], *others], key=lambda row: row["BIC"])
-        tried = sorted(row["K"] for row in [rows[0], *others])
-        return f"BIC is lowest for K = {best['K']} of {tried}: {best['BIC']}."
+            figures["selection"] = curves(
+                {"EM": (sizes, criteria)}, "number of components K", "BIC", "Selection", truth
+            )
+        size, best = min(tried, key=lambda pair: pair[1])
+        verdict = f"BIC is lowest for K = {size} of {list(sizes)}: {best}."
+        facts = {"seed": module.seed}
+        return Findings("One mixture of one data set", notes, rows + others, verdict, figures, facts)
 
     def _other(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
         blocks = data.blocks(whole=True)
@@ -105,17 +104,15 @@ class SelectionReport(Report):
         return _row("EM", fit.mixture, data, len(fit.log_likelihoods), time.perf_counter() - began)
 
     def _sklearn(self, module: Any, mixture: Mixture, data: TabularDataModule) -> dict[str, Any]:
+        from sklearn.mixture import GaussianMixture
+
         table = data.tables["train"]
-        mixture, iterations, seconds = fit_sklearn(
-            table.rows(0, len(table)).cpu().numpy(),
-            mixture.components,
-            module.covariance,
-            reg_covar=module.covariance_floor,
-            tol=module.tol,
-            max_iter=self.max_iters,
-            random_state=module.seed,
+        options = {"reg_covar": module.covariance_floor, "tol": module.tol, "random_state": module.seed}
+        estimator = GaussianMixture(
+            mixture.components, covariance_type=module.covariance, max_iter=self.max_iters, **options
         )
-        return _row("scikit-learn", mixture, data, iterations, seconds)
+        found, seconds = fit_sklearn(estimator, table.rows(0, len(table)).cpu().numpy())
+        return _row("scikit-learn", found, data, estimator.n_iter_, seconds)
 
 
 def _row(

@@ -1,13 +1,13 @@
 """Find, replace and insert modules in any ``nn.Module``, undo it, and add EM losses to layers.
 
 Files, each importing only from those before it: select (find modules), hooks (wrappers of methods), wrappers (inserted
-modules), twins (target networks), record (the plan in a checkpoint), edit (replace, insert, undo), axes (of units),
-taps (captured tensors), functional (calls such as ``F.relu``), refinement (the inserted operator), em (activations and
-operators), replay (restore a plan), owners (of parameters), layerwise (losses).
+modules), owners (of parameters, target networks), record (the plan in a checkpoint), edit (replace, insert, undo), axes
+(of units), taps (captured tensors), functional (calls such as ``F.relu``), refinement (the inserted operator), em
+(activations and operators), replay (restore a plan), layerwise (losses).
 """
 
 from em_lightning.surgery.axes import UnitAxis, unit_axis
-from em_lightning.surgery.edit import Calls, Change, Shared, Surgery, insert_after, replace_modules, surgery_by
+from em_lightning.surgery.edit import Calls, Change, Surgery, insert_after, replace_modules, surgery_by
 from em_lightning.surgery.em import insert_em_operators, set_temperature, swap_activations
 from em_lightning.surgery.functional import swap_calls
 from em_lightning.surgery.hooks import Chain, undo_all, wrap
@@ -17,7 +17,6 @@ from em_lightning.surgery.refinement import SetRefinement
 from em_lightning.surgery.replay import apply_plan, read_plan, restore_surgery
 from em_lightning.surgery.select import NoMatchError, Site, find_modules, walk
 from em_lightning.surgery.taps import Taps
-from em_lightning.surgery.wrappers import added_parameters
 
 __all__ = [
     "Calls",
@@ -25,13 +24,11 @@ __all__ = [
     "Change",
     "LayerwiseLoss",
     "NoMatchError",
-    "Shared",
     "Site",
     "Surgery",
     "SetRefinement",
     "Taps",
     "UnitAxis",
-    "added_parameters",
     "apply_plan",
     "find_modules",
     "insert_after",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import rich
@@ -154,39 +155,40 @@ def _keeps_axes(module: nn.Module) -> bool:
     )
 
 
-def describe(path: str, kind: str, shape: Sequence[int], dim: int | None, sets: str = "") -> str:
-    """Return the line on a layer that is printed at the first batch."""
-    if dim is None:
-        return f"{path}: {kind}, shape {tuple(shape)}, elementwise"
-    items = math.prod(shape) // max(shape[dim], 1)
-    return f"{path}: {kind}, shape {tuple(shape)}, axis {dim} has {shape[dim]} units, {sets or f'{items} items'}"
-
-
-def show(line: str) -> None:
-    """Print a line, on rank 0 and outside of compiled code only."""
-    if torch.compiler.is_compiling():
+def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, sets: str = "") -> None:
+    """Print the line on a layer at its first batch, on rank 0 and outside of compiled code only."""
+    if torch.compiler.is_compiling() or (torch.distributed.is_initialized() and torch.distributed.get_rank()):
         return
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        rich.get_console().print(line, soft_wrap=True, markup=False)
+    units = "elementwise"
+    if dim is not None:
+        items = sets or f"{math.prod(shape) // max(shape[dim], 1)} items"
+        units = f"axis {dim} has {shape[dim]} units, {items}"
+    rich.get_console().print(f"{path}: {kind}, shape {tuple(shape)}, {units}", soft_wrap=True, markup=False)
+
+
+def takes_dim(cls: Any) -> bool:
+    """Return whether a module class has the axis of its units as an argument."""
+    return "dim" in inspect.signature(cls).parameters
+
+
+def own_dim(module: Any, make: Any) -> int | Literal["auto"] | None:
+    """Return the axis along which the units of a module compete: "auto" if ``make`` gives none, None if elementwise."""
+    if not takes_dim(type(module)) or not getattr(module, "competes", True):
+        return None
+    given = {} if isinstance(make, type) else getattr(make, "keywords", {"dim": None})
+    return module.dim if "dim" in given else "auto"
 
 
 class FirstCall:
-    """Forward pre-hook that decides the axis of an activation or operator at its first call, and prints the line.
+    """Forward pre-hook that sets the axis of an activation or operator at its first call, and prints the line.
 
-    Args:
-        axis: the axis to decide, or None for elementwise activations.
-        entry: of the plan, which then stores the axis.
-        verbose: whether to print.
-        warn: is called with the path and the number of units.
+    The axis is None for elementwise activations.
     """
 
-    def __init__(
-        self, axis: UnitAxis | None, entry: dict[str, Any], verbose: bool, warn: Callable[[str, int], None] | None
-    ) -> None:
+    def __init__(self, path: str, axis: UnitAxis | None, verbose: bool) -> None:
+        self.path = path
         self.axis = axis
-        self.entry = entry
         self.verbose = verbose
-        self.warn = warn
         self.done = False
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
@@ -197,12 +199,7 @@ class FirstCall:
         dim = None if self.axis is None else self.axis(shape)
         if dim is not None:
             module.dim = dim
-            if self.entry["undecided"] and self.entry["init_args"] is not None:
-                self.entry["init_args"] = {**self.entry["init_args"], "dim": dim}
-            self.entry["undecided"] = False
-            if self.warn is not None:
-                self.warn(self.entry["path"], shape[dim])
         if self.verbose:
             sets = module.describe_sets(shape) if hasattr(module, "describe_sets") else ""
-            show(describe(self.entry["path"], type(module).__name__, shape, dim, sets))
+            announce(self.path, type(module).__name__, shape, dim, sets)
         self.done = True

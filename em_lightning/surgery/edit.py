@@ -5,22 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import zlib
-from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, undo_all, wrap
+from em_lightning.surgery.owners import guard_twins
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
-from em_lightning.surgery.twins import guard_twins
-from em_lightning.surgery.wrappers import CallCounter, CallSites, Inserted
+from em_lightning.surgery.wrappers import CallCounter, Inserted
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
-Calls = int | Literal["any"] | Mapping[str, Any] | None
-Shared = Literal["separate", "together"]
+Calls = Literal["any"] | None
 _SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries that have an author
 _BEFORE = "_em_before"  # attribute of a module whose change was undone while another module stood in its place
 
@@ -32,7 +30,7 @@ class Change(NamedTuple):
     name: str
     old: Any  # a module or a function
     new: nn.Module
-    added: list[nn.Module]  # the modules that were built for the site
+    added: nn.Module  # the module that was built: new itself, or the operator in it
     entry: dict[str, Any]  # of the plan
 
     @property
@@ -69,29 +67,26 @@ class Surgery:
         """A table of the changes: path, class before and after, number of added parameters."""
         rows = [("path", "before", "after", "parameters")]
         for change in self.changes:
-            old, new = type(change.old), type(change.added[0])
+            old, new = type(change.old), type(change.added)
             before, after = getattr(change.old, "__name__", old.__name__), new.__name__
             if before == after:
                 before, after = class_name(old), class_name(new)
             if change.entry["operation"] == "insert_after":
                 after = f"{before} -> {after}"
-            parameters = sum(p.numel() for module in change.added for p in module.parameters())
+            parameters = sum(p.numel() for p in change.added.parameters())
             rows.append((change.path, before, after, str(parameters)))
         first, second, third, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
         return "\n".join(f"{row[0]:{first}}  {row[1]:{second}}  {row[2]:{third}}  {row[3]}" for row in rows)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return all added parameters by their name in the model."""
-        added = {id(p) for change in self.changes for module in change.added for p in module.parameters()}
+        added = {id(p) for change in self.changes for p in change.added.parameters()}
         return {name: p for name, p in self.model.named_parameters() if id(p) in added}
-
-    def contains(self, site: Site) -> bool:
-        """Return whether a site is, or lies in, a module that this surgery put into the model."""
-        return any(change.new in (*site.ancestors, site.module) for change in self.changes)
 
     def find(self, where: Where, target: Where | None = None) -> list[Site]:
         """Return the sites that match, as :func:`find_modules` does, without those that this surgery changed."""
-        return [site for site in find_modules(self.model, where, target) if not self.contains(site)]
+        new = {change.new for change in self.changes}
+        return [site for site in find_modules(self.model, where, target) if not new & {*site.ancestors, site.module}]
 
     def undo(self) -> None:
         """Restore the model; several surgeries on one model can be undone in any order."""
@@ -117,17 +112,8 @@ class Surgery:
         self.undo()
 
 
-def replace_modules(
-    model: nn.Module,
-    where: Where,
-    make: Make,
-    *,
-    target: Where | None = None,
-    shared: Shared = "separate",
-    calls: Calls = None,
-    into: Surgery | None = None,
-) -> Surgery:
-    """Replace each selected module by a new one.
+def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls = None) -> Surgery:
+    """Replace each selected module by a new one; an instance under several names gets one per name.
 
     The new module takes over the hooks, device, dtype and mode of the old one; hooks that it gets later end with the
     undo. It is built with a random seed derived from its path, so that the user's random stream does not change and all
@@ -136,14 +122,10 @@ def replace_modules(
     Args:
         model: any module; in Lightning the LightningModule itself, so that its checkpoints store the plan.
         where: what to replace, see :func:`find_modules`.
-        target: a second selection, which must match as well.
         make: a class or a ``functools.partial`` of one (built for each site), a module (copied for each site), or a
             function of the old module that returns the new one.
-        shared: one instance under several names becomes one module per name ("separate") or one for all ("together").
-        calls: for a module that is called several times in one forward of its parent, such as a ResNet's reused
-            ``self.relu``. An int builds one operator per call; "any" shares one operator; a mapping from name patterns
-            gives either per site. By default a second call raises if the new module has parameters.
-        into: a surgery to extend; by default a new one.
+        calls: "any" shares a new module with parameters among several calls in one forward of its parent, such as those
+            of a ResNet's reused ``self.relu``; by default a second call raises RuntimeError.
 
     Raises:
         NoMatchError: nothing matches.
@@ -160,23 +142,13 @@ def replace_modules(
         >>> net[1]
         ReLU()
     """
-    surgery = Surgery(model) if into is None else into
-    return change_sites(surgery, "replace", surgery.find(where, target), lambda _: make, calls, shared)
+    return change_sites(Surgery(model), "replace", find_modules(model, where), lambda _: make, calls)
 
 
-def insert_after(
-    model: nn.Module,
-    where: Where,
-    make: Make,
-    *,
-    target: Where | None = None,
-    shared: Shared = "separate",
-    calls: Calls = None,
-    into: Surgery | None = None,
-) -> Surgery:
+def insert_after(model: nn.Module, where: Where, make: Make, *, calls: Calls = None) -> Surgery:
     """Insert an operator behind each selected module: its output ``y`` becomes ``operator(y)``.
 
-    Arguments, sharing and errors are those of :func:`replace_modules`. The layer's parameters are then named
+    Arguments and errors are those of :func:`replace_modules`. The layer's parameters are then named
     ``<path>.layer.*``, those of the operator ``<path>.operator.*``.
 
     Example:
@@ -187,8 +159,7 @@ def insert_after(
         >>> net[0]
         Linear(in_features=2, out_features=3, bias=True)
     """
-    surgery = Surgery(model) if into is None else into
-    return change_sites(surgery, "insert_after", surgery.find(where, target), lambda _: make, calls, shared)
+    return change_sites(Surgery(model), "insert_after", find_modules(model, where), lambda _: make, calls)
 
 
 def change_sites(
@@ -197,81 +168,50 @@ def change_sites(
     sites: list[Site],
     make_at: Callable[[Site], Make],
     calls: Calls = None,
-    shared: Shared = "separate",
-    prepare: Callable[[Surgery, Site, Change], None] = lambda *_: None,
+    prepare: Callable[[Site, Change], None] = lambda *_: None,
 ) -> Surgery:
     """Change the given sites, with the ``make`` of each, then prepare each change: the common part of all surgeries."""
-    if shared not in ("separate", "together"):
-        raise ValueError(f"shared={shared!r} must be 'separate' or 'together'")
-    names: dict[int, list[str]] = {}
+    if calls not in ("any", None):
+        raise ValueError(f"calls={calls!r} must be 'any' or None")
     for site in sites:
         check_reachable(site)
-        names.setdefault(id(site.module), []).append(site.path)
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
     surgery.undos += guard_twins(surgery.model, sites)
-    tie = shared == "together"
-    built: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
     for site in sites:
-        make, number = make_at(site), _calls_at(site.path, calls)
-        if not tie or id(site.module) not in built:
-            built[id(site.module)] = _new_module(surgery, operation, site, make, number, tie)
-        new, added = built[id(site.module)]
+        make = make_at(site)
+        added = _build(site, make)
+        if calls is None and any(True for _ in added.parameters()):
+            counter = CallCounter(site.path)
+            callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
+            surgery.undos.append(wrap(callers[-1], "forward", counter.around))
+            surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
+        if operation == "replace":
+            carry_hooks(site.module, added)
+        new = Inserted(site.module, added) if operation == "insert_after" else added
+        for inner in set(new.modules()) - set(site.module.modules()):  # a new module may contain the old one
+            inner.training = (site.parent if site.function else site.module).training
         surgery.undos += disable_fast_path(site)
         setattr(site.parent, site.name, new)
-        cls = type(added[0])
         entry: dict[str, Any] = {
             "operation": operation,
             "path": site.path,
-            "class_path": f"{cls.__module__}.{cls.__qualname__}",
+            "class_path": f"{type(added).__module__}.{type(added).__qualname__}",
             "init_args": arguments_of(make),
-            "calls": number,
-            "tied": names[id(site.module)][0] if tie else None,
-            "undecided": False,  # whether the axis of the units is open until the first batch
+            "calls": calls,
             "target": [],  # of the functions whose calls are replaced
             "by": surgery.by,
         }
         record_plan(surgery.model, [*recorded_plan(surgery.model), entry])
         surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry))
-        prepare(surgery, site, surgery.changes[-1])
+        prepare(site, surgery.changes[-1])
     return surgery
 
 
-def _calls_at(path: str, calls: Calls) -> int | str | None:
-    if isinstance(calls, Mapping):
-        calls = next((n for pattern, n in calls.items() if fnmatchcase(path, pattern)), None)
-    if calls is None or calls == "any" or (isinstance(calls, int) and calls >= 1):
-        return calls
-    raise ValueError(f"calls={calls!r} must be a positive int, 'any', or a mapping from name patterns to these")
-
-
-def _new_module(
-    surgery: Surgery, operation: str, site: Site, make: Make, calls: int | str | None, tie: bool
-) -> tuple[nn.Module, list[nn.Module]]:
-    """Build the module for a site, and return it with the operators in it."""
-    added = [_build(site, make, index) for index in range(calls if isinstance(calls, int) else 1)]
-    counter = CallCounter(site.path, len(added))
-    guarded = len(added) == 1 and calls != "any" and any(True for _ in added[0].parameters())
-    if not tie and (guarded or len(added) > 1):
-        callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
-        surgery.undos.append(wrap(callers[-1], "forward", counter.around))
-    if not tie and guarded:
-        surgery.undos.append(added[0].register_forward_pre_hook(counter.guard).remove)
-    new = CallSites(added, counter) if len(added) > 1 else added[0]
-    if operation == "insert_after":
-        new = Inserted(site.module, new)
-    elif operation == "replace":
-        carry_hooks(site.module, new)
-    kept = set(site.module.modules())  # a new module may contain the old one
-    for inner in set(new.modules()) - kept:
-        inner.training = (site.parent if site.function else site.module).training
-    return new, added
-
-
-def _build(site: Site, make: Make, index: int) -> nn.Module:
+def _build(site: Site, make: Make) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would also seed every accelerator
-        torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#{index}".encode()))
+        torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#0".encode()))
         if isinstance(make, nn.Module):
             module: Any = copy.deepcopy(make)
         elif isinstance(make, type) or (isinstance(make, functools.partial) and isinstance(make.func, type)):

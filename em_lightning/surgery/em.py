@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.surgery.axes import FirstCall, UnitAxis, unit_axis, widths_of
-from em_lightning.surgery.edit import Calls, Change, Make, Shared, Surgery, change_sites
+from em_lightning.surgery.axes import FirstCall, own_dim, takes_dim, unit_axis, widths_of
+from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.functional import swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules
-
-# Points of accuracy lost against ReLU over the 128 units of an MLP on MNIST: docs/results/open_questions.md, section C.
-_LOST = {
-    "direction": 65.0,
-    "softmax_gated": 7.3,
-    "relu_gated": 6.6,
-    "sparsemin": 6.0,
-    "neg_log_softmin": 4.8,
-    "residual_softmax": 4.6,
-    "log_softmax": 4.5,
-}
-_WIDE = 32  # units
 
 
 def swap_activations(
@@ -39,7 +25,6 @@ def swap_activations(
     where: Where = "*",
     *,
     dim: int | Literal["auto"] = "auto",
-    shared: Shared = "separate",
     calls: Calls = None,
     functional: bool = False,
     verbose: bool = True,
@@ -58,16 +43,12 @@ def swap_activations(
         where: a second selection by name or predicate, see :func:`find_modules`.
         dim: the axis of the units; "auto" takes that of the layer before the activation where its type defines it,
             and otherwise decides at the first batch: the one of axes 1 and -1 that has the width of that layer.
-        shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
         functional: also replace calls of the function that ``target`` is the module of, such as ``F.relu(x)``, in the
             methods of modules that ``where`` selects, see :func:`swap_calls`.
         verbose: whether to print a line per activation at the first batch: path, shape, axis of units, units, items.
-        into: see :func:`replace_modules`.
+        into: a surgery to extend; by default a new one.
         **arguments: of the activation, such as ``margin=2.0``.
-
-    Warns:
-        UserWarning: the activation is known to ruin layers of 32 and more units.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
@@ -82,18 +63,9 @@ def swap_activations(
     """
     surgery = Surgery(model) if into is None else into
     make = _activation(activation, dim, arguments)
-    warn = _WideWarning(make)
 
-    def make_at(site: Site) -> Make:
-        warn(site.path, next(iter(widths_of(site)), 0))
-        axis = unit_axis(site).dim
-        if axis == "auto" or not isinstance(make, functools.partial) or not _has_open_dim(make):
-            return make
-        return functools.partial(make, dim=axis)
-
-    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
-        open_dim = _has_open_dim(make) and unit_axis(site).dim == "auto"
-        watch_first_call(surgery, site, change, open_dim, verbose, warn)
+    def prepare(site: Site, change: Change) -> None:
+        watch_first_call(surgery, site, change, make, verbose)
 
     try:
         sites = surgery.find(where, target)
@@ -104,10 +76,10 @@ def swap_activations(
             ) from None
         sites = []
     if sites:
-        change_sites(surgery, "replace", sites, make_at, calls, shared, prepare)
+        change_sites(surgery, "replace", sites, lambda _: make, calls, prepare)
     if functional:
         with contextlib.suppress(*([NoMatchError] if sites else [])):
-            swap_calls(model, where, make, target, calls=calls, verbose=verbose, warn=warn, into=surgery)
+            swap_calls(model, where, make, target, calls=calls, verbose=verbose, into=surgery)
     return surgery
 
 
@@ -124,38 +96,9 @@ def _activation(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]
     cls: Any
     cls, given = ACTIVATIONS.resolve(spec)
     given = {**arguments, **given}
-    if dim != "auto" and _takes_dim(cls):
+    if dim != "auto" and takes_dim(cls):
         given.setdefault("dim", dim)
     return functools.partial(cls, **given)
-
-
-def _takes_dim(cls: Any) -> bool:
-    return "dim" in inspect.signature(cls).parameters
-
-
-def _has_open_dim(make: Make) -> bool:
-    """Return whether an activation competes along an axis that was not given."""
-    if not isinstance(make, functools.partial) or "dim" in make.keywords:
-        return False
-    return _takes_dim(make.func) and getattr(make.func, "competes", True)
-
-
-class _WideWarning:
-    """Warns once if an activation that ruins wide layers is to compete over many units."""
-
-    def __init__(self, make: Make) -> None:
-        cls = make.func if isinstance(make, functools.partial) else type(make)
-        self.name = next((name for name in _LOST if ACTIVATIONS[name] is cls), None)
-
-    def __call__(self, path: str, units: int) -> None:
-        if self.name is not None and units >= _WIDE:
-            warnings.warn(
-                f"{self.name} over the {units} units of {path!r}: over 128 units of an MLP on MNIST it lost "
-                f"{_LOST[self.name]} points of accuracy against ReLU (documentation, open questions, C); 'signed' and "
-                f"'grouped' gained 0.2",
-                stacklevel=4,
-            )
-            self.name = None
 
 
 def insert_em_operators(
@@ -163,12 +106,10 @@ def insert_em_operators(
     where: Where,
     num_components: int = 8,
     *,
-    target: Where | None = None,
     num_features: int | None = None,
     dim: int | Literal["auto"] = "auto",
     set_dim: int | Literal["auto"] = "auto",
     causal: bool = False,
-    shared: Shared = "separate",
     calls: Calls = None,
     verbose: bool = True,
     into: Surgery | None = None,
@@ -178,12 +119,11 @@ def insert_em_operators(
 
     The gates start at 0, so that the outputs of the model do not change until the first training step. Each set of the
     batch has its own mixture, and padding takes no part in it. Attention that masks later positions around a layer is
-    detected at the first batch; recurrent and convolutional layers that must not look ahead are not.
+    detected at the first training batch; recurrent and convolutional layers that must not look ahead are not.
 
     Args:
         model: any module.
         where: the layers; see :func:`find_modules`.
-        target: a second selection, which must match as well.
         num_components: K.
         num_features: D, the width of the layer's output; by default read from the layer.
         dim: the axis of the features; "auto" takes that which the layer's type defines, and otherwise decides at the
@@ -191,10 +131,9 @@ def insert_em_operators(
         set_dim: the axis of the items; "auto" takes all axes but those of the batch and the features. Outputs (B, D)
             then have one item per set; ``set_dim=0`` fits one mixture to the rows of the batch.
         causal: whether items see only those before them.
-        shared: see :func:`replace_modules`.
         calls: see :func:`replace_modules`.
         verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, sets, items.
-        into: see :func:`replace_modules`.
+        into: a surgery to extend; by default a new one.
         **arguments: of :class:`~em_lightning.operators.EMRefinement`, such as ``num_iters=5``.
 
     Raises:
@@ -210,40 +149,35 @@ def insert_em_operators(
         0     Linear  Linear -> SetRefinement  1
     """
     surgery = Surgery(model) if into is None else into
+    given = {"num_components": num_components, "set_dim": set_dim, "causal": causal, **arguments}
+    if dim != "auto":
+        given["dim"] = dim
 
     def make_at(site: Site) -> Make:
         features = next(iter(widths_of(site)), None) if num_features is None else num_features
         if features is None:
             raise ValueError(f"{site.path!r} is a {type(site.module).__name__} of unknown width: give num_features=")
-        axis = unit_axis(site, dim).dim
-        given: dict[str, Any] = {"num_components": num_components, "num_features": features, "set_dim": set_dim}
-        given.update(causal=causal, batch_dim=batch_dim_of(site), **({} if axis == "auto" else {"dim": axis}))
-        return functools.partial(SetRefinement, **given, **arguments)
+        return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 
-    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
-        watch_first_call(surgery, site, change, unit_axis(site, dim).dim == "auto", verbose)
+    def prepare(site: Site, change: Change) -> None:
+        watch_first_call(surgery, site, change, functools.partial(SetRefinement, **given), verbose)
 
-    return change_sites(surgery, "insert_after", surgery.find(where, target), make_at, calls, shared, prepare)
+    return change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, prepare)
 
 
-def watch_first_call(
-    surgery: Surgery,
-    site: Site,
-    change: Change,
-    open_dim: bool,
-    verbose: bool = False,
-    warn: Callable[[str, int], None] | None = None,
-) -> None:
-    """Let the modules of a change decide the axis of their units at their first call, and print it."""
-    change.entry["undecided"] = open_dim
-    for module in change.added:
-        widths = widths_of(site)
+def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:
+    """Let the module of a change decide the axis of its units at its first call, and print it."""
+    module: Any = change.added
+    axis = None
+    dim = own_dim(module, make)
+    if dim is not None:
+        axis = unit_axis(site, dim)
         if isinstance(module, SetRefinement):
+            axis.widths = (module.operator.num_features,)
             surgery.undos += observe_forwards(site, module)
-            widths = [module.operator.num_features]
-        known = getattr(module, "dim", None) if getattr(module, "competes", True) else None
-        axis = UnitAxis(site.path, widths, "auto" if open_dim else known) if known is not None else None
-        surgery.undos.append(module.register_forward_pre_hook(FirstCall(axis, change.entry, verbose, warn)).remove)
+        if axis.dim != "auto":
+            module.dim = axis.dim
+    surgery.undos.append(module.register_forward_pre_hook(FirstCall(site.path, axis, verbose)).remove)
 
 
 def set_temperature(model: nn.Module, temperature: float, where: Where = "*") -> dict[str, Tempered]:

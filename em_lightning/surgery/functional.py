@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from em_lightning.surgery.axes import FirstCall, UnitAxis, describe, show, widths_in
+from em_lightning.surgery.axes import UnitAxis, announce, own_dim, widths_in
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
 from em_lightning.surgery.select import (
+    FUNCTIONS,
     NoMatchError,
     Site,
     Where,
@@ -29,26 +29,7 @@ from em_lightning.surgery.select import (
 )
 
 NAME = "em_functional"  # of the operator, as a child of the module whose methods call the function
-# The modules whose functions can be replaced, and the names of these in torch, torch.nn.functional and Tensor.
-CALLS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.ReLU: ("relu", "relu_"),
-    nn.GELU: ("gelu",),
-    nn.SiLU: ("silu",),
-    nn.LeakyReLU: ("leaky_relu", "leaky_relu_"),
-    nn.ELU: ("elu", "elu_"),
-    nn.Tanh: ("tanh", "tanh_"),
-    nn.Sigmoid: ("sigmoid", "sigmoid_"),
-}
-
-
-_OWNERS = (torch, F, Tensor)
-
-
-def _functions(names: Collection[str]) -> frozenset[Any]:
-    return frozenset(getattr(owner, name) for owner in _OWNERS for name in names if hasattr(owner, name))
-
-
-_IN_PLACE = _functions([name for names in CALLS.values() for name in names if name.endswith("_")])
+_IN_PLACE = frozenset(function for function in FUNCTIONS if function.__name__.endswith("_"))
 
 
 class _Swapped(TorchFunctionMode):
@@ -56,7 +37,7 @@ class _Swapped(TorchFunctionMode):
 
     running = False  # whether an operator runs, whose own calls stay as they are
 
-    def __init__(self, operator: Callable[[Tensor], Tensor], functions: frozenset[Any], axes: CallAxes | None) -> None:
+    def __init__(self, operator: Callable[[Tensor], Tensor], functions: frozenset[Any], axes: CallAxes) -> None:
         super().__init__()
         self.operator = operator
         self.functions = functions
@@ -76,37 +57,27 @@ class _Swapped(TorchFunctionMode):
             _Swapped.running = False
 
     def _swapped(self, x: Tensor) -> Tensor:
-        dim = -1 if self.axes is None else self.axes(x)
+        dim = self.axes(x)
         return self.operator(x) if dim == -1 else self.operator(x.movedim(dim, -1)).movedim(-1, dim)
 
 
+@dataclasses.dataclass
 class CallAxes:
-    """The axis of the units at the calls in one module, decided once for each number of axes of the tensors.
+    """The axis of the units at the calls in one module, decided once for each number of axes of the tensors."""
 
-    Args:
-        path: the name of the operator.
-        widths: the widths of the layers in the module.
-        kind: the class of the operator.
-        dim: the axis, "auto", or None for elementwise operators.
-        verbose: whether to print each decision.
-    """
-
-    def __init__(
-        self, path: str, widths: list[int], kind: str, dim: int | Literal["auto"] | None, verbose: bool
-    ) -> None:
-        self.path = path
-        self.widths = widths
-        self.kind = kind
-        self.dim = dim
-        self.verbose = verbose
-        self.decided: dict[int, int] = {}
+    path: str  # of the operator
+    widths: list[int]  # of the layers in the module
+    kind: str  # the class of the operator
+    dim: int | Literal["auto"] | None  # None for elementwise operators
+    verbose: bool
+    decided: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> int:
         """Return the axis that has to be moved to the last, which is -1 where the operator knows its axis."""
         if x.ndim not in self.decided:
-            axis = self.dim if self.dim != "auto" else UnitAxis(self.path, self.widths)(x.shape)
+            axis = UnitAxis(self.path, self.widths)(x.shape) if self.dim == "auto" else self.dim
             if self.verbose:
-                show(describe(self.path, self.kind, x.shape, axis))
+                announce(self.path, self.kind, x.shape, axis)
             self.decided[x.ndim] = axis if self.dim == "auto" and axis is not None else -1
         return self.decided[x.ndim]
 
@@ -119,7 +90,6 @@ def swap_calls(
     *,
     calls: Calls = None,
     verbose: bool = True,
-    warn: Callable[[str, int], None] | None = None,
     into: Surgery | None = None,
 ) -> Surgery:
     """Replace the activations that the methods of selected modules call as functions.
@@ -128,8 +98,7 @@ def swap_calls(
     operator becomes a child of the module, named ``em_functional``; all other names stay. It serves all calls while one
     of the module's methods runs that mentions the function, also those of unselected children. The model itself may
     be selected, as the path ""; modules of torch.nn are skipped. Functions that are reached only through containers or
-    other objects are not found. ``warn`` is called with the name of the operator and its units at the first call. For
-    ``make``, ``calls`` and ``into`` see :func:`replace_modules`.
+    other objects are not found. For the other arguments see :func:`replace_modules` and :func:`swap_activations`.
 
     Raises:
         NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
@@ -145,9 +114,10 @@ def swap_calls(
     """
     check_patterns(model, where)
     surgery = Surgery(model) if into is None else into
-    kinds = [kind for kind in CALLS if matches(Site("", kind(), model, "", (model,)), target)]
-    names = {name for kind in kinds for name in CALLS[kind]}
-    functions = _functions(names)
+    known = dict.fromkeys(FUNCTIONS.values())
+    kinds = [kind for kind in known if matches(Site("", kind(), model, "", (model,)), target)]
+    functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)
+    names = {function.__name__ for function in functions}
     entries = where if isinstance(where, (list, tuple)) else [where]
     root = Site("", model, model, "", (model,))
     methods = {
@@ -165,19 +135,10 @@ def swap_calls(
             f"target={described(target)}; the model holds {contents(model)}"
         )
 
-    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
-        operator = change.added[0]
+    def prepare(site: Site, change: Change) -> None:
         change.entry["target"] = [kind.__name__ for kind in kinds]
-        dim = getattr(operator, "dim", None) if getattr(operator, "competes", True) else None
-        if (
-            dim is not None
-            and isinstance(change.entry["init_args"], Mapping)
-            and "dim" not in change.entry["init_args"]
-        ):
-            dim = "auto"
-        axes = CallAxes(site.path, widths_in([site.parent])[::-1], type(operator).__name__, dim, verbose)
-        last = None if dim is None else UnitAxis(site.path, (), -1 if dim == "auto" else dim)
-        surgery.undos.append(operator.register_forward_pre_hook(FirstCall(last, change.entry, False, warn)).remove)
+        widths, dim = widths_in([site.parent])[::-1], own_dim(change.added, make)
+        axes = CallAxes(site.path, widths, type(change.added).__name__, dim, verbose)
         for name in found_at[id(site.parent)]:
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions, axes)))
 
@@ -186,7 +147,7 @@ def swap_calls(
         Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
         for site in methods
     ]
-    return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare=prepare)
+    return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare)
 
 
 def _run(

@@ -7,20 +7,20 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_choice, check_positive, positive_number
 from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
 from em_lightning.surgery.select import Where
 from em_lightning.surgery.taps import Taps
 
-Weight = float | Literal["auto"]
 _MOMENTUM = 0.9  # of the averages of weight="auto"
+_AUTO_EVERY = 10  # steps between two measurements of weight="auto"
 
 
 class LayerwiseLoss:
@@ -30,7 +30,7 @@ class LayerwiseLoss:
               w_l = \rho \, \|\partial L_\text{main} / \partial d_l\| / \|\partial L_l / \partial d_l\| \text{ (auto)}
 
     With ``weight="auto"`` the gradient of each EM loss has the share ``ratio`` = rho of the main loss's gradient at the
-    same tap. Both norms are those of the global batch, measured every ``auto_every`` steps and smoothed by exponential
+    same tap. Both norms are those of the global batch, measured every tenth step and smoothed by exponential
     averages. A layer that is called several times between two calls of :meth:`add_to` counts once, on the items of all
     calls with a gradient. While nothing before a layer is trained, its loss waits, and a warning says so once. Losses
     are computed in float32 or float64, without autocast.
@@ -40,16 +40,13 @@ class LayerwiseLoss:
         where: the layers, see :func:`find_modules`.
         loss: "em" for ``EMLoss()``; a key, mapping or class of ``LOSSES``; or a module or function of energies (..., K)
             that returns a scalar or a dict of scalars. Modules are copied for each layer.
-        weight: a number, "auto", or a mapping from name patterns to either.
+        weight: a number or "auto".
         tap: "output" or "input" of the layer.
-        target: a second selection, which must match as well.
         dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
             first batch: the one of axes 1 and -1 that has the width of the layer.
         schedule: a factor f(t) of the step, on all weights.
-        warmup: number of steps over which the factor rises linearly from 0.
         every: add the loss every ``every`` steps, times ``every``: the same gradient on average at lower cost.
         ratio: rho of ``weight="auto"``.
-        auto_every: steps between two measurements of ``weight="auto"``.
         detach: cut the layer from what follows, so that its own loss alone trains it; "auto" is then the weight 1.
         verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
 
@@ -78,30 +75,23 @@ class LayerwiseLoss:
         model: nn.Module,
         where: Where,
         loss: Any = "em",
-        weight: Weight | Mapping[str, Weight] = "auto",
+        weight: float | Literal["auto"] = "auto",
         *,
         tap: Literal["output", "input"] = "output",
-        target: Where | None = None,
         dim: int | Literal["auto"] = "auto",
         schedule: Callable[[int], float] | None = None,
-        warmup: int = 0,
         every: int = 1,
         ratio: float = 0.1,
-        auto_every: int = 10,
         detach: bool = False,
         verbose: bool = True,
     ) -> None:
-        check_options(loss, weight, tap, warmup, every, ratio, auto_every)
-        self.taps = Taps(model, where, tap, target, dim, detach, verbose)
+        check_options(loss, weight, tap, every, ratio)
+        self.taps = Taps(model, where, tap, dim, detach, verbose)
         self.losses = {path: _build_loss(loss) for path in self.taps.axes}
-        self.weights = _weights_of(self.losses, weight)
-        if detach:
-            self.weights = {path: 1.0 if weight == "auto" else weight for path, weight in self.weights.items()}
+        self.weight = 1.0 if detach and weight == "auto" else weight
         self.schedule = schedule
-        self.warmup = warmup
         self.every = every
         self.ratio = ratio
-        self.auto_every = auto_every
         self.step = 0
         self.values: dict[str, Tensor] = {}
         self._added: set[str] = set()
@@ -109,7 +99,7 @@ class LayerwiseLoss:
         self._pure: set[str] = set()  # layers that had a call which only their own optimizer trains
         self._mixed: set[str] = set()  # layers that had none yet
         # path -> averages of the norms of both gradients, and the step of the next measurement
-        self.norms = {path: [0.0, 0.0, 0.0] for path, weight in self.weights.items() if weight == "auto"}
+        self.norms = {path: [0.0, 0.0, 0.0] for path in self.losses if self.weight == "auto"}
         self.taps.attach()
 
     @property
@@ -122,8 +112,6 @@ class LayerwiseLoss:
         factor = 1.0 if self.schedule is None else float(self.schedule(self.step))
         if not 0 <= factor < math.inf:
             raise ValueError(f"schedule({self.step}) returned {factor}; it must return a finite factor of at least 0")
-        if self.warmup:
-            factor *= min(1.0, self.step / self.warmup)
         return factor * self.every if self.step % self.every == 0 else 0.0
 
     def add_to(self, loss: Tensor, all_layers: bool = True, owners: Mapping[str, Owner] | None = None) -> Tensor:
@@ -170,9 +158,8 @@ class LayerwiseLoss:
 
     def weight_of(self, path: str) -> float:
         """Return the weight of a layer, without the factor f."""
-        weight = self.weights[path]
-        if weight != "auto":
-            return float(weight)
+        if self.weight != "auto":
+            return float(self.weight)
         main, own, _ = self.norms[path]  # both averages have the same bias, which cancels
         return self.ratio * main / own if own > 0 else 0.0
 
@@ -295,41 +282,22 @@ class LayerwiseLoss:
             norms = global_sum(torch.stack([_square(of_main), _square(of_aux)])).sqrt().tolist()
             pairs = zip(self.norms[path][:2], norms, strict=True)
             averages = [_MOMENTUM * average + (1 - _MOMENTUM) * norm for average, norm in pairs]
-            self.norms[path] = [*averages, self.step - 1 + self.auto_every]
+            self.norms[path] = [*averages, self.step - 1 + _AUTO_EVERY]
 
 
 def _square(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack([gradient.float().square().sum() for gradient in gradients if gradient is not None]).sum()
 
 
-def check_options(loss: Any, weight: Any, tap: str, warmup: int, every: int, ratio: float, auto_every: int) -> None:
+def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) -> None:
     """Raise ValueError if an argument of :class:`LayerwiseLoss` is out of range."""
-    for name, value, least in (("every", every, 1), ("auto_every", auto_every, 1), ("warmup", warmup, 0)):
-        if not (isinstance(value, int) and value >= least):
-            raise ValueError(f"{name}={value!r} must be an int of at least {least}")
-    if not ratio > 0:
-        raise ValueError(f"ratio={ratio!r} must be positive")
-    if tap not in ("output", "input"):
-        raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
-    for pattern, value in (weight if isinstance(weight, Mapping) else {"*": weight}).items():
-        if value != "auto" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise ValueError(f"weight={value!r} for {pattern!r} must be a positive number or 'auto'")
+    if not (isinstance(every, int) and every >= 1):
+        raise ValueError(f"every={every!r} must be an int of at least 1")
+    check_positive(ratio=ratio)
+    check_choice("tap", tap, ("output", "input"))
+    if weight != "auto":
+        positive_number("weight", weight)
     _build_loss(loss)
-
-
-def _weights_of(paths: Iterable[str], weight: Weight | Mapping[str, Weight]) -> dict[str, Weight]:
-    """Return the weight of each layer: that of the first pattern that matches it."""
-    patterns = weight if isinstance(weight, Mapping) else {"*": weight}
-    weights: dict[str, Weight] = {}
-    for pattern, value in patterns.items():
-        matching = [path for path in paths if fnmatchcase(path, pattern)]
-        weights = {**dict.fromkeys(matching, value), **weights}
-        if not matching:
-            raise ValueError(f"weight={patterns!r}: no layer matches {pattern!r}; the layers are {', '.join(paths)}")
-    missing = [path for path in paths if path not in weights]
-    if missing:
-        raise ValueError(f"weight={patterns!r} has no pattern for {', '.join(missing)}: add one, such as '*'")
-    return weights
 
 
 def _build_loss(loss: Any) -> Callable[[Tensor], Any]:

@@ -1,14 +1,16 @@
-"""The optimizer that a layer's loss belongs to, and losses whose gradient is limited to its parameters."""
+"""Owners of parameters: the optimizer of a layer's loss, and target networks and other copies of changed modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from em_lightning.surgery.select import Site
+from em_lightning.surgery.hooks import Undo
+from em_lightning.surgery.select import MARKER, Site, is_built
 
 
 class Owner(NamedTuple):
@@ -23,10 +25,7 @@ def owners_of(
 ) -> dict[str, Owner]:
     """Return the owner of each layer: the optimizer of its parameters, or of those of the smallest module around it.
 
-    Args:
-        sites: the layers.
-        optimizers: of the model.
-        index: the optimizer to take for all layers.
+    With ``index`` it is this optimizer for all layers.
 
     Raises:
         ValueError: no optimizer, or more than one, trains the parameters of a layer.
@@ -71,3 +70,67 @@ def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     linear = torch.stack([(g * p).sum() for g, p in zip(gradients, parameters, strict=True)]).sum()
     return linear + (loss - linear).detach()
+
+
+def twins_of(model: nn.Module, path: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (owner, twin, rest) for every module above ``path`` and other module of its class and shapes.
+
+    ``rest`` is the remainder of the path below the owner, and below its twin.
+    """
+    modules = dict(model.named_modules())
+    owner, _, rest = path.rpartition(".")
+    while owner:
+        first = _form(modules[owner]) if owner in modules else None
+        for name, module in modules.items():
+            related = f"{name}.".startswith(f"{owner}.") or f"{owner}.".startswith(f"{name}.") or not name
+            if first and not related and type(module) is type(modules[owner]) and _form(module) == first:
+                yield owner, name, rest
+        owner, _, last = owner.rpartition(".")
+        rest = f"{last}.{rest}"
+
+
+def _form(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+
+
+def guard_twins(model: nn.Module, sites: list[Site]) -> list[Undo]:
+    """Let copies of the modules that are about to change refuse the changed weights, and return the undo functions."""
+    changed = {site.path for site in sites}
+    return [
+        model.get_submodule(twin)
+        .register_load_state_dict_post_hook(functools.partial(_refuse, f"{owner}.{rest}", f"{twin}.{rest}", rest))
+        .remove
+        for path in changed
+        for owner, twin, rest in twins_of(model, path)
+        if f"{twin}.{rest}" not in changed
+    ]
+
+
+def _refuse(path: str, twin: str, rest: str, module: nn.Module, keys: Any) -> None:
+    if any(key.startswith(f"{rest}.") and key.endswith(MARKER) for key in keys.unexpected_keys):
+        raise ValueError(
+            f"a copy of the module that holds {path!r}, which surgery changed, is loaded with its weights: change "
+            f"{twin!r} as well, as in where=[{path!r}, {twin!r}]"
+        )
+
+
+def untrained_parameters(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
+    """Return the added parameters that no optimizer trains, except in target networks and other untrained copies."""
+    optimized = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    built = {id(p) for module in model.modules() if is_built(module) for p in module.parameters()}
+
+    def is_copy(owner: str) -> bool:
+        inside = [p for name, p in parameters.items() if name.startswith(f"{owner}.")]
+        return any(id(p) not in built for p in inside) and not any(id(p) in optimized for p in inside)
+
+    return sorted(
+        name
+        for name, p in parameters.items()
+        if id(p) in built - optimized
+        and p.requires_grad
+        and not any(
+            id(parameters[f"{twin}.{rest}"]) in optimized and is_copy(owner)
+            for owner, twin, rest in twins_of(model, name)
+        )
+    )

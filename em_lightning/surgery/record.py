@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from em_lightning.surgery.hooks import Undo, wrap
-from em_lightning.surgery.select import MARKER
 
 KEY = "em_lightning"  # of the checkpoint dictionary
 _PLAN = "_em_surgery_plan"
-_FIELDS = {"operation", "path", "class_path", "init_args", "calls", "tied", "by"}
+_FIELDS = {"operation", "path", "class_path", "init_args", "calls", "target", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
 
 
@@ -33,7 +31,6 @@ def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
 
 def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
     """Let a LightningModule store its plan in its checkpoints and compare it on loading; return the undo functions."""
-    _warn_of_dropped_surgeries()
     # Not isinstance(model, LightningModule), as lightning and pytorch_lightning have one each.
     if not hasattr(model, "on_save_checkpoint") or not hasattr(model, "on_load_checkpoint"):
         return []
@@ -43,44 +40,20 @@ def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
     ]
 
 
-def _warn_of_dropped_surgeries() -> None:
-    """Let ``load_state_dict(strict=False)`` of any model warn if it drops a surgery: torch has no global hook."""
-    load = nn.Module.load_state_dict
-    if hasattr(load, "warns_of_surgery"):
-        return
-
-    @functools.wraps(load)
-    def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        keys = load(self, *args, **kwargs)
-        dropped = [key.removesuffix(MARKER).rstrip(".") for key in keys.unexpected_keys if key.endswith(MARKER)]
-        if dropped:
-            warnings.warn(
-                f"strict=False drops the surgery at {', '.join(dropped)} of {type(self).__name__}: load the checkpoint "
-                f"with RestoreSurgery or restore_surgery",
-                stacklevel=2,
-            )
-        return keys
-
-    vars(load_state_dict)["warns_of_surgery"] = True
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
-
-
 def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
     checkpoint[KEY] = {"surgery": recorded_plan(model)}
     return proceed(checkpoint)
 
 
 def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
-    plans = plan_in(checkpoint), recorded_plan(model)
-    open_paths = {entry["path"] for plan in plans for entry in plan if entry.get("undecided")}
-    stored, live = ([_readable(entry, open_paths) for entry in plan] for plan in plans)
+    stored, live = (sorted(map(_readable, plan)) for plan in (plan_in(checkpoint), recorded_plan(model)))
     if live and not stored:
         raise ValueError(
             f"the checkpoint was saved without surgery; nothing of it is in the checkpoint, but in the model: "
             f"{'; '.join(live)}. To start from its weights, load them before the fit, with "
             f"model.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
         )
-    if sorted(stored) != sorted(live):
+    if stored != live:
         missing = "; ".join(entry for entry in stored if entry not in live) or "nothing"
         extra = "; ".join(entry for entry in live if entry not in stored) or "nothing"
         raise ValueError(
@@ -90,18 +63,8 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
     return proceed(checkpoint)
 
 
-def _readable(entry: Mapping[str, Any], open_paths: Collection[str]) -> str:
-    """Return an entry as text, without the axis at paths where it is decided at the first batch."""
-    arguments = {k: v for k, v in (entry["init_args"] or {}).items() if k != "dim" or entry["path"] not in open_paths}
-    calls = "" if entry["calls"] is None else f" calls={entry['calls']}"
-    tied = "" if entry["tied"] is None else f" tied to {entry['tied']}"
-    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({arguments or ''}){calls}{tied}"
-
-
-def settled(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry without what is decided at the first batch, to compare entries before and after it."""
-    arguments = {name: value for name, value in (entry["init_args"] or {}).items() if name != "dim"}
-    return {**{name: entry[name] for name in _FIELDS}, "init_args": arguments}
+def _readable(entry: Mapping[str, Any]) -> str:
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''})"
 
 
 def arguments_of(make: Any) -> dict[str, Any] | None:

@@ -3,89 +3,66 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
 from torch import nn
 
 from em_lightning.registry import import_class
-from em_lightning.surgery.edit import Change, Make, Shared, Surgery, change_sites
+from em_lightning.surgery.edit import Change, Surgery, change_sites
 from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import NAME, swap_calls
-from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan, settled
+from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import Site, find_modules, is_built, walk
-from em_lightning.surgery.wrappers import CallSites, Inserted
 
 
-def apply_plan(
-    model: nn.Module,
-    plan: list[dict[str, Any]],
-    make: Callable[[nn.Module], nn.Module] | None = None,
-    into: Surgery | None = None,
-) -> Surgery:
+def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
     """Repeat the surgeries of a plan on a fresh model; entries that the model records already are skipped.
 
     Args:
         model: a model in its state before the surgeries.
         plan: the entries, from :func:`read_plan` or :func:`recorded_plan`.
-        make: builds the modules that the plan cannot (those from a function or a prototype).
         into: a surgery to extend; by default a new one.
 
     Raises:
         NoMatchError: the model has no module at a path of the plan.
-        ValueError: the plan cannot build a module and ``make`` is None.
+        ValueError: the plan does not store how to build a module, as it came from a function or an instance.
     """
     surgery = Surgery(model) if into is None else into
-    done = [settled(entry) for entry in recorded_plan(model)]
-    held = [entry for entry in plan if settled(entry) not in done and _holds(model, entry)]
-    if held:
-        surgery.undos += keep_in_checkpoints(model)
-        record_plan(model, [*recorded_plan(model), *held])
+    done = recorded_plan(model)
+    if not done:  # the model may be built from a module that had the surgery, stored with its hyperparameters
+        built = [site.path for site in walk(model) if any(map(is_built, site.module.modules()))]
+        done = [entry for entry in plan if entry["path"] in built]
+        if done:
+            surgery.undos += keep_in_checkpoints(model)
+            record_plan(model, done)
     for entry in plan:
-        first = entry["tied"] in (None, entry["path"])  # tied modules are built at their first path
-        if settled(entry) in done or entry in held or not first:
-            continue
-        surgery.by = entry["by"]
-        _apply(surgery, entry, [other["path"] for other in plan if other["tied"] == entry["path"]], make)
+        if entry not in done:
+            surgery.by = entry["by"]
+            _apply(surgery, entry)
     return surgery
 
 
-def _holds(model: nn.Module, entry: dict[str, Any]) -> bool:
-    """Return whether a model was built from a module that had the surgery, stored with its hyperparameters."""
-    pending = [site.module for site in walk(model) if site.path == entry["path"]]
-    while pending:
-        module = pending.pop()
-        if isinstance(module, Inserted):
-            pending += [module.layer, module.operator]
-        elif isinstance(module, CallSites):
-            pending += module.operators
-        elif is_built(module):
-            cls = type(module)
-            if f"{cls.__module__}.{cls.__qualname__}" == entry["class_path"]:
-                return True
-    return False
-
-
-def _apply(surgery: Surgery, entry: dict[str, Any], tied: list[str], make: Make | None) -> None:
+def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     path, calls = entry["path"], entry["calls"]
-    if entry["init_args"] is not None:
-        cls: Any = import_class(entry["class_path"], nn.Module)  # a foreign plan must not call anything but modules
-        make = functools.partial(cls, **entry["init_args"])
-    if make is None:
-        raise ValueError(f"{path!r} holds a {entry['class_path']} of unknown arguments: pass make=, which builds it")
+    if entry["init_args"] is None:
+        raise ValueError(
+            f"{path!r} holds a {entry['class_path']} of unknown arguments, made by a function or copied from an "
+            f"instance: repeat this surgery on a new model, then call model.load_state_dict"
+        )
+    cls: Any = import_class(entry["class_path"], nn.Module)  # a foreign plan must not call anything but modules
+    make = functools.partial(cls, **entry["init_args"])
     if entry["operation"] == "functional":
-        target = [getattr(nn, name) for name in entry.get("target", ["ReLU"])]
+        target = [getattr(nn, name) for name in entry["target"]]
         where = path.removesuffix(NAME).removesuffix(".")
         swap_calls(surgery.model, where, make, target, calls=calls, verbose=False, into=surgery)
         return
 
-    def prepare(surgery: Surgery, site: Site, change: Change) -> None:
-        watch_first_call(surgery, site, change, entry.get("undecided", False))
+    def prepare(site: Site, change: Change) -> None:
+        watch_first_call(surgery, site, change, make)
 
-    sites = find_modules(surgery.model, tied or [path])
-    shared: Shared = "together" if tied else "separate"
-    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, shared, prepare)
+    sites = find_modules(surgery.model, [path])
+    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, prepare)
 
 
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
@@ -104,23 +81,13 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
     return plan_in(read_checkpoint(path, weights_only))
 
 
-def restore_surgery(
-    cls: Any,
-    path: str | PathLike[str],
-    *,
-    make: Callable[[nn.Module], nn.Module] | None = None,
-    **arguments: Any,
-) -> Any:
+def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> Any:
     """Build a LightningModule of class ``cls`` with the surgery and the weights of a checkpoint, without a callback.
 
-    Args:
-        cls: the LightningModule's class.
-        path: the checkpoint.
-        make: see :func:`apply_plan`.
-        **arguments: those of ``cls.load_from_checkpoint``; ``weights_only`` is True by default.
+    Further arguments are those of ``cls.load_from_checkpoint``; ``weights_only`` is True by default.
 
     Raises:
-        ValueError: the checkpoint stores no plan, or is damaged.
+        ValueError: the checkpoint stores no plan, is damaged, or does not store how to build a module.
     """
     arguments = {"weights_only": True, **arguments}
     plan = read_plan(path, arguments["weights_only"] is not False)
@@ -128,7 +95,7 @@ def restore_surgery(
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
 
     def on_load_checkpoint(model: Any, checkpoint: dict[str, Any]) -> None:
-        apply_plan(model, plan, make)
+        apply_plan(model, plan)
         cls.on_load_checkpoint(model, checkpoint)
 
     # load_from_checkpoint builds the model, calls this hook, then loads the weights.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 # A buffer of every module that surgery built. Its key keeps a checkpoint from loading into a model without the surgery.
 # Errors on unexpected keys print it, and so do the warnings of strict=False: it names what loads such a checkpoint.
@@ -17,16 +17,22 @@ MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
 
 Where = type | str | Callable[..., bool] | Sequence[Any]
 
-# Functions that models keep as attributes (nn.TransformerEncoderLayer.activation), and the equivalent modules.
+# The modules whose functions can be replaced, and the names of these in torch, torch.nn.functional and Tensor.
+_NAMES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.ReLU: ("relu", "relu_"),
+    nn.GELU: ("gelu",),
+    nn.SiLU: ("silu",),
+    nn.LeakyReLU: ("leaky_relu", "leaky_relu_"),
+    nn.ELU: ("elu", "elu_"),
+    nn.Tanh: ("tanh", "tanh_"),
+    nn.Sigmoid: ("sigmoid", "sigmoid_"),
+}
 FUNCTIONS: dict[Any, type[nn.Module]] = {
-    F.relu: nn.ReLU,
-    torch.relu: nn.ReLU,
-    F.gelu: nn.GELU,
-    F.silu: nn.SiLU,
-    F.elu: nn.ELU,
-    F.leaky_relu: nn.LeakyReLU,
-    torch.tanh: nn.Tanh,
-    torch.sigmoid: nn.Sigmoid,
+    getattr(owner, name): kind
+    for kind, names in _NAMES.items()
+    for name in names
+    for owner in (torch, F, Tensor)
+    if hasattr(owner, name)
 }
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from em_lightning.surgery.axes import describe, show, unit_axis
+from em_lightning.checks import check_choice
+from em_lightning.surgery.axes import announce, unit_axis
 from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
 
@@ -46,14 +47,12 @@ class Taps:
         model: nn.Module,
         where: Where,
         tap: Literal["output", "input"] = "output",
-        target: Where | None = None,
         dim: int | Literal["auto"] = "auto",
         detach: bool = False,
         verbose: bool = True,
         skip: Callable[[str, Exception], None] | None = None,
     ) -> None:
-        if tap not in ("output", "input"):
-            raise ValueError(f"tap={tap!r} must be 'output' or 'input'")
+        check_choice("tap", tap, ("output", "input"))
         self.tap = tap
         self.detach = detach
         self.verbose = verbose
@@ -63,7 +62,7 @@ class Taps:
         self.captured: list[tuple[str, Tensor, int]] = []
         self._undos: list[Undo] = []
         self.sites: list[Site] = []
-        for site in find_modules(model, where, target):
+        for site in find_modules(model, where):
             check_reachable(site)
             if site.function is None and not any(site.module is known.module for known in self.sites):
                 self.sites.append(site)
@@ -129,7 +128,7 @@ class Taps:
             raise TypeError(f"the {self.tap} of {path!r} {error}") from None
         dim = self.axes[path](tensor.shape)
         if self.verbose and path not in self.seen:
-            show(describe(path, self.tap, tensor.shape, dim))
+            announce(path, self.tap, tensor.shape, dim)
         self.seen.add(path)
         if torch.is_grad_enabled() and not tensor.requires_grad:
             self.frozen.add(path)

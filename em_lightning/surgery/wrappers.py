@@ -1,20 +1,13 @@
-"""Modules that surgery puts at a site: a layer with an operator behind it, and one operator per call."""
+"""Modules that surgery puts at a site, and the guard against operators that are called at several places."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from em_lightning.surgery.hooks import first_tensor
-from em_lightning.surgery.select import is_built
-
-
-def added_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters of the modules that surgery built in a model, by name."""
-    added = {id(p) for module in model.modules() if is_built(module) for p in module.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) in added and p.requires_grad}
 
 
 class Inserted(nn.Module):
@@ -47,14 +40,13 @@ class Inserted(nn.Module):
 
 
 class CallCounter:
-    """Counts the calls of one site within one forward of its owner, and raises if there are too many or too few.
+    """Raises if a module is called twice within one forward of its owner.
 
     With parameters, one module called at several places would tie layers of different widths and meanings.
     """
 
-    def __init__(self, path: str, allowed: int) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
-        self.allowed = allowed
         self.count = 0
         self.counting = False
 
@@ -63,35 +55,13 @@ class CallCounter:
         self.count, self.counting = 0, True
         output = proceed(*args, **kwargs)
         self.counting = False
-        if 0 < self.count < self.allowed:
-            raise RuntimeError(
-                f"{self.path!r} has {self.count} calls, not calls={self.allowed}: set calls={self.count}"
-            )
         return output
 
-    def next(self) -> int:
-        """Return the index of the operator for this call."""
-        if self.counting and self.count >= self.allowed:
-            raise RuntimeError(
-                f"{self.path!r} is called more than {self.allowed} time(s) in one forward, and its replacement has "
-                f"parameters: set calls=N for one operator per call, or calls='any' to share one among all calls"
-            )
+    def check(self, *_: Any) -> None:
+        """Forward pre-hook of the module."""
         self.count += 1
-        return (self.count - 1) % self.allowed
-
-    def guard(self, *_: Any) -> None:
-        """Forward pre-hook of a site's only operator."""
-        self.next()
-
-
-class CallSites(nn.Module):
-    """One operator for each call of a reused module within one forward, in the order of the calls."""
-
-    def __init__(self, operators: Iterable[nn.Module], counter: CallCounter) -> None:
-        super().__init__()
-        self.operators = nn.ModuleList(operators)
-        self.counter = counter
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply the operator of this call."""
-        return self.operators[self.counter.next()](*args, **kwargs)
+        if self.counting and self.count > 1:
+            raise RuntimeError(
+                f"{self.path!r} is called more than once in one forward, and its replacement has parameters: set "
+                f"calls='any' to share it among all calls"
+            )

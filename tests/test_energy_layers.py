@@ -1,4 +1,4 @@
-"""Modules with one energy layer: loss terms, metrics, subclasses, replicas."""
+"""Modules with one energy layer: loss terms, metrics, subclasses."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from em_lightning import modules
+from em_lightning import studies
 from em_lightning.data import Digits
-from em_lightning.modules import DecoderFreeEncoder, EMClassifier, EnergyLayer
-from em_lightning.studies import Replicas, SparseAutoencoder, linear_probe
+from em_lightning.studies import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder, linear_probe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
@@ -77,13 +76,6 @@ def test_classifier_loss_equals_the_published_one(nls):
     expected = functional.cross_entropy(logits, labels).item() + 1e-3 * sum(volume(d))
     assert module.step((x, labels), "train")["loss"].item() == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(module(x), logits)
-
-
-def test_terms_override_the_default_weights():
-    module = MAKE["encoder"](terms={"variance": 0.0, "bounded_variance": {"weight": 1.0, "target": 4.0}})
-    assert list(module.step((torch.rand(9, 64), None), "train")) == [
-        "loss", "free_energy", "decorrelation", "bounded_variance",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("key", MAKE)
@@ -152,44 +144,6 @@ def test_optimizer_argument_selects_the_class(optimizer):
     torch.testing.assert_close(module.prototypes, other.prototypes, rtol=1e-4, atol=1e-5)
 
 
-# Replicas.
-
-
-@pytest.mark.parametrize("key", MAKE)
-def test_replicas_train_as_if_alone(key):
-    def make(seed):
-        torch.manual_seed(seed)
-        return MAKE[key](lr=1e-4)
-
-    replicas = Replicas([make(seed) for seed in range(3)])
-    loaders = [Digits(seed=seed).train_dataloader() for seed in range(3)]
-    together = fit(replicas, loaders, Digits().val_dataloader()).callback_metrics
-    for seed, layer in enumerate(replicas.layers):
-        alone = make(seed)
-        metrics = fit(alone, Digits(seed=seed)).callback_metrics
-        torch.testing.assert_close(layer.prototypes, alone.prototypes, rtol=1e-3, atol=2e-5)
-        assert not torch.equal(layer.prototypes, make(seed).prototypes)
-        for name in ("entropy", "l0", "min_variance", *(["accuracy"] if "accuracy" in metrics else [])):
-            found, expected = together[f"{seed}/val/{name}"], metrics[f"val/{name}"]
-            assert float(found) == pytest.approx(float(expected), rel=1e-2, abs=1e-3), name
-
-
-def test_a_layer_logs_under_its_own_names_after_a_fit_as_a_replica():
-    replicas = Replicas([MAKE["classifier"](), MAKE["classifier"]()])
-    assert "0/val/loss" in fit(replicas, [Digits().train_dataloader()] * 2, Digits().val_dataloader()).callback_metrics
-    layer = MAKE["classifier"]()
-    layer.load_state_dict(replicas.layers[1].state_dict())
-    for p in replicas.layers[1].parameters():
-        p.requires_grad_()
-    for module in (replicas.layers[1], layer):
-        assert "val/loss" in fit(module, Digits(), epochs=1).callback_metrics
-
-
-def test_different_replicas_raise():
-    with pytest.raises(ValueError, match="layers must have the same class"):
-        Replicas([MAKE["classifier"](), MAKE["baseline"]()])
-
-
 def test_probe_equals_scikit_learn_regression():
     from sklearn.linear_model import LogisticRegression
 
@@ -225,7 +179,7 @@ def test_a_layer_without_loss_terms_raises():
 
 
 def test_subclass_in_the_docs_trains():
-    page = Path(modules.__file__).parents[2] / "docs" / "how-to" / "reprint-published-tables.md"
+    page = Path(studies.__file__).parents[2] / "docs" / "how-to" / "reprint-published-tables.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     found = {}
     exec(compile(code, str(page), "exec"), found)

@@ -1,4 +1,4 @@
-"""Modules with a single energy layer: EnergyLayer (base class), DecoderFreeEncoder and EMClassifier."""
+"""Modules with one energy layer: EnergyLayer, DecoderFreeEncoder, SparseAutoencoder and EMClassifier."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from em_lightning.activations import NegLogSoftminActivation
 from em_lightning.checks import check_at_least
 from em_lightning.losses import EMLoss, WeightRedundancyLoss
 from em_lightning.metrics import layer_metrics
-from em_lightning.modules.base import EMModule
+from em_lightning.modules import EMModule
 
 
 class EnergyLayer(EMModule):
@@ -28,7 +28,7 @@ class EnergyLayer(EMModule):
     Args:
         num_features: D.
         num_components: K, the competing units.
-        lr, optimizer: as in :class:`EMModule`.
+        lr, optimizer: as in :class:`~em_lightning.modules.EMModule`.
 
     Shape:
         - batch: x (N, ...) of D features in all, and labels y (N,).
@@ -70,24 +70,9 @@ class EnergyLayer(EMModule):
 class DecoderFreeEncoder(EnergyLayer):
     r"""A sparse encoder trained without a decoder, by free energy and volume control.
 
-    With energies :math:`d = \mathrm{relu}(W x + b)` the loss is
-    :math:`-\sum_n \log \sum_j e^{-d_{nj}} - \sum_j \log(\mathrm{Var}(d_j) + 10^{-6})
-    + \sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`. The free energy is summed over the batch, so its relative
-    weight grows with the batch size.
-
-    Args:
-        num_features: D.
-        num_components: K.
-        free_energy: weight of the free energy.
-        variance: weight of the term against dead units.
-        decorrelation: weight of the term against redundant units.
-        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, such as
-            ``{"variance": 0, "bounded_variance": 1}``; they override the three weights.
-        lr, optimizer: as in :class:`EMModule`.
-
-    Shape:
-        - batch: x (N, ...) of D features in all, and labels y (N,), not used.
-        - ``forward(x)``: energies (N, K).
+    The loss is :math:`-\sum_n \log \sum_j e^{-d_{nj}} - \sum_j \log(\mathrm{Var}(d_j) + 10^{-6})
+    + \sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`, with a weight for each term. The free energy is summed over the batch,
+    so its relative weight grows with the batch size. The output is the energies (N, K).
 
     Example:
         >>> module = DecoderFreeEncoder(num_features=64, num_components=16)
@@ -106,14 +91,12 @@ class DecoderFreeEncoder(EnergyLayer):
         free_energy: float = 1.0,
         variance: float = 1.0,
         decorrelation: float = 1.0,
-        terms: dict[str, Any] | None = None,
         lr: float = 1e-3,
         optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
         super().__init__(num_features, num_components, lr, optimizer)
         self.save_hyperparameters()
-        weights = {"free_energy": free_energy, "variance": variance, "decorrelation": decorrelation}
-        self.loss = EMLoss(**{**weights, **(terms or {})})
+        self.loss = EMLoss(free_energy=free_energy, variance=variance, decorrelation=decorrelation)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.energies(x)
@@ -122,27 +105,42 @@ class DecoderFreeEncoder(EnergyLayer):
         return self.loss(energies)
 
 
+class SparseAutoencoder(EnergyLayer):
+    r"""The standard sparse autoencoder: activations :math:`a = \mathrm{relu}(W x + b)` and a linear decoder.
+
+    The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with :math:`\lambda` = ``sparsity``. The output is the
+    reconstruction (N, D).
+    """
+
+    def __init__(
+        self,
+        num_features: int = 784,
+        num_components: int = 64,
+        sparsity: float = 0.01,
+        lr: float = 1e-3,
+        optimizer: Literal["adam", "sgd"] = "adam",
+    ) -> None:
+        super().__init__(num_features, num_components, lr, optimizer)
+        check_at_least(0, sparsity=sparsity)
+        self.save_hyperparameters()
+        self.sparsity = sparsity
+        self.decoder = nn.Linear(num_components, num_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.energies(x))
+
+    def loss_terms(self, x: Tensor, y: Tensor, energies: Tensor, stage: str) -> dict[str, Tensor]:
+        error = functional.mse_loss(self.decoder(energies), x.flatten(1))
+        return {"reconstruction": error, "sparsity": self.sparsity * energies.abs().mean()}
+
+
 class EMClassifier(EnergyLayer):
     r"""A classifier with one hidden layer of energies and volume control on them.
 
-    With :math:`d = \mathrm{relu}(W x + b)`, :math:`y = d + \log \sum_j e^{-d_j}` (or :math:`y = d`) and logits
-    :math:`\mathrm{LayerNorm}(V y + c)`, the loss is cross-entropy :math:`+ \lambda\,(` variance + decorrelation of d
-    :math:`)`. Cross-entropy takes the place of the free energy of :class:`DecoderFreeEncoder`.
-
-    Args:
-        num_features: D.
-        num_components: K.
-        num_classes: C.
-        neg_log_softmin: whether the head reads :math:`d + \log \sum_j e^{-d_j}` instead of d.
-        weight: lambda; 0 disables the auxiliary loss.
-        variance: weight of the term against dead units, which lambda multiplies.
-        decorrelation: weight of the term against redundant units, which lambda multiplies.
-        terms: further terms or arguments of :class:`~em_lightning.EMLoss`, which lambda multiplies.
-        lr, optimizer: as in :class:`EMModule`.
-
-    Shape:
-        - batch: x (N, ...) of D features in all, and labels y (N,).
-        - ``forward(x)``: logits (N, C).
+    With :math:`y = d + \log \sum_j e^{-d_j}`, or :math:`y = d` without ``neg_log_softmin``, and logits
+    :math:`\mathrm{LayerNorm}(V y + c)` (N, C), the loss is cross-entropy :math:`+ \lambda\,(` variance + decorrelation
+    of d :math:`)` with :math:`\lambda` = ``weight`` and a weight for each term. Cross-entropy takes the place of the
+    free energy of :class:`DecoderFreeEncoder`.
 
     Example:
         >>> module = EMClassifier(num_features=64, num_components=16)
@@ -163,7 +161,6 @@ class EMClassifier(EnergyLayer):
         weight: float = 1e-3,
         variance: float = 1.0,
         decorrelation: float = 1.0,
-        terms: dict[str, Any] | None = None,
         lr: float = 1e-3,
         optimizer: Literal["adam", "sgd"] = "adam",
     ) -> None:
@@ -171,14 +168,9 @@ class EMClassifier(EnergyLayer):
         check_at_least(2, num_classes=num_classes)
         check_at_least(0, weight=weight)
         self.save_hyperparameters()
-        self.weight = weight
         self.activation = NegLogSoftminActivation() if neg_log_softmin else nn.Identity()
         self.head = nn.Sequential(nn.Linear(num_components, num_classes), nn.LayerNorm(num_classes))
-        self.loss = None
-        if weight:
-            weights = {"free_energy": 0.0, "variance": variance, "decorrelation": decorrelation}
-            self.loss = EMLoss(**{**weights, **(terms or {})})
-            self.loss.weights = {name: weight * value for name, value in self.loss.weights.items()}
+        self.loss = EMLoss(0.0, weight * variance, weight * decorrelation) if weight else None
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The monitor of the curvature of layers and of the dominance of the task's gradient."""
+"""PosteriorMonitor's curvature of layers, and the dominance of the task's gradient over the EM loss's."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch.nn.functional as F
 import user_models as users
 
 from em_lightning import EMLoss, softmin
-from em_lightning.callbacks import CompetitionMonitor, LayerwiseEMLoss
+from em_lightning.callbacks import LayerwiseEMLoss, PosteriorMonitor
 from em_lightning.scope import curvature
-from em_lightning.surgery import NoMatchError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The '.*_dataloader' does not have many workers",
@@ -35,7 +34,7 @@ def layer_loss():
 
 
 def monitor(every=1):
-    return CompetitionMonitor(["encoder.1", "encoder.3"], every, verbose=False)
+    return PosteriorMonitor(["encoder.1", "encoder.3"], every_n_steps=every, loss=EMLoss(), verbose=False)
 
 
 @pytest.mark.parametrize("kind", [users.MLP, Manual, users.TwoOptimizers])
@@ -63,7 +62,6 @@ def test_values_equal_formulas(tmp_path, kind, layers):
     expected = {
         "curvature_mean": values.mean(),
         "curvature_max": values.max(),
-        "curvature_gap": 0.5 - values.max(),
         "dominance": of_task.norm() / of_em.norm(),
         "cosine": F.cosine_similarity(of_task.flatten(), of_em.flatten(), dim=0),
     }
@@ -72,21 +70,14 @@ def test_values_equal_formulas(tmp_path, kind, layers):
 
 
 def test_it_measures_every_n_batches_and_leaves_nothing(tmp_path):
-    class Counting(CompetitionMonitor):
+    class Counting(PosteriorMonitor):
         calls = 0
 
-        def _measure(self, *args):
+        def _compare(self, *args):
             self.calls += 1
-            super()._measure(*args)
+            super()._compare(*args)
 
-    callback = Counting("encoder.1", every=4, verbose=False)
+    callback = Counting("encoder.1", every_n_steps=4, loss=EMLoss(), verbose=False)
     model, _ = fitted(tmp_path, users.MLP, [callback], epochs=3)  # 3 batches each
     assert callback.calls == 3
     assert "training_step" not in vars(model) and not model.encoder[1]._forward_hooks
-
-
-def test_it_refuses(tmp_path):
-    with pytest.raises(ValueError, match="every=0"):
-        CompetitionMonitor("encoder.1", 0)
-    with pytest.raises(NoMatchError, match="decoder"):
-        fitted(tmp_path, users.MLP, [CompetitionMonitor("decoder")])
