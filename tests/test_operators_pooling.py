@@ -11,6 +11,7 @@ from torch_geometric.nn.resolver import aggregation_resolver
 from torch_geometric.utils import to_dense_batch
 
 from em_lightning import EMOperator
+from em_lightning.mixture.backends import native, use_backend
 from em_lightning.operators import EMAbstraction, EMAggregation, EMPooling, EMRefinement, register_aggregation
 
 SUMMARIES = ("weights", "means", "scales", "values")
@@ -239,21 +240,51 @@ def padded_layout(aggregation, rows, index, num_groups):
 
 
 @pytest.mark.parametrize("components", [1, 2, 4])
-@pytest.mark.parametrize("features", [1, 3, 16])
-def test_groups_of_any_size_equal_the_padded_layout(components, features):
+@pytest.mark.parametrize("features", [1, 3, 7, 16, 19])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_groups_of_any_size_equal_the_padded_layout(components, features, backend):
     generator = torch.Generator().manual_seed(components)
-    sizes = [1, 2, 0, 3, 4, 5, 7, 8, 0, 15, 16, 17, 33, 90, 2]  # both sides of the sizes at which the method changes
+    sizes = [1, 2, 0, 3, 4, 5, 7, 8, 0, 15, 16, 17, 33, 90, 2]
     index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    index = index[torch.randperm(len(index), generator=generator)]
-    rows = 3 + torch.randn(len(index), features, generator=generator, dtype=torch.float64).requires_grad_()
+    rows = 3 + torch.randn(len(index), features, generator=generator, dtype=torch.float64)
+    rows[index == 4], rows[index == 13] = 1.5, rows[index == 13].round()  # one point, and duplicates
+    order = torch.randperm(len(index), generator=generator)
+    rows, index = rows[order].requires_grad_(), index[order]
     aggregation = EMAggregation(components, num_iters=2).double()
     with torch.no_grad():
         aggregation.by_weight.fill_(2.0), aggregation.by_scale.fill_(-0.5)
-    found, expected = (f(rows, index) for f in (aggregation, lambda *a: padded_layout(aggregation, *a, len(sizes))))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    expected = padded_layout(aggregation, rows, index, len(sizes))
+    with use_backend(backend):
+        found = aggregation(rows, index)
+        single = aggregation(rows.float(), index)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     inputs = (rows, aggregation.by_weight, aggregation.by_scale)
-    gradients = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
+    gradients = [torch.autograd.grad(y.sin().sum(), inputs, retain_graph=True) for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    rounded = rows.detach().float().requires_grad_()
+    expected = padded_layout(aggregation, rounded.double(), index, len(sizes))
+    torch.testing.assert_close(single.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(1e6, 1.0), (0.0, 1e8), (0.0, 1e-8), (0.0, 1e150)])
+@pytest.mark.parametrize("num_iters", [0, 3])
+def test_groups_of_any_scale(offset, size, num_iters):
+    index = torch.tensor([0] * 40 + [1] * 3)
+    rows = offset + size * torch.randn(43, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    aggregation = EMAggregation(3, num_iters=num_iters).double()
+    with torch.no_grad():
+        aggregation.by_weight.fill_(2.0)
+    found, expected = aggregation(rows, index), padded_layout(aggregation, rows, index, 2)
+    torch.testing.assert_close(found / size, expected / size, rtol=1e-9, atol=1e-9)
+
+
+def test_the_groups_of_an_exported_program_are_fitted_by_the_native_operator():
+    rows, index = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 4
+    if not native.fits_groups(rows):
+        pytest.skip("there is no compiler")
+    program = torch.export.export(EMAggregation(2), (rows, index), {"dim_size": 4})
+    assert "em_lightning.fit_groups.default" in {str(node.target) for node in program.graph.nodes}
+    torch.testing.assert_close(program.module()(rows, index, dim_size=4), EMAggregation(2)(rows, index, dim_size=4))
 
 
 def test_second_derivatives_and_transforms_of_an_aggregation():
@@ -268,8 +299,17 @@ def test_second_derivatives_and_transforms_of_an_aggregation():
     ]
     seconds = [torch.autograd.grad(score.square().sum(), rows)[0] for score in scores]
     torch.testing.assert_close(*seconds, rtol=1e-8, atol=1e-8)
-    found = torch.func.grad(lambda x: aggregation(x, index, dim_size=4).square().sum())(rows.detach())
-    torch.testing.assert_close(found, scores[0])
+
+    def total(x):
+        return aggregation(x, index, dim_size=4).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(total)(rows.detach()), scores[0])
+    direction = torch.ones_like(rows)
+    slope = torch.func.jvp(total, (rows.detach(),), (direction,))[1]
+    torch.testing.assert_close(slope, (scores[0] * direction).sum())
+    pairs = torch.stack([rows, 2 * rows]).detach()
+    each = torch.func.vmap(torch.func.grad(total))(pairs)
+    torch.testing.assert_close(each[0], scores[0])
 
 
 def test_a_hub_of_many_rows_costs_no_more_than_its_rows():

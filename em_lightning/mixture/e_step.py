@@ -111,7 +111,7 @@ def e_step(
         temperature: divides the joint log-densities before the softmax.
         with_log_likelihood: whether the log-likelihood is wanted.
         couples_points: whether ``respond`` needs all points of a set at once.
-        block_size: see :func:`~em_lightning.mixture.backends.sum_blocks`.
+        block_size: numbers per intermediate result of a block of the reference.
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None

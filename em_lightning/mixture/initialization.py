@@ -175,7 +175,7 @@ def _nearest(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest center of each point and the squared distance to it, (B, N) both."""
     found = []
     for rows in _row_blocks(points.x, max(centers.shape[1], points.x.shape[1])):
-        z = points.coordinates(points.x[:, :, rows])
+        z = points.coordinates(points.x.detach()[:, :, rows])  # without the tangents of forward-mode derivatives
         distance, cell = torch.cdist(centers, z.mT, compute_mode=_EXACT).min(1)
         found.append((cell, distance.square()))
     cells, squares = zip(*found, strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.mixture import em
+from em_lightning.mixture.backends.reference import have_memory
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators import gradients
 
@@ -179,9 +180,9 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(x.shape[:2])}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}")
-    # Neither a compiler nor the capture of a CUDA graph allows reading values.
+    # Neither a compiler, nor torch.func, nor the capture of a CUDA graph allows reading values.
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not capturing:
+    if not torch.compiler.is_compiling() and not capturing and have_memory(x):
         finite = x.detach().isfinite().all(-1)
         _check_all(finite if mask is None else finite | ~mask, "x must be finite", x)
         if weights is not None:

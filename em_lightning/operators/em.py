@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
-from em_lightning.mixture.backends import native
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
 from em_lightning.mixture.e_step import (
@@ -224,16 +222,6 @@ class EMOperator(SetOperator):
         plain = copy.copy(self)
         plain._modules = {**self._modules, "correction": None}
         return plain
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the native E-step for float32 points, and then the module as ``torch.nn.Module.compile`` does.
-
-        A warning says why if the native E-step cannot be compiled; the operator then runs on torch operations.
-        """
-        reason = native.reason_against(self.family, self.num_features)
-        if reason:
-            warnings.warn(f"the operator runs without its native E-step: {reason}", stacklevel=2)
-        super().compile(*args, **kwargs)
 
     # The loop.
 
