@@ -1,4 +1,4 @@
-"""Backends of the E-step beside a loop over scikit-learn: milliseconds of processor time, and errors.
+"""Backends of the E-step: milliseconds of processor time, and errors.
 
 python benchmarks/backends.py               256 sets x 1,024 x 3, K = 16, full, 20 iterations, one thread
 python benchmarks/backends.py --sets 32     smaller
@@ -6,12 +6,8 @@ python benchmarks/backends.py --sets 32     smaller
 
 import argparse
 import time
-import warnings
 
-import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import e_step, prepare
@@ -35,20 +31,6 @@ def best(function, repetitions=4):
         function()
         times.append(time.process_time() - begin)
     return 1e3 * min(times)
-
-
-def scikit_learn(x, start):
-    warnings.simplefilter("ignore", ConvergenceWarning)
-    precisions = np.broadcast_to(np.eye(x.shape[2]), (COMPONENTS, x.shape[2], x.shape[2]))
-    for points, means in zip(x.numpy(), start.means.numpy(), strict=True):
-        GaussianMixture(
-            COMPONENTS,
-            max_iter=ITERATIONS,
-            tol=0.0,
-            weights_init=np.full(COMPONENTS, 1 / COMPONENTS),
-            means_init=means,
-            precisions_init=precisions,
-        ).fit(points)
 
 
 def main():
@@ -95,7 +77,6 @@ def main():
             print(
                 f"| {backend} | {points.dtype} | {times[0]:.0f} | {times[1]:.0f} | {error:.1e} |".replace("torch.", "")
             )
-    print(f"| scikit-learn | float32 | {best(lambda: scikit_learn(x, start), 1):.0f} | | |")
 
 
 if __name__ == "__main__":

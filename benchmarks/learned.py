@@ -25,7 +25,7 @@ from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
 from em_lightning import EMOperator
-from em_lightning.data import GeometricShapes, ProceduralSurfaces, Shape
+from em_lightning.data import PointCloudFolder, ProceduralSurfaces, Shape
 from em_lightning.data.base import generator_of
 from em_lightning.modules import PointCloudGMM
 from em_lightning.studies.density_fits import (
@@ -247,7 +247,7 @@ def elsewhere(folder, checkpoint, root, sizes):
         }
         if root:
             for noise in (0.0, 0.02):
-                data = GeometricShapes(root=root, num_points=1024, noise=noise, batch_size=40)
+                data = PointCloudFolder(root, val_fraction=0.0, num_points=1024, noise=noise, batch_size=40)
                 batch = next(iter(data.test_dataloader()))
                 clouds = Clouds(batch.points[:, :size], batch.held_out[:, :HELD_OUT])
                 cases[f"GeometricShapes, noise {noise:g}"] = (clouds, 16, noise)

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from em_lightning import EMOperator, Mixture
-from em_lightning.plots.style import figure_style, new_figure, save_figure
+from em_lightning.plots.figures import figure_style, new_figure, save_figure
 
 COMPONENTS, FEATURES, ITEMS, SIDE, ITERATIONS = 5, 3, 600, 30.0, 100
 METHODS = {
@@ -133,8 +133,7 @@ def main():
 
 def draw(points, truth, found, path):
     with figure_style():
-        figure, axes = new_figure(1, 2, width=5.0, height=4.0, width_ratios=(1, 1.5))
-        axes = axes[0]
+        figure, axes = new_figure(2, 2, width=5.0, height=4.0, width_ratios=(1, 1.5))
         axes[0].scatter(points[:, 0], points[:, 1], s=2, color="0.5")
         axes[0].scatter(truth[:, 0], truth[:, 1], marker="+", color="C3", s=80, label="true means")
         axes[0].set(title="one cloud, two of three features", aspect="equal")

@@ -20,8 +20,8 @@ from em_lightning.competition import softmin
 from em_lightning.data import ProceduralSurfaces
 from em_lightning.kernels import KERNELS
 from em_lightning.modules import PointCloudGMM
-from em_lightning.plots import figure_style, new_grid, save_figure
-from em_lightning.plots.style import NEUTRAL, PALETTE
+from em_lightning.plots import figure_style, new_figure, save_figure
+from em_lightning.plots.figures import NEUTRAL, PALETTE
 
 SCALAR_KERNELS = ("gaussian", "laplace", "logistic", "student_t", "huber", "pseudo_huber", "exponential", "dot_product")
 
@@ -40,7 +40,7 @@ def kernel_gallery(kernels: Sequence[str] = SCALAR_KERNELS, centers: Sequence[fl
         ['gaussian', '', 'laplace', '']
     """
     z = torch.linspace(-6, 6, 601).unsqueeze(-1)
-    figure, axes = new_grid(2 * len(kernels), 4, width=2.4, height=1.6, sharex=True)
+    figure, axes = new_figure(2 * len(kernels), 4, width=2.4, height=1.6, sharex=True)
     for left, right, key in zip(axes[::2], axes[1::2], kernels, strict=True):
         posterior = softmin(KERNELS.build(key)(z, torch.tensor(centers).unsqueeze(-1)).detach())
         for k, center in enumerate(centers):
@@ -78,7 +78,7 @@ def activation_gallery(reach: float = 4.0, columns: int = 4) -> Figure:
     """
     panels: dict[str, Activation] = {f"signed, {key}": SignedActivation(key) for key in _SIGNED_KERNELS}
     panels.update({key: ACTIVATIONS.build(key) for key in ACTIVATIONS if key != "signed"})
-    figure, axes = new_grid(len(panels), columns, width=2.2, height=1.9, sharex=True)
+    figure, axes = new_figure(len(panels), columns, width=2.2, height=1.9, sharex=True)
     for ax, (title, activation) in zip(axes, panels.items(), strict=True):
         _draw(ax, activation, reach)
         ax.set_title(title)
@@ -141,7 +141,7 @@ def cloud_gallery(families: Sequence[str] = ("box", "chair", "moebius"), num_poi
         "EM, tuned": EMOperator(16, 3, **_TUNED, **start).eval(),
         "pretrained": PointCloudGMM.pretrained(),
     }
-    figure, axes = new_grid(
+    figure, axes = new_figure(
         len(families) * (len(fits) + 1), len(fits) + 1, width=2.3, height=2.1, subplot_kw={"projection": "3d"}
     )
     panels = iter(axes)

@@ -17,7 +17,6 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from em_lightning.mixture import COVARIANCES, BlockFit, Mixture, fit_blocks
-from em_lightning.operators import EMOperator
 
 _SMALL = 2**12  # rows that scikit-learn fits faster
 _SAMPLE = 2**14  # rows of a start
@@ -32,7 +31,6 @@ class GaussianMixture(reference.GaussianMixture):
 
     - Rows are read in blocks and responsibilities are not stored, so X may be a memory-mapped array.
     - :meth:`fit` accepts weights of the rows. A common factor of the weights has no effect.
-    - ``init_params="farthest"`` is a deterministic start.
 
     A start is drawn from the rows, or from 16,384 of them that are drawn in proportion to their weights. scikit-learn's
     own EM fits up to 4,096 unweighted rows of float64, for which it is faster. Otherwise EM runs in float64, and the
@@ -73,7 +71,7 @@ class GaussianMixture(reference.GaussianMixture):
             again = False
         if again:  # attributes that were set by hand
             self._adopt(self._mixture(), lambda part: alike(part.numpy().astype(X.dtype)))
-        if len(X) <= _SMALL and X.dtype == np.float64 and counts is None and self.init_params != "farthest":
+        if len(X) <= _SMALL and X.dtype == np.float64 and counts is None:
             super().fit_predict(given)
             self._fitted_type = self.covariance_type
             return self
@@ -125,39 +123,18 @@ class GaussianMixture(reference.GaussianMixture):
         return alike(rows), alike(labels)
 
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
-        """Return the mixture from which EM starts: scikit-learn's, or that of the farthest points."""
-        if len(X) > _SAMPLE:
-            X, counts = _draw(X, counts, random), None
-        farthest = self.init_params == "farthest"
+        """Return the mixture from which scikit-learn's EM starts."""
+        if len(X) > _SAMPLE or counts is not None:
+            X = _draw(X, counts, random)
         start = reference.GaussianMixture(**self.get_params())
         start.set_params(max_iter=0, n_init=1, warm_start=False, verbose=0, random_state=random)
         start.set_params(**{name: _to_numpy(getattr(self, name)) for name in _GIVEN})
-        if farthest:
-            start.set_params(init_params="random")
         start.covariances_ = None  # which scikit-learn reads and does not set if precisions_init is given
-        start.fit(X if counts is None else _draw(X, counts, random))
-        covariance = COVARIANCES[self.covariance_type]
-        parts = [torch.from_numpy(part).double()[None] for part in (np.log(start.weights_), start.means_)]
+        start.fit(X)
         if self.precisions_init is None:
-            parts.append(covariance.from_sklearn(torch.from_numpy(start.covariances_).double()))
-        else:
-            parts.append(covariance.precisions(covariance.from_sklearn(torch.from_numpy(start.precisions_).double())))
-        if farthest:
-            operator = EMOperator(
-                self.n_components,
-                X.shape[1],
-                covariance=self.covariance_type,
-                init="farthest",
-                covariance_floor=self.reg_covar,
-                residual=False,
-            )
-            weights = None if counts is None else torch.from_numpy(counts)[None]
-            drawn = operator(torch.from_numpy(X.astype(np.float64))[None], weights=weights, num_iters=0).parameters()
-            parts = [
-                own if getattr(self, name) is None else part
-                for own, name, part in zip(drawn, _GIVEN, parts, strict=True)
-            ]
-        return Mixture(*parts)
+            return self._of_arrays(start.weights_, start.means_, start.covariances_)
+        drawn = self._of_arrays(start.weights_, start.means_, start.precisions_)
+        return Mixture(drawn.log_weights, drawn.means, COVARIANCES[self.covariance_type].precisions(drawn.covariances))
 
     def _check(self, mixture: Mixture) -> None:
         """Raise ValueError if round-off alone keeps a covariance positive definite, as with reg_covar=0."""
@@ -190,7 +167,7 @@ class GaussianMixture(reference.GaussianMixture):
         weights = mixture.weights[0]
         self.weights_, self.means_ = convert(weights / weights.sum()), convert(mixture.means[0])
         self.covariances_, self.precisions_, self.precisions_cholesky_ = (
-            convert(covariance.to_sklearn(function(mixture.covariances)))
+            convert(function(mixture.covariances)[(0,) * covariance.sklearn_axes])
             for function in (lambda part: part, covariance.precisions, covariance.precision_factors)
         )
         self._fitted_type = self.covariance_type
@@ -210,15 +187,16 @@ class GaussianMixture(reference.GaussianMixture):
     def _mixture(self) -> Mixture:
         """Return the mixture of the attributes."""
         check_is_fitted(self)
-        weights, means, covariances = (
-            torch.from_numpy(np.array(_to_numpy(part), dtype=np.float64))
-            for part in (self.weights_, self.means_, self.covariances_)
-        )
-        change = self._changed(means.shape[-1])
+        change = self._changed(np.shape(self.means_)[-1])
         if change:
             raise ValueError(f"the fitted mixture does not have the parameters of the estimator; call fit: {change}")
-        covariances = COVARIANCES[self.covariance_type].from_sklearn(covariances)
-        return Mixture(weights.log()[None], means[None], covariances)
+        return self._of_arrays(self.weights_, self.means_, self.covariances_)
+
+    def _of_arrays(self, *arrays: Any) -> Mixture:
+        """Return the mixture of weights, means and covariances in scikit-learn's layout."""
+        weights, means, covariances = (torch.from_numpy(np.array(_to_numpy(part), dtype=np.float64)) for part in arrays)
+        axes = (None,) * COVARIANCES[self.covariance_type].sklearn_axes
+        return Mixture(weights.log()[None], means[None], covariances[axes])
 
     def _evaluate(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
         """Return a function of the mixture and the rows, block by block."""

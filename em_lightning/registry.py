@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -13,11 +12,7 @@ T = TypeVar("T")
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
-    """Import the class with a dotted path, such as ``package.module.Name``, for a config or checkpoint.
-
-    Raises:
-        ValueError: there is no such class, or it is not derived from ``base``.
-    """
+    """Import the class with a dotted path; raise ValueError if there is none or it is not derived from ``base``."""
     module, _, name = str(path).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name, None) if module else None
@@ -61,11 +56,7 @@ class Registry(Generic[T]):
         self._plugin_group = group and f"em_lightning.{group}"  # None once it is loaded
 
     def register(self, key: str) -> Callable[[type[T]], type[T]]:
-        """Return a class decorator that registers the class under ``key``.
-
-        Raises:
-            ValueError: the key is taken by another class or is not a lower-case identifier.
-        """
+        """Return a class decorator that registers the class under ``key``, a lower-case identifier."""
         if not key.isidentifier() or key != key.lower():
             raise ValueError(f"key={key!r} of a {self.kind} must be a lower-case identifier, such as 'my_part'")
         return lambda cls: self._add(key, cls)
@@ -146,20 +137,3 @@ class Registry(Generic[T]):
             names = ", ".join(sorted(arguments))
             raise TypeError(f"{names} cannot be set on an instance of {type(spec).__name__}; give its key or class")
         return spec
-
-
-def from_options(argument: str, cls: type[T], options: Mapping[str, Any]) -> T:
-    """Return ``cls(**options)`` for an argument that may be a mapping of options.
-
-    Raises:
-        TypeError: an option is unknown or missing; the message has the name ``argument`` and the signature.
-
-    Example:
-        >>> from_options("size", complex, {"real": 1.0, "imag": 2.0})
-        (1+2j)
-    """
-    try:
-        return cls(**options)
-    except TypeError as error:
-        signature = f"{cls.__name__}{inspect.signature(cls)}"
-        raise TypeError(f"{argument}={dict(options)!r} must be arguments of {signature}: {error}") from error

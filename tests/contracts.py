@@ -160,6 +160,12 @@ class CompetitionChecks(TemperedChecks, testing.CompetitionContract):
 
 
 class ActivationChecks(TemperedChecks, testing.ActivationContract):
+    def test_competes_describes_the_jacobian(self):
+        activation = self.make()
+        jacobian = torch.func.jacrev(activation)(self.inputs(4, size=0.3))
+        mixed = jacobian - torch.diag(jacobian.diagonal())
+        assert bool((mixed != 0).any()) == activation.competes
+
     def test_permutation_equivariance(self):
         activation, z, order = self.make(), self.inputs(6, 8), self.permutation(8)
         torch.testing.assert_close(activation(z[:, order]), activation(z)[:, order])

@@ -113,7 +113,7 @@ def read_table(path):
 
 def read_archive(path):
     """Read a zip archive of meshes."""
-    data.GeometricShapes(root=str(path), num_points=4).setup()
+    data.PointCloudFolder(root=str(path), num_points=4).setup()
 
 
 def read_run_config(path):

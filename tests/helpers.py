@@ -186,3 +186,15 @@ def assert_raises(error, words, call):
     with pytest.raises(error) as caught:
         call()
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def log_prior(prior, mixture, x, mask=None, weights=None):
+    """Return the log-density (B,) of a prior that may refer to the mean and variance of points."""
+    counts = torch.ones_like(x[..., 0]) if weights is None else weights.to(x)
+    counts = (counts if mask is None else torch.where(mask, counts, 0.0)).unsqueeze(-1).double()
+    x = x.double() if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0).double()
+    mass = counts.sum(1)
+    shares = counts / torch.where(mass > 0, mass, 1.0).unsqueeze(1)
+    mean = (shares * x).sum(1)
+    variance = (shares * (x - mean.unsqueeze(1)).square()).sum(1)
+    return prior.log_density(mixture, mean, variance).to(x.dtype)

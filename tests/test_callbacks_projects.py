@@ -351,7 +351,7 @@ def test_callbacks_with_other_functions_or_classes_have_other_keys(tmp_path):
     one, other = SwapActivations(where=lambda path, _: "1" in path), SwapActivations(where=lambda path, _: "3" in path)
     model = users.MLP()
     fit(tmp_path, model, one, other)
-    assert len(one.surgery) == len(other.surgery) == 1
+    assert len(one.surgery.changes) == len(other.surgery.changes) == 1
     assert SwapActivations(target=ReLU).state_key != SwapActivations(target=nn.ReLU).state_key
     assert SwapActivations(where=lambda module: True).state_key == SwapActivations(where=lambda module: True).state_key
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from em_lightning import cli
-from em_lightning.studies.results import fitted_table, verdict
+from em_lightning.studies.results import fitted_table
 
 ROOT = Path(cli.__file__).parents[2]
 ROWS = [
@@ -67,11 +67,3 @@ def test_a_table_keeps_its_numbers_in_one_piece(width):
     lines = console.file.getvalue().rstrip().splitlines()
     assert sum("-1.235" in line for line in lines) == sum("2.716 ± 0.0093" in line for line in lines) == 2
     assert width < 60 or max(map(len, lines)) <= width
-
-
-def test_a_verdict_names_the_best_other_method():
-    rows = [{"method": "EM", "score": 1.5}, {"method": "worse", "score": 0.5}, {"method": "ours", "score": 1.0}]
-    rows += [{"method": "published", "score": "-"}]
-    assert verdict(rows, "ours", "score") == "ours: 1 score, 0.5 below EM, the best of the others."
-    assert "0.5 above ours" in verdict(rows, "EM", "score")
-    assert verdict(rows[:1], "EM", "score") == "EM: 1.5 score."

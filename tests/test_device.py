@@ -98,7 +98,6 @@ OPTIONS = {
     "lloyd": {"lloyd_steps": 2},
     "checkpoint": {"gradient": "checkpoint"},
     "last": {"gradient": "last"},
-    "annealed": {"temperature": (4.0, 1.0)},
 }
 for name, options in OPTIONS.items():
     case(f"operator {name}", lambda options=options: EMOperator(4, 3, num_iters=3, **options), X, MASK)

@@ -56,7 +56,8 @@ def test_moments_equal_numpy(offset, tolerance):
     np.testing.assert_allclose(moments.mean, oracle.mean(0), rtol=1e-6)
     np.testing.assert_allclose(moments.variance, oracle.var(0, ddof=1), rtol=tolerance)
     np.testing.assert_allclose(moments.covariance(), np.cov(oracle.T), atol=tolerance * 10)
-    np.testing.assert_allclose(moments.correlation(), np.corrcoef(oracle.T), atol=tolerance)
+    off_diagonal = np.corrcoef(oracle.T) - np.eye(6)
+    np.testing.assert_allclose(moments.redundancy(), np.square(off_diagonal).sum(), rtol=tolerance * 10)
 
 
 def test_weights_repeat_items_and_a_mask_removes_them():
@@ -65,7 +66,7 @@ def test_weights_repeat_items_and_a_mask_removes_them():
     expected = batch_moments(x.repeat_interleave(repeats, dim=0))
     by_weight = batch_moments(x, weights=repeats.double())
     torch.testing.assert_close(by_weight.variance, expected.variance)
-    torch.testing.assert_close(by_weight.correlation(), expected.correlation())
+    torch.testing.assert_close(by_weight.redundancy(), expected.redundancy())
     masked = batch_moments(x, mask=repeats > 0)
     torch.testing.assert_close(masked.covariance(), torch.from_numpy(np.cov(x[repeats > 0].numpy().T)))
     torch.testing.assert_close(batch_mean(x, repeats.double()), expected.mean)
@@ -75,8 +76,8 @@ def test_weights_repeat_items_and_a_mask_removes_them():
 def test_a_constant_unit_has_variance_zero_and_no_gradient(value):
     x = torch.full((97, 2), value, requires_grad=True)
     moments = batch_moments(x)
-    assert moments.variance.tolist() == [0.0, 0.0] and moments.correlation().abs().max() == 0
-    (moments.std.sum() + moments.correlation().sum()).backward()
+    assert moments.variance.tolist() == [0.0, 0.0] and moments.redundancy() == 0
+    (moments.std.sum() + moments.redundancy()).backward()
     assert x.grad.abs().max() == 0
 
 
@@ -109,22 +110,22 @@ def test_moments_have_the_right_gradient():
     x = torch.randn(7, 3, dtype=DOUBLE, requires_grad=True)
     weights = torch.rand(7, dtype=DOUBLE) + 0.5
     assert torch.autograd.gradcheck(lambda x: batch_moments(x, weights=weights)[:3], (x,))
-    assert torch.autograd.gradcheck(lambda x: batch_moments(x).correlation(), (x,))
+    assert torch.autograd.gradcheck(lambda x: batch_moments(x).covariance(), (x,))
     assert torch.autograd.gradgradcheck(lambda x: batch_moments(x).covariance(), (x,))
 
 
 def test_statistics_ignore_autocast():
     x = torch.randn(64, 4) + 10
-    expected = batch_moments(x).correlation()
+    expected = batch_moments(x).covariance()
     with torch.autocast("cpu", torch.bfloat16):
         moments = batch_moments(x)
-        assert torch.equal(moments.correlation(), expected) and moments.variance.dtype == torch.float32
+        assert torch.equal(moments.covariance(), expected) and moments.variance.dtype == torch.float32
 
 
 def test_compiles_to_one_graph_without_a_process_group():
     x = torch.randn(16, 4)
-    compiled = torch.compile(lambda x: batch_moments(x).correlation(), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), batch_moments(x).correlation())
+    compiled = torch.compile(lambda x: batch_moments(x).covariance(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), batch_moments(x).covariance())
 
 
 def batches(rank):
@@ -150,7 +151,7 @@ def model():
 def objective(y, weights=None):
     moments = batch_moments(y, weights=weights)
     mean = batch_mean(torch.tanh(y - 1000), weights)
-    return moments.variance.log().sum() + moments.correlation().square().sum() + (mean**2).sum() + moments.mean.sum()
+    return moments.variance.log().sum() + moments.covariance().square().sum() + (mean**2).sum() + moments.mean.sum()
 
 
 def on_a_rank(rank):
@@ -167,7 +168,7 @@ def on_a_rank(rank):
     x = torch.full((2,), 1.0 + rank, dtype=DOUBLE, requires_grad=True)
     (gradient,) = torch.autograd.grad(global_sum(x).pow(3).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(gradient.sum(), x)
-    compiled = torch.compile(lambda x: batch_moments(x).correlation(), backend="aot_eager")(batches(rank))
+    compiled = torch.compile(lambda x: batch_moments(x).covariance(), backend="aot_eager")(batches(rank))
     return {
         "loss": loss.detach(),
         "gradient": net.module.weight.grad,
@@ -199,5 +200,5 @@ def test_two_processes_equal_one(tmp_path):
         assert rank["sum"].tolist() == [3.0, 3.0]
         # Both ranks computed the whole loss s^3 at s = 3: twice its derivative each, and twice again for the second.
         assert rank["first"].tolist() == [54.0, 54.0] and rank["second"].tolist() == [72.0, 72.0]
-        torch.testing.assert_close(rank["compiled"], batch_moments(batches(None)).correlation())
+        torch.testing.assert_close(rank["compiled"], batch_moments(batches(None)).covariance())
         torch.testing.assert_close(rank["redundancy"], batch_moments(wide(None)).redundancy())

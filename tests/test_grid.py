@@ -105,7 +105,8 @@ def test_an_interrupted_row_resumes_from_its_checkpoint(here, monkeypatch):
         row = [cell for cell in made if cell.row == "published"]
         if stop:
             row = [cell._replace(arguments=[*cell.arguments, f"--trainer.callbacks+={__name__}.Stop"]) for cell in row]
-        grid.run_row(lambda: recipe, row)
+        for cell in row:
+            grid.run_cell(lambda: recipe, cell)
         return [json.loads(cell.result.read_text()) for cell in row]
 
     with pytest.raises(RuntimeError, match="published, seed 1: .*stopped by the test"):

@@ -53,14 +53,9 @@ class TestDecorrelation(LossChecks):
         return DecorrelationLoss()
 
 
-class TestLogDetOfCovariance(LossChecks):
+class TestLogDet(LossChecks):
     def make(self):
         return LogDetLoss()
-
-
-class TestLogDetOfCorrelation(LossChecks):
-    def make(self):
-        return LogDetLoss(of="correlation")
 
 
 class TestBalance(LossChecks):
@@ -131,7 +126,7 @@ def test_weights_of_the_free_energy_with_and_without_other_terms():
         (VarianceLoss(), "eps=1e-06"),
         (VarianceLoss(dim=1), "dim=1, eps=1e-06"),
         (FreeEnergyLoss("mean", 2.0), "reduction='mean', temperature=2.0"),
-        (LogDetLoss(of="correlation", dim=0), "dim=0, eps=1e-06, of='correlation'"),
+        (LogDetLoss(dim=0), "dim=0, eps=1e-06"),
         (EMLoss(variance=0.5, decorrelation=0), "free_energy=1, variance=0.5, decorrelation=0"),
     ],
 )
@@ -240,11 +235,10 @@ def test_log_det_against_numpy_and_its_bounds():
     expected = -np.linalg.slogdet(np.cov(a.numpy().T) + 1e-6 * np.eye(6))[1]
     assert LogDetLoss()(a).item() == pytest.approx(expected, rel=1e-10)
     assert LogDetLoss()(a) > VarianceLoss()(a)
-    apart = LogDetLoss()(a) - VarianceLoss()(a)
-    torch.testing.assert_close(LogDetLoss(of="correlation")(a), apart, rtol=1e-3, atol=0)
     nearly = torch.randn(200_000, 4, dtype=DOUBLE) + 0.02 * torch.randn(200_000, 1, dtype=DOUBLE)
     half = 0.5 * DecorrelationLoss()(nearly)
-    torch.testing.assert_close(LogDetLoss(of="correlation", eps=1e-12)(nearly), half, rtol=0.02, atol=0)
+    apart = LogDetLoss(eps=1e-12)(nearly) - VarianceLoss(eps=1e-12)(nearly)
+    torch.testing.assert_close(apart, half, rtol=0.02, atol=0)
 
 
 def test_balance_against_scipy_and_its_bounds():
@@ -259,8 +253,7 @@ def test_variance_loss_is_unbounded_under_scaling_and_bounded_variance_is_not():
     a = torch.relu(torch.randn(128, 64, dtype=DOUBLE))
     assert EMLoss().total(a) - EMLoss().total(a * 1e4) > 1000
     assert VarianceLoss()(a) - VarianceLoss()(a * 1e4) > 1000
-    for loss in (BoundedVarianceLoss(), LogDetLoss(of="correlation")):
-        assert all(loss(a * scale) >= 0 for scale in (1.0, 1e2, 1e4, 1e8))
+    assert all(BoundedVarianceLoss()(a * scale) >= 0 for scale in (1.0, 1e2, 1e4, 1e8))
     bounded = EMLoss(variance=0.0, bounded_variance=1.0)
     free = FreeEnergyLoss()(a).item()
     assert all(bounded.total(a * scale) > free - 1 for scale in (1e1, 1e2, 1e4, 1e8))
@@ -335,7 +328,6 @@ def test_weight_redundancy_reads_the_weight():
         (lambda: BalanceLoss(temperature=-1), ValueError, "temperature=-1"),
         (lambda: BoundedVarianceLoss(target=0), ValueError, "target=0"),
         (lambda: VarianceLoss(eps=0), ValueError, "eps=0"),
-        (lambda: LogDetLoss(of="precision"), ValueError, "of='precision'"),
         (lambda: EMLoss()(torch.zeros(4, 0)), ValueError, "dim=-1"),
     ],
 )
@@ -352,7 +344,7 @@ def test_registry_contains_the_built_in_losses():
 
 def test_two_processes_equal_one(tmp_path):
     published = [EMLoss(), EMLoss(reduction="mean"), FreeEnergyLoss(), VarianceLoss(), DecorrelationLoss()]
-    others = [BoundedVarianceLoss(), BalanceLoss(), LogDetLoss(), LogDetLoss(of="correlation")]
+    others = [BoundedVarianceLoss(), BalanceLoss(), LogDetLoss()]
     # The inverse in the gradient of a log-determinant magnifies float32's own rounding.
     for losses, tolerance in ((published, 1e-6), (others, 5e-6)):
         folder = tmp_path / str(tolerance)

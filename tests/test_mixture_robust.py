@@ -14,6 +14,7 @@ from helpers import (
     assert_raises,
     degenerate,
     is_finite,
+    log_prior,
     start_among,
     two_clusters,
     with_padding,
@@ -130,7 +131,7 @@ def test_objective_is_monotone(covariance, prior, name):
     for mixture in operator.iterate(x, init=start_among(x, 2, covariance), num_iters=30):
         after = operator.log_prob(x, mixture).sum(-1)
         if operator.prior is not None:
-            after = after + operator.prior.log_prob(mixture, x)
+            after = after + log_prior(operator.prior, mixture, x)
         if operator.prior is None and mixture.variances().amin() < 1e-6:
             break  # a component collapses onto one point, where the likelihood has no bound
         assert (after >= before - 1e-9).all()

@@ -68,12 +68,11 @@ def test_wrong_settings_raise(name):
 
 def test_untrained_module_equals_em_with_the_prior():
     batch = next(iter(small().val_dataloader()))
-    module = AmortizedClustering(init="farthest", open_world=False)
+    module = AmortizedClustering(init="farthest")
     found = module(batch.points, batch.mask)
     expected = module.operator.classical()(batch.points, batch.mask)
     for name in ("log_weights", "means", "covariances"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-    assert torch.equal(module.log_prob(found, batch.held_out, batch.points), found.log_prob(batch.held_out))
 
 
 def test_open_world_equals_one_more_component():
@@ -124,7 +123,7 @@ def test_run_lowers_the_loss_and_writes_tables(tmp_path):
     assert 0 < trained["adjusted Rand"] <= 1
 
 
-def test_table_compares_classical_em_with_the_truth(tmp_path):
+def test_table_compares_classical_em_with_the_truth(tmp_path, capsys):
     data = small(num_components=2, min_points=30, max_points=40, test_sets=4)
     report = ClusteringReport()
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -161,3 +160,5 @@ def test_table_compares_classical_em_with_the_truth(tmp_path):
     assert rows["EM from k-means++, 100 steps"]["LL1 - oracle"] == pytest.approx(
         rows["EM from k-means++, 100 steps"]["LL1"] - rows["oracle"]["LL0"]
     )
+    best = max(list(rows)[1:11], key=lambda name: rows[name]["held out"])
+    assert f"{best}, the best of the others: {rows[best]['held out - oracle']:+.4f}." in capsys.readouterr().out

@@ -64,14 +64,18 @@ def test_invariant_in_points_and_equivariant_in_components(covariance):
 
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
 def test_equivariant_in_shift_and_scale_of_the_points(covariance):
-    x, options = clusters(2, 120, 3, spread=SPREAD), {"covariance_floor": 1e-6, "relative_floor": True}
-    operator = trained(EMOperator(4, 3, covariance=covariance, **options).double())
+    x = clusters(2, 120, 3, spread=SPREAD)
+    operator = trained(EMOperator(4, 3, covariance=covariance).double())
     shift, scale = torch.tensor([[3.0, -700.0, 0.5], [0.0, 2.0, 1e4]]).double(), torch.tensor([1e-6, 1e3]).double()
-    moved = operator(x * scale[:, None, None] + shift[:, None] * scale[:, None, None])
-    expected = operator(x).affine(scale, shift * scale[:, None])
-    torch.testing.assert_close(moved.weights, expected.weights, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(moved.means, expected.means, rtol=1e-6, atol=0)
-    torch.testing.assert_close(moved.covariances, expected.covariances, rtol=1e-5, atol=1e-15)
+    for b in range(2):
+        factor, own = scale[b : b + 1], x[b : b + 1]
+        operator.covariance_floor = 1e-6  # in squared units of the points
+        expected = operator(own).affine(factor, shift[b : b + 1] * factor)
+        operator.covariance_floor = 1e-6 * factor.item() ** 2
+        moved = operator((own + shift[b]) * factor)
+        torch.testing.assert_close(moved.weights, expected.weights, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(moved.means, expected.means, rtol=1e-6, atol=0)
+        torch.testing.assert_close(moved.covariances, expected.covariances, rtol=1e-5, atol=1e-15)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -112,7 +116,7 @@ def test_integer_weights_equal_repeated_points():
         {"kernel": "huber"},
         {"background": {"estimate": True}, "prior": {"weight_concentration": 2.0}},
         {"init": "learned", "gradient": "checkpoint"},
-        {"competition": "sparsemin", "temperature": (2.0, 1.0)},
+        {"competition": {"name": "sparsemin", "temperature": 2.0}},
     ],
     ids=str,
 )

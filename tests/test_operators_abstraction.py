@@ -26,7 +26,7 @@ def test_tokens_without_features_count_the_items_on_a_lattice(features, grid):
     centers, tokens = level(x)
     counts = bumps(x, centers, grid, 0.7).sum(-1) / 9
     scaled = level.scale(counts.flatten(0, 1))
-    expected = (scaled @ level.embed.linear.weight.T / (1 + level.embed.norm.eps) ** 0.5).relu().view_as(tokens)
+    expected = (scaled @ level.embed[0].weight.T / (1 + level.embed[1].eps) ** 0.5).relu().view_as(tokens)
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -78,8 +78,8 @@ def test_tokens_are_sums_over_bumps_around_the_means_of_em():
     )
     means = operator(x).means
     summed = torch.einsum("bkjn,bnf->bkjf", bumps(x, means, 3, 0.7), features).flatten(2)
-    norm = level.embed.norm
-    expected = (summed @ level.embed.linear.weight.T / (1 + norm.eps) ** 0.5).relu()
+    norm = level.embed[1]
+    expected = (summed @ level.embed[0].weight.T / (1 + norm.eps) ** 0.5).relu()
     centers, tokens = level(x, features)
     torch.testing.assert_close(centers, means)
     torch.testing.assert_close(tokens, expected)

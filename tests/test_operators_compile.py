@@ -17,7 +17,7 @@ pytestmark = [
 ]
 OPTIONS = {
     "default": {},
-    "background": {"kernel": "student_t", "background": {"learnable": True}},
+    "background": {"kernel": "student_t", "background": 0.1},
     "learned": {"init": "learned", "covariance": "spherical"},
     "lowrank": {"covariance": "lowrank", "rank": 1},
 }

@@ -8,8 +8,7 @@ from scipy.optimize import brentq
 from scipy.special import gammaln, ive
 from torch.autograd import gradcheck
 
-from em_lightning.mixture import DirectionalMixture
-from em_lightning.operators import DirectionalEM
+from em_lightning.operators import DirectionalEM, DirectionalMixture
 
 
 def on_sphere(sets=2, items=90, features=3, spread=0.3):

@@ -8,7 +8,7 @@ import pytest
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.kernels import KERNELS
 from em_lightning.plots import figure_style, new_figure, save_figure
-from em_lightning.plots.style import PALETTE
+from em_lightning.plots.figures import PALETTE
 
 GALLERIES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_images.py"))
 
@@ -38,8 +38,8 @@ def test_style_is_restored(tmp_path):
     before = settings()
     with figure_style():
         assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(PALETTE)
-    figure, axes = new_figure(2, 3, sharex=True)
-    assert axes.shape == (2, 3)
+    figure, axes = new_figure(5, 3, sharex=True)
+    assert len(axes) == len(figure.axes) == 5
     path = save_figure(figure, tmp_path / "new" / "figure.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert settings() == before

@@ -150,7 +150,7 @@ def test_a_plan_with_two_operations_on_one_site_is_applied_in_order():
     surgery = apply_plan(fresh, recorded_plan(model), into=Surgery(fresh))
     assert torch.equal(fresh(x), model(x)) and recorded_plan(fresh) == recorded_plan(model)
     apply_plan(fresh, recorded_plan(model))  # already applied
-    assert len(surgery) == len(recorded_plan(fresh)) == 2
+    assert len(surgery.changes) == len(recorded_plan(fresh)) == 2
 
 
 @pytest.mark.parametrize("on_root", [False, True])
@@ -238,7 +238,7 @@ def test_report_names_what_changed():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
     surgery = insert_after(model, "0", nn.LayerNorm(8))
     assert surgery.report.splitlines()[1].split() == ["0", "Linear", "Linear", "->", "LayerNorm", "16"]
-    assert list(surgery.parameters()) == ["0.operator.weight", "0.operator.bias"] and len(surgery) == 1
+    assert list(surgery.parameters()) == ["0.operator.weight", "0.operator.bias"] and len(surgery.changes) == 1
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0), (0, 2, 1), (2, 0, 1)])

@@ -20,22 +20,11 @@ from em_lightning.kernels import KERNELS, Kernel
 class SignedActivation(Activation):
     r"""Posterior mean of a sign: hypotheses s = -1 and s = +1 at -m and +m under a scalar kernel.
 
-    y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T). With z the pre-activation, m the margin and T the temperature:
+    y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T) with z the pre-activation, m the margin and T the temperature. At
+    T = 1 it is tanh(m z / s^2) for the Gaussian, tanh(clip(z, -m, m) / b) for Laplace, and 2 m z / (df s^2 + z^2 + m^2)
+    for Student-t, back to 0 for outliers. Logistic is one-sided, as that energy falls with z.
 
-    ============  =========================================================================================
-    kernel        y, at T = 1
-    ============  =========================================================================================
-    gaussian      tanh(m z / s^2)
-    laplace       tanh(clip(z, -m, m) / b)
-    logistic      -tanh(a m) sigmoid(log cosh(a m) - a z): one-sided, as that energy falls with z
-    student_t     2 m z / (df s^2 + z^2 + m^2): back to 0 for outliers
-    huber         tanh of the integral of clip(t, -delta, delta) / 2 over [z - m, z + m]
-    pseudo_huber  tanh(2 m z / (S_+ + S_-)), S_pm = sqrt(1 + ((z pm m) / delta)^2)
-    exponential   tanh(exp(a max(abs(z), m)) sinh(a clip(z, -m, m)))
-    dot_product   tanh(scale m z)
-    ============  =========================================================================================
-
-    Other kernels of one feature use the definition. Values lie in (-1, 1). Units do not compete with each other: the
+    Values lie in (-1, 1). Units do not compete with each other: the
     Jacobian is diagonal, dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
 
     Args:
@@ -43,14 +32,9 @@ class SignedActivation(Activation):
         margin: m > 0.
         temperature, learnable, dim: as in :class:`Activation`; ``dim`` has no effect.
 
-    Raises:
-        ValueError: ``margin`` is not positive, or the kernel is unknown.
-
     Example:
         >>> SignedActivation()(torch.tensor([-1.0, 0.0, 1.0]))
         tensor([-0.7616,  0.0000,  0.7616])
-        >>> SignedActivation({"name": "laplace", "scale": 0.5}, margin=2.0)(torch.tensor([1.0, 9.0]))
-        tensor([0.9640, 0.9993])
     """
 
     competes = False
@@ -87,7 +71,7 @@ class SignedActivation(Activation):
 Number = float | Tensor
 
 
-# The closed forms of the table, for a kernel, z, margin m and temperature t.
+# Closed forms for a kernel, z, margin m and temperature t; other kernels of one feature use the definition.
 
 
 def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:

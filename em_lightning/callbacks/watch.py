@@ -15,7 +15,7 @@ from em_lightning.competition import softmin
 from em_lightning.distributed import global_sum
 from em_lightning.losses import EMLoss
 from em_lightning.metrics import layer_metrics
-from em_lightning.plots.tensorboard import tensorboard_writers
+from em_lightning.plots.figures import tensorboard_writers
 from em_lightning.scope import Audit, audit, curvature
 from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
@@ -90,7 +90,6 @@ class PosteriorMonitor(Callback):
         self._taps = Taps(pl_module, self.where, self.tap, self.dim, verbose=verbose, skip=self._skip)
         self._taps.axes.update(self._axes)  # as decided at the first batch
         self._axes = self._taps.axes
-        self._taps.attach()
 
     def _stop(self) -> None:
         if self._taps is not None:

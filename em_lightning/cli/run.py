@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,8 +55,7 @@ def run(name: str, args: Sequence[str]) -> None:
     elif options.seeds:
         from em_lightning.studies.seeds import run_seeds
 
-        command = [sys.executable, "-m", "em_lightning.cli", "run", name]
-        run_seeds(command, folder, arguments, options.seeds, options.jobs)
+        run_seeds(functools.partial(load_recipe, script), folder, arguments, options.seeds, options.jobs)
     elif options.jobs:
         raise ValueError(f"--jobs={options.jobs} must be given together with --seeds or the config of a table")
     else:

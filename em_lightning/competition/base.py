@@ -21,9 +21,6 @@ class Tempered(nn.Module):
         temperature: T > 0, divides the energies.
         learnable: make the temperature a positive parameter with initial value ``temperature``.
         dim: axis of the hypotheses or units, for instance 1 for the channels of images.
-
-    Raises:
-        ValueError: ``temperature`` is not positive.
     """
 
     def __init__(self, temperature: float = 1.0, learnable: bool = False, dim: int = -1) -> None:

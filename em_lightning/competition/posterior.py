@@ -46,7 +46,7 @@ class Posterior(NamedTuple):
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
         with torch.autocast(values.device.type, enabled=False):
             mean = torch.matmul(responsibilities.to(dtype), values.to(dtype))
-        return mean if values.ndim == 1 or dim == -1 else mean.movedim(-1, dim)
+        return mean if values.ndim == 1 else mean.movedim(-1, dim)
 
     def variance(self, values: Tensor, dim: int = -1) -> Tensor:
         """Return the posterior variance sum_k r_k (v_k - mean)^2 of each value; shapes as in :meth:`mean`.
@@ -64,9 +64,7 @@ class Posterior(NamedTuple):
             table = table if responsibilities.ndim == 1 else table.unsqueeze(-3)
             squares = (table - mean.unsqueeze(-2)).square()
             variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2).to(dtype)
-        if values.ndim == 1:
-            return variance.squeeze(-1)
-        return variance if dim == -1 else variance.movedim(-1, dim)
+        return variance.squeeze(-1) if values.ndim == 1 else variance.movedim(-1, dim)
 
     def mode(self, dim: int = -1) -> Tensor:
         """Return the index of the hypothesis with the largest responsibility, shape (...)."""
@@ -84,7 +82,7 @@ class Posterior(NamedTuple):
 
     def _with_hypotheses_last(self, values: Tensor, dim: int) -> Tensor:
         """Return the responsibilities with the hypothesis axis last; raise ValueError if the values do not fit it."""
-        responsibilities = self.responsibilities if dim == -1 else self.responsibilities.movedim(dim, -1)
+        responsibilities = self.responsibilities.movedim(dim, -1)
         num_values = values.shape[-min(values.ndim, 2)] if values.ndim else 0
         if num_values != responsibilities.shape[-1]:
             raise ValueError(

@@ -66,11 +66,6 @@ def grouped(
 
     Raises:
         ValueError: ``group_size`` is less than 1 or does not divide K.
-
-    Example:
-        >>> posterior = grouped(torch.zeros(6), group_size=3)
-        >>> posterior.responsibilities, posterior.free_energy
-        (tensor([0.3333, 0.3333, 0.3333, 0.3333, 0.3333, 0.3333]), tensor([-1.0986, -1.0986]))
     """
     axis = dim % energies.ndim
     check_at_least(1, group_size=group_size)
@@ -150,13 +145,6 @@ def topk(
     The best have the lowest d - T log_prior; hypotheses that tie with the k-th are included, and k > K includes all. A
     hypothesis outside the k best cannot recover by its own gradient. Arguments as in :func:`softmin`, and ``k``, the
     number of hypotheses that compete.
-
-    Raises:
-        ValueError: ``k`` is less than 1.
-
-    Example:
-        >>> topk(torch.tensor([0.0, 3.0, 0.0, 1.0]), k=2).responsibilities
-        tensor([0.5000, 0.0000, 0.5000, 0.0000])
     """
     check_at_least(1, k=k)
     logits = to_logits(widen(energies), temperature, log_prior, dim)

@@ -25,11 +25,6 @@ def sparsemin(
     Its gradient is r = relu(log_prior - d / T - tau), with tau such that r sums to 1. A hypothesis with r = 0 receives
     no gradient until its energy is within about T of the lowest. Arguments as in :func:`softmin`.
 
-    Example:
-        >>> posterior = sparsemin(torch.tensor([0.0, 0.5, 2.0]))
-        >>> posterior.responsibilities, posterior.free_energy
-        (tensor([0.7500, 0.2500, 0.0000]), tensor(-0.0625))
-
     Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
     """
     logits = to_logits(widen(energies), temperature, log_prior, dim)
@@ -51,10 +46,6 @@ def entmin(
     F = min_r <r, d> - T (H(r) + <r, log_prior>) over the simplex, with the Tsallis entropy
     H(r) = 4/3 sum(r - r^1.5). Its gradient is r = relu((log_prior - d / T) / 2 - tau)^2. Arguments as in
     :func:`softmin`.
-
-    Example:
-        >>> entmin(torch.tensor([0.0, 0.5, 3.0])).responsibilities
-        tensor([0.6740, 0.3260, 0.0000])
 
     Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
     """
@@ -79,12 +70,6 @@ def hardmin(
 
     Warns:
         ScopeWarning: always; use softmin at a low temperature to stay inside the scope.
-
-    Example:
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore", ScopeWarning)
-        ...     hardmin(torch.tensor([1.0, 0.0])).responsibilities
-        tensor([0., 1.])
     """
     if not torch.compiler.is_compiling():
         warnings.warn(

@@ -1,7 +1,7 @@
 """LightningDataModules of point clouds, images, mixture samples and large tables; readers of point cloud files."""
 
 from em_lightning.data.base import EpochSampler, RandomDataset
-from em_lightning.data.folders import GeometricShapes, PointCloudFolder
+from em_lightning.data.folders import PointCloudFolder
 from em_lightning.data.images import (
     MNIST,
     Digits,
@@ -25,8 +25,7 @@ from em_lightning.data.point_clouds import (
 )
 from em_lightning.data.readers import parse_points, read_points
 from em_lightning.data.surfaces import FAMILIES, ProceduralSurfaces, random_surface
-from em_lightning.data.tables import Table, TableBatch, TableBlocks
-from em_lightning.data.tabular import GaussianBlobs, TabularDataModule
+from em_lightning.data.tables import GaussianBlobs, Table, TableBatch, TableBlocks, TabularDataModule
 
 __all__ = [
     "FAMILIES",
@@ -34,7 +33,6 @@ __all__ = [
     "Digits",
     "EpochSampler",
     "GaussianBlobs",
-    "GeometricShapes",
     "ImagePointSets",
     "MixtureSetBatch",
     "MixtureSets",

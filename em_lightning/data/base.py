@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
+
+from em_lightning.checks import check_at_least
 
 SPLITS = ("train", "val", "test")
 CACHE = "~/.cache/em_lightning"
@@ -21,7 +24,7 @@ def generator_of(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
 
-def download(url: str, path: Path, known_hash: str, remedy: str) -> None:
+def download(url: str, path: Path, known_hash: str | None, remedy: str) -> None:
     """Download a file, unless it exists with the right hash, such as ``"md5:..."``; errors end with the remedy."""
     import pooch
 
@@ -33,11 +36,29 @@ def download(url: str, path: Path, known_hash: str, remedy: str) -> None:
         raise ValueError(f"{url} is not the published file ({error}); {remedy}") from error
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SplitDataModule(lightning.LightningDataModule):
-    """A LightningDataModule whose loaders all come from :meth:`loader`; prediction uses the test split."""
+    """A LightningDataModule whose loaders all come from :meth:`loader`; prediction uses the test split.
 
-    class_names: list[str]
-    source: str  # a short description of the data
+    Subclasses are dataclasses; their integers must be at least 1, or 0 for those in ``may_be_zero``.
+
+    Args:
+        seed: seed of the random data and of the order of training items, at least 0.
+
+    Raises:
+        ValueError: an integer is too small.
+    """
+
+    may_be_zero: ClassVar = ("seed", "num_workers", "holes", "held_out_classes", "val_size")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.class_names: list[str]
+        self.source: str  # a short description of the data
+        for field in fields(self):
+            if field.type in ("int", int):
+                check_at_least(0 if field.name in self.may_be_zero else 1, **{field.name: getattr(self, field.name)})
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -84,7 +105,6 @@ class RankLoader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, on which the order depends."""
         self.epoch = epoch
 
     def order(self, size: int) -> Tensor:
@@ -115,10 +135,7 @@ class RandomDataset(Dataset[Any]):
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch.
-
-    Lightning calls ``set_epoch`` at the start of each epoch; a plain loop must call it.
-    """
+    """A ``DistributedSampler`` that yields (epoch, index), so that a dataset can resample items every epoch."""
 
     def __init__(self, dataset: Dataset[Any], num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)

@@ -32,14 +32,12 @@ _SPLIT_SEED = 0  # the same validation items for every seed
 class TensorBatches(RankLoader):
     """A loader that indexes whole batches, without collation of single items.
 
-    The order of an epoch is a function of (seed, epoch). Lightning calls ``set_epoch``; in a plain loop, call it to get
-    a new order. Each global batch is split among the ranks, so all ranks have the same number of batches.
+    Each global batch is split among the ranks, so all ranks have the same number of batches.
 
     Args:
         tensors: tensors of equal length N along their first axis. uint8 is converted to float32 in [0, 1].
         batch_size: items per batch and rank; the last batch may have fewer.
-        shuffle: whether to draw a new order in every epoch.
-        num_replicas, rank, seed: number of ranks, rank of this process, and seed of the order.
+        shuffle, num_replicas, rank, seed: as of :class:`torch.utils.data.DistributedSampler`.
         draw: a function that returns a batch, given its tensors and its key (epoch, or 0 without ``shuffle``; rank;
             number of the batch).
 
@@ -92,7 +90,7 @@ class TensorBatches(RankLoader):
 
 
 class Tensors(NamedTuple):
-    """Items x (N, ...), floats or uint8, and their classes y (N,) long."""
+    """Items x (N, ...), floats or uint8 from 0 to 255, and their classes y (N,) long."""
 
     x: Tensor
     y: Tensor
@@ -107,7 +105,6 @@ class TensorDataModule(SplitDataModule):
         eval_batch_size: items per batch of validation, test and prediction.
         val_size: number of training items for validation, a fixed random choice. 0 validates on the test items, as the
             published tables do; do not select models by it.
-        seed: at least 0; seed of the order of training items.
 
     Raises:
         ValueError: an argument is out of range.
@@ -116,27 +113,22 @@ class TensorDataModule(SplitDataModule):
     batch_size: int = 128
     eval_batch_size: int = 2000
     val_size: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__init__()
-        check_at_least(1, batch_size=self.batch_size, eval_batch_size=self.eval_batch_size)
-        check_at_least(0, val_size=self.val_size, seed=self.seed)
+        super().__post_init__()
         self.shape: tuple[int, ...]
         self.splits: dict[str, Tensors] = {}
 
     @property
     def num_features(self) -> int:
-        """Number of features D of an item, over all its axes."""
         return math.prod(self.shape)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         return len(self.class_names)
 
     def load(self, train: bool) -> Tensors:
-        """Return the training or the test items, floats or uint8 from 0 to 255."""
+        """Return the training or the test items."""
         raise NotImplementedError(f"{type(self).__name__} must define load(train)")
 
     def describe(self) -> str:
@@ -177,8 +169,7 @@ class TensorDataModule(SplitDataModule):
 class Digits(TensorDataModule):
     """scikit-learn's digits: 1,797 images of 8 x 8 pixels, bundled with scikit-learn; needs no download.
 
-    The test set is the last fifth of the file; most of its writers do not occur in the training set. The arguments are
-    those of :class:`TensorDataModule`.
+    The test set is the last fifth of the file; most of its writers do not occur in the training set.
 
     Example:
         >>> data = Digits(batch_size=32)
@@ -202,12 +193,7 @@ class Digits(TensorDataModule):
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """Read the array of an IDX file of uint8; gzip is recognized by its first bytes.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is not IDX, has another dtype, or is damaged.
-    """
+    """Read the array of an IDX file of uint8, also compressed by gzip; raises ValueError if it is damaged."""
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -268,13 +254,7 @@ class MNIST(TensorDataModule):
 
 
 class PointSetBatch(NamedTuple):
-    """Point sets of equal size with their classes.
-
-    Attributes:
-        points: (B, N, D) float32.
-        mask: (B, N) bool, true for points, false for padding.
-        label: (B,) long.
-    """
+    """Point sets (B, N, D) float32, a mask (B, N) that is true for points and false for padding, and labels (B,)."""
 
     points: Tensor
     mask: Tensor
@@ -286,11 +266,6 @@ def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
     Images are uint8 from 0 to 255 or floats from 0 to 1. The indices (B, M) int32 are ascending and padded with zeros;
     M is the largest of the counts (B,), at least 1.
-
-    Example:
-        >>> bright_pixels(torch.tensor([[[[0.9, 0.2], [0.1, 0.8]]], [[[0.0, 0.0], [0.7, 0.0]]]]), 0.5)
-        (tensor([[0, 3],
-                [2, 0]], dtype=torch.int32), tensor([2, 1]))
     """
     bright = images.flatten(1) > threshold * (255 if images.dtype == torch.uint8 else 1)
     counts = bright.sum(1)
@@ -316,7 +291,6 @@ class ImagePointSets(TensorDataModule):
         num_points: points per set.
         threshold: brightness that a pixel must exceed, at least 0 and less than 1.
         jitter: standard deviation of the noise, which is clipped at three standard deviations.
-        eval_batch_size: sets per batch of validation and test.
 
     Raises:
         ValueError: an argument is out of range, or ``root`` lacks a file.
@@ -345,7 +319,6 @@ class ImagePointSets(TensorDataModule):
         check_choice("images", self.images, ("digits", "mnist"))
         if self.images == "digits" and self.root is not None:
             raise ValueError(f"root={self.root!r} must be None for images='digits', which are part of scikit-learn")
-        check_at_least(1, num_points=self.num_points)
         check_at_least(0, jitter=self.jitter)
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold={self.threshold} must be at least 0 and less than 1")

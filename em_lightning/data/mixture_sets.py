@@ -17,21 +17,13 @@ from em_lightning.mixture import Mixture
 
 
 class MixtureSetBatch(NamedTuple):
-    """Point sets and the mixtures that they were drawn from.
+    """Point sets and the mixtures that they were drawn from."""
 
-    Attributes:
-        points: (B, N, D) float32, zeros where masked.
-        mask: (B, N) bool, true for points, false for padding.
-        held_out: (B, M, D), further points of the same mixtures.
-        labels: (B, N) long, the component of each point.
-        truth: the mixtures, spherical.
-    """
-
-    points: Tensor
-    mask: Tensor
-    held_out: Tensor
-    labels: Tensor
-    truth: Mixture
+    points: Tensor  # (B, N, D) float32, zeros where masked
+    mask: Tensor  # (B, N) bool, true for points, false for padding
+    held_out: Tensor  # (B, M, D), further points of the same mixtures
+    labels: Tensor  # (B, N) long, the component of each point
+    truth: Mixture  # spherical
 
 
 @dataclass(eq=False, repr=False)
@@ -47,18 +39,14 @@ class MixtureSets(SplitDataModule):
     Args:
         num_components: K.
         num_features: D.
-        min_points: smallest number of points of a set.
-        max_points: largest number of points of a set.
+        min_points, max_points: range of the number of points of a set.
         extent: a.
         scale: sigma.
         concentration: alpha.
         batch_size: sets per batch.
         train_batches: batches per epoch, over all ranks.
-        val_sets: validation sets.
-        test_sets: test sets.
-        train_held_out: held-out points per training set.
-        held_out: held-out points per validation and test set.
-        seed: at least 0.
+        val_sets, test_sets: number of sets.
+        train_held_out, held_out: held-out points per set, in training and in validation and test.
 
     Raises:
         ValueError: an argument is out of range.
@@ -84,19 +72,11 @@ class MixtureSets(SplitDataModule):
     test_sets: int = 1000
     train_held_out: int = 300
     held_out: int = 1000
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__init__()
-        self.num_sets = {"train": self.train_batches * self.batch_size, "val": self.val_sets, "test": self.test_sets}
-        self.num_held_out = {"train": self.train_held_out, "val": self.held_out, "test": self.held_out}
-        check_at_least(1, num_components=self.num_components, num_features=self.num_features)
-        check_at_least(1, min_points=self.min_points, batch_size=self.batch_size, train_batches=self.train_batches)
-        check_at_least(1, val_sets=self.val_sets, test_sets=self.test_sets)
-        check_at_least(1, train_held_out=self.train_held_out, held_out=self.held_out)
-        check_at_least(0, seed=self.seed)
-        check_at_least(self.min_points, max_points=self.max_points)
+        super().__post_init__()
         check_positive(extent=self.extent, scale=self.scale, concentration=self.concentration)
+        check_at_least(self.min_points, max_points=self.max_points)
 
     def describe(self) -> str:
         return (
@@ -109,20 +89,17 @@ class MixtureSets(SplitDataModule):
         sizes = torch.randint(self.min_points, self.max_points + 1, (num_sets,), generator=generator)
         shape = (num_sets, self.num_components, self.num_features)
         means = self.extent * (2.0 * torch.rand(shape, generator=generator) - 1.0)
-        weights = self._weights(num_sets, generator)
+        # torch's Dirichlet has no argument for a generator and draws from the global one.
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
+            weights = Dirichlet(torch.full(shape[:2], self.concentration)).sample()
+            generator.set_state(torch.get_rng_state())
+        weights = weights.clamp(min=torch.finfo(torch.float32).tiny)
         points, labels = self._points(means, weights, self.max_points, generator)
         test_points, _ = self._points(means, weights, held_out, generator)
         mask = torch.arange(self.max_points) < sizes[:, None]
         truth = Mixture(weights.log(), means, torch.full(shape[:2], self.scale**2))
         return MixtureSetBatch(points * mask.unsqueeze(-1), mask, test_points, labels, truth)
-
-    def _weights(self, num_sets: int, generator: torch.Generator) -> Tensor:
-        # torch's Dirichlet has no argument for a generator and draws from the global one.
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(generator.get_state())
-            weights = Dirichlet(torch.full((num_sets, self.num_components), self.concentration)).sample()
-            generator.set_state(torch.get_rng_state())
-        return weights.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _points(self, means: Tensor, weights: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         labels = torch.multinomial(weights, n, replacement=True, generator=generator)
@@ -130,12 +107,13 @@ class MixtureSets(SplitDataModule):
         return means.gather(1, labels.unsqueeze(-1).expand_as(noise)) + self.scale * noise, labels
 
     def loader(self, split: str) -> DataLoader[MixtureSetBatch]:
-        """Return the batches of a split; those of ``"train"`` are divided among ranks."""
-        size = -(-self.num_sets[split] // self.batch_size)
-        batches = RandomDataset(partial(self._draw, split), size, split, self.seed)
-        sampler = EpochSampler(batches, *self.ranks, self.seed) if split == "train" else None
+        train = split == "train"
+        num_sets = self.train_batches * self.batch_size if train else getattr(self, f"{split}_sets")
+        held_out = self.train_held_out if train else self.held_out
+        draw = partial(self._draw, num_sets, held_out)
+        batches = RandomDataset(draw, -(-num_sets // self.batch_size), split, self.seed)
+        sampler = EpochSampler(batches, *self.ranks, self.seed) if train else None
         return DataLoader(batches, batch_size=None, sampler=sampler)
 
-    def _draw(self, split: str, index: int, generator: torch.Generator) -> MixtureSetBatch:
-        num_sets = min(self.batch_size, self.num_sets[split] - index * self.batch_size)
-        return self.draw(num_sets, self.num_held_out[split], generator)
+    def _draw(self, num_sets: int, held_out: int, index: int, generator: torch.Generator) -> MixtureSetBatch:
+        return self.draw(min(self.batch_size, num_sets - index * self.batch_size), held_out, generator)

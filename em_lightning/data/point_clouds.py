@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from em_lightning.checks import check_at_least, check_choice
+from em_lightning.checks import check_at_least, check_choice, check_positive
 from em_lightning.data.base import SPLITS, EpochSampler, RandomDataset, SplitDataModule
 
 
@@ -21,25 +21,16 @@ class PointCloudBatch(NamedTuple):
 
     Clouds are in normalized units x' = (x - c) / s, in the unit ball: log p(x) = log p'(x') - D log s.
 
-    Attributes:
-        points: (B, N, D) float32, normalized.
-        mask: (B, N) bool, true for points, false for padding.
-        held_out: (B, M, D) float32, held-out points of the same shapes in the same units.
-        held_out_mask: (B, M) bool.
-        center: c, (B, D) float64.
-        scale: s, (B,) float64.
-        label: (B,) long, classes.
-        index: (B,) long, indices in the dataset.
     """
 
-    points: Tensor
-    mask: Tensor
-    held_out: Tensor
-    held_out_mask: Tensor
-    center: Tensor
-    scale: Tensor
-    label: Tensor
-    index: Tensor  # type: ignore[assignment]
+    points: Tensor  # (B, N, D) float32, normalized
+    mask: Tensor  # (B, N) bool, true for points, false for padding
+    held_out: Tensor  # (B, M, D) float32, held-out points of the same shapes in the same units
+    held_out_mask: Tensor  # (B, M) bool
+    center: Tensor  # c, (B, D) float64
+    scale: Tensor  # s, (B,) float64
+    label: Tensor  # (B,) long, classes
+    index: Tensor  # type: ignore[assignment]  # (B,) long, indices in the dataset
 
 
 def collate_clouds(clouds: Sequence[PointCloudBatch]) -> PointCloudBatch:
@@ -49,14 +40,9 @@ def collate_clouds(clouds: Sequence[PointCloudBatch]) -> PointCloudBatch:
 
 
 def unit_ball(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the center (D,) and scale of points (N, D) that move them into the unit ball: x' = (x - c) / s.
+    """Return the center of the bounding box of points (N, D), and the largest distance from it, or 1 if that is 0.
 
-    c is the center of the bounding box and s the largest distance from it, or 1 if all points are equal: unlike the
-    mean, both do not depend on how densely parts of the shape were sampled.
-
-    Example:
-        >>> unit_ball(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
-        (tensor([2., 0.]), tensor(2.))
+    Unlike the mean, both do not depend on how densely parts of the shape were sampled.
     """
     center = (points.amin(0) + points.amax(0)) / 2
     scale = (points - center).norm(dim=-1).amax()
@@ -66,13 +52,6 @@ def unit_ball(points: Tensor) -> tuple[Tensor, Tensor]:
 class Shape(NamedTuple):
     """The source of a cloud: a triangle mesh in the unit ball, or a set of points in the units of the data.
 
-    Attributes:
-        points: (V, 3), vertices in float64, or points.
-        faces: (F, 3) long, rows of ``points``; ``None`` for a set of points.
-        cumulative_areas: (F,) float64, the cumulative sum of the triangle areas.
-        center, scale: units of the data of a mesh (:func:`unit_ball`); only the points to fit decide those of a set.
-        label: the class.
-
     Example:
         >>> points = Shape.of(torch.eye(3), torch.tensor([[0, 1, 2]])).sample(1000)
         >>> points.shape, torch.allclose(points.sum(1), points.sum(1).mean())
@@ -81,10 +60,10 @@ class Shape(NamedTuple):
     Source: Osada et al., Shape distributions, 2002.
     """
 
-    points: Tensor
-    faces: Tensor | None = None
-    cumulative_areas: Tensor | None = None
-    center: Tensor | None = None
+    points: Tensor  # (V, 3), vertices in float64, or points
+    faces: Tensor | None = None  # (F, 3) long, rows of the vertices; None for a set of points
+    cumulative_areas: Tensor | None = None  # (F,) float64, of the triangles
+    center: Tensor | None = None  # with the scale, the units of a mesh; only the points to fit decide those of a set
     scale: Tensor | None = None
     label: int = 0
 
@@ -100,11 +79,9 @@ class Shape(NamedTuple):
         if points.shape[1:] != (3,) or faces.shape[1:] != (3,):
             shapes = f"{tuple(points.shape)} and {tuple(faces.shape)}"
             raise ValueError(f"vertices and faces must have shapes (V, 3) and (F, 3), got {shapes}")
-        low, high = faces.aminmax() if faces.numel() else (0, -1)
-        if low < 0 or high >= len(points):
-            raise ValueError(f"faces must be from 0 to {len(points) - 1}, got {int(low)} to {int(high)}")
-        if not faces.numel():
-            raise ValueError("the area of the surface must be positive and finite, got 0.0")
+        low, high = map(int, faces.aminmax()) if faces.numel() else (0, -1)
+        if not 0 <= low <= high < len(points):
+            raise ValueError(f"faces must be from 0 to {len(points) - 1} and at least one, got {low} to {high}")
         corners = points.double().index_select(0, faces.flatten())  # vertices without a face are not on the surface
         center, scale = unit_ball(corners)
         a, b, c = ((corners - center) / scale).view(-1, 3, 3).unbind(1)
@@ -128,24 +105,23 @@ class Shape(NamedTuple):
         return (a + root * ((b - a) * (1 - v) + (c - a) * v)).float()
 
 
-ShapeSource = Callable[[int, torch.Generator], Shape]  # the index of a shape and the source of randomness
+# A list of shapes to repeat, or a function of an index and a source of randomness.
+ShapeSource = Sequence[Shape] | Callable[[int, torch.Generator], Shape]
 
 
 def random_rotation(generator: torch.Generator | None = None, axis: str = "so3") -> Tensor:
-    """Return a rotation matrix (3, 3) float64, uniform over all rotations (``"so3"``) or those about the ``"z"`` axis.
-
-    Source: a normalized Gaussian quaternion is a uniform rotation (Shoemake, Uniform random rotations, 1992).
-    """
+    """Return a rotation matrix (3, 3) float64, uniform over all rotations (``"so3"``) or those about ``"z"``."""
     from scipy.spatial.transform import Rotation
 
-    quaternion = torch.randn(4, dtype=torch.float64, generator=generator)  # w, x, y, z
+    # A normalized Gaussian quaternion w, x, y, z is a uniform rotation (Shoemake, Uniform random rotations, 1992).
+    quaternion = torch.randn(4, dtype=torch.float64, generator=generator)
     if axis == "z":
         quaternion[1:3] = 0
     return torch.from_numpy(Rotation.from_quat(quaternion.roll(-1).numpy()).as_matrix())
 
 
 def draw_cloud(
-    shape: ShapeSource,
+    shapes: ShapeSource,
     num_points: int,
     noise: float | tuple[float, float],
     holes: int,
@@ -153,11 +129,13 @@ def draw_cloud(
     index: int,
     generator: torch.Generator,
 ) -> PointCloudBatch:
-    """Draw a cloud from shape ``index``; the arguments are those of :class:`PointCloudDataModule`.
+    """Draw a cloud from shape ``index``, modulo the length of a list.
 
-    A set of points is divided into two disjoint halves of at most ``num_points``.
+    The other arguments are those of :class:`PointCloudDataModule`. A set of points is divided into two disjoint halves
+    of at most ``num_points``.
     """
-    content, faces, _, center, scale, label = drawn = shape(index, generator)
+    drawn = shapes(index, generator) if callable(shapes) else shapes[index % len(shapes)]
+    content, faces, _, center, scale, label = drawn
     if faces is not None:
         points, num_fitted = drawn.sample((3 if holes else 2) * num_points, generator), num_points
         points = _cut_holes(points, holes, generator)[: 2 * num_points]
@@ -205,8 +183,7 @@ class PointCloudDataModule(SplitDataModule):
     Args:
         num_points: points per cloud to fit; the same number is held out.
         batch_size: clouds per batch and rank.
-        num_workers: number of worker processes that draw clouds; 0 draws them in the main process.
-        seed: at least 0; the clouds are a function of it.
+        num_workers: number of processes that draw clouds; 0 draws them in the main process.
         noise: standard deviation of Gaussian jitter, relative to the radius of the shape. A pair draws it for each
             cloud: zero for half of them, log-uniform between the two for the others. Points on a surface have no
             density in space, so without jitter the likelihood of a mixture is unbounded.
@@ -222,19 +199,16 @@ class PointCloudDataModule(SplitDataModule):
     num_points: int = 1024
     batch_size: int = 32
     num_workers: int = 0
-    seed: int = 0
     noise: float | tuple[float, float] = 0.0
     holes: int = 0
     rotate: Literal["none", "z", "so3"] = "none"
 
     def __post_init__(self) -> None:
-        super().__init__()
-        check_at_least(1, num_points=self.num_points, batch_size=self.batch_size)
-        check_at_least(0, num_workers=self.num_workers, seed=self.seed, holes=self.holes)
+        super().__post_init__()
         if isinstance(self.noise, (tuple, list)):
             low, high = self.noise = (float(self.noise[0]), float(self.noise[1]))
-            if not 0.0 < low <= high:
-                raise ValueError(f"noise={self.noise} must be a number or a pair of positive numbers in order")
+            check_positive(noise=low)
+            check_at_least(low, noise=high)
         else:
             check_at_least(0, noise=self.noise)
         check_choice("rotate", self.rotate, ("none", "z", "so3"))
@@ -243,7 +217,6 @@ class PointCloudDataModule(SplitDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes."""
         self.setup()
         return len(self.class_names)
 
@@ -260,9 +233,9 @@ class PointCloudDataModule(SplitDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         for split in SPLITS if not self.datasets else ():
-            shape, size = self.shapes(split)
+            shapes, size = self.shapes(split)
             rotate = self.rotate if split == "train" else "none"
-            draw = partial(draw_cloud, shape, self.num_points, self.noise, self.holes, rotate)
+            draw = partial(draw_cloud, shapes, self.num_points, self.noise, self.holes, rotate)
             self.datasets[split] = RandomDataset(draw, size, split, self.seed)
 
     def transfer_batch_to_device(self, batch: PointCloudBatch, device: torch.device, dataloader_idx: int) -> Any:

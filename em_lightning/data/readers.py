@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +36,22 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
         Points (N, 3) float64 and faces (F, 3) int64, or ``None`` if the file has no faces.
 
     Raises:
-        FileNotFoundError: the file does not exist.
         ValueError: the file is empty, truncated or corrupt; the message names the file.
     """
     return parse_points(Path(path).read_bytes(), str(path), drop_non_finite)
 
 
 def parse_points(content: bytes, name: str, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
-    r"""Return the points and faces of the content of a file; the ending of its name decides the format.
-
-    The other arguments and the results are those of :func:`read_points`.
-
-    Example:
-        >>> points, faces = parse_points(b"0 0 0\n1 2 3\n", "cloud.xyz")
-        >>> points.tolist(), faces
-        ([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]], None)
-    """
+    """Return the points and faces of the content of a file of this name, as :func:`read_points`."""
     ending = Path(name).suffix.lower()
     if ending not in SUPPORTED:
         raise ValueError(f"{name}: the ending must be one of {', '.join(SUPPORTED)}; convert the file")
-    parse = {".pcd": _parse_pcd, ".npy": _parse_npy, ".npz": _parse_npz}.get(ending, _parse_text)
+    parse = {".pcd": _parse_pcd, ".npy": _parse_array, ".npz": _parse_array}.get(ending, _parse_text)
     try:
         content = content.removeprefix(_BYTE_ORDER_MARK)
         points, faces = _parse_mesh(content, ending) if ending in MESHES else (parse(content), None)
         return _checked(points, faces, drop_non_finite)
-    except Exception as error:  # trimesh and zipfile raise errors of many types
+    except Exception as error:  # trimesh raises errors of many types
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         remedy = "repair the file, leave it out, or export it again"
         remedy += " with triangles only" if ending in MESHES else ""
@@ -102,24 +92,20 @@ def _check_shape(shape: tuple[int, ...], most_columns: int = 3) -> None:
         raise ValueError(f"the array has shape {shape}, but points must be rows, (N, 3) or wider; transpose it")
 
 
-def _parse_npy(data: bytes) -> Points:
+def _parse_array(data: bytes) -> Points:
     try:
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        if isinstance(array, np.lib.npyio.NpzFile):
+            names = array.files
+            if len(names) > 1 and "points" not in names:
+                raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
+            array = np.asarray(array[names[0] if len(names) == 1 else "points"])
     except Exception as error:  # NumPy evaluates the header as a Python literal
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from None
     _check_shape(array.shape)
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the array has dtype {array.dtype}, which must be real numbers")
     return np.array(array[:, :3], dtype=np.float64)
-
-
-def _parse_npz(data: bytes) -> Points:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = archive.namelist()
-        name = names[0] if len(names) == 1 else "points.npy"
-        if name not in names:
-            raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
-        return _parse_npy(archive.read(name))
 
 
 def _parse_pcd(data: bytes) -> Points:
@@ -132,7 +118,8 @@ def _parse_pcd(data: bytes) -> Points:
     sizes = [int(size) for size in header.get("COUNT", ["1"] * len(fields))]
     places = [fields.index(name) for name in "xyz"]
     if end[1] == b"ascii":
-        points = _numbers(_lines(body), None, [sum(sizes[:place]) for place in places])
+        columns = [sum(sizes[:place]) for place in places]
+        points = np.loadtxt(_lines(body), usecols=columns, ndmin=2, comments=None)
     elif end[1] == b"binary":
         kinds = zip(header["TYPE"], header["SIZE"], sizes, strict=True)
         dtype = np.dtype([(f"{i}", f"<{kind.lower()}{size}", number) for i, (kind, size, number) in enumerate(kinds)])
@@ -151,10 +138,6 @@ def _lines(data: bytes) -> list[str]:
     return [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
 
 
-def _numbers(lines: list[str], delimiter: str | None, columns: list[int]) -> Points:
-    return np.loadtxt(lines, delimiter=delimiter, usecols=columns, ndmin=2, comments=None)
-
-
 def _parse_text(data: bytes) -> Points:
     lines = [line for line in _lines(data) if not line.isdecimal()]  # the number of points of a scan
     if lines and re.match(r"(?!nan|inf)[^-+.\d]", lines[0], re.IGNORECASE):
@@ -165,7 +148,7 @@ def _parse_text(data: bytes) -> Points:
     if "," in lines[0] and re.search(r";|\d\s+[-+.\d]", lines[0]):
         raise ValueError(f"decimal commas are not read: {lines[0][:80]!r}; write decimal points")
     _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))), most_columns=12)
-    return _numbers(lines, delimiter, [0, 1, 2])
+    return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
 
 
 def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
@@ -173,16 +156,15 @@ def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
 
     prepare = {".off": _prepare_off, ".ply": _prepare_ply, ".obj": _prepare_obj}
     content = io.BytesIO(prepare[ending](data) if ending in prepare else data)
-    scene = trimesh.load_scene(content, file_type=ending[1:], process=False, skip_materials=True)
-    points, faces, start = [np.empty((0, 3))], [np.empty((0, 3), dtype=np.int64)], 0
-    part: Any
+    scene: Any = trimesh.load_scene(content, file_type=ending[1:], process=False, skip_materials=True)
+    points, faces = np.empty((0, 3)), np.empty((0, 3), dtype=np.int64)
     for part in scene.dump():
-        points.append(np.asarray(part.vertices, dtype=np.float64))
-        faces.append(np.asarray(getattr(part, "faces", faces[0]), dtype=np.int64).reshape(-1, 3) + start)
-        start += len(part.vertices)
-    if ending == ".stl" and data.count(b"vertex ") > start:
-        raise ValueError(f"{data.count(b'vertex ')} vertices are announced, {start} are numbers")
-    return np.concatenate(points), np.concatenate(faces)
+        corners = np.asarray(getattr(part, "faces", faces[:0]), dtype=np.int64).reshape(-1, 3)
+        faces = np.concatenate([faces, corners + len(points)])
+        points = np.concatenate([points, part.vertices])
+    if ending == ".stl" and data.count(b"vertex ") > len(points):
+        raise ValueError(f"{data.count(b'vertex ')} vertices are announced, {len(points)} are numbers")
+    return points, faces
 
 
 # trimesh reads truncated and malformed text without an error; these functions find it, and remove comments, after which

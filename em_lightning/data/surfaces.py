@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_at_least, check_choice
+from em_lightning.checks import check_choice
 from em_lightning.data.point_clouds import PointCloudDataModule, Shape, ShapeSource, random_rotation
 
 Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
@@ -79,7 +79,12 @@ def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, flo
 
 
 class _Family:
-    """Random surfaces: each public method draws the parameters of one family and returns its mesh."""
+    """Random surfaces: each public method draws the parameters of one family and returns its mesh.
+
+    A superellipsoid (Barr, 1981) is between a rounded box and a pinched star; a vase is an open surface of revolution
+    whose radius is a wave; a knot is a tube along the torus knot (2, 3) or (3, 2). The joints inside of tables and
+    chairs are sampled too.
+    """
 
     def __init__(self, generator: torch.Generator) -> None:
         # One call draws all numbers: a call costs more than a number.
@@ -97,14 +102,8 @@ class _Family:
 
         latitude, longitude = _linspace(25, -math.pi / 2, math.pi / 2)[:, None], _linspace(49, -math.pi, math.pi)[None]
         flat = power(latitude.cos(), exponents[0])
-        grid = torch.stack(
-            [
-                flat * power(longitude.cos(), exponents[1]),
-                flat * power(longitude.sin(), exponents[1]),
-                power(latitude.sin(), exponents[0]).expand(-1, 49),
-            ],
-            -1,
-        )
+        x, y = flat * power(longitude.cos(), exponents[1]), flat * power(longitude.sin(), exponents[1])
+        grid = torch.stack([x, y, power(latitude.sin(), exponents[0]).expand(-1, 49)], -1)
         return _grid(grid * torch.tensor([self._draw(stretch, 1), self._draw(stretch, 1), 1], dtype=torch.float64))
 
     def sphere(self) -> Mesh:
@@ -114,7 +113,6 @@ class _Family:
         return self._superellipsoid((1.0, 1.0), 0.3)
 
     def superellipsoid(self) -> Mesh:
-        """Return a superellipsoid (Barr, 1981), between a rounded box and a pinched star."""
         return self._superellipsoid((self._draw(0.3, 2.5), self._draw(0.3, 2.5)), 0.5)
 
     def box(self) -> Mesh:
@@ -141,7 +139,6 @@ class _Family:
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
     def vase(self) -> Mesh:
-        """Return an open surface of revolution whose radius is a random wave."""
         z = _linspace(40, -1.0, 1.0)
         radius = 0.5 + self._draw(0.1, 0.35) * torch.sin(self._draw(2, 5) * z + self._draw(0, 2 * math.pi))
         return _revolve(radius, self._draw(0.7, 1.3) * z)
@@ -151,20 +148,17 @@ class _Family:
         return _revolve(1 + r * angle.cos(), r * angle.sin())
 
     def helix(self) -> Mesh:
-        """Return a tube along a helix of one and a half to three turns."""
         turns, pitch = self._draw(1.5, 3), self._draw(0.4, 0.8)
         t = _linspace(97, 0.0, 1.0) * turns
         angle = 2 * math.pi * t
         return _tube(torch.stack([angle.cos(), angle.sin(), pitch * t], -1), self._draw(0.08, 0.18))
 
     def knot(self) -> Mesh:
-        """Return a tube along the torus knot (2, 3) or (3, 2)."""
         p, q = ((2, 3), (3, 2))[self._integer(0, 1)]
         t = _linspace(129, 0.0, 2 * math.pi)
         ring = 1 + self._draw(0.35, 0.5) * (q * t).cos()
-        return _tube(
-            torch.stack([ring * (p * t).cos(), ring * (p * t).sin(), 0.5 * (q * t).sin()], -1), self._draw(0.08, 0.16)
-        )
+        curve = torch.stack([ring * (p * t).cos(), ring * (p * t).sin(), 0.5 * (q * t).sin()], -1)
+        return _tube(curve, self._draw(0.08, 0.16))
 
     def moebius(self) -> Mesh:
         u, v = _linspace(97, 0.0, 2 * math.pi)[:, None], _linspace(9, -1.0, 1.0)[None] * self._draw(0.2, 0.45)
@@ -181,12 +175,10 @@ class _Family:
         return _revolve(radius, self._draw(0.4, 1.5) * radius**2)
 
     def table(self) -> Mesh:
-        """Return a table: a plate on four legs (the joints inside are sampled too)."""
         w, d, h, thick = self._draw(0.8, 1.6), self._draw(0.6, 1), self._draw(0.4, 0.9), self._draw(0.05, 0.12)
         return _boxes((0, 0, h + thick / 2, w, d, thick), *_legs(w, d, h, thick))
 
     def chair(self) -> Mesh:
-        """Return a chair: a seat on four legs, and a back (the joints inside are sampled too)."""
         w, d, h = self._draw(0.5, 0.7), self._draw(0.5, 0.7), self._draw(0.4, 0.6)
         thick, back = self._draw(0.05, 0.1), self._draw(0.4, 0.8)
         seat, rest = (0, 0, h + thick / 2, w, d, thick), (0, (d - thick) / 2, h + thick + back / 2, w, thick, back)
@@ -197,13 +189,7 @@ FAMILIES = tuple(name for name in vars(_Family) if not name.startswith("_"))
 
 
 def random_surface(family: str, generator: torch.Generator) -> Mesh:
-    """Return the vertices (V, 3) float64 and faces (F, 3) of a random surface of a family, one of ``FAMILIES``.
-
-    Example:
-        >>> vertices, faces = random_surface("box", torch.Generator().manual_seed(0))
-        >>> vertices.shape, faces.shape
-        (torch.Size([8, 3]), torch.Size([12, 3]))
-    """
+    """Return the vertices (V, 3) float64 and faces (F, 3) of a random surface of a family, one of ``FAMILIES``."""
     check_choice("family", family, FAMILIES)
     return getattr(_Family(generator), family)()
 
@@ -221,9 +207,7 @@ class ProceduralSurfaces(PointCloudDataModule):
     Every item is a new surface; item i is of family i modulo the number of families, in all splits.
 
     Args:
-        train_clouds: clouds per epoch.
-        val_clouds: validation clouds.
-        test_clouds: test clouds.
+        train_clouds, val_clouds, test_clouds: clouds per split; those of training are per epoch.
         families: names of families; ``None`` means all (``em_lightning.data.FAMILIES``).
 
     Raises:
@@ -243,7 +227,6 @@ class ProceduralSurfaces(PointCloudDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(1, train_clouds=self.train_clouds, val_clouds=self.val_clouds, test_clouds=self.test_clouds)
         if self.families == [] or not set(self.families or ()) <= set(FAMILIES):
             raise ValueError(f"families={self.families} must be some of {', '.join(FAMILIES)}")
         self.class_names = list(self.families or FAMILIES)

@@ -1,22 +1,28 @@
-"""Large tables of numbers in memory, in memory-mapped .npy files or in shards, and a loader of blocks of their rows."""
+"""Large tables of numbers: in memory, in .npy files or in shards; their blocks of rows and LightningDataModules."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from types import MethodType
+from typing import Any, NamedTuple
 
+import lightning
 import numpy as np
 import torch
 from torch import Tensor
 
 from em_lightning.checks import check_at_least
-from em_lightning.data.base import RankLoader
+from em_lightning.data.base import RankLoader, SplitDataModule, generator_of
+from em_lightning.mixture import Mixture
 
 # Rows read per memory map. The pages of a map count as memory of the process until it is closed.
 _ROWS_PER_MAP = 4096
+_DRAWN_ROWS = 2**16  # rows per random generator
 
 
 class TableBatch(NamedTuple):
@@ -42,10 +48,8 @@ class Table:
         ValueError: the file does not exist, does not hold real numbers, or the shapes of shards differ.
 
     Example:
-        >>> table = Table(torch.arange(6.0).reshape(3, 2))
-        >>> table.shape, table.rows(1, 3)
-        ((3, 2), tensor([[2., 3.],
-                         [4., 5.]]))
+        >>> Table(torch.arange(6.0).reshape(3, 2)).rows(1, 2)
+        tensor([[2., 3.]])
     """
 
     def __init__(self, source: Tensor | np.ndarray | str | Path, ndim: int = 2, name: str = "data") -> None:
@@ -80,9 +84,8 @@ class Table:
         try:
             array = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # NumPy evaluates the header as a Python literal
-            raise ValueError(
-                f"{self.name}: {path} is not a plain NumPy array ({error}); write it with numpy.save"
-            ) from error
+            rule = "is not a plain NumPy array; write it with numpy.save"
+            raise ValueError(f"{self.name}: {path} {rule} ({error})") from error
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} must hold real numbers, got {array.dtype}")
         return array
@@ -129,8 +132,7 @@ class TableBlocks(RankLoader):
         num_replicas, rank, seed: W, the rank of this process, and the seed of the order.
 
     Raises:
-        ValueError: the numbers of weights and rows differ, a weight is negative or NaN, or there are fewer rows than
-            ranks.
+        ValueError: the weights do not fit the rows, are negative or NaN, or there are fewer rows than ranks.
 
     Example:
         >>> [len(batch.points) for batch in TableBlocks(Table(torch.zeros(10, 2)), block_rows=4)]
@@ -157,11 +159,9 @@ class TableBlocks(RankLoader):
         self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of blocks that this epoch has returned."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next epoch after these blocks."""
         self.position = state["position"]
 
     def __len__(self) -> int:
@@ -190,3 +190,153 @@ class TableBlocks(RankLoader):
         within = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         rows = ((torch.arange(size) + within) * (total / size)).long().clamp(max=total - 1).unique()
         return TableBatch(self.table.take(rows), None if self.weights is None else self.weights.take(rows))
+
+
+@dataclass(eq=False, repr=False)
+class TabularDataModule(SplitDataModule):
+    """Blocks of a large table for training and of a held-out table for validation and test.
+
+    Args:
+        data: a tensor (N, D), the path of an ``.npy`` file, or a folder of ``.npy`` shards (:class:`Table`).
+        weights: weights of the rows, (N,), in the same forms.
+        held_out: a table for validation and test; without it there is no validation, and the test uses ``data``.
+        block_rows: rows per block and rank.
+        shuffle: whether to draw a new order of the training blocks in every epoch.
+
+    Raises:
+        ValueError: an argument is out of range, or a file cannot be read.
+
+    Example:
+        >>> data = TabularDataModule(torch.randn(100, 3), block_rows=40)
+        >>> [len(points) for points, weights in data.train_dataloader()]
+        [33, 33, 34]
+    """
+
+    data: Tensor | str
+    weights: Tensor | str | None = None
+    held_out: Tensor | str | None = None
+    _: KW_ONLY
+    block_rows: int = 2**16
+    shuffle: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tables: dict[str, Table] = {}
+        if self.held_out is None:
+            # Lightning skips validation if this is the method of its own class, and warns of an empty list.
+            self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.tables:
+            return
+        tables = {"train": Table(self.data)}
+        if self.weights is not None:
+            tables["weights"] = Table(self.weights, 1, "weights")
+        if self.held_out is not None:
+            tables["held_out"] = Table(self.held_out, 2, "held_out")
+            if tables["held_out"].shape[1] != tables["train"].shape[1]:
+                shapes = f"{tables['held_out'].shape} and {tables['train'].shape}"
+                raise ValueError(f"held_out and data must have equal widths, got shapes {shapes}")
+        self.tables = tables
+
+    @property
+    def num_features(self) -> int:
+        self.setup()
+        return self.tables["train"].shape[1]
+
+    def describe(self) -> str:
+        self.setup()
+        train = self.tables["train"]
+        weighted = ", weighted" if "weights" in self.tables else ""
+        held_out = f"; {len(self.tables['held_out']):,} held out" if "held_out" in self.tables else ""
+        return f"{len(train):,} x {train.shape[1]} from {train.source}{weighted}{held_out}"
+
+    def blocks(self, split: str = "train", whole: bool = False) -> TableBlocks:
+        """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or all of them in order."""
+        self.setup()
+        train = split == "train"
+        ranks = (1, 0) if whole else self.ranks
+        weights = self.tables.get("weights") if train else None
+        shuffle = self.shuffle and train and not whole
+        return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
+
+    def loader(self, split: str) -> TableBlocks:
+        return self.blocks("train" if split == "train" or self.held_out is None else "held_out")
+
+
+@dataclass(eq=False, repr=False)
+class GaussianBlobs(TabularDataModule):
+    """A table drawn from a known Gaussian mixture; needs no download.
+
+    The components have unequal weights and full covariances, and overlap. The rows are a function of the arguments.
+
+    Args:
+        num_points, num_features: N and D.
+        true_components: number of components of the mixture.
+        held_out_points: rows for validation and test.
+        folder: where to write the rows once, as memory-mapped shards; ``None`` keeps them in memory.
+
+    Example:
+        >>> data = GaussianBlobs(num_points=1000, num_features=2, held_out_points=100)
+        >>> data.describe()
+        '1,000 x 2 from a mixture of 12 Gaussians (a tensor of float32); 100 held out'
+    """
+
+    data: Tensor | str = field(init=False, default="")
+    weights: None = field(init=False, default=None)
+    held_out: Tensor | str | None = field(init=False, default="")
+    num_points: int = 50_000
+    num_features: int = 8
+    true_components: int = 12
+    held_out_points: int = 10_000
+    folder: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = f"blobs-{self.num_points}-{self.num_features}-{self.true_components}-{self.seed}"
+        self.path = None if self.folder is None else Path(self.folder) / name
+
+    def truth(self) -> Mixture:
+        """Return the mixture that rows are drawn from, one set in float64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        size, features = self.true_components, self.num_features
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+        weights = 0.5 + torch.rand(size, **options)
+        means = 3.0 * torch.randn(size, features, **options)
+        root = torch.randn(size, features, features, **options) / features**0.5 + 0.5 * torch.eye(features).double()
+        return Mixture((weights / weights.sum()).log()[None], means[None], (root @ root.mT)[None])
+
+    def _draw(self, stream: int, rows: int) -> Tensor:
+        truth, blocks = self.truth(), []
+        weights = truth.log_weights[0].exp()
+        factors = torch.linalg.cholesky(truth.covariances[0])
+        for start in range(0, rows, _DRAWN_ROWS):
+            generator = generator_of(self.seed, stream, start // _DRAWN_ROWS)
+            size = min(_DRAWN_ROWS, rows - start)
+            label = torch.multinomial(weights, size, replacement=True, generator=generator)
+            noise = torch.randn(size, self.num_features, generator=generator)
+            for k in range(self.true_components):
+                drawn = label == k
+                noise[drawn] = noise[drawn] @ factors[k].T.float() + truth.means[0, k].float()
+            blocks.append(noise)
+        return torch.cat(blocks)
+
+    def prepare_data(self) -> None:
+        if self.path is None or self.path.exists():
+            return
+        rows = self._draw(1, self.num_points).numpy()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # The complete folder is renamed, so that an interrupted run leaves no partial one.
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        partial.mkdir()
+        for number, shard in enumerate(np.split(rows, [self.num_points // 2, 5 * self.num_points // 6])):
+            np.save(partial / f"{number}.npy", shard)
+        partial.rename(self.path)
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self.tables:
+            self.data = self._draw(1, self.num_points) if self.path is None else str(self.path)
+            self.held_out = self._draw(2, self.held_out_points)
+            super().setup()
+            train = self.tables["train"]
+            train.source = f"a mixture of {self.true_components} Gaussians ({train.source})"

@@ -65,16 +65,11 @@ class Moments(NamedTuple):
         """Return the unbiased covariance, shape (D, D)."""
         return self._sum_of_products(self.deviations) / _degrees_of_freedom(self.size)
 
-    def correlation(self, eps: float = 1e-8) -> Tensor:
-        r"""Return the correlation :math:`C_{ij} = \mathrm{Cov}_{ij} / ((\sigma_i + \epsilon)(\sigma_j + \epsilon))`.
-
-        Shape (D, D). Rows and columns of constant units are 0, the diagonal included.
-        """
-        scale = 1 / (self.std + eps)
-        return self.covariance() * scale[:, None] * scale
-
     def redundancy(self, eps: float = 1e-8) -> Tensor:
-        r"""Return the sum of squared correlations of different units, :math:`\sum_{i \ne j} C_{ij}^2`: a scalar."""
+        r"""Return the sum of squared correlations of different units: a scalar.
+
+        The correlations are :math:`\mathrm{Cov}_{ij} / ((\sigma_i + \epsilon)(\sigma_j + \epsilon))`.
+        """
         std = self.std + eps
         standardized = self.deviations * (1 / (std * _degrees_of_freedom(self.size).sqrt()))
         diagonal = self.variance / std.square()
@@ -108,11 +103,6 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
 
     Warns:
         UserWarning: the batch has fewer than two items, so the variance is 0.
-
-    Example:
-        >>> moments = batch_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
-        >>> moments.mean, moments.variance
-        (tensor([2., 0.]), tensor([2., 0.]))
     """
     items, weights = flatten_units(values, dim, mask, weights)
     if len(items) < 2 and not is_distributed() and not torch.compiler.is_compiling():
@@ -134,12 +124,7 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
 
 
 def batch_mean(items: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the mean of items (N, ...) with weights (N,) over the global batch, shape (...); 0 if there are no items.
-
-    Example:
-        >>> batch_mean(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
-        tensor([2., 0.])
-    """
+    """Return the mean of items (N, ...) with weights (N,) over the global batch (...), 0 without items."""
     weights = items.new_ones(len(items)) if weights is None else weights
     total = global_sum((items.movedim(0, -1) * weights).sum(-1))
     return total / global_sum(weights.sum()).clamp_min(torch.finfo(weights.dtype).tiny)

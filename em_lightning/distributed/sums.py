@@ -30,33 +30,18 @@ def global_sum(values: Tensor) -> Tensor:
 
     .. math:: \frac{1}{W} \sum_r W \frac{dL}{dS} \frac{ds_r}{d\theta} = \frac{dL}{d\theta}.
 
-    Args:
-        values: tensor of the same shape and dtype on every rank; all ranks must make the call.
-
-    Example:
-        >>> global_sum(torch.ones(2))
-        tensor([1., 1.])
+    All ranks must make the call, with tensors of the same shape and dtype.
     """
     return _GlobalSum.apply(values) if is_distributed() else values
 
 
 def is_distributed() -> bool:
-    """Return whether the default process group has more than one rank.
-
-    Example:
-        >>> is_distributed()
-        False
-    """
+    """Return whether the default process group has more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def accumulation_dtype(values: Tensor) -> torch.dtype:
-    """Return the dtype for sums over items: float64, or float32 on MPS devices, which have no float64.
-
-    Example:
-        >>> accumulation_dtype(torch.zeros(2))
-        torch.float64
-    """
+    """Return the dtype for sums over items: float64, or float32 on MPS devices, which have no float64."""
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 
@@ -76,11 +61,6 @@ def flatten_units(
     Raises:
         ValueError: ``dim`` is not an axis of ``values`` or has length 0; ``mask`` or ``weights`` has the wrong shape.
         TypeError: ``mask`` is not boolean.
-
-    Example:
-        >>> items, weights = flatten_units(torch.zeros(2, 5, 3, 3), dim=1)
-        >>> items.shape, weights
-        (torch.Size([18, 5]), None)
     """
     if not -values.dim() <= dim < values.dim() or values.shape[dim] == 0:
         raise ValueError(f"values of shape {tuple(values.shape)} must have at least one unit along dim={dim}")

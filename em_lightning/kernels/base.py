@@ -128,18 +128,8 @@ class EllipticalKernel(Kernel):
     The M-step is iteratively reweighted least squares (IRLS): each point has the weight :math:`u(y) = 2 \rho'(y)`. It
     never decreases the likelihood where :math:`\rho` is concave (majorize-minimize).
 
-    =============  ==============================================  ===================================
-    kernel         :math:`\rho(y)`                                 :math:`u(y)`
-    =============  ==============================================  ===================================
-    gaussian       :math:`y / 2`                                   1
-    student_t      :math:`p \log(1 + y / \nu)`                     :math:`2 p / (\nu + y)`
-    laplace        :math:`\sqrt y`                                 :math:`1 / \sqrt y`
-    huber          :math:`y / 2`, beyond :math:`\delta`            :math:`\min(1, \delta / \sqrt y)`
-                   :math:`\delta (\sqrt y - \delta / 2)`
-    pseudo_huber   :math:`\delta^2 (\sqrt{1 + y / \delta^2} - 1)`  :math:`1 / \sqrt{1 + y / \delta^2}`
-    =============  ==============================================  ===================================
-
-    For the Student-t :math:`p = (\nu + D) / 2` with ``density=True``. A ``scale`` :math:`s` divides the distance,
+    For Laplace, Huber and pseudo-Huber, :math:`\rho` is the energy of one feature as a function of the square.
+    For Gaussian and Student-t, it is the energy itself. A ``scale`` :math:`s` divides the distance,
     :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. Laplace is a parabola below
     the distance 1e-4 s, where its IRLS weight would tend to infinity.
 
@@ -168,12 +158,7 @@ class EllipticalKernel(Kernel):
 
 
 def density_kernel(spec: Any) -> Kernel:
-    """Return ``KERNELS.build(spec)``, with ``density=True`` for classes that have this option, such as Student-t.
-
-    Example:
-        >>> density_kernel("student_t"), density_kernel({"name": "student_t", "df": 3.0, "density": False})
-        (StudentTKernel(df=1, scale=1, density=True), StudentTKernel(df=3, scale=1))
-    """
+    """Return ``KERNELS.build(spec)``, with ``density=True`` for classes that have this option, such as Student-t."""
     if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
         return KERNELS.build(spec, density=True)
     return KERNELS.build(spec)

@@ -11,12 +11,7 @@ from torch import Tensor
 
 
 def pairwise(x: Tensor, centers: Tensor) -> Tensor:
-    """Return the differences x - centers (..., N, K, D) of x (..., N, D) and centers (..., K, D).
-
-    Example:
-        >>> pairwise(torch.tensor([[3.0, 4.0]]), torch.ones(1, 2))
-        tensor([[[2., 3.]]])
-    """
+    """Return the differences x - centers (..., N, K, D) of x (..., N, D) and centers (..., K, D)."""
     return x.unsqueeze(-2) - centers.unsqueeze(-3)
 
 
@@ -33,10 +28,6 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
         centers: centers (..., K, D).
         factor: lower triangular :math:`L` (D, D), the identity by default.
         max_differences: largest N K D, over all sets, for which differences are stored; by default 4 MiB in float32.
-
-    Example:
-        >>> squared_distance(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
-        tensor([[25.]])
     """
     leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
     few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences

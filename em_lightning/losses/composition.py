@@ -29,8 +29,7 @@ class EMLoss(nn.Module):
         reduction: "sum" or "mean" of the free energy over the items of the global batch. These are different
             experiments: "mean" divides the free energy by the batch size, but not volume control.
         dim: axis of the units, for instance 1 for the channels of a feature map.
-        **terms: further terms by their keys in ``LOSSES`` (``log_det``, ``balance``, ``bounded_variance``,
-            ``weight_redundancy``, or that of a plug-in), each as above.
+        **terms: further terms by their keys in ``LOSSES``, each as above.
 
     Raises:
         ValueError: a term is unknown, a weight is negative or not finite, all weights are 0, or ``reduction`` is
@@ -85,9 +84,6 @@ class EMLoss(nn.Module):
             mask: as in :meth:`EnergyLoss.forward`.
             weights: as in :meth:`EnergyLoss.forward`.
             weight_matrix: weight (D, ...) of the layer that computes the energies, used by ``weight_redundancy``.
-
-        Raises:
-            ValueError: ``weight_redundancy`` has a positive weight and ``weight_matrix`` is None.
         """
         energies = energies.movedim(self.dim, -1)
         moments = None

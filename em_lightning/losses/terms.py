@@ -46,11 +46,7 @@ class EnergyLoss(nn.Module):
 
 
 class MomentLoss(EnergyLoss):
-    """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them.
-
-    Raises:
-        ValueError: ``eps`` is not positive.
-    """
+    """Base class of losses that depend on batch moments only; ``EMLoss`` computes the moments once for all of them."""
 
     def __init__(self, eps: float = 1e-6, dim: int = -1) -> None:
         super().__init__(dim)
@@ -71,12 +67,7 @@ class FreeEnergyLoss(EnergyLoss):
     Its gradient by the energies is the responsibilities: backpropagation is the E-step. Without volume control,
     training collapses.
 
-    Args:
-        reduction: "sum" or "mean" over the items of the global batch.
-        temperature: T > 0.
-
-    Raises:
-        ValueError: ``reduction`` is neither "sum" nor "mean", or ``temperature`` is not positive.
+    ``reduction`` is "sum" or "mean" over the items of the global batch, ``temperature`` is T.
 
     Example:
         >>> FreeEnergyLoss()(torch.zeros(3, 4)) / 3 == -torch.tensor(4.0).log()
@@ -126,12 +117,7 @@ class BoundedVarianceLoss(MomentLoss):
     :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`, so scaling up the energies
     has no benefit.
 
-    Args:
-        target: variance tau above which the term becomes flat, for instance the square of the temperature.
-        eps: keeps the logarithm of a constant unit finite.
-
-    Raises:
-        ValueError: ``target`` or ``eps`` is not positive.
+    ``target`` :math:`\tau` is the variance above which the term becomes flat, such as the square of the temperature.
 
     Example:
         >>> loss = BoundedVarianceLoss(target=2.0)
@@ -176,35 +162,20 @@ class LogDetLoss(MomentLoss):
     least 0 (Hadamard) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss combines variance
     and decorrelation.
 
-    Args:
-        of: "covariance", which is unbounded below under scaling like the variance term; or "correlation", which is at
-            least 0, independent of scale, and ignores constant units.
-        eps: added to the diagonal. With fewer items than units the matrix is singular and eps determines the value.
-
-    Raises:
-        ValueError: ``of`` has another value, or ``eps`` is not positive.
+    ``eps`` is added to the diagonal. With fewer items than units the matrix is singular and eps determines the value.
 
     Example:
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-        >>> LogDetLoss(of="correlation")(corners).abs() < 1e-6
-        tensor(True)
+        >>> LogDetLoss()(corners)  # -2 log(4 / 3)
+        tensor(-0.5754)
     """
 
-    def __init__(self, of: str = "covariance", eps: float = 1e-6, dim: int = -1) -> None:
-        super().__init__(eps, dim)
-        check_choice("of", of, ("covariance", "correlation"))
-        self.of = of
-
     def from_moments(self, moments: Moments) -> Tensor:
-        if self.of == "covariance":
-            matrix, scale = moments.covariance(), 1.0
-        else:
-            matrix = moments.correlation()
-            matrix, scale = matrix - torch.diag(matrix.diagonal() - 1.0), 1.0 + self.eps
+        matrix = moments.covariance()
         # Rounding can make a singular matrix indefinite, which has no Cholesky factor but has eigenvalues. The
         # logarithms cancel near a loss of 0, hence float64.
         spectrum = torch.linalg.eigvalsh(matrix.to(accumulation_dtype(matrix))).clamp_min(0.0)
-        return -((spectrum + self.eps) / scale).log().sum().to(matrix.dtype)
+        return -(spectrum + self.eps).log().sum().to(matrix.dtype)
 
 
 @LOSSES.register("balance")
@@ -213,9 +184,6 @@ class BalanceLoss(EnergyLoss):
 
     :math:`\bar r` is the mean over the global batch of the responsibilities of a softmin with ``temperature``. The loss
     ranges from 0 (equal shares) to log D.
-
-    Raises:
-        ValueError: ``temperature`` is not positive.
 
     Example:
         >>> BalanceLoss()(torch.tensor([[0.0, 50.0], [50.0, 0.0]])).abs() < 1e-6

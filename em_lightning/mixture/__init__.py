@@ -4,21 +4,17 @@ from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance
 from em_lightning.mixture.e_step import SufficientStatistics, e_step
 from em_lightning.mixture.em import BlockFit, StreamedEM, em_step, fit_blocks
-from em_lightning.mixture.generalized import KernelMixture
 from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, information_criteria
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior
-from em_lightning.mixture.von_mises_fisher import DirectionalMixture
 
 __all__ = [
     "COVARIANCES",
     "BlockFit",
     "Covariance",
-    "DirectionalMixture",
-    "KernelMixture",
     "LowRankCovariance",
     "Mixture",
     "MixturePrior",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from em_lightning.mixture.e_step import BackgroundLevel
 from em_lightning.mixture.points import Points, prepare
@@ -17,72 +17,52 @@ _MIN_SIDE_RATIO = 1e-3
 _MIN_WEIGHT = 1e-5
 
 
-class UniformBackground(nn.Module):
+@dataclass(frozen=True)
+class UniformBackground:
     r"""A mixture component for outliers, uniform over the bounding box of each set.
 
     .. math:: p(x) = w_0 \frac{1}{V} + (1 - w_0) \sum_k \pi_k \, p_k(x)
 
     with the volume :math:`V` of the box of the points that count (no side below a thousandth of the longest), or
-    with :math:`1 / V = e^{-\mathrm{energy}}` where an energy is given. EM never lowers the likelihood. The weight
-    :math:`w_0` can be
+    with :math:`1 / V = e^{-\mathrm{energy}}` where an energy is given. EM never lowers the likelihood.
 
-    - fixed, where the share of outliers is known: the weights :math:`\pi_k` of a mixture then sum to 1;
-    - estimated per set (``estimate=True``): the M-step sets it to the mean responsibility of the background,
-      :math:`w_0 = \sum_n w_n r_{n0} / \sum_n w_n`, between 1e-5 and 1 - 1e-5. **The weights of a mixture then sum to**
-      :math:`1 - w_0`, and its own ``log_prob`` is the density of the components alone. A Dirichlet prior applies to
-      all K + 1 weights. The result depends more on the start than with a fixed weight, as a wide component and a
-      uniform one explain similar points;
-    - learned (``learnable=True``): one weight for all sets, trained by gradients.
+    With a fixed weight :math:`w_0` the weights :math:`\pi_k` of a mixture sum to 1. With ``estimate=True`` the M-step
+    sets the weight of each set to the mean responsibility of the background, between 1e-5 and 1 - 1e-5. **The weights
+    of a mixture then sum to** :math:`1 - w_0`, and its own ``log_prob`` is the density of the components alone. A
+    Dirichlet prior applies to all K + 1 weights. The result depends more on the start than with a fixed weight, as a
+    wide component and a uniform one explain similar points.
 
     Args:
         weight: :math:`w_0` between 0 and 1, the expected share of outliers; the start of an estimated one.
         energy: minus the logarithm of the constant density, in place of that of the box.
-        learnable: train the weight, the logistic sigmoid of a parameter (1,) that starts at zero.
         estimate: estimate the weight of each set by EM.
 
     Raises:
-        ValueError: the weight is not between 0 and 1, the energy is not finite, or both ``learnable`` and ``estimate``
-            are set.
+        ValueError: the weight is not between 0 and 1, or the energy is not finite.
 
     Example:
-        >>> UniformBackground(weight=0.2).weight
-        tensor(0.2000, dtype=torch.float64)
+        >>> UniformBackground(weight=0.2).energies(torch.tensor([[[0.0, 0.0], [2.0, 3.0]]])).exp().round()
+        tensor([6.], dtype=torch.float64)
 
     Source: Banfield and Raftery, Model-Based Gaussian and Non-Gaussian Clustering, 1993.
     """
 
-    def __init__(
-        self, weight: float = 0.1, *, energy: float | None = None, learnable: bool = False, estimate: bool = False
-    ) -> None:
-        super().__init__()
-        if learnable and estimate:
-            raise ValueError(
-                "learnable=True and estimate=True exclude each other: one weight for all sets, or one per set"
-            )
-        if not 0.0 < weight < 1.0:
-            raise ValueError(f"weight={weight} must lie between 0 and 1: it is the share of the background")
-        if energy is not None and not math.isfinite(energy):
-            raise ValueError(f"energy={energy} must be finite; None takes the density of the bounding box of each set")
-        self._logit = math.log(weight) - math.log1p(-weight)
-        self.energy = energy
-        self.estimate = estimate
-        self.logit_shift = nn.Parameter(torch.zeros(1)) if learnable else None
+    weight: float = 0.1
+    energy: float | None = None
+    estimate: bool = False
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight (), or the start of an estimated one."""
-        return self._logits(torch.zeros((), dtype=torch.float64)).sigmoid()
-
-    def _logits(self, like: Tensor) -> Tensor:
-        logits = torch.full_like(like, self._logit)
-        return logits if self.logit_shift is None else logits + self.logit_shift.to(like)
+    def __post_init__(self) -> None:
+        if not 0.0 < self.weight < 1.0:
+            raise ValueError(f"weight={self.weight} must lie between 0 and 1: it is the share of the background")
+        if self.energy is not None and not math.isfinite(self.energy):
+            raise ValueError(f"energy={self.energy} must be finite; None takes the density of the box of each set")
 
     def reserve_share(self, log_weights: Tensor) -> Tensor:
         """Return log-weights (B, K), times the initial :math:`1 - w_0` if it is estimated and they sum to 1."""
         if not self.estimate:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)
-        rest = functional.logsigmoid(-self._logits(total))
+        rest = math.log1p(-self.weight)
         return torch.where(total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + rest, log_weights)
 
     def update_weights(self, log_weights: Tensor, component_mass: Tensor, background_mass: Tensor) -> Tensor:
@@ -90,18 +70,11 @@ class UniformBackground(nn.Module):
         if not self.estimate:
             return log_weights
         total = component_mass + background_mass
-        share = torch.where(
-            total > 0, background_mass / torch.where(total > 0, total, 1.0), self._logits(total).sigmoid()
-        )
+        share = torch.where(total > 0, background_mass / torch.where(total > 0, total, 1.0), self.weight)
         return log_weights + torch.log1p(-share.clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT)).unsqueeze(-1)
 
     def energies(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in units of the points.
-
-        Example:
-            >>> UniformBackground().energies(torch.tensor([[[0.0, 0.0], [2.0, 3.0]]])).exp().round()
-            tensor([6.], dtype=torch.float64)
-        """
+        """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in units of the points."""
         points = prepare(x, lambda z: z, mask, weights, with_moments=False)
         return points.log_volume() - self._log_density(points)
 
@@ -114,8 +87,8 @@ class UniformBackground(nn.Module):
             log_weight = (-torch.expm1(log_weights.logsumexp(-1))).clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT).log()
             log_rest = torch.zeros_like(log_weight)
         else:
-            logits = self._logits(points.mass)
-            log_weight, log_rest = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+            log_weight = torch.full_like(points.mass, math.log(self.weight))
+            log_rest = torch.full_like(points.mass, math.log1p(-self.weight))
         density = self._log_density(points) if energies is None else points.log_volume() - energies.to(log_weight)
         return BackgroundLevel(density + log_weight, log_weight, log_rest)
 
@@ -132,10 +105,3 @@ class UniformBackground(nn.Module):
         sides = high.amax(-1) - low.amin(-1)
         least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)
         return -torch.maximum(sides, least).log().sum(-1)
-
-    def extra_repr(self) -> str:
-        """Return the weight, how it is found, and the energy."""
-        how = ""
-        if self.estimate or self.logit_shift is not None:
-            how = " (estimated)" if self.estimate else " (learnable)"
-        return f"weight={float(self.weight.detach()):g}{how}, energy={self.energy}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
-from em_lightning.mixture.parameters import Family, Parameters
+from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 # From joint log-densities (B, K, N) to responsibilities (B, K, N).
@@ -39,7 +40,7 @@ class Likelihood(NamedTuple):
     background: a constant component; ``None`` for none.
     """
 
-    family: Family
+    family: Covariance
     kernel: EllipticalKernel | None = None
     background: BackgroundLevel | None = None
 
@@ -110,12 +111,16 @@ def e_step(
         temperature: divides the joint log-densities before the softmax.
         with_log_likelihood: whether the log-likelihood is wanted.
         couples_points: whether ``respond`` needs all points of a set at once.
-        block_size: see :func:`~em_lightning.mixture.backends.sum_blocks`.
+        block_size: numbers per intermediate result of a block of the reference.
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
     if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, parameters):
-        return _fused_statistics(points, parameters, likelihood.family, temperature, with_log_likelihood)
+        arguments = _fused_arguments(points, parameters, likelihood.family, temperature)
+        moments, log_likelihood = native.e_step(points.x, points.weights, *arguments, with_log_likelihood)
+        mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
+        mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
+        return SufficientStatistics(mass, mass, first, second, log_likelihood, zeros, points.num_points)
     theta, peak = likelihood.family.natural_parameters(parameters)
 
     def responsibilities_of(joint: Tensor, sets: slice) -> Tensor:
@@ -159,19 +164,8 @@ def e_step(
     return SufficientStatistics(mass, zeroth, first, second, log_likelihood, background_mass, points.num_points)
 
 
-def _fused_statistics(
-    points: Points, parameters: Parameters, family: Any, temperature: float | Tensor, with_log_likelihood: bool
-) -> SufficientStatistics:
-    """Return the statistics of Gaussian components by the native backend."""
-    arguments = _fused_arguments(points, parameters, family, temperature)
-    sums, log_likelihood = native.e_step(points.x, points.weights, *arguments, with_log_likelihood)
-    zeroth, first, second = sums.tensor_split([1, 1 + points.num_features], -1)
-    mass, zeros = zeroth.squeeze(-1), torch.zeros_like(points.mass)
-    return SufficientStatistics(mass, mass, first, second, log_likelihood, zeros, points.num_points)
-
-
 def _fused_arguments(
-    points: Points, parameters: Parameters, family: Any, temperature: float | Tensor = 1.0
+    points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
     log_weights, means, covariances = parameters
     factor = family.factorize(covariances, means)
@@ -204,12 +198,8 @@ def log_joint(
 ) -> tuple[Tensor, Tensor | None]:
     r"""Return :math:`\log \pi_k + \log p_k(x_n)` and the IRLS weights :math:`u_{nk}`, both (B, K, N).
 
-    Args:
-        features: ``phi(x)`` (B, F, N).
-        theta: (B, K, F), natural parameters.
-        peak: (B, K), the log-density of each Gaussian component at its mean.
-        num_features: D.
-        kernel: of the Mahalanobis distance; ``None`` for Gaussian components, whose IRLS weights are 1 (``None``).
+    ``features`` are ``phi(x)`` (B, F, N), ``theta`` (B, K, F) the natural parameters, and ``peak`` (B, K) is the
+    log-density of each Gaussian component at its mean. Gaussian components have IRLS weights of 1 (``None``).
     """
     gaussian = theta @ features
     if kernel is None:

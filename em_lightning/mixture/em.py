@@ -83,16 +83,10 @@ def fit(
 ) -> Fit:
     """Iterate until the objective per point of each set changes by less than ``tol``, as scikit-learn does.
 
-    A set that has converged keeps its parameters, so that its result does not depend on the other sets.
-
-    Args:
-        step: from parameters and the number of the iteration, from 1, to the parameters after an iteration and the
-            objective per point (B,) before it.
-        state: a named tuple of tensors (B, ...).
-        max_iters: largest number of iterations.
-        tol: in nats per point; 0 makes all iterations.
-        min_iters: iterations before the first test.
-        before: the objective (B,) of an iteration before these.
+    A set that has converged keeps its parameters, so that its result does not depend on the other sets. ``step`` maps a
+    named tuple of tensors (B, ...) and the number of the iteration, from 1, to the tuple after the iteration and the
+    objective per point (B,) before it. ``before`` is the objective of an iteration before these, ``min_iters`` the
+    number of iterations before the first test. A tolerance of 0 makes all iterations.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)
@@ -176,14 +170,10 @@ class StreamedEM(NamedTuple):
         prior: MixturePrior | None = None,
         variance: Tensor | None = None,
     ) -> Mixture:
-        """Return the mixture of the M-step.
+        """Return the mixture of the M-step, given the one that the E-step saw.
 
-        Args:
-            statistics: of all points.
-            before: the mixture that the E-step saw.
-            floor: added to every variance, in squared units of the points.
-            prior: of the parameters. A mean that it does not give is the center of the frame.
-            variance: (1, D), of all points, for a prior that does not give its covariance.
+        A prior without a mean takes the center of the frame, one without a covariance needs the ``variance`` (1, D) of
+        all points. The floor is in squared units of the points.
         """
         center, scale = self.frame
         with torch.no_grad():
@@ -215,7 +205,6 @@ def fit_blocks(
     max_iters: int = 100,
     tol: float = 1e-3,
     floor: float = 1e-6,
-    prior: MixturePrior | None = None,
     before: float | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> BlockFit:
@@ -227,13 +216,11 @@ def fit_blocks(
         max_iters: largest number of iterations.
         tol: of the change of the log-likelihood, in nats per point; 0 makes all iterations.
         floor: added to every variance.
-        prior: of the parameters. It must give the mean and the covariance whose pseudo-count is positive.
         before: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
         report: is called after each iteration with its number and its log-likelihood per point.
 
     Raises:
-        ValueError: ``blocks()`` yields no block, the log-likelihood is not finite, or the prior lacks its mean or
-            covariance.
+        ValueError: ``blocks()`` yields no block, or the log-likelihood is not finite.
 
     Example:
         >>> x = torch.tensor([[-2.0], [-1.9], [3.0], [3.1]])
@@ -242,13 +229,6 @@ def fit_blocks(
         >>> [round(mean, 2) for mean in fit.mixture.means.flatten().tolist()], fit.converged
         ([-1.95, 3.05], True)
     """
-    if prior is not None:
-        for name in ("mean", "covariance"):  # those of all points are not known before the first pass
-            if getattr(prior, name) is None and bool(prior.count(name) > 0):
-                raise ValueError(
-                    f"prior has {name}=None and {name}_strength={float(prior.count(name)):g}: give its {name} in units "
-                    f"of the points, or {name}_strength=0"
-                )
     start = start.to(accumulation_dtype(start.means))
     streamed = StreamedEM.about(start)
 
@@ -267,7 +247,7 @@ def fit_blocks(
             )
         if report is not None:
             report(iteration, float(level))
-        return streamed.m_step(statistics, mixture, floor, prior).parameters(), level
+        return streamed.m_step(statistics, mixture, floor).parameters(), level
 
     known = None if before is None else torch.tensor([before], dtype=torch.float64)
     found = fit(step, start.parameters(), max_iters=max_iters, tol=tol, min_iters=int(known is None), before=known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -104,19 +105,12 @@ def random_points(
     return _pick(points, order.gather(1, rank % order.shape[1])).mT.contiguous()
 
 
-def draw_centers(
-    name: str,
-    x: Tensor,
-    num_components: int,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Return centers (B, K, D) drawn by ``"farthest"``, ``"kmeans++"`` or ``"random"``."""
-    if name == "farthest":
-        return farthest_points(x, num_components, mask, weights)
-    draw = {"kmeans++": kmeans_plus_plus, "random": random_points}[name]
-    return draw(x, num_components, mask, weights, generator)
+# From points, the number of centers, mask, weights and generator to centers (B, K, D).
+CENTERS: dict[str, Callable[..., Tensor]] = {
+    "farthest": lambda x, count, mask=None, weights=None, generator=None: farthest_points(x, count, mask, weights),
+    "kmeans++": kmeans_plus_plus,
+    "random": random_points,
+}
 
 
 @torch.no_grad()
@@ -181,7 +175,7 @@ def _nearest(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest center of each point and the squared distance to it, (B, N) both."""
     found = []
     for rows in _row_blocks(points.x, max(centers.shape[1], points.x.shape[1])):
-        z = points.coordinates(points.x[:, :, rows])
+        z = points.coordinates(points.x.detach()[:, :, rows])  # without the tangents of forward-mode derivatives
         distance, cell = torch.cdist(centers, z.mT, compute_mode=_EXACT).min(1)
         found.append((cell, distance.square()))
     cells, squares = zip(*found, strict=True)

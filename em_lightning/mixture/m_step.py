@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.background import UniformBackground
+from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
-from em_lightning.mixture.parameters import Family, Parameters
+from em_lightning.mixture.parameters import Parameters
 
 
 class PseudoCounts(NamedTuple):
@@ -31,7 +32,7 @@ class PseudoCounts(NamedTuple):
 
 def m_step(
     statistics: SufficientStatistics,
-    family: Family,
+    family: Covariance,
     floor: Tensor,
     before: Tensor,
     prior: PseudoCounts | None = None,
@@ -47,13 +48,7 @@ def m_step(
 
     with the mass :math:`N_k = \sum_n r_{nk}` and IRLS weights :math:`u_{nk}`, 1 for Gaussian components.
 
-    Args:
-        statistics: of all points.
-        family: the covariance type, or von Mises-Fisher.
-        floor: :math:`\epsilon` (B,).
-        before: the covariances of the E-step, from which an iterative estimate starts.
-        prior: pseudo-counts.
-        background: a constant component, whose weight the M-step may estimate.
+    The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
     # Added to the mass as in scikit-learn, so that results agree step for step; scaled by the mean IRLS weight.

@@ -63,11 +63,7 @@ class Mixture:
 
     @property
     def covariance_type(self) -> str:
-        """``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-
-        Raises:
-            ValueError: the covariances have the shape of none of them.
-        """
+        """``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``; ValueError if the shape is that of none."""
         return self._covariance.name
 
     @property
@@ -199,13 +195,7 @@ class Mixture:
         return Mixture(self.log_weights, self.means * scale[:, None, None] + shift.unsqueeze(1), covariances)
 
     def marginal(self, features: Sequence[int]) -> Mixture:
-        """Return the mixtures of some features: those of ``x[..., features]``.
-
-        Example:
-            >>> one = Mixture(torch.zeros(1, 1), torch.tensor([[[1.0, 2.0]]]), torch.ones(1, 1, 2))
-            >>> one.marginal([1]).means
-            tensor([[[2.]]])
-        """
+        """Return the mixtures of some features: those of ``x[..., features]``."""
         chosen = list(features)
         covariances = self._covariance.marginal(self.covariances, chosen)
         return Mixture(self.log_weights, self.means[..., chosen], covariances)
@@ -217,10 +207,6 @@ class Mixture:
             \mu_{a|b} = \mu_a + \Sigma_{ab} \Sigma_{bb}^{-1} (x_b - \mu_b), \qquad
             \Sigma_{a|b} = \Sigma_{aa} - \Sigma_{ab} \Sigma_{bb}^{-1} \Sigma_{ba}, \qquad
             \pi_{k|b} \propto \pi_k N(x_b \mid \mu_{kb}, \Sigma_{kbb})
-
-        Args:
-            features: indices of the known features.
-            values: their values.
 
         Example:
             >>> covariances = torch.tensor([[[[1.0, 0.5], [0.5, 1.0]]]])
@@ -274,10 +260,7 @@ def information_criteria(mixture: Mixture, log_likelihood: float, count: float) 
 
     .. math:: \mathrm{BIC} = m \log N - 2 \log p(X), \qquad \mathrm{AIC} = 2 m - 2 \log p(X)
 
-    Args:
-        mixture: with m free parameters.
-        log_likelihood: :math:`\log p(X)`, in nats.
-        count: N, the number of points.
+    m is the number of free parameters, N the ``count`` of points.
 
     Source: Schwarz, Estimating the Dimension of a Model, 1978; Akaike, A New Look at the Statistical Model
     Identification, 1974.

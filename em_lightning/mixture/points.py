@@ -83,18 +83,9 @@ class Points(NamedTuple):
         """Return features ``phi`` (b, F, n) of a block of ``x`` that belongs to some sets, or of all points."""
         return self.features(self.coordinates(block, sets))
 
-    def floor(self, covariance_floor: float, relative: bool = False) -> Tensor:
-        """Return the variance floor (B,) in these coordinates, at least the square of the points' precision.
-
-        Args:
-            covariance_floor: in squared units of the points.
-            relative: ``covariance_floor`` is a share of the mean variance of each set instead.
-        """
-        if relative:
-            floor = covariance_floor * self.variance.detach().mean(-1)
-        else:
-            floor = covariance_floor / self.frame.scale.square()
-        return floor.clamp(min=self.eps**2)
+    def floor(self, covariance_floor: float) -> Tensor:
+        """Return a floor in squared units of the points in these coordinates (B,), at least their precision squared."""
+        return (covariance_floor / self.frame.scale.square()).clamp(min=self.eps**2)
 
     def unit(self) -> Tensor:
         """Return the root mean variance of each set (B,), at least the precision of the points."""
@@ -118,7 +109,7 @@ def prepare(
 
     Args:
         x: points (B, N, D).
-        features: from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
+        features: as in :class:`Points`.
         mask: (B, N), false where a row is padding, whatever it holds.
         weights: (B, N), not negative; a common factor has no effect.
         frame: the coordinates; the mean and the extent of each set unless given.

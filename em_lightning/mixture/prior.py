@@ -13,7 +13,7 @@ from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, accumulation_dtype, prepare
+from em_lightning.mixture.points import Frame, accumulation_dtype
 
 
 class MixturePrior(nn.Module):
@@ -51,8 +51,8 @@ class MixturePrior(nn.Module):
     Example:
         >>> prior = MixturePrior(weight_concentration=2.0, mean_strength=0.0, covariance_strength=0.0)
         >>> mixture = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.zeros(1, 2, 1), torch.ones(1, 2))
-        >>> prior.log_prob(mixture, torch.zeros(1, 3, 1))  # log 0.5 + log 0.5
-        tensor([-1.3863])
+        >>> prior.log_density(mixture, torch.zeros(1, 1), torch.ones(1, 1))  # log 0.5 + log 0.5
+        tensor([-1.3863], dtype=torch.float64)
 
     Source: Fraley and Raftery, Bayesian Regularization for Normal Mixture Estimation and Model-Based Clustering, 2007.
     """
@@ -100,11 +100,7 @@ class MixturePrior(nn.Module):
     def pseudo_counts(
         self, frame: Frame, mean: Tensor, variance: Tensor, covariance: Covariance, num_components: int
     ) -> PseudoCounts:
-        """Return the pseudo-counts for sets whose points have a mean (B, D) and variance (B, D) in a frame.
-
-        Raises:
-            ValueError: the prior's mean or covariance has another number of features.
-        """
+        """Return the pseudo-counts for sets whose points have a mean (B, D) and variance (B, D) in a frame."""
         features, dtype = mean.shape[1], mean.dtype
         for name, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value is not None and len(value) != features:
@@ -124,20 +120,11 @@ class MixturePrior(nn.Module):
         scatter = (variance @ axes.mT).unsqueeze(1)
         return PseudoCounts(weight_count, mean_count, covariance_count, mean.unsqueeze(1), scatter)
 
-    def log_prob(
-        self, mixture: Mixture, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
-    ) -> Tensor:
-        """Return the logarithm of the prior density of mixtures, up to a constant, as (B,).
-
-        The prior may refer to the mean and variance of points (B, N, D) with mask and weights (B, N).
-        """
-        points = prepare(x, covariance_of(mixture.covariances, mixture.means).features, mask, weights)
-        center, scale = points.frame
-        mean = center + points.mean * scale.unsqueeze(-1)
-        return self.log_density(mixture, mean, points.variance * scale.square().unsqueeze(-1)).to(x.dtype)
-
     def log_density(self, mixture: Mixture, mean: Tensor, variance: Tensor) -> Tensor:
-        """Return :meth:`log_prob` for points of this mean and these variances, (B, D) both."""
+        """Return the logarithm of the prior density of mixtures (B,), up to a constant.
+
+        The prior may refer to the mean and the variances of the points, (B, D) both.
+        """
         dtype = accumulation_dtype(mean)
         frame = Frame(mean.detach().to(dtype), torch.ones_like(mean[:, 0], dtype=dtype))
         covariance = covariance_of(mixture.covariances, mixture.means)

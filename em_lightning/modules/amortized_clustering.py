@@ -31,18 +31,14 @@ class AmortizedClustering(EMModule):
         num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
         num_features: D.
         num_iters: T, EM iterations per set.
-        covariance: type of the covariances.
-        init: initialization of EM.
         num_starts: number of random starts of which the best is kept for each set, in training too: corrections that
             are trained on worse starts become too cautious.
         residual: whether to learn corrections in addition to the prior.
-        open_world: whether to have the "none of the above" component.
         prior_strength: initial pseudo-count of the scales.
         prior_scale: initial scale of the prior, in units of the points.
-        weight_concentration: initial concentration of the Dirichlet prior of the weights; 1 keeps it flat.
         lr: largest learning rate of the corrections.
         prior_lr: largest learning rate of the prior and the "none of the above" component.
-        schedule: schedule of both learning rates.
+        schedule: of both learning rates, as in :class:`EMModule`.
 
     Shape:
         - batch: a :class:`~em_lightning.data.MixtureSetBatch` of B sets.
@@ -64,14 +60,11 @@ class AmortizedClustering(EMModule):
         num_components: int = 4,
         num_features: int = 2,
         num_iters: int = 10,
-        covariance: Literal["spherical", "diag", "full"] = "spherical",
         init: Literal["kmeans++", "farthest", "random"] = "kmeans++",
         num_starts: int = 16,
         residual: bool = True,
-        open_world: bool = True,
         prior_strength: float = 100.0,
         prior_scale: float = 0.5,
-        weight_concentration: float = 2.0,
         lr: float = 2e-3,
         prior_lr: float = 3e-2,
         schedule: Literal["one_cycle", "constant"] = "one_cycle",
@@ -84,12 +77,12 @@ class AmortizedClustering(EMModule):
             num_components,
             num_features,
             num_iters=num_iters,
-            covariance=covariance,
+            covariance="spherical",
             init=init,
             num_starts=num_starts if init != "farthest" else 1,
             residual=residual,
             prior={
-                "weight_concentration": weight_concentration,
+                "weight_concentration": 2.0,
                 "mean_strength": 0.0,
                 "covariance_strength": prior_strength,
                 "covariance": [prior_scale**2] * num_features,
@@ -97,8 +90,8 @@ class AmortizedClustering(EMModule):
             },
         )
         # log c and log s.
-        self.log_count = nn.Parameter(torch.zeros(1)) if open_world else None
-        self.log_extent = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale))) if open_world else None
+        self.log_count = nn.Parameter(torch.zeros(1))
+        self.log_extent = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))
 
     def train(self, mode: bool = True) -> AmortizedClustering:
         """Set the mode; the operator stays in eval mode, in which it tries several starts."""
@@ -112,8 +105,6 @@ class AmortizedClustering(EMModule):
     def log_prob(self, mixture: Mixture, x: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the log-density (B, M) of x (B, M, D) under the mixtures of sets (B, N, D) and the background."""
         density = mixture.log_prob(x)
-        if self.log_count is None or self.log_extent is None:
-            return density
         valid = torch.ones_like(points[..., 0]) if mask is None else mask.to(points.dtype)
         size = valid.sum(-1, keepdim=True)
         center = (points * valid.unsqueeze(-1)).sum(1, keepdim=True) / size.clamp(min=1.0).unsqueeze(-1)

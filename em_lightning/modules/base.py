@@ -16,7 +16,6 @@ from torchmetrics import Metric, MetricCollection
 from em_lightning.checkpoints import check_archive
 from em_lightning.checks import check_at_least, check_choice, check_positive
 
-STAGES = ("train", "val", "test")
 _WARM_UP_FRACTION = 0.3
 _INITIAL_FACTOR = 0.04  # as in OneCycleLR
 
@@ -26,9 +25,9 @@ class EMModule(lightning.LightningModule):
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
     term is logged as ``<stage>/<name>``. In the stages ``val`` and ``test`` it is the mean over the epoch and all
-    ranks. In ``train`` it is the value of the batch, every ``log_every_n_steps`` and at the end of an epoch. Terms with
-    an auxiliary weight are added to the loss, and the sum is logged as ``<stage>/total``. Metrics given to
-    :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step`` updates them.
+    ranks. In ``train`` it is the value of the batch, every ``log_every_n_steps`` and at the end of an epoch. Metrics
+    given to :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step`` updates
+    them.
 
     Args:
         lr: learning rate; with a schedule, its largest value.
@@ -37,40 +36,31 @@ class EMModule(lightning.LightningModule):
         skip_gradients_above: largest norm of the gradient; optimizer steps with a larger or non-finite norm are
             skipped. ``None`` skips no step. It limits the effect of single sets with a very large loss.
         optimizer: ``"adam"``, or ``"sgd"`` without momentum; for another override ``configure_optimizers``.
-        auxiliary: weights of the terms of ``step`` that are minimized in addition to its loss; other terms are only
-            logged.
 
     Raises:
         ValueError: an argument is out of range.
 
     Example:
-        A regression with an EM loss on its hidden layer and a metric:
+        A regression with a metric:
 
         >>> from torchmetrics import MeanAbsoluteError
-        >>> from em_lightning import EMLoss
         >>> class Regression(EMModule):
         ...     def __init__(self, **options):
         ...         super().__init__(**options)
-        ...         self.hidden, self.head = torch.nn.Linear(1, 8), torch.nn.Linear(8, 1)
-        ...         self.em = EMLoss()
+        ...         self.layer = torch.nn.Linear(1, 1)
         ...         self.add_metrics(error=MeanAbsoluteError())
         ...
-        ...     def forward(self, x):
-        ...         return self.head(self.hidden(x).relu())
-        ...
         ...     def step(self, batch, stage):
-        ...         x, y = batch
-        ...         prediction = self(x)
-        ...         self.metrics_of(stage)["error"].update(prediction, y)
-        ...         return {"loss": (prediction - y).square().mean(), **self.em(self.hidden(x))}
-        >>> module = Regression(lr=0.1, auxiliary={"free_energy": 1e-3, "variance": 1e-2})
+        ...         prediction = self.layer(batch[0])
+        ...         self.metrics_of(stage)["error"].update(prediction, batch[1])
+        ...         return (prediction - batch[1]).square().mean()
         >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
         >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, 3 * x), batch_size=16)
         >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
         >>> trainer = lightning.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
-        >>> trainer.fit(module, loader, loader)
+        >>> trainer.fit(Regression(lr=0.1), loader, loader)
         >>> sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-        ['val/decorrelation', 'val/error', 'val/free_energy', 'val/loss', 'val/total', 'val/variance']
+        ['val/error', 'val/loss']
     """
 
     def __init__(
@@ -80,7 +70,6 @@ class EMModule(lightning.LightningModule):
         weight_decay: float = 0.0,
         skip_gradients_above: float | None = None,
         optimizer: Literal["adam", "sgd"] = "adam",
-        auxiliary: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         check_positive(lr=lr)
@@ -89,9 +78,6 @@ class EMModule(lightning.LightningModule):
         check_choice("optimizer", optimizer, ("adam", "sgd"))
         if skip_gradients_above is not None:
             check_positive(skip_gradients_above=skip_gradients_above)
-        self.auxiliary = {name: float(weight) for name, weight in (auxiliary or {}).items()}
-        if "loss" in self.auxiliary or not all(math.isfinite(weight) for weight in self.auxiliary.values()):
-            raise ValueError(f"auxiliary={self.auxiliary} must map names of terms other than 'loss' to finite weights")
         self.lr = lr
         self.optimizer = optimizer
         self.schedule = schedule
@@ -109,7 +95,9 @@ class EMModule(lightning.LightningModule):
         """Return the loss of a batch, or a dictionary of terms with the entry ``"loss"``."""
         raise NotImplementedError(f"{type(self).__name__} must define step(batch, stage)")
 
-    def add_metrics(self, stages: Sequence[str] = STAGES, **metrics: Metric | MetricCollection) -> None:
+    def add_metrics(
+        self, stages: Sequence[str] = ("train", "val", "test"), **metrics: Metric | MetricCollection
+    ) -> None:
         """Add a copy of each metric for each stage, to be logged at the end of its epochs.
 
         A metric is logged as ``<stage>/<name>``, a collection as ``<stage>/<prefix><name in the collection>``.
@@ -136,16 +124,12 @@ class EMModule(lightning.LightningModule):
         raise TypeError(f"{type(self).__name__} must define batch_size(batch) for batches of {type(batch).__name__}")
 
     def _run_and_log(self, batch: Any, stage: str) -> Tensor:
-        """Run ``step``, add the auxiliary terms and log everything."""
+        """Run ``step`` and log its terms and the metrics."""
         terms = self.step(batch, stage)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
-        missing = sorted({"loss", *self.auxiliary} - set(terms))
-        if missing:
-            raise ValueError(f"step must return 'loss' and the keys of auxiliary: {missing} missing in {sorted(terms)}")
-        loss = terms["loss"]
-        if self.auxiliary:
-            loss = loss + sum(weight * terms[name] for name, weight in self.auxiliary.items())
-            terms = {**terms, "total": loss}
+        loss = terms.get("loss")
+        if loss is None:
+            raise ValueError(f"step must return a tensor or a dictionary with the key 'loss', got {sorted(terms)}")
         training, size = stage == "train", self.batch_size(batch)
         for name, metric in self.metrics_of(stage).items():
             named = metric if isinstance(metric, MetricCollection) else {f"{stage}/{name}": metric}
@@ -196,17 +180,12 @@ class EMModule(lightning.LightningModule):
         """Return the parameter groups of the optimizer; override it for several learning rates."""
         return [{"params": list(self.parameters())}]
 
-    def make_optimizer(self, parameters: list[Any]) -> torch.optim.Optimizer:
-        """Return the optimizer of parameters or parameter groups."""
+    def configure_optimizers(self) -> Any:
         # The fused implementation is the fastest on CPUs; on GPUs it forbids gradient clipping under mixed precision.
         options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": self.device.type == "cpu"}
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, **options)
-        # Without decay both are the same, and Adam is faster.
-        return (torch.optim.AdamW if self.weight_decay else torch.optim.Adam)(parameters, **options)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.parameter_groups())
+        # Without decay AdamW and Adam are the same, and Adam is faster.
+        adam = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
+        optimizer = (torch.optim.SGD if self.optimizer == "sgd" else adam)(self.parameter_groups(), **options)
         if self.schedule == "constant":
             return optimizer
         # OneCycleLR would store the length of the run in its checkpoint, so that a longer resumed run would fail.

@@ -18,7 +18,7 @@ from em_lightning.mixture import Mixture, MixturePrior, StreamedEM, SufficientSt
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 from em_lightning.operators import EMOperator
-from em_lightning.registry import from_options
+from em_lightning.operators.base import build
 
 
 class GaussianMixtureModule(EMModule):
@@ -134,7 +134,7 @@ class GaussianMixtureModule(EMModule):
             covariance_floor=covariance_floor,
         )
         self._make_operator()  # checks the arguments
-        self.prior = None if prior is None else from_options("prior", MixturePrior, prior)
+        self.prior = build("prior", MixturePrior, prior)
         shape = (num_components, num_features, covariance)
         self.parametrization: PlainMixture | UnconstrainedMixture
         if method == "gradient":
@@ -225,17 +225,16 @@ class GaussianMixtureModule(EMModule):
             return {"loss": self.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
         log_prob = self.log_prob(rows.points)
         self.metrics_of(stage)["log_likelihood"].update(log_prob, weights=rows.weights)
-        return {"loss": _loss(*_sums(log_prob, rows.weights))}
+        return {"loss": _loss(*_sums(log_prob, rows.weights)[:2])}
 
     def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         """Learn from one of ``num_blocks`` blocks of an epoch, and return its negative log-likelihood per row."""
         if self.method == "gradient":
             mixture = self.mixture
             log_prob = mixture.log_prob(rows.points.unsqueeze(0)).squeeze(0).to(self.sums)
-            block = torch.stack(_sums(log_prob, rows.weights))
-            self.sums += block.detach()
-            counted = len(log_prob) if rows.weights is None else (rows.weights > 0).sum()
-            total, mass, num_rows = global_sum(torch.cat([block, block.new_tensor([counted])]))
+            block = _sums(log_prob, rows.weights)
+            self.sums += block[:2].detach()
+            total, mass, num_rows = global_sum(block)
             if self.prior is not None:  # relative to the number of rows, as in EM: a factor of weights has no effect
                 share = self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
                 total = total + share * mass / num_rows.clamp(min=1)
@@ -337,10 +336,10 @@ class GaussianMixtureModule(EMModule):
         self._restored = checkpoint.get("em_pending")
 
 
-def _sums(log_prob: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of log-densities (n,) and the sum of the weights."""
+def _sums(log_prob: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the weighted sum of log-densities (n,), the sum of the weights, and the number of positive weights."""
     counts = torch.ones_like(log_prob) if weights is None else weights.to(log_prob)
-    return counts @ log_prob, counts.sum()
+    return torch.stack([counts @ log_prob, counts.sum(), (counts > 0).sum()])
 
 
 def _loss(log_likelihood: Tensor, mass: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ class PointCloudClassifier(EMModule):
     .. math:: h_n = \text{MLP}(x_n), \qquad v = \text{pool}(\{x_n, h_n\}), \qquad \text{logits} = \text{MLP}(v)
 
     With ``pooling="em"`` a mixture is fitted to the points, and v holds its parameters and the mean features of each
-    component; ``"max"`` takes the maximum of each feature, as in PointNet. A subclass may set another ``pool``, a
-    module with the attribute ``out_features`` that is called as :class:`~em_lightning.operators.EMPooling` is, and the
-    ``head`` that :meth:`make_head` returns for it.
+    component; it starts from learned components, which keep their identity from cloud to cloud. ``"max"`` takes the
+    maximum of each feature, as in PointNet. A subclass may set another ``pool``, a module with the attribute
+    ``out_features`` that is called as :class:`~em_lightning.operators.EMPooling` is, and the ``head`` that
+    :meth:`make_head` returns for it.
 
     The MLP of single points sees no neighbours. ``levels`` replaces it by a pyramid of
     :class:`~em_lightning.operators.EMAbstraction`: the components of one level are the items of the next, and those of
@@ -33,19 +34,14 @@ class PointCloudClassifier(EMModule):
         num_features: D, coordinates of a point.
         pooling: ``"em"`` or ``"max"``.
         num_components: K, components of EM.
-        num_iters: EM iterations.
-        covariance: type of the covariances.
-        init: initialization of EM; with ``"learned"`` components keep their identity from cloud to cloud.
         levels: arguments of the ``EMAbstraction`` of each level, such as ``num_components`` and ``pitch``.
         width: features of a point; ignored with ``levels``.
         hidden: width of the head.
-        dropout: dropout rate after the hidden layers of the head.
-        label_smoothing: label smoothing of the cross-entropy in training.
-        distort: augmentation of training clouds: largest difference of the entries of a random linear map from those of
-            the identity.
-        scale: augmentation: a random factor from 1 - scale to 1 + scale.
-        shift: augmentation: largest random shift of each coordinate.
-        jitter: augmentation: standard deviation of Gaussian noise on each point.
+        dropout, label_smoothing: of the head, in training.
+        distort: of the augmentation: largest change of an entry of the identity, which then multiplies the points.
+        scale: of the augmentation: a random factor from 1 - scale to 1 + scale.
+        shift: of the augmentation: largest random shift of each coordinate.
+        jitter: of the augmentation: standard deviation of Gaussian noise on each point.
         lr, schedule, weight_decay: as in :class:`EMModule`.
 
     Shape:
@@ -70,8 +66,6 @@ class PointCloudClassifier(EMModule):
         pooling: Literal["em", "max"] = "em",
         num_components: int = 16,
         num_iters: int = 5,
-        covariance: Literal["full", "diag", "spherical", "tied"] = "full",
-        init: Literal["learned", "farthest", "kmeans++", "random"] = "learned",
         levels: Sequence[Mapping[str, Any]] = (),
         width: int = 64,
         hidden: int = 128,
@@ -108,8 +102,7 @@ class PointCloudClassifier(EMModule):
                 num_coordinates=num_features,
                 summary=("weights", "means", "scales", "values"),
                 num_iters=num_iters,
-                covariance=covariance,
-                init=init,
+                init="learned",
                 residual=False,
                 prior={"mean_strength": 0.0, "covariance_strength": 1.0},
             )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_at_least, check_choice
+from em_lightning.checks import check_at_least
 from em_lightning.data import PointCloudBatch
 from em_lightning.metrics import DeadComponents, EffectiveComponents, MixtureLogLikelihood, ResponsibilityEntropy
 from em_lightning.mixture import Mixture
@@ -28,17 +28,15 @@ class PointCloudGMM(EMModule):
     r"""Train an :class:`~em_lightning.EMOperator` to fit Gaussian mixtures to point clouds.
 
     Classical EM iterations without gradient are followed by a few learned ones. The loss is the negative mean
-    log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`. By default it is taken at held-out
-    points of the same shape, so that the operator learns densities of shapes and does not overfit the points that it is
-    given. Untrained, the fit is classical EM, under a prior of a thousandth of a point.
+    log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
+    so that the operator learns densities of shapes and does not overfit the points that it is given. Untrained, the
+    fit is classical EM, under a prior of a thousandth of a point.
 
     Args:
         num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
         num_features: D.
         num_iters: T, learned iterations per cloud.
         exact_iters: classical iterations before them, without gradient.
-        covariance: ``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``.
-        init: ``"farthest"``, ``"kmeans++"``, ``"random"`` or ``"learned"``.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations
@@ -46,11 +44,7 @@ class PointCloudGMM(EMModule):
         width: of the networks.
         least_points: cut each training batch into clouds of a random size from this one to that of the data, large ones
             somewhat more often than log-uniform; ``None`` keeps the clouds.
-        target: the points at which the loss is taken: ``"held_out"`` or ``"fitted"``.
-        lr: largest learning rate.
-        schedule: ``"one_cycle"`` or ``"constant"``.
-        weight_decay: decoupled weight decay.
-        skip_gradients_above: norm of the gradient above which a step is skipped.
+        lr, schedule, skip_gradients_above: as in :class:`EMModule`.
 
     Shape:
         - batch: a :class:`~em_lightning.data.PointCloudBatch` of B clouds.
@@ -62,8 +56,6 @@ class PointCloudGMM(EMModule):
         >>> module = PointCloudGMM(num_components=4)
         >>> module(batch.points, batch.mask).means.shape
         torch.Size([4, 4, 3])
-        >>> module.sample(batch.points, 10, batch.mask).shape
-        torch.Size([4, 10, 3])
     """
 
     def __init__(
@@ -79,19 +71,15 @@ class PointCloudGMM(EMModule):
         prior: dict[str, Any] | None = None,
         width: int = 96,
         least_points: int | None = None,
-        target: Literal["held_out", "fitted"] = "held_out",
         lr: float = 3e-3,
         schedule: Literal["one_cycle", "constant"] = "one_cycle",
-        weight_decay: float = 0.0,
         skip_gradients_above: float | None = None,
     ) -> None:
-        super().__init__(lr, schedule, weight_decay, skip_gradients_above)
-        check_choice("target", target, ("held_out", "fitted"))
+        super().__init__(lr, schedule, skip_gradients_above=skip_gradients_above)
         check_at_least(0, exact_iters=exact_iters)
         if least_points is not None:
             check_at_least(1, least_points=least_points)
         self.save_hyperparameters()
-        self.target = target
         self.exact_iters = exact_iters
         self.least_points = least_points
         self.operator = EMOperator(
@@ -147,11 +135,8 @@ class PointCloudGMM(EMModule):
     def step(self, batch: PointCloudBatch, stage: str) -> dict[str, Tensor]:
         """Return the loss; outside training, update the metrics of the mixtures."""
         points, mask, x, x_mask = batch[:4]
-        if stage == "train":
-            if self.target == "fitted":
-                x, x_mask = points, mask
-            if self.least_points is not None:
-                points, mask, x, x_mask = self._smaller(points, mask, x, x_mask)
+        if stage == "train" and self.least_points is not None:
+            points, mask, x, x_mask = self._smaller(points, mask, x, x_mask)
         mixture = self(points, mask)
         log_prob = mixture.log_prob(x, x_mask)
         total = x_mask.sum().clamp(min=1)
@@ -181,8 +166,3 @@ class PointCloudGMM(EMModule):
     def predict_step(self, batch: PointCloudBatch, batch_idx: int) -> Mixture:
         """Return the mixtures of a batch of clouds in the units of the data, in the dtype of the normalization."""
         return self(batch.points, batch.mask).to(batch.center.dtype).affine(batch.scale, batch.center)
-
-    @torch.no_grad()
-    def sample(self, points: Tensor, n: int, mask: Tensor | None = None) -> Tensor:
-        """Draw ``n`` new points (B, n, D) from the mixture of each cloud (B, N, D)."""
-        return self(points, mask).sample(n)

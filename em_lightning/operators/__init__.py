@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from em_lightning.operators.abstraction import EMAbstraction
 from em_lightning.operators.base import SetOperator
-from em_lightning.operators.directional import DirectionalEM
+from em_lightning.operators.directional import DirectionalEM, DirectionalMixture
 from em_lightning.operators.em import EMOperator
-from em_lightning.operators.generalized import GeneralizedEM
+from em_lightning.operators.generalized import GeneralizedEM, KernelMixture
 from em_lightning.operators.pooling import EMPooling
 from em_lightning.operators.refinement import EMRefinement
 from em_lightning.operators.residual import ResidualCorrection
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DirectionalEM",
+    "DirectionalMixture",
     "EMAbstraction",
     "EMAggregation",
     "EMOperator",
     "EMPooling",
     "EMRefinement",
     "GeneralizedEM",
+    "KernelMixture",
     "ResidualCorrection",
     "SetOperator",
     "register_aggregation",

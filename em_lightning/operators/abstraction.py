@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_at_least, check_positive
 from em_lightning.operators.em import EMOperator
 
 # Smallest exponent per axis: the product over five axes is above the smallest normal float32; subnormals are slow.
@@ -74,12 +75,9 @@ class EMAbstraction(nn.Module):
     ) -> None:
         super().__init__()
         inner_pitch = 1.5 * pitch if inner_pitch is None else inner_pitch
-        for name, value, least in (("grid", grid, 1), ("out_features", out_features, 1), ("blocks", blocks, 0)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        for name, size in (("pitch", pitch), ("inner_pitch", inner_pitch)):
-            if not size > 0:
-                raise ValueError(f"{name}={size} must be positive")
+        check_at_least(1, grid=grid, out_features=out_features)
+        check_at_least(0, blocks=blocks)
+        check_positive(pitch=pitch, inner_pitch=inner_pitch)
         self.num_features, self.out_features = num_features, out_features
         self.grid, self.pitch, self.inner_pitch = grid, pitch, inner_pitch
         options: dict[str, Any] = {
@@ -93,7 +91,7 @@ class EMAbstraction(nn.Module):
         self.operator.requires_grad_(False)
         places = grid**num_coordinates
         self.scale = nn.BatchNorm1d(places) if num_features is None else nn.Identity()
-        self.embed = _Layer(places * (num_features or 1), out_features)
+        self.embed = nn.Sequential(*_layer(places * (num_features or 1), out_features), nn.ReLU())
         self.blocks = nn.ModuleList(_Block(3**num_coordinates, out_features) for _ in range(blocks))
 
     def forward(
@@ -114,14 +112,14 @@ class EMAbstraction(nn.Module):
                 found = found / valid.sum(1).clamp(min=1)[:, None, None]
             else:
                 outer = bumps(x, centers, self.grid, self.pitch)
-            inner = bumps(centers, centers, 3, self.inner_pitch).to(self.embed.linear.weight.dtype)
+            dtype = next(self.embed.parameters()).dtype  # the module may be of half precision
+            inner = bumps(centers, centers, 3, self.inner_pitch).to(dtype)
         if features is not None:
             found = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0).to(outer.dtype))
-        found = found.to(self.embed.linear.weight.dtype)  # the module may be of half precision
-        tokens = self.embed(self.scale(found.flatten(0, 1)).view_as(found))
+        tokens = self.embed(self.scale(found.to(dtype).flatten(0, 1)))
         for block in self.blocks:
             tokens = block(tokens, inner)
-        return centers.to(coordinates.dtype), tokens
+        return centers.to(coordinates.dtype), tokens.unflatten(0, centers.shape[:2])
 
 
 def counts(x: Tensor, centers: Tensor, valid: Tensor, grid: int, pitch: float) -> Tensor:
@@ -160,27 +158,18 @@ def _gather(kernel: Tensor, features: Tensor) -> Tensor:
     return torch.bmm(kernel.flatten(1, 2), features).unflatten(1, kernel.shape[1:3]).flatten(2)
 
 
-class _Layer(nn.Module):
-    """Linear map of tokens, batch normalization and an optional ReLU."""
-
-    def __init__(self, in_features: int, out_features: int, relu: bool = True) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=False)
-        self.norm = nn.BatchNorm1d(out_features)
-        self.relu = relu
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.linear(x.flatten(0, 1))).unflatten(0, x.shape[:2])
-        return y.relu() if self.relu else y
+def _layer(in_features: int, out_features: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Linear(in_features, out_features, bias=False), nn.BatchNorm1d(out_features)
 
 
 class _Block(nn.Module):
-    """Residual layer from token to token."""
+    """Residual layer from token to token; tokens are (B K, ``width``)."""
 
     def __init__(self, bumps: int, width: int) -> None:
         super().__init__()
-        self.around = _Layer(bumps * width, width)
-        self.mix = _Layer(width, width, relu=False)
+        self.around = nn.Sequential(*_layer(bumps * width, width), nn.ReLU())
+        self.mix = nn.Sequential(*_layer(width, width))
 
     def forward(self, tokens: Tensor, kernel: Tensor) -> Tensor:
-        return (tokens + self.mix(self.around(_gather(kernel, tokens)))).relu()
+        around = _gather(kernel, tokens.unflatten(0, kernel.shape[:2])).flatten(0, 1)
+        return (tokens + self.mix(self.around(around))).relu()

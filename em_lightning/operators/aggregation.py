@@ -93,17 +93,7 @@ class EMAggregation(Aggregation):
         dim: int = -2,
         max_num_elements: int | None = None,
     ) -> Tensor:
-        """Return one row per group; ``Aggregation.__call__`` completes the arguments.
-
-        Args:
-            x: rows along ``dim``; the last other axis holds the features. Further axes, such as attention heads, are
-                aggregated separately.
-            index: the group of each row, in any order.
-            ptr: the boundaries of the groups, instead of ``index``.
-            dim_size: number of groups.
-            dim: the axis of the rows.
-            max_num_elements: largest number of rows per group; further rows of a group are dropped.
-        """
+        """Return one row per group; axes besides rows and features, such as heads, are aggregated separately."""
         if not x.is_floating_point():
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index

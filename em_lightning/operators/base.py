@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from em_lightning.checks import check_choice
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.mixture import em
+from em_lightning.mixture.backends.reference import have_memory
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.operators import gradients
-from em_lightning.operators.checks import check_sets
 
 
 class SetOperator(nn.Module):
@@ -28,18 +29,13 @@ class SetOperator(nn.Module):
         gradient: how gradients pass through the loop; see :func:`~em_lightning.operators.gradients.iterate`.
     """
 
-    gradients_known: tuple[str, ...] = gradients.GRADIENTS
+    gradients_known: tuple[str, ...] = ("unrolled", "checkpoint", "last")
     shown: tuple[str, ...] = ("num_iters", "init", "gradient")
 
     def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
         super().__init__()
-        for name, value, least in (
-            ("num_components", num_components, 1),
-            ("num_features", num_features, 1),
-            ("num_iters", num_iters, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
+        check_at_least(1, num_components=num_components, num_features=num_features)
+        check_at_least(0, num_iters=num_iters)
         check_choice("gradient", gradient, self.gradients_known)
         self.num_components = num_components
         self.num_features = num_features
@@ -83,8 +79,7 @@ class SetOperator(nn.Module):
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Any, num_iters: int | None
     ) -> Iterator[tuple[Any, Parameters]]:
         num_iters = self.num_iters if num_iters is None else num_iters
-        if num_iters < 0:
-            raise ValueError(f"num_iters={num_iters} must be at least 0, where 0 returns the start")
+        check_at_least(0, num_iters=num_iters)
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
@@ -109,8 +104,8 @@ class SetOperator(nn.Module):
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
         The objective is :meth:`objective` per mass of the set. A set that has converged is left as it is, so that its
-        result does not depend on the others. A temperature schedule runs over the first ``num_iters`` iterations, and
-        no set stops earlier. The number of iterations depends on the data: use :meth:`forward` with ``torch.compile``.
+        result does not depend on the others. The number of iterations depends on the data: use :meth:`forward` with
+        ``torch.compile``.
 
         Args:
             x: points (B, N, D); mask, weights and init are those of :meth:`forward`.
@@ -120,20 +115,18 @@ class SetOperator(nn.Module):
             max_iters: largest number of iterations; a set that reports it may not have converged.
             tol: of the change of the objective, in nats per point, as scikit-learn's.
         """
-        if max_iters < 0 or not tol >= 0:
-            raise ValueError(f"max_iters={max_iters} and tol={tol} must not be negative")
+        check_at_least(0, max_iters=max_iters, tol=tol)
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
-            state = self._start(sets, choose=True) if init is None else self._enter(sets, init)
-            mass = sets.points.mass.clamp(min=1.0)
-            schedule = self._schedule_length()
+            state = self._start(sets, True) if init is None else self._enter(sets, init)
+            mass = sets.mass.clamp(min=1.0)
 
             def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                after, objective = self._step(sets, state, min(iteration / schedule, 1.0), with_objective=True)
+                after, objective = self._step(sets, state, 1.0, with_objective=True)
                 return after, objective / mass
 
-            found = em.fit(step, state, max_iters=max_iters, tol=tol, min_iters=schedule)
+            found = em.fit(step, state, max_iters=max_iters, tol=tol)
             return self._mixture(sets, Parameters(*found.state)), found.steps
 
     def objective(self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
@@ -148,35 +141,56 @@ class SetOperator(nn.Module):
         options = [f"{name}={getattr(self, name)!r}" for name in self.shown]
         return ", ".join([str(self.num_components), str(self.num_features), *options])
 
-    # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations.
+    # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations, with a ``mass`` (B,).
 
-    def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Any:
-        raise NotImplementedError
-
-    def _start(self, sets: Any, choose: bool) -> Parameters:
-        """Return the initial parameters, the best of several starts if ``choose`` is true."""
-        raise NotImplementedError
-
-    def _enter(self, sets: Any, mixture: Any) -> Parameters:
-        """Return the state of given mixtures."""
-        raise NotImplementedError
-
-    def _step(
-        self, sets: Any, state: Parameters, progress: float, with_objective: bool = False
-    ) -> tuple[Parameters, Tensor]:
-        """Return the state after an iteration, and the objective (B,) before it if it is wanted."""
-        raise NotImplementedError
-
-    def _objective(self, sets: Any, state: Parameters) -> Tensor:
-        raise NotImplementedError
-
-    def _mixture(self, sets: Any, state: Parameters) -> Any:
-        raise NotImplementedError
+    _prepare: Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, mask, weights) -> sets
+    _start: Callable[[Any, bool], Parameters]  # (sets, choose): the best of several starts, or a single one
+    _enter: Callable[[Any, Any], Parameters]  # (sets, mixture) -> state
+    _step: Callable[..., tuple[Parameters, Tensor]]  # (sets, state, progress, with_objective=False)
+    _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)
+    _mixture: Callable[[Any, Parameters], Any]  # (sets, state) -> mixture
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        """Return how much an iteration changed each set (B,), in standard deviations."""
+        """Return how much an iteration changed each set (B,), in standard deviations; for ``"implicit"`` only."""
         raise NotImplementedError
 
-    def _schedule_length(self) -> int:
-        """Return the length of the temperature schedule in iterations."""
-        return 1
+
+def build(argument: str, cls: type[Any], value: Any) -> Any:
+    """Return an instance of a class for an instance, a mapping of its arguments, or ``None``."""
+    if isinstance(value, Mapping):
+        try:
+            return cls(**value)
+        except TypeError as error:
+            signature = f"{cls.__name__}{inspect.signature(cls)}"
+            raise TypeError(f"{argument}={dict(value)!r} must be arguments of {signature}: {error}") from error
+    if value is not None and not isinstance(value, cls):
+        raise TypeError(f"{argument}={value!r} must be a {cls.__name__}, a dict or None")
+    return value
+
+
+def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
+    """Return points (B, N, D) in at least float32 after a check of them, their mask and weights (B, N)."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor, got {given}")
+    if x.ndim != 3 or x.shape[-1] != num_features or x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {num_features}) with N >= 1")
+    for name, value in (("mask", mask), ("weights", weights)):
+        if value is not None and value.shape != x.shape[:2]:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(x.shape[:2])}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}")
+    # Neither a compiler, nor torch.func, nor the capture of a CUDA graph allows reading values.
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not capturing and have_memory(x):
+        finite = x.detach().isfinite().all(-1)
+        _check_all(finite if mask is None else finite | ~mask, "x must be finite", x)
+        if weights is not None:
+            _check_all((weights >= 0) & weights.isfinite(), "weights must be finite and not negative", weights)
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:
+    if not valid.all():
+        place, row = (int(i) for i in (~valid).nonzero()[0])
+        raise ValueError(f"{rule}: set {place}, row {row} is {values[place, row].tolist()}")

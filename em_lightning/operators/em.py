@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
-import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_choice
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
-from em_lightning.mixture.backends import native
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
 from em_lightning.mixture.e_step import (
@@ -26,29 +23,18 @@ from em_lightning.mixture.e_step import (
     with_background,
 )
 from em_lightning.mixture.em import where
-from em_lightning.mixture.m_step import PseudoCounts, m_step
+from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
-from em_lightning.operators.base import SetOperator
-from em_lightning.operators.checks import build, check_sets
+from em_lightning.operators import gradients
+from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
-from em_lightning.operators.start import GivenSets, build_start
+from em_lightning.operators.start import Sets, build_start
 
 # Exact iterations after which starts are compared.
 _TRIAL_ITERATIONS = 5
-
-
-class _Sets(NamedTuple):
-    """The inputs of all iterations: sets as given and ready for EM, variance floor (B,), and dtype of the result."""
-
-    given: GivenSets
-    points: Points
-    covariance: Covariance
-    floor: Tensor
-    prior: PseudoCounts | None
-    dtype: torch.dtype
 
 
 class EMOperator(SetOperator):
@@ -80,7 +66,6 @@ class EMOperator(SetOperator):
         competition: how components share points, a key or an instance of ``COMPETITIONS``.
         background: the weight of a component for outliers, uniform over the bounding box of each set, or a
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
-        temperature: divides the joint log-densities in the E-step; a pair ``(first, last)`` anneals geometrically.
         init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the set).
         lloyd_steps: steps of k-means that the centers take first.
@@ -91,7 +76,6 @@ class EMOperator(SetOperator):
         prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
             M-step then finds the maximum a posteriori.
         covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
-        relative_floor: take the floor as a share of the mean variance of each set instead.
         gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
             last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged.
 
@@ -114,7 +98,8 @@ class EMOperator(SetOperator):
     Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977.
     """
 
-    shown = ("num_iters", "covariance", "init", "num_starts", "covariance_floor", "relative_floor", "gradient")
+    gradients_known = gradients.GRADIENTS
+    shown = ("num_iters", "covariance", "init", "num_starts", "covariance_floor", "gradient")
 
     def __init__(
         self,
@@ -133,9 +118,7 @@ class EMOperator(SetOperator):
         residual: bool | ResidualCorrection = True,
         prior: MixturePrior | Mapping[str, Any] | None = None,
         covariance_floor: float = 1e-6,
-        relative_floor: bool = False,
         background: UniformBackground | Mapping[str, Any] | float | None = None,
-        temperature: float | tuple[float, float] = 1.0,
         gradient: str = "unrolled",
     ) -> None:
         super().__init__(num_components, num_features, num_iters, gradient)
@@ -146,11 +129,7 @@ class EMOperator(SetOperator):
             )
         if rank is not None and not 1 <= rank < num_features:
             raise ValueError(f"rank={rank} must be at least 1 and less than num_features={num_features}")
-        if not covariance_floor >= 0:
-            raise ValueError(f"covariance_floor={covariance_floor} must not be negative; 1e-6 suits data of unit scale")
-        pair = temperature if isinstance(temperature, (tuple, list)) else (temperature, temperature)
-        if len(pair) != 2 or not all(0.0 < value < math.inf for value in pair):
-            raise ValueError(f"temperature={temperature!r} must be a positive number or a pair (first, last) of them")
+        check_at_least(0, covariance_floor=covariance_floor)
         self.covariance = covariance
         self.family: Covariance = COVARIANCES[covariance] if rank is None else LowRankCovariance(rank)
         built = density_kernel(kernel)
@@ -171,8 +150,6 @@ class EMOperator(SetOperator):
         self.init = init
         self.num_starts = num_starts
         self.covariance_floor = covariance_floor
-        self.relative_floor = relative_floor
-        self.temperature = (float(pair[0]), float(pair[1]))
         if residual is True:
             residual = ResidualCorrection(num_features, self.family)
         self.correction: ResidualCorrection | None = residual or None
@@ -246,92 +223,73 @@ class EMOperator(SetOperator):
         plain._modules = {**self._modules, "correction": None}
         return plain
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the native E-step for float32 points, and then the module as ``torch.nn.Module.compile`` does.
-
-        A warning says why if the native E-step cannot be compiled; the operator then runs on torch operations.
-        """
-        reason = native.reason_against(self.family, self.num_features)
-        if reason:
-            warnings.warn(f"the operator runs without its native E-step: {reason}", stacklevel=2)
-        super().compile(*args, **kwargs)
-
     # The loop.
 
     def _prepare(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
-    ) -> _Sets:
+    ) -> Sets:
         covariance = covariance or self.family
         points = prepare(x, covariance.features, mask, weights)
-        floor = points.floor(self.covariance_floor, self.relative_floor)
+        floor = points.floor(self.covariance_floor)
         counts = None
         if self.prior is not None:
             counts = self.prior.pseudo_counts(
                 points.frame, points.mean, points.variance, covariance, self.num_components
             )
-        return _Sets(GivenSets(x.detach(), mask, weights), points, covariance, floor, counts, x.dtype)
+        return Sets(x.detach(), mask, weights, points, points.mass, covariance, floor, counts, x.dtype)
 
-    def _start(self, sets: _Sets, choose: bool) -> Parameters:
+    def _start(self, sets: Sets, choose: bool) -> Parameters:
         def judge(state: Parameters) -> Tensor:
             state = self._with_reserved_share(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
-                state, _ = self._exact_step(sets, state, 1.0)
+                state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
             return self._objective(sets, state)
 
-        start = self.start(sets.given, sets.points, self.family, sets.floor, judge if choose else None)
-        return self._with_reserved_share(start)
+        return self._with_reserved_share(self.start(sets, judge if choose else None))
 
-    def _enter(self, sets: _Sets, mixture: Mixture) -> Parameters:
+    def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
         given = covariance_of(mixture.covariances, mixture.means)
         if given is not self.family and given.name != "full":
             raise ValueError(f"init has {given.name} covariances and the operator {self.family.name}; convert one")
-        shape = (len(sets.given.x), self.num_components, self.num_features)
+        shape = (len(sets.x), self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())
         return self._with_reserved_share(state._replace(covariances=self.family.from_public(state.covariances)))
 
     def _step(
-        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
+        self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        statistics, objective = self._e_step(sets, state, progress, with_objective)
-        after = m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
+        statistics, objective = self._e_step(sets, state, with_objective)
+        after = self._m_step(statistics, sets, state)
         if self.correction is None:
             return after, objective
         correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
         prior = None if sets.prior is None else correction.pseudo_counts(sets.prior, self.family)
-        corrected = m_step(statistics, self.family, sets.floor, state.covariances, prior, self.background)
+        corrected = self._m_step(statistics, sets._replace(prior=prior), state)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Earlier corrections are followed by an exact iteration.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
-    def _exact_step(
-        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
-    ) -> tuple[Parameters, Tensor]:
-        """Return the parameters after one E-step and one M-step, and the objective (B,) before if it is wanted."""
-        statistics, objective = self._e_step(sets, state, progress, with_objective)
-        return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background), objective
+    def _m_step(self, statistics: SufficientStatistics, sets: Sets, state: Parameters) -> Parameters:
+        return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
 
-    def _e_step(
-        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool
-    ) -> tuple[SufficientStatistics, Tensor]:
+    def _e_step(self, sets: Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
         """Return the sufficient statistics, and the objective (B,) if it is wanted."""
         points, competition = sets.points, self.competition
-        first, last = self.temperature
-        temperature = first ** (1.0 - progress) * last**progress
         likelihood = self._likelihood(points, state, self.family)
         softmin = isinstance(competition, Softmin)
 
         def respond(joint: Tensor) -> Tensor:
-            coupling = {"item_dim": 2, "mask": sets.given.mask} if competition.couples_items else {}
-            return competition(-joint / temperature, dim=1, **coupling).responsibilities
+            coupling = {"item_dim": 2, "mask": sets.mask} if competition.couples_items else {}
+            return competition(-joint, dim=1, **coupling).responsibilities
 
         statistics = e_step(
             points,
             state,
             likelihood,
             None if softmin else respond,
-            temperature=competition.temperature * temperature if softmin else 1.0,
+            temperature=competition.temperature if softmin else 1.0,
             with_log_likelihood=with_objective,
             couples_points=competition.couples_items,
         )
@@ -340,7 +298,7 @@ class EMOperator(SetOperator):
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
         return statistics, self._with_prior(sets, state, likelihood, log_likelihood)
 
-    def _safeguarded(self, sets: _Sets, plain: Parameters, corrected: Parameters) -> Parameters:
+    def _safeguarded(self, sets: Sets, plain: Parameters, corrected: Parameters) -> Parameters:
         """Return corrected parameters, or plain ones for sets whose log-likelihood the correction lowers too much.
 
         p parameters raise the log-likelihood of N fitted points by about ``N p / (N - p - 1)`` above that of as many
@@ -354,17 +312,17 @@ class EMOperator(SetOperator):
             keep = self._log_likelihood(sets, corrected) >= self._log_likelihood(sets, plain) - allowed
         return where(keep, corrected, plain)
 
-    def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+    def _objective(self, sets: Sets, state: Parameters) -> Tensor:
         likelihood = self._likelihood(sets.points, state, sets.covariance)
         return self._with_prior(sets, state, likelihood, self._log_likelihood(sets, state))
 
-    def _log_likelihood(self, sets: _Sets, state: Parameters) -> Tensor:
+    def _log_likelihood(self, sets: Sets, state: Parameters) -> Tensor:
         points = sets.points
         likelihood = self._likelihood(points, state, sets.covariance)
         density = log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)
         return (density if points.weights is None else density * points.weights).sum(-1)
 
-    def _with_prior(self, sets: _Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
+    def _with_prior(self, sets: Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
         """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
         if sets.prior is None:
             return log_likelihood
@@ -375,14 +333,17 @@ class EMOperator(SetOperator):
             own = own + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
         return log_likelihood + own
 
-    def _mixture(self, sets: _Sets, state: Parameters) -> Mixture:
+    def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        return self.family.changes(before, after)
-
-    def _schedule_length(self) -> int:
-        return 1 if self.temperature[0] == self.temperature[1] else max(self.num_iters, 1)
+        own, new = (
+            COVARIANCES["full"].factorize(self.family.to_full(each.covariances, each.means)) for each in (before, after)
+        )
+        weights = after.log_weights.exp() - before.log_weights.exp()
+        shift = new.inverse @ (after.means - before.means).unsqueeze(-1)
+        growth = new.inverse @ (new.scale - own.scale)
+        return torch.stack([part.abs().flatten(1).amax(1) for part in (weights, shift, growth)]).amax(0)
 
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None

@@ -1,33 +1,70 @@
-"""EM operator for mixtures under any kernel."""
+r"""EM operator for mixtures under any kernel, by a generalized M-step that needs only the kernel's energy.
+
+The expected energy of a component, :math:`Q_k(\mu) = \sum_n w_n r_{nk} \, d(x_n, \mu)`, has the gradient
+:math:`\sum_n w_n r_{nk} \, g_n` with :math:`g_n = \partial d(x_n, \mu) / \partial \mu`. The M-step is
+
+.. math:: \mu \leftarrow \mu - t \, \frac{\sum_n w_n r_{nk} \, g_n}{\sum_n w_n r_{nk} \, u_n}
+
+with the IRLS weights :math:`u_n = |g_n| / |\mu - x_n|` of each feature, or the second derivative for a point at the
+center. It is the weighted mean for a Gaussian, the IRLS step for a robust kernel and a scaled gradient step otherwise.
+t is halved from 1 until the expected energy falls enough (Armijo), and is 0 if it never does.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.export import register_dataclass
 
 from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior, softmin
-from em_lightning.kernels import CosineKernel, LearnedEnergyKernel, NoDensityError, density_kernel
+from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, density_kernel
 from em_lightning.mixture import initialization
-from em_lightning.mixture.generalized import KernelMixture, PointSets, energies_of, generalized_step, point_sets
 from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import accumulation_dtype, join_weights
 from em_lightning.operators.base import SetOperator
+
+# Numbers (B, K, n, D) per block of points.
+_BLOCK = 2**22
+_HALVINGS = 30
+# Armijo constant.
+_ARMIJO = 1e-4
+# Distance from a center, relative to the bounding box, within which the IRLS weight is the second derivative.
+_NEAR = 1e-9
+# Smallest IRLS weight and share of points with one; gradients contain their squares.
+_SMALLEST_WEIGHT = 1e-30
+
+
+@dataclass(frozen=True)
+class KernelMixture:
+    """A batch of mixtures under a kernel: log-weights (B, K), normalized over components, and centers (B, K, D)."""
+
+    log_weights: Tensor
+    centers: Tensor
+
+
+register_dataclass(KernelMixture, serialized_type_name="em_lightning.KernelMixture")
 
 
 class _Sets(NamedTuple):
-    """Inputs of the EM loop."""
+    """Points (B, N, D), zero where masked, weights (B, N), their sums (B,), and corners (B, 1, D) of bounding boxes."""
 
-    points: PointSets
+    x: Tensor
+    counts: Tensor
+    mass: Tensor
+    low: Tensor
+    high: Tensor
 
 
 class GeneralizedEM(SetOperator):
     r"""Fit a mixture under any kernel to each set by T iterations of generalized EM.
 
-    E-step: ``r_nk`` proportional to ``pi_k exp(-d(x_n, mu_k))``. M-step: weights as in EM; centers take IRLS steps
-    that lower the expected energy ``sum_n r_nk d(x_n, mu_k)`` (:mod:`em_lightning.mixture.generalized`), so that no
-    iteration lowers the objective
+    The E-step is softmin; the M-step lowers the expected energy of each center. No iteration lowers the objective
 
     .. math:: \sum_n w_n \log \sum_k \pi_k \, e^{-d(x_n, \mu_k) - \log Z}
 
@@ -45,19 +82,14 @@ class GeneralizedEM(SetOperator):
         kernel: a key of ``KERNELS`` or an instance of a kernel (``"student_t"`` is the density). EM does not change its
             shape parameters; learnable ones have gradients. Memory is proportional to N x K x D.
         num_iters, gradient: as in :class:`EMOperator`; ``"implicit"`` is not available.
-        num_steps: steps per M-step.
-        estimate_scale: estimate a scale per component, ``d(x / s_k, mu_k / s_k) + D log s_k``, alternating with the
-            centers. It requires a density on the whole space.
-        scale_floor: lower bound of ``s_k^2``.
         init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
-        - output: a :class:`~em_lightning.mixture.KernelMixture` of B mixtures.
+        - output: a :class:`KernelMixture` of B mixtures.
 
     Raises:
-        ValueError: an argument is out of range, the kernel has no centers, a scale is to be estimated without a density
-            over space, or a shape does not fit.
+        ValueError: an argument is out of range, the kernel has no centers, or a shape does not fit.
 
     Example:
         >>> x = torch.tensor([[[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9], [40.0]]])
@@ -70,9 +102,6 @@ class GeneralizedEM(SetOperator):
     EM); Armijo, Minimization of functions having Lipschitz continuous first partial derivatives, 1966.
     """
 
-    gradients_known = ("unrolled", "checkpoint", "last")
-    shown = ("num_iters", "num_steps", "estimate_scale", "init", "gradient")
-
     def __init__(
         self,
         num_components: int,
@@ -80,32 +109,15 @@ class GeneralizedEM(SetOperator):
         *,
         kernel: object = "gaussian",
         num_iters: int = 10,
-        num_steps: int = 1,
-        estimate_scale: bool = False,
-        scale_floor: float = 1e-6,
         init: str = "farthest",
         gradient: str = "unrolled",
     ) -> None:
         super().__init__(num_components, num_features, num_iters, gradient)
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps} must be at least 1")
-        check_choice("init", init, ("farthest", "kmeans++", "random"))
-        if not scale_floor > 0:
-            raise ValueError(f"scale_floor={scale_floor} must be positive")
-        self.num_steps = num_steps
-        self.estimate_scale = estimate_scale
-        self.scale_floor = scale_floor
+        check_choice("init", init, initialization.CENTERS)
         self.init = init
         self.kernel = density_kernel(kernel)
         if isinstance(self.kernel, LearnedEnergyKernel):
             raise ValueError("kernel=LearnedEnergyKernel has no centers; train it with FreeEnergyLoss")
-        if estimate_scale and isinstance(self.kernel, CosineKernel):
-            raise ValueError("kernel='cosine' has no scale; set estimate_scale=False or use DirectionalEM")
-        if estimate_scale:
-            try:
-                self.kernel.log_normalizer(num_features)
-            except NoDensityError as error:
-                raise ValueError(f"estimate_scale=True needs a kernel that is a density: {error}") from error
 
     def log_prob(self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where masked.
@@ -119,58 +131,151 @@ class GeneralizedEM(SetOperator):
     def posterior(self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of points (B, N, D); energies contain ``-log pi_k``."""
         x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
-        scales = mixture.scales if self.estimate_scale else None
-        return softmin(energies_of(self.kernel, x, mixture.centers, scales) - mixture.log_weights.unsqueeze(1))
+        return softmin(self.kernel(x, mixture.centers) - mixture.log_weights.unsqueeze(1))
 
-    # The loop. Its state holds centers as means and scales as covariances.
+    # The loop. Its state holds centers as means, and no covariances.
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
-        return _Sets(point_sets(x, mask, weights))
+        counts, counted = join_weights(mask, weights, x.dtype)
+        if counts is None or counted is None:
+            counts = torch.ones_like(x[..., 0])
+            return _Sets(x, counts, counts.sum(-1), x.amin(1, keepdim=True), x.amax(1, keepdim=True))
+        counted = counted.unsqueeze(-1)
+        low = torch.where(counted, x, torch.inf).amin(1, keepdim=True)
+        high = torch.where(counted, x, -torch.inf).amax(1, keepdim=True)
+        box = (torch.where(side.isfinite(), side, 0.0) for side in (low, high))
+        x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
+        return _Sets(x, counts, counts.sum(-1), *box)
 
     @torch.no_grad()
     def _start(self, sets: _Sets, choose: bool) -> Parameters:
-        """Return equal weights, drawn centers, and the root mean square distance to the nearest center as scales."""
-        x, counts = sets.points.x, sets.points.counts
-        centers = initialization.draw_centers(self.init, x, self.num_components, weights=counts)
-        log_weights = torch.zeros_like(centers[..., 0]).log_softmax(-1)
-        scales = torch.ones_like(log_weights)
-        if self.estimate_scale:
-            nearest = torch.cdist(x, centers).amin(-1).square()
-            mean = (nearest * counts).sum(-1) / (self.num_features * counts.sum(-1).clamp(min=1.0))
-            scales = scales * mean.clamp(min=self.scale_floor).sqrt().unsqueeze(-1)
-        return Parameters(log_weights, centers, scales)
+        """Return equal weights and drawn centers."""
+        centers = initialization.CENTERS[self.init](sets.x, self.num_components, weights=sets.counts)
+        return Parameters(torch.zeros_like(centers[..., 0]).log_softmax(-1), centers, centers[..., :0])
 
     def _enter(self, sets: _Sets, mixture: KernelMixture) -> Parameters:
-        shape = (len(sets.points.x), self.num_components, self.num_features)
+        shape = (len(sets.x), self.num_components, self.num_features)
         if tuple(mixture.centers.shape) != shape:
             raise ValueError(f"init.centers has shape {tuple(mixture.centers.shape)}; it must be {shape}")
-        return Parameters(*(part.to(sets.points.x.dtype) for part in mixture.tensors()))
+        centers = mixture.centers.to(sets.x.dtype)
+        return Parameters(mixture.log_weights.to(sets.x.dtype), centers, centers[..., :0])
 
     def _step(
         self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
         # The M-step differentiates energies; record its graph only if an input requires gradients.
-        inputs = (*sets.points, *state, *self.kernel.parameters())
+        inputs = (*sets, *state, *self.kernel.parameters())
         recorded = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
         with torch.inference_mode(False), torch.set_grad_enabled(recorded):
-            after = generalized_step(
-                self.kernel,
-                PointSets(*(part.clone() for part in sets.points)),  # autograd accepts no inference tensors
-                Parameters(*(part.clone() for part in state)),
-                estimate_scale=self.estimate_scale,
-                floor=self.scale_floor,
-                num_steps=self.num_steps,
-            )
-        return after, self._objective(sets, state) if with_objective else sets.points.mass
+            # Autograd accepts no inference tensors.
+            own = _Sets(*(part.clone() for part in sets))
+            after = self._generalized_step(own, Parameters(*(part.clone() for part in state)))
+        return after, self._objective(sets, state) if with_objective else sets.mass
+
+    def _generalized_step(self, sets: _Sets, state: Parameters) -> Parameters:
+        joint = state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)
+        log_shares = joint.log_softmax(-1)
+        mass = (log_shares.exp() * sets.counts.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
+        guarded = mass + 10.0 * torch.finfo(mass.dtype).eps
+        log_weights = guarded.log() - guarded.sum(-1, keepdim=True).log()
+        centers = _move(self.kernel, sets, _within_components(log_shares, sets.counts), state.means)
+        return Parameters(log_weights, centers, state.covariances)
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
         """Return the log-likelihood; without the normalizer if the kernel has none."""
         try:
-            constant: Tensor | float = self.kernel.log_normalizer(self.num_features).to(sets.points.x)
+            constant: Tensor | float = self.kernel.log_normalizer(self.num_features).to(sets.x)
         except NoDensityError:
             constant = 0.0
-        free_energy = self.posterior(sets.points.x, KernelMixture(*state)).free_energy
-        return -((free_energy + constant) * sets.points.counts).sum(-1)
+        free_energy = self.posterior(sets.x, self._mixture(sets, state)).free_energy
+        return -((free_energy + constant) * sets.counts).sum(-1)
 
     def _mixture(self, sets: _Sets, state: Parameters) -> KernelMixture:
-        return KernelMixture(*state)
+        return KernelMixture(state.log_weights, state.means)
+
+
+def _within_components(log_shares: Tensor, counts: Tensor) -> Tensor:
+    """Return responsibilities times weights (B, N, K), normalized over the points of each component.
+
+    They are computed from logarithms, so that components of tiny responsibilities still have points and gradients.
+    """
+    largest = (log_shares + counts.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    # Points of zero weight may exceed the largest point of positive weight.
+    bound = 0.5 * math.log(torch.finfo(log_shares.dtype).max)
+    parts = (log_shares - largest).clamp(max=bound).exp() * counts.unsqueeze(-1)
+    total = parts.sum(1, keepdim=True)
+    return parts / torch.where(total > 0, total, 1.0)
+
+
+def _move(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> Tensor:
+    """Return centers (B, K, D); the expected energy does not increase."""
+    near = _NEAR * (sets.high - sets.low).detach()
+    rows = _BLOCK // max(centers.numel(), 1) or 1
+    blocks = zip(sets.x.split(rows, 1), shares.split(rows, 1), strict=True)
+    parts = [_irls_sums(kernel, x, share, centers, near) for x, share in blocks]
+    slope, weight, known = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    # Points without an IRLS weight get the mean weight. If no point has one, all of them coincide with the center,
+    # which has the gradient of their mean.
+    usable = (known > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
+    drift = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
+    step = -slope * known / torch.where(usable, weight, 1.0)
+    step = torch.where(usable, step.to(centers.dtype), drift - drift.detach())
+
+    def place(t: Tensor) -> Tensor:
+        return (centers + t.unsqueeze(-1) * step).clamp(sets.low, sets.high)
+
+    def expected(place: Tensor) -> Tensor:
+        return (shares * kernel(sets.x, place)).sum(1, dtype=accumulation_dtype(sets.x))
+
+    with torch.no_grad():  # the length of the step is a constant
+        least = expected(centers)
+        t = torch.ones_like(least, dtype=centers.dtype)
+        for _ in range(_HALVINGS):
+            there = place(t)
+            lower = expected(there) <= least + _ARMIJO * (slope * (there - centers)).sum(-1)
+            if lower.all():
+                break
+            t = torch.where(lower, t, 0.5 * t)
+    return torch.where(lower.unsqueeze(-1), place(t), centers)
+
+
+def _irls_sums(
+    kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, near: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sums (B, K, D) over points: of slopes, of IRLS weights, and of the shares of points that have one."""
+
+    def energy(each: Tensor) -> Tensor:
+        return kernel(x.unsqueeze(1).unsqueeze(-2), each.unsqueeze(-2))
+
+    each = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # one center per point, for separate slopes
+    wide = accumulation_dtype(x)  # gradients contain 1 / distance^2
+    slopes = _slope(energy, each).to(wide)
+    distance = (each - x.unsqueeze(1)).abs().to(wide)
+    at_center = distance <= near.unsqueeze(1)
+    weights = slopes.abs() / torch.where(at_center, 1.0, distance)
+    if at_center.any():
+        weights = torch.where(at_center, _curvature(energy, each).to(wide), weights)
+    share = shares.mT.unsqueeze(-1).to(wide)
+    known = ~at_center | (weights > 0)
+    return (share * slopes).sum(2), (share * weights).sum(2), (share * known).sum(2)
+
+
+def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Return the gradient of the sum of a function, itself differentiable where gradients are recorded."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = at if recorded and at.requires_grad else at.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(at).sum(), at, create_graph=recorded)
+    return slope
+
+
+def _curvature(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """Return the nonnegative second derivative as a constant, zero where the energy has a kink."""
+    with torch.enable_grad():
+        at = at.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(at).sum(), at, create_graph=True)
+        if not slope.requires_grad:
+            return torch.zeros_like(at)
+        (found,) = torch.autograd.grad(slope.sum(), at, materialize_grads=True)
+    return found.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)

@@ -33,12 +33,8 @@ def iterate(step: Step, state: Parameters, steps: int, gradient: str, changes: C
     - ``"implicit"``: of the fixed point :math:`z = f(z, x)`, exact at convergence. For an incoming gradient v, GMRES
       solves :math:`(I - \partial f / \partial z)^\top u = v` for each set. The start has no gradient.
 
-    Args:
-        step: an iteration. ``progress`` is the completed share of the loop, always 1 for ``"implicit"``.
-        state: the start.
-        steps: T.
-        gradient: one of ``GRADIENTS``.
-        changes: how much an iteration changed each set (B,), in standard deviations.
+    ``progress`` is the completed share of the T ``steps``, always 1 for ``"implicit"``. ``changes`` returns how much an
+    iteration changed each set (B,), in standard deviations.
 
     Raises:
         RuntimeError: the gradient is ``"implicit"`` and the loop has not converged.
@@ -82,11 +78,7 @@ def _at_fixed_point(step: Step, before: Parameters, changes: Changes) -> Paramet
 
 
 def gmres(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-    """Solve ``A_b u_b = v_b`` for all sets b at once, given products (B, P) of the matrices with vectors.
-
-    Raises:
-        RuntimeError: the residual stays large, for instance because a matrix is singular.
-    """
+    """Solve ``A_b u_b = v_b`` for all sets b at once, given products (B, P) of the matrices with vectors."""
     size = torch.linalg.vector_norm(target, dim=1, keepdim=True)
     scale = torch.where(size > 0, size, 1.0)
     basis, images = [target / scale], []

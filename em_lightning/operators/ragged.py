@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,61 +15,55 @@ from em_lightning.operators.em import EMOperator
 Tensors = tuple[Tensor, ...]
 
 
-@torch.library.custom_op("em_lightning::fit_groups", mutates_args=(), device_types="cpu")
-def _fit_groups(
-    x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = _empty(x, num_groups, num_components)
-    for part in found:
-        part.zero_()  # groups without rows
-    native.fit_groups(x, index, num_groups, limit, num_components, num_iters, *found, *[None] * 4)
+_ARGUMENTS = "Tensor x, Tensor index, SymInt num_groups, SymInt limit, int num_components, int num_iters"
+_operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+
+
+def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
+    means = x.new_zeros(num_groups, num_components, x.shape[1], dtype=torch.float64)
+    return means.new_zeros(means.shape[:2]), means, means.new_zeros(means.shape[:2])
+
+
+@_operator("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+def _fit_groups(*inputs: Any) -> Tensors:
+    found = _zeros(*inputs)
+    native.fit_groups(*inputs, *found, *[None] * 4)
     return found
 
 
-@torch.library.custom_op("em_lightning::fit_groups_gradient", mutates_args=(), device_types="cpu")
-def _gradient(
-    x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int, grads: list[Tensor]
-) -> Tensor:
-    found = x.new_zeros(x.shape)
-    native.fit_groups(x, index, num_groups, limit, num_components, num_iters, *[None] * 3, *grads, found)
+@_operator("em_lightning::fit_groups_gradient", schema=f"({_ARGUMENTS}, Tensor[] grads) -> Tensor")
+def _gradient(*arguments: Any) -> Tensor:
+    *inputs, grads = arguments
+    found = inputs[0].new_zeros(inputs[0].shape)
+    native.fit_groups(*inputs, *[None] * 3, *grads, found)
     return found
-
-
-def _empty(x: Tensor, num_groups: int, num_components: int) -> tuple[Tensor, Tensor, Tensor]:
-    means = x.new_empty(num_groups, num_components, x.shape[1], dtype=torch.float64)
-    return means.new_empty(means.shape[:2]), means, means.new_empty(means.shape[:2])
-
-
-@_fit_groups.register_fake
-def _(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
-    return _empty(x, num_groups, num_components)
-
-
-@_gradient.register_fake
-def _(x: Tensor, *others: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.sizes = inputs[2:]
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    x, index = ctx.saved_tensors
+    inputs = *ctx.saved_tensors, *ctx.sizes
     if torch.is_grad_enabled():  # for second derivatives
-        found = _fit_by_operator(x, index, *ctx.sizes)
-        of_x = torch.autograd.grad(found, x, grads, create_graph=True)[0]
+        of_x = torch.autograd.grad(_fit_by_operator(*inputs), inputs[0], grads, create_graph=True)[0]
     else:
-        of_x = _gradient(x, index, *ctx.sizes, list(grads))
-    return of_x, None, None, None, None, None
+        of_x = _gradient(*inputs, list(grads))
+    return of_x, *[None] * 5
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.sizes = inputs[2:]
+    ctx.save_for_backward(*inputs[:2])
+
+
+_fit_groups.register_fake(_zeros)
+_gradient.register_fake(lambda *arguments: torch.empty_like(arguments[0]))
 _fit_groups.register_autograd(_backward, setup_context=_save)
 
 
 def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
-    """Fit a spherical mixture to each group of rows, as :func:`_fit_by_operator`, in C++ where there is a compiler.
+    """Fit a spherical mixture to each group of rows by EM, without padding if there is a compiler.
+
+    The result is that of ``EMOperator(K, D, covariance="spherical", residual=False, prior={"mean_strength": 0.0,
+    "covariance_strength": 1.0})`` in float64: log-weights (G, K), means (G, K, D) and logarithms of the standard
+    deviations (G, K); zeros for empty groups.
 
     Args:
         x: rows (E, D).
@@ -77,9 +72,6 @@ def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_compon
         limit: rows per group; those after them are dropped.
         num_components: K.
         num_iters: T.
-
-    Returns:
-        Log-weights (G, K), means (G, K, D) and logarithms of the standard deviations (G, K); zeros for empty groups.
     """
     fit = _fit_groups if native.fits_groups(x) else _fit_by_operator
     return fit(x, index, num_groups, limit, num_components, num_iters)
@@ -109,13 +101,8 @@ def map_groups(
 ) -> Tensors:
     """Return tensors (G, ...) of groups of rows; zeros for empty groups.
 
-    Args:
-        function: from points (B, N, D) and mask (B, N) to tensors (B, ...); it is called for groups of similar size,
-            2^n to 2^(n + 1) - 1 rows, padded to the largest of them.
-        x: rows (E, D).
-        index: (E,), the group of each row.
-        num_groups: G.
-        limit: rows per group; those after them are dropped.
+    ``function(points, mask)`` maps groups of similar size, 2^n to 2^(n + 1) - 1 rows padded to the largest of them, as
+    (B, N, D) and (B, N), to tensors (B, ...). Other arguments are those of :func:`fit_groups`.
     """
     sizes = index.new_zeros(num_groups).scatter_add_(0, index, torch.ones_like(index))
     first, order = sizes.cumsum(0) - sizes, index.argsort(stable=True)

@@ -94,16 +94,7 @@ class ResidualCorrection(nn.Module):
     def forward(
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> Correction:
-        """Return the corrections for the parameters before and after an EM iteration.
-
-        Args:
-            points: the point sets.
-            mass: (B, K), of the components.
-            before: the parameters before the E-step.
-            after: the parameters after the M-step.
-            floor: (B,), of the variances.
-            progress: completed share of the loop, 1 at the last iteration.
-        """
+        """Return the corrections of an iteration, for masses (B, K), floors (B,) and the share of completed steps."""
         covariance, dtype = self.covariance, after.means.dtype
         components = after.means.shape[1]
         unit = points.unit()[:, None, None]

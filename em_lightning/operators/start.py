@@ -8,24 +8,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
 _RANDOM = ("kmeans++", "random")
-STARTS = ("farthest", *_RANDOM, "learned")
+STARTS = (*initialization.CENTERS, "learned")
 
 # From a start to the objective (B,) after some iterations.
 Judge = Callable[[Parameters], Tensor]
 
 
-class GivenSets(NamedTuple):
-    """Point sets as they were given: points (B, N, D), mask and weights (B, N)."""
+class Sets(NamedTuple):
+    """The inputs of all iterations of the EM operator.
+
+    x, mask, weights: as they were given, without a gradient of the points.
+    points: ready for EM, with their mass (B,).
+    covariance, floor, prior: the covariance type, the variance floor (B,) and the pseudo-counts.
+    dtype: of the result.
+    """
 
     x: Tensor
     mask: Tensor | None
     weights: Tensor | None
+    points: Points
+    mass: Tensor
+    covariance: Covariance
+    floor: Tensor
+    prior: PseudoCounts | None
+    dtype: torch.dtype
 
 
 class DrawnStart(NamedTuple):
@@ -37,29 +51,31 @@ class DrawnStart(NamedTuple):
     num_starts: int
     seed: int | None
 
-    def __call__(
-        self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
-    ) -> Parameters:
+    def __call__(self, sets: Sets, judge: Judge | None) -> Parameters:
         """Return the start of each set with the highest objective, or the first one drawn without a judge."""
-        generator = None if self.seed is None else torch.Generator(given.x.device).manual_seed(self.seed)
-        best = self._centers(given, points, generator)
+
+        def around(centers: Tensor) -> Parameters:
+            return initialization.parameters_around(sets.points, centers, sets.covariance, sets.floor)
+
+        generator = None if self.seed is None else torch.Generator(sets.x.device).manual_seed(self.seed)
+        best = self._centers(sets, generator)
         if judge is not None and self.num_starts > 1:
             with torch.no_grad():
-                highest = judge(initialization.parameters_around(points, best, covariance, floor))
+                highest = judge(around(best))
                 for _ in range(self.num_starts - 1):
-                    centers = self._centers(given, points, generator)
-                    objective = judge(initialization.parameters_around(points, centers, covariance, floor))
+                    centers = self._centers(sets, generator)
+                    objective = judge(around(centers))
                     best = torch.where((objective > highest)[:, None, None], centers, best)
                     highest = torch.maximum(objective, highest)
-        return initialization.parameters_around(points, best, covariance, floor)
+        return around(best)
 
     @torch.no_grad()
-    def _centers(self, given: GivenSets, points: Points, generator: torch.Generator | None) -> Tensor:
+    def _centers(self, sets: Sets, generator: torch.Generator | None) -> Tensor:
         """Return centers (B, K, D) in the coordinates of the points."""
-        x, mask, weights = given
-        centers = initialization.draw_centers(self.name, x, self.num_components, mask, weights, generator)
+        x, mask, weights = sets[:3]
+        centers = initialization.CENTERS[self.name](x, self.num_components, mask, weights, generator)
         centers = initialization.lloyd(x, centers, self.lloyd_steps, mask, weights)
-        center, scale = points.frame
+        center, scale = sets.points.frame
         return (centers.to(center.dtype) - center.unsqueeze(1)) / scale[:, None, None]
 
 
@@ -72,30 +88,22 @@ class LearnedStart(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
         self.logits = nn.Parameter(torch.zeros(num_components))
 
-    def forward(
-        self, given: GivenSets, points: Points, covariance: Covariance, floor: Tensor, judge: Judge | None
-    ) -> Parameters:
+    def forward(self, sets: Sets, judge: Judge | None) -> Parameters:
         """Return the start of each set."""
-        unit = points.unit()[:, None, None]
-        root = unit * self.log_scale.exp() + floor.sqrt()[:, None, None]  # (B, K, 1)
-        ones = torch.ones_like(points.mean)
-        covariances = covariance.scaled(covariance.expand(ones, len(self.means)), root.square().squeeze(-1))
+        mean, unit, covariance = sets.points.mean, sets.points.unit()[:, None, None], sets.covariance
+        root = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
+        covariances = covariance.expand(torch.ones_like(mean), len(self.means))
+        covariances = covariance.scaled(covariances, root.square().squeeze(-1))
         log_weights = self.logits.log_softmax(-1).to(unit).expand(len(unit), -1)
-        return Parameters(log_weights, points.mean.unsqueeze(1) + self.means * unit, covariances)
+        return Parameters(log_weights, mean.unsqueeze(1) + self.means * unit, covariances)
 
 
 def build_start(
     init: str, num_components: int, num_features: int, lloyd_steps: int, num_starts: int, seed: int | None
 ) -> DrawnStart | LearnedStart:
-    """Return the start with the name ``init``.
-
-    Raises:
-        ValueError: the name is unknown, or an argument contradicts it.
-    """
-    if init not in STARTS:
-        raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(map(repr, STARTS))}")
-    if num_starts < 1:
-        raise ValueError(f"num_starts={num_starts} must be at least 1")
+    """Return the start with the name ``init``."""
+    check_choice("init", init, STARTS)
+    check_at_least(1, num_starts=num_starts)
     if num_starts > 1 and init not in _RANDOM:
         raise ValueError(f"num_starts={num_starts} with init={init!r} would all be equal; use 'kmeans++' or 'random'")
     if seed is not None and init not in _RANDOM:

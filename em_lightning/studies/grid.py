@@ -83,7 +83,7 @@ def run_table(
         arguments: arguments of the recipe, for all rows.
         configs: contents of the config files that ``arguments`` name, for the hash.
         command: the command that makes the table, for its first note.
-        jobs: number of parallel processes with one thread each; ``None`` takes the number of cores.
+        jobs: number of parallel processes; ``None`` takes the number of cores.
 
     Raises:
         ValueError: an entry of the table is unknown, a cell failed, or the user interrupted the run.
@@ -114,55 +114,54 @@ def _digest(value: Any) -> str:
 
 
 def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None = None) -> None:
-    """Run cells in parallel processes, one row per process at a time."""
+    """Run cells in parallel processes."""
     from rich.progress import track
 
     if not cells:
         return
-    rows = [[cell for cell in cells if cell.row == row] for row in dict.fromkeys(cell.row for cell in cells)]
-    jobs = min(jobs or os.cpu_count() or 1, len(rows))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
-        done = [pool.submit(run_row, load, row) for row in rows]
+    cores = os.cpu_count() or 1
+    jobs = min(jobs or cores, len(cells))
+    threads = (max(cores // jobs, 1),)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, threads) as pool:
+        done = [pool.submit(run_cell, load, cell) for cell in cells]
         try:
-            for future in track(done, f"rows, {jobs} at a time"):
+            for future in track(done, f"runs, {jobs} at a time"):
                 future.result()
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
-                process.kill()  # otherwise they would start the next row; checkpoints are written atomically
-            raise ValueError("interrupted; the same command continues the table") from None
+                process.kill()  # otherwise they would start the next run; checkpoints are written atomically
+            raise ValueError("interrupted; the same command continues a table") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker() -> None:
-    """Use one thread, and exit when the process of the table has ended, whatever ended it."""
-    torch.set_num_threads(1)
+def _start_worker(threads: int) -> None:
+    """Set the number of threads, and exit when the parent process has ended, whatever ended it."""
+    torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def run_row(load: Callable[[], Any], cells: Sequence[Cell]) -> None:
-    """Train one row, one seed after the other; a seed that was interrupted resumes from its checkpoint.
+def run_cell(load: Callable[[], Any], cell: Cell) -> None:
+    """Train a row with one seed, from its checkpoint if it was interrupted.
 
     Raises:
-        RuntimeError: a cell failed; the message names it and the file with its output.
+        RuntimeError: the cell failed; the message names it and the file with its output.
     """
-    recipe = load()
-    for cell in cells:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        last = cell.folder / "checkpoints" / "last.ckpt"
-        with (
-            open(cell.folder / "output.txt", "a", encoding="utf-8") as output,
-            contextlib.redirect_stdout(output),
-            contextlib.redirect_stderr(output),
-        ):
-            try:
-                recipe.fit([*cell.arguments, *([f"--ckpt_path={last}"] if last.exists() else [])])
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                raise RuntimeError(f"{cell.row}, seed {cell.seed}: {reason} (see {output.name})") from error
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    last = cell.folder / "checkpoints" / "last.ckpt"
+    with (
+        open(cell.folder / "output.txt", "a", encoding="utf-8") as output,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        try:
+            load().fit([*cell.arguments, *([f"--ckpt_path={last}"] if last.exists() else [])])
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise RuntimeError(f"{cell.row}, seed {cell.seed}: {reason} (see {output.name})") from error
 
 
 def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str) -> None:

@@ -24,7 +24,7 @@ class ImageClassifier(EMModule):
     ``network``. In validation and test it logs accuracy, the expected calibration error with 15 bins, and for each of
     the two activations, as ``val/activation1/...``, dead units, redundancy and effective rank. A unit is dead if its
     variance is below 0.001 of the mean variance of its layer, as activations differ in scale. The units of a feature
-    map are its channels, and each of its positions is an item.
+    map are its channels, and each of its positions is an item. The output is the logits (N, C).
 
     Args:
         shape: of an image, channels first.
@@ -32,15 +32,7 @@ class ImageClassifier(EMModule):
         network: ``"mlp"``, two layers of ``width`` units, by default 128; or ``"cnn"``, two convolutions of stride 2
             with ``width`` and 2 ``width`` channels, by default 8 and 16.
         width: see ``network``.
-        lr: learning rate of Adam.
-
-    Example:
-        >>> import torch
-        >>> module = ImageClassifier((1, 8, 8), network="cnn")
-        >>> module(torch.rand(5, 1, 8, 8)).shape
-        torch.Size([5, 10])
-        >>> list(dict(module.network.named_children()))
-        ['linear1', 'activation1', 'linear2', 'activation2', 'flatten', 'head']
+        lr: as in :class:`~em_lightning.modules.EMModule`.
     """
 
     def __init__(
@@ -75,11 +67,9 @@ class ImageClassifier(EMModule):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, C) of images (N, ...)."""
         return self.network(x)
 
     def step(self, batch: Any, stage: str) -> Tensor:
-        """Return the cross-entropy; outside training, update the metrics."""
         x, y = batch
         if stage == "train":
             return functional.cross_entropy(self.network(x), y)

@@ -10,9 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from em_lightning.competition import softmin
-from em_lightning.losses import FreeEnergyLoss
-from em_lightning.plots.style import DIVERGING, NEUTRAL, PALETTE, figure_style, new_figure, new_grid
+from em_lightning.plots.figures import DIVERGING, figure_style, new_figure
 from em_lightning.studies.report import Findings, Report
 
 _PANELS = {
@@ -25,15 +23,14 @@ _PANELS = {
     "effective_rank": "effective rank",
 }
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
-_PICTURED_ITEMS, _CHUNK_SIZE = 256, 10_000
+_CHUNK_SIZE = 10_000
 
 
 class LayerReport(Report):
     """Report metrics of an :class:`~em_lightning.studies.EnergyLayer`, a linear probe and figures.
 
     The table has the validation metrics, averaged over the last epochs. The figures are ``prototypes`` (weights as
-    images), ``training``, and ``gradients`` (the gradient of the free energy with respect to the energies, against the
-    responsibilities). Without probe and figures it works with any module whose validation logs ``val/...``.
+    images) and ``training``. Without probe and figures it works with any module whose validation logs ``val/...``.
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
@@ -92,7 +89,7 @@ class LayerReport(Report):
             notes,
             [{"metric": name, "value": value} for name, value in row.items()],
             f"{title}: {metric} {row[metric]:.4g}.",
-            self._draw(module, data) if self.figures else {},
+            self._draw(module, data.shape) if self.figures else {},
             {"values": row, "history": self.history},
         )
 
@@ -107,15 +104,11 @@ class LayerReport(Report):
         percents = {f"{name} %": 100 * value for name, value in row.items() if name in _IN_PERCENT}
         return {name: value for name, value in row.items() if name not in _IN_PERCENT} | percents
 
-    def _draw(self, module: Any, data: Any) -> dict[str, Any]:
-        with torch.enable_grad():
-            energies = _in_parts(module, module.energies, data.whole("test").x[:_PICTURED_ITEMS]).requires_grad_()
-            (gradients,) = torch.autograd.grad(FreeEnergyLoss()(energies), energies)
-        figures = {"gradients": _gradient_scatter(gradients, softmin(energies.detach()).responsibilities)}
-        if len(data.shape) == 3 and data.shape[0] == 1:
-            figures["prototypes"] = _prototype_grid(module.prototypes, data.shape[1:])
+    def _draw(self, module: Any, shape: Sequence[int]) -> dict[str, Any]:
         series = {title: [each[k] for each in self.history] for k, title in _PANELS.items() if k in self.history[0]}
-        figures["training"] = _panels([each["epoch"] for each in self.history], series, "epoch")
+        figures = {"training": _panels([each["epoch"] for each in self.history], series, "epoch")}
+        if len(shape) == 3 and shape[0] == 1:
+            figures["prototypes"] = _prototype_grid(module.prototypes, shape[1:])
         return figures
 
 
@@ -142,10 +135,10 @@ def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
 
 
 @figure_style()
-def _prototype_grid(prototypes: Tensor, shape: tuple[int, int]) -> Figure:
+def _prototype_grid(prototypes: Tensor, shape: Sequence[int]) -> Figure:
     """Draw the weights (K, H * W) of each unit as an image (H, W), all on one symmetric colour scale."""
     images = prototypes.detach().float().cpu().unflatten(1, shape)
-    figure, axes = new_grid(len(images), 16, width=0.45, height=0.45)
+    figure, axes = new_figure(len(images), 16, width=0.45, height=0.45)
     limit = float(images.abs().max()) or 1.0
     for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
@@ -154,26 +147,9 @@ def _prototype_grid(prototypes: Tensor, shape: tuple[int, int]) -> Figure:
 
 
 @figure_style()
-def _gradient_scatter(gradients: Tensor, responsibilities: Tensor) -> Figure:
-    """Draw the gradient of the free energy against the responsibilities, and the line on which they are equal."""
-    x, y = (values.detach().float().cpu().flatten() for values in (responsibilities, gradients))
-    step = max(1, len(x) // 5000)
-    figure, axes = new_figure(width=3.6, height=3.2)
-    ax, top = axes[0, 0], float(x.max())
-    ax.plot([0, top], [0, top], color=NEUTRAL, linestyle="--", linewidth=1.2, label="gradient = responsibility")
-    ax.plot(x[::step].numpy(), y[::step].numpy(), ".", color=PALETTE[0], markersize=2)
-    error = float((x - y).abs().max())
-    correlation = float(torch.corrcoef(torch.stack([x, y]).double())[0, 1])
-    ax.set(xlabel="responsibility softmax(-d)", ylabel="gradient of the free energy by d")
-    ax.set_title(f"correlation {correlation:.6f},\nlargest difference {error:.1e}")
-    ax.legend(loc="upper left")
-    return figure
-
-
-@figure_style()
 def _panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """Draw several series, by title, over the same x, each in its own panel."""
-    figure, axes = new_grid(len(series), 3, width=2.6, height=2.0, sharex=True)
+    figure, axes = new_figure(len(series), 3, width=2.6, height=2.0, sharex=True)
     for ax, (title, y) in zip(axes, series.items(), strict=True):
         ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
         ax.set(title=title, xlabel=xlabel)

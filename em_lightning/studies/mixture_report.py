@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
-from em_lightning.plots import component_colors, curves, mixture_grid, mixture_page, tensorboard_writers
+from em_lightning.plots import curves, mixture_grid
 from em_lightning.studies.density_fits import (
     TRAINED,
     Clouds,
@@ -22,6 +22,7 @@ from em_lightning.studies.density_fits import (
     sklearn_mixtures,
     tune,
 )
+from em_lightning.studies.page import mixture_page
 from em_lightning.studies.report import Findings, Report
 
 _LABEL = "held-out log-likelihood per point (nats)"
@@ -86,12 +87,6 @@ class MixtureReport(Report):
         mixture = module(shown.points, shown.mask)
         figures = {**self._curves(found), "clouds": mixture_grid(shown.points, mixture, shown.mask, titles)}
         mixture_page(folder / "report.html", list(_scenes(module, shown, titles, self.sklearn)))
-        for writer in tensorboard_writers(trainer, "point clouds") if shown.points.shape[-1] == 3 else []:
-            colors = mixture.posterior(shown.points).responsibilities
-            colors = colors @ component_colors(module.operator.num_components).to(shown.points)
-            dots = {"material": {"cls": "PointsMaterial", "size": 0.03}}
-            writer.add_mesh("responsibilities", shown.points.cpu(), (255 * colors).byte().cpu(), None, dots, 0)
-            writer.flush()
         facts = {"seed": data.seed, "settings": settings}
         return Findings("Mixtures of point clouds", notes, table(found), verdict, figures, facts)
 

@@ -116,5 +116,5 @@ def fit_sklearn(estimator: Any, rows: Any) -> tuple[Mixture, float]:
         fit = estimator.fit(rows)
     seconds = time.perf_counter() - began
     weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
-    covariances = COVARIANCES[fit.covariance_type].from_sklearn(covariances)
+    covariances = covariances[(None,) * COVARIANCES[fit.covariance_type].sklearn_axes]
     return Mixture(weights.log()[None], means[None], covariances), seconds

@@ -42,26 +42,21 @@ def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence
         rows: the table.
         **facts: further entries of the JSON, such as the seed.
     """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n"
     write_whole(folder / "results.md", text)
     content = {"title": title, "notes": list(notes), "rows": [dict(row) for row in rows], **facts}
     write_whole(folder / "results.json", json.dumps(content, indent=2) + "\n")
-    print_results(title, notes, rows)
-    return text
-
-
-def print_results(title: str, notes: Sequence[str], rows: Sequence[Row]) -> None:
-    """Print a title, paragraphs and a table: as Markdown, on a terminal in lines that fit its width."""
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     console = Console()
     if console.is_terminal:
         console.print(Markdown("\n\n".join([f"# {title}", *notes])))
         console.print(fitted_table(rows), crop=False)
     else:
-        print("\n" + "\n\n".join([f"# {title}", *notes, markdown_table(rows)]) + "\n")
+        print(f"\n{text}")
+    return text
 
 
 def fitted_table(rows: Sequence[Row]) -> Any:
@@ -72,27 +67,10 @@ def fitted_table(rows: Sequence[Row]) -> Any:
     table = Table(box=None, pad_edge=False)
     body = [[_cell(value) for value in row.values()] for row in rows]
     for i, (name, column) in enumerate(zip(rows[0], zip(*body, strict=True), strict=True)):
-        table.add_column(name, min_width=max(map(len, column)) if i else None)
+        table.add_column(Text(name), min_width=max(map(len, column)) if i else None)
     for row in body:
         table.add_row(*map(Text, row))
     return table
-
-
-def verdict(rows: Sequence[Row], method: str, column: str) -> str:
-    """Return a sentence that compares a method with the best of the others by a column; higher is better.
-
-    Example:
-        >>> verdict([{"method": "EM", "score": 1.0}, {"method": "ours", "score": 0.75}], "ours", "score")
-        'ours: 0.75 score, 0.25 below EM, the best of the others.'
-    """
-    scores = {row["method"]: row[column] for row in rows if isinstance(row[column], float)}
-    own = scores.pop(method)
-    if not scores:
-        return f"{method}: {own:.4g} {column}."
-    best = max(scores, key=scores.__getitem__)
-    gap = own - scores[best]
-    side = "above" if gap > 0 else "below"
-    return f"{method}: {own:.4g} {column}, {abs(gap):.2g} {side} {best}, the best of the others."
 
 
 def combine(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -2,70 +2,42 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from em_lightning.files import write_whole
-from em_lightning.studies.results import combine, markdown_table, print_results
+from em_lightning.studies.grid import Cell, run_cells
+from em_lightning.studies.results import combine, write_results
 
 
 def run_seeds(
-    command: Sequence[str], folder: Path, arguments: Sequence[str], seeds: Sequence[int], jobs: int | None = None
+    load: Callable[[], Any], folder: Path, arguments: Sequence[str], seeds: Sequence[int], jobs: int | None = None
 ) -> None:
     """Run a recipe once per seed, each in its own process, and combine their ``results.json``.
 
     Args:
-        command: the words that run the recipe, for instance ``["em-lightning", "run", "point_cloud_gmm"]``.
+        load: returns the :class:`~em_lightning.cli.Recipe`; must be picklable.
         folder: folder of the recipe's logger.
         arguments: arguments of the recipe.
         seeds: one per run.
         jobs: number of parallel processes; ``None`` takes the number of cores.
 
     Raises:
-        ValueError: a run failed, or the runs have different tables.
+        ValueError: the arguments ask for several devices, a run failed, or the runs have different tables.
     """
-    from rich.progress import track
-
+    for argument in arguments:
+        if argument.startswith(("--trainer.strategy", "--trainer.devices")) and not argument.endswith(("=1", "=auto")):
+            raise ValueError(f"{argument} must not be given with --seeds, which runs each seed in one process")
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    cores = os.cpu_count() or 1
-    # A run with several ranks of its own uses the cores and the port of the process group alone.
-    distributed = any("strategy" in argument or "devices" in argument for argument in arguments)
-    jobs = 1 if distributed else min(jobs or cores, len(seeds))
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(cores // jobs, 1))}
-
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def run_seed(seed: int) -> Path:
+    cells = []
+    for seed in seeds:
         version = f"{stamp}-seed{seed}"
-        target = folder / version
-        target.mkdir(parents=True)
-        options = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
-        with open(target / "output.txt", "w", encoding="utf-8") as output:
-            environment = {**os.environ, **threads}
-            words = [*command, *arguments, *options]
-            process = subprocess.Popen(words, stdout=output, stderr=output, env=environment)
-            processes.append(process)
-            code = process.wait()
-        if code:
-            last = (target / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-            raise ValueError(f"seed {seed} ended with exit code {code}: {''.join(last)} ({output.name})")
-        return target / "results.json"
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            paths = list(track(pool.map(run_seed, seeds), f"seeds, {jobs} at a time", total=len(seeds)))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()
-            raise ValueError("interrupted") from None
-    title, rows = f"{folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation", combine(paths)
+        own = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
+        cells.append(Cell(folder.name, seed, [*arguments, *own], folder / version))
+    run_cells(load, cells, jobs)
+    rows = combine([cell.result for cell in cells])
+    title = f"{folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
     target = folder / f"{stamp}-seeds"
-    target.mkdir(parents=True)
-    write_whole(target / "results.md", f"# {title}\n\n{markdown_table(rows)}\n")
-    print_results(title, [], rows)
-    print(f"Files in {target}: results.md")
+    write_results(target, title, [], rows)
+    print(f"Files in {target}: results.json, results.md")

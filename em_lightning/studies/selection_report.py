@@ -12,7 +12,7 @@ import torch
 from em_lightning.data import GaussianBlobs, TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
-from em_lightning.plots.mixtures import curves, mixture_grid
+from em_lightning.plots import curves, mixture_grid
 from em_lightning.studies.report import Findings, Report, fit_sklearn
 
 _PICTURED = 4000

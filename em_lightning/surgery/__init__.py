@@ -1,15 +1,14 @@
 """Find, replace and insert modules in any ``nn.Module``, undo it, and add EM losses to layers.
 
-Files, each importing only from those before it: select (find modules), hooks (wrappers of methods), wrappers (inserted
-modules), owners (of parameters, target networks), record (the plan in a checkpoint), edit (replace, insert, undo), axes
-(of units), taps (captured tensors), functional (calls such as ``F.relu``), refinement (the inserted operator), em
-(activations and operators), replay (restore a plan), layerwise (losses).
+Files, each importing only from those before it: select (find modules), hooks (wrappers of methods), owners (of
+parameters, target networks), record (the plan in a checkpoint), edit (replace, insert, undo), axes (of units), taps
+(captured tensors), functional (calls such as ``F.relu``), refinement (the inserted operator), em (activations and
+operators), replay (restore a plan), layerwise (losses).
 """
 
 from em_lightning.surgery.axes import UnitAxis, unit_axis
 from em_lightning.surgery.edit import Calls, Change, Surgery, insert_after, replace_modules, surgery_by
 from em_lightning.surgery.em import insert_em_operators, set_temperature, swap_activations
-from em_lightning.surgery.functional import swap_calls
 from em_lightning.surgery.hooks import Chain, undo_all, wrap
 from em_lightning.surgery.layerwise import LayerwiseLoss
 from em_lightning.surgery.record import recorded_plan
@@ -40,7 +39,6 @@ __all__ = [
     "set_temperature",
     "surgery_by",
     "swap_activations",
-    "swap_calls",
     "undo_all",
     "unit_axis",
     "walk",

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import rich
 import torch
 from torch import Tensor, nn
 
+from em_lightning.surgery.edit import Inserted
 from em_lightning.surgery.select import Site
-from em_lightning.surgery.wrappers import Inserted
 
 # Layers with units on axis 1, and layers with units on the last axis.
 _MAPS = tuple(
     getattr(nn, f"{kind}{d}d") for d in (1, 2, 3) for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm")
 )
 _CHANNELS_FIRST = (*_MAPS, nn.SyncBatchNorm, nn.GroupNorm)
-_LAST = (
+LAST_AXIS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer),
     *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
 )
+_ACTIVATIONS = ("torch.nn.modules.activation", "em_lightning.activations")  # the modules of their classes
 
 
 class UnitAxis:
-    """The axis of the units of one layer, decided from the first shape unless the layer's type defines it.
+    """The axis of the units of one layer.
 
-    Args:
-        path: the layer's name.
-        widths: possible numbers of units, the most likely first.
-        dim: the axis if it is known, else "auto".
+    With ``dim="auto"`` it is that which the type of the layer defines, or in an ``nn.Sequential`` the type of the layer
+    before an activation. Otherwise it is decided at the first batch: the one of axes 1 and -1 that has the width of the
+    layer. ``widths`` are the possible ones, the likeliest first.
     """
 
     def __init__(self, path: str, widths: Sequence[int], dim: int | Literal["auto"] = "auto") -> None:
@@ -57,14 +57,11 @@ class UnitAxis:
             if len(fitting) == 1:
                 return fitting[0]
             if fitting:
-                raise ValueError(
-                    f"dim='auto' is ambiguous at {self.path!r}: axes 1 and -1 of its shape {tuple(shape)} both have "
-                    f"{width} units; give dim=1 or dim=-1"
-                )
+                break
         widths = " or ".join(map(str, self.widths)) or "an unknown number of"
         raise ValueError(
-            f"dim='auto' fails at {self.path!r}: neither axis 1 nor -1 of its shape {tuple(shape)} has {widths} units, "
-            f"as the layers in or before it have; give dim="
+            f"dim='auto' needs one of axes 1 and -1 of {self.path!r} to have the width of the layers in or before it, "
+            f"and the other not: its shape is {tuple(shape)}, and they have {widths} units; give dim="
         )
 
 
@@ -107,52 +104,34 @@ def widths_of(site: Site, tap: Literal["output", "input"] = "output") -> list[in
     return widths
 
 
-def widths_in(modules: Sequence[nn.Module | None], tap: Literal["output", "input"] = "output") -> list[int]:
-    """Return the widths of the layers in some modules."""
-    inner = [inner for module in modules if module is not None for inner in _layers(module)]
-    return [width for module in inner if (width := num_units(module, tap)) is not None]
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module and those in it, without the operators that were inserted."""
-    if isinstance(module, Inserted):
-        yield from _layers(module.layer)
-        return
-    yield module
-    for child in module.children():
-        yield from _layers(child)
+def widths_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> list[int]:
+    """Return the widths of the layers in some modules, without the operators that were inserted."""
+    widths = []
+    for module in modules:
+        while isinstance(module, Inserted):
+            module = module.layer
+        if module is not None:
+            width = num_units(module, tap)
+            widths += [] if width is None else [width]
+            widths += widths_in(module.children(), tap)
+    return widths
 
 
 def _axis_by_type(site: Site) -> int | Literal["auto"]:
     """Return the axis that the layer's type defines, or the type of the layer before an activation in a Sequential."""
-    modules = [site.module]
-    if isinstance(site.parent, nn.Sequential) and _keeps_axes(site.module):
-        names = list(site.parent._modules)
-        for name in reversed(names[: names.index(site.name)]):
-            modules.append(site.parent._modules[name])
-            if not _keeps_axes(modules[-1]):
-                break
-    last = modules[-1]
-    while isinstance(last, Inserted):
-        last = last.layer
-    if isinstance(last, _CHANNELS_FIRST):
+    layer: Any = site.module
+    if isinstance(site.parent, nn.Sequential) and type(layer).__module__.startswith(_ACTIVATIONS):
+        position = list(site.parent._modules).index(site.name)
+        layer = site.parent[max(position - 1, 0)]
+    while isinstance(layer, Inserted):
+        layer = layer.layer
+    if isinstance(layer, _CHANNELS_FIRST):
         return 1
-    if isinstance(last, _LAST) or (isinstance(last, (nn.LayerNorm, nn.RMSNorm)) and len(last.normalized_shape) == 1):
+    if isinstance(layer, LAST_AXIS) or (
+        isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) == 1
+    ):
         return -1
     return "auto"
-
-
-def _keeps_axes(module: nn.Module) -> bool:
-    return (
-        num_units(module) is None
-        and not any(True for _ in module.children())
-        and (
-            type(module).__module__.startswith(
-                ("torch.nn.modules.activation", "torch.nn.modules.dropout", "em_lightning.")
-            )
-            or isinstance(module, nn.Identity)
-        )
-    )
 
 
 def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, sets: str = "") -> None:
@@ -180,10 +159,7 @@ def own_dim(module: Any, make: Any) -> int | Literal["auto"] | None:
 
 
 class FirstCall:
-    """Forward pre-hook that sets the axis of an activation or operator at its first call, and prints the line.
-
-    The axis is None for elementwise activations.
-    """
+    """Forward pre-hook that sets the axis of a module, unless it is None, at its first call, and prints the line."""
 
     def __init__(self, path: str, axis: UnitAxis | None, verbose: bool) -> None:
         self.path = path

@@ -11,11 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, undo_all, wrap
+from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
 from em_lightning.surgery.owners import guard_twins
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
-from em_lightning.surgery.wrappers import CallCounter, Inserted
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = Literal["any"] | None
@@ -37,6 +36,59 @@ class Change(NamedTuple):
     def path(self) -> str:
         """The site's dotted name from the root."""
         return self.entry["path"]
+
+
+class Inserted(nn.Module):
+    """A layer and the operator behind it: ``operator(layer(...))``, on the first tensor of a tuple or dataclass.
+
+    Other attributes are those of the layer, so that code which reads ``model.encoder.weight`` still works.
+    """
+
+    def __init__(self, layer: nn.Module, operator: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.operator = operator
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the layer's output with the operator applied."""
+        first, put = first_tensor(self.layer(*args, **kwargs), f"the output of {type(self.layer).__name__}")
+        return put(self.operator(first))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":  # not set yet, during unpickling
+                raise
+            return getattr(self.layer, name)
+
+
+class CallCounter:
+    """Raises if a module is called twice within one forward of its owner.
+
+    With parameters, one module called at several places would tie layers of different widths and meanings.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.count: int | None = None  # of the calls in the forward that runs now
+
+    def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of the owner's forward."""
+        self.count = 0
+        output = proceed(*args, **kwargs)
+        self.count = None
+        return output
+
+    def check(self, *_: Any) -> None:
+        """Forward pre-hook of the module."""
+        if self.count:
+            raise RuntimeError(
+                f"{self.path!r} is called more than once in one forward, and its replacement has parameters: set "
+                f"calls='any' to share it among all calls"
+            )
+        if self.count is not None:
+            self.count = 1
 
 
 class _Uncopied(dict[str, Any]):
@@ -101,9 +153,6 @@ class Surgery:
             del authors[self.by]
         if not authors:
             vars(self.model).pop(_SURGERIES, None)
-
-    def __len__(self) -> int:
-        return len(self.changes)
 
     def __enter__(self) -> Surgery:
         return self

@@ -41,8 +41,7 @@ def swap_activations(
         activation: a key, class, mapping or instance of ``ACTIVATIONS``, or any module class.
         target: the class or classes to replace.
         where: a second selection by name or predicate, see :func:`find_modules`.
-        dim: the axis of the units; "auto" takes that of the layer before the activation where its type defines it,
-            and otherwise decides at the first batch: the one of axes 1 and -1 that has the width of that layer.
+        dim: the axis of the units, or "auto", see :class:`UnitAxis`.
         calls: see :func:`replace_modules`.
         functional: also replace calls of the function that ``target`` is the module of, such as ``F.relu(x)``, in the
             methods of modules that ``where`` selects, see :func:`swap_calls`.
@@ -79,7 +78,7 @@ def swap_activations(
         change_sites(surgery, "replace", sites, lambda _: make, calls, prepare)
     if functional:
         with contextlib.suppress(*([NoMatchError] if sites else [])):
-            swap_calls(model, where, make, target, calls=calls, verbose=verbose, into=surgery)
+            swap_calls(surgery, where, make, target, calls, verbose)
     return surgery
 
 
@@ -126,8 +125,7 @@ def insert_em_operators(
         where: the layers; see :func:`find_modules`.
         num_components: K.
         num_features: D, the width of the layer's output; by default read from the layer.
-        dim: the axis of the features; "auto" takes that which the layer's type defines, and otherwise decides at the
-            first batch: the one of axes 1 and -1 that has D features.
+        dim: the axis of the features, or "auto", see :class:`UnitAxis`.
         set_dim: the axis of the items; "auto" takes all axes but those of the batch and the features. Outputs (B, D)
             then have one item per set; ``set_dim=0`` fits one mixture to the rows of the batch.
         causal: whether items see only those before them.
@@ -190,7 +188,6 @@ def set_temperature(model: nn.Module, temperature: float, where: Where = "*") ->
         >>> list(set_temperature(nn.Sequential(nn.Linear(2, 2), ACTIVATIONS.build("signed")), 0.5))
         ['1']
     """
-    found: dict[str, Tempered] = {}
     try:
         sites = find_modules(model, Tempered, where, inserted=True)
     except NoMatchError as error:
@@ -198,8 +195,7 @@ def set_temperature(model: nn.Module, temperature: float, where: Where = "*") ->
             f"no selected module has a temperature: swap first, with SwapActivations before TemperatureSchedule in the "
             f"callbacks, or with swap_activations ({error})"
         ) from None
-    for site in sites:
-        if isinstance(site.module, Tempered):
-            site.module.temperature = temperature
-            found[site.path] = site.module
+    found: dict[str, Any] = {site.path: site.module for site in sites}
+    for module in found.values():
+        module.temperature = temperature
     return found

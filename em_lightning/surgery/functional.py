@@ -83,53 +83,33 @@ class CallAxes:
 
 
 def swap_calls(
-    model: nn.Module,
-    where: Where,
-    make: Make,
-    target: Where = nn.ReLU,
-    *,
-    calls: Calls = None,
-    verbose: bool = True,
-    into: Surgery | None = None,
+    surgery: Surgery, where: Where, make: Make, target: Where, calls: Calls = None, verbose: bool = False
 ) -> Surgery:
-    """Replace the activations that the methods of selected modules call as functions.
+    """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
-    ``target`` selects among ``nn.ReLU``, ``GELU``, ``SiLU``, ``LeakyReLU``, ``ELU``, ``Tanh`` and ``Sigmoid``. The
-    operator becomes a child of the module, named ``em_functional``; all other names stay. It serves all calls while one
-    of the module's methods runs that mentions the function, also those of unselected children. The model itself may
-    be selected, as the path ""; modules of torch.nn are skipped. Functions that are reached only through containers or
-    other objects are not found. For the other arguments see :func:`replace_modules` and :func:`swap_activations`.
+    The operator becomes a child of the module, named ``em_functional``. It serves all calls while one of the module's
+    methods runs that mentions the function, also those of unselected children. Modules of torch.nn are skipped, and
+    functions that are reached only through containers or other objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
-
-    Example:
-        >>> class Net(nn.Module):
-        ...     def forward(self, x):
-        ...         return F.relu(x)
-        >>> net = Net()
-        >>> surgery = swap_calls(net, "*", nn.Tanh, verbose=False)
-        >>> torch.equal(net(torch.ones(1)), torch.ones(1).tanh())
-        True
     """
+    model = surgery.model
     check_patterns(model, where)
-    surgery = Surgery(model) if into is None else into
     known = dict.fromkeys(FUNCTIONS.values())
     kinds = [kind for kind in known if matches(Site("", kind(), model, "", (model,)), target)]
     functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)
     names = {function.__name__ for function in functions}
-    entries = where if isinstance(where, (list, tuple)) else [where]
-    root = Site("", model, model, "", (model,))
-    methods = {
-        site: found
-        for site in (root, *walk(model))
+    owners = [
+        site
+        for site in (Site("", model, model, "", (model,)), *walk(model))
         if site.function is None
         and not hasattr(site.module, NAME)
         and not any(map(is_built, (*site.ancestors, site.module)))
-        and any(matches(site, entry) for entry in entries)
-        and (found := _methods_that_call(type(site.module), names))
-    }
-    if not methods:
+        and matches(site, where)
+        and _methods_that_call(type(site.module), names)
+    ]
+    if not owners:
         raise NoMatchError(
             f"where={described(where)} matches no module whose methods call {' or '.join(sorted(names))}, functions of "
             f"target={described(target)}; the model holds {contents(model)}"
@@ -139,13 +119,12 @@ def swap_calls(
         change.entry["target"] = [kind.__name__ for kind in kinds]
         widths, dim = widths_in([site.parent])[::-1], own_dim(change.added, make)
         axes = CallAxes(site.path, widths, type(change.added).__name__, dim, verbose)
-        for name in found_at[id(site.parent)]:
+        for name in _methods_that_call(type(site.parent), names):
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions, axes)))
 
-    found_at = {id(site.module): found for site, found in methods.items()}
     sites = [
         Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
-        for site in methods
+        for site in owners
     ]
     return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare)
 

@@ -68,18 +68,6 @@ def wrap(owner: object, name: str, link: Link) -> Undo:
     """Wrap the method ``owner.name`` of this instance only, and return the function that removes the wrapper.
 
     The wrapper is called as ``link(proceed, *args, **kwargs)``; ``proceed`` is the method or the next wrapper.
-
-    Example:
-        >>> class Greeter:
-        ...     def greet(self, name):
-        ...         return f"hello {name}"
-        >>> greeter = Greeter()
-        >>> remove = wrap(greeter, "greet", lambda proceed, name: proceed(name).upper())
-        >>> greeter.greet("ann")
-        'HELLO ANN'
-        >>> remove()
-        >>> greeter.greet("ann")
-        'hello ann'
     """
     present = vars(owner).get(name)
     chain = present if isinstance(present, Chain) else Chain(owner, name)
@@ -127,31 +115,29 @@ def _with_flag_off(module: nn.Module, flag: str, proceed: Callable[..., Any], *a
         setattr(module, flag, before)
 
 
-def first_tensor(value: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def first_tensor(value: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Return the first tensor of a layer's output, and the function that puts another in its place.
 
-    The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry is one; entries of None are
-    skipped.
-
-    Raises:
-        TypeError: the output is something else.
+    The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry that is not None is one. For
+    others TypeError is raised, which names ``what`` the value is.
     """
     if isinstance(value, Tensor):
         return value, lambda new: new
+    entries: dict[Any, Any] = {}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        name = next((f.name for f in dataclasses.fields(value) if getattr(value, f.name) is not None), None)
-        if name is not None:
-            first, put = first_tensor(getattr(value, name))
-            return first, lambda new: dataclasses.replace(value, **{name: put(new)})
-    place = (
-        next((i for i, one in enumerate(value) if one is not None), None) if isinstance(value, (tuple, list)) else None
-    )
-    if place is not None:
-        first, put = first_tensor(value[place])
+        entries = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif isinstance(value, (tuple, list)):
+        entries = dict(enumerate(value))
+    key = next((key for key, entry in entries.items() if entry is not None), None)
+    if key is None:
+        kind = type(value).__name__
+        raise TypeError(f"{what} is {kind}; it must be a tensor, or a tuple, list or dataclass with one first")
+    first, put = first_tensor(entries[key], what)
+    return first, lambda new: _with_entry(value, key, put(new))
 
-        def rebuild(new: Tensor) -> Any:
-            entries = [*value[:place], put(new), *value[place + 1 :]]
-            return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
-        return first, rebuild
-    raise TypeError(f"is {type(value).__name__}; it must be a tensor, or a tuple, list or dataclass with one first")
+def _with_entry(value: Any, key: Any, entry: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{key: entry})  # type: ignore[type-var]
+    entries = [*value[:key], entry, *value[key + 1 :]]
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)

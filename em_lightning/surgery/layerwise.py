@@ -6,13 +6,13 @@ import copy
 import functools
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from em_lightning.checks import check_choice, check_positive, positive_number
+from em_lightning.checks import check_at_least, check_choice, check_positive, positive_number
 from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
@@ -36,14 +36,11 @@ class LayerwiseLoss:
     are computed in float32 or float64, without autocast.
 
     Args:
-        model: any module.
         where: the layers, see :func:`find_modules`.
         loss: "em" for ``EMLoss()``; a key, mapping or class of ``LOSSES``; or a module or function of energies (..., K)
             that returns a scalar or a dict of scalars. Modules are copied for each layer.
         weight: a number or "auto".
-        tap: "output" or "input" of the layer.
-        dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
-            first batch: the one of axes 1 and -1 that has the width of the layer.
+        dim: the axis of the units, or "auto", see :class:`UnitAxis`.
         schedule: a factor f(t) of the step, on all weights.
         every: add the loss every ``every`` steps, times ``every``: the same gradient on average at lower cost.
         ratio: rho of ``weight="auto"``.
@@ -96,11 +93,9 @@ class LayerwiseLoss:
         self.values: dict[str, Tensor] = {}
         self._added: set[str] = set()
         self._said_waiting = False
-        self._pure: set[str] = set()  # layers that had a call which only their own optimizer trains
-        self._mixed: set[str] = set()  # layers that had none yet
+        self._pure: dict[str, bool] = {}  # whether a layer had a call which only its own optimizer trains
         # path -> averages of the norms of both gradients, and the step of the next measurement
         self.norms = {path: [0.0, 0.0, 0.0] for path in self.losses if self.weight == "auto"}
-        self.taps.attach()
 
     @property
     def dims(self) -> dict[str, int | Literal["auto"]]:
@@ -117,12 +112,9 @@ class LayerwiseLoss:
     def add_to(self, loss: Tensor, all_layers: bool = True, owners: Mapping[str, Owner] | None = None) -> Tensor:
         """Return the loss plus the EM losses of the layers that were called since the last call, and count a step.
 
-        Args:
-            loss: the loss of the task.
-            all_layers: whether every layer must have been called; else only those are added that the loss depends on,
-                and the others are kept for a later loss.
-            owners: for several optimizers, from :func:`owners_of`. A layer is then added only where the loss reaches
-                parameters of the layer's optimizer, and trains nothing else.
+        With ``all_layers`` every layer must have been called; else only those are added that the loss depends on, and
+        the others are kept for a later loss. With ``owners``, from :func:`owners_of`, a layer is added only where the
+        loss reaches parameters of the layer's optimizer, and trains nothing else.
 
         Raises:
             RuntimeError: a layer was not called, or its output carries no gradient.
@@ -172,11 +164,7 @@ class LayerwiseLoss:
         return {"step": self.step, "norms": copy.deepcopy(self.norms)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state from :meth:`state_dict`.
-
-        Raises:
-            ValueError: the state belongs to other layers.
-        """
+        """Restore a state from :meth:`state_dict`; raise ValueError if it belongs to other layers."""
         if set(state["norms"]) != set(self.norms):
             raise ValueError(
                 f"the state has automatic weights for {sorted(state['norms'])}, but the layers are "
@@ -192,39 +180,31 @@ class LayerwiseLoss:
 
     def check_all_added(self) -> None:
         """Raise RuntimeError if the EM loss of a layer was added to no loss since :meth:`reset`, and does not wait."""
-        self._say_waiting(self.taps.frozen - self._added)
-        missed = [path for path in self.losses if path not in self._added and path not in self.taps.frozen]
-        if missed:
+        self._check(path for path in self.losses if path not in self._added)
+
+    def _check(self, paths: Iterable[str]) -> None:
+        """Warn once if layers without a loss wait; raise RuntimeError for the others."""
+        missed = set(paths)
+        waiting = missed & self.taps.frozen
+        if waiting and not self._said_waiting:
+            self._said_waiting = True
+            warnings.warn(
+                f"the loss(es) of {', '.join(sorted(waiting))} wait: nothing before these layers is trained now",
+                stacklevel=4,
+            )
+        if missed - waiting:
             raise RuntimeError(
-                f"no loss of this step depends on the layer(s) {', '.join(missed)}: they were not called, or under "
-                f"no_grad, or compiled before the hooks were set, or backward was called instead of manual_backward"
+                f"no loss of this step depends on the layer(s) {', '.join(sorted(missed - waiting))}: they were not "
+                f"called, or under no_grad, as re-entrant checkpointing does (set use_reentrant=False), or compiled "
+                f"before the hooks were set, or backward was called instead of manual_backward"
             )
 
     def _with_gradient(self, captured: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """Return the captured tensors with a gradient; raise RuntimeError if a layer that is trained has none."""
         kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
-        for path in self.losses:
-            if path not in captured and path not in self.taps.seen:
-                raise RuntimeError(
-                    f"the layer {path!r} fired no hook in this step: it was not called, or compiled and run before the "
-                    f"hooks were set; exclude it through where="
-                )
-            if path in captured and not kept[path] and path not in self.taps.frozen:
-                raise RuntimeError(
-                    f"the {self.taps.tap} of {path!r} carries no gradient: it was computed under no_grad, as "
-                    f"re-entrant checkpointing does (set use_reentrant=False)"
-                )
-        self._say_waiting({path for path, tensors in kept.items() if not tensors})
+        self._check(path for path in self.losses if not kept.get(path, path in self.taps.seen))
         self.taps.frozen = set()
         return {path: tensors for path, tensors in kept.items() if tensors}
-
-    def _say_waiting(self, paths: Collection[str]) -> None:
-        if paths and not self._said_waiting:
-            self._said_waiting = True
-            warnings.warn(
-                f"the loss(es) of {', '.join(sorted(paths))} wait: nothing before these layers is trained now",
-                stacklevel=3,
-            )
 
     def _of_owners(
         self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]
@@ -240,15 +220,12 @@ class LayerwiseLoss:
             reached = [(tensor, leaves_of(graph_of(tensor))) for tensor in tensors]
             reached = [(tensor, leaves) for tensor, leaves in reached if leaves.keys() & owners[path].own]
             pure = [tensor for tensor, leaves in reached if not leaves.keys() & owners[path].others]
-            if pure:
-                self._pure.add(path)
-                if path in self._mixed and path in self.norms:
-                    self.norms[path] = [0.0, 0.0, 0.0]  # they were measured with the losses of other optimizers
-                self._mixed.discard(path)
-            if path in self._pure:
+            if pure and self._pure.get(path) is False and path in self.norms:
+                self.norms[path] = [0.0, 0.0, 0.0]  # they were measured with the losses of other optimizers
+            self._pure[path] = self._pure.get(path, False) or bool(pure)
+            if self._pure[path]:
                 kept[path] = pure
             else:
-                self._mixed.add(path)
                 kept[path] = [tensor for tensor, _ in reached]
                 leaves = {key: leaf for _, found in reached for key, leaf in found.items()}
                 owned[path] = [leaf for key, leaf in leaves.items() if key in owners[path].own]
@@ -291,8 +268,7 @@ def _square(gradients: Iterable[Tensor | None]) -> Tensor:
 
 def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) -> None:
     """Raise ValueError if an argument of :class:`LayerwiseLoss` is out of range."""
-    if not (isinstance(every, int) and every >= 1):
-        raise ValueError(f"every={every!r} must be an int of at least 1")
+    check_at_least(1, every=every)
     check_positive(ratio=ratio)
     check_choice("tap", tap, ("output", "input"))
     if weight != "auto":
@@ -302,13 +278,11 @@ def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) ->
 
 def _build_loss(loss: Any) -> Callable[[Tensor], Any]:
     """Build the loss of one layer; a module is copied, so that layers share no state."""
-    spec = dict(loss) if isinstance(loss, Mapping) else {"name": loss}
-    if isinstance(loss, nn.Module):
-        built: Any = copy.deepcopy(loss)
-    elif spec.get("name") == "em":
-        built = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
+    spec = loss if isinstance(loss, Mapping) else {"name": loss}
+    if spec.get("name") == "em":
+        built: Any = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
     else:
-        built = LOSSES.build(loss)
+        built = LOSSES.build(copy.deepcopy(loss))
     if isinstance(built, nn.Module) and any(True for _ in built.parameters()):
         raise ValueError(
             f"loss={type(built).__name__} has parameters, which no optimizer would train: make it a part of the model"

@@ -73,10 +73,7 @@ def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
 
 
 def twins_of(model: nn.Module, path: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (owner, twin, rest) for every module above ``path`` and other module of its class and shapes.
-
-    ``rest`` is the remainder of the path below the owner, and below its twin.
-    """
+    """Yield (owner, twin, rest) for every owner of ``path`` = owner.rest and other module of its class and shapes."""
     modules = dict(model.named_modules())
     owner, _, rest = path.rpartition(".")
     while owner:

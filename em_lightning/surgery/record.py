@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -47,18 +48,18 @@ def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, A
 
 def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
     stored, live = (sorted(map(_readable, plan)) for plan in (plan_in(checkpoint), recorded_plan(model)))
-    if live and not stored:
-        raise ValueError(
-            f"the checkpoint was saved without surgery; nothing of it is in the checkpoint, but in the model: "
-            f"{'; '.join(live)}. To start from its weights, load them before the fit, with "
-            f"model.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
-        )
     if stored != live:
         missing = "; ".join(entry for entry in stored if entry not in live) or "nothing"
         extra = "; ".join(entry for entry in live if entry not in stored) or "nothing"
+        advice = "Use the callbacks of the run that saved it, or em_lightning.surgery.restore_surgery"
+        if not stored:
+            advice = (
+                "To start from its weights, load them before the fit, with "
+                "model.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
+            )
         raise ValueError(
-            f"the checkpoint was saved after another surgery: only in the checkpoint: {missing}; only in the model: "
-            f"{extra}. Use the callbacks of the run that saved it, or em_lightning.surgery.restore_surgery"
+            f"the checkpoint was saved {'after another' if stored else 'without'} surgery: only in the checkpoint: "
+            f"{missing}; only in the model: {extra}. {advice}"
         )
     return proceed(checkpoint)
 
@@ -73,19 +74,14 @@ def arguments_of(make: Any) -> dict[str, Any] | None:
         return {}
     if not (isinstance(make, functools.partial) and isinstance(make.func, type)) or make.args:
         return None
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         json.dumps(make.keywords)  # plain values only
-    except (TypeError, ValueError):
-        return None
-    return dict(make.keywords)
+        return dict(make.keywords)
+    return None
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the plan in a loaded checkpoint, which is empty if it was saved without surgery.
-
-    Raises:
-        ValueError: the checkpoint's entry has another form.
-    """
+    """Return the plan in a loaded checkpoint, empty without surgery; raise ValueError if it has another form."""
     stored = checkpoint.get(KEY, {})
     plan = stored.get("surgery", []) if isinstance(stored, Mapping) else None
     if not isinstance(plan, list) or not all(

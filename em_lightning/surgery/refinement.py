@@ -13,16 +13,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from em_lightning.operators import EMRefinement
+from em_lightning.surgery.axes import LAST_AXIS
 from em_lightning.surgery.hooks import Undo, wrap
 from em_lightning.surgery.select import Site
 
 # Arguments of a forward that mark padding: True or -inf at padding, except in the last, which is 1 at items.
 _PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask", "attention_mask")
 _BLOCKED = -1e4  # scores below this have no weight after the softmax
-_SEQUENCE_MODELS = (
-    *(nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer),
-    *(nn.TransformerDecoder, nn.TransformerDecoderLayer),
-)
 
 
 class SetRefinement(EMRefinement):
@@ -35,13 +32,10 @@ class SetRefinement(EMRefinement):
     ``attention_mask`` (1 at items) of the layer and the modules around it.
 
     Args:
-        num_components: K.
-        num_features: D, the size of ``dim``.
-        dim: the axis of the features.
+        num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
         set_dim: the axis of the items; "auto" takes all axes but the features' and ``batch_dim``, and none of two axes.
         causal: whether items see only those before them.
         batch_dim: the axis of the batch for ``set_dim="auto"``, or None if it is unknown.
-        **operator: further arguments of :class:`EMRefinement`.
 
     Raises:
         ValueError: ``set_dim`` is out of range or equals ``dim``, or ``set_dim="auto"`` is ambiguous.
@@ -134,7 +128,7 @@ def batch_dim_of(site: Site) -> int | None:
         if inner:
             if all(one.batch_first for one in inner):
                 return 0
-            return 1 if isinstance(module, _SEQUENCE_MODELS) and not any(one.batch_first for one in inner) else None
+            return 1 if isinstance(module, LAST_AXIS) and not any(one.batch_first for one in inner) else None
     return 0
 
 

@@ -19,11 +19,6 @@ from em_lightning.surgery.select import Site, find_modules, is_built, walk
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
     """Repeat the surgeries of a plan on a fresh model; entries that the model records already are skipped.
 
-    Args:
-        model: a model in its state before the surgeries.
-        plan: the entries, from :func:`read_plan` or :func:`recorded_plan`.
-        into: a surgery to extend; by default a new one.
-
     Raises:
         NoMatchError: the model has no module at a path of the plan.
         ValueError: the plan does not store how to build a module, as it came from a function or an instance.
@@ -55,7 +50,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]
         where = path.removesuffix(NAME).removesuffix(".")
-        swap_calls(surgery.model, where, make, target, calls=calls, verbose=False, into=surgery)
+        swap_calls(surgery, where, make, target, calls)
         return
 
     def prepare(site: Site, change: Change) -> None:
@@ -68,9 +63,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
     """Return the plan in a checkpoint file, which is empty if it was saved without surgery.
 
-    Args:
-        path: the checkpoint.
-        weights_only: False loads a file that you trust with objects of any class, such as hyperparameters.
+    With ``weights_only=False`` a file that you trust may hold objects of any class, such as hyperparameters.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -107,13 +107,9 @@ def class_name(cls: type) -> str:
 
 def contents(model: nn.Module) -> str:
     """Return the classes of a model's modules, each with the paths of its first instances, for error messages."""
-    classes = {type(site.module) for site in walk(model)}
-    names = [cls.__name__ for cls in classes]
     paths: dict[str, list[str]] = {}
     for site in walk(model):
-        cls = type(site.module)
-        ambiguous = names.count(cls.__name__) > 1 or hasattr(nn, cls.__name__)
-        paths.setdefault(class_name(cls) if ambiguous else cls.__name__, []).append(site.path)
+        paths.setdefault(class_name(type(site.module)), []).append(site.path)
     lines = [f"{kind}: {', '.join(p[:4])}{f' and {len(p) - 4} more' * (len(p) > 4)}" for kind, p in paths.items()]
     return "; ".join(lines) or "no submodules"
 
@@ -133,15 +129,10 @@ def check_patterns(model: nn.Module, where: Where | None) -> None:
 def find_modules(model: nn.Module, where: Where, target: Where | None = None, inserted: bool = False) -> list[Site]:
     """Return the sites of a model that match ``where`` and, if given, ``target``.
 
-    The root itself is never selected. The inside of a match is not searched for further matches of the same entry, and
-    the inside of modules that surgery built only with ``inserted=True`` or for an entry that is a module's whole name.
-
-    Args:
-        model: any module.
-        where: a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
-            ``(path, module)``; or a list of these, any of which may match.
-        target: a second selection, which must match as well.
-        inserted: whether to search modules that surgery built.
+    Both are a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
+    ``(path, module)``; or a list of these, any of which may match. The root itself is never selected. The inside of a
+    match is not searched for further matches of the same entry, and the inside of modules that surgery built only with
+    ``inserted=True`` or for an entry that is a module's whole name.
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.

@@ -35,7 +35,6 @@ class Taps:
         >>> import torch
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
         >>> taps = Taps(net, "0", verbose=False)
-        >>> taps.attach()
         >>> y = net(torch.ones(4, 2))
         >>> {path: [tuple(tensor.shape) for tensor in tensors] for path, tensors in taps.take().items()}
         {'0': [(4, 3)]}
@@ -64,12 +63,14 @@ class Taps:
         self.sites: list[Site] = []
         for site in find_modules(model, where):
             check_reachable(site)
-            if site.function is None and not any(site.module is known.module for known in self.sites):
+            if site.function is None and all(site.module is not known.module for known in self.sites):
                 self.sites.append(site)
         if not self.sites:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
         self.seen: set[str] = set()
+        for site in self.sites:
+            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
 
     @contextlib.contextmanager
     def switched(self, on: bool) -> Iterator[None]:
@@ -79,11 +80,6 @@ class Taps:
             yield
         finally:
             self.recording = before
-
-    def attach(self) -> None:
-        """Register the hooks."""
-        for site in self.sites:
-            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
 
     def remove(self) -> None:
         """Remove the hooks and what they captured."""
@@ -114,19 +110,13 @@ class Taps:
         if not self.recording:
             return None
         try:
-            return self._captured(path, value)
+            tensor, put = first_tensor(value, f"the {self.tap} of {path!r}")
+            dim = self.axes[path](tensor.shape)
         except (TypeError, ValueError) as error:
             if self.skip is None:
                 raise
             self.skip(path, error)
             return None
-
-    def _captured(self, path: str, value: Any) -> Any:
-        try:
-            tensor, put = first_tensor(value)
-        except TypeError as error:
-            raise TypeError(f"the {self.tap} of {path!r} {error}") from None
-        dim = self.axes[path](tensor.shape)
         if self.verbose and path not in self.seen:
             announce(path, self.tap, tensor.shape, dim)
         self.seen.add(path)
@@ -136,11 +126,7 @@ class Taps:
         return put(tensor.detach()) if self.detach else None
 
     def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
-        """Return the captured tensors that are wanted, by path, and forget them.
-
-        Raises:
-            RuntimeError: a tensor was overwritten in place after it was captured.
-        """
+        """Return the wanted tensors by path, and forget them; raise RuntimeError if one was overwritten in place."""
         taken: dict[str, list[Tensor]] = {}
         captured, self.captured = self.captured, []
         for path, tensor, version in captured:

@@ -176,22 +176,6 @@ def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return own, of_x, of_weights
 
 
-@e_step.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    means, kind = arguments[2], arguments[-2]
-    return _empty_sums(means, kind), means.new_empty(len(means))
-
-
-@log_density.register_fake
-def _(x: Tensor, weights: None, means: Tensor, *others: Any) -> Tensor:
-    return means.new_empty(x[:, 0].shape)
-
-
-@e_step_gradient.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(*arguments)
-
-
 def _empty_sums(means: Tensor, kind: str) -> Tensor:
     features = means.shape[-1]
     size = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
@@ -267,6 +251,9 @@ def _second_order(
     return tuple(next(found) if needed else None for needed in wanted)
 
 
+e_step.register_fake(lambda x, w, means, *others: (_empty_sums(means, others[-2]), means.new_empty(len(means))))
+log_density.register_fake(lambda x, weights, means, *others: means.new_empty(x[:, 0].shape))
+e_step_gradient.register_fake(_empty_gradients)
 e_step.register_autograd(_e_step_backward, setup_context=_save)
 log_density.register_autograd(_log_density_backward, setup_context=_save)
 
@@ -333,14 +320,8 @@ def cholesky_gradient(
     return found
 
 
-@cholesky.register_fake
-def _(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(matrix), torch.empty_like(matrix)
-
-
-@cholesky_gradient.register_fake
-def _(matrix: Tensor, *others: Tensor) -> Tensor:
-    return torch.empty_like(matrix)
+cholesky.register_fake(lambda matrix, pivots: (torch.empty_like(matrix), torch.empty_like(matrix)))
+cholesky_gradient.register_fake(lambda matrix, *others: torch.empty_like(matrix))
 
 
 def _call(name: str, matrix: Tensor, *others: Tensor) -> None:
@@ -353,14 +334,6 @@ def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
     """Return the definitions under which the source is compiled."""
     own = features if kind == "full" else 0
     return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={own}"
-
-
-def reason_against(family: Any, features: int, dtype: torch.dtype = torch.float32) -> str:
-    """Compile the native E-step of a family of densities; return why it cannot be used, or an empty string."""
-    kind = getattr(family, "whitening", None)
-    if kind is None or (kind == "full" and features > _MOST_FEATURES):
-        return f"it has no code for {family.name} of {features} features"
-    return load("native.cpp", *_variant(kind, features, dtype))[1]
 
 
 def _require(kind: str, features: int, dtype: torch.dtype) -> None:

@@ -41,8 +41,7 @@ struct Component {
 
   // sums += sum r [1, y, y_i y_j]
   void add(const V*, const V* white, int steps, const V* r, V* sums) const {
-    V own[1 + D + D * (D + 1) / 2];
-    std::copy(sums, sums + num_sums(D), own);
+    V own[1 + D + D * (D + 1) / 2] = {};
     for (int s = 0; s < steps; ++s) {
       V y[D];
       for (int i = 0; i < D; ++i) y[i] = white[i * kSteps + s];
@@ -54,7 +53,7 @@ struct Component {
         for (int j = 0; j <= i; ++j) own[pair++] += weighted * y[j];
       }
     }
-    std::copy(own, own + num_sums(D), sums);
+    for (int i = 0; i < num_sums(D); ++i) sums[i] += own[i];
   }
 
   // slope = gradient . [1, y, y_i y_j]

@@ -30,10 +30,13 @@ constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend 
 constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-struct Taylor {
-  double coefficients[14] = {1.0};  // log(2)^i / i!
-  constexpr Taylor() {
-    for (int i = 1; i < 14; ++i) coefficients[i] = coefficients[i - 1] * kLn2 / i;
+// 2^x on [-1/2, 1/2]: the polynomial of least relative error, 8e-8, or Taylor's series, of error 5e-18.
+struct Power {
+  static constexpr int degree = kSingle ? 5 : 13;
+  Real coefficients[14] = {1.0, 0.693146944, 0.240221202, 0.0555071309, 0.00967554096, 0.00132764713};
+  constexpr Power() {
+    double own = 1.0;  // log(2)^i / i!
+    for (int i = 1; i <= degree && !kSingle; ++i) coefficients[i] = Real(own *= kLn2 / i);
   }
 };
 
@@ -44,10 +47,9 @@ inline V exp2(V x) {
   constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;  // adding it rounds to an integer
   const V shifted = x + magic;
   const V fraction = x - (shifted - magic);
-  // Taylor's series on [-1/2, 1/2], whose error is 2e-7 or 5e-18.
-  constexpr Taylor series;
-  V power = V{} + Real(series.coefficients[kSingle ? 6 : 13]);
-  for (int i = kSingle ? 5 : 12; i >= 0; --i) power = power * fraction + Real(series.coefficients[i]);
+  constexpr Power series;
+  V power = V{} + series.coefficients[Power::degree];
+  for (int i = Power::degree - 1; i >= 0; --i) power = power * fraction + series.coefficients[i];
   const V scale = (V)((I)shifted << digits);
   return x < Real(1 - bias) ? V{} : power * scale;
 }

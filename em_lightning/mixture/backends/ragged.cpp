@@ -24,6 +24,7 @@ constexpr double kFloor = 1e-6;  // added to every variance, in units of the poi
 constexpr double kCore = 0.4;    // as in mixture/initialization.py
 constexpr double kEps = 10.0 * std::numeric_limits<double>::epsilon();  // added to masses, as in mixture/m_step.py
 constexpr int64_t kSetsPerTask = 16;
+constexpr int64_t kAhead = 8;  // rows that are fetched ahead
 
 struct Problem {
   int64_t rows, features;
@@ -39,7 +40,7 @@ struct Problem {
 struct Rows {
   std::vector<int64_t> first, order;
 
-  explicit Rows(const Problem& p) : first(p.sets + 1), order(p.rows) {
+  explicit Rows(const Problem& p) : first(p.sets + 1), order(p.rows + kAhead) {
     for (int64_t n = 0; n < p.rows; ++n) ++first[p.set[n] + 1];
     for (int64_t set = 0; set < p.sets; ++set) first[set + 1] += first[set];
     std::vector<int64_t> next(first.begin(), first.end() - 1);
@@ -107,7 +108,7 @@ class Fit {
   int64_t set, N;
   const int64_t* rows;
   std::vector<V> z, grad_z, responsibilities;  // (N, P), (N, P), (N, K) numbers
-  std::vector<double> distances, nearest;      // d (N, K), and from the nearest center (N,)
+  std::vector<double> distances, nearest;      // d (N, K), and from the mean or the nearest center (N,)
   std::vector<int64_t> cell;                   // the nearest center (N,)
   std::vector<V> center;                       // (P,)
   double scale, floor, scatter;
@@ -122,16 +123,29 @@ class Fit {
     return sum(total);
   }
 
+  // The i-th vector of a row, with zeros behind its last number.
+  V load(const Point* from, int64_t i) const {
+    typedef Point Part __attribute__((vector_size(kLanes * sizeof(Point))));
+    Part part = {};
+    if ((i + 1) * kLanes <= D) {
+      std::memcpy(&part, from + i * kLanes, sizeof part);
+    } else {
+      for (int64_t lane = 0; lane < D - i * kLanes; ++lane) part[lane] = from[i * kLanes + lane];
+    }
+    return __builtin_convertvector(part, V);
+  }
+
   // Sets of a size above one are scaled to it, so that no square overflows.
   void enter() {
-    z.assign(N * width(), V{});
+    z.resize(N * width());
+    nearest.resize(N);
     center.assign(width(), V{});
     for (int64_t n = 0; n < N; ++n) {
       const Point* from = static_cast<const Point*>(p.x) + rows[n] * D;
-      std::copy(from, from + D, reinterpret_cast<double*>(&z[n * width()]));
-      for (int64_t i = 0; i < width(); ++i) center[i] += z[n * width() + i];
+      __builtin_prefetch(static_cast<const Point*>(p.x) + rows[n + kAhead] * D);
+      for (int64_t i = 0; i < width(); ++i) center[i] += z[n * width() + i] = load(from, i);
     }
-    for (V& own : center) own /= double(N);
+    for (V& own : center) own *= 1.0 / N;
     V extent = {};
     for (int64_t n = 0; n < N; ++n)
       for (int64_t i = 0; i < width(); ++i) {
@@ -143,21 +157,22 @@ class Fit {
     scale = largest > 1.0 ? std::ldexp(1.0, 1 + std::ilogb(largest)) : 1.0;
     const double eps = std::numeric_limits<Point>::epsilon();
     floor = std::max(kFloor / scale / scale, eps * eps);
-    V squares = {};
-    for (V& own : z) {
-      own *= 1.0 / scale;
-      squares += own * own;
+    scatter = 0.0;
+    for (int64_t n = 0; n < N; ++n) {
+      V square = {};
+      for (int64_t i = 0; i < width(); ++i) {
+        const V own = z[n * width() + i] *= 1.0 / scale;
+        square += own * own;
+      }
+      nearest[n] = sum(square);
+      scatter += prior_share / N * nearest[n];
     }
-    scatter = prior_share / N * sum(squares);
   }
 
   // The mixture around the farthest points.
   void start() {
     Mixture& state = states[0];
-    nearest.resize(N);
     cell.assign(N, 0);
-    const std::vector<V> origin(P);
-    for (int64_t n = 0; n < N; ++n) nearest[n] = squared_distance(&z[n * width()], origin.data());
     for (int64_t k = 0; k < K; ++k) {
       const int64_t farthest = std::max_element(nearest.begin(), nearest.end()) - nearest.begin();
       std::copy(&z[farthest * width()], &z[farthest * width()] + width(), &centers[k * width()]);
@@ -182,12 +197,12 @@ class Fit {
       for (int64_t i = 0; i < width(); ++i) state.means[k * width() + i] += z[n * width() + i];
     }
     double within = 0.0;
-    for (double own : nearest) within += own / (D * N);
+    for (double own : inner) within += own / (D * N);
     for (int64_t k = 0; k < K; ++k) {
       V *mean = &state.means[k * width()], *cell_mean = &cell_means[k * width()], *own_center = &centers[k * width()];
       for (int64_t i = 0; i < width(); ++i) {
-        cell_mean[i] /= mass[k] + kEps;
-        mean[i] = mass[k] == 0.0 ? own_center[i] : has_core(k) ? mean[i] / (core_mass[k] + kEps) : cell_mean[i];
+        cell_mean[i] *= 1.0 / (mass[k] + kEps);
+        mean[i] = mass[k] == 0.0 ? own_center[i] : has_core(k) ? mean[i] * (1.0 / (core_mass[k] + kEps)) : cell_mean[i];
       }
       const double scatter = inner[k] - mass[k] * squared_distance(cell_mean, own_center);
       state.variances[k] = floor + (has_variance(k) ? scatter / (mass[k] + kEps) / D : within);
@@ -222,7 +237,8 @@ class Fit {
     for (int64_t n = 0; n < N; ++n) {
       double total = 0.0;
       for (int64_t k = 0; k < K; ++k) total += r[n * K + k];
-      for (int64_t k = 0; k < K; ++k) r[n * K + k] /= total;
+      const double share = 1.0 / total;
+      for (int64_t k = 0; k < K; ++k) r[n * K + k] *= share;
     }
   }
 
@@ -240,7 +256,7 @@ class Fit {
       }
     for (int64_t k = 0; k < K; ++k) {
       const double own = after.mass[k];
-      for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] /= own;
+      for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] *= 1.0 / own;
       const double moved = squared_distance(&after.means[k * width()], &before.means[k * width()]);
       after.variances[k] = (inner[k] - own * moved + scatter) / (own + 1.0) / D + floor;
     }
@@ -248,12 +264,13 @@ class Fit {
 
   void leave() const {
     const Mixture& state = states.back();
+    const double* origin = reinterpret_cast<const double*>(center.data());
     for (int64_t k = 0; k < K; ++k) {
       const double* mean = reinterpret_cast<const double*>(&state.means[k * width()]);
       double* found = p.means + (set * K + k) * D;
-      for (int64_t i = 0; i < D; ++i) found[i] = mean[i] * scale + center[i / kLanes][i % kLanes];
+      for (int64_t i = 0; i < D; ++i) found[i] = mean[i] * scale + origin[i];
       p.log_weights[set * K + k] = std::log(state.mass[k] / (N + K * kEps));
-      p.log_scales[set * K + k] = 0.5 * std::log(state.variances[k]) + std::log(scale);
+      p.log_scales[set * K + k] = 0.5 * std::log(state.variances[k] * scale * scale);
     }
   }
 
@@ -275,7 +292,7 @@ class Fit {
     for (int64_t n = 0; n < N; ++n) {
       const double* own = reinterpret_cast<const double*>(&grad_z[n * width()]);
       Point* found = static_cast<Point*>(p.grad_x) + rows[n] * D;
-      for (int64_t i = 0; i < D; ++i) found[i] = Point(own[i] / scale);
+      for (int64_t i = 0; i < D; ++i) found[i] = Point(own[i] * (1.0 / scale));
     }
   }
 
@@ -288,7 +305,7 @@ class Fit {
       const double of_scatter = grads.variances[k] / (own + 1.0) / D;
       V moved_by = {}, along = {};
       for (int64_t i = k * width(); i < (k + 1) * width(); ++i) {
-        const V shift = after.means[i] - before.means[i], of_mean = grads.means[i] / own;
+        const V shift = after.means[i] - before.means[i], of_mean = grads.means[i] * (1.0 / own);
         moved_by += shift * shift;
         along += shift * of_mean;
         slopes[i] = of_mean - 2.0 * of_scatter * shift;

@@ -7,6 +7,7 @@ cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,41 +22,28 @@ _DEVICE_BLOCK_SIZE = 2**22
 _SMALL = 2**13
 
 Tensors = Sequence[Tensor | None]
-# Called as function(sets, *rows, *parameters) with the slice of the sets and the block's part of each tensor; returns
-# tensors (b, ...) that are sums over the points of the block, or (b, ..., n) where the points are mapped.
+# Called as function(sets, *rows, *parameters) with the slice of the sets and the block's part of each tensor.
 BlockFunction = Callable[..., tuple[Tensor, ...]]
 
 
-def sum_blocks(
-    function: BlockFunction, rows: Tensors, parameters: Tensors, width: int, block_size: int | None = None
+def _over_blocks(
+    join: Callable[[list[Tensor]], Tensor],
+    function: BlockFunction,
+    rows: Tensors,
+    parameters: Tensors,
+    width: int,
+    block_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the sums over all points of a function of blocks of points.
+    """Return a function of blocks of points, joined over all points.
 
     Args:
+        join: joins the results of the blocks of some sets.
         function: see ``BlockFunction``.
         rows: tensors (B, ..., N) that are cut along sets and points; ``None`` is passed on.
         parameters: tensors (B, ...) that are cut along sets.
         width: numbers per point of an intermediate result, such as K.
         block_size: numbers per intermediate result of a block.
     """
-    return _over_blocks(function, rows, parameters, width, block_size, _add)
-
-
-def map_blocks(
-    function: BlockFunction, rows: Tensors, parameters: Tensors, width: int, block_size: int | None = None
-) -> tuple[Tensor, ...]:
-    """Return a function of points (B, ..., N), evaluated block by block; arguments are those of :func:`sum_blocks`."""
-    return _over_blocks(function, rows, parameters, width, block_size, lambda parts: _cat(parts, -1))
-
-
-def _over_blocks(
-    function: BlockFunction,
-    rows: Tensors,
-    parameters: Tensors,
-    width: int,
-    block_size: int | None,
-    join: Callable[[list[Tensor]], Tensor],
-) -> tuple[Tensor, ...]:
     first = next(tensor for tensor in rows if tensor is not None)
     num_sets, num_items = first.shape[0], first.shape[-1]
     if torch.compiler.is_compiling() or num_sets * num_items * width <= _SMALL:
@@ -80,8 +68,9 @@ def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def _add(parts: list[Tensor]) -> Tensor:
-    return sum(parts[1:], parts[0])
+# Of functions that return sums over the points of a block (b, ...), and of functions that map them (b, ..., n).
+sum_blocks = functools.partial(_over_blocks, lambda parts: sum(parts[1:], parts[0]))
+map_blocks = functools.partial(_over_blocks, functools.partial(_cat, dim=-1))
 
 
 def _split(tensors: Tensors, size: int, dim: int, count: int) -> list[tuple[Tensor | None, ...]]:

@@ -38,13 +38,11 @@ class DiagonalCovariance(FullCovariance):
         return variances if means is None else variances + means.square()
 
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return the standard deviations and their reciprocals."""
         variances = self.variances(covariances)
         root = torch.maximum(variances, smallest_pivots(self.second_moments(variances, means))).sqrt()
         return Factor(root, root.reciprocal())
 
     def indefinite(self, covariances: Tensor) -> Tensor:
-        """Return whether each variance is zero or negative."""
         return covariances <= 0
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
@@ -65,7 +63,6 @@ class DiagonalCovariance(FullCovariance):
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the means and ``sigma^2 = scatter / mass + floor``."""
         variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
         least = smallest_pivots(self.second_moments(variances.abs(), means))
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
@@ -100,14 +97,7 @@ class DiagonalCovariance(FullCovariance):
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
         return self.diagonal(covariances, means.shape[-1]).diag_embed()
 
-    def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        return factor * vectors
-
-    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        return factor * other
-
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the coordinate axes and the standard deviations."""
         root = self.factorize(covariances, means).scale.expand(*means.shape)
         return identity(means.shape[-1], root), root
 
@@ -117,7 +107,6 @@ class DiagonalCovariance(FullCovariance):
         return self.pack((2.0 * stretch).exp() * (self.variances(covariances) - least) + least)
 
     def pairs(self, matrix: Tensor) -> Tensor:
-        """Return the diagonals."""
         return matrix.diagonal(dim1=-2, dim2=-1)
 
 
@@ -140,7 +129,6 @@ class SphericalCovariance(DiagonalCovariance):
         return variances.mean(-1)
 
     def common_scale(self, scale: Tensor) -> Tensor:
-        """Return the root mean square for every feature."""
         return scale.square().mean().sqrt().expand_as(scale)
 
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
@@ -150,9 +138,7 @@ class SphericalCovariance(DiagonalCovariance):
         return x.square().sum(1, keepdim=True)
 
     def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
-        """Return ``sigma^2 + |mu|^2 / D``."""
         return variances if means is None else variances + means.square().mean(-1, keepdim=True)
 
     def pairs(self, matrix: Tensor) -> Tensor:
-        """Return the traces (..., 1)."""
         return matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)

@@ -12,14 +12,6 @@ from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inver
 from em_lightning.mixture.parameters import Parameters
 
 
-def lower_triangle(entries: Tensor, num_features: int) -> Tensor:
-    """Return lower triangles (..., D, D) of log-diagonals and strict lower triangles (..., D (D + 1) / 2)."""
-    triangle = entries.new_zeros(*entries.shape[:-1], num_features, num_features)
-    below = _below_diagonal(triangle)
-    triangle[..., below[0], below[1]] = entries[..., num_features:]
-    return triangle + entries[..., :num_features].exp().diag_embed()
-
-
 def _below_diagonal(matrix: Tensor) -> Tensor:
     """Return the indices of the strict lower triangle."""
     return torch.tril_indices(matrix.shape[-1], matrix.shape[-1], -1, device=matrix.device)
@@ -59,8 +51,10 @@ class FullCovariance:
     """
 
     name = "full"
-    # The shape of the inverse factor: a triangle ("full"), a "diagonal" or one number ("spherical").
-    whitening = "full"
+    # The inverse factor of the native backend: a triangle ("full"), a "diagonal" or one number ("spherical").
+    whitening: str | None = "full"
+    # Leading axes of size 1 that the covariances of one set have here and not in scikit-learn.
+    sklearn_axes = 1
 
     @property
     def unrestricted(self) -> FullCovariance:
@@ -199,14 +193,6 @@ class FullCovariance:
         """Return factors ``U`` of the precisions, ``P = U U^T``, in the same shape: scikit-learn's."""
         return self.factorize(covariances).inverse.mT
 
-    def to_sklearn(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of one set (1, ...) in scikit-learn's layout."""
-        return covariances[0]
-
-    def from_sklearn(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of one set (1, ...) for scikit-learn's layout."""
-        return covariances.unsqueeze(0)
-
     def unconstrained(self, covariances: Tensor) -> Tensor:
         """Return log-diagonals and strict lower triangles (B, K, D (D + 1) / 2) of the factors."""
         scale = self.factorize(covariances).scale
@@ -215,26 +201,12 @@ class FullCovariance:
 
     def constrained(self, entries: Tensor, num_features: int) -> Tensor:
         """Return the covariances of :meth:`unconstrained` entries, positive definite for any."""
-        factor = lower_triangle(entries, num_features)
+        factor = entries[..., :num_features].exp().diag_embed()
+        below = _below_diagonal(factor)
+        factor[..., below[0], below[1]] = entries[..., num_features:]
         return factor @ factor.mT
 
     # Corrections, in the frame of each component.
-
-    def apply(self, factor: Tensor, vectors: Tensor) -> Tensor:
-        """Return the product of a factor and vectors (B, K, D)."""
-        return (factor @ vectors.unsqueeze(-1)).squeeze(-1)
-
-    def compose(self, factor: Tensor, other: Tensor) -> Tensor:
-        """Return the product of two factors."""
-        return factor @ other
-
-    def changes(self, before: Parameters, after: Parameters) -> Tensor:
-        """Return the largest change (B,) of weights, and of means and factors in standard deviations."""
-        own, new = self.factorize(before.covariances), self.factorize(after.covariances)
-        weights = (after.log_weights.exp() - before.log_weights.exp()).abs().amax(1)
-        shift = self.apply(new.inverse, after.means - before.means).abs().flatten(1).amax(1)
-        growth = self.compose(new.inverse, new.scale - own.scale).abs().flatten(1).amax(1)
-        return torch.stack([weights, shift, growth]).amax(0)
 
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
@@ -269,6 +241,7 @@ class TiedCovariance(FullCovariance):
     """One covariance that all components of a set share: ``Sigma (B, 1, D, D)``."""
 
     name = "tied"
+    sklearn_axes = 2
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         return 1, num_features, num_features
@@ -288,16 +261,8 @@ class TiedCovariance(FullCovariance):
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         return super().expand(variance, 1)
 
-    def to_sklearn(self, covariances: Tensor) -> Tensor:
-        return covariances[0, 0]
-
-    def from_sklearn(self, covariances: Tensor) -> Tensor:
-        return covariances[None, None]
-
     def scaled(self, covariances: Tensor, ratio: Tensor) -> Tensor:
-        """Return ``Sigma`` times the mean ratio of the components."""
         return super().scaled(covariances, ratio.mean(1, keepdim=True))
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return the covariances stretched by the mean of the components."""
         return super().stretched(covariances, axes, stretch.mean(1, keepdim=True), floor)

@@ -42,7 +42,7 @@ class LowRankCovariance(FullCovariance):
         return FullCovariance()
 
     def num_parameters(self, num_components: int, num_features: int) -> int:
-        """Return K (D (R + 1) - R (R - 1) / 2): rotations of the factors do not change ``Sigma``."""
+        # Rotations of the factors do not change Sigma.
         return num_components * (num_features * (self.rank + 1) - self.rank * (self.rank - 1) // 2)
 
     def estimate(
@@ -68,7 +68,6 @@ class LowRankCovariance(FullCovariance):
         return torch.cat([loadings, noise.sqrt().unsqueeze(-1)], -1)
 
     def to_public(self, covariances: Tensor) -> Tensor:
-        """Return ``U U^T + Psi`` (B, K, D, D)."""
         loadings = covariances[..., :-1]
         return loadings @ loadings.mT + covariances[..., -1].square().diag_embed()
 

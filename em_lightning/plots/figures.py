@@ -1,31 +1,96 @@
-"""Figures of point clouds with their mixtures, and of curves."""
+"""Figures of mixtures and of curves, in one palette and style, without pyplot's global state."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
-from em_lightning.files import write_whole
 from em_lightning.mixture import Mixture
-from em_lightning.mixture.covariance import covariance_of
-from em_lightning.plots.style import NEUTRAL, figure_style, new_figure, new_grid
+
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
+# is last, as it is too faint for lines on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
+DIVERGING = "PuOr"
+NEUTRAL = "#7F7F7F"
+
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "image.cmap": "viridis",
+    "savefig.dpi": 150,
+}
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Set matplotlib's parameters to the library's style for a ``with`` block or a decorated function.
+
+    Titles and legends read the style when they are made, so decorate the whole function that draws.
+    """
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+@figure_style()
+def new_figure(
+    count: int = 1, columns: int = 1, *, width: float = 3.0, height: float = 2.4, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure and the list of its axes, ``count`` in rows of ``columns``.
+
+    The figure is not registered with pyplot, so it need not be closed. ``width`` and ``height`` are those of each axes,
+    in inches; further arguments are for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
+
+    Example:
+        >>> figure, axes = new_figure(5, 3)
+        >>> len(axes), len(figure.axes)
+        (5, 5)
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **subplots).flat
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, list(axes[:count])
+
+
+@figure_style()
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure to ``path``, whose folder is created, and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
 
 
 def component_colors(num_components: int) -> Tensor:
-    """Return one colour (K, 3) per component: hues evenly spaced, alternately light and dark.
-
-    Example:
-        >>> component_colors(4).shape
-        torch.Size([4, 3])
-    """
+    """Return one colour (K, 3) per component: hues evenly spaced, alternately light and dark."""
     hue = torch.arange(num_components) / num_components
     dark = torch.arange(num_components) % 2
     return torch.from_numpy(hsv_to_rgb(torch.stack([hue, 0.85 - 0.2 * dark, 0.95 - 0.3 * dark], -1).numpy())).float()
@@ -58,7 +123,7 @@ def mixture_grid(
     shades = mixture.posterior(points).responsibilities @ colors
     flat = points.shape[-1] == 2
     projection = {} if flat else {"projection": "3d", "box_aspect": (1, 1, 1)}
-    figure, axes = new_grid(len(points), 4, width=2.4, height=2.4, subplot_kw=projection)
+    figure, axes = new_figure(len(points), 4, width=2.4, height=2.4, subplot_kw=projection)
     ax: Any
     for i, ax in enumerate(axes):
         keep = slice(None) if mask is None else mask[i].cpu()
@@ -108,21 +173,8 @@ def curves(
     levels: Mapping[str, float] | None = None,
     log_x: bool = False,
 ) -> Figure:
-    """Draw named lines in one panel, and dashed horizontal lines for comparison.
-
-    Args:
-        series: x and y of each line.
-        xlabel: label of the x axis, with its unit.
-        ylabel: label of the y axis, with its unit.
-        title: title of the figure.
-        levels: y of the dashed lines.
-        log_x: whether the x axis is logarithmic.
-
-    Example:
-        >>> figure = curves({"trained": ([0, 1], [-1.0, 0.5])}, "EM iteration", "log-likelihood per point (nats)")
-    """
-    figure, axes = new_figure(width=4.6, height=3.0)
-    ax = axes[0, 0]
+    """Draw the named lines (x, y) of ``series`` in one panel, and the dashed horizontal lines ``levels``."""
+    figure, (ax,) = new_figure(width=4.6, height=3.0)
     if all(value == int(value) for x, _ in series.values() for value in x):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, (x, y) in series.items():
@@ -137,39 +189,19 @@ def curves(
     return figure
 
 
-def mixture_page(path: Path, clouds: Sequence[tuple[str, Tensor, Tensor, Mapping[str, Sequence[Mixture]]]]) -> None:
-    """Write an HTML page that needs no network: clouds to turn, ellipsoids, and a slider over iterations.
+def tensorboard_writers(trainer: Any, content: str | None = None) -> list[Any]:
+    """Return the ``SummaryWriter`` of each TensorBoard logger of a Trainer, on the first rank.
 
-    Args:
-        path: of the page.
-        clouds: for each the title, fitted points (1, N, 3), held-out points (1, M, 3), and for each method the
-            mixtures of one set after each iteration.
+    If there is none, one line per process says that ``content`` is left out, as other loggers have no interface for it.
     """
+    writers = [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, "add_histogram")]
+    if content and not writers:
+        _say_once(f"No {content} are logged: they need a TensorBoardLogger.")
+    return writers
 
-    def numbers(values: Tensor) -> Any:
-        return [numbers(part) for part in values] if values.ndim else round(float(values), 4)
 
-    def step(mixture: Mixture, points: Tensor, held_out: Tensor) -> dict[str, Any]:
-        values, vectors = torch.linalg.eigh(
-            covariance_of(mixture.covariances, mixture.means).to_full(mixture.covariances, mixture.means)[0].double()
-        )
-        axes = (2.0 * vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)).mT
-        scores = (float(mixture.log_prob(x.to(mixture.means)).mean()) for x in (points, held_out))
-        named = {"means": mixture.means[0], "axes": axes, "weights": mixture.weights[0]}
-        shapes = {name: numbers(value.detach().cpu()) for name, value in named.items()}
-        return {**shapes, **dict(zip(("fitted", "held_out"), scores, strict=True))}
+@functools.cache
+def _say_once(text: str) -> None:
+    from lightning.pytorch.utilities import rank_zero_info  # figures alone do not need Lightning
 
-    content = [
-        {
-            "title": title,
-            "points": numbers(points[0].cpu()),
-            "held_out": numbers(held_out[0].cpu()),
-            "methods": [
-                {"name": name, "steps": [step(mixture, points, held_out) for mixture in mixtures]}
-                for name, mixtures in methods.items()
-            ],
-        }
-        for title, points, held_out, methods in clouds
-    ]
-    page = Path(__file__).with_name("scene.html").read_text(encoding="utf-8")
-    write_whole(path, page.replace("/*DATA*/", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")))
+    rank_zero_info(text)
