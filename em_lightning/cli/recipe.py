@@ -16,7 +16,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from em_lightning.checkpoints import AtomicCheckpointIO
@@ -170,6 +170,10 @@ class RecipeCLI(LightningCLI):
         given = self.config_init.trainer
         if given.logger is False and given.callbacks:  # LearningRateMonitor raises without a logger
             given.callbacks = [each for each in given.callbacks if not isinstance(each, LearningRateMonitor)]
+        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
+        has_bar = any(isinstance(each, ProgressBar) for each in callbacks)
+        if given.enable_progress_bar is not False and not has_bar and sys.stderr.isatty():
+            given.callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]  # a RichProgressBar hides the last line
         try:
             trainer = super().instantiate_trainer(**options)
         except (ValueError, MisconfigurationException) as error:
