@@ -25,9 +25,10 @@ from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
 
 from em_lightning import EMOperator
-from em_lightning.data import PointCloudFolder, ProceduralSurfaces, Shape
+from em_lightning.data import PointCloudFolder, Shape
 from em_lightning.data.base import generator_of
 from em_lightning.modules import PointCloudGMM
+from em_lightning.studies import ProceduralSurfaces
 from em_lightning.studies.density_fits import (
     TRAINED,
     Clouds,

@@ -17,11 +17,11 @@ from torch import Tensor
 from em_lightning import EMOperator
 from em_lightning.activations import ACTIVATIONS, Activation, SignedActivation
 from em_lightning.competition import softmin
-from em_lightning.data import ProceduralSurfaces
 from em_lightning.kernels import KERNELS
 from em_lightning.modules import PointCloudGMM
 from em_lightning.plots import figure_style, new_figure, save_figure
 from em_lightning.plots.figures import NEUTRAL, PALETTE
+from em_lightning.studies import ProceduralSurfaces
 
 SCALAR_KERNELS = ("gaussian", "laplace", "logistic", "student_t", "huber", "pseudo_huber", "exponential", "dot_product")
 

@@ -8,9 +8,7 @@ lightning_logs/amortized_clustering. The default takes about three minutes on tw
 """
 
 from em_lightning.cli import Recipe
-from em_lightning.data import MixtureSets
-from em_lightning.modules import AmortizedClustering
-from em_lightning.studies import ClusteringReport
+from em_lightning.studies import AmortizedClustering, ClusteringReport, MixtureSets
 
 recipe = Recipe(__file__, model=AmortizedClustering, data=MixtureSets, report=ClusteringReport, data_subclasses=False)
 

@@ -393,3 +393,14 @@ def test_fine_tuning_from_a_plain_checkpoint_gets_advice_that_works(tmp_path):
 def test_a_repeated_argument_is_named():
     with pytest.raises(TypeError, match="arguments=.*repeats dim"):
         SwapActivations("softmax_gated", arguments={"dim": 1})
+
+
+@pytest.mark.parametrize("make", [SwapActivations, lambda: InsertEMOperator("encoder.2", verbose=False)])
+def test_a_plain_load_that_drops_a_surgery_warns(make, tmp_path):
+    trainer = fit(tmp_path, model := users.MLP(), make())
+    trainer.save_checkpoint(tmp_path / "changed.ckpt")
+    state = torch.load(tmp_path / "changed.ckpt")["state_dict"]
+    message = "strict=False drops the surgery at encoder.*RestoreSurgery or restore_surgery"
+    with pytest.warns(UserWarning, match=message):
+        users.MLP().load_state_dict(state, strict=False)
+    model.load_state_dict(state, strict=False)  # the changed model takes all of it

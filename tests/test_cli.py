@@ -371,6 +371,7 @@ def labelled():
     [
         (["real.py:ten", "--input=2,5:10"], "softmax"),
         (["real.py:ten", "--input=input_ids=2,5:7", "--input=attention_mask=2,5:2"], "softmax"),
+        (["real.py:Tokens", "--input=2,5:7", "--init_args={vocabulary: 7}"], "softmax"),
         (["real.py:Two", "--input=2,3", "--input=3,5"], "softmax"),
         (["real.py:Two", "--input=y=3,5", "--input=x=2,3"], "softmax"),
         (["real.py:Dictionary", "--input=left=2,3", "--input=right=2,3"], "softmax"),
@@ -424,6 +425,9 @@ trainer.save_checkpoint("trusted.ckpt")
         (["networks.py:clasifier", "--input=5,8"], ["'clasifier'"]),
         (["nowhere:Model", "--input=5,8"], ["'nowhere:Model'", "No module named 'nowhere'"]),
         (["networks.py:needs", "--input=5,8"], ["networks.py:needs", "'arguments'"]),
+        (["networks.py:needs", "--input=5,8", "--init_args={arguments: 3}"], ["torch.nn.Module", "NoneType"]),
+        (["networks.py:needs", "--input=5,8", "--init_args=3"], ["--init_args=3", "mapping"]),
+        (["networks.py:needs", "--input=5,8", "--init_args={"], ["--init_args={"]),
         (["networks.py:ready", "--input=5,8:ten"], ["--input=5,8:ten", "8,128:50257"]),
         (["networks.py:ready", "--input=5,8:0"], ["--input=5,8:0", "shape"]),
         (["networks.py:ready", "--input=x=5,8", "--input=5,8"], ["--input=x=5,8 --input=5,8", "name all"]),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from em_lightning import data
+from em_lightning import data, studies
 from em_lightning.data import folders
 from em_lightning.modules import PointCloudGMM
 
@@ -54,10 +54,10 @@ def test_triangles_are_drawn_by_area_and_points_uniformly_in_them():
 
 
 def test_sphere_and_torus_are_uniform_by_area():
-    vertices, faces = data.random_surface("sphere", generator())
+    vertices, faces = studies.random_surface("sphere", generator())
     z = sample(vertices, faces, 5000, generator(1))[:, 2]
     assert stats.kstest(z.numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3  # Archimedes
-    vertices, faces = data.random_surface("torus", generator())
+    vertices, faces = studies.random_surface("torus", generator())
     ring = sample(vertices, faces, 20_000, generator(1))[:, :2].norm(dim=1)
     minor = float(vertices[:, 2].max())
     # The mean distance of a torus surface from its axis is R + r^2 / (2 R), with R = 1.
@@ -65,7 +65,7 @@ def test_sphere_and_torus_are_uniform_by_area():
 
 
 def test_sampling_is_a_function_of_the_generator():
-    surface = data.random_surface("chair", generator())
+    surface = studies.random_surface("chair", generator())
     draws = [sample(*surface, 10, generator(seed)) for seed in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
@@ -106,19 +106,19 @@ def test_rotations(axis):
         assert stats.kstest(rotations[:, 2, 2].numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("family", data.FAMILIES)
+@pytest.mark.parametrize("family", studies.FAMILIES)
 def test_families(family):
     for seed in range(20):
-        vertices, faces = data.random_surface(family, generator(seed))
+        vertices, faces = studies.random_surface(family, generator(seed))
         assert sample(vertices, faces, 64, generator(seed)).isfinite().all()
-    again = data.random_surface(family, generator(19))[0]
+    again = studies.random_surface(family, generator(19))[0]
     assert torch.equal(vertices, again)
-    assert family == "sphere" or not torch.equal(again, data.random_surface(family, generator(18))[0])
+    assert family == "sphere" or not torch.equal(again, studies.random_surface(family, generator(18))[0])
 
 
 def test_unknown_family():
     with pytest.raises(ValueError, match="family='cube' .*sphere"):
-        data.random_surface("cube", generator())
+        studies.random_surface("cube", generator())
 
 
 # Data modules: items are a function of (seed, split, epoch, index).
@@ -162,7 +162,7 @@ def shapes_of(root, **options):
 
 
 def small(**options):
-    return data.ProceduralSurfaces(**{"num_points": 8, "batch_size": 4, "train_clouds": 6, **options})
+    return studies.ProceduralSurfaces(**{"num_points": 8, "batch_size": 4, "train_clouds": 6, **options})
 
 
 def test_training_clouds_change_every_epoch_and_resume_exactly(tmp_path):
@@ -226,7 +226,7 @@ def test_held_out_points_are_other_points_of_the_same_shape():
 def test_describe_of_the_default_data():
     module = small()
     assert "18 families" in module.describe() and "6 train, 64 val, 64 test clouds of 8 points" in module.describe()
-    assert module.class_names == list(data.FAMILIES)
+    assert module.class_names == list(studies.FAMILIES)
 
 
 @pytest.fixture
@@ -479,7 +479,7 @@ def test_bad_archives_raise(tmp_path, archive):
 )
 def test_bad_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
-        data.ProceduralSurfaces(**arguments)
+        studies.ProceduralSurfaces(**arguments)
 
 
 def test_bad_arguments_of_folders_and_archives_raise(tmp_path, archive):
@@ -496,12 +496,12 @@ def test_bad_arguments_of_folders_and_archives_raise(tmp_path, archive):
         data.PointCloudFolder(str(tmp_path), test_fraction=0.6)
 
 
-@pytest.mark.parametrize("name", ["ProceduralSurfaces", "PointCloudFolder"])
-def test_the_command_line_knows_every_argument(name):
+@pytest.mark.parametrize("cls", [studies.ProceduralSurfaces, data.PointCloudFolder])
+def test_the_command_line_knows_every_argument(cls):
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser()
-    parser.add_class_arguments(getattr(data, name), "data")
+    parser.add_class_arguments(cls, "data")
     text = parser.format_help()
     for argument in ("num_points", "batch_size", "num_workers", "seed", "noise", "rotate"):
         assert f"--data.{argument}" in text

@@ -5,8 +5,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError
 
 from em_lightning.callbacks import StepSeeds
-from em_lightning.data import ProceduralSurfaces
 from em_lightning.modules import EMModule, PointCloudGMM
+from em_lightning.studies import ProceduralSurfaces
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

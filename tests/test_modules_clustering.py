@@ -7,10 +7,8 @@ from lightning.pytorch import Trainer
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from em_lightning.data import MixtureSets
 from em_lightning.mixture import Mixture, MixturePrior
-from em_lightning.modules import AmortizedClustering
-from em_lightning.studies import ClusteringReport
+from em_lightning.studies import AmortizedClustering, ClusteringReport, MixtureSets
 
 
 def small(**arguments):

@@ -5,8 +5,8 @@ import torch
 from helpers import assert_close
 
 from em_lightning import EMOperator
-from em_lightning.data import ProceduralSurfaces
 from em_lightning.modules import PointCloudGMM
+from em_lightning.studies import ProceduralSurfaces
 from em_lightning.studies.density_fits import Clouds, Method, baselines, em_scores, kernel_scores, measure, tune
 from em_lightning.studies.mixture_report import verdict_by_size
 from em_lightning.studies.page import mixture_page

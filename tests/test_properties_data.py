@@ -16,11 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from em_lightning.data import (
-    FAMILIES,
     EpochSampler,
     ImagePointSets,
-    MixtureSetBatch,
-    MixtureSets,
     PointCloudBatch,
     PointSetBatch,
     RandomDataset,
@@ -37,11 +34,11 @@ from em_lightning.data import (
     draw_cloud,
     parse_points,
     random_rotation,
-    random_surface,
     read_idx,
     read_points,
     unit_ball,
 )
+from em_lightning.studies import FAMILIES, MixtureSetBatch, MixtureSets, random_surface
 
 
 @given(values=st.data())

@@ -25,12 +25,12 @@ from em_lightning.callbacks import (
 )
 from em_lightning.data import PointCloudBatch, TableBatch
 from em_lightning.modules import (
-    AmortizedClustering,
     EMModule,
     GaussianMixtureModule,
     PointCloudGMM,
 )
 from em_lightning.studies import (
+    AmortizedClustering,
     DecoderFreeEncoder,
     EMClassifier,
     EnergyLayer,

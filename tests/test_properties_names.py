@@ -34,7 +34,7 @@ ELSEWHERE = {
     "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
     "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds"),
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
-        "Digits GaussianBlobs MNIST PointCloudFolder ProceduralSurfaces"
+        "Digits GaussianBlobs MNIST PointCloudFolder"
     ),
     "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_plan restore_surgery",
     "hooks and types, in tests/test_surgery.py and tests/test_callbacks_*.py": (

@@ -39,8 +39,7 @@ ORDER = [
     "studies",
     "cli",
 ]
-# The aim is 16,500 without studies and 19,000 with it: lower these limits as code goes.
-MAX_LINES = {"file": 400, "package without studies": 20_003, "package": 22_075}
+MAX_LINES = {"file": 400, "package without studies": 16_500, "package": 19_000}
 # Private attributes of other libraries that are used, and why no public one exists.
 EXCEPTIONS = {
     "_python_dispatch": "torch has no public name for TorchDispatchMode, which sees the operations below autograd",

@@ -512,3 +512,62 @@ def test_selections_stay_out_of_inserted_operators():
     assert list(LayerwiseLoss(model, "0.operator.operator", weight=1.0, verbose=False).losses) == [
         "0.operator.operator"
     ]
+
+
+@pytest.mark.parametrize("key, lost", [("direction", 65.0), ("softmax_gated", 7.3), ("sparsemin", 6.0)])
+@pytest.mark.parametrize("functional", [False, True])
+def test_swaps_that_ruin_wide_layers_warn(key, lost, functional):
+    class Network(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.layer, self.act = nn.Linear(4, width), nn.ReLU()
+
+        def forward(self, x):
+            return F.relu(self.layer(x)) if functional else self.act(self.layer(x))
+
+    x = torch.randn(3, 4)
+    wide, narrow = Network(32), Network(31)
+    swap_activations(wide, key, functional=functional, verbose=False)
+    swap_activations(narrow, key, functional=functional, verbose=False)
+    with pytest.warns(UserWarning, match=f"over the 32 units of .* it lost {lost} points .*'signed' and 'grouped'"):
+        wide(x)
+    narrow(x)  # any warning is an error in this suite
+
+
+class Decides(nn.Module):
+    """Has an output whose width is not that of its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(7, 32), nn.Linear(7, 4)
+
+    def forward(self, x):
+        return self.wide(x) + self.narrow(x).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("make, width", [(Decides, 32), (nn.Flatten, 7)])
+def test_an_operator_takes_the_width_that_it_sees(make, width):
+    x = torch.randn(5, 7)
+    model = nn.Sequential(make(), nn.Identity())
+    insert_em_operators(model, "0", set_dim=0, verbose=False)
+    assert torch.equal(model(x), model[0].layer(x)) and model[0].operator.operator.num_features == width
+    refused = nn.Sequential(make(), nn.Identity())
+    insert_em_operators(refused, "0", residual=True, verbose=False)
+    with pytest.raises(ValueError, match=f"give num_features={width}"):
+        refused(x)
+
+
+def test_an_inserted_operator_learns_nothing_but_its_gate_and_is_cheap_in_many_features():
+    model = nn.Sequential(nn.Linear(8, 2048))
+    surgery = insert_em_operators(model, "0", verbose=False)
+    assert [name for name, _ in model.named_parameters() if "operator" in name] == ["0.operator.gate"]
+    model(torch.randn(4, 16, 8)).sum().backward()  # corrections would take gigabytes
+    surgery.undo()
+
+
+def test_modules_that_are_none_are_passed():
+    model = nn.Sequential(nn.Linear(3, 4))
+    model.register_module("norm", None)
+    model.add_module("act", nn.ReLU())
+    swap_activations(model, verbose=False)
+    assert isinstance(model.act, ACTIVATIONS["signed"])

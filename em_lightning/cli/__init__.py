@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes = "random input: 32,784 for numbers, ids=8,128:50257 for integers below 50257; one per argument of forward"
     source.add_argument("--input", action="append", metavar=form, help=shapes)
     source.add_argument("--batch", metavar="FUNCTION", help="makes a batch; a LightningModule runs its training_step")
+    auditor.add_argument("--init_args", default="{}", help="arguments of NAME, for instance '{width: 8, depth: 2}'")
     auditor.add_argument("--ckpt_path", help="checkpoint to load")
     trust = "false loads a checkpoint that you trust, with hyperparameters of any class"
     auditor.add_argument("--weights_only", choices=["true", "false"], default="true", help=trust)
@@ -87,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif parsed.command == "cp":
             print(*copy(parsed.recipe, parsed.folder), sep="\n")
         elif parsed.command == "audit":
-            print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, parsed.weights_only != "false")
+            trusted = parsed.weights_only == "false"
+            print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, not trusted, parsed.init_args)
         else:
             end_with_parent()
             run(parsed.recipe, parsed.arguments)

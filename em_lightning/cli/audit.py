@@ -6,7 +6,7 @@ import functools
 import importlib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ def _named(target: str) -> Any:
     return names[name]
 
 
-def load_model(target: str, checkpoint: str | None = None, weights_only: bool = True) -> Any:
+def load_model(
+    target: str, checkpoint: str | None = None, weights_only: bool = True, arguments: Mapping[str, Any] | None = None
+) -> Any:
     """Return the module that ``package.module:NAME`` or ``path/to/file.py:NAME`` is or returns.
 
     A checkpoint is loaded into it; a LightningModule class also gets the recorded surgery and hyperparameters.
+    ``arguments`` are those of the class or function.
     """
     from torch import nn
 
@@ -38,8 +41,8 @@ def load_model(target: str, checkpoint: str | None = None, weights_only: bool = 
     if checkpoint is not None and isinstance(made, type) and hasattr(made, "load_from_checkpoint"):
         restore = functools.partial(restore_surgery, made)
         load = restore if read_plan(checkpoint, weights_only) else made.load_from_checkpoint
-        return load(checkpoint, map_location="cpu", weights_only=weights_only)
-    model = made if isinstance(made, nn.Module) else made()
+        return load(checkpoint, map_location="cpu", weights_only=weights_only, **(arguments or {}))
+    model = made if isinstance(made, nn.Module) else made(**(arguments or {}))
     if not isinstance(model, nn.Module):
         raise ValueError(f"{target!r} must make a torch.nn.Module, got {type(model).__name__}")
     if checkpoint is not None:
@@ -75,17 +78,20 @@ def print_audit(
     batch: str | None,
     checkpoint: str | None = None,
     weights_only: bool = True,
+    init_args: str = "{}",
 ) -> None:
     """Print the audit of the forward for random inputs, or of the training step for a batch; ValueError if it fails."""
+    import yaml
+
     from em_lightning.scope.auditing import audit, call
 
-    options = {"--ckpt_path": checkpoint, "--batch": batch}
+    options = {"--ckpt_path": checkpoint, "--batch": batch, "--init_args": init_args if init_args != "{}" else None}
     given = [
         *(f"--input={one}" for one in inputs or ()),
         *(f"{name}={value}" for name, value in options.items() if value),
     ]
     try:
-        model = load_model(target, checkpoint, weights_only)
+        model = load_model(target, checkpoint, weights_only, yaml.safe_load(init_args))
         if batch is None:
             values = _random_inputs(inputs or ())
             found = audit(model, values, functools.partial(call, model, values))

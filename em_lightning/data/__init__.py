@@ -1,4 +1,4 @@
-"""LightningDataModules of point clouds, images, mixture samples and large tables; readers of point cloud files."""
+"""LightningDataModules of point clouds, images and large tables; readers of point cloud files."""
 
 from em_lightning.data.base import EpochSampler, RandomDataset
 from em_lightning.data.folders import PointCloudFolder
@@ -13,7 +13,6 @@ from em_lightning.data.images import (
     bright_pixels,
     read_idx,
 )
-from em_lightning.data.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.data.point_clouds import (
     PointCloudBatch,
     PointCloudDataModule,
@@ -24,23 +23,18 @@ from em_lightning.data.point_clouds import (
     unit_ball,
 )
 from em_lightning.data.readers import parse_points, read_points
-from em_lightning.data.surfaces import FAMILIES, ProceduralSurfaces, random_surface
 from em_lightning.data.tables import GaussianBlobs, Table, TableBatch, TableBlocks, TabularDataModule
 
 __all__ = [
-    "FAMILIES",
     "MNIST",
     "Digits",
     "EpochSampler",
     "GaussianBlobs",
     "ImagePointSets",
-    "MixtureSetBatch",
-    "MixtureSets",
     "PointCloudBatch",
     "PointCloudDataModule",
     "PointCloudFolder",
     "PointSetBatch",
-    "ProceduralSurfaces",
     "RandomDataset",
     "Shape",
     "Table",
@@ -55,7 +49,6 @@ __all__ = [
     "draw_cloud",
     "parse_points",
     "random_rotation",
-    "random_surface",
     "read_idx",
     "read_points",
     "unit_ball",

@@ -1,13 +1,11 @@
 """LightningModules to subclass."""
 
-from em_lightning.modules.amortized_clustering import AmortizedClustering
 from em_lightning.modules.base import EMModule
 from em_lightning.modules.gaussian_mixture import GaussianMixtureModule
 from em_lightning.modules.point_cloud_classifier import PointCloudClassifier
 from em_lightning.modules.point_cloud_gmm import PointCloudGMM
 
 __all__ = [
-    "AmortizedClustering",
     "EMModule",
     "GaussianMixtureModule",
     "PointCloudClassifier",

@@ -51,7 +51,7 @@ class PointCloudGMM(EMModule):
         - ``forward(points (B, N, D), mask (B, N))``: a :class:`~em_lightning.Mixture`.
 
     Example:
-        >>> from em_lightning.data import ProceduralSurfaces
+        >>> from em_lightning.studies import ProceduralSurfaces
         >>> batch = next(iter(ProceduralSurfaces(num_points=64, batch_size=4).val_dataloader()))
         >>> module = PointCloudGMM(num_components=4)
         >>> module(batch.points, batch.mask).means.shape

@@ -24,7 +24,8 @@ class EMRefinement(nn.Module):
         dim: the axis of the features; all axes but the first and this one index the items of a set.
         temperature: of the responsibilities; ``None`` takes the square root of D, since differences of log-densities
             grow with D until every responsibility is 0 or 1.
-        num_iters, covariance, **operator: arguments of :class:`EMOperator`, such as ``residual=False``.
+        num_iters, covariance, residual, **operator: arguments of :class:`EMOperator`. ``residual=True`` learns
+            corrections of the M-step, whose cost grows with the cube of D and whose size with its square.
 
     Shape:
         - input and output: (B, N, D), with ``dim=1`` feature maps (B, D, H, W) as sets of positions; (N, D) is one set.
@@ -49,20 +50,20 @@ class EMRefinement(nn.Module):
         dim: int = -1,
         num_iters: int = 3,
         covariance: str = "spherical",
+        residual: bool = False,
         temperature: float | None = None,
         **operator: Any,
     ) -> None:
         super().__init__()
         self.dim = dim
-        self.operator = EMOperator(
-            num_components,
-            num_features,
-            num_iters=num_iters,
-            covariance=covariance,
-            competition=Softmin(math.sqrt(num_features) if temperature is None else temperature),
-            **operator,
-        )
+        self._options = {"num_iters": num_iters, "covariance": covariance, "residual": residual, **operator}
+        self._temperature = temperature
+        self.operator = self._operator(num_components, num_features)
         self.gate = nn.Parameter(torch.zeros(1))
+
+    def _operator(self, num_components: int, num_features: int) -> EMOperator:
+        temperature = math.sqrt(num_features) if self._temperature is None else self._temperature
+        return EMOperator(num_components, num_features, competition=Softmin(temperature), **self._options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""

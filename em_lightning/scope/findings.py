@@ -16,17 +16,27 @@ from em_lightning.operators import EMOperator
 
 TOLERANCE = 1e-3  # of sums and gradients: models compute softmaxes in float32 and below
 NOT_CHECKED = "not checked: "
+NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
 RELU = "elementwise, no normalization, hard zeros"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
-# Reasons and classes by name, as PyG has a Linear too; * is 1d, 2d or 3d.
-_LAYERS = {
-    RELU: "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink",
-    "elementwise: no normalization across units": "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid "
-    "Tanh LogSigmoid Hardswish",
-    "affine: scores, neither exponentiated nor normalized": "Linear Bilinear Embedding Conv* ConvTranspose*",
-}
-_REASONS = {
-    name.replace("*", f"{n}d"): why for why, names in _LAYERS.items() for name in names.split() for n in (1, 2, 3)
+_SWAP = "replace it by a competition with SwapActivations"
+# Reason, advice and classes by name, as PyG has a Linear too; * is 1d, 2d or 3d.
+_LAYERS = (
+    (RELU, _SWAP, "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink"),
+    (
+        "elementwise: no normalization across units",
+        _SWAP,
+        "LeakyReLU PReLU RReLU ELU SELU CELU GELU SiLU Mish Softplus Sigmoid Tanh LogSigmoid Hardswish",
+    ),
+    (
+        "affine: scores, neither exponentiated nor normalized",
+        "train its outputs as energies with LayerwiseEMLoss, or put a mixture behind it with InsertEMOperator",
+        "Linear Bilinear Embedding Conv* ConvTranspose*",
+    ),
+)
+_REASONS = {name.replace("*", f"{n}d"): why for why, _, names in _LAYERS for name in names.split() for n in (1, 2, 3)}
+_ADVICE = {why: advice for why, advice, _ in _LAYERS} | {
+    NOT_SEEN: "if it competes, build it from em_lightning.competition"
 }
 
 
@@ -63,15 +73,20 @@ class Finding:
         """Whether the batch reached the module; if not, ``em`` is False without a check."""
         return not self.reason.startswith(NOT_CHECKED)
 
+    @property
+    def advice(self) -> str:
+        """What to do where this is not EM; empty where it is, or where nothing can be said."""
+        return "" if self.em else _ADVICE.get(self.reason, "" if self.checked else "audit a batch that reaches it")
+
 
 def reason_of(module: nn.Module) -> str:
     """Return why a module in which no competition was seen is not EM."""
     known = (_REASONS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _REASONS)
-    return next(known, "no exponentiated and normalized competition seen in its forward")
+    return next(known, NOT_SEEN)
 
 
 class Audit(list[Finding]):
-    """The findings in the order of the forward pass; ``print`` shows a table."""
+    """The findings in the order of the forward pass; ``print`` shows a table, and advice for what is not EM."""
 
     def __str__(self) -> str:
         rows = [("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "reason")]
@@ -84,7 +99,11 @@ class Audit(list[Finding]):
             place = (one.path or "(root)", one.module, one.operation, one.hypotheses or "-")
             rows.append((*place, exponentiated, normalized, soft, error, em, one.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        for text in dict.fromkeys(one.advice for one in self if one.advice):
+            paths = list(dict.fromkeys(one.path or "(root)" for one in self if one.advice == text))
+            lines.append(f"{', '.join(paths[:3])}{f' and {len(paths) - 3} more' * (len(paths) > 3)}: {text}")
+        return "\n".join(lines)
 
     def at(self, path: str) -> list[Finding]:
         """Return the findings at a path."""

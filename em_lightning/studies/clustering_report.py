@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from em_lightning.data import MixtureSetBatch, MixtureSets
 from em_lightning.mixture import Mixture, em_step
 from em_lightning.operators import EMOperator
+from em_lightning.studies.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.studies.report import Findings, Report
 
 LL0, LL1, GAP = "LL0", "LL1", "LL1 - oracle"
@@ -34,7 +34,7 @@ Fit = Callable[[MixtureSetBatch], Mixture]
 
 
 class ClusteringReport(Report):
-    """Compare a trained :class:`~em_lightning.modules.AmortizedClustering` with classical EM and the true mixtures.
+    """Compare a trained :class:`~em_lightning.studies.AmortizedClustering` with classical EM and the true mixtures.
 
     On the test sets it measures the log-likelihood per fitted point under the output (LL0) and after one exact EM step
     with diagonal covariances (LL1), the log-likelihood of held-out points, the adjusted Rand index of the largest

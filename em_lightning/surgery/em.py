@@ -124,7 +124,8 @@ def insert_em_operators(
         model: any module.
         where: the layers; see :func:`find_modules`.
         num_components: K.
-        num_features: D, the width of the layer's output; by default read from the layer.
+        num_features: D, the width of the layer's output; by default read from the layers, and corrected at the first
+            batch where no parameter of the operator depends on it.
         dim: the axis of the features, or "auto", see :class:`UnitAxis`.
         set_dim: the axis of the items; "auto" takes all axes but those of the batch and the features. Outputs (B, D)
             then have one item per set; ``set_dim=0`` fits one mixture to the rows of the batch.
@@ -136,13 +137,13 @@ def insert_em_operators(
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
-        ValueError: the width of a layer cannot be read from it; or, at the first batch, an axis cannot be decided, or
+        ValueError: at the first batch, an axis cannot be decided, the width differs from that of the parameters, or
             ``causal=False`` would let positions see later ones, which the attention of the model masks.
         TypeError: the operator does not take the arguments.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU())
-        >>> print(insert_em_operators(net, "0", num_components=4, residual=False).report)
+        >>> print(insert_em_operators(net, "0", num_components=4).report)
         path  before  after                    parameters
         0     Linear  Linear -> SetRefinement  1
     """
@@ -152,9 +153,7 @@ def insert_em_operators(
         given["dim"] = dim
 
     def make_at(site: Site) -> Make:
-        features = next(iter(widths_of(site)), None) if num_features is None else num_features
-        if features is None:
-            raise ValueError(f"{site.path!r} is a {type(site.module).__name__} of unknown width: give num_features=")
+        features = next(iter(widths_of(site)), 1) if num_features is None else num_features
         return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 
     def prepare(site: Site, change: Change) -> None:
@@ -171,7 +170,7 @@ def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, v
     if dim is not None:
         axis = unit_axis(site, dim)
         if isinstance(module, SetRefinement):
-            axis.widths = (module.operator.num_features,)
+            axis.widths = (module.operator.num_features, *axis.widths)
             surgery.undos += observe_forwards(site, module)
         if axis.dim != "auto":
             module.dim = axis.dim

@@ -76,8 +76,7 @@ class CallAxes:
         """Return the axis that has to be moved to the last, which is -1 where the operator knows its axis."""
         if x.ndim not in self.decided:
             axis = UnitAxis(self.path, self.widths)(x.shape) if self.dim == "auto" else self.dim
-            if self.verbose:
-                announce(self.path, self.kind, x.shape, axis)
+            announce(self.path, self.kind, x.shape, axis, self.verbose)
             self.decided[x.ndim] = axis if self.dim == "auto" and axis is not None else -1
         return self.decided[x.ndim]
 

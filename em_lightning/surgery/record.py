@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from em_lightning.surgery.hooks import Undo, wrap
+from em_lightning.surgery.select import MARKER
 
 KEY = "em_lightning"  # of the checkpoint dictionary
 _PLAN = "_em_surgery_plan"
@@ -32,6 +34,7 @@ def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
 
 def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
     """Let a LightningModule store its plan in its checkpoints and compare it on loading; return the undo functions."""
+    _warn_of_dropped_surgeries()
     # Not isinstance(model, LightningModule), as lightning and pytorch_lightning have one each.
     if not hasattr(model, "on_save_checkpoint") or not hasattr(model, "on_load_checkpoint"):
         return []
@@ -39,6 +42,28 @@ def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
         wrap(model, "on_save_checkpoint", functools.partial(_save, model)),
         wrap(model, "on_load_checkpoint", functools.partial(_compare, model)),
     ]
+
+
+def _warn_of_dropped_surgeries() -> None:
+    """Let ``load_state_dict(strict=False)`` of any model warn if it drops a surgery: torch has no global hook."""
+    load = nn.Module.load_state_dict
+    if hasattr(load, "warns_of_surgery"):
+        return
+
+    @functools.wraps(load)
+    def load_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        keys = load(self, *args, **kwargs)
+        dropped = [key.removesuffix(MARKER).rstrip(".") for key in keys.unexpected_keys if key.endswith(MARKER)]
+        if dropped:
+            warnings.warn(
+                f"strict=False drops the surgery at {', '.join(dropped)} of {type(self).__name__}: load the checkpoint "
+                f"with RestoreSurgery or restore_surgery",
+                stacklevel=2,
+            )
+        return keys
+
+    vars(load_state_dict)["warns_of_surgery"] = True
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
 def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:

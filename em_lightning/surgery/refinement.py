@@ -82,6 +82,18 @@ class SetRefinement(EMRefinement):
         back = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
         return x + self.gate * refined.reshape(moved.shape).permute(back)
 
+    def resize(self, num_features: int) -> None:
+        """Take items of another width, where no parameter depends on it; raises ValueError otherwise."""
+        if num_features == self.operator.num_features:
+            return
+        if any(True for _ in self.operator.parameters()):
+            raise ValueError(
+                f"num_features={self.operator.num_features} must be the width of the output: give num_features="
+                f"{num_features}"
+            )
+        training = self.training
+        self.operator = self._operator(self.operator.num_components, num_features).train(training)
+
     def describe_sets(self, shape: Sequence[int]) -> str:
         """Return the number of sets and items as text."""
         sets, items, _ = self._axes(shape)

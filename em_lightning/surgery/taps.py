@@ -118,7 +118,7 @@ class Taps:
             self.skip(path, error)
             return None
         if self.verbose and path not in self.seen:
-            announce(path, self.tap, tensor.shape, dim)
+            announce(path, self.tap, tensor.shape, dim, True)
         self.seen.add(path)
         if torch.is_grad_enabled() and not tensor.requires_grad:
             self.frozen.add(path)

@@ -208,7 +208,7 @@ class ProceduralSurfaces(PointCloudDataModule):
 
     Args:
         train_clouds, val_clouds, test_clouds: clouds per split; those of training are per epoch.
-        families: names of families; ``None`` means all (``em_lightning.data.FAMILIES``).
+        families: names of families; ``None`` means all (``em_lightning.studies.FAMILIES``).
 
     Raises:
         ValueError: as :class:`PointCloudDataModule`, or a family is unknown.

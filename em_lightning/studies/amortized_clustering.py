@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.checks import check_positive
-from em_lightning.data import MixtureSetBatch
 from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator
+from em_lightning.studies.mixture_sets import MixtureSetBatch
 
 
 class AmortizedClustering(EMModule):
@@ -41,11 +41,11 @@ class AmortizedClustering(EMModule):
         schedule: of both learning rates, as in :class:`EMModule`.
 
     Shape:
-        - batch: a :class:`~em_lightning.data.MixtureSetBatch` of B sets.
+        - batch: a :class:`~em_lightning.studies.MixtureSetBatch` of B sets.
         - ``forward(points (B, N, D), mask (B, N))``: a :class:`~em_lightning.Mixture`.
 
     Example:
-        >>> from em_lightning.data import MixtureSets
+        >>> from em_lightning.studies import MixtureSets
         >>> batch = next(iter(MixtureSets(batch_size=2).val_dataloader()))
         >>> module = AmortizedClustering()
         >>> mixture = module(batch.points, batch.mask)
