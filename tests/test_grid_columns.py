@@ -9,7 +9,7 @@ from em_lightning.cli import run
 from em_lightning.studies import grid
 
 
-def test_a_table_of_columns_pairs_rows_by_seed(tmp_path, monkeypatch):
+def test_gains_of_a_table_are_paired_by_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {"plain": [0.5, 0.75, 1.0], "swapped": [1.5, 1.25, 2.5]}
 
