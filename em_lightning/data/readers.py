@@ -129,7 +129,7 @@ def _parse_pcd(data: bytes) -> Points:
     else:
         raise ValueError(f"DATA {end[1].decode()} is not supported; save the cloud as binary or ascii")
     if len(points) != count:
-        raise ValueError(f"the header declares {count} points, but {len(points)} follow")
+        raise ValueError(f"the header declares {count} points but {len(points)} follow")
     return points
 
 
@@ -180,7 +180,7 @@ def _prepare_off(data: bytes) -> bytes:
     declared = sum(map(int, header.groups()))
     rows = sum(1 for line in text[header.end() :].split(b"\n")[1:] if line.strip())
     if rows != declared:
-        raise ValueError(f"the header declares {declared} points and faces, but {rows} lines follow")
+        raise ValueError(f"the header declares {declared} points and faces but {rows} lines follow")
     return text
 
 
@@ -195,7 +195,7 @@ def _prepare_ply(data: bytes) -> bytes:
         declared = sum(map(int, re.findall(rb"(?m)^element +\S+ +(\d+)", header)))
         rows = [line for line in body.split(b"\n") if line.strip()]
         if len(rows) != declared:
-            raise ValueError(f"the header declares {declared} rows, but {len(rows)} follow")
+            raise ValueError(f"the header declares {declared} rows but {len(rows)} follow")
         body = b"\n" + b"\n".join(rows)
         if re.search(rb"[^\s\d.eE+\-naifNAIF]", body):
             raise ValueError("the rows must hold numbers only")
