@@ -1,4 +1,4 @@
-"""Backends of the E-step: milliseconds of processor time, and errors.
+"""Backends of the E-step: processor time, and errors of the log-likelihood.
 
 python benchmarks/backends.py               256 sets x 1,024 x 3, K = 16, full, 20 iterations, one thread
 python benchmarks/backends.py --sets 32     smaller
@@ -24,7 +24,7 @@ def clouds(sets, items, features):
 
 
 def best(function, repetitions=4):
-    """Return the shortest processor time in milliseconds: other programs may use the machine."""
+    """Return the shortest processor time in milliseconds, which other programs affect least."""
     times = []
     for _ in range(repetitions):
         begin = time.process_time()

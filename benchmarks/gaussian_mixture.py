@@ -4,7 +4,7 @@
     python benchmarks/gaussian_mixture.py memory --storage npy --rows 20000000 --iterations 2
     python benchmarks/gaussian_mixture.py scaling --processes 2         one thread each, compared with one process
 
-All of them use GaussianMixtureModule, its loader and Lightning's Trainer. ``--rows 100000`` runs a smaller version.
+All three jobs use GaussianMixtureModule, its loader and Lightning's Trainer. ``--rows 100000`` runs a smaller version.
 """
 
 import argparse
@@ -96,49 +96,54 @@ def sklearn_seconds(rows, start, options, iterations):
     return time.perf_counter() - begin, reference.lower_bound_
 
 
-def beside_sklearn(options):
+def compare_with_sklearn(options):
     from sklearn.exceptions import ConvergenceWarning
 
     warnings.simplefilter("ignore", ConvergenceWarning)
     torch.set_num_threads(options.threads)
-    kind, steps, theirs = options.covariance, options.iterations, options.sklearn_iterations
+    kind, steps, sklearn_steps = options.covariance, options.iterations, options.sklearn_iterations
     x = table_of(options.rows, options.features)
     data = TabularDataModule(x)
     start = start_of(data.blocks(), options.components, kind)
     warm_up(options, start)
     before, _ = resident()
-    ours, levels = [], {}
+    times, log_likelihoods = [], {}
     for _ in range(options.repeats):
         module = module_of(options.components, options.features, kind, start)
-        watch = _Levels(levels)
+        watch = _LogLikelihoods(log_likelihoods)
         begin = time.perf_counter()
         quiet_trainer(max_epochs=steps, callbacks=[watch]).fit(module, data)
-        ours.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - begin)
     _, peak = resident()
-    seconds = sorted(ours)[len(ours) // 2]
-    longest, level = sklearn_seconds(x.numpy(), start, options, theirs)
-    _, their_peak = resident()
-    expected, how = longest, "measured"
-    if theirs < steps:
+    seconds = sorted(times)[len(times) // 2]
+    longest, log_likelihood = sklearn_seconds(x.numpy(), start, options, sklearn_steps)
+    _, sklearn_peak = resident()
+    expected, source = longest, "measured"
+    if sklearn_steps < steps:
         # The time of a fit is linear in the number of iterations.
         shortest, _ = sklearn_seconds(x.numpy(), start, options, 1)
-        expected = shortest + (longest - shortest) / (theirs - 1) * (steps - 1)
-        how = f"from {shortest:.1f} s for 1 iteration and {longest:.1f} s for {theirs}"
+        expected = shortest + (longest - shortest) / (sklearn_steps - 1) * (steps - 1)
+        source = f"from {shortest:.1f} s for 1 iteration and {longest:.1f} s for {sklearn_steps}"
     print(
         f"{kind}: {options.rows:,} x {options.features}, K = {options.components}, {steps} iterations, "
-        f"{options.threads} threads: {seconds:.2f} s through module and loader, scikit-learn {expected:.1f} s ({how}): "
+        f"{options.threads} threads: {seconds:.2f} s with module and loader, scikit-learn {expected:.1f} s ({source}): "
         f"{expected / seconds:.1f} x"
     )
-    print(f"  log-likelihood per row before M-step {theirs}: {levels[theirs]:.7f}, scikit-learn {level:.7f}")
-    print(f"  peak in addition to the data {peak - before:.0f} MiB, scikit-learn {their_peak - before:.0f} MiB")
+    print(
+        f"  log-likelihood per row before M-step {sklearn_steps}: {log_likelihoods[sklearn_steps]:.7f}, "
+        f"scikit-learn {log_likelihood:.7f}"
+    )
+    print(
+        f"  peak memory in addition to the data {peak - before:.0f} MiB, scikit-learn {sklearn_peak - before:.0f} MiB"
+    )
 
 
-class _Levels(lightning.Callback):
-    def __init__(self, levels):
-        self.levels = levels
+class _LogLikelihoods(lightning.Callback):
+    def __init__(self, log_likelihoods):
+        self.log_likelihoods = log_likelihoods
 
     def on_train_epoch_end(self, trainer, module):
-        self.levels[int(module.iterations)] = float(module.log_likelihood)
+        self.log_likelihoods[int(module.iterations)] = float(module.log_likelihood)
 
 
 def memory(options):
@@ -158,7 +163,8 @@ def memory(options):
         _, peak = resident()
     print(
         f"{options.covariance}, {options.storage}: {options.rows:,} x {options.features}, K = {options.components}, "
-        f"{options.iterations} iterations: {seconds:.1f} s, peak in addition to the baseline {peak - before:.0f} MiB, "
+        f"{options.iterations} iterations: {seconds:.1f} s, "
+        f"peak memory in addition to the baseline {peak - before:.0f} MiB, "
         f"log-likelihood per row {float(module.log_likelihood):.6f}"
     )
 
@@ -191,10 +197,10 @@ def scaling(options):
         "| | seconds per iteration | in block statistics | million rows per second | speedup | log-likelihood |\n"
         "|---|---|---|---|---|---|"
     )
-    for name, (copies, seconds, inside, level) in found.items():
+    for name, (copies, seconds, inside, log_likelihood) in found.items():
         speed = copies * options.rows / seconds / 1e6
         ratio = copies * found["one process"][1] / seconds
-        print(f"| {name} | {seconds:.3f} | {inside:.3f} | {speed:.2f} | {ratio:.2f} | {level:.9f} |")
+        print(f"| {name} | {seconds:.3f} | {inside:.3f} | {speed:.2f} | {ratio:.2f} | {log_likelihood:.9f} |")
 
 
 class _Clock(lightning.Callback):
@@ -238,7 +244,7 @@ def worker(options):
 
 
 def main():
-    jobs = {"sklearn": beside_sklearn, "memory": memory, "scaling": scaling}
+    jobs = {"sklearn": compare_with_sklearn, "memory": memory, "scaling": scaling}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=[*jobs, "worker"])
     parser.add_argument("--rows", type=int, default=1_000_000)

@@ -22,6 +22,7 @@ import time
 import traceback
 from pathlib import Path
 
+# Imported for speed, so that the forked runs do not import them again.
 import lightning
 import sklearn.mixture  # noqa: F401
 import torch
@@ -150,7 +151,7 @@ def load_results(folder):
     """Return the weights and results of a completed run."""
     unfinished = list(folder.rglob("*.partial"))
     if unfinished:
-        raise SystemExit(f"left unfinished: {unfinished}")
+        raise SystemExit(f"the run left partial files: {unfinished}")
     (results,) = folder.rglob("results.json")
     return torch.load(folder / "weights.pt", weights_only=True), without_times(json.loads(results.read_text()))
 

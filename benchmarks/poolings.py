@@ -42,8 +42,10 @@ def main(rounds: int = 15) -> None:
                 times[pooling].append((middle - start, time.process_time() - middle))
         print(f"\n| {name} | parameters | ms per cloud, training | ms per cloud, prediction |\n|---|---|---|---|")
         for pooling, module in modules.items():
-            step, guess = (1e3 / BATCH * statistics.median(each) for each in zip(*times[pooling], strict=True))
-            print(f"| {pooling} | {sum(p.numel() for p in module.parameters()):,} | {step:.3f} | {guess:.3f} |")
+            training, prediction = (1e3 / BATCH * statistics.median(each) for each in zip(*times[pooling], strict=True))
+            print(
+                f"| {pooling} | {sum(p.numel() for p in module.parameters()):,} | {training:.3f} | {prediction:.3f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ OUTPUTS = {
 
 
 def compiled(name, features, full, gradient):
-    """Return what ptxas says about a kernel."""
+    """Compile a kernel and return the output of ptxas."""
     constants = {"D": features, "TILE": kernels._TILE, "FULL": full, "SLOPES": gradient}
     if name == "sums":
         constants["CHUNK"] = kernels._CHUNK
@@ -50,9 +50,9 @@ def main():
     print("| kernel | covariances | features | gradient | registers | spilled bytes |\n|---|---|---|---|---|---|")
     for full, features in ((True, 4), (True, 16), (False, 4), (False, 16), (False, 128)):
         for name, gradient in (("rows", False), ("rows", True), ("sums", False), ("sums", True), ("points", True)):
-            said = compiled(name, features, full, gradient)
+            output = compiled(name, features, full, gradient)
             registers, spilled = (
-                re.findall(rule, said)[-1] for rule in (r"Used (\d+) registers", r"(\d+) bytes spill st")
+                re.findall(rule, output)[-1] for rule in (r"Used (\d+) registers", r"(\d+) bytes spill st")
             )
             kind = "full" if full else "diagonal"
             print(f"| {name} | {kind} | {features} | {'yes' if gradient else 'no'} | {registers} | {spilled} |")

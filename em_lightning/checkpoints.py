@@ -32,7 +32,7 @@ def check_archive(path: str | PathLike[str]) -> None:
             damaged = archive.testzip()  # torch.load checks no CRC
         if damaged is not None:
             raise ValueError(f"CRC mismatch in {damaged!r}")
-    except Exception as error:  # zipfile raises many kinds on altered files
+    except Exception as error:  # zipfile raises errors of many types on altered files
         raise _invalid(path, f"{path.stat().st_size:,} bytes, {error}") from error
 
 
@@ -40,7 +40,7 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
     """Return the content of a checkpoint on the CPU, with its CRCs checked.
 
     With ``weights_only`` it may contain tensors, plain values and the classes in ``torch.serialization.safe_globals``
-    only. Without, it may run code that the file contains.
+    only. With ``weights_only=False`` loading may run code that the file contains.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -51,7 +51,7 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
     except UnpicklingError as error:  # torch's message does not name all of the classes
         raise ValueError(_untrusted(path)) from error
-    except Exception as error:  # pickle and torch raise many kinds on altered files
+    except Exception as error:  # pickle and torch raise errors of many types on altered files
         raise _invalid(path, error) from error
     if not isinstance(checkpoint, dict):
         raise _invalid(path, f"it contains a {type(checkpoint).__name__}, not a dictionary")
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
 def _untrusted(path: str | PathLike[str]) -> str:
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # pickle and torch raise many kinds on altered files
+    except Exception:  # pickle and torch raise errors of many types on altered files
         names = []
     listed = f": {', '.join(names[:5])}" * bool(names) + f" and {len(names) - 5} more" * (len(names) > 5)
     return (
@@ -79,9 +79,9 @@ def _invalid(path: str | PathLike[str], reason: object) -> ValueError:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning plug-in that writes checkpoints atomically and reads them with :func:`read_checkpoint`.
 
-    Lightning itself writes to a temporary folder and moves the file; between file systems that is a copy, which a
-    kill or a full disk leaves truncated. Recipes use this plug-in; elsewhere set ``plugins=[AtomicCheckpointIO()]``.
-    URLs such as ``s3://`` and ``weights_only=False`` are handled by Lightning.
+    Lightning itself writes to a temporary folder and moves the file; between file systems it copies the file, and
+    a kill or a full disk leaves a truncated one. Recipes use this plug-in; a Trainer takes it in ``plugins``. URLs such
+    as ``s3://`` and ``weights_only=False`` are handled by Lightning.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Statistics: summaries of a posterior, the output of a layer."""
+"""Statistics: summaries of a posterior that a layer returns."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Entropy(Statistic):
 
 @STATISTICS.register("mode")
 class Mode(Statistic):
-    """The index of the hypothesis with the largest responsibility, shape (...), or its value; without gradient to d."""
+    """The index of the hypothesis with the largest responsibility, shape (...), or its value; without gradient."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         if values is None:
@@ -87,7 +87,7 @@ class Mode(Statistic):
 
 @STATISTICS.register("log_responsibilities")
 class LogResponsibilities(Statistic):
-    """The log-responsibilities log r_k, shape (..., K), bounded below by the smallest normal number (log: -87.3)."""
+    """The log-responsibilities log r_k, shape (..., K), bounded below by the log of the smallest normal number."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         r = posterior.responsibilities

@@ -4,9 +4,9 @@
     em-lightning run volume_control --data MNIST --data.root PATH/TO/mnist --trainer.max_epochs=50
     em-lightning run volume_control --config ablation --data.root PATH/TO/mnist
 
-The variants ablation, capacity and optimizers reproduce published tables (Oursland, the supervised study). Rows run in
-parallel processes, and the same command continues an interrupted table. The table and figures are in
-lightning_logs/volume_control. Without --data.root MNIST is downloaded.
+The variants ablation, capacity and optimizers reproduce published tables (Oursland's study of supervised implicit
+EM), and width_rule tests a rule for its weights. Rows run in parallel processes, and the same command continues an
+interrupted table. Files are in lightning_logs/volume_control. Without --data.root MNIST is downloaded.
 """
 
 from em_lightning.cli import Recipe

@@ -1,9 +1,9 @@
-"""Mutated files for every reader: each ends in data or in a documented error, in bounded time and memory.
+"""Fuzz test of every reader: mutated files give data or a documented error, in bounded time and memory.
 
     python tests/fuzz_readers.py [--count 10000] [--seed 0] [READER ...]
 
-Each reader runs in a process of its own, whose address space may grow by one GiB and where no file may take longer than
-five seconds. What else than the documented errors comes out is counted, and the first file of each kind is kept.
+Each reader runs in its own process, whose address space may grow by one GiB. Reading a file may take five seconds.
+Other errors than the documented ones are counted by kind, and the first file of each kind is kept.
 """
 
 import argparse
@@ -44,7 +44,7 @@ YAML += (b"? [a]: b", b"<<: {a: 1}", b"class_path: subprocess.Popen", b"[" * 500
 
 
 class TooLong(BaseException):
-    """A reader took longer than it may; no reader catches this."""
+    """Reading exceeded the time limit. A BaseException, so that readers which catch Exception do not catch it."""
 
 
 def ply(form):
@@ -86,7 +86,7 @@ def idx(array):
 
 
 def archive(members):
-    """Return a zip archive, its members stored as they are."""
+    """Return a zip archive of uncompressed members."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as target:
         for name, content in members.items():
@@ -95,7 +95,7 @@ def archive(members):
 
 
 def checkpoint():
-    """Return a checkpoint of an operated model, as Lightning lays it out."""
+    """Return a checkpoint in Lightning's format of a model with a replaced module."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
     surgery.replace_modules(model, torch.nn.ReLU, torch.nn.SiLU)
     plan = {"surgery": surgery.recorded_plan(model)}
@@ -117,18 +117,18 @@ def read_archive(path):
 
 
 def read_run_config(path):
-    """Let the command line read a config, and print what it makes of it."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+    """Read a config by the command line with ``--print_config``."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as messages:
         try:
             code = cli.main(["run", "gaussian_mixture", "--config", str(path), "--print_config"])
         except SystemExit as end:
             code = end.code
     if code:
-        raise ValueError(told.getvalue())
+        raise ValueError(messages.getvalue())
 
 
 SHAPES = {f"raw/{kind}/{split}/{kind}.off": OFF for kind in ("a", "b") for split in ("train", "test")}
-# The ending of the file, sound files, and what reads them.
+# File name suffix, valid files and the function that reads them.
 READERS = {
     "off": (".off", [OFF, b"OFF5 2 0\n" + OFF[10:]], data.read_points),
     "ply": (".ply", [ply("ascii"), ply("binary_little_endian"), ply("binary_big_endian")], data.read_points),
@@ -185,10 +185,10 @@ def mutated(content, rng, words=WORDS):
 
 
 def repacked(content, rng):
-    """Return an archive with a fault in one member, whose sum fits."""
+    """Return an archive with a fault in one member and a valid CRC."""
     with zipfile.ZipFile(io.BytesIO(content)) as source:
         members = {name: source.read(name) for name in source.namelist()}
-    # Most of a checkpoint's sense is in its pickle.
+    # Choose the pickle of a checkpoint most often, because it has the most structure.
     name = rng.choice([name for name in members if name.endswith("data.pkl")] * 4 + list(members))
     members[name] = mutated(members[name], rng)
     return archive(members)
@@ -205,7 +205,7 @@ def fault(name, count, rng):
 
 
 def fuzz(name, count, folder, seed=0):
-    """Read so many mutated files; return how each ended, with the first file of each undocumented end."""
+    """Read ``count`` mutated files; return counts of outcomes, the first file of each error, and the longest time."""
     ending, _, read = READERS[name]
     rng, ends, kept = random.Random(f"{name}{seed}"), collections.Counter(), {}
     path = Path(folder) / f"file{ending}"
@@ -228,7 +228,7 @@ def fuzz(name, count, folder, seed=0):
             except ValueError as error:
                 memory = isinstance(error.__cause__, MemoryError) or "allocate memory" in str(error)
                 end = "MemoryError" if memory else "ValueError"
-            except BaseException as error:  # TooLong as well
+            except BaseException as error:  # includes TooLong
                 end = f"{type(error).__name__}: {str(error)[:80]}"
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -242,17 +242,17 @@ def fuzz(name, count, folder, seed=0):
 
 
 def main():
-    """Fuzz the readers that are asked for, each in a process of its own."""
+    """Fuzz the given readers, each in its own process."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("readers", nargs="*", metavar="READER", help=", ".join(READERS))
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for the first file of each undocumented end")
-    parser.add_argument("--here", action="store_true", help="in this process, as the others call it")
+    parser.add_argument("--keep", type=Path, help="folder for the first file of each undocumented error")
+    parser.add_argument("--here", action="store_true", help="fuzz one reader in this process (internal)")
     args = parser.parse_args()
     args.readers = args.readers or list(READERS)
     if set(args.readers) - set(READERS):
-        parser.error(f"there are {', '.join(READERS)}")
+        parser.error(f"READER must be one of {', '.join(READERS)}")
     if not args.here:
         rest = [f"--count={args.count}", f"--seed={args.seed}", "--here"] + (
             [f"--keep={args.keep}"] if args.keep else []
@@ -265,15 +265,15 @@ def main():
     torch.set_num_threads(1)
     (name,) = args.readers
     with tempfile.TemporaryDirectory() as folder:
-        fuzz(name, 20, folder, seed=-1)  # what is loaded once belongs to no file
+        fuzz(name, 20, folder, seed=-1)  # load lazy imports before memory is measured
         used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
         start, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         ends, kept, slowest = fuzz(name, args.count, folder, args.seed)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
-    told = ", ".join(f"{count} {end}" for end, count in ends.most_common())
+    summary = ", ".join(f"{count} {end}" for end, count in ends.most_common())
     print(
-        f"{name}: {args.count} files in {time.perf_counter() - start:.0f} s: {told}; slowest {slowest:.2f} s, "
+        f"{name}: {args.count} files in {time.perf_counter() - start:.0f} s: {summary}; slowest {slowest:.2f} s, "
         f"peak memory +{grown:.0f} MiB",
         flush=True,
     )

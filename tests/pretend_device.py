@@ -1,4 +1,4 @@
-"""A device named ``pretend``: its tensors hold CPU data, and every operation on them is recorded as a GPU would run it.
+"""A device named ``pretend``: its tensors hold CPU data, and the cost of every operation on a GPU is recorded.
 
 Importing this module registers the device for the whole process, so tests import it in a process of its own. A record
 counts the kernel launches, the synchronizations (the host waits for a value), the copies of data from the host, and
@@ -48,7 +48,7 @@ torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 
 class Record:
-    """What the operations since the last reset would do on a GPU."""
+    """Counts of launches, synchronizations, copies and mixed operations since the last reset."""
 
     def __init__(self):
         self.reset()
@@ -160,7 +160,7 @@ class _Mode(TorchDispatchMode):
 
 
 def _made_on_host(factory):
-    """Wrap a factory of tensors from Python numbers: on a device it copies from the host's memory."""
+    """Wrap a function that makes a tensor from Python numbers, to record the copy to the device."""
 
     def make(*args, **kwargs):
         device = kwargs.get("device")

@@ -1,4 +1,4 @@
-"""Callbacks in trainings of other projects: several optimizers, frozen layers, copies, and what the messages say."""
+"""Callbacks in trainings of other projects: several optimizers, frozen layers, copies of modules, and messages."""
 
 import lightning
 import pytest
@@ -92,7 +92,9 @@ def test_the_loss_of_a_layer_belongs_to_its_optimizer(toggle, tmp_path):
     model = Gan(toggle)
     kept = gradients(tmp_path, model)
     for batch, (x, _) in enumerate(users.MLP.data()):
-        for found, expected in zip(kept[2 * batch], plain.kept[2 * batch], strict=True):  # the generator: as without
+        for found, expected in zip(
+            kept[2 * batch], plain.kept[2 * batch], strict=True
+        ):  # the generator: as without the loss
             assert torch.equal(found, expected)
         for found, expected in zip(kept[2 * batch + 1], by_hand(x, model.critic, model.generator), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -143,12 +145,12 @@ def test_a_loss_trains_nothing_of_other_optimizers(tmp_path):
     kept = gradients(tmp_path, model)
     for found, expected in zip(kept, plain.kept, strict=True):
         assert torch.equal(found[0], expected[0]) and not torch.equal(found[2], expected[2])
-    kept = gradients(tmp_path, named, optimizer=0)  # the generator's, as named
+    kept = gradients(tmp_path, named, optimizer=0)  # the loss is assigned to the generator's optimizer
     for found, expected in zip(kept, plain.kept, strict=True):
         assert not torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
 
 
-def test_owners_that_cannot_be_told_are_asked_for(tmp_path):
+def test_ambiguous_optimizers_and_unused_losses_raise(tmp_path):
     class Flat(Gan):
         def __init__(self):
             super().__init__()
@@ -206,7 +208,7 @@ class Frozen(users.MLP):
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen")
 @pytest.mark.parametrize("weight", ["auto", 0.01])
-def test_the_loss_of_a_frozen_layer_waits_and_says_so_once(weight, tmp_path):
+def test_the_loss_of_a_frozen_layer_is_omitted_with_one_warning(weight, tmp_path):
     class Backbone(Frozen):
         def build(self):
             super().build()
@@ -298,7 +300,7 @@ class Momentum(Target):
 
 
 class Silent(Target):
-    """Loads what fits."""
+    """Loads the weights of its encoder with ``strict=False``."""
 
     def update(self):
         self.target.load_state_dict(self.encoder.state_dict(), strict=False)
@@ -321,7 +323,7 @@ def test_target_networks_are_changed_with_their_originals(cls, make, tmp_path):
             fit(tmp_path, cls(), make([both[0]], verbose=False))
 
 
-def test_a_layer_whose_twin_is_trained_is_no_copy(tmp_path):
+def test_an_untrained_layer_beside_a_trained_one_of_equal_shape_is_named(tmp_path):
     class Forgetful(users.MLP):
         def configure_optimizers(self):
             layers = [self.encoder[0], self.encoder[1], self.encoder[2], self.head]
@@ -403,4 +405,4 @@ def test_a_plain_load_that_drops_a_surgery_warns(make, tmp_path):
     message = "strict=False drops the surgery at encoder.*RestoreSurgery or restore_surgery"
     with pytest.warns(UserWarning, match=message):
         users.MLP().load_state_dict(state, strict=False)
-    model.load_state_dict(state, strict=False)  # the changed model takes all of it
+    model.load_state_dict(state, strict=False)  # no warning for a model with the surgery

@@ -72,7 +72,7 @@ def test_surgery_comes_before_weight_averaging(averaging, tmp_path):
     fit(tmp_path, users.MLP(), SwapActivations(arguments=LEARNED), averaging())
 
 
-def test_swap_that_matches_nothing_lists_what_is_there(tmp_path):
+def test_swap_that_matches_nothing_lists_the_modules(tmp_path):
     for model in (users.MLP(), users.LateMLP(), users.SetupMLP()):
         with pytest.raises(NoMatchError, match="where='\\*' .*target=GELU.*ReLU"):
             fit(tmp_path, model, SwapActivations(target=nn.GELU))
@@ -98,7 +98,7 @@ def test_another_surgery_with_the_same_keys_does_not_load(tmp_path):
         restore_surgery(users.MLP, tmp_path / "plain.ckpt")
 
 
-def test_what_the_plan_cannot_build_is_named(tmp_path):
+def test_modules_that_the_plan_cannot_build_are_named(tmp_path):
     model = users.MLP()
     replace_modules(model, nn.ReLU, lambda old: nn.PReLU())
     fit(tmp_path, model).save_checkpoint(tmp_path / "model.ckpt")
@@ -134,7 +134,7 @@ def test_hyperparameters_and_own_hooks_survive_a_restore(tmp_path):
     assert restored.loaded and restored.extra.in_features == 7
 
 
-def test_a_second_run_does_not_operate_again(tmp_path):
+def test_a_second_run_does_not_repeat_the_surgery(tmp_path):
     model, swap = users.MLP(), SwapActivations()
     fit(tmp_path, model, swap)
     first = model.encoder[1]
@@ -191,14 +191,14 @@ def test_callbacks_pickle_and_copy():
         LayerwiseEMLoss("encoder.0"),
         RestoreSurgery("a"),
     ):
-        for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
-            assert twin.state_key == callback.state_key
+        for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+            assert copied.state_key == callback.state_key
     assert SwapActivations("signed").state_key != SwapActivations("gated").state_key
     assert SwapActivations(where="a").state_key != SwapActivations(where="b").state_key
 
 
 def test_hooks_are_set_after_batch_norms_are_converted(tmp_path):
-    """The strategy does this between setup and on_fit_start."""
+    """Lightning's strategies convert batch norms between setup and on_fit_start."""
 
     class Normed(users.MLP):
         def build(self):
@@ -218,13 +218,13 @@ def test_hooks_are_set_after_batch_norms_are_converted(tmp_path):
     assert "em/encoder.4/variance" in trainer.callback_metrics and model.encoder[4].operator.gate != 0
 
 
-def test_a_test_of_untrained_weights_is_refused(tmp_path):
+def test_evaluating_restored_surgery_without_a_checkpoint_raises(tmp_path):
     trainer = fit(tmp_path, users.MLP(), SwapActivations(arguments=LEARNED))
-    path = str(tmp_path / "operated.ckpt")
+    path = str(tmp_path / "swapped.ckpt")
     trainer.save_checkpoint(path)
     for run in ("validate", "test", "predict"):
         fresh = users.trainer(tmp_path, 1, [RestoreSurgery(path)])
-        with pytest.raises(ValueError, match=f"{run} .*ckpt_path='.*operated.ckpt"):
+        with pytest.raises(ValueError, match=f"{run} .*ckpt_path='.*swapped.ckpt"):
             getattr(fresh, run)(users.MLP(), users.MLP.data())
     data, loaded = users.MLP.data(), restore_surgery(users.MLP, path)
     once_more, model = users.trainer(tmp_path, 1, [RestoreSurgery(path)]), users.MLP()

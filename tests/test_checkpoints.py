@@ -55,7 +55,7 @@ def test_a_full_disk_keeps_the_old_file_and_raises(tmp_path):
     assert "a cannot be written (File too large)" in done.stderr
 
 
-def test_a_recipe_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(tmp_path):
+def test_a_recipe_on_a_full_disk_ends_with_one_line_and_resumes_when_there_is_space(tmp_path):
     code = """
 import resource, sys
 from em_lightning.cli import main
@@ -110,7 +110,7 @@ class Configured(users.MLP):
 
 
 class Holder(users.MLP):
-    """Holds a module that is given, and with it the surgery on it, in its hyperparameters."""
+    """Has a module, which surgery changes, among its hyperparameters."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -167,7 +167,7 @@ def test_trusted_hyperparameters_of_any_class_are_restored(make, callbacks, tmp_
 
 
 def safe_parts(path):
-    """Return what else a pickled Path needs in this version of Python."""
+    """Return the further classes in a pickled Path, which depend on the version of Python."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [pydoc.locate(name) for name in names if name.startswith("pathlib")]
 

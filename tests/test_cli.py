@@ -36,6 +36,7 @@ SMALL = [
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
+    """Run the test in a temporary folder and return the folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -48,7 +49,7 @@ def configs():
 
 
 def with_local_data(argument):
-    """Replace PATH/TO/x by the local copy of the data; skip the test if there is none."""
+    """Return the argument with the local path of the data instead of PATH/TO/x; skip the test if there is no copy."""
     if "PATH/TO/" not in argument:
         return argument
     found = sorted((ROOT.parent / "shared" / "data").rglob(Path(argument).name))

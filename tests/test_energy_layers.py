@@ -36,7 +36,7 @@ def fit(module, *data, epochs=2, **options):
 
 
 def volume(a):
-    """Return the published terms, computed by plain loops."""
+    """Return the variance and decorrelation terms of the papers, computed by plain loops."""
     a = a.double()
     variance = [float(np.var(unit.detach().numpy(), ddof=1)) for unit in a.T]
     correlation = np.corrcoef(a.detach().numpy().T)
@@ -44,7 +44,7 @@ def volume(a):
     return -sum(np.log(v + 1e-6) for v in variance), redundancy
 
 
-def test_encoder_loss_equals_the_published_one():
+def test_encoder_loss_equals_the_published_formula():
     module, x = MAKE["encoder"](), torch.rand(100, 64)
     a = functional.relu(x @ module.prototypes.T + module.encoder.bias)
     variance, redundancy = volume(a)
@@ -56,7 +56,7 @@ def test_encoder_loss_equals_the_published_one():
     assert sum(p.numel() for p in DecoderFreeEncoder().parameters()) == 50_240
 
 
-def test_autoencoder_loss_equals_the_published_one():
+def test_autoencoder_loss_equals_the_published_formula():
     module, x = MAKE["autoencoder"](), torch.rand(100, 64)
     a = functional.relu(x @ module.prototypes.T + module.encoder.bias)
     back = a @ module.decoder.weight.T + module.decoder.bias
@@ -67,7 +67,7 @@ def test_autoencoder_loss_equals_the_published_one():
 
 
 @pytest.mark.parametrize("nls", [True, False])
-def test_classifier_loss_equals_the_published_one(nls):
+def test_classifier_loss_equals_the_published_formula(nls):
     module, x, labels = EMClassifier(64, 12, neg_log_softmin=nls), torch.rand(100, 64), torch.arange(100) % 10
     d = functional.relu(x @ module.prototypes.T + module.encoder.bias)
     y = d + torch.logsumexp(-d, 1, keepdim=True) if nls else d

@@ -302,7 +302,7 @@ def test_errors_name_the_argument_and_the_value(options, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_broken_data_raise(tmp_path):
+def test_invalid_data_raise(tmp_path):
     x = rows(50)
     module = GaussianMixtureModule(3, 3)
     module.start_from(start_of(x, "full"))

@@ -81,7 +81,9 @@ def test_densities_integrate_to_one(name, features):
     assert torch.trapezoid(shells, log_radius).item() == pytest.approx(1.0, abs=1e-6 if features == 1 else 1e-8)
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "gaussian"])  # it ignores its scale
+@pytest.mark.parametrize(
+    "name", [name for name in SPECS if name != "gaussian"]
+)  # rho of the Gaussian ignores its scale
 def test_with_one_feature_rho_is_the_kernels_energy(name):
     kernel = build(name)
     z = torch.linspace(-8, 8, 41, dtype=torch.float64).unsqueeze(-1)
@@ -93,7 +95,7 @@ def test_with_one_feature_rho_is_the_kernels_energy(name):
 @pytest.mark.parametrize("delta", [1e-3, 0.1, 30.0, 100.0])
 @pytest.mark.parametrize("name", ["huber", "pseudo_huber"])
 def test_normalizers_tend_to_laplace_and_gaussian_ones(name, delta):
-    """For small delta Laplace with scale 1 / delta, for large delta the Gaussian, in value and gradient."""
+    """Compare with Laplace of scale 1 / delta for small delta and with the Gaussian for large delta."""
     kernel = KERNELS.build({"name": name, "delta": delta, "learnable": True})
     found = kernel.elliptical_log_normalizer(6)
     gaussian = 3 * math.log(2 * math.pi)

@@ -1,3 +1,5 @@
+"""Metrics of layers and mixtures: equality with numpy and plain loops, merging, processes."""
+
 import copy
 import math
 import pickle

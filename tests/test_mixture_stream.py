@@ -97,7 +97,7 @@ class LargestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("init", ["farthest", "kmeans++", "random"])
 def test_start_of_a_large_set_uses_bounded_memory_per_point(init):
-    """Neither a matrix of points and components nor one of points and pairs of features is ever whole in memory."""
+    """The start allocates no matrix of points and components, nor one of points and pairs of features."""
     x = torch.randn(1, 2**19, 4)
     operator = EMOperator(32, 4, init=init, lloyd_steps=1, residual=False)
     with torch.no_grad(), LargestResult() as seen:

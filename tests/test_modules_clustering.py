@@ -1,3 +1,5 @@
+"""Amortized clustering: generated mixture sets, the trained module and its report."""
+
 import json
 
 import numpy as np
@@ -53,13 +55,13 @@ def test_batches_are_a_function_of_seed_split_epoch_and_index():
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )
-def test_wrong_data_raise(arguments, words):
+def test_wrong_arguments_of_the_data_raise(arguments, words):
     with pytest.raises(ValueError, match=words):
         MixtureSets(**arguments)
 
 
 @pytest.mark.parametrize("name", ["prior_scale", "prior_lr"])
-def test_wrong_settings_raise(name):
+def test_wrong_arguments_of_the_module_raise(name):
     with pytest.raises(ValueError, match=f"{name}=0.0"):
         AmortizedClustering(**{name: 0.0})
 
@@ -153,8 +155,8 @@ def test_table_compares_classical_em_with_the_truth(tmp_path, capsys):
     assert rows["oracle"]["LL0"] == pytest.approx(np.mean(expected), abs=1e-4)
     steps = [rows[f"EM from farthest points, {n}"]["LL0"] for n in ("1 step", "25 steps", "50 steps")]
     assert steps == sorted(steps)  # one start: the likelihood is monotone
-    told = rows["MAP with known sigma, farthest points, 25 steps"]
-    assert told["held out"] > rows["EM from farthest points, 25 steps"]["held out"]
+    with_prior = rows["MAP with known sigma, farthest points, 25 steps"]
+    assert with_prior["held out"] > rows["EM from farthest points, 25 steps"]["held out"]
     assert rows["EM from k-means++, 100 steps"]["LL1 - oracle"] == pytest.approx(
         rows["EM from k-means++, 100 steps"]["LL1"] - rows["oracle"]["LL0"]
     )

@@ -48,7 +48,7 @@ def test_the_normalizer_equals_scipy(features):
 @pytest.mark.parametrize("features", [2, 3, 5, 10])
 @pytest.mark.parametrize("kappa", [0.01, 1.0, 50.0, 3000.0, 1e5])
 def test_densities_integrate_to_one(features, kappa):
-    """Over rings of equal cosine t, (1 - t^2)^((D - 3) / 2) dt times the area of the sphere of one dimension less."""
+    """Integrate over rings of equal cosine t, of (1 - t^2)^((D - 3) / 2) dt times the area of the sphere in D - 1."""
     log_area = np.log(2) + (features - 1) / 2 * np.log(np.pi) - gammaln((features - 1) / 2)
     width = min(np.pi, 40 / np.sqrt(kappa))
     angle = torch.linspace(0, width, 200_001, dtype=torch.float64)

@@ -10,7 +10,7 @@ import pytest
 from em_lightning.data import parse_points, read_points
 
 POINTS = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 1, 0], [0.5, 0.5, 2]])
-TRIANGLES = [[0, 1, 2], [0, 1, 4], [0, 2, 3]]  # a square as two triangles, and one side
+TRIANGLES = [[0, 1, 2], [0, 1, 4], [0, 2, 3]]  # the base of the pyramid as two triangles, and one of its sides
 
 OFF_BODY = "\n".join(" ".join(map(str, p)) for p in POINTS) + "\n4 0 1 2 3 255 0 0\n3 0 1 4\n"
 OBJ = (
@@ -131,7 +131,7 @@ def test_stl(tmp_path):
 
 
 def test_three_points_with_further_columns():
-    """A text has one point per line, an array of three rows may be transposed."""
+    """Text has one point per line, so three rows are three points; an array of three rows may be transposed."""
     points, _ = parse_points(b"1 2 3 9 9 9\n4 5 6 9 9 9\n7 8 9 9 9 9\n", "a.xyz")
     assert points.tolist() == [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     for columns in (4, 6, 1000):

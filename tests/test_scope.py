@@ -121,7 +121,7 @@ def test_inserted_operator():
 
 
 class Counter:
-    """An environment: an object whose methods change it."""
+    """An environment with a method that changes its state."""
 
     def __init__(self):
         self.steps = 0
@@ -130,8 +130,8 @@ class Counter:
         self.steps += 1
 
 
-class Restless(users.MLP):
-    """Everything that a training step may change beside the parameters."""
+class Stateful(users.MLP):
+    """A model whose training step changes buffers, metrics, attributes, generators and the batch."""
 
     def build(self):
         super().build()
@@ -167,7 +167,7 @@ def randomness():
 
 @pytest.mark.parametrize("again", [False, True])
 def test_everything_is_left_as_it_was(again):
-    model = Restless()
+    model = Stateful()
     batch = next(iter(users.MLP.data()))
     if again:  # the state then holds tensors with a graph
         model.log = lambda *_: None
@@ -189,7 +189,7 @@ def test_everything_is_left_as_it_was(again):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_own_run_works_on_the_copy_too():
+def test_a_given_function_runs_on_the_copy():
     model = users.ResNet18().train()
     part, statistics = model.net.layer1, model.net.bn1.running_mean.clone()
     x = next(iter(users.ResNet18.data()))[0]
@@ -228,7 +228,7 @@ def test_state_that_cannot_be_copied_is_refused_and_a_part_can_be_audited():
 
 
 class Experts(nn.Module):
-    """Routes items to two experts by the sign of their first feature; skips an expert that gets none if told so."""
+    """Routes items to two experts by the sign of a feature; with ``skip``, calls no expert that gets no items."""
 
     def __init__(self, skip, competition):
         super().__init__()
@@ -295,7 +295,7 @@ def test_prototypes_are_named_where_a_layer_has_one_weight_vector_per_class(mode
     assert "r - onehot" in loss.reason
 
 
-def test_a_batch_is_passed_as_its_type_says():
+def test_batches_are_passed_by_their_type():
     class Model(nn.Module):
         def forward(self, x, scale=1.0):
             return (x["x"] if isinstance(x, dict) else x).softmax(-1) * scale

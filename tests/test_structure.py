@@ -44,7 +44,7 @@ MAX_LINES = {"file": 400, "package without studies": 16_500, "package": 19_000}
 EXCEPTIONS = {
     "_python_dispatch": "torch has no public name for TorchDispatchMode, which sees the operations below autograd",
 }
-# Names with an underscore that the standard library documents: of named tuples, and os._exit.
+# Names with an underscore that the standard library documents: methods of named tuples and os._exit.
 PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_field_defaults", "_exit"}
 
 
@@ -94,7 +94,7 @@ def test_a_room_imports_only_from_rooms_above_it(path):
 
 
 def test_there_is_no_import_cycle():
-    """Imports inside functions count, except those of the command line, which imports what it runs when it runs it."""
+    """Count imports inside functions too, except in the command line, which imports the code of a command lazily."""
     graph = {name: imports(path, lazy=room_of(name) != "cli") for name, path in MODULES.items()}
     try:
         graphlib.TopologicalSorter(graph).prepare()
@@ -140,7 +140,7 @@ def own_names():
 
 
 def private_uses(path, own):
-    """Yield line and name of every private attribute, import or ``getattr`` of something that is not the package's."""
+    """Yield line and name of every private attribute, import or ``getattr`` that the package does not define."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Attribute):

@@ -10,26 +10,28 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 
 
-# Of the kernel's own insides, and of sockets that it leaves to the garbage collector.
+# Warnings of the Jupyter kernel, and of sockets that it does not close.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_tutorial_runs_and_shows_what_it_says(tmp_path, monkeypatch):
+def test_the_tutorial_runs_and_prints_the_numbers_in_its_text(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)
     stored = [kinds(cell) for cell in notebook.cells]
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert [kinds(cell) for cell in notebook.cells] == stored, "store its outputs anew: run the notebook and save it"
+    assert [kinds(cell) for cell in notebook.cells] == stored, (
+        "the stored outputs are old: run the notebook and save it"
+    )
     printed = "".join(
         out.text for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type == "stream"
     )
     alone, variance, both = (line.split() for line in printed.splitlines() if "units alive" in line)
     assert alone[-7] == "0" and variance[-7] == both[-7] == "8"
     assert float(both[-1]) < 1 < float(variance[-1])
-    ours, theirs = (
+    own, sklearn = (
         float(word) for word in printed.split("em_lightning ")[1].split(" nats")[0].split(", scikit-learn ")
     )
-    assert abs(ours - theirs) < 1e-5
+    assert abs(own - sklearn) < 1e-5
     small, large = (re.findall(r"-\d+\.\d+", line) for line in printed.splitlines() if line.startswith("floor "))
     for *classical, trained in (small, large):
         assert len(classical) == 3 and float(trained) > max(map(float, classical))
@@ -39,9 +41,9 @@ def test_the_tutorial_runs_and_shows_what_it_says(tmp_path, monkeypatch):
 
 
 def kinds(cell):
-    """Return what the outputs of a cell are, and the first words of the lines that they print.
+    """Return the first words of the lines that a cell prints, and the types of its other outputs.
 
-    A kernel may send what is printed in one piece or several.
+    Lines are joined first, because a kernel may send the printed text in several pieces.
     """
     streams = [out.text for out in cell.get("outputs", []) if out.output_type == "stream"]
     others = [sorted(set(out.data) - {"text/plain"}) for out in cell.get("outputs", []) if out.output_type != "stream"]

@@ -13,7 +13,7 @@ class Activation(Tempered):
     """Base class of the activations: shape-preserving summaries of a posterior.
 
     A subclass defines the hypotheses and their competition in :meth:`posterior` and the statistic in :meth:`summarize`.
-    Half precision is computed in float32. Arguments are those of :class:`Tempered`.
+    Half-precision inputs are computed in float32. Arguments are those of :class:`Tempered`.
 
     Attributes:
         competes: whether the units on ``dim`` compete with each other.
@@ -48,7 +48,7 @@ class Activation(Tempered):
         raise NotImplementedError
 
     def generic(self, z: Tensor) -> Tensor:
-        """Return the activation by its definition: energies, competition, posterior, statistic."""
+        """Return the activation computed from its definition: energies, competition, posterior, statistic."""
         return self.summarize(z, self.posterior(z))
 
     def closed_form(self, z: Tensor) -> Tensor:

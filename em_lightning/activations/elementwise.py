@@ -1,4 +1,4 @@
-"""Activations in which each unit is a competition of its own: signed and gated."""
+"""Activations in which each unit has its own two hypotheses: signed and gated."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class SignedActivation(Activation):
 
     y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T) with z the pre-activation, m the margin and T the temperature. At
     T = 1 it is tanh(m z / s^2) for the Gaussian, tanh(clip(z, -m, m) / b) for Laplace, and 2 m z / (df s^2 + z^2 + m^2)
-    for Student-t, back to 0 for outliers. Logistic is one-sided, as that energy falls with z.
+    for Student-t, which tends to 0 for outliers. For logistic it is one-sided, because this energy decreases in z.
 
-    Values lie in (-1, 1). Units do not compete with each other: the
-    Jacobian is diagonal, dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
+    Values lie in (-1, 1). Units do not compete with each other: the Jacobian is diagonal,
+    dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
 
     Args:
         kernel: key, class, mapping or instance of a kernel.

@@ -27,10 +27,10 @@ def _named(target: str) -> Any:
 def load_model(
     target: str, checkpoint: str | None = None, weights_only: bool = True, arguments: Mapping[str, Any] | None = None
 ) -> Any:
-    """Return the module that ``package.module:NAME`` or ``path/to/file.py:NAME`` is or returns.
+    """Return the module at ``package.module:NAME`` or ``path/to/file.py:NAME``, which may be a class or a function.
 
     A checkpoint is loaded into it; a LightningModule class also gets the recorded surgery and hyperparameters.
-    ``arguments`` are those of the class or function.
+    ``arguments`` are passed to the class or function.
     """
     from torch import nn
 
@@ -68,7 +68,7 @@ def _random_inputs(specifications: Sequence[str]) -> Any:
             raise ValueError("--input must be a shape such as 32,784, or 8,128:50257 for integers") from error
     names = [name for name in tensors if isinstance(name, str)]
     if names and len(names) < len(specifications):
-        raise ValueError("--input: name all inputs differently, or none")
+        raise ValueError("--input: name all inputs, each differently, or none of them")
     return tensors if names else tuple(tensors.values())
 
 
@@ -80,7 +80,7 @@ def print_audit(
     weights_only: bool = True,
     init_args: str = "{}",
 ) -> None:
-    """Print the audit of the forward for random inputs, or of the training step for a batch; ValueError if it fails."""
+    """Print the audit of a forward of random inputs, or of a training step; raise ValueError if anything fails."""
     import yaml
 
     from em_lightning.scope.auditing import audit, call
@@ -95,9 +95,9 @@ def print_audit(
         if batch is None:
             values = _random_inputs(inputs or ())
             found = audit(model, values, functools.partial(call, model, values))
-        else:  # the function is beside the model, or elsewhere as the model is named
+        else:  # without a colon, the function is in the file of the model
             found = audit(model, _named(batch if ":" in batch else f"{target.rpartition(':')[0]}:{batch}")())
-    except Exception as error:  # a model, its file and its checkpoint raise any kind
+    except Exception as error:  # user code may raise errors of any type
         reason = " ".join(str(error).split())
         raise ValueError(f"audit {target!r} {' '.join(given)}: {type(error).__name__}: {reason}") from error
     print(found)

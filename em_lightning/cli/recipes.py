@@ -80,15 +80,15 @@ def docstring(script: Path) -> str:
 
 
 def copy(name: str, folder: Path) -> list[Path]:
-    """Copy a recipe's script and configs to a folder, and return the new files; ValueError if one exists already."""
+    """Copy a recipe's script and configs to a folder, and return the new files; ValueError if a file exists."""
     script = find_recipe(name)
     targets = {path: folder / path.name for path in (script, config_of(script))}
     targets |= {path: folder / script.stem / path.name for path in variants_of(script).values()}
     if taken := [str(target) for target in targets.values() if target.exists()]:
-        raise ValueError(f"{', '.join(taken)} exists; give another folder: em-lightning cp {name} FOLDER")
+        raise ValueError(f"these files exist: {', '.join(taken)}; give another folder: em-lightning cp {name} FOLDER")
     for source, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The commands in the comments of the copy run the copy.
+        # Change the commands in the comments, so that they run the copy.
         text = source.read_text(encoding="utf-8").replace(f"run {script.stem}", f"run {script.name}")
         target.write_text(text, encoding="utf-8")
     return list(targets.values())

@@ -13,7 +13,7 @@ from em_lightning.competition.posterior import Posterior
 
 
 class ScopeWarning(UserWarning):
-    """The code is outside the scope of implicit EM; the message names the assumption that does not hold."""
+    """The operation is outside the scope of implicit EM; the message names the assumption that does not hold."""
 
 
 def sparsemin(

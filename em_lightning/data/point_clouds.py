@@ -19,8 +19,7 @@ from em_lightning.data.base import SPLITS, EpochSampler, RandomDataset, SplitDat
 class PointCloudBatch(NamedTuple):
     """Clouds padded with zeros to the longest of them; one cloud has the same fields without the axis B.
 
-    Clouds are in normalized units x' = (x - c) / s, in the unit ball: log p(x) = log p'(x') - D log s.
-
+    Clouds are normalized to the unit ball, x' = (x - c) / s. Densities satisfy log p(x) = log p'(x') - D log s.
     """
 
     points: Tensor  # (B, N, D) float32, normalized
@@ -42,7 +41,7 @@ def collate_clouds(clouds: Sequence[PointCloudBatch]) -> PointCloudBatch:
 def unit_ball(points: Tensor) -> tuple[Tensor, Tensor]:
     """Return the center of the bounding box of points (N, D), and the largest distance from it, or 1 if that is 0.
 
-    Unlike the mean, both do not depend on how densely parts of the shape were sampled.
+    Unlike the mean, these do not depend on how densely parts of the shape are sampled.
     """
     center = (points.amin(0) + points.amax(0)) / 2
     scale = (points - center).norm(dim=-1).amax()
@@ -63,7 +62,7 @@ class Shape(NamedTuple):
     points: Tensor  # (V, 3), vertices in float64, or points
     faces: Tensor | None = None  # (F, 3) long, rows of the vertices; None for a set of points
     cumulative_areas: Tensor | None = None  # (F,) float64, of the triangles
-    center: Tensor | None = None  # with the scale, the units of a mesh; only the points to fit decide those of a set
+    center: Tensor | None = None  # center and scale of a mesh; of a set they follow from the points to fit
     scale: Tensor | None = None
     label: int = 0
 
@@ -81,7 +80,7 @@ class Shape(NamedTuple):
             raise ValueError(f"vertices and faces must have shapes (V, 3) and (F, 3), got {shapes}")
         low, high = map(int, faces.aminmax()) if faces.numel() else (0, -1)
         if not 0 <= low <= high < len(points):
-            raise ValueError(f"faces must be from 0 to {len(points) - 1} and at least one, got {low} to {high}")
+            raise ValueError(f"faces must hold indices from 0 to {len(points) - 1}, got {low} to {high}")
         corners = points.double().index_select(0, faces.flatten())  # vertices without a face are not on the surface
         center, scale = unit_ball(corners)
         a, b, c = ((corners - center) / scale).view(-1, 3, 3).unbind(1)
@@ -163,7 +162,7 @@ def draw_cloud(
 
 
 def _cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Cut 0 to ``most`` balls about points out of points (N, D): each 5 % of them or more, together up to a third."""
+    """Remove 0 to ``most`` balls of points: each holds at least 5 % of the points (N, D), and all at most a third."""
     count = int(torch.randint(most + 1, (1,), generator=generator)) if most else 0
     for _ in range(count):
         center = points[torch.randint(len(points), (1,), generator=generator)]
@@ -184,11 +183,11 @@ class PointCloudDataModule(SplitDataModule):
         num_points: points per cloud to fit; the same number is held out.
         batch_size: clouds per batch and rank.
         num_workers: number of processes that draw clouds; 0 draws them in the main process.
-        noise: standard deviation of Gaussian jitter, relative to the radius of the shape. A pair draws it for each
-            cloud: zero for half of them, log-uniform between the two for the others. Points on a surface have no
-            density in space, so without jitter the likelihood of a mixture is unbounded.
+        noise: standard deviation of Gaussian jitter, relative to the radius of the shape. With a pair it is drawn
+            for each cloud: zero with probability 1/2, else log-uniform between the two numbers. Points on a surface
+            have no density in space, so without jitter the likelihood of a mixture is unbounded.
         holes: largest number of missing regions of a cloud, up to a third of its points together.
-        rotate: random rotation of each training cloud: ``"none"``, about ``"z"``, or ``"so3"``, any rotation.
+        rotate: random rotation of each training cloud: ``"none"``, ``"z"`` (about this axis) or ``"so3"`` (any).
 
     Raises:
         ValueError: an argument is out of range.

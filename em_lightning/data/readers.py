@@ -16,17 +16,17 @@ MESHES = (".off", ".ply", ".obj", ".stl")
 TEXTS = (".xyz", ".txt", ".csv", ".pts")
 SUPPORTED = (*MESHES, *TEXTS, ".pcd", ".npy", ".npz")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ROW = re.compile(rb"\s*[-+]?\.?\d\S*?([\s,;]+[-+]?\.?\d\S*?){2}")  # of three numbers
+_ROW = re.compile(rb"\s*[-+]?\.?\d\S*?([\s,;]+[-+]?\.?\d\S*?){2}")  # a line that starts with three numbers
 
 
 def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
     """Read the points of a file, and its faces if it holds a mesh.
 
-    The ending decides the format: ``.off``, ``.ply``, ``.obj`` and ``.stl`` are read by trimesh. ``.xyz``, ``.txt``,
-    ``.csv`` and ``.pts`` are text with one point per line, separated by blanks, commas or semicolons; the first three
-    columns are read; a first line with column names and lines with the number of points are skipped. ``.pcd`` is ASCII
-    or binary. ``.npy`` holds an array of shape (N, 3) or wider, ``.npz`` one such array or one named ``points``.
-    Polygons are split into triangles.
+    The suffix determines the format: ``.off``, ``.ply``, ``.obj`` and ``.stl`` are read by trimesh. ``.xyz``, ``.txt``,
+    ``.csv`` and ``.pts`` are text with one point per line and columns separated by blanks, commas or semicolons; the
+    first three columns are read. A first line of column names and lines with the number of points are skipped. ``.pcd``
+    is ASCII or binary. ``.npy`` holds an array of shape (N, 3) or wider, ``.npz`` one such array or one named
+    ``points``. Polygons are split into triangles.
 
     Args:
         path: the file.
@@ -63,7 +63,8 @@ def has_points(path: Path) -> bool:
     if path.suffix.lower() not in TEXTS:
         return True
     with path.open("rb") as file:
-        return any(_ROW.match(line.replace(b"\0", b"").removeprefix(_BYTE_ORDER_MARK)) for line in file)  # UTF-16
+        # UTF-16 has zero bytes.
+        return any(_ROW.match(line.replace(b"\0", b"").removeprefix(_BYTE_ORDER_MARK)) for line in file)
 
 
 def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tuple[Points, Faces | None]:
@@ -126,9 +127,9 @@ def _parse_pcd(data: bytes) -> Points:
         rows = np.frombuffer(body, dtype)
         points = np.stack([rows[f"{place}"].reshape(len(rows)) for place in places], 1).astype(np.float64)
     else:
-        raise ValueError(f"DATA {end[1].decode()} is not read; save the cloud as binary or ascii")
+        raise ValueError(f"DATA {end[1].decode()} is not supported; save the cloud as binary or ascii")
     if len(points) != count:
-        raise ValueError(f"{count} points are announced, {len(points)} follow")
+        raise ValueError(f"the header declares {count} points but {len(points)} follow")
     return points
 
 
@@ -146,7 +147,7 @@ def _parse_text(data: bytes) -> Points:
         raise ValueError("the file holds no points")
     delimiter = next((mark for mark in ";," if mark in lines[0]), None)
     if "," in lines[0] and re.search(r";|\d\s+[-+.\d]", lines[0]):
-        raise ValueError(f"decimal commas are not read: {lines[0][:80]!r}; write decimal points")
+        raise ValueError(f"decimal commas are not supported: {lines[0][:80]!r}; write decimal points")
     _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))), most_columns=12)
     return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
 
@@ -163,12 +164,12 @@ def _parse_mesh(data: bytes, ending: str) -> tuple[Points, Faces]:
         faces = np.concatenate([faces, corners + len(points)])
         points = np.concatenate([points, part.vertices])
     if ending == ".stl" and data.count(b"vertex ") > len(points):
-        raise ValueError(f"{data.count(b'vertex ')} vertices are announced, {len(points)} are numbers")
+        raise ValueError(f"of {data.count(b'vertex ')} lines of vertices only {len(points)} hold three numbers")
     return points, faces
 
 
-# trimesh reads truncated and malformed text without an error; these functions find it, and remove comments, after which
-# trimesh repeats lines.
+# trimesh reads truncated and malformed text without an error, and repeats lines if there are comments. These functions
+# raise an error for such text and remove comments.
 
 
 def _prepare_off(data: bytes) -> bytes:
@@ -176,25 +177,25 @@ def _prepare_off(data: bytes) -> bytes:
     header = re.match(rb"\s*(?:ST)?C?N?OFF\s*(\d+)\s+(\d+)", text)
     if header is None:
         raise ValueError("an OFF file must begin with OFF and the numbers of points and faces")
-    announced = sum(map(int, header.groups()))
+    declared = sum(map(int, header.groups()))
     rows = sum(1 for line in text[header.end() :].split(b"\n")[1:] if line.strip())
-    if rows != announced:
-        raise ValueError(f"{announced} points and faces are announced, {rows} lines follow")
+    if rows != declared:
+        raise ValueError(f"the header declares {declared} points and faces but {rows} lines follow")
     return text
 
 
 def _prepare_ply(data: bytes) -> bytes:
     header, end, body = data.partition(b"end_header")
     header = re.sub(rb"(?m)^(comment|obj_info).*\n", b"", header)
-    # trimesh would build a path from edges.
+    # With edges, trimesh would return a path instead of points and faces.
     header = re.sub(rb"(?m)^element +edge ", b"element unused ", header)
     if not end or not header.startswith(b"ply"):
         raise ValueError("a PLY file must begin with a header from 'ply' to 'end_header'")
     if re.search(rb"(?m)^format +ascii", header):
-        announced = sum(map(int, re.findall(rb"(?m)^element +\S+ +(\d+)", header)))
+        declared = sum(map(int, re.findall(rb"(?m)^element +\S+ +(\d+)", header)))
         rows = [line for line in body.split(b"\n") if line.strip()]
-        if len(rows) != announced:
-            raise ValueError(f"{announced} rows are announced, {len(rows)} follow")
+        if len(rows) != declared:
+            raise ValueError(f"the header declares {declared} rows but {len(rows)} follow")
         body = b"\n" + b"\n".join(rows)
         if re.search(rb"[^\s\d.eE+\-naifNAIF]", body):
             raise ValueError("the rows must hold numbers only")
@@ -210,5 +211,5 @@ def _prepare_obj(data: bytes) -> bytes:
         raise ValueError("faces must hold integers that count from 1")
     relative = re.search(rb"(?m)^f (?:.* )?-", text)
     if relative and re.search(rb"(?m)^v ", text[relative.end() :]):
-        raise ValueError("relative (negative) indices before the last point are not read; export absolute ones")
+        raise ValueError("relative (negative) indices before the last point are not supported; export absolute ones")
     return text

@@ -30,7 +30,7 @@ def global_sum(values: Tensor) -> Tensor:
 
     .. math:: \frac{1}{W} \sum_r W \frac{dL}{dS} \frac{ds_r}{d\theta} = \frac{dL}{d\theta}.
 
-    All ranks must make the call, with tensors of the same shape and dtype.
+    Must be called on all ranks, with tensors of the same shape and dtype.
     """
     return _GlobalSum.apply(values) if is_distributed() else values
 
@@ -50,7 +50,7 @@ def flatten_units(
 ) -> tuple[Tensor, Tensor | None]:
     """Reshape activations to items (N, D), and combine mask and weights into one weight per item (N,).
 
-    Items are in float32 or float64, those of weight 0 are zeros. Without mask and weights, the second result is None.
+    Items are in float32 or float64, zero where the weight is 0. Without mask and weights, the second result is None.
 
     Args:
         values: activations with D units along ``dim``; all other axes are flattened into items.

@@ -1,4 +1,4 @@
-"""Base classes of kernels: energies between items and centers, and of those that define an elliptical density."""
+"""Base classes of kernels (energies between items and centers) and of kernels that define an elliptical density."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Kernel(nn.Module):
     r"""An energy :math:`d(x, \mu)` between items and centers; low energy wins.
 
     A subclass defines :meth:`energy`, passes its positive shape parameters to this constructor, and defines
-    :meth:`log_normalizer` if exp(-d) is integrable. It owns no centers.
+    :meth:`log_normalizer` if exp(-d) is integrable. Centers are an argument of each call.
 
     Energies are computed in float32 or float64, under autocast as well, and returned in the inputs' dtype; float16
     energies are clamped to its largest number.
 
     Args:
         learnable: make the shape parameters learnable. Each is then ``value * exp(log_<name>)`` with a parameter
-            ``log_<name>`` of shape (1,), initially zero, so that the initial value is exact and weight decay pulls
-            towards it. Fixed ones are Python numbers. Both are part of the ``state_dict``.
-        **shape: positive initial value of each shape parameter; ``kernel.<name>`` is the current one, of shape ().
+            ``log_<name>`` of shape (1,), initially zero, so that the initial value is exact and weight decay
+            moves the parameter towards it. Fixed ones are Python numbers. Both are part of the ``state_dict``.
+        **shape: positive initial value of each shape parameter; ``kernel.<name>`` is its current value, of shape ().
 
     Shape:
         x (..., N, D) and centers (..., K, D) give energies (..., N, K), for every kernel.
@@ -98,7 +98,7 @@ class Kernel(nn.Module):
         return self._initial[name] * log_ratio.to(dtype).exp().reshape(())
 
     def __getattr__(self, name: str) -> Any:
-        """Return a shape parameter as a tensor of shape (), as in ``kernel.scale``, or what ``nn.Module`` returns."""
+        """Return a shape parameter, such as ``kernel.scale``, as a tensor of shape (), or another attribute."""
         if name not in self.__dict__.get("_initial", ()):
             return super().__getattr__(name)
         value = self.positive(name)
@@ -130,8 +130,8 @@ class EllipticalKernel(Kernel):
 
     For Laplace, Huber and pseudo-Huber, :math:`\rho` is the energy of one feature as a function of the square.
     For Gaussian and Student-t, it is the energy itself. A ``scale`` :math:`s` divides the distance,
-    :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. Laplace is a parabola below
-    the distance 1e-4 s, where its IRLS weight would tend to infinity.
+    :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. Below the distance 1e-4 s
+    the Laplace energy is a parabola, because its IRLS weight would tend to infinity there.
 
     Source: Kent and Tyler, "Redescending M-estimates of multivariate location and scatter", Annals of Statistics 19
     (1991); exponential power: Gómez, Gómez-Villegas and Marín, Communications in Statistics 27 (1998).
@@ -146,7 +146,7 @@ class EllipticalKernel(Kernel):
         raise NotImplementedError
 
     def log_normalizer(self, num_features: int) -> Tensor:
-        return num_features * self.elliptical_log_normalizer(1)  # of an energy that adds over features
+        return num_features * self.elliptical_log_normalizer(1)  # the energy is a sum over features
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         """Return the log of the integral of exp(-rho(|x|^2)) over R^D, a float64 tensor of shape ().

@@ -23,25 +23,25 @@ class MixturePrior(nn.Module):
         \log p = \sum_k (\alpha - 1) \log \pi_k - \frac12 \sum_k \left[ s \log |\Sigma_k|
         + s \operatorname{tr}(S_0 \Sigma_k^{-1}) + \kappa (\mu_k - m_0)^\top \Sigma_k^{-1} (\mu_k - m_0) \right]
 
-    up to a constant: :math:`\kappa` points at :math:`m_0` and :math:`s` points of covariance :math:`S_0`. With
-    :math:`N_k` points of a component the M-step is
+    up to a constant. It acts like :math:`\kappa` points at :math:`m_0` and :math:`s` points of covariance :math:`S_0`.
+    With :math:`N_k` points in component k the M-step is
 
     .. math::
         \pi_k \propto N_k + \alpha - 1, \quad \mu_k = \frac{N_k \bar x_k + \kappa m_0}{N_k + \kappa}, \quad
         \Sigma_k = \frac{N_k V_k + \kappa (\mu_k - m_0)(\mu_k - m_0)^\top + s S_0}{N_k + s}
 
-    with the mean square :math:`V_k` of the points about :math:`\mu_k`. Equivalently, an inverse Wishart
-    distribution of :math:`s - D - 2` degrees of freedom and scale :math:`s S_0`. Diagonal covariances have the same
-    prior in each feature (normal-inverse-gamma), spherical ones its trace, and a tied covariance has the terms in
-    :math:`s` once. Points are counted with weights of mean 1.
+    with the mean square :math:`V_k` of the points about :math:`\mu_k`. The prior of :math:`\Sigma_k` is inverse Wishart
+    with :math:`s - D - 2` degrees of freedom and scale :math:`s S_0`. For diagonal covariances it is the same in each
+    feature (normal-inverse-gamma), and for spherical ones traces replace matrices. A tied covariance has the terms in
+    :math:`s` once. Weights of points are divided by their mean.
 
     Args:
         weight_concentration: :math:`\alpha \ge 1`; 1 is flat.
         mean_strength: :math:`\kappa \ge 0`, in points.
         mean: :math:`m_0` (D,), in units of the points; the mean of each set by default.
         covariance_strength: :math:`s \ge 0`, in points.
-        covariance: :math:`S_0`, diagonal: a number is a share of each feature's variance in the set, a sequence gives
-            variances (D,) in squared units of the points; the share :math:`K^{-2/D}` by default.
+        covariance: :math:`S_0`, diagonal: a number is a fraction of each feature's variance in the set; a sequence is
+            variances (D,) in squared units of the points; the fraction :math:`K^{-2/D}` by default.
         learnable: train the pseudo-counts :math:`\alpha - 1, \kappa, s` that are positive and, if :math:`s` is, the
             scale of :math:`S_0`. Each is its value here times the exponential of a parameter (1,) that starts at 0.
 
@@ -76,8 +76,8 @@ class MixturePrior(nn.Module):
                 raise ValueError(f"{name}_strength={counts[name]} must be finite and at least 0")
         if not any(counts.values()):
             raise ValueError(
-                "weight_concentration=1, mean_strength=0 and covariance_strength=0 make a flat prior; raise one, or "
-                "give no prior"
+                "weight_concentration=1, mean_strength=0 and covariance_strength=0 make a flat prior: one must be "
+                "larger, or prior=None"
             )
         self._counts = counts
         for name, count in counts.items():
@@ -85,7 +85,7 @@ class MixturePrior(nn.Module):
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
         self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None
         self.share = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
-        # Python numbers rather than buffers: exact in every dtype and on every device.
+        # Python numbers instead of buffers, which are rounded when the module changes its dtype.
         self.mean = None if mean is None else _numbers(mean)
         self.covariance = None if covariance is None or self.share is not None else _numbers(covariance)
         if self.covariance is not None and not all(value > 0 for value in self.covariance):
@@ -104,7 +104,7 @@ class MixturePrior(nn.Module):
         features, dtype = mean.shape[1], mean.dtype
         for name, value in (("mean", self.mean), ("covariance", self.covariance)):
             if value is not None and len(value) != features:
-                raise ValueError(f"the prior's {name} has shape ({len(value)},); it must be ({features},)")
+                raise ValueError(f"{name} of the prior has shape ({len(value)},); it must be ({features},)")
         if self.mean is not None:
             mean = (mean.new_tensor(self.mean) - frame.center) / frame.scale.unsqueeze(-1)
         if self.covariance is not None:
@@ -123,7 +123,7 @@ class MixturePrior(nn.Module):
     def log_density(self, mixture: Mixture, mean: Tensor, variance: Tensor) -> Tensor:
         """Return the logarithm of the prior density of mixtures (B,), up to a constant.
 
-        The prior may refer to the mean and the variances of the points, (B, D) both.
+        ``mean`` and ``variance`` (B, D) of the points are the defaults of the prior's mean and covariance.
         """
         dtype = accumulation_dtype(mean)
         frame = Frame(mean.detach().to(dtype), torch.ones_like(mean[:, 0], dtype=dtype))

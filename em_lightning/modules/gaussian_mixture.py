@@ -32,9 +32,9 @@ class GaussianMixtureModule(EMModule):
       scikit-learn.
     - ``"stochastic"``: an M-step after every block, on running statistics
       :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with :math:`\gamma_t = (t + 1)^{-\alpha}`, for data
-      of which a part is enough to learn from.
+      so large that less than one pass suffices.
     - ``"gradient"``: an optimizer on unconstrained parameters. The loss of a block is its negative log-likelihood per
-      row, minus a share of the log-prior, so that the maximum is that of EM if blocks have equal weight.
+      point, minus a share of the log-prior, so that the optimum is that of EM if blocks have equal weight.
 
     Responsibilities are not stored, so memory beyond a block does not depend on the number of rows. All ranks end an
     epoch with the same mixture, which does not depend on their number. A checkpoint within an epoch holds the
@@ -155,7 +155,7 @@ class GaussianMixtureModule(EMModule):
             self.register_buffer("running", torch.zeros(size, **wide))
             self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
-        # DDP would broadcast the buffers before every block; ranks agree on them already, or each has its own.
+        # DDP must not broadcast the buffers before every block: `sums` differ between ranks, and the others are equal.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self._restored: Tensor | None = None
 
@@ -188,7 +188,7 @@ class GaussianMixtureModule(EMModule):
 
     def on_train_start(self) -> None:
         """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
-        self.trainer.should_stop |= self.converged  # in an earlier run
+        self.trainer.should_stop |= self.converged  # if an earlier run has converged
         if not self.started:
             start: Any = None
             if self.trainer.is_global_zero:
@@ -202,12 +202,12 @@ class GaussianMixtureModule(EMModule):
         if sums is None or not self.trainer.ckpt_path or not sums.any():  # a new run, or one from the end of an epoch
             return
         if len(sums) != self.trainer.world_size:
-            saved, size = f"saved within an epoch by {len(sums)} processes", self.trainer.world_size
-            raise ValueError(f"the checkpoint was {saved}; resume with as many, not with {size}")
+            saved, size = f"written within an epoch by {len(sums)} processes", self.trainer.world_size
+            raise ValueError(f"the checkpoint was {saved} and must be resumed by the same number, got {size}")
         self.sums.copy_(sums[self.trainer.global_rank])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Count the epoch: Lightning 2.6 does not after a resume from a checkpoint of an epoch's last batch."""
+        """Count the epoch after a resume from the last batch of an epoch, which Lightning 2.6 does not count itself."""
         progress: Any = self.trainer.fit_loop.epoch_progress
         if progress.total.ready == progress.total.processed:
             progress.increment_ready()
@@ -216,8 +216,8 @@ class GaussianMixtureModule(EMModule):
     def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
         """Learn from a block of rows, or measure it; the loss has a gradient only for the gradient method in training.
 
-        The optimizer of EM updates nothing, because the parameters have no gradient; with it Lightning counts steps,
-        and ``ModelCheckpoint`` heeds ``train_time_interval``, which it ignores under manual optimization.
+        For EM the optimizer updates nothing, because the parameters have no gradient. Lightning needs it to count
+        steps, and ``ModelCheckpoint`` to apply ``train_time_interval``, which it ignores under manual optimization.
         """
         rows = rows_of(batch)
         if stage == "train":
@@ -228,14 +228,14 @@ class GaussianMixtureModule(EMModule):
         return {"loss": _loss(*_sums(log_prob, rows.weights)[:2])}
 
     def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
-        """Learn from one of ``num_blocks`` blocks of an epoch, and return its negative log-likelihood per row."""
+        """Learn from one of ``num_blocks`` blocks of an epoch, and return its negative log-likelihood per point."""
         if self.method == "gradient":
             mixture = self.mixture
             log_prob = mixture.log_prob(rows.points.unsqueeze(0)).squeeze(0).to(self.sums)
             block = _sums(log_prob, rows.weights)
             self.sums += block[:2].detach()
             total, mass, num_rows = global_sum(block)
-            if self.prior is not None:  # relative to the number of rows, as in EM: a factor of weights has no effect
+            if self.prior is not None:  # per point, as in EM, so that a factor of the weights has no effect
                 share = self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
                 total = total + share * mass / num_rows.clamp(min=1)
             return _loss(total, mass)
@@ -246,7 +246,7 @@ class GaussianMixtureModule(EMModule):
             if self.method == "em":
                 return _loss(block[0], block[1])
             block = global_sum(block)
-            if block[1] > 0:  # a block whose rows all have weight zero changes nothing
+            if block[1] > 0:  # skip blocks in which all rows have weight zero
                 share = float(self.blocks_seen + 1) ** -self.step_exponent
                 # A prior's strength is relative to the mass of the whole data set.
                 self.running.lerp_(block[2:] * num_blocks, share)
@@ -256,7 +256,7 @@ class GaussianMixtureModule(EMModule):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Set the log-likelihood per row, over all ranks, and its change; for full-batch EM, run the M-step."""
+        """Set the log-likelihood per point, over all ranks, and its change; for full-batch EM, run the M-step."""
         total = global_sum(self.sums)
         mean = total[0] / total[1]
         if not torch.isfinite(mean):
@@ -304,7 +304,7 @@ class GaussianMixtureModule(EMModule):
         """Backpropagate for the gradient method; EM needs no backward pass."""
         if self.method == "gradient":
             super().backward(loss, *args, **kwargs)
-        elif self.trainer.scaler is not None:  # of 16-mixed precision, which fails without any gradient
+        elif self.trainer.scaler is not None:  # 16-mixed precision fails if no parameter has a gradient
             for parameter in self.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -327,7 +327,7 @@ class GaussianMixtureModule(EMModule):
         return self(rows_of(batch).points).responsibilities
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the sums of all ranks in this epoch, (ranks, sums); every rank must make the call."""
+        """Add the sums of all ranks in this epoch, (ranks, sums); must be called on every rank."""
         sums: Any = self.all_gather(self.sums)
         checkpoint["em_pending"] = sums.reshape(-1, len(self.sums)).cpu()
 
@@ -343,7 +343,7 @@ def _sums(log_prob: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _loss(log_likelihood: Tensor, mass: Tensor) -> Tensor:
-    """Return the negative log-likelihood per row, 0 if all weights are 0."""
+    """Return the negative log-likelihood per point, 0 if all weights are 0."""
     return -log_likelihood / torch.where(mass > 0, mass, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Mixtures as parameters of a module: plain for EM, unconstrained for an optimizer."""
+"""Mixtures as parameters of a module: weights, means and covariances for EM, or unconstrained for an optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from em_lightning.mixture import COVARIANCES, Mixture
 
 
 class PlainMixture(nn.Module):
-    """Weights, means and covariances of one mixture as parameters in float64, initially standard normal."""
+    """Weights, means and covariances of one mixture in float64, initially K equal standard normal components."""
 
     def __init__(self, num_components: int, num_features: int, covariance: str) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class UnconstrainedMixture(nn.Module):
         \pi = \operatorname{softmax}(a), \quad \mu_k = c + S m_k, \quad
         \Sigma_k = S L_k L_k^\top S + \epsilon I, \quad L_k = \operatorname{tril}(l_k) + \operatorname{diag}(e^{s_k})
 
-    with :math:`c` and the diagonal :math:`S` the mean and the standard deviations of the mixture that was assigned
-    last, so that the learning rate does not depend on the units of the data, and the floor :math:`\epsilon`.
+    :math:`c` is the mean of the mixture that was assigned last and :math:`S` the diagonal matrix of its standard
+    deviations, so that the learning rate does not depend on the units. :math:`\epsilon` is the covariance floor.
     """
 
     center: Tensor
@@ -68,7 +68,7 @@ class UnconstrainedMixture(nn.Module):
 
     @torch.no_grad()
     def assign(self, mixture: Mixture) -> None:
-        """Copy a mixture; its variances become larger by the floor, which ``forward`` adds."""
+        """Copy a mixture; ``forward`` returns its variances plus the floor."""
         self.center.copy_(mixture.mean[0])
         self.spread.copy_(self.covariance.common_scale(mixture.variance[0].sqrt()))
         self.logits.copy_(mixture.log_weights[0])

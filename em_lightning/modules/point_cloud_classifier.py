@@ -20,12 +20,12 @@ class PointCloudClassifier(EMModule):
     .. math:: h_n = \text{MLP}(x_n), \qquad v = \text{pool}(\{x_n, h_n\}), \qquad \text{logits} = \text{MLP}(v)
 
     With ``pooling="em"`` a mixture is fitted to the points, and v holds its parameters and the mean features of each
-    component; it starts from learned components, which keep their identity from cloud to cloud. ``"max"`` takes the
+    component; the fit starts from learned components, so that they correspond between clouds. ``"max"`` takes the
     maximum of each feature, as in PointNet. A subclass may set another ``pool``, a module with the attribute
     ``out_features`` that is called as :class:`~em_lightning.operators.EMPooling` is, and the ``head`` that
     :meth:`make_head` returns for it.
 
-    The MLP of single points sees no neighbours. ``levels`` replaces it by a pyramid of
+    The MLP of each point does not depend on its neighbours. ``levels`` replaces it with a pyramid of
     :class:`~em_lightning.operators.EMAbstraction`: the components of one level are the items of the next, and those of
     the last level are pooled.
 
@@ -33,15 +33,15 @@ class PointCloudClassifier(EMModule):
         num_classes: C.
         num_features: D, coordinates of a point.
         pooling: ``"em"`` or ``"max"``.
-        num_components: K, components of EM.
+        num_components, num_iters: K and T of the EM pooling.
         levels: arguments of the ``EMAbstraction`` of each level, such as ``num_components`` and ``pitch``.
         width: features of a point; ignored with ``levels``.
         hidden: width of the head.
-        dropout, label_smoothing: of the head, in training.
-        distort: of the augmentation: largest change of an entry of the identity, which then multiplies the points.
-        scale: of the augmentation: a random factor from 1 - scale to 1 + scale.
-        shift: of the augmentation: largest random shift of each coordinate.
-        jitter: of the augmentation: standard deviation of Gaussian noise on each point.
+        dropout, label_smoothing: dropout of the head and label smoothing of the training loss.
+        distort: augmentation: points are multiplied by the identity plus uniform noise of at most this size per entry.
+        scale: augmentation: points are multiplied by a random factor from 1 - scale to 1 + scale.
+        shift: augmentation: largest random shift of each coordinate.
+        jitter: augmentation: standard deviation of Gaussian noise on each point.
         lr, schedule, weight_decay: as in :class:`EMModule`.
 
     Shape:
@@ -130,7 +130,7 @@ class PointCloudClassifier(EMModule):
         elif mask is None:
             features = self.features(points.flatten(0, 1)).unflatten(0, points.shape[:2])
         else:
-            rows = self.features(points[mask])  # batch normalization must not see the padding
+            rows = self.features(points[mask])  # exclude the padding from batch normalization
             features = rows.new_zeros(*mask.shape, rows.shape[-1]).masked_scatter(mask.unsqueeze(-1), rows)
         if self.pool is None:
             return self.head(features.amax(1))  # padding is 0, the smallest output of the ReLU
@@ -139,7 +139,7 @@ class PointCloudClassifier(EMModule):
     def step(self, batch: Any, stage: str) -> Tensor:
         """Return the cross-entropy; outside training, update the accuracy."""
         points = self.augment(batch.points) if stage == "train" else batch.points
-        logits = self(points, None if batch.mask.all() else batch.mask)  # no mask is faster
+        logits = self(points, None if batch.mask.all() else batch.mask)  # faster without a mask
         if stage != "train":
             self.metrics_of(stage)["accuracy"].update(logits, batch.label)
         smoothing = self.label_smoothing if stage == "train" else 0.0

@@ -29,11 +29,11 @@ def iterate(step: Step, state: Parameters, steps: int, gradient: str, changes: C
 
     - ``"unrolled"``: exact; stores the parameters of each iteration.
     - ``"checkpoint"``: exact; stores the result of each iteration and recomputes the rest.
-    - ``"last"``: of the last iteration only, at the cost of one iteration; the state before it is a constant.
-    - ``"implicit"``: of the fixed point :math:`z = f(z, x)`, exact at convergence. For an incoming gradient v, GMRES
-      solves :math:`(I - \partial f / \partial z)^\top u = v` for each set. The start has no gradient.
+    - ``"last"``: the gradient of the last iteration, at the cost of one; the state before it is a constant.
+    - ``"implicit"``: the gradient of the fixed point :math:`z = f(z, x)`, exact at convergence. For an incoming
+      gradient v, GMRES solves :math:`(I - \partial f / \partial z)^\top u = v` for each set. The start has no gradient.
 
-    ``progress`` is the completed share of the T ``steps``, always 1 for ``"implicit"``. ``changes`` returns how much an
+    ``progress`` is the fraction of completed ``steps``, always 1 for ``"implicit"``. ``changes`` returns how much an
     iteration changed each set (B,), in standard deviations.
 
     Raises:
@@ -103,7 +103,7 @@ def gmres(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
                 break
     if not worst <= 1e3 * _RESIDUAL:
         raise RuntimeError(
-            f"gradient='implicit' has no solution, with a relative residual of {worst:.1e}: the fixed point is not "
+            f"gradient='implicit' failed, with a relative residual of {worst:.1e} of GMRES: the fixed point is not "
             f"isolated, for instance because components coincide; use gradient='unrolled'"
         )
     return scale * (known @ weights).squeeze(2)

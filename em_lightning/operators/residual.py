@@ -22,7 +22,7 @@ class Correction(NamedTuple):
     """Corrections of one iteration; all are zero in an untrained operator.
 
     stretch: (B, K, D), logarithms of the factors of the standard deviations along the principal axes.
-    shift: (B, K, D), how many more changes of the mean to add along each principal axis.
+    shift: (B, K, D), multiple of the change of the mean to add along each principal axis.
     counts: (B, K, 4), logarithms of the factors of the prior's three pseudo-counts and of its covariance.
     share: (B, K), share of the neighbours' covariance in the prior covariance, at least 0.
     neighbours: (B, K, D, D), second moments of the neighbouring components about the mean of each.
@@ -57,10 +57,10 @@ class Correction(NamedTuple):
 
 
 class ResidualCorrection(nn.Module):
-    r"""Networks that correct the M-step of each component from what the component and its set know.
+    r"""Networks that correct the M-step of each component, given features of the component and of its set.
 
-    ``h_k`` describes component k by its principal standard deviations, their change and that of the mean in the last
-    iteration, the number of its points, the extent of its neighbours, and the set by its size; then
+    The features ``h_k`` of component k are its principal standard deviations, the changes of these and of the mean in
+    the last iteration, the number of its points, the extent of its neighbours, and the size of the set. Then
 
     .. math::
         (\text{counts}, \text{stretch}, \text{shift})_k = \operatorname{MLP}(h_k, \text{mean}_j h_j, \max_j h_j) + A h_k
@@ -74,7 +74,7 @@ class ResidualCorrection(nn.Module):
     Args:
         num_features: D.
         covariance: the covariance type, or its key.
-        width: of the hidden layers.
+        width: width of the hidden layers.
 
     Source: the residual operator core of EM as a neural operator, in the coordinates of each component.
     """
@@ -132,7 +132,7 @@ class ResidualCorrection(nn.Module):
         pooled = torch.cat([hidden.mean(1, keepdim=True), hidden.amax(1, keepdim=True)], -1)
         decided = self.decide(torch.cat([hidden, pooled.expand(-1, components, -1)], -1)) + self.direct(described)
         stretch, shift, counts, share = decided.to(dtype).split([self.num_features, self.num_features, 4, 1], -1)
-        # The standard error of what is corrected falls with the number of points.
+        # Parameters of components with many points have small standard errors and need small corrections.
         error = (8.0 / (8.0 + mass)).sqrt().unsqueeze(-1)
         return Correction(
             error * _bounded(stretch, _STRETCH),
@@ -146,7 +146,7 @@ class ResidualCorrection(nn.Module):
 def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tensor) -> Tensor:
     """Return second moments (B, K, D, D) of the mixture near each component about its mean.
 
-    Components count by their weight and by a Gaussian of their distance, as wide as K components lie apart.
+    Components are weighted by their weight times a Gaussian of their distance; its width is unit * K^(-1 / D).
     """
     log_weights, means, covariances = parameters
     components, features = means.shape[1:]

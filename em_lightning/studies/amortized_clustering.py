@@ -1,4 +1,4 @@
-"""AmortizedClustering: an EM operator with a learned prior and a "none of the above" component, trained on sets."""
+"""AmortizedClustering: an EM operator with a learned prior and a "none of the above" component, trained across sets."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class AmortizedClustering(EMModule):
     of nats per held-out point.
 
     Args:
-        num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
+        num_components: K; no parameter depends on it, so ``load_from_checkpoint(path, num_components=...)`` can change
+            it.
         num_features: D.
         num_iters: T, EM iterations per set.
-        num_starts: number of random starts of which the best is kept for each set, in training too: corrections that
-            are trained on worse starts become too cautious.
+        init: initialization of the centers, as in :class:`~em_lightning.EMOperator`.
+        num_starts: number of random starts, of which the best is kept for each set, also in training; corrections that
+            are trained on worse starts are too small.
         residual: whether to learn corrections in addition to the prior.
         prior_strength: initial pseudo-count of the scales.
         prior_scale: initial scale of the prior, in units of the points.
@@ -89,12 +91,12 @@ class AmortizedClustering(EMModule):
                 "learnable": True,
             },
         )
-        # log c and log s.
+        # The logarithms of the pseudo-count c and the scale s of the background.
         self.log_count = nn.Parameter(torch.zeros(1))
         self.log_extent = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))
 
     def train(self, mode: bool = True) -> AmortizedClustering:
-        """Set the mode; the operator stays in eval mode, in which it tries several starts."""
+        """Set the mode; the operator stays in eval mode, in which it keeps the best of several starts."""
         super().train(mode)
         self.operator.eval()
         return self

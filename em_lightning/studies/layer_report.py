@@ -30,7 +30,8 @@ class LayerReport(Report):
     """Report metrics of an :class:`~em_lightning.studies.EnergyLayer`, a linear probe and figures.
 
     The table has the validation metrics, averaged over the last epochs. The figures are ``prototypes`` (weights as
-    images) and ``training``. Without probe and figures it works with any module whose validation logs ``val/...``.
+    images) and ``training``. With ``probe=False`` and ``figures=False`` the module may be any
+    that logs ``val/...`` in validation.
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.

@@ -46,7 +46,8 @@ class MixtureSets(SplitDataModule):
         batch_size: sets per batch.
         train_batches: batches per epoch, over all ranks.
         val_sets, test_sets: number of sets.
-        train_held_out, held_out: held-out points per set, in training and in validation and test.
+        train_held_out: held-out points per training set.
+        held_out: held-out points per validation or test set.
 
     Raises:
         ValueError: an argument is out of range.

@@ -1,4 +1,4 @@
-"""PoolingClassifier: a point-cloud classifier with EM pooling or one of PyG's, for comparisons at equal size."""
+"""PoolingClassifier: a point-cloud classifier with EM pooling or a pooling of PyG, for comparisons at equal size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PoolingClassifier(PointCloudClassifier):
         pooling: ``"em"``, or PyG's ``"max"``, ``"mean"``, ``"attention"``, ``"set_transformer"`` or ``"mem"``.
         num_components: K, components of EM or clusters of the memory.
         num_parameters: size of the whole module; the head is as wide as it allows.
-        **options: of the base class; ``num_parameters`` replaces ``hidden``.
+        **options: arguments of the base class, except ``hidden``, which follows from ``num_parameters``.
 
     Raises:
         ValueError: the pooling is unknown or ``num_parameters`` is too small.
@@ -54,7 +54,7 @@ class PoolingClassifier(PointCloudClassifier):
         linear, constant = size + num_classes + 2, 2 * size + num_classes
         hidden = (math.isqrt(max(linear**2 + 4 * (spare - constant), 0)) - linear) // 2
         if hidden < 1:
-            raise ValueError(f"num_parameters={num_parameters} leaves none for the head; give more, or less width")
+            raise ValueError(f"num_parameters={num_parameters} is too small for the head; raise it, or reduce width")
         self.head = self.make_head(size, hidden)
 
 

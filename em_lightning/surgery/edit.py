@@ -1,4 +1,4 @@
-"""Replace modules of any model or insert modules behind them, and undo it."""
+"""Replace modules of any model or insert modules behind them; undo the changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, cl
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = Literal["any"] | None
-_SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries that have an author
-_BEFORE = "_em_before"  # attribute of a module whose change was undone while another module stood in its place
+_SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, by their ``by``
+_BEFORE = "_em_before"  # attribute of a module whose change was undone after another surgery replaced it: the original
 
 
 class Change(NamedTuple):
@@ -66,12 +66,12 @@ class Inserted(nn.Module):
 class CallCounter:
     """Raises if a module is called twice within one forward of its owner.
 
-    With parameters, one module called at several places would tie layers of different widths and meanings.
+    A module with parameters that is called at several places would share them between unrelated layers.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.count: int | None = None  # of the calls in the forward that runs now
+        self.count: int | None = None  # calls in the current forward; None outside
 
     def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wrapper of the owner's forward."""
@@ -92,19 +92,19 @@ class CallCounter:
 
 
 class _Uncopied(dict[str, Any]):
-    """A dictionary whose copies and pickles are empty: a surgery belongs to one model in one process."""
+    """A dictionary whose copies and pickles are empty, because a surgery can be undone on the original model only."""
 
     def __reduce__(self) -> Any:
         return _Uncopied, ()
 
 
 def surgery_by(model: nn.Module, by: str) -> Surgery:
-    """Return the surgery of an author on a model; for a copied model one without changes, which cannot be undone."""
+    """Return the surgery with this ``by`` on a model; a copied model returns one without changes to undo."""
     return vars(model).get(_SURGERIES, {}).get(by) or Surgery(model, by)
 
 
 class Surgery:
-    """The ``changes`` made to a model, one :class:`Change` per site, and their undo; ``by`` is stored in the plan."""
+    """The ``changes`` made to a model, one :class:`Change` per site, to be undone; ``by`` is stored in the plan."""
 
     def __init__(self, model: nn.Module, by: str | None = None) -> None:
         self.model = model
@@ -162,11 +162,11 @@ class Surgery:
 
 
 def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls = None) -> Surgery:
-    """Replace each selected module by a new one; an instance under several names gets one per name.
+    """Replace each selected module by a new one; an instance with several names is replaced by one module per name.
 
-    The new module takes over the hooks, device, dtype and mode of the old one; hooks that it gets later end with the
-    undo. It is built with a random seed derived from its path, so that the user's random stream does not change and all
-    ranks build the same module.
+    The new module takes over the hooks, device, dtype and mode of the old one; the undo drops hooks that were added
+    later. It is built with a random seed derived from its path, so that the user's random stream does not change and
+    all ranks build the same module.
 
     Args:
         model: any module; in Lightning the LightningModule itself, so that its checkpoints store the plan.
@@ -219,7 +219,7 @@ def change_sites(
     calls: Calls = None,
     prepare: Callable[[Site, Change], None] = lambda *_: None,
 ) -> Surgery:
-    """Change the given sites, with the ``make`` of each, then prepare each change: the common part of all surgeries."""
+    """Change the given sites, with the ``make`` of each, then prepare each change; used by all surgeries."""
     if calls not in ("any", None):
         raise ValueError(f"calls={calls!r} must be 'any' or None")
     for site in sites:
@@ -269,7 +269,7 @@ def _build(site: Site, make: Make) -> nn.Module:
             module = make(site.module)
     if not isinstance(module, nn.Module) or module is site.module:
         raise TypeError(f"make returned {module!r} for {site.path!r}; it must return a new nn.Module")
-    module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))  # a key even of modules without parameters
+    module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))  # a state_dict key if there are no parameters
     for neighbour in (site.module, *reversed(site.ancestors)):
         like = next((t for t in (*neighbour.parameters(), *neighbour.buffers()) if t.is_floating_point()), None)
         if like is not None:

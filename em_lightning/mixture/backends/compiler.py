@@ -21,7 +21,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 
 @functools.cache
 def load(source: str, *definitions: str) -> tuple[Any, str]:
-    """Return the compiled library, or ``None`` and the reason why there is none."""
+    """Return the compiled library and an empty string, or ``None`` and the error message."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, "no g++ was found on the PATH"
@@ -34,7 +34,7 @@ def load(source: str, *definitions: str) -> tuple[Any, str]:
         key = "\n".join([*texts, version, features, *_FLAGS, source, *definitions])
         target = _folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not target.exists():
-            # Under a name of its own first: several processes may compile at once.
+            # Compile under a temporary name, because several processes may compile at once.
             handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             try:

@@ -1,7 +1,6 @@
 """Covariance types: shapes, features, factorization, Gaussian log-densities, M-step estimates and conversions.
 
-A type defines the features of second degree ``s(x)`` of a
-point such that the Gaussian log-density is linear in ``phi(x) = [1, x, s(x)]``:
+A type defines products ``s(x)`` of features such that the log-density is linear in ``phi(x) = [1, x, s(x)]``:
 
     log pi_k + log N(x | mu_k, Sigma_k) = theta_k . phi(x)
 

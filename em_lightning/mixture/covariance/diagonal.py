@@ -27,7 +27,7 @@ class DiagonalCovariance(FullCovariance):
         return covariances
 
     def pack(self, variances: Tensor) -> Tensor:
-        """Return the covariances of :meth:`variances`."""
+        """Return covariances for variances (B, K, D) or (B, K, 1), the inverse of :meth:`variances`."""
         return variances
 
     def second_degree(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class DiagonalCovariance(FullCovariance):
 
 
 class SphericalCovariance(DiagonalCovariance):
-    """Round components: one variance each, ``Sigma (B, K)``, ``s(x) = |x|^2``."""
+    """Spherical components: one variance each, (B, K), ``s(x) = |x|^2``."""
 
     name = "spherical"
     whitening = "spherical"
