@@ -5,12 +5,12 @@ import pytest
 import torch
 from test_images import write_set
 
-from em_lightning import data
+from em_lightning import studies
 
 
 def mnist(folder, **options):
     arrays = write_set(folder)
-    module = data.ImagePointSets("mnist", str(folder), **{"jitter": 0.0, "batch_size": 8, **options})
+    module = studies.ImagePointSets("mnist", str(folder), **{"jitter": 0.0, "batch_size": 8, **options})
     return module, arrays
 
 
@@ -34,7 +34,7 @@ def test_fewer_points_than_pixels_are_drawn_without_replacement(tmp_path):
 
 
 def test_jitter_is_clipped_and_of_its_size():
-    still, moved = (data.ImagePointSets(num_points=64, jitter=jitter, seed=3) for jitter in (0.0, 0.02))
+    still, moved = (studies.ImagePointSets(num_points=64, jitter=jitter, seed=3) for jitter in (0.0, 0.02))
     pairs = zip(still.val_dataloader(), moved.val_dataloader(), strict=True)
     noise = torch.cat([b.points - a.points for a, b in pairs])
     assert noise.abs().max() <= 0.06 + 1e-6 and 0.0197 < noise.std() < 0.0202
@@ -42,7 +42,7 @@ def test_jitter_is_clipped_and_of_its_size():
 
 def test_draws_are_a_function_of_seed_split_epoch_and_batch():
     def first(split="train", epoch=0, seed=0, **options):
-        module = data.ImagePointSets(num_points=16, seed=seed, batch_size=32, eval_batch_size=32, **options)
+        module = studies.ImagePointSets(num_points=16, seed=seed, batch_size=32, eval_batch_size=32, **options)
         loader = getattr(module, f"{split}_dataloader")()
         loader.set_epoch(epoch)
         torch.manual_seed(epoch + 17)  # the global generator must have no effect
@@ -56,7 +56,7 @@ def test_draws_are_a_function_of_seed_split_epoch_and_batch():
 
 
 def test_ranks_cover_each_image_once_per_epoch():
-    module = data.ImagePointSets(num_points=4, batch_size=10)
+    module = studies.ImagePointSets(num_points=4, batch_size=10)
     module.setup()
     loaders = [module.train_dataloader() for _ in range(2)]
     for rank, loader in enumerate(loaders):
@@ -70,14 +70,14 @@ def test_ranks_cover_each_image_once_per_epoch():
 def test_an_image_without_bright_pixels_is_an_empty_set():
     images = torch.zeros(2, 1, 4, 4)
     images[1, 0, 1, 2] = 1.0
-    pixels, counts = data.bright_pixels(images, 0.5)
+    pixels, counts = studies.bright_pixels(images, 0.5)
     assert pixels.tolist() == [[0], [6]] and counts.tolist() == [0, 1]
-    batch = data.ImagePointSets(num_points=3).draw(pixels, counts, torch.tensor([0, 1]), torch.Generator())
+    batch = studies.ImagePointSets(num_points=3).draw(pixels, counts, torch.tensor([0, 1]), torch.Generator())
     assert batch.mask.tolist() == [[False] * 3, [True] * 3] and (batch.points[0] == 0).all()
 
 
 def test_validation_split_and_describe():
-    module = data.ImagePointSets(num_points=8, val_size=100)
+    module = studies.ImagePointSets(num_points=8, val_size=100)
     assert module.num_classes == 10 and module.num_features == 2
     sizes = [sum(len(batch.label) for batch in getattr(module, f"{s}_dataloader")()) for s in ("train", "val", "test")]
     assert sizes == [1337, 100, 360]
@@ -97,4 +97,4 @@ def test_validation_split_and_describe():
 )
 def test_wrong_arguments_raise(arguments, words):
     with pytest.raises(ValueError, match=words):
-        data.ImagePointSets(**arguments)
+        studies.ImagePointSets(**arguments)

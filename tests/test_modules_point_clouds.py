@@ -4,9 +4,15 @@ import lightning
 import pytest
 import torch
 
-from em_lightning.data import ImagePointSets, PointSetBatch
 from em_lightning.modules import PointCloudClassifier
-from em_lightning.studies import FAMILIES, POOLINGS, PoolingClassifier, ProceduralSurfaces
+from em_lightning.studies import (
+    FAMILIES,
+    POOLINGS,
+    ImagePointSets,
+    PointSetBatch,
+    PoolingClassifier,
+    ProceduralSurfaces,
+)
 
 LEVELS = [
     {"num_components": 8, "out_features": 16, "pitch": 0.3, "grid": 5, "blocks": 1},

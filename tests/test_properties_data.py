@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 
 from em_lightning.data import (
     EpochSampler,
-    ImagePointSets,
     PointCloudBatch,
-    PointSetBatch,
     RandomDataset,
     Shape,
     Table,
@@ -29,7 +27,6 @@ from em_lightning.data import (
     TensorBatches,
     TensorDataModule,
     Tensors,
-    bright_pixels,
     collate_clouds,
     draw_cloud,
     parse_points,
@@ -38,7 +35,15 @@ from em_lightning.data import (
     read_points,
     unit_ball,
 )
-from em_lightning.studies import FAMILIES, MixtureSetBatch, MixtureSets, random_surface
+from em_lightning.studies import (
+    FAMILIES,
+    ImagePointSets,
+    MixtureSetBatch,
+    MixtureSets,
+    PointSetBatch,
+    bright_pixels,
+    random_surface,
+)
 
 
 @given(values=st.data())

@@ -158,15 +158,16 @@ def test_module_called_twice_requires_calls(on_root):
     model = users.ReusedMLP() if on_root else nn.Sequential(users.ReusedMLP())
     name, x = ("relu" if on_root else "0.relu"), torch.randn(3, 6)
     with replace_modules(model, nn.ReLU, Scaled):
-        with pytest.raises(RuntimeError, match=f"'{name}' .*more than once.* calls='any'"):
+        with pytest.raises(RuntimeError, match=f"'{name}' .*called more than 1 time.* calls='any'"):
             model(x)
     with replace_modules(model, nn.ReLU, Scaled, calls="any"):
         inner = model if on_root else model[0]
         hidden = inner.relu(inner.first(x))
         assert torch.equal(model(x), inner.head(inner.relu(inner.second(hidden))))
         assert torch.equal(copy.deepcopy(model)(x), model(x))
-    with pytest.raises(ValueError, match="calls=2"):
-        replace_modules(model, nn.ReLU, Scaled, calls=2)
+    with replace_modules(model, nn.ReLU, Scaled, calls=2):
+        model(x)
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
     replace_modules(model, nn.ReLU, nn.Tanh)  # no parameters, so the number of calls is not checked
     model(x)
 
@@ -182,7 +183,7 @@ def test_calls_in_a_list_are_counted_by_the_module_that_calls():
 
     model = nn.Sequential(Stack())
     replace_modules(model, nn.ReLU, Scaled)
-    with pytest.raises(RuntimeError, match="'0.acts.0' .*more than once"):
+    with pytest.raises(RuntimeError, match="'0.acts.0' .*called more than 1 time"):
         model(torch.randn(2))
 
 
@@ -548,3 +549,53 @@ def test_activation_instance_is_copied_to_every_site():
     for arguments in ({"dim": 1}, {"margin": 2.0}):
         with pytest.raises(TypeError, match="activation=SignedActivation .*dim="):
             swap_activations(model, built, **arguments)
+
+
+class Reused(nn.Module):
+    """Calls one activation behind each of its layers."""
+
+    def __init__(self, layers=2):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(layers))
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.act(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("key", ["signed", "grouped"])
+def test_calls_give_each_call_a_module_of_its_own(key):
+    torch.manual_seed(0)
+    x, model, plain = torch.randn(5, 4), Reused(), Reused()
+    plain.load_state_dict(model.state_dict())
+    options = {"learnable": True} if key == "signed" else {"group_size": 2}
+    surgery = swap_activations(model, key, calls=2, verbose=False, **options)
+    first, second = model.act
+    if key == "signed":
+        with torch.no_grad():
+            next(second.parameters()).mul_(3.0)
+    expected = second(model.layers[1](first(model.layers[0](x))))
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+    again = apply_plan(Reused(), recorded_plan(model))
+    again.model.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again.model(x), expected)
+    surgery.undo()
+    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_wrong_numbers_of_calls_are_named():
+    x = torch.randn(5, 4)
+    with swap_activations(model := Reused(3), "signed", learnable=True, calls=2, verbose=False):
+        with pytest.raises(RuntimeError, match="'act' is called more than 2 time.*calls=N .* calls='any'"):
+            model(x)
+    with swap_activations(model := Reused(3), "signed", learnable=True, calls=4, verbose=False):
+        with pytest.raises(RuntimeError, match="'act' has 3 calls, not calls=4: set calls=3"):
+            model(x)
+    for calls in (0, -1, "all", 1.5):
+        with pytest.raises(ValueError, match=f"calls={calls!r} must be"):
+            swap_activations(Reused(), calls=calls)

@@ -5,12 +5,9 @@ from em_lightning.data.folders import PointCloudFolder
 from em_lightning.data.images import (
     MNIST,
     Digits,
-    ImagePointSets,
-    PointSetBatch,
     TensorBatches,
     TensorDataModule,
     Tensors,
-    bright_pixels,
     read_idx,
 )
 from em_lightning.data.point_clouds import (
@@ -30,11 +27,9 @@ __all__ = [
     "Digits",
     "EpochSampler",
     "GaussianBlobs",
-    "ImagePointSets",
     "PointCloudBatch",
     "PointCloudDataModule",
     "PointCloudFolder",
-    "PointSetBatch",
     "RandomDataset",
     "Shape",
     "Table",
@@ -44,7 +39,6 @@ __all__ = [
     "TensorBatches",
     "TensorDataModule",
     "Tensors",
-    "bright_pixels",
     "collate_clouds",
     "draw_cloud",
     "parse_points",

@@ -5,6 +5,7 @@ from em_lightning.studies.clustering_report import ClusteringReport
 from em_lightning.studies.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
 from em_lightning.studies.grid import run_table
 from em_lightning.studies.image_classifier import ImageClassifier
+from em_lightning.studies.image_points import ImagePointSets, PointSetBatch, bright_pixels
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
 from em_lightning.studies.mixture_sets import MixtureSetBatch, MixtureSets
@@ -16,6 +17,9 @@ from em_lightning.studies.selection_report import SelectionReport
 from em_lightning.studies.surfaces import FAMILIES, ProceduralSurfaces, random_surface
 
 __all__ = [
+    "ImagePointSets",
+    "PointSetBatch",
+    "bright_pixels",
     "AmortizedClustering",
     "FAMILIES",
     "MixtureSetBatch",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, recor
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
-Calls = Literal["any"] | None
+Calls = int | Literal["any"] | None
 _SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, by their ``by``
 _BEFORE = "_em_before"  # attribute of a module whose change was undone after another surgery replaced it: the original
 
@@ -64,31 +64,48 @@ class Inserted(nn.Module):
 
 
 class CallCounter:
-    """Raises if a module is called twice within one forward of its owner.
+    """Counts the calls of a module within one forward of its owner, and raises if there are more than allowed.
 
     A module with parameters that is called at several places would share them between unrelated layers.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, allowed: int) -> None:
         self.path = path
+        self.allowed = allowed
         self.count: int | None = None  # calls in the current forward; None outside
 
     def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Wrapper of the owner's forward."""
         self.count = 0
         output = proceed(*args, **kwargs)
-        self.count = None
+        count, self.count = self.count, None
+        if count and count < self.allowed:
+            raise RuntimeError(f"{self.path!r} has {count} calls, not calls={self.allowed}: set calls={count}")
         return output
 
     def check(self, *_: Any) -> None:
         """Forward pre-hook of the module."""
-        if self.count:
+        if self.count is None:
+            return
+        if self.count >= self.allowed:
             raise RuntimeError(
-                f"{self.path!r} is called more than once in one forward, and its replacement has parameters: set "
-                f"calls='any' to share it among all calls"
+                f"{self.path!r} is called more than {self.allowed} time(s) in one forward, and its replacement has "
+                f"parameters: set calls=N for one module per call, or calls='any' to share one among all calls"
             )
-        if self.count is not None:
-            self.count = 1
+        self.count += 1
+
+
+class PerCall(nn.ModuleList):
+    """One module for each call within one forward of the owner, in the order of the calls."""
+
+    def __init__(self, modules: Iterable[nn.Module], counter: CallCounter) -> None:
+        super().__init__(modules)
+        self.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8), persistent=False)
+        self.counter = counter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module of this call, the first outside of the owner's forward."""
+        return self[max((self.counter.count or 0) - 1, 0)](*args, **kwargs)
 
 
 class _Uncopied(dict[str, Any]):
@@ -173,8 +190,9 @@ def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls 
         where: what to replace, see :func:`find_modules`.
         make: a class or a ``functools.partial`` of one (built for each site), a module (copied for each site), or a
             function of the old module that returns the new one.
-        calls: "any" shares a new module with parameters among several calls in one forward of its parent, such as those
-            of a ResNet's reused ``self.relu``; by default a second call raises RuntimeError.
+        calls: for several calls in one forward of the parent, such as those of a ResNet's reused ``self.relu``: a
+            number makes one new module per call, "any" shares one. By default a second call raises RuntimeError if the
+            new module has parameters.
 
     Raises:
         NoMatchError: nothing matches.
@@ -220,8 +238,9 @@ def change_sites(
     prepare: Callable[[Site, Change], None] = lambda *_: None,
 ) -> Surgery:
     """Change the given sites, with the ``make`` of each, then prepare each change; used by all surgeries."""
-    if calls not in ("any", None):
-        raise ValueError(f"calls={calls!r} must be 'any' or None")
+    number = 1 if calls in ("any", None) else calls
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"calls={calls!r} must be a positive int, 'any' or None")
     for site in sites:
         check_reachable(site)
     if not surgery.changes:
@@ -229,9 +248,11 @@ def change_sites(
     surgery.undos += guard_twins(surgery.model, sites)
     for site in sites:
         make = make_at(site)
+        counter = CallCounter(site.path, number)
         added = _build(site, make)
-        if calls is None and any(True for _ in added.parameters()):
-            counter = CallCounter(site.path)
+        if number > 1:
+            added = PerCall([added, *(_build(site, make, index) for index in range(1, number))], counter)
+        if number > 1 or (calls is None and any(True for _ in added.parameters())):
             callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
             surgery.undos.append(wrap(callers[-1], "forward", counter.around))
             surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
@@ -245,7 +266,7 @@ def change_sites(
         entry: dict[str, Any] = {
             "operation": operation,
             "path": site.path,
-            "class_path": f"{type(added).__module__}.{type(added).__qualname__}",
+            "class_path": f"{type(built_in(added)).__module__}.{type(built_in(added)).__qualname__}",
             "init_args": arguments_of(make),
             "calls": calls,
             "target": [],  # of the functions whose calls are replaced
@@ -257,10 +278,15 @@ def change_sites(
     return surgery
 
 
-def _build(site: Site, make: Make) -> nn.Module:
+def built_in(added: nn.Module) -> nn.Module:
+    """Return the module that ``make`` built, the first if there is one per call."""
+    return added[0] if isinstance(added, PerCall) else added
+
+
+def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would also seed every accelerator
-        torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#0".encode()))
+        torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#{index}".encode()))
         if isinstance(make, nn.Module):
             module: Any = copy.deepcopy(make)
         elif isinstance(make, type) or (isinstance(make, functools.partial) and isinstance(make.func, type)):

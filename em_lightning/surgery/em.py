@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.surgery.axes import FirstCall, own_dim, takes_dim, unit_axis, widths_of
-from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
+from em_lightning.surgery.edit import Calls, Change, Make, PerCall, Surgery, change_sites
 from em_lightning.surgery.functional import swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules
@@ -163,18 +163,19 @@ def insert_em_operators(
 
 
 def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:
-    """Let the module of a change decide the axis of its units at its first call, and print it."""
-    module: Any = change.added
-    axis = None
-    dim = own_dim(module, make)
-    if dim is not None:
-        axis = unit_axis(site, dim)
-        if isinstance(module, SetRefinement):
-            axis.widths = (module.operator.num_features, *axis.widths)
-            surgery.undos += observe_forwards(site, module)
-        if axis.dim != "auto":
-            module.dim = axis.dim
-    surgery.undos.append(module.register_forward_pre_hook(FirstCall(site.path, axis, verbose)).remove)
+    """Let the modules of a change decide the axis of their units at their first call, and print it."""
+    modules: Iterable[Any] = change.added if isinstance(change.added, PerCall) else [change.added]
+    for module in modules:
+        axis = None
+        dim = own_dim(module, make)
+        if dim is not None:
+            axis = unit_axis(site, dim)
+            if isinstance(module, SetRefinement):
+                axis.widths = (module.operator.num_features, *axis.widths)
+                surgery.undos += observe_forwards(site, module)
+            if axis.dim != "auto":
+                module.dim = axis.dim
+        surgery.undos.append(module.register_forward_pre_hook(FirstCall(site.path, axis, verbose)).remove)
 
 
 def set_temperature(model: nn.Module, temperature: float, where: Where = "*") -> dict[str, Tempered]:

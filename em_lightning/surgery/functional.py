@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from em_lightning.surgery.axes import UnitAxis, announce, own_dim, widths_in
-from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
+from em_lightning.surgery.edit import Calls, Change, Make, Surgery, built_in, change_sites
 from em_lightning.surgery.hooks import wrap
 from em_lightning.surgery.select import (
     FUNCTIONS,
@@ -116,8 +116,8 @@ def swap_calls(
 
     def prepare(site: Site, change: Change) -> None:
         change.entry["target"] = [kind.__name__ for kind in kinds]
-        widths, dim = widths_in([site.parent])[::-1], own_dim(change.added, make)
-        axes = CallAxes(site.path, widths, type(change.added).__name__, dim, verbose)
+        widths, built = widths_in([site.parent])[::-1], built_in(change.added)
+        axes = CallAxes(site.path, widths, type(built).__name__, own_dim(built, make), verbose)
         for name in _methods_that_call(type(site.parent), names):
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions, axes)))
 
