@@ -180,17 +180,18 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {tuple(x.shape[:2])}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask must be a boolean tensor, got {mask.dtype}")
-    # Neither a compiler, nor torch.func, nor the capture of a CUDA graph allows reading values.
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not capturing and have_memory(x):
-        finite = x.detach().isfinite().all(-1)
-        _check_all(finite if mask is None else finite | ~mask, "x must be finite", x)
-        if weights is not None:
-            _check_all((weights >= 0) & weights.isfinite(), "weights must be finite and not negative", weights)
+    finite = x.detach().isfinite().all(-1)
+    _check_all(finite if mask is None else finite | ~mask, "x must be finite", x)
+    if weights is not None:
+        _check_all((weights >= 0) & weights.isfinite(), "weights must be finite and not negative", weights)
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:
+    # Neither a compiler, nor torch.func, nor the capture of a CUDA graph allows reading values.
+    capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing or not have_memory(valid):
+        return
     if not valid.all():
         place, row = (int(i) for i in (~valid).nonzero()[0])
         raise ValueError(f"{rule}: set {place}, row {row} is {values[place, row].tolist()}")
