@@ -20,9 +20,7 @@ from em_lightning.files import write_whole
 def check_archive(path: str | PathLike[str]) -> None:
     """Raise unless a file is an uncompressed archive as ``torch.save`` writes it, with matching CRCs.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, altered or no archive.
+    FileNotFoundError if there is no such file, ValueError if it is truncated, altered or no archive.
     """
     path = Path(path)
     if not path.is_file():

@@ -57,7 +57,7 @@ def with_local_data(argument):
 
 
 # Of the rows of the comparison of activations that lose accuracy.
-@pytest.mark.filterwarnings("ignore:.* over the 128 units of 'network.activation1'. over 128 units of an MLP on MNIST")
+@pytest.mark.filterwarnings("ignore:.* over the 128 units of")
 @pytest.mark.parametrize("name, config", list(configs()))
 def test_every_config_runs_by_the_command_in_its_header(name, config, here):
     command, needs = config.read_text().splitlines()[:2]

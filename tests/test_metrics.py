@@ -155,10 +155,10 @@ def test_merged_metrics_equal_one_of_all_items(cls):
     empty = cls()
     empty.merge_state(whole.metric_state)
     assert empty.compute() == whole.compute()
-    with pytest.raises(ValueError, match="incoming state.*list"):
+    with pytest.raises(TypeError, match="incoming_state.*list"):
         first.merge_state([second])
     other = L0() if cls is not L0 else MinVariance()
-    with pytest.raises(ValueError, match=f"incoming state.*{cls.__name__}.*{type(other).__name__}"):
+    with pytest.raises(TypeError, match=f"incoming_state.*{cls.__name__}.*{type(other).__name__}"):
         first.merge_state(other)
 
 

@@ -38,7 +38,7 @@ ELSEWHERE = {
     ),
     "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_plan restore_surgery",
     "hooks and types, in tests/test_surgery.py and tests/test_callbacks_*.py": (
-        "Calls Chain LayerwiseLoss SetRefinement Taps UnitAxis surgery_by swap_calls undo_all unit_axis walk wrap"
+        "Calls Chain LayerwiseLoss SetRefinement Taps UnitAxis surgery_by undo_all unit_axis walk wrap"
     ),
 }
 

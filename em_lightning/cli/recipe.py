@@ -16,7 +16,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from em_lightning.checkpoints import AtomicCheckpointIO
@@ -140,11 +140,7 @@ class RecipeCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments, or print the short help and exit.
-
-        Raises:
-            ValueError: an argument is unknown or has a wrong value.
-        """
+        """Parse the arguments, or print the short help and exit; ValueError if an argument is wrong."""
         if {"-h", "--help"} & set(args):
             print(self.short_help(parser))
             raise SystemExit(0)
@@ -170,6 +166,10 @@ class RecipeCLI(LightningCLI):
         given = self.config_init.trainer
         if given.logger is False and given.callbacks:  # LearningRateMonitor raises without a logger
             given.callbacks = [each for each in given.callbacks if not isinstance(each, LearningRateMonitor)]
+        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
+        shows_bar = given.enable_progress_bar is not False and sys.stderr.isatty()
+        if shows_bar and not any(isinstance(each, ProgressBar) for each in callbacks):
+            given.callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]  # a RichProgressBar hides the last line
         try:
             trainer = super().instantiate_trainer(**options)
         except (ValueError, MisconfigurationException) as error:

@@ -19,6 +19,7 @@ class Float64Metric(Metric):
 
     is_differentiable = False
     full_state_update = False
+    _add_state: Callable[..., None]  # adds states of other items to the own
 
     def _apply(self, fn: Callable, exclude_state: Any = "") -> Any:
         # Overridden as in torchmetrics itself: there is no public hook, and `.to("mps")` of a float64 state raises.
@@ -27,8 +28,12 @@ class Float64Metric(Metric):
         return super()._apply(lambda state: state.to(device, dtype), exclude_state)
 
     def merge_state(self, incoming_state: Any) -> None:
-        """Add the items of another metric of this class, given as the metric or as its ``metric_state``."""
-        super().merge_state(incoming_state)
+        """Add the items of another metric of this class, or of its ``metric_state``; TypeError for anything else."""
+        if not isinstance(incoming_state, (dict, type(self))):
+            kind = type(incoming_state).__name__
+            raise TypeError(f"incoming_state must be a {type(self).__name__} or its metric_state, got {kind}")
+        state = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
+        self._add_state(**state)
         self._computed = None  # torchmetrics would return its last result
         self._update_count = max(self._update_count, 1)
 
@@ -55,6 +60,9 @@ class MeanOfItems(Float64Metric):
         counts = torch.ones_like(items) if counts is None else counts.to(items.dtype)
         self.sums = self.sums + torch.stack([counts @ items, counts.sum(), torch.zeros_like(counts.sum())])
 
+    def _add_state(self, sums: Tensor) -> None:
+        self.sums = self.sums + sums
+
     def compute(self) -> Tensor:
         return self.sums[0] / self.sums[1]
 
@@ -66,6 +74,8 @@ class UnitMoments(Float64Metric):
     """
 
     moments: Tensor
+    # The size of the state is known at the first update, so torchmetrics cannot add an empty state to a full one.
+    full_state_update = True
 
     def __init__(self, dim: int = -1, **kwargs: Any) -> None:
         super().__init__(**{"dist_sync_fn": _gather_padded, **kwargs})
@@ -87,11 +97,9 @@ class UnitMoments(Float64Metric):
         batch[0, 1:] = batch[1:, 0] = counts @ items / batch[0, 0].clamp_min(1.0)
         centred = (items - batch[0, 1:]) * counts[:, None]
         batch[1:, 1:] = centred.T @ centred
-        self._reduce_states({"moments": batch})
+        self._add_state(batch)
 
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        # Overridden as merge_state and forward stack states, whose size is known at the first update only.
-        moments = incoming_state["moments"]
+    def _add_state(self, moments: Tensor) -> None:
         units, known = len(moments) - 1, len(self.moments) - 1
         if units and known and units != known:
             raise ValueError(f"activations have {units} units but earlier ones had {known}; reset() the metric between")

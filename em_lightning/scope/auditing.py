@@ -62,9 +62,6 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
             dictionary becomes keyword arguments if the forward has these names.
         run: runs the model in another way; ``batch`` is then ignored.
 
-    Returns:
-        One finding per operation.
-
     Raises:
         TypeError: an attribute of the model cannot be copied.
 

@@ -91,8 +91,7 @@ class SetRefinement(EMRefinement):
                 f"num_features={self.operator.num_features} must be the width of the output: give num_features="
                 f"{num_features}"
             )
-        training = self.training
-        self.operator = self._operator(self.operator.num_components, num_features).train(training)
+        self.operator = self._operator(self.operator.num_components, num_features).train(self.training)
 
     def describe_sets(self, shape: Sequence[int]) -> str:
         """Return the number of sets and items as text."""
