@@ -80,7 +80,7 @@ class Shape(NamedTuple):
             raise ValueError(f"vertices and faces must have shapes (V, 3) and (F, 3), got {shapes}")
         low, high = map(int, faces.aminmax()) if faces.numel() else (0, -1)
         if not 0 <= low <= high < len(points):
-            raise ValueError(f"faces must hold indices from 0 to {len(points) - 1}, got {low} to {high}")
+            raise ValueError(f"faces must hold indices 0 to {len(points) - 1} in at least one row, got {low} to {high}")
         corners = points.double().index_select(0, faces.flatten())  # vertices without a face are not on the surface
         center, scale = unit_ball(corners)
         a, b, c = ((corners - center) / scale).view(-1, 3, 3).unbind(1)

@@ -2,7 +2,7 @@
 
 Letters: N items (all axes but that of the units), D units. Energies are the post-activation outputs of a layer: low
 energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients over
-its ranks, and gradients equal those of a single process; every rank must make the call. All terms are computed and
+its ranks, and gradients equal those of a single process; call losses on every rank. All terms are computed and
 returned in float32 or float64, under autocast as well. A diverging run reports inf or NaN.
 """
 

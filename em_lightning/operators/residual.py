@@ -76,7 +76,7 @@ class ResidualCorrection(nn.Module):
         covariance: the covariance type, or its key.
         width: width of the hidden layers.
 
-    Source: the residual operator core of EM as a neural operator, in the coordinates of each component.
+    Source: EM as a neural operator with a residual core; here in the principal axes of each component.
     """
 
     def __init__(self, num_features: int, covariance: str | Covariance = "full", width: int = 64) -> None:
