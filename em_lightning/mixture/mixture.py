@@ -13,10 +13,11 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from torch.export import register_dataclass
 
 from em_lightning.competition import Posterior, softmin
+from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, log_density, log_joint
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, Points, accumulation_dtype, prepare
+from em_lightning.mixture.points import Frame, Points, prepare
 
 
 @dataclass(frozen=True)
