@@ -52,8 +52,8 @@ def _slope(y, polynomial, bk, d, features, FULL: tl.constexpr):
     """Return the slope a_nk (n,) and its derivative in y (D, n)."""
     constant, linear, square = polynomial
     valid = d < features
+    first = tl.load(linear + bk * features + d, mask=valid, other=0.0)[:, None]
     row = bk * features + d
-    first = tl.load(linear + row, mask=valid, other=0.0)[:, None]
     if FULL:
         both = valid[:, None] & valid[None, :]
         second = _product(tl.load(square + row[:, None] * features + d[None, :], mask=both, other=0.0), y)
@@ -101,7 +101,8 @@ def _derivative(y, n, b, bk, items, peak, weights, per_point, a, SLOPES: tl.cons
         r = r * tl.load(weights + bn, mask=valid, other=0.0)
     if SLOPES:
         mean = tl.load(mean_slope + bn, mask=valid, other=0.0)
-        return r, r * (a - mean + tl.load(grad_density + bn, mask=valid, other=0.0))
+        of_density = tl.load(grad_density + bn, mask=valid, other=0.0)
+        return r, r * (a - mean + of_density)
     else:
         return r, r
 
