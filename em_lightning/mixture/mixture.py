@@ -90,8 +90,8 @@ class Mixture:
     @property
     def num_parameters(self) -> int:
         """Number of free parameters of each mixture."""
-        shape = self._covariance.num_parameters(self.components, self.features)
-        return self.components - 1 + self.components * self.features + shape
+        of_covariances = self._covariance.num_parameters(self.components, self.features)
+        return self.components - 1 + self.components * self.features + of_covariances
 
     @property
     def _covariance(self) -> Covariance:
@@ -112,7 +112,7 @@ class Mixture:
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
         if isinstance(sets, int):
-            sets = slice(sets, sets + 1 or None)
+            sets = slice(sets, sets + 1 or None)  # -1 ends at None
         return self.map(lambda part: part[sets])
 
     def parameters(self) -> Parameters:

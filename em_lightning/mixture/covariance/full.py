@@ -112,7 +112,7 @@ class FullCovariance:
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
         peak = self.log_peak(log_weights, inverse, features)
         constant = peak.sub((means * linear).sum(-1), alpha=0.5)
-        negative = precision * (0.5 * identity(features, means) - 1.0)
+        negative = precision * (0.5 * identity(features, means) - 1.0)  # -P_ii / 2 and -P_ij
         square = [negative[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
         return torch.cat([constant.unsqueeze(-1), linear, *square], -1), peak
 
