@@ -18,13 +18,14 @@ from em_lightning.mixture.backends import triton as kernels
 
 POINTER = "*fp32"
 THREE = (POINTER,) * 3
-OWN = {"x": (POINTER, "i64", "i64", "i64", "i32"), "own": (*THREE, POINTER, "i32", "i32"), "peak": POINTER}
-OWN["gradients"] = THREE
+COMMON = {"x": (POINTER, "i64", "i64", "i64", "i32"), "mixture": (*THREE, POINTER, "i32", "i32"), "peak": POINTER}
+COMMON["polynomial"] = THREE
 OUTPUTS = {
-    "rows": {"density": POINTER, "mean_slope": POINTER},
-    "sums": {"weights": POINTER, "rows": THREE, "zeroth": POINTER, "first": POINTER, "second": POINTER},
-    "points": {"weights": POINTER, "rows": THREE, "grad_z": POINTER},
+    "log_density": {"log_density": POINTER, "mean_slope": POINTER},
+    "sums": {"weights": POINTER, "per_point": THREE, "zeroth": POINTER, "first": POINTER, "second": POINTER},
+    "point_gradient": {"weights": POINTER, "per_point": THREE, "grad_z": POINTER},
 }
+CASES = (("log_density", False), ("log_density", True), ("sums", False), ("sums", True), ("point_gradient", True))
 
 
 def compiled(name, features, full, gradient):
@@ -32,10 +33,10 @@ def compiled(name, features, full, gradient):
     constants = {"D": features, "TILE": kernels._TILE, "FULL": full, "SLOPES": gradient}
     if name == "sums":
         constants["CHUNK"] = kernels._CHUNK
-    if name != "rows":
+    if name != "log_density":
         constants["WEIGHTED"] = True
-    signature = {**OWN, **OUTPUTS[name], **dict.fromkeys(constants, "constexpr")}
-    source = triton.compiler.ASTSource(getattr(kernels, f"_{name}"), signature, constants)
+    signature = {**COMMON, **OUTPUTS[name], **dict.fromkeys(constants, "constexpr")}
+    source = triton.compiler.ASTSource(getattr(kernels, f"_write_{name}"), signature, constants)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assembler = glob.glob(os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas*"))[0]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -49,7 +50,7 @@ def main():
     print(f"Triton {triton.__version__}, sm_90a, four warps\n")
     print("| kernel | covariances | features | gradient | registers | spilled bytes |\n|---|---|---|---|---|---|")
     for full, features in ((True, 4), (True, 16), (False, 4), (False, 16), (False, 128)):
-        for name, gradient in (("rows", False), ("rows", True), ("sums", False), ("sums", True), ("points", True)):
+        for name, gradient in CASES:
             output = compiled(name, features, full, gradient)
             registers, spilled = (
                 re.findall(rule, output)[-1] for rule in (r"Used (\d+) registers", r"(\d+) bytes spill st")

@@ -62,10 +62,10 @@ class Registry(Generic[T]):
         return lambda cls: self._add(key, cls)
 
     def _add(self, key: str, cls: type[T]) -> type[T]:
-        present = self._classes.setdefault(key, cls)
+        known = self._classes.setdefault(key, cls)
         # A reloaded module defines the same class again.
-        if (present.__module__, present.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{self.kind} {key!r} is already {present}; register {cls} under another key")
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{self.kind} {key!r} is already {known}; register {cls} under another key")
         self._classes[key] = cls
         return cls
 
@@ -130,7 +130,7 @@ class Registry(Generic[T]):
                 return cls(**{**arguments, **options})
             except TypeError as error:
                 raise TypeError(f"{self.kind} {spec!r}: {error}") from error
-        if not callable(spec):
+        if not callable(spec):  # instances are modules or functions
             keys = ", ".join(sorted(self))
             raise TypeError(f"{spec!r} is not a {self.kind}: give a key ({keys}), a class, a mapping or an instance")
         if arguments:

@@ -94,7 +94,7 @@ class SoftmaxGatedActivation(_LogitActivation):
 class ReLUGatedActivation(_LogitActivation):
     """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    The rectifier is outside the scope of implicit EM: units below 0 have output 0, but still compete. Units compete:
+    The rectifier is outside the scope of implicit EM: units below 0 have output 0, but still compete:
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
     Example:
@@ -146,8 +146,8 @@ class GroupedActivation(Activation):
 
     def posterior(self, z: Tensor) -> Posterior:
         axis = self.dim % z.ndim
-        padding = [0, 0] * (z.ndim - 1 - axis) + [0, -z.shape[axis] % self.group_size]
-        energies = functional.pad(-z, padding, value=torch.inf)
+        missing = -z.shape[axis] % self.group_size  # units in the last group; energy inf excludes them
+        energies = functional.pad(-z, [0, 0] * (z.ndim - 1 - axis) + [0, missing], value=torch.inf)
         return grouped(energies, self.temperature, dim=axis, group_size=self.group_size)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
@@ -199,8 +199,8 @@ class DirectionActivation(Activation):
     """
 
     def posterior(self, z: Tensor) -> Posterior:
-        unit = z / self._norm(z).clamp_min(torch.finfo(z.dtype).tiny)
-        return softmin(-unit, self.temperature, dim=self.dim)
+        direction = z / self._norm(z).clamp_min(torch.finfo(z.dtype).tiny)
+        return softmin(-direction, self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
         return self._norm(z) * posterior.responsibilities
@@ -208,5 +208,5 @@ class DirectionActivation(Activation):
     def _norm(self, z: Tensor) -> Tensor:
         # Divide by the largest entry, whose square can overflow.
         largest = z.detach().abs().amax(self.dim, keepdim=True)
-        unit = torch.where(largest > 0, largest, 1.0)
-        return unit * torch.linalg.vector_norm(z / unit, dim=self.dim, keepdim=True)
+        scale = torch.where(largest > 0, largest, 1.0)
+        return scale * torch.linalg.vector_norm(z / scale, dim=self.dim, keepdim=True)

@@ -18,11 +18,11 @@ from em_lightning.kernels import KERNELS, Kernel
 
 @ACTIVATIONS.register("signed")
 class SignedActivation(Activation):
-    r"""Posterior mean of a sign: hypotheses s = -1 and s = +1 at -m and +m under a scalar kernel.
+    r"""Posterior mean of a sign: hypotheses -1 and +1 with centers -m and +m under a scalar kernel.
 
-    y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T) with z the pre-activation, m the margin and T the temperature. At
-    T = 1 it is tanh(m z / s^2) for the Gaussian, tanh(clip(z, -m, m) / b) for Laplace, and 2 m z / (df s^2 + z^2 + m^2)
-    for Student-t, which tends to 0 for outliers. For logistic it is one-sided, because this energy decreases in z.
+    y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T) with z the pre-activation, m the margin, T the temperature, and s
+    the scale of the kernel. At T = 1 it is tanh(m z / s^2) for the Gaussian, tanh(clip(z, -m, m) / s) for Laplace, and
+    2 m z / (df s^2 + z^2 + m^2), which tends to 0 for outliers, for Student-t. The logistic energy decreases with z.
 
     Values lie in (-1, 1). Units do not compete with each other: the Jacobian is diagonal,
     dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
@@ -68,10 +68,8 @@ class SignedActivation(Activation):
         return f"margin={self.margin:g}, {super().extra_repr()}"
 
 
-Number = float | Tensor
-
-
 # Closed forms for a kernel, z, margin m and temperature t; other kernels of one feature use the definition.
+Number = float | Tensor
 
 
 def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
@@ -114,14 +112,14 @@ def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
-    one = torch.ones_like(z)
+    one = torch.ones_like(z)  # sqrt(a) - sqrt(b) = (a - b) / (sqrt(a) + sqrt(b)), without cancellation
     roots = torch.hypot((z + m) / delta, one) + torch.hypot((z - m) / delta, one)
     return torch.tanh(2 * m * (z / roots) / t)
 
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # Above an exponent of 40 the tanh is 1 in float64, and exp soon overflows in float32.
+    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64.
     outer = (rate * z.abs().clamp_min(m)).clamp(max=40.0).exp()
     inner = (rate * z.clamp(-m, m)).clamp(-40.0, 40.0).sinh()
     return torch.tanh(outer * inner / t)

@@ -91,7 +91,7 @@ class LayerwiseEMLoss(Callback):
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._had_loss = False
             if several:
-                losses.taps.captured = []
+                losses.taps.captured = []  # added losses are counted until the end of the epoch
             else:
                 losses.reset()
             with losses.taps.switched(on=True):

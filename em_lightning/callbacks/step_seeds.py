@@ -35,25 +35,25 @@ class StepSeeds(lightning.Callback):
         if seed is not None and seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
         self.seed = seed
-        self._base: int | None = None
+        self._used_seed: int | None = None  # of this fit: the argument, PyTorch's or that of the checkpoint
         self._epoch = 0  # the current epoch, or the next one between epochs
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Reset the state of an earlier fit, before a checkpoint is loaded."""
-        self._base, self._epoch = None, 0
+        self._used_seed, self._epoch = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed and the epoch."""
-        return {"seed": self._base, "epoch": self._epoch}
+        return {"seed": self._used_seed, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the seed and the epoch of the resumed run."""
-        self._base, self._epoch = state_dict["seed"], state_dict["epoch"]
+        self._used_seed, self._epoch = state_dict["seed"], state_dict["epoch"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the order of the first epoch, whose iterator Lightning makes before any hook of training."""
-        if self._base is None:
-            self._base = torch.initial_seed() if self.seed is None else self.seed
+        if self._used_seed is None:
+            self._used_seed = torch.initial_seed() if self.seed is None else self.seed
         self._reseed(trainer, self._epoch, 0)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -75,27 +75,29 @@ class StepSeeds(lightning.Callback):
         self._epoch = trainer.current_epoch + trainer.is_last_batch
 
     def _seed_samplers(self, trainer: Any) -> None:
-        """Give each sampler the numbers that it draws from PyTorch's generator if the loader has worker processes.
+        """Give each sampler a generator of its own, in the state that PyTorch's generator would have for it.
 
-        These draw the order as soon as there is an iterator, which for the first epoch is right after on_fit_start, and
-        after one other number, the base of the workers' seeds.
+        A loader with worker processes draws the order as soon as its iterator exists, for the first epoch right after
+        on_fit_start. One without draws it later; with this generator it draws the same order.
         """
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             sampler: Any = getattr(loader, "sampler", None)
             if hasattr(sampler, "generator"):
                 sampler.generator = torch.Generator().manual_seed(self._seed_of(trainer, self._epoch, 0))
-                _draw(sampler.generator)
+                _draw(sampler.generator)  # the loader draws the base of the workers' seeds first
                 if isinstance(sampler, RandomSampler):
-                    sampler.generator.manual_seed(_draw(sampler.generator))
+                    sampler.generator.manual_seed(_draw(sampler.generator))  # as it does without a generator
 
-    def _reseed(self, trainer: Any, epoch: int, number: int) -> None:
-        torch.manual_seed(self._seed_of(trainer, epoch, number))
+    def _reseed(self, trainer: Any, epoch: int, step: int) -> None:
+        torch.manual_seed(self._seed_of(trainer, epoch, step))
 
-    def _seed_of(self, trainer: Any, epoch: int, number: int) -> int:
-        assert self._base is not None
-        sequence = np.random.SeedSequence((self._base, trainer.global_rank, epoch, number))
+    def _seed_of(self, trainer: Any, epoch: int, step: int) -> int:
+        """Return the seed of a step of an epoch, counted from 1; step 0 is the order of the epoch."""
+        assert self._used_seed is not None
+        sequence = np.random.SeedSequence((self._used_seed, trainer.global_rank, epoch, step))
         return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def _draw(generator: torch.Generator) -> int:
+    """Draw an integer as DataLoader and RandomSampler draw their seeds."""
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))

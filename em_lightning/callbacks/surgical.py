@@ -37,8 +37,8 @@ class SurgicalCallback(Callback):
     after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its plan and
     do not load into a model without it.
 
-    ``settings`` are the arguments of the subclass. ``surgery`` is also that of an earlier callback with the same
-    settings, and None before the first run.
+    ``settings`` are the arguments of the subclass. ``surgery`` is None before the first run. Callbacks of the same
+    settings share one surgery of a model.
     """
 
     def __init__(self, verbose: bool = True, **settings: Any) -> None:
@@ -70,8 +70,8 @@ class SurgicalCallback(Callback):
         builders = [name for name in ("setup", "configure_model") if _overrides(pl_module, name)]
         self._apply_so_far(self.surgery, raise_if_unmatched=not builders)
         for name in builders:
-            link = functools.partial(self._apply_after_builder, self.surgery, name == builders[-1])
-            self._undos.append(wrap(pl_module, name, link))
+            around = functools.partial(self._apply_after_builder, self.surgery, name == builders[-1])
+            self._undos.append(wrap(pl_module, name, around))
 
     def _apply_after_builder(
         self, surgery: Surgery, is_last: bool, proceed: Callable[..., Any], *args: Any, **kwargs: Any
@@ -112,12 +112,13 @@ class SurgicalCallback(Callback):
 
 
 def _overrides(module: Any, name: str) -> bool:
-    # by name, as lightning and pytorch_lightning each have a LightningModule
+    """Return whether a LightningModule, of lightning or of pytorch_lightning, has its own method of a name."""
     base = next((cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule"), None)
     return base is not None and (name in vars(module) or getattr(type(module), name) is not getattr(base, name))
 
 
 def _merged(own: dict[str, Any], arguments: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the callback's own settings and those of ``arguments``, none of which may repeat an own one."""
     repeated = [name for name in arguments or {} if name in own]
     if repeated:
         raise TypeError(f"arguments={arguments!r} repeats {', '.join(repeated)}, an argument of the callback itself")
@@ -127,11 +128,8 @@ def _merged(own: dict[str, Any], arguments: dict[str, Any] | None) -> dict[str, 
 class SwapActivations(SurgicalCallback):
     """Replaces activations by competitive ones in any LightningModule.
 
-    Without a Trainer: :func:`em_lightning.surgery.swap_activations`, which explains the arguments. ``arguments`` are
-    those of the activation.
-
-    Raises:
-        NoMatchError: at setup, if nothing matches; the message lists the modules of the model.
+    Without a Trainer: :func:`em_lightning.surgery.swap_activations`, which explains the arguments and the
+    errors, raised at setup. ``arguments`` are those of the activation.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -162,11 +160,8 @@ class SwapActivations(SurgicalCallback):
 class InsertEMOperator(SurgicalCallback):
     """Inserts a gated EM layer behind chosen layers: ``x + gate * op(x)`` with a gate that starts at 0.
 
-    Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`, which explains the arguments. ``arguments``
-    are those of :class:`em_lightning.operators.EMRefinement`.
-
-    Raises:
-        NoMatchError: at setup, if nothing matches; the message lists the modules of the model.
+    Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`, which explains the arguments and the
+    errors, raised at setup. ``arguments`` are those of :class:`em_lightning.operators.EMRefinement`.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -60,8 +60,8 @@ class TemperatureSchedule(Callback):
         share = min(step / self.steps, 1.0)
         if self.shape == "exponential":
             return self.start ** (1.0 - share) * self.end**share  # not (end / start)**share, which may overflow
-        left = 1.0 - share if self.shape == "linear" else (1.0 + math.cos(math.pi * share)) / 2.0
-        return left * self.start + (1.0 - left) * self.end
+        start_weight = 1.0 - share if self.shape == "linear" else (1.0 + math.cos(math.pi * share)) / 2.0
+        return start_weight * self.start + (1.0 - start_weight) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Check that there are temperatures, and that none is learned."""

@@ -10,7 +10,7 @@ def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
     top = logits.detach().amax(dim, keepdim=True)  # subtracted for range; no result depends on it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
-    total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # below 1 only without finite logits
+    total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # 0 if all logits are -inf, else >= 1
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
 
 
@@ -38,11 +38,11 @@ def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     z, top = _shifted(logits / 2, dim)
     ranked, rank = _ranked(z, dim)
     mean = ranked.cumsum(dim) / rank
-    spread = ranked.square().cumsum(dim) / rank - mean.square()
-    threshold = mean - (1 / rank - spread).clamp_min(0.0).sqrt()
+    variance = ranked.square().cumsum(dim) / rank - mean.square()
+    threshold = mean - (1 / rank - variance).clamp_min(0.0).sqrt()
     support, count, centered = _support(z, ranked, threshold, dim)
-    slack = (1 - centered.square().sum(dim, keepdim=True)) / count
-    root = (centered + slack.sqrt()) * support
+    square = (1 - centered.square().sum(dim, keepdim=True)) / count  # of mean - tau, so that sum(p) = 1
+    root = (centered + square.sqrt()) * support
     p = root.square()
     return _result(2 * (p * z).sum(dim) + (1 - (p * root).sum(dim)) * (4 / 3), p, 2 * top, dim)
 

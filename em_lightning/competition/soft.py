@@ -112,7 +112,7 @@ def background(
         tensor(0.5000)
     """
     axis = dim % energies.ndim
-    shape = [1 if n == axis else size for n, size in enumerate(energies.shape)]
+    shape = [*energies.shape[:axis], 1, *energies.shape[axis + 1 :]]
     if log_prior is not None:
         log_prior = align(dim, log_prior, energies).expand_as(energies)
         log_prior = torch.cat([log_prior, log_prior.new_zeros(shape)], axis)

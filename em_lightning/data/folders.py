@@ -92,13 +92,14 @@ class PointCloudFolder(PointCloudDataModule):
     def _read(self, folder: Path) -> None:
         """Set the files of the splits, their classes and their shapes."""
         names = self._find(folder)
-        self.class_names = sorted(set(map(_label, names)))
+        self.class_names = sorted(set(map(_class_of, names)))
         self.files = self._split(names)
         for name in sorted(set().union(*self.files.values())):
             points, faces = read_points(folder / name, self.drop_non_finite)
-            mesh = torch.from_numpy(points), None if faces is None else torch.from_numpy(faces)
+            label = self.class_names.index(_class_of(name))
+            triangles = None if faces is None else torch.from_numpy(faces)
             try:
-                self._shapes[name] = Shape.of(*mesh, self.class_names.index(_label(name)))
+                self._shapes[name] = Shape.of(torch.from_numpy(points), triangles, label)
             except ValueError as error:
                 raise ValueError(f"{folder / name}: {error}; repair the file or remove it") from error
 
@@ -127,8 +128,8 @@ class PointCloudFolder(PointCloudDataModule):
         if outside:
             files["test"], files["train"] = _hold_out(outside, self.test_fraction)
         if files["train"] and not files["val"]:
-            fraction = self.val_fraction / (1 - self.test_fraction) if outside else self.val_fraction
-            files["val"], files["train"] = _hold_out(files["train"], fraction)
+            remaining = 1 - self.test_fraction if outside else 1.0  # fraction of the files that the test left
+            files["val"], files["train"] = _hold_out(files["train"], self.val_fraction / remaining)
         empty = [split for split in SPLITS if not files[split]]
         if empty:
             raise ValueError(f"root={self.root!r} has no files for {empty}; add folders of these names")
@@ -138,7 +139,8 @@ class PointCloudFolder(PointCloudDataModule):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
         held_out = {self.class_names[i] for i in order[: self.held_out_classes]}
         if held_out:
-            files = {k: [n for n in part if (_label(n) in held_out) == (k == "test")] for k, part in files.items()}
+            for split, part in files.items():
+                files[split] = [name for name in part if (_class_of(name) in held_out) == (split == "test")]
         return files
 
     def shapes(self, split: str) -> tuple[Sequence[Shape], int]:
@@ -147,7 +149,8 @@ class PointCloudFolder(PointCloudDataModule):
         return shapes, len(shapes) * repeats
 
 
-def _label(name: str) -> str:
+def _class_of(name: str) -> str:
+    """Return the name of the class of a file: its folders, without those of the splits."""
     return "/".join(part for part in Path(name).parts[:-1] if part not in SPLITS)
 
 

@@ -74,8 +74,8 @@ def flatten_units(
     items = values.to(torch.promote_types(values.dtype, torch.float32)).reshape(-1, values.shape[-1])
     if mask is None and weights is None:
         return items, None
-    counts = items.new_ones(items.shape[0]) if weights is None else weights.reshape(-1).to(items.dtype)
+    weights = items.new_ones(items.shape[0]) if weights is None else weights.reshape(-1).to(items.dtype)
     if mask is not None:
-        counts = torch.where(mask.reshape(-1), counts, 0.0)
+        weights = torch.where(mask.reshape(-1), weights, 0.0)
     # NaN and infinity times a weight of 0 would be NaN.
-    return torch.where(counts[:, None] > 0, items, 0.0), counts
+    return torch.where(weights[:, None] > 0, items, 0.0), weights

@@ -46,7 +46,7 @@ class CosineKernel(Kernel):
 
 
 def _direction(x: Tensor) -> Tensor:
-    # Division by the largest entry keeps the squares within the range of the dtype.
+    """Return x (..., D) divided by its norm; 0 for 0. Dividing by the largest entry avoids overflow of the squares."""
     largest = x.detach().abs().amax(-1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
     square = x.square().sum(-1, keepdim=True)

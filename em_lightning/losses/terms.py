@@ -12,10 +12,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from em_lightning.checks import check_choice, positive_number
-from em_lightning.competition.entropic import logsumexp_and_softmax
+from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
 from em_lightning.registry import Registry
 
@@ -83,11 +83,11 @@ class FreeEnergyLoss(EnergyLoss):
         self.temperature = positive_number("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        items, counts = flatten_units(energies, self.dim, mask, weights)
-        free_energy = -self.temperature * logsumexp_and_softmax(items / -self.temperature, -1)[0]
+        items, weights = flatten_units(energies, self.dim, mask, weights)
+        free_energy = softmin(items, self.temperature).free_energy
         if self.reduction == "mean":
-            return batch_mean(free_energy, counts)
-        return global_sum((free_energy if counts is None else free_energy * counts).sum())
+            return batch_mean(free_energy, weights)
+        return global_sum((free_energy if weights is None else free_energy * weights).sum())
 
 
 @LOSSES.register("variance")
@@ -156,7 +156,7 @@ class DecorrelationLoss(MomentLoss):
 
 @LOSSES.register("log_det")
 class LogDetLoss(MomentLoss):
-    r"""The full volume term, :math:`-\log\det(\mathrm{Cov}(d) + \epsilon I)`, or that of the correlation.
+    r"""The full volume term, :math:`-\log\det(\mathrm{Cov}(d) + \epsilon I)`.
 
     With R the correlation, :math:`-\log\det\mathrm{Cov} = -\sum_j \log\mathrm{Var}_j - \log\det R`. The last term is at
     least 0 (Hadamard) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss combines variance
@@ -195,8 +195,8 @@ class BalanceLoss(EnergyLoss):
         self.temperature = positive_number("temperature", temperature)
 
     def forward(self, energies: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        items, counts = flatten_units(energies, self.dim, mask, weights)
-        mean = batch_mean(torch.softmax(-items / self.temperature, dim=-1), counts)
+        items, weights = flatten_units(energies, self.dim, mask, weights)
+        mean = batch_mean(torch.softmax(-items / self.temperature, dim=-1), weights)
         # The derivative of the entropy is infinite at a share of 0.
         return math.log(items.shape[1]) - torch.special.entr(mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
 
@@ -225,5 +225,5 @@ class WeightRedundancyLoss(nn.Module):
             rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
             if rows.numel():  # divide by the largest entry, whose square can overflow
                 largest = rows.detach().abs().amax(1, keepdim=True)
-                rows = F.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
+                rows = functional.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
             return 2 * (rows @ rows.T).triu(1).square().sum()

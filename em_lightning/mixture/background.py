@@ -63,7 +63,8 @@ class UniformBackground:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)
         rest = math.log1p(-self.weight)
-        return torch.where(total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + rest, log_weights)
+        unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)  # a reserved share is at least _MIN_WEIGHT
+        return torch.where(unreserved, log_weights + rest, log_weights)
 
     def update_weights(self, log_weights: Tensor, component_mass: Tensor, background_mass: Tensor) -> Tensor:
         """Return log-weights (B, K) of the M-step, scaled by the estimated :math:`1 - w_0`; the masses are (B,)."""
@@ -98,7 +99,7 @@ class UniformBackground:
             return points.log_volume() - self.energy
         z = points.coordinates()
         low = high = z
-        if points.weights is not None:  # a set without points has no box, and any density is as good
+        if points.weights is not None:  # a set without points takes the box of all its rows
             counted = (points.weights > 0).unsqueeze(1)
             counted = counted | ~counted.any(-1, keepdim=True)
             low, high = torch.where(counted, z, torch.inf), torch.where(counted, z, -torch.inf)

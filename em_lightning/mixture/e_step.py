@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
-from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.covariance import Covariance, half_log_two_pi
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
@@ -205,7 +204,7 @@ def log_joint(
     if kernel is None:
         return gaussian, None
     squared_distance = (2.0 * (peak.unsqueeze(-1) - gaussian)).clamp(min=0.0)
-    log_ratio = 0.5 * num_features * math.log(2.0 * math.pi) - kernel.elliptical_log_normalizer(num_features)
+    log_ratio = half_log_two_pi(num_features) - kernel.elliptical_log_normalizer(num_features)
     joint = peak.unsqueeze(-1) + log_ratio - kernel.rho(squared_distance, num_features)
     return joint, kernel.irls_weight(squared_distance, num_features)
 

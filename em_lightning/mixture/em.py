@@ -9,12 +9,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.covariance import Covariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, accumulation_dtype, power_of_two, prepare
+from em_lightning.mixture.points import Frame, power_of_two, prepare
 from em_lightning.mixture.prior import MixturePrior
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
@@ -78,15 +79,14 @@ def fit(
     *,
     max_iters: int,
     tol: float,
-    min_iters: int = 1,
-    before: Tensor | None = None,
+    previous: Tensor | None = None,
 ) -> Fit:
     """Iterate until the objective per point of each set changes by less than ``tol``, as scikit-learn does.
 
     A set that has converged keeps its parameters, so that its result does not depend on the other sets. ``step`` maps a
     named tuple of tensors (B, ...) and the number of the iteration, from 1, to the tuple after the iteration and the
-    objective per point (B,) before it. ``before`` is the objective of an iteration before these, ``min_iters`` the
-    number of iterations before the first test. A tolerance of 0 makes all iterations.
+    objective per point (B,) before it. ``previous`` is the last objective of an earlier fit that this one continues. A
+    tolerance of 0 makes all iterations.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)
@@ -95,9 +95,9 @@ def fit(
     for iteration in range(1, max_iters + 1):
         after, objective = step(state, iteration)
         state, steps = where(running, after, state), steps + running
-        if before is not None and iteration > min_iters:
-            running = running & ~((objective - before).abs() < tol)
-        before = objective
+        if previous is not None:
+            running = running & ~((objective - previous).abs() < tol)
+        previous = objective
         objectives.append(objective)
         if not running.any():
             break
@@ -114,7 +114,7 @@ class StreamedEM(NamedTuple):
     """EM over data in blocks: statistics of blocks, and of ranks, are added before the M-step.
 
     covariance: the covariance type.
-    frame: coordinates near the middle of all points, the same for all blocks of a pass.
+    frame: coordinates centred near the mean of all points, the same for all blocks of a pass.
 
     Example:
         >>> x = torch.tensor([[-1.0], [-0.9], [1.0], [1.1]])
@@ -182,9 +182,10 @@ class StreamedEM(NamedTuple):
             if prior is not None:
                 if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
                     raise ValueError("variance=None must be given: the prior's covariance is a share of it")
-                spread = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
+                # If none is given, the prior does not depend on it, and the center stands in for its shape.
+                variance = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)
-                counts = prior.pseudo_counts(self.frame, mean, spread, self.covariance, before.components)
+                counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, before.components)
             covariances = self.frame.enter_parameters(before.parameters()).covariances
             after = m_step(statistics, self.covariance, floor / scale.square(), covariances, counts)
             return Mixture(*self.frame.leave_parameters(after))
@@ -240,16 +241,13 @@ def fit_blocks(
             statistics = found if statistics is None else statistics.plus(found)
         if statistics is None:
             raise ValueError("blocks() must yield at least one block")
-        level = statistics.log_likelihood / statistics.mass.sum(-1)
-        if not math.isfinite(float(level)):
-            raise ValueError(
-                f"the log-likelihood is {float(level)}: the points hold NaN or infinity, or all weights are zero"
-            )
+        log_likelihood = statistics.log_likelihood / statistics.mass.sum(-1)
+        if not math.isfinite(float(log_likelihood)):
+            raise ValueError(f"the log-likelihood is {float(log_likelihood)}: points must be finite, a weight positive")
         if report is not None:
-            report(iteration, float(level))
-        return streamed.m_step(statistics, mixture, floor).parameters(), level
+            report(iteration, float(log_likelihood))
+        return streamed.m_step(statistics, mixture, floor).parameters(), log_likelihood
 
-    known = None if before is None else torch.tensor([before], dtype=torch.float64)
-    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol, min_iters=int(known is None), before=known)
-    levels = [float(level) for level in found.objectives]
-    return BlockFit(Mixture(*found.state), levels, bool(found.converged))
+    previous = None if before is None else torch.tensor([before], dtype=torch.float64)
+    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol, previous=previous)
+    return BlockFit(Mixture(*found.state), [float(value) for value in found.objectives], bool(found.converged))

@@ -43,7 +43,7 @@ def farthest_points(
     for step in range(num_components):
         if step <= 1:  # the first center is the point farthest from the mean, which is then forgotten
             nearest = farthest
-        nearest = _approach(points, center, nearest)
+        nearest = _lower_distances(points, center, nearest)
         center = _pick(points, nearest.argmax(-1, keepdim=True)).squeeze(-1)
         chosen.append(center)
     return torch.stack(chosen, 1)
@@ -70,7 +70,7 @@ def kmeans_plus_plus(
     center = _pick(points, torch.multinomial(counts, 1, generator=generator)).squeeze(-1)
     chosen = [center]
     for _ in range(num_components - 1):
-        nearest = _approach(points, center, nearest)
+        nearest = _lower_distances(points, center, nearest)
         potential = nearest * counts
         # All distances are zero: draw in proportion to the weights.
         potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, counts)
@@ -218,14 +218,14 @@ def _laid_out(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[T
 
 
 def _row_blocks(rows: Tensor, width: int) -> list[slice]:
-    """Return slices of the rows of (B, ., N) that are worked on together, for temporaries of a width per row."""
+    """Return slices of N in (B, ., N), so that temporaries (B, width, n) have at most the block size."""
     sets, items = rows.shape[0], rows.shape[-1]
     block_size = _BLOCK_SIZE if rows.device.type == "cpu" else _DEVICE_BLOCK_SIZE
     size = max(block_size // max(sets * width, 1), 1)
     return [slice(row, row + size) for row in range(0, items, size)]
 
 
-def _approach(points: Tensor, center: Tensor, nearest: Tensor) -> Tensor:
+def _lower_distances(points: Tensor, center: Tensor, nearest: Tensor) -> Tensor:
     """Return squared distances (B, N), lowered to those of points (B, D, N) from a center (B, D) of each set."""
     lowered = [
         torch.minimum(nearest[:, rows], _squared_distance(points[:, :, rows], center))

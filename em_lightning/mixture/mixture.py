@@ -13,10 +13,11 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from torch.export import register_dataclass
 
 from em_lightning.competition import Posterior, softmin
+from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, log_density, log_joint
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, Points, accumulation_dtype, prepare
+from em_lightning.mixture.points import Frame, Points, prepare
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class Mixture:
     @property
     def num_parameters(self) -> int:
         """Number of free parameters of each mixture."""
-        shape = self._covariance.num_parameters(self.components, self.features)
-        return self.components - 1 + self.components * self.features + shape
+        of_covariances = self._covariance.num_parameters(self.components, self.features)
+        return self.components - 1 + self.components * self.features + of_covariances
 
     @property
     def _covariance(self) -> Covariance:
@@ -111,7 +112,7 @@ class Mixture:
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
         if isinstance(sets, int):
-            sets = slice(sets, sets + 1 or None)
+            sets = slice(sets, sets + 1 or None)  # -1 ends at None
         return self.map(lambda part: part[sets])
 
     def parameters(self) -> Parameters:

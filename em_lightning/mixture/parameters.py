@@ -12,7 +12,7 @@ class Parameters(NamedTuple):
 
     log_weights: (B, K).
     means: (B, K, D).
-    covariances: in the shape of the covariance type; concentrations (B, K) for directions.
+    covariances: in the shape of the covariance type; concentrations (B, K) for von Mises-Fisher.
     """
 
     log_weights: Tensor

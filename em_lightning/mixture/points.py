@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
 from em_lightning.mixture.parameters import Parameters
 
@@ -154,11 +155,6 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
 def power_of_two(extent: Tensor) -> Tensor:
     """Return the power of two above an extent, 1 for an extent of zero."""
     return torch.where(extent > 0, torch.where(extent > 0, extent, 1.0).log2().ceil().exp2(), 1.0)
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Return the floating-point type in which sums are accumulated: float64, but float32 on Apple's GPUs."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def join_weights(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.checks import positive_number
-from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_tau
+from em_lightning.distributed import accumulation_dtype
+from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_two_pi
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, accumulation_dtype
+from em_lightning.mixture.points import Frame
 
 
 class MixturePrior(nn.Module):
@@ -113,11 +114,12 @@ class MixturePrior(nn.Module):
             variance = variance * (num_components ** (-2.0 / features) if self.share is None else self.share)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
-        axes = covariance.second_degree(torch.eye(features, dtype=dtype, device=mean.device).unsqueeze(0))[0]  # (S, D)
+        # The matrix diag(variance) as statistics of second degree: the sum of variance_d s(e_d) over unit vectors e_d.
+        unit_vectors = torch.eye(features, dtype=dtype, device=mean.device).unsqueeze(0)
+        scatter = (variance @ covariance.second_degree(unit_vectors)[0].mT).unsqueeze(1)
         weight_count, mean_count, covariance_count = (
             (mean.new_ones(1, 1) * self.count(name, dtype)).to(dtype) for name in ("weight", "mean", "covariance")
         )
-        scatter = (variance @ axes.mT).unsqueeze(1)
         return PseudoCounts(weight_count, mean_count, covariance_count, mean.unsqueeze(1), scatter)
 
     def log_density(self, mixture: Mixture, mean: Tensor, variance: Tensor) -> Tensor:
@@ -147,10 +149,11 @@ def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCoun
     # Natural parameters of second degree are -P / 2: their product with s(x - mu) is -(x - mu)^T P (x - mu) / 2.
     theta, peak = covariance.natural_parameters(Parameters(torch.zeros_like(log_weights), means, covariances))
     precision = theta[..., 1 + features :]
-    log_det = peak + half_log_tau(features)
-    location = (precision * covariance.second_degree((means - counts.mean).mT).mT).sum(-1)
-    shape = (log_det + (precision * counts.scatter).sum(-1)) / covariance.sharing(means.shape[1])
-    return (counts.weight_count * log_weights + counts.mean_count * location + counts.covariance_count * shape).sum(-1)
+    log_det = peak + half_log_two_pi(features)
+    mean_term = (precision * covariance.second_degree((means - counts.mean).mT).mT).sum(-1)
+    covariance_term = (log_det + (precision * counts.scatter).sum(-1)) / covariance.sharing(means.shape[1])
+    weight_terms = counts.weight_count * log_weights + counts.mean_count * mean_term
+    return (weight_terms + counts.covariance_count * covariance_term).sum(-1)
 
 
 def _numbers(values: Tensor | Sequence[float] | float) -> tuple[float, ...]:

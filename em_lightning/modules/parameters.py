@@ -59,10 +59,10 @@ class UnconstrainedMixture(nn.Module):
 
     def forward(self) -> Mixture:
         """Return the mixture of one set, in float64."""
-        wide, spread = self.center.dtype, self.spread
-        log_weights = self.logits.to(wide).log_softmax(-1)
-        means = self.center + spread * self.offsets.to(wide)
-        covariances = self.covariance.constrained(self.entries.to(wide)[None], len(spread))
+        dtype, spread = self.center.dtype, self.spread
+        log_weights = self.logits.to(dtype).log_softmax(-1)
+        means = self.center + spread * self.offsets.to(dtype)
+        covariances = self.covariance.constrained(self.entries.to(dtype)[None], len(spread))
         floor = self.covariance.expand(torch.full_like(spread, self.floor)[None], len(means))
         return Mixture(log_weights[None], means[None], self.covariance.rescaled(covariances, spread) + floor)
 

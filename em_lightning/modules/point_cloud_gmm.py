@@ -18,9 +18,9 @@ from em_lightning.operators import EMOperator, ResidualCorrection
 
 # So weak that it matters only through the factors that the correction learns.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
-# Nats per point, below which the loss of a point grows like a logarithm.
+# Log-density of a point, in nats, below which its loss grows only logarithmically.
 _FLATTENED = -6.0
-# Points of a batch of smaller clouds, clouds in it, and held-out points of each.
+# Limits of a batch that is cut into smaller clouds: points in all, clouds, and held-out points per cloud.
 _MOST_POINTS, _MOST_CLOUDS, _MOST_HELD_OUT = 8192, 64, 256
 
 

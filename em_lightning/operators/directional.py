@@ -12,12 +12,13 @@ from torch.export import register_dataclass
 
 from em_lightning.checks import check_at_least, check_choice, check_positive
 from em_lightning.competition import Posterior, softmin
+from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import FullCovariance
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density, log_joint
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, Points, accumulation_dtype, prepare
+from em_lightning.mixture.points import Frame, Points, prepare
 from em_lightning.operators.base import SetOperator
 
 # The recurrence of Bessel ratios starts this many orders above the result.

@@ -268,7 +268,7 @@ class EMOperator(SetOperator):
         prior = None if sets.prior is None else correction.pseudo_counts(sets.prior, self.family)
         corrected = self._m_step(statistics, sets._replace(prior=prior), state)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
-        # Earlier corrections are followed by an exact iteration.
+        # Earlier corrections need no safeguard, as the exact M-step of the next iteration follows them.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
     def _m_step(self, statistics: SufficientStatistics, sets: Sets, state: Parameters) -> Parameters:

@@ -23,10 +23,11 @@ from torch.export import register_dataclass
 
 from em_lightning.checks import check_choice
 from em_lightning.competition import Posterior, softmin
+from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, density_kernel
 from em_lightning.mixture import initialization
 from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import accumulation_dtype, join_weights
+from em_lightning.mixture.points import join_weights
 from em_lightning.operators.base import SetOperator
 
 # Numbers (B, K, n, D) per block of points.
@@ -36,7 +37,7 @@ _HALVINGS = 30
 _ARMIJO = 1e-4
 # Distance from a center, relative to the bounding box, within which the IRLS weight is the second derivative.
 _NEAR = 1e-9
-# Smallest IRLS weight and share of points with one; gradients contain their squares.
+# Smallest sum of IRLS weights, and of shares, to divide by; gradients divide by their squares.
 _SMALLEST_WEIGHT = 1e-30
 
 
@@ -170,15 +171,17 @@ class GeneralizedEM(SetOperator):
             # Autograd accepts no inference tensors.
             own = _Sets(*(part.clone() for part in sets))
             after = self._generalized_step(own, Parameters(*(part.clone() for part in state)))
+        # Where the objective is not wanted, the mass stands in for a tensor of its shape.
         return after, self._objective(sets, state) if with_objective else sets.mass
 
     def _generalized_step(self, sets: _Sets, state: Parameters) -> Parameters:
         joint = state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)
-        log_shares = joint.log_softmax(-1)
-        mass = (log_shares.exp() * sets.counts.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
-        guarded = mass + 10.0 * torch.finfo(mass.dtype).eps
-        log_weights = guarded.log() - guarded.sum(-1, keepdim=True).log()
-        centers = _move(self.kernel, sets, _within_components(log_shares, sets.counts), state.means)
+        log_responsibilities = joint.log_softmax(-1)
+        mass = (log_responsibilities.exp() * sets.counts.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
+        mass = mass + 10.0 * torch.finfo(mass.dtype).eps  # as scikit-learn, so that no weight is zero
+        log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
+        shares = _shares(log_responsibilities, sets.counts)
+        centers = _move(self.kernel, sets, shares, state.means)
         return Parameters(log_weights, centers, state.covariances)
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
@@ -194,22 +197,22 @@ class GeneralizedEM(SetOperator):
         return KernelMixture(state.log_weights, state.means)
 
 
-def _within_components(log_shares: Tensor, counts: Tensor) -> Tensor:
+def _shares(log_responsibilities: Tensor, counts: Tensor) -> Tensor:
     """Return responsibilities times weights (B, N, K), normalized over the points of each component.
 
     They are computed from logarithms, so that components of tiny responsibilities still have points and gradients.
     """
-    largest = (log_shares + counts.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
+    largest = (log_responsibilities + counts.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0.0)
     # Points of zero weight may exceed the largest point of positive weight.
-    bound = 0.5 * math.log(torch.finfo(log_shares.dtype).max)
-    parts = (log_shares - largest).clamp(max=bound).exp() * counts.unsqueeze(-1)
+    bound = 0.5 * math.log(torch.finfo(log_responsibilities.dtype).max)
+    parts = (log_responsibilities - largest).clamp(max=bound).exp() * counts.unsqueeze(-1)
     total = parts.sum(1, keepdim=True)
     return parts / torch.where(total > 0, total, 1.0)
 
 
 def _move(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> Tensor:
-    """Return centers (B, K, D); the expected energy does not increase."""
+    """Return the centers (B, K, D) after a step that does not increase the expected energy under shares (B, N, K)."""
     near = _NEAR * (sets.high - sets.low).detach()
     rows = _BLOCK // max(centers.numel(), 1) or 1
     blocks = zip(sets.x.split(rows, 1), shares.split(rows, 1), strict=True)
@@ -222,22 +225,22 @@ def _move(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> Tenso
     step = -slope * known / torch.where(usable, weight, 1.0)
     step = torch.where(usable, step.to(centers.dtype), drift - drift.detach())
 
-    def place(t: Tensor) -> Tensor:
+    def moved(t: Tensor) -> Tensor:
         return (centers + t.unsqueeze(-1) * step).clamp(sets.low, sets.high)
 
-    def expected(place: Tensor) -> Tensor:
-        return (shares * kernel(sets.x, place)).sum(1, dtype=accumulation_dtype(sets.x))
+    def expected_energy(centers: Tensor) -> Tensor:
+        return (shares * kernel(sets.x, centers)).sum(1, dtype=accumulation_dtype(sets.x))
 
     with torch.no_grad():  # the length of the step is a constant
-        least = expected(centers)
-        t = torch.ones_like(least, dtype=centers.dtype)
+        start = expected_energy(centers)
+        t = torch.ones_like(start, dtype=centers.dtype)
         for _ in range(_HALVINGS):
-            there = place(t)
-            lower = expected(there) <= least + _ARMIJO * (slope * (there - centers)).sum(-1)
+            trial = moved(t)
+            lower = expected_energy(trial) <= start + _ARMIJO * (slope * (trial - centers)).sum(-1)
             if lower.all():
                 break
             t = torch.where(lower, t, 0.5 * t)
-    return torch.where(lower.unsqueeze(-1), place(t), centers)
+    return torch.where(lower.unsqueeze(-1), moved(t), centers)
 
 
 def _irls_sums(
@@ -245,18 +248,18 @@ def _irls_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sums (B, K, D) over points: of slopes, of IRLS weights, and of the shares of points that have one."""
 
-    def energy(each: Tensor) -> Tensor:
-        return kernel(x.unsqueeze(1).unsqueeze(-2), each.unsqueeze(-2))
+    def energy(copies: Tensor) -> Tensor:
+        return kernel(x.unsqueeze(1).unsqueeze(-2), copies.unsqueeze(-2))
 
-    each = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # one center per point, for separate slopes
-    wide = accumulation_dtype(x)  # gradients contain 1 / distance^2
-    slopes = _slope(energy, each).to(wide)
-    distance = (each - x.unsqueeze(1)).abs().to(wide)
+    copies = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # one center per point, for separate slopes
+    dtype = accumulation_dtype(x)  # gradients contain 1 / distance^2
+    slopes = _slope(energy, copies).to(dtype)
+    distance = (copies - x.unsqueeze(1)).abs().to(dtype)
     at_center = distance <= near.unsqueeze(1)
     weights = slopes.abs() / torch.where(at_center, 1.0, distance)
     if at_center.any():
-        weights = torch.where(at_center, _curvature(energy, each).to(wide), weights)
-    share = shares.mT.unsqueeze(-1).to(wide)
+        weights = torch.where(at_center, _curvature(energy, copies).to(dtype), weights)
+    share = shares.mT.unsqueeze(-1).to(dtype)
     known = ~at_center | (weights > 0)
     return (share * slopes).sum(2), (share * weights).sum(2), (share * known).sum(2)
 

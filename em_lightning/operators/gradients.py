@@ -55,21 +55,22 @@ def iterate(step: Step, state: Parameters, steps: int, gradient: str, changes: C
 
 
 def _at_fixed_point(step: Step, before: Parameters, changes: Changes) -> Parameters:
+    """Return the parameters after one more step, with the gradient of the fixed point."""
     before = _unpack(_pack(before).detach(), before)
     after = step(before, 1.0)
     if not after.means.requires_grad or not len(after.means):
         return after
     _check_converged(changes, before, after)
     packed = _pack(after)
-    center = packed.detach()
+    fixed_point = packed.detach()
 
     def solve(grad: Tensor) -> Tensor:
         with torch.enable_grad():
-            place = center.clone().requires_grad_()
-            again = _pack(step(_unpack(place, before), 1.0))
+            inputs = fixed_point.clone().requires_grad_()
+            outputs = _pack(step(_unpack(inputs, before), 1.0))
 
         def apply(vector: Tensor) -> Tensor:
-            return vector - torch.autograd.grad(again, place, vector, retain_graph=True)[0]
+            return vector - torch.autograd.grad(outputs, inputs, vector, retain_graph=True)[0]
 
         return gmres(apply, grad)
 

@@ -88,27 +88,24 @@ class EMPooling(nn.Module):
         self.out_features = size if out_features is None else out_features
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        weights: Tensor | None = None,
-        coordinates: Tensor | None = None,
+        self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None, coordinates: Tensor | None = None
     ) -> Tensor:
         """Return one vector per set, finite also for a set without items; coordinates are (B, N, d)."""
-        given = None if coordinates is None else coordinates.shape[-1]
-        if given != self.num_coordinates:
-            raise ValueError(f"coordinates have {given} columns, but num_coordinates={self.num_coordinates}")
+        columns = None if coordinates is None else coordinates.shape[-1]
+        if columns != self.num_coordinates:
+            raise ValueError(f"coordinates have {columns} columns, but num_coordinates={self.num_coordinates}")
         with torch.autocast(x.device.type, enabled=False):
             items = check_sets(x, mask, weights, self.num_features)
-            places = items if coordinates is None else coordinates.to(items.dtype)
+            z = items if coordinates is None else coordinates.to(items.dtype)
             if mask is not None:
-                items, places = (torch.where(mask.unsqueeze(-1), part, 0.0) for part in (items, places))
-            z = places if self.project is None else _linear(self.project, items)
+                items, z = (torch.where(mask.unsqueeze(-1), part, 0.0) for part in (items, z))
+            z = z if self.project is None else _linear(self.project, items)
             vector = self._summary(z, items, mask, weights)
             vector = vector if self.output is None else _linear(self.output, vector)
         return vector.to(x.dtype)
 
     def _summary(self, z: Tensor, values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Return the parts (B, size) of the mixtures of coordinates z (B, N, d), with values (B, N, F)."""
         mixture = self.operator(z, mask, weights)
         parts = {
             "weights": mixture.weights.unsqueeze(-1),
@@ -116,11 +113,11 @@ class EMPooling(nn.Module):
             "scales": 0.5 * mixture.variances().log(),
         }
         if "values" in self.summary:
-            counts = torch.ones_like(z[..., 0]) if weights is None else weights.to(z.dtype)
-            counts = counts if mask is None else counts * mask
-            shares = self.operator.posterior(z, mixture, mask).responsibilities[..., : mixture.components]
-            shares = shares * counts.unsqueeze(-1)
-            parts["values"] = shares.mT @ values / shares.sum(1).clamp(min=torch.finfo(z.dtype).eps).unsqueeze(-1)
+            weights = torch.ones_like(z[..., 0]) if weights is None else weights.to(z.dtype)
+            weights = weights if mask is None else weights * mask
+            r = self.operator.posterior(z, mixture, mask).responsibilities[..., : mixture.components]
+            r = r * weights.unsqueeze(-1)
+            parts["values"] = r.mT @ values / r.sum(1).clamp(min=torch.finfo(z.dtype).eps).unsqueeze(-1)
         return torch.cat([parts[name] for name in self.summary], -1).flatten(1)
 
 

@@ -58,10 +58,10 @@ class EMRefinement(nn.Module):
         self.dim = dim
         self._options = {"num_iters": num_iters, "covariance": covariance, "residual": residual, **operator}
         self._temperature = temperature
-        self.operator = self._operator(num_components, num_features)
+        self.operator = self._make_operator(num_components, num_features)
         self.gate = nn.Parameter(torch.zeros(1))
 
-    def _operator(self, num_components: int, num_features: int) -> EMOperator:
+    def _make_operator(self, num_components: int, num_features: int) -> EMOperator:
         temperature = math.sqrt(num_features) if self._temperature is None else self._temperature
         return EMOperator(num_components, num_features, competition=Softmin(temperature), **self._options)
 
@@ -77,12 +77,13 @@ class EMRefinement(nn.Module):
     def reconstruct(self, items: Tensor, mask: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
         """Return the posterior means of items (B, N, D), or of queries (B, M, D), under the mixture of each set."""
         with torch.autocast(items.device.type, enabled=False):
-            wide = items.to(torch.promote_types(items.dtype, torch.float32))
-            mixture = self.operator(wide, mask)
-            points = wide if queries is None else queries.to(wide.dtype)
-            background, energies = self.operator.background, None
-            if background is not None and queries is not None:
-                energies = background.energies(wide, mask)
-            posterior = self.operator.posterior(points, mixture, mask if queries is None else None, energies)
+            points = items.to(torch.promote_types(items.dtype, torch.float32))
+            mixture = self.operator(points, mask)
+            if queries is None:
+                posterior = self.operator.posterior(points, mixture, mask)
+            else:
+                background = self.operator.background  # its energy is that of the set, not of the queries
+                energies = None if background is None else background.energies(points, mask)
+                posterior = self.operator.posterior(queries.to(points.dtype), mixture, None, energies)
             responsibilities = posterior.responsibilities[..., : mixture.components].to(mixture.means.dtype)
             return (responsibilities @ mixture.means).to(items.dtype)

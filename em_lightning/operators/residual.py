@@ -22,7 +22,7 @@ class Correction(NamedTuple):
     """Corrections of one iteration; all are zero in an untrained operator.
 
     stretch: (B, K, D), logarithms of the factors of the standard deviations along the principal axes.
-    shift: (B, K, D), multiple of the change of the mean to add along each principal axis.
+    shift: (B, K, D), steps of the mean along the principal axes, as multiples of its change in this iteration.
     counts: (B, K, 4), logarithms of the factors of the prior's three pseudo-counts and of its covariance.
     share: (B, K), share of the neighbours' covariance in the prior covariance, at least 0.
     neighbours: (B, K, D, D), second moments of the neighbouring components about the mean of each.

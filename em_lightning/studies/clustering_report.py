@@ -28,9 +28,9 @@ PUBLISHED = {
     "published: SAB + PMA": (-1.5145, -1.4619, 0.011),
     "published: ISAB(32) + PMA": (-1.4963, -1.4524, 0.020),
 }
-_PAIRS = 500
+_PAIRS = 500  # per set, for the calibration error
 
-Fit = Callable[[MixtureSetBatch], Mixture]
+FitFunction = Callable[[MixtureSetBatch], Mixture]
 
 
 class ClusteringReport(Report):
@@ -53,18 +53,19 @@ class ClusteringReport(Report):
         """Measure all methods on the test sets."""
         data: MixtureSets = trainer.datamodule
         torch.manual_seed(data.seed)
-        fits: dict[str, Fit] = {"oracle": lambda batch: batch.truth}
-        if self.classical:
-            fits |= _classical_fits(data, module.operator)
+        fits: dict[str, FitFunction] = {"oracle": lambda batch: batch.truth}
+        classical = _classical_fits(data, module.operator) if self.classical else {}
+        fits |= classical
         fits[TRAINED] = lambda batch: module(batch.points, batch.mask)
         batches = [MixtureSetBatch(*(part.to(module.device) for part in batch)) for batch in data.test_dataloader()]
         found = {name: _measure(fit, batches, module if name == TRAINED else None) for name, fit in fits.items()}
-        truth, rows = found["oracle"], []
+        oracle = found["oracle"]
+        rows = []
         for name, row in found.items():
-            row |= {GAP: row[LL1] - truth[LL0], HELD_OUT_GAP: row[HELD_OUT] - truth[HELD_OUT]}
+            row |= {GAP: row[LL1] - oracle[LL0], HELD_OUT_GAP: row[HELD_OUT] - oracle[HELD_OUT]}
             rows.append({"method": name, **{key: row[key] for key in COLUMNS}})
-        for name, (first, second, gap) in PUBLISHED.items():
-            rows.append({"method": name, **dict.fromkeys(COLUMNS, "-"), LL0: first, LL1: second, GAP: gap})
+        for name, (ll0, ll1, gap) in PUBLISHED.items():
+            rows.append({"method": name, **dict.fromkeys(COLUMNS, "-"), LL0: ll0, LL1: ll1, GAP: gap})
         parameters = sum(value.numel() for value in module.parameters())
         notes = [
             f"Data: {data.describe()}; {data.test_sets} test sets, {data.held_out} held-out points each, "
@@ -73,32 +74,32 @@ class ClusteringReport(Report):
             f"published rows are of other test sets, so that only their gap can be compared.",
             f"The operator has {parameters:,} parameters; its learned prior: {module.operator.prior!r}.",
         ]
-        told = f"{TRAINED}: {found[TRAINED][HELD_OUT_GAP]:+.4f} nats per held-out point against the oracle"
-        if self.classical:
-            best = max(list(found)[1:-1], key=lambda name: found[name][HELD_OUT])
-            told += f"; {best}, the best of the others: {found[best][HELD_OUT_GAP]:+.4f}"
+        verdict = f"{TRAINED}: {found[TRAINED][HELD_OUT_GAP]:+.4f} nats per held-out point against the oracle"
+        if classical:
+            best = max(classical, key=lambda name: found[name][HELD_OUT])
+            verdict += f"; {best}, the best of the others: {found[best][HELD_OUT_GAP]:+.4f}"
         facts = {"seed": data.seed, "parameters": parameters}
-        return Findings("Amortized clustering", notes, rows, f"{told}.", facts=facts)
+        return Findings("Amortized clustering", notes, rows, f"{verdict}.", facts=facts)
 
 
-def _classical_fits(data: MixtureSets, trained: EMOperator) -> dict[str, Fit]:
+def _classical_fits(data: MixtureSets, trained: EMOperator) -> dict[str, FitFunction]:
     """Return EM with diagonal covariances from several starts, and EM from the starts of a trained operator."""
 
-    def classical(num_iters: int = 100, **options: Any) -> Fit:
+    def classical(num_iters: int = 100, **options: Any) -> FitFunction:
         options = {"num_iters": num_iters, "covariance": "diag", "residual": False, **options}
         operator = EMOperator(data.num_components, data.num_features, **options).eval()
         return lambda batch: operator(batch.points, batch.mask)
 
-    def from_its_starts(steps: int) -> Fit:
+    def from_its_starts(num_iters: int) -> FitFunction:
         plain = EMOperator(trained.num_components, trained.num_features, covariance=trained.covariance, residual=False)
 
         def fit(batch: MixtureSetBatch) -> Mixture:
             start = trained(batch.points, batch.mask, num_iters=0)
-            return plain(batch.points, batch.mask, init=start, num_iters=steps)
+            return plain(batch.points, batch.mask, init=start, num_iters=num_iters)
 
         return fit
 
-    sigma = {"mean_strength": 0.0, "covariance_strength": 1000.0, "covariance": [data.scale**2] * data.num_features}
+    prior = {"mean_strength": 0.0, "covariance_strength": 1000.0, "covariance": [data.scale**2] * data.num_features}
     return {
         "EM from random points, 100 steps": classical(init="random"),
         "EM from k-means++, 100 steps": classical(init="kmeans++"),
@@ -106,14 +107,14 @@ def _classical_fits(data: MixtureSets, trained: EMOperator) -> dict[str, Fit]:
         "EM from farthest points, 25 steps": classical(25),
         "EM from farthest points, 50 steps": classical(50),
         "EM, best of 10 k-means++, 100 steps": classical(init="kmeans++", num_starts=10),
-        "MAP with known sigma, farthest points, 25 steps": classical(25, prior=sigma),
+        "MAP with known sigma, farthest points, 25 steps": classical(25, prior=prior),
     } | {
         f"EM from the starts of the trained operator, {steps} steps": from_its_starts(steps)
         for steps in (trained.num_iters, 20, 40)
     }
 
 
-def _measure(fit: Fit, batches: list[MixtureSetBatch], module: Any = None) -> dict[str, Any]:
+def _measure(fit: FitFunction, batches: list[MixtureSetBatch], module: Any = None) -> dict[str, Any]:
     """Return the metrics of a method, by column; a module has a log-density of its own."""
     from torchmetrics.classification import BinaryCalibrationError
 
@@ -128,14 +129,14 @@ def _measure(fit: Fit, batches: list[MixtureSetBatch], module: Any = None) -> di
         seconds += time.perf_counter() - start
         sets += len(points)
         diagonal = Mixture(mixture.log_weights, mixture.means, mixture.variances().contiguous())
-        both = (mixture, em_step(points, diagonal, mask))
-        levels = [one.log_prob(points, mask).sum(-1) / mask.sum(-1) for one in both]
+        before_and_after = (mixture, em_step(points, diagonal, mask))
+        log_likelihoods = [each.log_prob(points, mask).sum(-1) / mask.sum(-1) for each in before_and_after]
         responsibilities = mixture.posterior(points).responsibilities
         scores = _adjusted_rand(responsibilities.argmax(-1), batch)
-        sums += torch.stack([*levels, density.mean(-1), scores]).sum(1).cpu()
+        sums += torch.stack([*log_likelihoods, density.mean(-1), scores]).sum(1).cpu()
         calibration.update(*_pairs(responsibilities, batch))
-    last = {CALIBRATION: float(calibration.compute()), SECONDS: 1e3 * seconds / sets}
-    return {**dict(zip((LL0, LL1, HELD_OUT, ARI), (sums / sets).tolist(), strict=True)), **last}
+    means = dict(zip((LL0, LL1, HELD_OUT, ARI), (sums / sets).tolist(), strict=True))
+    return {**means, CALIBRATION: float(calibration.compute()), SECONDS: 1e3 * seconds / sets}
 
 
 def _adjusted_rand(found: Tensor, batch: MixtureSetBatch) -> Tensor:

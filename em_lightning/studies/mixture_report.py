@@ -100,11 +100,12 @@ class MixtureReport(Report):
         return found
 
     def _curves(self, found: Mapping[int, Mapping[str, Result]]) -> dict[str, Any]:
+        # Of the EM fits only the tuned ones, so that curves can be told apart.
         names = [name for name in next(iter(found.values())) if not name.startswith("EM, ") or "tuned" in name]
-        levels = {name: [float(row[name].scores.mean()) for row in found.values()] for name in names}
+        likelihoods = {name: [float(row[name].scores.mean()) for row in found.values()] for name in names}
         seconds = {name: [1e3 * row[name].seconds for row in found.values()] for name in names}
-        by_size = {name: (list(found), levels[name]) for name in names}
-        by_time = {name: (seconds[name], levels[name]) for name in names}
+        by_size = {name: (list(found), likelihoods[name]) for name in names}
+        by_time = {name: (seconds[name], likelihoods[name]) for name in names}
         figures = {
             "sizes": curves(by_size, "number of points", _LABEL, log_x=True),
             "times": curves(by_time, "ms per cloud", _LABEL, log_x=True),
@@ -133,9 +134,9 @@ def table(found: Mapping[int, Mapping[str, Result]]) -> list[dict[str, Any]]:
     """Return one row per method: likelihoods by size, then times by size."""
     rows = []
     for name in next(iter(found.values())):
-        levels = {f"N = {size}": float(row[name].scores.mean()) for size, row in found.items()}
+        likelihoods = {f"N = {size}": float(row[name].scores.mean()) for size, row in found.items()}
         times = {f"ms, N = {size}": 1e3 * row[name].seconds for size, row in found.items()}
-        rows.append({"method": name, **levels, **times})
+        rows.append({"method": name, **likelihoods, **times})
     return rows
 
 
@@ -146,17 +147,16 @@ def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]]) -> str:
         >>> verdict_by_size({32: {"EM": torch.zeros(2), "trained operator": torch.tensor([0.9, 1.1])}})
         'The trained operator is above every classical fit at 32 points (+1.000 ± 0.100 over EM).'
     """
-    told: dict[bool, list[str]] = {True: [], False: []}
+    above: list[str] = []
+    not_above: list[str] = []
     for size, row in scores.items():
         best = max((name for name in row if name != TRAINED), key=lambda name: float(row[name].mean()))
         gain = row[TRAINED] - row[best]
         error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else math.nan
-        told[bool(gain.mean() > 0)].append(f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})")
-    parts = [
-        f"is {'' if above else 'not '}above every classical fit at {', '.join(told[above])}"
-        for above in told
-        if told[above]
-    ]
+        sizes = above if gain.mean() > 0 else not_above
+        sizes.append(f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})")
+    verdicts = {"is above": above, "is not above": not_above}
+    parts = [f"{verdict} every classical fit at {', '.join(sizes)}" for verdict, sizes in verdicts.items() if sizes]
     return f"The {TRAINED} {' and '.join(parts)}."
 
 
@@ -170,7 +170,7 @@ def _scenes(module: Any, batch: PointCloudBatch, titles: Sequence[str], sklearn:
         total = module.exact_iters + module.operator.num_iters
         methods = {
             "classical EM": list(module.operator.classical().iterate(points, num_iters=total)),
-            "trained operator": list(module.iterate(points)),
+            TRAINED: list(module.iterate(points)),
         }
         if sklearn:
             methods["scikit-learn GaussianMixture"] = sklearn_mixtures(points, module.operator.num_components)

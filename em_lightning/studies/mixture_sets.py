@@ -95,7 +95,7 @@ class MixtureSets(SplitDataModule):
             torch.set_rng_state(generator.get_state())
             weights = Dirichlet(torch.full(shape[:2], self.concentration)).sample()
             generator.set_state(torch.get_rng_state())
-        weights = weights.clamp(min=torch.finfo(torch.float32).tiny)
+        weights = weights.clamp(min=torch.finfo(torch.float32).tiny)  # log 0 is infinite
         points, labels = self._points(means, weights, self.max_points, generator)
         test_points, _ = self._points(means, weights, held_out, generator)
         mask = torch.arange(self.max_points) < sizes[:, None]

@@ -18,6 +18,7 @@ Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
 
 @lru_cache(maxsize=64)
 def _grid_faces(rows: int, columns: int) -> Tensor:
+    """Return the faces (F, 3) of a grid: each cell with corners a b over c d is two triangles."""
     index = torch.arange(rows * columns).view(rows, columns)
     a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
     return torch.cat([torch.stack([a, b, d], -1).view(-1, 3), torch.stack([a, d, c], -1).view(-1, 3)])
@@ -29,19 +30,20 @@ def _grid(points: Tensor) -> Mesh:
 
 
 @lru_cache(maxsize=16)
-def _linspace(steps: int, low: float, high: float) -> Tensor:
+def _linspace(low: float, high: float, steps: int) -> Tensor:
     return torch.linspace(low, high, steps, dtype=torch.float64)
 
 
 def _revolve(radius: Tensor, height: Tensor, sides: int = 48) -> Mesh:
     """Return the profile (radius, height), each (P,), turned about the z axis; few sides give a prism or pyramid."""
-    angle = _linspace(sides + 1, 0.0, 2 * math.pi)
+    angle = _linspace(0.0, 2 * math.pi, sides + 1)
     around = torch.stack([angle.cos(), angle.sin()], -1)
     flat = radius[:, None, None] * around
     return _grid(torch.cat([flat, height[:, None, None].expand(-1, sides + 1, 1)], -1))
 
 
-def _profile(*corners: tuple[float, float], sides: int = 48) -> Mesh:
+def _revolve_corners(*corners: tuple[float, float], sides: int = 48) -> Mesh:
+    """Return :func:`_revolve` of the polygonal profile with corners (radius, height)."""
     radius, height = torch.tensor(corners, dtype=torch.float64).unbind(-1)
     return _revolve(radius, height, sides)
 
@@ -54,7 +56,7 @@ def _tube(curve: Tensor, radius: float, sides: int = 16) -> Mesh:
     side = torch.linalg.cross(tangent, up)
     side = side / side.norm(dim=-1, keepdim=True)
     normal = torch.linalg.cross(side, tangent)
-    angle = _linspace(sides + 1, 0.0, 2 * math.pi)[None, :, None]
+    angle = _linspace(0.0, 2 * math.pi, sides + 1)[None, :, None]
     return _grid(curve[:, None] + radius * (angle.cos() * side[:, None] + angle.sin() * normal[:, None]))
 
 
@@ -74,11 +76,12 @@ def _boxes(*boxes: tuple[float, float, float, float, float, float]) -> Mesh:
 
 
 def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, float, float, float, float, float]]:
+    """Return the boxes of four legs under the corners of a board of size (w, d) at height ``top``."""
     x, y = (w - thick) / 2, (d - thick) / 2
     return [(sx * x, sy * y, top / 2, thick, thick, top) for sx in (-1, 1) for sy in (-1, 1)]
 
 
-class _Family:
+class _RandomSurfaces:
     """Random surfaces: each public method draws the parameters of one family and returns its mesh.
 
     A superellipsoid (Barr, 1981) is between a rounded box and a pinched star; a vase is an open surface of revolution
@@ -87,7 +90,7 @@ class _Family:
     """
 
     def __init__(self, generator: torch.Generator) -> None:
-        # One call draws all numbers: a call costs more than a number.
+        # One call for the numbers of all parameters, as a call per number is slow.
         self._values = iter(torch.rand(32, dtype=torch.float64, generator=generator).tolist())
 
     def _draw(self, low: float, high: float) -> float:
@@ -100,7 +103,7 @@ class _Family:
         def power(value: Tensor, exponent: float) -> Tensor:
             return value.sign() * value.abs() ** exponent
 
-        latitude, longitude = _linspace(25, -math.pi / 2, math.pi / 2)[:, None], _linspace(49, -math.pi, math.pi)[None]
+        latitude, longitude = _linspace(-math.pi / 2, math.pi / 2, 25)[:, None], _linspace(-math.pi, math.pi, 49)[None]
         flat = power(latitude.cos(), exponents[0])
         x, y = flat * power(longitude.cos(), exponents[1]), flat * power(longitude.sin(), exponents[1])
         grid = torch.stack([x, y, power(latitude.sin(), exponents[0]).expand(-1, 49)], -1)
@@ -120,58 +123,58 @@ class _Family:
 
     def cylinder(self) -> Mesh:
         h = self._draw(0.3, 2)
-        return _profile((0, -h), (1, -h), (1, h), (0, h))
+        return _revolve_corners((0, -h), (1, -h), (1, h), (0, h))
 
     def cone(self) -> Mesh:
         h, top = self._draw(0.5, 1.5), max(0.0, self._draw(-0.5, 0.6))
-        return _profile((0, -h), (1, -h), (top, h), (0, h))
+        return _revolve_corners((0, -h), (1, -h), (top, h), (0, h))
 
     def pyramid(self) -> Mesh:
         h = self._draw(0.4, 1.2)
-        return _profile((0, -h), (1, -h), (0, h), sides=self._integer(3, 6))
+        return _revolve_corners((0, -h), (1, -h), (0, h), sides=self._integer(3, 6))
 
     def prism(self) -> Mesh:
         h = self._draw(0.3, 1.5)
-        return _profile((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])
+        return _revolve_corners((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])
 
     def capsule(self) -> Mesh:
-        angle, h = _linspace(32, -math.pi / 2, math.pi / 2), self._draw(0.3, 2)
+        angle, h = _linspace(-math.pi / 2, math.pi / 2, 32), self._draw(0.3, 2)
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
     def vase(self) -> Mesh:
-        z = _linspace(40, -1.0, 1.0)
+        z = _linspace(-1.0, 1.0, 40)
         radius = 0.5 + self._draw(0.1, 0.35) * torch.sin(self._draw(2, 5) * z + self._draw(0, 2 * math.pi))
         return _revolve(radius, self._draw(0.7, 1.3) * z)
 
     def torus(self) -> Mesh:
-        angle, r = _linspace(33, 0.0, 2 * math.pi), self._draw(0.15, 0.6)
+        angle, r = _linspace(0.0, 2 * math.pi, 33), self._draw(0.15, 0.6)
         return _revolve(1 + r * angle.cos(), r * angle.sin())
 
     def helix(self) -> Mesh:
         turns, pitch = self._draw(1.5, 3), self._draw(0.4, 0.8)
-        t = _linspace(97, 0.0, 1.0) * turns
+        t = _linspace(0.0, 1.0, 97) * turns
         angle = 2 * math.pi * t
         return _tube(torch.stack([angle.cos(), angle.sin(), pitch * t], -1), self._draw(0.08, 0.18))
 
     def knot(self) -> Mesh:
         p, q = ((2, 3), (3, 2))[self._integer(0, 1)]
-        t = _linspace(129, 0.0, 2 * math.pi)
+        t = _linspace(0.0, 2 * math.pi, 129)
         ring = 1 + self._draw(0.35, 0.5) * (q * t).cos()
         curve = torch.stack([ring * (p * t).cos(), ring * (p * t).sin(), 0.5 * (q * t).sin()], -1)
         return _tube(curve, self._draw(0.08, 0.16))
 
     def moebius(self) -> Mesh:
-        u, v = _linspace(97, 0.0, 2 * math.pi)[:, None], _linspace(9, -1.0, 1.0)[None] * self._draw(0.2, 0.45)
-        half = (1, 3)[self._integer(0, 1)] * u / 2
-        ring = 1 + v * half.cos()
-        return _grid(torch.stack([ring * u.cos(), ring * u.sin(), v * half.sin()], -1))
+        u, v = _linspace(0.0, 2 * math.pi, 97)[:, None], _linspace(-1.0, 1.0, 9)[None] * self._draw(0.2, 0.45)
+        twist = (1, 3)[self._integer(0, 1)] * u / 2  # one or three half-turns
+        ring = 1 + v * twist.cos()
+        return _grid(torch.stack([ring * u.cos(), ring * u.sin(), v * twist.sin()], -1))
 
     def saddle(self) -> Mesh:
-        x, y = _linspace(33, -1.0, 1.0)[:, None].expand(-1, 33), _linspace(33, -1.0, 1.0)[None].expand(33, -1)
+        x, y = _linspace(-1.0, 1.0, 33)[:, None].expand(-1, 33), _linspace(-1.0, 1.0, 33)[None].expand(33, -1)
         return _grid(torch.stack([x, y, self._draw(0.4, 1) * x**2 - self._draw(0.4, 1) * y**2], -1))
 
     def bowl(self) -> Mesh:
-        radius = _linspace(33, 0.0, 1.0)
+        radius = _linspace(0.0, 1.0, 33)
         return _revolve(radius, self._draw(0.4, 1.5) * radius**2)
 
     def table(self) -> Mesh:
@@ -185,13 +188,13 @@ class _Family:
         return _boxes(seat, rest, *_legs(w, d, h, thick))
 
 
-FAMILIES = tuple(name for name in vars(_Family) if not name.startswith("_"))
+FAMILIES = tuple(name for name in vars(_RandomSurfaces) if not name.startswith("_"))
 
 
 def random_surface(family: str, generator: torch.Generator) -> Mesh:
     """Return the vertices (V, 3) float64 and faces (F, 3) of a random surface of a family, one of ``FAMILIES``."""
     check_choice("family", family, FAMILIES)
-    return getattr(_Family(generator), family)()
+    return getattr(_RandomSurfaces(generator), family)()
 
 
 def _random_shape(families: Sequence[str], index: int, generator: torch.Generator) -> Shape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -43,8 +42,8 @@ def swap_activations(
         where: a second selection by name or predicate, see :func:`find_modules`.
         dim: the axis of the units, or "auto", see :class:`UnitAxis`.
         calls: see :func:`replace_modules`.
-        functional: also replace calls of the function that ``target`` is the module of, such as ``F.relu(x)``, in the
-            methods of modules that ``where`` selects, see :func:`swap_calls`.
+        functional: also replace calls of the target's function, such as ``F.relu(x)`` for ``nn.ReLU``, in the methods
+            of modules that ``where`` selects, see :func:`swap_calls`.
         verbose: whether to print a line per activation at the first batch: path, shape, axis of units, units, items.
         into: a surgery to extend; by default a new one.
         **arguments: of the activation, such as ``margin=2.0``.
@@ -61,7 +60,7 @@ def swap_activations(
         1     ReLU    SignedActivation  0
     """
     surgery = Surgery(model) if into is None else into
-    make = _activation(activation, dim, arguments)
+    make = _activation_maker(activation, dim, arguments)
 
     def prepare(site: Site, change: Change) -> None:
         watch_first_call(surgery, site, change, make, verbose)
@@ -70,20 +69,21 @@ def swap_activations(
         sites = surgery.find(where, target)
     except NoMatchError as error:
         if not functional:
-            raise NoMatchError(
-                f"{error}; relu and others called as functions are swapped with functional=True"
-            ) from None
+            raise NoMatchError(f"{error}; calls of functions such as relu are swapped with functional=True") from None
         sites = []
     if sites:
         change_sites(surgery, "replace", sites, lambda _: make, calls, prepare)
     if functional:
-        with contextlib.suppress(*([NoMatchError] if sites else [])):
+        try:
             swap_calls(surgery, where, make, target, calls, verbose)
+        except NoMatchError:
+            if not sites:
+                raise
     return surgery
 
 
-def _activation(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]) -> Make:
-    """Return the instance itself, or a partial of the class."""
+def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]) -> Make:
+    """Return what :func:`change_sites` builds the activation from: the instance, or a partial of the class."""
     if isinstance(spec, nn.Module):
         if arguments or dim != "auto":
             raise TypeError(
@@ -157,7 +157,8 @@ def insert_em_operators(
         return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 
     def prepare(site: Site, change: Change) -> None:
-        watch_first_call(surgery, site, change, functools.partial(SetRefinement, **given), verbose)
+        make = functools.partial(SetRefinement, **given)  # shows whether dim is given
+        watch_first_call(surgery, site, change, make, verbose)
 
     return change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, prepare)
 
@@ -171,7 +172,7 @@ def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, v
         if dim is not None:
             axis = unit_axis(site, dim)
             if isinstance(module, SetRefinement):
-                axis.widths = (module.operator.num_features, *axis.widths)
+                axis.widths = (module.operator.num_features, *axis.widths)  # what it was built for first
                 surgery.undos += observe_forwards(site, module)
             if axis.dim != "auto":
                 module.dim = axis.dim

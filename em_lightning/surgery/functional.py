@@ -50,7 +50,8 @@ class _Swapped(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         _Swapped.running = True
         try:
-            if func in _IN_PLACE or kwargs.get("inplace") or any(one is True for one in args[1:]):
+            inplace = kwargs.get("inplace") or any(argument is True for argument in args[1:])  # or positional
+            if func in _IN_PLACE or inplace:
                 return x.copy_(self._swapped(x.clone()))
             return self._swapped(x)
         finally:
@@ -66,8 +67,8 @@ class CallAxes:
     """The axis of the units at the calls in one module, decided once for each number of axes of the tensors."""
 
     path: str  # of the operator
-    widths: list[int]  # of the layers in the module
-    kind: str  # the class of the operator
+    widths: list[int]  # of the layers in the module, the last first
+    class_name: str  # of the operator
     dim: int | Literal["auto"] | None  # None for elementwise operators
     verbose: bool
     decided: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -76,7 +77,7 @@ class CallAxes:
         """Return the axis that has to be moved to the last, which is -1 where the operator knows its axis."""
         if x.ndim not in self.decided:
             axis = UnitAxis(self.path, self.widths)(x.shape) if self.dim == "auto" else self.dim
-            announce(self.path, self.kind, x.shape, axis, self.verbose)
+            announce(self.path, self.class_name, x.shape, axis, self.verbose)
             self.decided[x.ndim] = axis if self.dim == "auto" and axis is not None else -1
         return self.decided[x.ndim]
 
@@ -86,17 +87,17 @@ def swap_calls(
 ) -> Surgery:
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
-    The operator becomes a child of the module, named ``em_functional``. It serves all calls while one of the module's
-    methods runs that mentions the function, also those of unselected children. Modules of torch.nn are skipped, and
-    functions that are reached only through containers or other objects are not found.
+    The operator becomes a child of the module, named ``em_functional``. While a method of the module that mentions the
+    function runs, the operator replaces all calls of the function, including calls by unselected children. Modules of
+    torch.nn are skipped, and functions that are reached only through containers or other objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
     """
     model = surgery.model
     check_patterns(model, where)
-    known = dict.fromkeys(FUNCTIONS.values())
-    kinds = [kind for kind in known if matches(Site("", kind(), model, "", (model,)), target)]
+    modules = {kind: kind() for kind in FUNCTIONS.values()}
+    kinds = [kind for kind, module in modules.items() if matches(Site("", module, model, "", (model,)), target)]
     functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)
     names = {function.__name__ for function in functions}
     owners = [
@@ -129,13 +130,9 @@ def swap_calls(
 
 
 def _run(
-    module: nn.Module,
-    functions: frozenset[Any],
-    axes: CallAxes,
-    proceed: Callable[..., Any],
-    *args: Any,
-    **kwargs: Any,
+    module: nn.Module, functions: frozenset[Any], axes: CallAxes, proceed: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
+    """Wrapper of a method: run it with the operator in place of the functions."""
     with _Swapped(getattr(module, NAME), functions, axes):
         return proceed(*args, **kwargs)
 

@@ -94,7 +94,7 @@ class LayerwiseLoss:
         self._added: set[str] = set()
         self._said_waiting = False
         self._pure: dict[str, bool] = {}  # whether a layer had a call which only its own optimizer trains
-        # path -> averages of the norms of both gradients, and the step of the next measurement
+        # path -> average norms of the gradients of the main and of the EM loss, and the step of the next measurement
         self.norms = {path: [0.0, 0.0, 0.0] for path in self.losses if self.weight == "auto"}
 
     @property
@@ -283,7 +283,7 @@ def _build_loss(loss: Any) -> Callable[[Tensor], Any]:
         built: Any = EMLoss(**{key: value for key, value in spec.items() if key != "name"})
     else:
         built = LOSSES.build(copy.deepcopy(loss))
-    if isinstance(built, nn.Module) and any(True for _ in built.parameters()):
+    if isinstance(built, nn.Module) and list(built.parameters()):
         raise ValueError(
             f"loss={type(built).__name__} has parameters, which no optimizer would train: make it a part of the model"
         )

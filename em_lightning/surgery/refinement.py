@@ -59,7 +59,7 @@ class SetRefinement(EMRefinement):
         self.causal = causal
         self.batch_dim = batch_dim
         self.padding: list[tuple[str, Tensor]] = []  # of the modules that run now, the innermost first
-        self.called = False
+        self.called = False  # from the first call on, forwards around the layer are no longer inspected
         self.decided = False  # whether the attention around the layer has been inspected
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,14 +69,14 @@ class SetRefinement(EMRefinement):
         if x.numel() == 0:
             return x + x * sum(p.sum() for p in self.parameters())  # a gradient of zero for every parameter
         moved = x.permute(*sets, *items, dim)
-        number, features = math.prod(x.shape[axis] for axis in items), x.shape[dim]
-        points = moved.reshape(-1, number, features)
+        num_items, features = math.prod(x.shape[axis] for axis in items), x.shape[dim]
+        points = moved.reshape(-1, num_items, features)
         keep = self._kept(points.shape)
         if self.causal:
-            before = torch.ones(number, number, dtype=torch.bool, device=x.device).tril()
-            mask = (before if keep is None else before & keep.unsqueeze(1)).expand(len(points), -1, -1)
-            prefixes = points.unsqueeze(1).expand(-1, number, -1, -1).reshape(-1, number, features)
-            refined = self.reconstruct(prefixes, mask.reshape(-1, number), points.reshape(-1, 1, features))
+            visible = torch.ones(num_items, num_items, dtype=torch.bool, device=x.device).tril()
+            mask = (visible if keep is None else visible & keep.unsqueeze(1)).expand(len(points), -1, -1)
+            prefixes = points.unsqueeze(1).expand(-1, num_items, -1, -1).reshape(-1, num_items, features)
+            refined = self.reconstruct(prefixes, mask.reshape(-1, num_items), points.reshape(-1, 1, features))
         else:
             refined = self.reconstruct(points, keep)
         back = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
@@ -84,21 +84,19 @@ class SetRefinement(EMRefinement):
 
     def resize(self, num_features: int) -> None:
         """Take items of another width, where no parameter depends on it; raises ValueError otherwise."""
-        if num_features == self.operator.num_features:
+        current = self.operator.num_features
+        if num_features == current:
             return
-        if any(True for _ in self.operator.parameters()):
-            raise ValueError(
-                f"num_features={self.operator.num_features} must be the width of the output: give num_features="
-                f"{num_features}"
-            )
-        self.operator = self._operator(self.operator.num_components, num_features).train(self.training)
+        if list(self.operator.parameters()):
+            raise ValueError(f"num_features={current} must be the output's width: give num_features={num_features}")
+        self.operator = self._make_operator(self.operator.num_components, num_features).train(self.training)
 
     def describe_sets(self, shape: Sequence[int]) -> str:
         """Return the number of sets and items as text."""
         sets, items, _ = self._axes(shape)
         hint = "" if items else ": each row is a set of its own, set_dim=0 fits one mixture to the rows of the batch"
-        number = math.prod(shape[axis] for axis in items)
-        return f"{math.prod(shape[axis] for axis in sets)} sets of {number} item{'s' * (number != 1)}{hint}"
+        num_sets, num_items = (math.prod(shape[axis] for axis in axes) for axes in (sets, items))
+        return f"{num_sets} sets of {num_items} item{'' if num_items == 1 else 's'}{hint}"
 
     def _axes(self, shape: Sequence[int]) -> tuple[list[int], list[int], int]:
         """Return the axes of sets, of items and of features."""
@@ -133,7 +131,7 @@ class SetRefinement(EMRefinement):
 
 
 def batch_dim_of(site: Site) -> int | None:
-    """Return the axis of the batch in three-dimensional outputs, or None if layers around the site disagree."""
+    """Return the batch axis of three-dimensional outputs, by the closest attention or RNN; None if these disagree."""
     for module in (site.module, *reversed(site.ancestors)):
         inner = [one for one in module.modules() if isinstance(one, (nn.MultiheadAttention, nn.RNNBase))]
         if inner:
@@ -144,12 +142,12 @@ def batch_dim_of(site: Site) -> int | None:
 
 
 def observe_forwards(site: Site, operator: SetRefinement) -> list[Undo]:
-    """Hand the padding masks of the modules around a site to its operator, and refuse an operator that looks ahead."""
+    """Pass padding masks of the modules around a site to its operator; raise if it must be causal and is not."""
     undos = []
     for module in (*site.ancestors, site.module):
         names = list(inspect.signature(module.forward).parameters)
-        fused = any(isinstance(one, nn.MultiheadAttention) for one in module.modules())
-        undos.append(wrap(module, "forward", functools.partial(_observe, operator, site.path, names, fused)))
+        may_fuse = any(isinstance(one, nn.MultiheadAttention) for one in module.modules())
+        undos.append(wrap(module, "forward", functools.partial(_observe, operator, site.path, names, may_fuse)))
     return undos
 
 
@@ -157,31 +155,31 @@ def _observe(
     operator: SetRefinement,
     path: str,
     names: list[str],
-    fused: bool,
+    may_fuse: bool,
     proceed: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    before = operator.padding
+    outer_padding = operator.padding
     masks = [(name, given[name]) for name in _PADDING if isinstance(given.get(name), Tensor)]
-    operator.padding = [*masks, *before]
+    operator.padding = [*masks, *outer_padding]
     watch = AttentionWatch()
     try:
         if operator.called or operator.causal or torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
-        inference = fused and not operator.training and not torch.is_grad_enabled()
-        if inference:
-            watch.inspect("attention", (), given)  # the mode would turn the fused kernels off
+        fused = may_fuse and not operator.training and not torch.is_grad_enabled()
+        if fused:  # inspect the arguments only, as a TorchFunctionMode would turn the fused kernels off
+            watch.inspect("attention", (), given)
             output = proceed(*args, **kwargs)
         else:
             with watch:
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
-        operator.padding = before
+        operator.padding = outer_padding
     if operator.called and not operator.decided and watch.attention:  # of the innermost module that has attention
-        operator.decided = not watch.causal and not inference
-        operator.called = operator.decided  # inspect the next call as well
+        operator.decided = not watch.causal and not fused
+        operator.called = operator.decided  # if not decided, inspect the next forward as well
         if watch.causal:
             raise ValueError(
                 f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "

@@ -45,7 +45,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
             f"{path!r} holds a {entry['class_path']} of unknown arguments, made by a function or copied from an "
             f"instance: repeat this surgery on a new model, then call model.load_state_dict"
         )
-    cls: Any = import_class(entry["class_path"], nn.Module)  # a foreign plan must not call anything but modules
+    cls: Any = import_class(entry["class_path"], nn.Module)  # so that a plan cannot call anything but modules
     make = functools.partial(cls, **entry["init_args"])
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]

@@ -17,7 +17,7 @@ MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
 
 Where = type | str | Callable[..., bool] | Sequence[Any]
 
-# The modules whose functions can be replaced, and the names of these in torch, torch.nn.functional and Tensor.
+# Modules that have function forms, and the names of the functions in torch, torch.nn.functional and Tensor.
 _NAMES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReLU: ("relu", "relu_"),
     nn.GELU: ("gelu",),

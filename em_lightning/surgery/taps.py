@@ -25,7 +25,7 @@ class Taps:
     Attributes:
         axes: the axis of the units of each layer.
         seen: the layers that have run.
-        frozen: the layers that ran with gradients enabled and gave a tensor without one, since the last :meth:`clear`.
+        frozen: the layers whose tensor required no gradient while gradients were enabled, since the last :meth:`clear`.
 
     Raises:
         NoMatchError: nothing matches, or only functions, which have no hooks.
@@ -91,7 +91,7 @@ class Taps:
         self.captured, self.frozen = [], set()
 
     def _register(self, module: nn.Module, path: str) -> Undo:
-        # Functions, as deepcopy(model) copies bound methods with the captured tensors, which cannot be copied.
+        # Lambdas, as deepcopy(model) copies bound methods with the captured tensors, which cannot be copied.
         if self.tap == "output":
             return module.register_forward_hook(lambda _, inputs, output: self._capture(path, output)).remove
         return module.register_forward_pre_hook(

@@ -33,8 +33,8 @@ struct Problem {
   double *sums, *log_likelihood, *log_density;
   Real* grad_x;
   double* grad_weights;
-  const double* outer;  // the gradient of the log-densities (null in the forward pass)
-  int64_t outer_set_stride, outer_item_stride;
+  const double* grad_density;  // the gradient of the log-densities (null in the forward pass)
+  int64_t grad_density_set_stride, grad_density_item_stride;
 };
 
 // The points of a block whose responsibilities for a component count: others are below the rounding error of any sum. They
@@ -85,11 +85,11 @@ struct Choice {
 class Worker {
  public:
   explicit Worker(const Problem& problem)
-      : p(problem), K(p.components), M(num_sums(p.features)), G(p.outer ? gradient_size(p.features) : 0) {
+      : p(problem), K(p.components), M(num_sums(p.features)), G(p.grad_density ? gradient_size(p.features) : 0) {
     points.resize(p.features * kSteps);
     white.resize((kKeeps ? K : 1) * kRows * kSteps);
     score.resize(K * kSteps);
-    slope.resize(p.outer ? K * kSteps : 0);
+    slope.resize(p.grad_density ? K * kSteps : 0);
     sums.resize(K * M + 1);
     sums_in_double.resize(K * M + 1);
     gradients.resize(K * G);
@@ -108,7 +108,7 @@ class Worker {
       const int steps = (count + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
       load(row, count, steps * kLanes);
       evaluate(steps);
-      if (p.outer) {
+      if (p.grad_density) {
         backward(row, count, steps);
       } else {
         forward(row, count, steps);
@@ -134,7 +134,7 @@ class Worker {
   std::vector<V> white, score, slope;         // (K or 1, rows, steps), (K, steps), (K, steps)
   std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
   std::vector<double> sums_in_double;
-  V weights[kSteps], outer[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];  // outer: of the log-densities
+  V weights[kSteps], grad_density[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];
   Choice choice;                              // of points, for one component
   const V *chosen, *y;                        // its points, and its whitened points
   std::vector<V> chosen_points, chosen_grads;
@@ -236,9 +236,9 @@ class Worker {
   // of sums_k in w_n r_nk and l that of the log-density of point n per weight. The gradients of the parameters follow
   // from the sums of [1, y, s(y)], weighted by this derivative.
   void backward(int64_t row, int count, int steps) {
-    Real* to = reinterpret_cast<Real*>(outer);
-    const double* from = p.outer + set * p.outer_set_stride + row * p.outer_item_stride;
-    for (int n = 0; n < count; ++n) to[n] = Real(from[n * p.outer_item_stride]);
+    Real* to = reinterpret_cast<Real*>(grad_density);
+    const double* from = p.grad_density + set * p.grad_density_set_stride + row * p.grad_density_item_stride;
+    for (int n = 0; n < count; ++n) to[n] = Real(from[n * p.grad_density_item_stride]);
     std::fill(to + count, to + steps * kLanes, Real(0));
     std::fill(mean_slope, mean_slope + steps, V{});
     for (int64_t k = 0; k < K; ++k) {
@@ -258,7 +258,7 @@ class Worker {
     }
     if (p.grad_weights) {
       V found[kSteps];
-      for (int s = 0; s < steps; ++s) found[s] = mean_slope[s] + outer[s] * log_density(s);
+      for (int s = 0; s < steps; ++s) found[s] = mean_slope[s] + grad_density[s] * log_density(s);
       const Real* lanes = reinterpret_cast<const Real*>(found);
       std::copy(lanes, lanes + count, p.grad_weights + set * p.items + row);
     }
@@ -267,7 +267,7 @@ class Worker {
       V *r = &score[k * kSteps], *a = &slope[k * kSteps];
       for (int s = 0; s < steps; ++s) {
         r[s] *= weights[s];
-        a[s] = r[s] * (a[s] - mean_slope[s] + outer[s]);
+        a[s] = r[s] * (a[s] - mean_slope[s] + grad_density[s]);
       }
       choose(k, r, steps);
       const V* own_slope = choice.gather(a, chosen_slope);
@@ -297,7 +297,7 @@ void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t 
   for (int64_t k = 0; p.sums && k < p.components; ++k) {
     const int64_t place = set * p.components + k;
     const double *scale = p.scale + place * factor, *inverse = p.inverse + place * factor;
-    if (p.outer) {
+    if (p.grad_density) {
       parameter_gradient(sums + k * M, scale, inverse, features, p.sums + place * (1 + features + factor));
     } else {
       unwhiten(sums + k * M, scale, p.means + place * features, features, p.sums + place * M);
@@ -307,7 +307,7 @@ void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t 
 
 }  // namespace
 
-// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With outer it writes in place of the sums
+// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With grad_density it writes instead of the sums
 // the gradients of peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
 extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const Problem& p = *problem;

@@ -170,9 +170,9 @@ def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     if _is_for_triton(arguments[0]):
         return _triton().e_step_gradient(*arguments)
-    *tensors, kind, grads, outer = arguments
+    *tensors, kind, grad_sums, grad_density = arguments
     own, of_x, of_weights = _empty_gradients(*tensors)
-    _run(kind, tensors, outer=outer, sums=own, grads=grads, grad_x=of_x, grad_weights=of_weights)
+    _run(kind, tensors, grad_density, sums=own, grads=grad_sums, grad_x=of_x, grad_weights=of_weights)
     return own, of_x, of_weights
 
 
@@ -258,16 +258,16 @@ e_step.register_autograd(_e_step_backward, setup_context=_save)
 log_density.register_autograd(_log_density_backward, setup_context=_save)
 
 
-def _run(kind: str, tensors: Any, outer: Tensor | None = None, **results: Tensor | None) -> None:
+def _run(kind: str, tensors: Any, grad_density: Tensor | None = None, **results: Tensor | None) -> None:
     """Run the E-step on its tensors; the results are named as in ``native.cpp``."""
     x, means = tensors[0], tensors[2]
     outputs = (
         results.get(name) for name in ("grads", "sums", "log_likelihood", "log_density", "grad_x", "grad_weights")
     )
     others = [part if part is None else part.contiguous() for part in (*tensors[1:], *outputs)]
-    outer = None if outer is None else outer.expand(-1, x.shape[-1])
-    strides = () if outer is None else outer.stride()
-    problem = structure(len(x), *means.shape[1:], x.shape[-1], x, *x.stride(), *others, outer, *strides)
+    grad_density = None if grad_density is None else grad_density.expand(-1, x.shape[-1])
+    strides = () if grad_density is None else grad_density.stride()
+    problem = structure(len(x), *means.shape[1:], x.shape[-1], x, *x.stride(), *others, grad_density, *strides)
     library, _ = load("native.cpp", *_variant(kind, x.shape[1], x.dtype))
     library.em_lightning_e_step(problem, _num_threads(x.numel() * means.shape[1]))
 

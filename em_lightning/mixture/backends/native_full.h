@@ -1,7 +1,8 @@
 // Full covariances: sums of whitened points, their change of coordinates, and its gradients.
 //
 // A Component whitens points, y = W (u - mean), and works on sums of [1, y, y_i y_j for j <= i]. A block u of points holds
-// kSteps vectors per feature.
+// kSteps vectors per feature. ``scale`` is L = W^-1, ``mu`` the mean. Unnamed arguments are the number of features of
+// native_diagonal.h, which is the constant D here.
 
 #include "native_vectors.h"
 
@@ -14,10 +15,10 @@ inline int factor_size(int64_t) { return D * D; }
 inline int lower(int i, int j) { return 1 + D + i * (i + 1) / 2 + j; }              // the place of y_i y_j, j <= i
 inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i; }  // the place of z_i z_j, i <= j
 
-// The sums of [1, z, s(z)] for those of [1, y, s(y)].
+// Converts sums of [1, y, s(y)] to sums of [1, z, s(z)], z = mu + L y.
 inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t, double* result) {
   double shift[D] = {};
-  static thread_local Matrix product;  // L S
+  static thread_local Matrix product;  // L S with S the sum of y y^T
   for (int i = 0; i < D; ++i) {
     for (int j = 0; j <= i; ++j) shift[i] += scale[i * D + j] * sums[1 + j];
     for (int b = 0; b < D; ++b) {
@@ -37,7 +38,7 @@ inline void unwhiten(const double* sums, const double* scale, const double* mu, 
   }
 }
 
-// The transpose of unwhiten: the gradient of [1, y, s(y)] for that of [1, z, s(z)].
+// The transpose of unwhiten: converts the gradient in the sums of z to the gradient in the sums of y.
 inline void whiten_gradient(const double* grads, const double* scale, const double* mu, int64_t, double* own) {
   double linear[D];
   static thread_local Matrix product;  // L^T G, with the upper triangle G of gradients
@@ -65,7 +66,7 @@ inline void whiten_gradient(const double* grads, const double* scale, const doub
     }
 }
 
-// The gradients of peak, mean and W from the sums of [1, y, s(y)], weighted by the derivative of g.
+// The gradients of peak, mean and W from sums of [1, y, s(y)] weighted by the gradient in the joint log-density g_nk.
 inline void parameter_gradient(const double* sums, const double* scale, const double* w, int64_t, double* result) {
   std::fill(result, result + 1 + D + D * D, 0.0);
   result[0] = sums[0];

@@ -23,11 +23,12 @@ typedef Real V __attribute__((vector_size(kBytes)));
 typedef Int I __attribute__((vector_size(kBytes)));
 
 constexpr int kLanes = kBytes / sizeof(Real);
-// Vectors per feature of a block.
-constexpr int kSteps = (KIND == 0 && FEATURES > 6 ? FEATURES > 24 ? 256 : 512 : 128) / kLanes;
+// Points of a block: more for wide full covariances, whose whitening costs most.
+constexpr int kBlockPoints = KIND != 0 || FEATURES <= 6 ? 128 : FEATURES <= 24 ? 512 : 256;
+constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
 constexpr int kBlocksPerSum = 4;        // blocks that are added up in Real, before they are added in double
 constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend on the number of threads
-constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;
+constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities change no sum
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // 2^x on [-1/2, 1/2]: the polynomial of least relative error, 8e-8, or Taylor's series, of error 5e-18.
@@ -35,8 +36,8 @@ struct Power {
   static constexpr int degree = kSingle ? 5 : 13;
   Real coefficients[14] = {1.0, 0.693146944, 0.240221202, 0.0555071309, 0.00967554096, 0.00132764713};
   constexpr Power() {
-    double own = 1.0;  // log(2)^i / i!
-    for (int i = 1; i <= degree && !kSingle; ++i) coefficients[i] = Real(own *= kLn2 / i);
+    double taylor = 1.0;  // log(2)^i / i!
+    for (int i = 1; i <= degree && !kSingle; ++i) coefficients[i] = Real(taylor *= kLn2 / i);
   }
 };
 

@@ -2,6 +2,9 @@
 
 Whitened points ``y = W_k (z_n - mu_k)`` are computed for one component and a tile of points at a time, in float32, and
 sums over chunks of points are added in float64. Results do not depend on the order in which programs run.
+
+Indices: set b, component k, points n of a tile, features d, padded to D; bk and bn are flat. ``slope`` is a_nk, the
+gradient of the loss in ``w_n r_nk`` through the sums: constant + linear^T y + y^T square y, the ``polynomial``.
 """
 
 from __future__ import annotations
@@ -18,154 +21,155 @@ _TILE, _CHUNK = 32, 1024
 
 
 @triton.jit
-def _whitened(x, item, feature, own, at, k, D: tl.constexpr, FULL: tl.constexpr):
-    """Return y (D, n) and W of component k of the set ``at``; unused rows of y are zero."""
+def _whitened(x, n, d, mixture, b, k, D: tl.constexpr, FULL: tl.constexpr):
+    """Return y (D, n) and W of component k of set b; unused rows of y are zero."""
     x_ptr, set_stride, feature_stride, item_stride, items = x
-    origin, inverse_unit, means, inverse, features, components = own
-    real = feature < features
-    rows, columns = feature.to(tl.int64)[:, None] * feature_stride, item.to(tl.int64)[None, :] * item_stride
-    from_ = x_ptr + at * set_stride + rows + columns
-    points = tl.load(from_, mask=real[:, None] & (item < items)[None, :], other=0.0)
-    z = (points - tl.load(origin + at * features + feature, mask=real, other=0.0)[:, None]) * tl.load(inverse_unit + at)
-    place = (at * components + k) * features + feature
-    difference = tl.where(real[:, None], z - tl.load(means + place, mask=real, other=0.0)[:, None], 0.0)
+    origin, inverse_unit, means, inverse, features, components = mixture
+    valid = d < features
+    rows, columns = d.to(tl.int64)[:, None] * feature_stride, n.to(tl.int64)[None, :] * item_stride
+    address = x_ptr + b * set_stride + rows + columns
+    points = tl.load(address, mask=valid[:, None] & (n < items)[None, :], other=0.0)
+    z = (points - tl.load(origin + b * features + d, mask=valid, other=0.0)[:, None]) * tl.load(inverse_unit + b)
+    row = (b * components + k) * features + d
+    difference = tl.where(valid[:, None], z - tl.load(means + row, mask=valid, other=0.0)[:, None], 0.0)
     if FULL:
-        both = real[:, None] & real[None, :]
-        W = tl.load(inverse + place[:, None] * features + feature[None, :], mask=both, other=0.0)
+        both = valid[:, None] & valid[None, :]
+        W = tl.load(inverse + row[:, None] * features + d[None, :], mask=both, other=0.0)
         return _product(W, difference), W
     else:
-        W = tl.load(inverse + place, mask=real, other=0.0)
+        W = tl.load(inverse + row, mask=valid, other=0.0)
         return W[:, None] * difference, W
 
 
 @triton.jit
 def _product(matrix, vectors):
-    """Return the product of (D, D) and (D, n), in float32 on every device."""
+    """Return the product of (D, D) and (D, n) in float32, where ``tl.dot`` may round to TF32."""
     return tl.sum(matrix[:, :, None] * vectors[None, :, :], 1)
 
 
 @triton.jit
-def _slope(y, gradients, place, feature, features, FULL: tl.constexpr):
-    """Return ``a_n`` (n,), the derivative of the sums in ``w_n r_nk``, and its derivative in y (D, n)."""
-    constant, linear, square = gradients
-    real = feature < features
-    first = tl.load(linear + place * features + feature, mask=real, other=0.0)[:, None]
-    row = place * features + feature
+def _slope(y, polynomial, bk, d, features, FULL: tl.constexpr):
+    """Return the slope a_nk (n,) and its derivative in y (D, n)."""
+    constant, linear, square = polynomial
+    valid = d < features
+    first = tl.load(linear + bk * features + d, mask=valid, other=0.0)[:, None]
+    row = bk * features + d
     if FULL:
-        both = real[:, None] & real[None, :]
-        second = _product(tl.load(square + row[:, None] * features + feature[None, :], mask=both, other=0.0), y)
+        both = valid[:, None] & valid[None, :]
+        second = _product(tl.load(square + row[:, None] * features + d[None, :], mask=both, other=0.0), y)
     else:
-        second = tl.load(square + row, mask=real, other=0.0)[:, None] * y
-    return tl.load(constant + place) + tl.sum(y * (first + second), 0), first + 2.0 * second
+        second = tl.load(square + row, mask=valid, other=0.0)[:, None] * y
+    return tl.load(constant + bk) + tl.sum(y * (first + second), 0), first + 2.0 * second
 
 
 @triton.jit
-def _rows(
-    x, own, peak, gradients, density, mean_slope,
+def _write_log_density(
+    x, mixture, peak, polynomial, log_density, mean_slope,
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr,
 ):  # fmt: skip
     """Write ``log p(z_n)`` and, for the gradient, ``sum_k r_nk a_nk``."""
-    items, features, components = x[4], own[4], own[5]
+    items, features, components = x[4], mixture[4], mixture[5]
     tiles = tl.cdiv(items, TILE)
-    at, feature = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
-    item = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    b, d = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
+    n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     largest = tl.full((TILE,), float("-inf"), tl.float32)
     total, slopes = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     for k in range(components):
-        y, _ = _whitened(x, item, feature, own, at, k, D, FULL)
-        place = at * components + k
-        joint = tl.load(peak + place) - 0.5 * tl.sum(y * y, 0)
+        y, _ = _whitened(x, n, d, mixture, b, k, D, FULL)
+        bk = b * components + k
+        joint = tl.load(peak + bk) - 0.5 * tl.sum(y * y, 0)
         above = tl.maximum(largest, joint)
         shrunk, weight = tl.exp(largest - above), tl.exp(joint - above)
         total = total * shrunk + weight
         if SLOPES:
-            a, _ = _slope(y, gradients, place, feature, features, FULL)
+            a, _ = _slope(y, polynomial, bk, d, features, FULL)
             slopes = slopes * shrunk + weight * a
         largest = above
-    tl.store(density + at * items + item, largest + tl.log(total), mask=item < items)
+    tl.store(log_density + b * items + n, largest + tl.log(total), mask=n < items)
     if SLOPES:
-        tl.store(mean_slope + at * items + item, slopes / total, mask=item < items)
+        tl.store(mean_slope + b * items + n, slopes / total, mask=n < items)
 
 
 @triton.jit
-def _derivative(y, item, at, place, items, peak, weights, rows, a, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Return ``w_n r_nk`` (n,), and the derivative of the result in the joint log-density (or ``w_n r_nk`` again)."""
-    density, mean_slope, outer = rows
-    real, row = item < items, at * items + item
-    joint = tl.load(peak + place) - 0.5 * tl.sum(y * y, 0)
-    r = tl.where(real, tl.exp(joint - tl.load(density + row, mask=real, other=0.0)), 0.0)
+def _derivative(y, n, b, bk, items, peak, weights, per_point, a, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Return ``w_n r_nk`` (n,), and with SLOPES the gradient of the loss in ``log p(z_n, k)``, else the same again."""
+    log_density, mean_slope, grad_density = per_point
+    valid, bn = n < items, b * items + n
+    joint = tl.load(peak + bk) - 0.5 * tl.sum(y * y, 0)
+    r = tl.where(valid, tl.exp(joint - tl.load(log_density + bn, mask=valid, other=0.0)), 0.0)
     if WEIGHTED:
-        r = r * tl.load(weights + row, mask=real, other=0.0)
+        r = r * tl.load(weights + bn, mask=valid, other=0.0)
     if SLOPES:
-        mean, of_density = tl.load(mean_slope + row, mask=real, other=0.0), tl.load(outer + row, mask=real, other=0.0)
+        mean = tl.load(mean_slope + bn, mask=valid, other=0.0)
+        of_density = tl.load(grad_density + bn, mask=valid, other=0.0)
         return r, r * (a - mean + of_density)
     else:
         return r, r
 
 
 @triton.jit
-def _sums(
-    x, own, peak, gradients, weights, rows, zeroth, first, second,
+def _write_sums(
+    x, mixture, peak, polynomial, weights, per_point, zeroth, first, second,
     D: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of ``[1, y, s(y)]`` over a chunk of points, under ``w_n r_nk`` or the derivative of the result."""
-    items, features, components = x[4], own[4], own[5]
+    """Write the sums of ``[1, y, s(y)]`` over a chunk of points, weighted by the second result of ``_derivative``."""
+    items, features, components = x[4], mixture[4], mixture[5]
     slot = tl.program_id(0).to(tl.int64)  # grids have one dimension, as the others end at 65,535 programs
     chunks = tl.maximum(tl.cdiv(items, CHUNK), 1)
-    place, chunk = slot // chunks, (slot % chunks).to(tl.int32)
-    at, k, feature = place // components, place % components, tl.arange(0, D)
+    bk, chunk = slot // chunks, (slot % chunks).to(tl.int32)
+    b, k, d = bk // components, bk % components, tl.arange(0, D)
     sum0, sum1 = 0.0, tl.zeros((D,), tl.float32)
     if FULL:
         sum2 = tl.zeros((D, D), tl.float32)
     else:
         sum2 = tl.zeros((D,), tl.float32)
     for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, items), TILE):
-        item = start + tl.arange(0, TILE)
-        y, _ = _whitened(x, item, feature, own, at, k, D, FULL)
+        n = start + tl.arange(0, TILE)
+        y, _ = _whitened(x, n, d, mixture, b, k, D, FULL)
         a = 0.0
         if SLOPES:
-            a, _ = _slope(y, gradients, place, feature, features, FULL)
-        _, c = _derivative(y, item, at, place, items, peak, weights, rows, a, SLOPES, WEIGHTED)
+            a, _ = _slope(y, polynomial, bk, d, features, FULL)
+        _, c = _derivative(y, n, b, bk, items, peak, weights, per_point, a, SLOPES, WEIGHTED)
         cy = y * c[None, :]
         sum0, sum1 = sum0 + tl.sum(c, 0), sum1 + tl.sum(cy, 1)
         if FULL:
             sum2 += tl.sum(cy[:, None, :] * y[None, :, :], 2)
         else:
             sum2 += tl.sum(cy * y, 1)
-    real = feature < features
+    valid = d < features
     tl.store(zeroth + slot, sum0)
-    tl.store(first + slot * features + feature, sum1, mask=real)
-    row = slot * features + feature
+    tl.store(first + slot * features + d, sum1, mask=valid)
+    row = slot * features + d
     if FULL:
-        tl.store(second + row[:, None] * features + feature[None, :], sum2, mask=real[:, None] & real[None, :])
+        tl.store(second + row[:, None] * features + d[None, :], sum2, mask=valid[:, None] & valid[None, :])
     else:
-        tl.store(second + row, sum2, mask=real)
+        tl.store(second + row, sum2, mask=valid)
 
 
 @triton.jit
-def _points(
-    x, own, peak, gradients, weights, rows, grad_z,
+def _write_point_gradient(
+    x, mixture, peak, polynomial, weights, per_point, grad_z,
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient in the coordinates z (B, D, N)."""
-    items, features, components = x[4], own[4], own[5]
+    items, features, components = x[4], mixture[4], mixture[5]
     tiles = tl.cdiv(items, TILE)
-    at, feature = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
-    item = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    b, d = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
+    n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     found = tl.zeros((D, TILE), tl.float32)
     for k in range(components):
-        place = at * components + k
-        y, W = _whitened(x, item, feature, own, at, k, D, FULL)
-        a, inner = _slope(y, gradients, place, feature, features, FULL)
-        r, c = _derivative(y, item, at, place, items, peak, weights, rows, a, SLOPES, WEIGHTED)
-        pull = r[None, :] * inner - c[None, :] * y
+        bk = b * components + k
+        y, W = _whitened(x, n, d, mixture, b, k, D, FULL)
+        a, slope_y = _slope(y, polynomial, bk, d, features, FULL)
+        r, c = _derivative(y, n, b, bk, items, peak, weights, per_point, a, SLOPES, WEIGHTED)
+        grad_y = r[None, :] * slope_y - c[None, :] * y
         if FULL:
-            found += _product(tl.trans(W), pull)
+            found += _product(tl.trans(W), grad_y)
         else:
-            found += W[:, None] * pull
-    mask = (feature < features)[:, None] & (item < items)[None, :]
-    tl.store(grad_z + (at * features + feature[:, None]) * items + item[None, :], found, mask=mask)
+            found += W[:, None] * grad_y
+    mask = (d < features)[:, None] & (n < items)[None, :]
+    tl.store(grad_z + (b * features + d[:, None]) * items + n[None, :], found, mask=mask)
 
 
 class _Launch:
@@ -178,25 +182,25 @@ class _Launch:
         self.components = means.shape[1]
         if kind == "spherical":
             inverse, scale = (part.expand_as(means) for part in (inverse, scale))
-        self.means, self.inverse, self.scale = means, inverse, scale
+        self.means, self.inverse, self.scale, self.unit = means, inverse, scale, unit
         origin = center.float()
         # The center is rounded to the dtype of the points; the means take up the difference.
         shift = ((center - origin) / unit.unsqueeze(-1)).unsqueeze(1)
-        own = [origin, 1.0 / unit, means + shift, inverse]
-        self.own = (*(part.float().contiguous() for part in own), self.features, self.components)
+        mixture = [origin, 1.0 / unit, means + shift, inverse]
+        self.mixture = (*(part.float().contiguous() for part in mixture), self.features, self.components)
         self.peak = peak.float().contiguous()
         self.x = (x, *x.stride(), self.items)
         self.weights = None if weights is None else weights.float().contiguous()
         self.weighted = {"WEIGHTED": weights is not None}
         self.sizes = {"D": triton.next_power_of_2(self.features), "TILE": _TILE, "FULL": self.full}
-        self.gradients: tuple[Tensor, ...] = (self.peak, self.peak, self.peak)  # not read
+        self.polynomial: tuple[Tensor, ...] = (self.peak, self.peak, self.peak)  # not read without slopes
         self.slopes = False
 
-    def set_gradients(self, grads: Tensor | None) -> None:
-        """Store the gradient of the sums as a function of whitened points."""
+    def set_polynomial(self, grads: Tensor | None) -> None:
+        """Store the coefficients of the slope, for the gradient (B, K, F) of the loss in the sums of phi(z)."""
         self.slopes = True
         if grads is None:
-            self.gradients = tuple(map(torch.zeros_like, (self.peak, *self.own[2:4])))
+            self.polynomial = tuple(map(torch.zeros_like, (self.peak, *self.mixture[2:4])))
             return
         constant, linear, square = grads.split([1, self.features, grads.shape[-1] - 1 - self.features], -1)
         constant = constant.squeeze(-1)
@@ -212,32 +216,34 @@ class _Launch:
             of_mean = square * self.means
             first, second = (linear + 2.0 * of_mean) * self.scale, square * self.scale.square()
         constant = constant + ((linear + of_mean) * self.means).sum(-1)
-        self.gradients = tuple(part.float().contiguous() for part in (constant, first, second))
+        self.polynomial = tuple(part.float().contiguous() for part in (constant, first, second))
 
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Return the log-densities and the mean slopes (B, N)."""
-        density = self.peak.new_empty(self.sets, self.items)
-        mean_slope = torch.empty_like(density) if self.slopes else density
-        self._run(_rows, self.sets * triton.cdiv(self.items, _TILE), density, mean_slope)
-        return density, mean_slope
+    def log_density(self) -> tuple[Tensor, Tensor]:
+        """Return the log-densities and the mean slopes (B, N); without slopes, the log-densities twice."""
+        log_density = self.peak.new_empty(self.sets, self.items)
+        mean_slope = torch.empty_like(log_density) if self.slopes else log_density
+        self._run(_write_log_density, self.sets * triton.cdiv(self.items, _TILE), log_density, mean_slope)
+        return log_density, mean_slope
 
-    def sums(self, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sums(self, *per_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums of 1 (B, K), y (B, K, D), and y y^T (B, K, D, D) or y^2 (B, K, D), in float64."""
         chunks = max(triton.cdiv(self.items, _CHUNK), 1)
         square = (self.features, self.features) if self.full else (self.features,)
         parts = [self.peak.new_empty(*self.peak.shape, chunks, *rest) for rest in ((), (self.features,), square)]
-        self._run(_sums, self.peak.numel() * chunks, self.weights, rows, *parts, CHUNK=_CHUNK, **self.weighted)
+        programs = self.peak.numel() * chunks
+        self._run(_write_sums, programs, self.weights, per_point, *parts, CHUNK=_CHUNK, **self.weighted)
         return tuple(part.sum(2, dtype=self.means.dtype) for part in parts)
 
-    def grad_z(self, *rows: Tensor) -> Tensor:
+    def grad_z(self, *per_point: Tensor) -> Tensor:
         """Return the gradient in the coordinates z (B, D, N)."""
         found = self.peak.new_empty(self.sets, self.features, self.items)
-        self._run(_points, self.sets * triton.cdiv(self.items, _TILE), self.weights, rows, found, **self.weighted)
+        programs = self.sets * triton.cdiv(self.items, _TILE)
+        self._run(_write_point_gradient, programs, self.weights, per_point, found, **self.weighted)
         return found
 
     def _run(self, kernel: Any, programs: int, *others: Any, **constants: Any) -> None:
         if programs:
-            common = self.x, self.own, self.peak, self.gradients
+            common = self.x, self.mixture, self.peak, self.polynomial
             kernel[(programs,)](*common, *others, SLOPES=self.slopes, **self.sizes, **constants)
 
 
@@ -246,8 +252,8 @@ def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     *problem, with_log_likelihood = arguments
     launch = _Launch(*problem)
     means, scale = launch.means, launch.scale
-    density, _ = launch.rows()
-    zeroth, first, second = launch.sums(density, density, density)
+    density, _ = launch.log_density()
+    zeroth, first, second = launch.sums(density, density, density)  # without slopes, only the first is read
     # Back to z = mu + L y.
     mass = zeroth.unsqueeze(-1)
     if launch.full:
@@ -263,31 +269,32 @@ def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
         square = square.sum(-1, keepdim=True) if launch.kind == "spherical" else square
     log_likelihood = means.new_zeros(launch.sets)
     if with_log_likelihood:
-        log_density = density.to(means.dtype)
-        log_likelihood = (log_density if problem[1] is None else log_density * problem[1]).sum(-1)
+        weights, density = problem[1], density.to(means.dtype)
+        log_likelihood = (density if weights is None else density * weights).sum(-1)
     return torch.cat([mass, mass * means + shift, square], -1), log_likelihood
 
 
 def log_density(*arguments: Any) -> Tensor:
     """See :func:`.native.log_density`."""
-    return _Launch(*arguments).rows()[0].to(arguments[2].dtype)
+    launch = _Launch(*arguments)
+    return launch.log_density()[0].to(launch.means.dtype)
 
 
 def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`.native.e_step_gradient`."""
-    *problem, grads, outer = arguments
+    *problem, grad_sums, grad_density = arguments
     launch = _Launch(*problem)
-    launch.set_gradients(grads)
-    density, mean_slope = launch.rows()
-    outer = outer.expand(-1, launch.items)
-    rows = density, mean_slope, outer.float().contiguous()
-    zeroth, first, second = launch.sums(*rows)
+    launch.set_polynomial(grad_sums)
+    log_density, mean_slope = launch.log_density()
+    grad_density = grad_density.expand(-1, launch.items)
+    per_point = log_density, mean_slope, grad_density.float().contiguous()
+    zeroth, first, second = launch.sums(*per_point)
     if launch.full:
         of_means = (first.unsqueeze(-2) @ launch.inverse).squeeze(-2)
         of_inverse = -(second @ launch.scale.mT).tril().flatten(-2)
     else:
         of_means, of_inverse = first * launch.inverse, -second * launch.scale
         of_inverse = of_inverse.sum(-1, keepdim=True) if launch.kind == "spherical" else of_inverse
-    of_x = launch.grad_z(*rows) / problem[7][:, None, None].float()
-    of_weights = mean_slope.to(launch.means.dtype) + outer * density
+    of_x = launch.grad_z(*per_point) / launch.unit[:, None, None].float()
+    of_weights = mean_slope.to(launch.means.dtype) + grad_density * log_density
     return torch.cat([zeroth.unsqueeze(-1), of_means, of_inverse], -1), of_x, of_weights

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance.cholesky import Factor, identity, smallest_pivots
-from em_lightning.mixture.covariance.full import FullCovariance, half_log_tau
+from em_lightning.mixture.covariance.full import FullCovariance, half_log_two_pi
 from em_lightning.mixture.parameters import Parameters
 
 
@@ -58,7 +58,7 @@ class DiagonalCovariance(FullCovariance):
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])
-        return log_weights + log_det - half_log_tau(num_features)
+        return log_weights + log_det - half_log_two_pi(num_features)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor

@@ -17,7 +17,7 @@ def _below_diagonal(matrix: Tensor) -> Tensor:
     return torch.tril_indices(matrix.shape[-1], matrix.shape[-1], -1, device=matrix.device)
 
 
-def half_log_tau(num_features: int) -> float:
+def half_log_two_pi(num_features: int) -> float:
     """Return ``D / 2 log(2 pi)``."""
     return 0.5 * num_features * math.log(2.0 * math.pi)
 
@@ -112,13 +112,13 @@ class FullCovariance:
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
         peak = self.log_peak(log_weights, inverse, features)
         constant = peak.sub((means * linear).sum(-1), alpha=0.5)
-        negative = precision * (0.5 * identity(features, means) - 1.0)
+        negative = precision * (0.5 * identity(features, means) - 1.0)  # -P_ii / 2 and -P_ij
         square = [negative[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
         return torch.cat([constant.unsqueeze(-1), linear, *square], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
-        return log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_tau(num_features)
+        return log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_two_pi(num_features)
 
     # The M-step.
 
