@@ -3,7 +3,7 @@
     em-lightning run amortized_clustering
     em-lightning run amortized_clustering --seeds 0,1,2
 
-The table compares the true mixtures, classical EM, the trained operator and published networks; it is in
+The table compares the true mixtures, classical EM, the trained operator and published networks. It is written to
 lightning_logs/amortized_clustering. The default takes about three minutes on two cores.
 """
 

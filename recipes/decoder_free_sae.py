@@ -5,7 +5,7 @@
     em-lightning run decoder_free_sae --config ablation --data.root PATH/TO/mnist
 
 The variants ablation, comparison and optimizers reproduce published tables (Oursland, arXiv 2601.06478). Rows run in
-parallel processes, and the same command continues an interrupted table. The table and figures are in
+parallel processes, and repeating the command resumes an interrupted table. The table and figures are written to
 lightning_logs/decoder_free_sae. Without --data.root MNIST is downloaded.
 """
 

@@ -6,12 +6,12 @@
     em-lightning run gaussian_mixture --config gradient
     em-lightning run gaussian_mixture --data TabularDataModule --data.data MY.npy --model.num_features 16
 
-Every strategy works (--trainer.strategy=ddp --trainer.devices=4). To make a run resumable, give it its own folder; the
-same command continues it:
+Every Lightning strategy is supported (--trainer.strategy=ddp --trainer.devices=4). To make a run resumable, give it its
+own folder; repeating the command resumes it:
 
     em-lightning run gaussian_mixture --trainer.logger.version=mine --ckpt_path=last
 
-The table of likelihoods, BIC and AIC and the figures are in lightning_logs/gaussian_mixture and in TensorBoard.
+The table of likelihoods, BIC and AIC and the figures are written to lightning_logs/gaussian_mixture and to TensorBoard.
 """
 
 from em_lightning.cli import Recipe

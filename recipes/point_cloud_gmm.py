@@ -6,8 +6,8 @@
     em-lightning run point_cloud_gmm --data PointCloudFolder --data.root MY_FOLDER
 
 The table (tuned classical fits, scikit-learn and the trained operator on held-out points, by cloud size), the figures
-and report.html, in which the clouds turn, are in lightning_logs/point_cloud_gmm; the last line printed says what was
-found. The default takes about three minutes on two cores.
+and report.html, in which you can rotate the clouds, are written to lightning_logs/point_cloud_gmm. At the end, one
+sentence states the result. The default takes about three minutes on two cores.
 """
 
 from em_lightning.cli import Recipe

@@ -4,9 +4,9 @@
     em-lightning run swap_activations --data MNIST --data.root PATH/TO/mnist --model.network=cnn
     em-lightning run swap_activations --config comparison --data.root PATH/TO/mnist
 
-The callback SwapActivations changes the classifier from outside. The variant comparison runs every activation in a
-network with two hidden layers and in a small convolutional one, with several seeds: accuracy, calibration, dead units,
-redundancy, effective rank. Without --data.root MNIST is downloaded.
+The callback SwapActivations changes the classifier without editing its code. The variant comparison runs every
+activation in a network with two hidden layers and in a small convolutional network, with several seeds, and reports
+accuracy, calibration, dead units, redundancy and effective rank. Without --data.root MNIST is downloaded.
 """
 
 from em_lightning.cli import Recipe
