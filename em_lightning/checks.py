@@ -15,14 +15,14 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 
 def check_at_least(least: float, **values: float) -> None:
-    """Raise ValueError for an argument below its minimum, or NaN."""
+    """Raise ValueError if an argument is NaN or less than ``least``."""
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name}={value} must be at least {least}")
 
 
 def check_positive(**values: float) -> None:
-    """Raise ValueError for an argument that is not above 0, or NaN."""
+    """Raise ValueError if an argument is NaN or not positive."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name}={value} must be positive")

@@ -94,7 +94,7 @@ class SoftmaxGatedActivation(_LogitActivation):
 class ReLUGatedActivation(_LogitActivation):
     """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    The rectifier is outside the scope of implicit EM: units below 0 have output 0, but still compete. Units compete:
+    Units with z < 0 output 0, but keep their responsibility; implicit EM does not cover this. Units compete:
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
     Example:
@@ -166,7 +166,7 @@ class GroupedActivation(Activation):
 
 @ACTIVATIONS.register("sparsemin")
 class SparseminActivation(Activation):
-    """Sparse responsibilities of the units, with energy z: y = relu(-z / T - tau), of sum 1.
+    """Sparse responsibilities of units with energy z: y = relu(-z / T - tau), where tau makes their sum 1.
 
     The lowest inputs win; most outputs are exactly 0 and receive no gradient. Units compete:
     dy_i/dz_j = -([i = j] - 1 / S) / T on the support of S units, 0 elsewhere.
@@ -206,7 +206,7 @@ class DirectionActivation(Activation):
         return self._norm(z) * posterior.responsibilities
 
     def _norm(self, z: Tensor) -> Tensor:
-        # Divide by the largest entry, whose square can overflow.
+        # Divide by the largest entry first, because its square can overflow.
         largest = z.detach().abs().amax(self.dim, keepdim=True)
         unit = torch.where(largest > 0, largest, 1.0)
         return unit * torch.linalg.vector_norm(z / unit, dim=self.dim, keepdim=True)
