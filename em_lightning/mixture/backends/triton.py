@@ -46,7 +46,7 @@ def _product(matrix, vectors):
 
 @triton.jit
 def _slope(y, gradients, place, feature, features, FULL: tl.constexpr):
-    """Return ``a_n`` (n,), the derivative of the sums in ``w_n r_nk``, and its derivative in y (D, n)."""
+    """Return the gradient ``a_n`` (n,) with respect to ``w_n r_nk``, through the sums, and da_n/dy (D, n)."""
     constant, linear, square = gradients
     real = feature < features
     first = tl.load(linear + place * features + feature, mask=real, other=0.0)[:, None]
@@ -89,7 +89,7 @@ def _rows(
 
 @triton.jit
 def _derivative(y, item, at, place, items, peak, weights, rows, a, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Return ``w_n r_nk`` (n,), and the derivative of the result in the joint log-density (or ``w_n r_nk`` again)."""
+    """Return ``w_n r_nk`` (n,) and the gradient with respect to joint log-densities (or ``w_n r_nk`` again)."""
     density, mean_slope, outer = rows
     real, row = item < items, at * items + item
     joint = tl.load(peak + place) - 0.5 * tl.sum(y * y, 0)
@@ -109,9 +109,9 @@ def _sums(
     D: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr,
     WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of ``[1, y, s(y)]`` over a chunk of points, under ``w_n r_nk`` or the derivative of the result."""
+    """Write the sums of ``[1, y, s(y)]`` over a chunk, weighted by the second result of :func:`_derivative`."""
     items, features, components = x[4], own[4], own[5]
-    slot = tl.program_id(0).to(tl.int64)  # grids have one dimension, as the others end at 65,535 programs
+    slot = tl.program_id(0).to(tl.int64)  # the first axis of a grid, as others have at most 65,535 programs
     chunks = tl.maximum(tl.cdiv(items, CHUNK), 1)
     place, chunk = slot // chunks, (slot % chunks).to(tl.int32)
     at, k, feature = place // components, place % components, tl.arange(0, D)
@@ -148,7 +148,7 @@ def _points(
     x, own, peak, gradients, weights, rows, grad_z,
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient in the coordinates z (B, D, N)."""
+    """Write the gradient with respect to the coordinates z (B, D, N)."""
     items, features, components = x[4], own[4], own[5]
     tiles = tl.cdiv(items, TILE)
     at, feature = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
@@ -169,7 +169,7 @@ def _points(
 
 
 class _Launch:
-    """The arguments of :func:`.native.e_step` as the kernels take them."""
+    """Converts the arguments of :func:`.native.e_step` for the kernels and launches them."""
 
     def __init__(self, *arguments: Any) -> None:
         x, weights, means, inverse, peak, scale, center, unit, kind = arguments
@@ -180,7 +180,7 @@ class _Launch:
             inverse, scale = (part.expand_as(means) for part in (inverse, scale))
         self.means, self.inverse, self.scale = means, inverse, scale
         origin = center.float()
-        # The center is rounded to the dtype of the points; the means take up the difference.
+        # The center is rounded to the dtype of the points; shift the means by the difference.
         shift = ((center - origin) / unit.unsqueeze(-1)).unsqueeze(1)
         own = [origin, 1.0 / unit, means + shift, inverse]
         self.own = (*(part.float().contiguous() for part in own), self.features, self.components)
@@ -215,7 +215,7 @@ class _Launch:
         self.gradients = tuple(part.float().contiguous() for part in (constant, first, second))
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Return the log-densities and the mean slopes (B, N)."""
+        """Return the log-densities and the mean slopes ``sum_k r_nk a_nk``, both (B, N)."""
         density = self.peak.new_empty(self.sets, self.items)
         mean_slope = torch.empty_like(density) if self.slopes else density
         self._run(_rows, self.sets * triton.cdiv(self.items, _TILE), density, mean_slope)
@@ -230,7 +230,7 @@ class _Launch:
         return tuple(part.sum(2, dtype=self.means.dtype) for part in parts)
 
     def grad_z(self, *rows: Tensor) -> Tensor:
-        """Return the gradient in the coordinates z (B, D, N)."""
+        """Return the gradient with respect to the coordinates z (B, D, N)."""
         found = self.peak.new_empty(self.sets, self.features, self.items)
         self._run(_points, self.sets * triton.cdiv(self.items, _TILE), self.weights, rows, found, **self.weighted)
         return found
@@ -248,7 +248,7 @@ def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
     means, scale = launch.means, launch.scale
     density, _ = launch.rows()
     zeroth, first, second = launch.sums(density, density, density)
-    # Back to z = mu + L y.
+    # Convert the sums to z = mu + L y.
     mass = zeroth.unsqueeze(-1)
     if launch.full:
         shift = (scale @ first.unsqueeze(-1)).squeeze(-1)
