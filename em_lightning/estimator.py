@@ -1,4 +1,4 @@
-"""GaussianMixture: a scikit-learn estimator for mixtures of large tables; this module imports scikit-learn."""
+"""GaussianMixture: a scikit-learn estimator for mixtures of large tables; this module requires scikit-learn."""
 
 from __future__ import annotations
 

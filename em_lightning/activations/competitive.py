@@ -94,7 +94,7 @@ class SoftmaxGatedActivation(_LogitActivation):
 class ReLUGatedActivation(_LogitActivation):
     """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    Units with z < 0 output 0, but keep their responsibility; implicit EM does not cover this. Units compete:
+    Units with z < 0 output 0, but keep their responsibility; implicit EM does not cover the rectifier. Units compete:
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
     Example:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
-    top = logits.detach().amax(dim, keepdim=True)  # subtracted against overflow; results do not depend on it
+    top = logits.detach().amax(dim, keepdim=True)  # subtracted to avoid overflow; results do not depend on it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
     total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # below 1 only if all logits are -inf
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()

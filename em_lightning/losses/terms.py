@@ -1,4 +1,4 @@
-"""The loss terms: free energy and volume control. Each maps a batch of energies to a scalar.
+"""The loss terms: free energy and volume control, each a scalar function of a batch of energies or a weight matrix.
 
 Letters: N items (all axes but that of the units), D units. Energies are the post-activation outputs of a layer: low
 energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients over

@@ -86,7 +86,7 @@ class FullCovariance:
         return torch.cat([torch.ones_like(x[:, :1]), x, self.second_degree(x)], 1)
 
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots are at least the round-off."""
+        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots are at least :func:`smallest_pivots`."""
         matrix = self.to_public(covariances)
         second_moment = matrix.diagonal(dim1=-2, dim2=-1)
         if means is not None:
