@@ -68,10 +68,10 @@ class GeneralizedEM(SetOperator):
 
     .. math:: \sum_n w_n \log \sum_k \pi_k \, e^{-d(x_n, \mu_k) - \log Z}
 
-    It is a log-likelihood if the kernel is a density (Gaussian, Student-t, Laplace, Huber, pseudo-Huber, exponential,
-    Mahalanobis; the cosine on the unit sphere). Otherwise Z is omitted: objectives of different kernels are then not
-    comparable, and centers, which are restricted to the bounding box, may end on its border. Centers of an energy with
-    a kink (Laplace, exponential) may stop before the optimum, at a coordinate of a point.
+    The objective is a log-likelihood if the kernel is a density (Gaussian, Student-t, Laplace, Huber, pseudo-Huber,
+    exponential, Mahalanobis; the cosine on the unit sphere). Otherwise Z is omitted: objectives of different kernels
+    are then not comparable, and centers, which are restricted to the bounding box, may end on its border. For energies
+    with a kink (Laplace, exponential), centers may stop before the optimum, at a coordinate of a point.
 
     :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates
     concentrations.

@@ -212,7 +212,7 @@ class FullCovariance:
         """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
 
         If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbours determine
-        the axes, because round-off would otherwise.
+        the axes; otherwise round-off would.
         """
         least = smallest_pivots(self.pool(means.square()).amax(-1, keepdim=True))
         own = self.to_public(covariances)
