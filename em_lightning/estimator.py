@@ -1,4 +1,4 @@
-"""GaussianMixture: a scikit-learn estimator for mixtures of large tables; this module imports scikit-learn."""
+"""GaussianMixture: a scikit-learn estimator for mixtures of large tables; this module requires scikit-learn."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from em_lightning.mixture import COVARIANCES, BlockFit, Mixture, fit_blocks
 
-_SMALL = 2**12  # rows that scikit-learn fits faster
-_SAMPLE = 2**14  # rows of a start
-_ROWS = 2**16  # rows of a block
+_SMALL = 2**12  # number of rows up to which scikit-learn is faster
+_SAMPLE = 2**14  # rows from which a start is computed
+_ROWS = 2**16  # rows per block
 _GIVEN = ("weights_init", "means_init", "precisions_init")
 
 
@@ -32,10 +32,10 @@ class GaussianMixture(reference.GaussianMixture):
     - Rows are read in blocks and responsibilities are not stored, so X may be a memory-mapped array.
     - :meth:`fit` accepts weights of the rows. A common factor of the weights has no effect.
 
-    A start is drawn from the rows, or from 16,384 of them that are drawn in proportion to their weights. scikit-learn's
-    own EM fits up to 4,096 unweighted rows of float64, for which it is faster. Otherwise EM runs in float64, and the
-    attributes have the dtype of X. The mixture is ``weights_``, ``means_`` and ``covariances_``, which may be set by
-    hand; it must fit ``n_components`` and ``covariance_type``.
+    Starts are computed from all rows or, with weights or more than 16,384 rows, from 16,384 rows drawn in proportion to
+    their weights. Up to 4,096 unweighted float64 rows are fitted by scikit-learn's EM, which is faster for them.
+    Otherwise EM runs in float64, and the attributes have the dtype of X. ``weights_``, ``means_`` and ``covariances_``
+    may be set by hand; they must match ``n_components`` and ``covariance_type``.
 
     Example:
         >>> X = np.array([[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]])
@@ -50,8 +50,8 @@ class GaussianMixture(reference.GaussianMixture):
         """Fit the mixture to rows X (N, D) with weights ``sample_weight`` (N,).
 
         Raises:
-            ValueError: an argument is out of range, there are fewer rows than components, or a component has no
-                positive definite covariance, which ``reg_covar=0`` allows.
+            ValueError: an argument is out of range, there are fewer rows than components, or a covariance
+                is not positive definite, which is possible with ``reg_covar=0``.
         """
         for name in _GIVEN:
             if getattr(self, name) is not None:
@@ -69,7 +69,7 @@ class GaussianMixture(reference.GaussianMixture):
             warnings.warn(f"warm_start=True has no effect, a new mixture is fitted: {change}", stacklevel=2)
             del self.converged_  # type: ignore[has-type]
             again = False
-        if again:  # attributes that were set by hand
+        if again:  # include attributes that were set by hand
             self._adopt(self._mixture(), lambda part: alike(part.numpy().astype(X.dtype)))
         if len(X) <= _SMALL and X.dtype == np.float64 and counts is None:
             super().fit_predict(given)
@@ -129,7 +129,7 @@ class GaussianMixture(reference.GaussianMixture):
         start = reference.GaussianMixture(**self.get_params())
         start.set_params(max_iter=0, n_init=1, warm_start=False, verbose=0, random_state=random)
         start.set_params(**{name: _to_numpy(getattr(self, name)) for name in _GIVEN})
-        start.covariances_ = None  # which scikit-learn reads and does not set if precisions_init is given
+        start.covariances_ = None  # scikit-learn reads it, but does not set it if precisions_init is given
         start.fit(X)
         if self.precisions_init is None:
             return self._of_arrays(start.weights_, start.means_, start.covariances_)
@@ -137,7 +137,7 @@ class GaussianMixture(reference.GaussianMixture):
         return Mixture(drawn.log_weights, drawn.means, COVARIANCES[self.covariance_type].precisions(drawn.covariances))
 
     def _check(self, mixture: Mixture) -> None:
-        """Raise ValueError if round-off alone keeps a covariance positive definite, as with reg_covar=0."""
+        """Raise ValueError if a covariance is singular up to round-off, which is possible with reg_covar=0."""
         variance, covariances = mixture.variance[0], mixture.full().covariances[0]
         if self.reg_covar > 1e-30 * variance.max():
             return
@@ -185,7 +185,7 @@ class GaussianMixture(reference.GaussianMixture):
         return "; ".join(differences)
 
     def _mixture(self) -> Mixture:
-        """Return the mixture of the attributes."""
+        """Return the mixture given by the fitted attributes."""
         check_is_fitted(self)
         change = self._changed(np.shape(self.means_)[-1])
         if change:
@@ -193,20 +193,20 @@ class GaussianMixture(reference.GaussianMixture):
         return self._of_arrays(self.weights_, self.means_, self.covariances_)
 
     def _of_arrays(self, *arrays: Any) -> Mixture:
-        """Return the mixture of weights, means and covariances in scikit-learn's layout."""
+        """Return the mixture with weights, means and covariances in scikit-learn's layout."""
         weights, means, covariances = (torch.from_numpy(np.array(_to_numpy(part), dtype=np.float64)) for part in arrays)
         axes = (None,) * COVARIANCES[self.covariance_type].sklearn_axes
         return Mixture(weights.log()[None], means[None], covariances[axes])
 
     def _evaluate(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
-        """Return a function of the mixture and the rows, block by block."""
+        """Evaluate a function of the mixture and the rows block by block."""
         mixture, alike = self._mixture(), _as_given(X)
         X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
         return alike(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
 
 
 def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
-    """Return weights whose largest is 1."""
+    """Return the weights divided by the largest; raise ValueError if they are invalid."""
     counts = np.asarray(_to_numpy(sample_weight), dtype=np.float64)
     if counts.shape != (num_rows,) or not np.isfinite(counts).all() or (counts < 0).any() or not counts.any():
         raise ValueError(
@@ -217,7 +217,7 @@ def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
 
 
 def _draw(X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> np.ndarray:
-    """Return rows in proportion to their weights, one from each of equal shares of the total weight."""
+    """Draw ``_SAMPLE`` rows in proportion to their weights by stratified sampling."""
     ends = np.cumsum(np.ones(len(X)) if counts is None else counts)
     places = (np.arange(_SAMPLE) + random.random_sample(_SAMPLE)) * (ends[-1] / _SAMPLE)
     return X[np.searchsorted(ends, places, side="right").clip(max=len(X) - 1)]
@@ -232,7 +232,7 @@ def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[T
 
 
 def _dispatched(X: Any) -> bool:
-    """Return whether X is an array of another library, whose kind results must have."""
+    """Return whether results must be converted to the array library of X."""
     return sklearn.get_config()["array_api_dispatch"] and hasattr(X, "__dlpack__") and not isinstance(X, np.ndarray)
 
 
@@ -241,7 +241,7 @@ def _to_numpy(X: Any) -> Any:
 
 
 def _as_given(X: Any) -> Callable[[np.ndarray], Any]:
-    """Return the function that turns NumPy arrays into arrays of the kind of X, on its device."""
+    """Return the function that turns NumPy arrays into arrays of the library and on the device of X."""
     if not _dispatched(X):
         return lambda array: array
     library = torch if isinstance(X, Tensor) else X.__array_namespace__()

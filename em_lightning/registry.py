@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
-    """Import the class with a dotted path; raise ValueError if there is none or it is not derived from ``base``."""
+    """Import the class with a dotted path; raise ValueError if it does not exist or is not derived from ``base``."""
     module, _, name = str(path).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), name, None) if module else None
@@ -53,7 +53,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self.base = base
         self._classes: dict[str, type[T]] = {}
-        self._plugin_group = group and f"em_lightning.{group}"  # None once it is loaded
+        self._plugin_group = group and f"em_lightning.{group}"  # None after loading
 
     def register(self, key: str) -> Callable[[type[T]], type[T]]:
         """Return a class decorator that registers the class under ``key``, a lower-case identifier."""

@@ -166,7 +166,7 @@ class GroupedActivation(Activation):
 
 @ACTIVATIONS.register("sparsemin")
 class SparseminActivation(Activation):
-    """Sparse responsibilities of the units, with energy z: y = relu(-z / T - tau), of sum 1.
+    """Sparse responsibilities of units with energy z: y = relu(-z / T - tau), where tau makes their sum 1.
 
     The lowest inputs win; most outputs are exactly 0 and receive no gradient. Units compete:
     dy_i/dz_j = -([i = j] - 1 / S) / T on the support of S units, 0 elsewhere.
@@ -206,7 +206,7 @@ class DirectionActivation(Activation):
         return self._norm(z) * posterior.responsibilities
 
     def _norm(self, z: Tensor) -> Tensor:
-        # Divide by the largest entry, whose square can overflow.
+        # Divide by the largest entry first, because its square can overflow.
         largest = z.detach().abs().amax(self.dim, keepdim=True)
         scale = torch.where(largest > 0, largest, 1.0)
         return scale * torch.linalg.vector_norm(z / scale, dim=self.dim, keepdim=True)

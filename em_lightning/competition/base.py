@@ -1,4 +1,4 @@
-"""Base classes with a temperature, the registry of competitions, and helpers that combine arguments with energies."""
+"""Base classes with a temperature, the registry of competitions, conversion of energies to logits and posteriors."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class Tempered(nn.Module):
 
 
 class Competition(Tempered):
-    """Base class of the competition operators: the module form of a function. Arguments are those of :class:`Tempered`.
+    """Base class of modules that call a competition function, with the arguments of :class:`Tempered`.
 
     Attributes:
         function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
         options: names of the attributes that are passed to the function as keyword arguments.
-        couples_items: whether the posterior of an item depends on the other items of its set; the function then has the
-            options ``item_dim``, the axis of the items, and ``mask`` of those that count.
+        couples_items: whether the posterior of an item depends on the other items of its set; the function then
+            accepts ``item_dim``, the axis of the items, and ``mask``, which is False for items to ignore.
     """
 
     function: Callable[..., Posterior]
@@ -78,7 +78,7 @@ class Competition(Tempered):
             energies: d, shape (..., K) with the hypotheses on axis ``dim``.
             log_prior: log of the prior weights, shape (K,) or any shape that broadcasts with the energies.
             dim: axis of the hypotheses; ``None`` uses the axis given to the constructor.
-            **changed: options of the function to use instead of the module's.
+            **changed: keyword arguments of the function that replace the module's options.
         """
         options = {name: getattr(self, name) for name in self.options}
         dim = self.dim if dim is None else dim
@@ -106,7 +106,7 @@ def widen(energies: Tensor) -> Tensor:
 
 
 def align(dim: int, vector: Tensor, like: Tensor) -> Tensor:
-    """Reshape a vector (K,) to broadcast along axis ``dim`` of a tensor, in its dtype; other shapes are kept."""
+    """Convert to the dtype of ``like``; reshape a vector (K,) to broadcast along axis ``dim`` of ``like``."""
     vector = vector.to(like.dtype)
     return vector.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if vector.ndim == 1 else vector
 
@@ -117,7 +117,7 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
     if not isinstance(temperature, Tensor):
         logits = -energies if temperature == 1 else energies / -temperature
     else:
-        # Without the mask, the derivative by T is infinity times zero.
+        # Without the mask, the derivative with respect to T would be infinity times zero.
         excluded = torch.isposinf(energies)
         scaled = energies.masked_fill(excluded, 0.0) / -temperature.to(energies.dtype)
         logits = scaled.masked_fill(excluded, -torch.inf)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
-    top = logits.detach().amax(dim, keepdim=True)  # subtracted for range; no result depends on it
+    top = logits.detach().amax(dim, keepdim=True)  # subtracted to avoid overflow; results do not depend on it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
     total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # 0 if all logits are -inf, else >= 1
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
@@ -48,7 +48,7 @@ def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Return the logits minus their maximum, clamped to -1, below which p = 0; and the maximum."""
+    """Return the logits minus their maximum, clamped to at least -1 (p = 0 below -1), and the maximum."""
     top = logits.detach().amax(dim, keepdim=True)
     return (logits - top.clamp_min(torch.finfo(logits.dtype).min)).clamp_min(-1.0), top
 
@@ -59,9 +59,9 @@ def _ranked(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _support(z: Tensor, ranked: Tensor, threshold: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where p > 0, the number of these logits, and their differences from their mean."""
+    """Return the mask p > 0, the number of logits in it, and their differences from their mean."""
     smallest = ranked.masked_fill(threshold >= ranked, torch.inf).amin(dim, keepdim=True)
-    # Logits of -1 are outside the support, whatever the rounding of the threshold.
+    # Exclude logits of -1 even if round-off puts the threshold below them.
     support = (z >= smallest) & (z > -1.0)
     count = support.sum(dim, keepdim=True).to(z.dtype)
     return support, count, (z - (z * support).sum(dim, keepdim=True) / count) * support

@@ -51,7 +51,7 @@ class Posterior(NamedTuple):
     def variance(self, values: Tensor, dim: int = -1) -> Tensor:
         """Return the posterior variance sum_k r_k (v_k - mean)^2 of each value; shapes as in :meth:`mean`.
 
-        In float16, its derivative by a responsibility is infinite for distances from the mean above 256.
+        In float16, its derivative with respect to r_k is infinite if v_k is more than 256 away from the mean.
         """
         responsibilities = self._with_hypotheses_last(values, dim)
         table = values.unsqueeze(-1) if values.ndim == 1 else values

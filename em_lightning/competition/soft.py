@@ -23,7 +23,7 @@ def softmin(
     and the gradient is 0.
 
     Args:
-        energies: d, shape (..., K) with the hypotheses on axis ``dim``; half precision is computed in float32.
+        energies: d, shape (..., K) with the hypotheses on axis ``dim``; half precision is converted to float32.
         temperature: T > 0, a number or a tensor that broadcasts with the energies and has size 1 on axis ``dim``.
         log_prior: log pi, shape (K,) or any shape that broadcasts with the energies; need not be normalized.
         dim: axis of the hypotheses.
@@ -58,11 +58,11 @@ def grouped(
     *,
     group_size: int = 2,
 ) -> Posterior:
-    """Competition by softmin within groups of equal size of neighbouring hypotheses.
+    """Competition by softmin within equally large groups of neighbouring hypotheses.
 
     Each of the G groups is an independent competition: the free energy has shape (..., G) with the groups on axis
-    ``dim``, responsibilities sum to 1 within each group, and dF_g/dd_k = r_k for k in group g. Arguments as in
-    :func:`softmin`, and ``group_size`` = K / G.
+    ``dim``, responsibilities sum to 1 within each group, and dF_g/dd_k = r_k for k in group g. Arguments are those
+    of :func:`softmin` and ``group_size`` = K / G.
 
     Raises:
         ValueError: ``group_size`` is less than 1 or does not divide K.
@@ -100,9 +100,9 @@ def background(
     """Competition by softmin with one more hypothesis, the background ("none of the above"), of constant energy b.
 
     The posterior has K + 1 hypotheses, with the background last on axis ``dim``; :func:`none_of_the_above` selects its
-    responsibility. The shift rule is F(d + c, b + c) = F(d, b) + c: absolute energies are compared with b. Arguments as
-    in :func:`softmin`, and ``energy``, b, a number or a tensor that broadcasts with the energies and has size 1 on axis
-    ``dim``. The log prior weight of the background is 0.
+    responsibility. F(d + c, b + c) = F(d, b) + c, so a constant added to d alone changes the responsibilities.
+    Arguments are those of :func:`softmin` and ``energy``: b, a number or a tensor that broadcasts with the energies and
+    has size 1 on axis ``dim``. The log prior weight of the background is 0.
 
     Example:
         >>> posterior = background(torch.tensor([0.0, 50.0]), energy=0.0)
@@ -143,8 +143,8 @@ def topk(
     """Competition by softmin among the k best hypotheses; the others have r = 0 and no gradient.
 
     The best have the lowest d - T log_prior; hypotheses that tie with the k-th are included, and k > K includes all. A
-    hypothesis outside the k best cannot recover by its own gradient. Arguments as in :func:`softmin`, and ``k``, the
-    number of hypotheses that compete.
+    hypothesis outside the k best cannot recover by its own gradient. Arguments are those of :func:`softmin` and ``k``,
+    the number of hypotheses that compete.
     """
     check_at_least(1, k=k)
     logits = to_logits(widen(energies), temperature, log_prior, dim)

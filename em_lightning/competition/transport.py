@@ -11,8 +11,8 @@ from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
 
-_ANNEALED_FRACTION = 0.75  # of the solver's steps decrease the temperature to T
-_LARGEST_MOVE = 4.0  # of a price in one Newton step, in units of the temperature
+_ANNEALED_FRACTION = 0.75  # fraction of the solver's steps in which the temperature decreases to T
+_LARGEST_MOVE = 4.0  # largest change of a price in one Newton step, in units of the temperature
 
 
 def balanced(
@@ -25,10 +25,10 @@ def balanced(
     num_iters: int = 40,
     mask: Tensor | None = None,
 ) -> Posterior:
-    r"""Competition in which every hypothesis receives the same total responsibility N / K over the N items.
+    r"""Competition in which hypothesis k receives total responsibility N pi_k, by default N / K, from the N items.
 
     The responsibilities R minimize <R, d> - T H(R) subject to sum_k r_nk = 1 for each item and sum_n r_nk = N pi_k for
-    each hypothesis. With the dual variables g of the second constraint, r_nk = softmax_k((g_k - d_nk) / T) and
+    each hypothesis. With dual variables g (prices) of the second constraint, r_nk = softmax_k((g_k - d_nk) / T) and
 
     F_n = sum_k r_nk d_nk - T H(r_n) = -T log sum_k exp((g_k - d_nk) / T) + sum_k g_k r_nk,
 
@@ -38,15 +38,15 @@ def balanced(
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
     decrease to T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0
-    and F = +inf and does not count in N, and a hypothesis without any has no share. Where the other exclusions leave no
-    way to satisfy both constraints, the second one is violated.
+    and F = +inf and does not count in N, and a hypothesis without any finite energy has pi = 0. If other exclusions
+    make the constraints infeasible, the second one is violated.
 
     Args:
         energies: d, shape (..., K) with the hypotheses on axis ``dim``.
         temperature: T > 0, a number or a tensor of shape () or (1,).
         log_prior: log of the shares pi, shape (K,), finite; it is normalized. ``None`` gives equal shares.
         dim: axis of the hypotheses.
-        item_dim: axis of the N items; all further axes are independent problems. ``None`` treats all axes but ``dim``
+        item_dim: axis of the N items; other axes hold independent problems. ``None`` treats all axes but ``dim``
             as items.
         num_iters: number of solver steps; each solves one K x K system.
         mask: booleans of the shape of the energies without ``dim``; False items do not count and have r = 0 and F = 0.
@@ -95,7 +95,7 @@ def _transport(
     """Return F (..., N) and R (..., N, K) of energies (..., N, K)."""
     if d.shape[-2] == 0:
         return d.sum(-1), d
-    # Numbers are filled in on the device, not copied to it.
+    # Create numbers on the device to avoid copies from the host.
     t = temperature.to(d).reshape(()) if isinstance(temperature, Tensor) else d.new_full((), temperature)
     share = (d.new_zeros(d.shape[-1]) if log_prior is None else log_prior.to(d.dtype)).expand_as(d[..., 0, :])
     share = share.masked_fill((d == torch.inf).all(-2), torch.finfo(d.dtype).min).softmax(-1)
@@ -107,7 +107,7 @@ def _transport(
     items = counted.sum(-2).clamp_min(1).to(d.dtype)
     mass = items * share
     prices, system = _solve(d.detach().masked_fill(excluded, torch.inf), t.detach(), mass.detach(), num_iters)
-    # The implicit function theorem as a Newton step of value 0.
+    # A Newton step of value 0, whose gradient is that of the implicit function theorem.
     error = mass - _compete(d, excluded, prices, t)[1].sum(-2)
     step = torch.linalg.solve(system, (error - error.detach()).unsqueeze(-1)).squeeze(-1)
     log_sum, _ = _compete(d, excluded, prices, t)
@@ -125,8 +125,8 @@ def _compete(d: Tensor, excluded: Tensor, prices: Tensor, temperature: Tensor) -
 
 @torch.no_grad()
 def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tuple[Tensor, Tensor]:
-    """Return the dual variables g (..., K) and the matrix of the Newton system at them (..., K, K)."""
-    # Start at a quarter of the range of the energies, where Sinkhorn steps mix all hypotheses.
+    """Return the prices g (..., K) and the matrix of the Newton system at them (..., K, K)."""
+    # Start at a temperature of a quarter of the energy range, at which Sinkhorn steps mix all hypotheses.
     energy_range = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
     initial_ratio = (energy_range / (4 * temperature)).clamp_min(1.0)
     prices = torch.zeros_like(d[..., 0, :])

@@ -89,12 +89,12 @@ class Moments(NamedTuple):
 
 
 def _degrees_of_freedom(size: Tensor) -> Tensor:
-    # Division by infinity gives fewer than two items a variance of 0 and a gradient of 0.
+    # For fewer than two items, division by infinity makes the variance and its gradient 0.
     return torch.where(size > 1, size - 1, torch.inf)
 
 
 def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, weights: Tensor | None = None) -> Moments:
-    r"""Return the moments of activations over the global batch; they are differentiable and equal on every rank.
+    r"""Return differentiable moments of the global batch; size, mean and variance are equal on all ranks.
 
     Two passes: the mean :math:`m = \sum_n w_n x_n / \sum_n w_n`, then the variance
     :math:`\sum_n w_n (x_n - m)^2 / (\sum_n w_n - 1)`, because :math:`E[x^2] - m^2` cancels if the mean is large. The
@@ -124,7 +124,7 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
 
 
 def batch_mean(items: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return the mean of items (N, ...) with weights (N,) over the global batch (...), 0 without items."""
+    """Return the weighted mean (...) of items (N, ...) over the global batch; 0 if it has no items."""
     weights = items.new_ones(len(items)) if weights is None else weights
     total = global_sum((items.movedim(0, -1) * weights).sum(-1))
     return total / global_sum(weights.sum()).clamp_min(torch.finfo(weights.dtype).tiny)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import pairwise
 
-# exp(40) = 2.4e17: its square, in norms of gradients, still fits float32.
+# exp(40) = 2.4e17; its square, which norms of gradients contain, still fits float32.
 _LARGEST_EXPONENT = 40.0
 # E_1(1), the integral of exp(-exp(u)) over u > 0 (Abramowitz and Stegun, table 5.1).
 _EXPONENTIAL_INTEGRAL = 0.21938393439552027
@@ -25,7 +25,7 @@ class LaplaceKernel(EllipticalKernel):
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \frac{|x_i - \mu_i|}{b}
 
     with ``scale`` :math:`b`, the mean absolute deviation of each feature. Robust: the best center is the median. At
-    :math:`x_i = \mu_i` the gradient is 0. A density with normalizer :math:`(2 b)^D`.
+    :math:`x_i = \mu_i` the gradient is 0. exp(-d) is a density with normalizer :math:`(2 b)^D`.
 
     Example:
         >>> LaplaceKernel(scale=2.0)(torch.tensor([[3.0, 1.0]]), torch.zeros(1, 2))
@@ -75,7 +75,7 @@ class LogisticKernel(Kernel):
         super().__init__(learnable, slope=slope)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:
-        # functional.softplus turns linear beyond a threshold, an error of 2e-9.
+        # functional.softplus is linear above a threshold, with an error of 2e-9.
         return -functional.logsigmoid(self.positive("slope", x.dtype) * pairwise(x, centers)).sum(-1)
 
 
@@ -88,7 +88,7 @@ class HuberKernel(EllipticalKernel):
             z_i^2 / 2 & |z_i| \le \delta \\ \delta (|z_i| - \delta / 2) & |z_i| > \delta
         \end{cases}, \qquad z = x - \mu
 
-    with ``delta`` :math:`\delta`, the largest gradient. Robust. A density with normalizer
+    with ``delta`` :math:`\delta`, the largest gradient. Robust. exp(-d) is a density with normalizer
     :math:`\bigl(\sqrt{2 \pi} \operatorname{erf}(\delta / \sqrt 2) + \tfrac{2}{\delta} e^{-\delta^2 / 2}\bigr)^D`.
 
     Example:
@@ -115,8 +115,8 @@ class HuberKernel(EllipticalKernel):
         return _huber_irls_weight(squared_distance, self.positive("delta", squared_distance.dtype))
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        # The integral of r^(D-1) exp(-r^2 / 2) to delta, and beyond it that of r^(D-1) exp(delta^2 / 2 - delta r), a
-        # finite sum of positive terms.
+        # The integral of r^(D-1) exp(-r^2 / 2) up to delta, plus that of r^(D-1) exp(delta^2 / 2 - delta r) above
+        # delta, which is a finite sum of positive terms.
         half, square = 0.5 * num_features, self.delta**2
         middle = torch.special.gammainc(torch.full_like(square, half), 0.5 * square).log()
         middle = middle + (half - 1.0) * math.log(2.0) + math.lgamma(half)
@@ -132,9 +132,9 @@ class PseudoHuberKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = \sum_{i=1}^{D} \delta^2 \left(\sqrt{1 + (z_i / \delta)^2} - 1\right), \qquad z = x - \mu
 
-    with ``delta`` :math:`\delta`, the slope of the tails. Robust, like Huber. A density, that of a symmetric hyperbolic
-    distribution, with normalizer :math:`\bigl(2 \delta e^{\delta^2} K_1(\delta^2)\bigr)^D`, where :math:`K_1` is the
-    modified Bessel function of the second kind.
+    with ``delta`` :math:`\delta`, the slope of the tails. Robust, like Huber. exp(-d) is the density of a symmetric
+    hyperbolic distribution with normalizer :math:`\bigl(2 \delta e^{\delta^2} K_1(\delta^2)\bigr)^D`, where :math:`K_1`
+    is the modified Bessel function of the second kind.
 
     Example:
         >>> PseudoHuberKernel(delta=4.0)(torch.tensor([[3.0]]), torch.zeros(1, 1))
@@ -163,8 +163,8 @@ class PseudoHuberKernel(EllipticalKernel):
         return (1.0 + squared_distance / self.positive("delta", squared_distance.dtype) ** 2).sqrt()
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule: its error decreases exponentially with
-        # the step, as the integrand is analytic. The grid is centered on the maximum, of width about D^-1/2.
+        # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule, whose error decreases exponentially
+        # with 1 / step for analytic integrands. The grid extends 40 widths D^-1/2 below the maximum and 10 above.
         ratio = (num_features / self.delta.detach()).square()
         maximum = 0.5 * ((0.25 * ratio.square() + num_features**2).sqrt() + 0.5 * ratio).log()
         step = 0.02 / math.sqrt(num_features)
@@ -180,8 +180,8 @@ class ExponentialKernel(Kernel):
     .. math:: d(x, \mu) = \sum_{i=1}^{D} e^{\alpha |x_i - \mu_i|}
 
     with ``rate`` :math:`\alpha`. Not robust. The minimum is D, with gradient 0. Beyond
-    :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, finite and ordered in float32. A density
-    with normalizer :math:`(2 E_1(1) / \alpha)^D`, where :math:`E_1(1) = 0.2194` is the exponential integral.
+    :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, finite and ordered in float32. exp(-d) is
+    a density with normalizer :math:`(2 E_1(1) / \alpha)^D`, where :math:`E_1(1) = 0.2194` is the exponential integral.
 
     Example:
         >>> ExponentialKernel()(torch.tensor([[1.0]]), torch.tensor([[0.0], [1.0]]))

@@ -16,12 +16,12 @@ def pairwise(x: Tensor, centers: Tensor) -> Tensor:
 
 
 def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, max_differences: int = 2**20) -> Tensor:
-    r"""Return squared distances (..., N, K), Euclidean ones or those of a covariance :math:`L L^\top`.
+    r"""Return squared Euclidean distances (..., N, K), or Mahalanobis distances of covariance :math:`L L^\top`.
 
     .. math:: \lVert L^{-1} (x_n - \mu_k) \rVert^2
 
     Values and gradients are sums of differences: expanded squares would cancel far from the origin. Derivatives of
-    every order exist, also at distance 0; beyond ``max_differences`` forward-mode ones raise NotImplementedError.
+    every order exist, also at distance 0; above ``max_differences``, forward mode raises NotImplementedError.
 
     Args:
         x: items (..., N, D).
@@ -32,7 +32,7 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
     leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
     few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences
     if factor is not None and not few:
-        # Whitening mixes features, which loses digits far from the origin: subtract a center first.
+        # Whitening mixes features, which loses digits far from the origin: subtract the median center first.
         origin = centers.detach().median(-2, keepdim=True).values
         x, centers, factor = _whiten(factor, x - origin), _whiten(factor, centers - origin), None
     # A compiler fuses the differences; the backward of cdist is not deterministic on CUDA.

@@ -19,8 +19,8 @@ class GaussianKernel(EllipticalKernel):
 
     .. math:: d(x, \mu) = \frac{\lVert x - \mu \rVert^2}{2 s^2}
 
-    with ``scale`` :math:`s`, the standard deviation of each feature. Not robust: the gradient is unbounded. A density
-    with normalizer :math:`(2 \pi s^2)^{D/2}`.
+    with ``scale`` :math:`s`, the standard deviation of each feature. Not robust: the gradient is unbounded. exp(-d) is
+    a density with normalizer :math:`(2 \pi s^2)^{D/2}`.
 
     Example:
         >>> GaussianKernel(scale=2.0)(torch.tensor([[3.0]]), torch.tensor([[1.0], [3.0]]))
@@ -38,7 +38,7 @@ class GaussianKernel(EllipticalKernel):
     def log_normalizer(self, num_features: int) -> Tensor:
         return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log())
 
-    # No scale here: it is redundant where the covariance is estimated.
+    # The elliptical forms omit the scale, because it is redundant with the estimated covariance.
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return 0.5 * squared_distance
@@ -57,7 +57,7 @@ class StudentTKernel(EllipticalKernel):
     .. math:: d(x, \mu) = p \, \log\Bigl(1 + \frac{\lVert x - \mu \rVert^2}{\nu s^2}\Bigr)
 
     with exponent :math:`p = 1`, or with ``density=True`` :math:`p = (\nu + D) / 2`, that of the multivariate Student-t
-    distribution. Very robust: the gradient decreases with the inverse of the distance.
+    distribution. Very robust: the gradient decreases as 1 / distance.
 
     exp(-d) is integrable if :math:`2 p > D`, with normalizer
     :math:`(\pi \nu s^2)^{D/2} \, \Gamma(p - D/2) / \Gamma(p)`. This always holds with ``density=True``, and for
@@ -112,12 +112,12 @@ class StudentTKernel(EllipticalKernel):
 
 @KERNELS.register("mahalanobis")
 class MahalanobisKernel(Kernel):
-    r"""Quadratic form of a covariance that is learned through its triangular factor.
+    r"""Squared Mahalanobis distance of a covariance that is learned through its Cholesky factor.
 
     .. math:: d(x, \mu) = (x - \mu)^\top \Sigma^{-1} (x - \mu), \qquad \Sigma = L L^\top
 
-    without the 1/2 of a Gaussian exponent, with :math:`L` lower triangular of positive diagonal. Not robust. A density
-    with normalizer :math:`\det(\pi \Sigma)^{1/2}`, that of a Gaussian of covariance :math:`\Sigma / 2`.
+    without the 1/2 of a Gaussian exponent; :math:`L` is lower triangular with positive diagonal. Not robust. exp(-d) is
+    a Gaussian density of covariance :math:`\Sigma / 2` with normalizer :math:`\det(\pi \Sigma)^{1/2}`.
 
     Args:
         num_features: number of features D.
@@ -150,7 +150,7 @@ class MahalanobisKernel(Kernel):
 
     @property
     def factor(self) -> Tensor:
-        """The lower triangular factor L (D, D), its diagonal positive."""
+        """The lower triangular factor L (D, D) with positive diagonal."""
         if self.log_factor is None:
             return self.initial_factor
         change = self.log_factor.tril(-1) + torch.diag_embed(self.log_factor.diagonal().exp())

@@ -19,9 +19,9 @@ class CosineKernel(Kernel):
     Energies lie in [0, 2]; 1 / temperature is the concentration of a von Mises-Fisher distribution. The cosine of a
     zero vector is 0.
 
-    A density on the unit sphere only, von Mises-Fisher of concentration 1, with normalizer
-    :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind; for
-    D = 1 the sum over the points -1 and 1.
+    exp(-d) is a density on the unit sphere only: von Mises-Fisher with concentration 1 and normalizer
+    :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind. For
+    D = 1, the normalizer is the sum over the points -1 and 1.
 
     Example:
         >>> CosineKernel()(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]))

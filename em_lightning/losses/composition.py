@@ -26,10 +26,10 @@ class EMLoss(nn.Module):
     Args:
         free_energy, variance, decorrelation: weights of the free energy and of the terms against dead and redundant
             units.
-        reduction: "sum" or "mean" of the free energy over the items of the global batch. These are different
-            experiments: "mean" divides the free energy by the batch size, but not volume control.
+        reduction: "sum" or "mean" of the free energy over the items of the global batch. They train
+            differently: "mean" divides the free energy, but not volume control, by the batch size.
         dim: axis of the units, for instance 1 for the channels of a feature map.
-        **terms: further terms by their keys in ``LOSSES``, each as above.
+        **terms: further terms, named by their keys in ``LOSSES`` and given as above.
 
     Raises:
         ValueError: a term is unknown, a weight is negative or not finite, all weights are 0, or ``reduction`` is

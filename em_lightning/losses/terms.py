@@ -1,4 +1,4 @@
-"""The loss terms: free energy and volume control, each a scalar of a batch of energies.
+"""The loss terms: free energy and volume control, each a scalar function of a batch of energies or a weight matrix.
 
 Letters: N items (all axes but that of the units), D units. Energies are the post-activation outputs of a layer: low
 energy wins. Batch statistics are those of the global batch under any distributed strategy that averages gradients over
@@ -64,8 +64,8 @@ class MomentLoss(EnergyLoss):
 class FreeEnergyLoss(EnergyLoss):
     r"""Free energy of the softmin over the units, :math:`\sum_n F_n`, :math:`F_n = -T \log \sum_j \exp(-d_{nj} / T)`.
 
-    Its gradient by the energies is the responsibilities: backpropagation is the E-step. Without volume control,
-    training collapses.
+    Its gradient with respect to the energies equals the responsibilities: backpropagation is the E-step. Without
+    volume control, training collapses.
 
     ``reduction`` is "sum" or "mean" over the items of the global batch, ``temperature`` is T.
 
@@ -159,8 +159,8 @@ class LogDetLoss(MomentLoss):
     r"""The full volume term, :math:`-\log\det(\mathrm{Cov}(d) + \epsilon I)`.
 
     With R the correlation, :math:`-\log\det\mathrm{Cov} = -\sum_j \log\mathrm{Var}_j - \log\det R`. The last term is at
-    least 0 (Hadamard) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss combines variance
-    and decorrelation.
+    least 0 (Hadamard's inequality) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss
+    combines variance and decorrelation.
 
     ``eps`` is added to the diagonal. With fewer items than units the matrix is singular and eps determines the value.
 
@@ -172,8 +172,8 @@ class LogDetLoss(MomentLoss):
 
     def from_moments(self, moments: Moments) -> Tensor:
         matrix = moments.covariance()
-        # Rounding can make a singular matrix indefinite, which has no Cholesky factor but has eigenvalues. The
-        # logarithms cancel near a loss of 0, hence float64.
+        # Eigenvalues, because Cholesky fails if round-off makes a singular matrix indefinite. Float64, because the
+        # logarithms cancel if the loss is near 0.
         spectrum = torch.linalg.eigvalsh(matrix.to(accumulation_dtype(matrix))).clamp_min(0.0)
         return -(spectrum + self.eps).log().sum().to(matrix.dtype)
 
@@ -223,7 +223,7 @@ class WeightRedundancyLoss(nn.Module):
             raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
         with torch.autocast(weight.device.type, enabled=False):
             rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-            if rows.numel():  # divide by the largest entry, whose square can overflow
+            if rows.numel():  # divide by the largest entry first, because its square can overflow
                 largest = rows.detach().abs().amax(1, keepdim=True)
                 rows = functional.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
             return 2 * (rows @ rows.T).triu(1).square().sum()

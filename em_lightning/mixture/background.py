@@ -28,13 +28,13 @@ class UniformBackground:
 
     With a fixed weight :math:`w_0` the weights :math:`\pi_k` of a mixture sum to 1. With ``estimate=True`` the M-step
     sets the weight of each set to the mean responsibility of the background, between 1e-5 and 1 - 1e-5. **The weights
-    of a mixture then sum to** :math:`1 - w_0`, and its own ``log_prob`` is the density of the components alone. A
-    Dirichlet prior applies to all K + 1 weights. The result depends more on the start than with a fixed weight, as a
-    wide component and a uniform one explain similar points.
+    of a mixture then sum to** :math:`1 - w_0`, and its ``log_prob`` covers the components alone. A
+    Dirichlet prior applies to all K + 1 weights. The result depends more on the start than with a fixed weight, because
+    a wide component and the background have similar densities.
 
     Args:
-        weight: :math:`w_0` between 0 and 1, the expected share of outliers; the start of an estimated one.
-        energy: minus the logarithm of the constant density, in place of that of the box.
+        weight: :math:`w_0` between 0 and 1, the expected share of outliers; the initial value if it is estimated.
+        energy: minus the logarithm of the constant density; replaces the density of the box.
         estimate: estimate the weight of each set by EM.
 
     Raises:
@@ -58,7 +58,7 @@ class UniformBackground:
             raise ValueError(f"energy={self.energy} must be finite; None takes the density of the box of each set")
 
     def reserve_share(self, log_weights: Tensor) -> Tensor:
-        """Return log-weights (B, K), times the initial :math:`1 - w_0` if it is estimated and they sum to 1."""
+        """Return log-weights (B, K); if :math:`w_0` is estimated, scale a sum of 1 to :math:`1 - w_0`."""
         if not self.estimate:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)

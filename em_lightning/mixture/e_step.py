@@ -14,7 +14,7 @@ from em_lightning.mixture.covariance import Covariance, half_log_two_pi
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points
 
-# From joint log-densities (B, K, N) to responsibilities (B, K, N).
+# Maps joint log-densities (B, K, N) to responsibilities (B, K, N).
 Respond = Callable[[Tensor], Tensor]
 
 
@@ -23,7 +23,7 @@ class BackgroundLevel(NamedTuple):
 
     log_density: (B,), ``log(w_0 p_0)`` in the coordinates of the points.
     log_weight: (B,), ``log w_0``.
-    log_rest: (B,), added to the log-weights of the components: ``log(1 - w_0)``, or 0 where they contain it.
+    log_rest: (B,), added to the log-weights of the components: ``log(1 - w_0)``, or 0 if they include it.
     """
 
     log_density: Tensor
@@ -36,7 +36,7 @@ class Likelihood(NamedTuple):
 
     family: the covariance type, or von Mises-Fisher.
     kernel: a robust kernel of the Mahalanobis distance; ``None`` for Gaussian components.
-    background: a constant component; ``None`` for none.
+    background: the uniform component, or ``None``.
     """
 
     family: Covariance
@@ -45,13 +45,13 @@ class Likelihood(NamedTuple):
 
 
 class SufficientStatistics(NamedTuple):
-    r"""Sums over points under responsibilities :math:`r_{nk}`, weights :math:`w_n` and IRLS weights :math:`u_{nk}`.
+    r"""Sums over points with responsibilities :math:`r_{nk}`, weights :math:`w_n` and IRLS weights :math:`u_{nk}`.
 
     mass: (B, K), :math:`\sum_n w_n r_{nk}`.
     zeroth: (B, K), :math:`\sum_n w_n r_{nk} u_{nk}`: the mass for Gaussian components, where :math:`u_{nk} = 1`.
     first: (B, K, D), :math:`\sum_n w_n r_{nk} u_{nk} x_n`.
     second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`.
-    log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero unless it was asked for.
+    log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero if not requested.
     background_mass: (B,), the mass of the background.
     num_points: (B,), number of points that count.
     """
@@ -65,15 +65,15 @@ class SufficientStatistics(NamedTuple):
     num_points: Tensor
 
     def plus(self, other: SufficientStatistics) -> SufficientStatistics:
-        """Return the statistics of the points of both."""
+        """Return the sum of both, the statistics of all points."""
         return SufficientStatistics(*(own + more for own, more in zip(self, other, strict=True)))
 
     def flatten(self) -> Tensor:
-        """Return all statistics of one set as one tensor, such as for a sum over processes."""
+        """Return all statistics of one set as one tensor, for instance to sum over processes."""
         return torch.cat([part.flatten() for part in self])
 
     def unflatten(self, flat: Tensor) -> SufficientStatistics:
-        """Return the statistics of a flat tensor, in the shapes of these."""
+        """Return statistics with the shapes of ``self`` from a flat tensor; the inverse of :meth:`flatten`."""
         parts = flat.split([part.numel() for part in self])
         return SufficientStatistics(*(part.view_as(own) for part, own in zip(parts, self, strict=True)))
 
@@ -104,11 +104,11 @@ def e_step(
 
     Args:
         points: the point sets.
-        parameters: of the mixture, in the coordinates of the points.
+        parameters: parameters of the mixture in the coordinates of the points.
         likelihood: the density of the points.
-        respond: from joint log-densities (B, K, N), the background last, to responsibilities; softmax by default.
+        respond: maps joint log-densities (B, K, N), with the background last, to responsibilities; default softmax.
         temperature: divides the joint log-densities before the softmax.
-        with_log_likelihood: whether the log-likelihood is wanted.
+        with_log_likelihood: compute the log-likelihood.
         couples_points: whether ``respond`` needs all points of a set at once.
         block_size: numbers per intermediate result of a block of the reference.
     """
@@ -125,7 +125,7 @@ def e_step(
     def responsibilities_of(joint: Tensor, sets: slice) -> Tensor:
         if respond is None:
             return (joint / temperature if tempered else joint).softmax(1)
-        # A competition may depend on the unit of the densities.
+        # Competitions may depend on the unit of the densities: use that of the points.
         return respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
 
     def sums_of_block(

@@ -37,7 +37,7 @@ def em_step(
         floor: added to every variance, in squared units of the points.
 
     Raises:
-        ValueError: the points do not fit the mixtures, or there are none.
+        ValueError: ``x`` does not match the mixtures, or has no rows.
 
     Example:
         >>> x = torch.tensor([[[-1.0], [-0.9], [1.0], [1.1]]])
@@ -130,7 +130,7 @@ class StreamedEM(NamedTuple):
 
     @classmethod
     def about(cls, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> StreamedEM:
-        """Return streamed EM for points with the mean and variance (1, D) of a mixture, unless others are given."""
+        """Return streamed EM for points of given mean and variance (1, D), by default those of the mixture."""
         center = mixture.mean if center is None else center
         variance = mixture.variance if variance is None else variance
         dtype = accumulation_dtype(center)
@@ -170,9 +170,9 @@ class StreamedEM(NamedTuple):
         prior: MixturePrior | None = None,
         variance: Tensor | None = None,
     ) -> Mixture:
-        """Return the mixture of the M-step, given the one that the E-step saw.
+        """Return the mixture of the M-step; ``before`` is the mixture of the E-step.
 
-        A prior without a mean takes the center of the frame, one without a covariance needs the ``variance`` (1, D) of
+        A prior without a mean uses the center of the frame; one without a covariance needs the ``variance`` (1, D) of
         all points. The floor is in squared units of the points.
         """
         center, scale = self.frame
@@ -215,7 +215,7 @@ def fit_blocks(
         blocks: returns the blocks of a pass, each as points (n, D) and how often each counts (n,) or ``None``.
         start: a mixture of one set.
         max_iters: largest number of iterations.
-        tol: of the change of the log-likelihood, in nats per point; 0 makes all iterations.
+        tol: stop if the log-likelihood changes by less, in nats per point; 0 runs all iterations.
         floor: added to every variance.
         before: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
         report: is called after each iteration with its number and its log-likelihood per point.

@@ -15,13 +15,13 @@ from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.parameters import Parameters
 from em_lightning.mixture.points import Points, features_first
 
-# The core of a cell: points nearer to the center than this share of the cell's mean squared distance.
+# The core of a cell: points nearer to the center than this fraction of the cell's mean squared distance.
 _CORE = 0.4
-# Numbers of a temporary of the starts.
+# Numbers per temporary tensor.
 _BLOCK_SIZE = 2**18
-# A GPU is filled by larger temporaries.
+# GPUs need larger temporaries to use all cores.
 _DEVICE_BLOCK_SIZE = 2**27
-# Distances are taken as differences, not as differences of squares.
+# Compute distances from differences, because expanded squares cancel.
 _EXACT = "donot_use_mm_for_euclid_dist"
 
 
@@ -41,7 +41,7 @@ def farthest_points(
     farthest = torch.where(counts > 0, torch.inf, -1.0)  # points that do not count are never chosen
     chosen = []
     for step in range(num_components):
-        if step <= 1:  # the first center is the point farthest from the mean, which is then forgotten
+        if step <= 1:  # distances from the mean determine the first center only
             nearest = farthest
         nearest = _lower_distances(points, center, nearest)
         center = _pick(points, nearest.argmax(-1, keepdim=True)).squeeze(-1)
@@ -57,9 +57,9 @@ def kmeans_plus_plus(
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw centers (B, K, D) with probability proportional to the squared distance from those before them.
+    """Draw centers (B, K, D) with probability proportional to the squared distance from the nearest earlier center.
 
-    Each draw is greedy: of ``2 + floor(ln K)`` candidates the one that lowers the total distance most is kept.
+    Each draw is greedy: it keeps the best of ``2 + floor(ln K)`` candidates by the sum of squared distances.
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007.
     """
@@ -96,7 +96,7 @@ def random_points(
 ) -> Tensor:
     """Draw centers (B, K, D) among the points in proportion to their weights, without replacement while possible."""
     points, counts = _laid_out(x, mask, weights)
-    # The largest of log(w) + Gumbel noise are a draw without replacement.
+    # Gumbel top-k: the points with the largest log(w) + noise are a draw without replacement.
     noise = torch.rand(counts.shape, generator=generator, device=counts.device, dtype=counts.dtype)
     keys = counts.log() - (-noise.clamp(min=1e-30).log()).log()
     order = torch.where(counts > 0, keys, -torch.inf).topk(min(num_components, counts.shape[1])).indices
@@ -105,7 +105,7 @@ def random_points(
     return _pick(points, order.gather(1, rank % order.shape[1])).mT.contiguous()
 
 
-# From points, the number of centers, mask, weights and generator to centers (B, K, D).
+# Functions (points, number of centers, mask, weights, generator) -> centers (B, K, D).
 CENTERS: dict[str, Callable[..., Tensor]] = {
     "farthest": lambda x, count, mask=None, weights=None, generator=None: farthest_points(x, count, mask, weights),
     "kmeans++": kmeans_plus_plus,
@@ -136,12 +136,12 @@ def lloyd(
 
 
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
-    """Return the mixture whose components are the points nearest to each center, differentiable in the points.
+    """Return the mixture of the cells (the points nearest to each center), differentiable in the points.
 
     Weights are those of the cells. Means and correlations are those of a cell's core, the points nearer to the center
-    than ``_CORE`` of the cell's mean squared distance: the rim of a cell holds points of its neighbours, which EM takes
-    many iterations to return. The trace of a covariance is that of the cell. A small core takes the covariance of its
-    cell, a small cell the variance that all cells share. Centers (B, K, D) are in the coordinates of the points.
+    than ``_CORE`` of the cell's mean squared distance: the rim of a cell contains points of other clusters, which slow
+    down EM. The trace of a covariance is that of the cell. Small cores use the covariance of their cell, small cells
+    the variance shared by all cells. Centers (B, K, D) are in the coordinates of the points.
     """
     features, components = centers.shape[-1], centers.shape[1]
     family = covariance.unrestricted
@@ -172,7 +172,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
 
 @torch.no_grad()
 def _nearest(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest center of each point and the squared distance to it, (B, N) both."""
+    """Return the nearest center of each point and the squared distance to it, both (B, N)."""
     found = []
     for rows in _row_blocks(points.x, max(centers.shape[1], points.x.shape[1])):
         z = points.coordinates(points.x.detach()[:, :, rows])  # without the tangents of forward-mode derivatives

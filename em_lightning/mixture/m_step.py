@@ -1,4 +1,4 @@
-"""The M-step: from sufficient statistics, and the pseudo-counts of a prior, to parameters."""
+"""The M-step, which computes parameters from sufficient statistics and the pseudo-counts of a prior."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def m_step(
     prior: PseudoCounts | None = None,
     background: UniformBackground | None = None,
 ) -> Parameters:
-    r"""Return the parameters of largest expected log-likelihood, or posterior density where there is a prior.
+    r"""Return the parameters that maximize the expected log-likelihood, plus the log-density of a given prior.
 
     .. math::
         \pi_k \propto N_k + \alpha - 1, \quad
@@ -51,7 +51,7 @@ def m_step(
     The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
-    # Added to the mass as in scikit-learn, so that results agree step for step; scaled by the mean IRLS weight.
+    # Added to the mass as in scikit-learn, so that each step agrees; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps
     mean_irls_weight: float | Tensor = 1.0
     if zeroth is not mass:

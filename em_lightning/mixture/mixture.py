@@ -24,8 +24,8 @@ from em_lightning.mixture.points import Frame, Points, prepare
 class Mixture:
     r"""A batch of Gaussian mixtures, :math:`p(x) = \sum_k \pi_k N(x \mid \mu_k, \Sigma_k)`, one per set.
 
-    Densities are computed in float64 and returned in the dtype of the points. Points at a
-    distance of 1e8 standard deviations from a component are at the limit of float64.
+    Densities are computed in float64 and returned in the dtype of the points. They are accurate up to a distance of
+    about 1e8 standard deviations from a component.
 
     Args:
         log_weights: :math:`\log \pi` (B, K), normalized over components.
@@ -64,7 +64,7 @@ class Mixture:
 
     @property
     def covariance_type(self) -> str:
-        """``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``; ValueError if the shape is that of none."""
+        """``"full"``, ``"diag"``, ``"spherical"`` or ``"tied"``; raises ValueError for any other shape."""
         return self._covariance.name
 
     @property
@@ -106,7 +106,7 @@ class Mixture:
         return self.map(lambda part: part.to(target))
 
     def detach(self) -> Mixture:
-        """Return the mixture without its graph."""
+        """Return the mixture detached from the autograd graph."""
         return self.map(Tensor.detach)
 
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
@@ -138,7 +138,7 @@ class Mixture:
         return density if mask is None else torch.where(mask, density, 0.0)
 
     def _enter(self, x: Tensor, mask: Tensor | None = None) -> tuple[Points, Parameters]:
-        """Return points and parameters in coordinates about the means."""
+        """Return points and parameters in coordinates centered on the means."""
         check_points(self, x)
         self._check_covariances()
         means = self.means.detach().to(accumulation_dtype(x))
@@ -191,7 +191,7 @@ class Mixture:
         return MixtureSameFamily(Categorical(logits=self.log_weights), components)
 
     def affine(self, scale: Tensor, shift: Tensor) -> Mixture:
-        """Return the mixtures of ``scale * x + shift`` for a scale (B,) and a shift (B, D), such as data units."""
+        """Return the mixtures of ``scale * x + shift`` for a scale (B,) and a shift (B, D)."""
         covariances = self._covariance.scaled(self.covariances, scale.square().unsqueeze(-1))
         return Mixture(self.log_weights, self.means * scale[:, None, None] + shift.unsqueeze(1), covariances)
 
@@ -202,7 +202,7 @@ class Mixture:
         return Mixture(self.log_weights, self.means[..., chosen], covariances)
 
     def condition(self, features: Sequence[int], values: Tensor) -> Mixture:
-        r"""Return the mixtures of the other features, given the values (B, d) of some.
+        r"""Return the mixtures of the other features, given the ``values`` (B, d) of ``features``.
 
         .. math::
             \mu_{a|b} = \mu_a + \Sigma_{ab} \Sigma_{bb}^{-1} (x_b - \mu_b), \qquad
@@ -233,13 +233,13 @@ register_dataclass(Mixture, serialized_type_name="em_lightning.Mixture")
 
 
 def mixture_of(points: Points, parameters: Parameters, covariance: Covariance, dtype: torch.dtype) -> Mixture:
-    """Return the mixture, in units of the points, for parameters in their coordinates."""
+    """Convert parameters in the coordinates of the points to a mixture in the units of the points."""
     public = parameters._replace(covariances=covariance.to_public(parameters.covariances))
     return Mixture(*(part.to(dtype) for part in points.frame.leave_parameters(public)))
 
 
 def check_points(mixture: Mixture, x: Tensor) -> None:
-    """Raise an error unless x holds points (B, N, D) that fit the mixtures."""
+    """Raise an error unless x holds points (B, N, D) that match the mixtures."""
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}; give a floating-point tensor, for instance x.float()")
     if x.ndim != 3 or x.shape[0] not in (1, mixture.sets) or x.shape[-1] != mixture.features:
@@ -250,14 +250,14 @@ def check_points(mixture: Mixture, x: Tensor) -> None:
 
 
 class InformationCriteria(NamedTuple):
-    """Criteria of a fit, in nats; the lower the better."""
+    """Information criteria of a fit; lower is better."""
 
     bic: float
     aic: float
 
 
 def information_criteria(mixture: Mixture, log_likelihood: float, count: float) -> InformationCriteria:
-    r"""Return the Bayesian and Akaike's information criterion.
+    r"""Return the Bayesian and the Akaike information criterion.
 
     .. math:: \mathrm{BIC} = m \log N - 2 \log p(X), \qquad \mathrm{AIC} = 2 m - 2 \log p(X)
 

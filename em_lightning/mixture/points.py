@@ -1,4 +1,4 @@
-"""Preprocessing of point sets for EM: centering, scaling, and the joint weights of mask and weights."""
+"""Preprocessing of point sets for EM: centering, scaling, and weights that are zero where masked."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
 from em_lightning.mixture.parameters import Parameters
 
-# Points of up to this many numbers are copied into the layout that is fast to read, features first.
+# Up to this many numbers, points are copied to the features-first layout, which is faster to read.
 _COPIED = 2**22
 
 
 class Frame(NamedTuple):
     """The coordinates ``z = (x - center) / scale`` of a batch of point sets. Both are constants without gradients.
 
-    center: (B, D), near the middle of the points.
-    scale: (B,), a power of two, so that dividing by it rounds nothing.
+    center: (B, D), near the mean of the points.
+    scale: (B,), a power of two, so that division by it is exact.
     """
 
     center: Tensor
@@ -31,14 +31,14 @@ class Frame(NamedTuple):
         return (x - self.center.unsqueeze(-1)) / self.scale[:, None, None]
 
     def enter_parameters(self, parameters: Parameters) -> Parameters:
-        """Return parameters in these coordinates for parameters in units of the points."""
+        """Convert parameters from units of the points to these coordinates."""
         log_weights, means, covariances = (part.to(self.center.dtype) for part in parameters)
         ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
         means = (means - self.center.unsqueeze(1)) / self.scale[:, None, None]
         return Parameters(log_weights, means, covariances / ratio)
 
     def leave_parameters(self, parameters: Parameters) -> Parameters:
-        """Return parameters in units of the points for parameters in these coordinates."""
+        """Convert parameters from these coordinates to units of the points."""
         log_weights, means, covariances = parameters
         ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
         means = means * self.scale[:, None, None] + self.center.unsqueeze(1)
@@ -48,14 +48,14 @@ class Frame(NamedTuple):
 class Points(NamedTuple):
     """A batch of point sets with the coordinates of their frame.
 
-    x: (B, D, N), the points as they were given, in their own dtype; masked rows are the center.
+    x: (B, D, N), the given points in their dtype; masked rows are set to the center.
     weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` if all are 1.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points that count.
     frame: the coordinates.
-    features: from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
-    mean: (B, D), weighted mean of the coordinates; zero unless it was asked for.
-    variance: (B, D), weighted variance of the coordinates; zero unless it was asked for.
+    features: function from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
+    mean: (B, D), weighted mean of the coordinates; zero if not requested.
+    variance: (B, D), weighted variance of the coordinates; zero if not requested.
     eps: relative precision of the points.
     """
 
@@ -85,7 +85,7 @@ class Points(NamedTuple):
         return self.features(self.coordinates(block, sets))
 
     def floor(self, covariance_floor: float) -> Tensor:
-        """Return a floor in squared units of the points in these coordinates (B,), at least their precision squared."""
+        """Convert a floor in squared units of the points to these coordinates (B,), at least ``eps`` squared."""
         return (covariance_floor / self.frame.scale.square()).clamp(min=self.eps**2)
 
     def unit(self) -> Tensor:
@@ -93,7 +93,7 @@ class Points(NamedTuple):
         return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
     def log_volume(self) -> Tensor:
-        """Return ``D log(scale)`` (B,), to subtract for log-densities in units of the points."""
+        """Return ``D log(scale)`` (B,); subtract it to convert log-densities to units of the points."""
         return self.num_features * self.frame.scale.log()
 
 
@@ -111,11 +111,11 @@ def prepare(
     Args:
         x: points (B, N, D).
         features: as in :class:`Points`.
-        mask: (B, N), false where a row is padding, whatever it holds.
+        mask: (B, N), false where a row is padding, which may hold any value.
         weights: (B, N), not negative; a common factor has no effect.
-        frame: the coordinates; the mean and the extent of each set unless given.
+        frame: the coordinates, by default from the mean and the extent of each set.
         normalized_weights: divide weights by their mean; ``False`` for a block of a larger set.
-        with_moments: whether the mean and variance of each set are wanted.
+        with_moments: compute the mean and variance of each set.
     """
     dtype = accumulation_dtype(x)
     weights, counted = join_weights(mask, weights, dtype, normalized_weights)
@@ -140,7 +140,7 @@ def features_first(x: Tensor) -> Tensor:
 
 
 def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
-    """Return the mean of points (B, N, D) and the power of two above their extent; masked rows must be zero."""
+    """Return the frame of points (B, N, D) from their mean and extent; masked rows must be zero."""
     x, dtype = x.detach(), accumulation_dtype(x)
     if mask is None:
         center = x.mean(1).to(dtype)
@@ -153,20 +153,20 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
 
 
 def power_of_two(extent: Tensor) -> Tensor:
-    """Return the power of two above an extent, 1 for an extent of zero."""
+    """Return the smallest power of two that is not below an extent; 1 for an extent of zero."""
     return torch.where(extent > 0, torch.where(extent > 0, extent, 1.0).log2().ceil().exp2(), 1.0)
 
 
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return weights, zero where masked, and which points count, (B, N) both, or twice ``None`` if all points do."""
+    """Return weights, zero where masked, and where they are positive, (B, N); ``None`` without mask and weights."""
     if weights is None:
         return (None, None) if mask is None else (mask.to(dtype), mask)
     weights = weights.to(dtype) if mask is None else torch.where(mask, weights.to(dtype), 0.0)
     counted = weights > 0
     if normalized:
-        # Divided by the largest weight first, so that the sum is neither zero nor infinite.
+        # Divide by the largest weight first, so that the sum is neither zero nor infinite.
         largest = weights.detach().amax(-1, keepdim=True)
         weights = weights / torch.where(largest > 0, largest, 1.0)
         total = weights.sum(-1, keepdim=True)

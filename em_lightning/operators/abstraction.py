@@ -25,21 +25,21 @@ class EMAbstraction(nn.Module):
         t_k = \mathrm{relu}(\mathrm{BN}(W y_k))
 
     :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the coordinates. The offsets
-    :math:`o_j` form a lattice of ``grid`` places along each axis at distances s. Without features, y is the
-    batch-normalized fraction of items per bump. ``blocks`` residual layers of this kind follow, from token to token,
-    with 3 places along each axis. Stack several abstractions, the last with K = 1, for a pyramid.
+    :math:`o_j` form a lattice of ``grid`` places along each axis with spacing s. Without features, y is the
+    batch-normalized fraction of items per bump. ``blocks`` residual layers of the same form follow; their items are the
+    tokens, with 3 places along each axis. Stack several abstractions, the last with K = 1, for a pyramid.
 
-    The result is invariant to the order of the items. No gradient reaches the coordinates and the operator.
+    The result is invariant to the order of the items. The coordinates and the operator get no gradient.
 
     Args:
         num_components: K.
         num_coordinates: D.
-        num_features: F, of the items; ``None`` for items without features.
+        num_features: F, features per item; ``None`` for items without features.
         out_features: size of a token.
         pitch: s, in units of the coordinates.
         grid: places along each axis; there are ``grid ** D`` bumps.
         blocks: number of residual layers.
-        inner_pitch: s of the residual layers; ``None`` takes 1.5 ``pitch``.
+        inner_pitch: s of the residual layers; ``None`` uses 1.5 ``pitch``.
         **operator: further arguments of :class:`EMOperator`.
 
     Shape:
@@ -163,7 +163,7 @@ def _layer(in_features: int, out_features: int) -> tuple[nn.Module, nn.Module]:
 
 
 class _Block(nn.Module):
-    """Residual layer from token to token; tokens are (B K, ``width``)."""
+    """Residual layer whose items and centers are the tokens (B K, ``width``)."""
 
     def __init__(self, bumps: int, width: int) -> None:
         super().__init__()

@@ -24,8 +24,8 @@ class EMAggregation(Aggregation):
     .. math:: y = \sum_k s_k \mu_k, \qquad s = \operatorname{softmax}_k(a \log \pi_k - b \log \sigma_k)
 
     a and b are learned; the initial values :math:`a = 1, b = 0` give the mean of the group. A large a selects the
-    heaviest cluster, a large b the tightest; outliers have little influence on either. With ``out_channels`` it is an
-    :class:`EMPooling` with a linear layer on top, for the readout of a graph.
+    heaviest cluster, a large b the tightest; outliers have little influence on either. With ``out_channels``, the
+    aggregation is an :class:`EMPooling` with a linear layer, for the readout of a graph.
 
     Groups may come in any order; empty groups give zeros. The cost is linear in the number of rows.
 

@@ -19,7 +19,7 @@ from em_lightning.operators import gradients
 class SetOperator(nn.Module):
     """A layer that fits one mixture to each point set by T iterations.
 
-    A subclass defines how sets are prepared, where the loop starts, one iteration, and the objective. The state of the
+    A subclass defines the preparation of sets, the start, one iteration, and the objective. The state of the
     loop is a :class:`~em_lightning.mixture.Parameters`.
 
     Args:
@@ -54,7 +54,7 @@ class SetOperator(nn.Module):
 
         Args:
             x: points (B, N, D).
-            mask: (B, N), false where a row is padding, whatever it holds.
+            mask: (B, N), false where a row is padding, which may hold any value.
             weights: (B, N), not negative; a common factor has no effect.
             init: mixtures to start from instead of the operator's own start.
             num_iters: T for this call.
@@ -103,17 +103,17 @@ class SetOperator(nn.Module):
     ) -> tuple[Any, Tensor]:
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
-        The objective is :meth:`objective` per mass of the set. A set that has converged is left as it is, so that its
-        result does not depend on the others. The number of iterations depends on the data: use :meth:`forward` with
-        ``torch.compile``.
+        The objective is :meth:`objective` per mass of the set. A converged set keeps its mixture, so that its result
+        does not depend on the other sets. The number of iterations depends on the data: use :meth:`forward`
+        with ``torch.compile``.
 
         Args:
             x: points (B, N, D); mask, weights and init are those of :meth:`forward`.
             mask: (B, N).
             weights: (B, N).
             init: mixtures.
-            max_iters: largest number of iterations; a set that reports it may not have converged.
-            tol: of the change of the objective, in nats per point, as scikit-learn's.
+            max_iters: largest number of iterations; a set with this number of steps may not have converged.
+            tol: stop if the objective changes by less, in nats per point, as in scikit-learn.
         """
         check_at_least(0, max_iters=max_iters, tol=tol)
         x = check_sets(x, mask, weights, self.num_features)
@@ -144,7 +144,7 @@ class SetOperator(nn.Module):
     # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations, with a ``mass`` (B,).
 
     _prepare: Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, mask, weights) -> sets
-    _start: Callable[[Any, bool], Parameters]  # (sets, choose): the best of several starts, or a single one
+    _start: Callable[[Any, bool], Parameters]  # (sets, choose the best of several starts) -> state
     _enter: Callable[[Any, Any], Parameters]  # (sets, mixture) -> state
     _step: Callable[..., tuple[Parameters, Tensor]]  # (sets, state, progress, with_objective=False)
     _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)
@@ -156,7 +156,7 @@ class SetOperator(nn.Module):
 
 
 def build(argument: str, cls: type[Any], value: Any) -> Any:
-    """Return an instance of a class for an instance, a mapping of its arguments, or ``None``."""
+    """Build an instance from a mapping of its arguments; return instances and ``None`` unchanged."""
     if isinstance(value, Mapping):
         try:
             return cls(**value)
@@ -169,7 +169,7 @@ def build(argument: str, cls: type[Any], value: Any) -> Any:
 
 
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
-    """Return points (B, N, D) in at least float32 after a check of them, their mask and weights (B, N)."""
+    """Check points (B, N, D), mask and weights (B, N); return the points in at least float32."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {given}")
@@ -188,7 +188,7 @@ def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_featu
 
 
 def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:
-    # Neither a compiler, nor torch.func, nor the capture of a CUDA graph allows reading values.
+    # Values cannot be read under a compiler or torch.func, nor while a CUDA graph is captured.
     capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
     if torch.compiler.is_compiling() or capturing or not have_memory(valid):
         return

@@ -124,7 +124,7 @@ class DirectionalEM(SetOperator):
         num_components: K.
         num_features: D, at least 2.
         num_iters, gradient: as in :class:`EMOperator`; ``"implicit"`` is not available.
-        init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
+        init: how the initial centers are chosen: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
         dispersion_floor: lower bound of ``1 / kappa``, so kappa is at most 1e6 by default.
 
     Shape:
@@ -206,7 +206,7 @@ class DirectionalEM(SetOperator):
 
 
 def directions(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Points:
-    """Return the directions of points (B, N, D), ready for EM; zero vectors stay zero."""
+    """Normalize points (B, N, D) to unit length and prepare them for EM; zero vectors stay zero."""
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
     x = x.to(accumulation_dtype(x))
@@ -233,7 +233,7 @@ def concentration_of(resultant: Tensor, num_features: int, largest: Tensor) -> T
             ratio = bessel_ratios(kappa, 0.5 * num_features - 1.0)[0]
             slope = 1.0 - ratio.square() - (num_features - 1.0) * ratio / kappa
             slope = slope.clamp(min=torch.finfo(kappa.dtype).tiny)
-            # A step at most halves kappa, since the ratio is flat far from the root.
+            # Limit a step to halving kappa, because the ratio is flat far from the root.
             kappa = (kappa - (ratio - given) / slope).maximum(0.5 * kappa).clamp(min=_SMALLEST_CONCENTRATION)
         inside = (kappa > _SMALLEST_CONCENTRATION) & (kappa < largest)
     # Implicit function theorem: d kappa / d A = 1 / A'(kappa).
@@ -257,7 +257,7 @@ def log_normalizer(concentration: Tensor, num_features: int) -> Tensor:
 def bessel_ratios(x: Tensor, order: float, count: int = 1) -> list[Tensor]:
     r"""Return ``I_{v+1}(x) / I_v(x)`` for v = order, order + 1, ..., at least ``count`` of them.
 
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, where it is stable. It starts from an expansion
+    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, which is stable. It starts from an expansion
     for large v of the solution ``I_v' / I_v`` of ``y' = 1 + v^2 / x^2 - y / x - y^2``.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.

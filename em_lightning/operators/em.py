@@ -1,4 +1,4 @@
-"""The EM operator: point sets in, mixtures out, differentiable throughout."""
+"""The EM operator, a differentiable layer that fits a Gaussian mixture to each point set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import Sets, build_start
 
-# Exact iterations after which starts are compared.
+# Largest number of exact iterations after which starts are compared.
 _TRIAL_ITERATIONS = 5
 
 
@@ -56,28 +56,28 @@ class EMOperator(SetOperator):
         num_components: K.
         num_features: D.
         num_iters: T, iterations per call.
-        covariance: ``"full"``, ``"diag"``, ``"spherical"``, ``"tied"``, or ``"lowrank"``: of rank ``rank`` plus a
-            diagonal (:class:`~em_lightning.mixture.LowRankCovariance`), returned as full ones.
-        rank: of low-rank covariances, at least 1 and less than D.
+        covariance: ``"full"``, ``"diag"``, ``"spherical"``, ``"tied"``, or ``"lowrank"``: low rank plus a
+            diagonal (:class:`~em_lightning.mixture.LowRankCovariance`), returned as full covariances.
+        rank: rank of low-rank covariances, at least 1 and less than D.
         kernel: a key or an instance of ``KERNELS``: ``"gaussian"``, or a robust kernel of the Mahalanobis distance,
             ``"student_t"`` (the density, one degree of freedom unless given), ``"laplace"``, ``"huber"`` or
             ``"pseudo_huber"`` (:class:`~em_lightning.kernels.EllipticalKernel`). Their M-step is IRLS, covariances are
             scale matrices, and :meth:`log_prob` is their density; ``Mixture.log_prob`` is that of Gaussians.
-        competition: how components share points, a key or an instance of ``COMPETITIONS``.
+        competition: a key or an instance of ``COMPETITIONS``, which computes the responsibilities.
         background: the weight of a component for outliers, uniform over the bounding box of each set, or a
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
-        init: where a loop starts: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
+        init: initial centers: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the set).
-        lloyd_steps: steps of k-means that the centers take first.
-        num_starts: number of random starts. Each set takes the one with the highest objective after ``num_iters`` exact
-            iterations, at most five. In training mode :meth:`forward` takes a single start.
+        lloyd_steps: steps of k-means on the initial centers.
+        num_starts: number of random starts. Each set uses the one with the highest objective after ``num_iters`` exact
+            iterations, at most five. In training mode :meth:`forward` uses a single start.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
-        residual: whether there are corrections to learn, or the :class:`ResidualCorrection`.
-        prior: of weights, means and covariances, a :class:`~em_lightning.mixture.MixturePrior` or its arguments; the
-            M-step then finds the maximum a posteriori.
-        covariance_floor: added to every variance, in squared units of the points, as scikit-learn's ``reg_covar``.
-        gradient: ``"unrolled"`` or ``"checkpoint"``, exact differentiation through all iterations; ``"last"``, of the
-            last iteration alone; ``"implicit"``, of the converged mixture, refused where the loop has not converged.
+        residual: ``True`` for learned corrections, ``False`` for none, or a :class:`ResidualCorrection`.
+        prior: a :class:`~em_lightning.mixture.MixturePrior` of weights, means and covariances, or its arguments; the
+            M-step is then maximum a posteriori.
+        covariance_floor: added to every variance, in squared units of the points, like ``reg_covar`` in scikit-learn.
+        gradient: ``"unrolled"`` and ``"checkpoint"`` differentiate all iterations exactly, ``"last"`` only the last
+            one, and ``"implicit"`` the fixed point, with a RuntimeError if the loop has not converged.
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each point counts,
@@ -86,8 +86,8 @@ class EMOperator(SetOperator):
 
     Raises:
         ValueError: an argument is out of range, a shape does not fit, or points are NaN or infinite.
-        TypeError: points are no floating-point tensor, the mask is not boolean, or a prior or background has the wrong
-            type.
+        TypeError: points are not a floating-point tensor, the mask is not boolean, or a prior or background has the
+            wrong type.
 
     Example:
         >>> operator = EMOperator(num_components=2, num_features=1, num_iters=10, residual=False)
@@ -139,7 +139,7 @@ class EMOperator(SetOperator):
                 f"'pseudo_huber', em_lightning.operators.DirectionalEM for the cosine, or GeneralizedEM for any kernel"
             )
         self.kernel = built
-        self.kernel.elliptical_log_normalizer(num_features)  # raises where exp(-rho) is no density
+        self.kernel.elliptical_log_normalizer(num_features)  # raises if exp(-rho) is not a density
         self.competition = COMPETITIONS.build(competition)
         if isinstance(background, (int, float)):
             background = {"weight": background}
@@ -175,7 +175,7 @@ class EMOperator(SetOperator):
     ) -> Posterior:
         """Return the posterior of the competition for points (B, N, D): responsibilities (B, N, K).
 
-        A background is one more hypothesis, the last: :func:`~em_lightning.competition.none_of_the_above` reads it.
+        A background is an additional last hypothesis; see :func:`~em_lightning.competition.none_of_the_above`.
         ``background_energies`` are those of :meth:`log_prob`.
         """
         points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
@@ -275,7 +275,7 @@ class EMOperator(SetOperator):
         return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
 
     def _e_step(self, sets: Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
-        """Return the sufficient statistics, and the objective (B,) if it is wanted."""
+        """Return the sufficient statistics, and the objective (B,) if requested."""
         points, competition = sets.points, self.competition
         likelihood = self._likelihood(points, state, self.family)
         softmin = isinstance(competition, Softmin)
@@ -301,8 +301,8 @@ class EMOperator(SetOperator):
     def _safeguarded(self, sets: Sets, plain: Parameters, corrected: Parameters) -> Parameters:
         """Return corrected parameters, or plain ones for sets whose log-likelihood the correction lowers too much.
 
-        p parameters raise the log-likelihood of N fitted points by about ``N p / (N - p - 1)`` above that of as many
-        others (Hurvich and Tsai, 1989); a correction that lowers it by more cannot help others.
+        With p parameters, the log-likelihood of N fitted points exceeds that of N new points by about
+        ``N p / (N - p - 1)`` (Hurvich and Tsai, 1989); no correction that lowers it by more can help on new points.
         """
         components, features = self.num_components, self.num_features
         parameters = components * (1 + features) - 1 + self.family.num_parameters(components, features)
@@ -355,7 +355,7 @@ class EMOperator(SetOperator):
         return Likelihood(covariance, kernel, level)
 
     def _with_reserved_share(self, state: Parameters) -> Parameters:
-        """Return parameters with the share of an estimated background reserved."""
+        """Return parameters whose weights sum to one minus the weight of an estimated background."""
         if self.background is None:
             return state
         return state._replace(log_weights=self.background.reserve_share(state.log_weights))

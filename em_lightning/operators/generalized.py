@@ -6,8 +6,8 @@ The expected energy of a component, :math:`Q_k(\mu) = \sum_n w_n r_{nk} \, d(x_n
 .. math:: \mu \leftarrow \mu - t \, \frac{\sum_n w_n r_{nk} \, g_n}{\sum_n w_n r_{nk} \, u_n}
 
 with the IRLS weights :math:`u_n = |g_n| / |\mu - x_n|` of each feature, or the second derivative for a point at the
-center. It is the weighted mean for a Gaussian, the IRLS step for a robust kernel and a scaled gradient step otherwise.
-t is halved from 1 until the expected energy falls enough (Armijo), and is 0 if it never does.
+center. It gives the weighted mean for a Gaussian, the IRLS step for a robust kernel and a scaled gradient step
+otherwise. t is halved from 1 until the expected energy falls enough (Armijo), and is 0 if it never does.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class GeneralizedEM(SetOperator):
 
     .. math:: \sum_n w_n \log \sum_k \pi_k \, e^{-d(x_n, \mu_k) - \log Z}
 
-    It is a log-likelihood if the kernel is a density (Gaussian, Student-t, Laplace, Huber, pseudo-Huber, exponential,
-    Mahalanobis; the cosine on the unit sphere). Otherwise Z is omitted: objectives of different kernels are then not
-    comparable, and centers, which are restricted to the bounding box, may end on its border. Centers of an energy with
-    a kink (Laplace, exponential) may stop before the optimum, at a coordinate of a point.
+    The objective is a log-likelihood if the kernel is a density (Gaussian, Student-t, Laplace, Huber, pseudo-Huber,
+    exponential, Mahalanobis; the cosine on the unit sphere). Otherwise Z is omitted: objectives of different kernels
+    are then not comparable, and centers, which are restricted to the bounding box, may end on its border. For energies
+    with a kink (Laplace, exponential), centers may stop before the optimum, at a coordinate of a point.
 
     :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates
     concentrations.
@@ -83,7 +83,7 @@ class GeneralizedEM(SetOperator):
         kernel: a key of ``KERNELS`` or an instance of a kernel (``"student_t"`` is the density). EM does not change its
             shape parameters; learnable ones have gradients. Memory is proportional to N x K x D.
         num_iters, gradient: as in :class:`EMOperator`; ``"implicit"`` is not available.
-        init: how the initial centers are drawn: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
+        init: how the initial centers are chosen: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
 
     Shape:
         - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
@@ -218,8 +218,8 @@ def _move(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> Tenso
     blocks = zip(sets.x.split(rows, 1), shares.split(rows, 1), strict=True)
     parts = [_irls_sums(kernel, x, share, centers, near) for x, share in blocks]
     slope, weight, known = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-    # Points without an IRLS weight get the mean weight. If no point has one, all of them coincide with the center,
-    # which has the gradient of their mean.
+    # Points without an IRLS weight get the mean weight. If no point has one, all points coincide with the
+    # center; the center then gets the gradient of their mean.
     usable = (known > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
     drift = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
     step = -slope * known / torch.where(usable, weight, 1.0)
@@ -246,7 +246,7 @@ def _move(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> Tenso
 def _irls_sums(
     kernel: Kernel, x: Tensor, shares: Tensor, centers: Tensor, near: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums (B, K, D) over points: of slopes, of IRLS weights, and of the shares of points that have one."""
+    """Return sums (B, K, D) over points: of slopes, of IRLS weights, and of shares of points with an IRLS weight."""
 
     def energy(copies: Tensor) -> Tensor:
         return kernel(x.unsqueeze(1).unsqueeze(-2), copies.unsqueeze(-2))
@@ -265,7 +265,7 @@ def _irls_sums(
 
 
 def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Return the gradient of the sum of a function, itself differentiable where gradients are recorded."""
+    """Return the gradient of the sum of a function; it is differentiable if gradients are recorded."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
         at = at if recorded and at.requires_grad else at.detach().clone().requires_grad_()

@@ -28,12 +28,12 @@ class EMPooling(nn.Module):
     values         F       :math:`\bar v_k = \sum_n r_{nk} v_n / \sum_n r_{nk}`, mean features of the items
     ============== ======= ==================================================================
 
-    Components are in the order of their start: only with ``init="learned"`` a component has the same role in all sets.
+    Components keep the order of the start. They have the same role in all sets only with ``init="learned"``.
 
     Args:
         num_components: K.
-        num_features: F, of the items.
-        head_features: d, the outputs of a linear map; ``None`` fits to the features themselves.
+        num_features: F, features per item.
+        head_features: d, output size of a linear map of the features; ``None`` omits the map.
         num_coordinates: d, for coordinates that are given to :meth:`forward`, such as those of a point cloud.
         summary: names of the parts, in the order of the output.
         out_features: size of a final linear layer; ``None`` omits the layer.

@@ -1,4 +1,4 @@
-"""EM of spherical mixtures for groups of rows of any size, in C++ where there is a compiler."""
+"""EM of spherical mixtures for groups of rows of any size, in C++ if there is a compiler."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_compon
         x: rows (E, D).
         index: (E,), the group of each row.
         num_groups: G.
-        limit: rows per group; those after them are dropped.
+        limit: largest number of rows per group; further rows are dropped.
         num_components: K.
         num_iters: T.
     """
@@ -101,8 +101,8 @@ def map_groups(
 ) -> Tensors:
     """Return tensors (G, ...) of groups of rows; zeros for empty groups.
 
-    ``function(points, mask)`` maps groups of similar size, 2^n to 2^(n + 1) - 1 rows padded to the largest of them, as
-    (B, N, D) and (B, N), to tensors (B, ...). Other arguments are those of :func:`fit_groups`.
+    ``function(points, mask)`` maps groups of 2^n to 2^(n + 1) - 1 rows, padded to the largest group, as (B, N, D) and
+    (B, N), to tensors (B, ...). Other arguments are those of :func:`fit_groups`.
     """
     sizes = index.new_zeros(num_groups).scatter_add_(0, index, torch.ones_like(index))
     first, order = sizes.cumsum(0) - sizes, index.argsort(stable=True)

@@ -22,10 +22,10 @@ class EMRefinement(nn.Module):
         num_components: K.
         num_features: D, the size of ``dim``.
         dim: the axis of the features; all axes but the first and this one index the items of a set.
-        temperature: of the responsibilities; ``None`` takes the square root of D, since differences of log-densities
+        temperature: divides the log-densities; ``None`` uses the square root of D, because their differences
             grow with D until every responsibility is 0 or 1.
         num_iters, covariance, residual, **operator: arguments of :class:`EMOperator`. ``residual=True`` learns
-            corrections of the M-step, whose cost grows with the cube of D and whose size with its square.
+            corrections of the M-step, with O(D^3) cost and O(D^2) parameters.
 
     Shape:
         - input and output: (B, N, D), with ``dim=1`` feature maps (B, D, H, W) as sets of positions; (N, D) is one set.

@@ -18,17 +18,17 @@ from em_lightning.mixture.points import Points
 _RANDOM = ("kmeans++", "random")
 STARTS = (*initialization.CENTERS, "learned")
 
-# From a start to the objective (B,) after some iterations.
+# Maps a start to the objective (B,) after some iterations.
 Judge = Callable[[Parameters], Tensor]
 
 
 class Sets(NamedTuple):
     """The inputs of all iterations of the EM operator.
 
-    x, mask, weights: as they were given, without a gradient of the points.
-    points: ready for EM, with their mass (B,).
+    x, mask, weights: the given tensors; x is detached.
+    points, mass: the points prepared for EM, and their mass (B,).
     covariance, floor, prior: the covariance type, the variance floor (B,) and the pseudo-counts.
-    dtype: of the result.
+    dtype: dtype of the result.
     """
 
     x: Tensor
@@ -52,7 +52,7 @@ class DrawnStart(NamedTuple):
     seed: int | None
 
     def __call__(self, sets: Sets, judge: Judge | None) -> Parameters:
-        """Return the start of each set with the highest objective, or the first one drawn without a judge."""
+        """Return, for each set, the start with the highest objective; without a judge, the first start."""
 
         def around(centers: Tensor) -> Parameters:
             return initialization.parameters_around(sets.points, centers, sets.covariance, sets.floor)

@@ -1,6 +1,6 @@
-"""The E-step of Gaussian mixtures, and Cholesky factors, in C++ on the CPU, compiled on demand and cached.
+"""C++ code for the CPU, compiled on demand and cached: E-step of Gaussian mixtures, EM of groups, Cholesky factors.
 
-The functions are operators of ``torch.library``: ``torch.compile`` and ``torch.export`` keep them as they are.
+E-step and Cholesky factors are ``torch.library`` operators, which ``torch.compile`` and ``torch.export`` do not trace.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from em_lightning.mixture.backends.reference import have_memory
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
-# Of full covariances: the time to compile grows with them.
+# Largest D of full covariances; the time to compile grows with D.
 _MOST_FEATURES = 64
-# A tile of whitened points, and a factor, must fit in the registers of a block.
+# Largest D in Triton: a tile of whitened points and a factor must fit in the registers of a thread block.
 _MOST_FEATURES_TRITON = {"full": 16, "diagonal": 128, "spherical": 128}
-# The reference takes less than a millisecond for fewer numbers, and needs no compiler.
+# Smaller inputs take less than a millisecond in the reference backend, which needs no compiler.
 _FEWEST_NUMBERS = 2**12
 _FEWEST_MATRICES = 2**6
 # Work of about 0.1 ms, the cost of starting a thread.
@@ -35,12 +35,12 @@ _chosen = "auto"
 
 
 class use_backend:
-    """Choose the backend of the E-step, for good or inside a ``with`` block.
+    """Choose the backend of the E-step, permanently or within a ``with`` block.
 
     Args:
-        name: ``"auto"`` takes the native backend for all but small sets if there is a compiler, ``"native"`` for all
-            sets that it supports, ``"reference"`` for none, ``"triton"`` the Triton kernels for float32 points on CUDA
-            devices. These were tested in Triton's interpreter only, and are therefore never taken by ``"auto"``.
+        name: ``"auto"`` uses the native (C++) backend for large sets if there is a compiler, ``"native"`` for all sets
+            that it supports; ``"reference"`` uses plain torch, ``"triton"`` Triton kernels for float32 points on CUDA
+            devices. These were tested in Triton's interpreter only; therefore ``"auto"`` never uses them.
 
     Raises:
         ValueError: the name is unknown.
@@ -119,7 +119,7 @@ def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
 # Arguments:
-#     x: points (B, D, N) in float32 or float64, which is the precision of all that is done per point.
+#     x: points (B, D, N) in float32 or float64, the dtype of all computations per point.
 #     weights: (B, N) in float64, or None.
 #     means: (B, K, D), in the coordinates z = (x - center) / unit.
 #     inverse: W (B, K, D, D) lower triangular, (B, K, D) or (B, K, 1).
@@ -139,7 +139,7 @@ _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_t
 
 @_operator("em_lightning::e_step", schema=f"({_ARGUMENTS}, bool with_log_likelihood) -> (Tensor, Tensor)")
 def e_step(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,), zeros if it is not wanted."""
+    """Return ``sum_n w_n r_nk phi(z_n)`` (B, K, F) and the log-likelihood (B,), zeros if not requested."""
     if _is_for_triton(arguments[0]):
         return _triton().e_step(*arguments)
     *tensors, kind, with_log_likelihood = arguments
@@ -164,9 +164,9 @@ def log_density(*arguments: Any) -> Tensor:
     schema=f"({_ARGUMENTS}, Tensor? grad_sums, Tensor grad_density) -> (Tensor, Tensor, Tensor)",
 )
 def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of peak, means and W side by side, of points and of weights.
+    """Return the gradients with respect to peak, means and W (concatenated), points, and weights.
 
-    The last argument is the gradient of each log-density per weight, (B, N) or (B, 1).
+    ``grad_density``, (B, N) or (B, 1), is the gradient with respect to ``w_n log p(z_n)``.
     """
     if _is_for_triton(arguments[0]):
         return _triton().e_step_gradient(*arguments)
@@ -188,7 +188,7 @@ def _empty_gradients(x: Tensor, _: Any, means: Tensor, inverse: Tensor, *others:
 
 
 def _e_step_in_torch(x: Tensor, weights: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
-    """Return :func:`e_step` by operations that have every derivative."""
+    """Compute :func:`e_step` by torch operations, which have derivatives of every order."""
     z, joint = _joint_in_torch(x, weights, *others)
     kind = others[6]
     responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
@@ -230,7 +230,7 @@ def _log_density_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _first_order(ctx: Any, grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # read once, as checkpoints demand
+    tensors = ctx.saved_tensors  # read once: checkpoints allow one read
     _, weights, means, inverse, *_ = tensors
     own, of_x, of_weights = e_step_gradient(*tensors, ctx.others[0], grad_sums, grad_density)
     of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
@@ -244,7 +244,7 @@ def _second_order(
 ) -> tuple[Tensor | None, ...]:
     """Return gradients that can be differentiated again."""
     tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
-    # Gradients at the tensors themselves would include the paths from the points through the parameters.
+    # Differentiate at views; gradients at the tensors would include paths from the points through the parameters.
     tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
     inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
     found = iter(torch.autograd.grad(function(*tensors, *ctx.others), inputs, grads, create_graph=True))
@@ -314,7 +314,7 @@ def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
 def cholesky_gradient(
     matrix: Tensor, pivots: Tensor, scale: Tensor, inverse: Tensor, grad_scale: Tensor, grad_inverse: Tensor
 ) -> Tensor:
-    """Return the gradient of the symmetric matrices."""
+    """Return the gradient with respect to the symmetric matrices."""
     found = torch.empty_like(matrix)
     _call("em_lightning_cholesky_gradient", matrix, pivots, scale, inverse, grad_scale, grad_inverse, found)
     return found
@@ -331,7 +331,7 @@ def _call(name: str, matrix: Tensor, *others: Tensor) -> None:
 
 
 def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return the definitions under which the source is compiled."""
+    """Return the preprocessor definitions for the compiler."""
     own = features if kind == "full" else 0
     return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={own}"
 

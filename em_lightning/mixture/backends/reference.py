@@ -1,6 +1,6 @@
-"""Functions of points evaluated block by block and recomputed in the backward pass, in plain torch.
+"""Evaluation of functions of points in blocks, recomputed in the backward pass, in plain torch.
 
-Nothing of the size (N, K) is kept for the backward pass: it evaluates the function on each block again. Memory
+No tensor of size (N, K) is stored for the backward pass, which evaluates the function on each block again. Memory
 therefore does not grow with the number of EM iterations, and the intermediate results of a block stay in a processor's
 cache.
 """
@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 # Numbers per intermediate result of a block: 1 MiB in float64, about the second-level cache of a core.
 _BLOCK_SIZE = 2**17
-# A GPU is filled by larger blocks.
+# GPUs need larger blocks to use all cores.
 _DEVICE_BLOCK_SIZE = 2**22
-# Functions of fewer numbers are differentiated without recomputation, which is faster there.
+# For fewer numbers, one block without recomputation is faster.
 _SMALL = 2**13
 
 Tensors = Sequence[Tensor | None]
@@ -34,7 +34,7 @@ def _over_blocks(
     width: int,
     block_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return a function of blocks of points, joined over all points.
+    """Evaluate a function on blocks of points and return its joined results.
 
     Args:
         join: joins the results of the blocks of some sets.
@@ -68,7 +68,7 @@ def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-# Of functions that return sums over the points of a block (b, ...), and of functions that map them (b, ..., n).
+# sum_blocks is for functions that return sums over points (b, ...), map_blocks for values per point (b, ..., n).
 sum_blocks = functools.partial(_over_blocks, lambda parts: sum(parts[1:], parts[0]))
 map_blocks = functools.partial(_over_blocks, functools.partial(_cat, dim=-1))
 

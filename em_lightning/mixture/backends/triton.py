@@ -173,7 +173,7 @@ def _write_point_gradient(
 
 
 class _Launch:
-    """The arguments of :func:`.native.e_step` as the kernels take them."""
+    """Converts the arguments of :func:`.native.e_step` for the kernels and launches them."""
 
     def __init__(self, *arguments: Any) -> None:
         x, weights, means, inverse, peak, scale, center, unit, kind = arguments
@@ -184,7 +184,7 @@ class _Launch:
             inverse, scale = (part.expand_as(means) for part in (inverse, scale))
         self.means, self.inverse, self.scale, self.unit = means, inverse, scale, unit
         origin = center.float()
-        # The center is rounded to the dtype of the points; the means take up the difference.
+        # The center is rounded to the dtype of the points; shift the means by the difference.
         shift = ((center - origin) / unit.unsqueeze(-1)).unsqueeze(1)
         mixture = [origin, 1.0 / unit, means + shift, inverse]
         self.mixture = (*(part.float().contiguous() for part in mixture), self.features, self.components)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from em_lightning.mixture.backends import native
 
-# Up to this size a factorization written out over (...,) tensors is faster on a CPU than the library's loop over
-# matrices. On a GPU it would be about 40 launches.
+# Up to this size, a loop unrolled into operations on (...,) tensors is faster on a CPU than LAPACK's loop over
+# matrices. On a GPU it would need about 40 kernel launches.
 _UNROLLED_SIZE = 4
 
 
@@ -22,12 +22,12 @@ class Factor(NamedTuple):
 
 
 def identity(size: int, like: Tensor) -> Tensor:
-    """Return the identity matrix of the dtype and on the device of another tensor."""
+    """Return the identity matrix with the dtype and device of another tensor."""
     return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def smallest_pivots(second_moments: Tensor) -> Tensor:
-    """Return the smallest variance that round-off leaves distinguishable from zero, for given second moments."""
+    """Return the smallest variances distinguishable from round-off, given second moments."""
     info = torch.finfo(second_moments.dtype)
     return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)
 
@@ -35,7 +35,7 @@ def smallest_pivots(second_moments: Tensor) -> Tensor:
 def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     """Return the lower Cholesky factor of symmetric matrices (..., D, D) and its inverse.
 
-    A matrix that rounding made indefinite is factored with the smallest pivots (..., D).
+    If round-off made a matrix indefinite, it is replaced by one with pivots of at least ``pivots`` (..., D).
     """
     if native.factorizes(matrix):
         return Factor(*native.cholesky(matrix, pivots))
@@ -60,7 +60,7 @@ def _unrolled_cholesky(matrix: Tensor, pivots: Tensor) -> Factor:
     inverse: list[list[Tensor]] = [[] for _ in range(size)]
     for i in range(size):
         entries, least = rows[i].unbind(-1), pivots[..., i]
-        # The squares of a row add up to its diagonal entry, unless rounding made the matrix indefinite.
+        # The squares of a row of the factor add up to the diagonal entry, unless round-off made the matrix indefinite.
         longest = 1.001 * torch.maximum(entries[i].detach(), least).sqrt()
         for j in range(i):
             entry = entries[j]

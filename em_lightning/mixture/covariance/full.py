@@ -23,7 +23,7 @@ def half_log_two_pi(num_features: int) -> float:
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The identity, which refuses second derivatives: those of the principal axes would be wrong."""
+    """Identity that raises for second derivatives, because those of the principal axes would be wrong."""
 
     @staticmethod
     def forward(axes: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class _OnceDifferentiable(torch.autograd.Function):
 class FullCovariance:
     """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``.
 
-    It is also the interface of the other covariance types. Inside the loop means and covariances are in the
-    coordinates of the point sets; ``s(x)`` are the features of second degree.
+    The other covariance types override these methods. In the EM loop, means and covariances are in the coordinates of
+    the point sets; ``s(x)`` are the features of second degree.
     """
 
     name = "full"
@@ -86,7 +86,7 @@ class FullCovariance:
         return torch.cat([torch.ones_like(x[:, :1]), x, self.second_degree(x)], 1)
 
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots below round-off are raised to it."""
+        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots are at least :func:`smallest_pivots`."""
         matrix = self.to_public(covariances)
         second_moment = matrix.diagonal(dim1=-2, dim2=-1)
         if means is not None:
@@ -94,7 +94,7 @@ class FullCovariance:
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
     def indefinite(self, covariances: Tensor) -> Tensor:
-        """Return whether each finite covariance is not positive definite, by more than round-off, (B, K) or (B, 1)."""
+        """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than round-off."""
         features = covariances.shape[-1]
         least = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
         failed = torch.linalg.cholesky_ex(covariances + least.diag_embed()).info != 0
@@ -125,7 +125,7 @@ class FullCovariance:
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return means and covariances of largest expected log-likelihood, ``Sigma = scatter / mass + floor I``.
+        """Return the means and covariances of the M-step, ``Sigma = scatter / mass + floor I``.
 
         Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
         """
@@ -133,7 +133,7 @@ class FullCovariance:
         return means, spread + floor[:, None, None, None] * identity(means.shape[-1], spread)
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
-        """Return the scatter (B, K, S) per mass (B, K)."""
+        """Return the scatter (B, K, S) divided by the mass (B, K)."""
         return scatter / mass.unsqueeze(-1)
 
     def pool(self, values: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ class FullCovariance:
         return values
 
     def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
-        """Return symmetric matrices (..., D, D) of their upper triangles (..., S)."""
+        """Return symmetric matrices (..., D, D) from their upper triangles (..., S)."""
         rows = pairs.split([*range(num_features, 0, -1)], -1)
         entries = [part for i, row in enumerate(rows) for part in (*(rows[j][..., i - j, None] for j in range(i)), row)]
         return torch.cat(entries, -1).unflatten(-1, (num_features, num_features))
@@ -165,7 +165,7 @@ class FullCovariance:
         return self.to_public(covariances).diagonal(dim1=-2, dim2=-1)
 
     def common_scale(self, scale: Tensor) -> Tensor:
-        """Return the nearest scale per feature (D,) by which covariances of this type stay of this type."""
+        """Return the scale per feature (D,) nearest to ``scale`` that preserves this covariance type."""
         return scale
 
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
@@ -177,11 +177,11 @@ class FullCovariance:
         return self.to_public(covariances).expand(-1, means.shape[1], -1, -1)
 
     def to_public(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of a :class:`~.mixture.Mixture` for those of the loop."""
+        """Convert covariances of the EM loop to those of a :class:`~.mixture.Mixture`."""
         return covariances
 
     def from_public(self, covariances: Tensor) -> Tensor:
-        """Return the covariances of the loop for those of a :class:`~.mixture.Mixture`."""
+        """Convert covariances of a :class:`~.mixture.Mixture` to those of the EM loop."""
         return covariances
 
     def precisions(self, covariances: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class FullCovariance:
         return inverse.mT @ inverse
 
     def precision_factors(self, covariances: Tensor) -> Tensor:
-        """Return factors ``U`` of the precisions, ``P = U U^T``, in the same shape: scikit-learn's."""
+        """Return factors ``U`` of the precisions, ``P = U U^T``, in the same shape, as in scikit-learn."""
         return self.factorize(covariances).inverse.mT
 
     def unconstrained(self, covariances: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class FullCovariance:
         return torch.cat([scale.diagonal(dim1=-2, dim2=-1).log(), scale[..., below[0], below[1]]], -1)
 
     def constrained(self, entries: Tensor, num_features: int) -> Tensor:
-        """Return the covariances of :meth:`unconstrained` entries, positive definite for any."""
+        """Return positive definite covariances for any entries; the inverse of :meth:`unconstrained`."""
         factor = entries[..., :num_features].exp().diag_embed()
         below = _below_diagonal(factor)
         factor[..., below[0], below[1]] = entries[..., num_features:]
@@ -211,8 +211,8 @@ class FullCovariance:
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
 
-        Where variances are equal, as they are at the floor, the axes are those of the second moments (B, K, D, D) of
-        the neighbours, and not of rounding errors.
+        If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbours determine
+        the axes; otherwise round-off would.
         """
         least = smallest_pivots(self.pool(means.square()).amax(-1, keepdim=True))
         own = self.to_public(covariances)
@@ -232,7 +232,7 @@ class FullCovariance:
         return step @ (covariances - least) @ step.mT + least
 
     def pairs(self, matrix: Tensor) -> Tensor:
-        """Return the entries (..., S) of symmetric matrices (..., D, D) that this type has: upper triangles."""
+        """Return the entries (..., S) of symmetric matrices (..., D, D) that this type uses: upper triangles."""
         i, j = torch.triu_indices(matrix.shape[-1], matrix.shape[-1], device=matrix.device)
         return matrix[..., i, j]
 

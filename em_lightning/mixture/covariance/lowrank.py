@@ -15,7 +15,7 @@ _STEPS, _INITIAL_STEPS = 4, 40
 class LowRankCovariance(FullCovariance):
     r"""Covariances ``Sigma = U U^T + Psi`` with ``U (D, R)`` and a diagonal ``Psi``: a mixture of factor analyzers.
 
-    The loop works on ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full covariances. The
+    The EM loop stores ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full covariances. The
     sufficient statistics, and therefore the cost, are those of full covariances. Given the sample covariance ``S`` of a
     component, the M-step takes a few steps of EM for factor analysis,
 
@@ -79,7 +79,7 @@ class LowRankCovariance(FullCovariance):
         return self._climb(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return ``diag(variance)`` for every component, half of the first R variances in ``U``."""
+        """Return ``diag(variance)`` for every component, with half of the first R variances in ``U``."""
         root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
         share = 0.5**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
         loadings = root.unsqueeze(-1) * share
@@ -90,7 +90,7 @@ class LowRankCovariance(FullCovariance):
         return covariances * ratio.sqrt()[..., None, None]
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return ``G U`` with ``G = axes exp(stretch) axes^T``, and ``Psi`` times the square of its diagonal."""
+        """Return ``G U`` and ``diag(G)^2 Psi``, at least the floor, with ``G = axes exp(stretch) axes^T``."""
         step = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
         root = covariances[..., -1] * step.diagonal(dim1=-2, dim2=-1)
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
