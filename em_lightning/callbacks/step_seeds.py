@@ -14,14 +14,14 @@ from torch.utils.data import RandomSampler
 class StepSeeds(lightning.Callback):
     """Seeds PyTorch's generators at every training step, so that a resumed run draws the same random numbers.
 
-    Checkpoints do not store the state of generators: after a resume, dropout, noise and augmentation continue with
-    other numbers. With this callback the numbers of a step depend only on (seed, rank, epoch, batch), and the order of
-    a shuffling ``DataLoader`` only on the epoch. Such a loader cannot start in the middle of an epoch: resume from
-    a checkpoint at its end.
+    Checkpoints do not store the state of generators, so dropout, noise and augmentation draw other numbers after a
+    resume. With this callback the numbers of a step depend only on (seed, rank, epoch, batch), and the order of a
+    shuffling ``DataLoader`` only on (seed, rank, epoch). Such a loader cannot start in the middle of an epoch: resume
+    from a checkpoint saved at the end of an epoch.
 
     Args:
         seed: at least 0; by default PyTorch's seed when the fit starts, as set by ``lightning.seed_everything``. A
-            resumed run uses that of its checkpoint.
+            resumed run uses the seed of its checkpoint.
 
     Raises:
         ValueError: ``seed`` is negative.
@@ -51,7 +51,7 @@ class StepSeeds(lightning.Callback):
         self._base, self._epoch = state_dict["seed"], state_dict["epoch"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Seed the order of the first epoch, whose iterator Lightning makes before any hook of training."""
+        """Seed the order of the first epoch, whose iterator Lightning creates before the training hooks."""
         if self._base is None:
             self._base = torch.initial_seed() if self.seed is None else self.seed
         self._reseed(trainer, self._epoch, 0)
@@ -71,14 +71,14 @@ class StepSeeds(lightning.Callback):
         self._reseed(trainer, trainer.current_epoch, batch_idx + 1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the epoch as finished after its last batch, for a checkpoint that is saved now."""
+        """Count the epoch as finished after its last batch, for checkpoints saved at its end."""
         self._epoch = trainer.current_epoch + trainer.is_last_batch
 
     def _seed_samplers(self, trainer: Any) -> None:
-        """Give each sampler the numbers that it draws from PyTorch's generator if the loader has worker processes.
+        """Seed each sampler, so that the order is the same with and without worker processes.
 
-        These draw the order as soon as there is an iterator, which for the first epoch is right after on_fit_start, and
-        after one other number, the base of the workers' seeds.
+        With worker processes the order is drawn from PyTorch's generator when the iterator is created (for the first
+        epoch right after on_fit_start), after one other number, the base seed of the workers.
         """
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             sampler: Any = getattr(loader, "sampler", None)

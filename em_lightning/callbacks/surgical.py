@@ -26,7 +26,7 @@ from em_lightning.surgery import (
 from em_lightning.surgery.owners import untrained_parameters
 from em_lightning.surgery.select import described
 
-# By name, as lightning and pytorch_lightning have one each.
+# Compared by name, because the packages lightning and pytorch_lightning each define these classes.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -34,11 +34,11 @@ class SurgicalCallback(Callback):
     """Base class of callbacks that modify the model before its optimizers are built; a subclass implements ``apply``.
 
     If the model builds layers in ``setup`` or ``configure_model``, the surgery is applied again after them. It remains
-    after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its plan and
-    do not load into a model without it.
+    after the run, because its parameters are trained; ``callback.surgery.undo()`` undoes it. Checkpoints store its
+    plan, and loading one into a model without the surgery raises an error.
 
-    ``settings`` are the arguments of the subclass. ``surgery`` is also that of an earlier callback with the same
-    settings, and None before the first run.
+    ``settings`` are the arguments of the subclass. ``surgery`` is None before the first run; a callback whose settings
+    equal those of an earlier one has the same surgery.
     """
 
     def __init__(self, verbose: bool = True, **settings: Any) -> None:
@@ -93,7 +93,7 @@ class SurgicalCallback(Callback):
         """Check that an optimizer trains every added parameter, except in target networks and other copies.
 
         Raises:
-            ValueError: no optimizer trains one.
+            ValueError: no optimizer trains an added parameter.
         """
         missing = untrained_parameters(pl_module, trainer.optimizers)
         if trainer.optimizers and missing:
@@ -112,7 +112,7 @@ class SurgicalCallback(Callback):
 
 
 def _overrides(module: Any, name: str) -> bool:
-    # by name, as lightning and pytorch_lightning each have a LightningModule
+    # compared by name, because the packages lightning and pytorch_lightning each define a LightningModule
     base = next((cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule"), None)
     return base is not None and (name in vars(module) or getattr(type(module), name) is not getattr(base, name))
 
@@ -155,7 +155,7 @@ class SwapActivations(SurgicalCallback):
         super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
-        """Swap what matches."""
+        """Swap the matching activations."""
         swap_activations(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
@@ -191,7 +191,7 @@ class InsertEMOperator(SurgicalCallback):
         super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
-        """Insert where it matches."""
+        """Insert operators behind the matching layers."""
         insert_em_operators(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
@@ -201,8 +201,8 @@ class RestoreSurgery(SurgicalCallback):
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
 
     Args:
-        path: the checkpoint with the plan, the one that is given to the Trainer as ``ckpt_path``.
-        weights_only: False loads a checkpoint that you trust with objects of any class, as in the Trainer's methods.
+        path: the checkpoint with the plan; give the Trainer the same one as ``ckpt_path``.
+        weights_only: False loads objects of any class, as in the Trainer's methods; only for trusted checkpoints.
 
     Raises:
         ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model
