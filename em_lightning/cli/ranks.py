@@ -11,7 +11,7 @@ _PARENT = "EM_LIGHTNING_PARENT"
 
 
 def leave_process_group() -> None:
-    """Destroy the process group that Lightning leaves open: it may abort the process at exit (pytorch#190489)."""
+    """Destroy the process group that Lightning leaves open: it may abort the process (pytorch/pytorch#190489)."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

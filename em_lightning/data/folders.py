@@ -31,7 +31,7 @@ class PointCloudFolder(PointCloudDataModule):
         root: the folder, a zip archive of it, or the URL of one, which is kept in ~/.cache/em_lightning.
         sha256: hash of an archive that is downloaded; ``None`` does not verify it.
         val_fraction: fraction of the files for validation; 0 validates on other points of the training files.
-        test_fraction: fraction of the files for the test; 0 tests on other points of the same files.
+        test_fraction: fraction of the files for the test; 0 tests on other points of all files.
         clouds_per_file: clouds per training file and epoch.
         eval_clouds_per_file: clouds per validation and test file.
         pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``.
