@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) -> None:
-    """Write a file atomically: to ``<name>.partial`` in its folder, flushed to disk, then renamed.
+    """Write a file atomically: write ``<name>.partial`` in the same folder, flush it to disk and rename it.
 
     Raises:
         OSError: the file cannot be written, for instance because the disk is full; the old file is kept.

@@ -17,18 +17,18 @@ from em_lightning.surgery.select import described
 class LayerwiseEMLoss(Callback):
     """Adds an EM loss of chosen layers to the loss that ``training_step`` returns.
 
-    In manual optimization the loss of a layer is added to the first ``manual_backward`` of a loss that depends on the
-    layer. With several optimizers it belongs to the one that owns the layer's parameters, or to number ``optimizer``:
-    it is added to losses that reach these, and trains nothing else. The model's own logs do not include it: it is
-    logged as ``em/<layer>/<term>``, with the weight. Schedules and ``every`` count batches, and checkpoints store their
-    number and the state of ``weight="auto"``.
+    In manual optimization the EM loss of a layer is added to the loss of the first ``manual_backward`` that depends on
+    the layer. With several optimizers it trains only the parameters of the layer's own optimizer, or of number
+    ``optimizer``, and is added only to losses that depend on them. The model's own logs do not include it; its terms
+    and its weight are logged as ``em/<layer>/<term>``. Schedules and ``every`` count batches. Checkpoints store the
+    number of batches and the state of ``weight="auto"``.
 
     Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains the other arguments.
 
     Raises:
         NoMatchError: when the fit starts, if nothing matches; the message lists the modules of the model.
-        RuntimeError: in a step, or with several optimizers after an epoch, if a layer's loss was not added to any
-            backward pass.
+        RuntimeError: after a step, or with several optimizers after an epoch, if the EM loss of a layer was added to
+            no loss.
         ValueError: when the fit starts, if several optimizers or none own the parameters of a layer.
 
     Example:
@@ -107,7 +107,7 @@ class LayerwiseEMLoss(Callback):
             return result
 
         def manual_backward(proceed: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with losses.taps.switched(on=False):  # checkpointed layers are run again
+            with losses.taps.switched(on=False):  # the backward pass runs checkpointed layers again
                 return proceed(add_layer_losses(loss), *args, **kwargs)
 
         self._undos = [wrap(pl_module, "training_step", training_step)]
@@ -119,7 +119,7 @@ class LayerwiseEMLoss(Callback):
         self._batch += 1
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Check that every layer had its loss in the epoch."""
+        """With several optimizers, check that the EM loss of every layer was added in the epoch."""
         if self.losses is not None and len(trainer.optimizers) > 1:
             self.losses.check_all_added()
             self.losses.reset()

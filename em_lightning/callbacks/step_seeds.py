@@ -14,14 +14,14 @@ from torch.utils.data import RandomSampler
 class StepSeeds(lightning.Callback):
     """Seeds PyTorch's generators at every training step, so that a resumed run draws the same random numbers.
 
-    Checkpoints do not store the state of generators: after a resume, dropout, noise and augmentation continue with
-    other numbers. With this callback the numbers of a step depend only on (seed, rank, epoch, batch), and the order of
-    a shuffling ``DataLoader`` only on the epoch. Such a loader cannot start in the middle of an epoch: resume from
-    a checkpoint at its end.
+    Checkpoints do not store the state of generators, so dropout, noise and augmentation draw other numbers after a
+    resume. With this callback the numbers of a step depend only on (seed, rank, epoch, batch), and the order of a
+    shuffling ``DataLoader`` only on (seed, rank, epoch). Such a loader cannot start in the middle of an epoch: resume
+    from a checkpoint saved at the end of an epoch.
 
     Args:
         seed: at least 0; by default PyTorch's seed when the fit starts, as set by ``lightning.seed_everything``. A
-            resumed run uses that of its checkpoint.
+            resumed run uses the seed of its checkpoint.
 
     Raises:
         ValueError: ``seed`` is negative.
@@ -71,7 +71,7 @@ class StepSeeds(lightning.Callback):
         self._reseed(trainer, trainer.current_epoch, batch_idx + 1)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the epoch as finished after its last batch, for a checkpoint that is saved now."""
+        """Count the epoch as finished after its last batch, for checkpoints saved at its end."""
         self._epoch = trainer.current_epoch + trainer.is_last_batch
 
     def _seed_samplers(self, trainer: Any) -> None:

@@ -26,7 +26,7 @@ from em_lightning.surgery import (
 from em_lightning.surgery.owners import untrained_parameters
 from em_lightning.surgery.select import described
 
-# By name, as lightning and pytorch_lightning have one each.
+# Compared by name, because the packages lightning and pytorch_lightning each define these classes.
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
@@ -34,8 +34,8 @@ class SurgicalCallback(Callback):
     """Base class of callbacks that modify the model before its optimizers are built; a subclass implements ``apply``.
 
     If the model builds layers in ``setup`` or ``configure_model``, the surgery is applied again after them. It remains
-    after the run, as its parameters are trained: ``callback.surgery.undo()`` undoes it. Checkpoints store its plan and
-    do not load into a model without it.
+    after the run, because its parameters are trained; ``callback.surgery.undo()`` undoes it. Checkpoints store its
+    plan, and loading one into a model without the surgery raises an error.
 
     ``settings`` are the arguments of the subclass. ``surgery`` is None before the first run. Callbacks of the same
     settings share one surgery of a model.
@@ -93,7 +93,7 @@ class SurgicalCallback(Callback):
         """Check that an optimizer trains every added parameter, except in target networks and other copies.
 
         Raises:
-            ValueError: no optimizer trains one.
+            ValueError: no optimizer trains an added parameter.
         """
         missing = untrained_parameters(pl_module, trainer.optimizers)
         if trainer.optimizers and missing:
@@ -153,7 +153,7 @@ class SwapActivations(SurgicalCallback):
         super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
-        """Swap what matches."""
+        """Swap the matching activations."""
         swap_activations(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
@@ -186,7 +186,7 @@ class InsertEMOperator(SurgicalCallback):
         super().__init__(verbose, **_merged(own, arguments))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
-        """Insert where it matches."""
+        """Insert operators behind the matching layers."""
         insert_em_operators(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
@@ -196,8 +196,8 @@ class RestoreSurgery(SurgicalCallback):
     Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
 
     Args:
-        path: the checkpoint with the plan, the one that is given to the Trainer as ``ckpt_path``.
-        weights_only: False loads a checkpoint that you trust with objects of any class, as in the Trainer's methods.
+        path: the checkpoint with the plan; give the Trainer the same one as ``ckpt_path``.
+        weights_only: False loads objects of any class, as in the Trainer's methods; only for trusted checkpoints.
 
     Raises:
         ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model

@@ -13,14 +13,14 @@ from em_lightning.surgery import set_temperature
 class TemperatureSchedule(Callback):
     r"""Changes the temperature of competitions and activations from one value to another.
 
-    With s = min(step / steps, 1): "exponential" :math:`T_0^{1-s} T_1^s`, "linear" :math:`(1-s) T_0 + s T_1`, "cosine"
-    :math:`c T_0 + (1-c) T_1` with :math:`c = (1 + \cos \pi s) / 2`. The value is logged as ``em/temperature`` and part
-    of the model's checkpoints. A model under ``torch.compile`` is recompiled for each value.
+    With s = min(step / steps, 1) the value is :math:`T_0^{1-s} T_1^s` ("exponential"), :math:`(1-s) T_0 + s T_1`
+    ("linear") or :math:`c T_0 + (1-c) T_1` with :math:`c = (1 + \cos \pi s) / 2` ("cosine"). It is logged as
+    ``em/temperature`` and stored in the model's checkpoints. A compiled model is recompiled for each value.
 
     Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 
     Args:
-        steps: number of optimizer steps from start to end.
+        start, end, steps: T_0, T_1 and the number of optimizer steps from one to the other.
         where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:

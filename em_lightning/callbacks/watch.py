@@ -21,29 +21,29 @@ from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
-_MAX_ITEMS = 64  # of a batch, for the curvature
+_MAX_ITEMS = 64  # items of a batch of which the curvature is computed
 
 
 class PosteriorMonitor(Callback):
-    r"""Logs how the units of layers compete: metrics, and a histogram of responsibilities.
+    r"""Logs metrics and a histogram of the responsibilities of layers.
 
-    The output d of a layer is read as energies, and the responsibilities are their softmin. In training the metrics are
-    those of one batch in ``every_n_steps``, logged as ``em/<layer>/<metric>``; in validation and test those of the
-    whole set over all ranks, as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's also get a histogram
+    The output d of a layer is read as energies, and the responsibilities are their softmin. In training the metrics of
+    every ``every_n_steps``-th batch are logged as ``em/<layer>/<metric>``; in validation and test those of the whole
+    set over all ranks are logged as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's also get a histogram
     of the last batch. A layer that cannot be measured is skipped with a warning, and the run continues.
 
     In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
-    T = 1 over 64 items of this rank's batch; and with ``loss`` over the global batch the ``dominance``
+    T = 1 for at most 64 items of this rank's batch. With ``loss`` it logs, for the global batch, the ``dominance``
     :math:`\|\partial L_\text{task} / \partial d\| / \|\partial L_\text{EM} / \partial d\|` and the ``cosine`` of the
-    two gradients. The task's loss is that of ``training_step``, in manual optimization that of the first
-    ``manual_backward`` that depends on the layer, without the losses of :class:`LayerwiseEMLoss`.
+    two gradients. The task's loss is the result of ``training_step``, or in manual optimization the loss of the
+    first ``manual_backward`` that depends on the layer. It does not include the losses of :class:`LayerwiseEMLoss`.
 
     Without a Trainer: :func:`em_lightning.metrics.layer_metrics`.
 
     Args:
         where: the layers: a class, a name pattern, a predicate, or a list of these.
-        dim: the axis of the units; "auto" takes that which the layer's type defines, and otherwise decides at the
-            first batch: the one of axes 1 and -1 that has the width of the layer.
+        dim: the axis of the units; "auto" takes the axis that the layer's type defines, or else, at the first batch,
+            the one of axes 1 and -1 whose size is the width of the layer.
         every_n_steps: training batches between two measurements.
         loss: the EM loss whose gradient is compared with that of the task.
         verbose: whether to print a line per layer at the first batch.
@@ -88,7 +88,7 @@ class PosteriorMonitor(Callback):
         self._stop()
         verbose = self.verbose and not self._axes
         self._taps = Taps(pl_module, self.where, self.tap, self.dim, verbose=verbose, skip=self._skip)
-        self._taps.axes.update(self._axes)  # as decided at the first batch
+        self._taps.axes.update(self._axes)  # keep the axes that the first batch decided
         self._axes = self._taps.axes
 
     def _stop(self) -> None:
@@ -142,7 +142,7 @@ class PosteriorMonitor(Callback):
         for path, energies in self._last.items():
             try:
                 self._log(trainer, pl_module, prefix, path, energies)
-            except Exception as error:  # a logger may raise any kind
+            except Exception as error:  # loggers raise exceptions of any class
                 self._skip(path, error)
         self._stop()
 
@@ -162,20 +162,20 @@ class PosteriorMonitor(Callback):
             writer.add_histogram(f"{prefix}/{path}/responsibilities", responsibilities, trainer.global_step)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Wrap ``training_step`` before :class:`LayerwiseEMLoss` does, to see the loss of the task alone."""
+        """Wrap ``training_step`` before :class:`LayerwiseEMLoss` does, to get the loss without EM losses."""
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = proceed(*args, **kwargs)
             if self._taps is not None and pl_module.automatic_optimization and result is not None:
                 self._update(result if isinstance(result, Tensor) else result["loss"])
-                self._taps.recording = False  # checkpointed layers are run again
+                self._taps.recording = False  # the backward pass runs checkpointed layers again
             return result
 
         if stage == "fit" and self.loss is not None:
             self._undos.append(wrap(pl_module, "training_step", training_step))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Wrap ``manual_backward`` after :class:`LayerwiseEMLoss` did, to see the loss of the task alone."""
+        """Wrap ``manual_backward`` after :class:`LayerwiseEMLoss` did, to get the loss without EM losses."""
 
         def manual_backward(proceed: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._taps is None:
@@ -194,12 +194,12 @@ class PosteriorMonitor(Callback):
             self._start(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the batch."""
+        """Log the metrics of the batch."""
         self._update()
         self._report(trainer, pl_module, "em")
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start to collect, but not in the sanity check, whose few batches are no set to report."""
+        """Start to collect, except in the sanity check, which runs only a few batches."""
         if not trainer.sanity_checking:
             self._start(pl_module)
 
@@ -208,7 +208,7 @@ class PosteriorMonitor(Callback):
         self._update()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the set."""
+        """Log the metrics of the whole set."""
         self._report(trainer, pl_module, "em_test" if trainer.testing else "em_val")
 
     on_test_epoch_start = on_validation_epoch_start
@@ -226,10 +226,10 @@ class PosteriorMonitor(Callback):
 
 
 class EMAudit(Callback):
-    """Prints, at the first training batch, where EM is found in the model; TensorBoard gets the table as text.
+    """Prints the audit of the model at the first training batch, and logs the table as text to TensorBoard.
 
-    Without a Trainer: :func:`em_lightning.audit`. It runs ``training_step`` once more, on a copy of the model's state,
-    in eval mode and without its logs. If anything fails, the callback warns and the run continues.
+    Without a Trainer: :func:`em_lightning.audit`. The audit runs ``training_step`` once more, on a copy of the model's
+    state, in eval mode and without its logs. If anything fails, the callback warns and the run continues.
 
     ``audit`` holds the findings after the first batch; it is empty if the audit failed.
     """
@@ -251,7 +251,7 @@ class EMAudit(Callback):
             for logger in trainer.loggers if trainer.is_global_zero else ():
                 if hasattr(logger.experiment, "add_text"):
                     logger.experiment.add_text("em/audit", table, trainer.global_step)
-        except Exception as error:  # a model may raise any kind outside of the Trainer's loop, and so may a logger
+        except Exception as error:  # models and loggers raise exceptions of any class
             rank_zero_warn(
                 f"EMAudit has no table: the audit raised {type(error).__name__}: {error}. Training continues; "
                 f"call em_lightning.audit with run=..., or on a part of the model"

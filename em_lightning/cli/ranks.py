@@ -11,7 +11,7 @@ _PARENT = "EM_LIGHTNING_PARENT"
 
 
 def leave_process_group() -> None:
-    """Destroy the process group that Lightning leaves open: a process may abort at its end (pytorch/pytorch#190489)."""
+    """Destroy the process group that Lightning leaves open: it may abort the process (pytorch/pytorch#190489)."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
@@ -19,10 +19,10 @@ def leave_process_group() -> None:
 
 
 def end_with_parent(seconds: float = 1.0) -> None:
-    """Make this process exit when its parent has ended, if that is the first of several ranks, or a run of seeds.
+    """Make this process exit when its parent has ended, if the parent is an em-lightning process that called this.
 
-    Lightning ends the first rank when another one fails, but not the reverse: a rank whose first rank is killed before
-    they are connected would wait for half an hour. ``torchrun`` and SLURM end all ranks.
+    Lightning ends rank 0 when another rank fails, but not the reverse: if rank 0 is killed before the ranks are
+    connected, the others would wait for half an hour. ``torchrun`` and SLURM end all ranks.
     """
     parent = os.environ.get(_PARENT)
     os.environ[_PARENT] = str(os.getpid())  # inherited by the processes that this one starts

@@ -43,9 +43,9 @@ class Recipe:
     Args:
         script: ``__file__`` of the script. Its default config has the same name with the suffix ``.yaml`` and lies
             beside the script or else in the folder of configs.
-        report: a callback class that measures at the end of the fit, configured under the key ``report``.
+        report: class of the callback that measures at the end of the fit, configured under the key ``report``.
         data_to_model: attributes of the data that are passed to the model, such as ``"num_features"``.
-        model_subclasses: whether ``--model`` names a subclass of ``model``; and so for ``data``.
+        model_subclasses, data_subclasses: whether ``--model`` and ``--data`` name subclasses of ``model`` and ``data``.
         threads: number of threads of PyTorch; ``None`` keeps PyTorch's default.
     """
 
@@ -65,7 +65,7 @@ class Recipe:
         sys.exit(main(["run", self.script, *sys.argv[1:]]))
 
     def fit(self, args: Sequence[str]) -> None:
-        """Describe the data in one line and train, with the arguments of a LightningCLI."""
+        """Print a line on the data and one on the model, then train; ``args`` are those of a LightningCLI."""
         cli = self.prepare(args)
         if cli.trainer.is_global_zero:
             cli.datamodule.prepare_data()
@@ -110,7 +110,7 @@ class RecipeCLI(LightningCLI):
             args=list(args),
             parser_kwargs={
                 "allow_abbrev": False,
-                "default_env": True,  # PL_TRAINER__MAX_EPOCHS=3
+                "default_env": True,  # environment variables, such as PL_TRAINER__MAX_EPOCHS=3
                 "exit_on_error": False,
                 "default_config_files": [str(config_of(self.script))],
                 "prog": f"em-lightning run {self.script.stem}",

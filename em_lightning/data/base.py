@@ -40,7 +40,7 @@ def download(url: str, path: Path, known_hash: str | None, remedy: str) -> None:
 class SplitDataModule(lightning.LightningDataModule):
     """A LightningDataModule whose loaders all come from :meth:`loader`; prediction uses the test split.
 
-    Subclasses are dataclasses; their integers must be at least 1, or 0 for those in ``may_be_zero``.
+    Subclasses are dataclasses; integer fields must be at least 1, or at least 0 if ``may_be_zero`` names them.
 
     Args:
         seed: seed of the random data and of the order of training items, at least 0.
@@ -86,7 +86,7 @@ class SplitDataModule(lightning.LightningDataModule):
 
 
 class RankLoader:
-    """Base class of loaders that cut batches themselves; the order of an epoch is a function of (seed, epoch)."""
+    """Base class of loaders that form batches themselves; the order of an epoch is a function of (seed, epoch)."""
 
     batch_sampler = None
 
@@ -101,7 +101,7 @@ class RankLoader:
 
     @property
     def sampler(self) -> RankLoader:
-        """This loader: Lightning calls ``set_epoch`` of the attribute ``sampler``, as of a ``DataLoader``."""
+        """This loader, because Lightning calls ``set_epoch`` on the ``sampler`` of a loader."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -117,8 +117,8 @@ class RankLoader:
 class RandomDataset(Dataset[Any]):
     """Random items: an item is a function of (seed, split, epoch, index), independent of workers and ranks.
 
-    The key of an item is its index, which means epoch 0, or (epoch, index) from :class:`EpochSampler`. ``draw`` returns
-    an item, given its index and a source of randomness.
+    The key of an item is (epoch, index), as :class:`EpochSampler` yields it, or an index, which means epoch 0.
+    ``draw(index, generator)`` returns an item.
     """
 
     def __init__(self, draw: Callable[[int, torch.Generator], Any], size: int, split: str, seed: int = 0) -> None:
@@ -141,6 +141,6 @@ class EpochSampler(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator reads the epoch at the first item: a resumed run creates the iterator before it sets the epoch.
+        # self.epoch is read at the first item, because a resumed run creates the iterator before it sets the epoch.
         for index in super().__iter__():
             yield self.epoch, index

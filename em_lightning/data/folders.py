@@ -28,15 +28,15 @@ class PointCloudFolder(PointCloudDataModule):
     Hidden files are skipped, and text files without a row of three numbers, such as README.txt, with a warning.
 
     Args:
-        root: the folder, a zip archive of it, or the address of an archive, kept in ~/.cache/em_lightning.
+        root: the folder, a zip archive of it, or the URL of one, which is kept in ~/.cache/em_lightning.
         sha256: hash of an archive that is downloaded; ``None`` does not verify it.
-        val_fraction: fraction of the files for validation; 0 draws other points from the training files.
-        test_fraction: fraction of the files for the test, in the same way.
+        val_fraction: fraction of the files for validation; 0 validates on other points of the training files.
+        test_fraction: fraction of the files for the test; 0 tests on other points of all files.
         clouds_per_file: clouds per training file and epoch.
         eval_clouds_per_file: clouds per validation and test file.
         pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``.
         drop_non_finite: whether to drop points with NaN or infinite coordinates, instead of raising.
-        held_out_classes: number of classes, drawn by the seed, that occur in the test only; the test has no others.
+        held_out_classes: number of classes, drawn by the seed, that only the test split has; it has no others.
 
     Raises:
         ValueError: an argument is out of range, ``root`` is neither a folder nor an archive, a split has no files, or a
@@ -155,7 +155,7 @@ def _class_of(name: str) -> str:
 
 
 def _hold_out(names: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Return a fraction of the files and the rest; both are all files if there are fewer than three or it is 0."""
+    """Return a fraction of the files and the rest; all files twice if they are fewer than 3 or the fraction is 0."""
     if len(names) < 3 or not fraction:
         return names, names
     order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())

@@ -36,9 +36,9 @@ class TensorBatches(RankLoader):
     Args:
         tensors: tensors of equal length N along their first axis. uint8 is converted to float32 in [0, 1].
         batch_size: items per batch and rank; the last batch may have fewer.
-        shuffle, num_replicas, rank, seed: as of :class:`torch.utils.data.DistributedSampler`.
-        draw: a function that returns a batch, given its tensors and its key (epoch, or 0 without ``shuffle``; rank;
-            number of the batch).
+        shuffle, num_replicas, rank, seed: as in :class:`torch.utils.data.DistributedSampler`.
+        draw: a function ``draw(tensors, epoch, rank, number)`` that returns a batch, given its tensors, the epoch (0
+            without ``shuffle``), the rank and the number of the batch.
 
     Raises:
         ValueError: the lengths differ, or there are fewer items than ranks.
@@ -103,7 +103,7 @@ class TensorDataModule(SplitDataModule):
         batch_size: items per training batch and rank; the last batch of an epoch may have fewer.
         eval_batch_size: items per batch of validation, test and prediction.
         val_size: number of training items for validation, a fixed random choice. 0 validates on the test items, as the
-            published tables do; do not select models by it.
+            published tables do; do not select models by that score.
 
     Raises:
         ValueError: an argument is out of range.
@@ -192,7 +192,7 @@ class Digits(TensorDataModule):
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """Read the array of an IDX file of uint8, also compressed by gzip; raises ValueError if it is damaged."""
+    """Read a uint8 IDX file, which may be compressed by gzip; raise ValueError if it is damaged."""
     data = Path(path).read_bytes()
     try:
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -211,7 +211,7 @@ class MNIST(TensorDataModule):
 
     Args:
         root: folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k`` files, with or
-            without the ending ``.gz``. ``None`` downloads MNIST to ~/.cache/em_lightning and verifies its MD5.
+            without the suffix ``.gz``. ``None`` downloads MNIST to ~/.cache/em_lightning and verifies its MD5.
 
     Raises:
         ValueError: a file is missing or damaged, or images and labels do not match.

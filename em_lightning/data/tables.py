@@ -1,4 +1,4 @@
-"""Large tables of numbers: in memory, in .npy files or in shards; their blocks of rows and LightningDataModules."""
+"""Large numeric tables in memory or .npy files, loaders of blocks of their rows, and LightningDataModules."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class TableBatch(NamedTuple):
 
 
 class Table:
-    """The rows of an array, or of several shards one after the other, read on demand.
+    """The rows of an array, or of several concatenated shards, read on demand.
 
-    Files are memory-mapped during a read only, so the memory of the process does not grow. float32 and float64 keep
-    their type; other types are converted to the smaller of these that represents them.
+    Files are memory-mapped only during a read, so the memory of the process does not grow. They are read as float32, or
+    float64 if float32 cannot represent their type. Tensors that are not floating-point get the default dtype.
 
     Args:
         source: a tensor or array, the path of an ``.npy`` file, or a folder of ``.npy`` shards, read in the order of
@@ -120,19 +120,19 @@ class Table:
 class TableBlocks(RankLoader):
     """A loader of contiguous blocks of a table, divided among ranks.
 
-    With N rows, W ranks and blocks of b rows, each rank has ``ceil(N / (W b))`` blocks. All rows are used once, and the
+    With N rows and W ranks, each rank has ``min(ceil(N / (W b)), N // W)`` blocks. All rows are used once, and the
     sizes of blocks differ by at most one row. A resumed loader continues after the last block it returned.
 
     Args:
         table: the points.
-        weights: a column of as many rows.
-        block_rows: b.
+        weights: a column with as many rows as the table.
+        block_rows: b, the intended number of rows per block.
         shuffle: whether to draw a new order of the blocks in every epoch, a function of (seed, epoch). Rows are not
             shuffled within blocks: shuffle an ordered table when writing it.
         num_replicas, rank, seed: W, the rank of this process, and the seed of the order.
 
     Raises:
-        ValueError: the weights do not fit the rows, are negative or NaN, or there are fewer rows than ranks.
+        ValueError: the number of weights is wrong, a weight is negative or NaN, or there are fewer rows than ranks.
 
     Example:
         >>> [len(batch.points) for batch in TableBlocks(Table(torch.zeros(10, 2)), block_rows=4)]
@@ -223,7 +223,7 @@ class TabularDataModule(SplitDataModule):
         super().__post_init__()
         self.tables: dict[str, Table] = {}
         if self.held_out is None:
-            # Lightning skips validation if this is the method of its own class, and warns of an empty list.
+            # Lightning skips validation if the method is that of LightningDataModule; for an empty list it warns.
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
@@ -297,7 +297,7 @@ class GaussianBlobs(TabularDataModule):
         self.path = None if self.folder is None else Path(self.folder) / name
 
     def truth(self) -> Mixture:
-        """Return the mixture that rows are drawn from, one set in float64."""
+        """Return the mixture from which the rows are drawn, one set in float64."""
         generator = torch.Generator().manual_seed(self.seed)
         size, features = self.true_components, self.num_features
         options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}

@@ -19,7 +19,7 @@ class Float64Metric(Metric):
 
     is_differentiable = False
     full_state_update = False
-    _add_state: Callable[..., None]  # adds states of other items to the own
+    _add_state: Callable[..., None]  # adds the states of another metric
 
     def _apply(self, fn: Callable, exclude_state: Any = "") -> Any:
         # Overridden as in torchmetrics itself: there is no public hook, and `.to("mps")` of a float64 state raises.
@@ -34,7 +34,7 @@ class Float64Metric(Metric):
             raise TypeError(f"incoming_state must be a {type(self).__name__} or its metric_state, got {kind}")
         state = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
         self._add_state(**state)
-        self._computed = None  # torchmetrics would return its last result
+        self._computed = None  # torchmetrics would return the cached result
         self._update_count = max(self._update_count, 1)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -74,7 +74,7 @@ class UnitMoments(Float64Metric):
     """
 
     moments: Tensor
-    # The size of the state is known at the first update, so torchmetrics cannot add an empty state to a full one.
+    # The size of the state is unknown before the first update, so torchmetrics cannot add an empty state to a full one.
     full_state_update = True
 
     def __init__(self, dim: int = -1, **kwargs: Any) -> None:
@@ -136,5 +136,5 @@ def _pad(moments: list[Tensor]) -> list[Tensor]:
 
 
 def _gather_padded(moments: Tensor, group: Any = None) -> list[Tensor]:
-    """Gather the moments of all ranks; those of a rank without items are empty and become zeros."""
+    """Gather the moments of all ranks; the empty moments of a rank without items are padded with zeros."""
     return _pad(gather_all_tensors(moments, group))

@@ -38,7 +38,7 @@ class DeadUnits(UnitMoments):
     Args:
         threshold: the variance below which a unit is dead; a constant unit is always dead.
         relative: whether the threshold is a fraction of the mean variance of the units, for comparing activations of
-            different scale.
+            different scales.
 
     Example:
         >>> metric = DeadUnits()
@@ -118,9 +118,9 @@ class EffectiveRank(UnitMoments):
 
 
 def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
-    """Return the metrics of a competitive layer, to be updated with its energies after the activation.
+    """Return the metrics of a competitive layer, to be updated with its energies.
 
-    The four that need the moments of the units share one state.
+    The four metrics that are computed from the moments of the units share one state.
 
     Keyword arguments are those of :class:`torchmetrics.MetricCollection`, for instance ``prefix``.
 

@@ -1,4 +1,4 @@
-"""Metrics of mixtures and posteriors: log-likelihood, effective and dead components, decisiveness."""
+"""Metrics of mixtures and posteriors: log-likelihood, effective and dead components, entropy, maximum."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MixtureLogLikelihood(MeanOfItems):
     higher_is_better = True
 
     def update(self, log_prob: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Add log-likelihoods of any shape, such as (B, N) from ``Mixture.log_prob``; mask and weights have it too."""
+        """Add log-likelihoods, such as (B, N) from ``Mixture.log_prob``; mask and weights have the same shape."""
         self._add(log_prob, mask, weights)
 
 

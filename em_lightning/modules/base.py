@@ -24,8 +24,8 @@ class EMModule(lightning.LightningModule):
     """Base class with optimizer, schedule, logging and metrics; a subclass defines ``forward`` and ``step``.
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
-    term is logged as ``<stage>/<name>``. In the stages ``val`` and ``test`` it is the mean over the epoch and all
-    ranks. In ``train`` it is the value of the batch, every ``log_every_n_steps`` and at the end of an epoch. Metrics
+    term is logged as ``<stage>/<name>``. In the stages ``val`` and ``test`` the mean over the epoch and all ranks
+    is logged; in ``train`` the value of a batch, every ``log_every_n_steps`` and at the end of an epoch. Metrics
     given to :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step`` updates
     them.
 
@@ -34,8 +34,8 @@ class EMModule(lightning.LightningModule):
         schedule: ``"one_cycle"`` warms up and anneals to zero over the run; ``"constant"`` keeps the rate.
         weight_decay: decoupled weight decay.
         skip_gradients_above: largest norm of the gradient; optimizer steps with a larger or non-finite norm are
-            skipped. ``None`` skips no step. It limits the effect of single sets with a very large loss.
-        optimizer: ``"adam"``, or ``"sgd"`` without momentum; for another override ``configure_optimizers``.
+            skipped. ``None`` skips no step. Skipping limits the effect of single sets with a very large loss.
+        optimizer: ``"adam"``, or ``"sgd"`` without momentum; for another one, override ``configure_optimizers``.
 
     Raises:
         ValueError: an argument is out of range.

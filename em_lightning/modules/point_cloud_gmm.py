@@ -16,7 +16,7 @@ from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator, ResidualCorrection
 
-# So weak that it matters only through the factors that the correction learns.
+# A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
 # Log-density of a point, in nats, below which its loss grows only logarithmically.
 _FLATTENED = -6.0
@@ -29,8 +29,8 @@ class PointCloudGMM(EMModule):
 
     Classical EM iterations without gradient are followed by a few learned ones. The loss is the negative mean
     log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
-    so that the operator learns densities of shapes and does not overfit the points that it is given. Untrained, the
-    fit is classical EM, under a prior of a thousandth of a point.
+    so that the operator learns the density of a shape and does not overfit the points that it is given. Before
+    training, the learned iterations are those of classical EM under ``prior``.
 
     Args:
         num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
@@ -41,9 +41,9 @@ class PointCloudGMM(EMModule):
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations
             multiply by factors between :math:`e^{-12}` and :math:`e^{12}`.
-        width: of the networks.
-        least_points: cut each training batch into clouds of a random size from this one to that of the data, large ones
-            somewhat more often than log-uniform; ``None`` keeps the clouds.
+        width: width of the networks of the correction.
+        least_points: cut each training batch into clouds of one random size, from ``least_points`` to the size of the
+            data's clouds, with large sizes more likely than log-uniform; ``None`` does not cut.
         lr, schedule, skip_gradients_above: as in :class:`EMModule`.
 
     Shape:
@@ -108,7 +108,7 @@ class PointCloudGMM(EMModule):
         It was trained on procedural surfaces of 32 to 1,024 points with noise and missing regions.
 
         Args:
-            **arguments: such as ``num_components=8`` or ``num_starts=1``, in place of the trained model's.
+            **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``.
 
         Example:
             >>> module = PointCloudGMM.pretrained(num_components=8)
@@ -153,7 +153,7 @@ class PointCloudGMM(EMModule):
         return {"loss": -log_likelihood}
 
     def _smaller(self, points: Tensor, mask: Tensor, x: Tensor, x_mask: Tensor) -> tuple[Tensor, ...]:
-        """Return clouds of one random size, several disjoint ones of each cloud, with the same held-out points."""
+        """Cut each cloud into disjoint clouds of one random size; each gets the held-out points of its cloud."""
         least, most = min(self.least_points or 1, points.shape[1]), points.shape[1]
         size = round(least * (most / least) ** float(torch.rand(()) ** 0.75))
         number = min(_MOST_POINTS // size, _MOST_CLOUDS, len(points) * (most // size))

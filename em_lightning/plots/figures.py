@@ -50,7 +50,7 @@ _STYLE: Any = {
 def figure_style() -> Iterator[None]:
     """Set matplotlib's parameters to the library's style for a ``with`` block or a decorated function.
 
-    Titles and legends read the style when they are made, so decorate the whole function that draws.
+    matplotlib reads the style when it creates titles and legends, so decorate the whole function that draws.
     """
     with matplotlib.rc_context(_STYLE):
         yield
@@ -60,7 +60,7 @@ def figure_style() -> Iterator[None]:
 def new_figure(
     count: int = 1, columns: int = 1, *, width: float = 3.0, height: float = 2.4, **subplots: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure and the list of its axes, ``count`` in rows of ``columns``.
+    """Return a figure and the list of its ``count`` axes, in rows of ``columns``.
 
     The figure is not registered with pyplot, so it need not be closed. ``width`` and ``height`` are those of each axes,
     in inches; further arguments are for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
@@ -107,11 +107,11 @@ def mixture_grid(
     """Draw clouds with points coloured by their responsibilities and an ellipsoid per component of weight above 1e-3.
 
     Args:
-        points: (B, N, D); of more than three features the first three are drawn.
+        points: (B, N, D); at most the first three features are drawn.
         mixture: B mixtures.
         mask: (B, N), false where a row is padding.
         titles: one per cloud.
-        radius: of the ellipsoids, in standard deviations.
+        radius: radius of the ellipsoids in standard deviations.
 
     Example:
         >>> mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
@@ -192,7 +192,7 @@ def curves(
 def tensorboard_writers(trainer: Any, content: str | None = None) -> list[Any]:
     """Return the ``SummaryWriter`` of each TensorBoard logger of a Trainer, on the first rank.
 
-    If there is none, one line per process says that ``content`` is left out, as other loggers have no interface for it.
+    If there is none, print once per process that ``content`` is not logged, as other loggers have no interface for it.
     """
     writers = [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, "add_histogram")]
     if content and not writers:
@@ -202,6 +202,6 @@ def tensorboard_writers(trainer: Any, content: str | None = None) -> list[Any]:
 
 @functools.cache
 def _say_once(text: str) -> None:
-    from lightning.pytorch.utilities import rank_zero_info  # figures alone do not need Lightning
+    from lightning.pytorch.utilities import rank_zero_info  # imported here: drawing does not need Lightning
 
     rank_zero_info(text)

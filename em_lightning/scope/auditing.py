@@ -39,28 +39,28 @@ _OPERATIONS = {
     "aten::argmax": "argmax",
 }
 _CHECKED_AS_A_WHOLE = (Competition, Activation, EMOperator)
-# Their inner modules may go uncalled: torch and the library use the weights of some alone.
+# Uncalled modules inside these are no findings: torch and the library read the weights of some directly.
 _WHOLE = (Activation, Competition, SetOperator, nn.MultiheadAttention)
 
 
 def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) -> Audit:
     r"""Find the layers of a model in which energies over competing hypotheses are exponentiated and normalized.
 
-    Each softmax, log-softmax, cross-entropy and attention of one forward pass is checked on its own numbers: with
+    Each softmax, log-softmax, cross-entropy and attention of one forward pass is checked numerically: with
     energies d = -logits, the gradient of :math:`F = -\log \sum_k e^{-d_k}` must equal the responsibilities that the
     model used. Competitions and activations of this library are checked on their own posterior and free energy. For
     every other layer the table names the assumption that it violates.
 
     The model runs in eval mode on deep copies of its state and of the batch. Parameters, buffers, metrics, teachers,
-    environments and other attributes stay as they are, and so do the random streams of Python, NumPy and torch. Data
+    environments and other attributes remain unchanged, and so do the random states of Python, NumPy and torch. Data
     sets and data loaders are not copied.
 
     Args:
-        model: any module. Of a LightningModule the ``training_step`` is run without its logs, to include its loss; in
-            manual optimization it steps optimizers of the copy.
+        model: any module. For a LightningModule, ``training_step`` is run without logging, to include the loss; in
+            manual optimization new optimizers update the copy.
         batch: the argument of ``training_step``. For other modules the input of the forward: a tuple is unpacked, a
             dictionary becomes keyword arguments if the forward has these names.
-        run: runs the model in another way; ``batch`` is then ignored.
+        run: a function that runs the model instead; ``batch`` is then ignored.
 
     Raises:
         TypeError: an attribute of the model cannot be copied.
@@ -102,7 +102,7 @@ def _run(model: Any, batch: Any) -> None:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call the forward: with the items of a tuple, the keywords of a dictionary if it has these names, or the batch."""
+    """Call a module with the items of a tuple, a dictionary as keywords if its forward has these, or the batch."""
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters
         if set(batch) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -111,7 +111,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 def _optimize_the_copy(model: Any) -> None:
-    """Give a model in manual optimization new optimizers of its present state, without the Trainer's."""
+    """Replace the Trainer's optimizers by new ones of the copied state, for manual optimization."""
     made = model.configure_optimizers()
     for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
         found = _found(made, kind)
@@ -129,14 +129,14 @@ def _found(made: Any, kind: type) -> list[Any]:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Replace a method that would act outside of the model."""
+    """Do nothing, in place of a method that would act outside of the model."""
 
 
 @contextlib.contextmanager
 def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
-    """Let a model and its submodules work on a deep copy of their state, and yield a copy of the batch.
+    """Give a model and its submodules a deep copy of their state, and yield a copy of the batch.
 
-    The state is exchanged, not the model, so that functions which hold the model or a part of it use the copy too.
+    The state is replaced, not the model, so that functions which hold the model or a part of it use the copy too.
     """
     attributes = [value for module in model.modules() for value in vars(module).values()]
     shared: list[Any] = [value for value in attributes if isinstance(value, (Dataset, DataLoader))]
@@ -146,7 +146,7 @@ def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
     try:
         with _CopyGraphs():
             copied, batch = copy.deepcopy((model, batch), {id(value): value for value in (trainer, *shared)})
-    except Exception as error:  # objects of other libraries raise any kind
+    except Exception as error:  # objects of other libraries raise exceptions of any class
         raise TypeError(
             f"{type(model).__name__} cannot be copied ({error}), and the audit runs on a copy: audit a part of the "
             f"model, such as audit(model.encoder, x)"
@@ -157,7 +157,7 @@ def _on_a_copy(model: Any, batch: Any) -> Iterator[Any]:
         for module, other in zip(modules, copied.modules(), strict=True):
             object.__setattr__(module, "__dict__", vars(other))
         if trainer is not None:
-            model.trainer = trainer  # which LightningModule does not copy
+            model.trainer = trainer  # LightningModule does not copy it
         yield batch
     finally:
         for module, state in zip(modules, states, strict=True):
@@ -193,17 +193,17 @@ class _Recorder(TorchDispatchMode):
         return any(isinstance(module, kinds) for _, module in self._stack[1:])
 
     def _enter(self, path: str, module: nn.Module, _: Any) -> None:
-        if not self._inside(Activation):  # whose kernel is a part of it
+        if not self._inside(Activation):  # the kernel of an activation is a part of it
             self.called.setdefault(path, module)
         self._stack.append((path, module))
 
     def _leave(self, path: str, module: nn.Module, inputs: Any, kwargs: Any, output: Any) -> None:
         while len(self._stack) > 1 and self._stack.pop()[1] is not module:
-            pass  # a module that raised has left no hook call
+            pass  # the forward hook of a module that raised was not called
         if isinstance(module, _CHECKED_AS_A_WHOLE) and not self._inside(Activation):
             self.calls.append((path, module, inputs, kwargs, output))
         if isinstance(output, Tensor):
-            # The innermost module that returned it. The output is kept: a freed address could be used again.
+            # The innermost module that returned the output. Keep the output, as a freed address could be reused.
             self._makers.setdefault(_key(output), (path, module, output))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -237,7 +237,7 @@ class _Recorder(TorchDispatchMode):
         modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in whole}}
         called, calls = set(self.called), list(self.calls)  # the checks call modules, whose hooks add to both
         checks = [*(check_call(*one) for one in calls), *(softmax.check() for softmax in self.softmaxes)]
-        worst: dict[tuple[str, str], Finding] = {}  # of all calls of an operation
+        worst: dict[tuple[str, str], Finding] = {}  # the worst of all calls of an operation
         for finding in (*self.found, *filter(None, checks)):
             key = (finding.path, finding.operation)
             worst[key] = max(worst.get(key, finding), finding, key=lambda one: (one.checked, one.error or 0.0))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from em_lightning.competition.base import check_temperature
 from em_lightning.distributed import accumulation_dtype
 
-_NUM_STEPS = 5  # of the solver; the value is exact to rounding after 2
+_NUM_STEPS = 5  # iterations of the solver; the value is exact to rounding after 2
 
 
 def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
@@ -18,7 +18,7 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
     .. math:: \kappa = \lambda_{\max}(\mathrm{diag}(r) - r r^\top) / T \le \frac{1}{2 T}
 
     It is 0 for a single winner, 1/(2T) for two equal winners and 1/(KT) for K equal ones, so dead units that tie at the
-    lowest energy raise it as competition does. The eigenvalue is the root of
+    lowest energy increase it too. The eigenvalue is the root of
     :math:`\sum_k r_k^2 / (r_k - \lambda) = 1` between the two largest responsibilities, found in float64 (float32
     on MPS). The gradient is exact to first order; for one-hot rows and ties of three or more, where the eigenvalue is
     not simple, it is a subgradient.
@@ -31,7 +31,7 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
     Raises:
         ValueError: ``temperature`` is a number and not positive.
         TypeError: ``responsibilities`` are not floating-point.
-        RuntimeError: in the backward pass, if it is to be differentiated again.
+        RuntimeError: in a backward pass with ``create_graph=True``.
 
     Example:
         >>> curvature(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]))
@@ -44,7 +44,7 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
         raise TypeError(f"responsibilities of dtype {responsibilities.dtype} must be floating-point")
     r = responsibilities.movedim(dim, -1).to(accumulation_dtype(responsibilities))
     r = F.pad(r, (0, 1)).sort(-1, descending=True).values  # a hypothesis of r = 0 changes nothing, and K may be 1
-    # The Rayleigh quotient is stationary in the vector, so its derivative by r is that of the eigenvalue.
+    # The Rayleigh quotient is stationary in the vector, so its derivative with respect to r is that of the eigenvalue.
     vector = _eigenvector(r)
     value = (r * vector.square()).sum(-1) - (r * vector).sum(-1).square()
     value = value / (temperature.to(value) if isinstance(temperature, Tensor) else temperature)

@@ -14,13 +14,13 @@ from em_lightning.competition import Entmin, Hardmin, Sparsemin
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 
-TOLERANCE = 1e-3  # of sums and gradients: models compute softmaxes in float32 and below
+TOLERANCE = 1e-3  # of sums and gradients: models compute softmaxes in float32 or lower precision
 NOT_CHECKED = "not checked: "
 NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
 RELU = "elementwise, no normalization, hard zeros"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _SWAP = "replace it by a competition with SwapActivations"
-# Reason, advice and classes by name, as PyG has a Linear too; * is 1d, 2d or 3d.
+# Reason, advice and class names, which also match classes of PyG such as its Linear; * is 1d, 2d or 3d.
 _LAYERS = (
     (RELU, _SWAP, "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink"),
     (
@@ -47,8 +47,8 @@ class Finding:
     Attributes:
         path: the module, or for a loss the module that computed its logits.
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
-        exponentiated: whether energies are exponentiated.
-        soft: mean perplexity of the responsibilities; 1 means that one hypothesis takes all.
+        exponentiated, normalized: whether energies are exponentiated, and responsibilities sum to 1.
+        soft: mean perplexity of the responsibilities; 1 means that one hypothesis has responsibility 1.
         error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
     """
@@ -75,7 +75,7 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        """What to do where this is not EM; empty where it is, or where nothing can be said."""
+        """How to make this EM; empty if it is EM already, or if there is no advice."""
         return "" if self.em else _ADVICE.get(self.reason, "" if self.checked else "audit a batch that reaches it")
 
 
@@ -189,7 +189,7 @@ def _compared(
         finding.reason = f"{NOT_CHECKED}it got no items"
         return finding
     used, gradient = responsibilities[unmasked], gradient[unmasked]
-    groups = max(1, round(used.sum(-1).mean().item()))  # competitions side by side
+    groups = max(1, round(used.sum(-1).mean().item()))  # number of competitions along the axis
     finding.hypotheses = f"{label}: {used.shape[-1]}" + f" in {groups} groups" * (groups > 1)
     finding.exponentiated = True
     finding.normalized = bool(((used.sum(-1) - groups).abs() < TOLERANCE).all())

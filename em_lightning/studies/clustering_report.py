@@ -36,7 +36,7 @@ FitFunction = Callable[[MixtureSetBatch], Mixture]
 class ClusteringReport(Report):
     """Compare a trained :class:`~em_lightning.studies.AmortizedClustering` with classical EM and the true mixtures.
 
-    On the test sets it measures the log-likelihood per fitted point under the output (LL0) and after one exact EM step
+    On the test sets it measures the log-likelihood per fitted point under the fit (LL0) and after one exact EM step
     with diagonal covariances (LL1), the log-likelihood of held-out points, the adjusted Rand index of the largest
     responsibilities, and the expected calibration error of the probability that two points share a component,
     ``sum_k r_nk r_mk``.
@@ -140,17 +140,17 @@ def _measure(fit: FitFunction, batches: list[MixtureSetBatch], module: Any = Non
 
 
 def _adjusted_rand(found: Tensor, batch: MixtureSetBatch) -> Tensor:
-    """Return the adjusted Rand index (B,) of components found (B, N)."""
+    """Return the adjusted Rand index (B,) of predicted components (B, N)."""
     from torchmetrics.functional.clustering import adjusted_rand_score
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse invariant checks")  # of a tensor that torchmetrics makes
+        warnings.filterwarnings("ignore", "Sparse invariant checks")  # raised for a tensor of torchmetrics
         sets = zip(found, batch.labels, batch.mask, strict=True)
         return torch.stack([adjusted_rand_score(one[mask], labels[mask]) for one, labels, mask in sets])
 
 
 def _pairs(responsibilities: Tensor, batch: MixtureSetBatch) -> tuple[Tensor, Tensor]:
-    """Return for random pairs of points the probability that they share a component, and whether they do."""
+    """Return the predicted probabilities that random pairs of points share a component, and whether they do."""
     sizes = batch.mask.sum(-1, keepdim=True)
     a, b = (torch.rand(2, len(sizes), _PAIRS, device=sizes.device) * sizes).long().unbind(0)
     each = [responsibilities.take_along_dim(index.unsqueeze(-1), 1) for index in (a, b)]

@@ -1,4 +1,4 @@
-"""Classical density estimates of point clouds, with the settings that validation clouds choose for each cloud size."""
+"""Classical density estimates of point clouds, with settings tuned on validation clouds for each cloud size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from em_lightning.operators import EMOperator
 from em_lightning.studies.report import fit_sklearn
 
 Setting = Mapping[str, Any]
-# Settings, and the held-out log-likelihood per point of each cloud (B,) under each.
+# Pairs of a setting and the held-out log-likelihoods per point (B,) of the clouds under it.
 Scores = Iterator[tuple[Setting, Tensor]]
 
 FLOORS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 4e-2)
@@ -54,14 +54,14 @@ def tune(method: Method, clouds: Clouds, components: int) -> Setting:
 
 
 def measure(method: Method, clouds: Clouds, components: int, setting: Setting) -> Result:
-    """Return the scores and the time of a method with one setting, the evaluation of held-out points included."""
+    """Return the scores and the time of a method with one setting, including the evaluation of held-out points."""
     began = time.perf_counter()
     ((setting, scores),) = method.scores(clouds, components, **setting)
     return Result(setting, scores, (time.perf_counter() - began) / len(scores))
 
 
 def learned(module: Any) -> Method:
-    """Return the fit of a trained module, with the module's number of components."""
+    """Return the method that applies a trained module, with the module's number of components."""
 
     def scores(clouds: Clouds, components: int) -> Scores:
         yield {}, module(clouds.points).log_prob(clouds.held_out).mean(1).cpu()
@@ -77,7 +77,7 @@ def em_scores(
     steps: int | Sequence[int] = STEPS,
     prior: Mapping[str, Any] | None = None,
 ) -> Scores:
-    """Score batched EM, or MAP-EM under a prior, after each of some numbers of steps."""
+    """Score batched EM, or MAP-EM under a prior, after each number of steps in ``steps``."""
     options: dict[str, Any] = {"init": "kmeans++", "num_starts": starts, "prior": prior, "residual": False}
     operator = EMOperator(components, clouds.points.shape[-1], covariance_floor=floor, **options).eval()
     wanted = (steps,) if isinstance(steps, int) else steps
@@ -88,7 +88,7 @@ def em_scores(
 
 
 def kernel_scores(clouds: Clouds, components: int) -> Scores:
-    """Score Gaussian kernel densities whose bandwidth each cloud chooses by leaving one point out."""
+    """Score Gaussian kernel densities whose bandwidth is chosen for each cloud by leave-one-out."""
     points, count = clouds.points, clouds.points.shape[1]
     features = points.shape[-1]
     bandwidths = torch.logspace(-2.5, 0.0, 26).tolist()
@@ -108,7 +108,7 @@ def kernel_scores(clouds: Clouds, components: int) -> Scores:
 
 
 def sklearn_scores(clouds: Clouds, components: int, **options: Any) -> Scores:
-    """Score scikit-learn's mixtures, fitted to one cloud after the other by one thread."""
+    """Score scikit-learn's mixtures, fitted to the clouds one by one, in one thread."""
     mixtures = sklearn_mixtures(clouds.points, components, **options)
     held_out = clouds.held_out.split(1)
     scores = [mixture.log_prob(x.double()).mean() for mixture, x in zip(mixtures, held_out, strict=True)]
@@ -126,13 +126,13 @@ def sklearn_mixtures(points: Tensor, components: int, **options: Any) -> list[Mi
 
 
 def each(**options: Sequence[Any]) -> list[Setting]:
-    """Return the settings of a grid."""
+    """Return all combinations of the options."""
     return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
 
 
 def baselines(size: int, fine: bool = False) -> list[Method]:
     """Return the methods for clouds of one size, with coarse or fine grids of settings."""
-    # Validation clouds never chose a setting at the end of these ranges where a wider one was tried.
+    # Where wider ranges were tried, no setting at the ends of these ranges was best on validation clouds.
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
     strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)

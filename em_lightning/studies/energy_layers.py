@@ -27,11 +27,11 @@ class EnergyLayer(EMModule):
 
     Args:
         num_features: D.
-        num_components: K, the competing units.
+        num_components: K, the number of competing units.
         lr, optimizer: as in :class:`~em_lightning.modules.EMModule`.
 
     Shape:
-        - batch: x (N, ...) of D features in all, and labels y (N,).
+        - batch: x (N, ...) with D features per item, and labels y (N,).
         - ``energies(x)``: (N, K).
     """
 

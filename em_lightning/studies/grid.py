@@ -11,8 +11,8 @@ A config with the entry ``table`` describes such a table; the rest of it is an o
           published: {dead_units: 64}
           checked: {dead_units: 64}
 
-A table without published numbers names its ``columns``, such as ``[accuracy %, dead_units]``; there a row may have the
-entry ``against: ROW``, the row with which its first column is compared seed by seed.
+``checked`` values are of an independent reproduction. A table without published values names its ``columns``, such as
+``[accuracy %, dead_units]``; a row with ``against: ROW`` is compared with ROW in the first column, seed by seed.
 """
 
 from __future__ import annotations
@@ -138,14 +138,14 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
 
 
 def _start_worker(threads: int) -> None:
-    """Set the number of threads, and exit when the parent process has ended, whatever ended it."""
+    """Set the number of threads, and exit when the parent process has ended for any reason."""
     torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_cell(load: Callable[[], Any], cell: Cell) -> None:
-    """Train a row with one seed, from its checkpoint if it was interrupted.
+    """Train a row with one seed; resume from the checkpoint of an interrupted run if there is one.
 
     Raises:
         RuntimeError: the cell failed; the message names it and the file with its output.

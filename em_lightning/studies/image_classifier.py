@@ -24,10 +24,10 @@ class ImageClassifier(EMModule):
     ``network``. In validation and test it logs accuracy, the expected calibration error with 15 bins, and for each of
     the two activations, as ``val/activation1/...``, dead units, redundancy and effective rank. A unit is dead if its
     variance is below 0.001 of the mean variance of its layer, as activations differ in scale. The units of a feature
-    map are its channels, and each of its positions is an item. The output is the logits (N, C).
+    map are its channels, and its positions are items. The output is the logits (N, C).
 
     Args:
-        shape: of an image, channels first.
+        shape: shape of an image, channels first.
         num_classes: C.
         network: ``"mlp"``, two layers of ``width`` units, by default 128; or ``"cnn"``, two convolutions of stride 2
             with ``width`` and 2 ``width`` channels, by default 8 and 16.

@@ -1,4 +1,4 @@
-"""MixtureReport: the trained point-cloud operator against classical fits that are tuned for each cloud size."""
+"""MixtureReport: compares the trained point-cloud operator with classical fits tuned for each cloud size."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class MixtureReport(Report):
     """Compare a trained :class:`~em_lightning.modules.PointCloudGMM` with tuned classical fits, by cloud size.
 
     The table has the held-out log-likelihood and the time per cloud of each method. The figures are ``sizes``
-    (likelihood by number of points), ``times`` (likelihood by time), ``clouds`` and ``training``; in ``report.html``
-    clouds and ellipsoids turn. The settings of the classical fits are chosen on the validation clouds, for each size.
+    (likelihood by number of points), ``times`` (likelihood by time), ``clouds`` and ``training``; ``report.html`` shows
+    rotatable clouds and ellipsoids. The settings of the classical fits are tuned on the validation clouds of each size.
 
     Args:
         sizes: numbers of points; those above the size of the data's clouds are left out.
@@ -54,7 +54,7 @@ class MixtureReport(Report):
         self.history.append({"step": trainer.global_step, **found})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
-        """Measure all methods and draw."""
+        """Measure all methods and draw the figures."""
         data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(data.seed)
@@ -119,7 +119,7 @@ class MixtureReport(Report):
 
 
 def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds:
-    """Return the first ``size`` points of the clouds that have as many, and as many held-out points as all have."""
+    """Return the first ``size`` points of the clouds that have so many, and an equal number of held-out points."""
     count = min(int(batch.held_out_mask.sum(1).min()) for batch in batches)
     kept = [(batch, batch.mask.sum(1) >= size) for batch in batches if batch.points.shape[1] >= size]
     if not kept:
@@ -141,7 +141,7 @@ def table(found: Mapping[int, Mapping[str, Result]]) -> list[dict[str, Any]]:
 
 
 def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]]) -> str:
-    """Return one sentence on how far a trained fit is from the best other one at each size.
+    """Return a sentence that compares the trained operator with the best classical fit at each size.
 
     Example:
         >>> verdict_by_size({32: {"EM": torch.zeros(2), "trained operator": torch.tensor([0.9, 1.1])}})

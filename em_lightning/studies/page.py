@@ -1,4 +1,4 @@
-"""An HTML page on which point clouds and their mixtures turn."""
+"""HTML page with point clouds and mixtures that can be rotated."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from em_lightning.mixture import Mixture
 
 
 def mixture_page(path: Path, clouds: Sequence[tuple[str, Tensor, Tensor, Mapping[str, Sequence[Mixture]]]]) -> None:
-    """Write an HTML page that needs no network: clouds to turn, ellipsoids, and a slider over iterations.
+    """Write an HTML page that needs no network, with rotatable clouds, ellipsoids and a slider over iterations.
 
     Args:
-        path: of the page.
-        clouds: for each the title, fitted points (1, N, 3), held-out points (1, M, 3), and for each method the
+        path: path of the page.
+        clouds: for each cloud the title, fitted points (1, N, 3), held-out points (1, M, 3), and per method the
             mixtures of one set after each iteration.
     """
 

@@ -1,4 +1,4 @@
-"""Base class of the callbacks that write a table and figures at the end of a fit, and scikit-learn to compare with."""
+"""Base class of the callbacks that write a table and figures at the end of a fit, and fits by scikit-learn."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Findings(NamedTuple):
 
 
 class Report(lightning.Callback):
-    """Call :meth:`report` on the first rank when a fit is over, with the module in evaluation mode, without gradients.
+    """Calls :meth:`report` on the first rank at the end of a fit, in evaluation mode and without gradients.
 
-    Then write its findings to the folder of the logger: ``results.md``, ``results.json`` and the figures, which
-    TensorBoard and Weights & Biases get too. Print the table, the verdict, the files and the command for TensorBoard.
+    The findings are written to the folder of the logger as ``results.md``, ``results.json`` and figures, which
+    TensorBoard and Weights & Biases also get. The table, the verdict and the names of the files are printed.
     Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
-    fit and a ``fast_dev_run`` write no report. A subclass may append to ``history``, which checkpoints contain.
+    fit and a ``fast_dev_run`` write no report. A subclass may append to ``history``, which checkpoints store.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ def folder_of(trainer: Any) -> Path:
 
 
 def fit_sklearn(estimator: Any, rows: Any) -> tuple[Mixture, float]:
-    """Fit a mixture of scikit-learn to rows (N, D), and return it and the seconds."""
+    """Fit a mixture of scikit-learn to rows (N, D); return it and the seconds that the fit took."""
     from sklearn.exceptions import ConvergenceWarning
 
     began = time.perf_counter()

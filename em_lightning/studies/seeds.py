@@ -1,4 +1,4 @@
-"""One recipe with several seeds: parallel processes, and one table of means and standard deviations."""
+"""Runs of one recipe with several seeds in parallel, and their table of means and standard deviations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def run_seeds(
         load: returns the :class:`~em_lightning.cli.Recipe`; must be picklable.
         folder: folder of the recipe's logger.
         arguments: arguments of the recipe.
-        seeds: one per run.
+        seeds: the seed of each run.
         jobs: number of parallel processes; ``None`` takes the number of cores.
 
     Raises:
-        ValueError: the arguments ask for several devices, a run failed, or the runs have different tables.
+        ValueError: the arguments select several devices, a run failed, or the runs have different tables.
     """
     for argument in arguments:
         if argument.startswith(("--trainer.strategy", "--trainer.devices")) and not argument.endswith(("=1", "=auto")):

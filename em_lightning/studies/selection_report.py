@@ -1,4 +1,4 @@
-"""SelectionReport: one mixture of one data set, compared by likelihood, BIC and AIC with others."""
+"""SelectionReport: compares a fitted mixture with others by likelihood, BIC and AIC."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SelectionReport(Report):
     number of components) and ``likelihood``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
 
     Args:
-        components: further numbers of components, fitted by EM from the same kind of start.
+        components: further numbers of components, fitted by EM with the same ``init``.
         max_iters: maximum number of iterations of each of these fits.
-        sklearn_rows: fit scikit-learn's mixture if there are at most so many rows; 0 never does.
+        sklearn_rows: largest number of rows to which scikit-learn's mixture is fitted; 0 never fits it.
     """
 
     def __init__(self, components: Sequence[int] = (), max_iters: int = 50, sklearn_rows: int = 200_000) -> None:
@@ -41,7 +41,7 @@ class SelectionReport(Report):
         self.sklearn_rows = sklearn_rows
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the clock of an epoch."""
+        """Record the start time of an epoch."""
         self._began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -50,7 +50,7 @@ class SelectionReport(Report):
         self.history.append({"log_likelihood": float(pl_module.log_likelihood), "seconds": seconds})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
-        """Measure all mixtures and draw."""
+        """Measure all mixtures and draw the figures."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
         own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"

@@ -49,7 +49,7 @@ def _revolve_corners(*corners: tuple[float, float], sides: int = 48) -> Mesh:
 
 
 def _tube(curve: Tensor, radius: float, sides: int = 16) -> Mesh:
-    """Return the tube around a curve (P, 3) that nowhere runs along (0, 0, 1)."""
+    """Return the tube around a curve (P, 3) that is nowhere parallel to the z axis."""
     tangent = torch.gradient(curve, dim=0)[0]
     tangent = tangent / tangent.norm(dim=-1, keepdim=True)
     up = torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64).expand_as(tangent)
@@ -68,7 +68,7 @@ _BOX_FACES = torch.tensor(
 
 
 def _boxes(*boxes: tuple[float, float, float, float, float, float]) -> Mesh:
-    """Return boxes, each its centre (x, y, z) and its size along x, y and z."""
+    """Return the mesh of boxes, each given by its centre (x, y, z) and its sizes along x, y and z."""
     table = torch.tensor(boxes, dtype=torch.float64)
     vertices = table[:, None, :3] + table[:, None, 3:] * _CORNERS
     faces = _BOX_FACES + 8 * torch.arange(len(boxes))[:, None, None]
@@ -84,9 +84,9 @@ def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, flo
 class _RandomSurfaces:
     """Random surfaces: each public method draws the parameters of one family and returns its mesh.
 
-    A superellipsoid (Barr, 1981) is between a rounded box and a pinched star; a vase is an open surface of revolution
-    whose radius is a wave; a knot is a tube along the torus knot (2, 3) or (3, 2). The joints inside of tables and
-    chairs are sampled too.
+    Superellipsoids (Barr, 1981) range from rounded boxes to pinched stars; a vase is an open surface of revolution
+    whose radius is a sine of the height; a knot is a tube along the torus knot (2, 3) or (3, 2). Tables and chairs keep
+    the hidden faces at which their boxes touch.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -214,7 +214,7 @@ class ProceduralSurfaces(PointCloudDataModule):
         families: names of families; ``None`` means all (``em_lightning.studies.FAMILIES``).
 
     Raises:
-        ValueError: as :class:`PointCloudDataModule`, or a family is unknown.
+        ValueError: a family is unknown, or as in :class:`PointCloudDataModule`.
 
     Example:
         >>> data = ProceduralSurfaces(num_points=64, batch_size=4, train_clouds=8)

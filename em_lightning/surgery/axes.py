@@ -1,4 +1,4 @@
-"""The axis of a layer's units, from its type or from the shape at the first batch, and the line printed then."""
+"""The axis of a layer's units, from its type or from the first batch, and the line printed at that batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAST_AXIS = (
     *(nn.Linear, nn.Bilinear, nn.Embedding, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Transformer),
     *(nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.TransformerDecoder, nn.TransformerDecoderLayer),
 )
-# Points of accuracy that activations lose against ReLU, and from how many units on they are warned of.
+# Percentage points of accuracy that activations lose against ReLU; a warning names them from _WIDE units on.
 _LOST = {
     "DirectionActivation": 65.0,
     "SoftmaxGatedActivation": 7.3,
@@ -35,15 +35,15 @@ _LOST = {
     "LogSoftmaxActivation": 4.5,
 }
 _WIDE = 32
-_ACTIVATIONS = ("torch.nn.modules.activation", "em_lightning.activations")  # the modules of their classes
+_ACTIVATIONS = ("torch.nn.modules.activation", "em_lightning.activations")  # modules that define activations
 
 
 class UnitAxis:
     """The axis of the units of one layer.
 
-    With ``dim="auto"`` it is that which the type of the layer defines, or in an ``nn.Sequential`` the type of the layer
-    before an activation. Otherwise it is decided at the first batch: the one of axes 1 and -1 that has the width of the
-    layer. ``widths`` are the possible ones, the likeliest first.
+    With ``dim="auto"`` the type of the layer defines it, or for an activation in an ``nn.Sequential`` the type of the
+    layer before it. Otherwise it is the one of axes 1 and -1 whose size at the first batch is the width of the layer.
+    ``widths`` are the possible widths, the likeliest first.
     """
 
     def __init__(self, path: str, widths: Sequence[int], dim: int | Literal["auto"] = "auto") -> None:
@@ -100,7 +100,7 @@ def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> 
 
 
 def widths_of(site: Site, tap: Literal["output", "input"] = "output") -> list[int]:
-    """Return the widths of the site's own layer, else of those in it, before it or behind it, the likeliest first."""
+    """Return the widths of the site's own layer, else of the layers in, before or behind it, likeliest first."""
     own = num_units(site.module, tap)  # an Inserted has the attributes of its layer
     if own is not None:
         return [own]
@@ -109,7 +109,7 @@ def widths_of(site: Site, tap: Literal["output", "input"] = "output") -> list[in
     for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
         if widths:
             break
-        children = dict(owner._modules)  # by name, as an instance may have several
+        children = dict(owner._modules)  # looked up by name, as an instance may have several names
         position = list(children).index(name) if name in children else len(children)
         before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
         widths = widths_in(before, "output")[::-1] or widths_in(behind, "input")
@@ -117,7 +117,7 @@ def widths_of(site: Site, tap: Literal["output", "input"] = "output") -> list[in
 
 
 def widths_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> list[int]:
-    """Return the widths of the layers in some modules, without the operators that were inserted."""
+    """Return the widths of the layers in some modules, except inserted operators."""
     widths = []
     for module in modules:
         while isinstance(module, Inserted):
@@ -168,7 +168,7 @@ def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbos
 
 
 def takes_dim(cls: Any) -> bool:
-    """Return whether a module class has the axis of its units as an argument."""
+    """Return whether the constructor of a module class takes ``dim``, the axis of its units."""
     return "dim" in inspect.signature(cls).parameters
 
 
@@ -181,7 +181,7 @@ def own_dim(module: Any, make: Any) -> int | Literal["auto"] | None:
 
 
 class FirstCall:
-    """Forward pre-hook that sets the axis of a module, unless it is None, at its first call, and prints the line."""
+    """Forward pre-hook that sets the axis of a module at its first call, unless it is None, and prints the line."""
 
     def __init__(self, path: str, axis: UnitAxis | None, verbose: bool) -> None:
         self.path = path

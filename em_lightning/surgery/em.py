@@ -46,7 +46,7 @@ def swap_activations(
             of modules that ``where`` selects, see :func:`swap_calls`.
         verbose: whether to print a line per activation at the first batch: path, shape, axis of units, units, items.
         into: a surgery to extend; by default a new one.
-        **arguments: of the activation, such as ``margin=2.0``.
+        **arguments: arguments of the activation, such as ``margin=2.0``.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
@@ -117,28 +117,28 @@ def insert_em_operators(
     """Insert a gated :class:`SetRefinement` behind layers; the function behind ``InsertEMOperator``.
 
     The gates start at 0, so that the outputs of the model do not change until the first training step. Each set of the
-    batch has its own mixture, and padding takes no part in it. Attention that masks later positions around a layer is
-    detected at the first training batch; recurrent and convolutional layers that must not look ahead are not.
+    batch has its own mixture, and padding takes no part in it. Attention around a layer that masks later positions is
+    detected at the first training batch; causal recurrent and convolutional layers are not detected.
 
     Args:
         model: any module.
         where: the layers; see :func:`find_modules`.
         num_components: K.
         num_features: D, the width of the layer's output; by default read from the layers, and corrected at the first
-            batch where no parameter of the operator depends on it.
+            batch if no parameter of the operator depends on it.
         dim: the axis of the features, or "auto", see :class:`UnitAxis`.
         set_dim: the axis of the items; "auto" takes all axes but those of the batch and the features. Outputs (B, D)
             then have one item per set; ``set_dim=0`` fits one mixture to the rows of the batch.
-        causal: whether items see only those before them.
+        causal: whether an item depends only on itself and the items before it.
         calls: see :func:`replace_modules`.
         verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, sets, items.
         into: a surgery to extend; by default a new one.
-        **arguments: of :class:`~em_lightning.operators.EMRefinement`, such as ``num_iters=5``.
+        **arguments: arguments of :class:`~em_lightning.operators.EMRefinement`, such as ``num_iters=5``.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
         ValueError: at the first batch, an axis cannot be decided, the width differs from that of the parameters, or
-            ``causal=False`` would let positions see later ones, which the attention of the model masks.
+            ``causal=False`` would mix positions with later ones, which the attention of the model masks.
         TypeError: the operator does not take the arguments.
 
     Example:
@@ -164,7 +164,7 @@ def insert_em_operators(
 
 
 def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:
-    """Let the modules of a change decide the axis of their units at their first call, and print it."""
+    """Register hooks that decide and print the unit axis of the modules of a change at their first call."""
     modules: Iterable[Any] = change.added if isinstance(change.added, PerCall) else [change.added]
     for module in modules:
         axis = None

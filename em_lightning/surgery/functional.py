@@ -28,14 +28,14 @@ from em_lightning.surgery.select import (
     walk,
 )
 
-NAME = "em_functional"  # of the operator, as a child of the module whose methods call the function
+NAME = "em_functional"  # the operator's name as a child of the module whose methods call the function
 _IN_PLACE = frozenset(function for function in FUNCTIONS if function.__name__.endswith("_"))
 
 
 class _Swapped(TorchFunctionMode):
-    """Calls an operator in place of the functions of some activations."""
+    """Calls an operator in place of activation functions."""
 
-    running = False  # whether an operator runs, whose own calls stay as they are
+    running = False  # whether an operator runs; functions that it calls are not replaced
 
     def __init__(self, operator: Callable[[Tensor], Tensor], functions: frozenset[Any], axes: CallAxes) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Swapped(TorchFunctionMode):
 
 @dataclasses.dataclass
 class CallAxes:
-    """The axis of the units at the calls in one module, decided once for each number of axes of the tensors."""
+    """The axis of the units in the calls of one module, decided once for each number of axes of a tensor."""
 
     path: str  # of the operator
     widths: list[int]  # of the layers in the module, the last first
@@ -74,7 +74,7 @@ class CallAxes:
     decided: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> int:
-        """Return the axis that has to be moved to the last, which is -1 where the operator knows its axis."""
+        """Return the axis to move to the last position; -1, no move, if the operator has its own axis."""
         if x.ndim not in self.decided:
             axis = UnitAxis(self.path, self.widths)(x.shape) if self.dim == "auto" else self.dim
             announce(self.path, self.class_name, x.shape, axis, self.verbose)

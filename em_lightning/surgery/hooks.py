@@ -1,4 +1,4 @@
-"""Removable wrappers around bound methods, hooks carried to a new module, and the first tensor of an output."""
+"""Removable wrappers of bound methods, transfer of hooks to a new module, and the first tensor of an output."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Chain:
         return proceed(*args, **kwargs)
 
     def remove(self, link: Link) -> None:
-        """Remove a wrapper; with the last one the original method returns. A second call does nothing."""
+        """Remove a wrapper; removing the last one restores the method. A second call does nothing."""
         if link in self.links:
             self.links.remove(link)
         if not self.links and vars(self.owner).get(self.name) is self:
@@ -77,7 +77,7 @@ def wrap(owner: object, name: str, link: Link) -> Undo:
 
 
 def undo_all(undos: list[Undo]) -> None:
-    """Call and forget a list of undo functions, the last one first."""
+    """Call the undo functions of a list, the last one first, and empty the list."""
     while undos:
         undos.pop()()
 
@@ -118,8 +118,8 @@ def _with_flag_off(module: nn.Module, flag: str, proceed: Callable[..., Any], *a
 def first_tensor(value: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Return the first tensor of a layer's output, and the function that puts another in its place.
 
-    The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry that is not None is one. For
-    others TypeError is raised, which names ``what`` the value is.
+    The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry that is not None is again such
+    an output. For others TypeError is raised; its message begins with ``what``, a name of the value.
     """
     if isinstance(value, Tensor):
         return value, lambda new: new

@@ -19,7 +19,7 @@ from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
 from em_lightning.surgery.select import Where
 from em_lightning.surgery.taps import Taps
 
-_MOMENTUM = 0.9  # of the averages of weight="auto"
+_MOMENTUM = 0.9  # momentum of the averages of weight="auto"
 _AUTO_EVERY = 10  # steps between two measurements of weight="auto"
 
 
@@ -29,11 +29,11 @@ class LayerwiseLoss:
     .. math:: L = L_\text{main} + f(t) \sum_l w_l L_l(d_l), \qquad
               w_l = \rho \, \|\partial L_\text{main} / \partial d_l\| / \|\partial L_l / \partial d_l\| \text{ (auto)}
 
-    With ``weight="auto"`` the gradient of each EM loss has the share ``ratio`` = rho of the main loss's gradient at the
+    With ``weight="auto"`` the norm of each EM loss's gradient is ``ratio`` = rho times that of the main loss at the
     same tap. Both norms are those of the global batch, measured every tenth step and smoothed by exponential
-    averages. A layer that is called several times between two calls of :meth:`add_to` counts once, on the items of all
-    calls with a gradient. While nothing before a layer is trained, its loss waits, and a warning says so once. Losses
-    are computed in float32 or float64, without autocast.
+    averages. A layer that is called several times between two calls of :meth:`add_to` has one loss, over the items of
+    all calls with a gradient. While nothing before a layer is trained, its loss waits (it is not added), with one
+    warning. Losses are computed in float32 or float64, without autocast.
 
     Args:
         where: the layers, see :func:`find_modules`.
@@ -42,13 +42,13 @@ class LayerwiseLoss:
         weight: a number or "auto".
         dim: the axis of the units, or "auto", see :class:`UnitAxis`.
         schedule: a factor f(t) of the step, on all weights.
-        every: add the loss every ``every`` steps, times ``every``: the same gradient on average at lower cost.
+        every: add the loss every ``every`` steps, multiplied by ``every``: an equal mean gradient at lower cost.
         ratio: rho of ``weight="auto"``.
-        detach: cut the layer from what follows, so that its own loss alone trains it; "auto" is then the weight 1.
+        detach: continue the forward with a detached tap, so that only the EM loss trains it; "auto" is then weight 1.
         verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
 
     Attributes:
-        step: the step, which :meth:`add_to` increases.
+        step: the current step; :meth:`add_to` adds 1 to it.
         values: the terms and the weight of each layer in the last call of :meth:`add_to`, for logging.
 
     Raises:
@@ -112,9 +112,9 @@ class LayerwiseLoss:
     def add_to(self, loss: Tensor, all_layers: bool = True, owners: Mapping[str, Owner] | None = None) -> Tensor:
         """Return the loss plus the EM losses of the layers that were called since the last call, and count a step.
 
-        With ``all_layers`` every layer must have been called; else only those are added that the loss depends on, and
-        the others are kept for a later loss. With ``owners``, from :func:`owners_of`, a layer is added only where the
-        loss reaches parameters of the layer's optimizer, and trains nothing else.
+        With ``all_layers`` every layer must have been called; else only losses of layers that ``loss`` depends on are
+        added, and the others are kept for a later call. With ``owners``, from :func:`owners_of`, the EM loss of a layer
+        is added only if it depends on parameters of the layer's optimizer, and trains only these.
 
         Raises:
             RuntimeError: a layer was not called, or its output carries no gradient.
@@ -174,16 +174,16 @@ class LayerwiseLoss:
         self.norms = {path: list(norms) for path, norms in state["norms"].items()}
 
     def reset(self) -> None:
-        """Forget captured tensors and added losses; call it before a training step with several losses."""
+        """Discard captured tensors and the list of added losses; call it before a training step with several losses."""
         self.taps.clear()
         self._added = set()
 
     def check_all_added(self) -> None:
-        """Raise RuntimeError if the EM loss of a layer was added to no loss since :meth:`reset`, and does not wait."""
+        """Raise RuntimeError if the EM loss of a layer was not added since :meth:`reset`, unless it waits."""
         self._check(path for path in self.losses if path not in self._added)
 
     def _check(self, paths: Iterable[str]) -> None:
-        """Warn once if layers without a loss wait; raise RuntimeError for the others."""
+        """Warn once of layers that wait, because nothing before them is trained; raise RuntimeError for others."""
         missed = set(paths)
         waiting = missed & self.taps.frozen
         if waiting and not self._said_waiting:
@@ -209,7 +209,7 @@ class LayerwiseLoss:
     def _of_owners(
         self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]
     ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-        """Return the tensors that reach parameters of the layer's optimizer, and these where they reach others as well.
+        """Return the tensors that depend on the owner's parameters, and these parameters if they depend on others too.
 
         Calls that only the layer's own optimizer trains, such as a discriminator's on detached images, take precedence:
         once a layer had such a call, only these count.

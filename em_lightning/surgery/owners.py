@@ -1,4 +1,4 @@
-"""Owners of parameters: the optimizer of a layer's loss, and target networks and other copies of changed modules."""
+"""The optimizer that trains a layer, and target networks and other copies of changed modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from em_lightning.surgery.select import MARKER, Site, is_built
 
 
 class Owner(NamedTuple):
-    """The ids of the parameters of the optimizer that a layer's loss belongs to, and of those of the others."""
+    """The ids of the parameters of a layer's own optimizer, and those of the other optimizers."""
 
     own: set[int]
     others: set[int]
@@ -66,14 +66,14 @@ def leaves_of(graph: Iterable[Any]) -> dict[int, Tensor]:
 
 
 def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
-    """Return a loss of the same value and of the same gradient for these parameters, and of none for others."""
+    """Return a loss of the same value, with the same gradient for these parameters and none for others."""
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     linear = torch.stack([(g * p).sum() for g, p in zip(gradients, parameters, strict=True)]).sum()
     return linear + (loss - linear).detach()
 
 
 def twins_of(model: nn.Module, path: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (owner, twin, rest) for every owner of ``path`` = owner.rest and other module of its class and shapes."""
+    """Yield (owner, twin, rest) for each split of ``path`` into owner.rest; twins have the owner's class and shapes."""
     modules = dict(model.named_modules())
     owner, _, rest = path.rpartition(".")
     while owner:
@@ -91,7 +91,7 @@ def _form(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def guard_twins(model: nn.Module, sites: list[Site]) -> list[Undo]:
-    """Let copies of the modules that are about to change refuse the changed weights, and return the undo functions."""
+    """Make copies of modules that will change raise when changed weights are loaded; return the undo functions."""
     changed = {site.path for site in sites}
     return [
         model.get_submodule(twin)

@@ -1,4 +1,4 @@
-"""The plan of a surgery, which checkpoints store and compare: one entry of plain values per site."""
+"""The plan of a surgery, stored in checkpoints and compared on loading: one entry of plain values per site."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from em_lightning.surgery.hooks import Undo, wrap
 from em_lightning.surgery.select import MARKER
 
-KEY = "em_lightning"  # of the checkpoint dictionary
+KEY = "em_lightning"  # key in the checkpoint dictionary
 _PLAN = "_em_surgery_plan"
 _FIELDS = {"operation", "path", "class_path", "init_args", "calls", "target", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
@@ -26,7 +26,7 @@ def recorded_plan(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
-    """Set the plan of a model; an empty one leaves no attribute."""
+    """Set the plan of a model; an empty plan removes the attribute."""
     vars(model)[_PLAN] = plan
     if not plan:
         del vars(model)[_PLAN]
@@ -35,7 +35,7 @@ def record_plan(model: nn.Module, plan: list[dict[str, Any]]) -> None:
 def keep_in_checkpoints(model: nn.Module) -> list[Undo]:
     """Let a LightningModule store its plan in its checkpoints and compare it on loading; return the undo functions."""
     _warn_of_dropped_surgeries()
-    # Not isinstance(model, LightningModule), as lightning and pytorch_lightning have one each.
+    # Not isinstance(model, LightningModule), as lightning and pytorch_lightning each define one.
     if not hasattr(model, "on_save_checkpoint") or not hasattr(model, "on_load_checkpoint"):
         return []
     return [
@@ -106,7 +106,7 @@ def arguments_of(make: Any) -> dict[str, Any] | None:
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the plan in a loaded checkpoint, empty without surgery; raise ValueError if it has another form."""
+    """Return the plan in a loaded checkpoint, empty without surgery; raise ValueError if it is malformed."""
     stored = checkpoint.get(KEY, {})
     plan = stored.get("surgery", []) if isinstance(stored, Mapping) else None
     if not isinstance(plan, list) or not all(

@@ -21,7 +21,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
 
     Raises:
         NoMatchError: the model has no module at a path of the plan.
-        ValueError: the plan does not store how to build a module, as it came from a function or an instance.
+        ValueError: the plan lacks the arguments of a module that came from a function or an instance.
     """
     surgery = Surgery(model) if into is None else into
     done = recorded_plan(model)
@@ -67,9 +67,9 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or holds something else.
+        ValueError: the file is damaged, or its plan is malformed.
     """
-    from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which the rest of surgery does without
+    from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which surgery itself does not need
 
     return plan_in(read_checkpoint(path, weights_only))
 
@@ -80,7 +80,7 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
     Further arguments are those of ``cls.load_from_checkpoint``; ``weights_only`` is True by default.
 
     Raises:
-        ValueError: the checkpoint stores no plan, is damaged, or does not store how to build a module.
+        ValueError: the checkpoint stores no plan, is damaged, or lacks the arguments of a module.
     """
     arguments = {"weights_only": True, **arguments}
     plan = read_plan(path, arguments["weights_only"] is not False)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A buffer of every module that surgery built. Its key keeps a checkpoint from loading into a model without the surgery.
-# Errors on unexpected keys print it, and so do the warnings of strict=False: it names what loads such a checkpoint.
+# A buffer of every module that surgery built: its key prevents loading a checkpoint into a model without the surgery.
+# Errors and warnings on unexpected keys print it, so it names the functions that load such a checkpoint.
 MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
 
 Where = type | str | Callable[..., bool] | Sequence[Any]
@@ -52,7 +52,7 @@ class NoMatchError(ValueError):
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    return dict(module.named_children()).get("_orig_mod", module)  # the child's name is part of every state_dict
+    return dict(module.named_children()).get("_orig_mod", module)  # a stable name, as state_dict keys contain it
 
 
 def walk(model: nn.Module) -> Iterator[Site]:
@@ -129,10 +129,10 @@ def check_patterns(model: nn.Module, where: Where | None) -> None:
 def find_modules(model: nn.Module, where: Where, target: Where | None = None, inserted: bool = False) -> list[Site]:
     """Return the sites of a model that match ``where`` and, if given, ``target``.
 
-    Both are a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
-    ``(path, module)``; or a list of these, any of which may match. The root itself is never selected. The inside of a
-    match is not searched for further matches of the same entry, and the inside of modules that surgery built only with
-    ``inserted=True`` or for an entry that is a module's whole name.
+    Each is a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
+    ``(path, module)``; or a list of these, any of which may match. The root itself is never selected. Submodules of a
+    match are not matched again by the same entry. Submodules of modules that surgery built are selected only with
+    ``inserted=True`` or by an entry that is their full path.
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
@@ -165,7 +165,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
 
 
 def described(where: Any) -> str:
-    """Return a selection as error messages and state keys show it: another class or function, another text."""
+    """Return the text of a selection in errors and state keys, distinct for distinct classes and functions."""
     if isinstance(where, Sequence) and not isinstance(where, str):
         return f"[{', '.join(described(one) for one in where)}]"
     if inspect.isfunction(where):

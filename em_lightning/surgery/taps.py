@@ -19,8 +19,8 @@ class Taps:
     """Captures the outputs or the inputs of the layers that :func:`find_modules` selects, while ``recording`` is true.
 
     The axis of the units is decided at the first capture, see :func:`unit_axis`, and printed with ``verbose``. With
-    ``detach`` the captured tensor is cut from what follows: the layer passes a detached one on. With ``skip`` a layer
-    whose value cannot be captured raises nothing; ``skip(path, error)`` is called instead.
+    ``detach`` the forward continues with a detached tensor. With ``skip``, a value that cannot be captured
+    raises no error; ``skip(path, error)`` is called instead.
 
     Attributes:
         axes: the axis of the units of each layer.
@@ -82,12 +82,12 @@ class Taps:
             self.recording = before
 
     def remove(self) -> None:
-        """Remove the hooks and what they captured."""
+        """Remove the hooks and the captured tensors."""
         undo_all(self._undos)
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was captured."""
+        """Discard the captured tensors."""
         self.captured, self.frozen = [], set()
 
     def _register(self, module: nn.Module, path: str) -> Undo:
@@ -126,7 +126,7 @@ class Taps:
         return put(tensor.detach()) if self.detach else None
 
     def take(self, wanted: Callable[[Tensor], bool] = lambda _: True) -> dict[str, list[Tensor]]:
-        """Return the wanted tensors by path, and forget them; raise RuntimeError if one was overwritten in place."""
+        """Remove and return the wanted tensors by path; raise RuntimeError if one was overwritten in place."""
         taken: dict[str, list[Tensor]] = {}
         captured, self.captured = self.captured, []
         for path, tensor, version in captured:

@@ -24,8 +24,8 @@ from em_lightning.activations import Activation
 from em_lightning.competition import Competition
 from em_lightning.kernels import Kernel
 
-_N, _K = 5, 3  # items and centers of the tests of kernels
-_TOLERANCE = 1e-10  # of the identities of competition operators
+_N, _K = 5, 3  # numbers of items and centers in the tests of kernels
+_TOLERANCE = 1e-10  # tolerance of the identities of competition operators
 
 
 class ModuleContract:
@@ -142,7 +142,7 @@ class KernelContract(ModuleContract):
     def quadrature(self, center: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield blocks of nodes (M, D) and weights (M,) of a quadrature of R^D around a center (D,).
 
-        A product of Gauss-Legendre rules on intervals whose width doubles away from the center; it assumes no symmetry.
+        It is a product of Gauss-Legendre rules on intervals that double away from the center.
         Override it for a density over another domain, such as a sphere.
         """
         edges = sorted({0.0, *self.kinks, *(2.0**k for k in range(-1, 1 + math.ceil(math.log2(self.reach))))})
@@ -215,7 +215,7 @@ class CompetitionContract(ModuleContract):
         return tuple(module(x))[1:]
 
     def shift(self, operator: Competition, c: float) -> Competition:
-        """Return the operator for energies shifted by c: the same, unless it owns an energy."""
+        """Return the operator for energies shifted by c: the same one, unless it has an energy of its own."""
         return operator
 
     def totals(self, responsibilities: Tensor) -> Tensor:
