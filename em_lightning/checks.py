@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,14 @@ def check_at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         if not value >= least:
             raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_counts(least: int, **values: Any) -> None:
+    """Raise TypeError if an argument is no whole number, ValueError if it is less than ``least``."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}={value!r} must be an int")
+        check_at_least(least, **{name: int(value)})
 
 
 def check_positive(**values: float) -> None:

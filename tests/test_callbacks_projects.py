@@ -406,3 +406,74 @@ def test_a_plain_load_that_drops_a_surgery_warns(make, tmp_path):
     with pytest.warns(UserWarning, match=message):
         users.MLP().load_state_dict(state, strict=False)
     model.load_state_dict(state, strict=False)  # no warning for a model with the surgery
+
+
+class Holder(lightning.LightningModule):
+    """Trains layers that other LightningModules may hold too, and never calls its head."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(4, 4)
+
+    def training_step(self, batch, index):
+        return self.body(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def rows():
+    data = torch.utils.data.TensorDataset(torch.randn(8, 4))
+    return torch.utils.data.DataLoader(data, batch_size=4)
+
+
+def test_layers_that_another_model_changed_are_not_changed_again(tmp_path):
+    body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    insert = InsertEMOperator("body.0", verbose=False)
+    first = Holder(body)
+    users.trainer(tmp_path, 1, [insert]).fit(first, rows())
+    again = users.trainer(tmp_path, 1, [InsertEMOperator("body.0", verbose=False)])
+    with pytest.raises(ValueError, match=r"'body.0' has an operator from an earlier surgery .* undo\(\)"):
+        again.fit(Holder(body), rows())
+    insert.surgery.undo()
+    users.trainer(tmp_path, 1, [InsertEMOperator("body.0", verbose=False)]).fit(Holder(body), rows())
+    assert type(body[0].layer) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "make, path",
+    [
+        (lambda: InsertEMOperator("head", verbose=False), "head"),
+        (lambda: SwapActivations("grouped", target=nn.Linear, where="head", verbose=False), "head"),
+    ],
+)
+def test_changes_that_no_batch_reaches_are_named(make, path, tmp_path):
+    model = Holder(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.warns(UserWarning, match=f"changed {path}, but no batch of the epoch called the forward there"):
+        users.trainer(tmp_path, 2, [make()]).fit(model, rows())
+    fit(tmp_path, users.MLP(), SwapActivations(verbose=False))  # a warning is an error in this suite
+
+
+class OwnLoader(users.MLP):
+    """Decides about ``weights_only`` itself, as some projects do."""
+
+    @classmethod
+    def load_from_checkpoint(cls, path, map_location=None, **arguments):
+        return super().load_from_checkpoint(path, map_location, weights_only=False, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"weights_only": False}])
+def test_classes_with_a_loader_of_their_own_are_restored(arguments, tmp_path):
+    trainer = fit(tmp_path, model := OwnLoader(), SwapActivations("grouped", verbose=False))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    restored = restore_surgery(OwnLoader, tmp_path / "own.ckpt", **arguments)
+    x = next(iter(users.MLP.data()))[0]
+    assert type(restored) is OwnLoader and torch.equal(restored(x), model(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model_state_dict": state}])
+def test_weights_without_a_plan_are_told_from_an_unchanged_model(wrap, tmp_path):
+    fit(tmp_path, model := users.MLP(), SwapActivations(verbose=False))
+    torch.save(wrap(model.state_dict()), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="weights of a changed model, but not the plan .* call load_state_dict"):
+        restore_surgery(users.MLP, tmp_path / "weights.pt")

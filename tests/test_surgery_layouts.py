@@ -557,6 +557,19 @@ def test_an_operator_takes_the_width_that_it_sees(make, width):
         refused(x)
 
 
+def test_a_given_width_is_kept():
+    model = nn.Sequential(nn.Linear(3, 16), nn.Identity())
+    insert_em_operators(model, "0", num_features=7, verbose=False)
+    with pytest.raises(ValueError, match=r"must be \(B, N, 7\)"):
+        model(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("value, error", [(2.5, TypeError), ("4", TypeError), (0, ValueError), (-1, ValueError)])
+def test_numbers_of_components_are_checked_when_operators_are_inserted(value, error):
+    with pytest.raises(error, match=f"num_components={value!r} must be"):
+        insert_em_operators(nn.Sequential(nn.Linear(3, 4)), "0", value)
+
+
 def test_an_inserted_operator_learns_nothing_but_its_gate_and_is_cheap_in_many_features():
     model = nn.Sequential(nn.Linear(8, 2048))
     surgery = insert_em_operators(model, "0", verbose=False)

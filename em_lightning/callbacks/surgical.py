@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from em_lightning.surgery import (
@@ -46,6 +47,7 @@ class SurgicalCallback(Callback):
         self.settings = settings
         self.surgery: Surgery | None = None
         self._undos: list[Callable[[], Any]] = []
+        self._warned = False
 
     @property
     def state_key(self) -> str:
@@ -100,6 +102,16 @@ class SurgicalCallback(Callback):
             raise ValueError(
                 f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or use the functions "
                 f"of em_lightning.surgery before the optimizer is built"
+            )
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Warn once of new modules that no batch of an epoch has called."""
+        uncalled = [first.path for first in self.surgery.first_calls if not first.done] if self.surgery else []
+        if uncalled and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{type(self).__name__} changed {', '.join(uncalled)}, but no batch of the epoch called the forward "
+                f"there: the change has no effect"
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:

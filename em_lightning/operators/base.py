@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from em_lightning.checks import check_at_least, check_choice
+from em_lightning.checks import check_at_least, check_choice, check_counts
 from em_lightning.mixture import em
 from em_lightning.mixture.backends.reference import have_memory
 from em_lightning.mixture.parameters import Parameters
@@ -34,8 +34,8 @@ class SetOperator(nn.Module):
 
     def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
         super().__init__()
-        check_at_least(1, num_components=num_components, num_features=num_features)
-        check_at_least(0, num_iters=num_iters)
+        check_counts(1, num_components=num_components, num_features=num_features)
+        check_counts(0, num_iters=num_iters)
         check_choice("gradient", gradient, self.gradients_known)
         self.num_components = num_components
         self.num_features = num_features
@@ -79,7 +79,7 @@ class SetOperator(nn.Module):
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Any, num_iters: int | None
     ) -> Iterator[tuple[Any, Parameters]]:
         num_iters = self.num_iters if num_iters is None else num_iters
-        check_at_least(0, num_iters=num_iters)
+        check_counts(0, num_iters=num_iters)
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)

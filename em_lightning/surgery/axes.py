@@ -197,7 +197,7 @@ class FirstCall:
         dim = None if self.axis is None else self.axis(shape)
         if dim is not None:
             module.dim = dim
-            if hasattr(module, "resize"):
+            if not getattr(module, "width_is_given", True):
                 module.resize(shape[dim])
         sets = module.describe_sets(shape) if hasattr(module, "describe_sets") else ""
         announce(self.path, type(module).__name__, shape, dim, self.verbose, sets)

@@ -37,6 +37,11 @@ class Change(NamedTuple):
         """The site's dotted name from the root."""
         return self.entry["path"]
 
+    @property
+    def modules(self) -> list[Any]:
+        """The modules that were built, one per call with ``calls=N``."""
+        return list(self.added) if isinstance(self.added, PerCall) else [self.added]
+
 
 class Inserted(nn.Module):
     """A layer and the operator behind it: ``operator(layer(...))``, on the first tensor of a tuple or dataclass.
@@ -128,6 +133,7 @@ class Surgery:
         self.by = by
         self.changes: list[Change] = []
         self.undos: list[Undo] = []
+        self.first_calls: list[Any] = []  # whether each new module was called, as (path, done)
         if by is not None:
             vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self
 
@@ -241,17 +247,23 @@ def change_sites(
     number = 1 if calls in ("any", None) else calls
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"calls={calls!r} must be a positive int, 'any' or None")
+    known = {entry["path"] for entry in recorded_plan(surgery.model)}
     for site in sites:
         check_reachable(site)
+        if isinstance(site.module, Inserted) and operation == "insert_after" and site.path not in known:
+            raise ValueError(
+                f"{site.path!r} has an operator from an earlier surgery on another model that holds the same layer: "
+                f"undo() that surgery before, or go on without this one"
+            )
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
     surgery.undos += guard_twins(surgery.model, sites)
     for site in sites:
         make = make_at(site)
         counter = CallCounter(site.path, number)
-        added = _build(site, make)
+        added = built = _build(site, make)
         if number > 1:
-            added = PerCall([added, *(_build(site, make, index) for index in range(1, number))], counter)
+            added = PerCall([built, *(_build(site, make, index) for index in range(1, number))], counter)
         if number > 1 or (calls is None and any(True for _ in added.parameters())):
             callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
             surgery.undos.append(wrap(callers[-1], "forward", counter.around))
@@ -266,7 +278,7 @@ def change_sites(
         entry: dict[str, Any] = {
             "operation": operation,
             "path": site.path,
-            "class_path": f"{type(built_in(added)).__module__}.{type(built_in(added)).__qualname__}",
+            "class_path": f"{type(built).__module__}.{type(built).__qualname__}",
             "init_args": arguments_of(make),
             "calls": calls,
             "target": [],  # of the functions whose calls are replaced
@@ -276,11 +288,6 @@ def change_sites(
         surgery.changes.append(Change(site.parent, site.name, site.function or site.module, new, added, entry))
         prepare(site, surgery.changes[-1])
     return surgery
-
-
-def built_in(added: nn.Module) -> nn.Module:
-    """Return the module that ``make`` built, the first if there is one per call."""
-    return added[0] if isinstance(added, PerCall) else added
 
 
 def _build(site: Site, make: Make, index: int = 0) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.surgery.axes import FirstCall, own_dim, takes_dim, unit_axis, widths_of
-from em_lightning.surgery.edit import Calls, Change, Make, PerCall, Surgery, change_sites
+from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.functional import swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules
@@ -157,6 +157,8 @@ def insert_em_operators(
         return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 
     def prepare(site: Site, change: Change) -> None:
+        for module in change.modules:
+            module.width_is_given = num_features is not None
         make = functools.partial(SetRefinement, **given)  # shows whether dim is given
         watch_first_call(surgery, site, change, make, verbose)
 
@@ -165,18 +167,19 @@ def insert_em_operators(
 
 def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:
     """Register hooks that decide and print the unit axis of the modules of a change at their first call."""
-    modules: Iterable[Any] = change.added if isinstance(change.added, PerCall) else [change.added]
-    for module in modules:
+    for module in change.modules:
         axis = None
         dim = own_dim(module, make)
         if dim is not None:
             axis = unit_axis(site, dim)
             if isinstance(module, SetRefinement):
-                axis.widths = (module.operator.num_features, *axis.widths)  # what it was built for first
+                others = () if module.width_is_given else axis.widths
+                axis.widths = (module.operator.num_features, *others)  # what it was built for first
                 surgery.undos += observe_forwards(site, module)
             if axis.dim != "auto":
                 module.dim = axis.dim
-        surgery.undos.append(module.register_forward_pre_hook(FirstCall(site.path, axis, verbose)).remove)
+        surgery.first_calls.append(FirstCall(site.path, axis, verbose))
+        surgery.undos.append(module.register_forward_pre_hook(surgery.first_calls[-1]).remove)
 
 
 def set_temperature(model: nn.Module, temperature: float, where: Where = "*") -> dict[str, Tempered]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from em_lightning.surgery.axes import UnitAxis, announce, own_dim, widths_in
-from em_lightning.surgery.edit import Calls, Change, Make, Surgery, built_in, change_sites
+from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
 from em_lightning.surgery.select import (
     FUNCTIONS,
@@ -73,6 +73,11 @@ class CallAxes:
     verbose: bool
     decided: dict[int, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def done(self) -> bool:
+        """Whether the operator was called."""
+        return bool(self.decided)
+
     def __call__(self, x: Tensor) -> int:
         """Return the axis to move to the last position; -1, no move, if the operator has its own axis."""
         if x.ndim not in self.decided:
@@ -117,8 +122,9 @@ def swap_calls(
 
     def prepare(site: Site, change: Change) -> None:
         change.entry["target"] = [kind.__name__ for kind in kinds]
-        widths, built = widths_in([site.parent])[::-1], built_in(change.added)
+        widths, built = widths_in([site.parent])[::-1], change.modules[0]
         axes = CallAxes(site.path, widths, type(built).__name__, own_dim(built, make), verbose)
+        surgery.first_calls.append(axes)
         for name in _methods_that_call(type(site.parent), names):
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions, axes)))
 

@@ -59,6 +59,7 @@ class SetRefinement(EMRefinement):
         self.causal = causal
         self.batch_dim = batch_dim
         self.padding: list[tuple[str, Tensor]] = []  # of the modules that run now, the innermost first
+        self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
         self.called = False  # from the first call on, forwards around the layer are no longer inspected
         self.decided = False  # whether the attention around the layer has been inspected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
@@ -13,7 +14,7 @@ from em_lightning.surgery.edit import Change, Surgery, change_sites
 from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
-from em_lightning.surgery.select import Site, find_modules, is_built, walk
+from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
 
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
@@ -69,9 +70,13 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its plan is malformed.
     """
+    return plan_in(_read(path, weights_only))
+
+
+def _read(path: str | PathLike[str], weights_only: bool) -> dict[str, Any]:
     from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which surgery itself does not need
 
-    return plan_in(read_checkpoint(path, weights_only))
+    return read_checkpoint(path, weights_only)
 
 
 def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> Any:
@@ -83,7 +88,14 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
         ValueError: the checkpoint stores no plan, is damaged, or lacks the arguments of a module.
     """
     arguments = {"weights_only": True, **arguments}
-    plan = read_plan(path, arguments["weights_only"] is not False)
+    checkpoint = _read(path, arguments["weights_only"] is not False)
+    plan = plan_in(checkpoint)
+    keys = [key for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for key in part]
+    if not plan and any(MARKER in str(key) for key in keys):
+        raise ValueError(
+            f"{path} has weights of a changed model, but not the plan that a Trainer's checkpoint stores: repeat the "
+            f"surgery on a new model, then call load_state_dict"
+        )
     if not plan:
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
 
@@ -93,6 +105,13 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
 
     # load_from_checkpoint builds the model, calls this hook, then loads the weights.
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
-    model = loader.load_from_checkpoint(path, **arguments)  # type: ignore[attr-defined]
+    load: Any = loader.load_from_checkpoint  # type: ignore[attr-defined]
+    try:
+        model = load(path, **arguments)
+    except TypeError as error:
+        if "weights_only" not in str(error):
+            raise
+        del arguments["weights_only"]  # the class gives it itself
+        model = load(path, **arguments)
     model.__class__ = cls
     return model
