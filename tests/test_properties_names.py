@@ -27,9 +27,7 @@ ELSEWHERE = {
         "Competition Tempered Kernel EnergyLoss Float64Metric MomentLoss MeanOfItems UnitMoments "
         "PointCloudDataModule SetOperator SurgicalCallback"
     ),
-    "parts of the EM loop, which the operators and em_step call": (
-        "BlockFit Covariance Parameters Points StreamedEM SufficientStatistics e_step m_step prepare"
-    ),
+    "parts of the EM loop, which the operators and em_step call": ("BlockFit Covariance Parameters Points prepare"),
     "in tests/test_modules_point_clouds.py": "PointCloudClassifier",
     "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
     "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds"),
