@@ -167,9 +167,11 @@ class RecipeCLI(LightningCLI):
         if given.logger is False and given.callbacks:  # LearningRateMonitor raises without a logger
             given.callbacks = [each for each in given.callbacks if not isinstance(each, LearningRateMonitor)]
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
-        shows_bar = given.enable_progress_bar is not False and sys.stderr.isatty()
-        if shows_bar and not any(isinstance(each, ProgressBar) for each in callbacks):
-            given.callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]  # a RichProgressBar hides the last line
+        if not any(isinstance(each, ProgressBar) for each in callbacks) and given.enable_progress_bar is not False:
+            if sys.stderr.isatty():
+                given.callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]  # RichProgressBar hides the last line
+            elif given.enable_progress_bar is None:
+                given.enable_progress_bar = False
         try:
             trainer = super().instantiate_trainer(**options)
         except (ValueError, MisconfigurationException) as error:
