@@ -584,3 +584,11 @@ def test_modules_that_are_none_are_passed():
     model.add_module("act", nn.ReLU())
     swap_activations(model, verbose=False)
     assert isinstance(model.act, ACTIVATIONS["signed"])
+
+
+@pytest.mark.parametrize("between", [nn.Dropout2d(), nn.Identity(), nn.GELU()])
+def test_layers_that_keep_axes_do_not_hide_the_layer_before(between):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), between, nn.ReLU())
+    surgery = swap_activations(model, "grouped", verbose=False)
+    model(torch.randn(2, 3, 8, 8))  # axes 1 and -1 both have 8 units
+    assert surgery.changes[0].added.dim == 1

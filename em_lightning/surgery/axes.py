@@ -133,8 +133,8 @@ def _axis_by_type(site: Site) -> int | Literal["auto"]:
     """Return the axis that the layer's type defines, or the type of the layer before an activation in a Sequential."""
     layer: Any = site.module
     if isinstance(site.parent, nn.Sequential) and type(layer).__module__.startswith(_ACTIVATIONS):
-        position = list(site.parent._modules).index(site.name)
-        layer = site.parent[max(position - 1, 0)]
+        before = list(site.parent)[: list(site.parent._modules).index(site.name)]
+        layer = next((one for one in reversed(before) if not _keeps_axes(one)), layer)
     while isinstance(layer, Inserted):
         layer = layer.layer
     if isinstance(layer, _CHANNELS_FIRST):
@@ -144,6 +144,12 @@ def _axis_by_type(site: Site) -> int | Literal["auto"]:
     ):
         return -1
     return "auto"
+
+
+def _keeps_axes(layer: Any) -> bool:
+    """Return whether a layer of an ``nn.Sequential`` tells nothing about the axis: an activation, dropout or None."""
+    kept = (*_ACTIVATIONS, "torch.nn.modules.dropout")
+    return layer is None or isinstance(layer, nn.Identity) or type(layer).__module__.startswith(kept)
 
 
 def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbose: bool, sets: str = "") -> None:
