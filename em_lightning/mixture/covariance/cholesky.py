@@ -54,19 +54,21 @@ def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
 
 
 def _unrolled_cholesky(matrix: Tensor, pivots: Tensor) -> Factor:
+    """Return the factor and its inverse, computed row by row from tensors (...,) of one entry each."""
     size = matrix.shape[-1]
     rows = matrix.unbind(-2)
     lower: list[list[Tensor]] = [[] for _ in range(size)]
     inverse: list[list[Tensor]] = [[] for _ in range(size)]
     for i in range(size):
         entries, least = rows[i].unbind(-1), pivots[..., i]
-        # The squares of a row of the factor add up to the diagonal entry, unless round-off made the matrix indefinite.
-        longest = 1.001 * torch.maximum(entries[i].detach(), least).sqrt()
+        # The squares of a row of L add up to the diagonal entry. Entries that exceed its root by more than round-off
+        # belong to indefinite matrices and are clamped.
+        bound = 1.001 * torch.maximum(entries[i].detach(), least).sqrt()
         for j in range(i):
             entry = entries[j]
             for p in range(j):
                 entry = torch.addcmul(entry, lower[i][p], lower[j][p], value=-1)
-            lower[i].append((entry * inverse[j][j]).clamp(-longest, longest))
+            lower[i].append((entry * inverse[j][j]).clamp(-bound, bound))
         pivot = entries[i]
         for p in range(i):
             pivot = torch.addcmul(pivot, lower[i][p], lower[i][p], value=-1)
