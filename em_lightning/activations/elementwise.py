@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from em_lightning import kernels
 from em_lightning.activations.base import ACTIVATIONS, Activation, times
-from em_lightning.checks import check_positive
+from em_lightning.checks import positive_number
 from em_lightning.competition import Posterior, softmin
 from em_lightning.kernels import KERNELS, Kernel
 
@@ -48,8 +48,7 @@ class SignedActivation(Activation):
         dim: int = -1,
     ) -> None:
         super().__init__(temperature, learnable, dim)
-        check_positive(margin=margin)
-        self.margin = float(margin)
+        self.margin = positive_number("margin", margin)
         self.kernel = KERNELS.build(kernel)
 
     def posterior(self, z: Tensor) -> Posterior:
@@ -68,7 +67,8 @@ class SignedActivation(Activation):
         return f"margin={self.margin:g}, {super().extra_repr()}"
 
 
-# Closed forms for a kernel, z, margin m and temperature t; other kernels of one feature use the definition.
+# Closed forms of the activation for a kernel, z, margin m and temperature t. They are as accurate as z, while the
+# difference of the two energies cancels near 0 and far from the hypotheses. Other kernels use the definition.
 Number = float | Tensor
 
 
@@ -94,11 +94,12 @@ def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 
 def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    spread = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
-    if not kernel.density and isinstance(t, float) and t == 1:
-        return 2 * m * z / (z.square() + (spread + m * m))
-    above = torch.log1p(4 * m * z.clamp_min(0.0) / (spread + (z - m).square()))
-    below = torch.log1p(4 * m * (-z).clamp_min(0.0) / (spread + (z + m).square()))
+    variance = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
+    if not kernel.density and isinstance(t, float) and t == 1:  # tanh(log(a) / 2) = (a - 1) / (a + 1)
+        return 2 * m * z / (z.square() + (variance + m * m))
+    # The difference of energies is the logarithm of a ratio; on each side of 0, the ratio minus 1 is positive.
+    above = torch.log1p(4 * m * z.clamp_min(0.0) / (variance + (z - m).square()))
+    below = torch.log1p(4 * m * (-z).clamp_min(0.0) / (variance + (z + m).square()))
     exponent = (kernel.positive("df", z.dtype) + 1) / 2 if kernel.density else 1.0
     return torch.tanh((above - below) * (exponent / (2 * t)))
 
@@ -119,7 +120,8 @@ def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64.
+    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64, and below
+    # it the product is finite.
     outer = (rate * z.abs().clamp_min(m)).clamp(max=40.0).exp()
     inner = (rate * z.clamp(-m, m)).clamp(-40.0, 40.0).sinh()
     return torch.tanh(outer * inner / t)

@@ -1,4 +1,4 @@
-"""Differences, squared Euclidean distances and squared Mahalanobis distances between items and centers."""
+"""Differences and squared Euclidean or Mahalanobis distances between items and centers, and unit vectors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from torch import Tensor
 def pairwise(x: Tensor, centers: Tensor) -> Tensor:
     """Return the differences x - centers (..., N, K, D) of x (..., N, D) and centers (..., K, D)."""
     return x.unsqueeze(-2) - centers.unsqueeze(-3)
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """Return x (..., D) divided by its norm; 0 for 0. Dividing by the largest entry avoids overflow of the squares."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    square = x.square().sum(-1, keepdim=True)
+    return x / torch.where(square > 0, square, 1).sqrt()
 
 
 def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, max_differences: int = 2**20) -> Tensor:
@@ -45,9 +53,11 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
 
 
 def _whiten(factor: Tensor, rows: Tensor) -> Tensor:
+    """Return ``L^-1 v`` for the rows v of a tensor (..., D) and a factor L (D, D)."""
     return torch.linalg.solve_triangular(factor, rows.flatten(0, -2).mT, upper=False).mT.reshape(rows.shape)
 
 
+# Distances from differences, because expanded squares cancel.
 _distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -90,5 +100,6 @@ class _WeightedDifferences(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weights, x, centers = ctx.saved_tensors
         u, v = grads
+        # The derivative with respect to w_nk is (u_n - v_k) . (x_n - c_k).
         by_weights = (u * x).sum(-1, keepdim=True) + (v * centers).sum(-1).unsqueeze(-2) - u @ centers.mT - x @ v.mT
         return (by_weights, *_WeightedDifferences.apply(weights, u, v))

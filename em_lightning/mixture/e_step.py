@@ -209,6 +209,13 @@ def log_joint(
     return joint, kernel.irls_weight(squared_distance, num_features)
 
 
+def log_joint_of_points(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:
+    """Return ``log pi_k + log p_k(x_n)`` (B, N, K), with the background last, in units of the points."""
+    theta, peak = likelihood.family.natural_parameters(parameters)
+    joint, _ = log_joint(points.lift(), theta, peak, points.num_features, likelihood.kernel)
+    return (with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]).mT
+
+
 def with_background(joint: Tensor, level: Sequence[Tensor]) -> Tensor:
     """Append the log-density of the background, if there is one, to joint log-densities (B, K, N)."""
     if not level:

@@ -21,6 +21,8 @@ from em_lightning.mixture.points import Points, features_first
 _CORE = 0.4
 # Compute distances from differences, because expanded squares cancel.
 _EXACT = "donot_use_mm_for_euclid_dist"
+# Numbers per block on a CPU: distances have fewer temporaries than the E-step, so that larger blocks stay in the cache.
+_BLOCK_SIZE = 2**19
 
 
 @torch.no_grad()
@@ -128,7 +130,7 @@ def lloyd(
     return centers
 
 
-class _Cells(NamedTuple):
+class Cells(NamedTuple):
     """Mass (B, K) and mixture parameters of hard clusters, one component per cell."""
 
     mass: Tensor
@@ -146,8 +148,8 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     family = covariance.unrestricted
     cell, distances = _nearest_centers(points, centers)
     weights = torch.ones_like(distances) if points.weights is None else points.weights
-    cells = _fit_cells(points, cell, weights, num_components, family, floor)
-    cores = _fit_cells(points, cell, weights * _in_core(cell, distances, weights, cells), num_components, family, floor)
+    cells = fit_cells(points, cell, weights, centers, family, floor)
+    cores = fit_cells(points, cell, weights * _in_core(cell, distances, weights, cells), centers, family, floor)
     has_core = cores.mass > 2 * num_features  # fewer points give a nearly singular covariance
     means = _choose(has_core, cores.parameters.means, cells.parameters.means)
     means = _choose(cells.mass > 0, means, centers)
@@ -159,10 +161,11 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     return Parameters(cells.parameters.log_weights, means, covariance.from_public(covariances))
 
 
-def _fit_cells(
-    points: Points, cell: Tensor, weights: Tensor, num_components: int, family: Covariance, floor: Tensor
-) -> _Cells:
-    """Return the M-step for points of weights (B, N), each of which belongs to one cell (B, N) alone."""
+def fit_cells(
+    points: Points, cell: Tensor, weights: Tensor, centers: Tensor, family: Covariance, floor: Tensor
+) -> Cells:
+    """Return the M-step for points of weights (B, N), each of which belongs to the cell (B, N) of one center."""
+    num_components = centers.shape[1]
 
     def moments_of_block(sets: slice, block: Tensor, cell: Tensor, weights: Tensor) -> tuple[Tensor]:
         return (_hard_responsibilities(cell, weights, num_components) @ points.lift(block, sets).mT,)
@@ -172,23 +175,23 @@ def _fit_cells(
     mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
     statistics = SufficientStatistics(mass, mass, first, second, zeros, zeros, points.num_points)
-    return _Cells(mass, m_step(statistics, family, floor, family.expand(points.variance, num_components)))
+    return Cells(mass, m_step(statistics, family, floor, family.expand(points.variance, num_components)))
 
 
-def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, cells: _Cells) -> Tensor:
+def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, cells: Cells) -> Tensor:
     """Return which points (B, N) lie in the core of their cell; distances from the centers are squared."""
     total = torch.zeros_like(cells.mass).scatter_add(1, cell, distances * weights.detach())
     mean = total / cells.mass.detach().clamp(min=1.0)
     return distances <= (_CORE * mean).gather(1, cell)
 
 
-def _with_trace_of(cells: _Cells, cores: _Cells, family: Covariance, num_features: int) -> Tensor:
+def _with_trace_of(cells: Cells, cores: Cells, family: Covariance, num_features: int) -> Tensor:
     """Return the covariances of the cores, scaled to the traces of those of the cells: cores are too narrow."""
     trace, of_core = (family.diagonal(c.parameters.covariances, num_features).sum(-1) for c in (cells, cores))
     return family.scaled(cores.parameters.covariances, trace / of_core)
 
 
-def _pooled_variance(points: Points, centers: Tensor, cells: _Cells, family: Covariance, floor: Tensor) -> Tensor:
+def _pooled_variance(points: Points, centers: Tensor, cells: Cells, family: Covariance, floor: Tensor) -> Tensor:
     """Return the mean squared distance of the points from their centers, as a variance (B, D) of all cells."""
     features = points.num_features
     trace = family.diagonal(cells.parameters.covariances, features).sum(-1)
@@ -239,7 +242,8 @@ def _lowered(distances: Tensor, points: Tensor, center: Tensor) -> Tensor:
     def lower_block(sets: slice, distances: Tensor, block: Tensor, center: Tensor) -> tuple[Tensor]:
         return (torch.minimum(distances, _squared_distance(block, center)),)
 
-    return map_blocks(lower_block, (distances, points), (center,), points.shape[1])[0]
+    block_size = _BLOCK_SIZE if points.device.type == "cpu" else None
+    return map_blocks(lower_block, (distances, points), (center,), points.shape[1], block_size)[0]
 
 
 def _best_candidate(points: Tensor, weights: Tensor, distances: Tensor, candidates: Tensor) -> Tensor:
@@ -251,7 +255,9 @@ def _best_candidate(points: Tensor, weights: Tensor, distances: Tensor, candidat
         lowered = torch.stack([_squared_distance(block, candidate) for candidate in candidates.unbind(-1)], 1)
         return (torch.bmm(torch.minimum(lowered, distances.unsqueeze(1)), weights.unsqueeze(-1)).squeeze(-1),)
 
-    (totals,) = sum_blocks(sums_of_block, (points, weights, distances), (candidates,), max(candidates.shape[1:]))
+    block_size = _BLOCK_SIZE if points.device.type == "cpu" else None
+    width = max(candidates.shape[1:])
+    (totals,) = sum_blocks(sums_of_block, (points, weights, distances), (candidates,), width, block_size)
     return _pick(candidates, totals.argmin(-1, keepdim=True)).squeeze(-1)
 
 

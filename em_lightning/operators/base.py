@@ -144,7 +144,7 @@ class SetOperator(nn.Module):
     # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations, with a ``mass`` (B,).
 
     _prepare: Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, mask, weights) -> sets
-    _start: Callable[[Any, bool], Parameters]  # (sets, choose the best of several starts) -> state
+    _start: Callable[[Any, bool], Parameters]  # (sets, best_of_several) -> state
     _enter: Callable[[Any, Any], Parameters]  # (sets, mixture) -> state
     _step: Callable[..., tuple[Parameters, Tensor]]  # (sets, state, progress, with_objective=False)
     _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)

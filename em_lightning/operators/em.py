@@ -14,14 +14,7 @@ from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmi
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
 from em_lightning.mixture.background import BackgroundLevel, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
-from em_lightning.mixture.e_step import (
-    Likelihood,
-    SufficientStatistics,
-    e_step,
-    log_density,
-    log_joint,
-    with_background,
-)
+from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density, log_joint_of_points
 from em_lightning.mixture.em import where
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
@@ -179,12 +172,9 @@ class EMOperator(SetOperator):
         ``background_energies`` are those of :meth:`log_prob`.
         """
         points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
-        theta, peak = likelihood.family.natural_parameters(state)
-        features = points.lift()
-        joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
-        joint = with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
+        energies = -log_joint_of_points(points, state, likelihood).to(x.dtype)
         coupling = {"item_dim": 1, "mask": mask} if self.competition.couples_items else {}
-        return self.competition(-joint.mT.to(x.dtype), **coupling)
+        return self.competition(energies, **coupling)
 
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
@@ -236,22 +226,23 @@ class EMOperator(SetOperator):
             counts = self.prior.pseudo_counts(
                 points.frame, points.mean, points.variance, covariance, self.num_components
             )
-        return Sets(x.detach(), mask, weights, points, points.mass, covariance, floor, counts, x.dtype)
+        return Sets(points, points.mass, mask, covariance, floor, counts, x.dtype)
 
-    def _start(self, sets: Sets, choose: bool) -> Parameters:
-        def judge(state: Parameters) -> Tensor:
+    def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
+        def score(state: Parameters) -> Tensor:
+            """Return the objective (B,) after a few exact iterations."""
             state = self._with_reserved_share(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
                 state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
             return self._objective(sets, state)
 
-        return self._with_reserved_share(self.start(sets, judge if choose else None))
+        return self._with_reserved_share(self.start(sets, score if best_of_several else None))
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
         given = covariance_of(mixture.covariances, mixture.means)
         if given is not self.family and given.name != "full":
             raise ValueError(f"init has {given.name} covariances and the operator {self.family.name}; convert one")
-        shape = (len(sets.x), self.num_components, self.num_features)
+        shape = (len(sets.mass), self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())

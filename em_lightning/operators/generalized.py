@@ -149,7 +149,7 @@ class GeneralizedEM(SetOperator):
         return _Sets(x, counts, counts.sum(-1), *box)
 
     @torch.no_grad()
-    def _start(self, sets: _Sets, choose: bool) -> Parameters:
+    def _start(self, sets: _Sets, best_of_several: bool) -> Parameters:
         """Return equal weights and drawn centers."""
         centers = initialization.CENTERS[self.init](sets.x, self.num_components, weights=sets.counts)
         return Parameters(torch.zeros_like(centers[..., 0]).log_softmax(-1), centers, centers[..., :0])

@@ -19,23 +19,20 @@ _RANDOM = ("kmeans++", "random")
 STARTS = (*initialization.CENTERS, "learned")
 
 # Maps a start to the objective (B,) after some iterations.
-Judge = Callable[[Parameters], Tensor]
+Score = Callable[[Parameters], Tensor]
 
 
 class Sets(NamedTuple):
     """The inputs of all iterations of the EM operator.
 
-    x, mask, weights: the given tensors; x is detached.
-    points, mass: the points prepared for EM, and their mass (B,).
+    points, mass, mask: the points prepared for EM, their mass (B,), and the given mask (B, N).
     covariance, floor, prior: the covariance type, the variance floor (B,) and the pseudo-counts.
     dtype: dtype of the result.
     """
 
-    x: Tensor
-    mask: Tensor | None
-    weights: Tensor | None
     points: Points
     mass: Tensor
+    mask: Tensor | None
     covariance: Covariance
     floor: Tensor
     prior: PseudoCounts | None
@@ -51,32 +48,31 @@ class DrawnStart(NamedTuple):
     num_starts: int
     seed: int | None
 
-    def __call__(self, sets: Sets, judge: Judge | None) -> Parameters:
-        """Return, for each set, the start with the highest objective; without a judge, the first start."""
+    def __call__(self, sets: Sets, score: Score | None) -> Parameters:
+        """Return, for each set, the start with the highest score; without a score, the first start."""
+        generator = None if self.seed is None else torch.Generator(sets.mass.device).manual_seed(self.seed)
 
         def around(centers: Tensor) -> Parameters:
             return initialization.parameters_around(sets.points, centers, sets.covariance, sets.floor)
 
-        generator = None if self.seed is None else torch.Generator(sets.x.device).manual_seed(self.seed)
-        best = self._centers(sets, generator)
-        if judge is not None and self.num_starts > 1:
+        best = self._centers(sets.points, generator)
+        if score is not None and self.num_starts > 1:
             with torch.no_grad():
-                highest = judge(around(best))
+                highest = score(around(best))
                 for _ in range(self.num_starts - 1):
-                    centers = self._centers(sets, generator)
-                    objective = judge(around(centers))
+                    centers = self._centers(sets.points, generator)
+                    objective = score(around(centers))
                     best = torch.where((objective > highest)[:, None, None], centers, best)
                     highest = torch.maximum(objective, highest)
         return around(best)
 
     @torch.no_grad()
-    def _centers(self, sets: Sets, generator: torch.Generator | None) -> Tensor:
+    def _centers(self, points: Points, generator: torch.Generator | None) -> Tensor:
         """Return centers (B, K, D) in the coordinates of the points."""
-        x, mask, weights = sets[:3]
-        centers = initialization.CENTERS[self.name](x, self.num_components, mask, weights, generator)
-        centers = initialization.lloyd(x, centers, self.lloyd_steps, mask, weights)
-        center, scale = sets.points.frame
-        return (centers.to(center.dtype) - center.unsqueeze(1)) / scale[:, None, None]
+        x = points.x.mT
+        centers = initialization.CENTERS[self.name](x, self.num_components, weights=points.weights, generator=generator)
+        centers = initialization.lloyd(x, centers, self.lloyd_steps, weights=points.weights)
+        return points.frame.enter(centers.to(points.mean.dtype).mT).mT
 
 
 class LearnedStart(nn.Module):
@@ -88,7 +84,7 @@ class LearnedStart(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
         self.logits = nn.Parameter(torch.zeros(num_components))
 
-    def forward(self, sets: Sets, judge: Judge | None) -> Parameters:
+    def forward(self, sets: Sets, score: Score | None) -> Parameters:
         """Return the start of each set."""
         mean, unit, covariance = sets.points.mean, sets.points.unit()[:, None, None], sets.covariance
         root = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
