@@ -63,7 +63,8 @@ class UniformBackground:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)
         rest = math.log1p(-self.weight)
-        unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)  # a reserved share is at least _MIN_WEIGHT
+        # A reserved share is at least _MIN_WEIGHT; half of it tells sums of 1 apart in spite of round-off.
+        unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)
         return torch.where(unreserved, log_weights + rest, log_weights)
 
     def update_weights(self, log_weights: Tensor, component_mass: Tensor, background_mass: Tensor) -> Tensor:

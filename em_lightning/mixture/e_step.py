@@ -66,7 +66,7 @@ class SufficientStatistics(NamedTuple):
 
     def plus(self, other: SufficientStatistics) -> SufficientStatistics:
         """Return the sum of both, the statistics of all points."""
-        return SufficientStatistics(*(own + more for own, more in zip(self, other, strict=True)))
+        return SufficientStatistics(*(a + b for a, b in zip(self, other, strict=True)))
 
     def flatten(self) -> Tensor:
         """Return all statistics of one set as one tensor, for instance to sum over processes."""
@@ -75,7 +75,7 @@ class SufficientStatistics(NamedTuple):
     def unflatten(self, flat: Tensor) -> SufficientStatistics:
         """Return statistics with the shapes of ``self`` from a flat tensor; the inverse of :meth:`flatten`."""
         parts = flat.split([part.numel() for part in self])
-        return SufficientStatistics(*(part.view_as(own) for part, own in zip(parts, self, strict=True)))
+        return SufficientStatistics(*(part.view_as(like) for part, like in zip(parts, self, strict=True)))
 
     def with_mean_weight_one(self) -> SufficientStatistics:
         """Return the statistics under weights that are divided by their mean."""
@@ -166,6 +166,7 @@ def e_step(
 def _fused_arguments(
     points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
+    """Return the arguments of the native functions: densities ``p_k(x)^(1 / T)`` have the factors ``W / sqrt(T)``."""
     log_weights, means, covariances = parameters
     factor = family.factorize(covariances, means)
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)

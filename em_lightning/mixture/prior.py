@@ -95,7 +95,7 @@ class MixturePrior(nn.Module):
     def count(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
         """Return the pseudo-count of ``"weight"``, ``"mean"`` or ``"covariance"``: a tensor (1,) if trained."""
         value = self._counts[name]
-        log_ratio = getattr(self, f"log_{name}", None)
+        log_ratio = getattr(self, f"log_{name}", None)  # a parameter if the pseudo-count is trained
         return value if log_ratio is None else value * log_ratio.to(dtype or log_ratio.dtype).exp()
 
     def pseudo_counts(

@@ -126,8 +126,8 @@ class SetOperator(nn.Module):
                 after, objective = self._step(sets, state, 1.0, with_objective=True)
                 return after, objective / mass
 
-            found = em.fit(step, state, max_iters=max_iters, tol=tol)
-            return self._mixture(sets, Parameters(*found.state)), found.steps
+            result = em.fit(step, state, max_iters=max_iters, tol=tol)
+            return self._mixture(sets, Parameters(*result.state)), result.steps
 
     def objective(self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the objective (B,); weights are relative to their mean."""
@@ -171,8 +171,7 @@ def build(argument: str, cls: type[Any], value: Any) -> Any:
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
     """Check points (B, N, D), mask and weights (B, N); return the points in at least float32."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point tensor, got {given}")
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.ndim != 3 or x.shape[-1] != num_features or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {num_features}) with N >= 1")
     for name, value in (("mask", mask), ("weights", weights)):
@@ -193,5 +192,5 @@ def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:
     if torch.compiler.is_compiling() or capturing or not have_memory(valid):
         return
     if not valid.all():
-        place, row = (int(i) for i in (~valid).nonzero()[0])
-        raise ValueError(f"{rule}: set {place}, row {row} is {values[place, row].tolist()}")
+        number, row = (~valid).nonzero()[0].tolist()
+        raise ValueError(f"{rule}: set {number}, row {row} is {values[number, row].tolist()}")

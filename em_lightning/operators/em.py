@@ -210,7 +210,7 @@ class EMOperator(SetOperator):
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
         plain = copy.copy(self)
-        plain._modules = {**self._modules, "correction": None}
+        plain._modules = {**self._modules, "correction": None}  # a new dict: that of the copy is shared with self
         return plain
 
     # The loop.
@@ -218,7 +218,7 @@ class EMOperator(SetOperator):
     def _prepare(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
     ) -> Sets:
-        covariance = covariance or self.family
+        covariance = covariance or self.family  # a given mixture may have another type
         points = prepare(x, covariance.features, mask, weights)
         floor = points.floor(self.covariance_floor)
         counts = None
@@ -239,9 +239,9 @@ class EMOperator(SetOperator):
         return self._with_reserved_share(self.start(sets, score if best_of_several else None))
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
-        given = covariance_of(mixture.covariances, mixture.means)
-        if given is not self.family and given.name != "full":
-            raise ValueError(f"init has {given.name} covariances and the operator {self.family.name}; convert one")
+        covariance = covariance_of(mixture.covariances, mixture.means)
+        if covariance is not self.family and covariance.name != "full":
+            raise ValueError(f"init has {covariance.name} covariances and the operator {self.family.name}; convert one")
         shape = (len(sets.mass), self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
@@ -317,23 +317,24 @@ class EMOperator(SetOperator):
         """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
         if sets.prior is None:
             return log_likelihood
-        own = log_prior(state, sets.covariance, sets.prior)
+        log_density = log_prior(state, sets.covariance, sets.prior)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
-        own = own - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
-        if likelihood.background is not None and self.background.estimate:
-            own = own + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
-        return log_likelihood + own
+        log_density = log_density - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
+        if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
+            log_density = log_density + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
+        return log_likelihood + log_density
 
     def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        own, new = (
-            COVARIANCES["full"].factorize(self.family.to_full(each.covariances, each.means)) for each in (before, after)
+        old, new = (
+            COVARIANCES["full"].factorize(self.family.to_full(state.covariances, state.means))
+            for state in (before, after)
         )
         weights = after.log_weights.exp() - before.log_weights.exp()
         shift = new.inverse @ (after.means - before.means).unsqueeze(-1)
-        growth = new.inverse @ (new.scale - own.scale)
+        growth = new.inverse @ (new.scale - old.scale)
         return torch.stack([part.abs().flatten(1).amax(1) for part in (weights, shift, growth)]).amax(0)
 
     def _likelihood(
