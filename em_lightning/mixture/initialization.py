@@ -66,15 +66,17 @@ def kmeans_plus_plus(
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)  # sets without points draw from all rows
     num_candidates = 2 + int(math.log(num_components))
     center = _pick(points, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
-    centers, distances = [center], torch.full_like(weights, torch.inf)
+    centers, distances = [center], _lowered(torch.full_like(weights, torch.inf), points, center)
     for _ in range(num_components - 1):
-        distances = _lowered(distances, points, center)
         potential = distances * weights
         # Where all distances are zero, draw in proportion to the weights.
         potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, weights)
         drawn = torch.multinomial(potential, num_candidates, replacement=True, generator=generator)
-        center = _best_candidate(points, weights, distances, _pick(points, drawn))
-        centers.append(center)
+        candidates = _pick(points, drawn)
+        lowered = torch.stack([_lowered(distances, points, candidate) for candidate in candidates.unbind(-1)], 1)
+        best = torch.bmm(lowered, weights.unsqueeze(-1)).argmin(1)  # (B, 1)
+        distances = _pick(lowered.mT, best).squeeze(-1)
+        centers.append(_pick(candidates, best).squeeze(-1))
     return torch.stack(centers, 1)
 
 
@@ -240,30 +242,10 @@ def _lowered(distances: Tensor, points: Tensor, center: Tensor) -> Tensor:
     """Return the minimum of squared distances (B, N) and those of points (B, D, N) from a center (B, D) of each set."""
 
     def lower_block(sets: slice, distances: Tensor, block: Tensor, center: Tensor) -> tuple[Tensor]:
-        return (torch.minimum(distances, _squared_distance(block, center)),)
+        return (torch.minimum(distances, (block - center.unsqueeze(-1)).square().sum(1)),)
 
     block_size = _BLOCK_SIZE if points.device.type == "cpu" else None
     return map_blocks(lower_block, (distances, points), (center,), points.shape[1], block_size)[0]
-
-
-def _best_candidate(points: Tensor, weights: Tensor, distances: Tensor, candidates: Tensor) -> Tensor:
-    """Return the candidate (B, D) of each set, among (B, D, C), that lowers the sum of squared distances most."""
-
-    def sums_of_block(
-        sets: slice, block: Tensor, weights: Tensor, distances: Tensor, candidates: Tensor
-    ) -> tuple[Tensor]:
-        lowered = torch.stack([_squared_distance(block, candidate) for candidate in candidates.unbind(-1)], 1)
-        return (torch.bmm(torch.minimum(lowered, distances.unsqueeze(1)), weights.unsqueeze(-1)).squeeze(-1),)
-
-    block_size = _BLOCK_SIZE if points.device.type == "cpu" else None
-    width = max(candidates.shape[1:])
-    (totals,) = sum_blocks(sums_of_block, (points, weights, distances), (candidates,), width, block_size)
-    return _pick(candidates, totals.argmin(-1, keepdim=True)).squeeze(-1)
-
-
-def _squared_distance(points: Tensor, center: Tensor) -> Tensor:
-    """Return the squared distances (B, n) of points (B, D, n) from a center (B, D) of each set."""
-    return (points - center.unsqueeze(-1)).square().sum(1)
 
 
 def _farthest(points: Tensor, distances: Tensor) -> Tensor:

@@ -17,14 +17,8 @@ from em_lightning.mixture.points import Points
 # Bounds of the corrections, wide enough not to limit training: logarithms of the factors of standard deviations and of
 # pseudo-counts, and multiples of the change of a mean.
 _LARGEST_STRETCH, _LARGEST_COUNT, _LARGEST_SHIFT = 2.0, 12.0, 10.0
-# Bound of the inputs of the networks, which are logarithms and ratios near 1.
-_LARGEST_FEATURE = 10.0
 # Added to standard deviations, relative to the size of the set, so that their logarithms and ratios are finite.
 _SMALLEST_DEVIATION = 1e-6
-# Number of points of a component at which corrections have half of their squared size.
-_HALF_MASS = 8.0
-# Center of the logarithm of the number of points, about 150, among the inputs of the networks.
-_LOG_COUNT = 5.0
 
 
 class Correction(NamedTuple):
@@ -110,13 +104,13 @@ class ResidualCorrection(nn.Module):
         """Return the corrections of an iteration, for masses (B, K), floors (B,) and the share of completed steps."""
         neighbours = neighbour_moments(after, self.covariance, points.unit()[:, None, None])
         features = self._features(points, mass, before, after, floor, progress, neighbours)
-        h = _bounded(features, _LARGEST_FEATURE).to(next(self.parameters()).dtype)
+        h = _bounded(features, 10.0).to(next(self.parameters()).dtype)
         e = self.describe(h)
         pooled = torch.cat([e.mean(1, keepdim=True), e.amax(1, keepdim=True)], -1).expand(-1, e.shape[1], -1)
         outputs = (self.decide(torch.cat([e, pooled], -1)) + self.direct(h)).to(mass.dtype)
         stretch, shift, counts, share = outputs.split([self.num_features, self.num_features, 4, 1], -1)
-        # Squared standard errors decrease as 1 / mass: components with many points need small corrections.
-        error = (_HALF_MASS / (_HALF_MASS + mass)).sqrt().unsqueeze(-1)
+        # Standard errors decrease as mass^(-1/2): a component needs large corrections below about 8 points.
+        error = (8.0 / (8.0 + mass)).sqrt().unsqueeze(-1)
         return Correction(
             error * _bounded(stretch, _LARGEST_STRETCH),
             _bounded(shift, _LARGEST_SHIFT),
@@ -151,7 +145,7 @@ class ResidualCorrection(nn.Module):
         distance = ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True)
         extent = neighbours.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
         mass = mass.unsqueeze(-1)
-        log_count = points.num_points.clamp(min=1.0).log()[:, None, None] - _LOG_COUNT
+        log_count = points.num_points.clamp(min=1.0).log()[:, None, None] - 5.0  # zero for 150 points
         log_floor = (floor[:, None, None].sqrt() / unit + _SMALLEST_DEVIATION).log()
         features = [
             thickness,
