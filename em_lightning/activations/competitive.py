@@ -12,6 +12,7 @@ from torch.nn import functional
 from em_lightning.activations.base import ACTIVATIONS, Activation, times
 from em_lightning.checks import check_at_least
 from em_lightning.competition import Posterior, grouped, softmin, sparsemin
+from em_lightning.kernels import unit_vectors
 from em_lightning.statistics import STATISTICS
 
 
@@ -146,7 +147,9 @@ class GroupedActivation(Activation):
 
     def posterior(self, z: Tensor) -> Posterior:
         axis = self.dim % z.ndim
-        missing = -z.shape[axis] % self.group_size  # units in the last group; energy inf excludes them
+        # Complete the last group by units that an energy of infinity excludes. The argument of pad begins with the last
+        # axis and has the numbers of units to add before and after.
+        missing = -z.shape[axis] % self.group_size
         energies = functional.pad(-z, [0, 0] * (z.ndim - 1 - axis) + [0, missing], value=torch.inf)
         return grouped(energies, self.temperature, dim=axis, group_size=self.group_size)
 
@@ -199,14 +202,8 @@ class DirectionActivation(Activation):
     """
 
     def posterior(self, z: Tensor) -> Posterior:
-        direction = z / self._norm(z).clamp_min(torch.finfo(z.dtype).tiny)
-        return softmin(-direction, self.temperature, dim=self.dim)
+        return softmin(-unit_vectors(z, self.dim), self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        return self._norm(z) * posterior.responsibilities
-
-    def _norm(self, z: Tensor) -> Tensor:
-        # Divide by the largest entry first, because its square can overflow.
-        largest = z.detach().abs().amax(self.dim, keepdim=True)
-        scale = torch.where(largest > 0, largest, 1.0)
-        return scale * torch.linalg.vector_norm(z / scale, dim=self.dim, keepdim=True)
+        norm = -(z * posterior.energies).sum(self.dim, keepdim=True)  # z . z / norm(z)
+        return norm * posterior.responsibilities

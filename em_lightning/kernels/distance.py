@@ -15,11 +15,11 @@ def pairwise(x: Tensor, centers: Tensor) -> Tensor:
     return x.unsqueeze(-2) - centers.unsqueeze(-3)
 
 
-def unit_vectors(x: Tensor) -> Tensor:
-    """Return x (..., D) divided by its norm; 0 for 0. Dividing by the largest entry avoids overflow of the squares."""
-    largest = x.detach().abs().amax(-1, keepdim=True)
+def unit_vectors(x: Tensor, dim: int = -1) -> Tensor:
+    """Return x divided by its norm along ``dim``; 0 for 0. Dividing by the largest entry first avoids overflow."""
+    largest = x.detach().abs().amax(dim, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
-    square = x.square().sum(-1, keepdim=True)
+    square = x.square().sum(dim, keepdim=True)
     return x / torch.where(square > 0, square, 1).sqrt()
 
 

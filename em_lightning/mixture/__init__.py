@@ -7,8 +7,7 @@ from em_lightning.mixture.em import BlockFit, StreamedEM, em_step, fit_blocks
 from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, information_criteria
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points, prepare
+from em_lightning.mixture.points import Parameters, Points, prepare
 from em_lightning.mixture.prior import MixturePrior
 
 __all__ = [

@@ -11,8 +11,7 @@ from torch import Tensor
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
 from em_lightning.mixture.covariance import Covariance, half_log_two_pi
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Parameters, Points
 
 # Maps joint log-densities (B, K, N) to responsibilities (B, K, N).
 Respond = Callable[[Tensor], Tensor]

@@ -14,8 +14,7 @@ from em_lightning.mixture.covariance import Covariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, power_of_two, prepare
+from em_lightning.mixture.points import Frame, Parameters, power_of_two, prepare
 from em_lightning.mixture.prior import MixturePrior
 
 State = TypeVar("State", bound=tuple[Tensor, ...])

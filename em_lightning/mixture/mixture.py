@@ -16,8 +16,7 @@ from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, log_density, log_joint_of_points
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, Points, prepare
+from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 
 
 @dataclass(frozen=True)

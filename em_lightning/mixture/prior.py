@@ -13,8 +13,7 @@ from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_two_pi
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame
+from em_lightning.mixture.points import Frame, Parameters
 
 
 class MixturePrior(nn.Module):

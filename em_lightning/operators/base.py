@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from em_lightning.checks import check_at_least, check_choice, check_counts
 from em_lightning.mixture import em
 from em_lightning.mixture.backends.reference import have_memory
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 from em_lightning.operators import gradients
 
 

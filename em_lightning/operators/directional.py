@@ -18,8 +18,7 @@ from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import FullCovariance, half_log_two_pi
 from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joint_of_points
 from em_lightning.mixture.m_step import m_step
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, Points, prepare
+from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 from em_lightning.operators.base import SetOperator
 
 # The recurrence of Bessel ratios starts this many orders above the result, for a relative error below 4e-11.

@@ -18,8 +18,7 @@ from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step
 from em_lightning.mixture.em import where
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points, prepare
+from em_lightning.mixture.points import Parameters, Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators import gradients
 from em_lightning.operators.base import SetOperator, build, check_sets

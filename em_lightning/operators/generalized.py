@@ -26,8 +26,7 @@ from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, density_kernel
 from em_lightning.mixture import initialization
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import join_weights
+from em_lightning.mixture.points import Parameters, join_weights
 from em_lightning.operators.base import SetOperator
 
 # Numbers (B, K, n, D) per block of points: 16 MiB in float32.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from em_lightning.kernels import squared_distance
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, variances_along
 from em_lightning.mixture.m_step import PseudoCounts
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Parameters, Points
 
 # Bounds of the corrections, wide enough not to limit training: logarithms of the factors of standard deviations and of
 # pseudo-counts, and multiples of the change of a mean.

@@ -12,8 +12,7 @@ from em_lightning.checks import check_at_least, check_choice
 from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.m_step import PseudoCounts
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Parameters, Points
 
 _RANDOM = ("kmeans++", "random")
 STARTS = (*initialization.CENTERS, "learned")

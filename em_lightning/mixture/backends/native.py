@@ -27,6 +27,7 @@ _MOST_FEATURES = 64
 _MOST_FEATURES_TRITON = {"full": 16, "diagonal": 128, "spherical": 128}
 # Smaller inputs take less than a millisecond in the reference backend, which needs no compiler.
 _FEWEST_NUMBERS = 2**12
+_FEWEST_MATRICES = 2**6
 # Work of about 0.1 ms, the cost of starting a thread.
 _NUMBERS_PER_THREAD = 2**17
 
@@ -87,7 +88,8 @@ def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
 
 def factorizes(matrix: Tensor) -> bool:
     """Return whether the native backend computes the Cholesky factors of matrices (..., D, D)."""
-    return matrix.dtype == torch.float64 and _is_chosen(matrix, True) and _is_available("cholesky.cpp")
+    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= _FEWEST_MATRICES  # than LAPACK
+    return matrix.dtype == torch.float64 and _is_chosen(matrix, is_faster) and _is_available("cholesky.cpp")
 
 
 def _is_for_triton(x: Tensor) -> bool:

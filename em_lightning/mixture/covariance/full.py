@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 
 # Share of the neighbours' second moments that determines the principal axes where variances are equal.
 _TIE_BREAKER = 1e-6
