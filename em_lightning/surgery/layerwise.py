@@ -17,7 +17,7 @@ from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
 from em_lightning.surgery.select import Where
-from em_lightning.surgery.taps import Taps
+from em_lightning.surgery.taps import TAPS, Taps
 
 _MOMENTUM = 0.9  # momentum of the averages of weight="auto"
 _AUTO_EVERY = 10  # steps between two measurements of weight="auto"
@@ -270,7 +270,7 @@ def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) ->
     """Raise ValueError if an argument of :class:`LayerwiseLoss` is out of range."""
     check_at_least(1, every=every)
     check_positive(ratio=ratio)
-    check_choice("tap", tap, ("output", "input"))
+    check_choice("tap", tap, TAPS)
     if weight != "auto":
         positive_number("weight", weight)
     _build_loss(loss)

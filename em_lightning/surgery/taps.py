@@ -14,6 +14,8 @@ from em_lightning.surgery.axes import announce, unit_axis
 from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
 
+TAPS = ("output", "input")
+
 
 class Taps:
     """Captures the outputs or the inputs of the layers that :func:`find_modules` selects, while ``recording`` is true.
@@ -51,7 +53,7 @@ class Taps:
         verbose: bool = True,
         skip: Callable[[str, Exception], None] | None = None,
     ) -> None:
-        check_choice("tap", tap, ("output", "input"))
+        check_choice("tap", tap, TAPS)
         self.tap = tap
         self.detach = detach
         self.verbose = verbose
