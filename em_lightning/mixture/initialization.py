@@ -1,4 +1,4 @@
-"""Initialization of EM: farthest points, k-means++, random points, Lloyd, and the mixture around centers."""
+"""Initialization of EM: farthest points, k-means++, random points, and the mixture around centers."""
 
 from __future__ import annotations
 
@@ -106,29 +106,6 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
     "kmeans++": kmeans_plus_plus,
     "random": random_points,
 }
-
-
-@torch.no_grad()
-def lloyd(
-    x: Tensor, centers: Tensor, num_steps: int, mask: Tensor | None = None, weights: Tensor | None = None
-) -> Tensor:
-    """Return centers (B, K, D) after steps of k-means on points (B, N, D).
-
-    The sum of squared distances never rises. A center without points stays where it is.
-
-    Source: Lloyd, Least Squares Quantization in PCM, 1982.
-    """
-    points, weights = _masked_points(x, mask, weights)
-
-    def sums_of_block(sets: slice, block: Tensor, weights: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-        cell = torch.cdist(centers, block.mT, compute_mode=_EXACT).argmin(1)
-        responsibilities = _hard_responsibilities(cell, weights, centers.shape[1])
-        return responsibilities.sum(-1, keepdim=True), responsibilities @ block.mT
-
-    for _ in range(num_steps):
-        mass, total = sum_blocks(sums_of_block, (points, weights), (centers,), max(centers.shape[1:]))
-        centers = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), centers)
-    return centers
 
 
 class Cells(NamedTuple):

@@ -60,7 +60,6 @@ class EMOperator(SetOperator):
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
         init: initial centers: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the set).
-        lloyd_steps: steps of k-means on the initial centers.
         num_starts: number of random starts. Each set uses the one with the highest objective after ``num_iters`` exact
             iterations, at most five. In training mode :meth:`forward` uses a single start.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
@@ -104,7 +103,6 @@ class EMOperator(SetOperator):
         kernel: object = "gaussian",
         competition: object = "softmin",
         init: str = "farthest",
-        lloyd_steps: int = 0,
         num_starts: int = 1,
         seed: int | None = None,
         residual: bool | ResidualCorrection = True,
@@ -145,7 +143,7 @@ class EMOperator(SetOperator):
         if residual is True:
             residual = ResidualCorrection(num_features, self.family)
         self.correction: ResidualCorrection | None = residual or None
-        self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
+        self.start = build_start(init, num_components, num_features, num_starts, seed)
 
     def log_prob(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, background_energies: Tensor | None = None

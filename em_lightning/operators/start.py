@@ -43,7 +43,6 @@ class DrawnStart(NamedTuple):
 
     name: str
     num_components: int
-    lloyd_steps: int
     num_starts: int
     seed: int | None
 
@@ -70,7 +69,6 @@ class DrawnStart(NamedTuple):
         """Return centers (B, K, D) in the coordinates of the points."""
         x = points.x.mT
         centers = initialization.CENTERS[self.name](x, self.num_components, weights=points.weights, generator=generator)
-        centers = initialization.lloyd(x, centers, self.lloyd_steps, weights=points.weights)
         return points.frame.enter(centers.to(points.mean.dtype).mT).mT
 
 
@@ -94,7 +92,7 @@ class LearnedStart(nn.Module):
 
 
 def build_start(
-    init: str, num_components: int, num_features: int, lloyd_steps: int, num_starts: int, seed: int | None
+    init: str, num_components: int, num_features: int, num_starts: int, seed: int | None
 ) -> DrawnStart | LearnedStart:
     """Return the start with the name ``init``."""
     check_choice("init", init, STARTS)
@@ -103,8 +101,6 @@ def build_start(
         raise ValueError(f"num_starts={num_starts} with init={init!r} would all be equal; use 'kmeans++' or 'random'")
     if seed is not None and init not in _RANDOM:
         raise ValueError(f"seed={seed} has no effect with init={init!r}; it is for 'kmeans++' and 'random'")
-    if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
-        raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and must be 0 for init='learned'")
     if init == "learned":
         return LearnedStart(num_components, num_features)
-    return DrawnStart(init, num_components, lloyd_steps, num_starts, seed)
+    return DrawnStart(init, num_components, num_starts, seed)
