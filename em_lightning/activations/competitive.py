@@ -160,6 +160,7 @@ class GroupedActivation(Activation):
         if z.shape[self.dim] % self.group_size:
             return self.generic(z)
         axis = self.dim % z.ndim
+        # A softmax over the first axis of a contiguous copy is faster than over a short inner axis.
         groups = self.divided(z).unflatten(axis, (-1, self.group_size)).movedim(axis + 1, 0).contiguous()
         return z * groups.softmax(0).movedim(0, axis + 1).flatten(axis, axis + 1)
 

@@ -120,8 +120,7 @@ def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64, and below
-    # it the product is finite.
+    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64.
     outer = (rate * z.abs().clamp_min(m)).clamp(max=40.0).exp()
     inner = (rate * z.clamp(-m, m)).clamp(-40.0, 40.0).sinh()
     return torch.tanh(outer * inner / t)

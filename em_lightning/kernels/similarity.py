@@ -17,8 +17,7 @@ class CosineKernel(Kernel):
 
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 
-    Energies lie in [0, 2]; 1 / temperature is the concentration of a von Mises-Fisher distribution. The cosine of a
-    zero vector is 0.
+    Energies are in [0, 2], and 1 for a zero vector; 1 / temperature is a concentration (von Mises-Fisher).
 
     exp(-d) is a density on the unit sphere only: von Mises-Fisher with concentration 1 and normalizer
     :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind. For

@@ -114,8 +114,7 @@ class BoundedVarianceLoss(MomentLoss):
     r"""A non-negative term against dead units, :math:`\sum_j \log(1 + \tau / (\mathrm{Var}(d_j) + \epsilon))`.
 
     Far below the target, value and gradient equal those of ``VarianceLoss`` (up to the constant
-    :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`, so scaling up the energies
-    has no benefit.
+    :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`: scaling up is useless.
 
     ``target`` :math:`\tau` is the variance above which the term becomes flat, such as the square of the temperature.
 

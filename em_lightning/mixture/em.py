@@ -25,8 +25,7 @@ def em_step(
 ) -> Mixture:
     r"""Return the mixtures after one EM iteration.
 
-    :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; weights, means and covariances are then the moments of
-    the points under :math:`r`.
+    :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; the parameters are the moments of the points under r.
 
     Args:
         x: points (B, N, D).

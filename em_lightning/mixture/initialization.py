@@ -133,8 +133,12 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     means = _choose(cells.mass > 0, means, centers)
     covariances = cells.parameters.covariances
     if covariance.sharing(num_components) == 1:  # a shared covariance is that of all cells together
-        covariances = _choose(has_core, _with_trace_of(cells, cores, family, num_features), covariances)
-        pooled = family.expand(_pooled_variance(points, centers, cells, family, floor), num_components)
+        trace, core_trace = (
+            family.diagonal(part.parameters.covariances, num_features).sum(-1) for part in (cells, cores)
+        )
+        of_cores = family.scaled(cores.parameters.covariances, trace / core_trace)  # unscaled, they are too narrow
+        covariances = _choose(has_core, of_cores, covariances)
+        pooled = family.expand(_pooled_variance(points, centers, cells, trace, floor), num_components)
         covariances = _choose(cells.mass > num_features, covariances, pooled)
     return Parameters(cells.parameters.log_weights, means, covariance.from_public(covariances))
 
@@ -163,19 +167,12 @@ def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, cells: Cells) -> 
     return distances <= (_CORE * mean).gather(1, cell)
 
 
-def _with_trace_of(cells: Cells, cores: Cells, family: Covariance, num_features: int) -> Tensor:
-    """Return the covariances of the cores, scaled to the traces of those of the cells: cores are too narrow."""
-    trace, of_core = (family.diagonal(c.parameters.covariances, num_features).sum(-1) for c in (cells, cores))
-    return family.scaled(cores.parameters.covariances, trace / of_core)
-
-
-def _pooled_variance(points: Points, centers: Tensor, cells: Cells, family: Covariance, floor: Tensor) -> Tensor:
+def _pooled_variance(points: Points, centers: Tensor, cells: Cells, trace: Tensor, floor: Tensor) -> Tensor:
     """Return the mean squared distance of the points from their centers, as a variance (B, D) of all cells."""
-    features = points.num_features
-    trace = family.diagonal(cells.parameters.covariances, features).sum(-1)
     offset = (cells.parameters.means - centers).square().sum(-1)
-    variance = (cells.mass * (trace + offset)).sum(-1) / (features * points.mass.clamp(min=1.0))
-    return torch.maximum(variance, floor).unsqueeze(-1).expand(-1, features)
+    total = (cells.mass * (trace + offset)).sum(-1)
+    variance = total / (points.num_features * points.mass.clamp(min=1.0))
+    return torch.maximum(variance, floor).unsqueeze(-1).expand(-1, points.num_features)
 
 
 @torch.no_grad()

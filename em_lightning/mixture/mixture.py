@@ -29,8 +29,7 @@ class Mixture:
     Args:
         log_weights: :math:`\log \pi` (B, K), normalized over components.
         means: (B, K, D).
-        covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D); the type
-            follows from the shape.
+        covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D), by their shape.
 
     Example:
         >>> mixture = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2, 1))

@@ -104,8 +104,7 @@ class SetOperator(nn.Module):
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
         The objective is :meth:`objective` per mass of the set. A converged set keeps its mixture, so that its result
-        does not depend on the other sets. The number of iterations depends on the data: use :meth:`forward`
-        with ``torch.compile``.
+        does not depend on the other sets. With ``torch.compile`` use :meth:`forward`, whose iterations are fixed.
 
         Args:
             x: points (B, N, D); mask, weights and init are those of :meth:`forward`.

@@ -71,14 +71,12 @@ class EMOperator(SetOperator):
             one, and ``"implicit"`` the fixed point, with a RuntimeError if the loop has not converged.
 
     Shape:
-        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each point counts,
-          relative to their mean.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
         - output: a :class:`~em_lightning.mixture.Mixture` of B mixtures, in float32 where x is of half precision.
 
     Raises:
         ValueError: an argument is out of range, a shape does not fit, or points are NaN or infinite.
-        TypeError: points are not a floating-point tensor, the mask is not boolean, or a prior or background has the
-            wrong type.
+        TypeError: points are not floating-point, the mask is not boolean, or a prior or background has a wrong type.
 
     Example:
         >>> operator = EMOperator(num_components=2, num_features=1, num_iters=10, residual=False)

@@ -74,8 +74,7 @@ class GeneralizedEM(SetOperator):
     are then not comparable, and centers, which are restricted to the bounding box, may end on its border. For energies
     with a kink (Laplace, exponential), centers may stop before the optimum, at a coordinate of a point.
 
-    :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates
-    concentrations.
+    :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` fits concentrations.
 
     Args:
         num_components: K.

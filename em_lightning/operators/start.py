@@ -25,8 +25,7 @@ class Sets(NamedTuple):
     """The inputs of all iterations of the EM operator.
 
     points, mass, mask: the points prepared for EM, their mass (B,), and the given mask (B, N).
-    covariance, floor, prior: the covariance type, the variance floor (B,) and the pseudo-counts.
-    dtype: dtype of the result.
+    covariance, floor, prior, dtype: the covariance type, variance floor (B,), pseudo-counts, and dtype of the result.
     """
 
     points: Points
