@@ -30,7 +30,7 @@ class _LogitActivation(Activation):
         raise NotImplementedError
 
     def closed_form(self, z: Tensor) -> Tensor:
-        return self.combine(z, self.divided(z).softmax(self.dim))
+        return self.combine(z, self.tempered(z).softmax(self.dim))
 
 
 @ACTIVATIONS.register("neg_log_softmin")
@@ -54,7 +54,7 @@ class NegLogSoftminActivation(Activation):
         return STATISTICS.build("neg_log_responsibilities")(posterior, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        return times(-functional.log_softmax(-self.divided(z), self.dim), self.temperature)
+        return times(-functional.log_softmax(-self.tempered(z), self.dim), self.temperature)
 
 
 @ACTIVATIONS.register("log_softmax")
@@ -73,7 +73,7 @@ class LogSoftmaxActivation(_LogitActivation):
         return STATISTICS.build("log_responsibilities")(posterior, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        return functional.log_softmax(self.divided(z), self.dim)
+        return functional.log_softmax(self.tempered(z), self.dim)
 
 
 @ACTIVATIONS.register("softmax_gated")
@@ -161,7 +161,7 @@ class GroupedActivation(Activation):
             return self.generic(z)
         axis = self.dim % z.ndim
         # A softmax over the first axis of a contiguous copy is faster than over a short inner axis.
-        groups = self.divided(z).unflatten(axis, (-1, self.group_size)).movedim(axis + 1, 0).contiguous()
+        groups = self.tempered(z).unflatten(axis, (-1, self.group_size)).movedim(axis + 1, 0).contiguous()
         return z * groups.softmax(0).movedim(0, axis + 1).flatten(axis, axis + 1)
 
     def extra_repr(self) -> str:

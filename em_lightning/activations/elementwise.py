@@ -163,5 +163,5 @@ class GatedActivation(Activation):
         return (posterior.responsibilities * values).sum(-1)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        scaled = self.divided(z)
+        scaled = self.tempered(z)
         return functional.silu(z) if scaled is z else z * scaled.sigmoid()

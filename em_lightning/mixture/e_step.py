@@ -17,7 +17,7 @@ from em_lightning.mixture.points import Parameters, Points
 Respond = Callable[[Tensor], Tensor]
 
 
-class BackgroundLevel(NamedTuple):
+class BackgroundTerms(NamedTuple):
     """Log-density and log-weights of the background, for one batch of sets.
 
     log_density: (B,), ``log(w_0 p_0)`` in the coordinates of the points.
@@ -40,7 +40,7 @@ class Likelihood(NamedTuple):
 
     family: Covariance
     kernel: EllipticalKernel | None = None
-    background: BackgroundLevel | None = None
+    background: BackgroundTerms | None = None
 
 
 class SufficientStatistics(NamedTuple):
@@ -128,12 +128,12 @@ def e_step(
         return respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
 
     def sums_of_block(
-        sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
+        sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *background: Tensor
     ) -> tuple[Tensor, ...]:
         """Return mass, moments, log-likelihood and the mass of the background."""
         features = points.lift(block, sets)
         joint, irls_weights = log_joint(features, theta, peak, points.num_features, likelihood.kernel)
-        joint = with_background(joint, level)
+        joint = with_background(joint, background)
         responsibilities = responsibilities_of(joint, sets)
         log_likelihood = theta.new_zeros(len(theta))
         if with_log_likelihood:
@@ -183,9 +183,9 @@ def log_density(
         return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
     theta, peak = family.natural_parameters(parameters)
 
-    def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:
+    def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *background: Tensor) -> tuple[Tensor]:
         joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, kernel)
-        return (with_background(joint, level).logsumexp(1),)
+        return (with_background(joint, background).logsumexp(1),)
 
     tensors = (theta, peak, *(background or ()))
     (density,) = map_blocks(density_of_block, (points.x,), tensors, max(theta.shape[1:]), block_size)
@@ -216,9 +216,9 @@ def log_joint_of_points(points: Points, parameters: Parameters, likelihood: Like
     return (with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]).mT
 
 
-def with_background(joint: Tensor, level: Sequence[Tensor]) -> Tensor:
+def with_background(joint: Tensor, background: Sequence[Tensor]) -> Tensor:
     """Append the log-density of the background, if there is one, to joint log-densities (B, K, N)."""
-    if not level:
+    if not background:
         return joint
-    log_density, _, log_rest = (part[:, None, None] for part in level)
+    log_density, _, log_rest = (part[:, None, None] for part in background)
     return torch.cat([joint + log_rest, log_density.expand(-1, 1, joint.shape[-1])], 1)

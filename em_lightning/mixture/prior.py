@@ -84,10 +84,10 @@ class MixturePrior(nn.Module):
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
         self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None
-        self.share = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
+        self.fraction = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
         # Python numbers instead of buffers, which are rounded when the module changes its dtype.
         self.mean = None if mean is None else _numbers(mean)
-        self.covariance = None if covariance is None or self.share is not None else _numbers(covariance)
+        self.covariance = None if covariance is None or self.fraction is not None else _numbers(covariance)
         if self.covariance is not None and not all(value > 0 for value in self.covariance):
             raise ValueError(f"covariance={list(self.covariance)} must be positive: it holds variances")
 
@@ -110,7 +110,7 @@ class MixturePrior(nn.Module):
         if self.covariance is not None:
             variance = variance.new_tensor(self.covariance) / frame.scale.square().unsqueeze(-1)
         else:
-            variance = variance * (num_components ** (-2.0 / features) if self.share is None else self.share)
+            variance = variance * (num_components ** (-2.0 / features) if self.fraction is None else self.fraction)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
         # The matrix diag(variance) as statistics of second degree: the sum of variance_d s(e_d) over unit vectors e_d.

@@ -12,7 +12,7 @@ from torch import Tensor
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
-from em_lightning.mixture.background import BackgroundLevel, UniformBackground
+from em_lightning.mixture.background import BackgroundTerms, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density, log_joint_of_points
 from em_lightning.mixture.em import where
@@ -335,11 +335,11 @@ class EMOperator(SetOperator):
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None
     ) -> Likelihood:
-        level: BackgroundLevel | None = None
+        background: BackgroundTerms | None = None
         if self.background is not None:
-            level = self.background.level(points, state.log_weights, energies)
+            background = self.background.terms(points, state.log_weights, energies)
         kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
-        return Likelihood(covariance, kernel, level)
+        return Likelihood(covariance, kernel, background)
 
     def _with_reserved_share(self, state: Parameters) -> Parameters:
         """Return parameters whose weights sum to one minus the weight of an estimated background."""
