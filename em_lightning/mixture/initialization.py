@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,10 +37,10 @@ def farthest_points(
     points, weights = _masked_points(x, mask, weights)
     mean = (points * weights.unsqueeze(1)).sum(-1) / weights.sum(-1, keepdim=True).clamp(min=1.0)
     no_center = torch.where(weights > 0, torch.inf, -1.0)  # negative, so that points of zero weight are never chosen
-    center = _farthest(points, _lowered(no_center, points, mean))
+    center = _farthest(points, _lower_distances(no_center, points, mean))
     centers, distances = [center], no_center
     for _ in range(num_components - 1):
-        distances = _lowered(distances, points, center)
+        distances = _lower_distances(distances, points, center)
         center = _farthest(points, distances)
         centers.append(center)
     return torch.stack(centers, 1)
@@ -65,14 +64,14 @@ def kmeans_plus_plus(
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)  # sets without points draw from all rows
     num_candidates = 2 + int(math.log(num_components))
     center = _pick(points, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
-    centers, distances = [center], _lowered(torch.full_like(weights, torch.inf), points, center)
+    centers, distances = [center], _lower_distances(torch.full_like(weights, torch.inf), points, center)
     for _ in range(num_components - 1):
         potential = distances * weights
         # Where all distances are zero, draw in proportion to the weights.
         potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, weights)
         drawn = torch.multinomial(potential, num_candidates, replacement=True, generator=generator)
         candidates = _pick(points, drawn)
-        lowered = torch.stack([_lowered(distances, points, candidate) for candidate in candidates.unbind(-1)], 1)
+        lowered = torch.stack([_lower_distances(distances, points, center) for center in candidates.unbind(-1)], 1)
         best = torch.bmm(lowered, weights.unsqueeze(-1)).argmin(1)  # (B, 1)
         distances = _pick(lowered.mT, best).squeeze(-1)
         centers.append(_pick(candidates, best).squeeze(-1))
@@ -108,13 +107,6 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class Cells(NamedTuple):
-    """Mass (B, K) and mixture parameters of hard clusters, one component per cell."""
-
-    mass: Tensor
-    parameters: Parameters
-
-
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
     """Return the mixture of the cells (the points nearest to each center), differentiable in the points.
 
@@ -126,27 +118,26 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     family = covariance.unrestricted
     cell, distances = _nearest_centers(points, centers)
     weights = torch.ones_like(distances) if points.weights is None else points.weights
-    cells = fit_cells(points, cell, weights, centers, family, floor)
-    cores = fit_cells(points, cell, weights * _in_core(cell, distances, weights, cells), centers, family, floor)
-    has_core = cores.mass > 2 * num_features  # fewer points give a nearly singular covariance
-    means = _choose(has_core, cores.parameters.means, cells.parameters.means)
-    means = _choose(cells.mass > 0, means, centers)
-    covariances = cells.parameters.covariances
+    mass, cells = fit_cells(points, cell, weights, centers, family, floor)
+    core_weights = weights * _in_core(cell, distances, weights, mass)
+    core_mass, cores = fit_cells(points, cell, core_weights, centers, family, floor)
+    has_core = core_mass > 2 * num_features  # fewer points give a nearly singular covariance
+    means = _choose(mass > 0, _choose(has_core, cores.means, cells.means), centers)
+    covariances = cells.covariances
     if covariance.sharing(num_components) == 1:  # a shared covariance is that of all cells together
-        trace, core_trace = (
-            family.diagonal(part.parameters.covariances, num_features).sum(-1) for part in (cells, cores)
-        )
-        of_cores = family.scaled(cores.parameters.covariances, trace / core_trace)  # unscaled, they are too narrow
+        trace, core_trace = (family.diagonal(part.covariances, num_features).sum(-1) for part in (cells, cores))
+        of_cores = family.scaled(cores.covariances, trace / core_trace)  # unscaled, they are too narrow
         covariances = _choose(has_core, of_cores, covariances)
-        pooled = family.expand(_pooled_variance(points, centers, cells, trace, floor), num_components)
-        covariances = _choose(cells.mass > num_features, covariances, pooled)
-    return Parameters(cells.parameters.log_weights, means, covariance.from_public(covariances))
+        second_moment = trace + (cells.means - centers).square().sum(-1)
+        pooled = family.expand(_pooled_variance(points, mass, second_moment, floor), num_components)
+        covariances = _choose(mass > num_features, covariances, pooled)
+    return Parameters(cells.log_weights, means, covariance.from_public(covariances))
 
 
 def fit_cells(
     points: Points, cell: Tensor, weights: Tensor, centers: Tensor, family: Covariance, floor: Tensor
-) -> Cells:
-    """Return the M-step for points of weights (B, N), each of which belongs to the cell (B, N) of one center."""
+) -> tuple[Tensor, Parameters]:
+    """Return masses (B, K) and the M-step for points of weights (B, N) that belong to the cell (B, N) of one center."""
     num_components = centers.shape[1]
 
     def moments_of_block(sets: slice, block: Tensor, cell: Tensor, weights: Tensor) -> tuple[Tensor]:
@@ -157,21 +148,19 @@ def fit_cells(
     mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     mass, zeros = mass.squeeze(-1), torch.zeros_like(points.mass)
     statistics = SufficientStatistics(mass, mass, first, second, zeros, zeros, points.num_points)
-    return Cells(mass, m_step(statistics, family, floor, family.expand(points.variance, num_components)))
+    return mass, m_step(statistics, family, floor, family.expand(points.variance, num_components))
 
 
-def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, cells: Cells) -> Tensor:
+def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
     """Return which points (B, N) lie in the core of their cell; distances from the centers are squared."""
-    total = torch.zeros_like(cells.mass).scatter_add(1, cell, distances * weights.detach())
-    mean = total / cells.mass.detach().clamp(min=1.0)
+    total = torch.zeros_like(mass).scatter_add(1, cell, distances * weights.detach())
+    mean = total / mass.detach().clamp(min=1.0)
     return distances <= (_CORE * mean).gather(1, cell)
 
 
-def _pooled_variance(points: Points, centers: Tensor, cells: Cells, trace: Tensor, floor: Tensor) -> Tensor:
-    """Return the mean squared distance of the points from their centers, as a variance (B, D) of all cells."""
-    offset = (cells.parameters.means - centers).square().sum(-1)
-    total = (cells.mass * (trace + offset)).sum(-1)
-    variance = total / (points.num_features * points.mass.clamp(min=1.0))
+def _pooled_variance(points: Points, mass: Tensor, second_moment: Tensor, floor: Tensor) -> Tensor:
+    """Return a variance (B, D) of all cells, given their mean squared distances (B, K) from the centers."""
+    variance = (mass * second_moment).sum(-1) / (points.num_features * points.mass.clamp(min=1.0))
     return torch.maximum(variance, floor).unsqueeze(-1).expand(-1, points.num_features)
 
 
@@ -211,7 +200,7 @@ def _masked_points(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> tu
     return features_first(x), weights
 
 
-def _lowered(distances: Tensor, points: Tensor, center: Tensor) -> Tensor:
+def _lower_distances(distances: Tensor, points: Tensor, center: Tensor) -> Tensor:
     """Return the minimum of squared distances (B, N) and those of points (B, D, N) from a center (B, D) of each set."""
 
     def lower_block(sets: slice, distances: Tensor, block: Tensor, center: Tensor) -> tuple[Tensor]:

@@ -47,28 +47,28 @@ class DrawnStart(NamedTuple):
 
     def __call__(self, sets: Sets, score: Score | None) -> Parameters:
         """Return, for each set, the start with the highest score; without a score, the first start."""
-        generator = None if self.seed is None else torch.Generator(sets.mass.device).manual_seed(self.seed)
+        points, frame = sets.points, sets.points.frame
+        generator = None if self.seed is None else torch.Generator(points.x.device).manual_seed(self.seed)
+
+        def draw() -> Tensor:
+            """Return centers (B, K, D) in the coordinates of the points."""
+            choose = initialization.CENTERS[self.name]
+            centers = choose(points.x.mT, self.num_components, weights=points.weights, generator=generator)
+            return frame.enter(centers.to(frame.center.dtype).mT).mT
 
         def around(centers: Tensor) -> Parameters:
-            return initialization.parameters_around(sets.points, centers, sets.covariance, sets.floor)
+            return initialization.parameters_around(points, centers, sets.covariance, sets.floor)
 
-        best = self._centers(sets.points, generator)
-        if score is not None and self.num_starts > 1:
-            with torch.no_grad():
+        with torch.no_grad():
+            best = draw()
+            if score is not None and self.num_starts > 1:
                 highest = score(around(best))
                 for _ in range(self.num_starts - 1):
-                    centers = self._centers(sets.points, generator)
+                    centers = draw()
                     objective = score(around(centers))
                     best = torch.where((objective > highest)[:, None, None], centers, best)
                     highest = torch.maximum(objective, highest)
         return around(best)
-
-    @torch.no_grad()
-    def _centers(self, points: Points, generator: torch.Generator | None) -> Tensor:
-        """Return centers (B, K, D) in the coordinates of the points."""
-        x = points.x.mT
-        centers = initialization.CENTERS[self.name](x, self.num_components, weights=points.weights, generator=generator)
-        return points.frame.enter(centers.to(points.mean.dtype).mT).mT
 
 
 class LearnedStart(nn.Module):
