@@ -66,15 +66,10 @@ def balanced(
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
     if log_prior is not None and log_prior.shape != energies.shape[axis : axis + 1]:
-        raise ValueError(
-            f"log_prior of shape {tuple(log_prior.shape)} must have one entry for each of the {energies.shape[axis]} "
-            f"hypotheses"
-        )
+        raise ValueError(f"log_prior {tuple(log_prior.shape)} must have the shape ({energies.shape[axis]},)")
     if mask is not None:
         if mask.shape != energies.shape[:axis] + energies.shape[axis + 1 :] or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask {tuple(mask.shape)} of dtype {mask.dtype} must be boolean, of the shape of energies"
-            )
+            raise ValueError(f"mask {tuple(mask.shape)}, {mask.dtype}, must be boolean and have one entry per item")
         energies = energies.masked_fill(~mask.unsqueeze(axis), torch.inf)
     dims = (axis,) if item_dim is None else (item_dim % energies.ndim, axis)
     last = tuple(range(-len(dims), 0))

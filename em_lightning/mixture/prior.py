@@ -75,10 +75,8 @@ class MixturePrior(nn.Module):
             if not 0.0 <= counts[name] < math.inf:
                 raise ValueError(f"{name}_strength={counts[name]} must be finite and at least 0")
         if not any(counts.values()):
-            raise ValueError(
-                "weight_concentration=1, mean_strength=0 and covariance_strength=0 make a flat prior: one must be "
-                "larger, or prior=None"
-            )
+            names = "weight_concentration=1, mean_strength=0, covariance_strength=0"
+            raise ValueError(f"{names}: one must be larger, or prior=None")
         self._counts = counts
         for name, count in counts.items():
             if learnable and count > 0:

@@ -112,9 +112,7 @@ class EMOperator(SetOperator):
         super().__init__(num_components, num_features, num_iters, gradient)
         check_choice("covariance", covariance, (*COVARIANCES, "lowrank"))
         if (rank is not None) != (covariance == "lowrank"):
-            raise ValueError(
-                f"rank={rank} with covariance={covariance!r}: a rank must be given for 'lowrank', and only for it"
-            )
+            raise ValueError(f"rank={rank} with covariance={covariance!r}: 'lowrank' needs a rank, others have none")
         if rank is not None and not 1 <= rank < num_features:
             raise ValueError(f"rank={rank} must be at least 1 and less than num_features={num_features}")
         check_at_least(0, covariance_floor=covariance_floor)
