@@ -66,7 +66,7 @@ def balanced(
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
     if log_prior is not None and log_prior.shape != energies.shape[axis : axis + 1]:
-        raise ValueError(f"log_prior {tuple(log_prior.shape)} must have the shape ({energies.shape[axis]},)")
+        raise ValueError(f"log_prior {tuple(log_prior.shape)} must match the {energies.shape[axis]} hypotheses")
     if mask is not None:
         if mask.shape != energies.shape[:axis] + energies.shape[axis + 1 :] or mask.dtype != torch.bool:
             raise ValueError(f"mask {tuple(mask.shape)}, {mask.dtype}, must be boolean and have one entry per item")

@@ -114,7 +114,7 @@ class ResidualCorrection(nn.Module):
             error * _bounded(stretch, _LARGEST_STRETCH),
             _bounded(shift, _LARGEST_SHIFT),
             error.square() * _bounded(counts, _LARGEST_COUNT),
-            share.squeeze(-1).tanh().clamp(min=0.0),
+            torch.where(share >= 0, share.tanh(), 0.0).squeeze(-1),  # has a gradient at 0, where training starts
             neighbours,
         )
 
