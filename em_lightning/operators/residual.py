@@ -101,8 +101,7 @@ class ResidualCorrection(nn.Module):
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> Correction:
         """Return the corrections of an iteration, for masses (B, K), floors (B,) and the share of completed steps."""
-        neighbours = neighbour_moments(after, self.covariance, points.unit()[:, None, None])
-        features = self._features(points, mass, before, after, floor, progress, neighbours)
+        features, neighbours = self._features(points, mass, before, after, floor, progress)
         h = _bounded(features, 10.0).to(next(self.parameters()).dtype)
         e = self.describe(h)
         pooled = torch.cat([e.mean(1, keepdim=True), e.amax(1, keepdim=True)], -1).expand(-1, e.shape[1], -1)
@@ -119,17 +118,11 @@ class ResidualCorrection(nn.Module):
         )
 
     def _features(
-        self,
-        points: Points,
-        mass: Tensor,
-        before: Parameters,
-        after: Parameters,
-        floor: Tensor,
-        progress: float,
-        neighbours: Tensor,
-    ) -> Tensor:
-        """Return the features h (B, K, 7 D + 10) of each component; they do not depend on the scale of the points."""
+        self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return features h (B, K, 7 D + 10) that are independent of the scale, and the moments of the neighbours."""
         num_components, unit = after.means.shape[1], points.unit()[:, None, None]
+        neighbours = neighbour_moments(after, self.covariance, unit)
         axes, deviations = self.covariance.principal_axes(after.covariances, after.means, neighbours)
         deviations = (deviations + _SMALLEST_DEVIATION * unit).expand_as(after.means)
 
@@ -163,7 +156,7 @@ class ResidualCorrection(nn.Module):
             torch.full_like(mass, progress),
             torch.full_like(mass, progress == 1.0),  # no exact M-step follows the last correction
         ]
-        return torch.cat(features, -1)
+        return torch.cat(features, -1), neighbours
 
 
 def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tensor) -> Tensor:
