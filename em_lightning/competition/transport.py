@@ -74,8 +74,8 @@ def balanced(
     dims = (axis,) if item_dim is None else (item_dim % energies.ndim, axis)
     last = tuple(range(-len(dims), 0))
     moved = widen(energies).to(accumulation_dtype(energies)).movedim(dims, last)
-    table = moved.reshape(-1, moved.shape[-1]) if item_dim is None else moved
-    free, responsibilities = _transport(table, temperature, log_prior, num_iters)
+    items = moved.reshape(-1, moved.shape[-1]) if item_dim is None else moved
+    free, responsibilities = _transport(items, temperature, log_prior, num_iters)
     responsibilities = responsibilities.reshape(moved.shape).movedim(last, dims)
     free = free.reshape(*moved.shape[:-1], 1).movedim(last, dims).squeeze(axis)
     free = free if mask is None else free.masked_fill(~mask, 0.0)
