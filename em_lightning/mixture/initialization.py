@@ -19,8 +19,9 @@ from em_lightning.mixture.points import Parameters, Points, features_first
 _CORE = 0.4
 # Compute distances from differences, because expanded squares cancel.
 _EXACT = "donot_use_mm_for_euclid_dist"
-# Numbers per block on a CPU: distances have fewer temporaries than the E-step, so that larger blocks stay in the cache.
-_BLOCK_SIZE = 2**19
+# Numbers per block on a CPU, where distances have fewer temporaries than the E-step, and on other devices, where few
+# launches are faster.
+_BLOCK_SIZE, _DEVICE_BLOCK_SIZE = 2**19, 2**27
 
 
 @torch.no_grad()
@@ -172,8 +173,9 @@ def _nearest_centers(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
         distance, cell = torch.cdist(centers, points.coordinates(block, sets).mT, compute_mode=_EXACT).min(1)
         return cell, distance.square()
 
-    # Detached from the tangents of forward-mode derivatives as well.
-    cell, distances = map_blocks(nearest_of_block, (points.x.detach(),), (centers,), max(centers.shape[1:]))
+    x = points.x.detach()  # without the tangents of forward-mode derivatives
+    block_size = _BLOCK_SIZE if x.device.type == "cpu" else _DEVICE_BLOCK_SIZE
+    cell, distances = map_blocks(nearest_of_block, (x,), (centers,), max(centers.shape[1:]), block_size)
     return cell, distances
 
 
@@ -206,7 +208,7 @@ def _lower_distances(distances: Tensor, points: Tensor, center: Tensor) -> Tenso
     def lower_block(sets: slice, distances: Tensor, block: Tensor, center: Tensor) -> tuple[Tensor]:
         return (torch.minimum(distances, (block - center.unsqueeze(-1)).square().sum(1)),)
 
-    block_size = _BLOCK_SIZE if points.device.type == "cpu" else None
+    block_size = _BLOCK_SIZE if points.device.type == "cpu" else _DEVICE_BLOCK_SIZE
     return map_blocks(lower_block, (distances, points), (center,), points.shape[1], block_size)[0]
 
 

@@ -42,10 +42,11 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
 def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
     # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. What round-off
-    # made indefinite is definite with the pivots added, or else with the diagonal alone.
-    regularized = matrix + size * pivots.diag_embed()
-    diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()
-    for replacement in (regularized, diagonal):
+    # made indefinite is definite with the pivots added, which takes too many launches on a GPU, or else as a diagonal.
+    replacements = [torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()]
+    if matrix.device.type == "cpu":
+        replacements.insert(0, matrix + size * pivots.diag_embed())
+    for replacement in replacements:
         failed = torch.linalg.cholesky_ex(matrix.detach()).info != 0
         matrix = torch.where(failed[..., None, None], replacement, matrix)
     factor = torch.linalg.cholesky_ex(matrix).L
