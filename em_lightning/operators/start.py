@@ -53,7 +53,7 @@ class DrawnStart(NamedTuple):
         def draw() -> Tensor:
             """Return centers (B, K, D) in the coordinates of the points."""
             choose = initialization.CENTERS[self.name]
-            centers = choose(points.x.mT, self.num_components, weights=points.weights, generator=generator)
+            centers = choose(points.x.detach().mT, self.num_components, weights=points.weights, generator=generator)
             return frame.enter(centers.to(frame.center.dtype).mT).mT
 
         def around(centers: Tensor) -> Parameters:
