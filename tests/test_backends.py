@@ -182,6 +182,15 @@ def test_cholesky_factors_by_differences(size):
 
 
 @needs_compiler
+def test_cholesky_factors_of_transposed_matrices():
+    matrix = torch.tensor([[[4.0, 2.0], [2.0, 5.0]]], dtype=torch.float64).mT
+    with use_backend("native"):
+        scale, inverse = cholesky_with_inverse(matrix, torch.full((1, 2), 1e-12, dtype=torch.float64))
+    torch.testing.assert_close(scale, torch.tensor([[[2.0, 0.0], [1.0, 2.0]]], dtype=torch.float64))
+    torch.testing.assert_close(scale @ inverse, torch.eye(2, dtype=torch.float64).unsqueeze(0))
+
+
+@needs_compiler
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_matrices_that_are_not_positive_definite_have_finite_factors_and_gradients(backend):
     vectors = torch.randn(40, 3, 1, generator=torch.Generator().manual_seed(7), dtype=torch.float64)

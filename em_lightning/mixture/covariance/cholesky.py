@@ -35,7 +35,7 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     pivots that are distinguishable from round-off.
     """
     if native.factorizes(matrix):
-        return Factor(*native.cholesky(matrix, pivots))
+        return Factor(*native.cholesky(matrix.contiguous(), pivots))  # its results have the strides of the matrix
     return _cholesky_in_torch(matrix, pivots)
 
 
