@@ -43,19 +43,18 @@ class PoolingClassifier(PointCloudClassifier):
         **options: Any,
     ) -> None:
         check_choice("pooling", pooling, POOLINGS)
-        own: Literal["em", "max"] = "em" if pooling == "em" else "max"
-        super().__init__(num_classes, num_features, own, num_components, **options)
+        super().__init__(num_classes, num_features, "em" if pooling == "em" else "max", num_components, **options)
         if pooling != "em":
             self.pool = _PyGPooling(pooling, self.width, num_components)
-        size = self.width if self.pool is None else self.pool.out_features
         self.head = nn.Sequential()
-        spare = num_parameters - sum(value.numel() for value in self.parameters())
-        # The head has h^2 + linear h + constant parameters.
-        linear, constant = size + num_classes + 2, 2 * size + num_classes
-        hidden = (math.isqrt(max(linear**2 + 4 * (spare - constant), 0)) - linear) // 2
+        left = num_parameters - sum(parameter.numel() for parameter in self.parameters())
+        # A head of width h has h^2 + linear h + constant parameters; h is the largest integer with at most those left.
+        inputs = self.pool.out_features
+        linear, constant = inputs + num_classes + 2, 2 * inputs + num_classes
+        hidden = (math.isqrt(max(linear**2 + 4 * (left - constant), 0)) - linear) // 2
         if hidden < 1:
             raise ValueError(f"num_parameters={num_parameters} is too small for the head; raise it, or reduce width")
-        self.head = self.make_head(size, hidden)
+        self.head = self.make_head(inputs, hidden)
 
 
 class _PyGPooling(nn.Module):
