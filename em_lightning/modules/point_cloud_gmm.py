@@ -169,18 +169,11 @@ class PointCloudGMM(EMModule):
         wanted = min(_MAX_POINTS // size, _MAX_CLOUDS, num_clouds * (most_points // size))
         pieces = math.ceil(wanted / num_clouds)  # of each cloud
 
-        def cut(values: Tensor) -> Tensor:
-            return values[:, : pieces * size].unflatten(1, (pieces, size)).flatten(0, 1)[:wanted]
-
-        def repeat(values: Tensor) -> Tensor:
-            return values[:, :_MAX_HELD_OUT].repeat_interleave(pieces, 0)[:wanted]
-
-        return batch._replace(
-            points=cut(batch.points),
-            mask=cut(batch.mask),
-            held_out=repeat(batch.held_out),
-            held_out_mask=repeat(batch.held_out_mask),
+        points, mask = (
+            part[:, : pieces * size].unflatten(1, (pieces, size)).flatten(0, 1)[:wanted] for part in batch[:2]
         )
+        held_out, held_out_mask = (part[:, :_MAX_HELD_OUT].repeat_interleave(pieces, 0)[:wanted] for part in batch[2:4])
+        return batch._replace(points=points, mask=mask, held_out=held_out, held_out_mask=held_out_mask)
 
     def predict_step(self, batch: PointCloudBatch, batch_idx: int) -> Mixture:
         """Return the mixtures of a batch of clouds in the units of the data, in the dtype of the normalization."""

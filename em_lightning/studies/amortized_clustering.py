@@ -123,9 +123,9 @@ class AmortizedClustering(EMModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the corrections, and a group with its own learning rate for everything else."""
-        corrections: list[Tensor] = []
-        others: list[Tensor] = []
-        for name, value in self.named_parameters():
-            is_correction = name.startswith("operator.") and not name.startswith("operator.prior.")
-            (corrections if is_correction else others).append(value)
-        return [{"params": corrections}, {"params": others, "lr": self.prior_lr}]
+        correction = self.operator.correction
+        others = [*self.operator.prior.parameters(), self.log_count, self.log_scale]
+        return [
+            {"params": [] if correction is None else list(correction.parameters())},
+            {"params": others, "lr": self.prior_lr},
+        ]

@@ -160,3 +160,15 @@ def baselines(size: int, fine: bool = False) -> list[Method]:
         Method("kernel density", kernel_scores, [{}]),
         Method("scikit-learn, tuned", sklearn_scores, each(reg_covar=floors[::2])),
     ]
+
+
+def compare(module: Any, val: Clouds, test: Clouds, sklearn: bool = True) -> dict[str, Result]:
+    """Return the results of the methods on test clouds, by name: classical fits, tuned on ``val``, and a module."""
+    from rich.progress import track
+
+    size, components = val.points.shape[1], module.operator.num_components
+    methods = [method for method in baselines(size) if sklearn or method.evaluate is not sklearn_scores]
+    results = {}
+    for method in track([*methods, learned(module)], f"fits of {size} points", transient=True):
+        results[method.name] = measure(method, test, components, tune(method, val, components))
+    return results

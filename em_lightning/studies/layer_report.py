@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,6 @@ from em_lightning.checks import check_at_least
 from em_lightning.plots.figures import DIVERGING, figure_style, new_figure
 from em_lightning.studies.report import Findings, Report
 
-# The metrics that are drawn, and their titles.
-_PANELS = {
-    "loss": "training loss",
-    "accuracy": "accuracy",
-    "l0": "active units per item",
-    "entropy": "entropy of r (nats)",
-    "redundancy": "redundancy",
-    "min_variance": "smallest variance of a unit",
-    "effective_rank": "effective rank",
-}
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
 
 
@@ -84,14 +74,12 @@ class LayerReport(Report):
         ]
         metric = next((name for name in ("accuracy %", "probe %") if name in row), "loss")
         title = type(module).__name__
-        return Findings(
-            title,
-            notes,
-            [{"metric": name, "value": value} for name, value in row.items()],
-            f"{title}: {metric} {row[metric]:.4g}.",
-            self._draw(module, data.shape) if self.figures else {},
-            {"values": row, "history": self.history},
-        )
+        figures = {}
+        if self.figures and len(data.shape) == 3 and data.shape[0] == 1:  # images with one channel
+            figures["prototypes"] = _prototype_grid(module.prototypes, data.shape[1:])
+        rows = [{"metric": name, "value": value} for name, value in row.items()]
+        facts = {"values": row, "history": self.history}
+        return Findings(title, notes, rows, f"{title}: {metric} {row[metric]:.4g}.", figures, facts)
 
     def _row(self, data: Any, module: Any) -> dict[str, float]:
         last = self.history[-self.last_epochs :]
@@ -103,14 +91,6 @@ class LayerReport(Report):
             row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
         percents = {f"{name} %": 100 * row.pop(name) for name in _IN_PERCENT if name in row}
         return {**row, **percents}
-
-    def _draw(self, module: Any, shape: Sequence[int]) -> dict[str, Any]:
-        drawn = [name for name in _PANELS if name in self.history[0]]
-        series = {_PANELS[name]: [epoch[name] for epoch in self.history] for name in drawn}
-        figures = {"training": _panels([epoch["epoch"] for epoch in self.history], series)}
-        if len(shape) == 3 and shape[0] == 1:
-            figures["prototypes"] = _prototype_grid(module.prototypes, shape[1:])
-        return figures
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
@@ -139,14 +119,4 @@ def _prototype_grid(prototypes: Tensor, shape: Sequence[int]) -> Figure:
     for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
         ax.imshow(image.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
-    return figure
-
-
-@figure_style()
-def _panels(epochs: Sequence[float], series: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw several series, by title, over the same epochs, each in its own panel."""
-    figure, axes = new_figure(len(series), 3, width=2.6, height=2.0, sharex=True)
-    for ax, (title, values) in zip(axes, series.items(), strict=True):
-        ax.plot(epochs, values, marker="o" if len(epochs) <= 20 else None, markersize=3)
-        ax.set(title=title, xlabel="epoch")
     return figure

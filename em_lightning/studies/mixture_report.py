@@ -14,17 +14,7 @@ from torch import Tensor
 from em_lightning.data import PointCloudBatch
 from em_lightning.mixture import Mixture
 from em_lightning.plots import curves, mixture_grid
-from em_lightning.studies.density_fits import (
-    FIXED_STEPS,
-    TRAINED,
-    Clouds,
-    Result,
-    baselines,
-    learned,
-    measure,
-    sklearn_mixtures,
-    tune,
-)
+from em_lightning.studies.density_fits import FIXED_STEPS, TRAINED, Clouds, Result, compare, sklearn_mixtures
 from em_lightning.studies.page import scene, write_page
 from em_lightning.studies.report import Findings, Report, batches_on
 
@@ -54,11 +44,9 @@ class MixtureReport(Report):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihoods of the epoch."""
-        epoch = {"step": trainer.global_step}
-        for stage in ("train", "val"):
-            if f"{stage}/log_likelihood" in trainer.callback_metrics:
-                epoch[stage] = float(trainer.callback_metrics[f"{stage}/log_likelihood"])
-        self.history.append(epoch)
+        logged = trainer.callback_metrics
+        names = [name for name in ("train/log_likelihood", "val/log_likelihood") if name in logged]
+        self.history.append({"epoch": trainer.current_epoch + 1, **{name: float(logged[name]) for name in names}})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         """Measure all methods and draw the figures."""
@@ -70,7 +58,7 @@ class MixtureReport(Report):
         for size in self.sizes:
             val_clouds, test_clouds = clouds_of(val, size), clouds_of(test, size)
             if val_clouds and test_clouds:
-                results[size] = self._measure(module, val_clouds, test_clouds, size)
+                results[size] = compare(module, val_clouds, test_clouds, self.sklearn)
         if not results:
             raise ValueError(f"sizes={tuple(self.sizes)} must hold one that validation and test clouds have")
         verdict = verdict_by_size(
@@ -98,16 +86,6 @@ class MixtureReport(Report):
             {"seed": data.seed, "settings": settings},
         )
 
-    def _measure(self, module: Any, val: Clouds, test: Clouds, size: int) -> dict[str, Result]:
-        """Return the results of the classical fits, tuned on validation clouds, and of the module, by name."""
-        from rich.progress import track
-
-        methods = [method for method in baselines(size) if self.sklearn or "scikit" not in method.name]
-        components, results = module.operator.num_components, {}
-        for method in track([*methods, learned(module)], f"fits of {size} points", transient=True):
-            results[method.name] = measure(method, test, components, tune(method, val, components))
-        return results
-
     def _curves(self, results: Results) -> dict[str, Any]:
         fixed = {f"EM, {steps} steps" for steps in FIXED_STEPS}  # left out, so that curves can be told apart
         names = [name for name in next(iter(results.values())) if name not in fixed]
@@ -116,17 +94,10 @@ class MixtureReport(Report):
             likelihoods = [float(row[name].scores.mean()) for row in results.values()]
             by_size[name] = (list(results), likelihoods)
             by_time[name] = ([1e3 * row[name].seconds for row in results.values()], likelihoods)
-        figures = {
+        return {
             "sizes": curves(by_size, "number of points", _LIKELIHOOD, log_x=True),
             "times": curves(by_time, "ms per cloud", _LIKELIHOOD, log_x=True),
         }
-        training = {}
-        for stage in ("train", "val"):
-            epochs = [epoch for epoch in self.history if stage in epoch]
-            training[stage] = ([epoch["step"] for epoch in epochs], [epoch[stage] for epoch in epochs])
-        if self.history:
-            figures["training"] = curves(training, "optimizer step", _LIKELIHOOD, "Training")
-        return figures
 
     def _scenes(self, module: Any, batch: PointCloudBatch, titles: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield the clouds of the page, with the mixtures of each method after each iteration."""

@@ -11,7 +11,7 @@ import lightning
 import torch
 from matplotlib.figure import Figure
 
-from em_lightning.plots import save_figure, tensorboard_writers
+from em_lightning.plots import figure_style, new_figure, save_figure, tensorboard_writers
 from em_lightning.studies.results import write_results
 
 
@@ -32,8 +32,12 @@ class Report(lightning.Callback):
     The findings are written to the folder of the logger as ``results.md``, ``results.json`` and figures, which
     TensorBoard and Weights & Biases also get. The table, the names of the files and, last, the verdict are printed.
     Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
-    fit and a ``fast_dev_run`` write no report. A subclass may append to ``history``, which checkpoints store.
+    fit and a ``fast_dev_run`` write no report.
+
+    A subclass may append the values of an epoch to ``history``, which checkpoints store; ``training.png`` shows them.
     """
+
+    figures: bool = True
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -68,7 +72,10 @@ class Report(lightning.Callback):
             return
         write_results(folder, findings.title, findings.notes, findings.rows, **findings.facts)
         writers = tensorboard_writers(trainer)
-        for name, figure in findings.figures.items():
+        figures = dict(findings.figures)
+        if self.history and self.figures:
+            figures["training"] = _training_figure(self.history)
+        for name, figure in figures.items():
             path = save_figure(figure, folder / f"{name}.png")
             for writer in writers:
                 writer.add_figure(name, figure, trainer.global_step, close=False)
@@ -81,6 +88,18 @@ class Report(lightning.Callback):
         if writers:
             print(f"TensorBoard: tensorboard --logdir {folder.parent}")
         print(findings.verdict)
+
+
+@figure_style()
+def _training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw each recorded value over the epochs, in its own panel."""
+    names = list(dict.fromkeys(name for epoch in history for name in epoch if name != "epoch"))
+    figure, axes = new_figure(len(names), 3, width=2.6, height=2.0, sharex=True)
+    for ax, name in zip(axes, names, strict=True):
+        recorded = [(epoch["epoch"], epoch[name]) for epoch in history if name in epoch]
+        ax.plot(*zip(*recorded, strict=True), marker="o" if len(recorded) <= 20 else None, markersize=3)
+        ax.set(title=name, xlabel="epoch")
+    return figure
 
 
 def folder_of(trainer: Any) -> Path:

@@ -25,7 +25,7 @@ class SelectionReport(Report):
     The table has a row for this run, for scikit-learn's mixture with as many components, for the mixture that the data
     were drawn from if it is known, and for EM with other numbers of components, each measured on all rows. The figures
     are ``components`` (rows and components in the plane in which the means differ most), ``selection`` (BIC by the
-    number of components) and ``likelihood``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
+    number of components) and ``training``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
 
     Args:
         components: further numbers of components, fitted by EM with the same ``init``.
@@ -48,7 +48,8 @@ class SelectionReport(Report):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihood and the time of an epoch; an epoch resumed in its middle adds no time."""
         seconds = time.perf_counter() - getattr(self, "_began", time.perf_counter())
-        self.history.append({"log_likelihood": float(pl_module.log_likelihood), "seconds": seconds})
+        likelihood = float(pl_module.log_likelihood)
+        self.history.append({"epoch": trainer.current_epoch + 1, "log_likelihood": likelihood, "seconds": seconds})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         """Measure all mixtures and draw the figures."""
@@ -72,10 +73,6 @@ class SelectionReport(Report):
         ]
         bic = {row["K"]: row["BIC"] for row in sorted([rows[0], *others], key=lambda row: row["K"])}
         figures = {"components": _picture(mixture, data)}
-        if self.history:
-            likelihoods = [epoch["log_likelihood"] for epoch in self.history]
-            series = {"this run": (list(range(1, len(likelihoods) + 1)), likelihoods)}
-            figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats per row)", "Training")
         if others:
             series = {"EM": (list(bic), list(bic.values()))}
             figures["selection"] = curves(series, "number of components K", "BIC", "Selection", bic_of_truth)
