@@ -9,7 +9,6 @@ from em_lightning.studies.image_points import ImagePointSets, PointSetBatch, bri
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
 from em_lightning.studies.mixture_sets import MixtureSetBatch, MixtureSets
-from em_lightning.studies.poolings import POOLINGS, PoolingClassifier
 from em_lightning.studies.report import Findings, Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
 from em_lightning.studies.selection_report import SelectionReport
@@ -25,7 +24,6 @@ __all__ = [
     "MixtureSets",
     "ProceduralSurfaces",
     "random_surface",
-    "POOLINGS",
     "ClusteringReport",
     "DecoderFreeEncoder",
     "EMClassifier",
@@ -34,7 +32,6 @@ __all__ = [
     "ImageClassifier",
     "LayerReport",
     "MixtureReport",
-    "PoolingClassifier",
     "Report",
     "SelectionReport",
     "SparseAutoencoder",
