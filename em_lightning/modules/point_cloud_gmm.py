@@ -23,8 +23,8 @@ _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strengt
 _LOG_DENSITY_LIMIT = -6.0
 # Limits of a training batch that is cut into smaller clouds, for its time and memory.
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
-# Clouds of fewer points converge sooner and get proportionally fewer classical iterations, but at least ten.
-_FULL_SIZE, _MIN_EXACT_ITERS = 256, 10
+# Clouds of fewer points converge sooner and get proportionally fewer classical iterations, but at least 20.
+_FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
 
 
 class PointCloudGMM(EMModule):
