@@ -209,23 +209,24 @@ def table(folder, modules, sizes, noises):
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def dense(sizes):
+def dense(folder, sizes):
     """Print the gain of the learned fit over tuned EM and kernel densities by number of components, with noise .02.
 
     The last lines are an approximate upper bound for any fit with so many components: EM fitted to 16,384 points.
     """
     print("| N | K | kernel density | EM, tuned | learned | over EM | over the kernel density |\n|---|" + "---|" * 6)
     for size in sizes:
-        val, clouds = clouds_of(size, 0.02, "val", NUM_VAL)[0], clouds_of(size, 0.02, "test", NUM_TEST, TEST_SEED)[0]
-        (density,) = kernel_scores(clouds, 16)
+        val, _ = clouds_of(size, 0.02, "val", NUM_VAL)
+        clouds, _ = clouds_of(size, 0.02, "test", NUM_TEST, TEST_SEED)
+        density = torch.tensor(load(folder, "kernel density", size, 0.02)["scores"])  # written by fits
         for components in (16, 32, 64):
             torch.manual_seed(0)
             em = Method("EM, tuned", em_scores, each(floor=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3), starts=(8,)))
             setting = tune(em, val, components)
             scores = measure(em, clouds, components, setting).scores
             own = measure(learned(model(None, num_components=components)), clouds, components, {}).scores
-            cells = [size, components, *(f"{value.mean():.3f}" for value in (density.scores, scores, own))]
-            cells += [mean_error(own - scores), mean_error(own - density.scores)]
+            cells = [size, components, *(f"{value.mean():.3f}" for value in (density, scores, own))]
+            cells += [mean_error(own - scores), mean_error(own - density)]
             print(f"| {' | '.join(map(str, cells))} | EM: {setting['floor']:g}, {setting['steps']} steps", flush=True)
     data = ProceduralSurfaces(num_points=16_384, noise=0.02, seed=1000, batch_size=9)
     data.val_clouds = 54
@@ -416,7 +417,7 @@ def main():
         elif args.what == "table":
             table(args.folder, [model(path) for path in paths], sizes, noises)
         elif args.what == "dense":
-            dense(sizes)
+            dense(args.folder, sizes)
         elif args.what == "elsewhere":
             elsewhere(args.folder, paths[0], args.root, sizes)
         elif args.what == "resample":
