@@ -100,8 +100,8 @@ def kernel_scores(clouds: Clouds, components: int) -> Iterator[Result]:
     for points, held_out in zip(*clouds, strict=True):
         squares = torch.cdist(points, points).square()
         squares.fill_diagonal_(math.inf)  # a point does not count for itself
-        levels = torch.stack([log_density(squares, bandwidth, count - 1).mean() for bandwidth in bandwidths])
-        best = bandwidths[int(levels.argmax())]
+        likelihoods = torch.stack([log_density(squares, bandwidth, count - 1).mean() for bandwidth in bandwidths])
+        best = bandwidths[int(likelihoods.argmax())]
         scores.append(log_density(torch.cdist(held_out, points).square(), best, count).mean())
     yield Result({}, torch.stack(scores))
 
@@ -144,7 +144,8 @@ def each(**options: Sequence[Any]) -> list[Setting]:
 
 def baselines(size: int, fine: bool = False) -> list[Method]:
     """Return the methods for clouds of one size, with coarse or fine grids of settings."""
-    # Where wider ranges were tried, no setting at the ends of these ranges was best on validation clouds.
+    # Sparse clouds need larger floors and stronger priors, and several starts do not help them. Where wider ranges were
+    # tried, no setting at the ends of these ranges was best on validation clouds.
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
     strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)
