@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from em_lightning.plots import figure_style, new_figure, save_figure, tensorboard_writers
 from em_lightning.studies.results import write_results
@@ -99,6 +100,7 @@ def _training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
         recorded = [(epoch["epoch"], epoch[name]) for epoch in history if name in epoch]
         ax.plot(*zip(*recorded, strict=True), marker="o" if len(recorded) <= 20 else None, markersize=3)
         ax.set(title=name, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
