@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,8 +121,11 @@ def run_command(line):
     elif words == ["python", "docs/make_images.py"]:
         subprocess.run([sys.executable, ROOT / "docs" / "make_images.py", "pictures"], check=True)
         assert Path("pictures/activations.png").stat().st_size > 10_000
-    elif line.split("#")[0].strip() in ("pip install .", ".ci/run"):
-        pass  # run by tests/test_wheel.py and by CI
+    elif words[:2] == ["pip", "install"]:
+        extra = re.fullmatch(r"(?:em-lightning|\.)(?:\[(\w+)\])?", words[2])[1]
+        assert extra is None or extra in metadata("em-lightning").get_all("Provides-Extra"), line
+    elif words == [".ci/run"]:
+        pass  # run by CI
     else:
         raise AssertionError(f"no check is implemented for the command {line!r}")
     return ""

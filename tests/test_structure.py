@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in the order in which data flows; each imports only from rooms above it.
 ORDER = [
     "_version",
+    "extras",
     "checks",
     "files",
     "checkpoints",

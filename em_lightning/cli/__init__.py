@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             end_with_parent()
             run(parsed.recipe, parsed.arguments)
             leave_process_group()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raised = _raised_here(error)
         if raised is None:
             raise
