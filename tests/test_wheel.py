@@ -136,7 +136,7 @@ def core_only(site, wheel):
 
 def test_the_core_runs_the_first_example_of_the_readme_without_a_warning(core_only):
     code, printed = re.findall(r"```(?:python|text)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:2]
-    done = core_only(code + "import em_lightning.surgery, em_lightning.testing")
+    done = core_only(code + "import em_lightning.surgery")
     assert done.returncode == 0 and (done.stdout, done.stderr) == (printed, "")
 
 
