@@ -35,13 +35,14 @@ newest:
 	$(VENV)-newest/bin/python $(PYTEST) $(FAST) $(ARGS)
 	$(VENV)-newest/bin/python $(PYTEST) $(SLOW) $(ARGS)
 
-# The lower bounds of the extra `all`, as exact versions.
+# The lower bounds of the extra `all`, as exact versions. They warn of what became deprecated in their dependencies.
 oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet hatchling
 	$(VENV)-oldest/bin/python .ci/lower_bounds.py > $(VENV)-oldest/lower_bounds.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/lower_bounds.txt -e '.[all]' pytest pytest-xdist hypothesis
-	$(VENV)-oldest/bin/python $(PYTEST) $(FAST) --ignore=tests/test_docs.py --ignore=tests/test_tutorial.py --ignore=tests/test_wheel.py $(ARGS)
+	$(VENV)-oldest/bin/python $(PYTEST) $(FAST) -W ignore::DeprecationWarning -W ignore::FutureWarning \
+		-W ignore::pytest.PytestRemovedIn10Warning --ignore=tests/test_docs.py --ignore=tests/test_tutorial.py --ignore=tests/test_wheel.py $(ARGS)
 
 portable: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python $(PYTEST) $(FAST) $(ARGS)

@@ -23,7 +23,7 @@ HOW_TO = ["how-to/index.md", "how-to/*", "command-line.md"]
 EVIDENCE = ["which-part-helps.md", "support.md", "results/*"]
 MATHJAX = ("LICENSE", "es5/tex-svg-full.js")  # the SVG output needs no fonts, which browsers do not load from files
 KINDS = ("kernels", "competitions", "statistics", "activations", "losses")
-UNLISTED = ("_version", "registry", "cli", "__init__")
+UNLISTED = ("_version", "extras", "registry", "cli", "__init__")
 
 
 class Docstrings(Extension):
@@ -123,6 +123,13 @@ def mathjax_files(config):
         raise PluginError("MathJax is not installed: pip install 'em-lightning[docs]'")
     folder = Path(package.submodule_search_locations[0], "static", "mathjax")
     return [File.generated(config, f"mathjax/{Path(name).name}", abs_src_path=str(folder / name)) for name in MATHJAX]
+
+
+def on_page_markdown(markdown, page, **arguments):
+    """Link the page of effects from every how-to page."""
+    if page.file.src_uri.startswith("how-to/"):
+        markdown += "\n\nEffects and costs: [Which part helps, and when](../which-part-helps.md).\n"
+    return markdown
 
 
 def on_post_page(output, page, config):
