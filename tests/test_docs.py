@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +122,7 @@ def run_command(line):
         assert Path("pictures/activations.png").stat().st_size > 10_000
     elif words[:2] == ["pip", "install"]:
         extra = re.fullmatch(r"(?:em-lightning|\.)(?:\[(\w+)\])?", words[2])[1]
-        assert extra is None or extra in metadata("em-lightning").get_all("Provides-Extra"), line
+        assert extra is None or f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(), line
     elif words == [".ci/run"]:
         pass  # run by CI
     else:
