@@ -23,6 +23,7 @@ from em_lightning.cli.recipes import (
     variants_of,
 )
 from em_lightning.cli.run import run
+from em_lightning.extras import ExtraChecker
 
 if TYPE_CHECKING:
     from em_lightning.cli.recipe import Recipe
@@ -91,10 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             trusted = parsed.weights_only == "false"
             print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, not trusted, parsed.init_args)
         else:
+            ExtraChecker.find_spec("em_lightning.cli.recipe")
             end_with_parent()
             run(parsed.recipe, parsed.arguments)
             leave_process_group()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raised = _raised_here(error)
         if raised is None:
             raise

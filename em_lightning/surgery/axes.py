@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import rich
 import torch
 from torch import Tensor, nn
 
@@ -170,7 +169,7 @@ def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbos
     if dim is not None:
         items = sets or f"{math.prod(shape) // max(shape[dim], 1)} items"
         units = f"axis {dim} has {shape[dim]} units, {items}"
-    rich.get_console().print(f"{path}: {kind}, shape {tuple(shape)}, {units}", soft_wrap=True, markup=False)
+    print(f"{path}: {kind}, shape {tuple(shape)}, {units}")
 
 
 def takes_dim(cls: Any) -> bool:
