@@ -200,7 +200,7 @@ def task_curvature(module: Any, energies: Tensor, labels: Tensor) -> list[float]
             return functional.cross_entropy(module.logits(h)[run, 0], label)
 
         hessians = torch.vmap(torch.func.hessian(loss), chunk_size=64)(energies[run], labels)
-        norms.append(float(torch.linalg.eigvalsh(hessians).abs().amax()))
+        norms.append(float(torch.linalg.eigvalsh(hessians.detach()).abs().amax()))
     return norms
 
 
