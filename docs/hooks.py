@@ -11,7 +11,7 @@ import em_lightning
 from em_lightning.cli import config_of, docstring, recipes, variants_of
 
 ROOT = Path(__file__).parents[1]
-START = ["index.md", "getting-started.md", "tutorial.ipynb", "theory.md", "design.md"]
+START = ["index.md", "getting-started.md", "tutorial.ipynb", "theory.md", "when-is-it-em.md", "design.md"]
 END = ["command-line.md", "mistakes.md", "comparison.md", "contributing.md", "changelog.md"]
 KINDS = ("kernels", "competitions", "statistics", "activations", "losses")
 UNLISTED = ("_version", "registry", "cli", "__init__")

@@ -1,6 +1,6 @@
 """The composition study: stacked networks, instruments of the report, constants of the theory, explicit EM."""
 
-import importlib.util
+import json
 import math
 from pathlib import Path
 
@@ -9,16 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import explicit_em
+from benchmarks import composition, explicit_em
+from em_lightning import cli
 from em_lightning.competition import softmin
 from em_lightning.data import Digits
 from em_lightning.scope import curvature
 from em_lightning.studies import Arm, StackedNetworks
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("composition_recipe", ROOT / "recipes" / "composition.py")
-recipe = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(recipe)
 
 ARMS = {"joint": {"weight": 0.3}, "stop": {"weight": 1.0, "stop": True}, "plain": {"weight": 0.0, "activation": False}}
 
@@ -97,7 +95,7 @@ def test_measured_gradients_equal_those_of_a_network_alone():
     stacked = networks()
     x, labels = batches(1)[0]
     alone = [Alone(stacked, run) for run in range(len(stacked.runs))]
-    stacked._trainer = type("Fit", (), {"global_step": 0, "max_epochs": 1, "current_epoch": 0})()
+    stacked.trainer = type("Fit", (), {"global_step": 0, "max_epochs": 1, "current_epoch": 0})()
     stacked.step((x, labels), "train")
     ratio, cosine = stacked.gradients[:, 0]
     for run, network in enumerate(alone):
@@ -115,7 +113,7 @@ def test_measured_gradients_equal_those_of_a_network_alone():
 @pytest.mark.parametrize("epoch, trained", [(0, 0), (1, 0), (2, 1), (3, 1)])
 def test_greedy_training_reaches_one_layer_per_part_of_the_epochs(epoch, trained):
     stacked = networks({"greedy": Arm(stop=True, greedy=True)}, num_layers=2)
-    stacked._trainer = type("Fit", (), {"global_step": 1, "max_epochs": 4, "current_epoch": epoch})()
+    stacked.trainer = type("Fit", (), {"global_step": 1, "max_epochs": 4, "current_epoch": epoch})()
     stacked.step(batches(1)[0], "train")["loss"].backward()
     for layer in (0, 1):
         assert bool((stacked.weights[layer][0].grad != 0).any()) == (layer == trained)
@@ -155,7 +153,7 @@ def test_arguments_out_of_range_are_refused(options, words):
 
 def test_layer_values_tell_ties_from_competition():
     d = torch.tensor([[[0.0, 0.0, 9.0, 9.0], [0.0, 0.0, 0.0, 9.0], [0.0, 1.0, 9.0, 9.0], [0.0, 1e-3, 9.0, 9.0]]])
-    values = {name: float(value) for name, value in recipe.layer_values(d).items()}
+    values = {name: float(value) for name, value in composition.layer_values(d).items()}
     expected = curvature(softmin(d[0]).responsibilities)
     assert values["curvature_max"] == pytest.approx(expected.max().item())
     assert values["curvature_max_untied"] == pytest.approx(expected[2:].max().item())
@@ -164,8 +162,8 @@ def test_layer_values_tell_ties_from_competition():
 
 def test_convergence_is_95_percent_of_the_change():
     series = [0.0, -5.0, -9.4, -9.6, -10.0, -10.0, -10.0, -10.0, -10.0]
-    assert recipe.converged(series) == 3
-    assert recipe.converged([1.0, 1.0, 1.0]) == 0
+    assert composition.converged(series) == 3
+    assert composition.converged([1.0, 1.0, 1.0]) == 0
 
 
 def test_task_curvature_equals_the_hessian_of_a_batch():
@@ -179,7 +177,7 @@ def test_task_curvature_equals_the_hessian_of_a_batch():
 
     hessian = torch.autograd.functional.hessian(loss, d.detach().flatten())
     expected = torch.linalg.eigvalsh(hessian).abs().max().item()
-    (found,) = recipe.task_curvature(stacked, d.detach(), labels[:4])
+    (found,) = composition.task_curvature(stacked, d.detach(), labels[:4])
     assert found == pytest.approx(expected, rel=1e-3)
 
 
@@ -187,7 +185,7 @@ def test_probes_read_the_scale_only_where_features_are_raw():
     data = Digits().whole("train")
     features = data.x.flatten(1)[None].repeat(2, 1, 1)
     features[1] *= 1e-3
-    raw, standardized = recipe.probes(features, data.y, features, data.y, epochs=5, rate=1e-2)
+    raw, standardized = composition.probes(features, data.y, features, data.y, epochs=5, rate=1e-2)
     assert raw[0] > raw[1] + 0.2
     assert standardized[0].item() == pytest.approx(standardized[1].item(), abs=0.02)
     assert standardized[0] > 0.9
@@ -261,3 +259,30 @@ def test_matching_undoes_a_permutation():
     order = torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(explicit_em.matched(weights, weights[order], x), weights)
     assert explicit_em.barrier(weights, weights, x, terms) == pytest.approx(0.0, abs=1e-4)
+
+
+def run_study(monkeypatch, folder, *arguments):
+    monkeypatch.chdir(folder)
+    return cli.main(["run", str(ROOT / "benchmarks" / "composition.py"), *arguments])
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "benchmarks" / "composition").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_of_the_study_runs(config, tmp_path, monkeypatch):
+    arguments = ["--config", config.stem, "--trainer.fast_dev_run=true"]
+    if "MNIST1D" in config.read_text():
+        pytest.importorskip("mnist1d")
+    elif "data.MNIST" in config.read_text():
+        root = ROOT.parent / "shared" / "data" / "mnist"
+        arguments += ["--data.root", str(root) if root.is_dir() else pytest.skip("needs MNIST beside the project")]
+    assert run_study(monkeypatch, tmp_path, *arguments) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+def test_a_run_of_the_study_reports_every_run(tmp_path, monkeypatch):
+    small = ["--trainer.max_epochs=2", "--model.rates=[0.1]", "--report.probe_epochs=1", "--model.num_layers=2"]
+    assert run_study(monkeypatch, tmp_path, *small) == 0
+    (path,) = tmp_path.rglob("results.json")
+    found = json.loads(path.read_text())
+    assert [row["run"] for row in found["rows"]] == ["joint .001, 0.1", "joint .03, 0.1", "joint 1, 0.1", "stop, 0.1"]
+    assert found["values"]["stop, 0.1: layer 2 ratio late"] == 0.0
+    assert 0 < found["values"]["joint 1, 0.1: layer 1 curvature_max"] <= 0.5

@@ -1,4 +1,4 @@
-"""StackedNetworks: networks of energy layers with several arms and learning rates, trained at once on equal batches."""
+"""StackedNetworks, networks of energy layers that are trained at once in several ways, and the data set MNIST-1D."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from em_lightning.checks import check_at_least, check_choice, check_positive
+from em_lightning.competition import softmin
 from em_lightning.data import TensorDataModule, Tensors
 from em_lightning.losses import EMLoss
 from em_lightning.modules import EMModule
+from em_lightning.scope import curvature
 
 KERNELS = {"relu": torch.relu, "softplus": functional.softplus}
 
 
 @dataclasses.dataclass
 class Arm:
-    """How the networks of an arm are trained.
+    """How networks are trained: weight of the EM losses, gradients stopped behind each layer, layers one by one.
 
-    Attributes:
-        weight: weight of the EM loss of each layer.
-        stop: whether gradients stop behind each layer, so that layers are trained by their own EM loss alone.
-        greedy: whether layer l is trained only in the l-th of equal parts of the epochs.
-        activation: whether a layer's output is the excess energy d + logsumexp(-d) instead of d.
+    ``greedy`` trains layer l only in the l-th of equal parts of the epochs. ``activation`` passes on the excess energy
+    d + logsumexp(-d) instead of d.
     """
 
     weight: float = 1.0
@@ -39,42 +38,37 @@ class StackedNetworks(EMModule):
 
     Layer l computes :math:`d_l = \phi(W_l h_{l-1} + b_l)`, :math:`y_l = d_l + \log \sum_j e^{-d_{lj}}` and
     :math:`h_l = \mathrm{norm}(y_l)`; the logits are :math:`\mathrm{LayerNorm}(V h_L + c)`. The loss of a run is
-    :math:`\mathrm{CE} + w \sum_l L_\mathrm{EM}(d_l)`, with the mean of the free energy over the batch. Runs share
-    initialization and batches, so that differences between them are paired; stacked products make a run R times
-    cheaper than alone. Run r has learning rate ``rates[r // len(arms)]`` and arm ``r % len(arms)``.
+    :math:`\mathrm{CE} + w \sum_l L_\mathrm{EM}(d_l)`. Runs have equal initial weights and batches, so their differences
+    are paired. Run r has learning rate ``rates[r // len(arms)]`` and arm ``r % len(arms)``.
 
     Args:
         arms: the arms by name, each an :class:`Arm` or a mapping of its fields.
-        rates: the learning rates.
+        rates: learning rates.
         num_features, num_components, num_classes, num_layers: D, K, C and L.
-        kernel: "relu" or "softplus".
-        norm: normalization of y_l: "none", "layer" (over the units of an item) or "batch" (over the items of a unit; in
-            evaluation those of the given set), both without parameters.
-        head: "linear", or "row_stochastic" for V = softmax(free parameters) without bias.
+        kernel: phi, "relu" or "softplus".
+        norm: "none", "layer" (over the units of an item) or "batch" (over the items that are passed together, also in
+            evaluation).
+        head: "linear", or "row_stochastic" for V = softmax(free parameters) and c = 0.
         head_norm: whether the logits pass a LayerNorm.
-        variance: "variance", or "bounded_variance" for the bounded term.
+        variance: the term against dead units, "variance" or "bounded_variance".
         optimizer: as in :class:`~em_lightning.modules.EMModule`.
         every: training steps between two measurements of ``gradients``.
 
     Attributes:
-        gradients: ratio of the norms of the gradients of CE and of w L_EM with respect to d_l, and their cosine, in the
-            last measured step: (2, L, R). ``None`` if the last step was not measured.
-
-    Shape:
-        - batch: x (N, ...) with D features per item, and labels y (N,).
-        - output: energies, a list of L tensors (R, N, K), and logits (R, N, C).
+        gradients: norm of the gradient of CE with respect to d_l over that of w L_EM, and their cosine: (2, L, R);
+            ``None`` if the last step was not measured.
 
     Example:
         >>> networks = StackedNetworks({"joint": {"weight": 0.1}, "stop": {"stop": True}}, rates=[0.1, 0.01])
         >>> energies, logits = networks(torch.rand(5, 1, 28, 28))
-        >>> energies[0].shape, logits.shape
+        >>> energies[0].shape, logits.shape  # (R, N, K) and (R, N, C)
         (torch.Size([4, 5, 25]), torch.Size([4, 5, 10]))
 
     Source: Oursland, the supervised study of implicit EM, experiment 4.
     """
 
-    stop: Tensor
     weight: Tensor
+    stop: Tensor
     greedy: Tensor
     activation: Tensor
 
@@ -96,8 +90,8 @@ class StackedNetworks(EMModule):
     ) -> None:
         check_positive(**{f"rates[{i}]": rate for i, rate in enumerate(rates)})
         super().__init__(max(rates, default=1.0), optimizer=optimizer)
-        sizes = {"num_features": num_features, "num_components": num_components, "num_layers": num_layers}
-        check_at_least(1, **sizes, num_arms=len(arms), num_rates=len(rates), every=every)
+        check_at_least(1, num_features=num_features, num_components=num_components, num_layers=num_layers, every=every)
+        check_at_least(1, num_arms=len(arms), num_rates=len(rates))
         check_at_least(2, num_classes=num_classes)
         check_choice("kernel", kernel, tuple(KERNELS))
         check_choice("norm", norm, ("none", "layer", "batch"))
@@ -114,8 +108,7 @@ class StackedNetworks(EMModule):
         self.biases = nn.ModuleList(self._copies(linear.bias[None]) for linear in linears)
         self.gain = self._copies(torch.ones(1, num_classes))
         self.shift = self._copies(torch.zeros(1, num_classes))
-        volume = {"variance": float(variance == "variance"), "bounded_variance": float(variance != "variance")}
-        self.loss = EMLoss(reduction="mean", **volume)
+        self.loss = EMLoss(reduction="mean", **{"variance": 0.0, variance: 1.0})
         self.gradients: Tensor | None = None
 
     @property
@@ -124,7 +117,7 @@ class StackedNetworks(EMModule):
         return [f"{arm}, {rate:g}" for rate in self.rates for arm in self.arms]
 
     def _copies(self, tensor: Tensor) -> nn.ParameterList:
-        """Return a parameter (arms, ...) per learning rate: an optimizer's groups have one rate each."""
+        """Return a parameter (arms, ...) per learning rate, because a group of an optimizer has one rate."""
         shape = (len(self.arms), *tensor.shape)
         return nn.ParameterList(nn.Parameter(tensor.detach().expand(shape).clone()) for _ in self.rates)
 
@@ -134,14 +127,11 @@ class StackedNetworks(EMModule):
 
     def pass_on(self, energies: Tensor) -> Tensor:
         """Return the input (R, N, K) of the next layer for energies (R, N, K)."""
-        y = -functional.log_softmax(-energies, -1)
-        if not self.activation.all():
-            y = torch.where(self.activation, y, energies)
+        h = torch.where(self.activation, -functional.log_softmax(-energies, -1), energies)
         if self.norm != "none":
-            dim = -1 if self.norm == "layer" else -2
-            variance, mean = torch.var_mean(y, dim, keepdim=True, unbiased=False)
-            y = (y - mean) * (variance + 1e-5).rsqrt()
-        return torch.where(self.stop, y.detach(), y) if self.stop.any() else y
+            variance, mean = torch.var_mean(h, -1 if self.norm == "layer" else -2, keepdim=True, unbiased=False)
+            h = (h - mean) * (variance + 1e-5).rsqrt()
+        return torch.where(self.stop, h.detach(), h)
 
     def logits(self, h: Tensor) -> Tensor:
         """Return the logits (R, N, C) of the outputs h (R, N, K) of the last layer."""
@@ -159,7 +149,7 @@ class StackedNetworks(EMModule):
             weight, bias = _stacked(weights), _stacked(biases)
             if energies:
                 z = torch.baddbmm(bias, h, weight.mT)
-            else:  # all runs read the same items: one product
+            else:  # one product for all runs, which read the same items
                 z = (h @ weight.flatten(0, 1).T).unflatten(1, weight.shape[:2]).movedim(1, 0).contiguous() + bias
             energies.append(KERNELS[self.kernel](z))
             h = self.pass_on(energies[-1])
@@ -169,29 +159,39 @@ class StackedNetworks(EMModule):
         energies, logits = self(batch[0])
         labels = batch[1].expand(len(logits), -1)
         task = functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none").mean(1).sum()
-        aux = [(self._layer_weights(i) * torch.vmap(self.loss.total)(d)).sum() for i, d in enumerate(energies)]
+        em = [(self._layer_weights(i, stage) * torch.vmap(self.loss.total)(d)).sum() for i, d in enumerate(energies)]
         self.gradients = None
         if stage == "train" and self.trainer.global_step % self.every == 0:
-            self.gradients = torch.stack([_compared(task, loss, d) for loss, d in zip(aux, energies, strict=True)], 1)
-        return {"loss": task + torch.stack(aux).sum(), "cross_entropy": task}
+            self.gradients = torch.stack([_compared(task, loss, d) for loss, d in zip(em, energies, strict=True)], 1)
+        terms = {"loss": task + torch.stack(em).sum(), "cross_entropy": task}
+        return terms if stage == "train" else {**terms, **self._metrics(energies[-1], logits, batch[1])}
 
-    def _layer_weights(self, layer: int) -> Tensor:
+    def _metrics(self, energies: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return metrics of the last layer of each run."""
+        posterior = softmin(energies)
+        metrics = {
+            "accuracy": (logits.argmax(-1) == labels).float().mean(1),
+            "free_energy": posterior.free_energy.mean(1),
+            "curvature": curvature(posterior.responsibilities).mean(1),
+        }
+        return {f"{run}: {name}": values[r] for r, run in enumerate(self.runs) for name, values in metrics.items()}
+
+    def _layer_weights(self, layer: int, stage: str) -> Tensor:
         """Return the weight (R,) of the EM loss of a layer in this epoch."""
-        epochs = getattr(self._trainer, "max_epochs", None) or 1
-        epoch = getattr(self._trainer, "current_epoch", 0)
-        trained = layer == epoch * (len(self.weights) - 1) // epochs
-        return (self.weight if trained else self.weight * ~self.greedy).flatten()
+        if stage != "train" or not self.greedy.any():
+            return self.weight.flatten()
+        in_turn = layer == self.trainer.current_epoch * (len(self.weights) - 1) // (self.trainer.max_epochs or 1)
+        return (self.weight if in_turn else self.weight * ~self.greedy).flatten()
 
 
 def _stacked(parameters: nn.ParameterList) -> Tensor:
     return torch.cat(list(parameters))
 
 
-def _compared(task: Tensor, aux: Tensor, energies: Tensor) -> Tensor:
-    """Return the ratio of the gradients' norms with respect to energies (R, N, K), and their cosine: (2, R)."""
-    losses = {"retain_graph": True, "materialize_grads": True}
-    of_task, of_aux = (torch.autograd.grad(loss, energies, **losses)[0].flatten(1) for loss in (task, aux))
-    return torch.stack([of_task.norm(dim=1) / of_aux.norm(dim=1), functional.cosine_similarity(of_task, of_aux)])
+def _compared(task: Tensor, em: Tensor, energies: Tensor) -> Tensor:
+    options = {"retain_graph": True, "materialize_grads": True}
+    of_task, of_em = (torch.autograd.grad(loss, energies, **options)[0].flatten(1) for loss in (task, em))
+    return torch.stack([of_task.norm(dim=1) / of_em.norm(dim=1), functional.cosine_similarity(of_task, of_em)])
 
 
 class MNIST1D(TensorDataModule):
@@ -205,8 +205,10 @@ class MNIST1D(TensorDataModule):
     source = "MNIST-1D (generated)"
 
     def load(self, train: bool) -> Tensors:
-        from mnist1d.data import get_dataset_args, make_dataset
-
+        try:
+            from mnist1d.data import get_dataset_args, make_dataset
+        except ImportError as error:
+            raise ImportError("MNIST1D needs the package mnist1d: pip install em-lightning[mnist1d]") from error
         data = make_dataset(get_dataset_args())
         x, y = (data["x"], data["y"]) if train else (data["x_test"], data["y_test"])
         return Tensors(torch.from_numpy(x).float(), torch.from_numpy(y).long())
