@@ -108,7 +108,8 @@ class StackedNetworks(EMModule):
         self.biases = nn.ModuleList(self._copies(linear.bias[None]) for linear in linears)
         self.gain = self._copies(torch.ones(1, num_classes))
         self.shift = self._copies(torch.zeros(1, num_classes))
-        self.loss = EMLoss(reduction="mean", **{"variance": 0.0, variance: 1.0})
+        bounded = variance == "bounded_variance"
+        self.loss = EMLoss(variance=1.0 - bounded, bounded_variance=float(bounded), reduction="mean")
         self.gradients: Tensor | None = None
 
     @property
@@ -144,7 +145,8 @@ class StackedNetworks(EMModule):
         return functional.layer_norm(logits, logits.shape[-1:]) * _stacked(self.gain) + _stacked(self.shift)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        h, energies = x.flatten(1), []
+        h = x.flatten(1)
+        energies: list[Tensor] = []
         for weights, biases in zip(self.weights[:-1], self.biases[:-1], strict=True):
             weight, bias = _stacked(weights), _stacked(biases)
             if energies:
@@ -184,12 +186,12 @@ class StackedNetworks(EMModule):
         return (self.weight if in_turn else self.weight * ~self.greedy).flatten()
 
 
-def _stacked(parameters: nn.ParameterList) -> Tensor:
+def _stacked(parameters: Any) -> Tensor:
     return torch.cat(list(parameters))
 
 
 def _compared(task: Tensor, em: Tensor, energies: Tensor) -> Tensor:
-    options = {"retain_graph": True, "materialize_grads": True}
+    options: Any = {"retain_graph": True, "materialize_grads": True}
     of_task, of_em = (torch.autograd.grad(loss, energies, **options)[0].flatten(1) for loss in (task, em))
     return torch.stack([of_task.norm(dim=1) / of_em.norm(dim=1), functional.cosine_similarity(of_task, of_em)])
 
