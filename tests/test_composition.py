@@ -4,13 +4,16 @@ import json
 import math
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import composition, explicit_em
-from em_lightning import cli
+from em_lightning import EMLoss, cli
+from em_lightning.activations import NegLogSoftminActivation
+from em_lightning.callbacks import LayerwiseEMLoss
 from em_lightning.competition import softmin
 from em_lightning.data import Digits
 from em_lightning.scope import curvature
@@ -108,6 +111,39 @@ def test_measured_gradients_equal_those_of_a_network_alone():
         assert ratio[run].item() == pytest.approx((task.norm() / aux.norm()).item(), rel=1e-4)
         expected = F.cosine_similarity(task.flatten(), aux.flatten(), dim=0).item()
         assert cosine[run].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated", "ignore:.*does not have many workers")
+def test_the_stop_arm_equals_the_callback_with_detach(tmp_path):
+    stacked = networks({"stop": Arm(stop=True)}, rates=[0.1], num_layers=2)
+
+    class Model(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            first, second, last = Alone(stacked, 0, num_layers=2).layers
+            nls = NegLogSoftminActivation
+            self.net = nn.Sequential(first, nn.ReLU(), nls(), second, nn.ReLU(), nls(), last, nn.LayerNorm(10)).double()
+
+        def training_step(self, batch):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    model, data = Model(), batches(4)
+    callback = LayerwiseEMLoss(nn.ReLU, EMLoss(reduction="mean"), detach=True, verbose=False)
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **quiet
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=None))
+    optimizer = stacked.configure_optimizers()
+    for batch in data:
+        optimizer.zero_grad()
+        stacked.step(batch, "val")["loss"].backward()
+        optimizer.step()
+    for layer, weights in zip((0, 3, 6), stacked.weights, strict=True):
+        torch.testing.assert_close(model.net[layer].weight, weights[0][0], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("epoch, trained", [(0, 0), (1, 0), (2, 1), (3, 1)])
