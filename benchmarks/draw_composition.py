@@ -1,6 +1,6 @@
 """Draw the figure of docs/results/composition.md from results.json of runs of benchmarks/composition.py.
 
-`python -m benchmarks.draw_composition SWEEP CURVE PATH.png` reads a run of the config sweep and one of the config curve.
+`python -m benchmarks.draw_composition SWEEP CURVE PATH.png` reads a run of the config sweep and one of curve.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_each_run_trains_like_a_network_alone(optimizer, num_layers):
     for run, network in enumerate(alone):
         network.loss(x, labels)
         for found, expected in zip(energies, network.energies, strict=True):
-            torch.testing.assert_close(found[run], expected, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found[run], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_measured_gradients_equal_those_of_a_network_alone():
