@@ -209,6 +209,9 @@ def compare(name: str, train: Tensor, labels: Tensor, test: Tensor, test_labels:
             "iterations or epochs": _mean([len(path.curve) - 1 for path in found]),
             "probe %": f"{100 * sum(scores) / len(scores):.2f}" if scores else "",
             "dead units": _mean([int((d.var(0) < 0.01).sum()) for _, d in features]),
+            "free energy": _mean([float(softmin(d).free_energy.mean()) for d, _ in features]),
+            "active units": _mean([float((d > 0.01 * d.std()).float().sum(1).mean()) for d, _ in features]),
+            "kurtosis": _mean([float(((d - d.mean(0)) / d.std(0).clamp_min(1e-9)).pow(4).mean()) for d, _ in features]),
             "barrier to explicit EM": _mean(walls),
         })  # fmt: skip
     return rows
