@@ -125,7 +125,7 @@ def fit(kind: str, steps: int, monitored: bool) -> tuple[float, dict[str, float]
     batches = [(data.x[rows], data.y[rows]) for rows in order.split(batch)]
     where = {"transformer": "network.layers.*.linear1", "ResNet": nn.ReLU, "GCN": "network.network.convs.[01]"}[kind]
     values = Values()
-    callbacks = [PosteriorMonitor(where, loss=EMLoss(), verbose=False), values] if monitored else []
+    callbacks = [PosteriorMonitor(where, loss=EMLoss(reduction="mean"), verbose=False), values] if monitored else []
     trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=50, **QUIET)
     began = time.process_time()
     trainer.fit(Classifier(model), torch.utils.data.DataLoader(batches, batch_size=None))
