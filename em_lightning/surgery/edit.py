@@ -69,18 +69,16 @@ class Inserted(nn.Module):
 
 
 class CallCounter:
-    """Counts the calls of a module within one forward of its owner, and raises if there are more than allowed.
+    """Counts the calls of a module within one forward of its caller; ``on_excess(path, why)`` is called if too many."""
 
-    A module with parameters that is called at several places would share them between unrelated layers.
-    """
-
-    def __init__(self, path: str, allowed: int) -> None:
+    def __init__(self, path: str, allowed: int, on_excess: Callable[[str, str], None]) -> None:
         self.path = path
         self.allowed = allowed
+        self.on_excess = on_excess
         self.count: int | None = None  # calls in the current forward; None outside
 
     def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of the owner's forward."""
+        """Wrapper of the caller's forward."""
         self.count = 0
         output = proceed(*args, **kwargs)
         count, self.count = self.count, None
@@ -92,12 +90,17 @@ class CallCounter:
         """Forward pre-hook of the module."""
         if self.count is None:
             return
-        if self.count >= self.allowed:
-            raise RuntimeError(
-                f"{self.path!r} is called more than {self.allowed} time(s) in one forward, and its replacement has "
-                f"parameters: set calls=N for one module per call, or calls='any' to share one among all calls"
-            )
+        if self.count == self.allowed:
+            self.on_excess(self.path, f"is called more than {self.allowed} time(s) in one forward")
         self.count += 1
+
+
+def _refuse_sharing(path: str, why: str) -> None:
+    """Raise, because a module with parameters would share them between unrelated layers."""
+    raise RuntimeError(
+        f"{path!r} {why}, and its replacement has parameters: set calls=N for one module per call, or calls='any' to "
+        f"share one among all calls"
+    )
 
 
 class PerCall(nn.ModuleList):
@@ -260,13 +263,12 @@ def change_sites(
     surgery.undos += guard_twins(surgery.model, sites)
     for site in sites:
         make = make_at(site)
-        counter = CallCounter(site.path, number)
+        counter = CallCounter(site.path, number, _refuse_sharing)
         added = built = _build(site, make)
         if number > 1:
             added = PerCall([built, *(_build(site, make, index) for index in range(1, number))], counter)
-        if number > 1 or (calls is None and any(True for _ in added.parameters())):
-            callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
-            surgery.undos.append(wrap(callers[-1], "forward", counter.around))
+        if number > 1 or (calls is None and list(added.parameters())):
+            surgery.undos.append(wrap(site.caller, "forward", counter.around))
             surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
         if operation == "replace":
             carry_hooks(site.module, added)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -75,10 +76,11 @@ def swap_activations(
         change_sites(surgery, "replace", sites, lambda _: make, calls, prepare)
     if functional:
         try:
-            swap_calls(surgery, where, make, target, calls, verbose)
-        except NoMatchError:
+            swap_calls(surgery, where, make, target, calls, prepare)
+        except NoMatchError as error:
             if not sites:
                 raise
+            warnings.warn(f"functional=True has no effect: {error}", stacklevel=2)
     return surgery
 
 
@@ -93,11 +95,11 @@ def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str
     if not isinstance(spec, (str, type, Mapping)):
         raise TypeError(f"activation={spec!r} must be a key, class, mapping or instance of {', '.join(ACTIVATIONS)}")
     cls: Any
-    cls, given = ACTIVATIONS.resolve(spec)
-    given = {**arguments, **given}
+    cls, in_spec = ACTIVATIONS.resolve(spec)
+    arguments = {**arguments, **in_spec}
     if dim != "auto" and takes_dim(cls):
-        given.setdefault("dim", dim)
-    return functools.partial(cls, **given)
+        arguments.setdefault("dim", dim)
+    return functools.partial(cls, **arguments)
 
 
 def insert_em_operators(

@@ -99,8 +99,8 @@ class LayerwiseLoss:
 
     @property
     def dims(self) -> dict[str, int | Literal["auto"]]:
-        """The axis of the units of each layer; "auto" where it is decided at the first batch."""
-        return {path: axis.dim for path, axis in self.taps.axes.items()}
+        """The axis of the units of each layer; "auto" where the first batch decides it."""
+        return {path: next(iter(axis.decided.values()), axis.dim) for path, axis in self.taps.axes.items()}
 
     def factor(self) -> float:
         """Return f at the current step."""

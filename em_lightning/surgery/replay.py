@@ -48,15 +48,15 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
         )
     cls: Any = import_class(entry["class_path"], nn.Module)  # so that a plan cannot call anything but modules
     make = functools.partial(cls, **entry["init_args"])
-    if entry["operation"] == "functional":
-        target = [getattr(nn, name) for name in entry["target"]]
-        where = path.removesuffix(NAME).removesuffix(".")
-        swap_calls(surgery, where, make, target, calls)
-        return
 
     def prepare(site: Site, change: Change) -> None:
         watch_first_call(surgery, site, change, make)
 
+    if entry["operation"] == "functional":
+        target = [getattr(nn, name) for name in entry["target"]]
+        where = path.removesuffix(NAME).removesuffix(".")
+        swap_calls(surgery, where, make, target, calls, prepare)
+        return
     sites = find_modules(surgery.model, [path])
     change_sites(surgery, entry["operation"], sites, lambda _: make, calls, prepare)
 
