@@ -283,7 +283,7 @@ def test_hook_set_after_a_compiled_first_call_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     compiled = torch.compile(model, backend="eager")
     compiled(torch.randn(3, 4))
-    losses = LayerwiseLoss(compiled, "1", weight=1.0)
+    losses = LayerwiseLoss(compiled, "0", weight=1.0)
     with pytest.raises(RuntimeError, match="compiled"):
         losses.add_to(compiled(torch.randn(3, 4)).sum())
 

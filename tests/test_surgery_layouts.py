@@ -138,6 +138,7 @@ class First(nn.Module):
         return self.layer(x)[0]
 
 
+@pytest.mark.filterwarnings("ignore:the operator behind 'layer' fits one mixture to all positions")
 def test_sequences_of_a_batch_are_sets_of_their_own():
     others = (slice(None), slice(2))
     x = torch.randn(6, 3, 8)
@@ -436,6 +437,7 @@ def test_outputs_keep_their_type():
         torch.testing.assert_close(total, read(out).sum() + read(out).square().mean())
 
 
+@pytest.mark.filterwarnings("ignore:the operator behind '1' fits one mixture to all positions")
 @pytest.mark.parametrize(
     ("layer", "width"),
     [

@@ -64,7 +64,12 @@ class TemperatureSchedule(Callback):
         return start_weight * self.start + (1.0 - start_weight) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that there are temperatures, and that none is learned."""
+        """Check that there are temperatures, that none is learned, and that no other schedule sets the same ones."""
+        for other in trainer.callbacks[: trainer.callbacks.index(self)]:
+            if isinstance(other, TemperatureSchedule) and other.where == self.where:
+                raise ValueError(
+                    f"two TemperatureSchedule with where={self.where!r} set the same temperatures: remove one"
+                )
         for path, module in set_temperature(pl_module, self.value(trainer.global_step), self.where).items():
             if module.log_temperature_ratio is not None:
                 raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
-from em_lightning.surgery.owners import guard_twins
+from em_lightning.surgery.owners import Twin, guard, is_equal_copy, unchanged_twins
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 
@@ -137,6 +137,7 @@ class Surgery:
         self.changes: list[Change] = []
         self.undos: list[Undo] = []
         self.first_calls: list[Any] = []  # whether each new module was called, as (path, done)
+        self.unchanged_copies: dict[str, Twin] = {}  # target networks and other copies that do not change, by path
         if by is not None:
             vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self
 
@@ -173,7 +174,7 @@ class Surgery:
         undo_all(self.undos)
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
-        self.changes = []
+        self.changes, self.unchanged_copies = [], {}
         authors = vars(self.model).get(_SURGERIES, {})
         if authors.get(self.by) is self:
             del authors[self.by]
@@ -260,7 +261,9 @@ def change_sites(
             )
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
-    surgery.undos += guard_twins(surgery.model, sites)
+    twins = unchanged_twins(surgery.model, sites)
+    surgery.undos += [guard(surgery.model, twin) for twin in twins]
+    surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
     for site in sites:
         make = make_at(site)
         counter = CallCounter(site.path, number, _refuse_sharing)
