@@ -25,6 +25,7 @@ from em_lightning.competition import Competition
 from em_lightning.operators import EMOperator, SetOperator
 from em_lightning.scope.findings import NOT_CHECKED, RELU, Audit, Finding, Softmax, check_call, reason_of
 from em_lightning.surgery import walk
+from em_lightning.surgery.axes import observers_off
 
 _OPERATIONS = {
     "aten::_softmax": "softmax",
@@ -78,7 +79,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     """
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     fast_path = mha.get_fastpath_enabled()
-    with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
+    with observers_off(), _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             mha.set_fastpath_enabled(False)
             model.eval()
@@ -96,7 +97,15 @@ def _run(model: Any, batch: Any) -> None:
         if not getattr(model, "automatic_optimization", True):
             _optimize_the_copy(model)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
-        step(model, batch, 0) if len(inspect.signature(step).parameters) > 2 else step(model, batch)
+        try:
+            step(model, batch, 0) if len(inspect.signature(step).parameters) > 2 else step(model, batch)
+        except RuntimeError as error:
+            if "not attached to a `Trainer`" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error} Its training_step needs one: audit it in a fit, with the callback EMAudit, or give "
+                f"run=, such as run=lambda: model(x)"
+            ) from error
     else:
         call(model, batch)
 
