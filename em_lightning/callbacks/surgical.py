@@ -114,7 +114,7 @@ class SurgicalCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn once of new modules that no batch of an epoch has called."""
-        uncalled = [first.path for first in self.surgery.first_calls if not first.done] if self.surgery else []
+        uncalled = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
         if uncalled and not self._warned:
             self._warned = True
             rank_zero_warn(

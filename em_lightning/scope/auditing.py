@@ -25,7 +25,7 @@ from em_lightning.competition import Competition
 from em_lightning.operators import EMOperator, SetOperator
 from em_lightning.scope.findings import NOT_CHECKED, RELU, Audit, Finding, Softmax, check_call, reason_of
 from em_lightning.surgery import walk
-from em_lightning.surgery.axes import observers_off
+from em_lightning.surgery.axes import Observers
 
 _OPERATIONS = {
     "aten::_softmax": "softmax",
@@ -79,9 +79,10 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     """
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     fast_path = mha.get_fastpath_enabled()
-    with observers_off(), _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
+    with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             mha.set_fastpath_enabled(False)
+            Observers.on = False
             model.eval()
             try:
                 with _Recorder(model) as recorder:
@@ -89,6 +90,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
                 return recorder.findings()
             finally:
                 mha.set_fastpath_enabled(fast_path)
+                Observers.on = True
 
 
 def _run(model: Any, batch: Any) -> None:

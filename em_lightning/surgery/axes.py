@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import rich
@@ -168,18 +167,8 @@ class Observers:
     on = True
 
 
-@contextlib.contextmanager
-def observers_off() -> Iterator[None]:
-    """Turn taps and lines on the first batch off inside the context."""
-    Observers.on = False
-    try:
-        yield
-    finally:
-        Observers.on = True
-
-
 def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbose: bool, sets: str = "") -> None:
-    """Warn of unsuitable widths, and print the line on a layer at its first batch, on rank 0, not in compiled code."""
+    """Warn of unsuitable widths, and print the line on a layer at its first batch."""
     if not Observers.on:
         return
     units = None if dim is None else shape[dim]
@@ -195,12 +184,18 @@ def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbos
             f"points of accuracy against ReLU (documentation, open questions, C); 'signed' and 'grouped' gained 0.2",
             stacklevel=2,
         )
-    is_rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if verbose and is_rank_zero and not torch.compiler.is_compiling():
+    if verbose:
         what = "elementwise"
         if units is not None:
             what = f"axis {dim} has {units} units, {sets or f'{math.prod(shape) // max(units, 1)} items'}"
-        rich.get_console().print(f"{path}: {kind}, shape {tuple(shape)}, {what}", soft_wrap=True, markup=False)
+        print_line(f"{path}: {kind}, shape {tuple(shape)}, {what}")
+
+
+def print_line(text: str) -> None:
+    """Print a line, on rank 0 and outside of compiled code only."""
+    is_rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if is_rank_zero and not torch.compiler.is_compiling():
+        rich.get_console().print(text, soft_wrap=True, markup=False)
 
 
 def takes_dim(cls: Any) -> bool:
@@ -224,11 +219,6 @@ class FirstCall:
         self.axis = axis  # None for a module that treats each unit by itself
         self.verbose = verbose
         self.seen: set[int] = set()  # numbers of axes
-
-    @property
-    def done(self) -> bool:
-        """Whether the module was called with a tensor."""
-        return bool(self.seen)
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
         """Set the axis, and print at a first call."""

@@ -136,7 +136,7 @@ class Surgery:
         self.by = by
         self.changes: list[Change] = []
         self.undos: list[Undo] = []
-        self.first_calls: list[Any] = []  # whether each new module was called, as (path, done)
+        self.first_calls: list[Any] = []  # of each new module, with its path and whether it was seen
         self.unchanged_copies: dict[str, Twin] = {}  # target networks and other copies that do not change, by path
         if by is not None:
             vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self

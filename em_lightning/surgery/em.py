@@ -11,11 +11,11 @@ from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.surgery.axes import FirstCall, own_dim, takes_dim, unit_axis, widths_of
+from em_lightning.surgery.axes import FirstCall, own_dim, print_line, takes_dim, unit_axis, widths_of
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.functional import swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
-from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules
+from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, matches, shortened, walk
 
 
 def swap_activations(
@@ -81,7 +81,22 @@ def swap_activations(
             if not sites:
                 raise
             warnings.warn(f"functional=True has no effect: {error}", stacklevel=2)
+        if verbose:
+            _print_found(surgery, where)
     return surgery
+
+
+def _print_found(surgery: Surgery, where: Where) -> None:
+    """Print where activations were found, and the largest selected modules of users' classes in which none was."""
+    changed = [change.path for change in surgery.changes]
+    unchanged: list[str] = []
+    for site in walk(surgery.model):
+        is_large = not type(site.module).__module__.startswith("torch.") and list(site.module.parameters())
+        inside = f"{site.path}."
+        if is_large and matches(site, where) and not inside.startswith(tuple(unchanged)):
+            if not any(f"{path}.".startswith(inside) for path in changed):
+                unchanged.append(inside)
+    print_line(f"functional=True changes {shortened(changed)}, and finds nothing in {shortened(unchanged)}")
 
 
 def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]) -> Make:

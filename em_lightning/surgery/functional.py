@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, compiler, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
@@ -30,13 +29,11 @@ from em_lightning.surgery.select import (
 NAME = "em_functional"  # the operator's name as a child of the module whose methods call the function
 _IN_PLACE = frozenset(function for function in FUNCTIONS if function.__name__.endswith("_"))
 _LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.")  # modules of these are not searched
-_FORWARDING = ("torch.overrides", "torch.nn.functional")  # between a call in a model and __torch_function__
 
 
 class _Swapped(TorchFunctionMode):
     """Calls an operator in place of activation functions."""
 
-    depth = 0  # modes that are active
     running = False  # whether an operator runs; functions that it calls are not replaced
 
     def __init__(self, operator: Callable[[Tensor], Tensor], functions: frozenset[Any]) -> None:
@@ -59,40 +56,6 @@ class _Swapped(TorchFunctionMode):
             _Swapped.running = False
 
 
-class _Missed(TorchFunctionMode):
-    """Wraps forwards to warn, at the first call of each, of functions that they call and no operator replaces."""
-
-    def __init__(self, functions: frozenset[Any]) -> None:
-        super().__init__()
-        self.functions = functions
-        self.watched: set[nn.Module] = set()
-        self.lines: set[str] = set()  # of the calls that were seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        frame = inspect.currentframe() if func in self.functions else None
-        while frame and (frame.f_code.co_name == "__torch_function__" or frame.f_globals["__name__"] in _FORWARDING):
-            frame = frame.f_back
-        if frame and not frame.f_globals["__name__"].startswith((*_LIBRARIES, "em_lightning.")):
-            self.lines.add(f"{func.__name__} in {frame.f_code.co_filename}:{frame.f_lineno}")
-        return func(*args, **(kwargs or {}))
-
-    def around(self, module: nn.Module, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of the forward of a module."""
-        if module in self.watched or _Swapped.depth or compiler.is_compiling():
-            return proceed(*args, **kwargs)
-        self.watched.add(module)
-        lines_before = set(self.lines)
-        with self:
-            output = proceed(*args, **kwargs)
-        if self.lines - lines_before:
-            warnings.warn(
-                f"functional=True replaces no call of {', '.join(sorted(self.lines - lines_before))}: no method of "
-                f"{type(module).__name__} contains its name; call the function by name in a method, or use a module",
-                stacklevel=2,
-            )
-        return output
-
-
 def swap_calls(
     surgery: Surgery,
     where: Where,
@@ -105,8 +68,7 @@ def swap_calls(
 
     The operator becomes a child of the module, named ``em_functional``. While a method of the module that mentions the
     function runs, the operator replaces all calls of the function, including calls by unselected children. Modules of
-    torch.nn are skipped. Functions that are reached only through containers or other objects are not found; a warning
-    at the first batch names such calls in the forward of a selected module.
+    torch.nn are skipped. Functions that are reached only through containers or other objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
@@ -121,24 +83,20 @@ def swap_calls(
         raise NoMatchError(f"target={described(target)} has no function form; functional=True swaps those of {known}")
     functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)
     names = {function.__name__ for function in functions}
-    selected = [
+    owners = [
         site
         for site in (Site("", model, model, "", ()), *walk(model))
         if site.function is None
         and not hasattr(site.module, NAME)
         and not any(map(is_built, (*site.ancestors, site.module)))
         and matches(site, where)
+        and _methods_that_call(type(site.module), names)
     ]
-    owners = [site for site in selected if _methods_that_call(type(site.module), names)]
     if not owners:
         raise NoMatchError(
             f"where={described(where)} matches no module whose methods call {' or '.join(sorted(names))}, functions of "
             f"target={described(target)}; the model holds {contents(model)}"
         )
-    missed = _Missed(functions)
-    for site in selected:
-        if site not in owners and not type(site.module).__module__.startswith(_LIBRARIES):
-            surgery.undos.append(wrap(site.module, "forward", functools.partial(missed.around, site.module)))
 
     def prepare_calls(site: Site, change: Change) -> None:
         change.entry["target"] = [kind.__name__ for kind in kinds]
@@ -155,12 +113,8 @@ def swap_calls(
 
 def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wrapper of a method: run it with the operator in place of the functions."""
-    _Swapped.depth += 1
-    try:
-        with _Swapped(getattr(module, NAME), functions):
-            return proceed(*args, **kwargs)
-    finally:
-        _Swapped.depth -= 1
+    with _Swapped(getattr(module, NAME), functions):
+        return proceed(*args, **kwargs)
 
 
 def _methods_that_call(cls: type[nn.Module], names: set[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from em_lightning.surgery.hooks import Undo
 from em_lightning.surgery.select import MARKER, Site, is_built
@@ -82,35 +83,24 @@ class Twin(NamedTuple):
 
     original: str  # path of the module that holds the layer
     copy: str  # path of the other module
-    rest: str  # path of the layer in each of them
-
-    @property
-    def layer(self) -> str:
-        """The path of the layer."""
-        return f"{self.original}.{self.rest}"
-
-    @property
-    def counterpart(self) -> str:
-        """The path of the layer's copy."""
-        return f"{self.copy}.{self.rest}"
+    layer: str  # path of the layer
+    counterpart: str  # path of the same layer in the copy
 
 
 def twins_of(model: nn.Module, path: str) -> Iterator[Twin]:
     """Yield the twins of each module around the layer at ``path``, those of the innermost module first."""
     modules = dict(model.named_modules())
-    parts = path.split(".")
-    for depth in range(len(parts) - 1, 0, -1):
-        original, rest = ".".join(parts[:depth]), ".".join(parts[depth:])
+    original = path
+    while original := original.rpartition(".")[0]:
         shapes = _shapes(modules[original]) if original in modules else []
         for name, module in modules.items() if shapes else ():
             apart = name and not f"{name}.".startswith(f"{original}.") and not f"{original}.".startswith(f"{name}.")
             if apart and type(module) is type(modules[original]) and _shapes(module) == shapes:
-                yield Twin(original, name, rest)
+                yield Twin(original, name, path, name + path.removeprefix(original))
 
 
 def _shapes(module: nn.Module) -> list[tuple[str, Any]]:
-    lazy = nn.parameter.UninitializedParameter
-    return [(name, None if isinstance(p, lazy) else tuple(p.shape)) for name, p in module.named_parameters()]
+    return [(name, None if is_lazy(p) else tuple(p.shape)) for name, p in module.named_parameters()]
 
 
 def unchanged_twins(model: nn.Module, sites: list[Site]) -> list[Twin]:
@@ -126,7 +116,8 @@ def guard(model: nn.Module, twin: Twin) -> Undo:
 
 
 def _refuse(twin: Twin, module: nn.Module, keys: Any) -> None:
-    if any(key.startswith(f"{twin.rest}.") and key.endswith(MARKER) for key in keys.unexpected_keys):
+    beginning = twin.layer.removeprefix(f"{twin.original}.") + "."
+    if any(key.startswith(beginning) and key.endswith(MARKER) for key in keys.unexpected_keys):
         raise ValueError(
             f"a copy of the module that holds {twin.layer!r}, which surgery changed, is loaded with its weights: "
             f"change {twin.counterpart!r} as well, as in where=[{twin.layer!r}, {twin.counterpart!r}]"
@@ -136,8 +127,7 @@ def _refuse(twin: Twin, module: nn.Module, keys: Any) -> None:
 def is_equal_copy(model: nn.Module, twin: Twin) -> bool:
     """Return whether a twin has the values of its original, as a target network has when it is made."""
     pairs = zip(*(model.get_submodule(path).parameters() for path in (twin.original, twin.copy)), strict=True)
-    lazy = nn.parameter.UninitializedParameter
-    return all(one is not other and not isinstance(one, lazy) and torch.equal(one, other) for one, other in pairs)
+    return all(not is_lazy(one) and torch.equal(one, other) for one, other in pairs)
 
 
 def untrained_parameters(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:

@@ -109,8 +109,13 @@ def contents(model: nn.Module) -> str:
     paths: dict[str, list[str]] = {}
     for site in walk(model):
         paths.setdefault(class_name(type(site.module)), []).append(site.path)
-    lines = [f"{kind}: {', '.join(p[:4])}{f' and {len(p) - 4} more' * (len(p) > 4)}" for kind, p in paths.items()]
-    return "; ".join(lines) or "no submodules"
+    return "; ".join(f"{kind}: {shortened(names)}" for kind, names in paths.items()) or "no submodules"
+
+
+def shortened(paths: list[str]) -> str:
+    """Return the first four paths as text, and the number of the others."""
+    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    return (", ".join(path.rstrip(".") for path in paths[:4]) or "no module") + more
 
 
 def check_selection(model: nn.Module, argument: str, selection: Where) -> None:
