@@ -227,14 +227,15 @@ class CausalityWatch(TorchFunctionMode):
         self.attention = 0
         self.causal = 0
         self.left_padded = 0
-        self._padded_conv = False  # whether a convolution along one axis was padded on both sides
+        self._padded: set[tuple[int, ...]] = set()  # shapes of outputs of convolutions that pad both sides
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and inspect its arguments."""
-        self.inspect(getattr(func, "__name__", ""), args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        self.inspect(getattr(func, "__name__", ""), args, kwargs or {}, output)
+        return output
 
-    def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         """Count a call if its name is one of attention, padding, or of a slice that removes the right padding."""
         if "attention" in name or name == "softmax":
             tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
@@ -248,8 +249,9 @@ class CausalityWatch(TorchFunctionMode):
             self.left_padded += on_the_left and len(args) > 0 and args[0].ndim == 3
         elif name == "conv1d":
             padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)
-            self._padded_conv = self._padded_conv or padding not in (0, (0,), "valid", "same")
-        elif name == "__getitem__" and self._padded_conv and isinstance(args[1], tuple) and args[0].ndim == 3:
+            if padding not in (0, (0,), "valid", "same"):
+                self._padded.add(tuple(output.shape))
+        elif name == "__getitem__" and isinstance(args[1], tuple) and args[1] and tuple(args[0].shape) in self._padded:
             last, size = args[1][-1], args[0].shape[-1]
             self.left_padded += isinstance(last, slice) and last.indices(size)[0] == 0 and last.indices(size)[1] < size
 
