@@ -227,7 +227,7 @@ class CausalityWatch(TorchFunctionMode):
         self.attention = 0
         self.causal = 0
         self.left_padded = 0
-        self._padded: set[tuple[int, ...]] = set()  # shapes of outputs of convolutions that pad both sides
+        self._padding: dict[tuple[int, ...], int] = {}  # of convolutions that pad both sides, by the output's shape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and inspect its arguments."""
@@ -249,11 +249,14 @@ class CausalityWatch(TorchFunctionMode):
             self.left_padded += on_the_left and len(args) > 0 and args[0].ndim == 3
         elif name == "conv1d":
             padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)
-            if padding not in (0, (0,), "valid", "same"):
-                self._padded.add(tuple(output.shape))
-        elif name == "__getitem__" and isinstance(args[1], tuple) and args[1] and tuple(args[0].shape) in self._padded:
-            last, size = args[1][-1], args[0].shape[-1]
-            self.left_padded += isinstance(last, slice) and last.indices(size)[0] == 0 and last.indices(size)[1] < size
+            if isinstance(padding, (int, tuple)):
+                self._padding[tuple(output.shape)] = padding if isinstance(padding, int) else padding[0]
+        elif name == "__getitem__" and tuple(args[0].shape) in self._padding:
+            size, padding = args[0].shape[-1], self._padding[tuple(args[0].shape)]
+            last = args[1][-1] if isinstance(args[1], tuple) and args[1] else None
+            self.left_padded += (
+                padding > 0 and isinstance(last, slice) and last.indices(size)[:2] == (0, size - padding)
+            )
 
 
 def _is_square(scores: Tensor) -> bool:
