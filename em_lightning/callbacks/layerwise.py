@@ -98,8 +98,8 @@ class LayerwiseEMLoss(Callback):
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._had_loss = False
-            if several:
-                losses.taps.captured = []  # added losses are counted until the end of the epoch
+            if several:  # a step may run one optimizer only: keep the list of added losses until the epoch ends
+                losses.taps.captured = []
             else:
                 losses.reset()
             with losses.taps.switched(on=True):

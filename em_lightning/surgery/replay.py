@@ -103,7 +103,8 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
         apply_plan(model, plan)
         cls.on_load_checkpoint(model, checkpoint)
 
-    # load_from_checkpoint builds the model, calls this hook, then loads the weights.
+    # load_from_checkpoint builds the model, calls this hook, then loads the weights. A subclass can change the hook
+    # without a change of the user's class; the name is the same, as models may log or compare it.
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
     load: Any = loader.load_from_checkpoint  # type: ignore[attr-defined]
     try:

@@ -166,7 +166,11 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
     if target is not None:
         check_selection(model, "target", target)
     entries = where if isinstance(where, Sequence) and not isinstance(where, str) else [where]
-    sites = [site for site in walk(model) if inserted or site.path in entries or not any(map(is_built, site.ancestors))]
+    sites = [
+        site
+        for site in walk(model)
+        if inserted or site.path in entries or not any(is_built(module) for module in site.ancestors)
+    ]
     found: set[str] = set()
     for entry in entries:
         match = ""  # the last match of this entry; sites are in the order of the walk, so its submodules come next
