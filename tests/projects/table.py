@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-import rich
+import rich.console
 import rich.table
 
 COLUMNS = {
@@ -45,10 +45,11 @@ def main():
     table = rich.table.Table("project", *checks)
     for project, outcomes in results.outcomes.items():
         table.add_row(project, *(outcomes.get(check, "-").replace("passed", "held") for check in checks))
-    rich.print(table)
+    rich.console.Console(width=120).print(table)
     held = [outcome == "passed" for outcomes in results.outcomes.values() for outcome in outcomes.values()]
     print(f"{sum(held)} of {len(held)} checks held in {len(results.outcomes)} projects, ", end="")
-    print(f"{time.perf_counter() - start:.0f} s; others: {results.others}")
+    seconds = f"{time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of processor time"
+    print(f"{seconds}; others: {results.others}")
     return int(code)
 
 
