@@ -393,6 +393,8 @@ def test_equal_layer_losses_add_up_and_resume(tmp_path):
     run(resumed, 2, path)
     steps = 2 * len(users.MLP.data())
     assert [callback._state["step"] for callback in resumed] == [steps, steps]
+    with pytest.warns(UserWarning, match=r"no state of LayerwiseEMLoss\(where='body.1'.*starts anew"):
+        run([LayerwiseEMLoss("body.1", weight=0.1, verbose=False)], 2, path)
 
 
 def test_two_schedules_of_the_same_temperatures_are_refused(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from em_lightning.surgery import LayerwiseLoss, undo_all, wrap
@@ -139,7 +140,10 @@ class LayerwiseEMLoss(Callback):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the state until the fit starts."""
-        self._state = checkpoint.get(_STATES, {}).get(self.state_key + self._number(trainer), {})
+        states, key = checkpoint.get(_STATES, {}), self.state_key + self._number(trainer)
+        if states and key not in states:
+            rank_zero_warn(f"the checkpoint has no state of {key}, which starts anew; it has {', '.join(states)}")
+        self._state = states.get(key, {})
 
     def _current_state(self) -> dict[str, Any]:
         return self._state if self.losses is None else {**self.losses.state_dict(), "step": self._batch}
