@@ -74,7 +74,7 @@ class LayerwiseEMLoss(Callback):
     def _number(self, trainer: Any) -> str:
         """Return a suffix for names in logs and checkpoints that tells callbacks of one state_key apart."""
         index = [callback for callback in trainer.callbacks if callback.state_key == self.state_key].index(self)
-        return f" #{index + 1}" if index else ""
+        return f"_{index + 1}" if index else ""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Register the hooks here, after Lightning has converted BatchNorm to SyncBatchNorm, which drops hooks."""
