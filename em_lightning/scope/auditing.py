@@ -248,15 +248,16 @@ class _Recorder(TorchDispatchMode):
         modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in whole}}
         called, calls = set(self.called), list(self.calls)  # the checks call modules, whose hooks add to both
         checks = [*(check_call(*one) for one in calls), *(softmax.check() for softmax in self.softmaxes)]
-        worst: dict[tuple[str, str], Finding] = {}  # the worst of all calls of an operation
-        for finding in (*self.found, *filter(None, checks)):
-            key = (finding.path, finding.operation)
-            worst[key] = max(worst.get(key, finding), finding, key=lambda one: (one.checked, one.error or 0.0))
+        worst: dict[tuple[str, str], Finding] = {}  # of all calls of an operation, the one with the largest error
+        for finding in [*self.found, *(check for check in checks if check is not None)]:
+            other = worst.setdefault((finding.path, finding.operation), finding)
+            if (finding.checked, finding.error or 0.0) > (other.checked, other.error or 0.0):
+                worst[finding.path, finding.operation] = finding
         result = Audit()
         for path, module in modules.items():
-            own = [worst.pop(key) for key in list(worst) if key[0] == path]
-            result.extend(own)
-            if not own and not any(True for _ in module.children()):
+            of_module = [worst.pop(key) for key in list(worst) if key[0] == path]
+            result.extend(of_module)
+            if not of_module and not list(module.children()):
                 name = type(module).__name__
                 reason = reason_of(module) if path in called else f"{NOT_CHECKED}its forward was not called"
                 result.append(Finding(path, name, name.lower(), reason=reason))
