@@ -179,13 +179,21 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
             if not is_inside and matches(site, entry) and (target is None or matches(site, target)):
                 match = site.path
                 found.add(match)
-    for site in () if inserted else _unregistered(model):
-        if any(matches(site, entry) for entry in entries) and (target is None or matches(site, target)):
-            warnings.warn(
-                f"{site.path} stays as it is, because PyTorch does not register modules in plain lists and "
-                f"dictionaries: use nn.ModuleList or nn.ModuleDict",
-                stacklevel=3,
-            )
+    unregistered = (
+        []
+        if inserted
+        else [
+            site.path
+            for site in _unregistered(model)
+            if any(matches(site, entry) for entry in entries) and (target is None or matches(site, target))
+        ]
+    )
+    if unregistered:
+        warnings.warn(
+            f"{shortened(unregistered)} stay as they are, because PyTorch does not register modules in plain lists and "
+            f"dictionaries: use nn.ModuleList or nn.ModuleDict",
+            stacklevel=3,
+        )
     if not found:
         selection = f"where={described(where)}" + ("" if target is None else f" with target={described(target)}")
         raise _no_match(model, selection, [*entries, target])
@@ -193,7 +201,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
 
 
 def _unregistered(model: nn.Module) -> Iterator[Site]:
-    """Yield the modules in plain lists and dictionaries of a model, which PyTorch does not register."""
+    """Yield the modules in plain lists and dictionaries of a model, and those inside them: PyTorch knows of none."""
     registered = set(model.modules())
     for path, owner in [("", model), *((site.path, site.module) for site in walk(model))]:
         for name, value in vars(owner).items():
@@ -201,7 +209,9 @@ def _unregistered(model: nn.Module) -> Iterator[Site]:
                 continue
             for key, module in value.items() if isinstance(value, dict) else enumerate(value):
                 if isinstance(module, nn.Module) and module not in registered:
-                    yield Site(f"{path}.{name}[{key!r}]".lstrip("."), module, owner, name, (owner,))
+                    place = f"{path}.{name}[{key!r}]".lstrip(".")
+                    yield Site(place, module, owner, name, (owner,))
+                    yield from (site._replace(path=f"{place}.{site.path}") for site in walk(module))
 
 
 def described(where: Any) -> str:
