@@ -259,6 +259,8 @@ class Table(Clamped):
 def test_functional_swaps_say_what_they_found_and_what_not(encoder, capsys):
     swap_activations(nn.Sequential(encoder(), Head()), functional=True)
     assert "changes 1.em_functional, and finds nothing in 0" in " ".join(capsys.readouterr().out.split())
+    swap_activations(nn.Sequential(Head(), Head()), functional=True)
+    assert capsys.readouterr().out.split() == "functional=True changes 0.em_functional, 1.em_functional".split()
     swap_activations(nn.Sequential(encoder(), Head()), functional=True, verbose=False)
     assert not capsys.readouterr().out
 

@@ -13,7 +13,7 @@ from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.surgery.axes import FirstCall, own_dim, print_line, takes_dim, unit_axis, widths_of
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
-from em_lightning.surgery.functional import swap_calls
+from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, matches, shortened, walk
 
@@ -89,14 +89,17 @@ def swap_activations(
 def _print_found(surgery: Surgery, where: Where) -> None:
     """Print where activations were found, and the largest selected modules of users' classes in which none was."""
     changed = [change.path for change in surgery.changes]
+    # While a method of these modules runs, calls by modules inside them are replaced, too.
+    covered = [path.removesuffix(NAME) for path in changed if path.endswith(NAME)]
     unchanged: list[str] = []
     for site in walk(surgery.model):
-        is_large = not type(site.module).__module__.startswith("torch.") and list(site.module.parameters())
         inside = f"{site.path}."
-        if is_large and matches(site, where) and not inside.startswith(tuple(unchanged)):
+        is_large = not type(site.module).__module__.startswith("torch.") and list(site.module.parameters())
+        if is_large and matches(site, where) and not inside.startswith((*covered, *unchanged)):
             if not any(f"{path}.".startswith(inside) for path in changed):
                 unchanged.append(inside)
-    print_line(f"functional=True changes {shortened(changed)}, and finds nothing in {shortened(unchanged)}")
+    nothing = f", and finds nothing in {shortened(unchanged)}" if unchanged else ""
+    print_line(f"functional=True changes {shortened(changed)}{nothing}")
 
 
 def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]) -> Make:

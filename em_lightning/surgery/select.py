@@ -115,7 +115,7 @@ def contents(model: nn.Module) -> str:
 def shortened(paths: list[str]) -> str:
     """Return the first four paths as text, and the number of the others."""
     more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-    return (", ".join(path.rstrip(".") for path in paths[:4]) or "no module") + more
+    return ", ".join(path.rstrip(".") for path in paths[:4]) + more
 
 
 def check_selection(model: nn.Module, argument: str, selection: Where) -> None:
