@@ -48,15 +48,15 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
         )
     cls: Any = import_class(entry["class_path"], nn.Module)  # so that a plan cannot call anything but modules
     make = functools.partial(cls, **entry["init_args"])
-    if entry["operation"] == "functional":
-        target = [getattr(nn, name) for name in entry["target"]]
-        where = path.removesuffix(NAME).removesuffix(".")
-        swap_calls(surgery, where, make, target, calls)
-        return
 
     def prepare(site: Site, change: Change) -> None:
         watch_first_call(surgery, site, change, make)
 
+    if entry["operation"] == "functional":
+        target = [getattr(nn, name) for name in entry["target"]]
+        where = path.removesuffix(NAME).removesuffix(".")
+        swap_calls(surgery, where, make, target, calls, prepare)
+        return
     sites = find_modules(surgery.model, [path])
     change_sites(surgery, entry["operation"], sites, lambda _: make, calls, prepare)
 
@@ -103,7 +103,8 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
         apply_plan(model, plan)
         cls.on_load_checkpoint(model, checkpoint)
 
-    # load_from_checkpoint builds the model, calls this hook, then loads the weights.
+    # load_from_checkpoint builds the model, calls this hook, then loads the weights. A subclass can change the hook
+    # without a change of the user's class; the name is the same, as models may log or compare it.
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
     load: Any = loader.load_from_checkpoint  # type: ignore[attr-defined]
     try:
