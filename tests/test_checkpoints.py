@@ -1,5 +1,6 @@
 """Atomic writes of files and checkpoints, and checks of damaged ones."""
 
+import concurrent.futures
 import dataclasses
 import enum
 import os
@@ -43,9 +44,31 @@ write_whole("a", b"new" * 10000)
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
     done = python(LIMITED.format("SIG_DFL"), tmp_path)
     assert done.returncode == -signal.SIGXFSZ
-    assert (tmp_path / "a").read_bytes() == b"old" * 1000 and (tmp_path / "a.partial").stat().st_size == 5000
+    (partial,) = tmp_path.glob("a.*.partial")
+    assert (tmp_path / "a").read_bytes() == b"old" * 1000 and partial.stat().st_size == 5000
+    other = tmp_path / "a.another-host-1-1.partial"
+    other.touch()
     write_whole(tmp_path / "a", "next")
-    assert (tmp_path / "a").read_text() == "next" and os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "next" and sorted(os.listdir(tmp_path)) == ["a", other.name]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Threads and processes write the same file at the same time: it is always one of the contents."""
+    contents = [bytes([number]) * 200_000 for number in range(4)]
+    code = "import sys; from em_lightning.files import write_whole\n"
+    code += "for _ in range(50): write_whole('a', bytes([int(sys.argv[1])]) * 200_000)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(number)], cwd=tmp_path, env=environment)
+        for number in range(2)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for number in (2, 3):
+            pool.submit(lambda content: [write_whole(tmp_path / "a", content) for _ in range(50)], contents[number])
+        while any(writer.poll() is None for writer in writers):
+            if (tmp_path / "a").exists():
+                assert (tmp_path / "a").read_bytes() in contents
+    assert [writer.returncode for writer in writers] == [0, 0] and os.listdir(tmp_path) == ["a"]
 
 
 def test_a_full_disk_keeps_the_old_file_and_raises(tmp_path):

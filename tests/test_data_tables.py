@@ -171,7 +171,7 @@ def test_hidden_files_are_not_shards(x, tmp_path):
         (lambda f: TableBlocks(Table(torch.zeros(3, 2)), block_rows=0), ["block_rows=0"]),
         (
             lambda f: list(TableBlocks(Table(torch.zeros(2, 2)), Table(torch.tensor([1.0, -1.0]), 1))),
-            ["weights", "rows 0 to 2"],
+            ["weights", "-1.0 in row 1"],
         ),
         (
             lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.ranks import end_with_parent, leave_process_group
+from em_lightning.cli.ranks import leave_process_group
 from em_lightning.cli.recipes import (
     config_of,
     copy,
@@ -91,15 +91,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             trusted = parsed.weights_only == "false"
             print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, not trusted, parsed.init_args)
         else:
-            end_with_parent()
             run(parsed.recipe, parsed.arguments)
-            leave_process_group()
     except (ValueError, TypeError, OSError) as error:
         raised = _raised_here(error)
         if raised is None:
             raise
         print(f"em-lightning: {raised}", file=sys.stderr)
         return 2
+    finally:
+        if parsed.command == "run":
+            leave_process_group()
     return 0
 
 

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
-from torch.utils.data import DataLoader
 
 from em_lightning.checks import check_at_least, check_positive
-from em_lightning.data.base import EpochSampler, RandomDataset, SplitDataModule
+from em_lightning.data.base import EpochSampler, RandomDataset, ResumableLoader, SplitDataModule
 from em_lightning.mixture import Mixture
 
 
@@ -107,14 +106,14 @@ class MixtureSets(SplitDataModule):
         noise = torch.randn(*labels.shape, self.num_features, generator=generator)
         return means.gather(1, labels.unsqueeze(-1).expand_as(noise)) + self.scale * noise, labels
 
-    def loader(self, split: str) -> DataLoader[MixtureSetBatch]:
+    def loader(self, split: str) -> ResumableLoader:
         train = split == "train"
         num_sets = self.train_batches * self.batch_size if train else getattr(self, f"{split}_sets")
         held_out = self.train_held_out if train else self.held_out
         draw = partial(self._draw, num_sets, held_out)
         batches = RandomDataset(draw, -(-num_sets // self.batch_size), split, self.seed)
         sampler = EpochSampler(batches, *self.ranks, self.seed) if train else None
-        return DataLoader(batches, batch_size=None, sampler=sampler)
+        return ResumableLoader(batches, batch_size=None, sampler=sampler)
 
     def _draw(self, num_sets: int, held_out: int, index: int, generator: torch.Generator) -> MixtureSetBatch:
         return self.draw(min(self.batch_size, num_sets - index * self.batch_size), held_out, generator)
