@@ -179,9 +179,10 @@ class RunCheckpoint(ModelCheckpoint):
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         if trainer.world_size > 1 and dist.is_initialized():
             dist.all_reduce(received, dist.ReduceOp.MAX)
-        number, self._received = int(received), 0
-        if not number:
+        number = int(received)
+        if not number:  # a signal that arrived during the sum takes effect after the next batch
             return
+        self._received = 0
         self._save_last(trainer)
         if trainer.is_global_zero:
             name = signal.Signals(number).name

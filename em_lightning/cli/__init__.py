@@ -88,8 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif parsed.command == "cp":
             print(*copy(parsed.recipe, parsed.folder), sep="\n")
         elif parsed.command == "audit":
-            trusted = parsed.weights_only == "false"
-            print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, not trusted, parsed.init_args)
+            print_audit(parsed, " ".join(sys.argv[1:] if argv is None else argv))
         else:
             run(parsed.recipe, parsed.arguments)
     except (ValueError, TypeError, OSError) as error:

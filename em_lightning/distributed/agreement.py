@@ -58,16 +58,12 @@ def _class_name(value: Any) -> str:
     return type(value).__name__
 
 
-def check_run(trainer: Any) -> None:
-    """Compare versions, arguments and the checkpoint to resume from; call it on all ranks in ``on_fit_start``."""
+def check_arguments(trainer: Any) -> None:
+    """Compare package versions and arguments; call it on all ranks in the hook ``setup``."""
     if not is_distributed():
         return
-    module, data, path = trainer.lightning_module, trainer.datamodule, trainer.ckpt_path
+    module, data = trainer.lightning_module, trainer.datamodule
     facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
-    facts["checkpoint to resume from"] = path or "none"
-    if path and Path(path).is_file():  # its folder may have another name on another host
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        facts["checkpoint to resume from"] = f"{Path(path).name} with hash {digest}"
     facts |= {"class of the model": _class_name(module), "class of the data": _class_name(data)}
     facts |= {f"model.{name}": value for name, value in module.hparams.items()}
     for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
@@ -76,6 +72,16 @@ def check_run(trainer: Any) -> None:
             facts[f"data.{field.name}"] = value
     facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
     check_agreement({**facts, "seed": os.environ.get("PL_GLOBAL_SEED")})
+
+
+def check_checkpoint(trainer: Any) -> None:
+    """Compare the checkpoint to resume from; call it on all ranks in ``on_fit_start``, where it is known."""
+    if not is_distributed():
+        return
+    path = trainer.ckpt_path or "none"
+    if Path(path).is_file():  # its folder may have another name on another host
+        path = f"{Path(path).name} with hash {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    check_agreement({"checkpoint to resume from": path})
 
 
 def check_batches(trainer: Any) -> None:

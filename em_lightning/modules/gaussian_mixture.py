@@ -171,6 +171,7 @@ class GaussianMixtureModule(EMModule):
 
     def setup(self, stage: str) -> None:
         """Use float32 on devices without float64."""
+        super().setup(stage)
         if self.trainer.strategy.root_device.type == "mps":
             self.float()
 
