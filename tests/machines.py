@@ -25,7 +25,14 @@ class Process:
         self.output = output
         with open(output, "wb") as file:
             self.popen = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=file, stderr=file, start_new_session=True
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                # A shell ignores SIGINT in its background jobs, and children inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def signal(self, number):

@@ -274,6 +274,7 @@ def test_a_signal_saves_at_the_end_of_the_batch_and_the_run_resumes(cls, number,
     """Step 3 is within an epoch, step 12 ends one, and step 18 ends the fit."""
     straight = fit_with_checkpoints(cls, tmp_path / "straight", 3)
     last = tmp_path / "last.ckpt"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in its background jobs
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     with pytest.raises(SystemExit) as caught:
         fit_with_checkpoints(cls, tmp_path, 3, callbacks=[Signal(number, step)])

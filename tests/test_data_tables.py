@@ -2,6 +2,9 @@
 
 import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning
 import numpy as np
@@ -18,6 +21,8 @@ from em_lightning.data import (
     TabularDataModule,
     TensorBatches,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 def shards(folder, x, cuts):
@@ -294,3 +299,37 @@ def test_a_loader_resumes_within_an_epoch_and_then_starts_at_the_beginning(kind,
     assert all(map(torch.equal, resumed, straight[position % 7 :]))
     next(iter(loader))  # an epoch that ends early
     assert loader.state_dict() == {"position": 1} and all(map(torch.equal, values(loader), straight))
+
+
+LARGE = """
+import re, resource, sys
+import lightning, torch
+from em_lightning.data import TabularDataModule
+from em_lightning.modules import GaussianMixtureModule
+torch.set_num_threads(1)
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+def fit(rows):
+    module = GaussianMixtureModule(2, 4, covariance="diag", tol=0.0)
+    lightning.Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(module, TabularDataModule(rows, block_rows=2**14))
+    return module
+fit(torch.rand(1000, 4))  # imports and compiles what is needed
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+print(float(fit(sys.argv[1]).log_likelihood))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory in /proc, as Linux has")
+def test_a_table_larger_than_the_memory_is_fitted(tmp_path):
+    """12 shards of 24 MiB are read with 96 MiB of address space; a read of all rows needs more."""
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        np.save(tmp_path / f"{number:02}.npy", generator.random((24 * 2**16, 4), dtype=np.float32))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LARGE, str(tmp_path), str(96 * 2**20)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    table = Table(tmp_path)
+    assert len(table) * 4 * 4 == 12 * 24 * 2**20
+    assert -1.0 < float(done.stdout.splitlines()[-1]) < 0.0  # 0 is that of the uniform distribution

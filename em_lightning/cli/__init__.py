@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -40,6 +41,9 @@ __all__ = [
     "run",
     "variants_of",
 ]
+
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def __getattr__(name: str) -> Any:
@@ -93,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(parsed.recipe, parsed.arguments)
     except (ValueError, TypeError, OSError) as error:
         raised = _raised_here(error)
+        if raised is None and isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raised = f"{error}: free disk space, or write to another folder with --trainer.logger.save_dir"
         if raised is None:
             raise
         print(f"em-lightning: {raised}", file=sys.stderr)

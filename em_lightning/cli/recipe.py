@@ -25,7 +25,8 @@ from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint
 from em_lightning.cli.ranks import TIMEOUT_SECONDS, connection_error
 from em_lightning.cli.recipes import config_of, docstring, variants_of
 
-# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes.
+# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes, such
+# as --ckpt_path=last at the first start.
 _WARNINGS = (
     ".*does not have many workers.*",
     ".*number of training batches.*smaller than the logging interval.*",
@@ -33,6 +34,7 @@ _WARNINGS = (
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",
     ".*torch.jit.script. is.*deprecated.*",
     ".*dirpath has changed.*",
+    ".*no last checkpoint available.*",
 )
 _ADVERTISED = ("litlogger", "litmodels", "TPU available")
 
