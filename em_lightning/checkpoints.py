@@ -176,19 +176,18 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _end_after_signal(self, trainer: Any) -> None:
         """If a rank has received a signal, save and raise the exception that ends the run, or let Lightning requeue."""
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        number = self._received
         if trainer.world_size > 1 and dist.is_initialized():
+            received = torch.tensor(number, device=trainer.strategy.root_device)
             dist.all_reduce(received, dist.ReduceOp.MAX)
-        number = int(received)
+            number = int(received)
         if not number:  # a signal that arrived during the sum takes effect after the next batch
             return
         self._received = 0
         self._save_last(trainer)
         if trainer.is_global_zero:
-            name = signal.Signals(number).name
-            print(
-                f"{name}: saved {self.last_model_path}; --ckpt_path=last resumes the run", file=sys.stderr, flush=True
-            )
+            line = f"{signal.Signals(number).name}: saved {self.last_model_path}; --ckpt_path=last resumes the run"
+            print(line, file=sys.stderr, flush=True)
         self._set_handlers(self._handlers)
         if number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -252,7 +252,7 @@ class TabularDataModule(SplitDataModule):
         super().__post_init__()
         self.tables: dict[str, Table] = {}
         if self.held_out is None:
-            # Lightning skips validation if the method is that of LightningDataModule; for an empty list it warns.
+            # Lightning skips validation if the method is its own, but warns of an empty list of loaders.
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
@@ -358,7 +358,8 @@ class GaussianBlobs(TabularDataModule):
         # The complete folder is renamed, so that an interrupted run leaves no partial one.
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         partial.mkdir()
-        for number, shard in enumerate(np.split(rows, [self.num_points // 2, 5 * self.num_points // 6])):
+        cuts = [self.num_points // 2, 5 * self.num_points // 6]  # three shards of different lengths
+        for number, shard in enumerate(np.split(rows, cuts)):
             np.save(partial / f"{number}.npy", shard)
         partial.rename(self.path)
 

@@ -89,7 +89,8 @@ def check_batches(trainer: Any) -> None:
     if not is_distributed():
         return
     facts = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
-    if hasattr(trainer.train_dataloader, "sample"):
-        rows = trainer.train_dataloader.sample(_COMPARED_ROWS).points
-        facts["rows"] = [len(trainer.train_dataloader.table), hashlib.sha256(rows.cpu().numpy()).hexdigest()[:16]]
+    loader = trainer.train_dataloader
+    if hasattr(loader, "table"):  # of em_lightning.data
+        rows = loader.sample(_COMPARED_ROWS).points
+        facts["rows"] = [len(loader.table), hashlib.sha256(rows.cpu().numpy()).hexdigest()[:16]]
     check_agreement(facts)
