@@ -231,7 +231,7 @@ class Clouds(PointCloudGMM):
         return ProceduralSurfaces(**sizes, noise=0.01)
 
     def __init__(self):
-        super().__init__(2, num_iters=1, exact_iters=1)
+        super().__init__(2, num_iters=1, exact_iters=1, schedule="constant")  # independent of the length of the run
 
 
 def fit_with_checkpoints(cls, folder, max_epochs, path=None, callbacks=()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
+from pathlib import Path
 
 TIMEOUT_SECONDS = 120  # of the communication between ranks; PyTorch's default is half an hour
 
@@ -13,8 +15,9 @@ def connection_error(error: BaseException) -> str | None:
     """Return a message for an error of the communication between ranks, or None for any other error."""
     import torch.distributed as dist
 
-    words = str(error)
-    if not isinstance(error, dist.DistError) and not any(word in words for word in ("gloo", "NCCL", "connectFullMesh")):
+    words, frames = str(error), traceback.extract_tb(error.__traceback__)
+    in_collective = "/torch/distributed/" in Path(frames[-1].filename).as_posix()
+    if not (in_collective or isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
         return None
     reason = " ".join(words.split("\n")[0].split())[:300]
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
