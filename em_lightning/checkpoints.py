@@ -133,8 +133,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Replace the handlers of the signals until the end of training."""
         super().on_train_start(trainer, pl_module)
         self._received, self._process = 0, os.getpid()
-        numbers = {getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} - {None}  # as Windows has
-        handlers = {number: signal.getsignal(number) for number in numbers}
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
+        handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
         if not trainer.fast_dev_run and threading.current_thread() is threading.main_thread():
             self._handlers = {number: kept for number, kept in handlers.items() if kept is not signal.SIG_IGN}
             self._set_handlers(dict.fromkeys(self._handlers, self._receive))

@@ -96,12 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             run(parsed.recipe, parsed.arguments)
     except (ValueError, TypeError, OSError) as error:
-        raised = _raised_here(error)
-        if raised is None and isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            raised = f"{error}: free disk space, or write to another folder with --trainer.logger.save_dir"
-        if raised is None:
+        message = str(_raised_here(error) or "")
+        if not message and isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            message = f"{error}: free disk space, or write to another folder with --trainer.logger.save_dir"
+        if not message:
             raise
-        print(f"em-lightning: {raised}", file=sys.stderr)
+        print(f"em-lightning: {message}", file=sys.stderr)
         return 2
     finally:
         if parsed.command == "run":

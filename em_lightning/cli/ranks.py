@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import traceback
@@ -20,9 +19,9 @@ def connection_error(error: BaseException) -> str | None:
     if not (in_collective or isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
         return None
     reason = " ".join(words.split("\n")[0].split())[:300]
-    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
     return (
-        f"host {socket.gethostname()}, rank {rank}: lost the other ranks ({reason}). Look for an earlier error of "
+        f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). Look for an earlier error of "
         "another rank; a host may be gone, slower than the timeout (--trainer.strategy.timeout), or unreachable: set "
         "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface, such as eth0, if a host's name means "
         "127.0.1.1 on it. --ckpt_path=last resumes the run"

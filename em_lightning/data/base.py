@@ -98,7 +98,7 @@ class _Resumable:
     def batches(self, first: int) -> Iterator[Any]:
         raise NotImplementedError(f"{type(self).__name__} must define batches(first)")
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         first, self._restored = self._restored % len(self), 0  # type: ignore[arg-type]
         self.position = first
         return self._count(self.batches(first))
