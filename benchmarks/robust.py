@@ -141,7 +141,6 @@ def main():
                 residual=False,
                 num_iters=ITERATIONS,
                 init="kmeans++",
-                lloyd_steps=10,
                 num_starts=20,
                 prior=prior,
                 seed=0,
@@ -171,7 +170,7 @@ def main():
             *map(row, METHODS),
             "",
             "Starts: the true means with noise of half a standard deviation; one k-means++ draw, the same for every "
-            "method; and the best of 20 k-means++ draws with 10 Lloyd steps and a prior of ten pseudo-counts per "
+            "method; and the best of 20 k-means++ draws with a prior of ten pseudo-counts per "
             "covariance, chosen by the objective of each method. Starting near the truth isolates the effect of "
             "outliers on the estimate; the other starts include their effect on the initialization: k-means++ often "
             "chooses outliers as centers. "

@@ -2,6 +2,7 @@
 
 from em_lightning.studies.amortized_clustering import AmortizedClustering
 from em_lightning.studies.clustering_report import ClusteringReport
+from em_lightning.studies.composition import MNIST1D, Arm, StackedNetworks
 from em_lightning.studies.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
 from em_lightning.studies.grid import run_seeds, run_table
 from em_lightning.studies.image_classifier import ImageClassifier
@@ -19,6 +20,9 @@ __all__ = [
     "PointSetBatch",
     "bright_pixels",
     "AmortizedClustering",
+    "Arm",
+    "MNIST1D",
+    "StackedNetworks",
     "FAMILIES",
     "MixtureSetBatch",
     "MixtureSets",

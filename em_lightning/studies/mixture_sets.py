@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
-from torch.utils.data import DataLoader
 
 from em_lightning.checks import check_at_least, check_positive
-from em_lightning.data.base import EpochSampler, RandomDataset, SplitDataModule
+from em_lightning.data.base import EpochSampler, RandomDataset, ResumableLoader, SplitDataModule
 from em_lightning.mixture import Mixture
 
 
@@ -86,13 +85,13 @@ class MixtureSets(SplitDataModule):
             f"scale {self.scale:g} in [-{self.extent:g}, {self.extent:g}]^{self.num_features}"
         )
 
-    def loader(self, split: str) -> DataLoader[MixtureSetBatch]:
+    def loader(self, split: str) -> ResumableLoader:
         train = split == "train"
         num_sets = self.train_batches * self.batch_size if train else getattr(self, f"{split}_sets")
         batch = partial(self._batch, num_sets, self.train_held_out if train else self.held_out)
         batches = RandomDataset(batch, math.ceil(num_sets / self.batch_size), split, self.seed)
         sampler = EpochSampler(batches, *self.ranks, self.seed) if train else None
-        return DataLoader(batches, batch_size=None, sampler=sampler)
+        return ResumableLoader(batches, batch_size=None, sampler=sampler)
 
     def _batch(self, num_sets: int, held_out: int, index: int, generator: torch.Generator) -> MixtureSetBatch:
         """Return batch ``index`` of ``num_sets`` sets with ``held_out`` held-out points each."""
