@@ -9,6 +9,7 @@
 #   make portable  the fast tests with PyTorch's kernels for processors without AVX, and with AVX2 only
 #   make nightly   the property tests with 5,000 new examples each, instead of 200
 #   make fuzz      10,000 mutated files for every reader
+#   make projects  the table of small projects and the checks that hold in each, with its time
 #   make coverage  the tests with branch coverage; fails below 95 %
 # Everything is installed in .venv; ARGS="..." is passed on.
 PYTHON ?= python3
@@ -20,7 +21,7 @@ PYTEST := -m pytest -n 2 -q
 FAST := -m "not slow and not nightly"
 SLOW := -m "slow and not nightly"
 
-.PHONY: train test newest oldest portable nightly fuzz coverage lint docs clean
+.PHONY: train test newest oldest portable nightly fuzz projects coverage lint docs clean
 
 train: $(INSTALLED)
 	$(BIN)/em-lightning run point_cloud_gmm $(ARGS)
@@ -53,6 +54,9 @@ nightly: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz_readers.py $(ARGS)
+
+projects: $(INSTALLED)
+	$(BIN)/python tests/projects/table.py $(ARGS)
 
 # The tests of the wheel run installed code, and measure time.
 coverage: $(INSTALLED)

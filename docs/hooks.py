@@ -17,7 +17,16 @@ sys.path.insert(0, str(ROOT))  # the package of this checkout, whichever one is 
 import em_lightning  # noqa: E402
 from em_lightning.cli import config_of, docstring, recipes, variants_of  # noqa: E402
 
-LEARN = ["index.md", "getting-started.md", "tutorial.ipynb", "notebooks/*", "theory.md", "comparison.md", "mistakes.md"]
+LEARN = [
+    "index.md",
+    "getting-started.md",
+    "tutorial.ipynb",
+    "notebooks/*",
+    "theory.md",
+    "when-is-it-em.md",
+    "comparison.md",
+    "mistakes.md",
+]
 PROJECT = ["design.md", "contributing.md", "changelog.md"]
 HOW_TO = ["how-to/index.md", "how-to/*", "command-line.md"]
 EVIDENCE = ["which-part-helps.md", "support.md", "results/*"]

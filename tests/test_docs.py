@@ -200,6 +200,7 @@ def test_inline_commands_are_valid(page, command, folder):
     if program == "em-lightning" and arguments[0] == "run":
         if not arguments[1:] or arguments[1].isupper():
             return  # a mention of the command without arguments
+        arguments = [str(ROOT / word) if word.startswith("benchmarks/") else word for word in arguments]
         code, printed = in_process([*without_seeds(arguments), "--print_config"])
         assert code == 0, printed
     elif program == "em-lightning":

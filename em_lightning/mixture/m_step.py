@@ -10,7 +10,7 @@ from torch import Tensor
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 
 
 class PseudoCounts(NamedTuple):

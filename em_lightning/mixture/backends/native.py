@@ -88,8 +88,8 @@ def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
 
 def factorizes(matrix: Tensor) -> bool:
     """Return whether the native backend computes the Cholesky factors of matrices (..., D, D)."""
-    large = matrix[..., 0, 0].numel() >= _FEWEST_MATRICES
-    return matrix.dtype == torch.float64 and _is_chosen(matrix, large) and _is_available("cholesky.cpp")
+    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= _FEWEST_MATRICES  # than LAPACK
+    return matrix.dtype == torch.float64 and _is_chosen(matrix, is_faster) and _is_available("cholesky.cpp")
 
 
 def _is_for_triton(x: Tensor) -> bool:
