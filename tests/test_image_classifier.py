@@ -80,7 +80,8 @@ def test_the_recipe_compares_the_swapped_network_with_its_relus(tmp_path):
     result = json.loads((folder / "results.json").read_text())
     swapped, relu = result["values"], result["baseline"]
     assert swapped.keys() == relu.keys() and swapped["loss"] != relu["loss"]
-    verdict, files, tensorboard = done.stdout.splitlines()[-3:]
+    # The last lines are the files, the command for TensorBoard and the verdict.
+    files, tensorboard, verdict = done.stdout.splitlines()[-3:]
     gain = f"{swapped['accuracy %'] - relu['accuracy %']:+.2f}"
     assert f"with ReLU {relu['accuracy %']:.2f} %: {gain} points" in verdict
     assert "results.md" in files and tensorboard.startswith("TensorBoard: tensorboard --logdir ")
