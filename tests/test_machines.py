@@ -194,7 +194,8 @@ def torchrun(hosts, folder, restarts=3):
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=em-host-a:{PORT}", f"--max-restarts={restarts}"]
     command += ["-m", "em_lightning.cli", *RUN, DDP, "--trainer.strategy.timeout=0:00:20"]
-    return [host.start(command, folder) for host in hosts]
+    # Otherwise a host that joins later waits for an address that torchrun sets in its first round only.
+    return [host.start(command, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") for host in hosts]
 
 
 def steps_saved(folder):
