@@ -1,6 +1,6 @@
 // The E-step of Gaussian mixtures on a CPU: responsibilities and sums of whitened points in one pass, and its gradient.
 //
-// For each set b, point n and component k, with y = W_k (x_n - mu_k):
+// For each set b, point n and component k, with y = W_k (x_n - mu_k) and peak_k the joint log-density at mu_k:
 //   g_nk = peak_k - |y|^2 / 2,  r_nk = softmax_k(g_nk),  sums_k = sum_n w_n r_nk [1, y, s(y)],
 // where s(y) holds the products y_i y_j (j <= i), the squares y_i^2, or |y|^2. Whitened points are of order one, however
 // thin a component is, so that float32 suffices for float32 points. Block sums are accumulated in double and then converted
@@ -28,8 +28,8 @@ struct Problem {
   int64_t sets, components, features, items;
   const Real* x;
   int64_t set_stride, feature_stride, item_stride;
-  const double *weights, *means, *inverse, *peak, *scale, *center, *unit;
-  const double* grads;  // of the sums (null in the forward pass)
+  const double *weights, *means, *inverse, *peak, *scale, *center, *unit;  // inverse is W, scale is L
+  const double* grads;  // of the sums (null in the forward pass, or if they have no gradient)
   double *sums, *log_likelihood, *log_density;
   Real* grad_x;
   double* grad_weights;
@@ -45,7 +45,7 @@ struct Choice {
 
   void find(const V* r, int all) {
     steps = all;
-    if (!kGrain) return;
+    if (!kGrain) return;  // this kind of covariance skips no points; others skip kGrain points at a time
     count = 0;
     for (int s = 0; s < all; ++s) {
       const I counts = r[s] != r[s] || r[s] > kNegligible;  // NaN counts
@@ -87,7 +87,7 @@ class Worker {
   explicit Worker(const Problem& problem)
       : p(problem), K(p.components), M(num_sums(p.features)), G(p.grad_density ? gradient_size(p.features) : 0) {
     points.resize(p.features * kSteps);
-    white.resize((kKeeps ? K : 1) * kRows * kSteps);
+    white.resize((kKeeps ? K : 1) * kRows * kSteps);  // of all components if the kind of covariance keeps them
     score.resize(K * kSteps);
     slope.resize(p.grad_density ? K * kSteps : 0);
     sums.resize(K * M + 1);
@@ -129,7 +129,7 @@ class Worker {
   const int64_t K, M, G;                      // components, sums and numbers of a gradient per component
   int64_t set = -1;
   std::vector<Component> components;
-  std::vector<Real> gradients, origin;        // of the sums (K, G); a point (D,) near the middle of the set
+  std::vector<Real> gradients, origin;        // gradients of the sums (K, G); origin (D,), near the middle of the set
   std::vector<V> points, grad_points;         // (D, steps)
   std::vector<V> white, score, slope;         // (K or 1, rows, steps), (K, steps), (K, steps)
   std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
@@ -157,7 +157,7 @@ class Worker {
     for (int64_t k = set * K; k < (set + 1) * K; ++k) {
       const double* mean = p.means + k * features;
       for (int64_t i = 0; i < features; ++i)
-        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;
+        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;  // z to points as loaded
       for (int64_t i = 0; i < size; ++i)
         inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
       components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
@@ -185,7 +185,7 @@ class Worker {
     std::fill(to + count, to + padded, Real(0));
   }
 
-  V* place(int64_t k) { return white.data() + (kKeeps ? k : 0) * kRows * kSteps; }
+  V* white_of(int64_t k) { return white.data() + (kKeeps ? k : 0) * kRows * kSteps; }
 
   // Chooses the points of component k by their responsibilities, and whitens them.
   void choose(int64_t k, const V* r, int steps) {
@@ -193,7 +193,7 @@ class Worker {
     chosen = choice.gathered ? chosen_points.data() : points.data();
     for (int64_t i = 0; choice.gathered && i < p.features; ++i)
       choice.gather(&points[i * kSteps], &chosen_points[i * kSteps]);
-    y = components[k].whitened(chosen, choice.steps, place(k));
+    y = components[k].whitened(chosen, choice.steps, white_of(k));
   }
 
   V log_density(int s) const { return Real(kLn2) * (largest[s] + log2(total[s])); }
@@ -202,7 +202,7 @@ class Worker {
   void evaluate(int steps) {
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      components[k].score(points.data(), steps, place(k), own);
+      components[k].score(points.data(), steps, white_of(k), own);
       if (k == 0) std::copy(own, own + steps, largest);
       for (int s = 0; s < steps; ++s) largest[s] = own[s] > largest[s] ? own[s] : largest[s];
     }
@@ -223,7 +223,7 @@ class Worker {
     }
     if (p.log_likelihood)
       for (int s = 0; s < steps; ++s) sums[K * M] += weights[s] * log_density(s);
-    for (int s = 0; s < steps; ++s) total[s] = weights[s] / total[s];
+    for (int s = 0; s < steps; ++s) total[s] = weights[s] / total[s];  // the factor from score to w_n r_nk
     for (int64_t k = 0; k < K; ++k) {
       V* r = &score[k * kSteps];
       for (int s = 0; s < steps; ++s) r[s] *= total[s];
@@ -272,7 +272,7 @@ class Worker {
       choose(k, r, steps);
       const V* own_slope = choice.gather(a, chosen_slope);
       components[k].add(chosen, y, choice.steps, own_slope, &sums[k * M]);
-      if (!p.grad_x) continue;
+      if (!p.grad_x) continue;  // otherwise pull adds the gradients in the points
       V* grads = choice.gathered ? chosen_grads.data() : grad_points.data();
       if (choice.gathered) std::fill(chosen_grads.begin(), chosen_grads.end(), V{});
       components[k].pull(chosen, y, choice.steps, &gradients[k * G], choice.gather(r, chosen_r), own_slope, grads);
@@ -295,12 +295,12 @@ void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t 
     for (int64_t i = 0; i < size; ++i) sums[i] += sums[task * size + i];
   if (p.log_likelihood) p.log_likelihood[set] = sums[size - 1];
   for (int64_t k = 0; p.sums && k < p.components; ++k) {
-    const int64_t place = set * p.components + k;
-    const double *scale = p.scale + place * factor, *inverse = p.inverse + place * factor;
+    const int64_t row = set * p.components + k;
+    const double *scale = p.scale + row * factor, *inverse = p.inverse + row * factor;
     if (p.grad_density) {
-      parameter_gradient(sums + k * M, scale, inverse, features, p.sums + place * (1 + features + factor));
+      parameter_gradient(sums + k * M, scale, inverse, features, p.sums + row * (1 + features + factor));
     } else {
-      unwhiten(sums + k * M, scale, p.means + place * features, features, p.sums + place * M);
+      unwhiten(sums + k * M, scale, p.means + row * features, features, p.sums + row * M);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Vectors of float or double, for native.cpp.
+// Vectors of float or double, for native.cpp, which explains the macros REAL, KIND and FEATURES.
 
 #include <algorithm>
 #include <cstdint>
@@ -23,7 +23,7 @@ typedef Real V __attribute__((vector_size(kBytes)));
 typedef Int I __attribute__((vector_size(kBytes)));
 
 constexpr int kLanes = kBytes / sizeof(Real);
-// Points of a block: more for wide full covariances, whose whitening costs most.
+// Points of a block: more for full covariances of more than 6 features, whose whitening costs most.
 constexpr int kBlockPoints = KIND != 0 || FEATURES <= 6 ? 128 : FEATURES <= 24 ? 512 : 256;
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
 constexpr int kBlocksPerSum = 4;        // blocks that are added up in Real, before they are added in double
@@ -31,7 +31,7 @@ constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend 
 constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities change no sum
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-// 2^x on [-1/2, 1/2]: the polynomial of least relative error, 8e-8, or Taylor's series, of error 5e-18.
+// 2^x on [-1/2, 1/2]. Float: the polynomial of least relative error, 8e-8. Double: Taylor's series, of error 5e-18.
 struct Power {
   static constexpr int degree = kSingle ? 5 : 13;
   Real coefficients[14] = {1.0, 0.693146944, 0.240221202, 0.0555071309, 0.00967554096, 0.00132764713};
@@ -45,13 +45,13 @@ struct Power {
 inline V exp2(V x) {
   constexpr int digits = kSingle ? 23 : 52;
   constexpr Real bias = kSingle ? 127 : 1023;
-  constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;  // adding it rounds to an integer
+  constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;  // rounds x to n; the low bits of the sum are n + bias
   const V shifted = x + magic;
   const V fraction = x - (shifted - magic);
   constexpr Power series;
   V power = V{} + series.coefficients[Power::degree];
   for (int i = Power::degree - 1; i >= 0; --i) power = power * fraction + series.coefficients[i];
-  const V scale = (V)((I)shifted << digits);
+  const V scale = (V)((I)shifted << digits);  // 2^n, as the shift moves n + bias into the exponent
   return x < Real(1 - bias) ? V{} : power * scale;
 }
 
@@ -59,7 +59,7 @@ inline V exp2(V x) {
 inline V log2(V x) {
   constexpr int digits = kSingle ? 23 : 52;
   constexpr Int root = kSingle ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcdLL);  // the bits of sqrt(1/2)
-  const I exponent = ((I)x - root) >> digits;
+  const I exponent = ((I)x - root) >> digits;  // such that the mantissa lies in [sqrt(1/2), sqrt(2))
   const V mantissa = (V)((I)x - (exponent << digits));
   const V ratio = (mantissa - Real(1)) / (mantissa + Real(1)), square = ratio * ratio;
   constexpr int terms = kSingle ? 5 : 11;
