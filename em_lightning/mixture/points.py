@@ -11,8 +11,7 @@ from torch import Tensor
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
 
-# Up to this many numbers, points are copied to the features-first layout, which is faster to read.
-_COPIED = 2**22
+_COPIED = 2**22  # up to this many numbers, points are copied to the features-first layout, which is faster to read
 
 
 class Parameters(NamedTuple):
@@ -166,13 +165,13 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
 
 def power_of_two(extent: Tensor) -> Tensor:
     """Return the smallest power of two that is not below an extent; 1 for an extent of zero."""
-    return torch.where(extent > 0, torch.where(extent > 0, extent, 1.0).log2().ceil().exp2(), 1.0)
+    return torch.where(extent > 0, extent.log2().ceil().exp2(), 1.0)
 
 
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return weights, zero where masked, and where they are positive, (B, N); ``None`` without mask and weights."""
+    """Return weights (B, N), zero where masked, with mean 1 if ``normalized``, and which are positive; or two None."""
     if weights is None:
         return (None, None) if mask is None else (mask.to(dtype), mask)
     weights = weights.to(dtype) if mask is None else torch.where(mask, weights.to(dtype), 0.0)

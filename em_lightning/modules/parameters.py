@@ -71,7 +71,7 @@ class UnconstrainedMixture(nn.Module):
     def assign(self, mixture: Mixture) -> None:
         """Copy a mixture; ``forward`` returns its variances plus the floor."""
         self.center.copy_(mixture.mean[0])
-        self.scale.copy_(self.covariance.common_scale(mixture.variance[0].sqrt()))
+        self.scale.copy_(self.covariance.common_scale(mixture.variance[0].sqrt()))  # equal if spherical
         self.logits.copy_(mixture.log_weights[0])
         self.offsets.copy_((mixture.means[0] - self.center) / self.scale)
         covariances = self.covariance.rescaled(mixture.covariances, self.scale.reciprocal())

@@ -15,7 +15,7 @@ _STEPS, _INITIAL_STEPS = 4, 40
 class LowRankCovariance(FullCovariance):
     r"""Covariances ``Sigma = U U^T + Psi`` with ``U (D, R)`` and a diagonal ``Psi``: a mixture of factor analyzers.
 
-    The EM loop stores ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full covariances. The
+    The EM loop stores ``[U, sqrt(diag Psi)]`` (B, K, D, R + 1); a :class:`~.Mixture` has full ones (``to_public``). The
     sufficient statistics, and therefore the cost, are those of full covariances. Given the sample covariance ``S`` of a
     component, the M-step takes a few steps of EM for factor analysis,
 
@@ -49,8 +49,8 @@ class LowRankCovariance(FullCovariance):
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return means and loadings; the expected log-likelihood does not decrease."""
-        spread = self.matrix(self.average(scatter, mass), means.shape[-1])
-        second_moment = spread.diagonal(dim1=-2, dim2=-1) + means.square()
+        spread = self.matrix(self.average(scatter, mass), means.shape[-1])  # sample covariances (B, K, D, D)
+        second_moment = spread.diagonal(dim1=-2, dim2=-1) + means.square()  # spread has the round-off of these
         least = torch.maximum(smallest_pivots(second_moment), floor[:, None, None])
         loadings, noise = before[..., :-1], torch.maximum(before[..., -1].square(), least)
         return means, self._climb(spread, loadings, noise, least, _STEPS)
@@ -61,7 +61,7 @@ class LowRankCovariance(FullCovariance):
         variance = spread.diagonal(dim1=-2, dim2=-1)
         for _ in range(num_steps):
             weighted = loadings / noise.unsqueeze(-1)
-            inner = torch.linalg.inv(eye + loadings.mT @ weighted)
+            inner = torch.linalg.inv(eye + loadings.mT @ weighted)  # I - beta U
             cross = spread @ (weighted @ inner)  # S beta^T
             loadings = torch.linalg.solve(inner + inner @ weighted.mT @ cross, cross, left=False)
             noise = torch.maximum(variance - (loadings * cross).sum(-1), least)
@@ -72,7 +72,7 @@ class LowRankCovariance(FullCovariance):
         return loadings @ loadings.mT + covariances[..., -1].square().diag_embed()
 
     def from_public(self, covariances: Tensor) -> Tensor:
-        """Return loadings and noise that approximate full covariances."""
+        """Return loadings and noise that approximate full covariances, from half the variance in R Cholesky columns."""
         pivots = smallest_pivots(covariances.diagonal(dim1=-2, dim2=-1))
         loadings = 0.5**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
         noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
