@@ -22,7 +22,7 @@ class SignedActivation(Activation):
 
     y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T) with z the pre-activation, m the margin, T the temperature, and s
     the scale of the kernel. At T = 1 it is tanh(m z / s^2) for the Gaussian, tanh(clip(z, -m, m) / s) for Laplace, and
-    2 m z / (df s^2 + z^2 + m^2), which tends to 0 for outliers, for Student-t. The logistic energy decreases with z.
+    2 m z / (df s^2 + z^2 + m^2), which tends to 0 for outliers, for Student-t. For the logistic kernel y < 0.
 
     Values lie in (-1, 1). Units do not compete with each other: the Jacobian is diagonal,
     dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
@@ -168,5 +168,5 @@ class GatedActivation(Activation):
         return z * posterior.responsibilities[..., 0]  # the value of off is 0
 
     def closed_form(self, z: Tensor) -> Tensor:
-        scaled = self.tempered(z)
+        scaled = self.tempered(z)  # z itself if T is fixed at 1
         return functional.silu(z) if scaled is z else z * scaled.sigmoid()

@@ -113,7 +113,7 @@ def background(
     axis = dim % energies.ndim
     shape = [*energies.shape[:axis], 1, *energies.shape[axis + 1 :]]
     if log_prior is not None:
-        log_prior = align(dim, log_prior, energies).expand_as(energies)
+        log_prior = align(dim, log_prior, energies).expand_as(energies)  # a vector (K,) along axis dim
         log_prior = torch.cat([log_prior, log_prior.new_zeros(shape)], axis)
     energy = energy.to(energies) if isinstance(energy, Tensor) else energies.new_full((), energy)
     return softmin(torch.cat([energies, energy.expand(shape)], axis), temperature, log_prior, dim)

@@ -11,8 +11,7 @@ from torch.nn import functional
 from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import pairwise
 
-# exp(40) = 2.4e17; its square, which norms of gradients contain, still fits float32.
-_LARGEST_EXPONENT = 40.0
+_LARGEST_EXPONENT = 40.0  # exp(40) = 2.4e17; its square, which norms of gradients contain, still fits float32
 # E_1(1), the integral of exp(-exp(u)) over u > 0 (Abramowitz and Stegun, table 5.1).
 _EXPONENTIAL_INTEGRAL = 0.21938393439552027
 _LAPLACE_CORE = 1e-4  # distance, in scales, below which the elliptical Laplace energy is a parabola
@@ -42,7 +41,7 @@ class LaplaceKernel(EllipticalKernel):
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         scaled = squared_distance / self.positive("scale", squared_distance.dtype) ** 2
-        return _huber_rho(scaled, _LAPLACE_CORE) / _LAPLACE_CORE + 0.5 * _LAPLACE_CORE
+        return _huber_rho(scaled, _LAPLACE_CORE) / _LAPLACE_CORE + 0.5 * _LAPLACE_CORE  # outside, the distance
 
     def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         variance = self.positive("scale", squared_distance.dtype) ** 2
@@ -165,7 +164,7 @@ class PseudoHuberKernel(EllipticalKernel):
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule, whose error decreases exponentially
         # with 1 / step for analytic integrands. The grid extends 40 widths D^-1/2 below the maximum and 10 above.
-        ratio = (num_features / self.delta.detach()).square()
+        ratio = (num_features / self.delta.detach()).square()  # the grid is a constant in the derivative
         maximum = 0.5 * ((0.25 * ratio.square() + num_features**2).sqrt() + 0.5 * ratio).log()
         step = 0.02 / math.sqrt(num_features)
         log_radius = maximum + step * torch.arange(-2000, 500, dtype=ratio.dtype, device=ratio.device)

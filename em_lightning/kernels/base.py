@@ -32,7 +32,7 @@ class Kernel(nn.Module):
     Args:
         learnable: make the shape parameters learnable. Each is then ``value * exp(log_<name>)`` with a parameter
             ``log_<name>`` of shape (1,), initially zero, so that the initial value is exact and weight decay
-            moves the parameter towards it. Fixed ones are Python numbers. Both are part of the ``state_dict``.
+            returns to it. Otherwise they are Python numbers. The ``state_dict`` contains them in both cases.
         **shape: positive initial value of each shape parameter; ``kernel.<name>`` is its current value, of shape ().
 
     Shape:
@@ -105,6 +105,7 @@ class Kernel(nn.Module):
         return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
     def get_extra_state(self) -> Tensor:
+        # As integers, so that a conversion of the floating-point entries of a state_dict does not round them.
         return torch.tensor(list(self._initial.values()), dtype=torch.float64).view(torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -158,7 +159,7 @@ class EllipticalKernel(Kernel):
 
 
 def density_kernel(spec: Any) -> Kernel:
-    """Return ``KERNELS.build(spec)``, with ``density=True`` for classes that have this option, such as Student-t."""
+    """Return ``KERNELS.build(spec)``, with the option ``density=True`` of Student-t, then a density for all D."""
     if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
         return KERNELS.build(spec, density=True)
     return KERNELS.build(spec)

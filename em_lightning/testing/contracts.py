@@ -215,7 +215,7 @@ class CompetitionContract(ModuleContract):
         return tuple(module(x))[1:]
 
     def shift(self, operator: Competition, c: float) -> Competition:
-        """Return the operator for energies shifted by c: the same one, unless it has an energy of its own."""
+        """Return the operator for energies shifted by c: the same, or one whose background energy is shifted too."""
         return operator
 
     def totals(self, responsibilities: Tensor) -> Tensor:
