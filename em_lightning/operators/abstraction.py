@@ -12,8 +12,7 @@ from em_lightning.operators.em import EMOperator
 
 # Smallest exponent per axis: the product over five axes is above the smallest normal float32; subnormals are slow.
 _SMALLEST_EXPONENT = -16.0
-# Sets per block when no gradient is recorded, so that a block stays in the cache.
-_BLOCK = 8
+_BLOCK = 8  # sets per block when no gradient is recorded, so that a block stays in the cache
 
 
 class EMAbstraction(nn.Module):
@@ -26,8 +25,8 @@ class EMAbstraction(nn.Module):
 
     :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the coordinates. The offsets
     :math:`o_j` form a lattice of ``grid`` places along each axis with spacing s. Without features, y is the
-    batch-normalized fraction of items per bump. ``blocks`` residual layers of the same form follow; their items are the
-    tokens, with 3 places along each axis. Stack several abstractions, the last with K = 1, for a pyramid.
+    batch-normalized fraction of items per bump. ``blocks`` residual layers of this form follow, whose items are the
+    tokens and whose lattice has 3 places per axis. Stack several abstractions, the last with K = 1, for a pyramid.
 
     The result is invariant to the order of the items. The coordinates and the operator get no gradient.
 
@@ -111,14 +110,14 @@ class EMAbstraction(nn.Module):
                 sums = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks])
                 sums = sums / valid.sum(1).clamp(min=1)[:, None, None]
             else:
-                outer = bumps(x, centers, self.grid, self.pitch)
+                item_bumps = bumps(x, centers, self.grid, self.pitch)
             dtype = next(self.embed.parameters()).dtype  # the module may be of half precision
-            inner = bumps(centers, centers, 3, self.inner_pitch).to(dtype)
+            token_bumps = bumps(centers, centers, 3, self.inner_pitch).to(dtype)
         if features is not None:
-            sums = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0).to(outer.dtype))
+            sums = _gather(item_bumps, torch.where(valid.unsqueeze(-1), features, 0.0).to(item_bumps.dtype))
         tokens = self.embed(self.scale(sums.to(dtype).flatten(0, 1)))
         for block in self.blocks:
-            tokens = block(tokens, inner)
+            tokens = block(tokens, token_bumps)
         return centers.to(coordinates.dtype), tokens.unflatten(0, centers.shape[:2])
 
 

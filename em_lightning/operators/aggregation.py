@@ -98,7 +98,7 @@ class EMAggregation(Aggregation):
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index
         rows = x.movedim(dim, 0)
-        shape, num_groups = tuple(rows.shape[1:]), dim_size or 0
+        shape, num_groups = tuple(rows.shape[1:]), dim_size or 0  # Aggregation.__call__ sets dim_size
         if index.shape != rows.shape[:1]:
             raise ValueError(f"index {tuple(index.shape)} must have one entry for each of the {len(rows)} rows of x")
         features, heads = (shape[-1] if shape else 1), math.prod(shape[:-1])
@@ -109,12 +109,12 @@ class EMAggregation(Aggregation):
         return summaries.to(x.dtype).reshape(num_groups, *ends).movedim(0, dim)
 
     def _summaries(self, rows: Tensor, index: Tensor, num_groups: int, limit: int | None) -> Tensor:
-        """Return summaries (G, F) of the groups of rows (E, D); zeros for empty groups."""
-        sizes = num_groups, len(rows) if limit is None else limit
+        """Return one summary (G, F) per group of rows (E, D), zeros if empty; rows beyond the limit are dropped."""
+        limit = len(rows) if limit is None else limit
         if self.pooling is not None:
             pooling = self.pooling
-            return map_groups(lambda x, mask: (pooling(x, mask),), rows, index, *sizes)[0]
-        log_weights, means, log_scales = fit_groups(rows, index, *sizes, self.num_components, self.num_iters)
+            return map_groups(lambda x, mask: (pooling(x, mask),), rows, index, num_groups, limit)[0]
+        log_weights, means, log_scales = fit_groups(rows, index, num_groups, limit, self.num_components, self.num_iters)
         shares = (self.by_weight * log_weights - self.by_scale * log_scales).softmax(-1)
         return (shares.unsqueeze(-1) * means).sum(1)
 

@@ -29,15 +29,12 @@ from em_lightning.mixture import initialization
 from em_lightning.mixture.points import Parameters, join_weights
 from em_lightning.operators.base import SetOperator
 
-# Numbers (B, K, n, D) per block of points: 16 MiB in float32.
-_BLOCK_SIZE = 2**22
-# The smallest step is 2^-30 of a full one; shorter ones change no float32 center.
-_HALVINGS = 30
+_BLOCK_SIZE = 2**22  # numbers (B, K, n, D) per block of points: 16 MiB in float32
+_HALVINGS = 30  # the smallest step is 2^-30 of a full one; shorter ones change no float32 center
 # Armijo constant: the expected energy must fall by this share of what the gradient predicts; the usual value.
 _ARMIJO = 1e-4
-# Distance from a center, relative to the bounding box, within which the IRLS weight is the second derivative.
-_NEAR = 1e-9
-# Smallest mean IRLS weight, and share of points that have one, to divide by; gradients divide by their squares.
+_NEAR = 1e-9  # distance from a center, in sizes of the bounding box, where the IRLS weight is the second derivative
+# A mean IRLS weight, or a share of points with one, counts as zero below this: gradients divide by its square.
 _SMALLEST_WEIGHT = 1e-30
 
 
@@ -79,8 +76,8 @@ class GeneralizedEM(SetOperator):
     Args:
         num_components: K.
         num_features: D.
-        kernel: a key of ``KERNELS`` or an instance of a kernel (``"student_t"`` is the density). EM does not change its
-            shape parameters; learnable ones have gradients. Memory is proportional to N x K x D.
+        kernel: a key of ``KERNELS`` or an instance (``"student_t"`` has ``density=True``). EM does not change
+            its shape parameters; learnable ones have gradients. Memory is proportional to N x K x D.
         num_iters, gradient: as in :class:`EMOperator`; ``"implicit"`` is not available.
         init: how the initial centers are chosen: ``"farthest"``, ``"kmeans++"`` or ``"random"`` points.
 
@@ -133,7 +130,7 @@ class GeneralizedEM(SetOperator):
         x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
         return softmin(self.kernel(x, mixture.centers) - mixture.log_weights.unsqueeze(1))
 
-    # The loop. Its state holds centers as means, and no covariances.
+    # The loop of SetOperator. Its state holds centers as means and no covariances; here progress has no effect.
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
         weights, _ = join_weights(mask, weights, x.dtype)
@@ -147,7 +144,7 @@ class GeneralizedEM(SetOperator):
 
     @torch.no_grad()
     def _start(self, sets: _Sets, best_of_several: bool) -> Parameters:
-        """Return equal weights and drawn centers."""
+        """Return equal weights and drawn centers, of one start only."""
         centers = initialization.CENTERS[self.init](sets.x, self.num_components, weights=sets.weights)
         return Parameters(torch.zeros_like(centers[..., 0]).log_softmax(-1), centers, centers[..., :0])
 
@@ -201,7 +198,7 @@ def _shares(log_responsibilities: Tensor, weights: Tensor) -> Tensor:
     """
     largest = (log_responsibilities + weights.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0.0)
-    # Points of zero weight may exceed the largest point of positive weight; bounded, their exponentials are finite.
+    # Points of zero weight, which are not in ``largest``, may exceed it: the bound keeps their exponentials finite.
     bound = 0.5 * math.log(torch.finfo(log_responsibilities.dtype).max)
     parts = (log_responsibilities - largest).clamp(max=bound).exp() * weights.unsqueeze(-1)
     total = parts.sum(1, keepdim=True)

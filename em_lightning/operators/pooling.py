@@ -28,7 +28,7 @@ class EMPooling(nn.Module):
     values         F       :math:`\bar v_k = \sum_n r_{nk} v_n / \sum_n r_{nk}`, mean features of the items
     ============== ======= ==================================================================
 
-    Components keep the order of the start. They have the same role in all sets only with ``init="learned"``.
+    Components keep their initial order. They have the same role in all sets only with ``init="learned"``.
 
     Args:
         num_components: K.

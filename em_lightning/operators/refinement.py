@@ -62,6 +62,7 @@ class EMRefinement(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def _make_operator(self, num_components: int, num_features: int) -> EMOperator:
+        """Return a new operator; subclasses call this again for another number of features."""
         temperature = math.sqrt(num_features) if self._temperature is None else self._temperature
         return EMOperator(num_components, num_features, competition=Softmin(temperature), **self._options)
 

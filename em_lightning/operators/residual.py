@@ -51,7 +51,7 @@ class Correction(NamedTuple):
 
     def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:
         """Return corrected parameters, given the means before and the parameters after an M-step."""
-        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)
+        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)  # to break ties
         change = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
         step = deviations * _bounded(self.shift * change / deviations, 1.0)  # at most one standard deviation
         means = after.means + (axes @ step.unsqueeze(-1)).squeeze(-1)
@@ -82,7 +82,7 @@ class ResidualCorrection(nn.Module):
         covariance: the covariance type, or its key.
         width: width of the hidden layers.
 
-    Source: EM as a neural operator with a residual core; here in the principal axes of each component.
+    Source: EM as a neural operator, see docs/theory.md; here with corrections in the principal axes of each component.
     """
 
     def __init__(self, num_features: int, covariance: str | Covariance = "full", width: int = 64) -> None:
