@@ -41,7 +41,7 @@ class PosteriorMonitor(Callback):
     Without a Trainer: :func:`em_lightning.metrics.layer_metrics`.
 
     Args:
-        where: the layers: a class, a name pattern, a predicate, or a list of these.
+        where, tap: the layers (a class, a name pattern, a predicate, or a list of these), and which tensor is d.
         dim: the axis of the units; "auto" takes the axis that the layer's type defines, or else, at the first batch,
             the one of axes 1 and -1 whose size is the width of the layer.
         every_n_steps: training batches between two measurements.
@@ -102,6 +102,7 @@ class PosteriorMonitor(Callback):
             rank_zero_warn(f"PosteriorMonitor skips {path!r}, and the run continues: {type(error).__name__}: {error}")
 
     def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
+        """Measure the wanted tensors of all layers, and with a loss compare its gradients with those of the EM loss."""
         try:
             taken = self._taps.take(wanted) if self._taps else {}
         except RuntimeError as error:  # a tensor was overwritten in place

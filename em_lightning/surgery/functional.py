@@ -66,9 +66,10 @@ def swap_calls(
 ) -> Surgery:
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
-    The operator becomes a child of the module, named ``em_functional``. While a method of the module that mentions the
-    function runs, the operator replaces all calls of the function, including calls by unselected children. Modules of
-    torch.nn are skipped. Functions that are reached only through containers or other objects are not found.
+    The operator from ``make`` becomes a child of the module, named ``em_functional``; then ``prepare`` is called, and
+    ``calls`` is as in :func:`replace_modules`. While a method of the module that mentions the function runs, the
+    operator replaces all calls of the function, including calls by unselected children. Modules of torch.nn are
+    skipped. Functions that are reached only through containers or other objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
@@ -76,7 +77,7 @@ def swap_calls(
     model = surgery.model
     check_selection(model, "where", where)
     check_selection(model, "target", target)
-    modules = {kind: kind() for kind in FUNCTIONS.values()}
+    modules = {kind: kind() for kind in FUNCTIONS.values()}  # matched as children of the model
     kinds = [kind for kind, module in modules.items() if matches(Site("", module, model, "", (model,)), target)]
     if not kinds:
         known = ", ".join(kind.__name__ for kind in modules)
@@ -88,7 +89,7 @@ def swap_calls(
         for site in (Site("", model, model, "", ()), *walk(model))
         if site.function is None
         and not hasattr(site.module, NAME)
-        and not any(map(is_built, (*site.ancestors, site.module)))
+        and not any(map(is_built, (*site.ancestors, site.module)))  # by an earlier surgery
         and matches(site, where)
         and _methods_that_call(type(site.module), names)
     ]
@@ -99,12 +100,12 @@ def swap_calls(
         )
 
     def prepare_calls(site: Site, change: Change) -> None:
-        change.entry["target"] = [kind.__name__ for kind in kinds]
+        change.entry["target"] = [kind.__name__ for kind in kinds]  # recorded in checkpoints
         for name in _methods_that_call(type(site.parent), names):
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions)))
         prepare(site, change)
 
-    sites = [
+    sites = [  # of the operator, in place of a new module of the activation's class
         Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
         for site in owners
     ]

@@ -134,10 +134,11 @@ def untrained_parameters(model: nn.Module, optimizers: Iterable[torch.optim.Opti
     """Return the added parameters that no optimizer trains, except in target networks and other untrained copies."""
     trained = parameters_of(optimizers)
     parameters = dict(model.named_parameters())
-    built = {id(p) for module in model.modules() if is_built(module) for p in module.parameters()}
+    built = {id(p) for module in model.modules() if is_built(module) for p in module.parameters()}  # by surgery
 
     def is_untrained_copy(path: str) -> bool:
         inside = [id(p) for name, p in parameters.items() if name.startswith(f"{path}.")]
+        # A module without original parameters is the added one itself.
         return any(key not in built for key in inside) and not any(key in trained for key in inside)
 
     untrained = []
