@@ -181,7 +181,7 @@ class RunCheckpoint(ModelCheckpoint):
             received = torch.tensor(number, device=trainer.strategy.root_device)
             dist.all_reduce(received, dist.ReduceOp.MAX)
             number = int(received)
-        if not number:  # a signal that arrived during the sum takes effect after the next batch
+        if not number:  # a signal that arrived during ``all_reduce`` takes effect after the next batch
             return
         self._received = 0
         self._save_last(trainer)

@@ -132,7 +132,7 @@ class RecipeCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add checkpoint and report, and the defaults that all recipes share."""
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
-        parser.add_argument("--table", type=dict | None, default=None, help="rows and seeds, see em_lightning.studies")
+        parser.add_argument("--table", type=dict | None, default=None, help="the table of em_lightning.studies.grid")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(self.recipe.report, "report")
         logger = {"save_dir": "lightning_logs", "name": self.script.stem, "default_hp_metric": False}
@@ -171,9 +171,9 @@ class RecipeCLI(LightningCLI):
             raise ValueError(message) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
-        """Return the trainer, which writes checkpoints atomically."""
+        """Return the trainer: by default a progress bar in terminals only, a timeout of DDP, atomic checkpoints."""
         if self.config.trainer.enable_checkpointing is False:
-            self.parser.callback_keys.remove("checkpoint")
+            self.parser.callback_keys.remove("checkpoint")  # with it, Lightning would raise
         given = self.config_init.trainer
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
         if given.logger is False:  # LearningRateMonitor raises without a logger
@@ -185,12 +185,12 @@ class RecipeCLI(LightningCLI):
                 given.enable_progress_bar = False
         try:
             given.callbacks = list(callbacks)  # Lightning adds its own to the list
-            trainer = super().instantiate_trainer(**options)
+            trainer = super().instantiate_trainer(**options)  # decides what the strategy "auto" is
             if isinstance(trainer.strategy, DDPStrategy) and isinstance(given.strategy, str):
                 name = "ddp" if given.strategy == "auto" else given.strategy
                 arguments = {**StrategyRegistry[name]["init_params"], "timeout": timedelta(seconds=TIMEOUT_SECONDS)}
                 given.strategy, given.callbacks = DDPStrategy(**arguments), list(callbacks)
-                trainer = super().instantiate_trainer(**options)
+                trainer = super().instantiate_trainer(**options)  # again, with the timeout
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(f"the trainer cannot be built: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

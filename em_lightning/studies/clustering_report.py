@@ -18,7 +18,7 @@ from em_lightning.studies.mixture_sets import MixtureSetBatch, MixtureSets
 from em_lightning.studies.report import Findings, Report, batches_on
 
 ORACLE = "oracle"
-# Lee et al. 2019, supplement, table 5: LL0, LL1, and LL1 minus the oracle's LL1 of the same paper.
+# Lee et al. 2019, supplement, table 5: LL0, LL1, and LL1 minus the log-likelihood of the paper's true mixtures.
 PUBLISHED = {
     "published: rFF + pooling": (-2.0006, -1.6186, -0.146),
     "published: SAB + PMA": (-1.5145, -1.4619, 0.011),

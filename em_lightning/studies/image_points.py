@@ -101,7 +101,7 @@ class ImagePointSets(TensorDataModule):
         return self.batches([*self.pixels[split], part.y], split == "train", partial(self._draw, split))
 
     def _draw(self, split: str, tensors: tuple[Tensor, Tensor, Tensor], *key: int) -> PointSetBatch:
-        return self.draw(*tensors, generator_of(self.seed, SPLITS.index(split), *key))
+        return self.draw(*tensors, generator_of(self.seed, SPLITS.index(split), *key))  # key: epoch, rank, number
 
     def draw(self, pixels: Tensor, counts: Tensor, labels: Tensor, generator: torch.Generator) -> PointSetBatch:
         """Draw the points of images, given their bright pixels (B, M), the counts of these (B,) and labels (B,)."""

@@ -43,7 +43,7 @@ class MixtureReport(Report):
         self.sklearn = sklearn
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Record the likelihoods of the epoch."""
+        """Record the likelihoods of the epoch, which the figure ``training`` shows."""
         logged = trainer.callback_metrics
         names = [name for name in ("train/log_likelihood", "val/log_likelihood") if name in logged]
         self.history.append({"epoch": trainer.current_epoch + 1, **{name: float(logged[name]) for name in names}})
@@ -78,12 +78,12 @@ class MixtureReport(Report):
         write_page(folder / "report.html", list(self._scenes(module, shown, titles)))
         settings = {size: {name: dict(result.setting) for name, result in row.items()} for size, row in results.items()}
         return Findings(
-            "Mixtures of point clouds",
-            notes,
-            table(results),
-            verdict,
-            {**self._curves(results), "clouds": _side_by_side(module, shown, titles)},
-            {"seed": data.seed, "settings": settings},
+            title="Mixtures of point clouds",
+            notes=notes,
+            rows=table(results),
+            verdict=verdict,
+            figures={**self._curves(results), "clouds": _side_by_side(module, shown, titles)},
+            facts={"seed": data.seed, "settings": settings},
         )
 
     def _curves(self, results: Results) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _side_by_side(module: Any, batch: PointCloudBatch, titles: Sequence[str]) ->
 
 
 def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds | None:
-    """Return the first ``size`` points of the clouds that have so many, and an equal number of held-out points."""
+    """Return the first ``size`` points of the clouds that have so many, and equally many held-out points of each."""
     count = min(int(batch.held_out_mask.sum(1).min()) for batch in batches)
     points, held_out = [], []
     for batch in batches:
