@@ -27,10 +27,10 @@ _MAX_ITEMS = 64  # items of a batch of which the curvature is computed
 class PosteriorMonitor(Callback):
     r"""Logs metrics and a histogram of the responsibilities of layers.
 
-    The output d of a layer is read as energies, and the responsibilities are their softmin. In training the metrics of
-    every ``every_n_steps``-th batch are logged as ``em/<layer>/<metric>``; in validation and test those of the whole
-    set over all ranks are logged as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's also get a histogram
-    of the last batch. A layer that cannot be measured is skipped with a warning, and the run continues.
+    The output or input d of a layer (``tap``) is read as energies; the responsibilities are their softmin. In training
+    the metrics of every ``every_n_steps``-th batch are logged as ``em/<layer>/<metric>``; in validation and test those
+    of the whole set over all ranks are logged as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's get
+    also a histogram of the last batch. A layer that cannot be measured is skipped with a warning.
 
     In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
     T = 1 for at most 64 items of this rank's batch. With ``loss`` it logs, for the global batch, the ``dominance``
@@ -41,7 +41,7 @@ class PosteriorMonitor(Callback):
     Without a Trainer: :func:`em_lightning.metrics.layer_metrics`.
 
     Args:
-        where, tap: the layers (a class, a name pattern, a predicate, or a list of these), and which tensor is d.
+        where: the layers: a class, a name pattern, a predicate, or a list of these.
         dim: the axis of the units; "auto" takes the axis that the layer's type defines, or else, at the first batch,
             the one of axes 1 and -1 whose size is the width of the layer.
         every_n_steps: training batches between two measurements.

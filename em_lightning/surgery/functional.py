@@ -77,7 +77,7 @@ def swap_calls(
     model = surgery.model
     check_selection(model, "where", where)
     check_selection(model, "target", target)
-    modules = {kind: kind() for kind in FUNCTIONS.values()}  # matched as children of the model
+    modules = {kind: kind() for kind in FUNCTIONS.values()}
     kinds = [kind for kind, module in modules.items() if matches(Site("", module, model, "", (model,)), target)]
     if not kinds:
         known = ", ".join(kind.__name__ for kind in modules)

@@ -23,7 +23,7 @@ typedef Real V __attribute__((vector_size(kBytes)));
 typedef Int I __attribute__((vector_size(kBytes)));
 
 constexpr int kLanes = kBytes / sizeof(Real);
-// Points of a block: more for full covariances of more than 6 features, whose whitening costs most.
+// Points of a block: more for wide full covariances, whose whitening costs most.
 constexpr int kBlockPoints = KIND != 0 || FEATURES <= 6 ? 128 : FEATURES <= 24 ? 512 : 256;
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
 constexpr int kBlocksPerSum = 4;        // blocks that are added up in Real, before they are added in double
