@@ -12,7 +12,8 @@ from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
 from em_lightning.mixture.backends import native, use_backend
 from em_lightning.mixture.backends.compiler import load
 from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse
-from em_lightning.mixture.e_step import Likelihood
+from em_lightning.mixture.e_step import Likelihood, SufficientStatistics
+from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Frame
 
 try:
@@ -195,6 +196,63 @@ def test_matrices_that_are_not_positive_definite_have_finite_factors_and_gradien
         torch.testing.assert_close(own, expected)
 
 
+def sums_of(kind, features=3, sets=3, components=4):
+    """Return mass, first and second sums of random points; component 1 is almost empty, set 2 without points."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(sets, 40, features, generator=generator, dtype=torch.float64)
+    responsibilities = torch.rand(sets, components, 40, generator=generator, dtype=torch.float64)
+    responsibilities[:, 1] *= 1e-30
+    responsibilities[2] = 0.0
+    second = responsibilities @ COVARIANCES[kind].second_degree(x.mT).mT
+    return [responsibilities.sum(-1), responsibilities @ x, second]
+
+
+def m_step_of(backend, kind, mass, first, second, floor):
+    zeros = torch.zeros(len(mass), dtype=torch.float64)
+    before = torch.empty(len(mass), *COVARIANCES[kind].shape(mass.shape[1], first.shape[2]), dtype=torch.float64)
+    with use_backend(backend):
+        statistics = SufficientStatistics(mass, mass, first, second, zeros, zeros, zeros)
+        return m_step(statistics, COVARIANCES[kind], floor, before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("features", [1, 3, 8, 11])
+@pytest.mark.parametrize("kind", KINDS)
+def test_m_step_and_its_gradient_agree_with_the_reference(kind, features):
+    sums = [part.requires_grad_() for part in sums_of(kind, features)]
+    floor = torch.tensor([1e-3, 1e-12, 1e-6], dtype=torch.float64)
+    results = []
+    for backend in ("native", "reference"):
+        found = m_step_of(backend, kind, *sums, floor)
+        results.append([*found, *gradients(found, sums)])
+    for own, expected in zip(*results, strict=True):
+        assert own.is_contiguous() and own.isfinite().all()
+        torch.testing.assert_close(own, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_of_the_m_step_by_differences(kind):
+    sums = [part[:2, [0, 2, 3]].clone().requires_grad_() for part in sums_of(kind)]
+    floor = torch.full((2,), 1e-3, dtype=torch.float64)
+
+    def parameters(*sums):
+        return tuple(m_step_of("native", kind, *sums, floor))
+
+    assert torch.autograd.gradcheck(parameters, sums)
+    assert torch.autograd.gradgradcheck(parameters, sums)
+
+
+@needs_compiler
+def test_factors_of_transposed_matrices():
+    """The results are contiguous, whatever the layout of the arguments."""
+    matrix = torch.tensor([[4.0, 2.0], [2.0, 3.0]], dtype=torch.float64).repeat(70, 1, 1)
+    with use_backend("native"):
+        scale, inverse = cholesky_with_inverse(matrix.mT.contiguous().mT, torch.full((70, 2), 1e-12).double())
+    torch.testing.assert_close(scale @ scale.mT, matrix)
+    torch.testing.assert_close(inverse @ scale, torch.eye(2).double().expand(70, 2, 2))
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_compiled_and_exported_operators_contain_the_native_one():
@@ -218,7 +276,8 @@ def test_compiled_and_exported_operators_contain_the_native_one():
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
     program = torch.export.export(EMOperator(3, 2, num_iters=1, residual=False), (x,))
     graphs = [module.graph for module in program.graph_module.modules() if hasattr(module, "graph")]
-    assert "em_lightning.e_step.default" in {str(node.target) for graph in graphs for node in graph.nodes}
+    targets = {str(node.target) for graph in graphs for node in graph.nodes}
+    assert {f"em_lightning.{name}.default" for name in ("e_step", "m_step", "cholesky")} <= targets
 
 
 @needs_compiler

@@ -15,7 +15,7 @@ kernels = pytest.importorskip("em_lightning.mixture.backends.triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("conftest.py turns the interpreter on where there is no CUDA device", allow_module_level=True)
 
-KINDS = ["full", "diagonal", "spherical"]
+KINDS = ["full", "diag", "spherical"]
 DOUBLE = {"dtype": torch.float64}
 
 
@@ -36,7 +36,7 @@ def problem(kind, sets=2, features=3, items=70, components=3, weighted=True, see
         scale = scale + (0.2 + torch.rand(sets, components, features, **DOUBLE)).diag_embed()
         inverse = torch.linalg.inv(scale)
     else:
-        scale = 0.2 + torch.rand(sets, components, features if kind == "diagonal" else 1, **DOUBLE)
+        scale = 0.2 + torch.rand(sets, components, features if kind == "diag" else 1, **DOUBLE)
         inverse = scale.reciprocal()
     peak = torch.randn(sets, components, **DOUBLE)
     return [x, weights, means, inverse, peak, scale, x.double().mean(-1), torch.full((sets,), 4.0, **DOUBLE), kind]

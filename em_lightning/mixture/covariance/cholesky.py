@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
 
     If round-off made a matrix indefinite, it is replaced by one with pivots of at least ``pivots`` (..., D).
     """
-    if native.factorizes(matrix):
+    if native.serves_components("cholesky.cpp", matrix, matrix[..., 0, 0].numel()):
         return Factor(*native.cholesky(matrix, pivots))
     return _cholesky_in_torch(matrix, pivots)
 
@@ -88,16 +88,4 @@ def _assemble(rows: list[list[Tensor]]) -> Tensor:
     return torch.stack(entries, -1).unflatten(-1, (size, size))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _backward(ctx: Any, grad_scale: Tensor, grad_inverse: Tensor) -> tuple[Tensor, None]:
-    matrix, pivots, scale, inverse = ctx.saved_tensors
-    if torch.is_grad_enabled():  # for second derivatives
-        factors = _cholesky_in_torch(matrix, pivots)
-        return torch.autograd.grad(factors, matrix, (grad_scale, grad_inverse), create_graph=True)[0], None
-    return native.cholesky_gradient(matrix, pivots, scale, inverse, grad_scale, grad_inverse), None
-
-
-native.cholesky.register_autograd(_backward, setup_context=_save)
+native.register_gradient(native.cholesky, native.cholesky_gradient, _cholesky_in_torch)
