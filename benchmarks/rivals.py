@@ -69,6 +69,19 @@ def tgmm(x, start):
     return np.mean(scores)
 
 
+def gmmx(x, start):
+    import jax.numpy as jnp
+    from gmmx import EMFitter, GaussianMixtureModelJax
+
+    fitter, scores = EMFitter(max_iter=ITERATIONS, tol=0.0), []
+    for points, means, covariances in zip(x.numpy(), start.means.numpy(), start.covariances.numpy(), strict=True):
+        weights = np.full(COMPONENTS, 1 / COMPONENTS, dtype=np.float32)
+        model = GaussianMixtureModelJax.from_squeezed(means=means, covariances=covariances, weights=weights)
+        fit = fitter.fit(x=jnp.asarray(points), gmm=model).gmm
+        scores.append(float(fitter.e_step(jnp.asarray(points), fit)[0]))
+    return np.mean(scores)
+
+
 def textbook(x, start):
     from em_operator import textbook
 
@@ -94,7 +107,7 @@ def main():
     eye = torch.eye(FEATURES).expand(options.sets, COMPONENTS, -1, -1)
     start = Mixture(torch.full((options.sets, COMPONENTS), 1 / COMPONENTS).log(), x[:, :COMPONENTS].clone(), eye)
     print("| | s of processor | log-likelihood per point | MiB |\n|---|---|---|---|")
-    for fit in (em_lightning, textbook, scikit_learn, torchgmm, pomegranate, tgmm):
+    for fit in (em_lightning, textbook, scikit_learn, torchgmm, pomegranate, tgmm, gmmx):
         batched = fit in (em_lightning, textbook)
         count = options.sets if batched else options.loop
         given, own_start = x[:count], start[:count]

@@ -63,7 +63,7 @@ def test_sums_and_gradients_are_those_of_torch(kind, sets, features, items, comp
     double = [part.requires_grad_() if i < 3 else part for i, part in enumerate(others)]
     double_x = x.double().requires_grad_()
     double_weights = None if weights is None else weights.clone().requires_grad_()
-    sums, log_likelihood = native._e_step_in_torch(double_x, double_weights, *double)
+    sums, log_likelihood = native._e_step_in_torch(double_x, double_weights, *double, True)
     with torch.no_grad():
         assert_near(kernels.e_step(x, weights, *others, True), (sums, log_likelihood))
         expected = native._joint_in_torch(double_x, None, *double)[1].logsumexp(1)
