@@ -122,7 +122,7 @@ def test_closed_forms_equal_the_generic_path(kernel, margin, temperature):
     activation = signed(kernel, margin=margin, temperature=temperature)
     z = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([margin, -margin, 30.0, -30.0])]).double()
     torch.testing.assert_close(activation(z), activation.generic(z), rtol=1e-12, atol=1e-12)
-    z = torch.linspace(-5.03, 5.03, 40).double().requires_grad_()
+    z = torch.cat([torch.linspace(-5.03, 5.03, 40), torch.tensor([0.0, margin, -margin])]).double().requires_grad_()
     expected = torch.autograd.grad(activation.generic(z).sum(), z)
     torch.testing.assert_close(torch.autograd.grad(activation(z).sum(), z), expected, rtol=1e-9, atol=1e-12)
 

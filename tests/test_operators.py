@@ -273,6 +273,13 @@ def test_a_correction_multiplies_the_pseudo_counts_of_each_component():
     torch.testing.assert_close(found.means, without(x, init=start).means, atol=1e-2, rtol=0)
 
 
+def test_every_output_of_an_untrained_correction_has_a_gradient():
+    x, held_out = torch.randn(2, 6, 40, 3, generator=torch.Generator().manual_seed(0)).unbind(0)
+    operator = EMOperator(4, 3, prior={"weight_concentration": 2.0, "mean_strength": 0.5, "covariance_strength": 3.0})
+    (-operator(x).log_prob(held_out)).mean().backward()
+    assert (operator.correction.decide[-1].bias.grad != 0).all()
+
+
 def test_corrections_turn_with_the_points():
     x = clusters(4, 60, 3, spread=SPREAD)
     operator = trained(EMOperator(4, 3).double(), 0.1)

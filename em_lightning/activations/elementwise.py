@@ -72,6 +72,12 @@ class SignedActivation(Activation):
 Number = float | Tensor
 
 
+def _clip(z: Tensor, m: float) -> Tensor:
+    """Return z limited to [-m, m], with the derivative 1/2 at the limits."""
+    limit = z.new_full((), m)
+    return torch.minimum(torch.maximum(z, -limit), limit)
+
+
 def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     return torch.tanh(times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
 
@@ -81,7 +87,7 @@ def _dot_product(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 
 
 def _laplace(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
-    return torch.tanh(times(z.clamp(-m, m), 1 / (kernel.positive("scale", z.dtype) * t)))
+    return torch.tanh(times(_clip(z, m), 1 / (kernel.positive("scale", z.dtype) * t)))
 
 
 def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
@@ -97,17 +103,17 @@ def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     spread = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
     if not kernel.density and isinstance(t, float) and t == 1:
         return 2 * m * z / (z.square() + (spread + m * m))
-    above = torch.log1p(4 * m * z.clamp_min(0.0) / (spread + (z - m).square()))
-    below = torch.log1p(4 * m * (-z).clamp_min(0.0) / (spread + (z + m).square()))
+    distance = torch.where(z < 0, -z, z)  # not abs, whose derivative at 0 is 0
+    log_ratio = torch.log1p(4 * m * distance / (spread + (distance - m).square()))
     exponent = (kernel.positive("df", z.dtype) + 1) / 2 if kernel.density else 1.0
-    return torch.tanh((above - below) * (exponent / (2 * t)))
+    return torch.tanh(torch.where(z < 0, -log_ratio, log_ratio) * (exponent / (2 * t)))
 
 
 def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
     # With the energy delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2, the linear parts cancel analytically.
     quadratic_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
-    return torch.tanh((delta * z.clamp(-m, m) + quadratic_part / 4) / t)
+    return torch.tanh((delta * _clip(z, m) + quadratic_part / 4) / t)
 
 
 def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
@@ -120,8 +126,8 @@ def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
     # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64.
-    outer = (rate * z.abs().clamp_min(m)).clamp(max=40.0).exp()
-    inner = (rate * z.clamp(-m, m)).clamp(-40.0, 40.0).sinh()
+    outer = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
+    inner = (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh()
     return torch.tanh(outer * inner / t)
 
 

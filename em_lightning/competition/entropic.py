@@ -10,7 +10,8 @@ def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
     top = logits.detach().amax(dim, keepdim=True)  # subtracted to avoid overflow; results do not depend on it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
-    total = exponentials.sum(dim, keepdim=True).clamp_min(1.0)  # 0 if all logits are -inf, else >= 1
+    # 0 if all logits are -inf, else at least 1. PyTorch 2.14 changed the gradient of clamp at the bound from 1 to 0.
+    total = exponentials.sum(dim, keepdim=True).clamp_min(0.5)
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
 
 

@@ -195,9 +195,9 @@ class ExponentialKernel(Kernel):
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         exponent = self.positive("rate", x.dtype) * pairwise(x, centers).abs()
-        within = exponent.clamp(max=_LARGEST_EXPONENT)
+        above = exponent > _LARGEST_EXPONENT
         tangent = math.exp(_LARGEST_EXPONENT) * (exponent - (_LARGEST_EXPONENT - 1))
-        return torch.where(exponent > _LARGEST_EXPONENT, tangent, within.exp()).sum(-1)
+        return torch.where(above, tangent, torch.where(above, 0.0, exponent).exp()).sum(-1)
 
     def log_normalizer(self, num_features: int) -> Tensor:
         return num_features * (math.log(2 * _EXPONENTIAL_INTEGRAL) - self.rate.log())

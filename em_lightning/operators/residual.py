@@ -138,7 +138,7 @@ class ResidualCorrection(nn.Module):
             error * _bounded(stretch, _STRETCH),
             _bounded(shift, 10.0),
             error.square() * _bounded(counts, _FACTOR),
-            share.squeeze(-1).tanh().clamp(min=0.0),
+            torch.where(share >= 0, share.tanh(), 0.0).squeeze(-1),  # has a gradient at 0, where training starts
             neighbours,
         )
 
