@@ -169,11 +169,9 @@ def _fused_arguments(
     log_weights, means, covariances = parameters
     factor = family.factorize(covariances, means)
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
-    peak = family.log_peak(log_weights, inverse, points.num_features)
-    if isinstance(temperature, Tensor) or temperature != 1.0:
-        root = temperature**0.5
-        scale, inverse, peak = scale * root, inverse / root, peak / temperature
-    return means, inverse, peak, scale.detach(), *points.frame, family.whitening
+    peak = family.log_peak(log_weights, inverse, points.num_features) / temperature
+    root = temperature**0.5
+    return means, inverse / root, peak, (scale * root).detach(), *points.frame, family.whitening
 
 
 def log_density(

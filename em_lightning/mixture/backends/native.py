@@ -222,10 +222,7 @@ def _backward(inputs: Sequence[Any], grad_sums: Tensor | None, grad_density: Ten
 
 
 def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Callable[..., Any]) -> None:
-    """Register ``gradient(*inputs, outputs, grads)`` of an operator whose first inputs are tensors.
-
-    Second derivatives are those of ``in_torch``, the same function in torch operations.
-    """
+    """Register ``gradient(*inputs, outputs, grads)``; second derivatives are those of ``in_torch(*inputs)``."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         tensors = [part for part in inputs if part is None or isinstance(part, Tensor)]
@@ -238,13 +235,11 @@ def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Cal
         wanted = ctx.needs_input_grad
         if not torch.is_grad_enabled():
             found = gradient(*inputs, *ctx.others, outputs, list(grads))
-            found = (found,) if isinstance(found, Tensor) else found
             return *found, *[None] * (len(wanted) - len(found))
         # Differentiate at views; gradients at the tensors would include paths from the points through the parameters.
         inputs = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        outputs = in_torch(*inputs, *ctx.others)
         needed = [tensor for tensor, want in zip(inputs, wanted, strict=False) if want]
-        each = iter(torch.autograd.grad(outputs, needed, grads, create_graph=True))
+        each = iter(torch.autograd.grad(in_torch(*inputs, *ctx.others), needed, grads, create_graph=True))
         return tuple(next(each) if want else None for want in wanted)
 
     operator.register_autograd(backward, setup_context=save)
@@ -308,9 +303,9 @@ def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_operator("em_lightning::cholesky_gradient")
-def cholesky_gradient(matrix: Tensor, pivots: Tensor, factors: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """Return the gradient with respect to the symmetric matrices."""
-    return _call("cholesky_gradient", [matrix.numel(), matrix.shape[-1]], [matrix, pivots, *factors, *grads], matrix)[0]
+def cholesky_gradient(matrix: Tensor, pivots: Tensor, factors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Return a list of the gradient with respect to the symmetric matrices."""
+    return [*_call("cholesky_gradient", [matrix.numel(), matrix.shape[-1]], [matrix, pivots, *factors, *grads], matrix)]
 
 
 _SUMS = "Tensor mass, Tensor first, Tensor second, Tensor before, Tensor floor, str kind"
@@ -334,7 +329,7 @@ def m_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 cholesky.register_fake(lambda matrix, pivots: _empty(matrix, matrix))
-cholesky_gradient.register_fake(lambda matrix, *others: _empty(matrix)[0])
+cholesky_gradient.register_fake(lambda matrix, *others: [*_empty(matrix)])
 m_step.register_fake(lambda mass, first, second, before, *others: _empty(mass, first, before))
 m_step_gradient.register_fake(lambda mass, first, second, *others: _empty(mass, first, second))
 
