@@ -118,8 +118,7 @@ class FullCovariance:
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
-        diagonal = inverse.diagonal(dim1=-2, dim2=-1).movedim(-1, 0).contiguous()  # a sum along the last axis is slow
-        return log_weights + diagonal.log().sum(0) - half_log_two_pi(num_features)
+        return log_weights + inverse.diagonal(dim1=-2, dim2=-1).log().sum(-1) - half_log_two_pi(num_features)
 
     # The M-step.
 
