@@ -5,9 +5,11 @@
 #   make lint      ruff and mypy
 #   make docs      build the documentation into site/
 #   make newest    make test with the newest versions that pyproject.toml admits, in an environment of its own
+#   make oldest    the fast tests with the oldest versions that it admits (PyTorch 2.6 needs Python 3.13 or older)
 #   make portable  the fast tests with PyTorch's kernels for processors without AVX, and with AVX2 only
 #   make nightly   the property tests with 5,000 new examples each, instead of 200
 #   make fuzz      10,000 mutated files for every reader
+#   make projects  the table of small projects and the checks that hold in each, with its time
 #   make coverage  the tests with branch coverage; fails below 95 %
 # Everything is installed in .venv; ARGS="..." is passed on.
 PYTHON ?= python3
@@ -19,7 +21,7 @@ PYTEST := -m pytest -n 2 -q
 FAST := -m "not slow and not nightly"
 SLOW := -m "slow and not nightly"
 
-.PHONY: train test newest portable nightly fuzz coverage lint docs clean
+.PHONY: train test newest oldest portable nightly fuzz projects coverage lint docs clean
 
 train: $(INSTALLED)
 	$(BIN)/em-lightning run point_cloud_gmm $(ARGS)
@@ -34,6 +36,15 @@ newest:
 	$(VENV)-newest/bin/python $(PYTEST) $(FAST) $(ARGS)
 	$(VENV)-newest/bin/python $(PYTEST) $(SLOW) $(ARGS)
 
+# The lower bounds of the extra `all`, as exact versions. They warn of what became deprecated in their dependencies.
+oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet hatchling
+	$(VENV)-oldest/bin/python .ci/lower_bounds.py > $(VENV)-oldest/lower_bounds.txt
+	$(VENV)-oldest/bin/python -m pip install --quiet -c $(VENV)-oldest/lower_bounds.txt -e '.[all]' pytest pytest-xdist hypothesis
+	$(VENV)-oldest/bin/python $(PYTEST) $(FAST) -W ignore::DeprecationWarning -W ignore::FutureWarning \
+		-W ignore::pytest.PytestRemovedIn10Warning --ignore=tests/test_docs.py --ignore=tests/test_tutorial.py --ignore=tests/test_wheel.py $(ARGS)
+
 portable: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
@@ -43,6 +54,9 @@ nightly: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz_readers.py $(ARGS)
+
+projects: $(INSTALLED)
+	$(BIN)/python tests/projects/table.py $(ARGS)
 
 # The tests of the wheel run installed code, and measure time.
 coverage: $(INSTALLED)
@@ -67,4 +81,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest site .coverage*
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest site .coverage*

@@ -1,20 +1,38 @@
 """mkdocs hooks: pages and navigation made from the code, and docstrings converted to Markdown."""
 
+import importlib.util
 import inspect
+import os
 import re
+import sys
 from pathlib import Path
 
 from griffe import Extension
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-import em_lightning
-from em_lightning.cli import config_of, docstring, recipes, variants_of
-
 ROOT = Path(__file__).parents[1]
-START = ["index.md", "getting-started.md", "tutorial.ipynb", "theory.md", "design.md"]
-END = ["command-line.md", "mistakes.md", "comparison.md", "contributing.md", "changelog.md"]
+sys.path.insert(0, str(ROOT))  # the package of this checkout, whichever one is installed
+
+import em_lightning  # noqa: E402
+from em_lightning.cli import config_of, docstring, recipes, variants_of  # noqa: E402
+
+LEARN = [
+    "index.md",
+    "getting-started.md",
+    "tutorial.ipynb",
+    "notebooks/*",
+    "theory.md",
+    "when-is-it-em.md",
+    "comparison.md",
+    "mistakes.md",
+]
+PROJECT = ["design.md", "contributing.md", "changelog.md"]
+HOW_TO = ["how-to/index.md", "how-to/*", "command-line.md"]
+EVIDENCE = ["which-part-helps.md", "support.md", "results/*"]
+MATHJAX = ("LICENSE", "es5/tex-svg-full.js")  # the SVG output needs no fonts, which browsers do not load from files
 KINDS = ("kernels", "competitions", "statistics", "activations", "losses")
-UNLISTED = ("_version", "registry", "cli", "__init__")
+UNLISTED = ("_version", "extras", "registry", "cli", "__init__")
 
 
 class Docstrings(Extension):
@@ -26,9 +44,16 @@ class Docstrings(Extension):
             text = obj.docstring.value
             if obj.is_class and any(str(base).endswith("NamedTuple") for base in obj.bases):
                 text = re.sub(r"^Args:$", "Attributes:", text, flags=re.MULTILINE)
+            text = re.sub(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)", display_formula, text, flags=re.MULTILINE)
             text = re.sub(r":math:`(.+?)`", r"\\(\1\\)", text, flags=re.DOTALL)
             text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+
+
+def display_formula(directive):
+    """Return a ``.. math::`` directive as a block between dollar signs."""
+    indent, formula = directive[1], " ".join(directive[2].split())
+    return f"{indent}$$\n{indent}{formula}\n{indent}$$\n"
 
 
 def rooms():
@@ -76,34 +101,55 @@ def parts_page():
     return text
 
 
-def title(path):
-    """Return the first heading of a page."""
-    return re.search(r"^# (.+)$", path.read_text(), re.MULTILINE)[1]
+def pages_of(entries):
+    """Return the paths of pages below docs/; ``folder/*`` stands for those of a folder that are not named elsewhere."""
+    pages = []
+    for entry in entries:
+        folder, star, _ = entry.partition("*")
+        found = [path for path in sorted((ROOT / "docs" / folder).glob("*")) if path.suffix in (".md", ".ipynb")]
+        names = [f"{folder}{path.name}" for path in found] if star else [entry]
+        pages += [name for name in names if name not in pages]
+    return pages
 
 
 def on_config(config):
-    """Make the navigation from the files in docs/."""
-    docs = ROOT / "docs"
-
-    def folder(name):
-        paths = sorted((docs / name).glob("*.md"), key=lambda path: (path.stem != "index", path.stem))
-        return [{title(path): f"{name}/{path.name}"} for path in paths]
-
-    reference = [{room: f"api/{room}.md"} for room in rooms()]
+    """Make the navigation: a tab for each of four kinds of pages."""
     config.nav = [
-        *START,
-        {"How to": folder("how-to")},
-        {"What is inside": ["recipes.md", "parts.md"]},
-        {"Results": folder("results")},
-        *END,
-        {"API reference": reference},
+        {"Learn": [*pages_of(LEARN), {"Project": PROJECT}]},
+        {"How-to": pages_of(HOW_TO)},
+        {"Evidence": pages_of(EVIDENCE)},
+        {"API": ["parts.md", "recipes.md", {"Reference": [{room: f"api/{room}.md"} for room in rooms()]}]},
     ]
+    if "DOCS_VERSIONS" in os.environ:  # set where mike publishes several versions
+        config.extra["version"] = {"provider": "mike"}
     return config
+
+
+def mathjax_files(config):
+    """Return the files of MathJax that the site needs, so that it renders formulas without network access."""
+    package = importlib.util.find_spec("mathjax")
+    if package is None:
+        raise PluginError("MathJax is not installed: pip install 'em-lightning[docs]'")
+    folder = Path(package.submodule_search_locations[0], "static", "mathjax")
+    return [File.generated(config, f"mathjax/{Path(name).name}", abs_src_path=str(folder / name)) for name in MATHJAX]
+
+
+def on_page_markdown(markdown, page, **arguments):
+    """Link the page of effects from every how-to page."""
+    if page.file.src_uri.startswith("how-to/"):
+        markdown += "\n\nEffects and costs: [Which part helps, and when](../which-part-helps.md).\n"
+    return markdown
+
+
+def on_post_page(output, page, config):
+    """Load MathJax on pages with formulas only."""
+    return output if "arithmatex" in output else re.sub(r"<script src=\S*mathjax\S*></script>", "", output)
 
 
 def on_files(files, config):
     """Add the pages made from the code."""
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
+    readme = re.sub(r"<!-- badges -->.*<!-- end of badges -->\n", "", readme, flags=re.DOTALL)
     readme = re.sub(r"\[(.+?)\]\((?:CITATION.cff|LICENSE)\)", r"\1", readme)
     pages = {
         "index.md": readme,
@@ -114,4 +160,6 @@ def on_files(files, config):
     }
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
+    for file in mathjax_files(config):
+        files.append(file)
     return files

@@ -1,17 +1,23 @@
-"""Checkpoints that are written atomically, checked for damage, and read without running code."""
+"""Checkpoints that are written atomically and when a run ends, checked for damage, and read without running code."""
 
 from __future__ import annotations
 
 import io
 import os
+import signal
+import sys
+import threading
 import zipfile
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from em_lightning.files import write_whole
@@ -108,3 +114,84 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         return read_checkpoint(path)
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """A ``ModelCheckpoint`` that also writes ``last.ckpt`` at the end of a fit, and when a signal ends the run.
+
+    SIGINT, SIGTERM and SIGUSR1 take effect at the end of the current training batch, after the same batch on all ranks:
+    the checkpoint is written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second
+    signal ends it at once. Under SLURM, SIGUSR1 then runs Lightning's handler, which requeues the job. Arguments are
+    those of ``ModelCheckpoint``.
+    """
+
+    _received = 0  # number of a signal, 0 for none
+    _handlers: Mapping[int, Any] = {}  # those that this callback replaces during training
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Replace the handlers of the signals until the end of training."""
+        super().on_train_start(trainer, pl_module)
+        self._received, self._process = 0, os.getpid()
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
+        handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+        if not trainer.fast_dev_run and threading.current_thread() is threading.main_thread():
+            self._handlers = {number: kept for number, kept in handlers.items() if kept is not signal.SIG_IGN}
+            self._set_handlers(dict.fromkeys(self._handlers, self._receive))
+
+    def _set_handlers(self, handlers: Mapping[int, Any]) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self._received = int(number)
+        if os.getpid() != self._process:  # a worker of a data loader, which inherits the handler
+            os.kill(os.getpid(), number)
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """Save if it is time to. If a rank has received a signal, save and end the run."""
+        super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        self._end_after_signal(trainer)
+
+    @override
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save the final state."""
+        self._end_after_signal(trainer)
+        if not trainer.fast_dev_run:
+            self._save_last(trainer)
+        self._set_handlers(self._handlers)
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Restore the handlers of the signals."""
+        super().on_exception(trainer, pl_module, exception)
+        self._set_handlers(self._handlers)
+
+    def _save_last(self, trainer: Any) -> None:
+        path = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+        self.last_model_path = self.last_model_path or path
+        trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+
+    def _end_after_signal(self, trainer: Any) -> None:
+        """If a rank has received a signal, save and raise the exception that ends the run, or let Lightning requeue."""
+        number = self._received
+        if trainer.world_size > 1 and dist.is_initialized():
+            received = torch.tensor(number, device=trainer.strategy.root_device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            number = int(received)
+        if not number:  # a signal that arrived during the sum takes effect after the next batch
+            return
+        self._received = 0
+        self._save_last(trainer)
+        if trainer.is_global_zero:
+            line = f"{signal.Signals(number).name}: saved {self.last_model_path}; --ckpt_path=last resumes the run"
+            print(line, file=sys.stderr, flush=True)
+        self._set_handlers(self._handlers)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM or not callable(self._handlers.get(number)):
+            raise SystemExit(128 + number)
+        self._handlers[number](number, None)
+        self._set_handlers(dict.fromkeys(self._handlers, self._receive))

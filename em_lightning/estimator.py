@@ -160,7 +160,7 @@ class GaussianMixture(reference.GaussianMixture):
         if self.verbose:
             print(f"Initialization {number}")
         options: dict[str, Any] = {"max_iters": self.max_iter, "tol": self.tol, "floor": self.reg_covar}
-        return fit_blocks(lambda: _blocks(X, counts), start, before=before, report=report, **options)
+        return fit_blocks(lambda: _blocks(X, counts), start, previous=before, report=report, **options)
 
     def _adopt(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
         covariance = COVARIANCES[self.covariance_type]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import socket
+import threading
 from os import PathLike
 from pathlib import Path
 
 
 def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) -> None:
-    """Write a file atomically: write ``<name>.partial`` in the same folder, flush it to disk and rename it.
+    """Write a file atomically: write a partial file in the same folder, flush it to disk and rename it.
+
+    Every host, process and thread has its own partial file, ``<name>.<host>-<process>-<thread>.partial``. Those of
+    processes of this host that have ended are removed.
 
     Raises:
         OSError: the file cannot be written, for instance because the disk is full; the old file is kept.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
+        _remove_abandoned(path)
         with open(partial, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -27,3 +34,17 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
             partial.unlink()
         reason = f"{path} cannot be written ({error.strerror}); the old file is kept: free disk space and try again"
         raise OSError(error.errno, reason) from error
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove partial files of a path whose process ran on this host and has ended."""
+    if os.name != "posix":  # elsewhere os.kill(process, 0) may end the process
+        return
+    for partial in path.parent.glob(glob.escape(f"{path.name}.{socket.gethostname()}-") + "*.partial"):
+        process = partial.name.removesuffix(".partial").rsplit("-", 2)[-2]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            partial.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+_IMPORTED = ("torch.nn.", "em_lightning.")  # packages whose modules a class_path may import
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
-    """Import the class with a dotted path; raise ValueError if it does not exist or is not derived from ``base``."""
+    """Return the class with a dotted path, which may come from a checkpoint of someone else.
+
+    Importing a module runs its code, so only modules of torch.nn and em_lightning are imported. ValueError for a class
+    in another module that has not been imported, and if there is no such class or it is not derived from ``base``.
+    """
     module, _, name = str(path).rpartition(".")
+    if module not in sys.modules and (not module.startswith(_IMPORTED) or module.endswith("__main__")):
+        raise ValueError(f"class_path={path!r} cannot be imported before its module; if you trust it, import {module}")
     try:
-        cls = getattr(importlib.import_module(module), name, None) if module else None
-    except (ImportError, TypeError) as error:  # TypeError: a relative path
+        cls = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
         raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError(f"class_path={path!r} is not a class derived from {base.__module__}.{base.__qualname__}")

@@ -3,10 +3,8 @@
     em-lightning run point_cloud_classifier
     em-lightning run point_cloud_classifier --model.pooling=max
     em-lightning run point_cloud_classifier --config mnist --data.root PATH/TO/mnist
-    em-lightning run point_cloud_classifier --config pooling --data.root PATH/TO/mnist
 
-The variant mnist uses a pyramid of EM layers; pooling and shapes_pooling compare EM pooling with maximum, mean,
-attention, Set Transformer and memory pooling at an equal number of parameters. Without --data.root MNIST is downloaded.
+The variant mnist uses a pyramid of EM layers. Without --data.root MNIST is downloaded.
 """
 
 from lightning import LightningDataModule

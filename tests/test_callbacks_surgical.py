@@ -228,7 +228,8 @@ def test_evaluating_restored_surgery_without_a_checkpoint_raises(tmp_path):
             getattr(fresh, run)(users.MLP(), users.MLP.data())
     data, loaded = users.MLP.data(), restore_surgery(users.MLP, path)
     once_more, model = users.trainer(tmp_path, 1, [RestoreSurgery(path)]), users.MLP()
-    once_more.fit(model, data)
+    with pytest.warns(UserWarning, match="without its weights"):
+        once_more.fit(model, data)
     once_more.test(model, data, verbose=False)
     users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(users.MLP(), data, ckpt_path=path, verbose=False)
     users.trainer(tmp_path, 1, [RestoreSurgery(path)]).test(loaded, data, verbose=False)

@@ -1,5 +1,6 @@
 """Atomic writes of files and checkpoints, and checks of damaged ones."""
 
+import concurrent.futures
 import dataclasses
 import enum
 import os
@@ -9,15 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import user_models as users
 from torch import nn
 
 import em_lightning
-from em_lightning.callbacks import InsertEMOperator, RestoreSurgery, SwapActivations
-from em_lightning.checkpoints import AtomicCheckpointIO
+from em_lightning.callbacks import InsertEMOperator, RestoreSurgery, StepSeeds, SwapActivations
+from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from em_lightning.data import Digits, GaussianBlobs
 from em_lightning.files import write_whole
+from em_lightning.modules import GaussianMixtureModule, PointCloudGMM
+from em_lightning.studies import EMClassifier, ProceduralSurfaces
 from em_lightning.surgery import read_plan, restore_surgery
 
 ROOT = Path(em_lightning.__file__).parents[1]
@@ -43,9 +48,31 @@ write_whole("a", b"new" * 10000)
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path):
     done = python(LIMITED.format("SIG_DFL"), tmp_path)
     assert done.returncode == -signal.SIGXFSZ
-    assert (tmp_path / "a").read_bytes() == b"old" * 1000 and (tmp_path / "a.partial").stat().st_size == 5000
+    (partial,) = tmp_path.glob("a.*.partial")
+    assert (tmp_path / "a").read_bytes() == b"old" * 1000 and partial.stat().st_size == 5000
+    other = tmp_path / "a.another-host-1-1.partial"
+    other.touch()
     write_whole(tmp_path / "a", "next")
-    assert (tmp_path / "a").read_text() == "next" and os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "next" and sorted(os.listdir(tmp_path)) == ["a", other.name]
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Threads and processes write the same file at the same time: it is always one of the contents."""
+    contents = [bytes([number]) * 200_000 for number in range(4)]
+    code = "import sys; from em_lightning.files import write_whole\n"
+    code += "for _ in range(50): write_whole('a', bytes([int(sys.argv[1])]) * 200_000)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(number)], cwd=tmp_path, env=environment)
+        for number in range(2)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for number in (2, 3):
+            pool.submit(lambda content: [write_whole(tmp_path / "a", content) for _ in range(50)], contents[number])
+        while any(writer.poll() is None for writer in writers):
+            if (tmp_path / "a").exists():
+                assert (tmp_path / "a").read_bytes() in contents
+    assert [writer.returncode for writer in writers] == [0, 0] and os.listdir(tmp_path) == ["a"]
 
 
 def test_a_full_disk_keeps_the_old_file_and_raises(tmp_path):
@@ -170,6 +197,123 @@ def safe_parts(path):
     """Return the further classes in a pickled Path, which depend on the version of Python."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return [pydoc.locate(name) for name in names if name.startswith("pathlib")]
+
+
+class Signal(lightning.Callback):
+    """Send a signal to this process during a batch, before the callback that saves."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class Mixtures(GaussianMixtureModule):
+    data = staticmethod(lambda: GaussianBlobs(num_points=300, num_features=2, true_components=2, block_rows=50))
+
+    def __init__(self):
+        super().__init__(2, 2, tol=0.0)
+
+
+class Images(EMClassifier):
+    data = staticmethod(lambda: Digits(batch_size=240))
+
+    def __init__(self):
+        super().__init__(num_components=4, num_features=64, num_classes=10)
+
+
+class Clouds(PointCloudGMM):
+    @staticmethod
+    def data():
+        sizes = {"train_clouds": 12, "val_clouds": 2, "test_clouds": 2, "batch_size": 2, "num_points": 32}
+        return ProceduralSurfaces(**sizes, noise=0.01)
+
+    def __init__(self):
+        super().__init__(2, num_iters=1, exact_iters=1, schedule="constant")  # independent of the length of the run
+
+
+def fit_with_checkpoints(cls, folder, max_epochs, path=None, callbacks=()):
+    """Fit with a checkpoint every four steps; an epoch has six."""
+    torch.manual_seed(0)
+    model = cls()
+    keep = RunCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=4, enable_version_counter=False)
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    plugins, callbacks = [AtomicCheckpointIO()], [*callbacks, StepSeeds(0), keep]
+    fit = lightning.Trainer(
+        max_epochs=max_epochs, plugins=plugins, callbacks=callbacks, default_root_dir=folder, **options
+    )
+    fit.fit(model, cls.data(), ckpt_path=path, weights_only=True)
+    return model
+
+
+def assert_state(state, model):
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+QUIET = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory", "ignore:The dirpath has changed", "ignore:.*does not have many workers"
+)
+
+
+@QUIET
+@pytest.mark.parametrize("step", [3, 12, 18])
+@pytest.mark.parametrize(
+    "cls, number",
+    [
+        (Mixtures, signal.SIGINT),
+        (Mixtures, signal.SIGTERM),
+        (Mixtures, signal.SIGUSR1),
+        (Images, signal.SIGTERM),
+        (Clouds, signal.SIGTERM),
+    ],
+)
+def test_a_signal_saves_at_the_end_of_the_batch_and_the_run_resumes(cls, number, step, tmp_path, capsys):
+    """Step 3 is within an epoch, step 12 ends one, and step 18 ends the fit."""
+    straight = fit_with_checkpoints(cls, tmp_path / "straight", 3)
+    last = tmp_path / "last.ckpt"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in its background jobs
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(SystemExit) as caught:
+        fit_with_checkpoints(cls, tmp_path, 3, callbacks=[Signal(number, step)])
+    assert caught.value.code == (1 if number == signal.SIGINT else 128 + number)
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    assert f"{number.name}: saved {last}" in capsys.readouterr().err
+    resumed = fit_with_checkpoints(cls, tmp_path, 3, last)
+    assert_state(straight.state_dict(), resumed)
+
+
+@QUIET
+@pytest.mark.parametrize("cls", [Mixtures, Images, Clouds])
+def test_the_final_state_is_saved_and_a_longer_run_continues_it(cls, tmp_path):
+    straight = fit_with_checkpoints(cls, tmp_path / "straight", 5)
+    last = tmp_path / "last.ckpt"
+    for epochs, steps in ((3, 18), (5, 30), (5, 30)):
+        model = fit_with_checkpoints(cls, tmp_path, epochs, last if last.exists() else None)
+        saved = torch.load(last, weights_only=True)
+        assert saved["global_step"] == steps
+        assert_state(saved["state_dict"], model)
+    assert_state(straight.state_dict(), model)
+
+
+@QUIET
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    code = """
+import os, signal, sys, threading, torch, lightning
+sys.path.insert(0, sys.argv[1])
+import test_checkpoints as tests
+class Slow(lightning.Callback):
+    def on_train_batch_start(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+tests.fit_with_checkpoints(tests.Mixtures, "here", 3, callbacks=[Slow()])
+"""
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert done.returncode == -signal.SIGTERM and not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_urls_are_handled_by_lightning():

@@ -131,8 +131,8 @@ def test_a_run_writes_results_figures_and_tensorboard_events(here, capsys):
     assert all(row["N = 32"] < 10 and row["ms, N = 32"] > 0 for row in rows)
     printed = capsys.readouterr().out
     assert "Data: procedural surfaces" in printed and "| trained operator |" in printed
-    result, files, command = printed.strip().splitlines()[-3:]
-    assert result.startswith("The trained operator is ")
+    files, command, verdict = printed.strip().splitlines()[-3:]
+    assert verdict.startswith("The trained operator is ")
     assert files.startswith(f"Files in {folder.relative_to(here)}: clouds.png") and "results.md" in files
     assert command == f"TensorBoard: tensorboard --logdir {folder.parent.relative_to(here)}"
     page = (folder / "report.html").read_text()

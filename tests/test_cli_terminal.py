@@ -55,8 +55,9 @@ def test_a_run_on_a_terminal(tmp_path):
     assert any(line.startswith("Epoch 1:") and "2/2" in line and "train/loss=" in line for line in lines)
     assert all(len(line.partition("`")[0]) <= 80 for line in lines if line.startswith("Epoch"))
     assert any(re.match(r"Model: PointCloudGMM with [\d,]+ trainable parameters$", line) for line in lines)
-    assert lines[-2].startswith("Files in lightning_logs/point_cloud_gmm/version_0: ")
-    assert lines[-1] == "TensorBoard: tensorboard --logdir lightning_logs/point_cloud_gmm"
+    assert lines[-3].startswith("Files in lightning_logs/point_cloud_gmm/version_0: ")
+    assert lines[-2] == "TensorBoard: tensorboard --logdir lightning_logs/point_cloud_gmm"
+    assert lines[-1].startswith("The trained operator is ")
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])

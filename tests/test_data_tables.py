@@ -1,11 +1,28 @@
 """Tables in memory and in files, and loaders of their blocks."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning
 import numpy as np
 import pytest
 import torch
 
-from em_lightning.data import GaussianBlobs, Table, TableBlocks, TabularDataModule
+from em_lightning.data import (
+    EpochSampler,
+    GaussianBlobs,
+    RandomDataset,
+    ResumableLoader,
+    Table,
+    TableBlocks,
+    TabularDataModule,
+    TensorBatches,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 def shards(folder, x, cuts):
@@ -171,7 +188,7 @@ def test_hidden_files_are_not_shards(x, tmp_path):
         (lambda f: TableBlocks(Table(torch.zeros(3, 2)), block_rows=0), ["block_rows=0"]),
         (
             lambda f: list(TableBlocks(Table(torch.zeros(2, 2)), Table(torch.tensor([1.0, -1.0]), 1))),
-            ["weights", "rows 0 to 2"],
+            ["weights", "-1.0 in row 1"],
         ),
         (
             lambda f: TabularDataModule(torch.zeros(3, 2), held_out=torch.zeros(3, 4)).setup(),
@@ -192,3 +209,127 @@ def test_wrong_data_raise(call, words, tmp_path):
     with pytest.raises(ValueError) as caught:
         call(tmp_path)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.fixture
+def sharded(x, tmp_path):
+    """A folder of three shards with 40, 20 and 41 rows."""
+    return shards(tmp_path / "shards", x, [40, 60])
+
+
+@pytest.mark.parametrize("change", ["shorter", "empty", "wider", "another type", "truncated", "removed", "a folder"])
+def test_a_shard_that_changes_during_a_run_is_named(change, sharded, x):
+    blocks = iter(TableBlocks(Table(sharded), block_rows=10))
+    next(blocks)
+    path = sharded / "001.npy"
+    content = {"shorter": x[:15], "empty": x[:0], "wider": torch.zeros(20, 5), "another type": x[:20].double()}
+    if change in content:
+        np.save(path, content[change].numpy())
+    elif change == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        path.unlink()
+        if change == "a folder":
+            path.mkdir()
+    with pytest.raises(ValueError, match=r"data: .*001\.npy"):
+        list(blocks)
+
+
+def test_what_is_no_shard_is_refused_or_left_out(sharded, x):
+    (sharded / ".hidden.npy").write_text("not read")
+    assert len(Table(sharded)) == 101
+    for name in ("001 (copy).npy", "001 (1).npy", "001 copy.npy", "001 - Copy.npy"):
+        np.save(sharded / name, x[:3].numpy())
+        with pytest.raises(ValueError, match=re.escape(name)):
+            Table(sharded)
+        (sharded / name).unlink()
+    np.save(sharded / "002 more rows.npy", x[:3].numpy())
+    with pytest.raises(ValueError, match="002 more rows.npy"):
+        Table(sharded)
+    (sharded / "002 more rows.npy").rename(sharded / "more rows.npy")  # a blank alone does not make a copy
+    assert len(Table(sharded)) == 104
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="os.mkfifo does not exist on this system")
+def test_a_pipe_is_refused(sharded):
+    os.mkfifo(sharded / "003.npy")
+    for source in (sharded, sharded / "003.npy"):
+        with pytest.raises(ValueError, match="003.npy is not a regular file"):
+            Table(source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_located(value, sharded, x):
+    array = np.load(sharded / "001.npy")
+    array[7, 2] = value
+    np.save(sharded / "001.npy", array)
+    blocks = TableBlocks(Table(sharded), block_rows=30)
+    for read in (lambda: list(blocks), lambda: blocks.sample(101)):
+        with pytest.raises(ValueError, match=r"data must be finite, got \[.*(nan|inf).*\] in row 7 of .*001.npy"):
+            read()
+    weights = torch.ones(101)
+    weights[47] = 0.0
+    assert len(list(TableBlocks(Table(sharded), Table(weights, 1), block_rows=30))) == 4
+
+
+def test_shards_without_rows_are_skipped(x, tmp_path):
+    table = Table(shards(tmp_path / "shards", x, [0, 40, 40, 101]))
+    assert torch.equal(table.rows(0, 101), x) and torch.equal(table.take(torch.arange(101)), x)
+    assert table.locate(40).endswith("row 0 of " + str(tmp_path / "shards" / "003.npy"))
+
+
+@pytest.mark.parametrize("kind", ["DataLoader", "batches", "blocks"])
+@pytest.mark.parametrize("position", [0, 2, 7])
+def test_a_loader_resumes_within_an_epoch_and_then_starts_at_the_beginning(kind, position):
+    items = torch.rand(20, 2, generator=torch.Generator().manual_seed(0))
+    dataset = RandomDataset(lambda index, generator: items[index] + torch.rand(2, generator=generator), 20, "train")
+    make = {
+        "DataLoader": lambda: ResumableLoader(dataset, 3, sampler=EpochSampler(dataset)),
+        "batches": lambda: TensorBatches([items], 3),
+        "blocks": lambda: TableBlocks(Table(items), block_rows=3, shuffle=True),
+    }[kind]
+
+    def values(loader):
+        return [batch if isinstance(batch, torch.Tensor) else batch[0] for batch in loader]
+
+    straight, loader = values(make()), make()
+    loader.load_state_dict({"position": position})
+    resumed = values(loader)
+    assert len(straight) == 7 and len(resumed) == 7 - position % 7
+    assert all(map(torch.equal, resumed, straight[position % 7 :]))
+    next(iter(loader))  # an epoch that ends early
+    assert loader.state_dict() == {"position": 1} and all(map(torch.equal, values(loader), straight))
+
+
+LARGE = """
+import re, resource, sys
+import lightning, torch
+from em_lightning.data import TabularDataModule
+from em_lightning.modules import GaussianMixtureModule
+torch.set_num_threads(1)
+quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+def fit(rows):
+    module = GaussianMixtureModule(2, 4, covariance="diag", tol=0.0)
+    lightning.Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(module, TabularDataModule(rows, block_rows=2**14))
+    return module
+fit(torch.rand(1000, 4))  # imports and compiles what is needed
+used = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]), resource.RLIM_INFINITY))
+print(float(fit(sys.argv[1]).log_likelihood))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory in /proc, as Linux has")
+def test_a_table_larger_than_the_memory_is_fitted(tmp_path):
+    """12 shards of 24 MiB are read with 96 MiB of address space; a read of all rows needs more."""
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        np.save(tmp_path / f"{number:02}.npy", generator.random((24 * 2**16, 4), dtype=np.float32))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LARGE, str(tmp_path), str(96 * 2**20)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    table = Table(tmp_path)
+    assert len(table) * 4 * 4 == 12 * 24 * 2**20
+    assert -1.0 < float(done.stdout.splitlines()[-1]) < 0.0  # 0 is that of the uniform distribution

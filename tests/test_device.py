@@ -26,7 +26,7 @@ from em_lightning import (
     metrics,
     softmin,
 )
-from em_lightning.mixture import farthest_points, kmeans_plus_plus, lloyd, random_points
+from em_lightning.mixture import farthest_points, kmeans_plus_plus, random_points
 from em_lightning.operators import (
     DirectionalEM,
     EMAbstraction,
@@ -95,7 +95,6 @@ OPTIONS = {
     "kmeans++": {"init": "kmeans++", "seed": 0},
     "random": {"init": "random", "seed": 0, "num_starts": 3},
     "learned start": {"init": "learned"},
-    "lloyd": {"lloyd_steps": 2},
     "checkpoint": {"gradient": "checkpoint"},
     "last": {"gradient": "last"},
 }
@@ -113,7 +112,6 @@ case("Mixture.log_prob", lambda: lambda x: mixture_on(x).log_prob(x), X)
 case("Mixture.posterior", lambda: lambda x: tuple(mixture_on(x).posterior(x)), X)
 for start in (farthest_points, kmeans_plus_plus, random_points):
     case(start.__name__, lambda start=start: lambda x, mask, weights: start(x, 4, mask, weights), X, MASK, WEIGHTS)
-case("lloyd", lambda: lambda x, mask: lloyd(x, x[:, :4], 2, mask), X, MASK)
 for name in ("DeadUnits", "EffectiveRank", "L0", "MinVariance", "Redundancy"):
 
     def make(name=name):

@@ -1,6 +1,9 @@
 """Sums and moments over ranks."""
 
 import copy
+import re
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from em_lightning import LOSSES, EMLoss
-from em_lightning.distributed import batch_mean, batch_moments, flatten_units, global_sum
+from em_lightning.distributed import batch_mean, batch_moments, check_agreement, flatten_units, global_sum
 from em_lightning.losses import FreeEnergyLoss
 
 DOUBLE = torch.float64
@@ -202,3 +205,26 @@ def test_two_processes_equal_one(tmp_path):
         assert rank["first"].tolist() == [54.0, 54.0] and rank["second"].tolist() == [72.0, 72.0]
         torch.testing.assert_close(rank["compiled"], batch_moments(batches(None)).covariance())
         torch.testing.assert_close(rank["redundancy"], batch_moments(wide(None)).redundancy())
+
+
+def agree(rank, facts):
+    try:
+        check_agreement(facts[rank])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_differ_are_named(tmp_path):
+    def run(name, *facts):
+        (tmp_path / name).mkdir()
+        return run_ranks(agree, facts, folder=tmp_path / name, world_size=len(facts))
+
+    same = {"rows": [10, 3], "path": Path("a"), "nan": float("nan"), "none": None}
+    assert run("same", same, dict(reversed(same.items())), {**same, "path": Path("b")}) == ["", "", ""]
+    messages = run("other", {"rows": 10}, {"rows": 11}, {"rows": 10})
+    assert len(set(messages)) == 1 and "\n" not in messages[0]
+    host = re.escape(socket.gethostname())
+    assert re.search(rf"same rows: it is 11 on host {host} \(rank 1\), but 10 on host {host} \(rank 0\)", messages[0])
+    assert "same b: it is missing on host" in run("missing", {"a": 1, "b": 2}, {"a": 1})[0]
+    check_agreement({"rows": 3})  # without a process group

@@ -1,5 +1,8 @@
 """The mixture does not depend on the number of processes, and a resumed run ends where an uninterrupted one does."""
 
+from pathlib import Path
+
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -91,12 +94,12 @@ def on_ranks(folder, **options):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A folder of three shards whose lengths have no common divisor, and the starts."""
+    """A folder of shards whose lengths have no common divisor, one of them without rows, and the starts."""
     folder = tmp_path_factory.mktemp("shards")
     torch.manual_seed(0)
     x = rows(701)
     (folder / "shards").mkdir()
-    for number, (low, high) in enumerate(((0, 350), (350, 639), (639, 701))):
+    for number, (low, high) in enumerate(((0, 350), (350, 350), (350, 639), (639, 701))):
         np.save(folder / "shards" / f"{number}.npy", x[low:high].numpy())
     np.save(folder / "weights.npy", torch.ones(701).numpy())
     for kind in KINDS:
@@ -148,3 +151,62 @@ def test_one_process_resumes_from_any_block_bitwise(method, steps, tmp_path):
         checkpoint = tmp_path / str(step) / f"step={step}.ckpt"
         for name, value in straight.state_dict().items():
             assert torch.equal(value, module.state_dict()[name]), (name, step)
+
+
+def fit_with_a_rank_without_rows(rank, folder):
+    """Rank 1 of three has blocks without rows."""
+    table = torch.load(f"{folder}/rows.pt", weights_only=True)
+    shares = [table[:40], table[:0], table[40:]]
+    module = GaussianMixtureModule(3, 3, tol=0.0)
+    module.start_from(torch.load(f"{folder}/start.pt", weights_only=False))
+    blocks = list(zip(shares[rank].tensor_split(4), strict=True))
+    on_ranks(folder, max_epochs=5, use_distributed_sampler=False).fit(module, blocks)
+    return [*parts(module.mixture), module.log_likelihood]
+
+
+def test_a_rank_without_rows_takes_part(tmp_path):
+    torch.manual_seed(0)
+    x = rows(120)
+    start = start_of(x, "full")
+    torch.save(x, tmp_path / "rows.pt")
+    torch.save(start, tmp_path / "start.pt")
+    found = run_ranks(fit_with_a_rank_without_rows, str(tmp_path), folder=tmp_path, world_size=3)
+    alone = GaussianMixtureModule(3, 3, tol=0.0)
+    alone.start_from(start)
+    trainer(tmp_path, max_epochs=5).fit(alone, TabularDataModule(x, block_rows=30))
+    for values in found:
+        for value, expected in zip(values, [*parts(alone.mixture), alone.log_likelihood], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+def fit_until_a_shard_is_gone(rank, folder):
+    """The shard of rank 1 is removed after its first epoch."""
+
+    class Remove(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if rank == 1:
+                Path(folder, "1", "1.npy").unlink()
+
+    module = GaussianMixtureModule(3, 3, tol=0.0)
+    try:
+        on_ranks(folder, max_epochs=5, callbacks=[Remove()]).fit(
+            module, TabularDataModule(f"{folder}/{rank}", block_rows=30)
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # as the end of the process does
+    return "no error"
+
+
+def test_a_shard_that_vanishes_on_one_rank_ends_all(tmp_path):
+    torch.manual_seed(0)
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        for number, part in enumerate(rows(120).split(60)):
+            np.save(tmp_path / rank / f"{number}.npy", part.numpy())
+        torch.manual_seed(0)
+    other, named = run_ranks(fit_until_a_shard_is_gone, str(tmp_path), folder=tmp_path)
+    assert named.startswith("ValueError: data: ") and "1.npy does not exist" in named
+    assert other.startswith("RuntimeError") and "closed" in other or "reset" in other

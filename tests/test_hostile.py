@@ -1,5 +1,9 @@
 """Malformed or malicious checkpoints, configs and meshes: they are read or raise a clear error, and run no code."""
 
+import os
+import resource
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -10,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+import em_lightning
 from em_lightning import ACTIVATIONS, KERNELS, cli, surgery
 from em_lightning.checkpoints import read_checkpoint
 from em_lightning.cli.recipes import read_config
@@ -152,6 +157,34 @@ def test_plan_of_a_checkpoint_builds_only_modules(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"class_path='{path}' (is no|cannot be imported)"):
             surgery.apply_plan(model(), [entry(class_path=path)])
+
+
+@pytest.mark.slow
+def test_hostile_plans_import_and_run_nothing(tmp_path):
+    """In a process of its own, as an audit hook cannot be removed; benchmarks run 10,000 files."""
+    script = Path(fuzz_readers.__file__).with_name("fuzz_plans.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(em_lightning.__file__).parents[1])}
+    command = [sys.executable, script, "--count=400", "--seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("Linear", {"in_features": 10**6, "out_features": 10**6}),
+        ("PReLU", {"num_parameters": 2**31}),
+        ("MultiheadAttention", {"embed_dim": 10**5, "num_heads": 1}),
+        ("LSTM", {"input_size": 1, "hidden_size": 1, "num_layers": 10**8}),
+    ],
+)
+def test_a_plan_cannot_fill_the_memory(name, arguments):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="the plan "):
+        surgery.apply_plan(
+            nn.Sequential(nn.ReLU(), nn.ReLU()), [entry(class_path=f"torch.nn.{name}", init_args=arguments)]
+        )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 @pytest.mark.parametrize(

@@ -81,21 +81,6 @@ on_linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="look
 
 
 @on_linux
-def test_rank_ends_with_its_parent_process():
-    watch = "import os, subprocess, sys, time; from em_lightning.cli.ranks import end_with_parent as end; end(0.05)"
-    child = [sys.executable, "-c", f"{watch}; time.sleep(60)"]
-    code = f"{watch}; subprocess.Popen({child!r}, env={{**os.environ, 'LOCAL_RANK': '1'}}).wait()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True, stderr=-1)
-    wait_until(lambda: len(group_of(parent.pid)) == 2, 60)
-    time.sleep(1.0)  # while it imports
-    assert len(group_of(parent.pid)) == 2
-    parent.kill()
-    wait_until(lambda: not group_of(parent.pid), 60)
-    assert "the process that started it has ended" in parent.communicate()[1].decode()
-
-
-@on_linux
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, number",
@@ -131,7 +116,6 @@ def test_rank_leaves_its_process_group(tmp_path, monkeypatch):
             dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
 
     monkeypatch.setattr(cli, "run", run)
-    monkeypatch.setattr(cli, "end_with_parent", lambda: None)
     for strategy in ([], ["--trainer.strategy=ddp"]):
         assert cli.main(["run", "gaussian_mixture", *strategy]) == 0
         assert not dist.is_initialized()
@@ -155,7 +139,8 @@ def test_when_one_of_two_ranks_is_killed_the_other_ends(rank, moment, tmp_path):
         wait_until(lambda: any(group_of(process.pid).values()) and begun(group_of(process.pid).values()), 300)
         (other,) = (number for number, is_other in group_of(process.pid).items() if is_other)
         os.kill(other if rank else process.pid, signal.SIGKILL)
-        wait_until(lambda: process.poll() is not None and not group_of(process.pid), 60)
+        # A rank that finds no rank 0 waits for the timeout of two minutes.
+        wait_until(lambda: process.poll() is not None and not group_of(process.pid), 200)
         assert process.returncode not in (0, None)
     finally:
         for number in group_of(process.pid):

@@ -1,14 +1,12 @@
-"""Initial centers: farthest points, k-means++, random points and Lloyd's algorithm, as functions of the points."""
+"""Initial centers: farthest points, k-means++ and random points, as functions of the points."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from helpers import clusters, two_clusters
-from sklearn.cluster import KMeans
 
-from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, random_points
 
 
 def test_farthest_points_equal_gonzalez():
@@ -75,28 +73,9 @@ def test_kmeans_plus_plus_lowers_the_total_distance_more_than_random_points(weig
     assert totals[0] < 0.8 * totals[1]
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_lloyd_equals_scikit_learn(weighted):
-    x = two_clusters(2, 60)
-    weights = torch.rand(2, 60, dtype=torch.float64) if weighted else None
-    centers = random_points(x, 4, weights=weights)
-    found = lloyd(x, centers, 100, weights=weights)
-    for b in range(2):
-        reference = KMeans(4, init=centers[b].numpy(), n_init=1, tol=0, max_iter=100, algorithm="lloyd")
-        reference.fit(x[b].numpy(), sample_weight=None if weights is None else weights[b].numpy())
-        np.testing.assert_allclose(found[b], reference.cluster_centers_, atol=1e-9)
-
-
-def test_center_without_points_does_not_move():
-    x = two_clusters(2, 60)
-    centers = random_points(x, 4) + 1e3 * (torch.arange(4) == 3).unsqueeze(-1)
-    torch.testing.assert_close(lloyd(x, centers, 3)[:, 3], centers[:, 3])
-
-
 def test_masked_points_do_not_move_centers():
     x = two_clusters(2, 60)
     padded = torch.cat([x, torch.full((2, 5, 2), math.nan).double()], 1)
     mask = torch.arange(65).expand(2, -1) < 60
     centers = farthest_points(x, 3)
     torch.testing.assert_close(farthest_points(padded, 3, mask), centers)
-    torch.testing.assert_close(lloyd(padded, centers, 5, mask), lloyd(x, centers, 5))

@@ -99,7 +99,7 @@ class LargestResult(TorchDispatchMode):
 def test_start_of_a_large_set_uses_bounded_memory_per_point(init):
     """The start allocates no matrix of points and components, nor one of points and pairs of features."""
     x = torch.randn(1, 2**19, 4)
-    operator = EMOperator(32, 4, init=init, lloyd_steps=1, residual=False)
+    operator = EMOperator(32, 4, init=init, residual=False)
     with torch.no_grad(), LargestResult() as seen:
         operator(x, num_iters=0)
     # A matrix of points and components would have 8 times the size of the points, one of pairs of features 4 times.

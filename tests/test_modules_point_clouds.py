@@ -1,19 +1,18 @@
-"""PointCloudClassifier with every pooling, with and without a pyramid."""
+"""PointCloudClassifier, with and without a pyramid, and the poolings of PyG that a benchmark compares it with."""
+
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
+import yaml
 
+from benchmarks.poolings import POOLINGS, PoolingClassifier
+from em_lightning import cli
 from em_lightning.modules import PointCloudClassifier
-from em_lightning.studies import (
-    FAMILIES,
-    POOLINGS,
-    ImagePointSets,
-    PointSetBatch,
-    PoolingClassifier,
-    ProceduralSurfaces,
-)
+from em_lightning.studies import FAMILIES, ImagePointSets, PointSetBatch, ProceduralSurfaces
 
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "poolings.py"
 LEVELS = [
     {"num_components": 8, "out_features": 16, "pitch": 0.3, "grid": 5, "blocks": 1},
     {"num_components": 3, "out_features": 32, "pitch": 0.5},
@@ -122,6 +121,23 @@ def test_procedural_surfaces_have_num_classes():
 def test_errors_name_the_argument_and_the_value(arguments, words):
     with pytest.raises((TypeError, ValueError), match=words):
         PointCloudClassifier(4, **arguments)
+
+
+@pytest.mark.parametrize("variant", ["mnist", "shapes"])
+def test_the_benchmark_is_a_recipe(variant, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", str(SCRIPT), "--config", variant, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["num_parameters"] == 100_000 and printed["model"]["jitter"] == 0.0
+    assert {"em", "max", "mean", "attention", "set_transformer", "mem"} <= set(printed["table"]["rows"])
+
+
+@pytest.mark.filterwarnings("ignore:.*args parameter is intended", "ignore:.*LeafSpec.*is deprecated")
+def test_the_benchmark_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--trainer.fast_dev_run=true", "--data.num_points=16", "--model.pooling=set_transformer"]
+    assert cli.main(["run", str(SCRIPT), *options]) == 0
 
 
 @pytest.mark.parametrize("arguments", [{"num_parameters": 10}, {"pooling": "median"}])

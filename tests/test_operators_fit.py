@@ -24,7 +24,6 @@ from helpers import (
 
 from em_lightning import EMOperator
 from em_lightning.competition import none_of_the_above
-from em_lightning.mixture.initialization import kmeans_plus_plus, lloyd
 
 
 def start_of(x):
@@ -148,22 +147,6 @@ def test_fit_is_differentiable():
     assert torch.allclose(one, two)
 
 
-def test_lloyd_steps_move_the_centers_of_a_start():
-    x = two_clusters(3, 150)
-    operator = EMOperator(4, 2, init="farthest", lloyd_steps=50, residual=False)
-    plain = EMOperator(4, 2, init="farthest", residual=False)
-    # A mean of a start is that of the points close to a center, so k-means centers move by less than a deviation.
-    for found, centers in (
-        (operator(x, num_iters=0).means, lloyd(x, plain(x, num_iters=0).means, 50)),
-        (
-            EMOperator(4, 2, init="kmeans++", seed=1, lloyd_steps=1, residual=False)(x, num_iters=0).means,
-            lloyd(x, kmeans_plus_plus(x, 4, generator=torch.Generator().manual_seed(1)), 1),
-        ),
-    ):
-        assert torch.cdist(found, centers).amin(-1).max() < 1.0
-    assert not torch.allclose(operator(x, num_iters=0).means, plain(x, num_iters=0).means)
-
-
 def test_start_covariances_have_the_shape_of_cores_and_the_size_of_cells():
     """Cells of three centers: one with a core, one with few points, one with too few for a covariance."""
     x = torch.cat([torch.randn(80, 2) * torch.tensor([1.0, 3.0]), 60 + torch.randn(6, 2), 140 + torch.rand(2, 2)])
@@ -223,7 +206,6 @@ def test_degenerate_sets_stay_finite(covariance, name):
         background=0.1,
         init="kmeans++",
         num_starts=2,
-        lloyd_steps=3,
     ).eval()
     mixture = operator(x, mask)
     log_prob = operator.log_prob(x, mixture, mask)
@@ -253,8 +235,6 @@ X = torch.randn(2, 10, 3)
         (lambda: EMOperator(4, 3, background={"energy": math.nan}), ValueError, ["energy=nan"]),
         (lambda: EMOperator(4, 3, background="box"), TypeError, ["background='box'"]),
         (lambda: EMOperator(4, 3, background=0.1, competition="background"), ValueError, ["background", "competition"]),
-        (lambda: EMOperator(4, 3, lloyd_steps=-1), ValueError, ["lloyd_steps=-1"]),
-        (lambda: EMOperator(4, 3, init="learned", lloyd_steps=1), ValueError, ["lloyd_steps=1", "'learned'"]),
         (lambda: EMOperator(4, 3, seed=2), ValueError, ["seed=2"]),
         (lambda: EMOperator(4, 3).fit(X, max_iters=-1), ValueError, ["max_iters=-1"]),
         (lambda: EMOperator(4, 3).fit(X, tol=-1.0), ValueError, ["tol=-1.0"]),

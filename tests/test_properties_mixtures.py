@@ -35,7 +35,7 @@ from em_lightning.mixture import (
     fit_blocks,
     information_criteria,
 )
-from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, random_points
 from em_lightning.operators import DirectionalMixture, GeneralizedEM, KernelMixture
 
 
@@ -432,15 +432,11 @@ def test_centers_are_points_that_count(draw, values):
     counted = counted if weights is None else counted & (weights > 0)
     dirty = x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
     centers = draw(dirty, components, mask, weights)
-    moved = lloyd(dirty, centers, 2, mask, weights)
-    assert centers.shape == moved.shape == (sets, components, features)
-    assert centers.isfinite().all() and moved.isfinite().all()
+    assert centers.shape == (sets, components, features)
+    assert centers.isfinite().all()
     for b in range(sets):
         points = x[b][counted[b]]
         if not len(points):
             continue
         size = 1e-9 * (1 + points.abs().max())
         assert torch.cdist(centers[b], points).amin(1).max() <= size
-        w = torch.ones(len(points)).double() if weights is None else weights[b][counted[b]]
-        before, after = ((torch.cdist(points, own[b]).square().amin(1) * w).sum() for own in (centers, moved))
-        assert after <= before * (1 + 1e-9) + size**2

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_properties_mixtures import log_joint, mixtures, shapes
 from torch import nn
 
+from benchmarks.poolings import PoolingClassifier
 from em_lightning import ACTIVATIONS
 from em_lightning.activations import Activation
 from em_lightning.callbacks import (
@@ -35,7 +36,6 @@ from em_lightning.studies import (
     EMClassifier,
     EnergyLayer,
     ImageClassifier,
-    PoolingClassifier,
     SparseAutoencoder,
 )
 from em_lightning.surgery import (

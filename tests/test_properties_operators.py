@@ -69,7 +69,6 @@ def test_operators_of_any_points(kernel, values):
         kernel=kernel,
         init=init,
         num_starts=values.draw(st.integers(1, 2)) if drawn else 1,
-        lloyd_steps=0 if init == "learned" else values.draw(st.integers(0, 1)),
         residual=values.draw(st.booleans()),
         background=background,
         prior=values.draw(st.sampled_from((None, {}))),

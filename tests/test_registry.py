@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+from torch import nn
 
 from em_lightning.registry import Registry
 
@@ -100,3 +101,14 @@ def test_broken_plugin_error_names_the_plugin(monkeypatch):
     monkeypatch.setattr("em_lightning.registry.entry_points", lambda group: [FakeEntryPoint("bad", load)])
     with pytest.raises(ImportError, match="'bad'.*elsewhere:bad.*boom"):
         Registry("part", group="parts")["bad"]
+
+
+def test_a_class_path_imports_no_module_of_another_package():
+    """Importing a module runs its code, and a checkpoint of someone else may name any."""
+    registry = Registry("part", base=nn.Module)
+    for module in ("this", "venv.__main__", "em_lightning.cli.__main__", "torch.utils.hipify.version"):
+        assert module not in sys.modules
+        with pytest.raises(ValueError, match=f"class_path='{module}.Part' cannot be imported .* import {module}"):
+            registry.build({"class_path": f"{module}.Part"})
+        assert module not in sys.modules
+    assert isinstance(registry.build({"class_path": "torch.nn.modules.activation.SiLU"}), nn.SiLU)

@@ -76,7 +76,7 @@ def test_every_row_is_scipys_and_scikit_learns(kind, tmp_path, capsys):
     )
     closed = multivariate_normal(x.mean(0), covariance).logpdf(x).mean()
     assert one["log-likelihood"] == pytest.approx(closed, abs=1e-3)
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["components.png", "likelihood.png", "selection.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["components.png", "selection.png", "training.png"]
     assert "800 x 2 from a mixture of 3 Gaussians" in capsys.readouterr().out
 
 

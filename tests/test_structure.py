@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in the order in which data flows; each imports only from rooms above it.
 ORDER = [
     "_version",
+    "extras",
     "checks",
     "files",
     "checkpoints",
@@ -187,5 +188,8 @@ def test_every_public_name_resolves():
     for name in em_lightning.__all__:
         assert getattr(em_lightning, name) is not None
     assert dir(em_lightning) == sorted(em_lightning.__all__)
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    names = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert names == {*em_lightning.__all__}
     with pytest.raises(AttributeError, match="'Softmin'.*softmin"):
         _ = em_lightning.Softmin

@@ -1,15 +1,19 @@
-"""Build the wheel, install it outside the checkout, and run its commands."""
+"""Build the wheel, install it outside the checkout, run its commands, and import it with PyTorch and numpy alone."""
 
 import os
+import re
 import statistics
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 
 from em_lightning.cli import recipes
+from em_lightning.extras import LIBRARY_AND_EXTRA
 
 ROOT = Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -76,3 +80,75 @@ print(em_lightning.__file__, seconds, *{"lightning", "pytorch_lightning", "torch
     file, *_ = printed = run("-c", code).split()
     assert Path(file).is_relative_to(site) and len(printed) == 2, printed
     assert statistics.median(float(run("-c", code).split()[1]) for _ in range(3)) < 0.3
+
+
+def requirements(wheel):
+    """Return the distributions that the wheel requires, by extra; None for the core."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        fields = Parser().parsestr(archive.read(name).decode())
+    found = {}
+    for line in fields.get_all("Requires-Dist"):
+        extra = re.search(r"extra == .(\w+)", line)
+        found.setdefault(extra and extra[1], set()).add(re.match(r"[\w-]+", line)[0])
+    return found
+
+
+def test_the_core_requires_torch_and_numpy_and_each_extra_its_library(wheel):
+    found = requirements(wheel)
+    assert found[None] == {"torch", "numpy"}
+    distributions = {"sklearn": "scikit-learn", "torch_geometric": "torch-geometric"}
+    for library, extra in LIBRARY_AND_EXTRA.values():
+        assert distributions.get(library, library) in found[extra]
+    assert found["all"] == set.union(*(found[extra] for _, extra in LIBRARY_AND_EXTRA.values()))
+
+
+def closure(names):
+    """Return the installed distributions among the given ones and their requirements."""
+    found, pending = {}, [*names]
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            try:
+                found[name] = distribution(name)
+            except ImportError:
+                continue  # required on another platform or by an extra only
+            needed = [line for line in found[name].requires or [] if "extra ==" not in line]
+            pending += [re.match(r"[\w.-]+", line)[0] for line in needed]
+    return found.values()
+
+
+@pytest.fixture(scope="module")
+def core_only(site, wheel):
+    """Return a function that runs code where only the wheel and the distributions that its core requires exist."""
+    folder = site.parent / "core"
+    folder.mkdir()
+    for each in closure(requirements(wheel)[None]):
+        for top in {file.parts[0] for file in each.files} - {"..", "__pycache__"}:
+            (folder / top).symlink_to(each.locate_file(top))
+
+    def run(code):
+        code = f"import sys; sys.path += {[str(site), str(folder)]}\n{code}"
+        return subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+
+    return run
+
+
+def test_the_core_runs_the_first_example_of_the_readme_without_a_warning(core_only):
+    code, printed = re.findall(r"```(?:python|text)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:2]
+    done = core_only(code + "import em_lightning.surgery")
+    assert done.returncode == 0 and (done.stdout, done.stderr) == (printed, "")
+
+
+@pytest.mark.parametrize("module", LIBRARY_AND_EXTRA)
+def test_a_missing_library_is_an_error_that_names_the_extra(core_only, module):
+    library, extra = LIBRARY_AND_EXTRA[module]
+    done = core_only(f"import em_lightning.{module}")
+    message = f"ImportError: em_lightning.{module} needs {library}: pip install 'em-lightning[{extra}]'"
+    assert done.stderr.splitlines()[-1] == message
+
+
+def test_the_command_line_names_the_extra_without_a_traceback(core_only):
+    done = core_only("from em_lightning.cli import main; sys.exit(main(['run', 'point_cloud_gmm']))")
+    assert done.returncode == 2 and done.stderr.startswith("em-lightning: ") and done.stderr.count("\n") == 1
+    assert "pip install 'em-lightning[lightning]'" in done.stderr

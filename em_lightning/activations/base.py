@@ -55,7 +55,7 @@ class Activation(Tempered):
         """Return the value of :meth:`generic`; override it where there is a cheaper formula."""
         return self.generic(z)
 
-    def divided(self, z: Tensor) -> Tensor:
+    def tempered(self, z: Tensor) -> Tensor:
         """Return z / T, or z itself if T is fixed at 1."""
         return times(z, 1 / self.temperature)
 

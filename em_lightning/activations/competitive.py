@@ -12,6 +12,7 @@ from torch.nn import functional
 from em_lightning.activations.base import ACTIVATIONS, Activation, times
 from em_lightning.checks import check_at_least
 from em_lightning.competition import Posterior, grouped, softmin, sparsemin
+from em_lightning.kernels import unit_vectors
 from em_lightning.statistics import STATISTICS
 
 
@@ -29,7 +30,7 @@ class _LogitActivation(Activation):
         raise NotImplementedError
 
     def closed_form(self, z: Tensor) -> Tensor:
-        return self.combine(z, self.divided(z).softmax(self.dim))
+        return self.combine(z, self.tempered(z).softmax(self.dim))
 
 
 @ACTIVATIONS.register("neg_log_softmin")
@@ -53,7 +54,7 @@ class NegLogSoftminActivation(Activation):
         return STATISTICS.build("neg_log_responsibilities")(posterior, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        return times(-functional.log_softmax(-self.divided(z), self.dim), self.temperature)
+        return times(-functional.log_softmax(-self.tempered(z), self.dim), self.temperature)
 
 
 @ACTIVATIONS.register("log_softmax")
@@ -72,7 +73,7 @@ class LogSoftmaxActivation(_LogitActivation):
         return STATISTICS.build("log_responsibilities")(posterior, dim=self.dim)
 
     def closed_form(self, z: Tensor) -> Tensor:
-        return functional.log_softmax(self.divided(z), self.dim)
+        return functional.log_softmax(self.tempered(z), self.dim)
 
 
 @ACTIVATIONS.register("softmax_gated")
@@ -146,7 +147,9 @@ class GroupedActivation(Activation):
 
     def posterior(self, z: Tensor) -> Posterior:
         axis = self.dim % z.ndim
-        missing = -z.shape[axis] % self.group_size  # units in the last group; energy inf excludes them
+        # Complete the last group by units that an energy of infinity excludes. The argument of pad begins with the last
+        # axis and has the numbers of units to add before and after.
+        missing = -z.shape[axis] % self.group_size
         energies = functional.pad(-z, [0, 0] * (z.ndim - 1 - axis) + [0, missing], value=torch.inf)
         return grouped(energies, self.temperature, dim=axis, group_size=self.group_size)
 
@@ -157,7 +160,8 @@ class GroupedActivation(Activation):
         if z.shape[self.dim] % self.group_size:
             return self.generic(z)
         axis = self.dim % z.ndim
-        groups = self.divided(z).unflatten(axis, (-1, self.group_size)).movedim(axis + 1, 0).contiguous()
+        # A softmax over the first axis of a contiguous copy is faster than over a short inner axis.
+        groups = self.tempered(z).unflatten(axis, (-1, self.group_size)).movedim(axis + 1, 0).contiguous()
         return z * groups.softmax(0).movedim(0, axis + 1).flatten(axis, axis + 1)
 
     def extra_repr(self) -> str:
@@ -199,14 +203,8 @@ class DirectionActivation(Activation):
     """
 
     def posterior(self, z: Tensor) -> Posterior:
-        direction = z / self._norm(z).clamp_min(torch.finfo(z.dtype).tiny)
-        return softmin(-direction, self.temperature, dim=self.dim)
+        return softmin(-unit_vectors(z, self.dim), self.temperature, dim=self.dim)
 
     def summarize(self, z: Tensor, posterior: Posterior) -> Tensor:
-        return self._norm(z) * posterior.responsibilities
-
-    def _norm(self, z: Tensor) -> Tensor:
-        # Divide by the largest entry first, because its square can overflow.
-        largest = z.detach().abs().amax(self.dim, keepdim=True)
-        scale = torch.where(largest > 0, largest, 1.0)
-        return scale * torch.linalg.vector_norm(z / scale, dim=self.dim, keepdim=True)
+        norm = -(z * posterior.energies).sum(self.dim, keepdim=True)  # z . z / norm(z)
+        return norm * posterior.responsibilities

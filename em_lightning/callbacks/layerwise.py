@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from em_lightning.surgery import LayerwiseLoss, undo_all, wrap
 from em_lightning.surgery.layerwise import check_options
 from em_lightning.surgery.owners import owners_of
 from em_lightning.surgery.select import described
+
+_STATES = "em_lightning_layer_losses"  # key of the states of all callbacks in a checkpoint
 
 
 class LayerwiseEMLoss(Callback):
@@ -68,6 +71,11 @@ class LayerwiseEMLoss(Callback):
         tap, loss = self.options["tap"], self.options["loss"]
         return f"{type(self).__qualname__}(where={described(self.where)}, tap={tap}, loss={described(loss)})"
 
+    def _number(self, trainer: Any) -> str:
+        """Return a suffix for names in logs and checkpoints that tells callbacks of one state_key apart."""
+        index = [callback for callback in trainer.callbacks if callback.state_key == self.state_key].index(self)
+        return f"_{index + 1}" if index else ""
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Register the hooks here, after Lightning has converted BatchNorm to SyncBatchNorm, which drops hooks."""
         losses = self.losses = LayerwiseLoss(pl_module, self.where, **self.options)
@@ -76,6 +84,7 @@ class LayerwiseEMLoss(Callback):
             losses.load_state_dict(self._state)
         self._batch = losses.step
         automatic, several = pl_module.automatic_optimization, len(trainer.optimizers) > 1
+        number = self._number(trainer)
         if several:
             owners_of(losses.taps.sites, trainer.optimizers, self.optimizer)
 
@@ -84,14 +93,14 @@ class LayerwiseEMLoss(Callback):
             losses.step = self._batch
             owners = owners_of(losses.taps.sites, trainer.optimizers, self.optimizer) if several else None
             total = losses.add_to(loss, automatic, owners)
-            values = {f"em/{name}": value for name, value in losses.values.items()}
+            values = {f"em/{name}{number}": value for name, value in losses.values.items()}
             pl_module.log_dict(values, batch_size=1)
             return total
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._had_loss = False
-            if several:
-                losses.taps.captured = []  # added losses are counted until the end of the epoch
+            if several:  # a step may run one optimizer only: keep the list of added losses until the epoch ends
+                losses.taps.captured = []
             else:
                 losses.reset()
             with losses.taps.switched(on=True):
@@ -124,18 +133,25 @@ class LayerwiseEMLoss(Callback):
             self.losses.check_all_added()
             self.losses.reset()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of batches and the state of automatic weights."""
-        return self._state if self.losses is None else {**self.losses.state_dict(), "step": self._batch}
+    # Not state_dict(), as Lightning refuses two callbacks of one state_key that have it.
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Store the number of batches and the state of automatic weights."""
+        checkpoint.setdefault(_STATES, {})[self.state_key + self._number(trainer)] = self._current_state()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep the state until the fit starts."""
-        self._state = dict(state_dict)
+        states, key = checkpoint.get(_STATES, {}), self.state_key + self._number(trainer)
+        if states and key not in states:
+            rank_zero_warn(f"the checkpoint has no state of {key}, which starts anew; it has {', '.join(states)}")
+        self._state = states.get(key, {})
+
+    def _current_state(self) -> dict[str, Any]:
+        return self._state if self.losses is None else {**self.losses.state_dict(), "step": self._batch}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Remove hooks and wrappers."""
         if self.losses is not None:
-            self._state = self.state_dict()
+            self._state = self._current_state()
             self.losses.remove()
             self.losses = None
         undo_all(self._undos)

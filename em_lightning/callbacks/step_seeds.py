@@ -95,7 +95,7 @@ class StepSeeds(lightning.Callback):
         """Return the seed of a step of an epoch, counted from 1; step 0 is the order of the epoch."""
         assert self._used_seed is not None
         sequence = np.random.SeedSequence((self._used_seed, trainer.global_rank, epoch, step))
-        return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+        return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def _draw(generator: torch.Generator) -> int:

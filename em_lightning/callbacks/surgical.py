@@ -24,7 +24,7 @@ from em_lightning.surgery import (
     undo_all,
     wrap,
 )
-from em_lightning.surgery.owners import untrained_parameters
+from em_lightning.surgery.owners import parameters_of, untrained_parameters
 from em_lightning.surgery.select import described
 
 # Compared by name, because the packages lightning and pytorch_lightning each define these classes.
@@ -92,10 +92,10 @@ class SurgicalCallback(Callback):
                 raise
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that an optimizer trains every added parameter, except in target networks and other copies.
+        """Check that an optimizer trains every added parameter; warn of target networks without the changes.
 
         Raises:
-            ValueError: no optimizer trains an added parameter.
+            ValueError: no optimizer trains an added parameter, which is in no target network or other copy.
         """
         missing = untrained_parameters(pl_module, trainer.optimizers)
         if trainer.optimizers and missing:
@@ -103,10 +103,18 @@ class SurgicalCallback(Callback):
                 f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or use the functions "
                 f"of em_lightning.surgery before the optimizer is built"
             )
+        trained = parameters_of(trainer.optimizers)
+        for twin in self.surgery.unchanged_copies.values() if self.surgery else ():
+            original, copy = (pl_module.get_submodule(path).parameters() for path in (twin.original, twin.copy))
+            if any(id(p) in trained for p in original) and not any(id(p) in trained for p in copy):
+                rank_zero_warn(
+                    f"{type(self).__name__} changed {twin.layer!r}, but not {twin.counterpart!r} of an untrained copy: "
+                    f"add it to where= if {twin.copy!r} follows {twin.original!r}, as target networks do"
+                )
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn once of new modules that no batch of an epoch has called."""
-        uncalled = [first.path for first in self.surgery.first_calls if not first.done] if self.surgery else []
+        uncalled = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
         if uncalled and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -213,7 +221,7 @@ class RestoreSurgery(SurgicalCallback):
 
     Raises:
         ValueError: before a validation, test or prediction for which the Trainer loaded no checkpoint, as the model
-            would have untrained weights.
+            would have untrained weights. A fit without a checkpoint starts from new weights, with a warning.
     """
 
     def __init__(self, path: str | PathLike[str], weights_only: bool = True) -> None:
@@ -230,8 +238,17 @@ class RestoreSurgery(SurgicalCallback):
         if self._needs_weights:
             super().setup(trainer, pl_module, stage)
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Warn if the fit starts from new weights."""
+        super().on_fit_start(trainer, pl_module)
+        if self._needs_weights and trainer.ckpt_path is None:
+            rank_zero_warn(
+                f"RestoreSurgery repeats the surgery of {str(self.path)!r} without its weights: give fit "
+                f"ckpt_path={str(self.path)!r} to resume it, or a model from restore_surgery to start from its weights"
+            )
+
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raise if the model has untrained weights; a fit may start from them."""
+        """Raise if the model has untrained weights; in a fit a warning was given."""
         if self._needs_weights and trainer.state.fn != "fit" and trainer.ckpt_path is None:
             raise ValueError(
                 f"{trainer.state.fn.value} was called without ckpt_path, so the restored model would have untrained "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback
 
+from em_lightning.checks import check_choice, check_counts, positive_number
 from em_lightning.surgery import set_temperature
 
 
@@ -41,13 +42,10 @@ class TemperatureSchedule(Callback):
         shape: Literal["exponential", "linear", "cosine"] = "exponential",
         where: Any = "*",
     ) -> None:
-        for name, value in (("start", start), ("end", end)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} must be a positive number")
-        if not (isinstance(steps, int) and steps >= 1):
-            raise ValueError(f"steps={steps!r} must be an int of at least 1")
-        if shape not in ("exponential", "linear", "cosine"):
-            raise ValueError(f"shape={shape!r} must be 'exponential', 'linear' or 'cosine'")
+        positive_number("start", start)
+        positive_number("end", end)
+        check_counts(1, steps=steps)
+        check_choice("shape", shape, ("exponential", "linear", "cosine"))
         self.start, self.end, self.steps, self.shape, self.where = start, end, steps, shape, where
 
     @property
@@ -64,7 +62,10 @@ class TemperatureSchedule(Callback):
         return start_weight * self.start + (1.0 - start_weight) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that there are temperatures, and that none is learned."""
+        """Check that there are temperatures, that none is learned, and that no other schedule sets the same ones."""
+        for other in trainer.callbacks[: trainer.callbacks.index(self)]:
+            if isinstance(other, TemperatureSchedule) and other.where == self.where:
+                raise ValueError(f"two TemperatureSchedule have where={self.where!r}: remove one")
         for path, module in set_temperature(pl_module, self.value(trainer.global_step), self.where).items():
             if module.log_temperature_ratio is not None:
                 raise ValueError(

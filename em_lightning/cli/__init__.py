@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.ranks import end_with_parent, leave_process_group
+from em_lightning.cli.ranks import leave_process_group
 from em_lightning.cli.recipes import (
     config_of,
     copy,
@@ -23,6 +24,7 @@ from em_lightning.cli.recipes import (
     variants_of,
 )
 from em_lightning.cli.run import run
+from em_lightning.extras import ExtraChecker
 
 if TYPE_CHECKING:
     from em_lightning.cli.recipe import Recipe
@@ -40,6 +42,9 @@ __all__ = [
     "run",
     "variants_of",
 ]
+
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def __getattr__(name: str) -> Any:
@@ -88,18 +93,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif parsed.command == "cp":
             print(*copy(parsed.recipe, parsed.folder), sep="\n")
         elif parsed.command == "audit":
-            trusted = parsed.weights_only == "false"
-            print_audit(parsed.model, parsed.input, parsed.batch, parsed.ckpt_path, not trusted, parsed.init_args)
+            print_audit(parsed, " ".join(sys.argv[1:] if argv is None else argv))
         else:
-            end_with_parent()
+            ExtraChecker.find_spec("em_lightning.cli.recipe")
             run(parsed.recipe, parsed.arguments)
-            leave_process_group()
-    except (ValueError, TypeError, OSError) as error:
-        raised = _raised_here(error)
-        if raised is None:
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        message = str(_raised_here(error) or "")
+        if not message and isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            message = f"{error}: free disk space, or write to another folder with --trainer.logger.save_dir"
+        if not message:
             raise
-        print(f"em-lightning: {raised}", file=sys.stderr)
+        print(f"em-lightning: {message}", file=sys.stderr)
         return 2
+    finally:
+        if parsed.command == "run":
+            leave_process_group()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import runpy
@@ -72,32 +73,22 @@ def _random_inputs(specifications: Sequence[str]) -> Any:
     return tensors if names else tuple(tensors.values())
 
 
-def print_audit(
-    target: str,
-    inputs: Sequence[str] | None,
-    batch: str | None,
-    checkpoint: str | None = None,
-    weights_only: bool = True,
-    init_args: str = "{}",
-) -> None:
-    """Print the audit of a forward of random inputs, or of a training step; raise ValueError if anything fails."""
+def print_audit(options: argparse.Namespace, command: str) -> None:
+    """Print the audit of a forward of random inputs, or of a training step; ValueError with the command if it fails."""
     import yaml
 
     from em_lightning.scope.auditing import audit, call
 
-    options = {"--ckpt_path": checkpoint, "--batch": batch, "--init_args": init_args if init_args != "{}" else None}
-    given = [
-        *(f"--input={one}" for one in inputs or ()),
-        *(f"{name}={value}" for name, value in options.items() if value),
-    ]
     try:
-        model = load_model(target, checkpoint, weights_only, yaml.safe_load(init_args))
-        if batch is None:
-            values = _random_inputs(inputs or ())
+        arguments = yaml.safe_load(options.init_args)
+        model = load_model(options.model, options.ckpt_path, options.weights_only == "true", arguments)
+        if options.batch is None:
+            values = _random_inputs(options.input)
             found = audit(model, values, functools.partial(call, model, values))
         else:  # without a colon, the function is in the file of the model
-            found = audit(model, _named(batch if ":" in batch else f"{target.rpartition(':')[0]}:{batch}")())
+            file = options.model.rpartition(":")[0]
+            found = audit(model, _named(options.batch if ":" in options.batch else f"{file}:{options.batch}")())
     except Exception as error:  # user code may raise errors of any type
         reason = " ".join(str(error).split())
-        raise ValueError(f"audit {target!r} {' '.join(given)}: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{command}: {type(error).__name__}: {reason}") from error
     print(found)

@@ -1,37 +1,35 @@
-"""End of a process: leave the process group, and exit when the em-lightning process that started it has ended."""
+"""Processes of a run: errors of their connection, and the end of their process group."""
 
 from __future__ import annotations
 
-import os
+import socket
 import sys
-import threading
-import time
+import traceback
+from pathlib import Path
 
-_PARENT = "EM_LIGHTNING_PARENT"
+TIMEOUT_SECONDS = 120  # of the communication between ranks; PyTorch's default is half an hour
+
+
+def connection_error(error: BaseException) -> str | None:
+    """Return a message for an error of the communication between ranks, or None for any other error."""
+    import torch.distributed as dist
+
+    words, frames = str(error), traceback.extract_tb(error.__traceback__)
+    in_collective = "/torch/distributed/" in Path(frames[-1].filename).as_posix()
+    if not (in_collective or isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
+        return None
+    reason = " ".join(words.split("\n")[0].split())[:300]
+    rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
+    return (
+        f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). Look for an earlier error of "
+        "another rank; a host may be gone, slower than the timeout (--trainer.strategy.timeout), or unreachable: set "
+        "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface, such as eth0, if a host's name means "
+        "127.0.1.1 on it. --ckpt_path=last resumes the run"
+    )
 
 
 def leave_process_group() -> None:
     """Destroy the process group that Lightning leaves open: it may abort the process (pytorch/pytorch#190489)."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def end_with_parent(seconds: float = 1.0) -> None:
-    """Make this process exit when its parent has ended, if the parent is an em-lightning process that called this.
-
-    Lightning ends rank 0 when another rank fails, but not the reverse: if rank 0 is killed before the ranks are
-    connected, the others would wait for half an hour. ``torchrun`` and SLURM end all ranks.
-    """
-    parent = os.environ.get(_PARENT)
-    os.environ[_PARENT] = str(os.getpid())  # inherited by the processes that this one starts
-
-    def watch() -> None:
-        while str(os.getppid()) == parent:
-            time.sleep(seconds)
-        print("em-lightning: exits, because the process that started it has ended", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    if str(os.getppid()) == parent:
-        threading.Thread(target=watch, daemon=True).start()

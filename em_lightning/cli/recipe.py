@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from em_lightning.checkpoints import AtomicCheckpointIO
+from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from em_lightning.cli.ranks import TIMEOUT_SECONDS, connection_error
 from em_lightning.cli.recipes import config_of, docstring, variants_of
 
-# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes.
+# Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes, such
+# as --ckpt_path=last at the first start.
 _WARNINGS = (
     ".*does not have many workers.*",
     ".*number of training batches.*smaller than the logging interval.*",
@@ -30,6 +34,7 @@ _WARNINGS = (
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",
     ".*torch.jit.script. is.*deprecated.*",
     ".*dirpath has changed.*",
+    ".*no last checkpoint available.*",
 )
 _ADVERTISED = ("litlogger", "litmodels", "TPU available")
 
@@ -73,7 +78,13 @@ class Recipe:
             print(f"Data: {cli.datamodule.describe()}")
             parameters = [p.numel() for p in cli.model.parameters() if p.requires_grad]
             print(f"Model: {type(cli.model).__name__} with {sum(parameters):,} trainable parameters")
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        except RuntimeError as error:
+            message = connection_error(error)
+            if message is None:
+                raise
+            raise ConnectionError(message) from error
 
     def prepare(self, args: Sequence[str]) -> RecipeCLI:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
@@ -122,7 +133,7 @@ class RecipeCLI(LightningCLI):
         """Add checkpoint and report, and the defaults that all recipes share."""
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to resume from")
         parser.add_argument("--table", type=dict | None, default=None, help="rows and seeds, see em_lightning.studies")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(self.recipe.report, "report")
         logger = {"save_dir": "lightning_logs", "name": self.script.stem, "default_hp_metric": False}
         parser.set_defaults(
@@ -164,16 +175,22 @@ class RecipeCLI(LightningCLI):
         if self.config.trainer.enable_checkpointing is False:
             self.parser.callback_keys.remove("checkpoint")
         given = self.config_init.trainer
-        if given.logger is False and given.callbacks:  # LearningRateMonitor raises without a logger
-            given.callbacks = [each for each in given.callbacks if not isinstance(each, LearningRateMonitor)]
         callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
+        if given.logger is False:  # LearningRateMonitor raises without a logger
+            callbacks = [each for each in callbacks if not isinstance(each, LearningRateMonitor)]
         if not any(isinstance(each, ProgressBar) for each in callbacks) and given.enable_progress_bar is not False:
             if sys.stderr.isatty():
-                given.callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]  # RichProgressBar hides the last line
+                callbacks = [*callbacks, TQDMProgressBar(refresh_rate=5)]  # RichProgressBar hides the last line
             elif given.enable_progress_bar is None:
                 given.enable_progress_bar = False
         try:
+            given.callbacks = list(callbacks)  # Lightning adds its own to the list
             trainer = super().instantiate_trainer(**options)
+            if isinstance(trainer.strategy, DDPStrategy) and isinstance(given.strategy, str):
+                name = "ddp" if given.strategy == "auto" else given.strategy
+                arguments = {**StrategyRegistry[name]["init_params"], "timeout": timedelta(seconds=TIMEOUT_SECONDS)}
+                given.strategy, given.callbacks = DDPStrategy(**arguments), list(callbacks)
+                trainer = super().instantiate_trainer(**options)
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(f"the trainer cannot be built: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

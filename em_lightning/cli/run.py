@@ -53,7 +53,7 @@ def run(name: str, args: Sequence[str]) -> None:
             jobs=options.jobs,
         )
     elif options.seeds:
-        from em_lightning.studies.seeds import run_seeds
+        from em_lightning.studies.grid import run_seeds
 
         run_seeds(functools.partial(load_recipe, script), folder, arguments, options.seeds, options.jobs)
     elif options.jobs:

@@ -54,15 +54,15 @@ class Posterior(NamedTuple):
         In float16, its derivative with respect to r_k is infinite if v_k is more than 256 away from the mean.
         """
         responsibilities = self._with_hypotheses_last(values, dim)
-        table = values.unsqueeze(-1) if values.ndim == 1 else values
+        vectors = values.unsqueeze(-1) if values.ndim == 1 else values  # (..., K, V)
         dtype = torch.promote_types(responsibilities.dtype, values.dtype)
         wide = torch.promote_types(dtype, torch.float32)  # squares above 65504 overflow in float16
         with torch.autocast(values.device.type, enabled=False):
-            responsibilities, table = responsibilities.to(wide), table.to(wide)
+            responsibilities, vectors = responsibilities.to(wide), vectors.to(wide)
             # Two passes, because E[v^2] - E[v]^2 cancels if the mean is large.
-            mean = torch.matmul(responsibilities, table)
-            table = table if responsibilities.ndim == 1 else table.unsqueeze(-3)
-            squares = (table - mean.unsqueeze(-2)).square()
+            mean = torch.matmul(responsibilities, vectors)
+            vectors = vectors if responsibilities.ndim == 1 else vectors.unsqueeze(-3)  # (..., 1, K, V), for each item
+            squares = (vectors - mean.unsqueeze(-2)).square()
             variance = torch.matmul(responsibilities.unsqueeze(-2), squares).squeeze(-2).to(dtype)
         return variance.squeeze(-1) if values.ndim == 1 else variance.movedim(-1, dim)
 

@@ -19,8 +19,7 @@ def softmin(
     F = -T log sum_k pi_k exp(-d_k / T) and r_k = dF/dd_k = pi_k exp(-d_k / T) / sum_j pi_j exp(-d_j / T), with prior
     weights pi = exp(log_prior). As T -> 0 the lowest energy has r = 1; as T -> inf, r tends to pi.
 
-    An energy of +inf excludes its hypothesis: r = 0, with finite gradients. If all energies are +inf, F = +inf, r = 0
-    and the gradient is 0.
+    An energy of +inf excludes its hypothesis: r = 0, with finite gradients. If all are +inf, F = +inf and r = 0.
 
     Args:
         energies: d, shape (..., K) with the hypotheses on axis ``dim``; half precision is converted to float32.

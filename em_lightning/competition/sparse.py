@@ -43,9 +43,8 @@ def entmin(
 ) -> Posterior:
     r"""Competition by 1.5-entmax, between softmin and sparsemin: distant hypotheses have r = 0 exactly.
 
-    F = min_r <r, d> - T (H(r) + <r, log_prior>) over the simplex, with the Tsallis entropy
-    H(r) = 4/3 sum(r - r^1.5). Its gradient is r = relu((log_prior - d / T) / 2 - tau)^2. Arguments as in
-    :func:`softmin`.
+    F = min_r <r, d> - T (H(r) + <r, log_prior>) over the simplex, with the entropy H(r) = 4/3 sum(r - r^1.5). Its
+    gradient is r = relu((log_prior - d / T) / 2 - tau)^2. Arguments as in :func:`softmin`.
 
     Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
     """

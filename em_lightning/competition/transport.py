@@ -33,8 +33,7 @@ def balanced(
     F_n = sum_k r_nk d_nk - T H(r_n) = -T log sum_k exp((g_k - d_nk) / T) + sum_k g_k r_nk,
 
     whose sum over the items is the transport cost; d(sum_n F_n)/dd_nk = r_nk by the envelope theorem. A single F_n
-    depends on the other items through g. Gradients through g use the implicit function theorem and are exact to first
-    order.
+    depends on the other items through g, with gradients by the implicit function theorem, exact to first order.
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
     decrease to T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0
@@ -52,8 +51,7 @@ def balanced(
         mask: booleans of the shape of the energies without ``dim``; False items do not count and have r = 0 and F = 0.
 
     Raises:
-        ValueError: ``item_dim`` equals ``dim``, ``num_iters`` is less than 1, or ``log_prior`` or ``mask`` has a wrong
-            shape.
+        ValueError: ``item_dim`` equals ``dim``, ``num_iters`` is below 1, or a shape does not fit.
 
     Example:
         >>> posterior = balanced(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
@@ -68,21 +66,16 @@ def balanced(
     if item_dim is not None and item_dim % energies.ndim == axis:
         raise ValueError(f"item_dim={item_dim} must differ from the axis of the hypotheses, dim={dim}")
     if log_prior is not None and log_prior.shape != energies.shape[axis : axis + 1]:
-        raise ValueError(
-            f"log_prior of shape {tuple(log_prior.shape)} must have one entry for each of the {energies.shape[axis]} "
-            f"hypotheses"
-        )
+        raise ValueError(f"log_prior {tuple(log_prior.shape)} must match the {energies.shape[axis]} hypotheses")
     if mask is not None:
         if mask.shape != energies.shape[:axis] + energies.shape[axis + 1 :] or mask.dtype != torch.bool:
-            raise ValueError(
-                f"mask {tuple(mask.shape)} of dtype {mask.dtype} must be boolean, of the shape of energies"
-            )
+            raise ValueError(f"mask {tuple(mask.shape)}, {mask.dtype}, must be boolean and have one entry per item")
         energies = energies.masked_fill(~mask.unsqueeze(axis), torch.inf)
     dims = (axis,) if item_dim is None else (item_dim % energies.ndim, axis)
     last = tuple(range(-len(dims), 0))
     moved = widen(energies).to(accumulation_dtype(energies)).movedim(dims, last)
-    table = moved.reshape(-1, moved.shape[-1]) if item_dim is None else moved
-    free, responsibilities = _transport(table, temperature, log_prior, num_iters)
+    items = moved.reshape(-1, moved.shape[-1]) if item_dim is None else moved
+    free, responsibilities = _transport(items, temperature, log_prior, num_iters)
     responsibilities = responsibilities.reshape(moved.shape).movedim(last, dims)
     free = free.reshape(*moved.shape[:-1], 1).movedim(last, dims).squeeze(axis)
     free = free if mask is None else free.masked_fill(~mask, 0.0)

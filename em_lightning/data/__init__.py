@@ -1,6 +1,6 @@
 """LightningDataModules of point clouds, images and large tables; readers of point cloud files."""
 
-from em_lightning.data.base import EpochSampler, RandomDataset
+from em_lightning.data.base import EpochSampler, RandomDataset, ResumableLoader
 from em_lightning.data.folders import PointCloudFolder
 from em_lightning.data.images import (
     MNIST,
@@ -31,6 +31,7 @@ __all__ = [
     "PointCloudDataModule",
     "PointCloudFolder",
     "RandomDataset",
+    "ResumableLoader",
     "Shape",
     "Table",
     "TableBatch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from em_lightning.checks import check_at_least
 
@@ -85,7 +86,36 @@ class SplitDataModule(lightning.LightningDataModule):
     predict_dataloader = test_dataloader
 
 
-class RankLoader:
+class _Resumable:
+    """A loader that continues an epoch after the last batch returned, as Lightning resumes loaders that have a state.
+
+    ``batches(first)`` yields the batches of an epoch from number ``first`` on.
+    """
+
+    position = 0  # number of batches returned in this epoch
+    _restored = 0  # the position of a checkpoint, until the next epoch starts
+
+    def batches(self, first: int) -> Iterator[Any]:
+        raise NotImplementedError(f"{type(self).__name__} must define batches(first)")
+
+    def __iter__(self) -> Any:
+        first, self._restored = self._restored % len(self), 0  # type: ignore[arg-type]
+        self.position = first
+        return self._count(self.batches(first))
+
+    def _count(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = self._restored = state["position"]
+
+
+class RankLoader(_Resumable):
     """Base class of loaders that form batches themselves; the order of an epoch is a function of (seed, epoch)."""
 
     batch_sampler = None
@@ -112,6 +142,13 @@ class RankLoader:
         if not self.shuffle:
             return torch.arange(size)
         return torch.randperm(size, generator=generator_of(self.seed, self.epoch))
+
+
+class ResumableLoader(_Resumable, DataLoader[Any]):
+    """A ``DataLoader`` that, restored by ``load_state_dict``, draws and skips the batches that it had returned."""
+
+    def batches(self, first: int) -> Iterator[Any]:
+        return itertools.islice(DataLoader.__iter__(self), first, None)
 
 
 class RandomDataset(Dataset[Any]):

@@ -72,14 +72,14 @@ class TensorBatches(RankLoader):
     def __len__(self) -> int:
         return math.ceil(self.num_items / (self.batch_size * self.num_replicas))
 
-    def __iter__(self) -> Iterator[Any]:
+    def batches(self, first: int) -> Iterator[Any]:
         order = self.order(self.num_items)
         whole = self.batch_size * self.num_replicas
         left = self.num_items % whole
         if 0 < left < self.num_replicas:
             # Repeat items, so that every rank has one: batch statistics are reduced over all ranks.
             order = torch.cat([order, order[: self.num_replicas - left]])
-        for number, batch in enumerate(order.split(whole)):
+        for number, batch in enumerate(order.split(whole)[first:], first):
             rows = batch[self.rank :: self.num_replicas]
             tensors = tuple(tensor.index_select(0, rows) for tensor in self.tensors)
             if self.draw is None:

@@ -10,10 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 
 from em_lightning.checks import check_at_least, check_choice, check_positive
-from em_lightning.data.base import SPLITS, EpochSampler, RandomDataset, SplitDataModule
+from em_lightning.data.base import SPLITS, EpochSampler, RandomDataset, ResumableLoader, SplitDataModule
 
 
 class PointCloudBatch(NamedTuple):
@@ -243,10 +242,10 @@ class PointCloudDataModule(SplitDataModule):
             batch = batch._replace(center=batch.center.float(), scale=batch.scale.float())
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def loader(self, split: str) -> DataLoader[PointCloudBatch]:
+    def loader(self, split: str) -> ResumableLoader:
         self.setup()
         data = self.datasets[split]
-        return DataLoader(
+        return ResumableLoader(
             data,
             batch_size=self.batch_size,
             sampler=EpochSampler(data, *self.ranks, self.seed) if split == "train" else None,

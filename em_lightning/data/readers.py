@@ -16,7 +16,9 @@ MESHES = (".off", ".ply", ".obj", ".stl")
 TEXTS = (".xyz", ".txt", ".csv", ".pts")
 SUPPORTED = (*MESHES, *TEXTS, ".pcd", ".npy", ".npz")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ROW = re.compile(rb"\s*[-+]?\.?\d\S*?([\s,;]+[-+]?\.?\d\S*?){2}")  # a line that starts with three numbers
+_NUMBER = rb"[-+]?\.?\d\S*?"
+_THREE_NUMBERS = re.compile(rb"\s*" + _NUMBER + rb"(?:[\s,;]+" + _NUMBER + rb"){2}")
+_MOST_COLUMNS = 12  # x, y, z and up to nine attributes, such as a normal, a color and an intensity
 
 
 def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points, Faces | None]:
@@ -64,7 +66,7 @@ def has_points(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         # UTF-16 has zero bytes.
-        return any(_ROW.match(line.replace(b"\0", b"").removeprefix(_BYTE_ORDER_MARK)) for line in file)
+        return any(_THREE_NUMBERS.match(line.replace(b"\0", b"").removeprefix(_BYTE_ORDER_MARK)) for line in file)
 
 
 def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tuple[Points, Faces | None]:
@@ -85,11 +87,11 @@ def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tupl
     return points, faces if faces is not None and len(faces) else None
 
 
-def _check_shape(shape: tuple[int, ...], most_columns: int = 3) -> None:
-    """Raise ValueError unless rows are points: 3 to 12 rows with more columns are an array that must be transposed."""
+def _check_shape(shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless rows are points: an array with more columns than attributes has points in its columns."""
     if len(shape) != 2 or shape[1] < 3:
         raise ValueError(f"the array has shape {shape}, which must be (N, 3) or wider")
-    if 3 <= shape[0] <= 12 and shape[1] > (most_columns if shape[0] == 3 else 12):
+    if 3 <= shape[0] <= _MOST_COLUMNS < shape[1]:
         raise ValueError(f"the array has shape {shape}, but points must be rows, (N, 3) or wider; transpose it")
 
 
@@ -104,6 +106,8 @@ def _parse_array(data: bytes) -> Points:
     except Exception as error:  # NumPy evaluates the header as a Python literal
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from None
     _check_shape(array.shape)
+    if len(array) == 3 < array.shape[1]:  # three points with attributes are less likely than points in columns
+        raise ValueError(f"the array has shape {array.shape}, but points must be rows, (N, 3) or wider; transpose it")
     if array.dtype.kind not in "fiu":
         raise ValueError(f"the array has dtype {array.dtype}, which must be real numbers")
     return np.array(array[:, :3], dtype=np.float64)
@@ -141,14 +145,16 @@ def _lines(data: bytes) -> list[str]:
 
 def _parse_text(data: bytes) -> Points:
     lines = [line for line in _lines(data) if not line.isdecimal()]  # the number of points of a scan
-    if lines and re.match(r"(?!nan|inf)[^-+.\d]", lines[0], re.IGNORECASE):
+    begins_with_number = r"[-+.\d]|nan|inf"
+    if lines and not re.match(begins_with_number, lines[0], re.IGNORECASE):
         lines = lines[1:]  # column names
     if not lines:
         raise ValueError("the file holds no points")
     delimiter = next((mark for mark in ";," if mark in lines[0]), None)
-    if "," in lines[0] and re.search(r";|\d\s+[-+.\d]", lines[0]):
+    separated_otherwise = r";|\d\s+[-+.\d]"  # by semicolons or blanks
+    if "," in lines[0] and re.search(separated_otherwise, lines[0]):
         raise ValueError(f"decimal commas are not supported: {lines[0][:80]!r}; write decimal points")
-    _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))), most_columns=12)
+    _check_shape((len(lines), len(lines[0].rstrip(";,").split(delimiter))))
     return np.loadtxt(lines, delimiter=delimiter, usecols=(0, 1, 2), ndmin=2, comments=None)
 
 
@@ -205,11 +211,14 @@ def _prepare_ply(data: bytes) -> bytes:
 
 
 def _prepare_obj(data: bytes) -> bytes:
-    text = re.sub(rb"\\\r?\n", b" ", re.sub(rb"#[^\n]*", b"", data))
+    text = re.sub(rb"#[^\n]*", b"", data)
+    text = re.sub(rb"\\\r?\n", b" ", text)  # a backslash continues a line
     text = re.sub(rb"(?m)^ +", b"", text)
-    if re.search(rb"(?m)^f .*[^\d\s/-]", text) or re.search(rb"(?m)^f (?:.* )?0+(?:[/\s]|$)", text):
+    no_integer, zero = rb"(?m)^f .*[^\d\s/-]", rb"(?m)^f (?:.* )?0+(?:[/\s]|$)"
+    if re.search(no_integer, text) or re.search(zero, text):
         raise ValueError("faces must hold integers that count from 1")
-    relative = re.search(rb"(?m)^f (?:.* )?-", text)
-    if relative and re.search(rb"(?m)^v ", text[relative.end() :]):
+    negative_index, point = rb"(?m)^f (?:.* )?-", rb"(?m)^v "
+    relative = re.search(negative_index, text)
+    if relative and re.search(point, text[relative.end() :]):
         raise ValueError("relative (negative) indices before the last point are not supported; export absolute ones")
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import os
@@ -32,6 +33,15 @@ class TableBatch(NamedTuple):
     weights: Tensor | None
 
 
+def _shards(folder: Path, name: str) -> list[Path]:
+    """Return the shards in a folder, without hidden files, in the order of their names."""
+    shards = sorted(path for path in folder.glob("*.npy") if not path.name.startswith("."))
+    for path in shards:  # file managers call copies "x (1).npy", "x copy.npy" and "x - Copy.npy"
+        if any(path.stem.startswith(f"{other.stem} ") for other in shards):
+            raise ValueError(f"{name}: {path} has the name of a copy of another shard; remove it or rename it")
+    return shards
+
+
 class Table:
     """The rows of an array, or of several concatenated shards, read on demand.
 
@@ -45,7 +55,9 @@ class Table:
         name: name of the argument in errors.
 
     Raises:
-        ValueError: the file does not exist, does not hold real numbers, or the shapes of shards differ.
+        ValueError: the file does not exist, is not a regular file, or does not hold real numbers; a shard has another
+            number of columns, or its name is that of a copy (``x (copy).npy``); during a read, a file has changed its
+            shape or type.
 
     Example:
         >>> Table(torch.arange(6.0).reshape(3, 2)).rows(1, 2)
@@ -61,11 +73,11 @@ class Table:
             self.parts, self.source = [source], f"a tensor of {source.dtype}".replace("torch.", "")
         else:
             path = Path(source)
-            shards = sorted(part for part in path.glob("*.npy") if not part.name.startswith("."))
-            self.parts = shards if path.is_dir() else [path]
+            self.parts = _shards(path, name) if path.is_dir() else [path]
             self.source = f"{len(self.parts)} shards in {path}" if path.is_dir() else str(path)
-            if not shards and not path.is_file():
+            if not self.parts or not path.exists():
                 raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files")
+        self._headers: dict[Path, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shapes and types at the start
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else self._open(part).shape for part in self.parts]
         for part, shape in zip(self.parts, shapes, strict=True):
             if len(shape) != ndim or shape[1:] != shapes[0][1:]:
@@ -81,6 +93,9 @@ class Table:
         return self.shape[0]
 
     def _open(self, path: Path) -> np.ndarray:
+        if not path.is_file():  # a pipe would wait for a writer
+            problem = "is not a regular file" if path.exists() else "does not exist"
+            raise ValueError(f"{self.name}: {path} {problem}; every rank must be able to read all shards")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:  # NumPy evaluates the header as a Python literal
@@ -88,6 +103,12 @@ class Table:
             raise ValueError(f"{self.name}: {path} {rule} ({error})") from error
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} must hold real numbers, got {array.dtype}")
+        shape, dtype = self._headers.setdefault(path, (array.shape, array.dtype))
+        if (array.shape, array.dtype) != (shape, dtype):
+            now = f"{array.dtype} of shape {array.shape}"
+            raise ValueError(
+                f"{self.name}: {path} was {dtype} of shape {shape} at the start and is {now} now; restore it and resume"
+            )
         return array
 
     def _read(self, part: Tensor | Path, rows: slice | Tensor) -> Tensor:
@@ -97,6 +118,12 @@ class Table:
         array = self._open(part)
         dtype = np.float64 if np.result_type(array.dtype, np.float32) == np.float64 else np.float32
         return torch.from_numpy(np.array(array[rows if isinstance(rows, slice) else rows.numpy()], dtype, order="C"))
+
+    def locate(self, row: int) -> str:
+        """Return the name of the shard that holds a row, and the number of the row in it."""
+        shard = bisect.bisect_right(self.starts, row) - 1
+        part = self.parts[shard]
+        return f"row {row - self.starts[shard]} of {self.name if isinstance(part, Tensor) else part}"
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Return rows ``start`` to ``stop`` - 1: a view of a tensor in memory, a copy of rows in files."""
@@ -132,7 +159,8 @@ class TableBlocks(RankLoader):
         num_replicas, rank, seed: W, the rank of this process, and the seed of the order.
 
     Raises:
-        ValueError: the number of weights is wrong, a weight is negative or NaN, or there are fewer rows than ranks.
+        ValueError: the number of weights is wrong, a weight is negative or NaN, a point is not finite, or there are
+            fewer rows than ranks.
 
     Example:
         >>> [len(batch.points) for batch in TableBlocks(Table(torch.zeros(10, 2)), block_rows=4)]
@@ -155,33 +183,33 @@ class TableBlocks(RankLoader):
         super().__init__(len(table), shuffle, num_replicas, rank, seed)
         self.table = table
         self.weights = weights
-        self.position = 0
         self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
 
     def __len__(self) -> int:
         return self.num_blocks
 
-    def __iter__(self) -> Iterator[TableBatch]:
-        first, self.position = self.position % self.num_blocks, 0
-        return self._blocks(first)
-
-    def _blocks(self, first: int) -> Iterator[TableBatch]:
+    def batches(self, first: int) -> Iterator[TableBatch]:
         total = self.num_replicas * self.num_blocks
         for block in self.order(self.num_blocks)[first:].tolist():
-            first += 1
-            self.position = first
             index = self.rank * self.num_blocks + block
             start, stop = len(self.table) * index // total, len(self.table) * (index + 1) // total
             weights = None if self.weights is None else self.weights.rows(start, stop)
-            if weights is not None and not bool((weights >= 0).all()):
-                raise ValueError(f"weights must be at least 0 and not NaN; rows {start} to {stop} are not")
-            yield TableBatch(self.table.rows(start, stop), weights)
+            yield self._checked(self.table.rows(start, stop), weights, torch.arange(start, stop))
+
+    def _checked(self, points: Tensor, weights: Tensor | None, rows: Tensor) -> TableBatch:
+        """Return a block; raise ValueError if a weight is negative or NaN, or a point of positive weight not finite."""
+        if weights is not None and not bool((weights >= 0).all()):
+            bad = int((weights >= 0).int().argmin())
+            assert self.weights is not None
+            place = self.weights.locate(int(rows[bad]))
+            raise ValueError(f"weights must be at least 0 and not NaN, got {float(weights[bad])} in {place}")
+        finite = torch.isfinite(points).all(1)
+        if weights is not None:
+            finite |= weights == 0
+        if not bool(finite.all()):
+            bad = int(finite.int().argmin())
+            raise ValueError(f"data must be finite, got {points[bad].tolist()} in {self.table.locate(int(rows[bad]))}")
+        return TableBatch(points, weights)
 
     def sample(self, size: int, seed: int = 0) -> TableBatch:
         """Return one random row of each of ``size`` equal intervals of the whole table, the same on every rank."""
@@ -189,7 +217,8 @@ class TableBlocks(RankLoader):
         size = min(size, total)
         within = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         rows = ((torch.arange(size) + within) * (total / size)).long().clamp(max=total - 1).unique()
-        return TableBatch(self.table.take(rows), None if self.weights is None else self.weights.take(rows))
+        weights = None if self.weights is None else self.weights.take(rows)
+        return self._checked(self.table.take(rows), weights, rows)
 
 
 @dataclass(eq=False, repr=False)
@@ -223,7 +252,7 @@ class TabularDataModule(SplitDataModule):
         super().__post_init__()
         self.tables: dict[str, Table] = {}
         if self.held_out is None:
-            # Lightning skips validation if the method is that of LightningDataModule; for an empty list it warns.
+            # Lightning skips validation if the method is its own, but warns of an empty list of loaders.
             self.val_dataloader = MethodType(lightning.LightningDataModule.val_dataloader, self)  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
@@ -329,7 +358,8 @@ class GaussianBlobs(TabularDataModule):
         # The complete folder is renamed, so that an interrupted run leaves no partial one.
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         partial.mkdir()
-        for number, shard in enumerate(np.split(rows, [self.num_points // 2, 5 * self.num_points // 6])):
+        cuts = [self.num_points // 2, 5 * self.num_points // 6]  # three shards of different lengths
+        for number, shard in enumerate(np.split(rows, cuts)):
             np.save(partial / f"{number}.npy", shard)
         partial.rename(self.path)
 

@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_distributed
-
-
-class _Gram(torch.autograd.Function):
-    """X^T X with one matrix product in the backward pass; autograd needs two for ``X.T @ X``."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(items: Tensor) -> Tensor:
-        return items.T @ items
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return ctx.saved_tensors[0] @ (gradient + gradient.T)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        half = ctx.saved_tensors[0].T @ tangent
-        return half + half.T
-
-
-def _gram(items: Tensor) -> Tensor:
-    return items.T @ items if torch.compiler.is_compiling() else _Gram.apply(items)
 
 
 class Moments(NamedTuple):
@@ -78,14 +50,13 @@ class Moments(NamedTuple):
             return (self._sum_of_products(standardized) - torch.diag(diagonal)).square().sum()
         # Z Z^T (N, N) is smaller than Z^T Z (D, D) and has the same Frobenius norm.
         with torch.autocast(standardized.device.type, enabled=False):
-            similarity = _gram(standardized.T)
+            similarity = standardized @ standardized.T
         return similarity.square().sum() - diagonal.square().sum()
 
     def _sum_of_products(self, items: Tensor) -> Tensor:
         with torch.autocast(items.device.type, enabled=False):
-            if self.weights is None:
-                return global_sum(_gram(items))
-            return global_sum((items * self.weights[:, None]).T @ items)
+            weighted = items if self.weights is None else items * self.weights[:, None]
+            return global_sum(weighted.T @ items)
 
 
 def _degrees_of_freedom(size: Tensor) -> Tensor:

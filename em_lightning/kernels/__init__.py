@@ -8,7 +8,7 @@ from em_lightning.kernels.additive import (
     PseudoHuberKernel,
 )
 from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel, NoDensityError, density_kernel
-from em_lightning.kernels.distance import pairwise, squared_distance
+from em_lightning.kernels.distance import pairwise, squared_distance, unit_vectors
 from em_lightning.kernels.radial import GaussianKernel, MahalanobisKernel, StudentTKernel
 from em_lightning.kernels.similarity import CosineKernel, DotProductKernel, LearnedEnergyKernel
 
@@ -31,4 +31,5 @@ __all__ = [
     "density_kernel",
     "pairwise",
     "squared_distance",
+    "unit_vectors",
 ]

@@ -1,4 +1,4 @@
-"""Differences, squared Euclidean distances and squared Mahalanobis distances between items and centers."""
+"""Differences and squared Euclidean or Mahalanobis distances between items and centers, and unit vectors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ def pairwise(x: Tensor, centers: Tensor) -> Tensor:
     return x.unsqueeze(-2) - centers.unsqueeze(-3)
 
 
+def unit_vectors(x: Tensor, dim: int = -1) -> Tensor:
+    """Return x divided by its norm along ``dim``; 0 for 0. Dividing by the largest entry first avoids overflow."""
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    square = x.square().sum(dim, keepdim=True)
+    return x / torch.where(square > 0, square, 1).sqrt()
+
+
 def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, max_differences: int = 2**20) -> Tensor:
     r"""Return squared Euclidean distances (..., N, K), or Mahalanobis distances of covariance :math:`L L^\top`.
 
     .. math:: \lVert L^{-1} (x_n - \mu_k) \rVert^2
 
     Values and gradients are sums of differences: expanded squares would cancel far from the origin. Derivatives of
-    every order exist, also at distance 0; above ``max_differences``, forward mode raises NotImplementedError.
+    every order exist, also at distance 0; above ``max_differences``, forward mode raises NotImplementedError, and
+    gradients that are differentiated again are as accurate as coordinates relative to the median center.
 
     Args:
         x: items (..., N, D).
@@ -45,9 +54,11 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
 
 
 def _whiten(factor: Tensor, rows: Tensor) -> Tensor:
+    """Return ``L^-1 v`` for the rows v of a tensor (..., D) and a factor L (D, D)."""
     return torch.linalg.solve_triangular(factor, rows.flatten(0, -2).mT, upper=False).mT.reshape(rows.shape)
 
 
+# Distances from differences, because expanded squares cancel.
 _distance = functools.partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -66,29 +77,15 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, centers = ctx.saved_tensors
-        by_x, by_centers = _WeightedDifferences.apply(grads[0], x, centers)
-        return 2 * by_x, 2 * by_centers
-
-
-class _WeightedDifferences(torch.autograd.Function):
-    """The sums of w_nk (x_n - c_k) over k, (..., N, D), and of w_nk (c_k - x_n) over n, (..., K, D)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weights: Tensor, x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sums of 2 w_nk (x_n - c_k) over k and of 2 w_nk (c_k - x_n) over n, for incoming gradients w."""
+        (x, centers), weights = ctx.saved_tensors, 2 * grads[0]
+        if (
+            torch.is_grad_enabled()
+        ):  # matrix products have derivatives of every order; about the centers they cancel less
+            origin = centers.detach().median(-2, keepdim=True).values
+            x, centers = x - origin, centers - origin
+            by_x = weights.sum(-1, keepdim=True) * x - weights @ centers
+            return by_x, weights.sum(-2).unsqueeze(-1) * centers - weights.mT @ x
         # The derivative of a distance is the difference divided by the distance.
         distance, pullback = torch.func.vjp(_distance, x, centers)  # type: ignore[misc]
         return pullback(weights * distance)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weights, x, centers = ctx.saved_tensors
-        u, v = grads
-        by_weights = (u * x).sum(-1, keepdim=True) + (v * centers).sum(-1).unsqueeze(-2) - u @ centers.mT - x @ v.mT
-        return (by_weights, *_WeightedDifferences.apply(weights, u, v))

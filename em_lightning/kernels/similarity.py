@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.kernels.base import KERNELS, Kernel
+from em_lightning.kernels.distance import unit_vectors
 
 
 @KERNELS.register("cosine")
@@ -16,8 +17,7 @@ class CosineKernel(Kernel):
 
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 
-    Energies lie in [0, 2]; 1 / temperature is the concentration of a von Mises-Fisher distribution. The cosine of a
-    zero vector is 0.
+    Energies are in [0, 2], and 1 for a zero vector; 1 / temperature is a concentration (von Mises-Fisher).
 
     exp(-d) is a density on the unit sphere only: von Mises-Fisher with concentration 1 and normalizer
     :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind. For
@@ -31,11 +31,12 @@ class CosineKernel(Kernel):
     """
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:
-        return 1 - _direction(x) @ _direction(centers).mT
+        return 1 - unit_vectors(x) @ unit_vectors(centers).mT
 
     def log_normalizer(self, num_features: int) -> Tensor:
         """Return the log of the integral of exp(-d) over the unit sphere, a tensor of shape ()."""
-        # The power series of the Bessel function (Abramowitz and Stegun 9.6.10); terms decrease faster than 2^-k / k!.
+        # The power series of the Bessel function (Abramowitz and Stegun 9.6.10). Terms decrease faster than 4^-k / k!,
+        # so that 19 of them are exact in float64.
         order = num_features / 2 - 1
         term, total = 1.0, 0.0
         for k in range(1, 20):
@@ -43,14 +44,6 @@ class CosineKernel(Kernel):
             term *= 0.25 / (k * (order + k))
         log_bessel = -order * math.log(2) - math.lgamma(order + 1) + math.log(total)
         return torch.tensor(0.5 * num_features * math.log(2 * math.pi) + log_bessel - 1, dtype=torch.float64)
-
-
-def _direction(x: Tensor) -> Tensor:
-    """Return x (..., D) divided by its norm; 0 for 0. Dividing by the largest entry avoids overflow of the squares."""
-    largest = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, 1)
-    square = x.square().sum(-1, keepdim=True)
-    return x / torch.where(square > 0, square, 1).sqrt()
 
 
 @KERNELS.register("dot_product")

@@ -12,11 +12,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from em_lightning.checks import check_choice, positive_number
 from em_lightning.competition import softmin
 from em_lightning.distributed import Moments, accumulation_dtype, batch_mean, batch_moments, flatten_units, global_sum
+from em_lightning.kernels import unit_vectors
 from em_lightning.registry import Registry
 
 LOSSES: Registry[nn.Module] = Registry("loss", "losses", nn.Module)
@@ -114,8 +114,7 @@ class BoundedVarianceLoss(MomentLoss):
     r"""A non-negative term against dead units, :math:`\sum_j \log(1 + \tau / (\mathrm{Var}(d_j) + \epsilon))`.
 
     Far below the target, value and gradient equal those of ``VarianceLoss`` (up to the constant
-    :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`, so scaling up the energies
-    has no benefit.
+    :math:`D \log \tau`); far above, the gradient vanishes as :math:`\tau / \mathrm{Var}^2`: scaling up is useless.
 
     ``target`` :math:`\tau` is the variance above which the term becomes flat, such as the square of the temperature.
 
@@ -223,7 +222,5 @@ class WeightRedundancyLoss(nn.Module):
             raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
         with torch.autocast(weight.device.type, enabled=False):
             rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-            if rows.numel():  # divide by the largest entry first, because its square can overflow
-                largest = rows.detach().abs().amax(1, keepdim=True)
-                rows = functional.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
+            rows = unit_vectors(rows) if rows.numel() else rows
             return 2 * (rows @ rows.T).triu(1).square().sum()

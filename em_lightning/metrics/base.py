@@ -55,10 +55,10 @@ class MeanOfItems(Float64Metric):
         self.add_state("sums", torch.tensor([0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
-        flat, counts = flatten_units(values[..., None], -1, mask, weights)
-        items = flat[:, 0].to(self.sums.dtype)
-        counts = torch.ones_like(items) if counts is None else counts.to(items.dtype)
-        self.sums = self.sums + torch.stack([counts @ items, counts.sum(), torch.zeros_like(counts.sum())])
+        items, weights = flatten_units(values[..., None], -1, mask, weights)
+        items = items[:, 0].to(self.sums.dtype)
+        weights = torch.ones_like(items) if weights is None else weights.to(items.dtype)
+        self._add_state(torch.stack([weights @ items, weights.sum(), torch.zeros_like(weights.sum())]))
 
     def _add_state(self, sums: Tensor) -> None:
         self.sums = self.sums + sums
@@ -88,21 +88,23 @@ class UnitMoments(Float64Metric):
         Raises:
             ValueError: the number of units differs from that of earlier updates.
         """
-        items, counts = flatten_units(activations, self.dim, mask)
+        items, weights = flatten_units(activations, self.dim, mask)
         items = items.to(self.moments.dtype)
-        units = items.shape[1]
-        counts = items.new_ones(items.shape[0]) if counts is None else counts.to(items.dtype)
-        batch = items.new_zeros(units + 1, units + 1)
-        batch[0, 0] = counts.sum()
-        batch[0, 1:] = batch[1:, 0] = counts @ items / batch[0, 0].clamp_min(1.0)
-        centred = (items - batch[0, 1:]) * counts[:, None]
-        batch[1:, 1:] = centred.T @ centred
-        self._add_state(batch)
+        num_units = items.shape[1]
+        weights = items.new_ones(len(items)) if weights is None else weights.to(items.dtype)  # 1, or 0 where masked
+        moments = items.new_zeros(num_units + 1, num_units + 1)
+        moments[0, 0] = weights.sum()
+        moments[0, 1:] = moments[1:, 0] = weights @ items / weights.sum().clamp_min(1.0)
+        centred = (items - moments[0, 1:]) * weights[:, None]
+        moments[1:, 1:] = centred.T @ centred
+        self._add_state(moments)
 
     def _add_state(self, moments: Tensor) -> None:
-        units, known = len(moments) - 1, len(self.moments) - 1
-        if units and known and units != known:
-            raise ValueError(f"activations have {units} units but earlier ones had {known}; reset() the metric between")
+        num_units, earlier = len(moments) - 1, len(self.moments) - 1
+        if num_units and earlier and num_units != earlier:
+            raise ValueError(
+                f"activations have {num_units} units but earlier ones had {earlier}; reset() the metric between"
+            )
         self.moments = _merge(torch.stack(_pad([self.moments, moments.to(self.moments)])))
 
     def compute(self) -> Tensor:
@@ -119,7 +121,7 @@ class UnitMoments(Float64Metric):
 def _merge(stack: Tensor) -> Tensor:
     """Merge moments (R, D + 1, D + 1) of R disjoint samples, by the pairwise update of Chan, Golub and LeVeque (1983).
 
-    The moments of a sample are [[n, mean], [mean, sum of (x - mean)(x - mean)^T]].
+    The moments of a sample are [[n, mean^T], [mean, sum of (x - mean)(x - mean)^T]].
     """
     counts, means = stack[:, 0, 0], stack[:, 0, 1:]
     mean = counts @ means / counts.sum().clamp_min(torch.finfo(stack.dtype).tiny)
@@ -131,10 +133,11 @@ def _merge(stack: Tensor) -> Tensor:
 
 
 def _pad(moments: list[Tensor]) -> list[Tensor]:
+    """Pad moments with zeros to the size of the largest; only those without items are smaller."""
     size = max(each.shape[0] for each in moments)
     return [torch.nn.functional.pad(each, (0, size - each.shape[0]) * 2) for each in moments]
 
 
 def _gather_padded(moments: Tensor, group: Any = None) -> list[Tensor]:
-    """Gather the moments of all ranks; the empty moments of a rank without items are padded with zeros."""
+    """Gather the moments of all ranks."""
     return _pad(gather_all_tensors(moments, group))

@@ -4,11 +4,10 @@ from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance
 from em_lightning.mixture.e_step import SufficientStatistics, e_step
 from em_lightning.mixture.em import BlockFit, StreamedEM, em_step, fit_blocks
-from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, lloyd, random_points
+from em_lightning.mixture.initialization import farthest_points, kmeans_plus_plus, random_points
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, information_criteria
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points, prepare
+from em_lightning.mixture.points import Parameters, Points, prepare
 from em_lightning.mixture.prior import MixturePrior
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "fit_blocks",
     "information_criteria",
     "kmeans_plus_plus",
-    "lloyd",
     "m_step",
     "prepare",
     "random_points",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from em_lightning.mixture.e_step import BackgroundLevel
+from em_lightning.mixture.e_step import BackgroundTerms
 from em_lightning.mixture.points import Points, prepare
 
 # Smallest side of a bounding box relative to its longest.
@@ -63,7 +63,8 @@ class UniformBackground:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)
         rest = math.log1p(-self.weight)
-        unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)  # a reserved share is at least _MIN_WEIGHT
+        # A reserved share is at least _MIN_WEIGHT; half of it tells sums of 1 apart in spite of round-off.
+        unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)
         return torch.where(unreserved, log_weights + rest, log_weights)
 
     def update_weights(self, log_weights: Tensor, component_mass: Tensor, background_mass: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class UniformBackground:
         points = prepare(x, lambda z: z, mask, weights, with_moments=False)
         return points.log_volume() - self._log_density(points)
 
-    def level(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundLevel:
+    def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:
         """Return the log-density and log-weights of the background in the coordinates of the points.
 
         ``energies`` (B,), in units of the points, replace the density of their bounding box.
@@ -91,7 +92,7 @@ class UniformBackground:
             log_weight = torch.full_like(points.mass, math.log(self.weight))
             log_rest = torch.full_like(points.mass, math.log1p(-self.weight))
         density = self._log_density(points) if energies is None else points.log_volume() - energies.to(log_weight)
-        return BackgroundLevel(density + log_weight, log_weight, log_rest)
+        return BackgroundTerms(density + log_weight, log_weight, log_rest)
 
     def _log_density(self, points: Points) -> Tensor:
         """Return ``log p_0`` (B,) in the coordinates of the points."""

@@ -11,14 +11,13 @@ from torch import Tensor
 from em_lightning.kernels import EllipticalKernel
 from em_lightning.mixture.backends import map_blocks, native, sum_blocks
 from em_lightning.mixture.covariance import Covariance, half_log_two_pi
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Parameters, Points
 
 # Maps joint log-densities (B, K, N) to responsibilities (B, K, N).
 Respond = Callable[[Tensor], Tensor]
 
 
-class BackgroundLevel(NamedTuple):
+class BackgroundTerms(NamedTuple):
     """Log-density and log-weights of the background, for one batch of sets.
 
     log_density: (B,), ``log(w_0 p_0)`` in the coordinates of the points.
@@ -41,7 +40,7 @@ class Likelihood(NamedTuple):
 
     family: Covariance
     kernel: EllipticalKernel | None = None
-    background: BackgroundLevel | None = None
+    background: BackgroundTerms | None = None
 
 
 class SufficientStatistics(NamedTuple):
@@ -66,7 +65,7 @@ class SufficientStatistics(NamedTuple):
 
     def plus(self, other: SufficientStatistics) -> SufficientStatistics:
         """Return the sum of both, the statistics of all points."""
-        return SufficientStatistics(*(own + more for own, more in zip(self, other, strict=True)))
+        return SufficientStatistics(*(a + b for a, b in zip(self, other, strict=True)))
 
     def flatten(self) -> Tensor:
         """Return all statistics of one set as one tensor, for instance to sum over processes."""
@@ -75,7 +74,7 @@ class SufficientStatistics(NamedTuple):
     def unflatten(self, flat: Tensor) -> SufficientStatistics:
         """Return statistics with the shapes of ``self`` from a flat tensor; the inverse of :meth:`flatten`."""
         parts = flat.split([part.numel() for part in self])
-        return SufficientStatistics(*(part.view_as(own) for part, own in zip(parts, self, strict=True)))
+        return SufficientStatistics(*(part.view_as(like) for part, like in zip(parts, self, strict=True)))
 
     def with_mean_weight_one(self) -> SufficientStatistics:
         """Return the statistics under weights that are divided by their mean."""
@@ -129,12 +128,12 @@ def e_step(
         return respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
 
     def sums_of_block(
-        sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *level: Tensor
+        sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *background: Tensor
     ) -> tuple[Tensor, ...]:
         """Return mass, moments, log-likelihood and the mass of the background."""
         features = points.lift(block, sets)
         joint, irls_weights = log_joint(features, theta, peak, points.num_features, likelihood.kernel)
-        joint = with_background(joint, level)
+        joint = with_background(joint, background)
         responsibilities = responsibilities_of(joint, sets)
         log_likelihood = theta.new_zeros(len(theta))
         if with_log_likelihood:
@@ -166,6 +165,7 @@ def e_step(
 def _fused_arguments(
     points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
+    """Return the arguments of the native functions: densities ``p_k(x)^(1 / T)`` have the factors ``W / sqrt(T)``."""
     log_weights, means, covariances = parameters
     factor = family.factorize(covariances, means)
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
@@ -183,9 +183,9 @@ def log_density(
         return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
     theta, peak = family.natural_parameters(parameters)
 
-    def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *level: Tensor) -> tuple[Tensor]:
+    def density_of_block(sets: slice, block: Tensor, theta: Tensor, peak: Tensor, *background: Tensor) -> tuple[Tensor]:
         joint, _ = log_joint(points.lift(block, sets), theta, peak, points.num_features, kernel)
-        return (with_background(joint, level).logsumexp(1),)
+        return (with_background(joint, background).logsumexp(1),)
 
     tensors = (theta, peak, *(background or ()))
     (density,) = map_blocks(density_of_block, (points.x,), tensors, max(theta.shape[1:]), block_size)
@@ -209,9 +209,16 @@ def log_joint(
     return joint, kernel.irls_weight(squared_distance, num_features)
 
 
-def with_background(joint: Tensor, level: Sequence[Tensor]) -> Tensor:
+def log_joint_of_points(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:
+    """Return ``log pi_k + log p_k(x_n)`` (B, N, K), with the background last, in units of the points."""
+    theta, peak = likelihood.family.natural_parameters(parameters)
+    joint, _ = log_joint(points.lift(), theta, peak, points.num_features, likelihood.kernel)
+    return (with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]).mT
+
+
+def with_background(joint: Tensor, background: Sequence[Tensor]) -> Tensor:
     """Append the log-density of the background, if there is one, to joint log-densities (B, K, N)."""
-    if not level:
+    if not background:
         return joint
-    log_density, _, log_rest = (part[:, None, None] for part in level)
+    log_density, _, log_rest = (part[:, None, None] for part in background)
     return torch.cat([joint + log_rest, log_density.expand(-1, 1, joint.shape[-1])], 1)

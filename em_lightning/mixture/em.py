@@ -14,8 +14,7 @@ from em_lightning.mixture.covariance import Covariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, power_of_two, prepare
+from em_lightning.mixture.points import Frame, Parameters, power_of_two, prepare
 from em_lightning.mixture.prior import MixturePrior
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
@@ -26,8 +25,7 @@ def em_step(
 ) -> Mixture:
     r"""Return the mixtures after one EM iteration.
 
-    :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; weights, means and covariances are then the moments of
-    the points under :math:`r`.
+    :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; the parameters are the moments of the points under r.
 
     Args:
         x: points (B, N, D).
@@ -140,10 +138,10 @@ class StreamedEM(NamedTuple):
     def zeros(self, num_components: int) -> SufficientStatistics:
         """Return the statistics of no points."""
         zeros = self.frame.center.new_zeros(1)
-        by_component = zeros.expand(1, num_components)
-        first = self.frame.center.new_zeros(1, num_components, self.frame.center.shape[1])
+        mass = zeros.expand(1, num_components)
+        first = zeros.expand(1, num_components, self.frame.center.shape[1])
         second = self.covariance.second_degree(first.mT).mT
-        return SufficientStatistics(by_component, by_component, first, second, zeros, zeros, zeros)
+        return SufficientStatistics(mass, mass, first, second, zeros, zeros, zeros)
 
     def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
         """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
@@ -159,18 +157,19 @@ class StreamedEM(NamedTuple):
                 with_moments=False,
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
-            found = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
-            return found._replace(log_likelihood=found.log_likelihood - points.log_volume() * points.mass)
+            statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
+            log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass  # in units of the points
+            return statistics._replace(log_likelihood=log_likelihood)
 
     def m_step(
         self,
         statistics: SufficientStatistics,
-        before: Mixture,
+        mixture: Mixture,
         floor: float = 1e-6,
         prior: MixturePrior | None = None,
         variance: Tensor | None = None,
     ) -> Mixture:
-        """Return the mixture of the M-step; ``before`` is the mixture of the E-step.
+        """Return the mixture of the M-step; ``mixture`` is that of the E-step.
 
         A prior without a mean uses the center of the frame; one without a covariance needs the ``variance`` (1, D) of
         all points. The floor is in squared units of the points.
@@ -182,11 +181,11 @@ class StreamedEM(NamedTuple):
             if prior is not None:
                 if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
                     raise ValueError("variance=None must be given: the prior's covariance is a share of it")
-                # If none is given, the prior does not depend on it, and the center stands in for its shape.
+                # Without a variance, the prior does not depend on it: any tensor of its shape will do.
                 variance = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)
-                counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, before.components)
-            covariances = self.frame.enter_parameters(before.parameters()).covariances
+                counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, mixture.components)
+            covariances = self.frame.enter_parameters(mixture.parameters()).covariances
             after = m_step(statistics, self.covariance, floor / scale.square(), covariances, counts)
             return Mixture(*self.frame.leave_parameters(after))
 
@@ -206,7 +205,7 @@ def fit_blocks(
     max_iters: int = 100,
     tol: float = 1e-3,
     floor: float = 1e-6,
-    before: float | None = None,
+    previous: float | None = None,
     report: Callable[[int, float], None] | None = None,
 ) -> BlockFit:
     """Fit one mixture to points in blocks by EM, one pass over the blocks per iteration.
@@ -217,7 +216,7 @@ def fit_blocks(
         max_iters: largest number of iterations.
         tol: stop if the log-likelihood changes by less, in nats per point; 0 runs all iterations.
         floor: added to every variance.
-        before: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
+        previous: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
         report: is called after each iteration with its number and its log-likelihood per point.
 
     Raises:
@@ -237,8 +236,8 @@ def fit_blocks(
         mixture = Mixture(*parameters)
         statistics = None
         for x, weights in blocks():
-            found = streamed.e_step(x, mixture, weights)
-            statistics = found if statistics is None else statistics.plus(found)
+            of_block = streamed.e_step(x, mixture, weights)
+            statistics = of_block if statistics is None else statistics.plus(of_block)
         if statistics is None:
             raise ValueError("blocks() must yield at least one block")
         log_likelihood = statistics.log_likelihood / statistics.mass.sum(-1)
@@ -248,6 +247,6 @@ def fit_blocks(
             report(iteration, float(log_likelihood))
         return streamed.m_step(statistics, mixture, floor).parameters(), log_likelihood
 
-    previous = None if before is None else torch.tensor([before], dtype=torch.float64)
-    found = fit(step, start.parameters(), max_iters=max_iters, tol=tol, previous=previous)
-    return BlockFit(Mixture(*found.state), [float(value) for value in found.objectives], bool(found.converged))
+    objective = None if previous is None else torch.tensor([previous], dtype=torch.float64)
+    result = fit(step, start.parameters(), max_iters=max_iters, tol=tol, previous=objective)
+    return BlockFit(Mixture(*result.state), [float(value) for value in result.objectives], bool(result.converged))

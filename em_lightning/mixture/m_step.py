@@ -11,7 +11,7 @@ from em_lightning.mixture.backends import native
 from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 
 
 class PseudoCounts(NamedTuple):
@@ -54,7 +54,8 @@ def m_step(
     mass, zeroth, first, second, _, background_mass, _ = statistics
     plain = zeroth is mass and prior is None and background is None
     closed_form = family.unrestricted is family and family.sharing(mass.shape[1]) == 1
-    if plain and closed_form and native.serves_components("m_step.cpp", mass, mass.numel()):
+    is_large = mass.numel() >= native.FEWEST_COMPONENTS
+    if plain and closed_form and native.serves_components("m_step.cpp", mass, is_large):
         return Parameters(*native.m_step(mass, first, second, before, floor, family.whitening))
     # Added to the mass as in scikit-learn, so that each step agrees; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps

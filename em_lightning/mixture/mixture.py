@@ -15,9 +15,8 @@ from torch.export import register_dataclass
 from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, covariance_of
-from em_lightning.mixture.e_step import Likelihood, log_density, log_joint
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame, Points, prepare
+from em_lightning.mixture.e_step import Likelihood, log_density, log_joint_of_points
+from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Mixture:
     Args:
         log_weights: :math:`\log \pi` (B, K), normalized over components.
         means: (B, K, D).
-        covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D); the type
-            follows from the shape.
+        covariances: full (B, K, D, D), diagonal (B, K, D), spherical (B, K) or tied (B, 1, D, D), by their shape.
 
     Example:
         >>> mixture = Mixture(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[[-1.0], [1.0]]]), torch.ones(1, 2, 1))
@@ -112,7 +110,7 @@ class Mixture:
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
         if isinstance(sets, int):
-            sets = slice(sets, sets + 1 or None)  # -1 ends at None
+            sets = slice(sets, sets + 1 if sets != -1 else None)
         return self.map(lambda part: part[sets])
 
     def parameters(self) -> Parameters:
@@ -121,11 +119,7 @@ class Mixture:
 
     def log_joint(self, x: Tensor) -> Tensor:
         """Return ``log pi_k + log N(x_n | mu_k, Sigma_k)`` of points (B, N, D), as (B, N, K)."""
-        points, parameters = self._enter(x)
-        theta, peak = self._covariance.natural_parameters(parameters)
-        features = points.lift()
-        joint, _ = log_joint(features, theta, peak, self.features, None)
-        return (joint.mT - points.log_volume()[:, None, None]).to(x.dtype)
+        return log_joint_of_points(*self._enter(x), Likelihood(self._covariance)).to(x.dtype)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false.
@@ -152,9 +146,9 @@ class Mixture:
             return
         wrong = self._covariance.indefinite(self.covariances.detach())
         if wrong.any():
-            place = wrong.nonzero()[0].tolist()
-            value = self.covariances[tuple(place)].tolist()
-            raise ValueError(f"covariances must be positive definite, got {value} at index {place}")
+            index = wrong.nonzero()[0].tolist()
+            value = self.covariances[tuple(index)].tolist()
+            raise ValueError(f"covariances must be positive definite, got {value} at index {index}")
 
     def posterior(self, x: Tensor) -> Posterior:
         """Return the posterior over components of points (B, N, D).
@@ -217,15 +211,15 @@ class Mixture:
 
         Source: Bishop, Pattern Recognition and Machine Learning, 2006, section 2.3.
         """
-        known = list(features)
-        rest = [i for i in range(self.features) if i not in {k % self.features for k in known}]
-        log_weights = self.marginal(known).log_joint(values.unsqueeze(1)).squeeze(1).log_softmax(-1)
-        full = self.full().covariances
-        cross = full[..., rest, :][..., known]
-        gain = torch.linalg.solve(full[..., known, :][..., known], cross, left=False)
-        offset = (values.unsqueeze(1) - self.means[..., known]).unsqueeze(-1)
-        means = self.means[..., rest] + (gain @ offset).squeeze(-1)
-        covariances = full[..., rest, :][..., rest] - gain @ cross.mT
+        b = [feature % self.features for feature in features]
+        a = [feature for feature in range(self.features) if feature not in b]
+        log_weights = self.marginal(b).log_joint(values.unsqueeze(1)).squeeze(1).log_softmax(-1)
+        sigma = self.full().covariances
+        sigma_ab = sigma[..., a, :][..., b]
+        gain = torch.linalg.solve(sigma[..., b, :][..., b], sigma_ab, left=False)  # Sigma_ab Sigma_bb^-1
+        offset = (values.unsqueeze(1) - self.means[..., b]).unsqueeze(-1)
+        means = self.means[..., a] + (gain @ offset).squeeze(-1)
+        covariances = sigma[..., a, :][..., a] - gain @ sigma_ab.mT
         return Mixture(log_weights.to(means.dtype), means, 0.5 * (covariances + covariances.mT))
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing of point sets for EM: centering, scaling, and weights that are zero where masked."""
+"""Point sets prepared for EM: centered, scaled, with weights that are zero where masked; mixture parameters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from torch import Tensor
 
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
-from em_lightning.mixture.parameters import Parameters
 
 # Up to this many numbers, points are copied to the features-first layout, which is faster to read.
 _COPIED = 2**22
+
+
+class Parameters(NamedTuple):
+    """The parameters of a mixture inside the EM loop, in the coordinates of its :class:`Points`.
+
+    log_weights: (B, K).
+    means: (B, K, D).
+    covariances: in the shape of the covariance type; concentrations (B, K) for von Mises-Fisher.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    covariances: Tensor
 
 
 class Frame(NamedTuple):

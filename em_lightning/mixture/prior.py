@@ -13,8 +13,7 @@ from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.covariance import Covariance, covariance_of, half_log_two_pi
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.mixture import Mixture
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Frame
+from em_lightning.mixture.points import Frame, Parameters
 
 
 class MixturePrior(nn.Module):
@@ -76,26 +75,24 @@ class MixturePrior(nn.Module):
             if not 0.0 <= counts[name] < math.inf:
                 raise ValueError(f"{name}_strength={counts[name]} must be finite and at least 0")
         if not any(counts.values()):
-            raise ValueError(
-                "weight_concentration=1, mean_strength=0 and covariance_strength=0 make a flat prior: one must be "
-                "larger, or prior=None"
-            )
+            names = "weight_concentration=1, mean_strength=0, covariance_strength=0"
+            raise ValueError(f"{names}: one must be larger, or prior=None")
         self._counts = counts
         for name, count in counts.items():
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
         self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None
-        self.share = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
+        self.fraction = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
         # Python numbers instead of buffers, which are rounded when the module changes its dtype.
         self.mean = None if mean is None else _numbers(mean)
-        self.covariance = None if covariance is None or self.share is not None else _numbers(covariance)
+        self.covariance = None if covariance is None or self.fraction is not None else _numbers(covariance)
         if self.covariance is not None and not all(value > 0 for value in self.covariance):
             raise ValueError(f"covariance={list(self.covariance)} must be positive: it holds variances")
 
     def count(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
         """Return the pseudo-count of ``"weight"``, ``"mean"`` or ``"covariance"``: a tensor (1,) if trained."""
         value = self._counts[name]
-        log_ratio = getattr(self, f"log_{name}", None)
+        log_ratio = getattr(self, f"log_{name}", None)  # a parameter if the pseudo-count is trained
         return value if log_ratio is None else value * log_ratio.to(dtype or log_ratio.dtype).exp()
 
     def pseudo_counts(
@@ -111,7 +108,7 @@ class MixturePrior(nn.Module):
         if self.covariance is not None:
             variance = variance.new_tensor(self.covariance) / frame.scale.square().unsqueeze(-1)
         else:
-            variance = variance * (num_components ** (-2.0 / features) if self.share is None else self.share)
+            variance = variance * (num_components ** (-2.0 / features) if self.fraction is None else self.fraction)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
         # The matrix diag(variance) as statistics of second degree: the sum of variance_d s(e_d) over unit vectors e_d.

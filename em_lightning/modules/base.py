@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from em_lightning.checkpoints import check_archive
 from em_lightning.checks import check_at_least, check_choice, check_positive
+from em_lightning.distributed import check_arguments, check_batches, check_checkpoint
 
 _WARM_UP_FRACTION = 0.3
 _INITIAL_FACTOR = 0.04  # as in OneCycleLR
@@ -41,26 +42,20 @@ class EMModule(lightning.LightningModule):
         ValueError: an argument is out of range.
 
     Example:
-        A regression with a metric:
-
         >>> from torchmetrics import MeanAbsoluteError
         >>> class Regression(EMModule):
         ...     def __init__(self, **options):
         ...         super().__init__(**options)
         ...         self.layer = torch.nn.Linear(1, 1)
-        ...         self.add_metrics(error=MeanAbsoluteError())
+        ...         self.add_metrics(("val",), error=MeanAbsoluteError())
         ...
         ...     def step(self, batch, stage):
         ...         prediction = self.layer(batch[0])
-        ...         self.metrics_of(stage)["error"].update(prediction, batch[1])
+        ...         if stage == "val":
+        ...             self.metrics_of(stage)["error"].update(prediction, batch[1])
         ...         return (prediction - batch[1]).square().mean()
-        >>> x = torch.linspace(-1, 1, 64).unsqueeze(1)
-        >>> loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, 3 * x), batch_size=16)
-        >>> quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-        >>> trainer = lightning.Trainer(fast_dev_run=True, accelerator="cpu", **quiet)
-        >>> trainer.fit(Regression(lr=0.1), loader, loader)
-        >>> sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-        ['val/error', 'val/loss']
+        >>> Regression(lr=0.1).step((torch.zeros(4, 1), torch.ones(4, 1)), "val").shape
+        torch.Size([])
     """
 
     def __init__(
@@ -148,6 +143,18 @@ class EMModule(lightning.LightningModule):
             return True
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
+
+    def setup(self, stage: str) -> None:
+        """Check that all ranks have the same versions and arguments."""
+        check_arguments(self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Check that all ranks resume from the same checkpoint."""
+        check_checkpoint(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Check that all ranks have the same number of batches and the same rows."""
+        check_batches(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._run_and_log(batch, "train")

@@ -39,11 +39,12 @@ class UnconstrainedMixture(nn.Module):
         \Sigma_k = S L_k L_k^\top S + \epsilon I, \quad L_k = \operatorname{tril}(l_k) + \operatorname{diag}(e^{s_k})
 
     :math:`c` is the mean of the mixture that was assigned last and :math:`S` the diagonal matrix of its standard
-    deviations, so that the learning rate does not depend on the units. :math:`\epsilon` is the covariance floor.
+    deviations, ``scale``, so that the learning rate does not depend on the units. :math:`\epsilon` is the covariance
+    floor.
     """
 
     center: Tensor
-    spread: Tensor
+    scale: Tensor
 
     def __init__(self, num_components: int, num_features: int, covariance: str, floor: float) -> None:
         super().__init__()
@@ -55,23 +56,23 @@ class UnconstrainedMixture(nn.Module):
         self.offsets = nn.Parameter(torch.zeros(num_components, num_features))
         self.entries = nn.Parameter(entries.float())
         self.register_buffer("center", torch.zeros(num_features, dtype=torch.float64))
-        self.register_buffer("spread", torch.ones(num_features, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(num_features, dtype=torch.float64))
 
     def forward(self) -> Mixture:
         """Return the mixture of one set, in float64."""
-        dtype, spread = self.center.dtype, self.spread
+        dtype, scale = self.center.dtype, self.scale
         log_weights = self.logits.to(dtype).log_softmax(-1)
-        means = self.center + spread * self.offsets.to(dtype)
-        covariances = self.covariance.constrained(self.entries.to(dtype)[None], len(spread))
-        floor = self.covariance.expand(torch.full_like(spread, self.floor)[None], len(means))
-        return Mixture(log_weights[None], means[None], self.covariance.rescaled(covariances, spread) + floor)
+        means = self.center + scale * self.offsets.to(dtype)
+        covariances = self.covariance.constrained(self.entries.to(dtype)[None], len(scale))
+        floor = self.covariance.expand(torch.full_like(scale, self.floor)[None], len(means))
+        return Mixture(log_weights[None], means[None], self.covariance.rescaled(covariances, scale) + floor)
 
     @torch.no_grad()
     def assign(self, mixture: Mixture) -> None:
         """Copy a mixture; ``forward`` returns its variances plus the floor."""
         self.center.copy_(mixture.mean[0])
-        self.spread.copy_(self.covariance.common_scale(mixture.variance[0].sqrt()))
+        self.scale.copy_(self.covariance.common_scale(mixture.variance[0].sqrt()))
         self.logits.copy_(mixture.log_weights[0])
-        self.offsets.copy_((mixture.means[0] - self.center) / self.spread)
-        covariances = self.covariance.rescaled(mixture.covariances, self.spread.reciprocal())
+        self.offsets.copy_((mixture.means[0] - self.center) / self.scale)
+        covariances = self.covariance.rescaled(mixture.covariances, self.scale.reciprocal())
         self.entries.copy_(self.covariance.unconstrained(covariances)[0])

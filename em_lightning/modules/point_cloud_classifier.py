@@ -85,11 +85,13 @@ class PointCloudClassifier(EMModule):
         self.augmentation = (distort, scale, shift, jitter)
         self.label_smoothing = label_smoothing
         self.levels = nn.ModuleList()
-        below = None
+        level_features = None  # the first level has coordinates only
         for level in levels:
-            self.levels.append(EMAbstraction(num_coordinates=num_features, num_features=below, **level))
-            below = width = level["out_features"]
-        if not levels:
+            self.levels.append(EMAbstraction(num_coordinates=num_features, num_features=level_features, **level))
+            level_features = level["out_features"]
+        if level_features is not None:
+            width = level_features
+        else:
             self.features = nn.Sequential(
                 nn.Linear(num_features, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()
             )

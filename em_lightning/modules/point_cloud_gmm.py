@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +19,12 @@ from em_lightning.operators import EMOperator, ResidualCorrection
 
 # A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
-# Log-density of a point, in nats, below which its loss grows only logarithmically.
-_FLATTENED = -6.0
-# Limits of a batch that is cut into smaller clouds: points in all, clouds, and held-out points per cloud.
-_MOST_POINTS, _MOST_CLOUDS, _MOST_HELD_OUT = 8192, 64, 256
+# Below this log-density, in nats, the training loss of a point grows only logarithmically.
+_LOG_DENSITY_LIMIT = -6.0
+# Limits of a training batch that is cut into smaller clouds, for its time and memory.
+_MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
+# Clouds of fewer points converge sooner and get proportionally fewer classical iterations, but at least 20.
+_FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
 
 
 class PointCloudGMM(EMModule):
@@ -36,7 +39,7 @@ class PointCloudGMM(EMModule):
         num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
         num_features: D.
         num_iters: T, learned iterations per cloud.
-        exact_iters: classical iterations before them, without gradient.
+        exact_iters: classical iterations before them, without gradient; clouds of fewer than 256 points get fewer.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations
@@ -123,45 +126,54 @@ class PointCloudGMM(EMModule):
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
         """Return the mixtures of clouds (B, N, D)."""
         with torch.no_grad():
-            start = self.operator.classical()(points, mask, num_iters=self.exact_iters)
+            start = self.operator.classical()(points, mask, num_iters=self._exact_iters(points, mask))
         return self.operator(points, mask, init=start)
 
     def iterate(self, points: Tensor, mask: Tensor | None = None) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each classical and each learned iteration."""
-        for mixture in self.operator.classical().iterate(points, mask, num_iters=self.exact_iters):
+        for mixture in self.operator.classical().iterate(points, mask, num_iters=self._exact_iters(points, mask)):
             yield mixture
         yield from list(self.operator.iterate(points, mask, init=mixture))[1:]
 
+    def _exact_iters(self, points: Tensor, mask: Tensor | None) -> int:
+        """Return the number of classical iterations for a batch of clouds."""
+        size = points.shape[1] if mask is None else int(mask.any(0).sum())
+        return min(self.exact_iters, max(_MIN_EXACT_ITERS, self.exact_iters * size // _FULL_SIZE))
+
     def step(self, batch: PointCloudBatch, stage: str) -> dict[str, Tensor]:
         """Return the loss; outside training, update the metrics of the mixtures."""
-        points, mask, x, x_mask = batch[:4]
         if stage == "train" and self.least_points is not None:
-            points, mask, x, x_mask = self._smaller(points, mask, x, x_mask)
-        mixture = self(points, mask)
-        log_prob = mixture.log_prob(x, x_mask)
-        total = x_mask.sum().clamp(min=1)
+            batch = self._cut(batch, self.least_points)
+        mixture = self(batch.points, batch.mask)
+        log_prob = mixture.log_prob(batch.held_out, batch.held_out_mask)
+        total = batch.held_out_mask.sum().clamp(min=1)
         log_likelihood = log_prob.sum() / total
         if stage == "train":
-            below = (_FLATTENED - log_prob).clamp(min=0.0)
+            below = (_LOG_DENSITY_LIMIT - log_prob).clamp(min=0.0)
             loss = -(log_prob + below - below.log1p()).sum() / total
             return {"loss": loss, "log_likelihood": log_likelihood}
         metrics = self.metrics_of(stage)
-        metrics["log_likelihood"].update(log_prob, x_mask)
+        responsibilities = mixture.posterior(batch.held_out).responsibilities
+        metrics["log_likelihood"].update(log_prob, batch.held_out_mask)
         metrics["effective_components"].update(mixture.log_weights)
         metrics["dead_components"].update(mixture.log_weights)
-        metrics["responsibility_entropy"].update(mixture.posterior(x).responsibilities, x_mask)
+        metrics["responsibility_entropy"].update(responsibilities, batch.held_out_mask)
         return {"loss": -log_likelihood}
 
-    def _smaller(self, points: Tensor, mask: Tensor, x: Tensor, x_mask: Tensor) -> tuple[Tensor, ...]:
+    def _cut(self, batch: PointCloudBatch, least_points: int) -> PointCloudBatch:
         """Cut each cloud into disjoint clouds of one random size; each gets the held-out points of its cloud."""
-        least, most = min(self.least_points or 1, points.shape[1]), points.shape[1]
-        size = round(least * (most / least) ** float(torch.rand(()) ** 0.75))
-        number = min(_MOST_POINTS // size, _MOST_CLOUDS, len(points) * (most // size))
-        cut = -(-number // len(points))
-        points = points[:, : cut * size].unflatten(1, (cut, size)).flatten(0, 1)[:number]
-        mask = mask[:, : cut * size].unflatten(1, (cut, size)).flatten(0, 1)[:number]
-        held_out = (part[:, :_MOST_HELD_OUT].repeat_interleave(cut, 0)[:number] for part in (x, x_mask))
-        return points, mask, *held_out
+        num_clouds, most_points = batch.mask.shape
+        least_points = min(least_points, most_points)
+        # Log-uniform sizes have the exponent 1; a smaller one makes large sizes more likely.
+        size = round(least_points * (most_points / least_points) ** float(torch.rand(()) ** 0.75))
+        wanted = min(_MAX_POINTS // size, _MAX_CLOUDS, num_clouds * (most_points // size))
+        pieces = math.ceil(wanted / num_clouds)  # of each cloud
+
+        points, mask = (
+            part[:, : pieces * size].unflatten(1, (pieces, size)).flatten(0, 1)[:wanted] for part in batch[:2]
+        )
+        held_out, held_out_mask = (part[:, :_MAX_HELD_OUT].repeat_interleave(pieces, 0)[:wanted] for part in batch[2:4])
+        return batch._replace(points=points, mask=mask, held_out=held_out, held_out_mask=held_out_mask)
 
     def predict_step(self, batch: PointCloudBatch, batch_idx: int) -> Mixture:
         """Return the mixtures of a batch of clouds in the units of the data, in the dtype of the normalization."""

@@ -89,18 +89,18 @@ class EMAbstraction(nn.Module):
         }
         self.operator = EMOperator(num_components, num_coordinates, **(options | operator))
         self.operator.requires_grad_(False)
-        places = grid**num_coordinates
-        self.scale = nn.BatchNorm1d(places) if num_features is None else nn.Identity()
-        self.embed = nn.Sequential(*_layer(places * (num_features or 1), out_features), nn.ReLU())
+        num_bumps = grid**num_coordinates
+        self.scale = nn.BatchNorm1d(num_bumps) if num_features is None else nn.Identity()
+        self.embed = nn.Sequential(*_layer(num_bumps * (num_features or 1), out_features), nn.ReLU())
         self.blocks = nn.ModuleList(_Block(3**num_coordinates, out_features) for _ in range(blocks))
 
     def forward(
         self, coordinates: Tensor, features: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the means (B, K, D) and the tokens (B, K, ``out_features``)."""
-        given = None if features is None else features.shape[-1]
-        if given != self.num_features:
-            raise ValueError(f"features have {given} columns; num_features is {self.num_features}")
+        num_features = None if features is None else features.shape[-1]
+        if num_features != self.num_features:
+            raise ValueError(f"features have {num_features} columns; num_features is {self.num_features}")
         valid = torch.ones_like(coordinates[..., 0], dtype=torch.bool) if mask is None else mask
         with torch.no_grad(), torch.autocast(coordinates.device.type, enabled=False):
             x = coordinates.to(torch.promote_types(coordinates.dtype, torch.float32))
@@ -108,15 +108,15 @@ class EMAbstraction(nn.Module):
             x = torch.where(valid.unsqueeze(-1), x, 0.0)
             if features is None:
                 blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), valid.to(x).split(_BLOCK), strict=True)
-                found = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks])
-                found = found / valid.sum(1).clamp(min=1)[:, None, None]
+                sums = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks])
+                sums = sums / valid.sum(1).clamp(min=1)[:, None, None]
             else:
                 outer = bumps(x, centers, self.grid, self.pitch)
             dtype = next(self.embed.parameters()).dtype  # the module may be of half precision
             inner = bumps(centers, centers, 3, self.inner_pitch).to(dtype)
         if features is not None:
-            found = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0).to(outer.dtype))
-        tokens = self.embed(self.scale(found.to(dtype).flatten(0, 1)))
+            sums = _gather(outer, torch.where(valid.unsqueeze(-1), features, 0.0).to(outer.dtype))
+        tokens = self.embed(self.scale(sums.to(dtype).flatten(0, 1)))
         for block in self.blocks:
             tokens = block(tokens, inner)
         return centers.to(coordinates.dtype), tokens.unflatten(0, centers.shape[:2])
@@ -144,13 +144,13 @@ def _product(factors: list[Tensor]) -> Tensor:
 
 def _axes(x: Tensor, centers: Tensor, grid: int, pitch: float) -> list[Tensor]:
     """Return the factors (B, K, grid, N) of the bumps, one per axis."""
-    places = torch.arange(grid, device=x.device, dtype=x.dtype) - (grid - 1) / 2
+    offsets = torch.arange(grid, device=x.device, dtype=x.dtype) - (grid - 1) / 2
     items, means = ((points / pitch).mT.contiguous() for points in (x, centers))
-    distances = (
-        item[:, None, None] - (mean.unsqueeze(-1) + places).unsqueeze(-1)
-        for item, mean in zip(items.unbind(1), means.unbind(1), strict=True)
-    )
-    return [each.square_().neg_().clamp_(min=_SMALLEST_EXPONENT).exp_() for each in distances]
+    factors = []
+    for item, mean in zip(items.unbind(1), means.unbind(1), strict=True):
+        distance = item[:, None, None] - (mean.unsqueeze(-1) + offsets).unsqueeze(-1)
+        factors.append(distance.square_().neg_().clamp_(min=_SMALLEST_EXPONENT).exp_())
+    return factors
 
 
 def _gather(kernel: Tensor, features: Tensor) -> Tensor:

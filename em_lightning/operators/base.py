@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from em_lightning.checks import check_at_least, check_choice, check_counts
 from em_lightning.mixture import em
 from em_lightning.mixture.backends.reference import have_memory
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 from em_lightning.operators import gradients
 
 
@@ -104,8 +104,7 @@ class SetOperator(nn.Module):
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
         The objective is :meth:`objective` per mass of the set. A converged set keeps its mixture, so that its result
-        does not depend on the other sets. The number of iterations depends on the data: use :meth:`forward`
-        with ``torch.compile``.
+        does not depend on the other sets. With ``torch.compile`` use :meth:`forward`, whose iterations are fixed.
 
         Args:
             x: points (B, N, D); mask, weights and init are those of :meth:`forward`.
@@ -126,8 +125,8 @@ class SetOperator(nn.Module):
                 after, objective = self._step(sets, state, 1.0, with_objective=True)
                 return after, objective / mass
 
-            found = em.fit(step, state, max_iters=max_iters, tol=tol)
-            return self._mixture(sets, Parameters(*found.state)), found.steps
+            result = em.fit(step, state, max_iters=max_iters, tol=tol)
+            return self._mixture(sets, Parameters(*result.state)), result.steps
 
     def objective(self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         """Return the objective (B,); weights are relative to their mean."""
@@ -144,7 +143,7 @@ class SetOperator(nn.Module):
     # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations, with a ``mass`` (B,).
 
     _prepare: Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, mask, weights) -> sets
-    _start: Callable[[Any, bool], Parameters]  # (sets, choose the best of several starts) -> state
+    _start: Callable[[Any, bool], Parameters]  # (sets, best_of_several) -> state
     _enter: Callable[[Any, Any], Parameters]  # (sets, mixture) -> state
     _step: Callable[..., tuple[Parameters, Tensor]]  # (sets, state, progress, with_objective=False)
     _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)
@@ -171,8 +170,7 @@ def build(argument: str, cls: type[Any], value: Any) -> Any:
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
     """Check points (B, N, D), mask and weights (B, N); return the points in at least float32."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a floating-point tensor, got {given}")
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.ndim != 3 or x.shape[-1] != num_features or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {num_features}) with N >= 1")
     for name, value in (("mask", mask), ("weights", weights)):
@@ -193,5 +191,5 @@ def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:
     if torch.compiler.is_compiling() or capturing or not have_memory(valid):
         return
     if not valid.all():
-        place, row = (int(i) for i in (~valid).nonzero()[0])
-        raise ValueError(f"{rule}: set {place}, row {row} is {values[place, row].tolist()}")
+        number, row = (~valid).nonzero()[0].tolist()
+        raise ValueError(f"{rule}: set {number}, row {row} is {values[number, row].tolist()}")

@@ -12,21 +12,13 @@ from torch import Tensor
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
-from em_lightning.mixture.background import BackgroundLevel, UniformBackground
+from em_lightning.mixture.background import BackgroundTerms, UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
-from em_lightning.mixture.e_step import (
-    Likelihood,
-    SufficientStatistics,
-    e_step,
-    log_density,
-    log_joint,
-    with_background,
-)
+from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density, log_joint_of_points
 from em_lightning.mixture.em import where
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.mixture import Mixture, check_points, mixture_of
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points, prepare
+from em_lightning.mixture.points import Parameters, Points, prepare
 from em_lightning.mixture.prior import MixturePrior, log_prior
 from em_lightning.operators import gradients
 from em_lightning.operators.base import SetOperator, build, check_sets
@@ -68,7 +60,6 @@ class EMOperator(SetOperator):
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
         init: initial centers: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
             (trained centers and scales, in units of the set).
-        lloyd_steps: steps of k-means on the initial centers.
         num_starts: number of random starts. Each set uses the one with the highest objective after ``num_iters`` exact
             iterations, at most five. In training mode :meth:`forward` uses a single start.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
@@ -80,14 +71,12 @@ class EMOperator(SetOperator):
             one, and ``"implicit"`` the fixed point, with a RuntimeError if the loop has not converged.
 
     Shape:
-        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), how often each point counts,
-          relative to their mean.
+        - x: (B, N, D); mask: (B, N), true for points that count; weights: (B, N), relative to their mean.
         - output: a :class:`~em_lightning.mixture.Mixture` of B mixtures, in float32 where x is of half precision.
 
     Raises:
         ValueError: an argument is out of range, a shape does not fit, or points are NaN or infinite.
-        TypeError: points are not a floating-point tensor, the mask is not boolean, or a prior or background has the
-            wrong type.
+        TypeError: points are not floating-point, the mask is not boolean, or a prior or background has a wrong type.
 
     Example:
         >>> operator = EMOperator(num_components=2, num_features=1, num_iters=10, residual=False)
@@ -112,7 +101,6 @@ class EMOperator(SetOperator):
         kernel: object = "gaussian",
         competition: object = "softmin",
         init: str = "farthest",
-        lloyd_steps: int = 0,
         num_starts: int = 1,
         seed: int | None = None,
         residual: bool | ResidualCorrection = True,
@@ -124,9 +112,7 @@ class EMOperator(SetOperator):
         super().__init__(num_components, num_features, num_iters, gradient)
         check_choice("covariance", covariance, (*COVARIANCES, "lowrank"))
         if (rank is not None) != (covariance == "lowrank"):
-            raise ValueError(
-                f"rank={rank} with covariance={covariance!r}: a rank must be given for 'lowrank', and only for it"
-            )
+            raise ValueError(f"rank={rank} with covariance={covariance!r}: 'lowrank' needs a rank, others have none")
         if rank is not None and not 1 <= rank < num_features:
             raise ValueError(f"rank={rank} must be at least 1 and less than num_features={num_features}")
         check_at_least(0, covariance_floor=covariance_floor)
@@ -153,7 +139,7 @@ class EMOperator(SetOperator):
         if residual is True:
             residual = ResidualCorrection(num_features, self.family)
         self.correction: ResidualCorrection | None = residual or None
-        self.start = build_start(init, num_components, num_features, lloyd_steps, num_starts, seed)
+        self.start = build_start(init, num_components, num_features, num_starts, seed)
 
     def log_prob(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, background_energies: Tensor | None = None
@@ -179,12 +165,9 @@ class EMOperator(SetOperator):
         ``background_energies`` are those of :meth:`log_prob`.
         """
         points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
-        theta, peak = likelihood.family.natural_parameters(state)
-        features = points.lift()
-        joint, _ = log_joint(features, theta, peak, self.num_features, likelihood.kernel)
-        joint = with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]
+        energies = -log_joint_of_points(points, state, likelihood).to(x.dtype)
         coupling = {"item_dim": 1, "mask": mask} if self.competition.couples_items else {}
-        return self.competition(-joint.mT.to(x.dtype), **coupling)
+        return self.competition(energies, **coupling)
 
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
@@ -220,7 +203,7 @@ class EMOperator(SetOperator):
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
         plain = copy.copy(self)
-        plain._modules = {**self._modules, "correction": None}
+        plain._modules = {**self._modules, "correction": None}  # a new dict: that of the copy is shared with self
         return plain
 
     # The loop.
@@ -228,7 +211,7 @@ class EMOperator(SetOperator):
     def _prepare(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
     ) -> Sets:
-        covariance = covariance or self.family
+        covariance = covariance or self.family  # a given mixture may have another type
         points = prepare(x, covariance.features, mask, weights)
         floor = points.floor(self.covariance_floor)
         counts = None
@@ -236,22 +219,23 @@ class EMOperator(SetOperator):
             counts = self.prior.pseudo_counts(
                 points.frame, points.mean, points.variance, covariance, self.num_components
             )
-        return Sets(x.detach(), mask, weights, points, points.mass, covariance, floor, counts, x.dtype)
+        return Sets(points, points.mass, mask, covariance, floor, counts, x.dtype)
 
-    def _start(self, sets: Sets, choose: bool) -> Parameters:
-        def judge(state: Parameters) -> Tensor:
+    def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
+        def score(state: Parameters) -> Tensor:
+            """Return the objective (B,) after a few exact iterations."""
             state = self._with_reserved_share(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
                 state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
             return self._objective(sets, state)
 
-        return self._with_reserved_share(self.start(sets, judge if choose else None))
+        return self._with_reserved_share(self.start(sets, score if best_of_several else None))
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
-        given = covariance_of(mixture.covariances, mixture.means)
-        if given is not self.family and given.name != "full":
-            raise ValueError(f"init has {given.name} covariances and the operator {self.family.name}; convert one")
-        shape = (len(sets.x), self.num_components, self.num_features)
+        covariance = covariance_of(mixture.covariances, mixture.means)
+        if covariance is not self.family and covariance.name != "full":
+            raise ValueError(f"init has {covariance.name} covariances and the operator {self.family.name}; convert one")
+        shape = (len(sets.mass), self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())
@@ -326,33 +310,34 @@ class EMOperator(SetOperator):
         """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
         if sets.prior is None:
             return log_likelihood
-        own = log_prior(state, sets.covariance, sets.prior)
+        log_density = log_prior(state, sets.covariance, sets.prior)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
-        own = own - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
-        if likelihood.background is not None and self.background.estimate:
-            own = own + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
-        return log_likelihood + own
+        log_density = log_density - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
+        if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
+            log_density = log_density + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
+        return log_likelihood + log_density
 
     def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        own, new = (
-            COVARIANCES["full"].factorize(self.family.to_full(each.covariances, each.means)) for each in (before, after)
+        old, new = (
+            COVARIANCES["full"].factorize(self.family.to_full(state.covariances, state.means))
+            for state in (before, after)
         )
         weights = after.log_weights.exp() - before.log_weights.exp()
         shift = new.inverse @ (after.means - before.means).unsqueeze(-1)
-        growth = new.inverse @ (new.scale - own.scale)
+        growth = new.inverse @ (new.scale - old.scale)
         return torch.stack([part.abs().flatten(1).amax(1) for part in (weights, shift, growth)]).amax(0)
 
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None
     ) -> Likelihood:
-        level: BackgroundLevel | None = None
+        background: BackgroundTerms | None = None
         if self.background is not None:
-            level = self.background.level(points, state.log_weights, energies)
+            background = self.background.terms(points, state.log_weights, energies)
         kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
-        return Likelihood(covariance, kernel, level)
+        return Likelihood(covariance, kernel, background)
 
     def _with_reserved_share(self, state: Parameters) -> Parameters:
         """Return parameters whose weights sum to one minus the weight of an estimated background."""

@@ -26,18 +26,18 @@ from em_lightning.competition import Posterior, softmin
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import Kernel, LearnedEnergyKernel, NoDensityError, density_kernel
 from em_lightning.mixture import initialization
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import join_weights
+from em_lightning.mixture.points import Parameters, join_weights
 from em_lightning.operators.base import SetOperator
 
-# Numbers (B, K, n, D) per block of points.
-_BLOCK = 2**22
+# Numbers (B, K, n, D) per block of points: 16 MiB in float32.
+_BLOCK_SIZE = 2**22
+# The smallest step is 2^-30 of a full one; shorter ones change no float32 center.
 _HALVINGS = 30
-# Armijo constant.
+# Armijo constant: the expected energy must fall by this share of what the gradient predicts; the usual value.
 _ARMIJO = 1e-4
 # Distance from a center, relative to the bounding box, within which the IRLS weight is the second derivative.
 _NEAR = 1e-9
-# Smallest sum of IRLS weights, and of shares, to divide by; gradients divide by their squares.
+# Smallest mean IRLS weight, and share of points that have one, to divide by; gradients divide by their squares.
 _SMALLEST_WEIGHT = 1e-30
 
 
@@ -56,7 +56,7 @@ class _Sets(NamedTuple):
     """Points (B, N, D), zero where masked, weights (B, N), their sums (B,), and corners (B, 1, D) of bounding boxes."""
 
     x: Tensor
-    counts: Tensor
+    weights: Tensor
     mass: Tensor
     low: Tensor
     high: Tensor
@@ -74,8 +74,7 @@ class GeneralizedEM(SetOperator):
     are then not comparable, and centers, which are restricted to the bounding box, may end on its border. For energies
     with a kink (Laplace, exponential), centers may stop before the optimum, at a coordinate of a point.
 
-    :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` estimates
-    concentrations.
+    :class:`EMOperator` is faster for kernels of the Mahalanobis distance; :class:`DirectionalEM` fits concentrations.
 
     Args:
         num_components: K.
@@ -137,21 +136,19 @@ class GeneralizedEM(SetOperator):
     # The loop. Its state holds centers as means, and no covariances.
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
-        counts, counted = join_weights(mask, weights, x.dtype)
-        if counts is None or counted is None:
-            counts = torch.ones_like(x[..., 0])
-            return _Sets(x, counts, counts.sum(-1), x.amin(1, keepdim=True), x.amax(1, keepdim=True))
-        counted = counted.unsqueeze(-1)
+        weights, _ = join_weights(mask, weights, x.dtype)
+        weights = torch.ones_like(x[..., 0]) if weights is None else weights
+        counted = (weights > 0).unsqueeze(-1)
         low = torch.where(counted, x, torch.inf).amin(1, keepdim=True)
         high = torch.where(counted, x, -torch.inf).amax(1, keepdim=True)
-        box = (torch.where(side.isfinite(), side, 0.0) for side in (low, high))
+        low, high = (torch.where(side.isfinite(), side, 0.0) for side in (low, high))  # infinite without points
         x = x if mask is None else torch.where(mask.unsqueeze(-1), x, 0.0)
-        return _Sets(x, counts, counts.sum(-1), *box)
+        return _Sets(x, weights, weights.sum(-1), low, high)
 
     @torch.no_grad()
-    def _start(self, sets: _Sets, choose: bool) -> Parameters:
+    def _start(self, sets: _Sets, best_of_several: bool) -> Parameters:
         """Return equal weights and drawn centers."""
-        centers = initialization.CENTERS[self.init](sets.x, self.num_components, weights=sets.counts)
+        centers = initialization.CENTERS[self.init](sets.x, self.num_components, weights=sets.weights)
         return Parameters(torch.zeros_like(centers[..., 0]).log_softmax(-1), centers, centers[..., :0])
 
     def _enter(self, sets: _Sets, mixture: KernelMixture) -> Parameters:
@@ -168,20 +165,20 @@ class GeneralizedEM(SetOperator):
         inputs = (*sets, *state, *self.kernel.parameters())
         recorded = torch.is_grad_enabled() and any(part.requires_grad for part in inputs)
         with torch.inference_mode(False), torch.set_grad_enabled(recorded):
-            # Autograd accepts no inference tensors.
-            own = _Sets(*(part.clone() for part in sets))
-            after = self._generalized_step(own, Parameters(*(part.clone() for part in state)))
-        # Where the objective is not wanted, the mass stands in for a tensor of its shape.
-        return after, self._objective(sets, state) if with_objective else sets.mass
+            # Copies, because autograd accepts no inference tensors.
+            after = self._em_step(_Sets(*map(torch.clone, sets)), Parameters(*map(torch.clone, state)))
+        objective = self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass)
+        return after, objective
 
-    def _generalized_step(self, sets: _Sets, state: Parameters) -> Parameters:
+    def _em_step(self, sets: _Sets, state: Parameters) -> Parameters:
         joint = state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)
         log_responsibilities = joint.log_softmax(-1)
-        mass = (log_responsibilities.exp() * sets.counts.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
+        mass = (log_responsibilities.exp() * sets.weights.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
         mass = mass + 10.0 * torch.finfo(mass.dtype).eps  # as scikit-learn, so that no weight is zero
         log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
-        shares = _shares(log_responsibilities, sets.counts)
-        centers = _move(self.kernel, sets, shares, state.means)
+        shares = _shares(log_responsibilities, sets.weights)
+        slope, step = _irls_step(self.kernel, sets, shares, state.means)
+        centers = _line_search(self.kernel, sets, shares, state.means, slope, step)
         return Parameters(log_weights, centers, state.covariances)
 
     def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
@@ -191,56 +188,39 @@ class GeneralizedEM(SetOperator):
         except NoDensityError:
             constant = 0.0
         free_energy = self.posterior(sets.x, self._mixture(sets, state)).free_energy
-        return -((free_energy + constant) * sets.counts).sum(-1)
+        return -((free_energy + constant) * sets.weights).sum(-1)
 
     def _mixture(self, sets: _Sets, state: Parameters) -> KernelMixture:
         return KernelMixture(state.log_weights, state.means)
 
 
-def _shares(log_responsibilities: Tensor, counts: Tensor) -> Tensor:
+def _shares(log_responsibilities: Tensor, weights: Tensor) -> Tensor:
     """Return responsibilities times weights (B, N, K), normalized over the points of each component.
 
     They are computed from logarithms, so that components of tiny responsibilities still have points and gradients.
     """
-    largest = (log_responsibilities + counts.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
+    largest = (log_responsibilities + weights.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0.0)
-    # Points of zero weight may exceed the largest point of positive weight.
+    # Points of zero weight may exceed the largest point of positive weight; bounded, their exponentials are finite.
     bound = 0.5 * math.log(torch.finfo(log_responsibilities.dtype).max)
-    parts = (log_responsibilities - largest).clamp(max=bound).exp() * counts.unsqueeze(-1)
+    parts = (log_responsibilities - largest).clamp(max=bound).exp() * weights.unsqueeze(-1)
     total = parts.sum(1, keepdim=True)
     return parts / torch.where(total > 0, total, 1.0)
 
 
-def _move(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> Tensor:
-    """Return the centers (B, K, D) after a step that does not increase the expected energy under shares (B, N, K)."""
+def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient (B, K, D) of the expected energy, and the IRLS step, for shares (B, N, K)."""
     near = _NEAR * (sets.high - sets.low).detach()
-    rows = _BLOCK // max(centers.numel(), 1) or 1
-    blocks = zip(sets.x.split(rows, 1), shares.split(rows, 1), strict=True)
-    parts = [_irls_sums(kernel, x, share, centers, near) for x, share in blocks]
-    slope, weight, known = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-    # Points without an IRLS weight get the mean weight. If no point has one, all points coincide with the
-    # center; the center then gets the gradient of their mean.
-    usable = (known > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
+    num_rows = _BLOCK_SIZE // max(centers.numel(), 1) or 1
+    blocks = zip(sets.x.split(num_rows, 1), shares.split(num_rows, 1), strict=True)
+    sums = [_irls_sums(kernel, x, share, centers, near) for x, share in blocks]
+    slope, weight, weighted_share = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    # Points without an IRLS weight get the mean weight of the others.
+    usable = (weighted_share > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
+    step = -slope * weighted_share / torch.where(usable, weight, 1.0)
+    # If no point has a weight, all points coincide with the center: it stays, with the gradient of their mean.
     drift = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
-    step = -slope * known / torch.where(usable, weight, 1.0)
-    step = torch.where(usable, step.to(centers.dtype), drift - drift.detach())
-
-    def moved(t: Tensor) -> Tensor:
-        return (centers + t.unsqueeze(-1) * step).clamp(sets.low, sets.high)
-
-    def expected_energy(centers: Tensor) -> Tensor:
-        return (shares * kernel(sets.x, centers)).sum(1, dtype=accumulation_dtype(sets.x))
-
-    with torch.no_grad():  # the length of the step is a constant
-        start = expected_energy(centers)
-        t = torch.ones_like(start, dtype=centers.dtype)
-        for _ in range(_HALVINGS):
-            trial = moved(t)
-            lower = expected_energy(trial) <= start + _ARMIJO * (slope * (trial - centers)).sum(-1)
-            if lower.all():
-                break
-            t = torch.where(lower, t, 0.5 * t)
-    return torch.where(lower.unsqueeze(-1), moved(t), centers)
+    return slope, torch.where(usable, step.to(centers.dtype), drift - drift.detach())
 
 
 def _irls_sums(
@@ -260,25 +240,47 @@ def _irls_sums(
     if at_center.any():
         weights = torch.where(at_center, _curvature(energy, copies).to(dtype), weights)
     share = shares.mT.unsqueeze(-1).to(dtype)
-    known = ~at_center | (weights > 0)
-    return (share * slopes).sum(2), (share * weights).sum(2), (share * known).sum(2)
+    has_weight = ~at_center | (weights > 0)  # an energy with a kink at the center has none there
+    return (share * slopes).sum(2), (share * weights).sum(2), (share * has_weight).sum(2)
 
 
-def _slope(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+def _line_search(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor, slope: Tensor, step: Tensor) -> Tensor:
+    """Return the centers after the longest of the steps 1, 1/2, 1/4, ... that lowers the expected energy enough."""
+
+    def moved(t: Tensor) -> Tensor:
+        return (centers + t.unsqueeze(-1) * step).clamp(sets.low, sets.high)
+
+    def expected_energy(centers: Tensor) -> Tensor:
+        return (shares * kernel(sets.x, centers)).sum(1, dtype=accumulation_dtype(sets.x))
+
+    with torch.no_grad():  # the length of the step is a constant
+        energy = expected_energy(centers)
+        t = torch.ones_like(energy, dtype=centers.dtype)
+        for _ in range(_HALVINGS):
+            trial = moved(t)
+            predicted_change = (slope * (trial - centers)).sum(-1)
+            is_lower = expected_energy(trial) <= energy + _ARMIJO * predicted_change
+            if is_lower.all():
+                break
+            t = torch.where(is_lower, t, 0.5 * t)
+    return torch.where(is_lower.unsqueeze(-1), moved(t), centers)
+
+
+def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the gradient of the sum of a function; it is differentiable if gradients are recorded."""
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
-        at = at if recorded and at.requires_grad else at.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(at).sum(), at, create_graph=recorded)
+        x = x if recorded and x.requires_grad else x.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=recorded)
     return slope
 
 
-def _curvature(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+def _curvature(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the nonnegative second derivative as a constant, zero where the energy has a kink."""
     with torch.enable_grad():
-        at = at.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(at).sum(), at, create_graph=True)
-        if not slope.requires_grad:
-            return torch.zeros_like(at)
-        (found,) = torch.autograd.grad(slope.sum(), at, materialize_grads=True)
-    return found.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)
+        x = x.detach().clone().requires_grad_()
+        (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        if not slope.requires_grad:  # a linear energy
+            return torch.zeros_like(x)
+        (curvature,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+    return curvature.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
 # Largest change of a converged iteration, in standard deviations of a component.
 _CONVERGED = 1e-5
-# GMRES: relative residual, and largest number of products with the Jacobian.
-_RESIDUAL = 1e-8
-_PRODUCTS = 300
+# Relative residuals of GMRES: it stops at the first one and raises an error above the second one.
+_RESIDUAL, _LARGEST_RESIDUAL = 1e-8, 1e-5
+# Largest number of products with the Jacobian, and of products between two least-squares solutions.
+_PRODUCTS, _CHECK_INTERVAL = 300, 10
 
 Step = Callable[[Parameters, float], Parameters]
 Changes = Callable[[Parameters, Parameters], Tensor]
@@ -48,86 +48,99 @@ def iterate(step: Step, state: Parameters, steps: int, gradient: str, changes: C
         elif gradient == "checkpoint" and torch.is_grad_enabled():
             state = checkpoint(step, state, count / steps, use_reentrant=False, preserve_rng_state=False)
         elif gradient == "implicit":
-            state = _at_fixed_point(step, state, changes)
+            state = _implicit_step(step, state, changes)
         else:
             state = step(state, count / steps)
         yield state
 
 
-def _at_fixed_point(step: Step, before: Parameters, changes: Changes) -> Parameters:
-    """Return the parameters after one more step, with the gradient of the fixed point."""
-    before = _unpack(_pack(before).detach(), before)
-    after = step(before, 1.0)
+def _implicit_step(step: Step, state: Parameters, changes: Changes) -> Parameters:
+    """Return the parameters after one more iteration ``f``, with the gradient of the fixed point ``z = f(z, x)``.
+
+    Differentiating the iteration at a constant z gives the factor ``df/dx``. A hook on its result multiplies the
+    incoming gradient by the other factor of ``dz/dx = (I - df/dz)^-1 df/dx``.
+    """
+    state = _unpack(_pack(state).detach(), state)
+    after = step(state, 1.0)
     if not after.means.requires_grad or not len(after.means):
         return after
-    _check_converged(changes, before, after)
+    _check_converged(changes, state, after)
     packed = _pack(after)
     fixed_point = packed.detach()
 
     def solve(grad: Tensor) -> Tensor:
         with torch.enable_grad():
-            inputs = fixed_point.clone().requires_grad_()
-            outputs = _pack(step(_unpack(inputs, before), 1.0))
+            z = fixed_point.clone().requires_grad_()
+            f = _pack(step(_unpack(z, state), 1.0))
 
-        def apply(vector: Tensor) -> Tensor:
-            return vector - torch.autograd.grad(outputs, inputs, vector, retain_graph=True)[0]
+        def product(vector: Tensor) -> Tensor:
+            return vector - torch.autograd.grad(f, z, vector, retain_graph=True)[0]
 
-        return gmres(apply, grad)
+        return gmres(product, grad)
 
     packed.register_hook(solve)
-    return _unpack(packed, before)
+    return _unpack(packed, state)
 
 
-def gmres(apply: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-    """Solve ``A_b u_b = v_b`` for all sets b at once, given products (B, P) of the matrices with vectors."""
-    size = torch.linalg.vector_norm(target, dim=1, keepdim=True)
-    scale = torch.where(size > 0, size, 1.0)
-    basis, images = [target / scale], []
-    first, eps = basis[0].unsqueeze(2), torch.finfo(target.dtype).eps
+def gmres(product: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """Solve ``A_b u_b = v_b`` for all sets b at once, given a function that multiplies vectors (B, P) by the matrices.
+
+    The solution has the smallest residual in the Krylov space, which ``v, A v, A A v, ...`` span.
+    """
+    norm = torch.linalg.vector_norm(target, dim=1, keepdim=True)
+    scale = torch.where(norm > 0, norm, 1.0)
+    basis = (target / scale).unsqueeze(2)
+    right_side, products = basis, basis[..., :0]
     limit = min(target.shape[1], _PRODUCTS)
     for count in range(1, limit + 1):
-        vector = apply(basis[-1])
-        images.append(vector)
-        bound = eps * torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-        known = torch.stack(basis, 2)
-        for _ in range(2):  # the second pass removes rounding errors of the first
-            vector = vector - (known @ (known.mT @ vector.unsqueeze(2))).squeeze(2)
-        length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
-        # A set whose Krylov space is exhausted is solved; its further basis vectors are zero.
-        ended = length <= bound
-        basis.append(torch.where(ended, 0.0, vector / torch.where(ended, 1.0, length)))
-        if count % 10 == 0 or count == limit or bool(ended.all()):
-            matrix = torch.stack(images, 2)
-            weights = torch.linalg.pinv(matrix) @ first
-            worst = float(torch.linalg.vector_norm(first - matrix @ weights, dim=(1, 2)).max())
-            if worst <= _RESIDUAL or bool(ended.all()):
+        newest = product(basis[..., -1])
+        products = torch.cat([products, newest.unsqueeze(2)], 2)
+        direction = _orthogonal_direction(newest, basis)
+        exhausted = not direction.any()  # the Krylov spaces of all sets contain their solutions
+        if exhausted or count == limit or count % _CHECK_INTERVAL == 0:
+            coefficients = torch.linalg.pinv(products) @ right_side
+            residual = float(torch.linalg.vector_norm(right_side - products @ coefficients, dim=(1, 2)).max())
+            solution = scale * (basis @ coefficients).squeeze(2)
+            if exhausted or residual <= _RESIDUAL:
                 break
-    if not worst <= 1e3 * _RESIDUAL:
+        basis = torch.cat([basis, direction.unsqueeze(2)], 2)
+    if not residual <= _LARGEST_RESIDUAL:
         raise RuntimeError(
-            f"gradient='implicit' failed, with a relative residual of {worst:.1e} of GMRES: the fixed point is not "
+            f"gradient='implicit' failed, with a relative residual of {residual:.1e} of GMRES: the fixed point is not "
             f"isolated, for instance because components coincide; use gradient='unrolled'"
         )
-    return scale * (known @ weights).squeeze(2)
+    return solution
+
+
+def _orthogonal_direction(vector: Tensor, basis: Tensor) -> Tensor:
+    """Return the normalized part of vectors (B, P) orthogonal to a basis (B, P, n); zero if it is only round-off."""
+    roundoff = torch.finfo(vector.dtype).eps * torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+    for _ in range(2):  # the second pass removes rounding errors of the first
+        vector = vector - (basis @ (basis.mT @ vector.unsqueeze(2))).squeeze(2)
+    length = torch.linalg.vector_norm(vector, dim=1, keepdim=True)
+    spanned = length <= roundoff
+    return torch.where(spanned, 0.0, vector / torch.where(spanned, 1.0, length))
 
 
 @torch.no_grad()
 def _check_converged(changes: Changes, before: Parameters, after: Parameters) -> None:
     change = changes(before, after)
-    late = ~(change <= _CONVERGED)
-    if late.any():
+    converged = change <= _CONVERGED
+    if not converged.all():
         worst = int(change.argmax())
         raise RuntimeError(
-            f"gradient='implicit' needs a converged loop: the last iteration changed {int(late.sum())} of "
-            f"{len(late)} sets, set {worst} by {float(change[worst]):.1e} > {_CONVERGED:g}; raise num_iters, or use "
+            f"gradient='implicit' needs a converged loop: the last iteration changed {int((~converged).sum())} of "
+            f"{len(change)} sets, set {worst} by {float(change[worst]):.1e} > {_CONVERGED:g}; raise num_iters, or use "
             f"gradient='unrolled'"
         )
 
 
 def _pack(state: Parameters) -> Tensor:
+    """Return all parameters of each set as one vector, (B, P)."""
     return torch.cat([part.flatten(1) for part in state], 1)
 
 
 def _unpack(packed: Tensor, like: Parameters) -> Parameters:
-    flat = packed.split([math.prod(part.shape[1:]) for part in like], 1)
-    parts: Any = (part.view(shaped.shape) for part, shaped in zip(flat, like, strict=True))
-    return Parameters(*parts)
+    """Return parameters with the shapes of ``like``; the inverse of :func:`_pack`."""
+    parts = packed.split([math.prod(part.shape[1:]) for part in like], 1)
+    return Parameters(*(part.view(one.shape) for part, one in zip(parts, like, strict=True)))

@@ -96,28 +96,29 @@ class EMPooling(nn.Module):
             raise ValueError(f"coordinates have {columns} columns, but num_coordinates={self.num_coordinates}")
         with torch.autocast(x.device.type, enabled=False):
             items = check_sets(x, mask, weights, self.num_features)
-            z = items if coordinates is None else coordinates.to(items.dtype)
+            coordinates = items if coordinates is None else coordinates.to(items.dtype)
             if mask is not None:
-                items, z = (torch.where(mask.unsqueeze(-1), part, 0.0) for part in (items, z))
-            z = z if self.project is None else _linear(self.project, items)
-            vector = self._summary(z, items, mask, weights)
+                items, coordinates = (torch.where(mask.unsqueeze(-1), part, 0.0) for part in (items, coordinates))
+            if self.project is not None:
+                coordinates = _linear(self.project, items)
+            vector = self._summary(coordinates, items, mask, weights)
             vector = vector if self.output is None else _linear(self.output, vector)
         return vector.to(x.dtype)
 
-    def _summary(self, z: Tensor, values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Return the parts (B, size) of the mixtures of coordinates z (B, N, d), with values (B, N, F)."""
-        mixture = self.operator(z, mask, weights)
+    def _summary(self, x: Tensor, values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Return the parts (B, size) of the mixtures of coordinates x (B, N, d), with values (B, N, F)."""
+        mixture = self.operator(x, mask, weights)
         parts = {
             "weights": mixture.weights.unsqueeze(-1),
             "means": mixture.means,
             "scales": 0.5 * mixture.variances().log(),
         }
         if "values" in self.summary:
-            weights = torch.ones_like(z[..., 0]) if weights is None else weights.to(z.dtype)
+            weights = torch.ones_like(x[..., 0]) if weights is None else weights.to(x.dtype)
             weights = weights if mask is None else weights * mask
-            r = self.operator.posterior(z, mixture, mask).responsibilities[..., : mixture.components]
+            r = self.operator.posterior(x, mixture, mask).responsibilities[..., : mixture.components]
             r = r * weights.unsqueeze(-1)
-            parts["values"] = r.mT @ values / r.sum(1).clamp(min=torch.finfo(z.dtype).eps).unsqueeze(-1)
+            parts["values"] = r.mT @ values / r.sum(1).clamp(min=torch.finfo(x.dtype).eps).unsqueeze(-1)
         return torch.cat([parts[name] for name in self.summary], -1).flatten(1)
 
 

@@ -20,32 +20,35 @@ _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_t
 
 
 def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
+    """Return log-weights, means and log-scales of zero."""
     means = x.new_zeros(num_groups, num_components, x.shape[1], dtype=torch.float64)
     return means.new_zeros(means.shape[:2]), means, means.new_zeros(means.shape[:2])
 
 
 @_operator("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _fit_groups(*inputs: Any) -> Tensors:
-    found = _zeros(*inputs)
-    native.fit_groups(*inputs, *found, *[None] * 4)
-    return found
+    log_weights, means, log_scales = _zeros(*inputs)
+    no_gradients = (None, None, None, None)
+    native.fit_groups(*inputs, log_weights, means, log_scales, *no_gradients)
+    return log_weights, means, log_scales
 
 
 @_operator("em_lightning::fit_groups_gradient", schema=f"({_ARGUMENTS}, Tensor[] grads) -> Tensor")
 def _gradient(*arguments: Any) -> Tensor:
     *inputs, grads = arguments
-    found = inputs[0].new_zeros(inputs[0].shape)
-    native.fit_groups(*inputs, *[None] * 3, *grads, found)
-    return found
+    grad_x = torch.zeros_like(inputs[0])
+    no_results = (None, None, None)
+    native.fit_groups(*inputs, *no_results, *grads, grad_x)
+    return grad_x
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     inputs = *ctx.saved_tensors, *ctx.sizes
     if torch.is_grad_enabled():  # for second derivatives
-        of_x = torch.autograd.grad(_fit_by_operator(*inputs), inputs[0], grads, create_graph=True)[0]
+        (grad_x,) = torch.autograd.grad(_fit_by_operator(*inputs), inputs[0], grads, create_graph=True)
     else:
-        of_x = _gradient(*inputs, list(grads))
-    return of_x, *[None] * 5
+        grad_x = _gradient(*inputs, list(grads))
+    return grad_x, None, None, None, None, None  # the other arguments are integers
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.kernels import squared_distance
-from em_lightning.mixture.covariance import COVARIANCES, Covariance
+from em_lightning.mixture.covariance import COVARIANCES, Covariance, variances_along
 from em_lightning.mixture.m_step import PseudoCounts
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Parameters, Points
 
-# Bounds of the corrections: of a standard deviation and of a pseudo-count as logarithms of factors.
-_STRETCH, _FACTOR = 2.0, 12.0
+# Bounds of the corrections, wide enough not to limit training: logarithms of the factors of standard deviations and of
+# pseudo-counts, and multiples of the change of a mean.
+_LARGEST_STRETCH, _LARGEST_COUNT, _LARGEST_SHIFT = 2.0, 12.0, 10.0
+# Added to standard deviations, relative to the size of the set, so that their logarithms and ratios are finite.
+_SMALLEST_DEVIATION = 1e-6
 
 
 class Correction(NamedTuple):
@@ -50,8 +52,8 @@ class Correction(NamedTuple):
     def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:
         """Return corrected parameters, given the means before and the parameters after an M-step."""
         axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)
-        step = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
-        step = deviations * _bounded(self.shift * step / deviations, 1.0)
+        change = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
+        step = deviations * _bounded(self.shift * change / deviations, 1.0)  # at most one standard deviation
         means = after.means + (axes @ step.unsqueeze(-1)).squeeze(-1)
         return Parameters(after.log_weights, means, covariance.stretched(after.covariances, axes, self.stretch, floor))
 
@@ -63,7 +65,11 @@ class ResidualCorrection(nn.Module):
     the last iteration, the number of its points, the extent of its neighbours, and the size of the set. Then
 
     .. math::
-        (\text{counts}, \text{stretch}, \text{shift})_k = \operatorname{MLP}(h_k, \text{mean}_j h_j, \max_j h_j) + A h_k
+        e_k = \mathrm{describe}(h_k), \qquad
+        (\text{stretch}, \text{shift}, \text{counts}, \text{share})_k
+        = \mathrm{decide}(e_k, \text{mean}_j e_j, \max_j e_j) + \mathrm{direct}(h_k)
+
+    with two networks ``describe`` and ``decide``, and a linear map ``direct``.
 
     The pseudo-counts of a prior, if there is one, are multiplied by ``exp(counts)``, and its covariance is mixed with
     that of the neighbouring components. Along each principal axis of the M-step's covariance the standard deviation is
@@ -95,52 +101,62 @@ class ResidualCorrection(nn.Module):
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> Correction:
         """Return the corrections of an iteration, for masses (B, K), floors (B,) and the share of completed steps."""
-        covariance, dtype = self.covariance, after.means.dtype
-        components = after.means.shape[1]
-        unit = points.unit()[:, None, None]
-        neighbours = neighbour_moments(after, covariance, unit)
-        axes, deviations = covariance.principal_axes(after.covariances, after.means, neighbours)
-
-        def along(matrix: Tensor) -> Tensor:
-            """Return the standard deviations (B, K, D) of covariances along the axes."""
-            return ((axes.mT @ matrix) * axes.mT).sum(-1).clamp(min=0).sqrt() + 1e-6 * unit
-
-        step = (axes.mT @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
-        wide = (deviations + 1e-6 * unit).expand_as(after.means)
-        count = points.num_points[:, None, None].expand(-1, components, 1)
-        one = torch.ones_like(count)
-        thickness = torch.cat([(wide / unit).log(), floor[:, None, None] / wide.square()], -1)
-        features = [
-            thickness,
-            (after.log_weights.softmax(-1).unsqueeze(1) @ thickness).expand_as(thickness),
-            (along(covariance.to_full(before.covariances, before.means)) / wide).log(),
-            (along(neighbours) / wide).log(),
-            (step / wide).abs().log1p(),
-            (after.log_weights + math.log(components)).unsqueeze(-1),
-            mass.unsqueeze(-1).clamp(min=1e-3).log(),
-            1.0 / (mass.unsqueeze(-1) + 1.0),
-            count.clamp(min=1.0).log() - 5.0,
-            (count.clamp(min=1.0).log() - 5.0).square(),
-            ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True),
-            (neighbours.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt() / unit).log(),
-            (floor[:, None, None].sqrt() / unit + 1e-6).log().expand_as(one),
-            one * progress,
-            one * (progress == 1.0),
-        ]
-        described = _bounded(torch.cat(features, -1), 10.0).to(next(self.parameters()).dtype)
-        hidden = self.describe(described)
-        pooled = torch.cat([hidden.mean(1, keepdim=True), hidden.amax(1, keepdim=True)], -1)
-        decided = self.decide(torch.cat([hidden, pooled.expand(-1, components, -1)], -1)) + self.direct(described)
-        stretch, shift, counts, share = decided.to(dtype).split([self.num_features, self.num_features, 4, 1], -1)
-        # Parameters of components with many points have small standard errors and need small corrections.
+        features, neighbours = self._features(points, mass, before, after, floor, progress)
+        h = _bounded(features, 10.0).to(next(self.parameters()).dtype)
+        e = self.describe(h)
+        pooled = torch.cat([e.mean(1, keepdim=True), e.amax(1, keepdim=True)], -1).expand(-1, e.shape[1], -1)
+        outputs = (self.decide(torch.cat([e, pooled], -1)) + self.direct(h)).to(mass.dtype)
+        stretch, shift, counts, share = outputs.split([self.num_features, self.num_features, 4, 1], -1)
+        # Standard errors decrease as mass^(-1/2): a component needs large corrections below about 8 points.
         error = (8.0 / (8.0 + mass)).sqrt().unsqueeze(-1)
         return Correction(
-            error * _bounded(stretch, _STRETCH),
-            _bounded(shift, 10.0),
-            error.square() * _bounded(counts, _FACTOR),
+            error * _bounded(stretch, _LARGEST_STRETCH),
+            _bounded(shift, _LARGEST_SHIFT),
+            error.square() * _bounded(counts, _LARGEST_COUNT),
             torch.where(share >= 0, share.tanh(), 0.0).squeeze(-1),  # has a gradient at 0, where training starts
             neighbours,
         )
+
+    def _features(
+        self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return features h (B, K, 7 D + 10) that are independent of the scale, and the moments of the neighbours."""
+        num_components, unit = after.means.shape[1], points.unit()[:, None, None]
+        neighbours = neighbour_moments(after, self.covariance, unit)
+        axes, deviations = self.covariance.principal_axes(after.covariances, after.means, neighbours)
+        deviations = (deviations + _SMALLEST_DEVIATION * unit).expand_as(after.means)
+
+        def log_ratio(matrix: Tensor) -> Tensor:
+            """Return logarithms of the standard deviations of a covariance along the axes, relative to the current."""
+            along = variances_along(axes, matrix).clamp(min=0).sqrt() + _SMALLEST_DEVIATION * unit
+            return (along / deviations).log()
+
+        change = (axes.mT @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
+        thickness = torch.cat([(deviations / unit).log(), floor[:, None, None] / deviations.square()], -1)
+        mean_thickness = after.log_weights.softmax(-1).unsqueeze(1) @ thickness
+        distance = ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True)
+        extent = neighbours.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
+        mass = mass.unsqueeze(-1)
+        log_count = points.num_points.clamp(min=1.0).log()[:, None, None] - 5.0  # zero for 150 points
+        log_floor = (floor[:, None, None].sqrt() / unit + _SMALLEST_DEVIATION).log()
+        features = [
+            thickness,
+            mean_thickness.expand_as(thickness),
+            log_ratio(self.covariance.to_full(before.covariances, before.means)),
+            log_ratio(neighbours),
+            (change / deviations).abs().log1p(),
+            (after.log_weights + math.log(num_components)).unsqueeze(-1),
+            mass.clamp(min=1e-3).log(),  # finite for empty components
+            1.0 / (mass + 1.0),
+            log_count.expand_as(mass),
+            log_count.square().expand_as(mass),
+            distance,
+            (extent / unit).log(),
+            log_floor.expand_as(mass),
+            torch.full_like(mass, progress),
+            torch.full_like(mass, progress == 1.0),  # no exact M-step follows the last correction
+        ]
+        return torch.cat(features, -1), neighbours
 
 
 def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tensor) -> Tensor:

@@ -12,30 +12,25 @@ from em_lightning.checks import check_at_least, check_choice
 from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.m_step import PseudoCounts
-from em_lightning.mixture.parameters import Parameters
-from em_lightning.mixture.points import Points
+from em_lightning.mixture.points import Parameters, Points
 
 _RANDOM = ("kmeans++", "random")
 STARTS = (*initialization.CENTERS, "learned")
 
 # Maps a start to the objective (B,) after some iterations.
-Judge = Callable[[Parameters], Tensor]
+Score = Callable[[Parameters], Tensor]
 
 
 class Sets(NamedTuple):
     """The inputs of all iterations of the EM operator.
 
-    x, mask, weights: the given tensors; x is detached.
-    points, mass: the points prepared for EM, and their mass (B,).
-    covariance, floor, prior: the covariance type, the variance floor (B,) and the pseudo-counts.
-    dtype: dtype of the result.
+    points, mass, mask: the points prepared for EM, their mass (B,), and the given mask (B, N).
+    covariance, floor, prior, dtype: the covariance type, variance floor (B,), pseudo-counts, and dtype of the result.
     """
 
-    x: Tensor
-    mask: Tensor | None
-    weights: Tensor | None
     points: Points
     mass: Tensor
+    mask: Tensor | None
     covariance: Covariance
     floor: Tensor
     prior: PseudoCounts | None
@@ -47,36 +42,33 @@ class DrawnStart(NamedTuple):
 
     name: str
     num_components: int
-    lloyd_steps: int
     num_starts: int
     seed: int | None
 
-    def __call__(self, sets: Sets, judge: Judge | None) -> Parameters:
-        """Return, for each set, the start with the highest objective; without a judge, the first start."""
+    def __call__(self, sets: Sets, score: Score | None) -> Parameters:
+        """Return, for each set, the start with the highest score; without a score, the first start."""
+        points, frame = sets.points, sets.points.frame
+        generator = None if self.seed is None else torch.Generator(points.x.device).manual_seed(self.seed)
+
+        def draw() -> Tensor:
+            """Return centers (B, K, D) in the coordinates of the points."""
+            choose = initialization.CENTERS[self.name]
+            centers = choose(points.x.detach().mT, self.num_components, weights=points.weights, generator=generator)
+            return frame.enter(centers.to(frame.center.dtype).mT).mT
 
         def around(centers: Tensor) -> Parameters:
-            return initialization.parameters_around(sets.points, centers, sets.covariance, sets.floor)
+            return initialization.parameters_around(points, centers, sets.covariance, sets.floor)
 
-        generator = None if self.seed is None else torch.Generator(sets.x.device).manual_seed(self.seed)
-        best = self._centers(sets, generator)
-        if judge is not None and self.num_starts > 1:
-            with torch.no_grad():
-                highest = judge(around(best))
+        with torch.no_grad():
+            best = draw()
+            if score is not None and self.num_starts > 1:
+                highest = score(around(best))
                 for _ in range(self.num_starts - 1):
-                    centers = self._centers(sets, generator)
-                    objective = judge(around(centers))
+                    centers = draw()
+                    objective = score(around(centers))
                     best = torch.where((objective > highest)[:, None, None], centers, best)
                     highest = torch.maximum(objective, highest)
         return around(best)
-
-    @torch.no_grad()
-    def _centers(self, sets: Sets, generator: torch.Generator | None) -> Tensor:
-        """Return centers (B, K, D) in the coordinates of the points."""
-        x, mask, weights = sets[:3]
-        centers = initialization.CENTERS[self.name](x, self.num_components, mask, weights, generator)
-        centers = initialization.lloyd(x, centers, self.lloyd_steps, mask, weights)
-        center, scale = sets.points.frame
-        return (centers.to(center.dtype) - center.unsqueeze(1)) / scale[:, None, None]
 
 
 class LearnedStart(nn.Module):
@@ -88,7 +80,7 @@ class LearnedStart(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
         self.logits = nn.Parameter(torch.zeros(num_components))
 
-    def forward(self, sets: Sets, judge: Judge | None) -> Parameters:
+    def forward(self, sets: Sets, score: Score | None) -> Parameters:
         """Return the start of each set."""
         mean, unit, covariance = sets.points.mean, sets.points.unit()[:, None, None], sets.covariance
         root = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
@@ -99,7 +91,7 @@ class LearnedStart(nn.Module):
 
 
 def build_start(
-    init: str, num_components: int, num_features: int, lloyd_steps: int, num_starts: int, seed: int | None
+    init: str, num_components: int, num_features: int, num_starts: int, seed: int | None
 ) -> DrawnStart | LearnedStart:
     """Return the start with the name ``init``."""
     check_choice("init", init, STARTS)
@@ -108,8 +100,6 @@ def build_start(
         raise ValueError(f"num_starts={num_starts} with init={init!r} would all be equal; use 'kmeans++' or 'random'")
     if seed is not None and init not in _RANDOM:
         raise ValueError(f"seed={seed} has no effect with init={init!r}; it is for 'kmeans++' and 'random'")
-    if lloyd_steps < 0 or (lloyd_steps > 0 and init == "learned"):
-        raise ValueError(f"lloyd_steps={lloyd_steps} must not be negative, and must be 0 for init='learned'")
     if init == "learned":
         return LearnedStart(num_components, num_features)
-    return DrawnStart(init, num_components, lloyd_steps, num_starts, seed)
+    return DrawnStart(init, num_components, num_starts, seed)

@@ -120,15 +120,14 @@ def mixture_grid(
     points = points.detach().cpu().float()
     mixture = mixture.detach().to("cpu").to(torch.float32).full()
     colors = component_colors(mixture.means.shape[1])
-    shades = mixture.posterior(points).responsibilities @ colors
-    flat = points.shape[-1] == 2
-    projection = {} if flat else {"projection": "3d", "box_aspect": (1, 1, 1)}
+    point_colors = (mixture.posterior(points).responsibilities @ colors).clamp(0, 1)
+    projection = {} if points.shape[-1] == 2 else {"projection": "3d", "box_aspect": (1, 1, 1)}
     figure, axes = new_figure(len(points), 4, width=2.4, height=2.4, subplot_kw=projection)
     ax: Any
     for i, ax in enumerate(axes):
         keep = slice(None) if mask is None else mask[i].cpu()
         cloud = points[i][keep][:, :3]
-        ax.scatter(*cloud.T.numpy(), c=shades[i][keep].clamp(0, 1).numpy(), s=3, linewidths=0, alpha=0.8)
+        ax.scatter(*cloud.T.numpy(), c=point_colors[i][keep].numpy(), s=3, linewidths=0, alpha=0.8)
         for k in (mixture.log_weights[i].exp() > 1e-3).nonzero().flatten():
             _draw_ellipsoid(ax, mixture.means[i, k, :3], mixture.covariances[i, k, :3, :3], colors[k].numpy(), radius)
         if titles is not None:
@@ -139,10 +138,10 @@ def mixture_grid(
 
 def _frame(ax: Any, cloud: Tensor) -> None:
     """Centre the cloud in a square or cube without axes."""
-    center = cloud.mean(0).nan_to_num()
-    reach = float((cloud - center).abs().max()) if len(cloud) else 1.0
+    center = cloud.mean(0).nan_to_num()  # an empty cloud has no mean
+    half_width = float((cloud - center).abs().max()) if len(cloud) else 1.0
     for axis, middle in zip("xyz", center.tolist(), strict=False):
-        ax.set(**{f"{axis}lim": (middle - reach, middle + reach)})
+        ax.set(**{f"{axis}lim": (middle - half_width, middle + half_width)})
     ax.set_axis_off()
     if len(center) == 2:
         ax.set_aspect("equal")

@@ -25,6 +25,7 @@ from em_lightning.competition import Competition
 from em_lightning.operators import EMOperator, SetOperator
 from em_lightning.scope.findings import NOT_CHECKED, RELU, Audit, Finding, Softmax, check_call, reason_of
 from em_lightning.surgery import walk
+from em_lightning.surgery.axes import Observers
 
 _OPERATIONS = {
     "aten::_softmax": "softmax",
@@ -81,6 +82,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             mha.set_fastpath_enabled(False)
+            Observers.on = False
             model.eval()
             try:
                 with _Recorder(model) as recorder:
@@ -88,6 +90,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
                 return recorder.findings()
             finally:
                 mha.set_fastpath_enabled(fast_path)
+                Observers.on = True
 
 
 def _run(model: Any, batch: Any) -> None:
@@ -96,7 +99,15 @@ def _run(model: Any, batch: Any) -> None:
         if not getattr(model, "automatic_optimization", True):
             _optimize_the_copy(model)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
-        step(model, batch, 0) if len(inspect.signature(step).parameters) > 2 else step(model, batch)
+        try:
+            step(model, batch, 0) if len(inspect.signature(step).parameters) > 2 else step(model, batch)
+        except RuntimeError as error:
+            if "not attached to a `Trainer`" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error} Its training_step needs one: audit it in a fit, with the callback EMAudit, or give "
+                f"run=, such as run=lambda: model(x)"
+            ) from error
     else:
         call(model, batch)
 
@@ -237,15 +248,16 @@ class _Recorder(TorchDispatchMode):
         modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in whole}}
         called, calls = set(self.called), list(self.calls)  # the checks call modules, whose hooks add to both
         checks = [*(check_call(*one) for one in calls), *(softmax.check() for softmax in self.softmaxes)]
-        worst: dict[tuple[str, str], Finding] = {}  # the worst of all calls of an operation
-        for finding in (*self.found, *filter(None, checks)):
-            key = (finding.path, finding.operation)
-            worst[key] = max(worst.get(key, finding), finding, key=lambda one: (one.checked, one.error or 0.0))
+        worst: dict[tuple[str, str], Finding] = {}  # of all calls of an operation, the one with the largest error
+        for finding in [*self.found, *(check for check in checks if check is not None)]:
+            other = worst.setdefault((finding.path, finding.operation), finding)
+            if (finding.checked, finding.error or 0.0) > (other.checked, other.error or 0.0):
+                worst[finding.path, finding.operation] = finding
         result = Audit()
         for path, module in modules.items():
-            own = [worst.pop(key) for key in list(worst) if key[0] == path]
-            result.extend(own)
-            if not own and not any(True for _ in module.children()):
+            of_module = [worst.pop(key) for key in list(worst) if key[0] == path]
+            result.extend(of_module)
+            if not of_module and not list(module.children()):
                 name = type(module).__name__
                 reason = reason_of(module) if path in called else f"{NOT_CHECKED}its forward was not called"
                 result.append(Finding(path, name, name.lower(), reason=reason))

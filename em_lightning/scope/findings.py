@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from em_lightning.activations import Activation
 from em_lightning.activations.competitive import SparseminActivation
-from em_lightning.competition import Entmin, Hardmin, Sparsemin
+from em_lightning.competition import Entmin, Hardmin, Posterior, Sparsemin
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 
@@ -20,7 +20,7 @@ NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
 RELU = "elementwise, no normalization, hard zeros"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _SWAP = "replace it by a competition with SwapActivations"
-# Reason, advice and class names, which also match classes of PyG such as its Linear; * is 1d, 2d or 3d.
+# Reason, advice and class names, which also match classes of PyG such as its Linear.
 _LAYERS = (
     (RELU, _SWAP, "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink"),
     (
@@ -31,11 +31,11 @@ _LAYERS = (
     (
         "affine: scores, neither exponentiated nor normalized",
         "train its outputs as energies with LayerwiseEMLoss, or put a mixture behind it with InsertEMOperator",
-        "Linear Bilinear Embedding Conv* ConvTranspose*",
+        "Linear Bilinear Embedding Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d",
     ),
 )
-_REASONS = {name.replace("*", f"{n}d"): why for why, _, names in _LAYERS for name in names.split() for n in (1, 2, 3)}
-_ADVICE = {why: advice for why, advice, _ in _LAYERS} | {
+_REASONS = {name: reason for reason, _, names in _LAYERS for name in names.split()}
+_ADVICE = {reason: advice for reason, advice, _ in _LAYERS} | {
     NOT_SEEN: "if it competes, build it from em_lightning.competition"
 }
 
@@ -81,8 +81,10 @@ class Finding:
 
 def reason_of(module: nn.Module) -> str:
     """Return why a module in which no competition was seen is not EM."""
-    known = (_REASONS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in _REASONS)
-    return next(known, NOT_SEEN)
+    for cls in type(module).__mro__:
+        if cls.__name__ in _REASONS:
+            return _REASONS[cls.__name__]
+    return NOT_SEEN
 
 
 class Audit(list[Finding]):
@@ -151,30 +153,33 @@ class Softmax:
 
 def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Finding | None:
     """Check a call of a competition, activation or operator of this library; None if it has no responsibilities."""
-    finding = Finding(path, type(module).__name__, type(module).__name__, reason="competition of the units")
+    name = type(module).__name__
     if isinstance(module, EMOperator):
         if not isinstance(output, Mixture):
             return None
-        finding.operation, finding.reason = "E-step", "responsibilities of the components of a mixture"
         x = inputs[0] if inputs else kwargs["x"]
         mask = inputs[1] if len(inputs) > 1 else kwargs.get("mask")
-        energies = module.posterior(x.detach(), output, mask).energies.detach().double()
-        posterior, axis, label = module.competition(energies.requires_grad_()), -1, "components"
+        energies = module.posterior(x.detach(), output, mask).energies.detach().double().requires_grad_()
+        finding = Finding(path, name, "E-step", reason="responsibilities of the components of a mixture")
+        return _compared_posterior(finding, module.competition(energies), "components", -1)
+    competition = module.posterior if isinstance(module, Activation) else module
+    posterior = competition(inputs[0].detach().float().requires_grad_(), *inputs[1:], **kwargs)
+    if isinstance(module, Activation) and not module.competes:
+        reason = "hypotheses of each unit by itself: units do not compete"
+        finding = _compared_posterior(Finding(path, name, name, reason=reason), posterior, "each unit", -1)
     else:
-        value = inputs[0].detach().float().requires_grad_()
-        competition = module.posterior if isinstance(module, Activation) else module
-        posterior = competition(value, *inputs[1:], **kwargs)
         axis = module.dim if kwargs.get("dim") is None else kwargs["dim"]
-        label = f"axis {axis % posterior.energies.ndim}"
-        if isinstance(module, Activation) and not module.competes:
-            axis, label = -1, "each unit"
-            finding.reason = "hypotheses of each unit by itself: units do not compete"
-    responsibilities = posterior.responsibilities.movedim(axis, -1)
-    finding = _compared(finding, responsibilities, posterior.free_energy, posterior.energies, label, axis)
+        finding = Finding(path, name, name, reason="competition of the units")
+        finding = _compared_posterior(finding, posterior, f"axis {axis % posterior.energies.ndim}", axis)
     if isinstance(module, _SPARSE) and finding.checked:
         finding.exponentiated = False
         finding.reason = "normalized, but not exponentiated: hypotheses drop to exactly zero"
     return finding
+
+
+def _compared_posterior(finding: Finding, posterior: Posterior, label: str, axis: int) -> Finding:
+    responsibilities = posterior.responsibilities.movedim(axis, -1)
+    return _compared(finding, responsibilities, posterior.free_energy, posterior.energies, label, axis)
 
 
 def _compared(

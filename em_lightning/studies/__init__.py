@@ -2,17 +2,16 @@
 
 from em_lightning.studies.amortized_clustering import AmortizedClustering
 from em_lightning.studies.clustering_report import ClusteringReport
+from em_lightning.studies.composition import MNIST1D, Arm, StackedNetworks
 from em_lightning.studies.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
-from em_lightning.studies.grid import run_table
+from em_lightning.studies.grid import run_seeds, run_table
 from em_lightning.studies.image_classifier import ImageClassifier
 from em_lightning.studies.image_points import ImagePointSets, PointSetBatch, bright_pixels
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
 from em_lightning.studies.mixture_sets import MixtureSetBatch, MixtureSets
-from em_lightning.studies.poolings import POOLINGS, PoolingClassifier
 from em_lightning.studies.report import Findings, Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
-from em_lightning.studies.seeds import run_seeds
 from em_lightning.studies.selection_report import SelectionReport
 from em_lightning.studies.surfaces import FAMILIES, ProceduralSurfaces, random_surface
 
@@ -21,12 +20,14 @@ __all__ = [
     "PointSetBatch",
     "bright_pixels",
     "AmortizedClustering",
+    "Arm",
+    "MNIST1D",
+    "StackedNetworks",
     "FAMILIES",
     "MixtureSetBatch",
     "MixtureSets",
     "ProceduralSurfaces",
     "random_surface",
-    "POOLINGS",
     "ClusteringReport",
     "DecoderFreeEncoder",
     "EMClassifier",
@@ -35,7 +36,6 @@ __all__ = [
     "ImageClassifier",
     "LayerReport",
     "MixtureReport",
-    "PoolingClassifier",
     "Report",
     "SelectionReport",
     "SparseAutoencoder",

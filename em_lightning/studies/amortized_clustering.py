@@ -91,9 +91,9 @@ class AmortizedClustering(EMModule):
                 "learnable": True,
             },
         )
-        # The logarithms of the pseudo-count c and the scale s of the background.
+        # log c and log s of the background, which is initially ten times as wide as a component.
         self.log_count = nn.Parameter(torch.zeros(1))
-        self.log_extent = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))
 
     def train(self, mode: bool = True) -> AmortizedClustering:
         """Set the mode; the operator stays in eval mode, in which it keeps the best of several starts."""
@@ -106,15 +106,14 @@ class AmortizedClustering(EMModule):
 
     def log_prob(self, mixture: Mixture, x: Tensor, points: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the log-density (B, M) of x (B, M, D) under the mixtures of sets (B, N, D) and the background."""
-        density = mixture.log_prob(x)
         valid = torch.ones_like(points[..., 0]) if mask is None else mask.to(points.dtype)
-        size = valid.sum(-1, keepdim=True)
-        center = (points * valid.unsqueeze(-1)).sum(1, keepdim=True) / size.clamp(min=1.0).unsqueeze(-1)
-        square = (x - center).square().sum(-1) * (-2.0 * self.log_extent).exp()
-        background = -0.5 * square - x.shape[-1] * (self.log_extent + 0.5 * math.log(2.0 * math.pi))
+        n = valid.sum(-1, keepdim=True)
+        center = (points * valid.unsqueeze(-1)).sum(1, keepdim=True) / n.clamp(min=1.0).unsqueeze(-1)
+        background = Mixture(torch.zeros_like(n), center, (2.0 * self.log_scale).exp().to(n.dtype).expand_as(n))
         # An empty set has log n = -inf; the gradient of logaddexp at n + c needs a finite number.
-        total = torch.logaddexp(size.clamp(min=torch.finfo(size.dtype).tiny).log(), self.log_count)
-        return torch.logaddexp(size.log() + density, self.log_count + background) - total
+        log_total = torch.logaddexp(n.clamp(min=torch.finfo(n.dtype).tiny).log(), self.log_count)
+        log_counts = torch.logaddexp(n.log() + mixture.log_prob(x), self.log_count + background.log_prob(x))
+        return log_counts - log_total
 
     def step(self, batch: MixtureSetBatch, stage: str) -> dict[str, Tensor]:
         """Return the loss and the gap between its log-density and that of the true mixtures."""
@@ -124,9 +123,9 @@ class AmortizedClustering(EMModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the corrections, and a group with its own learning rate for everything else."""
-        corrections: list[Tensor] = []
-        others: list[Tensor] = []
-        for name, value in self.named_parameters():
-            is_correction = name.startswith("operator.") and not name.startswith("operator.prior.")
-            (corrections if is_correction else others).append(value)
-        return [{"params": corrections}, {"params": others, "lr": self.prior_lr}]
+        correction = self.operator.correction
+        others = [*self.operator.prior.parameters(), self.log_count, self.log_scale]
+        return [
+            {"params": [] if correction is None else list(correction.parameters())},
+            {"params": others, "lr": self.prior_lr},
+        ]

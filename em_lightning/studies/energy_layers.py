@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import add
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,15 @@ class EnergyLayer(EMModule):
     Args:
         num_features: D.
         num_components: K, the number of competing units.
-        lr, optimizer: as in :class:`~em_lightning.modules.EMModule`.
+        **options: ``lr`` and ``optimizer`` of :class:`~em_lightning.modules.EMModule`.
 
     Shape:
         - batch: x (N, ...) with D features per item, and labels y (N,).
         - ``energies(x)``: (N, K).
     """
 
-    def __init__(
-        self, num_features: int, num_components: int, lr: float = 1e-3, optimizer: Literal["adam", "sgd"] = "adam"
-    ) -> None:
-        super().__init__(lr, optimizer=optimizer)
+    def __init__(self, num_features: int, num_components: int, **options: Any) -> None:
+        super().__init__(**options)
         check_at_least(1, num_features=num_features, num_components=num_components)
         self.encoder = nn.Linear(num_features, num_components)
         self.add_metrics(("val", "test"), energies=layer_metrics())
@@ -91,10 +89,9 @@ class DecoderFreeEncoder(EnergyLayer):
         free_energy: float = 1.0,
         variance: float = 1.0,
         decorrelation: float = 1.0,
-        lr: float = 1e-3,
-        optimizer: Literal["adam", "sgd"] = "adam",
+        **options: Any,
     ) -> None:
-        super().__init__(num_features, num_components, lr, optimizer)
+        super().__init__(num_features, num_components, **options)
         self.save_hyperparameters()
         self.loss = EMLoss(free_energy=free_energy, variance=variance, decorrelation=decorrelation)
 
@@ -113,14 +110,9 @@ class SparseAutoencoder(EnergyLayer):
     """
 
     def __init__(
-        self,
-        num_features: int = 784,
-        num_components: int = 64,
-        sparsity: float = 0.01,
-        lr: float = 1e-3,
-        optimizer: Literal["adam", "sgd"] = "adam",
+        self, num_features: int = 784, num_components: int = 64, sparsity: float = 0.01, **options: Any
     ) -> None:
-        super().__init__(num_features, num_components, lr, optimizer)
+        super().__init__(num_features, num_components, **options)
         check_at_least(0, sparsity=sparsity)
         self.save_hyperparameters()
         self.sparsity = sparsity
@@ -161,10 +153,9 @@ class EMClassifier(EnergyLayer):
         weight: float = 1e-3,
         variance: float = 1.0,
         decorrelation: float = 1.0,
-        lr: float = 1e-3,
-        optimizer: Literal["adam", "sgd"] = "adam",
+        **options: Any,
     ) -> None:
-        super().__init__(num_features, num_components, lr, optimizer)
+        super().__init__(num_features, num_components, **options)
         check_at_least(2, num_classes=num_classes)
         check_at_least(0, weight=weight)
         self.save_hyperparameters()

@@ -1,4 +1,4 @@
-"""Tables of rows times seeds of a recipe, trained in parallel processes and resumed where they stopped.
+"""Runs of a recipe in parallel processes: one per seed, or the rows times seeds of a table that can be continued.
 
 A config with the entry ``table`` describes such a table; the rest of it is an ordinary config, shared by all rows:
 
@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from em_lightning.studies.results import compare, paired, spread, write_results
+from em_lightning.studies.results import combine, compare, paired, spread, write_results
 
 Results = Mapping[str, Sequence[Mapping[str, float]]]
 
@@ -55,6 +56,12 @@ class Cell(NamedTuple):
     arguments: list[str]
     folder: Path
 
+    @classmethod
+    def seeded(cls, row: str, seed: int, arguments: Sequence[str], folder: Path, version: str) -> Cell:
+        """Return a cell that trains with a seed and writes to a version of the logger's folder."""
+        options = [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.logger.version={version}"]
+        return cls(row, seed, [*arguments, *options], folder / version)
+
     @property
     def result(self) -> Path:
         """The file that exists when the cell is finished."""
@@ -71,7 +78,7 @@ def run_table(
     command: str = "",
     jobs: int | None = None,
 ) -> None:
-    """Run the unfinished cells of a table, and write ``results.md`` and ``results.json``.
+    """Run the unfinished cells of a table, and write ``results.md`` and ``results.json`` to ``folder``.
 
     The folder of a cell, ``cells/HASH-seedN`` beside ``folder``, is named by a hash of everything that the result
     depends on: the same command continues a table, other arguments start new cells, and tables share equal cells.
@@ -92,15 +99,15 @@ def run_table(
         table = Table(**entry)
     except TypeError as error:
         raise ValueError(f"table: {error}") from error
+    # The configs enter the hash by their contents, not by their paths.
+    options = [argument for argument in arguments if not argument.startswith("--config=")]
     cells = []
     for seed in table.seeds:  # the outer loop, so that all rows get their first results early
         for row, spec in table.rows.items():
-            own = [f"--{key}={value}" for key, value in spec.get("arguments", {}).items()]
-            own += [f"--seed_everything={seed}", f"--data.seed={seed}"]
-            options = [value for value in arguments if not value.startswith("--config=")]
-            version = f"cells/{_digest([list(configs), options, own])}-seed{seed}"
-            given = [*arguments, *own, f"--trainer.logger.version={version}"]
-            cells.append(Cell(row, seed, given, folder.parent / version))
+            changes = [f"--{name}={value}" for name, value in spec.get("arguments", {}).items()]
+            content = json.dumps([list(configs), options, changes], sort_keys=True, default=str)
+            version = f"cells/{hashlib.sha256(content.encode()).hexdigest()[:12]}-seed{seed}"
+            cells.append(Cell.seeded(row, seed, [*arguments, *changes], folder.parent, version))
     if any("fast_dev_run" in argument for argument in arguments):
         for cell in cells[: len(table.rows)]:
             load().fit(cell.arguments)
@@ -109,8 +116,25 @@ def run_table(
     write_table(folder, table, cells, command)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def run_seeds(
+    load: Callable[[], Any], folder: Path, arguments: Sequence[str], seeds: Sequence[int], jobs: int | None = None
+) -> None:
+    """Run a recipe once per seed, each in its own process, and combine their ``results.json``.
+
+    Args are those of :func:`run_table`, except ``folder``, which is that of the recipe's logger.
+
+    Raises:
+        ValueError: the arguments select several devices, a run failed, or the runs have different tables.
+    """
+    for argument in arguments:
+        if argument.startswith(("--trainer.strategy", "--trainer.devices")) and not argument.endswith(("=1", "=auto")):
+            raise ValueError(f"{argument} must not be given with --seeds, which runs each seed in one process")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    cells = [Cell.seeded(folder.name, seed, arguments, folder, f"{stamp}-seed{seed}") for seed in seeds]
+    run_cells(load, cells, jobs)
+    title = f"{folder.name}, seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+    write_results(folder / f"{stamp}-seeds", title, [], combine([cell.result for cell in cells]))
+    print(f"Files in {folder / f'{stamp}-seeds'}: results.json, results.md")
 
 
 def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None = None) -> None:
@@ -121,11 +145,11 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
         return
     cores = os.cpu_count() or 1
     jobs = min(jobs or cores, len(cells))
-    threads = (max(cores // jobs, 1),)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, threads) as pool:
-        done = [pool.submit(run_cell, load, cell) for cell in cells]
+    threads = max(cores // jobs, 1)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (threads,)) as pool:
+        runs = [pool.submit(run_cell, load, cell) for cell in cells]
         try:
-            for future in track(done, f"runs, {jobs} at a time"):
+            for future in track(runs, f"runs, {jobs} at a time"):
                 future.result()
         except RuntimeError as error:
             raise ValueError(str(error)) from error
@@ -167,10 +191,9 @@ def run_cell(load: Callable[[], Any], cell: Cell) -> None:
 def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str) -> None:
     """Write the table of finished cells."""
     seeds = sorted({cell.seed for cell in cells})
-    values = {
-        row: [json.loads(cell.result.read_text(encoding="utf-8"))["values"] for cell in cells if cell.row == row]
-        for row in table.rows
-    }
+    values: dict[str, list[dict[str, float]]] = {row: [] for row in table.rows}
+    for cell in cells:
+        values[cell.row].append(json.loads(cell.result.read_text(encoding="utf-8"))["values"])
     rows, explained = _own_rows(table, values) if table.columns else _published_rows(table, values)
     notes = [
         f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
@@ -182,10 +205,11 @@ def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str)
 
 
 def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
+    """Return one line per row and metric with a published or checked value, and what its columns mean."""
     rows = []
     for row, spec in table.rows.items():
         published, checked = spec.get("published", {}), spec.get("checked", {})
-        for metric in [*published, *(key for key in checked if key not in published)]:
+        for metric in {**published, **checked}:
             values = [float(result[metric]) for result in results[row]]
             rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
     return rows, (
@@ -195,6 +219,7 @@ def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]
 
 
 def _own_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
+    """Return one line per row with a column per metric and the gain in the first one, and what the gain means."""
     first = table.columns[0]
     against = {row: spec["against"] for row, spec in table.rows.items() if "against" in spec}
     rows = []
@@ -203,12 +228,13 @@ def _own_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str
         for metric in table.columns:
             values = [float(result[metric]) for result in results[row] if metric in result]
             line[metric] = spread(values) if values else ""
-        if against:
-            compared = [[float(result[first]) for result in results[name]] for name in (row, against.get(row, row))]
-            line["gain"] = paired(*compared) if row in against else ""
+        if row in against:
+            scores = [[float(result[first]) for result in results[name]] for name in (row, against[row])]
+            line["gain"] = paired(*scores)
+        elif against:
+            line["gain"] = ""
         rows.append(line)
     if not against:
         return rows, "Nothing was published."
-    pairs = {other: [row for row, of in against.items() if of == other] for other in dict.fromkeys(against.values())}
-    named = "; ".join(f"{', '.join(names)} over {other}" for other, names in pairs.items())
-    return rows, f"Gain: of {first}, mean ± standard error of the differences at the same seed: {named}."
+    pairs = "; ".join(f"{row} over {other}" for row, other in against.items())
+    return rows, f"Gain: of {first}, mean ± standard error of the differences at the same seed: {pairs}."

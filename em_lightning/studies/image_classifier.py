@@ -51,19 +51,17 @@ class ImageClassifier(EMModule):
         self.save_hyperparameters()
         layers = (_mlp if network == "mlp" else _cnn)(shape, num_classes, width)
         self.network = nn.Sequential(OrderedDict(layers))
-        units = MetricCollection(
-            {
-                "dead_units": DeadUnits(threshold=1e-3, relative=True, dim=1),
-                "redundancy": Redundancy(dim=1),
-                "effective_rank": EffectiveRank(dim=1),
-            }
-        )
+        layer_metrics: dict[str, Any] = {
+            "dead_units": DeadUnits(threshold=1e-3, relative=True, dim=1),
+            "redundancy": Redundancy(dim=1),
+            "effective_rank": EffectiveRank(dim=1),
+        }
         self.add_metrics(
             ("val", "test"),
             accuracy=MulticlassAccuracy(num_classes, average="micro"),
             calibration_error=MulticlassCalibrationError(num_classes, n_bins=15),
-            activation1=units.clone("activation1/"),
-            activation2=units.clone("activation2/"),
+            activation1=MetricCollection(layer_metrics, prefix="activation1/"),
+            activation2=MetricCollection(layer_metrics, prefix="activation2/"),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,13 +71,14 @@ class ImageClassifier(EMModule):
         x, y = batch
         if stage == "train":
             return functional.cross_entropy(self.network(x), y)
-        metrics, logits = self.metrics_of(stage), x
+        metrics = self.metrics_of(stage)
+        logits = x
         for name, layer in self.network.named_children():
             logits = layer(logits)
-            if name.startswith("activation"):
+            if name in metrics:  # an activation
                 metrics[name].update(logits)
-        for name in ("accuracy", "calibration_error"):
-            metrics[name].update(logits.softmax(-1), y)
+        metrics["accuracy"].update(logits, y)
+        metrics["calibration_error"].update(logits.softmax(-1), y)
         return functional.cross_entropy(logits, y)
 
 

@@ -106,14 +106,15 @@ class ImagePointSets(TensorDataModule):
     def draw(self, pixels: Tensor, counts: Tensor, labels: Tensor, generator: torch.Generator) -> PointSetBatch:
         """Draw the points of images, given their bright pixels (B, M), the counts of these (B,) and labels (B,)."""
         counts = counts.unsqueeze(1)
-        noise = torch.rand(pixels.shape, generator=generator)
         # A random order of the bright pixels of each image; padding comes last and is never chosen.
+        noise = torch.rand(pixels.shape, generator=generator)
         order = noise.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
         positions = torch.arange(self.num_points) % counts.clamp(min=1)
         drawn = pixels.gather(1, order.gather(1, positions)).long()
         _, height, width = self.dataset.shape
         row, column = drawn.div(width, rounding_mode="floor"), drawn % width
+        # The origin is the middle of the image; half of its longer side is 1.
         points = torch.stack([column - (width - 1) / 2, (height - 1) / 2 - row], -1) * (2 / max(height, width))
-        shift = torch.randn(points.shape, generator=generator).clamp_(-3, 3).mul_(self.jitter)
+        jitter = torch.randn(points.shape, generator=generator).clamp_(-3, 3).mul_(self.jitter)
         mask = (counts > 0).expand(-1, self.num_points)
-        return PointSetBatch((points + shift) * mask.unsqueeze(-1), mask, labels)
+        return PointSetBatch((points + jitter) * mask.unsqueeze(-1), mask, labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +10,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from em_lightning.checks import check_at_least
 from em_lightning.plots.figures import DIVERGING, figure_style, new_figure
 from em_lightning.studies.report import Findings, Report
 
-_PANELS = {
-    "loss": "training loss",
-    "accuracy": "accuracy",
-    "l0": "active units per item",
-    "entropy": "entropy of r (nats)",
-    "redundancy": "redundancy",
-    "min_variance": "smallest variance of a unit",
-    "effective_rank": "effective rank",
-}
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
-_CHUNK_SIZE = 10_000
 
 
 class LayerReport(Report):
     """Report metrics of an :class:`~em_lightning.studies.EnergyLayer`, a linear probe and figures.
 
-    The table has the validation metrics, averaged over the last epochs. The figures are ``prototypes`` (weights as
-    images) and ``training``. With ``probe=False`` and ``figures=False`` the module may be any
-    that logs ``val/...`` in validation.
+    The table has the validation metrics, averaged over the last epochs, and the mean training loss of an epoch. The
+    figures are ``prototypes`` (weights as images) and ``training``. With ``probe=False`` and ``figures=False`` the
+    module may be any that logs ``val/...`` in validation.
 
     Args:
         last_epochs: number of epochs whose validation metrics are averaged.
@@ -41,13 +32,11 @@ class LayerReport(Report):
 
     def __init__(self, last_epochs: int = 1, probe: bool = False, figures: bool = True) -> None:
         super().__init__()
-        if last_epochs < 1:
-            raise ValueError(f"last_epochs={last_epochs} must be at least 1")
+        check_at_least(1, last_epochs=last_epochs)
         self.last_epochs = last_epochs
         self.probe = probe
         self.figures = figures
-        self._loss_sum: Any = 0.0
-        self._num_batches = 0
+        self._losses: list[Tensor] = []  # of the batches of this epoch
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Validate after the last epoch if the fit would end before its first validation."""
@@ -56,21 +45,21 @@ class LayerReport(Report):
             trainer.check_val_every_n_epoch = epochs
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the mean of the loss."""
-        self._loss_sum, self._num_batches = 0.0, 0
+        """Forget the losses of the last epoch."""
+        self._losses = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Accumulate the loss of the batch."""
-        self._loss_sum, self._num_batches = self._loss_sum + outputs["loss"].detach(), self._num_batches + 1
+        """Keep the loss of the batch."""
+        self._losses.append(outputs["loss"].detach())
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the metrics of the epoch."""
-        if trainer.sanity_checking or not self._num_batches:
+        if trainer.sanity_checking or not self._losses:
             return
         logged = trainer.callback_metrics.items()
-        values = {name.removeprefix("val/"): float(value) for name, value in logged if name.startswith("val/")}
-        values["loss"] = float(self._loss_sum) / self._num_batches
-        self.history.append({"epoch": trainer.current_epoch + 1, **values})
+        metrics = {name.removeprefix("val/"): float(value) for name, value in logged if name.startswith("val/")}
+        loss = float(torch.stack(self._losses).mean())
+        self.history.append({"epoch": trainer.current_epoch + 1, **metrics, "loss": loss})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings | None:
         """Average the metrics, score the probe and draw."""
@@ -85,32 +74,23 @@ class LayerReport(Report):
         ]
         metric = next((name for name in ("accuracy %", "probe %") if name in row), "loss")
         title = type(module).__name__
-        return Findings(
-            title,
-            notes,
-            [{"metric": name, "value": value} for name, value in row.items()],
-            f"{title}: {metric} {row[metric]:.4g}.",
-            self._draw(module, data.shape) if self.figures else {},
-            {"values": row, "history": self.history},
-        )
+        figures = {}
+        if self.figures and len(data.shape) == 3 and data.shape[0] == 1:  # images with one channel
+            figures["prototypes"] = _prototype_grid(module.prototypes, data.shape[1:])
+        rows = [{"metric": name, "value": value} for name, value in row.items()]
+        facts = {"values": row, "history": self.history}
+        return Findings(title, notes, rows, f"{title}: {metric} {row[metric]:.4g}.", figures, facts)
 
     def _row(self, data: Any, module: Any) -> dict[str, float]:
         last = self.history[-self.last_epochs :]
-        row = {name: sum(each[name] for each in last) / len(last) for name in last[0] if name != "epoch"}
-        row["parameters"] = sum(p.numel() for p in module.parameters())
+        row = {name: sum(epoch[name] for epoch in last) / len(last) for name in last[0] if name != "epoch"}
+        row["parameters"] = sum(parameter.numel() for parameter in module.parameters())
         if self.probe:
             train, test = data.whole("train"), data.whole("test")
-            features = [_in_parts(module, module.energies, part.x) for part in (train, test)]
+            features = [module.energies(x.to(module.device)) for x in (train.x, test.x)]
             row["probe"] = linear_probe(features[0], train.y, features[1], test.y)
-        percents = {f"{name} %": 100 * value for name, value in row.items() if name in _IN_PERCENT}
-        return {name: value for name, value in row.items() if name not in _IN_PERCENT} | percents
-
-    def _draw(self, module: Any, shape: Sequence[int]) -> dict[str, Any]:
-        series = {title: [each[k] for each in self.history] for k, title in _PANELS.items() if k in self.history[0]}
-        figures = {"training": _panels([each["epoch"] for each in self.history], series, "epoch")}
-        if len(shape) == 3 and shape[0] == 1:
-            figures["prototypes"] = _prototype_grid(module.prototypes, shape[1:])
-        return figures
+        percents = {f"{name} %": 100 * row.pop(name) for name in _IN_PERCENT if name in row}
+        return {**row, **percents}
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
@@ -130,11 +110,6 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
     return float(probe.score(test_features.detach().cpu().numpy(), test_labels.cpu().numpy()))
 
 
-@torch.no_grad()
-def _in_parts(module: Any, function: Any, x: Tensor) -> Tensor:
-    return torch.cat([function(part.to(module.device)).cpu() for part in x.split(_CHUNK_SIZE)])
-
-
 @figure_style()
 def _prototype_grid(prototypes: Tensor, shape: Sequence[int]) -> Figure:
     """Draw the weights (K, H * W) of each unit as an image (H, W), all on one symmetric colour scale."""
@@ -144,14 +119,4 @@ def _prototype_grid(prototypes: Tensor, shape: Sequence[int]) -> Figure:
     for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
         ax.imshow(image.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
-    return figure
-
-
-@figure_style()
-def _panels(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
-    """Draw several series, by title, over the same x, each in its own panel."""
-    figure, axes = new_figure(len(series), 3, width=2.6, height=2.0, sharex=True)
-    for ax, (title, y) in zip(axes, series.items(), strict=True):
-        ax.plot(x, y, marker="o" if len(x) <= 20 else None, markersize=3)
-        ax.set(title=title, xlabel=xlabel)
     return figure

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
+from em_lightning.mixture import Mixture
 from em_lightning.plots import curves, mixture_grid
-from em_lightning.studies.density_fits import (
-    TRAINED,
-    Clouds,
-    Result,
-    baselines,
-    learned,
-    measure,
-    sklearn_mixtures,
-    tune,
-)
-from em_lightning.studies.page import mixture_page
-from em_lightning.studies.report import Findings, Report
+from em_lightning.studies.density_fits import FIXED_STEPS, TRAINED, Clouds, Result, compare, sklearn_mixtures
+from em_lightning.studies.page import scene, write_page
+from em_lightning.studies.report import Findings, Report, batches_on
 
-_LABEL = "held-out log-likelihood per point (nats)"
+Results = Mapping[int, Mapping[str, Result]]  # by size, then by method
+
+_LIKELIHOOD = "held-out log-likelihood per point (nats)"
 
 
 class MixtureReport(Report):
@@ -49,28 +44,25 @@ class MixtureReport(Report):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihoods of the epoch."""
-        logged = {stage: trainer.callback_metrics.get(f"{stage}/log_likelihood") for stage in ("train", "val")}
-        found = {stage: float(value) for stage, value in logged.items() if value is not None}
-        self.history.append({"step": trainer.global_step, **found})
+        logged = trainer.callback_metrics
+        names = [name for name in ("train/log_likelihood", "val/log_likelihood") if name in logged]
+        self.history.append({"epoch": trainer.current_epoch + 1, **{name: float(logged[name]) for name in names}})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         """Measure all methods and draw the figures."""
         data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(data.seed)
-        splits = [
-            [PointCloudBatch(*(part.to(module.device) for part in batch)) for batch in loader]
-            for loader in (data.val_dataloader(), data.test_dataloader())
-        ]
-        found: dict[int, dict[str, Result]] = {}
+        val, test = (batches_on(module.device, loader) for loader in (data.val_dataloader(), data.test_dataloader()))
+        results: dict[int, dict[str, Result]] = {}
         for size in self.sizes:
-            val, test = (clouds_of(batches, size) for batches in splits)
-            if len(val.points) and len(test.points):
-                found[size] = self._compare(module, val, test, size)
-        if not found:
+            val_clouds, test_clouds = clouds_of(val, size), clouds_of(test, size)
+            if val_clouds and test_clouds:
+                results[size] = compare(module, val_clouds, test_clouds, self.sklearn)
+        if not results:
             raise ValueError(f"sizes={tuple(self.sizes)} must hold one that validation and test clouds have")
         verdict = verdict_by_size(
-            {size: {name: each.scores for name, each in row.items()} for size, row in found.items()}
+            {size: {name: result.scores for name, result in row.items()} for size, row in results.items()}
         )
         notes = [
             f"Data: {data.describe()}. Held-out log-likelihood per point in nats of the test clouds, normalized to "
@@ -79,63 +71,79 @@ class MixtureReport(Report):
             f"of each size.",
             verdict,
         ]
-        settings = {size: {name: dict(each.setting) for name, each in row.items()} for size, row in found.items()}
-        batch = splits[1][0]  # clouds of one class are adjacent in it
-        rows = torch.linspace(0, len(batch.points) - 1, min(self.num_pictured, len(batch.points))).long()
-        shown = PointCloudBatch(*(part[rows] for part in batch))
-        titles = [data.class_names[i] for i in shown.label.tolist()]
-        mixture = module(shown.points, shown.mask)
-        figures = {**self._curves(found), "clouds": mixture_grid(shown.points, mixture, shown.mask, titles)}
-        mixture_page(folder / "report.html", list(_scenes(module, shown, titles, self.sklearn)))
-        facts = {"seed": data.seed, "settings": settings}
-        return Findings("Mixtures of point clouds", notes, table(found), verdict, figures, facts)
+        clouds = test[0]  # clouds of one class are adjacent in it
+        rows = torch.linspace(0, len(clouds.points) - 1, min(self.num_pictured, len(clouds.points))).long()
+        shown = PointCloudBatch(*(part[rows] for part in clouds))
+        titles = [data.class_names[label] for label in shown.label.tolist()]
+        write_page(folder / "report.html", list(self._scenes(module, shown, titles)))
+        settings = {size: {name: dict(result.setting) for name, result in row.items()} for size, row in results.items()}
+        return Findings(
+            "Mixtures of point clouds",
+            notes,
+            table(results),
+            verdict,
+            {**self._curves(results), "clouds": _side_by_side(module, shown, titles)},
+            {"seed": data.seed, "settings": settings},
+        )
 
-    def _compare(self, module: Any, val: Clouds, test: Clouds, size: int) -> dict[str, Result]:
-        from rich.progress import track
-
-        methods = [each for each in baselines(size) if self.sklearn or "scikit" not in each.name] + [learned(module)]
-        components, found = module.operator.num_components, {}
-        for method in track(methods, f"fits of {size} points", transient=True):
-            found[method.name] = measure(method, test, components, tune(method, val, components))
-        return found
-
-    def _curves(self, found: Mapping[int, Mapping[str, Result]]) -> dict[str, Any]:
-        # Of the EM fits only the tuned ones, so that curves can be told apart.
-        names = [name for name in next(iter(found.values())) if not name.startswith("EM, ") or "tuned" in name]
-        likelihoods = {name: [float(row[name].scores.mean()) for row in found.values()] for name in names}
-        seconds = {name: [1e3 * row[name].seconds for row in found.values()] for name in names}
-        by_size = {name: (list(found), likelihoods[name]) for name in names}
-        by_time = {name: (seconds[name], likelihoods[name]) for name in names}
-        figures = {
-            "sizes": curves(by_size, "number of points", _LABEL, log_x=True),
-            "times": curves(by_time, "ms per cloud", _LABEL, log_x=True),
+    def _curves(self, results: Results) -> dict[str, Any]:
+        fixed = {f"EM, {steps} steps" for steps in FIXED_STEPS}  # left out, so that curves can be told apart
+        names = [name for name in next(iter(results.values())) if name not in fixed]
+        by_size, by_time = {}, {}
+        for name in names:
+            likelihoods = [float(row[name].scores.mean()) for row in results.values()]
+            by_size[name] = (list(results), likelihoods)
+            by_time[name] = ([1e3 * row[name].seconds for row in results.values()], likelihoods)
+        return {
+            "sizes": curves(by_size, "number of points", _LIKELIHOOD, log_x=True),
+            "times": curves(by_time, "ms per cloud", _LIKELIHOOD, log_x=True),
         }
-        lines = {}
-        for stage in ("train", "val"):
-            epochs = [epoch for epoch in self.history if stage in epoch]
-            if epochs:
-                lines[stage] = ([epoch["step"] for epoch in epochs], [epoch[stage] for epoch in epochs])
-        return {**figures, "training": curves(lines, "optimizer step", _LABEL, "Training")} if lines else figures
+
+    def _scenes(self, module: Any, batch: PointCloudBatch, titles: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield the clouds of the page, with the mixtures of each method after each iteration."""
+        from sklearn.mixture import GaussianMixture
+
+        for i, title in enumerate(titles):
+            points = batch.points[i, batch.mask[i]].unsqueeze(0)
+            held_out = batch.held_out[i, batch.held_out_mask[i]].unsqueeze(0)
+            trained = list(module.iterate(points))
+            classical = list(module.operator.classical().iterate(points, num_iters=len(trained) - 1))
+            methods = {"classical EM": classical, TRAINED: trained}
+            if self.sklearn:
+                name = "scikit-learn GaussianMixture"
+                methods[name] = sklearn_mixtures(points, module.operator.num_components, GaussianMixture)
+            yield scene(title, points, held_out, methods)
 
 
-def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds:
+def _side_by_side(module: Any, batch: PointCloudBatch, titles: Sequence[str]) -> Figure:
+    """Draw each cloud with its mixture by classical EM, and beside it with its mixture by the module."""
+    points, mask = batch.points, batch.mask
+    trained = list(module.iterate(points, mask))
+    *_, classical = module.operator.classical().iterate(points, mask, num_iters=len(trained) - 1)
+    pairs = zip(classical.parameters(), trained[-1].parameters(), strict=True)
+    mixtures = Mixture(*(torch.stack(pair, 1).flatten(0, 1) for pair in pairs))
+    named = [f"{title}, {method}" for title in titles for method in ("EM", "trained")]
+    return mixture_grid(points.repeat_interleave(2, 0), mixtures, mask.repeat_interleave(2, 0), named)
+
+
+def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds | None:
     """Return the first ``size`` points of the clouds that have so many, and an equal number of held-out points."""
     count = min(int(batch.held_out_mask.sum(1).min()) for batch in batches)
-    kept = [(batch, batch.mask.sum(1) >= size) for batch in batches if batch.points.shape[1] >= size]
-    if not kept:
-        return Clouds(batches[0].points[:0], batches[0].held_out[:0])
-    return Clouds(
-        torch.cat([batch.points[keep, :size] for batch, keep in kept]),
-        torch.cat([batch.held_out[keep, :count] for batch, keep in kept]),
-    )
+    points, held_out = [], []
+    for batch in batches:
+        keep = batch.mask.sum(1) >= size
+        if keep.any():
+            points.append(batch.points[keep, :size])
+            held_out.append(batch.held_out[keep, :count])
+    return Clouds(torch.cat(points), torch.cat(held_out)) if points else None
 
 
-def table(found: Mapping[int, Mapping[str, Result]]) -> list[dict[str, Any]]:
+def table(results: Results) -> list[dict[str, Any]]:
     """Return one row per method: likelihoods by size, then times by size."""
     rows = []
-    for name in next(iter(found.values())):
-        likelihoods = {f"N = {size}": float(row[name].scores.mean()) for size, row in found.items()}
-        times = {f"ms, N = {size}": 1e3 * row[name].seconds for size, row in found.items()}
+    for name in next(iter(results.values())):
+        likelihoods = {f"N = {size}": float(row[name].scores.mean()) for size, row in results.items()}
+        times = {f"ms, N = {size}": 1e3 * row[name].seconds for size, row in results.items()}
         rows.append({"method": name, **likelihoods, **times})
     return rows
 
@@ -155,23 +163,9 @@ def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]]) -> str:
         error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else math.nan
         sizes = above if gain.mean() > 0 else not_above
         sizes.append(f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})")
-    verdicts = {"is above": above, "is not above": not_above}
-    parts = [f"{verdict} every classical fit at {', '.join(sizes)}" for verdict, sizes in verdicts.items() if sizes]
+    parts = []
+    if above:
+        parts.append(f"is above every classical fit at {', '.join(above)}")
+    if not_above:
+        parts.append(f"is not above every classical fit at {', '.join(not_above)}")
     return f"The {TRAINED} {' and '.join(parts)}."
-
-
-def _scenes(module: Any, batch: PointCloudBatch, titles: Sequence[str], sklearn: bool) -> Any:
-    """Yield the clouds of the page: points, held-out points and the mixtures of each method after each iteration."""
-    for i, title in enumerate(titles):
-        points, held_out = (
-            batch.points[i : i + 1][:, batch.mask[i]],
-            batch.held_out[i : i + 1][:, batch.held_out_mask[i]],
-        )
-        total = module.exact_iters + module.operator.num_iters
-        methods = {
-            "classical EM": list(module.operator.classical().iterate(points, num_iters=total)),
-            TRAINED: list(module.iterate(points)),
-        }
-        if sklearn:
-            methods["scikit-learn GaussianMixture"] = sklearn_mixtures(points, module.operator.num_components)
-        yield title, points, held_out, methods

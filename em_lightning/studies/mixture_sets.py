@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -9,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
-from torch.utils.data import DataLoader
 
 from em_lightning.checks import check_at_least, check_positive
-from em_lightning.data.base import EpochSampler, RandomDataset, SplitDataModule
+from em_lightning.data.base import EpochSampler, RandomDataset, ResumableLoader, SplitDataModule
 from em_lightning.mixture import Mixture
 
 
@@ -85,10 +85,19 @@ class MixtureSets(SplitDataModule):
             f"scale {self.scale:g} in [-{self.extent:g}, {self.extent:g}]^{self.num_features}"
         )
 
-    def draw(self, num_sets: int, held_out: int, generator: torch.Generator) -> MixtureSetBatch:
-        """Draw sets with ``held_out`` held-out points each."""
-        sizes = torch.randint(self.min_points, self.max_points + 1, (num_sets,), generator=generator)
-        shape = (num_sets, self.num_components, self.num_features)
+    def loader(self, split: str) -> ResumableLoader:
+        train = split == "train"
+        num_sets = self.train_batches * self.batch_size if train else getattr(self, f"{split}_sets")
+        batch = partial(self._batch, num_sets, self.train_held_out if train else self.held_out)
+        batches = RandomDataset(batch, math.ceil(num_sets / self.batch_size), split, self.seed)
+        sampler = EpochSampler(batches, *self.ranks, self.seed) if train else None
+        return ResumableLoader(batches, batch_size=None, sampler=sampler)
+
+    def _batch(self, num_sets: int, held_out: int, index: int, generator: torch.Generator) -> MixtureSetBatch:
+        """Return batch ``index`` of ``num_sets`` sets with ``held_out`` held-out points each."""
+        batch_size = min(self.batch_size, num_sets - index * self.batch_size)
+        sizes = torch.randint(self.min_points, self.max_points + 1, (batch_size,), generator=generator)
+        shape = (batch_size, self.num_components, self.num_features)
         means = self.extent * (2.0 * torch.rand(shape, generator=generator) - 1.0)
         # torch's Dirichlet has no argument for a generator and draws from the global one.
         with torch.random.fork_rng(devices=[]):
@@ -97,24 +106,13 @@ class MixtureSets(SplitDataModule):
             generator.set_state(torch.get_rng_state())
         weights = weights.clamp(min=torch.finfo(torch.float32).tiny)  # log 0 is infinite
         points, labels = self._points(means, weights, self.max_points, generator)
-        test_points, _ = self._points(means, weights, held_out, generator)
+        held_out_points, _ = self._points(means, weights, held_out, generator)
         mask = torch.arange(self.max_points) < sizes[:, None]
         truth = Mixture(weights.log(), means, torch.full(shape[:2], self.scale**2))
-        return MixtureSetBatch(points * mask.unsqueeze(-1), mask, test_points, labels, truth)
+        return MixtureSetBatch(points * mask.unsqueeze(-1), mask, held_out_points, labels, truth)
 
     def _points(self, means: Tensor, weights: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return n points of each mixture, (B, n, D), and their components (B, n)."""
         labels = torch.multinomial(weights, n, replacement=True, generator=generator)
         noise = torch.randn(*labels.shape, self.num_features, generator=generator)
         return means.gather(1, labels.unsqueeze(-1).expand_as(noise)) + self.scale * noise, labels
-
-    def loader(self, split: str) -> DataLoader[MixtureSetBatch]:
-        train = split == "train"
-        num_sets = self.train_batches * self.batch_size if train else getattr(self, f"{split}_sets")
-        held_out = self.train_held_out if train else self.held_out
-        draw = partial(self._draw, num_sets, held_out)
-        batches = RandomDataset(draw, -(-num_sets // self.batch_size), split, self.seed)
-        sampler = EpochSampler(batches, *self.ranks, self.seed) if train else None
-        return DataLoader(batches, batch_size=None, sampler=sampler)
-
-    def _draw(self, num_sets: int, held_out: int, index: int, generator: torch.Generator) -> MixtureSetBatch:
-        return self.draw(min(self.batch_size, num_sets - index * self.batch_size), held_out, generator)

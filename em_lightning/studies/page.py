@@ -14,37 +14,37 @@ from em_lightning.files import write_whole
 from em_lightning.mixture import Mixture
 
 
-def mixture_page(path: Path, clouds: Sequence[tuple[str, Tensor, Tensor, Mapping[str, Sequence[Mixture]]]]) -> None:
-    """Write an HTML page that needs no network, with rotatable clouds, ellipsoids and a slider over iterations.
-
-    Args:
-        path: path of the page.
-        clouds: for each cloud the title, fitted points (1, N, 3), held-out points (1, M, 3), and per method the
-            mixtures of one set after each iteration.
-    """
-
-    def numbers(values: Tensor) -> Any:
-        return [numbers(part) for part in values] if values.ndim else round(float(values), 4)
-
-    def step(mixture: Mixture, points: Tensor, held_out: Tensor) -> dict[str, Any]:
-        values, vectors = torch.linalg.eigh(mixture.full().covariances[0].double())
-        axes = (2.0 * vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)).mT
-        shapes = {"means": mixture.means[0], "axes": axes, "weights": mixture.weights[0]}
-        clouds = {"fitted": points, "held_out": held_out}
-        scores = {name: float(mixture.log_prob(x.to(mixture.means)).mean()) for name, x in clouds.items()}
-        return {name: numbers(value.detach().cpu()) for name, value in shapes.items()} | scores
-
-    content = [
-        {
-            "title": title,
-            "points": numbers(points[0].cpu()),
-            "held_out": numbers(held_out[0].cpu()),
-            "methods": [
-                {"name": name, "steps": [step(mixture, points, held_out) for mixture in mixtures]}
-                for name, mixtures in methods.items()
-            ],
-        }
-        for title, points, held_out, methods in clouds
-    ]
+def write_page(path: Path, scenes: Sequence[Mapping[str, Any]]) -> None:
+    """Write an HTML page that needs no network, with rotatable clouds, ellipsoids and a slider over iterations."""
+    # "<" is escaped, so that no title can end the script element that holds the data.
+    data = json.dumps(scenes, separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_name("scene.html").read_text(encoding="utf-8")
-    write_whole(path, page.replace("/*DATA*/", json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")))
+    write_whole(path, page.replace("/*DATA*/", data))
+
+
+def scene(title: str, points: Tensor, held_out: Tensor, methods: Mapping[str, Sequence[Mixture]]) -> dict[str, Any]:
+    """Return the data of one cloud: fitted points (1, N, 3), held-out points, each method's mixture per iteration."""
+
+    def iteration(mixture: Mixture) -> dict[str, Any]:
+        variances, directions = torch.linalg.eigh(mixture.full().covariances[0].double())
+        return {
+            "means": _rounded(mixture.means[0]),
+            "weights": _rounded(mixture.weights[0]),
+            "axes": _rounded(2.0 * variances.clamp(min=0.0).sqrt().unsqueeze(-1) * directions.mT),
+            "fitted": float(mixture.log_prob(points.to(mixture.means)).mean()),
+            "held_out": float(mixture.log_prob(held_out.to(mixture.means)).mean()),
+        }
+
+    return {
+        "title": title,
+        "points": _rounded(points[0]),
+        "held_out": _rounded(held_out[0]),
+        "methods": [{"name": name, "steps": [*map(iteration, mixtures)]} for name, mixtures in methods.items()],
+    }
+
+
+def _rounded(values: Tensor) -> Any:
+    """Return a tensor as nested lists of numbers with four decimals, for a small file."""
+    if values.ndim:
+        return [_rounded(part) for part in values.detach().cpu()]
+    return round(float(values), 4)

@@ -1,50 +1,44 @@
-"""Base class of the callbacks that write a table and figures at the end of a fit, and fits by scikit-learn."""
+"""Report, the base class of the callbacks that write a table and figures at the end of a fit."""
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from em_lightning.mixture import COVARIANCES, Mixture
-from em_lightning.plots import save_figure, tensorboard_writers
+from em_lightning.plots import figure_style, new_figure, save_figure, tensorboard_writers
 from em_lightning.studies.results import write_results
 
 
 class Findings(NamedTuple):
-    """The content of a report.
-
-    Attributes:
-        title: the heading.
-        notes: paragraphs above the table.
-        rows: the table.
-        verdict: the result in one sentence, which is printed last.
-        figures: figures by the names of their files.
-        facts: further entries of ``results.json``, such as the seed.
-    """
+    """The content of a report."""
 
     title: str
-    notes: Sequence[str]
-    rows: Sequence[Mapping[str, Any]]
-    verdict: str
-    figures: Mapping[str, Figure] = {}
-    facts: Mapping[str, Any] = {}
+    notes: Sequence[str]  # paragraphs above the table
+    rows: Sequence[Mapping[str, Any]]  # the table
+    verdict: str  # the result in one sentence, which is printed last
+    figures: Mapping[str, Figure] = {}  # by the names of their files
+    facts: Mapping[str, Any] = {}  # further entries of results.json, such as the seed
 
 
 class Report(lightning.Callback):
     """Calls :meth:`report` on the first rank at the end of a fit, in evaluation mode and without gradients.
 
     The findings are written to the folder of the logger as ``results.md``, ``results.json`` and figures, which
-    TensorBoard and Weights & Biases also get. The table, the verdict and the names of the files are printed.
+    TensorBoard and Weights & Biases also get. The table, the names of the files and, last, the verdict are printed.
     Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
-    fit and a ``fast_dev_run`` write no report. A subclass may append to ``history``, which checkpoints store.
+    fit and a ``fast_dev_run`` write no report.
+
+    A subclass may append the values of an epoch to ``history``, which checkpoints store; ``training.png`` shows them.
     """
+
+    figures: bool = True
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -65,32 +59,49 @@ class Report(lightning.Callback):
         """Run :meth:`report` and write its findings."""
         if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
             return
-        folder, began = folder_of(trainer), time.time() - 1.0
+        folder, began = folder_of(trainer), time.time() - 1.0  # some file systems round times to seconds
         modes = {module: module.training for module in pl_module.modules()}
         device = pl_module.device
         pl_module.eval()
         try:
             with torch.no_grad(), torch.random.fork_rng([device] if device.type in ("cuda", "mps") else []):
-                found = self.report(trainer, pl_module, folder)
+                findings = self.report(trainer, pl_module, folder)
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        if found is None:
+        if findings is None:
             return
-        write_results(folder, found.title, found.notes, found.rows, **found.facts)
-        for name, figure in found.figures.items():
+        write_results(folder, findings.title, findings.notes, findings.rows, **findings.facts)
+        writers = tensorboard_writers(trainer)
+        figures = dict(findings.figures)
+        if self.history and self.figures:
+            figures["training"] = _training_figure(self.history)
+        for name, figure in figures.items():
             path = save_figure(figure, folder / f"{name}.png")
-            for writer in tensorboard_writers(trainer):
+            for writer in writers:
                 writer.add_figure(name, figure, trainer.global_step, close=False)
                 writer.flush()
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image(name, [str(path)])
-        files = sorted(path.name for path in folder.glob("*.*") if path.stat().st_mtime > began)
-        print(found.verdict)
+        files = [path.name for path in sorted(folder.glob("*.*")) if path.stat().st_mtime > began]
         print(f"Files in {folder}: {', '.join(name for name in files if not name.startswith('events'))}")
-        if tensorboard_writers(trainer):
+        if writers:
             print(f"TensorBoard: tensorboard --logdir {folder.parent}")
+        print(findings.verdict)
+
+
+@figure_style()
+def _training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw each recorded value over the epochs, in its own panel."""
+    names = list(dict.fromkeys(name for epoch in history for name in epoch if name != "epoch"))
+    figure, axes = new_figure(len(names), 3, width=2.6, height=2.0, sharex=True)
+    for ax, name in zip(axes, names, strict=True):
+        recorded = [(epoch["epoch"], epoch[name]) for epoch in history if name in epoch]
+        ax.plot(*zip(*recorded, strict=True), marker="o" if len(recorded) <= 20 else None, markersize=3)
+        ax.set(title=name, xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
 
 
 def folder_of(trainer: Any) -> Path:
@@ -106,15 +117,6 @@ def folder_of(trainer: Any) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), str(logger.version))
 
 
-def fit_sklearn(estimator: Any, rows: Any) -> tuple[Mixture, float]:
-    """Fit a mixture of scikit-learn to rows (N, D); return it and the seconds that the fit took."""
-    from sklearn.exceptions import ConvergenceWarning
-
-    began = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fit = estimator.fit(rows)
-    seconds = time.perf_counter() - began
-    weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
-    covariances = covariances[(None,) * COVARIANCES[fit.covariance_type].sklearn_axes]
-    return Mixture(weights.log()[None], means[None], covariances), seconds
+def batches_on(device: torch.device, loader: Iterable[Any]) -> list[Any]:
+    """Return the batches of a loader, each a named tuple of tensors, on a device."""
+    return [type(batch)(*(part.to(device) for part in batch)) for batch in loader]

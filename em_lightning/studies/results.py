@@ -33,15 +33,7 @@ def _cell(value: Any) -> str:
 
 
 def write_results(folder: Path, title: str, notes: Sequence[str], rows: Sequence[Row], **facts: Any) -> str:
-    """Write ``results.md`` and ``results.json`` to a folder, print the Markdown and return it.
-
-    Args:
-        folder: created if it does not exist.
-        title: the heading.
-        notes: paragraphs above the table.
-        rows: the table.
-        **facts: further entries of the JSON, such as the seed.
-    """
+    """Write ``results.md`` and ``results.json``, with further entries ``facts``; print the Markdown and return it."""
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -65,11 +57,11 @@ def fitted_table(rows: Sequence[Row]) -> Any:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    body = [[_cell(value) for value in row.values()] for row in rows]
-    for i, (name, column) in enumerate(zip(rows[0], zip(*body, strict=True), strict=True)):
-        table.add_column(Text(name), min_width=max(map(len, column)) if i else None)
-    for row in body:
-        table.add_row(*map(Text, row))
+    for i, name in enumerate(rows[0]):
+        widest = max(len(_cell(row[name])) for row in rows)
+        table.add_column(Text(name), min_width=widest if i else None)
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
     return table
 
 
@@ -80,14 +72,16 @@ def combine(paths: Sequence[Path]) -> list[dict[str, Any]]:
         ValueError: the tables have different rows.
     """
     tables = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths]
-    labels = [[[value for value in row.values() if isinstance(value, str)] for row in table] for table in tables]
+    labels = [[value for row in table for value in row.values() if isinstance(value, str)] for table in tables]
     if any(label != labels[0] for label in labels):
         raise ValueError(f"the tables {', '.join(map(str, paths))} have different rows; run the same config for each")
     combined = []
-    for rows in zip(*tables, strict=True):
-        columns = {key: [row[key] for row in rows] for key in rows[0]}
-        spreads = {key: spread(values) for key, values in columns.items() if isinstance(values[0], float)}
-        combined.append({**rows[0], **spreads})
+    for same_row in zip(*tables, strict=True):
+        row = dict(same_row[0])
+        for name, value in row.items():
+            if isinstance(value, float):
+                row[name] = spread([each[name] for each in same_row])
+        combined.append(row)
     return combined
 
 

@@ -13,9 +13,10 @@ from em_lightning.data import GaussianBlobs, TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
 from em_lightning.plots import curves, mixture_grid
-from em_lightning.studies.report import Findings, Report, fit_sklearn
+from em_lightning.studies.density_fits import fit_sklearn
+from em_lightning.studies.report import Findings, Report
 
-_PICTURED = 4000
+_NUM_PICTURED = 4000  # rows
 
 
 class SelectionReport(Report):
@@ -24,7 +25,7 @@ class SelectionReport(Report):
     The table has a row for this run, for scikit-learn's mixture with as many components, for the mixture that the data
     were drawn from if it is known, and for EM with other numbers of components, each measured on all rows. The figures
     are ``components`` (rows and components in the plane in which the means differ most), ``selection`` (BIC by the
-    number of components) and ``likelihood``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
+    number of components) and ``training``. The data module must be a :class:`~em_lightning.data.TabularDataModule`.
 
     Args:
         components: further numbers of components, fitted by EM with the same ``init``.
@@ -47,112 +48,117 @@ class SelectionReport(Report):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Record the likelihood and the time of an epoch; an epoch resumed in its middle adds no time."""
         seconds = time.perf_counter() - getattr(self, "_began", time.perf_counter())
-        self.history.append({"log_likelihood": float(pl_module.log_likelihood), "seconds": seconds})
+        likelihood = float(pl_module.log_likelihood)
+        self.history.append({"epoch": trainer.current_epoch + 1, "log_likelihood": likelihood, "seconds": seconds})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         """Measure all mixtures and draw the figures."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
-        own = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
-        levels, seconds = [one["log_likelihood"] for one in self.history], sum(one["seconds"] for one in self.history)
-        rows = [_row(own, mixture, data, int(module.iterations), seconds)]
-        truth = {}
+        name = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"
+        seconds = sum(epoch["seconds"] for epoch in self.history)
+        rows = [_row(name, mixture, data, int(module.iterations), seconds)]
+        bic_of_truth = {}
         if isinstance(data, GaussianBlobs):
             rows.append(_row("the mixture the rows were drawn from", data.truth(), data))
-            truth = {rows[1]["mixture"]: rows[1]["BIC"]}
+            bic_of_truth = {rows[1]["mixture"]: rows[1]["BIC"]}
         if len(data.tables["train"]) <= self.sklearn_rows and data.tables.get("weights") is None:
-            rows.append(self._sklearn(module, mixture, data))
-        others = [self._other(size, module, data) for size in self.components]
+            rows.append(self._sklearn(module, data))
+        others = [self._em(size, module, data) for size in self.components]
         notes = [
             f"Data: {data.describe()}. {module.covariance} covariance, floor {module.covariance_floor:g}, tol "
             f"{module.tol:g} nats per row; seed {module.seed}. Likelihoods are in nats per row, BIC and AIC of the "
             f"fitted rows, lower is better. EM starts by {module.hparams['init']} in {module.sample_size:,} rows, "
             f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer.",
         ]
+        bic = {row["K"]: row["BIC"] for row in sorted([rows[0], *others], key=lambda row: row["K"])}
         figures = {"components": _picture(mixture, data)}
-        if levels:
-            series = {"this run": (list(range(1, len(levels) + 1)), levels)}
-            figures["likelihood"] = curves(series, "epoch", "log-likelihood (nats per row)", "Training")
-        tried = sorted((row["K"], row["BIC"]) for row in [rows[0], *others])
-        sizes, criteria = zip(*tried, strict=True)
         if others:
-            figures["selection"] = curves(
-                {"EM": (sizes, criteria)}, "number of components K", "BIC", "Selection", truth
-            )
-        size, best = min(tried, key=lambda pair: pair[1])
-        verdict = f"BIC is lowest for K = {size} of {list(sizes)}: {best}."
+            series = {"EM": (list(bic), list(bic.values()))}
+            figures["selection"] = curves(series, "number of components K", "BIC", "Selection", bic_of_truth)
+        best = min(bic, key=lambda size: bic[size])
+        verdict = f"BIC is lowest for K = {best} of {list(bic)}: {bic[best]}."
         facts = {"seed": module.seed}
         return Findings("One mixture of one data set", notes, rows + others, verdict, figures, facts)
 
-    def _other(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
+    def _em(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
+        """Return the row of EM with another number of components."""
         blocks = data.blocks(whole=True)
         points, weights = blocks.sample(module.sample_size, module.seed)
-        init = module.hparams["init"]
+        init, floor = module.hparams["init"], module.covariance_floor
         operator = EMOperator(
             size,
             data.num_features,
             covariance=module.covariance,
             init=init,
-            seed=None if init == "farthest" else module.seed,
-            covariance_floor=module.covariance_floor,
+            seed=None if init == "farthest" else module.seed,  # farthest points are not random
+            covariance_floor=floor,
             residual=False,
         )
         began = time.perf_counter()
-        counts = None if weights is None else weights[None].double()
-        start = operator(points[None].double(), weights=counts, num_iters=0)
-        fit = fit_blocks(lambda: blocks, start, max_iters=self.max_iters, tol=module.tol, floor=module.covariance_floor)
+        sample_weights = None if weights is None else weights[None].double()
+        start = operator(points[None].double(), weights=sample_weights, num_iters=0)
+        fit = fit_blocks(lambda: blocks, start, max_iters=self.max_iters, tol=module.tol, floor=floor)
         return _row("EM", fit.mixture, data, len(fit.log_likelihoods), time.perf_counter() - began)
 
-    def _sklearn(self, module: Any, mixture: Mixture, data: TabularDataModule) -> dict[str, Any]:
+    def _sklearn(self, module: Any, data: TabularDataModule) -> dict[str, Any]:
+        """Return the row of scikit-learn's mixture with as many components as the module's."""
         from sklearn.mixture import GaussianMixture
 
-        table = data.tables["train"]
-        options = {"reg_covar": module.covariance_floor, "tol": module.tol, "random_state": module.seed}
         estimator = GaussianMixture(
-            mixture.components, covariance_type=module.covariance, max_iter=self.max_iters, **options
+            module.mixture.components,
+            covariance_type=module.covariance,
+            reg_covar=module.covariance_floor,
+            tol=module.tol,
+            max_iter=self.max_iters,
+            random_state=module.seed,
         )
-        found, seconds = fit_sklearn(estimator, table.rows(0, len(table)).cpu().numpy())
-        return _row("scikit-learn", found, data, estimator.n_iter_, seconds)
+        rows = data.tables["train"].rows(0, len(data.tables["train"])).cpu().numpy()
+        began = time.perf_counter()
+        mixture = fit_sklearn(estimator, rows)
+        return _row("scikit-learn", mixture, data, estimator.n_iter_, time.perf_counter() - began)
 
 
 def _row(
     name: str, mixture: Mixture, data: TabularDataModule, iterations: int | str = "", seconds: float | str = ""
 ) -> dict[str, Any]:
-    total, mass = _likelihood(mixture, data, "train")
-    found = information_criteria(mixture, total, mass)
+    total, mass = _log_likelihood(mixture, data, "train")
+    criteria = information_criteria(mixture, total, mass)
     held_out: float | str = ""
     if "held_out" in data.tables:
-        likelihood, count = _likelihood(mixture, data, "held_out")
-        held_out = round(likelihood / count, 5)
+        held_out_total, held_out_mass = _log_likelihood(mixture, data, "held_out")
+        held_out = round(held_out_total / held_out_mass, 5)
     return {
         "mixture": name,
         "K": mixture.means.shape[1],
         "parameters": mixture.num_parameters,
         "log-likelihood": round(total / mass, 5),
         "held out": held_out,
-        "BIC": round(found.bic),
-        "AIC": round(found.aic),
+        "BIC": round(criteria.bic),
+        "AIC": round(criteria.aic),
         "iterations": iterations,
         "seconds": seconds,
     }
 
 
-def _likelihood(mixture: Mixture, data: TabularDataModule, split: str) -> tuple[float, float]:
+def _log_likelihood(mixture: Mixture, data: TabularDataModule, split: str) -> tuple[float, float]:
+    """Return the weighted sum of the log-likelihoods of all rows of a split, and the sum of the weights."""
     total = mass = 0.0
     for points, weights in data.blocks(split, whole=True):
         log_prob = mixture.log_prob(points[None])[0].double()
-        total += float(log_prob.sum() if weights is None else (log_prob * weights).sum())
-        mass += len(points) if weights is None else float(weights.sum())
+        weights = torch.ones_like(log_prob) if weights is None else weights.double()
+        total += float(weights @ log_prob)
+        mass += float(weights.sum())
     return total, mass
 
 
 def _picture(mixture: Mixture, data: TabularDataModule) -> Any:
     """Draw rows and components in the plane of the two largest principal axes of the means."""
-    points = data.blocks(whole=True).sample(_PICTURED).points.double()
-    middle = mixture.means.mean(1)
-    axes = torch.linalg.svd(mixture.means[0] - middle, full_matrices=True).Vh[: min(2, points.shape[1])].T
-    if axes.shape[1] < 2:
-        axes = torch.cat([axes, torch.zeros_like(axes)], 1)
-    covariances = axes.T @ mixture.full().covariances @ axes
-    flat = Mixture(mixture.log_weights, mixture.means @ axes, covariances + 1e-9 * torch.eye(2).double())
-    return mixture_grid((points @ axes)[None], flat, titles=["rows and components"])
+    points = data.blocks(whole=True).sample(_NUM_PICTURED).points.double()
+    _, _, axes = torch.linalg.svd(mixture.means[0] - mixture.means.mean(1), full_matrices=True)
+    plane = torch.zeros(points.shape[1], 2).double()  # with one feature, the second axis stays empty
+    plane[:, : len(axes[:2])] = axes[:2].mT
+    # The variance along an empty axis must be positive.
+    covariances = plane.mT @ mixture.full().covariances @ plane + 1e-9 * torch.eye(2).double()
+    projected = Mixture(mixture.log_weights, mixture.means @ plane, covariances)
+    return mixture_grid((points @ plane)[None], projected, titles=["rows and components"])

@@ -18,10 +18,11 @@ Mesh = tuple[Tensor, Tensor]  # vertices (V, 3) float64, faces (F, 3) long
 
 @lru_cache(maxsize=64)
 def _grid_faces(rows: int, columns: int) -> Tensor:
-    """Return the faces (F, 3) of a grid: each cell with corners a b over c d is two triangles."""
+    """Return the faces (F, 3) of a grid; its cells are cut into two triangles by the diagonal from the upper left."""
     index = torch.arange(rows * columns).view(rows, columns)
-    a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
-    return torch.cat([torch.stack([a, b, d], -1).view(-1, 3), torch.stack([a, d, c], -1).view(-1, 3)])
+    upper_left, upper_right, lower_left, lower_right = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
+    triangles = (upper_left, upper_right, lower_right), (upper_left, lower_right, lower_left)
+    return torch.cat([torch.stack(corners, -1).view(-1, 3) for corners in triangles])
 
 
 def _grid(points: Tensor) -> Mesh:
@@ -35,15 +36,14 @@ def _linspace(low: float, high: float, steps: int) -> Tensor:
 
 
 def _revolve(radius: Tensor, height: Tensor, sides: int = 48) -> Mesh:
-    """Return the profile (radius, height), each (P,), turned about the z axis; few sides give a prism or pyramid."""
+    """Return the surface of revolution of a profile, radii and heights (P,); few sides give a prism or pyramid."""
     angle = _linspace(0.0, 2 * math.pi, sides + 1)
-    around = torch.stack([angle.cos(), angle.sin()], -1)
-    flat = radius[:, None, None] * around
-    return _grid(torch.cat([flat, height[:, None, None].expand(-1, sides + 1, 1)], -1))
+    x, y = radius[:, None] * angle.cos(), radius[:, None] * angle.sin()
+    return _grid(torch.stack([x, y, height[:, None].expand_as(x)], -1))
 
 
 def _revolve_corners(*corners: tuple[float, float], sides: int = 48) -> Mesh:
-    """Return :func:`_revolve` of the polygonal profile with corners (radius, height)."""
+    """Return the surface of revolution of a polygonal profile with corners (radius, height)."""
     radius, height = torch.tensor(corners, dtype=torch.float64).unbind(-1)
     return _revolve(radius, height, sides)
 
@@ -77,8 +77,8 @@ def _boxes(*boxes: tuple[float, float, float, float, float, float]) -> Mesh:
 
 def _legs(w: float, d: float, top: float, thick: float) -> list[tuple[float, float, float, float, float, float]]:
     """Return the boxes of four legs under the corners of a board of size (w, d) at height ``top``."""
-    x, y = (w - thick) / 2, (d - thick) / 2
-    return [(sx * x, sy * y, top / 2, thick, thick, top) for sx in (-1, 1) for sy in (-1, 1)]
+    half_x, half_y = (w - thick) / 2, (d - thick) / 2
+    return [(x, y, top / 2, thick, thick, top) for x in (-half_x, half_x) for y in (-half_y, half_y)]
 
 
 class _RandomSurfaces:
@@ -90,7 +90,7 @@ class _RandomSurfaces:
     """
 
     def __init__(self, generator: torch.Generator) -> None:
-        # One call for the numbers of all parameters, as a call per number is slow.
+        # Uniform numbers for all parameters at once: a call of torch.rand per parameter is slow.
         self._values = iter(torch.rand(32, dtype=torch.float64, generator=generator).tolist())
 
     def _draw(self, low: float, high: float) -> float:
@@ -103,7 +103,8 @@ class _RandomSurfaces:
         def power(value: Tensor, exponent: float) -> Tensor:
             return value.sign() * value.abs() ** exponent
 
-        latitude, longitude = _linspace(-math.pi / 2, math.pi / 2, 25)[:, None], _linspace(-math.pi, math.pi, 49)[None]
+        latitude = _linspace(-math.pi / 2, math.pi / 2, 25)[:, None]
+        longitude = _linspace(-math.pi, math.pi, 49)
         flat = power(latitude.cos(), exponents[0])
         x, y = flat * power(longitude.cos(), exponents[1]), flat * power(longitude.sin(), exponents[1])
         grid = torch.stack([x, y, power(latitude.sin(), exponents[0]).expand(-1, 49)], -1)

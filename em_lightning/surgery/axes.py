@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import rich
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ class UnitAxis:
 
     With ``dim="auto"`` the type of the layer defines it, or for an activation in an ``nn.Sequential`` the type of the
     layer before it. Otherwise it is the one of axes 1 and -1 whose size at the first batch is the width of the layer.
+    A layer that is called with tensors of 2 and of 4 axes, say, has an axis for each.
     ``widths`` are the possible widths, the likeliest first.
     """
 
@@ -50,18 +50,22 @@ class UnitAxis:
         self.path = path
         self.widths = tuple(dict.fromkeys(widths))
         self.dim = dim
+        self.decided: dict[int, int] = {}  # with dim="auto": number of axes -> axis of the units
 
     def __call__(self, shape: Sequence[int]) -> int:
-        """Return the axis for tensors of this shape; the first decision is final.
+        """Return the axis for tensors of this shape; the first decision for a number of axes is final.
 
         Raises:
             ValueError: neither or both of axes 1 and -1 have the layer's number of units, or ``dim`` is out of range.
         """
-        if self.dim == "auto":
-            self.dim = -1 if len(shape) < 3 else self._decide(shape)
-        if not -len(shape) <= self.dim < len(shape):
-            raise ValueError(f"dim={self.dim} must be an axis of {self.path!r}, of shape {tuple(shape)}")
-        return self.dim
+        dim = self.dim
+        if dim == "auto":
+            if len(shape) not in self.decided:
+                self.decided[len(shape)] = -1 if len(shape) < 3 else self._decide(shape)
+            dim = self.decided[len(shape)]
+        if not -len(shape) <= dim < len(shape):
+            raise ValueError(f"dim={dim} must be an axis of {self.path!r}, of shape {tuple(shape)}")
+        return dim
 
     def _decide(self, shape: Sequence[int]) -> int:
         for width in self.widths:
@@ -132,7 +136,11 @@ def widths_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output"
 def _axis_by_type(site: Site) -> int | Literal["auto"]:
     """Return the axis that the layer's type defines, or the type of the layer before an activation in a Sequential."""
     layer: Any = site.module
-    if isinstance(site.parent, nn.Sequential) and type(layer).__module__.startswith(_ACTIVATIONS):
+    if (
+        isinstance(site.parent, nn.Sequential)
+        and site.function is None
+        and type(layer).__module__.startswith(_ACTIVATIONS)
+    ):
         before = list(site.parent)[: list(site.parent._modules).index(site.name)]
         layer = next((one for one in reversed(before) if not _keeps_axes(one)), layer)
     while isinstance(layer, Inserted):
@@ -152,25 +160,41 @@ def _keeps_axes(layer: Any) -> bool:
     return layer is None or isinstance(layer, nn.Identity) or type(layer).__module__.startswith(kept)
 
 
+class Observers:
+    """Whether taps record tensors, and lines and warnings on the first batch are printed; off during an audit."""
+
+    on = True
+
+
 def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbose: bool, sets: str = "") -> None:
-    """Print the line on a layer at its first batch, on rank 0 and outside of compiled code only."""
-    if dim is not None and shape[dim] >= _WIDE and kind in _LOST:
+    """Warn of unsuitable widths, and print the line on a layer at its first batch."""
+    if not Observers.on:
+        return
+    units = None if dim is None else shape[dim]
+    if units == 1 and not sets:
         warnings.warn(
-            f"{kind} over the {shape[dim]} units of {path!r}: over 128 units of an MLP on MNIST it lost {_LOST[kind]} "
+            f"{path!r} has 1 unit (axis {dim} of shape {tuple(shape)}), which competes with no other: select a wider "
+            f"layer, or give dim=, the axis of the units",
+            stacklevel=2,
+        )
+    if units is not None and units >= _WIDE and kind in _LOST:
+        warnings.warn(
+            f"{kind} over the {units} units of {path!r}: over 128 units of an MLP on MNIST it lost {_LOST[kind]} "
             f"points of accuracy against ReLU (documentation, open questions, C); 'signed' and 'grouped' gained 0.2",
             stacklevel=2,
         )
-    if (
-        not verbose
-        or torch.compiler.is_compiling()
-        or (torch.distributed.is_initialized() and torch.distributed.get_rank())
-    ):
-        return
-    units = "elementwise"
-    if dim is not None:
-        items = sets or f"{math.prod(shape) // max(shape[dim], 1)} items"
-        units = f"axis {dim} has {shape[dim]} units, {items}"
-    rich.get_console().print(f"{path}: {kind}, shape {tuple(shape)}, {units}", soft_wrap=True, markup=False)
+    if verbose:
+        what = "elementwise"
+        if units is not None:
+            what = f"axis {dim} has {units} units, {sets or f'{math.prod(shape) // max(units, 1)} items'}"
+        print_line(f"{path}: {kind}, shape {tuple(shape)}, {what}")
+
+
+def print_line(text: str) -> None:
+    """Print a line, on rank 0 and outside of compiled code only."""
+    is_rank_zero = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if is_rank_zero and not torch.compiler.is_compiling():
+        print(text)
 
 
 def takes_dim(cls: Any) -> bool:
@@ -182,29 +206,31 @@ def own_dim(module: Any, make: Any) -> int | Literal["auto"] | None:
     """Return the axis along which the units of a module compete: "auto" if ``make`` gives none, None if elementwise."""
     if not takes_dim(type(module)) or not getattr(module, "competes", True):
         return None
-    given = {} if isinstance(make, type) else getattr(make, "keywords", {"dim": None})
-    return module.dim if "dim" in given else "auto"
+    arguments = {} if isinstance(make, type) else getattr(make, "keywords", {"dim": None})
+    return module.dim if "dim" in arguments else "auto"
 
 
 class FirstCall:
-    """Forward pre-hook that sets the axis of a module at its first call, unless it is None, and prints the line."""
+    """Forward pre-hook that sets the axis of a module, and prints a line at the first call with each number of axes."""
 
     def __init__(self, path: str, axis: UnitAxis | None, verbose: bool) -> None:
         self.path = path
-        self.axis = axis
+        self.axis = axis  # None for a module that treats each unit by itself
         self.verbose = verbose
-        self.done = False
+        self.seen: set[int] = set()  # numbers of axes
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
-        """Decide and print at the first call that has a tensor."""
-        if self.done or not args or not isinstance(args[0], Tensor):
+        """Set the axis, and print at a first call."""
+        if not args or not isinstance(args[0], Tensor):
             return
         shape = args[0].shape
         dim = None if self.axis is None else self.axis(shape)
-        if dim is not None:
+        if dim is not None and module.dim != dim:
             module.dim = dim
-            if not getattr(module, "width_is_given", True):
-                module.resize(shape[dim])
+        if len(shape) in self.seen:
+            return
+        if dim is not None and not getattr(module, "width_is_given", True):
+            module.resize(shape[dim])
         sets = module.describe_sets(shape) if hasattr(module, "describe_sets") else ""
         announce(self.path, type(module).__name__, shape, dim, self.verbose, sets)
-        self.done = True
+        self.seen.add(len(shape))

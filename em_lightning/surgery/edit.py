@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
-from em_lightning.surgery.owners import guard_twins
+from em_lightning.surgery.owners import Twin, guard, is_equal_copy, unchanged_twins
 from em_lightning.surgery.record import arguments_of, keep_in_checkpoints, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, class_name, find_modules
 
@@ -69,18 +69,16 @@ class Inserted(nn.Module):
 
 
 class CallCounter:
-    """Counts the calls of a module within one forward of its owner, and raises if there are more than allowed.
+    """Counts the calls of a module within one forward of its caller; ``on_excess(path, why)`` is called if too many."""
 
-    A module with parameters that is called at several places would share them between unrelated layers.
-    """
-
-    def __init__(self, path: str, allowed: int) -> None:
+    def __init__(self, path: str, allowed: int, on_excess: Callable[[str, str], None]) -> None:
         self.path = path
         self.allowed = allowed
+        self.on_excess = on_excess
         self.count: int | None = None  # calls in the current forward; None outside
 
     def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of the owner's forward."""
+        """Wrapper of the caller's forward."""
         self.count = 0
         output = proceed(*args, **kwargs)
         count, self.count = self.count, None
@@ -92,12 +90,17 @@ class CallCounter:
         """Forward pre-hook of the module."""
         if self.count is None:
             return
-        if self.count >= self.allowed:
-            raise RuntimeError(
-                f"{self.path!r} is called more than {self.allowed} time(s) in one forward, and its replacement has "
-                f"parameters: set calls=N for one module per call, or calls='any' to share one among all calls"
-            )
+        if self.count == self.allowed:
+            self.on_excess(self.path, f"is called more than {self.allowed} time(s) in one forward")
         self.count += 1
+
+
+def _refuse_sharing(path: str, why: str) -> None:
+    """Raise, because a module with parameters would share them between unrelated layers."""
+    raise RuntimeError(
+        f"{path!r} {why}, and its replacement has parameters: set calls=N for one module per call, or calls='any' to "
+        f"share one among all calls"
+    )
 
 
 class PerCall(nn.ModuleList):
@@ -133,7 +136,8 @@ class Surgery:
         self.by = by
         self.changes: list[Change] = []
         self.undos: list[Undo] = []
-        self.first_calls: list[Any] = []  # whether each new module was called, as (path, done)
+        self.first_calls: list[Any] = []  # of each new module, with its path and whether it was seen
+        self.unchanged_copies: dict[str, Twin] = {}  # target networks and other copies that do not change, by path
         if by is not None:
             vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self
 
@@ -170,7 +174,7 @@ class Surgery:
         undo_all(self.undos)
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
-        self.changes = []
+        self.changes, self.unchanged_copies = [], {}
         authors = vars(self.model).get(_SURGERIES, {})
         if authors.get(self.by) is self:
             del authors[self.by]
@@ -257,16 +261,17 @@ def change_sites(
             )
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
-    surgery.undos += guard_twins(surgery.model, sites)
+    twins = unchanged_twins(surgery.model, sites)
+    surgery.undos += [guard(surgery.model, twin) for twin in twins]
+    surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
     for site in sites:
         make = make_at(site)
-        counter = CallCounter(site.path, number)
+        counter = CallCounter(site.path, number, _refuse_sharing)
         added = built = _build(site, make)
         if number > 1:
             added = PerCall([built, *(_build(site, make, index) for index in range(1, number))], counter)
-        if number > 1 or (calls is None and any(True for _ in added.parameters())):
-            callers = [module for module in site.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
-            surgery.undos.append(wrap(callers[-1], "forward", counter.around))
+        if number > 1 or (calls is None and list(added.parameters())):
+            surgery.undos.append(wrap(site.caller, "forward", counter.around))
             surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
         if operation == "replace":
             carry_hooks(site.module, added)

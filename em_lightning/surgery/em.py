@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,11 +11,11 @@ from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.surgery.axes import FirstCall, own_dim, takes_dim, unit_axis, widths_of
+from em_lightning.surgery.axes import FirstCall, own_dim, print_line, takes_dim, unit_axis, widths_of
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
-from em_lightning.surgery.functional import swap_calls
+from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
-from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules
+from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, matches, shortened, walk
 
 
 def swap_activations(
@@ -75,11 +76,30 @@ def swap_activations(
         change_sites(surgery, "replace", sites, lambda _: make, calls, prepare)
     if functional:
         try:
-            swap_calls(surgery, where, make, target, calls, verbose)
-        except NoMatchError:
+            swap_calls(surgery, where, make, target, calls, prepare)
+        except NoMatchError as error:
             if not sites:
                 raise
+            warnings.warn(f"functional=True has no effect: {error}", stacklevel=2)
+        if verbose:
+            _print_found(surgery, where)
     return surgery
+
+
+def _print_found(surgery: Surgery, where: Where) -> None:
+    """Print where activations were found, and the largest selected modules of users' classes in which none was."""
+    changed = [change.path for change in surgery.changes]
+    # While a method of these modules runs, calls by modules inside them are replaced, too.
+    covered = [path.removesuffix(NAME) for path in changed if path.endswith(NAME)]
+    unchanged: list[str] = []
+    for site in walk(surgery.model):
+        inside = f"{site.path}."
+        is_large = not type(site.module).__module__.startswith("torch.") and list(site.module.parameters())
+        if is_large and matches(site, where) and not inside.startswith((*covered, *unchanged)):
+            if not any(f"{path}.".startswith(inside) for path in changed):
+                unchanged.append(inside)
+    nothing = f", and finds nothing in {shortened(unchanged)}" if unchanged else ""
+    print_line(f"functional=True changes {shortened(changed)}{nothing}")
 
 
 def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]) -> Make:
@@ -93,11 +113,11 @@ def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str
     if not isinstance(spec, (str, type, Mapping)):
         raise TypeError(f"activation={spec!r} must be a key, class, mapping or instance of {', '.join(ACTIVATIONS)}")
     cls: Any
-    cls, given = ACTIVATIONS.resolve(spec)
-    given = {**arguments, **given}
+    cls, in_spec = ACTIVATIONS.resolve(spec)
+    arguments = {**arguments, **in_spec}
     if dim != "auto" and takes_dim(cls):
-        given.setdefault("dim", dim)
-    return functools.partial(cls, **given)
+        arguments.setdefault("dim", dim)
+    return functools.partial(cls, **arguments)
 
 
 def insert_em_operators(

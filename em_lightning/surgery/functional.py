@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from em_lightning.surgery.axes import UnitAxis, announce, own_dim, widths_in
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.hooks import wrap
 from em_lightning.surgery.select import (
@@ -20,7 +18,7 @@ from em_lightning.surgery.select import (
     NoMatchError,
     Site,
     Where,
-    check_patterns,
+    check_selection,
     contents,
     described,
     is_built,
@@ -30,6 +28,7 @@ from em_lightning.surgery.select import (
 
 NAME = "em_functional"  # the operator's name as a child of the module whose methods call the function
 _IN_PLACE = frozenset(function for function in FUNCTIONS if function.__name__.endswith("_"))
+_LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.")  # modules of these are not searched
 
 
 class _Swapped(TorchFunctionMode):
@@ -37,11 +36,10 @@ class _Swapped(TorchFunctionMode):
 
     running = False  # whether an operator runs; functions that it calls are not replaced
 
-    def __init__(self, operator: Callable[[Tensor], Tensor], functions: frozenset[Any], axes: CallAxes) -> None:
+    def __init__(self, operator: Callable[[Tensor], Tensor], functions: frozenset[Any]) -> None:
         super().__init__()
         self.operator = operator
         self.functions = functions
-        self.axes = axes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,64 +48,44 @@ class _Swapped(TorchFunctionMode):
         x = args[0] if args else kwargs["input"]
         _Swapped.running = True
         try:
-            inplace = kwargs.get("inplace") or any(argument is True for argument in args[1:])  # or positional
-            if func in _IN_PLACE or inplace:
-                return x.copy_(self._swapped(x.clone()))
-            return self._swapped(x)
+            inplace_by_position = any(argument is True for argument in args[1:])  # no other argument is a bool
+            if func in _IN_PLACE or kwargs.get("inplace") or inplace_by_position:
+                return x.copy_(self.operator(x.clone()))
+            return self.operator(x)
         finally:
             _Swapped.running = False
 
-    def _swapped(self, x: Tensor) -> Tensor:
-        dim = self.axes(x)
-        return self.operator(x) if dim == -1 else self.operator(x.movedim(dim, -1)).movedim(-1, dim)
-
-
-@dataclasses.dataclass
-class CallAxes:
-    """The axis of the units in the calls of one module, decided once for each number of axes of a tensor."""
-
-    path: str  # of the operator
-    widths: list[int]  # of the layers in the module, the last first
-    class_name: str  # of the operator
-    dim: int | Literal["auto"] | None  # None for elementwise operators
-    verbose: bool
-    decided: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    @property
-    def done(self) -> bool:
-        """Whether the operator was called."""
-        return bool(self.decided)
-
-    def __call__(self, x: Tensor) -> int:
-        """Return the axis to move to the last position; -1, no move, if the operator has its own axis."""
-        if x.ndim not in self.decided:
-            axis = UnitAxis(self.path, self.widths)(x.shape) if self.dim == "auto" else self.dim
-            announce(self.path, self.class_name, x.shape, axis, self.verbose)
-            self.decided[x.ndim] = axis if self.dim == "auto" and axis is not None else -1
-        return self.decided[x.ndim]
-
 
 def swap_calls(
-    surgery: Surgery, where: Where, make: Make, target: Where, calls: Calls = None, verbose: bool = False
+    surgery: Surgery,
+    where: Where,
+    make: Make,
+    target: Where,
+    calls: Calls = None,
+    prepare: Callable[[Site, Change], None] = lambda *_: None,
 ) -> Surgery:
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
     The operator becomes a child of the module, named ``em_functional``. While a method of the module that mentions the
     function runs, the operator replaces all calls of the function, including calls by unselected children. Modules of
-    torch.nn are skipped, and functions that are reached only through containers or other objects are not found.
+    torch.nn are skipped. Functions that are reached only through containers or other objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
     """
     model = surgery.model
-    check_patterns(model, where)
+    check_selection(model, "where", where)
+    check_selection(model, "target", target)
     modules = {kind: kind() for kind in FUNCTIONS.values()}
     kinds = [kind for kind, module in modules.items() if matches(Site("", module, model, "", (model,)), target)]
+    if not kinds:
+        known = ", ".join(kind.__name__ for kind in modules)
+        raise NoMatchError(f"target={described(target)} has no function form; functional=True swaps those of {known}")
     functions = frozenset(function for function, kind in FUNCTIONS.items() if kind in kinds)
     names = {function.__name__ for function in functions}
     owners = [
         site
-        for site in (Site("", model, model, "", (model,)), *walk(model))
+        for site in (Site("", model, model, "", ()), *walk(model))
         if site.function is None
         and not hasattr(site.module, NAME)
         and not any(map(is_built, (*site.ancestors, site.module)))
@@ -120,26 +98,22 @@ def swap_calls(
             f"target={described(target)}; the model holds {contents(model)}"
         )
 
-    def prepare(site: Site, change: Change) -> None:
+    def prepare_calls(site: Site, change: Change) -> None:
         change.entry["target"] = [kind.__name__ for kind in kinds]
-        widths, built = widths_in([site.parent])[::-1], change.modules[0]
-        axes = CallAxes(site.path, widths, type(built).__name__, own_dim(built, make), verbose)
-        surgery.first_calls.append(axes)
         for name in _methods_that_call(type(site.parent), names):
-            surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions, axes)))
+            surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions)))
+        prepare(site, change)
 
     sites = [
         Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
         for site in owners
     ]
-    return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare)
+    return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare_calls)
 
 
-def _run(
-    module: nn.Module, functions: frozenset[Any], axes: CallAxes, proceed: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wrapper of a method: run it with the operator in place of the functions."""
-    with _Swapped(getattr(module, NAME), functions, axes):
+    with _Swapped(getattr(module, NAME), functions):
         return proceed(*args, **kwargs)
 
 
@@ -149,7 +123,7 @@ def _methods_that_call(cls: type[nn.Module], names: set[str]) -> list[str]:
         {
             name
             for base in cls.__mro__
-            if not base.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
+            if not base.__module__.startswith(_LIBRARIES)
             for name, method in vars(base).items()
             if inspect.isfunction(method) and not name.startswith("__") and _mentions(method.__code__, names, method)
         }

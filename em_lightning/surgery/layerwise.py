@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 import warnings
@@ -17,10 +18,19 @@ from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
 from em_lightning.surgery.select import Where
-from em_lightning.surgery.taps import Taps
+from em_lightning.surgery.taps import TAPS, Taps
 
 _MOMENTUM = 0.9  # momentum of the averages of weight="auto"
 _AUTO_EVERY = 10  # steps between two measurements of weight="auto"
+
+
+@dataclasses.dataclass
+class _Norms:
+    """The norms of the gradients at a tap, averaged over measurements, for ``weight="auto"``."""
+
+    main: float = 0.0  # of the main loss
+    em: float = 0.0  # of the EM loss
+    next_step: int = 0  # step of the next measurement
 
 
 class LayerwiseLoss:
@@ -93,14 +103,13 @@ class LayerwiseLoss:
         self.values: dict[str, Tensor] = {}
         self._added: set[str] = set()
         self._said_waiting = False
-        self._pure: dict[str, bool] = {}  # whether a layer had a call which only its own optimizer trains
-        # path -> average norms of the gradients of the main and of the EM loss, and the step of the next measurement
-        self.norms = {path: [0.0, 0.0, 0.0] for path in self.losses if self.weight == "auto"}
+        self._trained_alone: set[str] = set()  # layers with a call that depends on parameters of their optimizer only
+        self.norms = {path: _Norms() for path in self.losses if self.weight == "auto"}
 
     @property
     def dims(self) -> dict[str, int | Literal["auto"]]:
-        """The axis of the units of each layer; "auto" where it is decided at the first batch."""
-        return {path: axis.dim for path, axis in self.taps.axes.items()}
+        """The axis of the units of each layer; "auto" where the first batch decides it."""
+        return {path: next(iter(axis.decided.values()), axis.dim) for path, axis in self.taps.axes.items()}
 
     def factor(self) -> float:
         """Return f at the current step."""
@@ -137,12 +146,12 @@ class LayerwiseLoss:
         self.values = {}
         if factor == 0:
             return loss
-        aux = {path: self._evaluate(path, tensors) for path, tensors in captured.items()}
-        due = [path for path in aux if path in self.norms and self.step > self.norms[path][2]]
+        em_losses = {path: self._evaluate(path, tensors) for path, tensors in captured.items()}
+        due = [path for path in em_losses if path in self.norms and self.step >= self.norms[path].next_step]
         if due:
-            self._measure(due, loss, captured, aux)
+            self._measure(due, loss, captured, em_losses)
         total = loss.new_zeros((), dtype=torch.promote_types(loss.dtype, torch.float32))
-        for path, value in aux.items():
+        for path, value in em_losses.items():
             weight = factor * self.weight_of(path)
             self.values[f"{path}/weight"] = torch.tensor(weight)
             total = total + only_for(owned[path], weight * value) if path in owned else total + weight * value
@@ -152,16 +161,17 @@ class LayerwiseLoss:
         """Return the weight of a layer, without the factor f."""
         if self.weight != "auto":
             return float(self.weight)
-        main, own, _ = self.norms[path]  # both averages have the same bias, which cancels
-        return self.ratio * main / own if own > 0 else 0.0
+        norms = self.norms[path]  # both averages start at 0; this bias cancels
+        return self.ratio * norms.main / norms.em if norms.em > 0 else 0.0
 
     def remove(self) -> None:
         """Remove the hooks."""
         self.taps.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step and the averages of ``weight="auto"``."""
-        return {"step": self.step, "norms": copy.deepcopy(self.norms)}
+        """Return the step, the averages of ``weight="auto"``, and what is known of several optimizers."""
+        norms = {path: dataclasses.asdict(norms) for path, norms in self.norms.items()}
+        return {"step": self.step, "norms": norms, "trained_alone": sorted(self._trained_alone)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`; raise ValueError if it belongs to other layers."""
@@ -171,7 +181,8 @@ class LayerwiseLoss:
                 f"{sorted(self.norms)}: use the where= and weight= that it was saved with"
             )
         self.step = state["step"]
-        self.norms = {path: list(norms) for path, norms in state["norms"].items()}
+        self.norms = {path: _Norms(**norms) for path, norms in state["norms"].items()}
+        self._trained_alone = set(state["trained_alone"])
 
     def reset(self) -> None:
         """Discard captured tensors and the list of added losses; call it before a training step with several losses."""
@@ -202,7 +213,8 @@ class LayerwiseLoss:
     def _with_gradient(self, captured: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """Return the captured tensors with a gradient; raise RuntimeError if a layer that is trained has none."""
         kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
-        self._check(path for path in self.losses if not kept.get(path, path in self.taps.seen))
+        without_gradient = {path for path, tensors in kept.items() if not tensors}
+        self._check(without_gradient | (self.losses.keys() - self.taps.seen))
         self.taps.frozen = set()
         return {path: tensors for path, tensors in kept.items() if tensors}
 
@@ -217,25 +229,37 @@ class LayerwiseLoss:
         kept: dict[str, list[Tensor]] = {}
         owned: dict[str, list[Tensor]] = {}
         for path, tensors in captured.items():
-            reached = [(tensor, leaves_of(graph_of(tensor))) for tensor in tensors]
-            reached = [(tensor, leaves) for tensor, leaves in reached if leaves.keys() & owners[path].own]
-            pure = [tensor for tensor, leaves in reached if not leaves.keys() & owners[path].others]
-            if pure and self._pure.get(path) is False and path in self.norms:
-                self.norms[path] = [0.0, 0.0, 0.0]  # they were measured with the losses of other optimizers
-            self._pure[path] = self._pure.get(path, False) or bool(pure)
-            if self._pure[path]:
-                kept[path] = pure
+            alone: list[Tensor] = []
+            mixed: list[Tensor] = []
+            own_parameters: dict[int, Tensor] = {}
+            for tensor in tensors:
+                leaves = leaves_of(graph_of(tensor))
+                own = {key: leaf for key, leaf in leaves.items() if key in owners[path].own}
+                if own:
+                    (mixed if leaves.keys() & owners[path].others else alone).append(tensor)
+                    own_parameters.update(own)
+            if alone and path not in self._trained_alone:
+                self._trained_alone.add(path)
+                if path in self.norms:
+                    self.norms[path] = _Norms()  # they were measured with the losses of other optimizers
+            if path in self._trained_alone:
+                kept[path] = alone
             else:
-                kept[path] = [tensor for tensor, _ in reached]
-                leaves = {key: leaf for _, found in reached for key, leaf in found.items()}
-                owned[path] = [leaf for key, leaf in leaves.items() if key in owners[path].own]
+                kept[path] = mixed
+                owned[path] = list(own_parameters.values())
         return {path: tensors for path, tensors in kept.items() if tensors}, owned
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
-        dim = self.taps.axes[path](tensors[0].shape)
-        energies = tensors[0].movedim(dim, -1)
+        last_axis_units = [tensor.movedim(self.taps.axes[path](tensor.shape), -1) for tensor in tensors]
+        widths = sorted({tensor.shape[-1] for tensor in last_axis_units})
+        if len(widths) > 1:
+            raise ValueError(
+                f"{path!r} was called with {' and '.join(map(str, widths))} units, whose losses cannot be joined: give "
+                f"each place a layer of its own, or tap the layers before it"
+            )
+        energies = last_axis_units[0]
         if len(tensors) > 1:
-            energies = torch.cat([tensor.movedim(dim, -1).flatten(0, -2) for tensor in tensors])
+            energies = torch.cat([tensor.flatten(0, -2) for tensor in last_axis_units])
         with torch.autocast(energies.device.type, enabled=False):
             result = self.losses[path](energies.to(torch.promote_types(energies.dtype, torch.float32)))
         terms = result if isinstance(result, Mapping) else {"em": result}
@@ -243,23 +267,24 @@ class LayerwiseLoss:
         return functools.reduce(torch.add, terms.values())
 
     def _measure(
-        self, due: list[str], loss: Tensor, captured: Mapping[str, list[Tensor]], aux: Mapping[str, Tensor]
+        self, due: list[str], loss: Tensor, captured: Mapping[str, list[Tensor]], em_losses: Mapping[str, Tensor]
     ) -> None:
         """Update the averages of the norms of the gradients at the taps."""
         tensors = [tensor for path in due for tensor in captured[path]]
         gradients = iter(torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True))
         for path in due:
             of_main = [next(gradients) for _ in captured[path]]
-            of_aux = torch.autograd.grad(aux[path], captured[path], retain_graph=True, materialize_grads=True)
+            of_em = torch.autograd.grad(em_losses[path], captured[path], retain_graph=True, materialize_grads=True)
             if all(gradient is None for gradient in of_main):
                 raise RuntimeError(
                     f"weight='auto' needs the gradient of the main loss at {path!r}, but the loss does not depend on "
                     f"it, or both lie in one compiled graph: give this layer a number as weight"
                 )
-            norms = global_sum(torch.stack([_square(of_main), _square(of_aux)])).sqrt().tolist()
-            pairs = zip(self.norms[path][:2], norms, strict=True)
-            averages = [_MOMENTUM * average + (1 - _MOMENTUM) * norm for average, norm in pairs]
-            self.norms[path] = [*averages, self.step - 1 + _AUTO_EVERY]
+            main, em = global_sum(torch.stack([_square(of_main), _square(of_em)])).sqrt().tolist()
+            norms = self.norms[path]
+            norms.main = _MOMENTUM * norms.main + (1 - _MOMENTUM) * main
+            norms.em = _MOMENTUM * norms.em + (1 - _MOMENTUM) * em
+            norms.next_step = self.step + _AUTO_EVERY
 
 
 def _square(gradients: Iterable[Tensor | None]) -> Tensor:
@@ -270,7 +295,7 @@ def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) ->
     """Raise ValueError if an argument of :class:`LayerwiseLoss` is out of range."""
     check_at_least(1, every=every)
     check_positive(ratio=ratio)
-    check_choice("tap", tap, ("output", "input"))
+    check_choice("tap", tap, TAPS)
     if weight != "auto":
         positive_number("weight", weight)
     _build_loss(loss)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from em_lightning.surgery.hooks import Undo
 from em_lightning.surgery.select import MARKER, Site, is_built
@@ -30,21 +31,26 @@ def owners_of(
     Raises:
         ValueError: no optimizer, or more than one, trains the parameters of a layer.
     """
-    trained = [{id(p) for group in one.param_groups for p in group["params"]} for one in optimizers]
+    trained = [parameters_of([optimizer]) for optimizer in optimizers]
     owners: dict[str, Owner] = {}
     for site in sites:
-        found = [] if index is None else [index]
+        indices = [] if index is None else [index]
         for module in (site.module, *reversed(site.ancestors)):
-            if not found:
-                found = [i for i, ids in enumerate(trained) if any(id(p) in ids for p in module.parameters())]
-        if len(found) != 1:
+            if not indices:
+                indices = [i for i, ids in enumerate(trained) if any(id(p) in ids for p in module.parameters())]
+        if len(indices) != 1:
             raise ValueError(
-                f"{len(found)} optimizers train the parameters of {site.path!r}, or of the smallest module around it "
+                f"{len(indices)} optimizers train the parameters of {site.path!r}, or of the smallest module around it "
                 f"that has any: give optimizer=, the number of the optimizer that its loss belongs to"
             )
-        own = trained[found[0]]
+        own = trained[indices[0]]
         owners[site.path] = Owner(own, set().union(*trained) - own)
     return owners
+
+
+def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    """Return the ids of the parameters that some optimizers train."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def graph_of(loss: Tensor) -> set[Any]:
@@ -69,65 +75,75 @@ def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
     """Return a loss of the same value, with the same gradient for these parameters and none for others."""
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     linear = torch.stack([(g * p).sum() for g, p in zip(gradients, parameters, strict=True)]).sum()
-    return linear + (loss - linear).detach()
+    return linear + (loss - linear).detach()  # the value of the loss, the gradient of the linear function
 
 
-def twins_of(model: nn.Module, path: str) -> Iterator[tuple[str, str, str]]:
-    """Yield (owner, twin, rest) for each split of ``path`` into owner.rest; twins have the owner's class and shapes."""
+class Twin(NamedTuple):
+    """A module that may be a copy of one that holds a layer: of the same class, with parameters of the same shapes."""
+
+    original: str  # path of the module that holds the layer
+    copy: str  # path of the other module
+    layer: str  # path of the layer
+    counterpart: str  # path of the same layer in the copy
+
+
+def twins_of(model: nn.Module, path: str) -> Iterator[Twin]:
+    """Yield the twins of each module around the layer at ``path``, those of the innermost module first."""
     modules = dict(model.named_modules())
-    owner, _, rest = path.rpartition(".")
-    while owner:
-        first = _form(modules[owner]) if owner in modules else None
-        for name, module in modules.items():
-            related = f"{name}.".startswith(f"{owner}.") or f"{owner}.".startswith(f"{name}.") or not name
-            if first and not related and type(module) is type(modules[owner]) and _form(module) == first:
-                yield owner, name, rest
-        owner, _, last = owner.rpartition(".")
-        rest = f"{last}.{rest}"
+    original = path
+    while original := original.rpartition(".")[0]:
+        shapes = _shapes(modules[original]) if original in modules else []
+        for name, module in modules.items() if shapes else ():
+            apart = name and not f"{name}.".startswith(f"{original}.") and not f"{original}.".startswith(f"{name}.")
+            if apart and type(module) is type(modules[original]) and _shapes(module) == shapes:
+                yield Twin(original, name, path, name + path.removeprefix(original))
 
 
-def _form(module: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
-    return [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+def _shapes(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, None if is_lazy(p) else tuple(p.shape)) for name, p in module.named_parameters()]
 
 
-def guard_twins(model: nn.Module, sites: list[Site]) -> list[Undo]:
-    """Make copies of modules that will change raise when changed weights are loaded; return the undo functions."""
+def unchanged_twins(model: nn.Module, sites: list[Site]) -> list[Twin]:
+    """Return the twins whose counterparts of the given sites are not among these sites."""
     changed = {site.path for site in sites}
-    return [
-        model.get_submodule(twin)
-        .register_load_state_dict_post_hook(functools.partial(_refuse, f"{owner}.{rest}", f"{twin}.{rest}", rest))
-        .remove
-        for path in changed
-        for owner, twin, rest in twins_of(model, path)
-        if f"{twin}.{rest}" not in changed
-    ]
+    return [twin for path in changed for twin in twins_of(model, path) if twin.counterpart not in changed]
 
 
-def _refuse(path: str, twin: str, rest: str, module: nn.Module, keys: Any) -> None:
-    if any(key.startswith(f"{rest}.") and key.endswith(MARKER) for key in keys.unexpected_keys):
+def guard(model: nn.Module, twin: Twin) -> Undo:
+    """Make a twin raise if it loads the weights of its changed original; return the function that removes this."""
+    hook = functools.partial(_refuse, twin)
+    return model.get_submodule(twin.copy).register_load_state_dict_post_hook(hook).remove
+
+
+def _refuse(twin: Twin, module: nn.Module, keys: Any) -> None:
+    beginning = twin.layer.removeprefix(f"{twin.original}.") + "."
+    if any(key.startswith(beginning) and key.endswith(MARKER) for key in keys.unexpected_keys):
         raise ValueError(
-            f"a copy of the module that holds {path!r}, which surgery changed, is loaded with its weights: change "
-            f"{twin!r} as well, as in where=[{path!r}, {twin!r}]"
+            f"a copy of the module that holds {twin.layer!r}, which surgery changed, is loaded with its weights: "
+            f"change {twin.counterpart!r} as well, as in where=[{twin.layer!r}, {twin.counterpart!r}]"
         )
+
+
+def is_equal_copy(model: nn.Module, twin: Twin) -> bool:
+    """Return whether a twin has the values of its original, as a target network has when it is made."""
+    pairs = zip(*(model.get_submodule(path).parameters() for path in (twin.original, twin.copy)), strict=True)
+    return all(not is_lazy(one) and torch.equal(one, other) for one, other in pairs)
 
 
 def untrained_parameters(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> list[str]:
     """Return the added parameters that no optimizer trains, except in target networks and other untrained copies."""
-    optimized = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    trained = parameters_of(optimizers)
     parameters = dict(model.named_parameters())
     built = {id(p) for module in model.modules() if is_built(module) for p in module.parameters()}
 
-    def is_copy(owner: str) -> bool:
-        inside = [p for name, p in parameters.items() if name.startswith(f"{owner}.")]
-        return any(id(p) not in built for p in inside) and not any(id(p) in optimized for p in inside)
+    def is_untrained_copy(path: str) -> bool:
+        inside = [id(p) for name, p in parameters.items() if name.startswith(f"{path}.")]
+        return any(key not in built for key in inside) and not any(key in trained for key in inside)
 
-    return sorted(
-        name
-        for name, p in parameters.items()
-        if id(p) in built - optimized
-        and p.requires_grad
-        and not any(
-            id(parameters[f"{twin}.{rest}"]) in optimized and is_copy(owner)
-            for owner, twin, rest in twins_of(model, name)
-        )
-    )
+    untrained = []
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and id(parameter) in built - trained:
+            twins = twins_of(model, name)
+            if not any(id(parameters[t.counterpart]) in trained and is_untrained_copy(t.original) for t in twins):
+                untrained.append(name)
+    return sorted(untrained)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -61,7 +62,8 @@ class SetRefinement(EMRefinement):
         self.padding: list[tuple[str, Tensor]] = []  # of the modules that run now, the innermost first
         self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
         self.called = False  # from the first call on, forwards around the layer are no longer inspected
-        self.decided = False  # whether the attention around the layer has been inspected
+        self.attention_inspected = False
+        self.sees_later = False  # whether the last call fitted one mixture to several items of a sequence
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""
@@ -71,6 +73,7 @@ class SetRefinement(EMRefinement):
             return x + x * sum(p.sum() for p in self.parameters())  # a gradient of zero for every parameter
         moved = x.permute(*sets, *items, dim)
         num_items, features = math.prod(x.shape[axis] for axis in items), x.shape[dim]
+        self.sees_later = not self.causal and x.ndim == 3 and num_items > 1
         points = moved.reshape(-1, num_items, features)
         keep = self._kept(points.shape)
         if self.causal:
@@ -133,22 +136,35 @@ class SetRefinement(EMRefinement):
 
 def batch_dim_of(site: Site) -> int | None:
     """Return the batch axis of three-dimensional outputs, by the closest attention or RNN; None if these disagree."""
+    module, layers = _closest(site, (nn.MultiheadAttention, nn.RNNBase))
+    if all(layer.batch_first for layer in layers):
+        return 0
+    return 1 if isinstance(module, LAST_AXIS) and not any(layer.batch_first for layer in layers) else None
+
+
+def _closest(site: Site, kinds: Any) -> tuple[nn.Module, list[Any]]:
+    """Return the innermost module at or around a site that contains layers of some kinds, and these layers."""
     for module in (site.module, *reversed(site.ancestors)):
-        inner = [one for one in module.modules() if isinstance(one, (nn.MultiheadAttention, nn.RNNBase))]
-        if inner:
-            if all(one.batch_first for one in inner):
-                return 0
-            return 1 if isinstance(module, LAST_AXIS) and not any(one.batch_first for one in inner) else None
-    return 0
+        layers = [inner for inner in module.modules() if isinstance(inner, kinds)]
+        if layers:
+            return module, layers
+    return site.module, []
 
 
 def observe_forwards(site: Site, operator: SetRefinement) -> list[Undo]:
-    """Pass padding masks of the modules around a site to its operator; raise if it must be causal and is not."""
+    """Give the operator the padding masks of the modules around it, and check at its first call if it must be causal.
+
+    Attention that masks later positions raises ValueError. Where recurrent layers of one direction or convolutions
+    that are padded on the left only suggest it, a warning is given.
+    """
+    _, recurrent = _closest(site, (nn.RNNBase, nn.RNNCellBase))
+    one_direction = bool(recurrent) and not any(getattr(layer, "bidirectional", False) for layer in recurrent)
     undos = []
     for module in (*site.ancestors, site.module):
         names = list(inspect.signature(module.forward).parameters)
-        may_fuse = any(isinstance(one, nn.MultiheadAttention) for one in module.modules())
-        undos.append(wrap(module, "forward", functools.partial(_observe, operator, site.path, names, may_fuse)))
+        may_fuse = any(isinstance(inner, nn.MultiheadAttention) for inner in module.modules())
+        observe = functools.partial(_observe, operator, site.path, names, may_fuse, one_direction)
+        undos.append(wrap(module, "forward", observe))
     return undos
 
 
@@ -157,57 +173,90 @@ def _observe(
     path: str,
     names: list[str],
     may_fuse: bool,
+    one_direction: bool,
     proceed: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    """Wrapper of a forward with parameters ``names`` around the operator behind ``path``."""
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     outer_padding = operator.padding
-    masks = [(name, given[name]) for name in _PADDING if isinstance(given.get(name), Tensor)]
+    masks = [(name, arguments[name]) for name in _PADDING if isinstance(arguments.get(name), Tensor)]
     operator.padding = [*masks, *outer_padding]
-    watch = AttentionWatch()
+    watch = CausalityWatch()
+    # A TorchFunctionMode would turn the fused kernels of attention off; of these only the arguments are inspected.
+    only_arguments = may_fuse and not operator.training and not torch.is_grad_enabled()
     try:
         if operator.called or operator.causal or torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
-        fused = may_fuse and not operator.training and not torch.is_grad_enabled()
-        if fused:  # inspect the arguments only, as a TorchFunctionMode would turn the fused kernels off
-            watch.inspect("attention", (), given)
+        if only_arguments:
+            watch.inspect("attention", (), arguments)
             output = proceed(*args, **kwargs)
         else:
             with watch:
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = outer_padding
-    if operator.called and not operator.decided and watch.attention:  # of the innermost module that has attention
-        operator.decided = not watch.causal and not fused
-        operator.called = operator.decided  # if not decided, inspect the next forward as well
-        if watch.causal:
-            raise ValueError(
-                f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "
-                f"so that earlier positions would see later ones: set causal=True"
-            )
+    if not operator.called or operator.attention_inspected:  # inspected by a module inside this one
+        return output
+    if watch.causal:
+        operator.called = False  # the next forward raises, too
+        raise ValueError(
+            f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "
+            f"so that earlier positions would see later ones: set causal=True"
+        )
+    if watch.attention:
+        operator.attention_inspected = not only_arguments
+        operator.called = operator.attention_inspected  # otherwise inspect the next forward as well
+    elif operator.sees_later and (one_direction or watch.left_padded):
+        operator.sees_later = False  # the modules around this one need not warn
+        source = "recurrent layers of one direction" if one_direction else "convolutions padded on the left only"
+        warnings.warn(
+            f"the operator behind {path!r} fits one mixture to all positions of a sequence, so that earlier positions "
+            f"see later ones, unlike in the {source} around it: set causal=True unless this is meant",
+            stacklevel=2,
+        )
     return output
 
 
-class AttentionWatch(TorchFunctionMode):
-    """Counts the calls of attention in its context, and those that mask all later positions."""
+class CausalityWatch(TorchFunctionMode):
+    """Counts the calls of attention in its context, those that mask all later positions, and causal convolutions."""
 
-    attention = 0
-    causal = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = 0
+        self.causal = 0
+        self.left_padded = 0
+        self._padding: dict[tuple[int, ...], int] = {}  # of convolutions that pad both sides, by the output's shape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and inspect its masks."""
-        self.inspect(getattr(func, "__name__", ""), args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        """Run the function and inspect its arguments."""
+        output = func(*args, **(kwargs or {}))
+        self.inspect(getattr(func, "__name__", ""), args, kwargs or {}, output)
+        return output
 
-    def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count a call if its name is one of attention."""
+    def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+        """Count a call if its name is one of attention, padding, or of a slice that removes the right padding."""
         if "attention" in name or name == "softmax":
             tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
             masked = bool(kwargs.get("is_causal")) or ("scaled" in name and any(one is True for one in args))
             masked = masked or any(_blocks_later(one) for one in tensors)
             self.causal += masked
             self.attention += masked or "attention" in name or any(_is_square(one) for one in tensors)
+        elif name == "pad":
+            pad = kwargs.get("pad", args[1] if len(args) > 1 else ())
+            on_the_left = any(left > 0 and right == 0 for left, right in zip(pad[::2], pad[1::2], strict=True))
+            self.left_padded += on_the_left and len(args) > 0 and args[0].ndim == 3
+        elif name == "conv1d":
+            padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)
+            if isinstance(padding, (int, tuple)):
+                self._padding[tuple(output.shape)] = padding if isinstance(padding, int) else padding[0]
+        elif name == "__getitem__" and tuple(args[0].shape) in self._padding:
+            size, padding = args[0].shape[-1], self._padding[tuple(args[0].shape)]
+            last = args[1][-1] if isinstance(args[1], tuple) and args[1] else None
+            self.left_padded += (
+                padding > 0 and isinstance(last, slice) and last.indices(size)[:2] == (0, size - padding)
+            )
 
 
 def _is_square(scores: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from em_lightning.registry import import_class
 from em_lightning.surgery.edit import Change, Surgery, change_sites
@@ -15,6 +17,8 @@ from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
+
+_MAX_ELEMENTS = 2**28  # of all modules that a plan builds: 1 GiB in float32
 
 
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
@@ -32,11 +36,51 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
         if done:
             surgery.undos += keep_in_checkpoints(model)
             record_plan(model, done)
-    for entry in plan:
-        if entry not in done:
-            surgery.by = entry["by"]
-            _apply(surgery, entry)
+    with _limited_memory():
+        for entry in plan:
+            if entry not in done:
+                surgery.by = entry["by"]
+                try:
+                    _apply(surgery, entry)
+                except ValueError:
+                    raise
+                except Exception as error:  # constructors raise errors of many types
+                    raise ValueError(f"the plan cannot be applied at {entry['path']!r}: {error}") from error
     return surgery
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Let modules raise ValueError when they register too many elements, before they initialize them."""
+    left = _MAX_ELEMENTS
+
+    def count(module: nn.Module, name: str, value: Any) -> None:
+        nonlocal left
+        left -= 1024 + (value.numel() if isinstance(value, Tensor) else 0)  # 1024 for the Python object
+        if left < 0:
+            raise ValueError(f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements")
+
+    registered = torch.nn.modules.module
+    hooks = [
+        registered.register_module_parameter_registration_hook(count),
+        registered.register_module_buffer_registration_hook(count),
+        registered.register_module_module_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_numbers(arguments: Any) -> None:
+    """Raise ValueError if an argument other than a seed is larger than any size can be."""
+    if isinstance(arguments, Mapping):
+        arguments = [value for name, value in arguments.items() if name != "seed"]
+    for value in arguments if isinstance(arguments, (list, tuple)) else ():
+        if isinstance(value, int) and value > _MAX_ELEMENTS:
+            raise ValueError(f"the plan has the argument {value}, which must be at most {_MAX_ELEMENTS:,}")
+        _check_numbers(value)
 
 
 def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
@@ -47,16 +91,17 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
             f"instance: repeat this surgery on a new model, then call model.load_state_dict"
         )
     cls: Any = import_class(entry["class_path"], nn.Module)  # so that a plan cannot call anything but modules
+    _check_numbers(entry["init_args"])
     make = functools.partial(cls, **entry["init_args"])
-    if entry["operation"] == "functional":
-        target = [getattr(nn, name) for name in entry["target"]]
-        where = path.removesuffix(NAME).removesuffix(".")
-        swap_calls(surgery, where, make, target, calls)
-        return
 
     def prepare(site: Site, change: Change) -> None:
         watch_first_call(surgery, site, change, make)
 
+    if entry["operation"] == "functional":
+        target = [getattr(nn, name) for name in entry["target"]]
+        where = path.removesuffix(NAME).removesuffix(".")
+        swap_calls(surgery, where, make, target, calls, prepare)
+        return
     sites = find_modules(surgery.model, [path])
     change_sites(surgery, entry["operation"], sites, lambda _: make, calls, prepare)
 
@@ -103,7 +148,8 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
         apply_plan(model, plan)
         cls.on_load_checkpoint(model, checkpoint)
 
-    # load_from_checkpoint builds the model, calls this hook, then loads the weights.
+    # load_from_checkpoint builds the model, calls this hook, then loads the weights. A subclass can change the hook
+    # without a change of the user's class; the name is the same, as models may log or compare it.
     loader = type(cls.__name__, (cls,), {"on_load_checkpoint": on_load_checkpoint, "__module__": cls.__module__})
     load: Any = loader.load_from_checkpoint  # type: ignore[attr-defined]
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -17,20 +18,18 @@ MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
 
 Where = type | str | Callable[..., bool] | Sequence[Any]
 
-# Modules that have function forms, and the names of the functions in torch, torch.nn.functional and Tensor.
-_NAMES: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.ReLU: ("relu", "relu_"),
-    nn.GELU: ("gelu",),
-    nn.SiLU: ("silu",),
-    nn.LeakyReLU: ("leaky_relu", "leaky_relu_"),
-    nn.ELU: ("elu", "elu_"),
-    nn.Tanh: ("tanh", "tanh_"),
-    nn.Sigmoid: ("sigmoid", "sigmoid_"),
+# Modules that have function forms, in torch, torch.nn.functional or Tensor. Forms that work in place end with "_".
+_FUNCTION_NAMES = {nn.LeakyReLU: "leaky_relu"} | {
+    kind: kind.__name__.lower()
+    for kind in (
+        *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Softplus, nn.Tanh, nn.Sigmoid),
+        *(nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
+    )
 }
 FUNCTIONS: dict[Any, type[nn.Module]] = {
     getattr(owner, name): kind
-    for kind, names in _NAMES.items()
-    for name in names
+    for kind, base_name in _FUNCTION_NAMES.items()
+    for name in (base_name, f"{base_name}_")
     for owner in (torch, F, Tensor)
     if hasattr(owner, name)
 }
@@ -45,6 +44,11 @@ class Site(NamedTuple):
     name: str
     ancestors: tuple[nn.Module, ...]  # from the root to the parent
     function: Any = None
+
+    @property
+    def caller(self) -> nn.Module:
+        """The innermost module around the site whose forward can call it: no ModuleList or ModuleDict."""
+        return [module for module in self.ancestors if not isinstance(module, (nn.ModuleList, nn.ModuleDict))][-1]
 
 
 class NoMatchError(ValueError):
@@ -87,12 +91,7 @@ def matches(site: Site, where: Where) -> bool:
     if callable(where):
         arguments = (site.module,) if len(inspect.signature(where).parameters) == 1 else (site.path, site.module)
         return bool(where(*arguments))
-    if isinstance(where, Sequence):
-        return any(matches(site, one) for one in where)
-    raise TypeError(
-        f"where={where!r} must be a class, a name pattern such as 'encoder.*', a predicate (path, module) -> bool, "
-        f"or a list of these"
-    )
+    return any(matches(site, entry) for entry in where)
 
 
 def is_built(module: nn.Module) -> bool:
@@ -110,20 +109,37 @@ def contents(model: nn.Module) -> str:
     paths: dict[str, list[str]] = {}
     for site in walk(model):
         paths.setdefault(class_name(type(site.module)), []).append(site.path)
-    lines = [f"{kind}: {', '.join(p[:4])}{f' and {len(p) - 4} more' * (len(p) > 4)}" for kind, p in paths.items()]
-    return "; ".join(lines) or "no submodules"
+    return "; ".join(f"{kind}: {shortened(names)}" for kind, names in paths.items()) or "no submodules"
 
 
-def check_patterns(model: nn.Module, where: Where | None) -> None:
-    """Raise NoMatchError if a name pattern in a list matches no module of the model."""
-    if isinstance(where, Sequence) and not isinstance(where, str):
-        sites = list(walk(model))
-        unmatched = [one for one in where if isinstance(one, str) and not any(matches(site, one) for site in sites)]
-        if unmatched:
-            wrong = ", ".join(map(repr, unmatched))
-            raise NoMatchError(
-                f"nothing matches {wrong} in where={described(where)}; the model holds {contents(model)}"
+def shortened(paths: list[str]) -> str:
+    """Return the first four paths as text, and the number of the others."""
+    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
+    return ", ".join(path.rstrip(".") for path in paths[:4]) + more
+
+
+def check_selection(model: nn.Module, argument: str, selection: Where) -> None:
+    """Raise TypeError if a selection has a wrong type, NoMatchError if a name pattern of a list matches nothing."""
+    in_list = isinstance(selection, Sequence) and not isinstance(selection, str)
+    for entry in selection if in_list else [selection]:  # type: ignore[union-attr]
+        if isinstance(entry, nn.Module) or not (isinstance(entry, (str, type, Sequence)) or callable(entry)):
+            hint = f"; give the class, {class_name(type(entry))}" if isinstance(entry, nn.Module) else ""
+            raise TypeError(
+                f"{argument}={entry!r} must be a class, a name pattern such as 'encoder.*', a predicate "
+                f"(path, module) -> bool, or a list of these{hint}"
             )
+        if in_list and isinstance(entry, str) and not any(matches(site, entry) for site in walk(model)):
+            raise _no_match(model, f"{entry!r} in {argument}={described(selection)}", [entry])
+
+
+def _no_match(model: nn.Module, selection: str, entries: Iterable[Any]) -> NoMatchError:
+    named = {type(site.module).__name__ for site in walk(model)} & {
+        entry for entry in entries if isinstance(entry, str)
+    }
+    hint = "".join(f"; {name!r} is the name of a class: give the class itself" for name in sorted(named))
+    return NoMatchError(
+        f"nothing matches {selection} (strings are name patterns{hint}); the model holds {contents(model)}"
+    )
 
 
 def find_modules(model: nn.Module, where: Where, target: Where | None = None, inserted: bool = False) -> list[Site]:
@@ -146,22 +162,56 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
         Traceback (most recent call last):
         em_lightning.surgery.select.NoMatchError: nothing matches where='encoder.*' (strings are name ...
     """
-    for selection in (where, target):
-        check_patterns(model, selection)
+    check_selection(model, "where", where)
+    if target is not None:
+        check_selection(model, "target", target)
     entries = where if isinstance(where, Sequence) and not isinstance(where, str) else [where]
-    sites = [site for site in walk(model) if inserted or site.path in entries or not any(map(is_built, site.ancestors))]
+    sites = [
+        site
+        for site in walk(model)
+        if inserted or site.path in entries or not any(is_built(module) for module in site.ancestors)
+    ]
     found: set[str] = set()
     for entry in entries:
-        outermost = ""
+        match = ""  # the last match of this entry; sites are in the order of the walk, so its submodules come next
         for site in sites:
-            inside = outermost and site.path.startswith(outermost + ".")
-            if not inside and matches(site, entry) and (target is None or matches(site, target)):
-                outermost = site.path
-                found.add(outermost)
+            is_inside = match and site.path.startswith(f"{match}.")
+            if not is_inside and matches(site, entry) and (target is None or matches(site, target)):
+                match = site.path
+                found.add(match)
+    unregistered = (
+        []
+        if inserted
+        else [
+            site.path
+            for site in _unregistered(model)
+            if any(matches(site, entry) for entry in entries) and (target is None or matches(site, target))
+        ]
+    )
+    if unregistered:
+        warnings.warn(
+            f"{shortened(unregistered)} stay as they are, because PyTorch does not register modules in plain lists and "
+            f"dictionaries: use nn.ModuleList or nn.ModuleDict",
+            stacklevel=3,
+        )
     if not found:
-        wanted = f"where={described(where)}" + ("" if target is None else f" with target={described(target)}")
-        raise NoMatchError(f"nothing matches {wanted} (strings are name patterns); the model holds {contents(model)}")
+        selection = f"where={described(where)}" + ("" if target is None else f" with target={described(target)}")
+        raise _no_match(model, selection, [*entries, target])
     return [site for site in sites if site.path in found]
+
+
+def _unregistered(model: nn.Module) -> Iterator[Site]:
+    """Yield the modules in plain lists and dictionaries of a model, and those inside them: PyTorch knows of none."""
+    registered = set(model.modules())
+    for path, owner in [("", model), *((site.path, site.module) for site in walk(model))]:
+        for name, value in vars(owner).items():
+            if name == "_modules" or not isinstance(value, (list, tuple, dict)):
+                continue
+            for key, module in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(module, nn.Module) and module not in registered:
+                    place = f"{path}.{name}[{key!r}]".lstrip(".")
+                    yield Site(place, module, owner, name, (owner,))
+                    yield from (site._replace(path=f"{place}.{site.path}") for site in walk(module))
 
 
 def described(where: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.checks import check_choice
-from em_lightning.surgery.axes import announce, unit_axis
-from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all
-from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules
+from em_lightning.surgery.axes import Observers, announce, unit_axis
+from em_lightning.surgery.edit import CallCounter
+from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, undo_all, wrap
+from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules, walk
+
+TAPS = ("output", "input")
 
 
 class Taps:
@@ -20,7 +24,8 @@ class Taps:
 
     The axis of the units is decided at the first capture, see :func:`unit_axis`, and printed with ``verbose``. With
     ``detach`` the forward continues with a detached tensor. With ``skip``, a value that cannot be captured
-    raises no error; ``skip(path, error)`` is called instead.
+    raises no error; ``skip(path, error)`` is called instead. An activation that serves several places of a model is one
+    layer, and its tensors are those of all places; a warning says so.
 
     Attributes:
         axes: the axis of the units of each layer.
@@ -51,7 +56,7 @@ class Taps:
         verbose: bool = True,
         skip: Callable[[str, Exception], None] | None = None,
     ) -> None:
-        check_choice("tap", tap, ("output", "input"))
+        check_choice("tap", tap, TAPS)
         self.tap = tap
         self.detach = detach
         self.verbose = verbose
@@ -63,14 +68,15 @@ class Taps:
         self.sites: list[Site] = []
         for site in find_modules(model, where):
             check_reachable(site)
-            if site.function is None and all(site.module is not known.module for known in self.sites):
+            if site.function is None and all(site.module is not earlier.module for earlier in self.sites):
                 self.sites.append(site)
         if not self.sites:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
         self.seen: set[str] = set()
         for site in self.sites:
-            self._undos += [*disable_fast_path(site), self._register(site.module, site.path)]
+            self._undos += [*disable_fast_path(site), *_warn_if_shared(model, site)]
+            self._undos.append(self._register(site.module, site.path))
 
     @contextlib.contextmanager
     def switched(self, on: bool) -> Iterator[None]:
@@ -107,7 +113,7 @@ class Taps:
 
     def _capture(self, path: str, value: Any) -> Any:
         """Keep the first tensor of a value; with ``detach`` return the value with a detached one in its place."""
-        if not self.recording:
+        if not (self.recording and Observers.on):
             return None
         try:
             tensor, put = first_tensor(value, f"the {self.tap} of {path!r}")
@@ -117,8 +123,8 @@ class Taps:
                 raise
             self.skip(path, error)
             return None
-        if self.verbose and path not in self.seen:
-            announce(path, self.tap, tensor.shape, dim, True)
+        if path not in self.seen:
+            announce(path, self.tap, tensor.shape, dim, self.verbose)
         self.seen.add(path)
         if torch.is_grad_enabled() and not tensor.requires_grad:
             self.frozen.add(path)
@@ -140,6 +146,34 @@ class Taps:
                 )
             taken.setdefault(path, []).append(tensor)
         return taken
+
+
+def _warn_if_shared(model: nn.Module, site: Site) -> list[Undo]:
+    """Warn of an instance without parameters that serves several places; return the undo functions of the hooks.
+
+    It has several names, or the module that holds it calls it several times in one forward.
+    """
+    if list(site.module.parameters()):
+        return []  # the same weights are the same layer
+    names = [other.path for other in walk(model) if other.module is site.module]
+    if len(names) > 1:
+        _warn_of_sharing(site.path, f"has the names {', '.join(names)}")
+        return []
+
+    def warn_once(path: str, why: str) -> None:
+        counter.on_excess = lambda *_: None
+        _warn_of_sharing(path, why)
+
+    counter = CallCounter(site.path, 1, warn_once)
+    return [wrap(site.caller, "forward", counter.around), site.module.register_forward_pre_hook(counter.check).remove]
+
+
+def _warn_of_sharing(path: str, why: str) -> None:
+    warnings.warn(
+        f"{path!r} {why}, and its tap joins all places where it is called: give each place an activation of its own, "
+        f"or tap the layers before it",
+        stacklevel=3,
+    )
 
 
 def _version(tensor: Tensor) -> int:

@@ -27,7 +27,7 @@ _MOST_FEATURES = 64
 _MOST_FEATURES_TRITON = {"full": 16, "diag": 128, "spherical": 128}
 # Smaller inputs take less than a millisecond in the reference backend, which needs no compiler.
 _FEWEST_NUMBERS = 2**12
-_FEWEST_COMPONENTS = 2**6
+FEWEST_COMPONENTS = 2**6
 # Work of about 0.1 ms, the cost of starting a thread.
 _NUMBERS_PER_THREAD = 2**17
 
@@ -89,9 +89,9 @@ def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
     return _is_available("native.cpp", *_variant(kind, x.shape[1], x.dtype))
 
 
-def serves_components(source: str, tensor: Tensor, count: int) -> bool:
-    """Return whether the native backend runs ``cholesky.cpp`` or ``m_step.cpp`` for a number of components."""
-    return tensor.dtype == torch.float64 and _is_chosen(count >= _FEWEST_COMPONENTS, tensor) and _is_available(source)
+def serves_components(source: str, tensor: Tensor, is_faster: bool) -> bool:
+    """Return whether the native backend runs ``cholesky.cpp`` or ``m_step.cpp`` on a tensor with axis K."""
+    return tensor.dtype == torch.float64 and _is_chosen(is_faster, tensor) and _is_available(source)
 
 
 def _is_for_triton(x: Tensor) -> bool:

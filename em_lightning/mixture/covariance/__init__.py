@@ -13,7 +13,7 @@ from torch import Tensor
 
 from em_lightning.mixture.covariance.cholesky import Factor
 from em_lightning.mixture.covariance.diagonal import DiagonalCovariance, SphericalCovariance
-from em_lightning.mixture.covariance.full import FullCovariance, TiedCovariance, half_log_two_pi
+from em_lightning.mixture.covariance.full import FullCovariance, TiedCovariance, half_log_two_pi, variances_along
 from em_lightning.mixture.covariance.lowrank import LowRankCovariance
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TiedCovariance",
     "covariance_of",
     "half_log_two_pi",
+    "variances_along",
 ]
 
 Covariance = FullCovariance

@@ -9,10 +9,6 @@ from torch import Tensor
 
 from em_lightning.mixture.backends import native
 
-# Up to this size, a loop unrolled into operations on (...,) tensors is faster on a CPU than LAPACK's loop over
-# matrices. On a GPU it would need about 40 kernel launches.
-_UNROLLED_SIZE = 4
-
 
 class Factor(NamedTuple):
     """A factor ``L`` with ``Sigma = L L^T`` and its inverse ``W``: matrices (..., D, D) or standard deviations."""
@@ -35,57 +31,28 @@ def smallest_pivots(second_moments: Tensor) -> Tensor:
 def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     """Return the lower Cholesky factor of symmetric matrices (..., D, D) and its inverse.
 
-    If round-off made a matrix indefinite, it is replaced by one with pivots of at least ``pivots`` (..., D).
+    If round-off made a matrix indefinite, it is replaced by a definite one; ``pivots`` (..., D) are the smallest
+    pivots that are distinguishable from round-off.
     """
-    if native.serves_components("cholesky.cpp", matrix, matrix[..., 0, 0].numel()):
+    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= native.FEWEST_COMPONENTS  # than LAPACK
+    if native.serves_components("cholesky.cpp", matrix, is_faster):
         return Factor(*native.cholesky(matrix, pivots))
     return _cholesky_in_torch(matrix, pivots)
 
 
 def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
-    if matrix.shape[-1] <= _UNROLLED_SIZE and matrix.device.type == "cpu":
-        return _unrolled_cholesky(0.5 * (matrix + matrix.mT), pivots)
-    with torch.no_grad():  # gradients of a failed factorization are NaN, so failures are replaced beforehand
-        failed = (torch.linalg.cholesky_ex(matrix).info != 0)[..., None, None]
-    diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()
-    factor = torch.linalg.cholesky_ex(torch.where(failed, diagonal, matrix)).L
-    eye = identity(matrix.shape[-1], matrix).expand_as(matrix)
-    return Factor(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
-
-
-def _unrolled_cholesky(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
-    rows = matrix.unbind(-2)
-    lower: list[list[Tensor]] = [[] for _ in range(size)]
-    inverse: list[list[Tensor]] = [[] for _ in range(size)]
-    for i in range(size):
-        entries, least = rows[i].unbind(-1), pivots[..., i]
-        # The squares of a row of the factor add up to the diagonal entry, unless round-off made the matrix indefinite.
-        longest = 1.001 * torch.maximum(entries[i].detach(), least).sqrt()
-        for j in range(i):
-            entry = entries[j]
-            for p in range(j):
-                entry = torch.addcmul(entry, lower[i][p], lower[j][p], value=-1)
-            lower[i].append((entry * inverse[j][j]).clamp(-longest, longest))
-        pivot = entries[i]
-        for p in range(i):
-            pivot = torch.addcmul(pivot, lower[i][p], lower[i][p], value=-1)
-        root = torch.maximum(pivot, least).sqrt()
-        lower[i].append(root)
-        reciprocal = root.reciprocal()
-        for j in range(i):
-            entry = lower[i][j] * inverse[j][j]
-            for p in range(j + 1, i):
-                entry = torch.addcmul(entry, lower[i][p], inverse[p][j])
-            inverse[i].append(-entry * reciprocal)
-        inverse[i].append(reciprocal)
-    return Factor(_assemble(lower), _assemble(inverse))
-
-
-def _assemble(rows: list[list[Tensor]]) -> Tensor:
-    size, zero = len(rows), torch.zeros_like(rows[0][0])
-    entries = [entry for row in rows for entry in (*row, *[zero] * (size - len(row)))]
-    return torch.stack(entries, -1).unflatten(-1, (size, size))
+    # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. What round-off
+    # made indefinite is definite with the pivots added, which takes too many launches on a GPU, or else as a diagonal.
+    replacements = [torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()]
+    if matrix.device.type == "cpu":
+        replacements.insert(0, matrix + size * pivots.diag_embed())
+    for replacement in replacements:
+        failed = torch.linalg.cholesky_ex(matrix.detach()).info != 0
+        matrix = torch.where(failed[..., None, None], replacement, matrix)
+    factor = torch.linalg.cholesky_ex(matrix).L
+    eye = identity(size, matrix).expand_as(matrix)
+    return Factor(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
 
 
 native.register_gradient(native.cholesky, native.cholesky_gradient, _cholesky_in_torch)

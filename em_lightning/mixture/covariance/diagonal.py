@@ -7,7 +7,7 @@ from torch import Tensor
 
 from em_lightning.mixture.covariance.cholesky import Factor, identity, smallest_pivots
 from em_lightning.mixture.covariance.full import FullCovariance, half_log_two_pi
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
 
 
 class DiagonalCovariance(FullCovariance):

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
-from em_lightning.mixture.parameters import Parameters
+from em_lightning.mixture.points import Parameters
+
+# Share of the neighbours' second moments that determines the principal axes where variances are equal.
+_TIE_BREAKER = 1e-6
+# Smallest difference of eigenvalues, relative to the largest, by which derivatives of principal axes are divided.
+_SMALLEST_GAP = 1e-6
 
 
 def _below_diagonal(matrix: Tensor) -> Tensor:
@@ -20,6 +25,11 @@ def _below_diagonal(matrix: Tensor) -> Tensor:
 def half_log_two_pi(num_features: int) -> float:
     """Return ``D / 2 log(2 pi)``."""
     return 0.5 * num_features * math.log(2.0 * math.pi)
+
+
+def variances_along(axes: Tensor, covariance: Tensor) -> Tensor:
+    """Return the variances (..., D) of covariances (..., D, D) along axes (..., D, D), one per column."""
+    return ((axes.mT @ covariance) * axes.mT).sum(-1)
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -112,9 +122,10 @@ class FullCovariance:
         linear = (precision @ means.unsqueeze(-1)).squeeze(-1)
         peak = self.log_peak(log_weights, inverse, features)
         constant = peak.sub((means * linear).sum(-1), alpha=0.5)
-        negative = precision * (0.5 * identity(features, means) - 1.0)  # -P_ii / 2 and -P_ij
-        square = [negative[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
-        return torch.cat([constant.unsqueeze(-1), linear, *square], -1), peak
+        # x^T P x / 2 contains x_i^2 once and x_i x_j twice: the coefficients are -P_ii / 2 and -P_ij.
+        quadratic = precision * (0.5 * identity(features, means) - 1.0)
+        rows = [quadratic[..., i, i:].expand(*linear.shape[:-1], -1) for i in range(features)]
+        return torch.cat([constant.unsqueeze(-1), linear, *rows], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
@@ -214,16 +225,17 @@ class FullCovariance:
         If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbours determine
         the axes; otherwise round-off would.
         """
-        least = smallest_pivots(self.pool(means.square()).amax(-1, keepdim=True))
-        own = self.to_public(covariances)
-        matrix = own + 1e-6 * self.pool(neighbours)
+        sigma = self.to_public(covariances)
+        matrix = sigma + _TIE_BREAKER * self.pool(neighbours)
         values, axes = torch.linalg.eigh(matrix.detach())
-        # The derivative of eigh divides by the differences of eigenvalues; here they are bounded away from zero.
+        # First-order perturbation of the axes: dV = V (V^T dM V * 1 / gap) with the gaps lambda_j - lambda_i between
+        # eigenvalues. The derivative of eigh is the same but infinite for equal eigenvalues: bound 1 / gap.
         gap = values.unsqueeze(-2) - values.unsqueeze(-1)
-        size = (1e-6 * values[..., -1:, None]).square().clamp(min=torch.finfo(gap.dtype).tiny)
-        turn = axes.mT @ (matrix - matrix.detach()) @ axes * gap / (gap.square() + size)
-        axes = _OnceDifferentiable.apply(axes + axes @ turn)
-        return axes, torch.maximum(((axes.mT @ own) * axes.mT).sum(-1), least).sqrt()
+        smallest = (_SMALLEST_GAP * values[..., -1:, None]).square().clamp(min=torch.finfo(gap.dtype).tiny)
+        rotation = axes.mT @ (matrix - matrix.detach()) @ axes * gap / (gap.square() + smallest)
+        axes = _OnceDifferentiable.apply(axes + axes @ rotation)
+        least = smallest_pivots(self.pool(means.square()).amax(-1, keepdim=True))
+        return axes, torch.maximum(variances_along(axes, sigma), least).sqrt()
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
         """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``."""

@@ -1,0 +1,72 @@
+"""Draw the figure of docs/results/composition.md from results.json of runs of benchmarks/composition.py.
+
+`python -m benchmarks.draw_composition SWEEP CURVE PATH.png` reads a run of the config sweep and one of curve.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from em_lightning.plots import figure_style, new_figure, save_figure
+
+
+def by_arm(values: dict[str, float], name: str) -> dict[str, dict[float, float]]:
+    """Return a quantity by arm and learning rate."""
+    found: dict[str, dict[float, float]] = {}
+    for key, value in values.items():
+        run, _, quantity = key.partition(": ")
+        arm, _, rate = run.rpartition(", ")
+        if quantity == name:
+            found.setdefault(arm, {})[float(rate)] = value
+    return found
+
+
+@figure_style()
+def draw(sweep: dict[str, Any], curve: dict[str, Any]) -> Any:
+    """Return the figure: probes by rate, gradient ratios and curvature over training, spread by gradient ratio."""
+    figure, axes = new_figure(4, 2, width=4.2, height=3.0)
+    raw, standardized = (by_arm(sweep["values"], f"{name} %") for name in ("probe", "standardized"))
+    for number, arm in enumerate(raw):
+        axes[0].plot(*zip(*raw[arm].items(), strict=True), "o--", color=f"C{number}")
+        axes[0].plot(*zip(*standardized[arm].items(), strict=True), "o-", color=f"C{number}", label=arm)
+    axes[0].set(title="probe (dashed: raw features)", xlabel="learning rate", ylabel="%", xscale="log")
+    axes[0].legend()
+    runs = list(dict.fromkeys(key.partition(": ")[0] for key in sweep["values"]))
+    ratios = torch.tensor(sweep["gradients"])[:, 0, -1]
+    epochs = [row["epoch"] for row in sweep["history"]]
+    for number, run in enumerate(run for run in runs if run.endswith(", 0.01") or run.endswith(", 0.1")):
+        style = "-" if run.endswith(", 0.1") else "--"
+        index = runs.index(run)
+        color = f"C{number % len(raw)}"
+        if not run.startswith("stop"):
+            axes[1].plot(ratios[:, index], style, color=color, label=run)
+        curvatures = [row["curvature"][-1][index] for row in sweep["history"] if "curvature" in row]
+        axes[2].plot([e for e, row in zip(epochs, sweep["history"], strict=True) if "curvature" in row], curvatures,
+                     style, color=color)  # fmt: skip
+    axes[1].set(title="gradient of the task over that of EM", xlabel="measurement", yscale="log")
+    axes[1].legend()
+    axes[2].set(title="mean curvature of the free energy (at most 1/2)", xlabel="epoch")
+    scores, late = by_arm(curve["values"], "standardized %"), by_arm(curve["values"], "ratio late")
+    for arm, of_arm in scores.items():
+        rates = sorted(of_arm)
+        spread = max(of_arm.values()) - min(of_arm.values())
+        x = late[arm][rates[1]]
+        if x < float("inf"):
+            axes[3].plot(x, spread, "o", color="C0")
+            axes[3].annotate(arm, (x, spread), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes[3].set(title="spread over rates by measured ratio", xlabel="ratio at rate 0.01", ylabel="points", xscale="log")
+    return figure
+
+
+def main() -> None:
+    sweep, curve = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
+    save_figure(draw(sweep, curve), sys.argv[3])
+
+
+if __name__ == "__main__":
+    main()

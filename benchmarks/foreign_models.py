@@ -1,0 +1,163 @@
+"""Cost of PosteriorMonitor in a transformer, a ResNet and a graph network, and the values that it logs there.
+
+`python -m benchmarks.foreign_models` trains each model on the digits with and without the callback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from sklearn.neighbors import kneighbors_graph
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_geometric.nn import GCN
+
+from em_lightning import EMLoss
+from em_lightning.callbacks import PosteriorMonitor
+from em_lightning.data import Digits
+from em_lightning.studies import markdown_table
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+class Classifier(lightning.LightningModule):
+    """Trains any network with cross-entropy; a batch is (inputs, labels)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: Any) -> Tensor:
+        inputs, labels = batch
+        return functional.cross_entropy(self.network(inputs), labels)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Transformer(nn.Module):
+    """Two encoder layers over the eight rows of a digit."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.position = nn.Parameter(0.1 * torch.randn(8, width))
+        layers = [nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True) for _ in range(2)]
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.embed(images.squeeze(1)) + self.position
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h.mean(1))
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+        self.relu = nn.ReLU()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.relu(h + self.body(h))
+
+
+def resnet(width: int = 32) -> nn.Module:
+    """Three residual blocks on 8 x 8 images."""
+    blocks = [Block(width) for _ in range(3)]
+    stem = [nn.Conv2d(1, width, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+class GraphNetwork(nn.Module):
+    """A GCN of three layers over the graph of the ten nearest neighbours of each digit."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        graph = kneighbors_graph(x.flatten(1).numpy(), 10).tocoo()
+        self.register_buffer("edges", torch.stack([torch.from_numpy(a).long() for a in (graph.row, graph.col)]))
+        self.network = GCN(64, 64, 3, 10, act=nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.flatten(1), self.edges)
+
+
+class Values(Callback):
+    """Keeps the last values that the monitor logged."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the logged values."""
+        if trainer.global_step % 50 == 1:
+            found = trainer.callback_metrics.items()
+            self.values.update({name: float(value) for name, value in found if name.startswith("em/")})
+
+
+def fit(kind: str, steps: int, monitored: bool) -> tuple[float, dict[str, float]]:
+    """Train a model; return processor seconds and the logged values."""
+    torch.manual_seed(0)
+    data = Digits().whole("train")
+    model = {"transformer": Transformer, "ResNet": resnet, "GCN": lambda: GraphNetwork(data.x)}[kind]()
+    batch = len(data.x) if kind == "GCN" else 64
+    order = torch.cat([torch.randperm(len(data.x)) for _ in range(steps * batch // len(data.x) + 1)])
+    order = order[: steps * batch] if batch < len(data.x) else torch.arange(len(data.x)).repeat(steps)
+    batches = [(data.x[rows], data.y[rows]) for rows in order.split(batch)]
+    where = {"transformer": "network.layers.*.linear1", "ResNet": nn.ReLU, "GCN": "network.network.convs.[01]"}[kind]
+    values = Values()
+    callbacks = [PosteriorMonitor(where, loss=EMLoss(reduction="mean"), verbose=False), values] if monitored else []
+    trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=50, **QUIET)
+    began = time.process_time()
+    trainer.fit(Classifier(model), torch.utils.data.DataLoader(batches, batch_size=None))
+    return time.process_time() - began, values.values
+
+
+def foreign(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the cost of the monitor with every_n_steps=50 in three models, and its last values by layer."""
+    rows = []
+    for kind in ("transformer", "ResNet", "GCN"):
+        pairs = [(fit(kind, options.steps, False)[0], fit(kind, options.steps, True)) for _ in range(options.rounds)]
+        ratio = statistics.median(seconds / plain for plain, (seconds, _) in pairs)
+        values = pairs[-1][1][1]
+        layers = list(dict.fromkeys(name.split("/")[1] for name in values))
+        for layer in layers:
+            of_layer = {
+                name: values[f"em/{layer}/{name}"] for name in ("curvature_mean", "curvature_max", "dead_units")
+            }
+            gradients = {name: values.get(f"em/{layer}/{name}", float("nan")) for name in ("dominance", "cosine")}
+            cost = f"{100 * (ratio - 1):+.1f} %"
+            rows.append({"model": kind, "cost": cost, "layer": layer, **of_layer, **gradients})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(markdown_table(foreign(options)))
+
+
+if __name__ == "__main__":
+    main()

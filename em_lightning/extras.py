@@ -1,0 +1,24 @@
+"""Optional dependencies: an import that needs one that is not installed raises an error that names the extra."""
+
+import importlib.util
+
+_USE_LIGHTNING = ("callbacks", "checkpoints", "cli.recipe", "data", "metrics", "modules", "scope", "studies")
+# For modules of em_lightning: a library that they import, and the extra of ``pip install em-lightning[EXTRA]`` with it.
+LIBRARY_AND_EXTRA = {
+    **dict.fromkeys(_USE_LIGHTNING, ("lightning", "lightning")),
+    "estimator": ("sklearn", "sklearn"),
+    "operators.aggregation": ("torch_geometric", "pyg"),
+    "plots": ("matplotlib", "plots"),
+}
+
+
+class ExtraChecker:
+    """A finder for ``sys.meta_path`` that finds no module, and checks the extras before the others look for it."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        """Raise ImportError if the module ``name`` of this package needs a library that is not installed."""
+        package, _, module = name.partition(".")
+        library, extra = LIBRARY_AND_EXTRA.get(module, ("torch", ""))
+        if package == "em_lightning" and importlib.util.find_spec(library) is None:
+            raise ImportError(f"{name} needs {library}: pip install 'em-lightning[{extra}]'", name=library)

@@ -1,0 +1,455 @@
+"""Situations of other people's models: shared activations, sequences, functions, plain containers, target networks."""
+
+import copy
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+import user_models as users
+from torch import nn
+
+from em_lightning import audit
+from em_lightning.callbacks import (
+    EMAudit,
+    InsertEMOperator,
+    LayerwiseEMLoss,
+    PosteriorMonitor,
+    RestoreSurgery,
+    SwapActivations,
+    TemperatureSchedule,
+)
+from em_lightning.surgery import LayerwiseLoss, NoMatchError, Taps, find_modules, insert_em_operators, swap_activations
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:The number of training batches",
+    "ignore:`isinstance.treespec, LeafSpec.`",
+    "ignore:`training_step` returned `None`",
+)
+
+
+def fit(folder, model, *callbacks, epochs=1, **options):
+    trainer = users.trainer(folder, epochs, callbacks, **options)
+    trainer.fit(model, users.MLP.data())
+    return trainer
+
+
+class OneUnit(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch):
+        return self.body(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+# A shared activation is one layer of several places.
+
+
+class Reused(nn.Module):
+    """Uses one activation at two places, behind layers of given widths."""
+
+    def __init__(self, first=8, second=8, act=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, first), nn.Linear(first, second)
+        self.act = nn.ReLU() if act is None else act
+
+    def forward(self, x):
+        return self.act(self.b(self.act(self.a(x))))
+
+
+class Parallel(Reused):
+    def forward(self, x):
+        return self.act(self.a(x)) + self.act(self.a(-x))
+
+
+def shared_names():
+    act = nn.ReLU()
+    return nn.Sequential(nn.Linear(6, 8), act, nn.Linear(8, 8), act)
+
+
+def shared_blocks():
+    act = nn.Tanh()
+    return nn.Sequential(nn.Sequential(nn.Linear(6, 8), act), nn.Sequential(nn.Linear(8, 8), act))
+
+
+@pytest.mark.parametrize(
+    ("make", "where"), [(Reused, "act"), (Parallel, "act"), (shared_names, "1"), (shared_blocks, "0.1")]
+)
+def test_a_tap_on_an_activation_of_several_places_says_so_once(make, where):
+    with pytest.warns(UserWarning, match=f"'{where}' .*joins all places .*activation of its own") as caught:
+        losses = LayerwiseLoss(make(), where, weight=1.0, verbose=False)
+        model = next(site for site in losses.taps.sites).ancestors[0]
+        for _ in range(3):
+            losses.add_to(model(torch.randn(4, 6)).sum())
+    assert len(caught) == 1
+
+
+def test_weights_that_serve_several_places_are_one_layer():
+    """Recurrent and tied layers share weights, so that their calls belong together."""
+    losses = LayerwiseLoss(Reused(6, 6, nn.Linear(6, 6)), "act", weight=1.0, verbose=False)
+    losses.add_to(losses.taps.sites[0].parent(torch.randn(4, 6)).sum())
+
+
+@pytest.mark.filterwarnings("ignore:.*joins all places")
+def test_places_of_different_widths_cannot_be_joined():
+    model = Reused(8, 4)
+    losses = LayerwiseLoss(model, "act", weight=1.0, verbose=False)
+    with pytest.raises(ValueError, match="'act' was called with 4 and 8 units"):
+        losses.add_to(model(torch.randn(4, 6)).sum())
+
+
+class Decoder(nn.Module):
+    """One activation behind a linear layer and behind a convolution."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.fc, self.conv, self.act = nn.Linear(4, 32), nn.Conv2d(2, 6, 3, padding=1), act
+
+    def forward(self, x):
+        return self.act(self.conv(self.act(self.fc(x)).view(-1, 2, 4, 4)))
+
+
+class FunctionalDecoder(Decoder):
+    def forward(self, x):
+        return F.relu(self.conv(F.relu(self.fc(x)).view(-1, 2, 4, 4)))
+
+
+@pytest.mark.filterwarnings("ignore:LogSoftmaxActivation over the 32 units")
+@pytest.mark.parametrize("cls", [Decoder, FunctionalDecoder])
+def test_an_activation_has_an_axis_for_each_number_of_axes(cls, capsys):
+    model = cls(nn.ReLU() if cls is Decoder else nn.Identity())
+    surgery = swap_activations(model, "log_softmax", functional=cls is FunctionalDecoder)
+    for _ in range(2):
+        out = model(torch.randn(3, 4))
+        torch.testing.assert_close(out.exp().sum(1), torch.ones(3, 4, 4))
+    printed = capsys.readouterr().out
+    path = surgery.changes[0].path
+    assert printed.count(f"{path}: ") == 2 and "axis 1 has 6 units" in printed and "axis -1 has 32 units" in printed
+
+
+def test_a_layer_of_one_unit_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=r"'body\.2' has 1 unit"):
+        fit(tmp_path, OneUnit(), LayerwiseEMLoss("body.2", weight=0.1, verbose=False))
+
+
+# Sequences: no position may see a later one where the model does not let it.
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.norm = layer, nn.LayerNorm(6)
+
+    def forward(self, x):
+        return self.norm(self.layer(x)[0])
+
+
+class CausalConv(nn.Conv1d):
+    """Pads on the left only."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (2, 0)))
+
+
+class PadModule(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(nn.ConstantPad1d((2, 0), 0.0), nn.Conv1d(6, 6, 3))
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Trimmed(nn.Module):
+    """Pads on both sides and removes the right end, as in temporal convolutional networks."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, padding=2)
+
+    def forward(self, x):
+        return self.conv(x)[:, :, :-2]
+
+
+SEQUENCES = {
+    "lstm": (lambda: Recurrent(nn.LSTM(6, 6, batch_first=True)), "layer", 1),
+    "gru, length first": (lambda: Recurrent(nn.GRU(6, 6)), "layer", 0),
+    "behind an rnn": (lambda: Recurrent(nn.RNN(6, 6, batch_first=True)), "norm", 1),
+    "left padding": (lambda: nn.Sequential(CausalConv(6, 6, 3)), "0", 2),
+    "padding module": (PadModule, "conv.1", 2),
+    "trimmed": (Trimmed, "conv", 2),
+}
+
+
+def leak(model, axis):
+    """Return the largest change of all positions but the last when the last position of the input changes."""
+    x = torch.randn(6, 6, 6, generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other.select(axis, 5).add_(3.0)
+    return (model(x) - model(other)).narrow(axis, 0, 5).abs().max().item()
+
+
+def opened(model, where, **options):
+    surgery = insert_em_operators(model, where, 2, verbose=False, **options)
+    for parameter in surgery.parameters().values():
+        nn.init.ones_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("key", SEQUENCES)
+def test_recurrent_and_convolutional_layers_stay_causal(key):
+    make, where, axis = SEQUENCES[key]
+    torch.manual_seed(0)
+    assert leak(make(), axis) == 0.0
+    assert leak(opened(make(), where, causal=True), axis) < 1e-6
+    model = opened(make(), where)
+    with pytest.warns(UserWarning, match=f"'{where}' fits one mixture to all positions .*causal=True") as caught:
+        assert leak(model, axis) > 1e-3
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "where", "shape"),
+    [
+        (Recurrent(nn.GRU(6, 3, batch_first=True, bidirectional=True)), "norm", (2, 5, 6)),
+        (nn.Sequential(nn.Conv1d(6, 6, 3, padding=1)), "0", (2, 6, 5)),
+        (nn.Sequential(nn.ZeroPad1d(1), nn.Conv1d(6, 6, 3)), "1", (2, 6, 5)),
+        (nn.Sequential(nn.Conv2d(6, 6, 3, padding=1)), "0", (2, 6, 5, 5)),
+    ],
+)
+def test_layers_that_see_both_sides_do_not_warn(model, where, shape):
+    opened(model, where)(torch.randn(shape))
+
+
+# Calls of functions.
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return F.relu(self.layer(x))
+
+
+class Clamped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.layer(x).clamp(min=0)
+
+
+class Table(Clamped):
+    acts = {"relu": F.relu}
+
+    def forward(self, x):
+        return self.acts["relu"](self.layer(x))
+
+
+@pytest.mark.parametrize("encoder", [Clamped, Table])
+def test_functional_swaps_say_what_they_found_and_what_not(encoder, capsys):
+    swap_activations(nn.Sequential(encoder(), Head()), functional=True)
+    assert "changes 1.em_functional, and finds nothing in 0" in " ".join(capsys.readouterr().out.split())
+    swap_activations(nn.Sequential(Head(), Head()), functional=True)
+    assert capsys.readouterr().out.split() == "functional=True changes 0.em_functional, 1.em_functional".split()
+    swap_activations(nn.Sequential(encoder(), Head()), functional=True, verbose=False)
+    assert not capsys.readouterr().out
+
+
+class Functions(nn.Module):
+    def forward(self, x):
+        return F.softplus(x) + 2 * F.relu6(x) + 4 * F.mish(x) + 8 * F.selu(x) + 16 * F.hardswish(x)
+
+
+def test_more_functions_are_swapped():
+    x = torch.randn(3, 4)
+    weights = {nn.Softplus: 1, nn.ReLU6: 2, nn.Mish: 4, nn.SELU: 8, nn.Hardswish: 16}
+    for kind, weight in weights.items():
+        model = nn.Sequential(Functions())
+        expected = model(x) + weight * (x.tanh() - kind()(x))
+        swap_activations(model, nn.Tanh, kind, functional=True, verbose=False)
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_targets_without_a_function_form_are_named():
+    with pytest.raises(NoMatchError, match="target=PReLU has no function form.*ReLU6"):
+        swap_activations(nn.Sequential(Head()), target=nn.PReLU, functional=True)
+
+
+# Selections.
+
+
+@pytest.mark.parametrize("argument", ["target", "where"])
+def test_instances_and_names_of_classes_are_no_selections(argument):
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(TypeError, match=rf"{argument}=ReLU\(\) must be a class.*give the class, ReLU"):
+        swap_activations(model, **{argument: nn.ReLU()})
+    with pytest.raises(TypeError, match=rf"{argument}=\[.*ReLU|{argument}=ReLU"):
+        swap_activations(model, **{argument: [nn.ReLU()]})
+    with pytest.raises(NoMatchError, match=f"{argument}='ReLU'.*'ReLU' is the name of a class: give the class itself"):
+        swap_activations(model, **{argument: "ReLU"})
+    with pytest.raises(TypeError, match=f"{argument}=3 must be"):
+        swap_activations(model, **{argument: 3})
+
+
+class PlainContainers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.registered = nn.ReLU()
+        self.experts = [nn.ReLU(), self.registered]
+        self.heads = {"a": nn.ReLU(), "width": 3, "block": nn.Sequential(nn.ReLU())}
+
+
+def test_modules_in_plain_containers_are_named():
+    with pytest.warns(UserWarning) as caught:
+        report = swap_activations(nn.Sequential(PlainContainers())).report
+    assert [line.split()[0] for line in report.splitlines()[1:]] == ["0.registered"]
+    assert len(caught) == 1
+    paths = "0.experts[0], 0.heads['a'], 0.heads['block'].0 stay as they are"
+    assert str(caught[0].message).startswith(paths) and "nn.ModuleList" in str(caught[0].message)
+    assert [site.path for site in find_modules(PlainContainers(), nn.ReLU, inserted=True)] == ["registered"]
+
+
+# Target networks.
+
+
+class Teacher(lightning.LightningModule):
+    """A student that is pulled towards a teacher, whose weights follow it by a vector of all parameters."""
+
+    def __init__(self, trained=False, fresh=False):
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.teacher = copy.deepcopy(self.student)
+        if fresh:
+            nn.init.ones_(self.teacher[0].weight)
+        self.trained = trained
+
+    def training_step(self, batch):
+        target = self.teacher(batch[0])
+        return (self.student(batch[0]) - (target if self.trained else target.detach()) - 1).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD((self if self.trained else self.student).parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda where: SwapActivations(where=where, target=nn.ReLU, verbose=False),
+        lambda where: InsertEMOperator(where, 2, verbose=False),
+    ],
+)
+def test_target_networks_without_the_change_are_named(make, tmp_path):
+    with pytest.warns(UserWarning, match=r"changed 'student.1', but not 'teacher.1' of an untrained copy: add it"):
+        fit(tmp_path, Teacher(), make("student.1"))
+    fit(tmp_path, Teacher(), make(["student.1", "teacher.1"]))
+    fit(tmp_path, Teacher(trained=True), make("student.1"))  # two towers
+    fit(tmp_path, Teacher(fresh=True), make("student.1"))  # another network of the same shape
+
+
+def test_layers_that_are_not_initialized_yet_are_changed(tmp_path):
+    class Lazy(OneUnit):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(8), nn.ReLU())
+
+        def setup(self, stage):
+            self.body(torch.randn(2, 6))
+
+    model = nn.Sequential(nn.Sequential(nn.LazyLinear(8)), nn.Sequential(nn.LazyLinear(8)))
+    insert_em_operators(model, "0.0", 2, verbose=False)
+    assert model(torch.randn(3, 6)).shape == (3, 8)
+    fit(tmp_path, Lazy(), LayerwiseEMLoss("body.0", weight=0.1, verbose=False))
+
+
+# Several callbacks, and audits.
+
+
+def test_equal_layer_losses_add_up_and_resume(tmp_path):
+    def callbacks():
+        return [LayerwiseEMLoss("body.0", weight=weight, verbose=False) for weight in (0.1, 0.2)]
+
+    def run(more, epochs, path=None):
+        torch.manual_seed(0)
+        model = OneUnit()
+        trainer = users.trainer(tmp_path, epochs, more)
+        trainer.fit(model, users.MLP.data(), ckpt_path=path)
+        return model, trainer
+
+    twice, trainer = run(callbacks(), 1)
+    once, _ = run([LayerwiseEMLoss("body.0", weight=0.1 + 0.2, verbose=False)], 1)
+    torch.testing.assert_close(twice.state_dict(), once.state_dict())
+    assert {"em/body.0/weight", "em/body.0/weight_2"} <= set(trainer.callback_metrics)
+    path = tmp_path / "twice.ckpt"
+    trainer.save_checkpoint(path)
+    resumed = callbacks()
+    run(resumed, 2, path)
+    steps = 2 * len(users.MLP.data())
+    assert [callback._state["step"] for callback in resumed] == [steps, steps]
+    with pytest.warns(UserWarning, match=r"no state of LayerwiseEMLoss\(where='body.1'.*starts anew"):
+        run([LayerwiseEMLoss("body.1", weight=0.1, verbose=False)], 2, path)
+
+
+def test_two_schedules_of_the_same_temperatures_are_refused(tmp_path):
+    schedules = [TemperatureSchedule(start, 1.0, 3) for start in (2.0, 3.0)]
+    with pytest.raises(ValueError, match="two TemperatureSchedule"):
+        fit(tmp_path, OneUnit(), SwapActivations(verbose=False), *schedules)
+
+
+def test_a_fit_from_a_restored_surgery_says_that_it_has_new_weights(tmp_path):
+    path = tmp_path / "swapped.ckpt"
+    fit(tmp_path, OneUnit(), SwapActivations(verbose=False)).save_checkpoint(path)
+    with pytest.warns(UserWarning, match="without its weights.*ckpt_path="):
+        fit(tmp_path, OneUnit(), RestoreSurgery(path))
+    trainer = users.trainer(tmp_path, 2, [RestoreSurgery(path)])
+    trainer.fit(OneUnit(), users.MLP.data(), ckpt_path=path)
+
+
+def test_an_audit_neither_prints_nor_is_measured(tmp_path, capsys):
+    class Counting(PosteriorMonitor):
+        calls = 0
+
+        def _measure(self, path, tensor):
+            self.calls += 1
+            super()._measure(path, tensor)
+
+    monitor = Counting("body.0", every_n_steps=1)
+    callbacks = [SwapActivations("signed"), LayerwiseEMLoss("body.0", weight=0.1), monitor, EMAudit(printed=False)]
+    fit(tmp_path, OneUnit(), *callbacks)
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("body.1: SignedActivation") for line in printed) == 1
+    assert sum(line.startswith("body.0: output") for line in printed) == 2  # the loss and the monitor
+    assert monitor.calls == len(users.MLP.data())
+    model = OneUnit()
+    taps = Taps(model, "body.0", verbose=False)
+    audit(model, [torch.randn(4, 6)])
+    assert not taps.take()
+    model.body(torch.randn(4, 6))
+    assert list(taps.take()) == ["body.0"]
+
+
+class NeedsTrainer(OneUnit):
+    def training_step(self, batch):
+        return super().training_step(batch) * self.trainer.max_epochs
+
+
+def test_an_audit_that_needs_a_trainer_says_how():
+    model = NeedsTrainer()
+    with pytest.raises(RuntimeError, match="not attached to a `Trainer`.*EMAudit.*run="):
+        audit(model, [torch.randn(4, 6)])
+    assert len(audit(model, None, run=lambda: model.body(torch.randn(4, 6)))) == 3
+
+
+def test_an_audit_in_a_fit_has_the_trainer(tmp_path):
+    watcher = EMAudit(printed=False)
+    fit(tmp_path, NeedsTrainer(), watcher)
+    assert watcher.audit
