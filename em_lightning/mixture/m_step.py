@@ -54,8 +54,7 @@ def m_step(
     mass, zeroth, first, second, _, background_mass, _ = statistics
     plain = zeroth is mass and prior is None and background is None
     closed_form = family.unrestricted is family and family.sharing(mass.shape[1]) == 1
-    is_large = mass.numel() >= native.FEWEST_COMPONENTS
-    if plain and closed_form and native.serves_components("m_step.cpp", mass, is_large):
+    if plain and closed_form and native.serves_components("m_step.cpp", mass, mass.numel() >= native.FEWEST_COMPONENTS):
         return Parameters(*native.m_step(mass, first, second, before, floor, family.whitening))
     # Added to the mass as in scikit-learn, so that each step agrees; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps
