@@ -69,7 +69,7 @@ def tgmm(x, start):
             n_features=FEATURES,
             n_components=COMPONENTS,
             max_iter=ITERATIONS,
-            tol=0.0,
+            tol=1e-30,  # must be positive
             init_means=means,
             device="cpu",
         )
