@@ -113,7 +113,8 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
 
     Weights are those of the cells. Means and correlations are those of a cell's core, the points whose squared distance
     from the center is below ``_CORE`` of the cell's mean: the rim of a cell contains points of other clusters, which
-    slow down EM. Centers (B, K, D) are in the coordinates of the points.
+    slow down EM. Cells of at most D points, whose covariances would be singular, get the variance of all together.
+    Centers (B, K, D) are in the coordinates of the points; covariances are returned in the form of the EM loop.
     """
     num_components, num_features = centers.shape[1:]
     family = covariance.unrestricted
@@ -131,8 +132,8 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
         covariances = _choose(has_core, of_cores, covariances)
         second_moment = trace + (cells.means - centers).square().sum(-1)
         pooled = family.expand(_pooled_variance(points, mass, second_moment, floor), num_components)
-        covariances = _choose(mass > num_features, covariances, pooled)  # fewer points: singular
-    return Parameters(cells.log_weights, means, covariance.from_public(covariances))  # as the EM loop stores them
+        covariances = _choose(mass > num_features, covariances, pooled)
+    return Parameters(cells.log_weights, means, covariance.from_public(covariances))
 
 
 def fit_cells(
