@@ -129,7 +129,7 @@ def surgery_by(model: nn.Module, by: str) -> Surgery:
 
 
 class Surgery:
-    """The ``changes`` to a model, one :class:`Change` per site; ``by``, the name of a callback, is stored in the plan."""
+    """The ``changes`` to a model, one :class:`Change` per site; ``by``, a callback's name, is stored in the plan."""
 
     def __init__(self, model: nn.Module, by: str | None = None) -> None:
         self.model = model
