@@ -119,7 +119,7 @@ def _refuse(twin: Twin, module: nn.Module, keys: Any) -> None:
     beginning = twin.layer.removeprefix(f"{twin.original}.") + "."
     if any(key.startswith(beginning) and key.endswith(MARKER) for key in keys.unexpected_keys):
         raise ValueError(
-            f"{twin.copy!r} cannot load the weights of {twin.original!r}, of which surgery changed {twin.layer!r}: "
+            f"weights of {twin.original!r}, in which surgery changed {twin.layer!r}, are loaded into {twin.copy!r}: "
             f"change {twin.counterpart!r} as well, as in where=[{twin.layer!r}, {twin.counterpart!r}]"
         )
 
