@@ -1,4 +1,4 @@
-"""Many clouds beside other libraries: processor seconds, likelihood and memory of each.
+"""Compare fits of many clouds with other libraries: CPU seconds, likelihood and memory per library.
 
     python benchmarks/rivals.py                  256 clouds x 1,024 x 3, K = 16, full, 20 iterations, one thread
     python benchmarks/rivals.py --sets 16 --loop 4
@@ -110,20 +110,20 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # of Lightning, in torchgmm
+    logging.disable(logging.WARNING)  # Lightning's messages in torchgmm
     x = blobs(options.sets, ITEMS, FEATURES, COMPONENTS)
     eye = torch.eye(FEATURES).expand(options.sets, COMPONENTS, -1, -1)
     start = Mixture(torch.full((options.sets, COMPONENTS), 1 / COMPONENTS).log(), x[:, :COMPONENTS].clone(), eye)
-    print("| | s of processor | log-likelihood per point | MiB |\n|---|---|---|---|")
+    print("| | CPU seconds | log-likelihood per point | MiB |\n|---|---|---|---|")
     for fit in (em_lightning, textbook, scikit_learn, torchgmm, pomegranate, tgmm, gmmx):
         batched = fit in (em_lightning, textbook)
         count = options.sets if batched else options.loop
-        given, own_start = x[:count], start[:count]
+        clouds, init = x[:count], start[:count]
         try:
             with torch.no_grad(), threadpool_limits(1), contextlib.redirect_stdout(io.StringIO()):
-                fit(given[:1], own_start[:1])  # warm-up
+                fit(clouds[:1], init[:1])  # warm-up
                 before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-                scores = fit(given, own_start)
+                scores = fit(clouds, init)
         except Exception as error:  # a library is missing or cannot fit these clouds
             print(f"| {fit.__name__} | {type(error).__name__}: {str(error)[:60]} | | |", flush=True)
             continue

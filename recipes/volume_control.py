@@ -5,8 +5,8 @@
     em-lightning run volume_control --config ablation --data.root PATH/TO/mnist
 
 The variants ablation, capacity and optimizers reproduce published tables (Oursland's study of supervised implicit
-EM), and width_rule tests a rule for its weights. Rows run in parallel processes, and the same command continues an
-interrupted table. Files are in lightning_logs/volume_control. Without --data.root MNIST is downloaded.
+EM), and width_rule tests a rule for the weights of volume control. Rows run in parallel processes, and the same command
+continues an interrupted table. Files are in lightning_logs/volume_control. Without --data.root MNIST is downloaded.
 """
 
 from em_lightning.cli import Recipe

@@ -1,4 +1,4 @@
-"""``em-lightning audit``: where EM takes place in a model named on the command line."""
+"""``em-lightning audit``: load a model named on the command line and print its audit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _named(target: str) -> Any:
 def load_model(
     target: str, checkpoint: str | None = None, weights_only: bool = True, arguments: Mapping[str, Any] | None = None
 ) -> Any:
-    """Return the module at ``package.module:NAME`` or ``path/to/file.py:NAME``, which may be a class or a function.
+    """Return the module ``package.module:NAME`` or ``path/to/file.py:NAME``; a class or function is called first.
 
     A checkpoint is loaded into it; a LightningModule class also gets the recorded surgery and hyperparameters.
     ``arguments`` are passed to the class or function.
@@ -45,7 +45,7 @@ def load_model(
         return load(checkpoint, map_location="cpu", weights_only=weights_only, **(arguments or {}))
     model = made if isinstance(made, nn.Module) else made(**(arguments or {}))
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{target!r} must make a torch.nn.Module, got {type(model).__name__}")
+        raise ValueError(f"{target!r} must be or return a torch.nn.Module, got {type(model).__name__}")
     if checkpoint is not None:
         content = read_checkpoint(checkpoint, weights_only)
         model.load_state_dict(content.get("state_dict", content))
@@ -74,7 +74,7 @@ def _random_inputs(specifications: Sequence[str]) -> Any:
 
 
 def print_audit(options: argparse.Namespace, command: str) -> None:
-    """Print the audit of a forward of random inputs, or of a training step; ValueError with the command if it fails."""
+    """Audit a forward pass on random inputs, or a training step; raise ValueError with the command if it fails."""
     import yaml
 
     from em_lightning.scope.auditing import audit, call

@@ -59,7 +59,7 @@ class Competition(Tempered):
     """Base class of modules that call a competition function, with the arguments of :class:`Tempered`.
 
     Attributes:
-        function: function of energies, temperature, log_prior, dim and the options that returns a posterior.
+        function: function that returns a posterior, given energies, temperature, log_prior, dim and the options.
         options: names of the attributes that are passed to the function as keyword arguments.
         couples_items: whether the posterior of an item depends on the other items of its set; the function then
             accepts ``item_dim``, the axis of the items, and ``mask``, which is False for items to ignore.

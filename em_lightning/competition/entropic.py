@@ -10,7 +10,7 @@ def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
     top = logits.detach().amax(dim, keepdim=True)  # subtracted to avoid overflow; results do not depend on it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
-    # 0 if all logits are -inf, else at least 1. PyTorch 2.14 changed the gradient of clamp at the bound from 1 to 0.
+    # The sum is 0 or at least 1, never 0.5: PyTorch 2.14 changed the gradient of clamp at the bound from 1 to 0.
     total = exponentials.sum(dim, keepdim=True).clamp_min(0.5)
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
 
@@ -42,7 +42,7 @@ def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     variance = ranked.square().cumsum(dim) / rank - mean.square()
     threshold = mean - (1 / rank - variance).clamp_min(0.0).sqrt()
     support, count, centered = _support(z, ranked, threshold, dim)
-    square = (1 - centered.square().sum(dim, keepdim=True)) / count  # of mean - tau, so that sum(p) = 1
+    square = (1 - centered.square().sum(dim, keepdim=True)) / count  # (mean - tau)^2, solved from sum(p) = 1
     root = (centered + square.sqrt()) * support
     p = root.square()
     return _result(2 * (p * z).sum(dim) + (1 - (p * root).sum(dim)) * (4 / 3), p, 2 * top, dim)

@@ -33,7 +33,7 @@ def balanced(
     F_n = sum_k r_nk d_nk - T H(r_n) = -T log sum_k exp((g_k - d_nk) / T) + sum_k g_k r_nk,
 
     whose sum over the items is the transport cost; d(sum_n F_n)/dd_nk = r_nk by the envelope theorem. A single F_n
-    depends on the other items through g, with gradients by the implicit function theorem, exact to first order.
+    depends on the other items through g; first derivatives are exact (implicit function theorem), higher ones are not.
 
     The dual is solved in float64 (float32 on MPS) by alternating Sinkhorn and damped Newton steps, at temperatures that
     decrease to T. An energy of +inf excludes the hypothesis for that item; an item without any finite energy has r = 0

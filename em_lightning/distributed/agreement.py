@@ -1,4 +1,4 @@
-"""Checks that all ranks are about to run the same training, before they wait for each other."""
+"""Checks that all ranks will run the same training, before a difference makes a collective hang."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _COMPARED_ROWS = 256
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """Raise an error on every rank unless all ranks pass equal facts, in one collective; must be called on all ranks.
+    """Raise an error on every rank unless all ranks pass equal facts; must be called on all ranks.
 
-    Facts are values by their names. Values that JSON cannot represent are compared by their class.
+    ``facts`` maps names to values. Values that JSON cannot represent are compared by their class.
 
     Raises:
         ValueError: a fact differs; the message has its name, its values, and the hosts and ranks that differ.
@@ -90,7 +90,7 @@ def check_batches(trainer: Any) -> None:
         return
     facts = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
     loader = trainer.train_dataloader
-    if hasattr(loader, "table"):  # of em_lightning.data
+    if hasattr(loader, "table"):  # a loader of em_lightning.data
         rows = loader.sample(_COMPARED_ROWS).points
         facts["rows"] = [len(loader.table), hashlib.sha256(rows.cpu().numpy()).hexdigest()[:16]]
     check_agreement(facts)

@@ -179,7 +179,7 @@ class ExponentialKernel(Kernel):
     .. math:: d(x, \mu) = \sum_{i=1}^{D} e^{\alpha |x_i - \mu_i|}
 
     with ``rate`` :math:`\alpha`. Not robust. The minimum is D, with gradient 0. Beyond
-    :math:`\alpha |x_i - \mu_i| = 40` the energy continues along its tangent, finite and ordered in float32. exp(-d) is
+    :math:`\alpha |x_i - \mu_i| = 40` the energy continues as its tangent, finite and increasing in float32. exp(-d) is
     a density with normalizer :math:`(2 E_1(1) / \alpha)^D`, where :math:`E_1(1) = 0.2194` is the exponential integral.
 
     Example:

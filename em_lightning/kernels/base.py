@@ -129,7 +129,7 @@ class EllipticalKernel(Kernel):
     The M-step is iteratively reweighted least squares (IRLS): each point has the weight :math:`u(y) = 2 \rho'(y)`. It
     never decreases the likelihood where :math:`\rho` is concave (majorize-minimize).
 
-    For Laplace, Huber and pseudo-Huber, :math:`\rho` is the energy of one feature as a function of the square.
+    For Laplace, Huber and pseudo-Huber, :math:`\rho` is the energy of one feature with squared difference :math:`y`.
     For Gaussian and Student-t, it is the energy itself. A ``scale`` :math:`s` divides the distance,
     :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. Below the distance 1e-4 s
     the Laplace energy is a parabola, because its IRLS weight would tend to infinity there.

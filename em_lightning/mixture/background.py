@@ -23,11 +23,11 @@ class UniformBackground:
 
     .. math:: p(x) = w_0 \frac{1}{V} + (1 - w_0) \sum_k \pi_k \, p_k(x)
 
-    with the volume :math:`V` of the box of the points that count (no side below a thousandth of the longest), or
+    with the volume :math:`V` of the box of points with positive weight (no side below a thousandth of the longest), or
     with :math:`1 / V = e^{-\mathrm{energy}}` where an energy is given. EM never lowers the likelihood.
 
     With a fixed weight :math:`w_0` the weights :math:`\pi_k` of a mixture sum to 1. With ``estimate=True`` the M-step
-    sets the weight of each set to the mean responsibility of the background, between 1e-5 and 1 - 1e-5. **The weights
+    estimates one weight per set, the mean responsibility of the background, clamped to [1e-5, 1 - 1e-5]. **The weights
     of a mixture then sum to** :math:`1 - w_0`, and its ``log_prob`` covers the components alone. A
     Dirichlet prior applies to all K + 1 weights. The result depends more on the start than with a fixed weight, because
     a wide component and the background have similar densities.
@@ -58,12 +58,12 @@ class UniformBackground:
             raise ValueError(f"energy={self.energy} must be finite; None takes the density of the box of each set")
 
     def reserve_share(self, log_weights: Tensor) -> Tensor:
-        """Return log-weights (B, K); if :math:`w_0` is estimated, scale a sum of 1 to :math:`1 - w_0`."""
+        """Return log-weights (B, K); if :math:`w_0` is estimated, scale weights of sum 1 by :math:`1 - w_0`."""
         if not self.estimate:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)
         rest = math.log1p(-self.weight)
-        # A reserved share is at least _MIN_WEIGHT; half of it tells sums of 1 apart in spite of round-off.
+        # Scaled weights sum to at most 1 - _MIN_WEIGHT; a threshold half as far from 1 tolerates round-off.
         unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)
         return torch.where(unreserved, log_weights + rest, log_weights)
 
@@ -100,7 +100,7 @@ class UniformBackground:
             return points.log_volume() - self.energy
         z = points.coordinates()
         low = high = z
-        if points.weights is not None:  # a set without points takes the box of all its rows
+        if points.weights is not None:  # a set of zero total weight uses the box of all rows
             counted = (points.weights > 0).unsqueeze(1)
             counted = counted | ~counted.any(-1, keepdim=True)
             low, high = torch.where(counted, z, torch.inf), torch.where(counted, z, -torch.inf)

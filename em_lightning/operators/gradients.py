@@ -106,7 +106,7 @@ def gmres(product: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
         basis = torch.cat([basis, direction.unsqueeze(2)], 2)
     if not residual <= _LARGEST_RESIDUAL:
         raise RuntimeError(
-            f"gradient='implicit' failed, with a relative residual of {residual:.1e} of GMRES: the fixed point is not "
+            f"gradient='implicit' failed: GMRES left a relative residual of {residual:.1e}. The fixed point is not "
             f"isolated, for instance because components coincide; use gradient='unrolled'"
         )
     return solution
@@ -130,8 +130,8 @@ def _check_converged(changes: Changes, before: Parameters, after: Parameters) ->
         worst = int(change.argmax())
         raise RuntimeError(
             f"gradient='implicit' needs a converged loop: the last iteration changed {int((~converged).sum())} of "
-            f"{len(change)} sets, set {worst} by {float(change[worst]):.1e} > {_CONVERGED:g}; raise num_iters, or use "
-            f"gradient='unrolled'"
+            f"{len(change)} sets, set {worst} by {float(change[worst]):.1e} > {_CONVERGED:g} standard deviations; "
+            f"raise num_iters, or use gradient='unrolled'"
         )
 
 

@@ -40,8 +40,8 @@ _OPERATIONS = {
     "aten::argmax": "argmax",
 }
 _CHECKED_AS_A_WHOLE = (Competition, Activation, EMOperator)
-# Uncalled modules inside these are no findings: torch and the library read the weights of some directly.
-_WHOLE = (Activation, Competition, SetOperator, nn.MultiheadAttention)
+# Uncalled modules inside these are not reported, because their weights may be read without calling them.
+_REPORTED_AS_A_WHOLE = (Activation, Competition, SetOperator, nn.MultiheadAttention)
 
 
 def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) -> Audit:
@@ -113,7 +113,7 @@ def _run(model: Any, batch: Any) -> None:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call a module with the items of a tuple, a dictionary as keywords if its forward has these, or the batch."""
+    """Call a module with a batch; unpack a tuple, and a dictionary if its keys are arguments of the forward."""
     if isinstance(batch, Mapping):
         parameters = inspect.signature(model.forward).parameters
         if set(batch) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -185,7 +185,7 @@ class _CopyGraphs(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the operations of a model in a ``with`` block; hooks stay on its modules."""
+    """Records the operations of a model in a ``with`` block; its hooks are not removed, as the model is a copy."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -244,8 +244,8 @@ class _Recorder(TorchDispatchMode):
 
     def findings(self) -> Audit:
         """Return all findings in the order in which the modules were called; those that were not called come last."""
-        whole = {site.path for site in self.sites if any(isinstance(module, _WHOLE) for module in site.ancestors)}
-        modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in whole}}
+        inner = {site.path for site in self.sites if any(isinstance(m, _REPORTED_AS_A_WHOLE) for m in site.ancestors)}
+        modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in inner}}
         called, calls = set(self.called), list(self.calls)  # the checks call modules, whose hooks add to both
         checks = [*(check_call(*one) for one in calls), *(softmax.check() for softmax in self.softmaxes)]
         worst: dict[tuple[str, str], Finding] = {}  # of all calls of an operation, the one with the largest error

@@ -1,9 +1,9 @@
-"""Find, replace and insert modules in any ``nn.Module``, undo it, and add EM losses to layers.
+"""Find, replace and insert modules in any ``nn.Module``, undo the changes, and add EM losses to layers.
 
-Files, each importing only from those before it: select (find modules), hooks (wrappers of methods), owners (of
-parameters, target networks), record (the plan in a checkpoint), edit (replace, insert, undo), axes (of units), taps
-(captured tensors), functional (calls such as ``F.relu``), refinement (the inserted operator), em (activations and
-operators), replay (restore a plan), layerwise (losses).
+Files, each importing only from those before it: select (find modules), hooks (wrap methods), owners (find the
+optimizer and copies of a layer), record (store the plan in checkpoints), edit (replace, insert, undo), axes (find the
+axis of units), taps (capture tensors), functional (replace calls such as ``F.relu``), refinement (the inserted module),
+em (swap activations, insert EM operators), replay (restore a plan), layerwise (EM losses of layers).
 """
 
 from em_lightning.surgery.axes import UnitAxis, unit_axis

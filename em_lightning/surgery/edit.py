@@ -1,4 +1,4 @@
-"""Replace modules of any model or insert modules behind them; undo the changes."""
+"""Replace modules of any model or insert modules after them; undo the changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, cl
 
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | None
-_SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, by their ``by``
-_BEFORE = "_em_before"  # attribute of a module whose change was undone after another surgery replaced it: the original
+_SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, keyed by ``Surgery.by``
+_BEFORE = "_em_before"  # attribute of a module that had left the model before its undo: the module that it replaced
 
 
 class Change(NamedTuple):
@@ -44,7 +44,7 @@ class Change(NamedTuple):
 
 
 class Inserted(nn.Module):
-    """A layer and the operator behind it: ``operator(layer(...))``, on the first tensor of a tuple or dataclass.
+    """A layer and the operator after it: ``operator(layer(...))``, on the first tensor of a tuple or dataclass.
 
     Other attributes are those of the layer, so that code which reads ``model.encoder.weight`` still works.
     """
@@ -104,7 +104,7 @@ def _refuse_sharing(path: str, why: str) -> None:
 
 
 class PerCall(nn.ModuleList):
-    """One module for each call within one forward of the owner, in the order of the calls."""
+    """One module for each call within one forward of the caller, in the order of the calls."""
 
     def __init__(self, modules: Iterable[nn.Module], counter: CallCounter) -> None:
         super().__init__(modules)
@@ -112,7 +112,7 @@ class PerCall(nn.ModuleList):
         self.counter = counter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module of this call, the first outside of the owner's forward."""
+        """Run the module of this call; outside of the caller's forward, run the first one."""
         return self[max((self.counter.count or 0) - 1, 0)](*args, **kwargs)
 
 
@@ -124,20 +124,20 @@ class _Uncopied(dict[str, Any]):
 
 
 def surgery_by(model: nn.Module, by: str) -> Surgery:
-    """Return the surgery with this ``by`` on a model; a copied model returns one without changes to undo."""
+    """Return the model's surgery with this ``by``; for a copied model, a new surgery without changes to undo."""
     return vars(model).get(_SURGERIES, {}).get(by) or Surgery(model, by)
 
 
 class Surgery:
-    """The ``changes`` made to a model, one :class:`Change` per site, to be undone; ``by`` is stored in the plan."""
+    """The ``changes`` to a model, one :class:`Change` per site; ``by``, a callback's name, is stored in the plan."""
 
     def __init__(self, model: nn.Module, by: str | None = None) -> None:
         self.model = model
         self.by = by
         self.changes: list[Change] = []
         self.undos: list[Undo] = []
-        self.first_calls: list[Any] = []  # of each new module, with its path and whether it was seen
-        self.unchanged_copies: dict[str, Twin] = {}  # target networks and other copies that do not change, by path
+        self.first_calls: list[Any] = []  # hooks that record whether each new module was called
+        self.unchanged_copies: dict[str, Twin] = {}  # target networks and other copies without surgery, by path
         if by is not None:
             vars(model).setdefault(_SURGERIES, _Uncopied())[by] = self
 
@@ -223,7 +223,7 @@ def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls 
 
 
 def insert_after(model: nn.Module, where: Where, make: Make, *, calls: Calls = None) -> Surgery:
-    """Insert an operator behind each selected module: its output ``y`` becomes ``operator(y)``.
+    """Insert an operator after each selected module: its output ``y`` becomes ``operator(y)``.
 
     Arguments and errors are those of :func:`replace_modules`. The layer's parameters are then named
     ``<path>.layer.*``, those of the operator ``<path>.operator.*``.
@@ -247,7 +247,7 @@ def change_sites(
     calls: Calls = None,
     prepare: Callable[[Site, Change], None] = lambda *_: None,
 ) -> Surgery:
-    """Change the given sites, with the ``make`` of each, then prepare each change; used by all surgeries."""
+    """Change each site with ``make_at(site)``, then call ``prepare(site, change)``; used by all surgeries."""
     number = 1 if calls in ("any", None) else calls
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"calls={calls!r} must be a positive int, 'any' or None")
@@ -256,8 +256,8 @@ def change_sites(
         check_reachable(site)
         if isinstance(site.module, Inserted) and operation == "insert_after" and site.path not in known:
             raise ValueError(
-                f"{site.path!r} has an operator from an earlier surgery on another model that holds the same layer: "
-                f"undo() that surgery before, or go on without this one"
+                f"{site.path!r} has an operator from an earlier surgery on another model, which shares this layer: "
+                f"undo() that surgery first, or keep its operator and omit this insertion"
             )
     if not surgery.changes:
         surgery.undos += keep_in_checkpoints(surgery.model)
@@ -307,7 +307,7 @@ def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
             module = make(site.module)
     if not isinstance(module, nn.Module) or module is site.module:
         raise TypeError(f"make returned {module!r} for {site.path!r}; it must return a new nn.Module")
-    module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))  # a state_dict key if there are no parameters
+    module.register_buffer(MARKER, torch.zeros(1, dtype=torch.uint8))  # marks the state_dict, even without parameters
     for neighbour in (site.module, *reversed(site.ancestors)):
         like = next((t for t in (*neighbour.parameters(), *neighbour.buffers()) if t.is_floating_point()), None)
         if like is not None:

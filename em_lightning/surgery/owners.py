@@ -24,9 +24,9 @@ class Owner(NamedTuple):
 def owners_of(
     sites: Iterable[Site], optimizers: Sequence[torch.optim.Optimizer], index: int | None = None
 ) -> dict[str, Owner]:
-    """Return the owner of each layer: the optimizer of its parameters, or of those of the smallest module around it.
+    """Return the owner of each layer: the optimizer of its parameters, or number ``index`` if given.
 
-    With ``index`` it is this optimizer for all layers.
+    The owner of a layer without trained parameters is the optimizer of the innermost parent module that has some.
 
     Raises:
         ValueError: no optimizer, or more than one, trains the parameters of a layer.
@@ -40,8 +40,8 @@ def owners_of(
                 indices = [i for i, ids in enumerate(trained) if any(id(p) in ids for p in module.parameters())]
         if len(indices) != 1:
             raise ValueError(
-                f"{len(indices)} optimizers train the parameters of {site.path!r}, or of the smallest module around it "
-                f"that has any: give optimizer=, the number of the optimizer that its loss belongs to"
+                f"{len(indices)} optimizers train the parameters of {site.path!r}, or of its innermost parent that "
+                f"has any: give optimizer=, the index of the optimizer that is to train the layer"
             )
         own = trained[indices[0]]
         owners[site.path] = Owner(own, set().union(*trained) - own)
@@ -49,7 +49,7 @@ def owners_of(
 
 
 def parameters_of(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
-    """Return the ids of the parameters that some optimizers train."""
+    """Return the ids of all parameters of these optimizers."""
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -79,7 +79,7 @@ def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
 
 
 class Twin(NamedTuple):
-    """A module that may be a copy of one that holds a layer: of the same class, with parameters of the same shapes."""
+    """A module of the same class and parameter shapes as one that holds a layer, so possibly a copy of it."""
 
     original: str  # path of the module that holds the layer
     copy: str  # path of the other module
@@ -104,7 +104,7 @@ def _shapes(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def unchanged_twins(model: nn.Module, sites: list[Site]) -> list[Twin]:
-    """Return the twins whose counterparts of the given sites are not among these sites."""
+    """Return the twins of the modules around the given sites, except where the counterpart is a given site too."""
     changed = {site.path for site in sites}
     return [twin for path in changed for twin in twins_of(model, path) if twin.counterpart not in changed]
 
@@ -119,7 +119,7 @@ def _refuse(twin: Twin, module: nn.Module, keys: Any) -> None:
     beginning = twin.layer.removeprefix(f"{twin.original}.") + "."
     if any(key.startswith(beginning) and key.endswith(MARKER) for key in keys.unexpected_keys):
         raise ValueError(
-            f"a copy of the module that holds {twin.layer!r}, which surgery changed, is loaded with its weights: "
+            f"weights of {twin.original!r}, in which surgery changed {twin.layer!r}, are loaded into {twin.copy!r}: "
             f"change {twin.counterpart!r} as well, as in where=[{twin.layer!r}, {twin.counterpart!r}]"
         )
 

@@ -22,7 +22,7 @@ _MAX_ELEMENTS = 2**28  # of all modules that a plan builds: 1 GiB in float32
 
 
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
-    """Repeat the surgeries of a plan on a fresh model; entries that the model records already are skipped.
+    """Repeat the surgeries of a plan on a fresh model; entries that the model already records are skipped.
 
     Raises:
         NoMatchError: the model has no module at a path of the plan.
@@ -30,7 +30,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
     """
     surgery = Surgery(model) if into is None else into
     done = recorded_plan(model)
-    if not done:  # the model may be built from a module that had the surgery, stored with its hyperparameters
+    if not done:  # the hyperparameters may contain a changed module, from which the model is built
         built = [site.path for site in walk(model) if any(map(is_built, site.module.modules()))]
         done = [entry for entry in plan if entry["path"] in built]
         if done:
@@ -51,7 +51,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
 
 @contextlib.contextmanager
 def _limited_memory() -> Iterator[None]:
-    """Let modules raise ValueError when they register too many elements, before they initialize them."""
+    """Raise ValueError if new modules register more than ``_MAX_ELEMENTS`` elements, before their initialization."""
     left = _MAX_ELEMENTS
 
     def count(module: nn.Module, name: str, value: Any) -> None:
@@ -74,7 +74,7 @@ def _limited_memory() -> Iterator[None]:
 
 
 def _check_numbers(arguments: Any) -> None:
-    """Raise ValueError if an argument other than a seed is larger than any size can be."""
+    """Raise ValueError if an integer argument other than a seed exceeds ``_MAX_ELEMENTS``."""
     if isinstance(arguments, Mapping):
         arguments = [value for name, value in arguments.items() if name != "seed"]
     for value in arguments if isinstance(arguments, (list, tuple)) else ():
@@ -87,7 +87,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     path, calls = entry["path"], entry["calls"]
     if entry["init_args"] is None:
         raise ValueError(
-            f"{path!r} holds a {entry['class_path']} of unknown arguments, made by a function or copied from an "
+            f"{path!r} holds a {entry['class_path']} with unknown arguments, made by a function or copied from an "
             f"instance: repeat this surgery on a new model, then call model.load_state_dict"
         )
     cls: Any = import_class(entry["class_path"], nn.Module)  # so that a plan cannot call anything but modules
@@ -107,9 +107,9 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
 
 
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
-    """Return the plan in a checkpoint file, which is empty if it was saved without surgery.
+    """Return the plan in a checkpoint file; the plan is empty if the model had no surgery.
 
-    With ``weights_only=False`` a file that you trust may hold objects of any class, such as hyperparameters.
+    ``weights_only=False`` also loads objects of any class, such as hyperparameters, from a file that you trust.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -157,7 +157,7 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
     except TypeError as error:
         if "weights_only" not in str(error):
             raise
-        del arguments["weights_only"]  # the class gives it itself
+        del arguments["weights_only"]  # the class passes weights_only itself
         model = load(path, **arguments)
     model.__class__ = cls
     return model

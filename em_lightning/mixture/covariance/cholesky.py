@@ -42,8 +42,8 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
 
 def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
-    # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. What round-off
-    # made indefinite is definite with the pivots added, which takes too many launches on a GPU, or else as a diagonal.
+    # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. First add
+    # the pivots, which is enough against round-off but takes too many launches on a GPU; then use the diagonal alone.
     replacements = [torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()]
     if matrix.device.type == "cpu":
         replacements.insert(0, matrix + size * pivots.diag_embed())
