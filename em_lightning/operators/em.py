@@ -320,16 +320,6 @@ class EMOperator(SetOperator):
     def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
-    def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        old, new = (
-            COVARIANCES["full"].factorize(self.family.to_full(state.covariances, state.means))
-            for state in (before, after)
-        )
-        weights = after.log_weights.exp() - before.log_weights.exp()
-        shift = new.inverse @ (after.means - before.means).unsqueeze(-1)
-        growth = new.inverse @ (new.scale - old.scale)
-        return torch.stack([part.abs().flatten(1).amax(1) for part in (weights, shift, growth)]).amax(0)
-
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None
     ) -> Likelihood:
