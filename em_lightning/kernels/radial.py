@@ -106,9 +106,6 @@ class StudentTKernel(EllipticalKernel):
     def _exponent(self, df: Tensor | float, num_features: int) -> Tensor | float:
         return (df + num_features) / 2 if self.density else 1.0
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", density=True" if self.density else "")
-
 
 @KERNELS.register("mahalanobis")
 class MahalanobisKernel(Kernel):
@@ -164,7 +161,12 @@ class MahalanobisKernel(Kernel):
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         if x.shape[-1] != self.num_features:
             raise ValueError(f"x {tuple(x.shape)} must have num_features={self.num_features} on its last axis")
-        return squared_distance(x, centers, self.factor.to(x.dtype))
+        # Whitening mixes features, which loses digits far from the origin: subtract the median center first.
+        origin = centers.detach().median(-2, keepdim=True).values
+        factor = self.factor.to(x.dtype)
+        x, centers = x - origin, centers - origin
+        x, centers = (torch.linalg.solve_triangular(factor, rows.mT, upper=False).mT for rows in (x, centers))
+        return squared_distance(x, centers)
 
     def log_normalizer(self, num_features: int) -> Tensor:
         if num_features != self.num_features:
