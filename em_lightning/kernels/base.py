@@ -149,11 +149,7 @@ class EllipticalKernel(Kernel):
         return num_features * self.elliptical_log_normalizer(1)  # the energy is a sum over features
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        """Return the log of the integral of exp(-rho(|x|^2)) over R^D, a float64 tensor of shape ().
-
-        Raises:
-            NoDensityError: the integral is infinite.
-        """
+        """Return the log of the integral of exp(-rho(|x|^2)) over R^D, or raise NoDensityError if it is infinite."""
         raise NotImplementedError
 
 

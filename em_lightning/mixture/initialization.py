@@ -133,7 +133,9 @@ def fit_cells(
     num_components = centers.shape[1]
 
     def moments_of_block(sets: slice, block: Tensor, cell: Tensor, weights: Tensor) -> tuple[Tensor]:
-        return (_hard_responsibilities(cell, weights, num_components) @ points.lift(block, sets).mT,)
+        zeros = weights.new_zeros(cell.shape[0], num_components, cell.shape[1])
+        responsibilities = zeros.scatter(1, cell.unsqueeze(1), weights.unsqueeze(1))
+        return (responsibilities @ points.lift(block, sets).mT,)
 
     num_lifted = points.features(points.mean[:1, :, None]).shape[1]
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), max(num_components, num_lifted))
@@ -168,12 +170,6 @@ def _nearest_centers(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
     block_size = _BLOCK_SIZE if x.device.type == "cpu" else _DEVICE_BLOCK_SIZE
     cell, distances = map_blocks(nearest_of_block, (x,), (centers,), max(centers.shape[1:]), block_size)
     return cell, distances
-
-
-def _hard_responsibilities(cell: Tensor, weights: Tensor, num_components: int) -> Tensor:
-    """Return responsibilities (B, K, n) of points that belong to one component each, times their weights (B, n)."""
-    zeros = weights.new_zeros(cell.shape[0], num_components, cell.shape[1])
-    return zeros.scatter(1, cell.unsqueeze(1), weights.unsqueeze(1))
 
 
 def _choose(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
