@@ -1,4 +1,4 @@
-from unittest import mock
+import functools
 
 import pytest
 import torch
@@ -6,10 +6,7 @@ from torch.testing import assert_close
 
 from em_lightning.kernels import squared_distance
 
-
-def many_distances(x, centers):
-    with mock.patch("em_lightning.kernels.distance._MAX_DIFFERENCES", 0):
-        return squared_distance(x, centers)
+many_distances = functools.partial(squared_distance, max_differences=0)
 
 
 class TestManyDistances:
@@ -22,6 +19,11 @@ class TestManyDistances:
         assert_close(many_distances(x, centers), expected, rtol=1e-14, atol=1e-14)
         assert torch.autograd.gradcheck(many_distances, (x, centers))
         assert torch.autograd.gradgradcheck(many_distances, (x, centers))
+        factor = torch.tensor([[1.5, 0, 0], [0.6, 0.7, 0], [-0.3, 0.2, 0.5]], dtype=torch.float64, requires_grad=True)
+        whitened = (x.unsqueeze(-2) - centers.unsqueeze(-3)) @ torch.linalg.inv(factor).mT
+        assert_close(many_distances(x, centers, factor), whitened.square().sum(-1), rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(many_distances, (x, centers, factor))
+        assert torch.autograd.gradgradcheck(many_distances, (x, centers, factor))
 
     def test_third_derivatives(self):
         x, centers = torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Differences and squared distances between items and centers, and unit vectors."""
+"""Differences and squared Euclidean or Mahalanobis distances between items and centers, and unit vectors."""
 
 from __future__ import annotations
 
@@ -23,25 +23,39 @@ def unit_vectors(x: Tensor, dim: int = -1) -> Tensor:
     return x / torch.where(square > 0, square, 1).sqrt()
 
 
-# Largest N K D, over all sets, for which differences are stored: 4 MiB in float32.
-_MAX_DIFFERENCES = 2**20
+def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, max_differences: int = 2**20) -> Tensor:
+    r"""Return squared Euclidean distances (..., N, K), or Mahalanobis distances of covariance :math:`L L^\top`.
 
-
-def squared_distance(x: Tensor, centers: Tensor) -> Tensor:
-    """Return the squared distances (..., N, K) of items x (..., N, D) from centers (..., K, D).
+    .. math:: \lVert L^{-1} (x_n - \mu_k) \rVert^2
 
     Values and gradients are sums of differences: expanded squares would cancel far from the origin. Derivatives of
-    every order exist, also at distance 0. Where N K D is above 2^20, forward mode raises NotImplementedError, and
+    every order exist, also at distance 0; above ``max_differences``, forward mode raises NotImplementedError, and
     gradients that are differentiated again are as accurate as coordinates relative to the median center.
+
+    Args:
+        x: items (..., N, D).
+        centers: centers (..., K, D).
+        factor: lower triangular :math:`L` (D, D), the identity by default.
+        max_differences: largest N K D, over all sets, for which differences are stored; by default 4 MiB in float32.
     """
     leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
-    few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= _MAX_DIFFERENCES
+    few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences
+    if factor is not None and not few:
+        # Whitening mixes features, which loses digits far from the origin: subtract the median center first.
+        origin = centers.detach().median(-2, keepdim=True).values
+        x, centers, factor = _whiten(factor, x - origin), _whiten(factor, centers - origin), None
     # A compiler fuses the differences; the backward of cdist is not deterministic on CUDA.
     deterministic = x.is_cuda and torch.are_deterministic_algorithms_enabled()
     if few or x.shape[-1] == 1 or torch.compiler.is_compiling() or deterministic:
-        return pairwise(x, centers).square().sum(-1)
+        differences = pairwise(x, centers)
+        return (differences if factor is None else _whiten(factor, differences)).square().sum(-1)
     x, centers = (value.expand(*leading, *value.shape[-2:]).contiguous() for value in (x, centers))
     return _SquaredDistance.apply(x, centers)
+
+
+def _whiten(factor: Tensor, rows: Tensor) -> Tensor:
+    """Return ``L^-1 v`` for the rows v of a tensor (..., D) and a factor L (D, D)."""
+    return torch.linalg.solve_triangular(factor, rows.flatten(0, -2).mT, upper=False).mT.reshape(rows.shape)
 
 
 # Distances from differences, because expanded squares cancel.

@@ -161,12 +161,7 @@ class MahalanobisKernel(Kernel):
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:
         if x.shape[-1] != self.num_features:
             raise ValueError(f"x {tuple(x.shape)} must have num_features={self.num_features} on its last axis")
-        # Whitening mixes features, which loses digits far from the origin: subtract the median center first.
-        origin = centers.detach().median(-2, keepdim=True).values if centers.shape[-2] else 0.0
-        factor = self.factor.to(x.dtype)
-        x, centers = x - origin, centers - origin
-        x, centers = (torch.linalg.solve_triangular(factor, rows.mT, upper=False).mT for rows in (x, centers))
-        return squared_distance(x, centers)
+        return squared_distance(x, centers, self.factor.to(x.dtype))
 
     def log_normalizer(self, num_features: int) -> Tensor:
         if num_features != self.num_features:
