@@ -121,7 +121,9 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
         of_cores = family.scaled(cores.covariances, trace / core_trace)  # unscaled, they are too narrow
         covariances = _choose(has_core, of_cores, covariances)
         second_moment = trace + (cells.means - centers).square().sum(-1)
-        pooled = family.expand(_pooled_variance(points, mass, second_moment, floor), num_components)
+        variance = (mass * second_moment).sum(-1) / (num_features * points.mass.clamp(min=1.0))  # of all cells together
+        variance = torch.maximum(variance, floor).unsqueeze(-1).expand(-1, num_features)
+        pooled = family.expand(variance, num_components)
         covariances = _choose(mass > num_features, covariances, pooled)
     return Parameters(cells.log_weights, means, covariance.from_public(covariances))
 
@@ -150,12 +152,6 @@ def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, mass: Tensor) -> 
     total = torch.zeros_like(mass).scatter_add(1, cell, distances * weights.detach())
     mean = total / mass.detach().clamp(min=1.0)
     return distances <= (_CORE * mean).gather(1, cell)
-
-
-def _pooled_variance(points: Points, mass: Tensor, second_moment: Tensor, floor: Tensor) -> Tensor:
-    """Return a variance (B, D) of all cells, given their mean squared distances (B, K) from the centers."""
-    variance = (mass * second_moment).sum(-1) / (points.num_features * points.mass.clamp(min=1.0))
-    return torch.maximum(variance, floor).unsqueeze(-1).expand(-1, points.num_features)
 
 
 @torch.no_grad()
