@@ -102,6 +102,9 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._with_plugins())
 
+    def __len__(self) -> int:
+        return len(self._with_plugins())
+
     def resolve(self, spec: str | type | Mapping[str, Any]) -> tuple[type[T], dict[str, Any]]:
         """Return the class and the constructor arguments that a key, a class or a mapping describes."""
         if isinstance(spec, type):
