@@ -41,6 +41,8 @@ class StudyReport(Report):
         task_curvature: whether to compute the exact Hessian of the cross-entropy with respect to the energies.
     """
 
+    figures = False  # the history has a list per epoch; benchmarks/draw_composition.py draws it
+
     def __init__(
         self,
         every: int = 1,

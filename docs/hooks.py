@@ -113,11 +113,13 @@ def pages_of(entries):
 
 
 def on_config(config):
-    """Make the navigation: a tab for each of four kinds of pages."""
+    """Make the navigation: a tab for each of four kinds of pages; Learn also has the pages of docs/ named nowhere."""
+    how_to, evidence = pages_of(HOW_TO), pages_of(EVIDENCE)
+    learn = [page for page in pages_of([*LEARN, "*"]) if page not in {*PROJECT, *how_to, *evidence}]
     config.nav = [
-        {"Learn": [*pages_of(LEARN), {"Project": PROJECT}]},
-        {"How-to": pages_of(HOW_TO)},
-        {"Evidence": pages_of(EVIDENCE)},
+        {"Learn": [*learn, {"Project": PROJECT}]},
+        {"How-to": how_to},
+        {"Evidence": evidence},
         {"API": ["parts.md", "recipes.md", {"Reference": [{room: f"api/{room}.md"} for room in rooms()]}]},
     ]
     if "DOCS_VERSIONS" in os.environ:  # set where mike publishes several versions

@@ -60,7 +60,7 @@ class GaussianMixture(reference.GaussianMixture):
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        given, alike = X, _as_given(X)
+        original, to_library = X, _library_of(X)
         X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C")
         counts = None if sample_weight is None else _counts(sample_weight, len(X))
         random = check_random_state(self.random_state)
@@ -70,9 +70,9 @@ class GaussianMixture(reference.GaussianMixture):
             del self.converged_  # type: ignore[has-type]
             again = False
         if again:  # include attributes that were set by hand
-            self._adopt(self._mixture(), lambda part: alike(part.numpy().astype(X.dtype)))
+            self._adopt(self._mixture(), lambda part: to_library(part.numpy().astype(X.dtype)))
         if len(X) <= _SMALL and X.dtype == np.float64 and counts is None:
-            super().fit_predict(given)
+            super().fit_predict(original)
             self._fitted_type = self.covariance_type
             return self
         starts = [self._mixture()] if again else (self._start(X, counts, random) for _ in range(self.n_init))
@@ -87,7 +87,7 @@ class GaussianMixture(reference.GaussianMixture):
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        self._adopt(best.mixture, lambda part: alike(part.numpy().astype(X.dtype)))
+        self._adopt(best.mixture, lambda part: to_library(part.numpy().astype(X.dtype)))
         self.converged_, self.n_iter_ = best.converged, len(best.log_likelihoods)
         self.lower_bounds_ = best.log_likelihoods
         self.lower_bound_ = best.log_likelihoods[-1] if best.log_likelihoods else -np.inf
@@ -111,7 +111,7 @@ class GaussianMixture(reference.GaussianMixture):
 
     def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
         """Draw rows (n, D) from the mixture; return them and their components (n,), sorted by component."""
-        mixture, alike = self._mixture(), _as_given(self.means_)
+        mixture, to_library = self._mixture(), _library_of(self.means_)
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"Invalid value for 'n_samples': {n_samples!r} must be an integer of at least 1")
         random = check_random_state(self.random_state)
@@ -120,7 +120,7 @@ class GaussianMixture(reference.GaussianMixture):
         scale = COVARIANCES["full"].factorize(mixture.full().covariances).scale[0].numpy()
         noise = random.standard_normal((n_samples, means.shape[1], 1))
         rows = means[labels] + (scale[labels] @ noise)[..., 0]
-        return alike(rows), alike(labels)
+        return to_library(rows), to_library(labels)
 
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
         """Return the mixture from which scikit-learn's EM starts."""
@@ -133,8 +133,9 @@ class GaussianMixture(reference.GaussianMixture):
         start.fit(X)
         if self.precisions_init is None:
             return self._of_arrays(start.weights_, start.means_, start.covariances_)
-        drawn = self._of_arrays(start.weights_, start.means_, start.precisions_)
-        return Mixture(drawn.log_weights, drawn.means, COVARIANCES[self.covariance_type].precisions(drawn.covariances))
+        inverse = self._of_arrays(start.weights_, start.means_, start.precisions_)  # precisions for covariances
+        covariances = COVARIANCES[self.covariance_type].precisions(inverse.covariances)
+        return Mixture(inverse.log_weights, inverse.means, covariances)
 
     def _check(self, mixture: Mixture) -> None:
         """Raise ValueError if a covariance is singular up to round-off, which is possible with reg_covar=0."""
@@ -200,9 +201,9 @@ class GaussianMixture(reference.GaussianMixture):
 
     def _evaluate(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
         """Evaluate a function of the mixture and the rows block by block."""
-        mixture, alike = self._mixture(), _as_given(X)
+        mixture, to_library = self._mixture(), _library_of(X)
         X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
-        return alike(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
+        return to_library(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
 
 
 def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
@@ -219,8 +220,8 @@ def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:
 def _draw(X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> np.ndarray:
     """Draw ``_SAMPLE`` rows in proportion to their weights by stratified sampling."""
     ends = np.cumsum(np.ones(len(X)) if counts is None else counts)
-    places = (np.arange(_SAMPLE) + random.random_sample(_SAMPLE)) * (ends[-1] / _SAMPLE)
-    return X[np.searchsorted(ends, places, side="right").clip(max=len(X) - 1)]
+    positions = (np.arange(_SAMPLE) + random.random_sample(_SAMPLE)) * (ends[-1] / _SAMPLE)
+    return X[np.searchsorted(ends, positions, side="right").clip(max=len(X) - 1)]
 
 
 def _blocks(X: np.ndarray, counts: np.ndarray | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -240,7 +241,7 @@ def _to_numpy(X: Any) -> Any:
     return torch.from_dlpack(X).cpu().numpy() if _dispatched(X) else X
 
 
-def _as_given(X: Any) -> Callable[[np.ndarray], Any]:
+def _library_of(X: Any) -> Callable[[np.ndarray], Any]:
     """Return the function that turns NumPy arrays into arrays of the library and on the device of X."""
     if not _dispatched(X):
         return lambda array: array

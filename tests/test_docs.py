@@ -244,8 +244,6 @@ def test_the_tests_of_the_support_table_exist():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_python_code_fits_into_the_page(page):
-    if page.stem == "fit-among-outliers":
-        pytest.xfail("not reformatted yet; the site wraps its long lines")
     long = [(b.line, line) for b in blocks_of(page) if b.language == "python" for line in b.code.splitlines()]
     assert not [(number, line) for number, line in long if len(line) > 88]
 

@@ -10,6 +10,7 @@ from helpers import parts
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import run_ranks
 from test_gaussian_mixture import KINDS, assert_same, rows, sklearn_of, start_of, trainer
+from torch.utils.data import DataLoader
 
 import em_lightning
 from em_lightning.data import TabularDataModule
@@ -159,7 +160,7 @@ def fit_with_a_rank_without_rows(rank, folder):
     shares = [table[:40], table[:0], table[40:]]
     module = GaussianMixtureModule(3, 3, tol=0.0)
     module.start_from(torch.load(f"{folder}/start.pt", weights_only=False))
-    blocks = list(zip(shares[rank].tensor_split(4), strict=True))
+    blocks = DataLoader(list(zip(shares[rank].tensor_split(4), strict=True)), batch_size=None)  # one block per item
     on_ranks(folder, max_epochs=5, use_distributed_sampler=False).fit(module, blocks)
     return [*parts(module.mixture), module.log_likelihood]
 

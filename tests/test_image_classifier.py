@@ -1,5 +1,11 @@
 """The image classifier of the studies."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning
 import numpy as np
 import pytest
@@ -10,6 +16,7 @@ from em_lightning.callbacks import SwapActivations
 from em_lightning.data import Digits
 from em_lightning.studies import ImageClassifier
 
+ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
@@ -62,3 +69,19 @@ def test_wrong_arguments_of_the_classifier_raise():
         ImageClassifier(num_classes=1)
     with pytest.raises(ValueError, match=r"width=0\b"):
         ImageClassifier(width=0)
+
+
+def test_the_recipe_compares_the_swapped_network_with_its_relus(tmp_path):
+    command = [sys.executable, "-m", "em_lightning.cli", "run", "swap_activations", "--trainer.max_epochs=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "lightning_logs" / "swap_activations" / "version_0"
+    result = json.loads((folder / "results.json").read_text())
+    swapped, relu = result["values"], result["baseline"]
+    assert swapped.keys() == relu.keys() and swapped["loss"] != relu["loss"]
+    # The last lines are the files, the command for TensorBoard and the verdict.
+    files, tensorboard, verdict = done.stdout.splitlines()[-3:]
+    gain = f"{swapped['accuracy %'] - relu['accuracy %']:+.2f}"
+    assert f"with ReLU {relu['accuracy %']:.2f} %: {gain} points" in verdict
+    assert "results.md" in files and tensorboard.startswith("TensorBoard: tensorboard --logdir ")

@@ -193,8 +193,9 @@ def torchrun(hosts, folder, restarts=3):
     """Start the run by torchrun on the hosts."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=em-host-a:{PORT}", f"--max-restarts={restarts}"]
-    command += ["-m", "em_lightning.cli", *RUN, DDP, "--trainer.strategy.timeout=0:00:10"]
-    return [host.start(command, folder) for host in hosts]
+    command += ["-m", "em_lightning.cli", *RUN, DDP, "--trainer.strategy.timeout=0:00:20"]
+    # Otherwise a host that joins later waits for an address that torchrun sets in its first round only.
+    return [host.start(command, folder, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") for host in hosts]
 
 
 def steps_saved(folder):
@@ -214,10 +215,12 @@ def test_torchrun_restarts_and_resumes_after_a_kill(hosts, straight, tmp_path):
 
 
 def test_torchrun_resumes_when_a_lost_host_is_replaced(hosts, straight, tmp_path):
+    """torchrun forgets a lost host after 15 seconds, so the timeout of the ranks must be longer."""
     agents = torchrun(hosts, tmp_path)
     wait_until(lambda: has_begun(tmp_path), 200)
     hosts[1].cable("down")
     hosts[1].kill_all()
+    wait_until(lambda: "lost the other ranks" in agents[0].text(), 200)
     hosts[1].cable("up")
     before = steps_saved(tmp_path)
     (again,) = torchrun(hosts[1:], tmp_path)

@@ -13,15 +13,15 @@ from typing import Any
 
 
 def _named(target: str) -> Any:
-    place, colon, name = target.rpartition(":")
+    source, colon, name = target.rpartition(":")
     if not colon:
         raise ValueError(f"{target!r} must be package.module:NAME or path/to/file.py:NAME")
-    is_file = place.endswith(".py")
-    sys.path.insert(0, str(Path(place).resolve().parent if is_file else Path.cwd()))
+    is_file = source.endswith(".py")
+    sys.path.insert(0, str(Path(source).resolve().parent if is_file else Path.cwd()))
     # A file runs under its own name, so that checkpoints find its classes.
-    names = runpy.run_path(place, run_name=Path(place).stem) if is_file else vars(importlib.import_module(place))
+    names = runpy.run_path(source, run_name=Path(source).stem) if is_file else vars(importlib.import_module(source))
     if name not in names:
-        raise ValueError(f"{place} has no {name!r}")
+        raise ValueError(f"{source} has no {name!r}")
     return names[name]
 
 

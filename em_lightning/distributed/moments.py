@@ -82,11 +82,11 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
             f"are far from those of other batches; drop such batches (drop_last=True)",
             stacklevel=3,
         )
-    wide = accumulation_dtype(items)
+    dtype = accumulation_dtype(items)
     counts = items.new_ones(1).expand(len(items)) if weights is None else weights
     weighted = items if weights is None else items * weights[:, None]
-    size = global_sum(counts.sum(dtype=wide))
-    mean = (global_sum(weighted.sum(0, dtype=wide)) / size.clamp_min(torch.finfo(wide).tiny)).to(items.dtype)
+    size = global_sum(counts.sum(dtype=dtype))
+    mean = (global_sum(weighted.sum(0, dtype=dtype)) / size.clamp_min(torch.finfo(dtype).tiny)).to(items.dtype)
     size = size.to(items.dtype)
     deviations = items - mean
     squares = deviations.square() if weights is None else deviations.square() * weights[:, None]

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from em_lightning.mixture.backends import native
 from em_lightning.mixture.background import UniformBackground
-from em_lightning.mixture.covariance import Covariance
+from em_lightning.mixture.covariance import COVARIANCES, Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.mixture.points import Parameters
 
@@ -51,6 +52,10 @@ def m_step(
     The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
+    plain = zeroth is mass and prior is None and background is None
+    closed_form = family.unrestricted is family and family.sharing(mass.shape[1]) == 1
+    if plain and closed_form and native.serves_components("m_step.cpp", mass, mass.numel() >= native.FEWEST_COMPONENTS):
+        return Parameters(*native.m_step(mass, first, second, before, floor, family.whitening))
     # Added to the mass as in scikit-learn, so that each step agrees; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps
     mean_irls_weight: float | Tensor = 1.0
@@ -76,3 +81,13 @@ def m_step(
     if background is not None:
         log_weights = background.update_weights(log_weights, component_mass, background_mass)
     return Parameters(log_weights, means, covariances)
+
+
+native.register_gradient(
+    native.m_step,
+    native.m_step_gradient,
+    # The zeroth sums are a view of the mass, so that m_step does not call native.m_step again.
+    lambda mass, first, second, before, floor, kind: m_step(
+        SufficientStatistics(mass, mass.view_as(mass), first, second, *[floor] * 3), COVARIANCES[kind], floor, before
+    ),
+)

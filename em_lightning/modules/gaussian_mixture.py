@@ -141,18 +141,18 @@ class GaussianMixtureModule(EMModule):
             self.parametrization = UnconstrainedMixture(*shape, covariance_floor)
         else:
             self.parametrization = PlainMixture(*shape)
-        wide: dict[str, Any] = {"dtype": torch.float64}
-        self.register_buffer("center", torch.zeros(1, num_features, **wide))
-        self.register_buffer("variance", torch.ones(1, num_features, **wide))
-        self.register_buffer("log_likelihood", torch.tensor(-math.inf, **wide))
-        self.register_buffer("change", torch.tensor(math.inf, **wide))
+        double: dict[str, Any] = {"dtype": torch.float64}
+        self.register_buffer("center", torch.zeros(1, num_features, **double))
+        self.register_buffer("variance", torch.ones(1, num_features, **double))
+        self.register_buffer("log_likelihood", torch.tensor(-math.inf, **double))
+        self.register_buffer("change", torch.tensor(math.inf, **double))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         # This rank's log-likelihood, mass and statistics in this epoch; a checkpoint has those of all ranks.
         size = 0 if method == "gradient" else self._no_rows.flatten().numel()
-        self.register_buffer("sums", torch.zeros(2 + size, **wide), persistent=False)
+        self.register_buffer("sums", torch.zeros(2 + size, **double), persistent=False)
         if method == "stochastic":
-            self.register_buffer("running", torch.zeros(size, **wide))
+            self.register_buffer("running", torch.zeros(size, **double))
             self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP must not broadcast the buffers before every block: `sums` differ between ranks, and the others are equal.
@@ -242,8 +242,8 @@ class GaussianMixtureModule(EMModule):
                 total = total + share * mass / num_rows.clamp(min=1)
             return _loss(total, mass)
         with torch.no_grad():
-            found = self._streamed.e_step(rows.points, self.mixture, rows.weights)
-            block = torch.cat([found.log_likelihood, found.mass.sum(-1), found.flatten()])
+            statistics = self._streamed.e_step(rows.points, self.mixture, rows.weights)
+            block = torch.cat([statistics.log_likelihood, statistics.mass.sum(-1), statistics.flatten()])
             self.sums += block
             if self.method == "em":
                 return _loss(block[0], block[1])
@@ -283,9 +283,9 @@ class GaussianMixtureModule(EMModule):
 
     def _maximize(self, statistics: Tensor) -> None:
         """Run the M-step on flattened statistics."""
-        found = self._no_rows.unflatten(statistics)
-        after = self._streamed.m_step(found, self.mixture, self.covariance_floor, self.prior, self.variance)
-        self.parametrization.assign(after)
+        sums = self._no_rows.unflatten(statistics)
+        mixture = self._streamed.m_step(sums, self.mixture, self.covariance_floor, self.prior, self.variance)
+        self.parametrization.assign(mixture)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of an epoch."""

@@ -5,20 +5,34 @@
 #include <cstdint>
 #include <vector>
 
+namespace {
+
+// Matrices (..., size, size) have a number of entries in all. The last three fields are those of the backward pass.
+struct Problem {
+  int64_t entries, size;
+  const double *matrix, *pivots;
+  double *scale, *inverse;
+  const double *grad_scale, *grad_inverse;
+  double* grad_matrix;
+};
+
+}  // namespace
+
 // The factor L and its inverse W (lower triangles) of the lower triangles of matrices (count, size, size). Pivots below
 // the smallest ones (count, size) are raised to it; the squares of a row of L add up to its diagonal entry, unless rounding
 // made the matrix indefinite: entries are bounded by it.
-extern "C" void em_lightning_cholesky(int64_t count, int64_t size, const double* matrix, const double* pivots,
-                                      double* scale, double* inverse) {
-  for (int64_t n = 0; n < count; ++n) {
-    const double *a = matrix + n * size * size, *least = pivots + n * size;
-    double *l = scale + n * size * size, *w = inverse + n * size * size;
+extern "C" void em_lightning_cholesky(const Problem* problem) {
+  const Problem& p = *problem;
+  const int64_t size = p.size;
+  for (int64_t n = 0; n < p.entries / (size * size); ++n) {
+    const double *a = p.matrix + n * size * size, *least = p.pivots + n * size;
+    double *l = p.scale + n * size * size, *w = p.inverse + n * size * size;
     for (int64_t i = 0; i < size; ++i) {
       const double longest = 1.001 * std::sqrt(std::max(a[i * size + i], least[i]));
       double pivot = a[i * size + i];
       for (int64_t j = 0; j < i; ++j) {
         double entry = a[i * size + j];
-        for (int64_t p = 0; p < j; ++p) entry -= l[i * size + p] * l[j * size + p];
+        for (int64_t q = 0; q < j; ++q) entry -= l[i * size + q] * l[j * size + q];
         entry = std::min(std::max(entry * w[j * size + j], -longest), longest);
         l[i * size + j] = entry;
         pivot -= entry * entry;
@@ -28,7 +42,7 @@ extern "C" void em_lightning_cholesky(int64_t count, int64_t size, const double*
       w[i * size + i] = reciprocal;
       for (int64_t j = 0; j < i; ++j) {
         double entry = 0.0;
-        for (int64_t p = j; p < i; ++p) entry += l[i * size + p] * w[p * size + j];
+        for (int64_t q = j; q < i; ++q) entry += l[i * size + q] * w[q * size + j];
         w[i * size + j] = -entry * reciprocal;
       }
       std::fill(l + i * size + i + 1, l + (i + 1) * size, 0.0);
@@ -38,26 +52,26 @@ extern "C" void em_lightning_cholesky(int64_t count, int64_t size, const double*
 }
 
 // The gradient of the symmetric matrices for gradients of L and W.
-extern "C" void em_lightning_cholesky_gradient(int64_t count, int64_t size, const double* matrix, const double* pivots,
-                                               const double* scale, const double* inverse, const double* grad_scale,
-                                               const double* grad_inverse, double* grad_matrix) {
+extern "C" void em_lightning_cholesky_gradient(const Problem* problem) {
+  const Problem& p = *problem;
+  const int64_t size = p.size;
   std::vector<double> g(size * size), product(size * size);
-  for (int64_t n = 0; n < count; ++n) {
+  for (int64_t n = 0; n < p.entries / (size * size); ++n) {
     const int64_t place = n * size * size;
-    const double *a = matrix + place, *least = pivots + n * size, *l = scale + place, *w = inverse + place;
-    const double* of_w = grad_inverse + place;
-    double* found = grad_matrix + place;
+    const double *a = p.matrix + place, *least = p.pivots + n * size, *l = p.scale + place, *w = p.inverse + place;
+    const double *of_l = p.grad_scale + place, *of_w = p.grad_inverse + place;
+    double* found = p.grad_matrix + place;
     // The gradient of W is -W^T G W^T in L.
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = 0; j < size; ++j) {
         product[i * size + j] = 0.0;
-        for (int64_t p = i; p < size; ++p)
-          if (j <= p) product[i * size + j] += w[p * size + i] * of_w[p * size + j];
+        for (int64_t q = i; q < size; ++q)
+          if (j <= q) product[i * size + j] += w[q * size + i] * of_w[q * size + j];
       }
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = 0; j <= i; ++j) {
-        double entry = grad_scale[place + i * size + j];
-        for (int64_t p = 0; p <= j; ++p) entry -= product[i * size + p] * w[j * size + p];
+        double entry = of_l[i * size + j];
+        for (int64_t q = 0; q <= j; ++q) entry -= product[i * size + q] * w[j * size + q];
         g[i * size + j] = entry;
       }
     std::fill(found, found + size * size, 0.0);
@@ -72,9 +86,9 @@ extern "C" void em_lightning_cholesky_gradient(int64_t count, int64_t size, cons
         const double of_entry = (g[i * size + j] - 2.0 * of_pivot * entry) * w[j * size + j];
         found[i * size + j] = found[j * size + i] = 0.5 * of_entry;
         g[j * size + j] -= of_entry * entry;
-        for (int64_t p = 0; p < j; ++p) {
-          g[i * size + p] -= of_entry * l[j * size + p];
-          g[j * size + p] -= of_entry * l[i * size + p];
+        for (int64_t q = 0; q < j; ++q) {
+          g[i * size + q] -= of_entry * l[j * size + q];
+          g[j * size + q] -= of_entry * l[i * size + q];
         }
       }
     }

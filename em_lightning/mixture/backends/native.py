@@ -1,6 +1,6 @@
-"""C++ code for the CPU, compiled on demand and cached: E-step of Gaussian mixtures, EM of groups, Cholesky factors.
+"""C++ code for the CPU, compiled on demand and cached: EM steps of Gaussian mixtures, EM of groups, Cholesky factors.
 
-E-step and Cholesky factors are ``torch.library`` operators, which ``torch.compile`` and ``torch.export`` do not trace.
+All but the EM of groups are ``torch.library`` operators, which ``torch.compile`` and ``torch.export`` do not trace.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from em_lightning.mixture.backends.compiler import load, structure
 from em_lightning.mixture.backends.reference import have_memory
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
-_KINDS = {"full": 0, "diagonal": 1, "spherical": 2}
+_KINDS = {"full": 0, "diag": 1, "spherical": 2}
 # Largest D of full covariances; the time to compile grows with D.
 _MOST_FEATURES = 64
 # Largest D in Triton: a tile of whitened points and a factor must fit in the registers of a thread block.
-_MOST_FEATURES_TRITON = {"full": 16, "diagonal": 128, "spherical": 128}
+_MOST_FEATURES_TRITON = {"full": 16, "diag": 128, "spherical": 128}
 # Smaller inputs take less than a millisecond in the reference backend, which needs no compiler.
 _FEWEST_NUMBERS = 2**12
-_FEWEST_MATRICES = 2**6
+FEWEST_COMPONENTS = 2**6
 # Work of about 0.1 ms, the cost of starting a thread.
 _NUMBERS_PER_THREAD = 2**17
 
@@ -59,7 +59,12 @@ class use_backend:
         if name == "native":
             _require("spherical", 0, torch.float32)
         if name == "triton":
-            _require_triton()
+            try:
+                _triton()
+            except ImportError as error:
+                raise RuntimeError(f"the Triton backend needs the package triton: {error}") from None
+            if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+                raise RuntimeError("the Triton backend needs a CUDA device, or TRITON_INTERPRET=1 for its interpreter")
         self.before, _chosen = _chosen, name
 
     def __enter__(self) -> None:
@@ -77,19 +82,16 @@ def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
         return False
     if _chosen == "triton":
         return x.dtype == torch.float32 and x.shape[1] <= _MOST_FEATURES_TRITON[kind] and have_memory(x, *parameters)
-    if not _is_chosen(x, x.numel() >= _FEWEST_NUMBERS):
-        return False
-    if not torch.compiler.is_compiling() and not have_memory(*parameters):
+    if not _is_chosen(x.numel() >= _FEWEST_NUMBERS, x, *parameters):
         return False
     if _chosen == "native":
         _require(kind, x.shape[1], x.dtype)
     return _is_available("native.cpp", *_variant(kind, x.shape[1], x.dtype))
 
 
-def factorizes(matrix: Tensor) -> bool:
-    """Return whether the native backend computes the Cholesky factors of matrices (..., D, D)."""
-    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= _FEWEST_MATRICES  # than LAPACK
-    return matrix.dtype == torch.float64 and _is_chosen(matrix, is_faster) and _is_available("cholesky.cpp")
+def serves_components(source: str, tensor: Tensor, is_faster: bool) -> bool:
+    """Return whether the native backend runs ``cholesky.cpp`` or ``m_step.cpp`` on a tensor with axis K."""
+    return tensor.dtype == torch.float64 and _is_chosen(is_faster, tensor) and _is_available(source)
 
 
 def _is_for_triton(x: Tensor) -> bool:
@@ -100,21 +102,12 @@ def _triton() -> Any:
     return importlib.import_module("em_lightning.mixture.backends.triton")
 
 
-def _require_triton() -> None:
-    try:
-        _triton()
-    except ImportError as error:
-        raise RuntimeError(f"the Triton backend needs the package triton: {error}") from None
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("the Triton backend needs a CUDA device, or TRITON_INTERPRET=1 to run in an interpreter")
-
-
-def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
+def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
     if _chosen == "reference" or tensor.device.type != "cpu" or not (is_large or _chosen == "native"):
         return False
     if torch.compiler.is_compiling():
         return True
-    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)
 
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
@@ -127,7 +120,7 @@ def _is_chosen(tensor: Tensor, is_large: bool) -> bool:
 #     scale: the inverse of W, without gradient.
 #     center: (B, D), without gradient.
 #     unit: (B,), a power of two, without gradient.
-#     kind: "full", "diagonal" or "spherical".
+#     kind: "full", "diag" or "spherical".
 
 
 _ARGUMENTS = (
@@ -178,7 +171,7 @@ def e_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty_sums(means: Tensor, kind: str) -> Tensor:
     features = means.shape[-1]
-    size = {"full": features * (features + 1) // 2, "diagonal": features, "spherical": 1}[kind]
+    size = {"full": features * (features + 1) // 2, "diag": features, "spherical": 1}[kind]
     return means.new_empty(*means.shape[:2], 1 + features + size)
 
 
@@ -190,7 +183,7 @@ def _empty_gradients(x: Tensor, _: Any, means: Tensor, inverse: Tensor, *others:
 def _e_step_in_torch(x: Tensor, weights: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
     """Compute :func:`e_step` by torch operations, which have derivatives of every order."""
     z, joint = _joint_in_torch(x, weights, *others)
-    kind = others[6]
+    kind, with_log_likelihood = others[6:]
     responsibilities, log_density = joint.softmax(1), joint.logsumexp(1)
     if weights is not None:
         responsibilities, log_density = responsibilities * weights.unsqueeze(1), log_density * weights
@@ -198,7 +191,7 @@ def _e_step_in_torch(x: Tensor, weights: Tensor | None, *others: Any) -> tuple[T
     second = torch.cat(pairs, 1)
     second = second.sum(1, keepdim=True) if kind == "spherical" else second
     features = torch.cat([torch.ones_like(z[:, :1]), z, second], 1)
-    return responsibilities @ features.mT, log_density.sum(-1)
+    return responsibilities @ features.mT, log_density.sum(-1) * with_log_likelihood
 
 
 def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -210,52 +203,53 @@ def _joint_in_torch(*arguments: Any) -> tuple[Tensor, Tensor]:
     return z, peak.unsqueeze(-1) - 0.5 * y.square().sum(2)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.others = inputs[8:]
-    ctx.save_for_backward(*inputs[:8])
+def _e_step_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    *inputs, with_log_likelihood, _, (grad_sums, grad_log_likelihood) = arguments
+    return _backward(inputs, grad_sums, grad_log_likelihood.unsqueeze(-1) * with_log_likelihood)
 
 
-def _e_step_backward(ctx: Any, grad_sums: Tensor, grad_log_likelihood: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.others[1]:  # the log-likelihood is a constant
-        grad_log_likelihood = torch.zeros_like(grad_log_likelihood)
-    if torch.is_grad_enabled():
-        return _second_order(ctx, _e_step_in_torch, (grad_sums, grad_log_likelihood))
-    return _first_order(ctx, grad_sums, grad_log_likelihood.unsqueeze(-1))
+def _log_density_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    *inputs, _, (grad,) = arguments
+    return _backward(inputs, None, grad)
 
 
-def _log_density_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        return _second_order(ctx, lambda *inputs: (_joint_in_torch(*inputs)[1].logsumexp(1),), (grad,))
-    return _first_order(ctx, None, grad)
-
-
-def _first_order(ctx: Any, grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors  # read once: checkpoints allow one read
-    _, weights, means, inverse, *_ = tensors
-    own, of_x, of_weights = e_step_gradient(*tensors, ctx.others[0], grad_sums, grad_density)
+def _backward(inputs: Sequence[Any], grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
+    _, weights, means, inverse, *_ = inputs
+    own, of_x, of_weights = e_step_gradient(*inputs, grad_sums, grad_density)
     of_peak, of_means, of_inverse = own.tensor_split([1, 1 + means.shape[-1]], -1)
     of_weights = None if weights is None else of_weights
-    nothing = [None] * (3 + len(ctx.others))
-    return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1), *nothing
+    return of_x, of_weights, of_means, of_inverse.reshape(inverse.shape), of_peak.squeeze(-1)
 
 
-def _second_order(
-    ctx: Any, function: Callable[..., tuple[Tensor, ...]], grads: tuple[Tensor, ...]
-) -> tuple[Tensor | None, ...]:
-    """Return gradients that can be differentiated again."""
-    tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
-    # Differentiate at views; gradients at the tensors would include paths from the points through the parameters.
-    tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-    inputs = [tensor for tensor, needed in zip(tensors, wanted, strict=False) if needed]
-    found = iter(torch.autograd.grad(function(*tensors, *ctx.others), inputs, grads, create_graph=True))
-    return tuple(next(found) if needed else None for needed in wanted)
+def register_gradient(operator: Any, gradient: Callable[..., Any], in_torch: Callable[..., Any]) -> None:
+    """Register ``gradient(*inputs, outputs, grads)``; second derivatives are those of ``in_torch(*inputs)``."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        tensors = [part for part in inputs if part is None or isinstance(part, Tensor)]
+        ctx.others = inputs[len(tensors) :]
+        ctx.save_for_backward(*tensors, *([output] if isinstance(output, Tensor) else output))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: checkpoints allow one read
+        inputs, outputs = saved[: -len(grads)], list(saved[-len(grads) :])
+        wanted = ctx.needs_input_grad
+        if not torch.is_grad_enabled():
+            found = gradient(*inputs, *ctx.others, outputs, list(grads))
+            return *found, *[None] * (len(wanted) - len(found))
+        # Differentiate at views; gradients at the tensors would include paths from the points through the parameters.
+        inputs = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        needed = [tensor for tensor, want in zip(inputs, wanted, strict=False) if want]
+        each = iter(torch.autograd.grad(in_torch(*inputs, *ctx.others), needed, grads, create_graph=True))
+        return tuple(next(each) if want else None for want in wanted)
+
+    operator.register_autograd(backward, setup_context=save)
 
 
 e_step.register_fake(lambda x, w, means, *others: (_empty_sums(means, others[-2]), means.new_empty(len(means))))
 log_density.register_fake(lambda x, weights, means, *others: means.new_empty(x[:, 0].shape))
 e_step_gradient.register_fake(_empty_gradients)
-e_step.register_autograd(_e_step_backward, setup_context=_save)
-log_density.register_autograd(_log_density_backward, setup_context=_save)
+register_gradient(e_step, _e_step_backward, _e_step_in_torch)
+register_gradient(log_density, _log_density_backward, lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1))
 
 
 def _run(kind: str, tensors: Any, grad_density: Tensor | None = None, **results: Tensor | None) -> None:
@@ -281,7 +275,7 @@ def _num_threads(numbers: int) -> ctypes.c_int64:
 
 def fits_groups(x: Tensor) -> bool:
     """Return whether the native backend fits mixtures to groups of the rows of x (E, D)."""
-    return x.dtype in _REALS and _is_chosen(x, is_large=True) and _is_available("ragged.cpp")
+    return x.dtype in _REALS and _is_chosen(True, x) and _is_available("ragged.cpp")
 
 
 def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
@@ -299,35 +293,57 @@ def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
     run(structure(*x.shape, *parts), _num_threads(x.numel() * num_components * (num_iters + 1)))
 
 
-# Cholesky factors.
+# Cholesky factors and the M-step, in float64.
 
 
 @_operator("em_lightning::cholesky")
 def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Cholesky factors of matrices (..., D, D) with smallest pivots (..., D), and their inverses."""
-    factors = torch.empty_like(matrix), torch.empty_like(matrix)
-    _call("em_lightning_cholesky", matrix, pivots, *factors)
-    return factors
+    return _call("cholesky", [matrix.numel(), matrix.shape[-1]], [matrix, pivots], matrix, matrix)
 
 
 @_operator("em_lightning::cholesky_gradient")
-def cholesky_gradient(
-    matrix: Tensor, pivots: Tensor, scale: Tensor, inverse: Tensor, grad_scale: Tensor, grad_inverse: Tensor
-) -> Tensor:
-    """Return the gradient with respect to the symmetric matrices."""
-    found = torch.empty_like(matrix)
-    _call("em_lightning_cholesky_gradient", matrix, pivots, scale, inverse, grad_scale, grad_inverse, found)
-    return found
+def cholesky_gradient(matrix: Tensor, pivots: Tensor, factors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Return a list of the gradient with respect to the symmetric matrices."""
+    return [*_call("cholesky_gradient", [matrix.numel(), matrix.shape[-1]], [matrix, pivots, *factors, *grads], matrix)]
 
 
-cholesky.register_fake(lambda matrix, pivots: (torch.empty_like(matrix), torch.empty_like(matrix)))
-cholesky_gradient.register_fake(lambda matrix, *others: torch.empty_like(matrix))
+_SUMS = "Tensor mass, Tensor first, Tensor second, Tensor before, Tensor floor, str kind"
 
 
-def _call(name: str, matrix: Tensor, *others: Tensor) -> None:
-    parts = [part.contiguous() for part in (matrix, *others)]
-    library, _ = load("cholesky.cpp")
-    getattr(library, name)(*map(ctypes.c_int64, structure(matrix[..., 0, 0].numel(), matrix.shape[-1], *parts)))
+@_operator("em_lightning::m_step", schema=f"({_SUMS}) -> (Tensor, Tensor, Tensor)")
+def m_step(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-weights, means and covariances, without a prior; covariances have the shape of those ``before``."""
+    mass, first, second, before, floor, kind = arguments
+    return _call("m_step", [*first.shape, _KINDS[kind]], [mass, first, second, floor], mass, first, before)
+
+
+@_operator(
+    "em_lightning::m_step_gradient",
+    schema=f"({_SUMS}, Tensor[] parameters, Tensor[] grads) -> (Tensor, Tensor, Tensor)",
+)
+def m_step_gradient(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients with respect to mass, first and second sums."""
+    *sums, _, floor, kind, parameters, grads = arguments
+    return _call("m_step_gradient", [*sums[1].shape, _KINDS[kind]], [*sums, floor, *parameters, *grads], *sums)
+
+
+cholesky.register_fake(lambda matrix, pivots: _empty(matrix, matrix))
+cholesky_gradient.register_fake(lambda matrix, *others: [*_empty(matrix)])
+m_step.register_fake(lambda mass, first, second, before, *others: _empty(mass, first, before))
+m_step_gradient.register_fake(lambda mass, first, second, *others: _empty(mass, first, second))
+
+
+def _empty(*like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in like)
+
+
+def _call(name: str, sizes: list[int], inputs: list[Tensor], *like: Tensor) -> Any:
+    """Return the results of a C++ function, which have the shapes of the last tensors."""
+    results, inputs = _empty(*like), [part.contiguous() for part in inputs]
+    library, _ = load(f"{name.removesuffix('_gradient')}.cpp")
+    getattr(library, f"em_lightning_{name}")(structure(*sizes, *inputs, *results))
+    return results
 
 
 def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:

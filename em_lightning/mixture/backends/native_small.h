@@ -10,30 +10,31 @@ inline int gradient_size(int64_t) { return num_sums(D); }
 inline void store_gradient(const double* own, int64_t, Real* result) { std::copy(own, own + num_sums(D), result); }
 
 struct Component {
-  Real peak, mean[D], offset[D], inverse[D][D];
+  V peak, mean[D], offset[D], inverse[D][D];  // the same number in all lanes
 
-  Component(const double* w, const double* mu, double top, int64_t) : peak(top * kLog2e) {
-    for (int i = 0; i < D; ++i) mean[i] = Real(mu[i]);
+  Component(const double* w, const double* mu, double top, int64_t) : peak(V{} + Real(top * kLog2e)) {
+    for (int i = 0; i < D; ++i) mean[i] = V{} + Real(mu[i]);
     for (int i = 0; i < D; ++i) {
       double rest = 0.0;  // what rounding the mean leaves, so that it costs no precision
-      for (int j = 0; j <= i; ++j) rest += w[i * D + j] * (double(mean[j]) - mu[j]);
-      offset[i] = Real(rest);
-      for (int j = 0; j <= i; ++j) inverse[i][j] = Real(w[i * D + j]);
+      for (int j = 0; j <= i; ++j) rest += w[i * D + j] * (double(mean[j][0]) - mu[j]);
+      offset[i] = V{} + Real(rest);
+      for (int j = 0; j <= i; ++j) inverse[i][j] = V{} + Real(w[i * D + j]);
     }
   }
 
   // Keeps whitened points, as loading them is faster than computing them again.
   void score(const V* u, int steps, V* white, V* score) const {
+    const Component own = *this;  // a copy, which writing white and score cannot change
     for (int s = 0; s < steps; ++s) {
       V difference[D], square = V{};
-      for (int i = 0; i < D; ++i) difference[i] = u[i * kSteps + s] - mean[i];
+      for (int i = 0; i < D; ++i) difference[i] = u[i * kSteps + s] - own.mean[i];
       for (int i = 0; i < D; ++i) {
-        V y = V{} + offset[i];
-        for (int j = 0; j <= i; ++j) y += inverse[i][j] * difference[j];
+        V y = own.offset[i];
+        for (int j = 0; j <= i; ++j) y += own.inverse[i][j] * difference[j];
         square += y * y;
         white[i * kSteps + s] = y;
       }
-      score[s] = peak - Real(0.5 * kLog2e) * square;
+      score[s] = own.peak - Real(0.5 * kLog2e) * square;
     }
   }
 
@@ -43,12 +44,14 @@ struct Component {
   void add(const V*, const V* white, int steps, const V* r, V* sums) const {
     V own[1 + D + D * (D + 1) / 2] = {};
     for (int s = 0; s < steps; ++s) {
-      V y[D];
-      for (int i = 0; i < D; ++i) y[i] = white[i * kSteps + s];
-      own[0] += r[s];
+      V y[D], weight = r[s];
+      for (int i = 0; i < D; ++i) {
+        y[i] = white[i * kSteps + s];
+      }
+      own[0] += weight;
       int pair = 1 + D;
       for (int i = 0; i < D; ++i) {
-        const V weighted = r[s] * y[i];
+        const V weighted = weight * y[i];
         own[1 + i] += weighted;
         for (int j = 0; j <= i; ++j) own[pair++] += weighted * y[j];
       }

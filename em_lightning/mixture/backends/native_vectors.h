@@ -24,7 +24,8 @@ typedef Int I __attribute__((vector_size(kBytes)));
 
 constexpr int kLanes = kBytes / sizeof(Real);
 // Points of a block: more for wide full covariances, whose whitening costs most.
-constexpr int kBlockPoints = KIND != 0 || FEATURES <= 6 ? 128 : FEATURES <= 24 ? 512 : 256;
+constexpr bool kWide = KIND == 0 && FEATURES > 6;
+constexpr int kBlockPoints = !kWide ? 128 : (FEATURES <= 24 ? 512 : 256);
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
 constexpr int kBlocksPerSum = 4;        // blocks that are added up in Real, before they are added in double
 constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend on the number of threads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     If round-off made a matrix indefinite, it is replaced by a definite one; ``pivots`` (..., D) are the smallest
     pivots that are distinguishable from round-off.
     """
-    if native.factorizes(matrix):
-        return Factor(*native.cholesky(matrix.contiguous(), pivots))  # its results have the strides of the matrix
+    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= native.FEWEST_COMPONENTS  # than LAPACK
+    if native.serves_components("cholesky.cpp", matrix, is_faster):
+        return Factor(*native.cholesky(matrix, pivots))
     return _cholesky_in_torch(matrix, pivots)
 
 
@@ -54,16 +55,4 @@ def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     return Factor(factor, torch.linalg.solve_triangular(factor, eye, upper=False))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _backward(ctx: Any, grad_scale: Tensor, grad_inverse: Tensor) -> tuple[Tensor, None]:
-    matrix, pivots, scale, inverse = ctx.saved_tensors
-    if torch.is_grad_enabled():  # for second derivatives
-        factors = _cholesky_in_torch(matrix, pivots)
-        return torch.autograd.grad(factors, matrix, (grad_scale, grad_inverse), create_graph=True)[0], None
-    return native.cholesky_gradient(matrix, pivots, scale, inverse, grad_scale, grad_inverse), None
-
-
-native.cholesky.register_autograd(_backward, setup_context=_save)
+native.register_gradient(native.cholesky, native.cholesky_gradient, _cholesky_in_torch)

@@ -14,7 +14,7 @@ class DiagonalCovariance(FullCovariance):
     """Axis-parallel components: variances (B, K, D), ``s(x) = [x_i^2]``; factors are standard deviations."""
 
     name = "diag"
-    whitening = "diagonal"
+    whitening = "diag"
 
     def shape(self, num_components: int, num_features: int) -> tuple[int, ...]:
         return num_components, num_features

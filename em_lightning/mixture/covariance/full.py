@@ -61,7 +61,7 @@ class FullCovariance:
     """
 
     name = "full"
-    # The inverse factor of the native backend: a triangle ("full"), a "diagonal" or one number ("spherical").
+    # The inverse factor of the native backend: a triangle ("full"), a diagonal ("diag") or one number ("spherical").
     whitening: str | None = "full"
     # Leading axes of size 1 that the covariances of one set have here and not in scikit-learn.
     sklearn_axes = 1

@@ -1,0 +1,133 @@
+// The M-step of Gaussian mixtures without a prior, and its gradient.
+//
+// For sums of one component, mass N, first f = sum_n r_n z_n and second s, with e a small constant added to the mass:
+//   mean m = f / (N + e),  covariance C = (s - N m m^T) / (N + e) + floor I,  weight (N + e) / sum over components.
+// Full covariances have sums s of the products z_i z_j for i <= j, diagonal ones those of the squares. Spherical ones have the
+// sum of |z|^2, and their variance is the average over features.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace {
+
+enum Kind : int64_t { kFull, kDiagonal, kSpherical };
+
+constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
+constexpr double kAdded = 10.0 * kEpsilon;  // to each mass, as in scikit-learn
+
+struct Problem {
+  int64_t sets, components, features, kind;
+  const double *mass, *first, *second, *floor;
+  double *log_weights, *means, *covariances;
+  // Of the backward pass only.
+  const double *grad_log_weights, *grad_means, *grad_covariances;
+  double *grad_mass, *grad_first, *grad_second;
+
+  int64_t num_second() const {
+    return kind == kFull ? features * (features + 1) / 2 : kind == kDiagonal ? features : 1;
+  }
+  int64_t covariance_size() const { return kind == kFull ? features * features : num_second(); }
+};
+
+double average_square(const double* mean, int64_t features) {
+  double total = 0.0;
+  for (int64_t i = 0; i < features; ++i) total += mean[i] * mean[i];
+  return total / features;
+}
+
+// The smallest variance that can be told from round-off, as smallest_pivots of covariance/cholesky.py.
+double smallest_variance(double variance, double mean_square) {
+  return std::max(4.0 * kEpsilon * (std::abs(variance) + mean_square), std::pow(kEpsilon, 4));
+}
+
+void estimate(const Problem& p, int64_t component, double floor) {
+  const int64_t D = p.features;
+  const double N = p.mass[component], mass = N + kAdded;
+  const double *first = p.first + component * D, *second = p.second + component * p.num_second();
+  double *mean = p.means + component * D, *covariance = p.covariances + component * p.covariance_size();
+  for (int64_t i = 0; i < D; ++i) mean[i] = first[i] / mass;
+  if (p.kind == kFull) {
+    for (int64_t i = 0; i < D; ++i)
+      for (int64_t j = i; j < D; ++j) {
+        const double entry = (*second++ - N * mean[i] * mean[j]) / mass;
+        covariance[i * D + j] = covariance[j * D + i] = i == j ? entry + floor : entry;
+      }
+    return;
+  }
+  for (int64_t i = 0; i < p.num_second(); ++i) {
+    const double square = p.kind == kDiagonal ? mean[i] * mean[i] : average_square(mean, D);
+    const double variance = (second[i] / (p.kind == kDiagonal ? 1 : D) - N * square) / mass;
+    const double least = smallest_variance(variance, square);
+    covariance[i] = variance + floor < least ? least : variance + floor;
+  }
+}
+
+void differentiate(const Problem& p, int64_t component, double floor, double mean_grad_log_weight) {
+  const int64_t D = p.features, S = p.num_second();
+  const double N = p.mass[component], mass = N + kAdded;
+  const double *mean = p.means + component * D, *covariance = p.covariances + component * p.covariance_size();
+  const double *second = p.second + component * S, *grad_mean = p.grad_means + component * D;
+  const double* grad = p.grad_covariances + component * p.covariance_size();
+  double *grad_first = p.grad_first + component * D, *grad_second = p.grad_second + component * S;
+  double grad_mass = p.grad_log_weights[component] / mass - mean_grad_log_weight;
+  std::copy(grad_mean, grad_mean + D, grad_first);  // first holds the gradient of the mean
+  if (p.kind == kFull) {
+    for (int64_t i = 0; i < D; ++i)
+      for (int64_t j = i; j < D; ++j) {
+        const double both = (i == j ? grad[i * D + i] : grad[i * D + j] + grad[j * D + i]) / mass;
+        const double entry = covariance[i * D + j] - (i == j ? floor : 0.0);
+        *grad_second++ = both;
+        grad_mass -= both * (mean[i] * mean[j] + entry);
+        grad_first[i] -= both * N * mean[j];
+        grad_first[j] -= both * N * mean[i];
+      }
+  } else {
+    const int64_t shared = p.kind == kDiagonal ? 1 : D;  // features that share a variance
+    for (int64_t i = 0; i < S; ++i) {
+      const double square = p.kind == kDiagonal ? mean[i] * mean[i] : average_square(mean, D);
+      const double variance = (second[i] / shared - N * square) / mass;
+      const bool raised = variance + floor < smallest_variance(variance, square);
+      const double own = raised ? 0.0 : grad[i] / mass;
+      grad_second[i] = own / shared;
+      grad_mass -= own * (square + variance);
+      for (int64_t j = i; j < i + shared; ++j) grad_first[j] -= 2.0 * own * N * mean[j] / shared;
+    }
+  }
+  for (int64_t i = 0; i < D; ++i) {
+    grad_first[i] /= mass;
+    grad_mass -= grad_first[i] * mean[i];
+  }
+  p.grad_mass[component] = grad_mass;
+}
+
+}  // namespace
+
+// Writes log-weights (B, K), means (B, K, D) and covariances.
+extern "C" void em_lightning_m_step(const Problem* problem) {
+  const Problem& p = *problem;
+  for (int64_t set = 0; set < p.sets; ++set) {
+    const int64_t first = set * p.components, last = first + p.components;
+    double total = 0.0;
+    for (int64_t k = first; k < last; ++k) {
+      total += p.mass[k] + kAdded;
+      estimate(p, k, p.floor[set]);
+    }
+    for (int64_t k = first; k < last; ++k) p.log_weights[k] = std::log((p.mass[k] + kAdded) / total);
+  }
+}
+
+// Writes the gradients of mass, first and second, given those of the results.
+extern "C" void em_lightning_m_step_gradient(const Problem* problem) {
+  const Problem& p = *problem;
+  for (int64_t set = 0; set < p.sets; ++set) {
+    const int64_t first = set * p.components, last = first + p.components;
+    double total = 0.0, grad = 0.0;
+    for (int64_t k = first; k < last; ++k) {
+      total += p.mass[k] + kAdded;
+      grad += p.grad_log_weights[k];
+    }
+    for (int64_t k = first; k < last; ++k) differentiate(p, k, p.floor[set], grad / total);
+  }
+}
