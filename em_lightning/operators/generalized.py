@@ -118,11 +118,7 @@ class GeneralizedEM(SetOperator):
             raise ValueError("kernel=LearnedEnergyKernel has no centers; train it with FreeEnergyLoss")
 
     def log_prob(self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None) -> Tensor:
-        """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where masked.
-
-        Raises:
-            NoDensityError: the kernel is not a density; use :meth:`objective`.
-        """
+        """Return ``log p(x)`` of points (B, N, D) under a kernel that is a density, as (B, N); zero where masked."""
         density = -self.posterior(x, mixture, mask).free_energy - self.kernel.log_normalizer(self.num_features).to(x)
         return density if mask is None else torch.where(mask, density, 0.0)
 
