@@ -105,9 +105,6 @@ class Registry(Generic[T]):
     def __len__(self) -> int:
         return len(self._with_plugins())
 
-    def __repr__(self) -> str:
-        return f"Registry({self.kind!r}: {', '.join(self)})"
-
     def resolve(self, spec: str | type | Mapping[str, Any]) -> tuple[type[T], dict[str, Any]]:
         """Return the class and the constructor arguments that a key, a class or a mapping describes."""
         if isinstance(spec, type):

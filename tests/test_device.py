@@ -111,7 +111,7 @@ case("posterior", lambda: lambda x: tuple(EMOperator(3, 3).posterior(x, mixture_
 case("Mixture.log_prob", lambda: lambda x: mixture_on(x).log_prob(x), X)
 case("Mixture.posterior", lambda: lambda x: tuple(mixture_on(x).posterior(x)), X)
 for start in (farthest_points, kmeans_plus_plus, random_points):
-    case(start.__name__, lambda start=start: lambda x, mask, weights: start(x, 4, mask, weights), X, MASK, WEIGHTS)
+    case(start.__name__, lambda start=start: lambda x, weights: start(x, 4, weights), X, WEIGHTS)
 for name in ("DeadUnits", "EffectiveRank", "L0", "MinVariance", "Redundancy"):
 
     def make(name=name):

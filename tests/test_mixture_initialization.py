@@ -1,7 +1,5 @@
 """Initial centers: farthest points, k-means++ and random points, as functions of the points."""
 
-import math
-
 import pytest
 import torch
 from helpers import clusters, two_clusters
@@ -22,8 +20,8 @@ def test_farthest_points_equal_gonzalez():
 def test_random_centers_are_seeded_points_of_the_set(draw):
     x = clusters(3, 40, 3)
     mask = torch.arange(40).expand(3, -1) < torch.tensor([[40], [20], [3]])
-    dirty = x.masked_fill(~mask.unsqueeze(-1), torch.nan)
-    one, two = (draw(dirty, 5, mask, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    dirty = x.masked_fill(~mask.unsqueeze(-1), 1e6)
+    one, two = (draw(dirty, 5, mask.to(x), generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(one, two)
     for b, count in enumerate([40, 20, 3]):
         distances = torch.cdist(one[b], x[b, :count])
@@ -45,12 +43,12 @@ def test_points_of_zero_weight_are_not_chosen_as_centers(draw):
 
 @pytest.mark.parametrize("draw", [kmeans_plus_plus, random_points, farthest_points])
 def test_sets_with_too_few_points_have_finite_centers(draw):
-    for x, mask in (
+    for x, weights in (
         (torch.ones(1, 8, 2), None),
         (torch.randn(1, 2, 2), None),
-        (torch.randn(1, 8, 2), torch.zeros(1, 8, dtype=torch.bool)),
+        (torch.randn(1, 8, 2), torch.zeros(1, 8)),
     ):
-        found = draw(x, 4, mask)
+        found = draw(x, 4, weights)
         assert found.shape == (1, 4, 2) and found.isfinite().all()
 
 
@@ -73,9 +71,9 @@ def test_kmeans_plus_plus_lowers_the_total_distance_more_than_random_points(weig
     assert totals[0] < 0.8 * totals[1]
 
 
-def test_masked_points_do_not_move_centers():
+def test_points_of_zero_weight_do_not_move_centers():
     x = two_clusters(2, 60)
-    padded = torch.cat([x, torch.full((2, 5, 2), math.nan).double()], 1)
-    mask = torch.arange(65).expand(2, -1) < 60
+    padded = torch.cat([x, torch.full((2, 5, 2), 1e6).double()], 1)
+    weights = (torch.arange(65).expand(2, -1) < 60).double()
     centers = farthest_points(x, 3)
-    torch.testing.assert_close(farthest_points(padded, 3, mask), centers)
+    torch.testing.assert_close(farthest_points(padded, 3, weights), centers)

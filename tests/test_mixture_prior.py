@@ -163,7 +163,6 @@ def test_degenerate_sets_stay_finite(covariance, name):
         (lambda: MixturePrior(weight_concentration=math.inf), ValueError, ["weight_concentration=inf"]),
         (lambda: MixturePrior(mean_strength=-1.0), ValueError, ["mean_strength=-1.0"]),
         (lambda: MixturePrior(covariance_strength=math.inf), ValueError, ["covariance_strength=inf"]),
-        (lambda: MixturePrior(mean_strength=0, covariance_strength=0), ValueError, ["weight_concentration"]),
         (lambda: MixturePrior(covariance=-1.0), ValueError, ["covariance=-1.0"]),
         (lambda: MixturePrior(covariance=[1.0, 0.0]), ValueError, ["covariance", "[1.0, 0.0]"]),
         (lambda: EMOperator(2, 2, prior="weak"), TypeError, ["prior='weak'"]),

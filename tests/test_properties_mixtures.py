@@ -427,11 +427,9 @@ def test_low_ranks_of_any_points(values):
 def test_centers_are_points_that_count(draw, values):
     sets, items, components, features = shapes(values)
     x = values.draw(drawing.tensors((sets, items, features), least=-3, most=3))
-    mask, weights = values.draw(drawing.holes((sets, items))), values.draw(drawing.counts((sets, items)))
-    counted = torch.ones(sets, items, dtype=torch.bool) if mask is None else mask
-    counted = counted if weights is None else counted & (weights > 0)
-    dirty = x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
-    centers = draw(dirty, components, mask, weights)
+    weights = values.draw(drawing.counts((sets, items)))
+    counted = torch.ones(sets, items, dtype=torch.bool) if weights is None else weights > 0
+    centers = draw(x, components, weights)
     assert centers.shape == (sets, components, features)
     assert centers.isfinite().all()
     for b in range(sets):

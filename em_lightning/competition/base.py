@@ -72,13 +72,9 @@ class Competition(Tempered):
     def forward(
         self, energies: Tensor, log_prior: Tensor | None = None, dim: int | None = None, **changed: Any
     ) -> Posterior:
-        """Return the posterior over the hypotheses.
+        """Return the posterior over the hypotheses; arguments are those of the function.
 
-        Args:
-            energies: d, shape (..., K) with the hypotheses on axis ``dim``.
-            log_prior: log of the prior weights, shape (K,) or any shape that broadcasts with the energies.
-            dim: axis of the hypotheses; ``None`` uses the axis given to the constructor.
-            **changed: keyword arguments of the function that replace the module's options.
+        ``dim`` and further keyword arguments replace those of the module.
         """
         options = {name: getattr(self, name) for name in self.options}
         dim = self.dim if dim is None else dim

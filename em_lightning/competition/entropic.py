@@ -20,8 +20,6 @@ def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
     Sorting finds the support exactly; autograd differentiates the closed form on that support. Where every logit is
     -inf, the results are -inf and 0, with gradient 0.
-
-    Source: Martins and Astudillo, "From softmax to sparsemax", 2016.
     """
     z, top = _shifted(logits, dim)
     ranked, rank = _ranked(z, dim)
@@ -32,10 +30,7 @@ def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    r"""Return max_p <p, z> + H(p) and the maximizing p = relu(z / 2 - tau)^2, for H(p) = 4/3 sum(p - p^1.5).
-
-    Source: Peters, Niculae and Martins, "Sparse sequence-to-sequence models", 2019.
-    """
+    """Return max_p <p, z> + H(p) and the maximizing p = relu(z / 2 - tau)^2, for H(p) = 4/3 sum(p - p^1.5)."""
     z, top = _shifted(logits / 2, dim)
     ranked, rank = _ranked(z, dim)
     mean = ranked.cumsum(dim) / rank

@@ -82,11 +82,7 @@ class Kernel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define energy(x, centers)")
 
     def log_normalizer(self, num_features: int) -> Tensor:
-        r"""Return :math:`\log \int e^{-d(x, \mu)} dx` over items of ``num_features`` features, a tensor of shape ().
-
-        Raises:
-            NoDensityError: the integral is infinite or unknown.
-        """
+        r"""Return :math:`\log \int e^{-d(x, \mu)} dx` (), or raise NoDensityError if it is infinite or unknown."""
         raise NoDensityError(f"{type(self).__name__} has no density (num_features={num_features}): {self.no_density}")
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
@@ -150,11 +146,7 @@ class EllipticalKernel(Kernel):
         return num_features * self.elliptical_log_normalizer(1)  # the energy is a sum over features
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        """Return the log of the integral of exp(-rho(|x|^2)) over R^D, a float64 tensor of shape ().
-
-        Raises:
-            NoDensityError: the integral is infinite.
-        """
+        """Return the log of the integral of exp(-rho(|x|^2)) over R^D, or raise NoDensityError if it is infinite."""
         raise NotImplementedError
 
 

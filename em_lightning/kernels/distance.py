@@ -79,9 +79,8 @@ class _SquaredDistance(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Return sums of 2 w_nk (x_n - c_k) over k and of 2 w_nk (c_k - x_n) over n, for incoming gradients w."""
         (x, centers), weights = ctx.saved_tensors, 2 * grads[0]
-        if (
-            torch.is_grad_enabled()
-        ):  # matrix products have derivatives of every order; about the centers they cancel less
+        if torch.is_grad_enabled():
+            # Matrix products have derivatives of every order; about the centers they cancel less.
             origin = centers.detach().median(-2, keepdim=True).values
             x, centers = x - origin, centers - origin
             by_x = weights.sum(-1, keepdim=True) * x - weights @ centers

@@ -106,9 +106,6 @@ class StudentTKernel(EllipticalKernel):
     def _exponent(self, df: Tensor | float, num_features: int) -> Tensor | float:
         return (df + num_features) / 2 if self.density else 1.0
 
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", density=True" if self.density else "")
-
 
 @KERNELS.register("mahalanobis")
 class MahalanobisKernel(Kernel):

@@ -97,11 +97,7 @@ class LearnedEnergyKernel(Kernel):
         self.network = network
 
     def forward(self, x: Tensor, centers: Tensor | None = None) -> Tensor:
-        """Return the network's energies (..., N, K) of x (..., N, D).
-
-        Raises:
-            ValueError: centers are given, or the network's output does not have one row per item.
-        """
+        """Return the network's energies (..., N, K) of x (..., N, D)."""
         if centers is not None:
             raise ValueError("centers must be None: the hypotheses of LearnedEnergyKernel are outputs of its network")
         energies = self.network(x)

@@ -79,11 +79,8 @@ class EMLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Return each term times its weight, by name; their sum is the loss.
 
-        Args:
-            energies: any shape with D units along ``dim``.
-            mask: as in :meth:`EnergyLoss.forward`.
-            weights: as in :meth:`EnergyLoss.forward`.
-            weight_matrix: weight (D, ...) of the layer that computes the energies, used by ``weight_redundancy``.
+        Arguments are those of :meth:`EnergyLoss.forward`, and the weight (D, ...) of the layer that computes the
+        energies, which ``weight_redundancy`` needs.
         """
         energies = energies.movedim(self.dim, -1)
         moments = None

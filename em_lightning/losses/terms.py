@@ -210,14 +210,7 @@ class WeightRedundancyLoss(nn.Module):
     """
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the sum over ordered pairs of different rows: a scalar.
-
-        Args:
-            weight: matrix (D, ...) with one row per unit; further axes are flattened. The cosine with a zero row is 0.
-
-        Raises:
-            ValueError: ``weight`` has fewer than two axes.
-        """
+        """Return the sum over ordered pairs of different rows of a weight (D, ...); the cosine with a zero row is 0."""
         if weight.dim() < 2:
             raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
         with torch.autocast(weight.device.type, enabled=False):

@@ -93,7 +93,6 @@ def e_step(
     temperature: float | Tensor = 1.0,
     with_log_likelihood: bool = False,
     couples_points: bool = False,
-    block_size: int | None = None,
 ) -> SufficientStatistics:
     r"""Return the sufficient statistics of points under the responsibilities of a mixture.
 
@@ -101,15 +100,9 @@ def e_step(
         r_{nk} = \frac{\pi_k p_k(x_n)}{\sum_j \pi_j p_j(x_n)}, \qquad
         S_k = \sum_n w_n r_{nk} u_{nk} \, [1, x_n, s(x_n)]
 
-    Args:
-        points: the point sets.
-        parameters: parameters of the mixture in the coordinates of the points.
-        likelihood: the density of the points.
-        respond: maps joint log-densities (B, K, N), with the background last, to responsibilities; default softmax.
-        temperature: divides the joint log-densities before the softmax.
-        with_log_likelihood: compute the log-likelihood.
-        couples_points: whether ``respond`` needs all points of a set at once.
-        block_size: numbers per intermediate result of a block of the reference.
+    Parameters are in the coordinates of the points. ``respond`` maps joint log-densities (B, K, N), with the background
+    last, to responsibilities, by default by a softmax of the joint log-densities divided by the ``temperature``;
+    ``couples_points`` tells whether it needs all points of a set at once.
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
@@ -155,7 +148,7 @@ def e_step(
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
         width,
-        points.x.shape[0] * points.x.shape[2] * width if couples_points else block_size,
+        points.x.shape[0] * points.x.shape[2] * width if couples_points else None,
     )
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)
@@ -174,10 +167,8 @@ def _fused_arguments(
     return means, inverse / root, peak, (scale * root).detach(), *points.frame, family.whitening
 
 
-def log_density(
-    points: Points, parameters: Parameters, likelihood: Likelihood, block_size: int | None = None
-) -> Tensor:
-    """Return ``log p(x_n)`` (B, N) in the coordinates of the points; arguments are those of :func:`e_step`."""
+def log_density(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:
+    """Return ``log p(x_n)`` (B, N) in the coordinates of the points."""
     family, kernel, background = likelihood
     if kernel is None and background is None and native.serves(points.x, family, parameters):
         return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
@@ -188,7 +179,7 @@ def log_density(
         return (with_background(joint, background).logsumexp(1),)
 
     tensors = (theta, peak, *(background or ()))
-    (density,) = map_blocks(density_of_block, (points.x,), tensors, max(theta.shape[1:]), block_size)
+    (density,) = map_blocks(density_of_block, (points.x,), tensors, max(theta.shape[1:]))
     return density
 
 

@@ -25,17 +25,16 @@ _BLOCK_SIZE, _DEVICE_BLOCK_SIZE = 2**19, 2**27
 
 
 @torch.no_grad()
-def farthest_points(
-    x: Tensor, num_components: int, mask: Tensor | None = None, weights: Tensor | None = None
-) -> Tensor:
+def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = None) -> Tensor:
     """Choose centers (B, K, D) among points (B, N, D) one by one, each the point farthest from the centers so far.
 
-    The first is the point farthest from the mean. Nothing is random, and the order of the points matters only between
-    exact ties. Sets with fewer distinct points than components repeat a point.
+    The first is the point farthest from the mean. Points of zero weight (B, N) are not chosen, but must be finite.
+    Nothing is random, and the order of the points matters only between exact ties. Sets with fewer distinct points than
+    components repeat a point.
 
     Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985.
     """
-    points, weights = _masked_points(x, mask, weights)
+    points, weights = _weighted_points(x, weights)
     mean = (points * weights.unsqueeze(1)).sum(-1) / weights.sum(-1, keepdim=True).clamp(min=1.0)
     no_center = torch.where(weights > 0, torch.inf, -1.0)  # negative, so that points of zero weight are never chosen
     center = _farthest(points, _lower_distances(no_center, points, mean))
@@ -49,11 +48,7 @@ def farthest_points(
 
 @torch.no_grad()
 def kmeans_plus_plus(
-    x: Tensor,
-    num_components: int,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    x: Tensor, num_components: int, weights: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draw centers (B, K, D) with probability proportional to the squared distance from the nearest earlier center.
 
@@ -61,7 +56,7 @@ def kmeans_plus_plus(
 
     Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007.
     """
-    points, weights = _masked_points(x, mask, weights)
+    points, weights = _weighted_points(x, weights)
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)  # sets without points draw from all rows
     num_candidates = 2 + int(math.log(num_components))
     center = _pick(points, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
@@ -81,14 +76,10 @@ def kmeans_plus_plus(
 
 @torch.no_grad()
 def random_points(
-    x: Tensor,
-    num_components: int,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    x: Tensor, num_components: int, weights: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
     """Draw centers (B, K, D) among the points in proportion to their weights, without replacement while possible."""
-    points, weights = _masked_points(x, mask, weights)
+    points, weights = _weighted_points(x, weights)
     # Gumbel top-k: the points with the largest log(w) + noise are a draw without replacement.
     uniform = torch.rand(weights.shape, generator=generator, device=weights.device, dtype=weights.dtype)
     gumbel = -(-uniform.clamp(min=1e-30).log()).log()  # avoids log(0)
@@ -100,9 +91,9 @@ def random_points(
     return _pick(points, order.gather(1, rank % order.shape[1])).mT.contiguous()
 
 
-# Functions (points, number of centers, mask, weights, generator) -> centers (B, K, D).
+# Functions (points, number of centers, weights, generator) -> centers (B, K, D).
 CENTERS: dict[str, Callable[..., Tensor]] = {
-    "farthest": lambda x, count, mask=None, weights=None, generator=None: farthest_points(x, count, mask, weights),
+    "farthest": lambda x, count, weights=None, generator=None: farthest_points(x, count, weights),
     "kmeans++": kmeans_plus_plus,
     "random": random_points,
 }
@@ -131,7 +122,9 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
         of_cores = family.scaled(cores.covariances, trace / core_trace)  # unscaled, they are too narrow
         covariances = _choose(has_core, of_cores, covariances)
         second_moment = trace + (cells.means - centers).square().sum(-1)
-        pooled = family.expand(_pooled_variance(points, mass, second_moment, floor), num_components)
+        variance = (mass * second_moment).sum(-1) / (num_features * points.mass.clamp(min=1.0))  # of all cells together
+        variance = torch.maximum(variance, floor).unsqueeze(-1).expand(-1, num_features)
+        pooled = family.expand(variance, num_components)
         covariances = _choose(mass > num_features, covariances, pooled)
     return Parameters(cells.log_weights, means, covariance.from_public(covariances))
 
@@ -143,7 +136,9 @@ def fit_cells(
     num_components = centers.shape[1]
 
     def moments_of_block(sets: slice, block: Tensor, cell: Tensor, weights: Tensor) -> tuple[Tensor]:
-        return (_hard_responsibilities(cell, weights, num_components) @ points.lift(block, sets).mT,)
+        zeros = weights.new_zeros(cell.shape[0], num_components, cell.shape[1])
+        responsibilities = zeros.scatter(1, cell.unsqueeze(1), weights.unsqueeze(1))
+        return (responsibilities @ points.lift(block, sets).mT,)
 
     num_lifted = points.features(points.mean[:1, :, None]).shape[1]
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), max(num_components, num_lifted))
@@ -160,12 +155,6 @@ def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, mass: Tensor) -> 
     return distances <= (_CORE * mean).gather(1, cell)
 
 
-def _pooled_variance(points: Points, mass: Tensor, second_moment: Tensor, floor: Tensor) -> Tensor:
-    """Return a variance (B, D) of all cells, given their mean squared distances (B, K) from the centers."""
-    variance = (mass * second_moment).sum(-1) / (points.num_features * points.mass.clamp(min=1.0))
-    return torch.maximum(variance, floor).unsqueeze(-1).expand(-1, points.num_features)
-
-
 @torch.no_grad()
 def _nearest_centers(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest center of each point and the squared distance from it, both (B, N)."""
@@ -180,26 +169,18 @@ def _nearest_centers(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
     return cell, distances
 
 
-def _hard_responsibilities(cell: Tensor, weights: Tensor, num_components: int) -> Tensor:
-    """Return responsibilities (B, K, n) of points that belong to one component each, times their weights (B, n)."""
-    zeros = weights.new_zeros(cell.shape[0], num_components, cell.shape[1])
-    return zeros.scatter(1, cell.unsqueeze(1), weights.unsqueeze(1))
-
-
 def _choose(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Return one tensor (B, K, ...) where a condition (B, K) holds, and the other elsewhere."""
     return torch.where(condition.reshape(*condition.shape, *[1] * (one.ndim - 2)), one, other)
 
 
-def _masked_points(x: Tensor, mask: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return points (B, D, N) and their weights (B, N), both zero where masked; the largest weight is 1."""
+def _weighted_points(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return points (B, D, N) and their weights (B, N), of which the largest is 1."""
     if weights is None:
         weights = torch.ones_like(x[..., 0])
     else:  # divide before the conversion, because weights may be below the smallest number of x.dtype
         largest = weights.amax(-1, keepdim=True)
         weights = (weights / torch.where(largest > 0, largest, 1.0)).to(x.dtype)
-    if mask is not None:
-        x, weights = torch.where(mask.unsqueeze(-1), x, 0.0), torch.where(mask, weights, 0.0)
     return features_first(x), weights
 
 

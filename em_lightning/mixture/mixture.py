@@ -103,10 +103,6 @@ class Mixture:
         """Return the mixture in another dtype or on another device."""
         return self.map(lambda part: part.to(target))
 
-    def detach(self) -> Mixture:
-        """Return the mixture detached from the autograd graph."""
-        return self.map(Tensor.detach)
-
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
         if isinstance(sets, int):

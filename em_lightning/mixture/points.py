@@ -119,14 +119,8 @@ def prepare(
 ) -> Points:
     """Return points (B, N, D) ready for EM.
 
-    Args:
-        x: points (B, N, D).
-        features: as in :class:`Points`.
-        mask: (B, N), false where a row is padding, which may hold any value.
-        weights: (B, N), not negative; a common factor has no effect.
-        frame: the coordinates, by default from the mean and the extent of each set.
-        normalized_weights: divide weights by their mean; ``False`` for a block of a larger set.
-        with_moments: compute the mean and variance of each set.
+    The frame is by default that of the mean and the extent of each set. Masked rows may hold any value. Weights are
+    divided by their mean, unless the points are a block of a larger set (``normalized_weights=False``).
     """
     dtype = accumulation_dtype(x)
     weights, counted = join_weights(mask, weights, dtype, normalized_weights)

@@ -46,7 +46,7 @@ class MixturePrior(nn.Module):
             scale of :math:`S_0`. Each is its value here times the exponential of a parameter (1,) that starts at 0.
 
     Raises:
-        ValueError: a pseudo-count is negative, all are zero, or the prior covariance is not positive.
+        ValueError: a pseudo-count is negative, or the prior covariance is not positive.
 
     Example:
         >>> prior = MixturePrior(weight_concentration=2.0, mean_strength=0.0, covariance_strength=0.0)
@@ -74,9 +74,6 @@ class MixturePrior(nn.Module):
         for name in ("mean", "covariance"):
             if not 0.0 <= counts[name] < math.inf:
                 raise ValueError(f"{name}_strength={counts[name]} must be finite and at least 0")
-        if not any(counts.values()):
-            names = "weight_concentration=1, mean_strength=0, covariance_strength=0"
-            raise ValueError(f"{names}: one must be larger, or prior=None")
         self._counts = counts
         for name, count in counts.items():
             if learnable and count > 0:

@@ -118,11 +118,6 @@ class EMAggregation(Aggregation):
         shares = (self.by_weight * log_weights - self.by_scale * log_scales).softmax(-1)
         return (shares.unsqueeze(-1) * means).sum(1)
 
-    def __repr__(self) -> str:
-        """Return the class with K and the number of output features."""
-        more = "" if self.pooling is None else f", out_channels={self.pooling.out_features}"
-        return f"{type(self).__name__}({self.num_components}{more})"
-
 
 def register_aggregation() -> None:
     """Register ``aggr="em"`` for all convolutions and resolvers of PyG in this process.
@@ -131,6 +126,6 @@ def register_aggregation() -> None:
         >>> from torch_geometric.nn import SAGEConv
         >>> register_aggregation()
         >>> SAGEConv(8, 16, aggr="em").aggr_module
-        EMAggregation(2)
+        EMAggregation()
     """
     torch_geometric.nn.aggr.EMAggregation = EMAggregation  # the resolver of PyG reads this namespace

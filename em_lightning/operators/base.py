@@ -89,7 +89,7 @@ class SetOperator(nn.Module):
             def step(state: Parameters, progress: float) -> Parameters:
                 return self._step(sets, state, progress)[0]
 
-            for after in gradients.iterate(step, state, num_iters, self.gradient, self._changes):
+            for after in gradients.iterate(step, state, num_iters, self.gradient):
                 yield sets, after
 
     def fit(
@@ -103,16 +103,10 @@ class SetOperator(nn.Module):
     ) -> tuple[Any, Tensor]:
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
-        The objective is :meth:`objective` per mass of the set. A converged set keeps its mixture, so that its result
-        does not depend on the other sets. With ``torch.compile`` use :meth:`forward`, whose iterations are fixed.
-
-        Args:
-            x: points (B, N, D); mask, weights and init are those of :meth:`forward`.
-            mask: (B, N).
-            weights: (B, N).
-            init: mixtures.
-            max_iters: largest number of iterations; a set with this number of steps may not have converged.
-            tol: stop if the objective changes by less, in nats per point, as in scikit-learn.
+        The objective is :meth:`objective` per mass of the set, ``tol`` is in nats per point, as in scikit-learn. A set
+        that has converged keeps its mixture, so that its result does not depend on the other sets; one with
+        ``max_iters`` steps may not have converged. With ``torch.compile`` use :meth:`forward`, whose iterations are
+        fixed. Other arguments are those of :meth:`forward`.
         """
         check_at_least(0, max_iters=max_iters, tol=tol)
         x = check_sets(x, mask, weights, self.num_features)
@@ -148,10 +142,6 @@ class SetOperator(nn.Module):
     _step: Callable[..., tuple[Parameters, Tensor]]  # (sets, state, progress, with_objective=False)
     _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)
     _mixture: Callable[[Any, Parameters], Any]  # (sets, state) -> mixture
-
-    def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        """Return how much an iteration changed each set (B,), in standard deviations; for ``"implicit"`` only."""
-        raise NotImplementedError
 
 
 def build(argument: str, cls: type[Any], value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joi
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 from em_lightning.operators.base import SetOperator
+from em_lightning.operators.start import Sets
 
 # The recurrence of Bessel ratios starts this many orders above the result, for a relative error below 4e-11.
 _ORDERS = 40
@@ -104,15 +104,6 @@ class VonMisesFisher(FullCovariance):
 VON_MISES_FISHER = VonMisesFisher()
 
 
-class _Sets(NamedTuple):
-    """Inputs of the EM loop: unit vectors, their mass (B,), the floor (B,) of ``1 / kappa``, and the result's dtype."""
-
-    points: Points
-    mass: Tensor
-    floor: Tensor
-    dtype: torch.dtype
-
-
 class DirectionalEM(SetOperator):
     r"""Fit a mixture of von Mises-Fisher distributions to the directions of each set by T iterations of EM.
 
@@ -168,12 +159,13 @@ class DirectionalEM(SetOperator):
         """Return the posterior over components of the directions of x (B, N, D)."""
         return mixture.posterior(x, mask)
 
-    def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> _Sets:
+    def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Sets:
         points = directions(x, mask, weights)
-        return _Sets(points, points.mass, torch.full_like(points.mass, self.dispersion_floor), x.dtype)
+        floor = torch.full_like(points.mass, self.dispersion_floor)  # of 1 / kappa
+        return Sets(points, points.mass, mask, VON_MISES_FISHER, floor, None, x.dtype)
 
     @torch.no_grad()
-    def _start(self, sets: _Sets, best_of_several: bool) -> Parameters:
+    def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
         """Draw centers, assign each point to the nearest, and return the parameters of one M-step."""
         points = sets.points
         centers = initialization.CENTERS[self.init](points.x.mT, self.num_components, weights=points.weights)
@@ -181,21 +173,21 @@ class DirectionalEM(SetOperator):
         weights = torch.ones_like(points.x[:, 0]) if points.weights is None else points.weights
         return initialization.fit_cells(points, nearest, weights, centers, VON_MISES_FISHER, sets.floor)[1]
 
-    def _enter(self, sets: _Sets, mixture: DirectionalMixture) -> Parameters:
+    def _enter(self, sets: Sets, mixture: DirectionalMixture) -> Parameters:
         return Parameters(*(part.to(sets.floor.dtype) for part in mixture.parameters()))
 
     def _step(
-        self, sets: _Sets, state: Parameters, progress: float, with_objective: bool = False
+        self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
         statistics = e_step(sets.points, state, Likelihood(VON_MISES_FISHER), with_log_likelihood=with_objective)
         after = m_step(statistics, VON_MISES_FISHER, sets.floor, state.covariances)
         return after, statistics.log_likelihood
 
-    def _objective(self, sets: _Sets, state: Parameters) -> Tensor:
+    def _objective(self, sets: Sets, state: Parameters) -> Tensor:
         density = log_density(sets.points, state, Likelihood(VON_MISES_FISHER))
         return (density if sets.points.weights is None else density * sets.points.weights).sum(-1)
 
-    def _mixture(self, sets: _Sets, state: Parameters) -> DirectionalMixture:
+    def _mixture(self, sets: Sets, state: Parameters) -> DirectionalMixture:
         return DirectionalMixture(*(part.to(sets.dtype) for part in state))
 
 

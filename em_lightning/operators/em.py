@@ -147,10 +147,7 @@ class EMOperator(SetOperator):
         """Return ``log p(x)`` of points (B, N, D) under the operator's kernel and background, as (B, N).
 
         Zero where masked. A background without an energy is uniform over the bounding box of these points. For points
-        other than those of the fit, give as ``background_energies`` the ``operator.background.energies`` of the fit.
-
-        Raises:
-            ValueError: ``background_energies`` are given to an operator without background, or are not of shape (B,).
+        other than those of the fit, give the ``operator.background.energies`` (B,) of the fit.
         """
         points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
         density = (log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)).to(x.dtype)
@@ -172,10 +169,7 @@ class EMOperator(SetOperator):
     def objective(
         self, x: Tensor, mixture: Mixture, mask: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the objective (B,): ``sum_n w_n log p(x_n)``, plus the log-density of a prior up to a constant.
-
-        Weights count relative to their mean.
-        """
+        """Return the objective (B,): ``sum_n w_n log p(x_n)``, plus the log-density of a prior up to a constant."""
         check_points(mixture, x)
         x = check_sets(x, mask, weights, self.num_features)
         covariance = covariance_of(mixture.covariances, mixture.means)
@@ -319,16 +313,6 @@ class EMOperator(SetOperator):
 
     def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
-
-    def _changes(self, before: Parameters, after: Parameters) -> Tensor:
-        old, new = (
-            COVARIANCES["full"].factorize(self.family.to_full(state.covariances, state.means))
-            for state in (before, after)
-        )
-        weights = after.log_weights.exp() - before.log_weights.exp()
-        shift = new.inverse @ (after.means - before.means).unsqueeze(-1)
-        growth = new.inverse @ (new.scale - old.scale)
-        return torch.stack([part.abs().flatten(1).amax(1) for part in (weights, shift, growth)]).amax(0)
 
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None

@@ -89,10 +89,8 @@ class GeneralizedEM(SetOperator):
         ValueError: an argument is out of range, the kernel has no centers, or a shape does not fit.
 
     Example:
-        >>> x = torch.tensor([[[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9], [40.0]]])
-        >>> GeneralizedEM(2, 1, kernel="laplace", init="random", num_iters=20)(x).centers.shape
-        torch.Size([1, 2, 1])
-        >>> GeneralizedEM(2, 1, kernel="gaussian")(x[:, :6]).centers.sort(1).values.flatten().round(decimals=3)
+        >>> x = torch.tensor([[[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]]])
+        >>> GeneralizedEM(2, 1, kernel="gaussian")(x).centers.sort(1).values.flatten().round(decimals=3)
         tensor([-2.,  3.])
 
     Source: Dempster, Laird and Rubin, Maximum Likelihood from Incomplete Data via the EM Algorithm, 1977 (generalized
@@ -117,11 +115,7 @@ class GeneralizedEM(SetOperator):
             raise ValueError("kernel=LearnedEnergyKernel has no centers; train it with FreeEnergyLoss")
 
     def log_prob(self, x: Tensor, mixture: KernelMixture, mask: Tensor | None = None) -> Tensor:
-        """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where masked.
-
-        Raises:
-            NoDensityError: the kernel is not a density; use :meth:`objective`.
-        """
+        """Return ``log p(x)`` of points (B, N, D) under a kernel that is a density, as (B, N); zero where masked."""
         density = -self.posterior(x, mixture, mask).free_energy - self.kernel.log_normalizer(self.num_features).to(x)
         return density if mask is None else torch.where(mask, density, 0.0)
 

@@ -22,7 +22,7 @@ Score = Callable[[Parameters], Tensor]
 
 
 class Sets(NamedTuple):
-    """The inputs of all iterations of the EM operator.
+    """The inputs of all iterations of an EM operator.
 
     points, mass, mask: the points prepared for EM, their mass (B,), and the given mask (B, N).
     covariance, floor, prior, dtype: the covariance type, variance floor (B,), pseudo-counts, and dtype of the result.

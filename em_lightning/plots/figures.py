@@ -118,7 +118,7 @@ def mixture_grid(
         >>> figure = mixture_grid(torch.randn(1, 50, 2), mixture)
     """
     points = points.detach().cpu().float()
-    mixture = mixture.detach().to("cpu").to(torch.float32).full()
+    mixture = mixture.map(Tensor.detach).to("cpu").to(torch.float32).full()
     colors = component_colors(mixture.means.shape[1])
     point_colors = (mixture.posterior(points).responsibilities @ colors).clamp(0, 1)
     projection = {} if points.shape[-1] == 2 else {"projection": "3d", "box_aspect": (1, 1, 1)}

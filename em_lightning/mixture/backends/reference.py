@@ -34,15 +34,9 @@ def _over_blocks(
     width: int,
     block_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Evaluate a function on blocks of points and return its joined results.
+    """Return the joined results of a function of ``rows`` (B, ..., N) and ``parameters`` (B, ...), evaluated in blocks.
 
-    Args:
-        join: joins the results of the blocks of some sets.
-        function: see ``BlockFunction``.
-        rows: tensors (B, ..., N) that are cut along sets and points; ``None`` is passed on.
-        parameters: tensors (B, ...) that are cut along sets.
-        width: numbers per point of an intermediate result, such as K.
-        block_size: numbers per intermediate result of a block.
+    ``width`` is the number of numbers per point of an intermediate result, such as K.
     """
     first = next(tensor for tensor in rows if tensor is not None)
     num_sets, num_items = first.shape[0], first.shape[-1]

@@ -37,11 +37,7 @@ COVARIANCES: dict[str, Covariance] = {
 
 
 def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
-    """Return the covariance type that the shapes of a mixture's covariances and means (B, K, D) imply.
-
-    Raises:
-        ValueError: the shape belongs to no type.
-    """
+    """Return the covariance type that the shapes of a mixture's covariances and means (B, K, D) imply."""
     components, features = means.shape[1:]
     for kind in COVARIANCES.values():
         if covariances.shape == (len(means), *kind.shape(components, features)):
