@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from em_lightning import COMPETITIONS, KERNELS, STATISTICS
 from em_lightning.competition import Posterior, ScopeWarning
-from em_lightning.kernels import EllipticalKernel, LearnedEnergyKernel, NoDensityError, density_kernel, squared_distance
+from em_lightning.kernels import (
+    EllipticalKernel,
+    LearnedEnergyKernel,
+    NoDensityError,
+    density_kernel,
+    squared_distance,
+    unit_vectors,
+)
 
 FORMULAS = {
     type(cls().make(2)): cls()
@@ -49,6 +56,16 @@ def in_plain_python(energy, item, center):
         return 1.0  # a zero vector under the cosine
     except OverflowError:
         return None
+
+
+@given(values=st.data())
+def test_unit_vectors_of_any_size(values):
+    dtype = values.draw(st.sampled_from(drawing.DTYPES))
+    shape = (values.draw(st.integers(0, 3)), values.draw(st.integers(1, 3)))
+    x = values.draw(drawing.tensors(shape, dtype)).nan_to_num(0.0)
+    units = unit_vectors(x)
+    expected = (x != 0).any(-1).double()
+    torch.testing.assert_close(units.double().norm(dim=-1), expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("key", [key for key in KERNELS if KERNELS[key] is not LearnedEnergyKernel])
