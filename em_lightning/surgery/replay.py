@@ -56,7 +56,8 @@ def _limited_memory() -> Iterator[None]:
 
     def count(module: nn.Module, name: str, value: Any) -> None:
         nonlocal left
-        left -= 1024 + (value.numel() if isinstance(value, Tensor) else 0)  # 1024 for the Python object
+        # 2**14 for the object itself: constructors of very many layers take time that is quadratic in their number.
+        left -= 2**14 + (value.numel() if isinstance(value, Tensor) else 0)
         if left < 0:
             raise ValueError(f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements")
 
