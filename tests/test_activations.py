@@ -117,7 +117,7 @@ def signed(kernel, **arguments):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("margin", [0.3, 1.0, 2.5])
-@pytest.mark.parametrize("kernel", ["gaussian", "laplace", "student_t"])
+@pytest.mark.parametrize("kernel", SCALAR_KERNELS)
 def test_closed_forms_equal_the_generic_path(kernel, margin, temperature):
     activation = signed(kernel, margin=margin, temperature=temperature)
     z = torch.cat([torch.linspace(-6, 6, 121), torch.tensor([margin, -margin, 30.0, -30.0])]).double()

@@ -424,7 +424,7 @@ trainer.save_checkpoint("trusted.ckpt")
     [
         (["networks.py", "--input=5,8"], ["'networks.py'", "path/to/file.py:NAME"]),
         (["networks.py:clasifier", "--input=5,8"], ["'clasifier'"]),
-        (["nowhere:Model", "--input=5,8"], ["'nowhere:Model'", "No module named 'nowhere'"]),
+        (["nowhere:Model", "--input=5,8"], ["nowhere:Model", "No module named 'nowhere'"]),
         (["networks.py:needs", "--input=5,8"], ["networks.py:needs", "'arguments'"]),
         (["networks.py:needs", "--input=5,8", "--init_args={arguments: 3}"], ["torch.nn.Module", "NoneType"]),
         (["networks.py:needs", "--input=5,8", "--init_args=3"], ["--init_args=3", "mapping"]),
@@ -437,7 +437,7 @@ trainer.save_checkpoint("trusted.ckpt")
         (["networks.py:ready", "--batch=nothing"], ["'nothing'"]),
         (["networks.py:ready", "--batch=number"], ["--batch=number"]),
         (["networks.py:number", "--input=5,8"], ["'networks.py:number'", "torch.nn.Module", "int"]),
-        (["network.py:ready", "--input=5,8"], ["'network.py:ready'", "No such file"]),
+        (["network.py:ready", "--input=5,8"], ["network.py:ready", "No such file"]),
         (["networks.py:ready", "--input=5,8", "--ckpt_path=gone"], ["gone"]),
         (["networks.py:ready", "--input=5x8"], ["--input=5x8", "32,784"]),
     ],

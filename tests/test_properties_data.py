@@ -329,9 +329,14 @@ def test_sets_of_drawn_mixtures(values):
         extent=10.0 ** values.draw(st.integers(-9, 9)),
         scale=scale,
         concentration=10.0 ** values.draw(st.integers(-3, 3)),
+        batch_size=sets,
+        val_sets=sets,
+        held_out=2,
+        seed=values.draw(st.integers(0, 99)),
     )
-    batch = data.draw(sets, 2, torch.Generator().manual_seed(values.draw(st.integers(0, 99))))
-    assert isinstance(batch, MixtureSetBatch) and batch.mask.sum(1).ge(least).all()
+    (batch,) = data.val_dataloader()
+    assert isinstance(batch, MixtureSetBatch) and batch.held_out.shape == (sets, 2, features)
+    assert batch.mask.sum(1).ge(least).all()
     assert batch.points.isfinite().all() and not batch.points[~batch.mask].any()
     assert batch.truth.log_prob(batch.held_out).isfinite().all()
     assert (batch.labels < components).all() and batch.truth.weights.sum(-1).sub(1).abs().max() < 1e-4

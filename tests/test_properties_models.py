@@ -256,6 +256,7 @@ def assert_same_state(model, before):
     assert all(torch.equal(weights[name], before[1][name]) for name in weights)
 
 
+@pytest.mark.filterwarnings("ignore:.* has 1 unit")
 @given(values=st.data())
 def test_swaps_of_any_model_are_undone(values):
     model, x = values.draw(networks())

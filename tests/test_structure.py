@@ -40,7 +40,7 @@ ORDER = [
     "studies",
     "cli",
 ]
-MAX_LINES = {"file": 400, "package without studies": 16_850, "package": 19_300}  # aim: 16_500 and 19_000
+MAX_LINES = {"file": 400, "package without studies": 16_900, "package": 19_450}  # aim: 16_500 and 19_000
 # Private attributes of other libraries that are used, and why no public one exists.
 EXCEPTIONS = {
     "_python_dispatch": "torch has no public name for TorchDispatchMode, which sees the operations below autograd",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from em_lightning import kernels
 from em_lightning.activations.base import ACTIVATIONS, Activation, times
 from em_lightning.checks import positive_number
 from em_lightning.competition import Posterior, softmin
-from em_lightning.distributed import accumulation_dtype
-from em_lightning.kernels import KERNELS, GaussianKernel, Kernel, LaplaceKernel, StudentTKernel
+from em_lightning.kernels import KERNELS, Kernel
 
 
 @ACTIVATIONS.register("signed")
@@ -60,21 +60,88 @@ class SignedActivation(Activation):
         return posterior.mean(z.new_tensor([-1.0, 1.0]))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        kernel, m, t = self.kernel, self.margin, self.temperature
-        if type(kernel) is GaussianKernel:
-            return torch.tanh(times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
-        if type(kernel) is LaplaceKernel:
-            limit = z.new_full((), m)
-            clipped = torch.minimum(torch.maximum(z, -limit), limit)  # unlike clamp, with the derivative 1/2 at a limit
-            return torch.tanh(times(clipped, 1 / (kernel.positive("scale", z.dtype) * t)))
-        if type(kernel) is StudentTKernel and not kernel.density and isinstance(t, float) and t == 1:
-            variance = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
-            return 2 * m * z / (z.square() + (variance + m * m))
-        # The difference of the two energies cancels far from the hypotheses.
-        return self.generic(z.to(accumulation_dtype(z))).to(z.dtype)
+        closed_form = _CLOSED_FORMS.get(type(self.kernel))
+        return closed_form(self.kernel, z, self.margin, self.temperature) if closed_form else self.generic(z)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin:g}, {super().extra_repr()}"
+
+
+# Closed forms of the activation for a kernel, z, margin m and temperature t. They are as accurate as z, while the
+# difference of the two energies cancels near 0 and far from the hypotheses. Other kernels use the definition.
+Number = float | Tensor
+
+
+def _clip(z: Tensor, m: float) -> Tensor:
+    """Return z limited to [-m, m], with the derivative 1/2 at the limits."""
+    limit = z.new_full((), m)
+    return torch.minimum(torch.maximum(z, -limit), limit)
+
+
+def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    return torch.tanh(times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
+
+
+def _dot_product(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    return torch.tanh(times(z, kernel.positive("scale", z.dtype) * m / t))
+
+
+def _laplace(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    return torch.tanh(times(_clip(z, m), 1 / (kernel.positive("scale", z.dtype) * t)))
+
+
+def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    slope = kernel.positive("slope", z.dtype)
+    low, high = slope * (z - m), slope * (z + m)
+    # On each side of 0, the form without a difference of large numbers.
+    above = functional.logsigmoid(low) - functional.logsigmoid(high)
+    below = functional.logsigmoid(-low) - functional.logsigmoid(-high) - 2 * slope * m
+    return torch.tanh(torch.where(z > 0, above, below) / (2 * t))
+
+
+def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    variance = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
+    if not kernel.density and isinstance(t, float) and t == 1:  # tanh(log(a) / 2) = (a - 1) / (a + 1)
+        return 2 * m * z / (z.square() + (variance + m * m))
+    distance = torch.where(z < 0, -z, z)  # not abs, whose derivative at 0 is 0
+    # The difference of energies is the logarithm of a ratio, which is close to 1 near 0.
+    log_ratio = torch.log1p(4 * m * distance / (variance + (distance - m).square()))
+    exponent = (kernel.positive("df", z.dtype) + 1) / 2 if kernel.density else 1.0
+    return torch.tanh(torch.where(z < 0, -log_ratio, log_ratio) * (exponent / (2 * t)))
+
+
+def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    delta = kernel.positive("delta", z.dtype)
+    # With the energy delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2, the linear parts cancel analytically.
+    quadratic_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
+    return torch.tanh((delta * _clip(z, m) + quadratic_part / 4) / t)
+
+
+def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    delta = kernel.positive("delta", z.dtype)
+    one = torch.ones_like(z)  # sqrt(a) - sqrt(b) = (a - b) / (sqrt(a) + sqrt(b)), without cancellation
+    roots = torch.hypot((z + m) / delta, one) + torch.hypot((z - m) / delta, one)
+    return torch.tanh(2 * m * (z / roots) / t)
+
+
+def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+    rate = kernel.positive("rate", z.dtype)
+    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64.
+    outer = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
+    inner = (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh()
+    return torch.tanh(outer * inner / t)
+
+
+_CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
+    kernels.GaussianKernel: _gaussian,
+    kernels.DotProductKernel: _dot_product,
+    kernels.LaplaceKernel: _laplace,
+    kernels.LogisticKernel: _logistic,
+    kernels.StudentTKernel: _student_t,
+    kernels.HuberKernel: _huber,
+    kernels.PseudoHuberKernel: _pseudo_huber,
+    kernels.ExponentialKernel: _exponential,
+}
 
 
 @ACTIVATIONS.register("gated")

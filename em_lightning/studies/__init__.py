@@ -14,6 +14,7 @@ from em_lightning.studies.report import Findings, Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
 from em_lightning.studies.selection_report import SelectionReport
 from em_lightning.studies.surfaces import FAMILIES, ProceduralSurfaces, random_surface
+from em_lightning.studies.swap_report import SwapReport
 
 __all__ = [
     "ImagePointSets",
@@ -39,6 +40,7 @@ __all__ = [
     "Report",
     "SelectionReport",
     "SparseAutoencoder",
+    "SwapReport",
     "combine",
     "compare",
     "linear_probe",

@@ -205,7 +205,8 @@ def _unregistered(model: nn.Module) -> Iterator[Site]:
     registered = set(model.modules())
     for path, owner in [("", model), *((site.path, site.module) for site in walk(model))]:
         for name, value in vars(owner).items():
-            if name == "_modules" or not isinstance(value, (list, tuple, dict)):
+            # Lightning keeps hyperparameters in dictionaries.
+            if name.startswith(("_modules", "_hparams")) or not isinstance(value, (list, tuple, dict)):
                 continue
             for key, module in value.items() if isinstance(value, dict) else enumerate(value):
                 if isinstance(module, nn.Module) and module not in registered:

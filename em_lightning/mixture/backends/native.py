@@ -105,8 +105,8 @@ def _triton() -> Any:
 def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
     if _chosen == "reference" or tensor.device.type != "cpu" or not (is_large or _chosen == "native"):
         return False
-    if torch.compiler.is_compiling():
-        return True
+    if torch.compiler.is_compiling():  # exported programs run without this package unless the backend is chosen
+        return _chosen == "native" or not torch.compiler.is_exporting()
     return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)
 
 
