@@ -89,7 +89,15 @@ def test_two_hosts_equal_one_process(straight, tmp_path):
         torch.testing.assert_close(alone[name], straight[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.nightly),
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
+    ],
+    ids=lambda number: number.name,
+)
 def test_a_rank_that_is_ended_by_a_signal_ends_the_other_and_the_run_resumes(number, hosts, straight, tmp_path):
     processes = start(hosts, tmp_path)
     wait_until(lambda: has_begun(tmp_path), 200)
@@ -108,6 +116,7 @@ def test_a_rank_that_is_ended_by_a_signal_ends_the_other_and_the_run_resumes(num
     assert_equal(final_weights(tmp_path), straight)
 
 
+@pytest.mark.nightly
 def test_a_cable_that_is_down_for_five_seconds_has_no_effect(hosts, straight, tmp_path):
     processes = start(hosts, tmp_path)
     wait_until(lambda: has_begun(tmp_path), 200)
@@ -118,6 +127,7 @@ def test_a_cable_that_is_down_for_five_seconds_has_no_effect(hosts, straight, tm
     assert_equal(final_weights(tmp_path), straight)
 
 
+@pytest.mark.nightly
 def test_when_a_host_is_lost_the_other_ends_within_the_timeout(hosts, straight, tmp_path):
     timeout = [DDP, "--trainer.strategy.timeout=0:00:10"]
     processes = start(hosts, tmp_path, timeout)
@@ -131,6 +141,7 @@ def test_when_a_host_is_lost_the_other_ends_within_the_timeout(hosts, straight, 
     assert_equal(final_weights(tmp_path), straight)
 
 
+@pytest.mark.nightly
 def test_hosts_without_a_shared_folder_say_what_to_do_at_a_resume(hosts):
     a, b = hosts
     processes = start(hosts)
@@ -179,6 +190,7 @@ def test_hosts_with_different_rows_end_before_training(hosts):
         assert re.search("same rows: .*em-host-b", line_of(process))
 
 
+@pytest.mark.nightly
 def test_debian_host_names_are_explained(tmp_path):
     with machines.two_hosts(tmp_path, debian=True) as hosts:
         address = hosts[0].address
@@ -202,6 +214,7 @@ def steps_saved(folder):
     return torch.load(folder / LAST, weights_only=True)["global_step"]
 
 
+@pytest.mark.nightly
 def test_torchrun_restarts_and_resumes_after_a_kill(hosts, straight, tmp_path):
     agents = torchrun(hosts, tmp_path)
     wait_until(lambda: has_begun(tmp_path), 200)
@@ -214,6 +227,7 @@ def test_torchrun_restarts_and_resumes_after_a_kill(hosts, straight, tmp_path):
     assert_equal(final_weights(tmp_path), straight)
 
 
+@pytest.mark.nightly
 def test_torchrun_resumes_when_a_lost_host_is_replaced(hosts, straight, tmp_path):
     """torchrun forgets a lost host after 15 seconds, so the timeout of the ranks must be longer."""
     agents = torchrun(hosts, tmp_path)

@@ -163,3 +163,12 @@ def test_float32_equals_float64():
 )
 def test_wrong_arguments_raise(call, words):
     assert_raises(ValueError, words, call)
+
+
+def test_many_sets_equal_each_set_alone():
+    x = torch.randn(300, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    operator = DirectionalEM(4, 3, num_iters=2).double()
+    together = operator(x)
+    for index in (0, 299):
+        alone = operator(x[index : index + 1])
+        torch.testing.assert_close(together.log_prob(x)[index], alone.log_prob(x[index : index + 1])[0])

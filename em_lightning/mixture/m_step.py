@@ -52,7 +52,7 @@ def m_step(
     The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
-    plain = zeroth is mass and prior is None and background is None
+    plain = zeroth is mass and prior is None and background is None and family.whitening is not None
     closed_form = family.unrestricted is family and family.sharing(mass.shape[1]) == 1
     if plain and closed_form and native.serves_components("m_step.cpp", mass, mass.numel() >= native.FEWEST_COMPONENTS):
         return Parameters(*native.m_step(mass, first, second, before, floor, family.whitening))
