@@ -7,7 +7,7 @@
 #   make newest    make test with the newest versions that pyproject.toml admits, in an environment of its own
 #   make oldest    the fast tests with the oldest versions that it admits (PyTorch 2.6 needs Python 3.13 or older)
 #   make portable  the fast tests with PyTorch's kernels for processors without AVX, and with AVX2 only
-#   make nightly   the property tests with 5,000 new examples each, instead of 200
+#   make nightly   faults of two hosts, and the property tests with 5,000 new examples each, instead of 200
 #   make fuzz      10,000 mutated files for every reader
 #   make projects  the table of small projects and the checks that hold in each, with its time
 #   make coverage  the tests with branch coverage; fails below 95 %
@@ -55,6 +55,7 @@ portable: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
 
 nightly: $(INSTALLED)
+	$(BIN)/python $(PYTEST) -n 0 -m nightly tests/test_machines.py tests/test_environments.py
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python $(PYTEST) tests/test_properties_*.py $(ARGS)
 
 fuzz: $(INSTALLED)

@@ -14,7 +14,7 @@ RUN = ["-m", "em_lightning.cli", "run", "gaussian_mixture", "--model.num_compone
 RUN += ["--report.components=[]", "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--ckpt_path=last"]
 RUN += ["--trainer.logger.version=run"]
 BLOBS = ["--data.num_points=300", "--data.num_features=2", "--data.true_components=2", "--data.held_out_points=50"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 
 def run(folder, *arguments, python=(), prefix=(), **environment):

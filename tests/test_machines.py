@@ -162,6 +162,7 @@ def test_hosts_without_a_shared_folder_say_what_to_do_at_a_resume(hosts):
     finish(start(hosts))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "argument, words",
     [
@@ -179,6 +180,7 @@ def test_hosts_with_different_arguments_end_before_training(argument, words, hos
         assert words in line_of(process)
 
 
+@pytest.mark.nightly
 def test_hosts_with_different_rows_end_before_training(hosts):
     """The tables have the same shape: only their content differs."""
     for number, host in enumerate(hosts):
