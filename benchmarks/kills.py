@@ -39,7 +39,6 @@ NO_FIGURES = "--report.figures=false"
 CASES = {
     "gaussian_mixture": ["gaussian_mixture", *MIXTURE],
     "gaussian_mixture_stochastic": ["gaussian_mixture", "--config=stochastic", *MIXTURE],
-    "gaussian_mixture_gradient": ["gaussian_mixture", "--config=gradient", *MIXTURE],
     "volume_control": ["volume_control", "--trainer.max_epochs=12", NO_FIGURES],
     "decoder_free_sae": [
         *("decoder_free_sae", "--trainer.max_epochs=12", "--trainer.check_val_every_n_epoch=4", NO_FIGURES)

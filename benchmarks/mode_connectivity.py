@@ -14,9 +14,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.composition import Arm, StackedNetworks
 from em_lightning import EMLoss
 from em_lightning.data import Digits
-from em_lightning.studies import Arm, StackedNetworks, markdown_table, spread
+from em_lightning.studies import markdown_table, spread
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",

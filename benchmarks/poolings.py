@@ -24,14 +24,13 @@ from torch.nn.functional import cross_entropy
 
 from em_lightning.checks import check_choice
 from em_lightning.cli import Recipe
-from em_lightning.modules import PointCloudClassifier
-from em_lightning.studies import LayerReport
+from em_lightning.studies import LayerReport, PointCloudClassifier
 
 POOLINGS = ("em", "max", "mean", "attention", "set_transformer", "mem")
 
 
 class PoolingClassifier(PointCloudClassifier):
-    """A :class:`~em_lightning.modules.PointCloudClassifier` of a given size with any of six poolings.
+    """A :class:`~em_lightning.studies.PointCloudClassifier` of a given size with any of six poolings.
 
     Args:
         num_classes: C.

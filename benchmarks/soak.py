@@ -101,7 +101,7 @@ def subject(name: str) -> tuple[lightning.LightningModule, dict[str, Any]]:
         return PointCloudGMM(2, num_iters=2), {"datamodule": ProceduralSurfaces(**sizes)}
     if name == "SelectionReport":
         blobs = GaussianBlobs(1600, 2, true_components=3, held_out_points=100, block_rows=32)
-        return GaussianMixtureModule(2, 2, method="gradient", tol=0.0), {"datamodule": blobs}
+        return GaussianMixtureModule(2, 2, tol=0.0), {"datamodule": blobs}
     if name == "ClusteringReport":
         sizes = {"batch_size": 2, "train_batches": 32, "val_sets": 2, "test_sets": 4, "held_out": 20}
         sets = MixtureSets(2, min_points=20, max_points=30, train_held_out=20, **sizes)

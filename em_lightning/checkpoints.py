@@ -99,7 +99,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint; raises OSError if that fails."""
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -110,7 +109,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; raises FileNotFoundError or ValueError if that fails."""
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         return read_checkpoint(path)
@@ -157,7 +155,6 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save the final state."""
         self._end_after_signal(trainer)
         if not trainer.fast_dev_run:
             self._save_last(trainer)
@@ -165,7 +162,6 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restore the handlers of the signals."""
         super().on_exception(trainer, pl_module, exception)
         self._set_handlers(self._handlers)
 

@@ -3,7 +3,6 @@
     em-lightning run gaussian_mixture
     em-lightning run gaussian_mixture --config memory_mapped
     em-lightning run gaussian_mixture --config stochastic
-    em-lightning run gaussian_mixture --config gradient
     em-lightning run gaussian_mixture --data TabularDataModule --data.data MY.npy --model.num_features 16
 
 Every Lightning strategy is supported (--trainer.strategy=ddp --trainer.devices=4). To make a run resumable, give it its

@@ -10,8 +10,7 @@ The variant mnist uses a pyramid of EM layers. Without --data.root MNIST is down
 from lightning import LightningDataModule
 
 from em_lightning.cli import Recipe
-from em_lightning.modules import PointCloudClassifier
-from em_lightning.studies import LayerReport
+from em_lightning.studies import LayerReport, PointCloudClassifier
 
 recipe = Recipe(
     __file__,

@@ -9,12 +9,7 @@ from em_lightning import EMLoss, softmin
 from em_lightning.callbacks import LayerwiseEMLoss, PosteriorMonitor
 from em_lightning.scope import curvature
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:The number of training batches",
-    "ignore:`isinstance.treespec, LeafSpec.`",
-)
+pytestmark = users.QUIET
 
 
 class Manual(users.Manual, users.MLP):

@@ -15,14 +15,13 @@ from em_lightning.callbacks import LayerwiseEMLoss
 from em_lightning.losses import EMLoss
 from em_lightning.surgery import Chain, LayerwiseLoss, NoMatchError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:The number of training batches",
-    "ignore:`isinstance.treespec, LeafSpec.`",
-    "ignore:.*torch.utils.checkpoint",
-    "ignore:The .grad attribute of a Tensor that is not a leaf",  # dynamo's
-)
+pytestmark = [
+    users.QUIET,
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.utils.checkpoint",
+        "ignore:The .grad attribute of a Tensor that is not a leaf",  # dynamo's
+    ),
+]
 WEIGHT = 0.01
 
 

@@ -7,14 +7,13 @@ import user_models as users
 from em_lightning.callbacks import InsertEMOperator, LayerwiseEMLoss, RestoreSurgery, SwapActivations
 from em_lightning.surgery import restore_surgery
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:The number of training batches",
-    "ignore:`isinstance.treespec, LeafSpec.`",
-    "ignore:.*enable_nested_tensor",
-    "ignore:`torch.jit",  # PyG's
-)
+pytestmark = [
+    users.QUIET,
+    pytest.mark.filterwarnings(
+        "ignore:.*enable_nested_tensor",
+        "ignore:`torch.jit",  # PyG's
+    ),
+]
 
 CASES = {
     "MLP": (users.MLP, "encoder.0", "encoder.2"),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import user_models as users
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
+from user_models import fit
 
 from em_lightning.callbacks import InsertEMOperator, LayerwiseEMLoss, RestoreSurgery, SwapActivations
 from em_lightning.surgery import (
@@ -24,19 +25,8 @@ from em_lightning.surgery import (
     restore_surgery,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:The number of training batches",
-    "ignore:`isinstance.treespec, LeafSpec.`",
-)
+pytestmark = users.QUIET
 LEARNED = {"learnable": True}
-
-
-def fit(folder, model, *callbacks, **options):
-    trainer = users.trainer(folder, 1, callbacks, **options)
-    trainer.fit(model, users.MLP.data())
-    return trainer
 
 
 def test_parameters_that_no_optimizer_trains_are_named(tmp_path):

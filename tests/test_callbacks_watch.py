@@ -10,13 +10,12 @@ from em_lightning.callbacks import EMAudit, LayerwiseEMLoss, PosteriorMonitor, S
 from em_lightning.metrics import layer_metrics
 from em_lightning.surgery import NoMatchError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:The number of training batches",
-    "ignore:`isinstance.treespec, LeafSpec.`",
-    "ignore:.*enable_nested_tensor",
-)
+pytestmark = [
+    users.QUIET,
+    pytest.mark.filterwarnings(
+        "ignore:.*enable_nested_tensor",
+    ),
+]
 
 
 def test_temperature_is_scheduled_logged_and_saved(tmp_path):

@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import composition, explicit_em
+from benchmarks.composition import Arm, StackedNetworks
 from em_lightning import EMLoss, cli
 from em_lightning.activations import NegLogSoftminActivation
 from em_lightning.callbacks import LayerwiseEMLoss
 from em_lightning.competition import softmin
 from em_lightning.data import Digits
 from em_lightning.scope import curvature
-from em_lightning.studies import Arm, StackedNetworks
 
 ROOT = Path(__file__).parents[1]
 

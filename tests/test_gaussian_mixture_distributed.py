@@ -133,7 +133,7 @@ def test_two_and_four_processes_equal_scikit_learn(shards, tmp_path):
         checkpointed(trainer, tmp_path / "alone", folder / "None" / "step=15.ckpt", folder)
 
 
-@pytest.mark.parametrize("method", ["em", "stochastic", "gradient", "gradient, one_cycle"])
+@pytest.mark.parametrize("method", ["em", "stochastic"])
 @pytest.mark.parametrize("steps", [(1, 2), (4, 6, 9), (4, 8, 11), (7,), (12,)])
 def test_one_process_resumes_from_any_block_bitwise(method, steps, tmp_path):
     torch.manual_seed(0)
@@ -143,8 +143,7 @@ def test_one_process_resumes_from_any_block_bitwise(method, steps, tmp_path):
     checkpoint = None
     for step in (*steps, None):
         keep = ModelCheckpoint(tmp_path / str(step), filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        name, _, schedule = method.partition(", ")
-        module = GaussianMixtureModule(3, 3, method=name, tol=0.0, schedule=schedule or "constant")
+        module = GaussianMixtureModule(3, 3, method=method, tol=0.0)
         fit = trainer(tmp_path, max_epochs=3, callbacks=[keep], enable_checkpointing=True)
         fit.fit(module, data, ckpt_path=checkpoint)
         assert fit.global_step == 12 and int(module.iterations) == 3

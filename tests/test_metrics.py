@@ -20,7 +20,6 @@ from torchmetrics import MetricCollection
 from em_lightning import metrics as room
 from em_lightning.metrics import (
     L0,
-    DeadComponents,
     DeadUnits,
     EffectiveComponents,
     EffectiveRank,
@@ -128,7 +127,7 @@ UPDATES = {
     **dict.fromkeys((L0, DeadUnits, Redundancy, EffectiveRank), activations),
     MinVariance: lambda: activations()[:, 2:],
     **dict.fromkeys((MaxResponsibility, ResponsibilityEntropy), lambda: activations()[:, 2:].softmax(1)),
-    **dict.fromkeys((EffectiveComponents, DeadComponents), lambda: activations()[:, 2:].log_softmax(1)),
+    **dict.fromkeys((EffectiveComponents,), lambda: activations()[:, 2:].log_softmax(1)),
     MixtureLogLikelihood: lambda: activations(),
 }
 
@@ -147,7 +146,7 @@ def test_merged_metrics_equal_one_of_all_items(cls):
     first.update(items[:50])
     second.update(items[50:])
     before = second.compute()
-    assert first.compute() != whole.compute() or cls in (DeadComponents, DeadUnits)
+    assert first.compute() != whole.compute() or cls is DeadUnits
     first.merge_state(second)
     first.merge_state(cls())  # has no items
     torch.testing.assert_close(first.compute(), whole.compute(), rtol=1e-12, atol=0)
@@ -219,13 +218,11 @@ def test_mixture_metrics_equal_plain_loops():
     assert weighted.compute().item() == pytest.approx(mean)
 
     weights = torch.tensor([[0.7, 0.2995, 0.0005, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    effective, dead = EffectiveComponents(), DeadComponents()
-    for metric in (effective, dead):
-        metric.update(weights[:1].log())
-        metric.update(weights[1:].log())
+    effective = EffectiveComponents()
+    effective.update(weights[:1].log())
+    effective.update(weights[1:].log())
     expected = [math.exp(-sum(w * math.log(w) for w in row if w > 0)) for row in weights.tolist()]
     assert effective.compute().item() == pytest.approx(sum(expected) / 2, rel=1e-6)
-    assert dead.compute().item() == 1.0
 
     r = torch.softmax(torch.randn(3, 4, 5), dim=-1)
     entropy, largest = ResponsibilityEntropy(), MaxResponsibility()

@@ -9,8 +9,7 @@ import yaml
 
 from benchmarks.poolings import POOLINGS, PoolingClassifier
 from em_lightning import cli
-from em_lightning.modules import PointCloudClassifier
-from em_lightning.studies import FAMILIES, ImagePointSets, PointSetBatch, ProceduralSurfaces
+from em_lightning.studies import FAMILIES, ImagePointSets, PointCloudClassifier, PointSetBatch, ProceduralSurfaces
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "poolings.py"
 LEVELS = [

@@ -19,11 +19,11 @@ COVARIANCES = {
 def test_ellipses_have_the_radius_of_the_components(kind):
     means = torch.tensor([[[-1.0, 0.0], [1.0, 0.5]]])
     mixture = Mixture(torch.full((1, 2), 0.5).log(), means, COVARIANCES[kind])
-    figure = mixture_grid(torch.randn(1, 20, 2), mixture, torch.arange(20)[None] < 15, radius=3.0)
+    figure = mixture_grid(torch.randn(1, 20, 2), mixture, torch.arange(20)[None] < 15)
     assert len(figure.axes[0].collections[0].get_offsets()) == 15
     for line, mean in zip(figure.axes[0].lines, means[0].numpy(), strict=True):
         distance = np.linalg.norm(np.stack(line.get_data(), -1) - mean, axis=-1)
-        np.testing.assert_allclose(distance, 3.0 * 0.2, rtol=1e-5)
+        np.testing.assert_allclose(distance, 2.0 * 0.2, rtol=1e-5)
 
 
 def test_3d_plot_draws_one_surface_per_component_with_positive_weight():

@@ -251,7 +251,6 @@ def mean_of(function):
 # Reference metrics, as functions of all items in float64.
 METRICS = {
     "L0": mean_of(lambda row: (row > 0.01).sum()),
-    "DeadComponents": mean_of(lambda row: (np.exp(row) < 1e-3).sum()),
     "DeadUnits": lambda x: math.nan if len(x) < 2 else (moments_of(x).diagonal() < 0.01).sum(),
     "EffectiveComponents": mean_of(lambda row: math.exp(entropy(np.exp(row)))),
     "EffectiveRank": rank,
@@ -261,7 +260,7 @@ METRICS = {
     "Redundancy": redundancy,
     "ResponsibilityEntropy": mean_of(entropy),
 }
-OF_WEIGHTS = ("EffectiveComponents", "DeadComponents")
+OF_WEIGHTS = ("EffectiveComponents",)
 
 
 def update(name, metric, x, mask):

@@ -28,9 +28,8 @@ ELSEWHERE = {
         "PointCloudDataModule SetOperator SurgicalCallback"
     ),
     "parts of the EM loop, which the operators and em_step call": ("BlockFit Covariance Parameters Points prepare"),
-    "in tests/test_modules_point_clouds.py": "PointCloudClassifier",
     "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
-    "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds"),
+    "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds tensorboard_writers"),
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
         "Digits GaussianBlobs MNIST PointCloudFolder"
     ),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import user_models as users
 from torch import nn
+from user_models import fit
 
 from em_lightning import audit
 from em_lightning.callbacks import (
@@ -21,19 +22,12 @@ from em_lightning.callbacks import (
 )
 from em_lightning.surgery import LayerwiseLoss, NoMatchError, Taps, find_modules, insert_em_operators, swap_activations
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
-    "ignore:The number of training batches",
-    "ignore:`isinstance.treespec, LeafSpec.`",
-    "ignore:`training_step` returned `None`",
-)
-
-
-def fit(folder, model, *callbacks, epochs=1, **options):
-    trainer = users.trainer(folder, epochs, callbacks, **options)
-    trainer.fit(model, users.MLP.data())
-    return trainer
+pytestmark = [
+    users.QUIET,
+    pytest.mark.filterwarnings(
+        "ignore:`training_step` returned `None`",
+    ),
+]
 
 
 class OneUnit(lightning.LightningModule):

@@ -1,10 +1,19 @@
 """LightningModules as users write them, without em_lightning."""
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+# Lightning's advice on small data.
+QUIET = pytest.mark.filterwarnings(
+    "ignore:The '.*_dataloader' does not have many workers",
+    "ignore:.*You defined a `validation_step` but have no `val_dataloader`",
+    "ignore:The number of training batches",
+    "ignore:`isinstance.treespec, LeafSpec.`",
+)
 
 
 class Task(pl.LightningModule):
@@ -299,3 +308,10 @@ class Manual:
         self.optimizers().zero_grad()
         self.manual_backward(loss)
         self.optimizers().step()
+
+
+def fit(folder, model, *callbacks, epochs=1, **options):
+    """Train a model on small random data, and return its Trainer."""
+    made = trainer(folder, epochs, callbacks, **options)
+    made.fit(model, MLP.data())
+    return made

@@ -4,7 +4,7 @@ from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.step_seeds import StepSeeds
 from em_lightning.callbacks.surgical import InsertEMOperator, RestoreSurgery, SurgicalCallback, SwapActivations
 from em_lightning.callbacks.temperature import TemperatureSchedule
-from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor
+from em_lightning.callbacks.watch import EMAudit, PosteriorMonitor, tensorboard_writers
 
 __all__ = [
     "EMAudit",
@@ -16,4 +16,5 @@ __all__ = [
     "SurgicalCallback",
     "SwapActivations",
     "TemperatureSchedule",
+    "tensorboard_writers",
 ]

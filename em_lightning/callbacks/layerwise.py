@@ -67,7 +67,6 @@ class LayerwiseEMLoss(Callback):
 
     @property
     def state_key(self) -> str:
-        """A key that differs between callbacks on different layers."""
         tap, loss = self.options["tap"], self.options["loss"]
         return f"{type(self).__qualname__}(where={described(self.where)}, tap={tap}, loss={described(loss)})"
 
@@ -124,7 +123,6 @@ class LayerwiseEMLoss(Callback):
             self._undos.append(wrap(pl_module, "manual_backward", manual_backward))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Count the batch."""
         self._batch += 1
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -135,11 +133,9 @@ class LayerwiseEMLoss(Callback):
 
     # Not state_dict(), as Lightning refuses two callbacks of one state_key that have it.
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Store the number of batches and the state of automatic weights."""
         checkpoint.setdefault(_STATES, {})[self.state_key + self._number(trainer)] = self._current_state()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the state until the fit starts."""
         states, key = checkpoint.get(_STATES, {}), self.state_key + self._number(trainer)
         if states and key not in states:
             rank_zero_warn(f"the checkpoint has no state of {key}, which starts anew; it has {', '.join(states)}")
@@ -149,7 +145,6 @@ class LayerwiseEMLoss(Callback):
         return self._state if self.losses is None else {**self.losses.state_dict(), "step": self._batch}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
-        """Remove hooks and wrappers."""
         if self.losses is not None:
             self._state = self._current_state()
             self.losses.remove()

@@ -43,32 +43,28 @@ class StepSeeds(lightning.Callback):
         self._used_seed, self._epoch = None, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed and the epoch."""
         return {"seed": self._used_seed, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the seed and the epoch of the resumed run."""
         self._used_seed, self._epoch = state_dict["seed"], state_dict["epoch"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the order of the first epoch, whose iterator Lightning makes before any hook of training."""
         if self._used_seed is None:
             self._used_seed = torch.initial_seed() if self.seed is None else self.seed
-        self._reseed(trainer, self._epoch, 0)
+        torch.manual_seed(self._seed_of(trainer, self._epoch, 0))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the samplers for the first epoch, as Lightning starts some resumed epochs without a hook."""
         self._seed_samplers(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Seed the order of the epoch."""
         self._epoch = trainer.current_epoch
-        self._reseed(trainer, self._epoch, 0)
+        torch.manual_seed(self._seed_of(trainer, self._epoch, 0))
         self._seed_samplers(trainer)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Seed the step."""
-        self._reseed(trainer, trainer.current_epoch, batch_idx + 1)
+        torch.manual_seed(self._seed_of(trainer, trainer.current_epoch, batch_idx + 1))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the epoch as finished after its last batch, for checkpoints saved at its end."""
@@ -87,9 +83,6 @@ class StepSeeds(lightning.Callback):
                 _draw(sampler.generator)  # the loader draws the base of the workers' seeds first
                 if isinstance(sampler, RandomSampler):
                     sampler.generator.manual_seed(_draw(sampler.generator))  # as it does without a generator
-
-    def _reseed(self, trainer: Any, epoch: int, step: int) -> None:
-        torch.manual_seed(self._seed_of(trainer, epoch, step))
 
     def _seed_of(self, trainer: Any, epoch: int, step: int) -> int:
         """Return the seed of a step of an epoch, counted from 1; step 0 is the order of the epoch."""

@@ -51,7 +51,6 @@ class SurgicalCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The class and the settings."""
         settings = ", ".join(f"{name}={described(value)}" for name, value in self.settings.items())
         return f"{type(self).__qualname__}({settings})"
 
@@ -137,14 +136,6 @@ def _overrides(module: Any, name: str) -> bool:
     return base is not None and (name in vars(module) or getattr(type(module), name) is not getattr(base, name))
 
 
-def _merged(own: dict[str, Any], arguments: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the callback's own settings and those of ``arguments``, none of which may repeat an own one."""
-    repeated = [name for name in arguments or {} if name in own]
-    if repeated:
-        raise TypeError(f"arguments={arguments!r} repeats {', '.join(repeated)}, an argument of the callback itself")
-    return {**own, **(arguments or {})}
-
-
 class SwapActivations(SurgicalCallback):
     """Replaces activations by competitive ones in any LightningModule.
 
@@ -170,10 +161,9 @@ class SwapActivations(SurgicalCallback):
     ) -> None:
         own: dict[str, Any] = {"activation": activation, "target": target, "where": where, "dim": dim}
         own.update(calls=calls, functional=functional)
-        super().__init__(verbose, **_merged(own, arguments))
+        super().__init__(verbose, **own, **(arguments or {}))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
-        """Swap the matching activations."""
         swap_activations(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
@@ -203,10 +193,9 @@ class InsertEMOperator(SurgicalCallback):
     ) -> None:
         own: dict[str, Any] = {"where": where, "num_components": num_components, "num_features": num_features}
         own.update(dim=dim, set_dim=set_dim, causal=causal, calls=calls)
-        super().__init__(verbose, **_merged(own, arguments))
+        super().__init__(verbose, **own, **(arguments or {}))
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
-        """Insert operators behind the matching layers."""
         insert_em_operators(model, into=surgery, verbose=self.verbose, **self.settings)
 
 
@@ -232,14 +221,12 @@ class RestoreSurgery(SurgicalCallback):
         self._needs_weights = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Read the plan and apply it, unless the model records it already."""
         self._plan = read_plan(self.path, self.weights_only)
         self._needs_weights = bool(self._plan) and recorded_plan(pl_module) != self._plan
         if self._needs_weights:
             super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Warn if the fit starts from new weights."""
         super().on_fit_start(trainer, pl_module)
         if self._needs_weights and trainer.ckpt_path is None:
             rank_zero_warn(

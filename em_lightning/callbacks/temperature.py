@@ -50,7 +50,6 @@ class TemperatureSchedule(Callback):
 
     @property
     def state_key(self) -> str:
-        """A key that differs between callbacks on different modules."""
         return f"{type(self).__qualname__}(where={self.where})"
 
     def value(self, step: int) -> float:
@@ -74,7 +73,6 @@ class TemperatureSchedule(Callback):
                 )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Set the temperature of this step."""
         value = self.value(trainer.global_step)
         set_temperature(pl_module, value, self.where)
         pl_module.log("em/temperature", value, batch_size=1)

@@ -7,21 +7,26 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from em_lightning.checks import check_counts
 from em_lightning.competition import softmin
 from em_lightning.distributed import global_sum
 from em_lightning.losses import EMLoss
 from em_lightning.metrics import layer_metrics
-from em_lightning.plots.figures import tensorboard_writers
 from em_lightning.scope import Audit, audit, curvature
 from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
 _MAX_ITEMS = 64  # items of a batch of which the curvature is computed
+
+
+def tensorboard_writers(trainer: Any) -> list[Any]:
+    """Return the ``SummaryWriter`` of each TensorBoard logger of a Trainer, on the first rank."""
+    return [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, "add_histogram")]
 
 
 class PosteriorMonitor(Callback):
@@ -41,9 +46,8 @@ class PosteriorMonitor(Callback):
     Without a Trainer: :func:`em_lightning.metrics.layer_metrics`.
 
     Args:
-        where: the layers: a class, a name pattern, a predicate, or a list of these.
-        dim: the axis of the units; "auto" takes the axis that the layer's type defines, or else, at the first batch,
-            the one of axes 1 and -1 whose size is the width of the layer.
+        where: the layers, see :func:`~em_lightning.surgery.find_modules`.
+        dim: the axis of the units, or "auto", see :class:`~em_lightning.surgery.UnitAxis`.
         every_n_steps: training batches between two measurements.
         loss: the EM loss whose gradient is compared with that of the task.
         verbose: whether to print a line per layer at the first batch.
@@ -66,8 +70,7 @@ class PosteriorMonitor(Callback):
         loss: EMLoss | None = None,
         verbose: bool = True,
     ) -> None:
-        if not (isinstance(every_n_steps, int) and every_n_steps >= 1):
-            raise ValueError(f"every_n_steps={every_n_steps!r} must be an int of at least 1")
+        check_counts(1, every_n_steps=every_n_steps)
         self.where, self.tap, self.dim = where, tap, dim
         self.every_n_steps, self.loss = every_n_steps, loss
         self.verbose = verbose
@@ -81,7 +84,6 @@ class PosteriorMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """A key that differs between callbacks on different layers."""
         return f"{type(self).__qualname__}(where={described(self.where)}, tap={self.tap})"
 
     def _start(self, pl_module: Any) -> None:
@@ -158,7 +160,7 @@ class PosteriorMonitor(Callback):
             values["dominance"] = (task / em).sqrt()
             values["cosine"] = product / (task.sqrt() * em.sqrt()).clamp_min(torch.finfo(em.dtype).tiny)
         pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
-        for writer in tensorboard_writers(trainer, "responsibilities") if trainer.is_global_zero else ():
+        for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
             responsibilities = softmin(energies.float()).responsibilities.flatten()
             writer.add_histogram(f"{prefix}/{path}/responsibilities", responsibilities, trainer.global_step)
 
@@ -186,16 +188,16 @@ class PosteriorMonitor(Callback):
             with self._taps.switched(on=False):
                 return proceed(loss, *args, **kwargs)
 
+        if not tensorboard_writers(trainer):
+            rank_zero_info("No histograms of responsibilities are logged: they need a TensorBoardLogger.")
         if self.loss is not None and not pl_module.automatic_optimization:
             self._undos.append(wrap(pl_module, "manual_backward", manual_backward))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Start to collect at every n-th batch."""
         if trainer.fit_loop.total_batch_idx % self.every_n_steps == 0:
             self._start(pl_module)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the metrics of the batch."""
         self._update()
         self._report(trainer, pl_module, "em")
 
@@ -205,11 +207,9 @@ class PosteriorMonitor(Callback):
             self._start(pl_module)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Collect a batch."""
         self._update()
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the metrics of the whole set."""
         self._report(trainer, pl_module, "em_test" if trainer.testing else "em_val")
 
     on_test_epoch_start = on_validation_epoch_start
@@ -217,7 +217,6 @@ class PosteriorMonitor(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
-        """Remove hooks and wrappers."""
         self._stop()
         undo_all(self._undos)
 
@@ -240,7 +239,6 @@ class EMAudit(Callback):
         self.audit: Audit | None = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Audit at the first batch."""
         if self.audit is not None:
             return
         self.audit = Audit()

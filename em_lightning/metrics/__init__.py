@@ -7,7 +7,6 @@ Letters: B sets, N items, D units (or features), K components. Constructors also
 from em_lightning.metrics.base import Float64Metric, MeanOfItems, UnitMoments
 from em_lightning.metrics.layers import L0, DeadUnits, EffectiveRank, MinVariance, Redundancy, layer_metrics
 from em_lightning.metrics.mixtures import (
-    DeadComponents,
     EffectiveComponents,
     MaxResponsibility,
     MixtureLogLikelihood,
@@ -16,7 +15,6 @@ from em_lightning.metrics.mixtures import (
 
 __all__ = [
     "L0",
-    "DeadComponents",
     "DeadUnits",
     "EffectiveComponents",
     "EffectiveRank",

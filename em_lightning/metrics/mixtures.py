@@ -1,4 +1,4 @@
-"""Metrics of mixtures and posteriors: log-likelihood, effective and dead components, entropy, maximum."""
+"""Metrics of mixtures and posteriors: log-likelihood, effective components, entropy, maximum."""
 
 from __future__ import annotations
 
@@ -40,23 +40,6 @@ class EffectiveComponents(MeanOfItems):
     def update(self, log_weights: Tensor) -> None:
         """Add the log-weights (B, K) of mixtures, as in ``Mixture.log_weights``."""
         self._add(torch.special.entr(log_weights.to(self.sums.dtype).exp()).sum(-1).exp())
-
-
-class DeadComponents(MeanOfItems):
-    r"""Number of components with a weight :math:`\pi_k < 0.001`; mean over the sets.
-
-    Example:
-        >>> metric = DeadComponents()
-        >>> metric.update(torch.tensor([[0.5, 0.4995, 0.0005], [0.3, 0.3, 0.4]]).log())
-        >>> metric.compute().item()
-        0.5
-    """
-
-    higher_is_better = False
-
-    def update(self, log_weights: Tensor) -> None:
-        """Add the log-weights (B, K) of mixtures, as in ``Mixture.log_weights``."""
-        self._add((log_weights.exp() < 1e-3).sum(-1))
 
 
 class ResponsibilityEntropy(MeanOfItems):

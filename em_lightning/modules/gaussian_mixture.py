@@ -1,4 +1,4 @@
-"""GaussianMixtureModule: one Gaussian mixture of one large data set, by streamed EM, stochastic EM or gradients."""
+"""GaussianMixtureModule: one Gaussian mixture of one large data set, by streamed or stochastic EM."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.data import TableBatch
 from em_lightning.distributed import global_sum
 from em_lightning.metrics import MixtureLogLikelihood
-from em_lightning.mixture import Mixture, MixturePrior, StreamedEM, SufficientStatistics, information_criteria
+from em_lightning.mixture import (
+    COVARIANCES,
+    Mixture,
+    MixturePrior,
+    StreamedEM,
+    SufficientStatistics,
+    information_criteria,
+)
 from em_lightning.modules.base import EMModule
-from em_lightning.modules.parameters import PlainMixture, UnconstrainedMixture
 from em_lightning.operators import EMOperator
 from em_lightning.operators.base import build
 
@@ -24,7 +30,7 @@ from em_lightning.operators.base import build
 class GaussianMixtureModule(EMModule):
     r"""Fit one Gaussian mixture to a data set of any size, on any number of processes.
 
-    Three methods maximize :math:`\sum_n w_n \log \sum_k \pi_k N(x_n | \mu_k, \Sigma_k)`:
+    Two methods maximize :math:`\sum_n w_n \log \sum_k \pi_k N(x_n | \mu_k, \Sigma_k)`:
 
     - ``"em"``: an epoch is an exact EM iteration. Each block of rows adds its sufficient statistics
       :math:`\sum_n w_n r_{nk} [1, x_n, x_n x_n^\top]`; after the last block of the epoch they are summed over ranks,
@@ -33,8 +39,6 @@ class GaussianMixtureModule(EMModule):
     - ``"stochastic"``: an M-step after every block, on running statistics
       :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with :math:`\gamma_t = (t + 1)^{-\alpha}`, for data
       so large that less than one pass suffices.
-    - ``"gradient"``: an optimizer on unconstrained parameters. The loss of a block is its negative log-likelihood per
-      point, minus a share of the log-prior, so that the optimum is that of EM if blocks have equal weight.
 
     Responsibilities are not stored, so memory beyond a block does not depend on the number of rows. All ranks end an
     epoch with the same mixture, which does not depend on their number. A checkpoint within an epoch holds the
@@ -55,7 +59,6 @@ class GaussianMixtureModule(EMModule):
             its mean and covariance default to those of the sample.
         step_exponent: :math:`\alpha` of stochastic EM, above 1/2 and at most 1.
         seed: seed of the sample and the initialization.
-        lr, schedule: as in :class:`EMModule`, for the gradient method.
 
     Shape:
         - batch: points (n, D), or a pair of points and weights (n,).
@@ -93,7 +96,7 @@ class GaussianMixtureModule(EMModule):
         num_components: int = 8,
         num_features: int = 2,
         covariance: Literal["full", "diag", "spherical", "tied"] = "full",
-        method: Literal["em", "stochastic", "gradient"] = "em",
+        method: Literal["em", "stochastic"] = "em",
         init: Literal["kmeans++", "farthest", "random"] = "kmeans++",
         sample_size: int = 2**14,
         num_starts: int = 1,
@@ -102,11 +105,9 @@ class GaussianMixtureModule(EMModule):
         prior: Mapping[str, Any] | None = None,
         step_exponent: float = 0.7,
         seed: int = 0,
-        lr: float = 1e-2,
-        schedule: Literal["one_cycle", "constant"] = "constant",
     ) -> None:
-        super().__init__(lr, schedule)
-        check_choice("method", method, ("em", "stochastic", "gradient"))
+        super().__init__()
+        check_choice("method", method, ("em", "stochastic"))
         check_at_least(1, sample_size=sample_size)
         check_at_least(0, tol=tol)
         if not 0.5 < step_exponent <= 1:
@@ -135,12 +136,12 @@ class GaussianMixtureModule(EMModule):
         )
         self._make_operator()  # checks the arguments
         self.prior = build("prior", MixturePrior, prior)
-        shape = (num_components, num_features, covariance)
-        self.parametrization: PlainMixture | UnconstrainedMixture
-        if method == "gradient":
-            self.parametrization = UnconstrainedMixture(*shape, covariance_floor)
-        else:
-            self.parametrization = PlainMixture(*shape)
+        # Parameters, although they get no gradient: DDP refuses a module without parameters.
+        ones = torch.ones(1, num_features, dtype=torch.float64)
+        uniform = torch.zeros(1, num_components, dtype=torch.float64).log_softmax(-1)
+        self.log_weights = nn.Parameter(uniform)
+        self.means = nn.Parameter(ones.new_zeros(1, num_components, num_features))
+        self.covariances = nn.Parameter(COVARIANCES[covariance].expand(ones, num_components).clone())
         double: dict[str, Any] = {"dtype": torch.float64}
         self.register_buffer("center", torch.zeros(1, num_features, **double))
         self.register_buffer("variance", torch.ones(1, num_features, **double))
@@ -149,7 +150,7 @@ class GaussianMixtureModule(EMModule):
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         # This rank's log-likelihood, mass and statistics in this epoch; a checkpoint has those of all ranks.
-        size = 0 if method == "gradient" else self._no_rows.flatten().numel()
+        size = self._no_rows.flatten().numel()
         self.register_buffer("sums", torch.zeros(2 + size, **double), persistent=False)
         if method == "stochastic":
             self.register_buffer("running", torch.zeros(size, **double))
@@ -162,7 +163,11 @@ class GaussianMixtureModule(EMModule):
     @property
     def mixture(self) -> Mixture:
         """The mixture of one set, in float64."""
-        return self.parametrization()
+        return Mixture(self.log_weights.detach(), self.means.detach(), self.covariances.detach())
+
+    def _assign(self, mixture: Mixture) -> None:
+        for parameter, value in zip(self.parameters(), mixture.parameters(), strict=True):
+            parameter.detach().copy_(value)
 
     @property
     def converged(self) -> bool:
@@ -179,7 +184,7 @@ class GaussianMixtureModule(EMModule):
     def start_from(self, mixture: Mixture, center: Tensor | None = None, variance: Tensor | None = None) -> None:
         """Set the initial mixture, and the mean and variance (1, D) of the data, by default those of the mixture."""
         mixture = mixture.map(lambda part: part.detach().to(self.center))
-        self.parametrization.assign(mixture)
+        self._assign(mixture)
         self.center.copy_(mixture.mean if center is None else center)
         self.variance.copy_(mixture.variance if variance is None else variance)
         self.log_likelihood.fill_(-math.inf)
@@ -216,10 +221,10 @@ class GaussianMixtureModule(EMModule):
             progress.increment_started()
 
     def step(self, batch: Any, stage: str) -> dict[str, Tensor]:
-        """Learn from a block of rows, or measure it; the loss has a gradient only for the gradient method in training.
+        """Learn from a block of rows, or measure it.
 
-        For EM the optimizer updates nothing, because the parameters have no gradient. Lightning needs it to count
-        steps, and ``ModelCheckpoint`` to apply ``train_time_interval``, which it ignores under manual optimization.
+        The optimizer updates nothing, because the parameters have no gradient. Lightning needs it to count steps, and
+        ``ModelCheckpoint`` to apply ``train_time_interval``, which it ignores under manual optimization.
         """
         rows = rows_of(batch)
         if stage == "train":
@@ -227,34 +232,25 @@ class GaussianMixtureModule(EMModule):
             return {"loss": self.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
         log_prob = self.log_prob(rows.points)
         self.metrics_of(stage)["log_likelihood"].update(log_prob, weights=rows.weights)
-        return {"loss": _loss(*_sums(log_prob, rows.weights)[:2])}
+        counts = torch.ones_like(log_prob) if rows.weights is None else rows.weights.to(log_prob)
+        return {"loss": _loss(counts @ log_prob, counts.sum())}
 
+    @torch.no_grad()
     def learn(self, rows: TableBatch, num_blocks: float) -> Tensor:
         """Learn from one of ``num_blocks`` blocks of an epoch, and return its negative log-likelihood per point."""
-        if self.method == "gradient":
-            mixture = self.mixture
-            log_prob = mixture.log_prob(rows.points.unsqueeze(0)).squeeze(0).to(self.sums)
-            block = _sums(log_prob, rows.weights)
-            self.sums += block[:2].detach()
-            total, mass, num_rows = global_sum(block)
-            if self.prior is not None:  # per point, as in EM, so that a factor of the weights has no effect
-                share = self.prior.log_density(mixture, self.center, self.variance)[0] / num_blocks
-                total = total + share * mass / num_rows.clamp(min=1)
-            return _loss(total, mass)
-        with torch.no_grad():
-            statistics = self._streamed.e_step(rows.points, self.mixture, rows.weights)
-            block = torch.cat([statistics.log_likelihood, statistics.mass.sum(-1), statistics.flatten()])
-            self.sums += block
-            if self.method == "em":
-                return _loss(block[0], block[1])
-            block = global_sum(block)
-            if block[1] > 0:  # skip blocks in which all rows have weight zero
-                share = float(self.blocks_seen + 1) ** -self.step_exponent
-                # A prior's strength is relative to the mass of the whole data set.
-                self.running.lerp_(block[2:] * num_blocks, share)
-                self.blocks_seen += 1
-                self._maximize(self.running)
+        statistics = self._streamed.e_step(rows.points, self.mixture, rows.weights)
+        block = torch.cat([statistics.log_likelihood, statistics.mass.sum(-1), statistics.flatten()])
+        self.sums += block
+        if self.method == "em":
             return _loss(block[0], block[1])
+        block = global_sum(block)
+        if block[1] > 0:  # skip blocks in which all rows have weight zero
+            share = float(self.blocks_seen + 1) ** -self.step_exponent
+            # A prior's strength is relative to the mass of the whole data set.
+            self.running.lerp_(block[2:] * num_blocks, share)
+            self.blocks_seen += 1
+            self._maximize(self.running)
+        return _loss(block[0], block[1])
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -285,7 +281,7 @@ class GaussianMixtureModule(EMModule):
         """Run the M-step on flattened statistics."""
         sums = self._no_rows.unflatten(statistics)
         mixture = self._streamed.m_step(sums, self.mixture, self.covariance_floor, self.prior, self.variance)
-        self.parametrization.assign(mixture)
+        self._assign(mixture)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Learn from a block of rows, and end the iteration after the last block of an epoch."""
@@ -303,10 +299,8 @@ class GaussianMixtureModule(EMModule):
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backpropagate for the gradient method; EM needs no backward pass."""
-        if self.method == "gradient":
-            super().backward(loss, *args, **kwargs)
-        elif self.trainer.scaler is not None:  # 16-mixed precision fails if no parameter has a gradient
+        """Do nothing: EM needs no backward pass."""
+        if self.trainer.scaler is not None:  # 16-mixed precision fails if no parameter has a gradient
             for parameter in self.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -336,12 +330,6 @@ class GaussianMixtureModule(EMModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the sums of an unfinished epoch for :meth:`on_train_start`."""
         self._restored = checkpoint.get("em_pending")
-
-
-def _sums(log_prob: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the weighted sum of log-densities (n,), the sum of the weights, and the number of positive weights."""
-    counts = torch.ones_like(log_prob) if weights is None else weights.to(log_prob)
-    return torch.stack([counts @ log_prob, counts.sum(), (counts > 0).sum()])
 
 
 def _loss(log_likelihood: Tensor, mass: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from em_lightning.checks import check_at_least
 from em_lightning.data import PointCloudBatch
-from em_lightning.metrics import DeadComponents, EffectiveComponents, MixtureLogLikelihood, ResponsibilityEntropy
+from em_lightning.metrics import EffectiveComponents, MixtureLogLikelihood, ResponsibilityEntropy
 from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator, ResidualCorrection
@@ -100,7 +100,6 @@ class PointCloudGMM(EMModule):
             ("val", "test"),
             log_likelihood=MixtureLogLikelihood(),
             effective_components=EffectiveComponents(),
-            dead_components=DeadComponents(),
             responsibility_entropy=ResponsibilityEntropy(),
         )
 
@@ -156,7 +155,6 @@ class PointCloudGMM(EMModule):
         responsibilities = mixture.posterior(batch.held_out).responsibilities
         metrics["log_likelihood"].update(log_prob, batch.held_out_mask)
         metrics["effective_components"].update(mixture.log_weights)
-        metrics["dead_components"].update(mixture.log_weights)
         metrics["responsibility_entropy"].update(responsibilities, batch.held_out_mask)
         return {"loss": -log_likelihood}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
@@ -89,29 +87,20 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def component_colors(num_components: int) -> Tensor:
-    """Return one colour (K, 3) per component: hues evenly spaced, alternately light and dark."""
-    hue = torch.arange(num_components) / num_components
-    dark = torch.arange(num_components) % 2
-    return torch.from_numpy(hsv_to_rgb(torch.stack([hue, 0.85 - 0.2 * dark, 0.95 - 0.3 * dark], -1).numpy())).float()
-
-
 @figure_style()
 def mixture_grid(
     points: Tensor,
     mixture: Mixture,
     mask: Tensor | None = None,
     titles: Sequence[str] | None = None,
-    radius: float = 2.0,
 ) -> Figure:
-    """Draw clouds with points coloured by their responsibilities and an ellipsoid per component of weight above 1e-3.
+    """Draw clouds with points coloured by their responsibilities and two-sigma ellipsoids of weights above 1e-3.
 
     Args:
         points: (B, N, D); at most the first three features are drawn.
         mixture: B mixtures.
         mask: (B, N), false where a row is padding.
         titles: one per cloud.
-        radius: radius of the ellipsoids in standard deviations.
 
     Example:
         >>> mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
@@ -119,7 +108,8 @@ def mixture_grid(
     """
     points = points.detach().cpu().float()
     mixture = mixture.map(Tensor.detach).to("cpu").to(torch.float32).full()
-    colors = component_colors(mixture.means.shape[1])
+    palette = torch.tensor(matplotlib.colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    colors = palette[torch.arange(mixture.means.shape[1]) % len(palette)]
     point_colors = (mixture.posterior(points).responsibilities @ colors).clamp(0, 1)
     projection = {} if points.shape[-1] == 2 else {"projection": "3d", "box_aspect": (1, 1, 1)}
     figure, axes = new_figure(len(points), 4, width=2.4, height=2.4, subplot_kw=projection)
@@ -129,7 +119,7 @@ def mixture_grid(
         cloud = points[i][keep][:, :3]
         ax.scatter(*cloud.T.numpy(), c=point_colors[i][keep].numpy(), s=3, linewidths=0, alpha=0.8)
         for k in (mixture.log_weights[i].exp() > 1e-3).nonzero().flatten():
-            _draw_ellipsoid(ax, mixture.means[i, k, :3], mixture.covariances[i, k, :3, :3], colors[k].numpy(), radius)
+            _draw_ellipsoid(ax, mixture.means[i, k, :3], mixture.covariances[i, k, :3, :3], colors[k].numpy())
         if titles is not None:
             ax.set_title(titles[i])
         _frame(ax, cloud)
@@ -149,9 +139,9 @@ def _frame(ax: Any, cloud: Tensor) -> None:
         ax.set_box_aspect((1, 1, 1), zoom=1.3)
 
 
-def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any, radius: float) -> None:
+def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> None:
     values, vectors = torch.linalg.eigh(covariance)
-    axes = radius * vectors * values.clamp(min=0).sqrt()
+    axes = 2.0 * vectors * values.clamp(min=0).sqrt()
     angle = torch.linspace(0, 2 * torch.pi, 25)
     circle = torch.stack([angle.cos(), angle.sin()], -1)
     if len(mean) == 2:
@@ -186,21 +176,3 @@ def curves(
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
     ax.legend(loc="best")
     return figure
-
-
-def tensorboard_writers(trainer: Any, content: str | None = None) -> list[Any]:
-    """Return the ``SummaryWriter`` of each TensorBoard logger of a Trainer, on the first rank.
-
-    If there is none, print once per process that ``content`` is not logged, as other loggers have no interface for it.
-    """
-    writers = [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, "add_histogram")]
-    if content and not writers:
-        _say_once(f"No {content} are logged: they need a TensorBoardLogger.")
-    return writers
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    from lightning.pytorch.utilities import rank_zero_info  # imported here: drawing does not need Lightning
-
-    rank_zero_info(text)

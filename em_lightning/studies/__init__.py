@@ -2,7 +2,6 @@
 
 from em_lightning.studies.amortized_clustering import AmortizedClustering
 from em_lightning.studies.clustering_report import ClusteringReport
-from em_lightning.studies.composition import MNIST1D, Arm, StackedNetworks
 from em_lightning.studies.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
 from em_lightning.studies.grid import run_seeds, run_table
 from em_lightning.studies.image_classifier import ImageClassifier
@@ -10,6 +9,8 @@ from em_lightning.studies.image_points import ImagePointSets, PointSetBatch, bri
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
 from em_lightning.studies.mixture_sets import MixtureSetBatch, MixtureSets
+from em_lightning.studies.mnist1d import MNIST1D
+from em_lightning.studies.point_cloud_classifier import PointCloudClassifier
 from em_lightning.studies.report import Findings, Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
 from em_lightning.studies.selection_report import SelectionReport
@@ -21,12 +22,11 @@ __all__ = [
     "PointSetBatch",
     "bright_pixels",
     "AmortizedClustering",
-    "Arm",
     "MNIST1D",
-    "StackedNetworks",
     "FAMILIES",
     "MixtureSetBatch",
     "MixtureSets",
+    "PointCloudClassifier",
     "ProceduralSurfaces",
     "random_surface",
     "ClusteringReport",

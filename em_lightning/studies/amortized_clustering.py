@@ -116,7 +116,6 @@ class AmortizedClustering(EMModule):
         return log_counts - log_total
 
     def step(self, batch: MixtureSetBatch, stage: str) -> dict[str, Tensor]:
-        """Return the loss and the gap between its log-density and that of the true mixtures."""
         mixture = self(batch.points, batch.mask)
         held_out = self.log_prob(mixture, batch.held_out, batch.points, batch.mask).mean()
         return {"loss": -held_out, "gap_to_oracle": held_out - batch.truth.log_prob(batch.held_out).mean()}

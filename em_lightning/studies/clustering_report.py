@@ -44,7 +44,6 @@ class ClusteringReport(Report):
         self.classical = classical
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
-        """Measure all methods on the test sets."""
         data: MixtureSets = trainer.datamodule
         torch.manual_seed(data.seed)
         batches = batches_on(module.device, data.test_dataloader())

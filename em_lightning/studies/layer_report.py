@@ -45,15 +45,12 @@ class LayerReport(Report):
             trainer.check_val_every_n_epoch = epochs
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the losses of the last epoch."""
         self._losses = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss of the batch."""
         self._losses.append(outputs["loss"].detach())
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Record the metrics of the epoch."""
         if trainer.sanity_checking or not self._losses:
             return
         logged = trainer.callback_metrics.items()
@@ -62,7 +59,6 @@ class LayerReport(Report):
         self.history.append({"epoch": trainer.current_epoch + 1, **metrics, "loss": loss})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings | None:
-        """Average the metrics, score the probe and draw."""
         if not self.history:
             print("There is no report, because nothing was validated.")
             return None
@@ -94,13 +90,7 @@ class LayerReport(Report):
 
 
 def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
-    """Return the test accuracy, from 0 to 1, of a logistic regression on standardized features (N, D).
-
-    Example:
-        >>> labels = torch.arange(20) % 2
-        >>> linear_probe(labels[:, None] - 0.5, labels, labels[:, None] - 0.5, labels)
-        1.0
-    """
+    """Return the test accuracy, from 0 to 1, of a logistic regression on standardized features (N, D)."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

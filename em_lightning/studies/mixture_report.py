@@ -49,7 +49,6 @@ class MixtureReport(Report):
         self.history.append({"epoch": trainer.current_epoch + 1, **{name: float(logged[name]) for name in names}})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
-        """Measure all methods and draw the figures."""
         data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
         torch.manual_seed(data.seed)

@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from em_lightning.plots import figure_style, new_figure, save_figure, tensorboard_writers
+from em_lightning.callbacks import tensorboard_writers
+from em_lightning.plots import figure_style, new_figure, save_figure
 from em_lightning.studies.results import write_results
 
 
@@ -48,7 +49,6 @@ class Report(lightning.Callback):
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the history."""
         self.history = state_dict["history"]
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings | None:
@@ -105,12 +105,7 @@ def _training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def folder_of(trainer: Any) -> Path:
-    """Return the folder of a run: that of its logger, in which Lightning puts the checkpoints too.
-
-    Example:
-        >>> folder_of(lightning.Trainer(logger=False, default_root_dir="runs", accelerator="cpu")).name
-        'runs'
-    """
+    """Return the folder of a run: that of its logger, in which Lightning puts the checkpoints too."""
     logger = trainer.logger
     if logger is None or getattr(logger, "log_dir", None):
         return Path(trainer.default_root_dir if logger is None else logger.log_dir)

@@ -52,7 +52,6 @@ class SelectionReport(Report):
         self.history.append({"epoch": trainer.current_epoch + 1, "log_likelihood": likelihood, "seconds": seconds})
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
-        """Measure all mixtures and draw the figures."""
         data: TabularDataModule = trainer.datamodule
         mixture: Mixture = module.mixture.to("cpu")
         name = f"this run ({module.method}, {trainer.world_size} process{'es' if trainer.world_size > 1 else ''})"

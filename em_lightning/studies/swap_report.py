@@ -18,7 +18,7 @@ class _History(LayerReport):
     """Records the metrics of a fit and writes nothing."""
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write no files."""
+        pass
 
 
 class SwapReport(LayerReport):
@@ -33,7 +33,6 @@ class SwapReport(LayerReport):
         self.baseline = baseline
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Keep the initial weights for the baseline."""
         super().on_fit_start(trainer, pl_module)
         self.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
@@ -58,15 +57,13 @@ class SwapReport(LayerReport):
         names = inspect.signature(ImageClassifier).parameters
         arguments = {name: value for name, value in module.hparams.items() if name in names}
         model, history = ImageClassifier(**arguments), _History(self.last_epochs, figures=False)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.initial[name])
+        model.load_state_dict(self.initial, strict=False)  # without the buffers, which training changes
         plain = lightning.Trainer(
             max_epochs=trainer.max_epochs,
             accelerator=module.device.type,
             devices=1,
-            check_val_every_n_epoch=trainer.check_val_every_n_epoch,
             num_sanity_val_steps=0,
+            check_val_every_n_epoch=trainer.check_val_every_n_epoch,
             callbacks=[history],
             logger=False,
             enable_checkpointing=False,

@@ -138,7 +138,7 @@ def insert_em_operators(
 
     The gates start at 0, so that the outputs of the model do not change until the first training step. Each set of the
     batch has its own mixture, and padding takes no part in it. Attention around a layer that masks later positions is
-    detected at the first training batch; causal recurrent and convolutional layers are not detected.
+    detected at the first batch; recurrent layers of one direction and causal convolutions give a warning.
 
     Args:
         model: any module.

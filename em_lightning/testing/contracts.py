@@ -316,13 +316,6 @@ class LossContract(ModuleContract):
     """Tests of a loss of a batch of energies: gradient, order of items and units, axis, mask, weights and precision.
 
     Losses whose ``forward`` takes no weights, or that have no attribute ``dim``, skip the tests of these.
-
-    Example:
-        >>> from em_lightning.losses import VarianceLoss
-        >>> class TestVariance(LossContract):
-        ...     def make(self):
-        ...         return VarianceLoss()
-        >>> TestVariance().test_gradient()
     """
 
     def example(self) -> Tensor:

@@ -76,9 +76,6 @@ class DiagonalCovariance(FullCovariance):
     def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
         return self.variances(covariances).expand(-1, -1, num_features)
 
-    def rescaled(self, covariances: Tensor, scale: Tensor) -> Tensor:
-        return self.pack(self.variances(covariances) * scale.square())
-
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
         return covariances[..., features]
 
@@ -87,12 +84,6 @@ class DiagonalCovariance(FullCovariance):
 
     def precision_factors(self, covariances: Tensor) -> Tensor:
         return covariances.rsqrt()
-
-    def unconstrained(self, covariances: Tensor) -> Tensor:
-        return self.factorize(covariances).scale.log()
-
-    def constrained(self, entries: Tensor, num_features: int) -> Tensor:
-        return self.pack((2.0 * entries).exp())
 
     def to_full(self, covariances: Tensor, means: Tensor) -> Tensor:
         return self.diagonal(covariances, means.shape[-1]).diag_embed()
@@ -127,9 +118,6 @@ class SphericalCovariance(DiagonalCovariance):
 
     def pack(self, variances: Tensor) -> Tensor:
         return variances.mean(-1)
-
-    def common_scale(self, scale: Tensor) -> Tensor:
-        return scale.square().mean().sqrt().expand_as(scale)
 
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
         return covariances

@@ -17,11 +17,6 @@ _TIE_BREAKER = 1e-6
 _SMALLEST_GAP = 1e-6
 
 
-def _below_diagonal(matrix: Tensor) -> Tensor:
-    """Return the indices of the strict lower triangle."""
-    return torch.tril_indices(matrix.shape[-1], matrix.shape[-1], -1, device=matrix.device)
-
-
 def half_log_two_pi(num_features: int) -> float:
     """Return ``D / 2 log(2 pi)``."""
     return 0.5 * num_features * math.log(2.0 * math.pi)
@@ -167,17 +162,9 @@ class FullCovariance:
         """Return covariances multiplied by a ratio (B, K) or (B, 1)."""
         return covariances * ratio[..., None, None]
 
-    def rescaled(self, covariances: Tensor, scale: Tensor) -> Tensor:
-        """Return the covariances of points that are multiplied by a scale (D,) per feature."""
-        return covariances * scale.unsqueeze(-1) * scale
-
     def diagonal(self, covariances: Tensor, num_features: int) -> Tensor:
         """Return the variances (B, K, D) or, where components share them, (B, 1, D)."""
         return self.to_public(covariances).diagonal(dim1=-2, dim2=-1)
-
-    def common_scale(self, scale: Tensor) -> Tensor:
-        """Return the scale per feature (D,) nearest to ``scale`` that preserves this covariance type."""
-        return scale
 
     def marginal(self, covariances: Tensor, features: list[int]) -> Tensor:
         """Return the covariances of some features."""
@@ -203,19 +190,6 @@ class FullCovariance:
     def precision_factors(self, covariances: Tensor) -> Tensor:
         """Return factors ``U`` of the precisions, ``P = U U^T``, in the same shape, as in scikit-learn."""
         return self.factorize(covariances).inverse.mT
-
-    def unconstrained(self, covariances: Tensor) -> Tensor:
-        """Return log-diagonals and strict lower triangles (B, K, D (D + 1) / 2) of the factors."""
-        scale = self.factorize(covariances).scale
-        below = _below_diagonal(scale)
-        return torch.cat([scale.diagonal(dim1=-2, dim2=-1).log(), scale[..., below[0], below[1]]], -1)
-
-    def constrained(self, entries: Tensor, num_features: int) -> Tensor:
-        """Return positive definite covariances for any entries; the inverse of :meth:`unconstrained`."""
-        factor = entries[..., :num_features].exp().diag_embed()
-        below = _below_diagonal(factor)
-        factor[..., below[0], below[1]] = entries[..., num_features:]
-        return factor @ factor.mT
 
     # Corrections, in the frame of each component.
 

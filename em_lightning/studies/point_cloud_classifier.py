@@ -139,7 +139,6 @@ class PointCloudClassifier(EMModule):
         return self.head(self.pool(features, mask, coordinates=points))
 
     def step(self, batch: Any, stage: str) -> Tensor:
-        """Return the cross-entropy; outside training, update the accuracy."""
         points = self.augment(batch.points) if stage == "train" else batch.points
         logits = self(points, None if batch.mask.all() else batch.mask)  # faster without a mask
         if stage != "train":
