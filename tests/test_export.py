@@ -72,11 +72,10 @@ def test_a_swapped_model_in_onnxruntime_equals_eager(activation, tmp_path):
 def test_a_trained_operator_in_onnxruntime_equals_eager(options, tmp_path):
     operator = EMOperator(4, 3, num_iters=2, **options).eval()
     trained(operator, 0.02)
-    (definition,) = re.findall(r"^def distances.*?\n\n\n", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    names = {}
-    exec(definition, names)
-    table = torch.export.default_decompositions()
-    table[torch.ops.aten._cdist_forward.default] = names["distances"]
+    (definitions,) = re.findall(r"^def distances.*?(?=^exact = )", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    names = {"torch": torch}
+    exec(definitions, names)
+    table = names["table"]
     x = clusters(2, 40, 3, dtype=torch.float32)
     program = torch.export.export(operator, (x,)).run_decompositions(table)
     other = clusters(2, 40, 3, dtype=torch.float32)
