@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_IMPORTED = ("torch.nn.", "em_lightning.")  # packages whose modules a class_path may import
+_IMPORTABLE = ("torch.nn.", "em_lightning.")  # packages whose modules a class_path may import
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
@@ -20,7 +20,8 @@ def import_class(path: str, base: type = object) -> type[Any]:
     in another module that has not been imported, and if there is no such class or it is not derived from ``base``.
     """
     module, _, name = str(path).rpartition(".")
-    if module not in sys.modules and (not module.startswith(_IMPORTED) or module.endswith("__main__")):
+    # A module called __main__ would run its program.
+    if module not in sys.modules and (not module.startswith(_IMPORTABLE) or module.endswith("__main__")):
         raise ValueError(f"class_path={path!r} cannot be imported before its module; if you trust it, import {module}")
     try:
         cls = getattr(importlib.import_module(module), name, None)

@@ -136,7 +136,7 @@ def _frame(ax: Any, cloud: Tensor) -> None:
     if len(center) == 2:
         ax.set_aspect("equal")
     else:
-        ax.set_box_aspect((1, 1, 1), zoom=1.3)
+        ax.set_box_aspect((1, 1, 1), zoom=1.3)  # fills the margins of hidden axes
 
 
 def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> None:
