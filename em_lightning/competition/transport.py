@@ -123,11 +123,10 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
     energy_range = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
     initial_ratio = (energy_range / (4 * temperature)).clamp_min(1.0)
     prices = torch.zeros_like(d[..., 0, :])
-    tiny = torch.finfo(d.dtype).tiny
+    finfo = torch.finfo(d.dtype)
     num_items, num_hypotheses = mass.sum(-1, keepdim=True), mass.shape[-1]
     # The system is singular along a shift of all prices, and at hypotheses without responsibility.
-    ridge = (num_items * torch.finfo(d.dtype).eps).expand_as(mass).diag_embed()
-    ridge = ridge + (num_items / num_hypotheses**2).unsqueeze(-1)
+    ridge = (num_items * finfo.eps).expand_as(mass).diag_embed() + (num_items / num_hypotheses**2).unsqueeze(-1)
 
     def total_and_system(t: Tensor) -> tuple[Tensor, Tensor]:
         responsibilities = ((prices.unsqueeze(-2) - d) / t.unsqueeze(-1)).softmax(-1).nan_to_num(0.0)
@@ -136,7 +135,7 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
 
     for step in range(num_iters):
         t = temperature * initial_ratio ** (1 - min(step / (_ANNEALED_FRACTION * num_iters), 1.0))
-        prices = prices + t * (mass.clamp_min(tiny) / total_and_system(t)[0].clamp_min(tiny)).log()
+        prices = prices + t * (mass.clamp_min(finfo.tiny) / total_and_system(t)[0].clamp_min(finfo.tiny)).log()
         total, system = total_and_system(t)
         move = torch.linalg.solve(system, (mass - total).unsqueeze(-1)).squeeze(-1)
         prices = prices + t * move * (_LARGEST_MOVE / move.abs().amax(-1, keepdim=True).clamp_min(_LARGEST_MOVE))

@@ -44,8 +44,7 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
         # Whitening mixes features, which loses digits far from the origin: subtract the median center first.
         origin = centers.detach().median(-2, keepdim=True).values
         x, centers, factor = _whiten(factor, x - origin), _whiten(factor, centers - origin), None
-    # With one feature, differences are as small as the result; a compiler fuses them. The backward of cdist is not
-    # deterministic on CUDA.
+    # A compiler fuses differences, one feature gives few of them, and cdist's backward is not deterministic on CUDA.
     deterministic = x.is_cuda and torch.are_deterministic_algorithms_enabled()
     if few or x.shape[-1] == 1 or torch.compiler.is_compiling() or deterministic:
         differences = pairwise(x, centers)
