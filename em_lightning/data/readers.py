@@ -88,7 +88,7 @@ def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tupl
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless rows are points: an array with more columns than attributes has points in its columns."""
+    """Raise ValueError for fewer than 3 columns, or if columns seem to be the points: few rows and many columns."""
     if len(shape) != 2 or shape[1] < 3:
         raise ValueError(f"the array has shape {shape}, which must be (N, 3) or wider")
     if 3 <= shape[0] <= _MOST_COLUMNS < shape[1]:

@@ -94,7 +94,7 @@ class Audit(list[Finding]):
         rows = [("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "reason")]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
-            exponentiated, normalized = flags if one.hypotheses else "--"
+            exponentiated, normalized = flags if one.hypotheses else ("-", "-")
             soft = "-" if one.soft is None else f"{one.soft:.2f}"
             error = "-" if one.error is None else f"{one.error:.0e}"
             em = "yes" if one.em else "no" if one.checked else "-"
