@@ -86,7 +86,8 @@ def m_step(
 native.register_gradient(
     native.m_step,
     native.m_step_gradient,
-    # The zeroth sums are a view of the mass, so that m_step does not call native.m_step again. [floor] * 3 is unread.
+    # The zeroth sums are a view of the mass, so that m_step does not call native.m_step again. It does not read the
+    # last three statistics, which any tensor can replace.
     lambda mass, first, second, before, floor, kind: m_step(
         SufficientStatistics(mass, mass.view_as(mass), first, second, *[floor] * 3), COVARIANCES[kind], floor, before
     ),

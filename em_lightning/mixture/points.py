@@ -165,7 +165,10 @@ def power_of_two(extent: Tensor) -> Tensor:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return weights (B, N), 0 where masked, of mean 1 if ``normalized``, and a mask of positive ones; or two None."""
+    """Return the weights of points and the mask of positive ones, both (B, N); twice None without mask and weights.
+
+    Weights are zero where masked. With ``normalized`` the mean of the positive ones is 1.
+    """
     if weights is None:
         return (None, None) if mask is None else (mask.to(dtype), mask)
     weights = weights.to(dtype) if mask is None else torch.where(mask, weights.to(dtype), 0.0)

@@ -232,8 +232,9 @@ class _Recorder(TorchDispatchMode):
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
         elif operation != "logsumexp" or len(args[1]) == 1:  # hypotheses on one axis
             maker = self._makers.get(_key(args[0]))
-            outside = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")  # 2: the model alone, twice
-            if maker is not None and outside:  # a loss outside of the layers belongs to the output layer
+            # A loss outside of the layers belongs to the output layer. The stack begins with the model twice.
+            outside = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")
+            if maker is not None and outside:
                 path, module, _ = maker
             if isinstance(module, nn.MultiheadAttention):
                 operation = "attention"
