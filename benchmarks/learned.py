@@ -35,7 +35,7 @@ from em_lightning.studies.density_fits import (
     Method,
     Result,
     baselines,
-    combinations,
+    each,
     em_scores,
     fit_sklearn,
     kernel_scores,
@@ -69,12 +69,10 @@ def methods_of(size):
     floors = [setting["floor"] for setting in grids["EM, tuned"]]
     shares = sorted({setting["prior"]["covariance"] for setting in grids["MAP-EM, tuned"]})
     tried = [{**setting, "n_init": 10} for setting in grids["scikit-learn, tuned"]]
-    bayesian = combinations(
-        covariance_share=shares, weight_concentration_prior=(0.01, 1.0), mean_precision_prior=(0.001, 1.0)
-    )
+    bayesian = each(covariance_share=shares, weight_concentration_prior=(0.01, 1.0), mean_precision_prior=(0.001, 1.0))
     return [
         *found,
-        Method("EM, floor cross-validated", cross_validated_scores, combinations(steps=(5, 20), floors=(floors,))),
+        Method("EM, floor cross-validated", cross_validated_scores, each(steps=(5, 20), floors=(floors,))),
         Method("scikit-learn, n_init=10, tuned", sklearn_scores, tried),
         Method("BayesianGaussianMixture, tuned", bayesian_scores, bayesian),
     ]
@@ -223,7 +221,7 @@ def dense(folder, sizes):
         density = torch.tensor(load(folder, "kernel density", size, 0.02)["scores"])  # written by fits
         for components in (16, 32, 64):
             torch.manual_seed(0)
-            em = Method("EM, tuned", em_scores, combinations(floor=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3), starts=(8,)))
+            em = Method("EM, tuned", em_scores, each(floor=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3), starts=(8,)))
             setting = tune(em, val, components)
             scores = measure(em, clouds, components, setting).scores
             own = measure(learned(model(None, num_components=components)), clouds, components, {}).scores

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_IMPORTABLE = ("torch.nn.", "em_lightning.")  # packages whose modules a class_path may import
+_IMPORTED = ("torch.nn.", "em_lightning.")  # packages whose modules a class_path may import
 
 
 def import_class(path: str, base: type = object) -> type[Any]:
@@ -20,7 +20,7 @@ def import_class(path: str, base: type = object) -> type[Any]:
     ValueError for a class in another module that is not imported yet, does not exist or is not derived from ``base``.
     """
     module, _, name = str(path).rpartition(".")
-    if module not in sys.modules and (not module.startswith(_IMPORTABLE) or module.endswith("__main__")):
+    if module not in sys.modules and (not module.startswith(_IMPORTED) or module.endswith("__main__")):
         raise ValueError(f"class_path={path!r} cannot be imported before its module; if you trust it, import {module}")
     try:
         cls = getattr(importlib.import_module(module), name, None)

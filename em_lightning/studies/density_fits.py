@@ -137,7 +137,7 @@ def fit_sklearn(estimator: Any, rows: Any) -> Mixture:
     return Mixture(weights.log()[None], means[None], covariances)
 
 
-def combinations(**options: Sequence[Any]) -> list[Setting]:
+def each(**options: Sequence[Any]) -> list[Setting]:
     """Return all combinations of the options."""
     return [dict(zip(options, values, strict=True)) for values in product(*options.values())]
 
@@ -153,13 +153,13 @@ def baselines(size: int, fine: bool = False) -> list[Method]:
     if not fine:
         floors, strengths = floors[::2], strengths[1:2]
     fixed = {"weight_concentration": (1.1,), "mean_strength": (0.0,)}
-    priors = combinations(**fixed, covariance_strength=strengths, covariance=shares)
+    priors = each(**fixed, covariance_strength=strengths, covariance=shares)
     return [
         *(Method(f"EM, {steps} steps", em_scores, [{"steps": steps, "starts": 8}]) for steps in FIXED_STEPS),
-        Method("EM, tuned", em_scores, combinations(floor=floors, starts=starts)),
-        Method("MAP-EM, tuned", em_scores, combinations(prior=priors, starts=starts)),
+        Method("EM, tuned", em_scores, each(floor=floors, starts=starts)),
+        Method("MAP-EM, tuned", em_scores, each(prior=priors, starts=starts)),
         Method("kernel density", kernel_scores, [{}]),
-        Method("scikit-learn, tuned", sklearn_scores, combinations(reg_covar=floors[::2])),
+        Method("scikit-learn, tuned", sklearn_scores, each(reg_covar=floors[::2])),
     ]
 
 
