@@ -113,7 +113,7 @@ class EMAbstraction(nn.Module):
                 item_bumps = bumps(x, centers, self.grid, self.pitch)
             dtype = next(self.embed.parameters()).dtype  # the module may be of half precision
             token_bumps = bumps(centers, centers, 3, self.inner_pitch).to(dtype)
-        if features is not None:
+        if features is not None:  # outside of no_grad, because features get a gradient
             sums = _gather(item_bumps, torch.where(valid.unsqueeze(-1), features, 0.0).to(item_bumps.dtype))
         tokens = self.embed(self.scale(sums.to(dtype).flatten(0, 1)))
         for block in self.blocks:
