@@ -132,9 +132,8 @@ class ResidualCorrection(nn.Module):
             return (along / deviations).log()
 
         change = (axes.mT @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
-        thickness = torch.cat(
-            [(deviations / unit).log(), floor[:, None, None] / deviations.square()], -1
-        )  # (B, K, 2 D)
+        # Deviations relative to the size of the set and to the floor, (B, K, 2 D).
+        thickness = torch.cat([(deviations / unit).log(), floor[:, None, None] / deviations.square()], -1)
         mean_thickness = after.log_weights.softmax(-1).unsqueeze(1) @ thickness
         distance = ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True)
         extent = neighbours.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
