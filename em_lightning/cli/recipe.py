@@ -166,8 +166,8 @@ class RecipeCLI(LightningCLI):
             known = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
             for key in keys:
                 if key not in known and key.rpartition(".")[2] in message:
-                    near = difflib.get_close_matches(key, filter(lambda other: "." in other, known), n=1)
-                    message += "".join(f" Did you mean --{other}?" for other in near)
+                    near = difflib.get_close_matches(key, [other for other in known if "." in other], n=1)
+                    message += f" Did you mean --{near[0]}?" if near else ""
             raise ValueError(message) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
