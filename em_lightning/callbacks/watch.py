@@ -72,8 +72,7 @@ class PosteriorMonitor(Callback):
         dim: the axis of the units, or "auto", see :class:`~em_lightning.surgery.UnitAxis`.
         every_n_steps: training batches between two measurements.
         loss: the EM loss whose gradient is compared with that of the task.
-        task_curvature: whether to log the curvature of the task's loss, at the cost of about twenty backward passes, and only
-            for operations that have second derivatives.
+        task_curvature: whether to log the curvature of the task's loss, about twenty backward passes.
         verbose: whether to print a line per layer at the first batch.
 
     Raises:
@@ -104,7 +103,7 @@ class PosteriorMonitor(Callback):
         self._metrics: dict[str, MetricCollection] = {}
         self._last: dict[str, Tensor] = {}
         self._products: dict[str, Tensor] = {}
-        self._task_curvatures: dict[str, Tensor] = {}
+        self._task_curvatures: dict[str, dict[str, Tensor]] = {}
         self._skipped: set[str] = set()
         self._undos: list[Callable[[], Any]] = []
 
@@ -159,7 +158,7 @@ class PosteriorMonitor(Callback):
         """Keep what is logged of both losses: gradients with respect to a layer's tensors, and the task's curvature."""
         if tensors and self.task_curvature:
             num_items = sum(tensor.numel() // tensor.shape[self._axes[path](tensor.shape)] for tensor in tensors)
-            self._task_curvatures[path] = num_items * _hessian_norm(loss, tensors)
+            self._task_curvatures[path] = {"task_curvature": num_items * _hessian_norm(loss, tensors)}
         if not tensors or self.loss is None:
             return
         of_task = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
@@ -188,8 +187,7 @@ class PosteriorMonitor(Callback):
             task, em, product = global_sum(self._products[path])
             values["dominance"] = (task / em).sqrt()
             values["cosine"] = product / (task.sqrt() * em.sqrt()).clamp_min(torch.finfo(em.dtype).tiny)
-        if path in self._task_curvatures:
-            values["task_curvature"] = self._task_curvatures[path]
+        values.update(self._task_curvatures.get(path, {}))
         pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
         for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
             responsibilities = softmin(energies.float()).responsibilities.flatten()

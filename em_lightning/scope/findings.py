@@ -50,8 +50,7 @@ class Finding:
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated, normalized: whether energies are exponentiated, and responsibilities sum to 1.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis has responsibility 1.
-        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items, at most 1/2; None for several
-            competitions along an axis.
+        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items; None if an axis has groups.
         error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
     """
@@ -95,7 +94,21 @@ class Audit(list[Finding]):
     """The findings in the order of the forward pass; ``print`` shows a table, and advice for what is not EM."""
 
     def __str__(self) -> str:
-        rows = [("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "curvature", "dF/dd - r", "EM", "reason")]
+        rows = [
+            (
+                "layer",
+                "module",
+                "operation",
+                "hypotheses",
+                "exp",
+                "norm",
+                "soft",
+                "curvature",
+                "dF/dd - r",
+                "EM",
+                "reason",
+            )
+        ]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
             exponentiated, normalized = flags if one.hypotheses else "--"
