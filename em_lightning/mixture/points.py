@@ -165,7 +165,7 @@ def power_of_two(extent: Tensor) -> Tensor:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return weights (B, N), zero where masked, with mean 1 if ``normalized``, and which are positive; or two None."""
+    """Return weights (B, N), 0 where masked, of mean 1 if ``normalized``, and where they are positive; or two None."""
     if weights is None:
         return (None, None) if mask is None else (mask.to(dtype), mask)
     weights = weights.to(dtype) if mask is None else torch.where(mask, weights.to(dtype), 0.0)
