@@ -20,7 +20,7 @@ from em_lightning.estimator import GaussianMixture
 from em_lightning.kernels import KERNELS, Kernel, pairwise
 from em_lightning.metrics import layer_metrics
 from em_lightning.operators import EMAbstraction, EMRefinement, GeneralizedEM
-from em_lightning.plots import figure_style, new_figure, save_figure
+from em_lightning.plots import figure_style, new_figure
 from em_lightning.plots.figures import NEUTRAL, PALETTE
 from em_lightning.studies import ImagePointSets
 from em_lightning.surgery import LayerwiseLoss
@@ -275,7 +275,9 @@ FIGURES: tuple[Callable[[], Figure], ...] = (
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images" / "how-to"
     torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
     for draw in FIGURES:
-        path = save_figure(draw(), folder / f"{draw.__name__}.png")
+        path = folder / f"{draw.__name__}.png"
+        draw().savefig(path, dpi=150)
         Image.open(path).convert("RGB").quantize(48).save(path, optimize=True)  # a third of the size
         print(path)

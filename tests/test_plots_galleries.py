@@ -7,7 +7,7 @@ import pytest
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.kernels import KERNELS
-from em_lightning.plots import figure_style, new_figure, save_figure
+from em_lightning.plots import figure_style, new_figure
 from em_lightning.plots.figures import PALETTE
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -42,7 +42,7 @@ def test_style_is_restored(tmp_path):
         assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(PALETTE)
     figure, axes = new_figure(5, 3, sharex=True)
     assert len(axes) == len(figure.axes) == 5
-    path = save_figure(figure, tmp_path / "new" / "figure.png")
+    path = GALLERIES["save_figure"](figure, tmp_path / "new" / "figure.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert settings() == before
 
