@@ -78,6 +78,13 @@ def test_equivariant_in_shift_and_scale_of_the_points(covariance):
         torch.testing.assert_close(moved.covariances, expected.covariances, rtol=1e-5, atol=1e-15)
 
 
+def test_padding_does_not_blur_small_clouds_far_from_the_origin():
+    x = 1e4 + 1e-3 * torch.randn(1, 60, 3, generator=torch.Generator().manual_seed(0))
+    padded, mask = torch.cat([x, torch.zeros(1, 20, 3)], 1), torch.arange(80).unsqueeze(0) < 60
+    operator = EMOperator(2, 3, residual=False)
+    assert_close(operator(padded, mask), operator(x), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
 def test_masked_points_are_ignored_even_if_nan(covariance, init):

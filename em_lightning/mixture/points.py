@@ -145,13 +145,15 @@ def features_first(x: Tensor) -> Tensor:
 
 
 def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
-    """Return the frame of points (B, N, D) from mean and extent; masked rows must be zero and count in the extent."""
+    """Return the frame of points (B, N, D) from mean and extent; masked rows must be zero."""
     x, dtype = x.detach(), accumulation_dtype(x)
     if mask is None:
         center = x.mean(1).to(dtype)
     else:
         center = x.sum(1).to(dtype) / mask.sum(1, keepdim=True).clamp(min=1)
     center = torch.where(center.isfinite(), center, 0.0)  # the sum may overflow
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, center.unsqueeze(1).to(x.dtype))
     low, high = (side.to(dtype) for side in x.aminmax(dim=1))
     extent = torch.maximum(high - center, center - low).amax(-1)
     return Frame(center, power_of_two(extent))

@@ -275,7 +275,9 @@ def _num_threads(numbers: int) -> ctypes.c_int64:
 
 def fits_groups(x: Tensor) -> bool:
     """Return whether the native backend fits mixtures to groups of the rows of x (E, D)."""
-    return x.dtype in _REALS and _is_chosen(True, x) and _is_available("ragged.cpp")
+    # The alternative is a padded layout, whose sizes depend on the data, so that it cannot be exported.
+    is_exported = torch.compiler.is_exporting() and x.device.type == "cpu" and _chosen != "reference"
+    return x.dtype in _REALS and (is_exported or _is_chosen(True, x)) and _is_available("ragged.cpp")
 
 
 def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
