@@ -16,6 +16,7 @@ from em_lightning.metrics import EffectiveComponents, MixtureLogLikelihood, Resp
 from em_lightning.mixture import Mixture
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator, ResidualCorrection
+from em_lightning.operators.base import check_sets
 
 # A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
@@ -25,6 +26,8 @@ _LOG_DENSITY_LIMIT = -6.0
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
 # Clouds of fewer points converge sooner and get proportionally fewer classical iterations, but at least 20.
 _FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
+# Floor, prior and corrections hold for clouds of radius 1. On validation clouds, radii in this range scored alike.
+_LEAST_RADIUS, _MOST_RADIUS = 0.25, 8.0
 
 
 class PointCloudGMM(EMModule):
@@ -34,6 +37,9 @@ class PointCloudGMM(EMModule):
     log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
     training, the learned iterations are those of classical EM under ``prior``.
+
+    Clouds whose radius is below 1/4 or above 8 are fitted at radius 1, and the mixture is mapped back to their units.
+    The starts are random; ``torch.manual_seed`` makes a fit repeatable.
 
     Args:
         num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
@@ -112,27 +118,49 @@ class PointCloudGMM(EMModule):
         Args:
             **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``.
 
+        Raises:
+            ValueError: ``num_features`` or ``width`` differs from that of the trained weights.
+
         Example:
             >>> module = PointCloudGMM.pretrained(num_components=8)
             >>> module(torch.randn(2, 50, 3)).means.shape
             torch.Size([2, 8, 3])
         """
         stored = torch.load(Path(__file__).with_name("point_cloud_gmm.pt"), map_location="cpu", weights_only=True)
+        for name in ("num_features", "width"):
+            own = stored["arguments"][name]
+            if arguments.get(name, own) != own:
+                raise ValueError(f"{name}={arguments[name]} must be {own}, that of the trained weights")
         module = cls(**{**stored["arguments"], **arguments})
         module.load_state_dict(stored["state_dict"])
         return module.eval()
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
         """Return the mixtures of clouds (B, N, D)."""
+        points, scale, center = self._near_unit_radius(points, mask)
         with torch.no_grad():
             start = self.operator.classical()(points, mask, num_iters=self._exact_iters(points, mask))
-        return self.operator(points, mask, init=start)
+        return self.operator(points, mask, init=start).affine(scale, center)
 
     def iterate(self, points: Tensor, mask: Tensor | None = None) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each classical and each learned iteration."""
+        points, scale, center = self._near_unit_radius(points, mask)
         for mixture in self.operator.classical().iterate(points, mask, num_iters=self._exact_iters(points, mask)):
-            yield mixture
-        yield from list(self.operator.iterate(points, mask, init=mixture))[1:]
+            yield mixture.affine(scale, center)
+        for learned in list(self.operator.iterate(points, mask, init=mixture))[1:]:
+            yield learned.affine(scale, center)
+
+    def _near_unit_radius(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return clouds of radius 1 with scale (B,) and center (B, D); 1 and 0 for a radius near 1, or 0, or infinite."""
+        points = check_sets(points, mask, None, self.operator.num_features)
+        absent = torch.zeros_like(points[..., :1], dtype=torch.bool) if mask is None else ~mask.unsqueeze(-1)
+        low, high = points.masked_fill(absent, math.inf).amin(1), points.masked_fill(absent, -math.inf).amax(1)
+        center = (low + high) / 2
+        radius = (points - center.unsqueeze(1)).masked_fill(absent, 0.0).norm(dim=-1).amax(1)
+        small, large = (radius > 0.0) & (radius < _LEAST_RADIUS), (radius > _MOST_RADIUS) & radius.isfinite()
+        scale = radius.where(small | large, 1.0)
+        center = center.where((small | large).unsqueeze(-1), 0.0)
+        return (points - center.unsqueeze(1)) / scale[:, None, None], scale, center
 
     def _exact_iters(self, points: Tensor, mask: Tensor | None) -> int:
         """Return the number of classical iterations for a batch of clouds."""
