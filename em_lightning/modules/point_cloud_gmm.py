@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_at_least
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.data import PointCloudBatch
-from em_lightning.metrics import EffectiveComponents, MixtureLogLikelihood, ResponsibilityEntropy
+from em_lightning.metrics import MixtureLogLikelihood
 from em_lightning.mixture import Mixture
+from em_lightning.mixture.points import power_of_two
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator, ResidualCorrection
 from em_lightning.operators.base import check_sets
@@ -26,8 +28,8 @@ _LOG_DENSITY_LIMIT = -6.0
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
 # Clouds of fewer points converge sooner and get proportionally fewer classical iterations, but at least 20.
 _FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
-# Floor, prior and corrections hold for clouds of radius 1. On validation clouds, radii in this range scored alike.
-_LEAST_RADIUS, _MOST_RADIUS = 0.25, 8.0
+# The weights belong to clouds of radius 1. On validation clouds, radii between these limits scored alike.
+_LEAST_SCALE, _MOST_SCALE = 0.25, 8.0
 
 
 class PointCloudGMM(EMModule):
@@ -38,8 +40,7 @@ class PointCloudGMM(EMModule):
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
     training, the learned iterations are those of classical EM under ``prior``.
 
-    Clouds whose radius is below 1/4 or above 8 are fitted at radius 1, and the mixture is mapped back to their units.
-    The starts are random; ``torch.manual_seed`` makes a fit repeatable.
+    Clouds whose radius is far from 1 are scaled for the fit. ``torch.manual_seed`` makes the random starts repeatable.
 
     Args:
         num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
@@ -102,12 +103,7 @@ class PointCloudGMM(EMModule):
             prior=_PRIOR if prior is None else prior,
             residual=ResidualCorrection(num_features, covariance, width),
         )
-        self.add_metrics(
-            ("val", "test"),
-            log_likelihood=MixtureLogLikelihood(),
-            effective_components=EffectiveComponents(),
-            responsibility_entropy=ResponsibilityEntropy(),
-        )
+        self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
 
     @classmethod
     def pretrained(cls, **arguments: Any) -> PointCloudGMM:
@@ -116,10 +112,8 @@ class PointCloudGMM(EMModule):
         It was trained on procedural surfaces of 32 to 1,024 points with noise and missing regions.
 
         Args:
-            **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``.
-
-        Raises:
-            ValueError: ``num_features`` or ``width`` differs from that of the trained weights.
+            **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``;
+                another ``num_features`` or ``width`` raises a ValueError.
 
         Example:
             >>> module = PointCloudGMM.pretrained(num_components=8)
@@ -127,40 +121,34 @@ class PointCloudGMM(EMModule):
             torch.Size([2, 8, 3])
         """
         stored = torch.load(Path(__file__).with_name("point_cloud_gmm.pt"), map_location="cpu", weights_only=True)
-        for name in ("num_features", "width"):
-            own = stored["arguments"][name]
-            if arguments.get(name, own) != own:
-                raise ValueError(f"{name}={arguments[name]} must be {own}, that of the trained weights")
+        for name in {"num_features", "width"} & arguments.keys():
+            check_choice(name, arguments[name], [stored["arguments"][name]])
         module = cls(**{**stored["arguments"], **arguments})
         module.load_state_dict(stored["state_dict"])
         return module.eval()
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
         """Return the mixtures of clouds (B, N, D)."""
-        points, scale, center = self._near_unit_radius(points, mask)
+        points, unscale = self._scaled(points, mask)
         with torch.no_grad():
             start = self.operator.classical()(points, mask, num_iters=self._exact_iters(points, mask))
-        return self.operator(points, mask, init=start).affine(scale, center)
+        return unscale(self.operator(points, mask, init=start))
 
     def iterate(self, points: Tensor, mask: Tensor | None = None) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each classical and each learned iteration."""
-        points, scale, center = self._near_unit_radius(points, mask)
+        points, unscale = self._scaled(points, mask)
         for mixture in self.operator.classical().iterate(points, mask, num_iters=self._exact_iters(points, mask)):
-            yield mixture.affine(scale, center)
-        for learned in list(self.operator.iterate(points, mask, init=mixture))[1:]:
-            yield learned.affine(scale, center)
+            yield unscale(mixture)
+        yield from map(unscale, list(self.operator.iterate(points, mask, init=mixture))[1:])
 
-    def _near_unit_radius(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return clouds of radius 1 with scale (B,) and center (B, D); 1 and 0 for a radius near 1, or 0, or infinite."""
-        points = check_sets(points, mask, None, self.operator.num_features)
-        absent = torch.zeros_like(points[..., :1], dtype=torch.bool) if mask is None else ~mask.unsqueeze(-1)
-        low, high = points.masked_fill(absent, math.inf).amin(1), points.masked_fill(absent, -math.inf).amax(1)
-        center = (low + high) / 2
-        radius = (points - center.unsqueeze(1)).masked_fill(absent, 0.0).norm(dim=-1).amax(1)
-        small, large = (radius > 0.0) & (radius < _LEAST_RADIUS), (radius > _MOST_RADIUS) & radius.isfinite()
-        scale = radius.where(small | large, 1.0)
-        center = center.where((small | large).unsqueeze(-1), 0.0)
-        return (points - center.unsqueeze(1)) / scale[:, None, None], scale, center
+    def _scaled(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[Mixture], Mixture]]:
+        """Divide clouds of unusual extent by a power of two near it; also return the function that undoes this."""
+        check_sets(points, mask, None, self.operator.num_features)
+        hidden = torch.zeros_like(points[..., :1], dtype=torch.bool) if mask is None else ~mask.unsqueeze(-1)
+        extent = points.masked_fill(hidden, -math.inf).amax(1) - points.masked_fill(hidden, math.inf).amin(1)
+        scale = power_of_two(extent.detach().amax(-1) / 2)
+        scale = scale.where(((scale < _LEAST_SCALE) | (scale > _MOST_SCALE)) & scale.isfinite(), 1.0)
+        return points / scale[:, None, None], partial(Mixture.affine, scale=scale, shift=torch.zeros_like(extent))
 
     def _exact_iters(self, points: Tensor, mask: Tensor | None) -> int:
         """Return the number of classical iterations for a batch of clouds."""
@@ -179,11 +167,7 @@ class PointCloudGMM(EMModule):
             below = (_LOG_DENSITY_LIMIT - log_prob).clamp(min=0.0)
             loss = -(log_prob + below - below.log1p()).sum() / total
             return {"loss": loss, "log_likelihood": log_likelihood}
-        metrics = self.metrics_of(stage)
-        responsibilities = mixture.posterior(batch.held_out).responsibilities
-        metrics["log_likelihood"].update(log_prob, batch.held_out_mask)
-        metrics["effective_components"].update(mixture.log_weights)
-        metrics["responsibility_entropy"].update(responsibilities, batch.held_out_mask)
+        self.metrics_of(stage)["log_likelihood"].update(log_prob, batch.held_out_mask)
         return {"loss": -log_likelihood}
 
     def _cut(self, batch: PointCloudBatch, least_points: int) -> PointCloudBatch:
