@@ -59,8 +59,13 @@ def errors(found, truth):
 
 
 def share_bias(clouds):
-    """Print estimated minus true share of uniform outliers for 500 points in two clusters, from the true mixture."""
-    print("| kernel | true share | no prior | strength 1 | strength 3 | strength 10 |\n|---|---|---|---|---|---|")
+    """Print estimated minus true share of uniform outliers for 500 points in two clusters.
+
+    The fits start from the true mixture; those of the last column from the best of 20 k-means++ draws.
+    """
+    strengths = (None, 1.0, 3.0, 10.0)
+    print("| kernel | true share | no prior | strength 1 | strength 3 | strength 10 | best of 20, strength 1 |")
+    print("|---|---|---|---|---|---|---|")
     kernels = {"Gaussian": "gaussian", "Student-t 3": {"name": "student_t", "df": 3.0, "density": True}}
     for name, kernel in kernels.items():
         for share in (0.2, 0.4):
@@ -72,11 +77,13 @@ def share_bias(clouds):
             weights = torch.full((clouds, 2), (1 - share) / 2)
             truth = Mixture(weights.log(), means, torch.eye(3).expand(clouds, 2, 3, 3))
             cells = []
-            for strength in (None, 1.0, 3.0, 10.0):
+            for strength, start in (*((strength, truth) for strength in strengths), (1.0, None)):
                 prior = {"covariance_strength": strength} if strength else None
                 options = {"kernel": kernel, "background": {"estimate": True}, "prior": prior, "residual": False}
+                if start is None:
+                    options |= {"init": "kmeans++", "num_starts": 20, "seed": 0}
                 with torch.no_grad():
-                    mixture = EMOperator(2, 3, **options)(points, init=truth, num_iters=100)
+                    mixture = EMOperator(2, 3, **options).eval()(points, init=start, num_iters=100)
                 cells.append(f"{(1 - mixture.weights.sum(-1) - share).mean():.3f}")
             print(f"| {name} | {share:.0%} | {' | '.join(cells)} |", flush=True)
 

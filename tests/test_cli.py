@@ -121,7 +121,7 @@ def test_a_run_writes_results_figures_and_tensorboard_events(here, capsys):
     assert cli.main(["run", "point_cloud_gmm", *SMALL]) == 0
     folder = here / "lightning_logs" / "point_cloud_gmm" / "version_0"
     written = {path.name for path in folder.iterdir()}
-    pictures = {"clouds.png", "sizes.png", "times.png", "training.png"}
+    pictures = {"clouds.png", "sizes.png", "times.png"}
     assert pictures | {"results.md", "results.json", "report.html", "config.yaml", "checkpoints"} <= written
     assert (folder / "checkpoints" / "last.ckpt").exists()
     rows = json.loads((folder / "results.json").read_text())["rows"]
@@ -143,7 +143,7 @@ def test_a_run_writes_results_figures_and_tensorboard_events(here, capsys):
     events = EventAccumulator(str(folder))
     events.Reload()
     tags = events.Tags()
-    assert {"clouds", "sizes", "times", "training"} <= set(tags["images"])
+    assert {"clouds", "sizes", "times"} <= set(tags["images"])
     assert {"train/log_likelihood", "val/log_likelihood"} <= set(tags["scalars"])
 
     resumed = cli.main(

@@ -131,7 +131,6 @@ def test_training_raises_the_held_out_likelihood_above_classical_em(tmp_path):
     after = fit.validate(module, data, verbose=False)[0]
     assert after["val/log_likelihood"] > before["val/log_likelihood"] + 0.02
     assert after["val/loss"] == pytest.approx(-after["val/log_likelihood"], abs=1e-5)
-    assert 1 <= after["val/effective_components"] <= 4 and 0 <= after["val/responsibility_entropy"] <= 1.39
 
 
 @pytest.mark.parametrize("init", ["farthest", "kmeans++"])

@@ -42,18 +42,12 @@ class EMModule(lightning.LightningModule):
         ValueError: an argument is out of range.
 
     Example:
-        >>> from torchmetrics import MeanAbsoluteError
         >>> class Regression(EMModule):
         ...     def __init__(self, **options):
         ...         super().__init__(**options)
         ...         self.layer = torch.nn.Linear(1, 1)
-        ...         self.add_metrics(("val",), error=MeanAbsoluteError())
-        ...
         ...     def step(self, batch, stage):
-        ...         prediction = self.layer(batch[0])
-        ...         if stage == "val":
-        ...             self.metrics_of(stage)["error"].update(prediction, batch[1])
-        ...         return (prediction - batch[1]).square().mean()
+        ...         return (self.layer(batch[0]) - batch[1]).square().mean()
         >>> Regression(lr=0.1).step((torch.zeros(4, 1), torch.ones(4, 1)), "val").shape
         torch.Size([])
     """

@@ -142,18 +142,17 @@ class GaussianMixtureModule(EMModule):
         self.log_weights = nn.Parameter(uniform)
         self.means = nn.Parameter(ones.new_zeros(1, num_components, num_features))
         self.covariances = nn.Parameter(COVARIANCES[covariance].expand(ones, num_components).clone())
-        double: dict[str, Any] = {"dtype": torch.float64}
-        self.register_buffer("center", torch.zeros(1, num_features, **double))
-        self.register_buffer("variance", torch.ones(1, num_features, **double))
-        self.register_buffer("log_likelihood", torch.tensor(-math.inf, **double))
-        self.register_buffer("change", torch.tensor(math.inf, **double))
+        self.register_buffer("center", torch.zeros_like(ones))
+        self.register_buffer("variance", ones.clone())
+        self.register_buffer("log_likelihood", ones.new_tensor(-math.inf))
+        self.register_buffer("change", ones.new_tensor(math.inf))
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         # This rank's log-likelihood, mass and statistics in this epoch; a checkpoint has those of all ranks.
         size = self._no_rows.flatten().numel()
-        self.register_buffer("sums", torch.zeros(2 + size, **double), persistent=False)
+        self.register_buffer("sums", ones.new_zeros(2 + size), persistent=False)
         if method == "stochastic":
-            self.register_buffer("running", torch.zeros(size, **double))
+            self.register_buffer("running", ones.new_zeros(size))
             self.register_buffer("blocks_seen", torch.zeros((), dtype=torch.long))
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP must not broadcast the buffers before every block: `sums` differ between ranks, and the others are equal.
@@ -260,9 +259,7 @@ class GaussianMixtureModule(EMModule):
         log_likelihood, mass = total[:2]
         mean = log_likelihood / mass
         if not torch.isfinite(mean):
-            raise ValueError(
-                f"the log-likelihood is {float(mean)}: the data contain NaN, infinity or only weights of 0"
-            )
+            raise ValueError(f"the log-likelihood is {float(mean)}: the data have NaN, infinity or only weights of 0")
         if self.method == "em":
             self._maximize(total[2:])
         self.change.copy_((mean - self.log_likelihood).abs())

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from em_lightning.checks import check_at_least
+from em_lightning.checks import check_at_least, check_choice
 from em_lightning.data import PointCloudBatch
-from em_lightning.metrics import EffectiveComponents, MixtureLogLikelihood, ResponsibilityEntropy
+from em_lightning.metrics import MixtureLogLikelihood
 from em_lightning.mixture import Mixture
+from em_lightning.mixture.points import power_of_two
 from em_lightning.modules.base import EMModule
 from em_lightning.operators import EMOperator, ResidualCorrection
+from em_lightning.operators.base import check_sets
 
 # A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
@@ -25,6 +28,8 @@ _LOG_DENSITY_LIMIT = -6.0
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
 # Clouds of fewer points converge sooner and get proportionally fewer classical iterations, but at least 20.
 _FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
+# Clouds of the training data have radius 1. On validation clouds, these radii lowered the score by at most 0.06.
+_LEAST_SCALE, _MOST_SCALE = 0.25, 8.0
 
 
 class PointCloudGMM(EMModule):
@@ -34,6 +39,8 @@ class PointCloudGMM(EMModule):
     log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
     training, the learned iterations are those of classical EM under ``prior``.
+
+    Clouds whose radius is far from 1 are scaled for the fit. ``torch.manual_seed`` makes the random starts repeatable.
 
     Args:
         num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
@@ -96,12 +103,7 @@ class PointCloudGMM(EMModule):
             prior=_PRIOR if prior is None else prior,
             residual=ResidualCorrection(num_features, covariance, width),
         )
-        self.add_metrics(
-            ("val", "test"),
-            log_likelihood=MixtureLogLikelihood(),
-            effective_components=EffectiveComponents(),
-            responsibility_entropy=ResponsibilityEntropy(),
-        )
+        self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
 
     @classmethod
     def pretrained(cls, **arguments: Any) -> PointCloudGMM:
@@ -110,7 +112,8 @@ class PointCloudGMM(EMModule):
         It was trained on procedural surfaces of 32 to 1,024 points with noise and missing regions.
 
         Args:
-            **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``.
+            **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``;
+                another ``num_features`` or ``width`` raises a ValueError.
 
         Example:
             >>> module = PointCloudGMM.pretrained(num_components=8)
@@ -118,21 +121,34 @@ class PointCloudGMM(EMModule):
             torch.Size([2, 8, 3])
         """
         stored = torch.load(Path(__file__).with_name("point_cloud_gmm.pt"), map_location="cpu", weights_only=True)
+        for name in {"num_features", "width"} & arguments.keys():
+            check_choice(name, arguments[name], [stored["arguments"][name]])
         module = cls(**{**stored["arguments"], **arguments})
         module.load_state_dict(stored["state_dict"])
         return module.eval()
 
     def forward(self, points: Tensor, mask: Tensor | None = None) -> Mixture:
         """Return the mixtures of clouds (B, N, D)."""
+        points, unscale = self._scaled(points, mask)
         with torch.no_grad():
             start = self.operator.classical()(points, mask, num_iters=self._exact_iters(points, mask))
-        return self.operator(points, mask, init=start)
+        return unscale(self.operator(points, mask, init=start))
 
     def iterate(self, points: Tensor, mask: Tensor | None = None) -> Iterator[Mixture]:
         """Yield the start and the mixtures after each classical and each learned iteration."""
+        points, unscale = self._scaled(points, mask)
         for mixture in self.operator.classical().iterate(points, mask, num_iters=self._exact_iters(points, mask)):
-            yield mixture
-        yield from list(self.operator.iterate(points, mask, init=mixture))[1:]
+            yield unscale(mixture)
+        yield from map(unscale, list(self.operator.iterate(points, mask, init=mixture))[1:])
+
+    def _scaled(self, points: Tensor, mask: Tensor | None) -> tuple[Tensor, Callable[[Mixture], Mixture]]:
+        """Divide clouds of unusual extent by a power of two near it; also return the function that undoes this."""
+        check_sets(points, mask, None, self.operator.num_features)
+        hidden = torch.zeros_like(points[..., :1], dtype=torch.bool) if mask is None else ~mask.unsqueeze(-1)
+        extent = points.masked_fill(hidden, -math.inf).amax(1) - points.masked_fill(hidden, math.inf).amin(1)
+        scale = power_of_two(extent.detach().amax(-1) / 2)
+        scale = scale.where(((scale < _LEAST_SCALE) | (scale > _MOST_SCALE)) & scale.isfinite(), 1.0)
+        return points / scale[:, None, None], partial(Mixture.affine, scale=scale, shift=torch.zeros_like(extent))
 
     def _exact_iters(self, points: Tensor, mask: Tensor | None) -> int:
         """Return the number of classical iterations for a batch of clouds."""
@@ -151,11 +167,7 @@ class PointCloudGMM(EMModule):
             below = (_LOG_DENSITY_LIMIT - log_prob).clamp(min=0.0)
             loss = -(log_prob + below - below.log1p()).sum() / total
             return {"loss": loss, "log_likelihood": log_likelihood}
-        metrics = self.metrics_of(stage)
-        responsibilities = mixture.posterior(batch.held_out).responsibilities
-        metrics["log_likelihood"].update(log_prob, batch.held_out_mask)
-        metrics["effective_components"].update(mixture.log_weights)
-        metrics["responsibility_entropy"].update(responsibilities, batch.held_out_mask)
+        self.metrics_of(stage)["log_likelihood"].update(log_prob, batch.held_out_mask)
         return {"loss": -log_likelihood}
 
     def _cut(self, batch: PointCloudBatch, least_points: int) -> PointCloudBatch:

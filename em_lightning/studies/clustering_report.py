@@ -85,12 +85,9 @@ def _classical_fits(data: MixtureSets, trained: EMOperator) -> dict[str, FitFunc
 
     def from_trained_start(num_iters: int) -> FitFunction:
         plain = EMOperator(trained.num_components, trained.num_features, covariance=trained.covariance, residual=False)
-
-        def fit(batch: MixtureSetBatch) -> Mixture:
-            start = trained(batch.points, batch.mask, num_iters=0)
-            return plain(batch.points, batch.mask, init=start, num_iters=num_iters)
-
-        return fit
+        return lambda batch: plain(
+            batch.points, batch.mask, init=trained(batch.points, batch.mask, num_iters=0), num_iters=num_iters
+        )
 
     # 1,000 pseudo-counts, more than a set has points: the scale stays near the true one.
     prior = {"mean_strength": 0.0, "covariance_strength": 1000.0, "covariance": [data.scale**2] * data.num_features}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from em_lightning.data import PointCloudBatch
 from em_lightning.mixture import Mixture
 from em_lightning.plots import mixture_grid
-from em_lightning.studies.density_fits import FIXED_STEPS, TRAINED, Clouds, Result, compare, sklearn_mixtures
+from em_lightning.studies.density_fits import TRAINED, Clouds, Result, compare, em_operator, sklearn_mixtures
 from em_lightning.studies.page import scene, write_page
 from em_lightning.studies.report import Findings, Report, batches_on, curves
 
@@ -27,8 +27,8 @@ class MixtureReport(Report):
     """Compare a trained :class:`~em_lightning.modules.PointCloudGMM` with tuned classical fits, by cloud size.
 
     The table has the held-out log-likelihood and the time per cloud of each method. The figures are ``sizes``
-    (likelihood by number of points), ``times`` (likelihood by time), ``clouds`` and ``training``; ``report.html`` shows
-    rotatable clouds and ellipsoids. The settings of the classical fits are tuned on the validation clouds of each size.
+    (likelihood by number of points), ``times`` (likelihood by time) and ``clouds``; ``report.html`` shows rotatable
+    clouds and ellipsoids. The settings of the classical fits are tuned on the validation clouds of each size.
 
     Args:
         sizes: numbers of points; those above the size of the data's clouds are left out.
@@ -42,12 +42,6 @@ class MixtureReport(Report):
         self.num_pictured = num_pictured
         self.sklearn = sklearn
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Record the likelihoods of the epoch, which the figure ``training`` shows."""
-        logged = trainer.callback_metrics
-        names = [name for name in ("train/log_likelihood", "val/log_likelihood") if name in logged]
-        self.history.append({"epoch": trainer.current_epoch + 1, **{name: float(logged[name]) for name in names}})
-
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         data = trainer.datamodule
         # The random starts must not depend on how the training was distributed over processes.
@@ -60,9 +54,8 @@ class MixtureReport(Report):
                 results[size] = compare(module, val_clouds, test_clouds, self.sklearn)
         if not results:
             raise ValueError(f"sizes={tuple(self.sizes)} must hold one that validation and test clouds have")
-        verdict = verdict_by_size(
-            {size: {name: result.scores for name, result in row.items()} for size, row in results.items()}
-        )
+        scores = {size: {name: result.scores for name, result in row.items()} for size, row in results.items()}
+        verdict = verdict_by_size(scores)
         notes = [
             f"Data: {data.describe()}. Held-out log-likelihood per point in nats of the test clouds, normalized to "
             f"radius 1, K = {module.operator.num_components}, by number of fitted points N, and milliseconds per cloud "
@@ -70,59 +63,63 @@ class MixtureReport(Report):
             f"of each size.",
             verdict,
         ]
-        clouds = test[0]  # clouds of one class are adjacent in it
-        rows = torch.linspace(0, len(clouds.points) - 1, min(self.num_pictured, len(clouds.points))).long()
-        shown = PointCloudBatch(*(part[rows] for part in clouds))
-        titles = [data.class_names[label] for label in shown.label.tolist()]
-        write_page(folder / "report.html", list(self._scenes(module, shown, titles)))
         settings = {size: {name: dict(result.setting) for name, result in row.items()} for size, row in results.items()}
+        size = sorted(results)[len(results) // 2]  # of the clouds in the pictures
+        labels = [label for batch in test for label in batch.label[batch.mask.sum(1) >= size].tolist()]
+        # One cloud of each class comes first.
+        rows = sorted(range(len(labels)), key=lambda row: labels[:row].count(labels[row]))[: self.num_pictured]
+        shown = Clouds(*(part[rows] for part in clouds_of(test, size) or ()))
+        titles = [f"{data.class_names[labels[row]]}, N = {size}" for row in rows]
+        fits = self._fits(module, shown.points, settings[size])
+        scenes = []
+        for i, title in enumerate(titles):
+            methods = {name: [mixture[i] for mixture in mixtures] for name, mixtures in fits.items()}
+            scenes.append(scene(title, shown.points[i : i + 1], shown.held_out[i : i + 1], methods))
+        write_page(folder / "report.html", scenes)
         return Findings(
             title="Mixtures of point clouds",
             notes=notes,
             rows=table(results),
             verdict=verdict,
-            figures={**self._curves(results), "clouds": _side_by_side(module, shown, titles)},
+            figures={**self._curves(results), "clouds": _side_by_side(shown, fits, titles)},
             facts={"seed": data.seed, "settings": settings},
         )
 
     def _curves(self, results: Results) -> dict[str, Any]:
-        fixed = {f"EM, {steps} steps" for steps in FIXED_STEPS}  # left out, so that curves can be told apart
-        names = [name for name in next(iter(results.values())) if name not in fixed]
-        by_size, by_time = {}, {}
-        for name in names:
-            likelihoods = [float(row[name].scores.mean()) for row in results.values()]
-            by_size[name] = (list(results), likelihoods)
-            by_time[name] = ([1e3 * row[name].seconds for row in results.values()], likelihoods)
+        # EM with fixed numbers of steps is left out, so that curves can be told apart.
+        names = [name for name in next(iter(results.values())) if not name.endswith(" steps")]
+        levels = {name: [float(row[name].scores.mean()) for row in results.values()] for name in names}
+        by_size = {name: (list(results), levels[name]) for name in names}
+        by_time = {name: ([1e3 * row[name].seconds for row in results.values()], levels[name]) for name in names}
         return {
             "sizes": curves(by_size, "number of points", _LIKELIHOOD, log_x=True),
-            "times": curves(by_time, "ms per cloud", _LIKELIHOOD, log_x=True),
+            "times": curves(by_time, "ms per cloud (one dot for each number of points)", _LIKELIHOOD, log_x=True),
         }
 
-    def _scenes(self, module: Any, batch: PointCloudBatch, titles: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield the clouds of the page, with the mixtures of each method after each iteration."""
-        from sklearn.mixture import GaussianMixture
-
-        for i, title in enumerate(titles):
-            points = batch.points[i, batch.mask[i]].unsqueeze(0)
-            held_out = batch.held_out[i, batch.held_out_mask[i]].unsqueeze(0)
-            trained = list(module.iterate(points))
-            classical = list(module.operator.classical().iterate(points, num_iters=len(trained) - 1))
-            methods = {"classical EM": classical, TRAINED: trained}
-            if self.sklearn:
-                name = "scikit-learn GaussianMixture"
-                methods[name] = sklearn_mixtures(points, module.operator.num_components, GaussianMixture)
-            yield scene(title, points, held_out, methods)
+    def _fits(self, module: Any, points: Tensor, settings: Mapping[str, Any]) -> dict[str, list[Mixture]]:
+        """Return the mixtures of clouds (B, N, D) after each iteration of the methods that are pictured."""
+        components, tuned = module.operator.num_components, dict(settings["EM, tuned"])
+        steps = tuned.pop("steps")
+        classical = list(em_operator(components, points.shape[-1], **tuned).iterate(points, num_iters=steps))
+        fits = {"EM, tuned": classical, TRAINED: list(module.iterate(points))}
+        if self.sklearn:
+            name = "scikit-learn, tuned"
+            fits[name] = [_joined(sklearn_mixtures(points, components, **settings[name]))]
+        return fits
 
 
-def _side_by_side(module: Any, batch: PointCloudBatch, titles: Sequence[str]) -> Figure:
-    """Draw each cloud with its mixture by classical EM, and beside it with its mixture by the module."""
-    points, mask = batch.points, batch.mask
-    trained = list(module.iterate(points, mask))
-    *_, classical = module.operator.classical().iterate(points, mask, num_iters=len(trained) - 1)
-    pairs = zip(classical.parameters(), trained[-1].parameters(), strict=True)
-    mixtures = Mixture(*(torch.stack(pair, 1).flatten(0, 1) for pair in pairs))
-    named = [f"{title}, {method}" for title in titles for method in ("EM", "trained")]
-    return mixture_grid(points.repeat_interleave(2, 0), mixtures, mask.repeat_interleave(2, 0), named)
+def _joined(mixtures: Sequence[Mixture]) -> Mixture:
+    """Return the mixtures of several sets as one."""
+    return Mixture(*(torch.cat(parts) for parts in zip(*(mixture.parameters() for mixture in mixtures), strict=True)))
+
+
+def _side_by_side(clouds: Clouds, fits: Mapping[str, Sequence[Mixture]], titles: Sequence[str]) -> Figure:
+    """Draw each cloud with its mixture by tuned EM, and beside it with its mixture by the module."""
+    pair = {name: fits[name][-1] for name in ("EM, tuned", TRAINED)}
+    scores = {name: mixture.log_prob(clouds.held_out).mean(1).tolist() for name, mixture in pair.items()}
+    named = [f"{title}\n{name}: {scores[name][i]:.2f}" for i, title in enumerate(titles) for name in pair]
+    mixtures = _joined([mixture[i] for i in range(len(titles)) for mixture in pair.values()])
+    return mixture_grid(clouds.points.repeat_interleave(2, 0), mixtures, None, named)
 
 
 def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds | None:
@@ -148,23 +145,23 @@ def table(results: Results) -> list[dict[str, Any]]:
 
 
 def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]]) -> str:
-    """Return a sentence that compares the trained operator with the best classical fit at each size.
+    """Return a sentence: at which sizes the trained operator is above all classical fits by two standard errors.
 
     Example:
         >>> verdict_by_size({32: {"EM": torch.zeros(2), "trained operator": torch.tensor([0.9, 1.1])}})
         'The trained operator is above every classical fit at 32 points (+1.000 ± 0.100 over EM).'
     """
-    above: list[str] = []
-    not_above: list[str] = []
+    found: dict[bool, list[str]] = {True: [], False: []}
     for size, row in scores.items():
         best = max((name for name in row if name != TRAINED), key=lambda name: float(row[name].mean()))
         gain = row[TRAINED] - row[best]
         error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else math.nan
-        sizes = above if gain.mean() > 0 else not_above
-        sizes.append(f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})")
-    parts = []
-    if above:
-        parts.append(f"is above every classical fit at {', '.join(above)}")
-    if not_above:
-        parts.append(f"is not above every classical fit at {', '.join(not_above)}")
-    return f"The {TRAINED} {' and '.join(parts)}."
+        found[bool(gain.mean() > 2.0 * error)].append(
+            f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})"
+        )
+    parts = [
+        f"{'above' if above else 'not clearly above'} every classical fit at {', '.join(sizes)}"
+        for above, sizes in found.items()
+        if sizes
+    ]
+    return f"The {TRAINED} is {' and is '.join(parts)}."
