@@ -1,6 +1,8 @@
 """Situations of other people's models: shared activations, sequences, functions, plain containers, target networks."""
 
 import copy
+import functools
+import math
 
 import lightning
 import pytest
@@ -20,7 +22,16 @@ from em_lightning.callbacks import (
     SwapActivations,
     TemperatureSchedule,
 )
-from em_lightning.surgery import LayerwiseLoss, NoMatchError, Taps, find_modules, insert_em_operators, swap_activations
+from em_lightning.surgery import (
+    LayerwiseLoss,
+    NoMatchError,
+    Taps,
+    find_modules,
+    insert_em_operators,
+    recorded_plan,
+    restore_surgery,
+    swap_activations,
+)
 
 pytestmark = [
     users.QUIET,
@@ -274,6 +285,41 @@ def test_more_functions_are_swapped():
         torch.testing.assert_close(model(x), expected)
 
 
+def shifted_softplus(x):
+    return F.softplus(x) - math.log(2.0)
+
+
+class Stores(nn.Linear):
+    """A dense layer that stores its activation, as atomistic networks do."""
+
+    def __init__(self, activation):
+        super().__init__(4, 4)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.activation(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "activation, shift",
+    [
+        (shifted_softplus, math.log(2.0)),
+        (functools.partial(shifted_softplus), math.log(2.0)),
+        (functools.partial(F.softplus, beta=2.0), 0.0),
+        (functools.partial(F.leaky_relu, negative_slope=0.3), 0.0),
+        (lambda x: torch.sigmoid(x), 0.0),
+    ],
+)
+def test_functions_that_a_module_stores_are_swapped(activation, shift):
+    model, x = nn.Sequential(Stores(activation)), torch.randn(3, 4)
+    plain, scores = model(x), F.linear(x, model[0].weight, model[0].bias)
+    kinds = [nn.Softplus, nn.LeakyReLU, nn.Sigmoid]
+    surgery = swap_activations(model, nn.Tanh, kinds, functional=True, verbose=False)
+    torch.testing.assert_close(model(x), scores.tanh() - shift)
+    surgery.undo()
+    assert torch.equal(model(x), plain)
+
+
 def test_targets_without_a_function_form_are_named():
     with pytest.raises(NoMatchError, match="target=PReLU has no function form.*ReLU6"):
         swap_activations(nn.Sequential(Head()), target=nn.PReLU, functional=True)
@@ -447,3 +493,108 @@ def test_an_audit_in_a_fit_has_the_trainer(tmp_path):
     watcher = EMAudit(printed=False)
     fit(tmp_path, NeedsTrainer(), watcher)
     assert watcher.audit
+
+
+# Networks that are hyperparameters, and networks that are changed before the LightningModule is built.
+
+
+class Task(lightning.LightningModule):
+    """Saves its network as a hyperparameter, so that checkpoints pickle it with its hooks."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.save_hyperparameters()
+
+    def training_step(self, batch):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def act_and_layers():
+    return nn.Sequential(nn.Linear(6, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), Stores(F.relu))
+
+
+HYPERPARAMETERS = pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
+
+
+@HYPERPARAMETERS
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LayerwiseEMLoss(["net.0", "net.1.0"], weight=0.1),
+        lambda: LayerwiseEMLoss("net.1", tap="input", weight=0.1),
+        lambda: PosteriorMonitor("net.0", every_n_steps=1, verbose=False),
+        lambda: LayerwiseEMLoss("net.act", weight=0.1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*needs? a TensorBoardLogger", "ignore:.*its tap joins all places")
+def test_a_tapped_network_can_be_a_hyperparameter(make, tmp_path):
+    callback = make()
+    net = Reused() if callback.where == "net.act" else act_and_layers()
+    trainer = fit(tmp_path, Task(net), callback)
+    trainer.save_checkpoint(tmp_path / "tapped.ckpt")
+    loaded = Task.load_from_checkpoint(tmp_path / "tapped.ckpt", weights_only=False)
+    x = users.normal(3, 6)
+    assert torch.equal(loaded.net(x), trainer.lightning_module.net(x))
+
+
+def test_a_copy_of_a_tapped_network_is_not_tapped():
+    net = act_and_layers()
+    taps = Taps(net, ["0", "1"], verbose=False)
+    teacher = copy.deepcopy(net)
+    teacher(torch.randn(2, 6))
+    assert not taps.captured
+    net(torch.randn(2, 6))
+    assert set(taps.take()) == {"0", "1"}
+
+
+@HYPERPARAMETERS
+@pytest.mark.parametrize(
+    "swaps, where",
+    [
+        ({"where": "net.1.0"}, "net.1"),  # the swapped activation lies inside the layer with the operator
+        ({"where": "net.2", "functional": True}, "net.2"),
+        ({"where": "net.1.0"}, "net.1.0"),
+        ({"where": ["net.1.0", "net.2*"]}, ["net.1", "net.2"]),
+    ],
+)
+def test_a_changed_network_that_is_a_hyperparameter_is_restored(swaps, where, tmp_path):
+    callbacks = [SwapActivations(**swaps, verbose=False), InsertEMOperator(where, 2, verbose=False, set_dim=0)]
+    trained = fit(tmp_path, Task(act_and_layers()), *callbacks)
+    trained.save_checkpoint(tmp_path / "changed.ckpt")
+    restored = restore_surgery(Task, tmp_path / "changed.ckpt", weights_only=False)
+    x = users.normal(5, 6)
+    assert torch.equal(restored.net(x), trained.lightning_module.net(x))
+    assert recorded_plan(restored) == recorded_plan(trained.lightning_module)
+
+
+class Wrapped(Task):
+    def __init__(self, net):
+        lightning.LightningModule.__init__(self)
+        self.net = net
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: swap_activations(net, "signed", verbose=False),
+        lambda net: insert_em_operators(net, "0", 2, set_dim=0, verbose=False),
+        lambda net: swap_activations(net[1], "gated", verbose=False),
+    ],
+)
+def test_a_checkpoint_of_a_network_that_was_changed_before_says_so(change, tmp_path):
+    net = act_and_layers()
+    change(net)
+    path = tmp_path / "part.ckpt"
+    fit(tmp_path, Wrapped(net)).save_checkpoint(path)
+    message = "weights of a changed model, but no plan.*repeat the surgery on a new model"
+    with pytest.raises(ValueError, match=message):
+        restore_surgery(Wrapped, path, net=act_and_layers())
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Wrapped(act_and_layers()), RestoreSurgery(path))
+    again = act_and_layers()
+    change(again)
+    Wrapped(again).load_state_dict(torch.load(path)["state_dict"])
