@@ -534,8 +534,12 @@ HYPERPARAMETERS = pytest.mark.filterwarnings("ignore:Attribute 'net' is an insta
 def test_a_tapped_network_can_be_a_hyperparameter(make, tmp_path):
     callback = make()
     net = Reused() if callback.where == "net.act" else act_and_layers()
-    trainer = fit(tmp_path, Task(net), callback)
-    trainer.save_checkpoint(tmp_path / "tapped.ckpt")
+
+    class Saver(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "tapped.ckpt")
+
+    trainer = fit(tmp_path, Task(net), callback, Saver())
     loaded = Task.load_from_checkpoint(tmp_path / "tapped.ckpt", weights_only=False)
     x = users.normal(3, 6)
     assert torch.equal(loaded.net(x), trainer.lightning_module.net(x))
