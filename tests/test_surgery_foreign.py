@@ -182,7 +182,23 @@ class Trimmed(nn.Module):
         return self.conv(x)[:, :, :-2]
 
 
+class Scan(nn.Module):
+    """A layer behind a function in which positions depend on earlier ones, as in linear attention."""
+
+    def __init__(self, scan):
+        super().__init__()
+        self.scan = scan
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(self.scan(x))
+
+
 SEQUENCES = {
+    "cumulative sum": (lambda: Scan(lambda x: x.cumsum(1)), "layer", 1),
+    "running maximum": (lambda: Scan(lambda x: torch.cummax(x, dim=1).values), "layer", 1),
+    "linear attention": (lambda: Scan(lambda x: (x @ x.mT).tril() @ x), "layer", 1),
+    "decay": (lambda: Scan(lambda x: torch.ones(6, 6).tril().matmul(x)), "layer", 1),
     "lstm": (lambda: Recurrent(nn.LSTM(6, 6, batch_first=True)), "layer", 1),
     "gru, length first": (lambda: Recurrent(nn.GRU(6, 6)), "layer", 0),
     "behind an rnn": (lambda: Recurrent(nn.RNN(6, 6, batch_first=True)), "norm", 1),
@@ -226,6 +242,9 @@ def test_recurrent_and_convolutional_layers_stay_causal(key):
         (nn.Sequential(nn.Conv1d(6, 6, 3, padding=1)), "0", (2, 6, 5)),
         (nn.Sequential(nn.ZeroPad1d(1), nn.Conv1d(6, 6, 3)), "1", (2, 6, 5)),
         (nn.Sequential(nn.Conv2d(6, 6, 3, padding=1)), "0", (2, 6, 5, 5)),
+        (Scan(lambda x: (x @ x.mT) @ x), "layer", (2, 5, 6)),
+        (Scan(lambda x: torch.eye(5) @ x), "layer", (2, 5, 6)),
+        (Scan(lambda x: x * x[:, 0].cumsum(-1).unsqueeze(1)), "layer", (2, 5, 6)),
     ],
 )
 def test_layers_that_see_both_sides_do_not_warn(model, where, shape):
