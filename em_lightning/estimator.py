@@ -114,13 +114,8 @@ class GaussianMixture(reference.GaussianMixture):
         mixture, to_library = self._mixture(), _library_of(self.means_)
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"Invalid value for 'n_samples': {n_samples!r} must be an integer of at least 1")
-        random = check_random_state(self.random_state)
-        weights, means = mixture.weights[0].numpy(), mixture.means[0].numpy()
-        labels = np.repeat(np.arange(len(means)), random.multinomial(n_samples, weights / weights.sum()))
-        scale = COVARIANCES["full"].factorize(mixture.full().covariances).scale[0].numpy()
-        noise = random.standard_normal((n_samples, means.shape[1], 1))
-        rows = means[labels] + (scale[labels] @ noise)[..., 0]
-        return to_library(rows), to_library(labels)
+        rows, labels = self._small(mixture).sample(int(n_samples))
+        return to_library(rows + mixture.mean.numpy()), to_library(labels)
 
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
         """Return the mixture from which scikit-learn's EM starts."""
@@ -214,16 +209,21 @@ class GaussianMixture(reference.GaussianMixture):
             X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
         if len(X) > _SMALL:
             return to_library(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
-        # scikit-learn squares coordinates, which is accurate only around the mean of the mixture.
-        covariance, center, factors = COVARIANCES[self.covariance_type], mixture.mean, self._fitted_factors
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            values = getattr(self._small(mixture), method)(X - mixture.mean.numpy())
+        return to_library(values if method == "predict" else values.astype(X.dtype))
+
+    def _small(self, mixture: Mixture) -> reference.GaussianMixture:
+        """Return scikit-learn's estimator of the mixture around its mean, as scikit-learn squares coordinates."""
+        covariance, factors = COVARIANCES[self.covariance_type], self._fitted_factors
         if not torch.equal(mixture.covariances, self._fitted_covariances):  # set by hand
             factors = covariance.precision_factors(mixture.covariances)
         small = reference.GaussianMixture(mixture.components, covariance_type=self.covariance_type)
-        small.weights_, small.means_ = mixture.weights[0].numpy(), (mixture.means - center)[0].numpy()
-        small.precisions_cholesky_ = factors[(0,) * covariance.sklearn_axes].numpy()
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            values = getattr(small, method)(X - center.numpy())
-        return to_library(values if method == "predict" else values.astype(X.dtype))
+        small.set_params(random_state=self.random_state)
+        weights, first = mixture.weights[0].numpy(), (0,) * covariance.sklearn_axes
+        small.weights_, small.means_ = weights / weights.sum(), (mixture.means - mixture.mean)[0].numpy()
+        small.covariances_, small.precisions_cholesky_ = mixture.covariances[first].numpy(), factors[first].numpy()
+        return small
 
 
 def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:

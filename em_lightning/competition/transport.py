@@ -107,7 +107,8 @@ def _transport(
     log_sum, responsibilities = _compete(d, excluded, prices, t)
     # The correction makes the sum over the items exactly `mass`, so that large prices do not amplify rounding.
     correction = (mass - responsibilities.sum(-2)) / items
-    cost = ((responsibilities + correction.unsqueeze(-2) * counted) * prices.unsqueeze(-2)).sum(-1)
+    cost = responsibilities * prices.unsqueeze(-2) + counted * (correction * prices.detach()).unsqueeze(-2)
+    cost = cost.sum(-1)
     return lowest.squeeze(-1) + cost - t * log_sum.masked_fill(~counted.squeeze(-1), 0.0), responsibilities
 
 
