@@ -32,6 +32,7 @@ from em_lightning.surgery import (
     restore_surgery,
     swap_activations,
 )
+from em_lightning.surgery.owners import owners_of
 
 pytestmark = [
     users.QUIET,
@@ -621,3 +622,28 @@ def test_a_checkpoint_of_a_network_that_was_changed_before_says_so(change, tmp_p
     again = act_and_layers()
     change(again)
     Wrapped(again).load_state_dict(torch.load(path)["state_dict"])
+
+
+@pytest.mark.parametrize("index", [-1, 2, 5])
+def test_a_wrong_number_of_an_optimizer_is_named(index):
+    net = act_and_layers()
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in (net[0], net[2])]
+    with pytest.raises(ValueError, match=f"optimizer={index} must be one of the numbers 0 to 1"):
+        owners_of(find_modules(net, "0"), optimizers, index)
+
+
+class Router(users.MLP):
+    """Sends all rows to the first expert."""
+
+    def build(self):
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x):
+        return self.experts[0](x) + self.experts[1](x[:0]).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*needs? a TensorBoardLogger")
+def test_a_monitor_does_not_measure_an_expert_without_rows(tmp_path, recwarn):
+    monitor = PosteriorMonitor("experts.*", every_n_steps=1, verbose=False)
+    measured = {key.split("/")[1] for key in fit(tmp_path, Router(), monitor).callback_metrics if key[:3] == "em/"}
+    assert measured == {"experts.0"} and not [one for one in recwarn if "skips" in str(one.message)]
