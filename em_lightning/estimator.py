@@ -114,8 +114,13 @@ class GaussianMixture(reference.GaussianMixture):
         mixture, to_library = self._mixture(), _library_of(self.means_)
         if not isinstance(n_samples, Integral) or n_samples < 1:
             raise ValueError(f"Invalid value for 'n_samples': {n_samples!r} must be an integer of at least 1")
-        rows, labels = self._small(mixture).sample(int(n_samples))
-        return to_library(rows + mixture.mean.numpy()), to_library(labels)
+        random = check_random_state(self.random_state)
+        weights, means = mixture.weights[0].numpy(), mixture.means[0].numpy()
+        labels = np.repeat(np.arange(len(means)), random.multinomial(n_samples, weights / weights.sum()))
+        scale = COVARIANCES["full"].factorize(mixture.full().covariances).scale[0].numpy()
+        noise = random.standard_normal((n_samples, means.shape[1], 1))
+        rows = means[labels] + (scale[labels] @ noise)[..., 0]
+        return to_library(rows), to_library(labels)
 
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:
         """Return the mixture from which scikit-learn's EM starts."""
@@ -219,10 +224,8 @@ class GaussianMixture(reference.GaussianMixture):
         if not torch.equal(mixture.covariances, self._fitted_covariances):  # set by hand
             factors = covariance.precision_factors(mixture.covariances)
         small = reference.GaussianMixture(mixture.components, covariance_type=self.covariance_type)
-        small.set_params(random_state=self.random_state)
-        weights, first = mixture.weights[0].numpy(), (0,) * covariance.sklearn_axes
-        small.weights_, small.means_ = weights / weights.sum(), (mixture.means - mixture.mean)[0].numpy()
-        small.covariances_, small.precisions_cholesky_ = mixture.covariances[first].numpy(), factors[first].numpy()
+        small.weights_, small.means_ = mixture.weights[0].numpy(), (mixture.means - mixture.mean)[0].numpy()
+        small.precisions_cholesky_ = factors[(0,) * covariance.sklearn_axes].numpy()
         return small
 
 
