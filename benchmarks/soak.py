@@ -30,9 +30,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import callbacks, studies
-from em_lightning.data import Digits, GaussianBlobs
+from em_lightning.data import Digits
 from em_lightning.modules import EMModule, GaussianMixtureModule, PointCloudGMM
-from em_lightning.studies import AmortizedClustering, MixtureSets, ProceduralSurfaces
+from em_lightning.studies import AmortizedClustering, GaussianBlobs, MixtureSets, ProceduralSurfaces
 
 
 class Small(EMModule):

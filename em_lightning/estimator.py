@@ -33,7 +33,8 @@ class GaussianMixture(reference.GaussianMixture):
     - :meth:`fit` accepts weights of the rows. A common factor of the weights has no effect.
 
     Starts are computed from all rows or, with weights or more than 16,384 rows, from 16,384 rows drawn in proportion to
-    their weights. Up to 4,096 unweighted float64 rows are fitted by scikit-learn's EM, which is faster for them.
+    their weights. Up to 4,096 unweighted float64 rows are fitted by scikit-learn's EM, which is faster for them, and up
+    to 4,096 rows are evaluated by its methods.
     Otherwise EM runs in float64, and the attributes have the dtype of X. ``weights_``, ``means_`` and ``covariances_``
     may be set by hand; they must match ``n_components`` and ``covariance_type``.
 
@@ -73,8 +74,7 @@ class GaussianMixture(reference.GaussianMixture):
             self._adopt(self._mixture(), lambda part: to_library(part.numpy().astype(X.dtype)))
         if len(X) <= _SMALL and X.dtype == np.float64 and counts is None:
             super().fit_predict(original)
-            self._fitted_type = self.covariance_type
-            return self
+            return self._remember()
         starts = [self._mixture()] if again else (self._start(X, counts, random) for _ in range(self.n_init))
         before = self.lower_bound_ if again else None  # type: ignore[has-type]
         fits = (self._iterate(X, counts, start, before, number) for number, start in enumerate(starts))
@@ -91,7 +91,7 @@ class GaussianMixture(reference.GaussianMixture):
         self.converged_, self.n_iter_ = best.converged, len(best.log_likelihoods)
         self.lower_bounds_ = best.log_likelihoods
         self.lower_bound_ = best.log_likelihoods[-1] if best.log_likelihoods else -np.inf
-        return self
+        return self._remember()
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
         """Fit, and return the component of each row."""
@@ -99,15 +99,15 @@ class GaussianMixture(reference.GaussianMixture):
 
     def score_samples(self, X: Any) -> Any:
         """Return the log-density (N,) of rows."""
-        return self._evaluate(X, lambda mixture, block: mixture.log_prob(block))
+        return self._evaluate(X, "score_samples", lambda mixture, block: mixture.log_prob(block))
 
     def predict_proba(self, X: Any) -> Any:
         """Return the responsibilities (N, K)."""
-        return self._evaluate(X, lambda mixture, block: mixture.posterior(block).responsibilities)
+        return self._evaluate(X, "predict_proba", lambda mixture, block: mixture.posterior(block).responsibilities)
 
     def predict(self, X: Any) -> Any:
         """Return the component with the largest responsibility, (N,)."""
-        return self._evaluate(X, lambda mixture, block: mixture.log_joint(block).argmax(-1))
+        return self._evaluate(X, "predict", lambda mixture, block: mixture.log_joint(block).argmax(-1))
 
     def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
         """Draw rows (n, D) from the mixture; return them and their components (n,), sorted by component."""
@@ -171,7 +171,13 @@ class GaussianMixture(reference.GaussianMixture):
             convert(function(mixture.covariances)[(0,) * covariance.sklearn_axes])
             for function in (lambda part: part, covariance.precisions, covariance.precision_factors)
         )
+
+    def _remember(self) -> GaussianMixture:
+        """Keep what shows later whether parameters or attributes were changed by hand."""
         self._fitted_type = self.covariance_type
+        self._fitted_covariances = self._mixture().covariances
+        self._fitted_factors = COVARIANCES[self.covariance_type].precision_factors(self._fitted_covariances)
+        return self
 
     def _changed(self, num_features: int) -> str:
         """Return how the parameters differ from those of the fitted mixture; an empty string if they do not."""
@@ -199,11 +205,28 @@ class GaussianMixture(reference.GaussianMixture):
         axes = (None,) * COVARIANCES[self.covariance_type].sklearn_axes
         return Mixture(weights.log()[None], means[None], covariances[axes])
 
-    def _evaluate(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
-        """Evaluate a function of the mixture and the rows block by block."""
+    def _evaluate(self, X: Any, method: str, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
+        """Call scikit-learn's method for a small table, or a function of the mixture and each block of rows."""
         mixture, to_library = self._mixture(), _library_of(X)
-        X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
-        return to_library(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
+        small_rows = isinstance(X, np.ndarray) and X.dtype == np.float64 and len(X) <= _SMALL
+        # The method below validates rows too, which takes as long as the evaluation of a small table.
+        if not small_rows or X.shape[1:] != mixture.means.shape[2:] or hasattr(self, "feature_names_in_"):
+            X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
+        if len(X) > _SMALL:
+            return to_library(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            values = getattr(self._small(mixture), method)(X - mixture.mean.numpy())
+        return to_library(values if method == "predict" else values.astype(X.dtype))
+
+    def _small(self, mixture: Mixture) -> reference.GaussianMixture:
+        """Return scikit-learn's estimator of the mixture around its mean, as scikit-learn squares coordinates."""
+        covariance, factors = COVARIANCES[self.covariance_type], self._fitted_factors
+        if not torch.equal(mixture.covariances, self._fitted_covariances):  # set by hand
+            factors = covariance.precision_factors(mixture.covariances)
+        small = reference.GaussianMixture(mixture.components, covariance_type=self.covariance_type)
+        small.weights_, small.means_ = mixture.weights[0].numpy(), (mixture.means - mixture.mean)[0].numpy()
+        small.precisions_cholesky_ = factors[(0,) * covariance.sklearn_axes].numpy()
+        return small
 
 
 def _counts(sample_weight: Any, num_rows: int) -> np.ndarray:

@@ -465,5 +465,5 @@ def test_classes_with_a_loader_of_their_own_are_restored(arguments, tmp_path):
 def test_weights_without_a_plan_are_told_from_an_unchanged_model(wrap, tmp_path):
     fit(tmp_path, model := users.MLP(), SwapActivations(verbose=False))
     torch.save(wrap(model.state_dict()), tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="weights of a changed model, but not the plan .* call load_state_dict"):
+    with pytest.raises(ValueError, match="weights of a changed model, but no plan.* call load_state_dict"):
         restore_surgery(users.MLP, tmp_path / "weights.pt")

@@ -19,10 +19,10 @@ from torch import nn
 import em_lightning
 from em_lightning.callbacks import InsertEMOperator, RestoreSurgery, StepSeeds, SwapActivations
 from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint
-from em_lightning.data import Digits, GaussianBlobs
+from em_lightning.data import Digits
 from em_lightning.files import write_whole
 from em_lightning.modules import GaussianMixtureModule, PointCloudGMM
-from em_lightning.studies import EMClassifier, ProceduralSurfaces
+from em_lightning.studies import EMClassifier, GaussianBlobs, ProceduralSurfaces
 from em_lightning.surgery import read_plan, restore_surgery
 
 ROOT = Path(em_lightning.__file__).parents[1]

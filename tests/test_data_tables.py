@@ -13,7 +13,6 @@ import torch
 
 from em_lightning.data import (
     EpochSampler,
-    GaussianBlobs,
     RandomDataset,
     ResumableLoader,
     Table,
@@ -21,6 +20,7 @@ from em_lightning.data import (
     TabularDataModule,
     TensorBatches,
 )
+from em_lightning.studies import GaussianBlobs
 
 ROOT = Path(__file__).parents[1]
 

@@ -225,6 +225,25 @@ def test_small_tables_have_the_same_result_in_blocks(X, monkeypatch):
     assert np.allclose(whole.means_, blocks.means_) and np.array_equal(whole.predict(X), blocks.predict(X))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", COVARIANCE_TYPES)
+def test_small_tables_are_evaluated_as_in_blocks(kind, dtype, X, monkeypatch):
+    rows = (X + 100.0).astype(dtype)
+    fit = GaussianMixture(4, covariance_type=kind, random_state=0).fit(rows)
+
+    def evaluated(size):
+        monkeypatch.setattr(estimator, "_SMALL", size)
+        return [getattr(fit, name)(rows) for name in ("predict", "predict_proba", "score_samples")]
+
+    for change in (1.0, 4.0):  # covariances of the fit, and set by hand
+        fit.covariances_ = change * fit.covariances_
+        for small, blocks in zip(evaluated(2**12), evaluated(0), strict=True):
+            assert small.dtype == blocks.dtype and np.allclose(small, blocks, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(estimator, "_SMALL", 2**12)
+    assert_raises(ValueError, ["2 features", "3 features"], lambda: fit.predict(rows[:, :2]))
+    assert_raises(ValueError, ["NaN"], lambda: fit.score_samples(np.where(rows > 100.0, np.nan, rows)))
+
+
 @pytest.mark.parametrize("small", [0, 2**12])
 @pytest.mark.parametrize(
     "before, after",

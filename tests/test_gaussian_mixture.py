@@ -14,10 +14,11 @@ from sklearn.mixture import GaussianMixture
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning import Mixture
-from em_lightning.data import GaussianBlobs, TabularDataModule
+from em_lightning.data import TabularDataModule
 from em_lightning.mixture import COVARIANCES, MixturePrior, em_step, fit_blocks, information_criteria
 from em_lightning.modules import GaussianMixtureModule
 from em_lightning.operators import EMOperator
+from em_lightning.studies import GaussianBlobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 KINDS = sorted(COVARIANCES)

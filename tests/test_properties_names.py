@@ -31,7 +31,7 @@ ELSEWHERE = {
     "functions that modules of the registry call, and nothing else": ("entmin hardmin none_of_the_above pairwise topk"),
     "of a whole run under a Trainer, whose tests have one": ("EMAudit RestoreSurgery StepSeeds tensorboard_writers"),
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
-        "Digits GaussianBlobs MNIST PointCloudFolder"
+        "Digits MNIST PointCloudFolder"
     ),
     "comparisons of processes, in tests/test_distributed.py and tests/test_machines.py": (
         "check_agreement check_arguments check_batches check_checkpoint"

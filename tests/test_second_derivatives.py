@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from em_lightning import EMOperator, Mixture
+from em_lightning.competition import balanced
 from em_lightning.mixture.backends import use_backend
 from em_lightning.operators import DirectionalEM, DirectionalMixture, EMPooling, GeneralizedEM
 
@@ -49,6 +50,13 @@ def test_log_prob(covariance, size):
     found = check(lambda x: fitted.log_prob(x).sin().sum(), x)
     with use_backend("reference"):
         torch.testing.assert_close(check(lambda x: fitted.log_prob(x).sin().sum(), x), found)
+
+
+@pytest.mark.parametrize("summary", [lambda p: p.free_energy, lambda p: p.responsibilities, lambda p: p.entropy()])
+def test_balanced_competition(summary):
+    energies = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    check(lambda d: summary(balanced(d, 0.7, item_dim=1)).sin().sum(), energies)
+    check(lambda t: summary(balanced(energies, t, item_dim=1)).sin().sum(), torch.tensor(0.7).double())
 
 
 @pytest.mark.parametrize("size", [FEW, MANY])

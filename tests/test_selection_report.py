@@ -13,10 +13,10 @@ from scipy.stats import multivariate_normal
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from em_lightning.data import GaussianBlobs, TabularDataModule
+from em_lightning.data import TabularDataModule
 from em_lightning.mixture import COVARIANCES
 from em_lightning.modules import GaussianMixtureModule
-from em_lightning.studies import SelectionReport
+from em_lightning.studies import GaussianBlobs, SelectionReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 

@@ -1,6 +1,8 @@
 """Situations of other people's models: shared activations, sequences, functions, plain containers, target networks."""
 
 import copy
+import functools
+import math
 
 import lightning
 import pytest
@@ -20,7 +22,17 @@ from em_lightning.callbacks import (
     SwapActivations,
     TemperatureSchedule,
 )
-from em_lightning.surgery import LayerwiseLoss, NoMatchError, Taps, find_modules, insert_em_operators, swap_activations
+from em_lightning.surgery import (
+    LayerwiseLoss,
+    NoMatchError,
+    Taps,
+    find_modules,
+    insert_em_operators,
+    recorded_plan,
+    restore_surgery,
+    swap_activations,
+)
+from em_lightning.surgery.owners import owners_of
 
 pytestmark = [
     users.QUIET,
@@ -171,7 +183,23 @@ class Trimmed(nn.Module):
         return self.conv(x)[:, :, :-2]
 
 
+class Scan(nn.Module):
+    """A layer behind a function in which positions depend on earlier ones, as in linear attention."""
+
+    def __init__(self, scan):
+        super().__init__()
+        self.scan = scan
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(self.scan(x))
+
+
 SEQUENCES = {
+    "cumulative sum": (lambda: Scan(lambda x: x.cumsum(1)), "layer", 1),
+    "running maximum": (lambda: Scan(lambda x: torch.cummax(x, dim=1).values), "layer", 1),
+    "linear attention": (lambda: Scan(lambda x: (x @ x.mT).tril() @ x), "layer", 1),
+    "decay": (lambda: Scan(lambda x: torch.ones(6, 6).tril().matmul(x)), "layer", 1),
     "lstm": (lambda: Recurrent(nn.LSTM(6, 6, batch_first=True)), "layer", 1),
     "gru, length first": (lambda: Recurrent(nn.GRU(6, 6)), "layer", 0),
     "behind an rnn": (lambda: Recurrent(nn.RNN(6, 6, batch_first=True)), "norm", 1),
@@ -215,6 +243,9 @@ def test_recurrent_and_convolutional_layers_stay_causal(key):
         (nn.Sequential(nn.Conv1d(6, 6, 3, padding=1)), "0", (2, 6, 5)),
         (nn.Sequential(nn.ZeroPad1d(1), nn.Conv1d(6, 6, 3)), "1", (2, 6, 5)),
         (nn.Sequential(nn.Conv2d(6, 6, 3, padding=1)), "0", (2, 6, 5, 5)),
+        (Scan(lambda x: (x @ x.mT) @ x), "layer", (2, 5, 6)),
+        (Scan(lambda x: torch.eye(5) @ x), "layer", (2, 5, 6)),
+        (Scan(lambda x: x * x[:, 0].cumsum(-1).unsqueeze(1)), "layer", (2, 5, 6)),
     ],
 )
 def test_layers_that_see_both_sides_do_not_warn(model, where, shape):
@@ -272,6 +303,41 @@ def test_more_functions_are_swapped():
         expected = model(x) + weight * (x.tanh() - kind()(x))
         swap_activations(model, nn.Tanh, kind, functional=True, verbose=False)
         torch.testing.assert_close(model(x), expected)
+
+
+def shifted_softplus(x):
+    return F.softplus(x) - math.log(2.0)
+
+
+class Stores(nn.Linear):
+    """A dense layer that stores its activation, as atomistic networks do."""
+
+    def __init__(self, activation):
+        super().__init__(4, 4)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.activation(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "activation, shift",
+    [
+        (shifted_softplus, math.log(2.0)),
+        (functools.partial(shifted_softplus), math.log(2.0)),
+        (functools.partial(F.softplus, beta=2.0), 0.0),
+        (functools.partial(F.leaky_relu, negative_slope=0.3), 0.0),
+        (lambda x: torch.sigmoid(x), 0.0),
+    ],
+)
+def test_functions_that_a_module_stores_are_swapped(activation, shift):
+    model, x = nn.Sequential(Stores(activation)), torch.randn(3, 4)
+    plain, scores = model(x), F.linear(x, model[0].weight, model[0].bias)
+    kinds = [nn.Softplus, nn.LeakyReLU, nn.Sigmoid]
+    surgery = swap_activations(model, nn.Tanh, kinds, functional=True, verbose=False)
+    torch.testing.assert_close(model(x), scores.tanh() - shift)
+    surgery.undo()
+    assert torch.equal(model(x), plain)
 
 
 def test_targets_without_a_function_form_are_named():
@@ -447,3 +513,137 @@ def test_an_audit_in_a_fit_has_the_trainer(tmp_path):
     watcher = EMAudit(printed=False)
     fit(tmp_path, NeedsTrainer(), watcher)
     assert watcher.audit
+
+
+# Networks that are hyperparameters, and networks that are changed before the LightningModule is built.
+
+
+class Task(lightning.LightningModule):
+    """Saves its network as a hyperparameter, so that checkpoints pickle it with its hooks."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.save_hyperparameters()
+
+    def training_step(self, batch):
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def act_and_layers():
+    return nn.Sequential(nn.Linear(6, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)), Stores(F.relu))
+
+
+HYPERPARAMETERS = pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
+
+
+@HYPERPARAMETERS
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LayerwiseEMLoss(["net.0", "net.1.0"], weight=0.1),
+        lambda: LayerwiseEMLoss("net.1", tap="input", weight=0.1),
+        lambda: PosteriorMonitor("net.0", every_n_steps=1, verbose=False),
+        lambda: LayerwiseEMLoss("net.act", weight=0.1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*needs? a TensorBoardLogger", "ignore:.*its tap joins all places")
+def test_a_tapped_network_can_be_a_hyperparameter(make, tmp_path):
+    callback = make()
+    net = Reused() if callback.where == "net.act" else act_and_layers()
+
+    class Saver(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "tapped.ckpt")
+
+    trainer = fit(tmp_path, Task(net), callback, Saver())
+    loaded = Task.load_from_checkpoint(tmp_path / "tapped.ckpt", weights_only=False)
+    x = users.normal(3, 6)
+    assert torch.equal(loaded.net(x), trainer.lightning_module.net(x))
+
+
+def test_a_copy_of_a_tapped_network_is_not_tapped():
+    net = act_and_layers()
+    taps = Taps(net, ["0", "1"], verbose=False)
+    teacher = copy.deepcopy(net)
+    teacher(torch.randn(2, 6))
+    assert not taps.captured
+    net(torch.randn(2, 6))
+    assert set(taps.take()) == {"0", "1"}
+
+
+@HYPERPARAMETERS
+@pytest.mark.parametrize(
+    "swaps, where",
+    [
+        ({"where": "net.1.0"}, "net.1"),  # the swapped activation lies inside the layer with the operator
+        ({"where": "net.2", "functional": True}, "net.2"),
+        ({"where": "net.1.0"}, "net.1.0"),
+        ({"where": ["net.1.0", "net.2*"]}, ["net.1", "net.2"]),
+    ],
+)
+def test_a_changed_network_that_is_a_hyperparameter_is_restored(swaps, where, tmp_path):
+    callbacks = [SwapActivations(**swaps, verbose=False), InsertEMOperator(where, 2, verbose=False, set_dim=0)]
+    trained = fit(tmp_path, Task(act_and_layers()), *callbacks)
+    trained.save_checkpoint(tmp_path / "changed.ckpt")
+    restored = restore_surgery(Task, tmp_path / "changed.ckpt", weights_only=False)
+    x = users.normal(5, 6)
+    assert torch.equal(restored.net(x), trained.lightning_module.net(x))
+    assert recorded_plan(restored) == recorded_plan(trained.lightning_module)
+
+
+class Wrapped(Task):
+    def __init__(self, net):
+        lightning.LightningModule.__init__(self)
+        self.net = net
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: swap_activations(net, "signed", verbose=False),
+        lambda net: insert_em_operators(net, "0", 2, set_dim=0, verbose=False),
+        lambda net: swap_activations(net[1], "gated", verbose=False),
+    ],
+)
+def test_a_checkpoint_of_a_network_that_was_changed_before_says_so(change, tmp_path):
+    net = act_and_layers()
+    change(net)
+    path = tmp_path / "part.ckpt"
+    fit(tmp_path, Wrapped(net)).save_checkpoint(path)
+    message = "weights of a changed model, but no plan.*repeat the surgery on a new model"
+    with pytest.raises(ValueError, match=message):
+        restore_surgery(Wrapped, path, net=act_and_layers())
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Wrapped(act_and_layers()), RestoreSurgery(path))
+    again = act_and_layers()
+    change(again)
+    Wrapped(again).load_state_dict(torch.load(path)["state_dict"])
+
+
+@pytest.mark.parametrize("index", [-1, 2, 5])
+def test_a_wrong_number_of_an_optimizer_is_named(index):
+    net = act_and_layers()
+    optimizers = [torch.optim.SGD(part.parameters(), 0.1) for part in (net[0], net[2])]
+    with pytest.raises(ValueError, match=f"optimizer={index} must be one of the numbers 0 to 1"):
+        owners_of(find_modules(net, "0"), optimizers, index)
+
+
+class Router(users.MLP):
+    """Sends all rows to the first expert."""
+
+    def build(self):
+        self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x):
+        return self.experts[0](x) + self.experts[1](x[:0]).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*needs? a TensorBoardLogger")
+def test_a_monitor_does_not_measure_an_expert_without_rows(tmp_path, recwarn):
+    monitor = PosteriorMonitor("experts.*", every_n_steps=1, verbose=False)
+    measured = {key.split("/")[1] for key in fit(tmp_path, Router(), monitor).callback_metrics if key[:3] == "em/"}
+    assert measured == {"experts.0"} and not [one for one in recwarn if "skips" in str(one.message)]

@@ -148,6 +148,8 @@ class PosteriorMonitor(Callback):
     def _measure(self, path: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"the {self.tap} of {path!r} has dtype {tensor.dtype}; energies must be floating-point")
+        if not tensor.numel():
+            return  # an expert to which no item was routed
         dim = self._axes[path](tensor.shape)
         if path not in self._metrics:
             self._metrics[path] = layer_metrics(dim).to(tensor.device)

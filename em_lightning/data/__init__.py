@@ -13,13 +13,12 @@ from em_lightning.data.point_clouds import (
     unit_ball,
 )
 from em_lightning.data.readers import parse_points, read_points
-from em_lightning.data.tables import GaussianBlobs, Table, TableBatch, TableBlocks, TabularDataModule
+from em_lightning.data.tables import Table, TableBatch, TableBlocks, TabularDataModule
 
 __all__ = [
     "MNIST",
     "Digits",
     "EpochSampler",
-    "GaussianBlobs",
     "PointCloudBatch",
     "PointCloudDataModule",
     "PointCloudFolder",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor
 
 from em_lightning.checks import check_at_least
-from em_lightning.data.base import RankLoader, SplitDataModule, generator_of
-from em_lightning.mixture import Mixture
+from em_lightning.data.base import RankLoader, SplitDataModule
 
 # Rows read per memory map. The pages of a map count as memory of the process until it is closed.
 _ROWS_PER_MAP = 4096
-_DRAWN_ROWS = 2**16  # rows per random generator
 
 
 class TableBatch(NamedTuple):
@@ -291,82 +288,3 @@ class TabularDataModule(SplitDataModule):
 
     def loader(self, split: str) -> TableBlocks:
         return self.blocks("train" if split == "train" or self.held_out is None else "held_out")
-
-
-@dataclass(eq=False, repr=False)
-class GaussianBlobs(TabularDataModule):
-    """A table drawn from a known Gaussian mixture; needs no download.
-
-    The components have unequal weights and full covariances, and overlap. The rows are a function of the arguments.
-
-    Args:
-        num_points, num_features: N and D.
-        true_components: number of components of the mixture.
-        held_out_points: rows for validation and test.
-        folder: where to write the rows once, as memory-mapped shards; ``None`` keeps them in memory.
-
-    Example:
-        >>> data = GaussianBlobs(num_points=1000, num_features=2, held_out_points=100)
-        >>> data.describe()
-        '1,000 x 2 from a mixture of 12 Gaussians (a tensor of float32); 100 held out'
-    """
-
-    data: Tensor | str = field(init=False, default="")
-    weights: None = field(init=False, default=None)
-    held_out: Tensor | str | None = field(init=False, default="")
-    num_points: int = 50_000
-    num_features: int = 8
-    true_components: int = 12
-    held_out_points: int = 10_000
-    folder: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        name = f"blobs-{self.num_points}-{self.num_features}-{self.true_components}-{self.seed}"
-        self.path = None if self.folder is None else Path(self.folder) / name
-
-    def truth(self) -> Mixture:
-        """Return the mixture from which the rows are drawn, one set in float64."""
-        generator = torch.Generator().manual_seed(self.seed)
-        size, features = self.true_components, self.num_features
-        options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
-        weights = 0.5 + torch.rand(size, **options)
-        means = 3.0 * torch.randn(size, features, **options)
-        root = torch.randn(size, features, features, **options) / features**0.5 + 0.5 * torch.eye(features).double()
-        return Mixture((weights / weights.sum()).log()[None], means[None], (root @ root.mT)[None])
-
-    def _draw(self, stream: int, rows: int) -> Tensor:
-        """Return rows of the data, stream 1, or of the held-out data, stream 2."""
-        truth, blocks = self.truth(), []
-        weights, factors = truth.weights[0], torch.linalg.cholesky(truth.covariances[0])
-        for start in range(0, rows, _DRAWN_ROWS):
-            generator = generator_of(self.seed, stream, start // _DRAWN_ROWS)
-            size = min(_DRAWN_ROWS, rows - start)
-            label = torch.multinomial(weights, size, replacement=True, generator=generator)
-            noise = torch.randn(size, self.num_features, generator=generator)
-            for k in range(self.true_components):
-                drawn = label == k
-                noise[drawn] = noise[drawn] @ factors[k].T.float() + truth.means[0, k].float()
-            blocks.append(noise)
-        return torch.cat(blocks)
-
-    def prepare_data(self) -> None:
-        if self.path is None or self.path.exists():
-            return
-        rows = self._draw(1, self.num_points).numpy()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # The complete folder is renamed, so that an interrupted run leaves no partial one.
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        partial.mkdir()
-        cuts = [self.num_points // 2, 5 * self.num_points // 6]  # three shards of different lengths
-        for number, shard in enumerate(np.split(rows, cuts)):
-            np.save(partial / f"{number}.npy", shard)
-        partial.rename(self.path)
-
-    def setup(self, stage: str | None = None) -> None:
-        if not self.tables:
-            self.data = self._draw(1, self.num_points) if self.path is None else str(self.path)
-            self.held_out = self._draw(2, self.held_out_points)
-            super().setup()
-            train = self.tables["train"]
-            train.source = f"a mixture of {self.true_components} Gaussians ({train.source})"

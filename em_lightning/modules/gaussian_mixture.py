@@ -69,7 +69,7 @@ class GaussianMixtureModule(EMModule):
 
     Example:
         >>> import lightning
-        >>> from em_lightning.data import GaussianBlobs
+        >>> from em_lightning.studies import GaussianBlobs
         >>> data = GaussianBlobs(num_points=600, num_features=2, true_components=3, block_rows=256)
         >>> module = GaussianMixtureModule(num_components=3, num_features=2)
         >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

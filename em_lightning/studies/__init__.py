@@ -3,6 +3,7 @@
 from em_lightning.studies.amortized_clustering import AmortizedClustering
 from em_lightning.studies.clustering_report import ClusteringReport
 from em_lightning.studies.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
+from em_lightning.studies.gaussian_blobs import GaussianBlobs
 from em_lightning.studies.grid import run_seeds, run_table
 from em_lightning.studies.image_points import ImagePointSets, PointSetBatch, bright_pixels
 from em_lightning.studies.layer_report import LayerReport, linear_probe
@@ -16,6 +17,7 @@ from em_lightning.studies.selection_report import SelectionReport
 from em_lightning.studies.surfaces import FAMILIES, ProceduralSurfaces, random_surface
 
 __all__ = [
+    "GaussianBlobs",
     "ImagePointSets",
     "PointSetBatch",
     "bright_pixels",

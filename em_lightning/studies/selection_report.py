@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from em_lightning.data import GaussianBlobs, TabularDataModule
+from em_lightning.data import TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
 from em_lightning.plots import mixture_grid
 from em_lightning.studies.density_fits import fit_sklearn
+from em_lightning.studies.gaussian_blobs import GaussianBlobs
 from em_lightning.studies.report import Findings, Report, curves
 
 _NUM_PICTURED = 4000  # rows

@@ -91,7 +91,7 @@ def swap_calls(
         and not hasattr(site.module, NAME)
         and not any(map(is_built, (*site.ancestors, site.module)))  # by an earlier surgery
         and matches(site, where)
-        and _methods_that_call(type(site.module), names)
+        and _methods_that_call(site.module, names)
     ]
     if not owners:
         raise NoMatchError(
@@ -101,7 +101,7 @@ def swap_calls(
 
     def prepare_calls(site: Site, change: Change) -> None:
         change.entry["target"] = [kind.__name__ for kind in kinds]  # recorded in checkpoints
-        for name in _methods_that_call(type(site.parent), names):
+        for name in _methods_that_call(site.parent, names):
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions)))
         prepare(site, change)
 
@@ -118,12 +118,19 @@ def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., An
         return proceed(*args, **kwargs)
 
 
-def _methods_that_call(cls: type[nn.Module], names: set[str]) -> list[str]:
-    """Return the methods of a user's class, or of its bases, that mention one of the names."""
+def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
+    """Return the methods of a user's class, or of its bases, that mention a name or an attribute that calls one."""
+    stored = {name: getattr(value, "func", value) for name, value in vars(module).items()}  # func: functools.partial
+    names = names | {
+        name
+        for name, value in stored.items()
+        if (inspect.isfunction(value) and _mentions(value.__code__, names, value))
+        or (inspect.isbuiltin(value) and value.__name__ in names)
+    }
     return sorted(
         {
             name
-            for base in cls.__mro__
+            for base in type(module).__mro__
             if not base.__module__.startswith(_LIBRARIES)
             for name, method in vars(base).items()
             if inspect.isfunction(method) and not name.startswith("__") and _mentions(method.__code__, names, method)

@@ -29,8 +29,10 @@ def owners_of(
     The owner of a layer without trained parameters is the optimizer of the innermost parent module that has some.
 
     Raises:
-        ValueError: no optimizer, or more than one, trains the parameters of a layer.
+        ValueError: no optimizer, or more than one, trains the parameters of a layer, or there is no number ``index``.
     """
+    if index is not None and not 0 <= index < len(optimizers):
+        raise ValueError(f"optimizer={index} must be one of the numbers 0 to {len(optimizers) - 1} of the optimizers")
     trained = [parameters_of([optimizer]) for optimizer in optimizers]
     owners: dict[str, Owner] = {}
     for site in sites:

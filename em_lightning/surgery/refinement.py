@@ -21,6 +21,9 @@ from em_lightning.surgery.select import Site
 # Arguments of a forward that mark padding: True or -inf at padding, except in the last, which is 1 at items.
 _PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask", "attention_mask")
 _BLOCKED = -1e4  # scores below this have no weight after the softmax
+_LEFT_PADDED = "convolutions padded on the left only"
+_CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
+_PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum")
 
 
 class SetRefinement(EMRefinement):
@@ -154,8 +157,8 @@ def _closest(site: Site, kinds: Any) -> tuple[nn.Module, list[Any]]:
 def observe_forwards(site: Site, operator: SetRefinement) -> list[Undo]:
     """Give the operator the padding masks of the modules around it, and check at its first call if it must be causal.
 
-    Attention that masks later positions raises ValueError. Where recurrent layers of one direction or convolutions
-    that are padded on the left only suggest it, a warning is given.
+    Attention that masks later positions raises ValueError. Where recurrent layers of one direction, convolutions that
+    are padded on the left or sums over earlier positions only suggest it, a warning is given.
     """
     _, recurrent = _closest(site, (nn.RNNBase, nn.RNNCellBase))
     one_direction = bool(recurrent) and not any(getattr(layer, "bidirectional", False) for layer in recurrent)
@@ -208,9 +211,9 @@ def _observe(
     if watch.attention:
         operator.attention_inspected = not only_arguments
         operator.called = operator.attention_inspected  # otherwise inspect the next forward as well
-    elif operator.sees_later and (one_direction or watch.left_padded):
+    elif operator.sees_later and (one_direction or watch.one_sided):
         operator.sees_later = False  # the modules around this one need not warn
-        source = "recurrent layers of one direction" if one_direction else "convolutions padded on the left only"
+        source = "recurrent layers of one direction" if one_direction else watch.one_sided
         warnings.warn(
             f"the operator behind {path!r} fits one mixture to all positions of a sequence, so that earlier positions "
             f"see later ones, unlike in the {source} around it: set causal=True unless this is meant",
@@ -220,13 +223,16 @@ def _observe(
 
 
 class CausalityWatch(TorchFunctionMode):
-    """Counts the calls of attention in its context, those that mask all later positions, and causal convolutions."""
+    """Counts the calls of attention in its context and those that mask all later positions.
+
+    ``one_sided`` names other operations in which positions depend on earlier ones only, if there are any.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = 0
         self.causal = 0
-        self.left_padded = 0
+        self.one_sided = ""
         self._padding: dict[tuple[int, ...], int] = {}  # of convolutions that pad both sides, by the output's shape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -236,7 +242,7 @@ class CausalityWatch(TorchFunctionMode):
         return output
 
     def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        """Count a call if its name is one of attention, padding, or of a slice that removes the right padding."""
+        """Inspect a call if its name is one of attention, padding, a slice that removes it, or a sum over positions."""
         if "attention" in name or name == "softmax":
             tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
             masked = bool(kwargs.get("is_causal")) or ("scaled" in name and any(one is True for one in args))
@@ -246,7 +252,8 @@ class CausalityWatch(TorchFunctionMode):
         elif name == "pad":
             pad = kwargs.get("pad", args[1] if len(args) > 1 else ())
             on_the_left = any(left > 0 and right == 0 for left, right in zip(pad[::2], pad[1::2], strict=True))
-            self.left_padded += on_the_left and len(args) > 0 and args[0].ndim == 3
+            if on_the_left and len(args) > 0 and args[0].ndim == 3:
+                self.one_sided = _LEFT_PADDED
         elif name == "conv1d":
             padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)
             if isinstance(padding, (int, tuple)):
@@ -254,9 +261,17 @@ class CausalityWatch(TorchFunctionMode):
         elif name == "__getitem__" and tuple(args[0].shape) in self._padding:
             size, padding = args[0].shape[-1], self._padding[tuple(args[0].shape)]
             last = args[1][-1] if isinstance(args[1], tuple) and args[1] else None
-            self.left_padded += (
-                padding > 0 and isinstance(last, slice) and last.indices(size)[:2] == (0, size - padding)
-            )
+            if padding > 0 and isinstance(last, slice) and last.indices(size)[:2] == (0, size - padding):
+                self.one_sided = _LEFT_PADDED
+        elif (name in _CUMULATIVE and args[0].ndim > 2) or (name in _PRODUCTS and any(map(_is_lower, args))):
+            self.one_sided = "sums over earlier positions"
+
+
+def _is_lower(factor: Any) -> bool:
+    """Return whether a factor is a square matrix that is zero above its diagonal only."""
+    if not isinstance(factor, Tensor) or not _is_square(factor):
+        return False
+    return not factor.triu(1).any() and bool(factor.tril(-1).any())
 
 
 def _is_square(scores: Tensor) -> bool:

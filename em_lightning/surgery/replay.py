@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from em_lightning.registry import import_class
-from em_lightning.surgery.edit import Change, Surgery, change_sites
+from em_lightning.surgery.edit import Change, Inserted, Surgery, change_sites
 from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
@@ -31,7 +31,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
     surgery = Surgery(model) if into is None else into
     done = recorded_plan(model)
     if not done:  # the hyperparameters may contain a changed module, from which the model is built
-        built = [site.path for site in walk(model) if any(map(is_built, site.module.modules()))]
+        built = [_recorded_path(site) for site in walk(model) if any(map(is_built, site.module.modules()))]
         done = [entry for entry in plan if entry["path"] in built]
         if done:
             surgery.undos += keep_in_checkpoints(model)
@@ -47,6 +47,12 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
                 except Exception as error:  # constructors raise errors of many types
                     raise ValueError(f"the plan cannot be applied at {entry['path']!r}: {error}") from error
     return surgery
+
+
+def _recorded_path(site: Site) -> str:
+    """Return the path of a site before operators were inserted after the layers around it."""
+    names = zip(site.path.split("."), site.ancestors, strict=True)
+    return ".".join(name for name, parent in names if not (name == "layer" and isinstance(parent, Inserted)))
 
 
 @contextlib.contextmanager
@@ -114,15 +120,19 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or its plan is malformed.
+        ValueError: the file is damaged, its plan is malformed, or it has weights of a changed model without a plan.
     """
-    return plan_in(_read(path, weights_only))
-
-
-def _read(path: str | PathLike[str], weights_only: bool) -> dict[str, Any]:
     from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which surgery itself does not need
 
-    return read_checkpoint(path, weights_only)
+    checkpoint = read_checkpoint(path, weights_only)
+    plan = plan_in(checkpoint)
+    keys = [key for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for key in part]
+    if not plan and any(MARKER in str(key) for key in keys):
+        raise ValueError(
+            f"{path} has weights of a changed model, but no plan, which a Trainer stores if the LightningModule itself "
+            f"was changed: repeat the surgery on a new model, then call load_state_dict"
+        )
+    return plan
 
 
 def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> Any:
@@ -134,14 +144,7 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
         ValueError: the checkpoint stores no plan, is damaged, or lacks the arguments of a module.
     """
     arguments = {"weights_only": True, **arguments}
-    checkpoint = _read(path, arguments["weights_only"] is not False)
-    plan = plan_in(checkpoint)
-    keys = [key for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for key in part]
-    if not plan and any(MARKER in str(key) for key in keys):
-        raise ValueError(
-            f"{path} has weights of a changed model, but not the plan that a Trainer's checkpoint stores: repeat the "
-            f"surgery on a new model, then call load_state_dict"
-        )
+    plan = read_plan(path, arguments["weights_only"] is not False)
     if not plan:
         raise ValueError(f"{path} was saved without surgery; load it with {cls.__name__}.load_from_checkpoint")
 

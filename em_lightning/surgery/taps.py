@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -17,6 +18,19 @@ from em_lightning.surgery.hooks import Undo, disable_fast_path, first_tensor, un
 from em_lightning.surgery.select import NoMatchError, Site, Where, check_reachable, described, find_modules, walk
 
 TAPS = ("output", "input")
+
+
+class _Hook:
+    """A hook of this model only: in a copy of the model, or in one that was pickled, it does nothing."""
+
+    def __init__(self, function: Callable[..., Any] = lambda *_: None) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class Taps:
@@ -97,11 +111,10 @@ class Taps:
         self.captured, self.frozen = [], set()
 
     def _register(self, module: nn.Module, path: str) -> Undo:
-        # Lambdas, as deepcopy(model) copies bound methods with the captured tensors, which cannot be copied.
         if self.tap == "output":
-            return module.register_forward_hook(lambda _, inputs, output: self._capture(path, output)).remove
+            return module.register_forward_hook(_Hook(lambda _, inputs, output: self._capture(path, output))).remove
         return module.register_forward_pre_hook(
-            lambda _, inputs, kwargs: self._capture_input(path, inputs, kwargs), with_kwargs=True
+            _Hook(lambda _, inputs, kwargs: self._capture_input(path, inputs, kwargs)), with_kwargs=True
         ).remove
 
     def _capture_input(self, path: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,12 +173,14 @@ def _warn_if_shared(model: nn.Module, site: Site) -> list[Undo]:
         _warn_of_sharing(site.path, f"has the names {', '.join(names)}")
         return []
 
-    def warn_once(path: str, why: str) -> None:
-        counter.on_excess = lambda *_: None
-        _warn_of_sharing(path, why)
-
-    counter = CallCounter(site.path, 1, warn_once)
+    counter = CallCounter(site.path, 1, _Hook())
+    counter.on_excess = functools.partial(_warn_once, counter)
     return [wrap(site.caller, "forward", counter.around), site.module.register_forward_pre_hook(counter.check).remove]
+
+
+def _warn_once(counter: CallCounter, path: str, why: str) -> None:
+    counter.on_excess = _Hook()  # does nothing
+    _warn_of_sharing(path, why)
 
 
 def _warn_of_sharing(path: str, why: str) -> None:
