@@ -48,11 +48,12 @@ struct Choice {
     if (!kGrain) return;  // this kind of covariance skips no points; others skip kGrain points at a time
     count = 0;
     for (int s = 0; s < all; ++s) {
-      const I counts = r[s] != r[s] || r[s] > kNegligible;  // NaN counts
-      if (!any(counts)) continue;
-      for (int lane = 0; lane < kLanes; lane += kGrain) {
-        place[count] = s * kLanes + lane;
-        count += kGrain > 1 || counts[lane] != 0;
+      unsigned counts = lanes_above(r[s], kNegligible);
+      if (kGrain > 1) {
+        place[count] = s * kLanes;
+        count += counts != 0;
+      } else {
+        for (; counts; counts &= counts - 1) place[count++] = s * kLanes + __builtin_ctz(counts);
       }
     }
     gathered = 4 * count * kGrain < 3 * all * kLanes;

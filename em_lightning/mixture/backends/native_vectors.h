@@ -85,12 +85,20 @@ inline void exp2(V (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) x[i] = power[i] * (V)((I)shifted[i] << digits);
 }
 
-// Returns whether any lane is not zero.
-inline bool any(I values) {
-  int64_t words[kBytes / 8], found = 0;
-  std::memcpy(words, &values, kBytes);
-  for (int64_t word : words) found |= word;
+// A number whose bit i tells whether x of lane i is above a bound or NaN.
+inline unsigned lanes_above(V x, Real bound) {
+  const I above = ~(x <= bound);
+#if defined(__AVX512DQ__)
+  if constexpr (kSingle) return _mm512_movepi32_mask((__m512i)above);
+  else return _mm512_movepi64_mask((__m512i)above);
+#elif defined(__AVX__) && !defined(__AVX512F__)
+  if constexpr (kSingle) return _mm256_movemask_ps((__m256)above);
+  else return _mm256_movemask_pd((__m256d)above);
+#else
+  unsigned found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= unsigned(above[lane] & 1) << lane;
   return found;
+#endif
 }
 
 // log2(x) for positive x that are not subnormal.

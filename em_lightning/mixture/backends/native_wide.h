@@ -56,11 +56,32 @@ struct Component {
   }
 
   void score(const V* u, int steps, V*, V* score, V* largest) const {
-    V square[kSteps] = {};
-    whiten(u, steps, [&](int, int s, V y) { square[s] += y * y; });
-    for (int s = 0; s < steps; ++s) {
-      score[s] = peak - Real(0.5 * kLog2e) * square[s];
-      largest[s] = larger(largest[s], score[s]);
+    for (int s = 0; s < steps; s += kUnrolled) {
+      V difference[D][kUnrolled], square[kUnrolled] = {};
+      for (int i = 0; i < D; ++i)
+        for (int t = 0; t < kUnrolled; ++t) difference[i][t] = u[i * kSteps + s + t] - mean[i];
+      for (int row = 0; row < kRows; row += 4) {
+        V y[4][kUnrolled];
+        for (int r = 0; r < 4; ++r)
+          for (int t = 0; t < kUnrolled; ++t) y[r][t] = lanes(offset[row + r]);
+        const int columns = std::min(row + 4, D);
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; ++j) {
+          V own[kUnrolled];
+          for (int t = 0; t < kUnrolled; ++t) {
+            own[t] = difference[j][t];
+            KEEP(own[t]);
+          }
+          for (int r = 0; r < 4; ++r)
+            for (int t = 0; t < kUnrolled; ++t) y[r][t] += inverse[(row + r) * kRows + j] * own[t];
+        }
+        for (int r = 0; r < 4; ++r)
+          for (int t = 0; t < kUnrolled; ++t) square[t] += y[r][t] * y[r][t];
+      }
+      for (int t = 0; t < kUnrolled; ++t) {
+        score[s + t] = peak - Real(0.5 * kLog2e) * square[t];
+        largest[s + t] = larger(largest[s + t], score[s + t]);
+      }
     }
   }
 

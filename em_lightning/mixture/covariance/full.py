@@ -124,8 +124,7 @@ class FullCovariance:
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
-        # Components last: the logarithm of contiguous numbers is four times faster on a CPU.
-        factors = inverse.diagonal(dim1=-2, dim2=-1).movedim(-1, 0).contiguous()
+        factors = inverse.diagonal(dim1=-2, dim2=-1).movedim(-1, 0).contiguous()  # whose logarithms take less time
         return log_weights + factors.log().sum(0) - half_log_two_pi(num_features)
 
     # The M-step.
