@@ -46,5 +46,5 @@ def _remove_abandoned(path: Path) -> None:
             os.kill(int(process), 0)
         except ProcessLookupError:
             partial.unlink(missing_ok=True)
-        except (PermissionError, ValueError):
+        except (PermissionError, ValueError):  # the process runs, or the name is not that of a partial file
             continue
