@@ -65,7 +65,7 @@ def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
 # sum_blocks is for functions that return sums over points (b, ...), map_blocks for values per point (b, ..., n).
 # Sums are added one by one, because small tensors of all blocks would fragment the memory between the large ones.
 sum_blocks = functools.partial(
-    _over_blocks, functools.partial(functools.reduce, lambda one, other: tuple(map(torch.add, one, other)))
+    _over_blocks, functools.partial(functools.reduce, lambda a, b: tuple(map(torch.add, a, b)))
 )
 map_blocks = functools.partial(_over_blocks, lambda results: tuple(_cat(p, -1) for p in zip(*results, strict=True)))
 
