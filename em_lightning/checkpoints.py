@@ -26,7 +26,7 @@ from em_lightning.files import write_whole
 def check_archive(path: str | PathLike[str]) -> None:
     """Raise unless a file is an uncompressed archive as ``torch.save`` writes it, with matching CRCs.
 
-    FileNotFoundError if there is no such file, ValueError if it is truncated, altered or no archive.
+    FileNotFoundError if there is no such file, ValueError if it is truncated, altered or not an archive.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,7 +149,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Save if it is time to. If a rank has received a signal, save and end the run."""
+        """Save the checkpoint when it is due; if a rank has received a signal, save it and end the run."""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         self._end_after_signal(trainer)
 
