@@ -37,11 +37,11 @@ def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = Non
     points, weights = _weighted_points(x, weights)
     mean = (points * weights.unsqueeze(1)).sum(-1) / weights.sum(-1, keepdim=True).clamp(min=1.0)
     no_center = torch.where(weights > 0, torch.inf, -1.0)  # negative, so that points of zero weight are never chosen
-    center = _farthest(points, _lower_distances(no_center, points, mean))
+    center = _pick(points, _lower_distances(no_center, points, mean).argmax(-1, keepdim=True)).squeeze(-1)
     centers, distances = [center], no_center
     for _ in range(num_components - 1):
         distances = _lower_distances(distances, points, center)
-        center = _farthest(points, distances)
+        center = _pick(points, distances.argmax(-1, keepdim=True)).squeeze(-1)
         centers.append(center)
     return torch.stack(centers, 1)
 
@@ -192,11 +192,6 @@ def _lower_distances(distances: Tensor, points: Tensor, center: Tensor) -> Tenso
 
     block_size = _BLOCK_SIZE if points.device.type == "cpu" else _DEVICE_BLOCK_SIZE
     return map_blocks(lower_block, (distances, points), (center,), points.shape[1], block_size)[0]
-
-
-def _farthest(points: Tensor, distances: Tensor) -> Tensor:
-    """Return the point (B, D) with the largest distance (B, N) of each set."""
-    return _pick(points, distances.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 def _pick(points: Tensor, index: Tensor) -> Tensor:

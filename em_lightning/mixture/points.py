@@ -124,15 +124,16 @@ def prepare(
     """
     dtype = accumulation_dtype(x)
     weights, counted = join_weights(mask, weights, dtype, normalized_weights)
+    x = features_first(x)
     if mask is not None:
-        x = torch.where(mask.unsqueeze(-1), x, 0.0)
+        x = torch.where(mask.unsqueeze(1), x, 0.0)
     frame = frame_of(x, mask) if frame is None else frame
     if mask is not None:
-        x = torch.where(mask.unsqueeze(-1), x, frame.center.unsqueeze(1).to(x.dtype))
-    mass = torch.full_like(frame.scale, x.shape[1]) if weights is None else weights.sum(-1)
-    num_points = torch.full_like(frame.scale, x.shape[1]) if counted is None else counted.sum(-1).to(dtype)
+        x = torch.where(mask.unsqueeze(1), x, frame.center.unsqueeze(-1).to(x.dtype))
+    mass = torch.full_like(frame.scale, x.shape[-1]) if weights is None else weights.sum(-1)
+    num_points = torch.full_like(frame.scale, x.shape[-1]) if counted is None else counted.sum(-1).to(dtype)
     zeros, eps = torch.zeros_like(frame.center), torch.finfo(x.dtype).eps
-    points = Points(features_first(x), weights, mass, num_points, frame, features, zeros, zeros, eps)
+    points = Points(x, weights, mass, num_points, frame, features, zeros, zeros, eps)
     if not with_moments:
         return points
     mean, variance = _moments(points)
@@ -145,17 +146,17 @@ def features_first(x: Tensor) -> Tensor:
 
 
 def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
-    """Return the frame of points (B, N, D) from mean and extent; masked rows must be zero."""
+    """Return the frame of points (B, D, N) from mean and extent; masked points must be zero."""
     x, dtype = x.detach(), accumulation_dtype(x)
     if mask is None:
-        center = x.mean(1).to(dtype)
+        center = x.mean(-1).to(dtype)
     else:
-        center = x.sum(1).to(dtype) / mask.sum(1, keepdim=True).clamp(min=1)
+        center = x.sum(-1).to(dtype) / mask.sum(1, keepdim=True).clamp(min=1)
     center = torch.where(center.isfinite(), center, 0.0)  # the sum may overflow
     if mask is not None:
-        x = torch.where(mask.unsqueeze(-1), x, center.unsqueeze(1).to(x.dtype))
-    low, high = (side.to(dtype) for side in x.aminmax(dim=1))
-    extent = torch.maximum(high - center, center - low).amax(-1)
+        x = torch.where(mask.unsqueeze(1), x, center.unsqueeze(-1).to(x.dtype))
+    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # the faster one
+    extent = torch.maximum(high.to(dtype) - center, center - low.to(dtype)).amax(-1)
     return Frame(center, power_of_two(extent))
 
 

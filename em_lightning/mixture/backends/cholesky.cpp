@@ -16,14 +16,12 @@ struct Problem {
   double* grad_matrix;
 };
 
-}  // namespace
-
 // The factor L and its inverse W (lower triangles) of the lower triangles of matrices (count, size, size). Pivots below
 // the smallest ones (count, size) are raised to it; the squares of a row of L add up to its diagonal entry, unless rounding
-// made the matrix indefinite: entries are bounded by it.
-extern "C" void em_lightning_cholesky(const Problem* problem) {
-  const Problem& p = *problem;
-  const int64_t size = p.size;
+// made the matrix indefinite: entries are bounded by it. With kSize > 0 the size is known to the compiler.
+template <int kSize>
+void factorize(const Problem& p) {
+  const int64_t size = kSize > 0 ? kSize : p.size;
   for (int64_t n = 0; n < p.entries / (size * size); ++n) {
     const double *a = p.matrix + n * size * size, *least = p.pivots + n * size;
     double *l = p.scale + n * size * size, *w = p.inverse + n * size * size;
@@ -48,6 +46,18 @@ extern "C" void em_lightning_cholesky(const Problem* problem) {
       std::fill(l + i * size + i + 1, l + (i + 1) * size, 0.0);
       std::fill(w + i * size + i + 1, w + (i + 1) * size, 0.0);
     }
+  }
+}
+
+}  // namespace
+
+extern "C" void em_lightning_cholesky(const Problem* problem) {
+  switch (problem->size) {
+    case 1: return factorize<1>(*problem);
+    case 2: return factorize<2>(*problem);
+    case 3: return factorize<3>(*problem);
+    case 4: return factorize<4>(*problem);
+    default: return factorize<0>(*problem);
   }
 }
 

@@ -48,14 +48,12 @@ struct Choice {
     if (!kGrain) return;  // this kind of covariance skips no points; others skip kGrain points at a time
     count = 0;
     for (int s = 0; s < all; ++s) {
-      const I counts = r[s] != r[s] || r[s] > kNegligible;  // NaN counts
-      int64_t words[kBytes / 8], any = 0;
-      std::memcpy(words, &counts, kBytes);
-      for (int64_t word : words) any |= word;
-      if (!any) continue;
-      for (int lane = 0; lane < kLanes; lane += kGrain) {
-        place[count] = s * kLanes + lane;
-        count += kGrain > 1 || counts[lane] != 0;
+      unsigned counts = lanes_above(r[s], kNegligible);
+      if (kGrain > 1) {
+        place[count] = s * kLanes;
+        count += counts != 0;
+      } else {
+        for (; counts; counts &= counts - 1) place[count++] = s * kLanes + __builtin_ctz(counts);
       }
     }
     gathered = 4 * count * kGrain < 3 * all * kLanes;
@@ -87,11 +85,11 @@ class Worker {
   explicit Worker(const Problem& problem)
       : p(problem), K(p.components), M(num_sums(p.features)), G(p.grad_density ? gradient_size(p.features) : 0) {
     points.resize(p.features * kSteps);
-    white.resize((kKeeps ? K : 1) * kRows * kSteps);  // of all components if the kind of covariance keeps them
+    white.resize(kRows * kSteps);
     score.resize(K * kSteps);
     slope.resize(p.grad_density ? K * kSteps : 0);
     sums.resize(K * M + 1);
-    sums_in_double.resize(K * M + 1);
+    sums_in_double.resize((K * M + 1) * kLanes);
     gradients.resize(K * G);
     grad_points.resize(p.grad_x ? p.features * kSteps : 0);
     chosen_points.resize(kGrain ? p.features * kSteps : 0);
@@ -114,14 +112,18 @@ class Worker {
         forward(row, count, steps);
       }
       if (++pending == kBlocksPerSum || row + rows >= last) {
-        for (int64_t i = 0; i <= K * M; ++i)
-          for (int lane = 0; lane < kLanes; ++lane) sums_in_double[i] += double(sums[i][lane]);
+        const Real* from = reinterpret_cast<const Real*>(sums.data());
+        for (size_t i = 0; i < sums_in_double.size(); ++i) sums_in_double[i] += double(from[i]);
         std::fill(sums.begin(), sums.end(), V{});
         pending = 0;
       }
     }
-    std::copy(sums_in_double.begin(), sums_in_double.end(), result);
+    for (int64_t i = 0; i <= K * M; ++i) {
+      result[i] = 0.0;
+      for (int lane = 0; lane < kLanes; ++lane) result[i] += sums_in_double[i * kLanes + lane];
+    }
     std::fill(sums_in_double.begin(), sums_in_double.end(), 0.0);
+    for (int64_t k = 0; k < K; ++k) components[k].whiten_sums(result + k * M);
   }
 
  private:
@@ -131,9 +133,9 @@ class Worker {
   std::vector<Component> components;
   std::vector<Real> gradients, origin;        // gradients of the sums (K, G); origin (D,), near the middle of the set
   std::vector<V> points, grad_points;         // (D, steps)
-  std::vector<V> white, score, slope;         // (K or 1, rows, steps), (K, steps), (K, steps)
+  std::vector<V> white, score, slope;         // (rows, steps) of one component, (K, steps) twice
   std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
-  std::vector<double> sums_in_double;
+  std::vector<double> sums_in_double;         // the same
   V weights[kSteps], grad_density[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];
   Choice choice;                              // of points, for one component
   const V *chosen, *y;                        // its points, and its whitened points
@@ -163,7 +165,7 @@ class Worker {
       components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
       if (p.grads) {
         whiten_gradient(p.grads + k * M, p.scale + k * size, mean, features, gradient.data());
-        store_gradient(gradient.data(), features, &gradients[(k - set * K) * G]);
+        components.back().store_gradient(gradient.data(), &gradients[(k - set * K) * G]);
       }
     }
   }
@@ -185,31 +187,29 @@ class Worker {
     std::fill(to + count, to + padded, Real(0));
   }
 
-  V* white_of(int64_t k) { return white.data() + (kKeeps ? k : 0) * kRows * kSteps; }
-
   // Chooses the points of component k by their responsibilities, and whitens them.
   void choose(int64_t k, const V* r, int steps) {
     choice.find(r, steps);
     chosen = choice.gathered ? chosen_points.data() : points.data();
     for (int64_t i = 0; choice.gathered && i < p.features; ++i)
       choice.gather(&points[i * kSteps], &chosen_points[i * kSteps]);
-    y = components[k].whitened(chosen, choice.steps, white_of(k));
+    y = components[k].whitened(chosen, choice.steps, white.data());
   }
 
   V log_density(int s) const { return Real(kLn2) * (largest[s] + log2(total[s])); }
 
   // Leaves exp(g - largest) in score, in units of log 2, and its sum over components in total.
   void evaluate(int steps) {
-    for (int64_t k = 0; k < K; ++k) {
-      V* own = &score[k * kSteps];
-      components[k].score(points.data(), steps, white_of(k), own);
-      if (k == 0) std::copy(own, own + steps, largest);
-      for (int s = 0; s < steps; ++s) largest[s] = own[s] > largest[s] ? own[s] : largest[s];
-    }
+    std::fill(largest, largest + steps, lanes(-std::numeric_limits<Real>::infinity()));
     std::fill(total, total + steps, V{});
+    for (int64_t k = 0; k < K; ++k) components[k].score(points.data(), steps, white.data(), &score[k * kSteps], largest);
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      for (int s = 0; s < steps; ++s) total[s] += own[s] = exp2(own[s] - largest[s]);
+      for (int s = 0; s < steps; s += 2) {
+        V both[2] = {own[s] - largest[s], own[s + 1] - largest[s + 1]};
+        exp2(both);
+        for (int i = 0; i < 2; ++i) total[s + i] += own[s + i] = both[i];
+      }
     }
   }
 
@@ -226,9 +226,14 @@ class Worker {
     for (int s = 0; s < steps; ++s) total[s] = weights[s] / total[s];  // the factor from score to w_n r_nk
     for (int64_t k = 0; k < K; ++k) {
       V* r = &score[k * kSteps];
+      if (!kGrain) {
+        components[k].add(points.data(), nullptr, steps, [&](int s) { return r[s] * total[s]; }, &sums[k * M]);
+        continue;
+      }
       for (int s = 0; s < steps; ++s) r[s] *= total[s];
       choose(k, r, steps);
-      components[k].add(chosen, y, choice.steps, choice.gather(r, chosen_r), &sums[k * M]);
+      const V* own = choice.gather(r, chosen_r);
+      components[k].add(chosen, y, choice.steps, [&](int s) { return own[s]; }, &sums[k * M]);
     }
   }
 
@@ -271,7 +276,7 @@ class Worker {
       }
       choose(k, r, steps);
       const V* own_slope = choice.gather(a, chosen_slope);
-      components[k].add(chosen, y, choice.steps, own_slope, &sums[k * M]);
+      components[k].add(chosen, y, choice.steps, [&](int s) { return own_slope[s]; }, &sums[k * M]);
       if (!p.grad_x) continue;  // otherwise pull adds the gradients in the points
       V* grads = choice.gathered ? chosen_grads.data() : grad_points.data();
       if (choice.gathered) std::fill(chosen_grads.begin(), chosen_grads.end(), V{});

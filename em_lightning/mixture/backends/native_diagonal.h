@@ -7,7 +7,6 @@
 
 namespace {
 
-constexpr bool kKeeps = false;
 constexpr int kRows = 0;      // whitened points are not kept
 constexpr int kUnrolled = 4;  // steps are a multiple of it
 constexpr int kGrain = kLanes;  // points without responsibilities that count are skipped by vectors
@@ -41,9 +40,6 @@ inline void whiten_gradient(const double* grads, const double* scale, const doub
 }
 
 inline int gradient_size(int64_t features) { return num_sums(features); }
-inline void store_gradient(const double* own, int64_t features, Real* result) {
-  std::copy(own, own + num_sums(features), result);
-}
 
 inline void parameter_gradient(const double* sums, const double* scale, const double* w, int64_t features,
                                double* result) {
@@ -66,7 +62,7 @@ struct Component {
     }
   }
 
-  void score(const V* u, int steps, V*, V* score) const {
+  void score(const V* u, int steps, V*, V* score, V* largest) const {
     for (int s = 0; s < steps; s += kUnrolled) {
       V square[kUnrolled] = {};
       for (int i = 0; i < features; ++i)
@@ -74,19 +70,23 @@ struct Component {
           const V y = y_of(u, i, s + t);
           square[t] += y * y;
         }
-      for (int t = 0; t < kUnrolled; ++t) score[s + t] = peak - Real(0.5 * kLog2e) * square[t];
+      for (int t = 0; t < kUnrolled; ++t) {
+        score[s + t] = peak - Real(0.5 * kLog2e) * square[t];
+        largest[s + t] = larger(largest[s + t], score[s + t]);
+      }
     }
   }
 
   const V* whitened(const V*, int, V* white) const { return white; }
 
-  void add(const V* u, const V*, int steps, const V* r, V* sums) const {
-    for (int s = 0; s < steps; ++s) sums[0] += r[s];
+  template <class Weight>
+  void add(const V* u, const V*, int steps, Weight r, V* sums) const {
+    for (int s = 0; s < steps; ++s) sums[0] += r(s);
     V all = {};
     for (int i = 0; i < features; ++i) {
       V first = {}, second = {};
       for (int s = 0; s < steps; ++s) {
-        const V y = y_of(u, i, s), weighted = r[s] * y;
+        const V y = y_of(u, i, s), weighted = r(s) * y;
         first += weighted;
         second += weighted * y;
       }
@@ -96,6 +96,10 @@ struct Component {
     }
     if (!kDiagonal) sums[1 + features] += all;
   }
+
+  void store_gradient(const double* own, Real* result) const { std::copy(own, own + num_sums(features), result); }
+
+  void whiten_sums(double*) const {}  // they are those of whitened points
 
   void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
     std::fill(slope, slope + steps, V{} + gradient[0]);

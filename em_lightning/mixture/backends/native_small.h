@@ -1,99 +1,166 @@
 // Full covariances of at most 6 features: everything about one vector of points is in registers.
+//
+// With W = diag(w) T, where T has a unit diagonal, a Component computes t = T (u - mean) for the mean rounded to Real, and
+// y = w (t + rest), where rest is the rounding error of the mean after T. It works on sums of [1, t, t_i t_j for j <= i],
+// which take fewer multiplications and registers than those of y.
 
 namespace {
 
-constexpr bool kKeeps = true;   // whitened points of all components
-constexpr int kRows = D;        // rows of whitened points
-constexpr int kUnrolled = 1;    // steps are a multiple of it
+constexpr int kRows = 0;        // whitened points are computed again where they are needed, which is as fast as loading them
+constexpr int kUnrolled = 2;    // steps are a multiple of it
 constexpr int kGrain = 0;       // no points are skipped
+constexpr int kBelow = D > 1 ? D * (D - 1) / 2 : 1;  // entries of T below its diagonal
+inline int below(int i, int j) { return i * (i - 1) / 2 + j; }
 inline int gradient_size(int64_t) { return num_sums(D); }
-inline void store_gradient(const double* own, int64_t, Real* result) { std::copy(own, own + num_sums(D), result); }
 
-struct Component {
-  V peak, mean[D], offset[D], inverse[D][D];  // the same number in all lanes
-
-  Component(const double* w, const double* mu, double top, int64_t) : peak(V{} + Real(top * kLog2e)) {
-    for (int i = 0; i < D; ++i) mean[i] = V{} + Real(mu[i]);
+class Component {
+ public:
+  Component(const double* inverse, const double* mu, double peak, int64_t) : top(peak * kLog2e) {
+    const double bound = std::pow(double(std::numeric_limits<Real>::max()), 0.4);
+    double error[D];  // of the rounded mean
     for (int i = 0; i < D; ++i) {
-      double rest = 0.0;  // what rounding the mean leaves, so that it costs no precision
-      for (int j = 0; j <= i; ++j) rest += w[i * D + j] * (double(mean[j][0]) - mu[j]);
-      offset[i] = V{} + Real(rest);
-      for (int j = 0; j <= i; ++j) inverse[i][j] = V{} + Real(w[i * D + j]);
+      mean[i] = Real(mu[i]);
+      error[i] = double(mean[i]) - mu[i];
     }
-  }
-
-  // Keeps whitened points, as loading them is faster than computing them again.
-  void score(const V* u, int steps, V* white, V* score) const {
-    const Component own = *this;  // a copy, which writing white and score cannot change
-    for (int s = 0; s < steps; ++s) {
-      V difference[D], square = V{};
-      for (int i = 0; i < D; ++i) difference[i] = u[i * kSteps + s] - own.mean[i];
-      for (int i = 0; i < D; ++i) {
-        V y = own.offset[i];
-        for (int j = 0; j <= i; ++j) y += own.inverse[i][j] * difference[j];
-        square += y * y;
-        white[i * kSteps + s] = y;
+    for (int i = 0; i < D; ++i) {
+      w[i] = inverse[i * D + i];
+      rest[i] = error[i];
+      for (int j = 0; j < i; ++j) {
+        const double entry = w[i] > 0.0 ? inverse[i * D + j] / w[i] : 0.0;
+        shear[below(i, j)] = Real(std::min(std::max(entry, -bound), bound));
+        rest[i] += shear[below(i, j)] * error[j];
       }
-      score[s] = own.peak - Real(0.5 * kLog2e) * square;
+      const double square = 0.5 * kLog2e * w[i] * w[i];
+      quadratic[i] = Real(square);
+      linear[i] = Real(2.0 * square * rest[i]);
+      top -= square * rest[i] * rest[i];
     }
   }
 
-  const V* whitened(const V*, int, V* white) const { return white; }
+  // Writes log-densities in units of log 2, minus a reference.
+  void score(const V* u, int steps, V*, V* score, V* largest) const {
+    const Shear t_of(*this);
+    V first[D], second[D];
+    const V highest = lanes(Real(top));
+    for (int i = 0; i < D; ++i) first[i] = lanes(linear[i]);
+    for (int i = 0; i < D; ++i) second[i] = lanes(quadratic[i]);
+    for (int s = 0; s < steps; ++s) {
+      V t[D], total = highest;
+      t_of(u, s, t);
+      for (int i = 0; i < D; ++i) total -= (second[i] * t[i] + first[i]) * t[i];
+      score[s] = total;
+      largest[s] = larger(largest[s], total);
+    }
+  }
 
-  // sums += sum r [1, y, y_i y_j]
-  void add(const V*, const V* white, int steps, const V* r, V* sums) const {
+  const V* whitened(const V*, int, V*) const { return nullptr; }
+
+  // sums += sum r [1, t, t_i t_j]
+  template <class Weight>
+  void add(const V* u, const V*, int steps, Weight r, V* sums) const {
+    const Shear t_of(*this);
     V own[1 + D + D * (D + 1) / 2] = {};
     for (int s = 0; s < steps; ++s) {
-      V y[D], weight = r[s];
-      for (int i = 0; i < D; ++i) {
-        y[i] = white[i * kSteps + s];
-      }
+      V t[D];
+      const V weight = r(s);
+      t_of(u, s, t);
       own[0] += weight;
       int pair = 1 + D;
       for (int i = 0; i < D; ++i) {
-        const V weighted = weight * y[i];
+        const V weighted = weight * t[i];
         own[1 + i] += weighted;
-        for (int j = 0; j <= i; ++j) own[pair++] += weighted * y[j];
+        for (int j = 0; j <= i; ++j) own[pair++] += weighted * t[j];
       }
     }
     for (int i = 0; i < num_sums(D); ++i) sums[i] += own[i];
   }
 
-  // slope = gradient . [1, y, y_i y_j]
-  void slope(const V*, const V* white, int steps, const Real* gradient, V* slope) const {
+  // Converts sums of [1, t, t_i t_j] to sums of [1, y, y_i y_j].
+  void whiten_sums(double* sums) const {
+    for (int i = 0; i < D; ++i)
+      for (int j = 0; j <= i; ++j) {
+        const double total = sums[lower(i, j)] + rest[i] * sums[1 + j] + rest[j] * sums[1 + i] + rest[i] * rest[j] * sums[0];
+        sums[lower(i, j)] = w[i] * w[j] * total;
+      }
+    for (int i = 0; i < D; ++i) sums[1 + i] = w[i] * (sums[1 + i] + rest[i] * sums[0]);
+  }
+
+  // Converts the gradient in the sums of y to the gradient in the sums of t.
+  void store_gradient(const double* own, Real* result) const {
+    double found[1 + D + D * (D + 1) / 2];
+    found[0] = own[0];
+    for (int i = 0; i < D; ++i) {
+      found[1 + i] = w[i] * own[1 + i];
+      found[0] += rest[i] * found[1 + i];
+    }
+    for (int i = 0; i < D; ++i)
+      for (int j = 0; j <= i; ++j) {
+        const double pair = w[i] * w[j] * own[lower(i, j)];
+        found[lower(i, j)] = pair;
+        found[1 + i] += rest[j] * pair;
+        found[1 + j] += rest[i] * pair;
+        found[0] += rest[i] * rest[j] * pair;
+      }
+    std::copy(found, found + num_sums(D), result);
+  }
+
+  // slope = gradient . [1, t, t_i t_j]
+  void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
+    const Shear t_of(*this);
     for (int s = 0; s < steps; ++s) {
-      V y[D], total = V{} + gradient[0];
-      for (int i = 0; i < D; ++i) y[i] = white[i * kSteps + s];
+      V t[D], total = lanes(gradient[0]);
+      t_of(u, s, t);
       int pair = 1 + D;
       for (int i = 0; i < D; ++i) {
-        V inner = V{} + gradient[1 + i];
-        for (int j = 0; j <= i; ++j) inner += gradient[pair++] * y[j];
-        total += inner * y[i];
+        V inner = lanes(gradient[1 + i]);
+        for (int j = 0; j <= i; ++j) inner += gradient[pair++] * t[j];
+        total += inner * t[i];
       }
       slope[s] = total;
     }
   }
 
-  // grad_u += W^T (r d(gradient . [1, y, y_i y_j]) / dy - slope y)
-  void pull(const V*, const V* white, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+  // grad_u += T^T (r d(gradient . [1, t, t_i t_j]) / dt + slope d(log-density) / dt)
+  void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+    const Shear t_of(*this);
     for (int s = 0; s < steps; ++s) {
-      V y[D], inner[D];
-      for (int i = 0; i < D; ++i) {
-        y[i] = white[i * kSteps + s];
-        inner[i] = V{} + gradient[1 + i];
-      }
+      V t[D], inner[D];
+      t_of(u, s, t);
+      for (int i = 0; i < D; ++i) inner[i] = lanes(gradient[1 + i]);
       int pair = 1 + D;
       for (int i = 0; i < D; ++i)
         for (int j = 0; j <= i; ++j, ++pair) {
-          inner[i] += gradient[pair] * y[j];
-          inner[j] += gradient[pair] * y[i];
+          inner[i] += gradient[pair] * t[j];
+          inner[j] += gradient[pair] * t[i];
         }
+      const V in_nats = Real(kLn2) * slope[s];
       for (int i = 0; i < D; ++i) {
-        const V outer = r[s] * inner[i] - slope[s] * y[i];
-        for (int j = 0; j <= i; ++j) grad_u[j * kSteps + s] += inverse[i][j] * outer;
+        const V outer = r[s] * inner[i] - in_nats * (2 * quadratic[i] * t[i] + linear[i]);
+        grad_u[i * kSteps + s] += outer;
+        for (int j = 0; j < i; ++j) grad_u[j * kSteps + s] += shear[below(i, j)] * outer;
       }
     }
   }
+
+ private:
+  double top, w[D], rest[D];
+  Real mean[D], shear[kBelow], quadratic[D], linear[D];
+
+  // t of points, with the same number in all lanes of a constant.
+  struct Shear {
+    V mean[D], factor[kBelow];
+
+    explicit Shear(const Component& own) {
+      for (int i = 0; i < D; ++i) mean[i] = lanes(own.mean[i]);
+      for (int i = 0; i < D * (D - 1) / 2; ++i) factor[i] = lanes(own.shear[i]);
+    }
+
+    void operator()(const V* u, int s, V* t) const {
+      for (int i = 0; i < D; ++i) t[i] = u[i * kSteps + s] - mean[i];
+      for (int i = D - 1; i > 0; --i)
+        for (int j = 0; j < i; ++j) t[i] += factor[below(i, j)] * t[j];
+    }
+  };
 };
 
 }  // namespace

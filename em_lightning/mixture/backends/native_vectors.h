@@ -2,9 +2,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -25,11 +31,13 @@ typedef Int I __attribute__((vector_size(kBytes)));
 constexpr int kLanes = kBytes / sizeof(Real);
 // Points of a block: more for wide full covariances, whose whitening costs most.
 constexpr bool kWide = KIND == 0 && FEATURES > 6;
-constexpr int kBlockPoints = !kWide ? 128 : (FEATURES <= 24 ? 512 : 256);
+constexpr int kBlockPoints = KIND != 0 ? 128 : (kWide && FEATURES <= 24 ? 512 : 256);
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
-constexpr int kBlocksPerSum = 4;        // blocks that are added up in Real, before they are added in double
+constexpr int kBlocksPerSum = kWide ? 4 : 512 / kBlockPoints;  // blocks that are added up in Real, before they are added in double
 constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend on the number of threads
 constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities change no sum
+// Smallest sum of exponentials over components that loses no digits, as exponentials below 2^-127 (2^-1023) become 0.
+constexpr Real kSmallestTotal = kSingle ? 0x1p-60 : 0x1p-800;
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // 2^x on [-1/2, 1/2]. Float: the polynomial of least relative error, 8e-8. Double: Taylor's series, of error 5e-18.
@@ -42,21 +50,58 @@ struct Power {
   }
 };
 
-// 2^x for x <= 0; 0 below the range of Real.
-inline V exp2(V x) {
+// A number in all lanes.
+inline V lanes(Real number) { return number - V{}; }
+
+// The larger of both; NaN if b is.
+inline V larger(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (kSingle) return (V)_mm512_max_ps((__m512)a, (__m512)b);
+  else return (V)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX__)
+  if constexpr (kSingle) return (V)_mm256_max_ps((__m256)a, (__m256)b);
+  else return (V)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Replaces each x <= 1 by 2^x, or 0 below the range of Real. Operations alternate between the vectors, so that the processor
+// need not wait for results.
+template <int kCount>
+inline void exp2(V (&x)[kCount]) {
   constexpr int digits = kSingle ? 23 : 52;
   constexpr Real bias = kSingle ? 127 : 1023;
   constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;  // rounds x to n; the low bits of the sum are n + bias
-  const V shifted = x + magic;
-  const V fraction = x - (shifted - magic);
   constexpr Power series;
-  V power = V{} + series.coefficients[Power::degree];
-  for (int i = Power::degree - 1; i >= 0; --i) power = power * fraction + series.coefficients[i];
-  const V scale = (V)((I)shifted << digits);  // 2^n, as the shift moves n + bias into the exponent
-  return x < Real(1 - bias) ? V{} : power * scale;
+  V shifted[kCount], fraction[kCount], power[kCount];
+  for (int i = 0; i < kCount; ++i) x[i] = larger(lanes(-bias), x[i]);  // for n = -bias, the scale below is 0
+  for (int i = 0; i < kCount; ++i) shifted[i] = x[i] + magic;
+  for (int i = 0; i < kCount; ++i) fraction[i] = x[i] - (shifted[i] - magic);
+  for (int i = 0; i < kCount; ++i) power[i] = lanes(series.coefficients[Power::degree]);
+  for (int j = Power::degree - 1; j >= 0; --j)
+    for (int i = 0; i < kCount; ++i) power[i] = power[i] * fraction[i] + series.coefficients[j];
+  // 2^n, as the shift moves n + bias into the exponent.
+  for (int i = 0; i < kCount; ++i) x[i] = power[i] * (V)((I)shifted[i] << digits);
 }
 
-// log2(x) for x >= 1.
+// A number whose bit i tells whether x of lane i is above a bound or NaN.
+inline unsigned lanes_above(V x, Real bound) {
+  const I above = ~(x <= bound);
+#if defined(__AVX512DQ__)
+  if constexpr (kSingle) return _mm512_movepi32_mask((__m512i)above);
+  else return _mm512_movepi64_mask((__m512i)above);
+#elif defined(__AVX__) && !defined(__AVX512F__)
+  if constexpr (kSingle) return _mm256_movemask_ps((__m256)above);
+  else return _mm256_movemask_pd((__m256d)above);
+#else
+  unsigned found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= unsigned(above[lane] & 1) << lane;
+  return found;
+#endif
+}
+
+// log2(x) for positive x that are not subnormal.
 inline V log2(V x) {
   constexpr int digits = kSingle ? 23 : 52;
   constexpr Int root = kSingle ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcdLL);  // the bits of sqrt(1/2)
@@ -64,7 +109,7 @@ inline V log2(V x) {
   const V mantissa = (V)((I)x - (exponent << digits));
   const V ratio = (mantissa - Real(1)) / (mantissa + Real(1)), square = ratio * ratio;
   constexpr int terms = kSingle ? 5 : 11;
-  V series = V{} + Real(1.0 / (2 * terms - 1));
+  V series = lanes(Real(1.0 / (2 * terms - 1)));
   for (int i = terms - 2; i >= 0; --i) series = series * square + Real(1.0 / (2 * i + 1));
   return Real(2 * kLog2e) * ratio * series + __builtin_convertvector(exponent, V) + (x - x);  // NaN stays NaN
 }

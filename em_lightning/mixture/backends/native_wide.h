@@ -9,25 +9,12 @@
 
 namespace {
 
-constexpr bool kKeeps = false;          // whitened points of all components
 constexpr int kRows = (D + 3) / 4 * 4;  // rows of whitened points and of matrices; those beyond D are zero
 constexpr int kUnrolled = 2;            // steps are a multiple of it
 constexpr int kGrain = 1;               // points without responsibilities that count are skipped one by one
 constexpr int kMatrix = kRows * kRows;
 constexpr int kChunk = 16;  // steps whose differences stay in the first-level cache
 inline int gradient_size(int64_t) { return 1 + D + 2 * kMatrix; }
-
-// Stores G, the lower triangle of the gradient of pairs, and G + G^T.
-inline void store_gradient(const double* own, int64_t, Real* result) {
-  std::copy(own, own + 1 + D, result);
-  Real *lower_half = result + 1 + D, *both = lower_half + kMatrix;
-  std::fill(lower_half, lower_half + 2 * kMatrix, Real(0));
-  for (int i = 0; i < D; ++i)
-    for (int j = 0; j <= i; ++j) {
-      lower_half[i * kRows + j] = both[i * kRows + j] = both[j * kRows + i] = Real(own[lower(i, j)]);
-      if (i == j) both[i * kRows + i] *= 2;
-    }
-}
 
 // Calls use(row, s, sum) with sum_j matrix[row][j] in[j][s] for all rows and steps; j is at most the last row of a tile of
 // a lower triangle.
@@ -68,10 +55,34 @@ struct Component {
     }
   }
 
-  void score(const V* u, int steps, V*, V* score) const {
-    V square[kSteps] = {};
-    whiten(u, steps, [&](int, int s, V y) { square[s] += y * y; });
-    for (int s = 0; s < steps; ++s) score[s] = peak - Real(0.5 * kLog2e) * square[s];
+  void score(const V* u, int steps, V*, V* score, V* largest) const {
+    for (int s = 0; s < steps; s += kUnrolled) {
+      V difference[D][kUnrolled], square[kUnrolled] = {};
+      for (int i = 0; i < D; ++i)
+        for (int t = 0; t < kUnrolled; ++t) difference[i][t] = u[i * kSteps + s + t] - mean[i];
+      for (int row = 0; row < kRows; row += 4) {
+        V y[4][kUnrolled];
+        for (int r = 0; r < 4; ++r)
+          for (int t = 0; t < kUnrolled; ++t) y[r][t] = lanes(offset[row + r]);
+        const int columns = std::min(row + 4, D);
+#pragma GCC unroll 4
+        for (int j = 0; j < columns; ++j) {
+          V own[kUnrolled];
+          for (int t = 0; t < kUnrolled; ++t) {
+            own[t] = difference[j][t];
+            KEEP(own[t]);
+          }
+          for (int r = 0; r < 4; ++r)
+            for (int t = 0; t < kUnrolled; ++t) y[r][t] += inverse[(row + r) * kRows + j] * own[t];
+        }
+        for (int r = 0; r < 4; ++r)
+          for (int t = 0; t < kUnrolled; ++t) square[t] += y[r][t] * y[r][t];
+      }
+      for (int t = 0; t < kUnrolled; ++t) {
+        score[s + t] = peak - Real(0.5 * kLog2e) * square[t];
+        largest[s + t] = larger(largest[s + t], score[s + t]);
+      }
+    }
   }
 
   // Whitened points of all components would not stay in a cache: those that count are computed again.
@@ -81,12 +92,13 @@ struct Component {
   }
 
   // sums += sum r [1, y, y_i y_j]
-  void add(const V*, const V* white, int steps, const V* r, V* sums) const {
+  template <class Weight>
+  void add(const V*, const V* white, int steps, Weight r, V* sums) const {
     V weighted[kRows * kSteps];
-    for (int s = 0; s < steps; ++s) sums[0] += r[s];
+    for (int s = 0; s < steps; ++s) sums[0] += r(s);
     for (int i = 0; i < kRows; ++i) {
       V first = {};
-      for (int s = 0; s < steps; ++s) first += weighted[i * kSteps + s] = r[s] * white[i * kSteps + s];
+      for (int s = 0; s < steps; ++s) first += weighted[i * kSteps + s] = r(s) * white[i * kSteps + s];
       if (i < D) sums[1 + i] += first;
     }
     for (int row = 0; row < kRows; row += 4)
@@ -108,6 +120,20 @@ struct Component {
             if (row + i < D && column + j <= row + i) sums[lower(row + i, column + j)] += own[i][j];
       }
   }
+
+  // Stores G, the lower triangle of the gradient of pairs, and G + G^T.
+  void store_gradient(const double* own, Real* result) const {
+    std::copy(own, own + 1 + D, result);
+    Real *lower_half = result + 1 + D, *both = lower_half + kMatrix;
+    std::fill(lower_half, lower_half + 2 * kMatrix, Real(0));
+    for (int i = 0; i < D; ++i)
+      for (int j = 0; j <= i; ++j) {
+        lower_half[i * kRows + j] = both[i * kRows + j] = both[j * kRows + i] = Real(own[lower(i, j)]);
+        if (i == j) both[i * kRows + i] *= 2;
+      }
+  }
+
+  void whiten_sums(double*) const {}  // they are those of whitened points
 
   // slope = gradient . [1, y, y_i y_j]
   void slope(const V*, const V* white, int steps, const Real* gradient, V* slope) const {

@@ -8,7 +8,7 @@ cache.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ BlockFunction = Callable[..., tuple[Tensor, ...]]
 
 
 def _over_blocks(
-    join: Callable[[list[Tensor]], Tensor],
+    join: Callable[[Iterator[tuple[Tensor, ...]]], tuple[Tensor, ...]],
     function: BlockFunction,
     rows: Tensors,
     parameters: Tensors,
@@ -53,8 +53,8 @@ def _over_blocks(
         zip(_split(rows, sets, 0, set_blocks), _split(parameters, sets, 0, set_blocks), strict=True)
     ):
         which = slice(block * sets, min((block + 1) * sets, num_sets))
-        results = [_recomputed(function, which, *cut, *own) for cut in _split(own_rows, items, -1, item_blocks)]
-        by_sets.append([join(list(parts)) for parts in zip(*results, strict=True)])
+        results = (_recomputed(function, which, *cut, *own) for cut in _split(own_rows, items, -1, item_blocks))
+        by_sets.append(join(results))
     return tuple(_cat(parts, 0) for parts in zip(*by_sets, strict=True))
 
 
@@ -63,8 +63,11 @@ def _cat(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 # sum_blocks is for functions that return sums over points (b, ...), map_blocks for values per point (b, ..., n).
-sum_blocks = functools.partial(_over_blocks, lambda parts: sum(parts[1:], parts[0]))
-map_blocks = functools.partial(_over_blocks, functools.partial(_cat, dim=-1))
+# Sums are added one by one, because small tensors of all blocks would fragment the memory between the large ones.
+sum_blocks = functools.partial(
+    _over_blocks, functools.partial(functools.reduce, lambda a, b: tuple(map(torch.add, a, b)))
+)
+map_blocks = functools.partial(_over_blocks, lambda results: tuple(_cat(p, -1) for p in zip(*results, strict=True)))
 
 
 def _split(tensors: Tensors, size: int, dim: int, count: int) -> list[tuple[Tensor | None, ...]]:
