@@ -20,6 +20,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from em_lightning.distributed import check_arguments, check_batches, check_checkpoint
 from em_lightning.files import write_whole
 
 
@@ -121,14 +122,27 @@ class RunCheckpoint(ModelCheckpoint):
     the checkpoint is written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second
     signal ends it at once. Under SLURM, SIGUSR1 then runs Lightning's handler, which requeues the job. Arguments are
     those of ``ModelCheckpoint``.
+
+    Before training on several ranks, it checks that they have the same arguments, checkpoint and batches, for any
+    LightningModule: ValueError on every rank if they do not.
     """
 
     _received = 0  # number of a signal, 0 for none
     _handlers: Mapping[int, Any] = {}  # those that this callback replaces during training
 
     @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        check_arguments(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        check_checkpoint(trainer)
+
+    @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Replace the handlers of the signals until the end of training."""
+        """Compare the batches of the ranks, and replace the handlers of the signals until the end of training."""
+        check_batches(trainer)
         super().on_train_start(trainer, pl_module)
         self._received, self._process = 0, os.getpid()
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
@@ -146,6 +160,12 @@ class RunCheckpoint(ModelCheckpoint):
         self._received = int(number)
         if os.getpid() != self._process:  # a worker of a data loader, which inherits the handler
             os.kill(os.getpid(), number)
+
+    @override
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """After the last batch, drop the position of the loader, which may be below its length in a limited epoch."""
+        if trainer.training and trainer.is_last_batch:
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:

@@ -20,10 +20,12 @@ def import_class(path: str, base: type = object) -> type[Any]:
     in another module that has not been imported, and if there is no such class or it is not derived from ``base``.
     """
     module, _, name = str(path).rpartition(".")
-    if module not in sys.modules and (not module.startswith(_IMPORTED) or module.endswith("__main__")):
+    if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):
         raise ValueError(f"class_path={path!r} cannot be imported before its module; if you trust it, import {module}")
     try:
-        cls = getattr(importlib.import_module(module), name, None)
+        found = importlib.import_module(module)
+        # Other packages import further modules when one reads an attribute that they lack, as torch does.
+        cls = getattr(found, name, None) if module.startswith("em_lightning") else vars(found).get(name)
     except ImportError as error:
         raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):

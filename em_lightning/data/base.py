@@ -99,7 +99,7 @@ class _Resumable:
         raise NotImplementedError(f"{type(self).__name__} must define batches(first)")
 
     def __iter__(self) -> Any:
-        first, self._restored = self._restored % len(self), 0  # type: ignore[arg-type]
+        first, self._restored = self._restored, 0
         self.position = first
         return self._count(self.batches(first))
 
@@ -109,10 +109,17 @@ class _Resumable:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return {"position": self.position, "length": len(self)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = self._restored = state["position"]
+        """Continue after batch ``position``; ValueError if that is within an epoch of another number of batches."""
+        position, saved, length = state["position"], state["length"], len(self)  # type: ignore[arg-type]
+        if 0 < position < saved != length:
+            raise ValueError(
+                f"the checkpoint was written after batch {position} of {saved} of an epoch, which has {length} batches "
+                f"now: resume it with the same data, batch size and number of processes"
+            )
+        self.position, self._restored = position, position % saved
 
 
 class RankLoader(_Resumable):

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import DistributedSampler
 
 from em_lightning.distributed.sums import is_distributed
 
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
+_OPTIONS += ("gradient_clip_val", "val_check_interval")
+_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ
 _COMPARED_ROWS = 256
 
 
@@ -54,6 +57,10 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
+def _hash(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def _class_name(value: Any) -> str:
     return type(value).__name__
 
@@ -64,6 +71,8 @@ def check_arguments(trainer: Any) -> None:
         return
     module, data = trainer.lightning_module, trainer.datamodule
     facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    facts["source of em_lightning"] = _hash(b"".join(path.read_bytes() for path in sources))
     facts |= {"class of the model": _class_name(module), "class of the data": _class_name(data)}
     facts |= {f"model.{name}": value for name, value in module.hparams.items()}
     for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
@@ -71,7 +80,32 @@ def check_arguments(trainer: Any) -> None:
         if isinstance(value, (bool, int, float, tuple)):  # paths and tensors may differ
             facts[f"data.{field.name}"] = value
     facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
-    check_agreement({**facts, "seed": os.environ.get("PL_GLOBAL_SEED")})
+    facts |= {
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "checkpoint callbacks": [callback.state_key for callback in trainer.checkpoint_callbacks],
+    }
+    for callback in trainer.callbacks:
+        if type(callback).__module__.startswith("em_lightning."):
+            facts |= {
+                f"{_class_name(callback)}.{name}": value
+                for name, value in vars(callback).items()
+                if isinstance(value, (bool, int, float, tuple)) and not name.startswith("_")
+            }
+        if hasattr(callback, "parser") and hasattr(callback, "config"):  # the SaveConfigCallback of a LightningCLI
+            config = callback.parser.dump(callback.config, format="json", skip_none=False)
+            facts |= _leaves(json.loads(config), "argument")
+    check_agreement(facts)
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """Return the values in nested mappings and lists by their dotted names, without paths."""
+    if isinstance(value, (dict, list)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for part, each in pairs for key, leaf in _leaves(each, f"{name}.{part}").items()}
+    is_path = isinstance(value, str) and (
+        name.endswith(_PATHS) or "/" in value or os.sep in value or os.path.exists(value)
+    )
+    return {} if is_path else {name: value}
 
 
 def check_checkpoint(trainer: Any) -> None:
@@ -80,7 +114,7 @@ def check_checkpoint(trainer: Any) -> None:
         return
     path = trainer.ckpt_path or "none"
     if Path(path).is_file():  # its folder may have another name on another host
-        path = f"{Path(path).name} with hash {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+        path = f"{Path(path).name} with hash {_hash(Path(path).read_bytes())}"
     check_agreement({"checkpoint to resume from": path})
 
 
@@ -92,5 +126,7 @@ def check_batches(trainer: Any) -> None:
     loader = trainer.train_dataloader
     if hasattr(loader, "table"):  # a loader of em_lightning.data
         rows = loader.sample(_COMPARED_ROWS).points
-        facts["rows"] = [len(loader.table), hashlib.sha256(rows.cpu().numpy()).hexdigest()[:16]]
+        facts["rows"] = [len(loader.table), _hash(rows.cpu().numpy())]
+    elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        facts["number of items"] = len(loader.dataset)
     check_agreement(facts)
