@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from em_lightning.distributed import check_arguments, check_batches, check_checkpoint
-from em_lightning.files import write_whole
+from em_lightning.files import remove_abandoned, write_whole
 
 
 def check_archive(path: str | PathLike[str]) -> None:
@@ -134,6 +134,8 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         check_arguments(trainer)
         super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero:  # a run that was killed in its last write writes no further file
+            remove_abandoned(Path(self._last_path))
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -185,9 +187,12 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._set_handlers(self._handlers)
 
+    @property
+    def _last_path(self) -> str:
+        return os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+
     def _save_last(self, trainer: Any) -> None:
-        path = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
-        self.last_model_path = self.last_model_path or path
+        self.last_model_path = self.last_model_path or self._last_path
         trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
 
     def _end_after_signal(self, trainer: Any) -> None:

@@ -23,7 +23,7 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
     path = Path(path)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        _remove_abandoned(path)
+        remove_abandoned(path)
         with open(partial, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -36,7 +36,7 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
         raise OSError(error.errno, reason) from error
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Remove partial files of a path whose process ran on this host and has ended."""
     if os.name != "posix":  # elsewhere os.kill(process, 0) may end the process
         return

@@ -113,13 +113,14 @@ class _Resumable:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after batch ``position``; ValueError if that is within an epoch of another number of batches."""
-        position, saved, length = state["position"], state["length"], len(self)  # type: ignore[arg-type]
+        position, length = state["position"], len(self)  # type: ignore[arg-type]
+        saved = state.get("length", length)
         if 0 < position < saved != length:
             raise ValueError(
                 f"the checkpoint was written after batch {position} of {saved} of an epoch, which has {length} batches "
                 f"now: resume it with the same data, batch size and number of processes"
             )
-        self.position, self._restored = position, position % saved
+        self.position, self._restored = position, position % max(saved, 1)
 
 
 class RankLoader(_Resumable):
