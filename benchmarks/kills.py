@@ -181,7 +181,8 @@ def load_results(folder):
 def without_times(content):
     """Return results without measured times."""
     if isinstance(content, dict):
-        return {key: without_times(value) for key, value in content.items() if key != "seconds" and key[:3] != "ms "}
+        kept = {key: value for key, value in content.items() if key != "seconds" and key[:2] != "ms"}
+        return {key: without_times(value) for key, value in kept.items()}
     return [without_times(value) for value in content] if isinstance(content, list) else content
 
 

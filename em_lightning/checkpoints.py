@@ -1,8 +1,11 @@
-"""Checkpoints that are written atomically and when a run ends, checked for damage, and read without running code."""
+"""Checkpoints that are written atomically and when a run ends, and checks before a run is started or resumed."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
+import json
 import os
 import signal
 import sys
@@ -10,18 +13,25 @@ import threading
 import zipfile
 from collections.abc import Mapping
 from os import PathLike
+from os.path import exists
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from em_lightning.distributed import check_arguments, check_batches, check_checkpoint
+from em_lightning.distributed import check_agreement, is_distributed
 from em_lightning.files import remove_abandoned, write_whole
+
+_PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
+_OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
+_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ
 
 
 def check_archive(path: str | PathLike[str]) -> None:
@@ -112,39 +122,93 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
+        remove_abandoned(Path(path))  # by a kill in the last write of a run, after which there is no further write
         return read_checkpoint(path)
 
 
-class RunCheckpoint(ModelCheckpoint):
+class RankAgreement(lightning.Callback):
+    """Checks before training that all ranks have the same versions, arguments, checkpoint, batches and rows.
+
+    Paths may differ. ``EMModule`` and :class:`RunCheckpoint` include these checks.
+
+    Raises:
+        ValueError: on every rank, if something differs; the message has its name, values and hosts.
+    """
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not is_distributed():
+            return
+        data = trainer.datamodule
+        facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
+        sources = sorted(Path(__file__).parent.rglob("*.py"))
+        facts["source of em_lightning"] = _hash(b"".join(path.read_bytes() for path in sources))
+        facts |= {"class of the model": type(pl_module).__name__, "class of the data": type(data).__name__}
+        facts |= _leaves(dict(pl_module.hparams), "model")
+        for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
+            facts |= _leaves(getattr(data, field.name), f"data.{field.name}")
+        facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
+        facts["checkpoint callbacks"] = [callback.state_key for callback in trainer.checkpoint_callbacks]
+        for callback in trainer.callbacks:
+            if hasattr(callback, "parser") and hasattr(callback, "config"):  # the SaveConfigCallback of a LightningCLI
+                config = callback.parser.dump(callback.config, format="json", skip_none=False)
+                facts |= _leaves(json.loads(config), "argument")
+            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):
+                for name, value in vars(callback).items():
+                    if isinstance(value, (bool, int, float, str, dict)) and not name.startswith("_"):
+                        facts |= _leaves(value, f"{type(callback).__name__}.{name}")
+        check_agreement({**facts, "seed": os.environ.get("PL_GLOBAL_SEED")})
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Compare the checkpoint to resume from, which is not known before."""
+        super().on_fit_start(trainer, pl_module)
+        path = Path(trainer.ckpt_path or "none")
+        if is_distributed():
+            found = f"{path.name} with hash {_hash(path.read_bytes())}" if path.is_file() else str(path)
+            check_agreement({"checkpoint to resume from": found})
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        loader = trainer.train_dataloader
+        facts: dict[str, Any] = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
+        if is_distributed() and hasattr(loader, "table"):  # a loader of em_lightning.data
+            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]
+        elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            facts["number of items"] = len(loader.dataset)
+        check_agreement(facts)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """Return the values in nested mappings and lists by their dotted names, without paths."""
+    if isinstance(value, (dict, list, tuple)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for part, each in pairs for key, leaf in _leaves(each, f"{name}.{part}").items()}
+    path = isinstance(value, str) and (name.endswith(_PATHS) or not {"/", os.sep}.isdisjoint(value) or exists(value))
+    return {} if path else {name: value}
+
+
+class RunCheckpoint(RankAgreement, ModelCheckpoint):
     """A ``ModelCheckpoint`` that also writes ``last.ckpt`` at the end of a fit, and when a signal ends the run.
 
     SIGINT, SIGTERM and SIGUSR1 take effect at the end of the current training batch, after the same batch on all ranks:
     the checkpoint is written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second
     signal ends it at once. Under SLURM, SIGUSR1 then runs Lightning's handler, which requeues the job. Arguments are
     those of ``ModelCheckpoint``.
-
-    Before training on several ranks, it checks that they have the same arguments, checkpoint and batches, for any
-    LightningModule: ValueError on every rank if they do not.
     """
 
     _received = 0  # number of a signal, 0 for none
     _handlers: Mapping[int, Any] = {}  # those that this callback replaces during training
 
     @override
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        check_arguments(trainer)
-        super().setup(trainer, pl_module, stage)
-        if trainer.is_global_zero:  # a run that was killed in its last write writes no further file
-            remove_abandoned(Path(self._last_path))
-
-    @override
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        check_checkpoint(trainer)
-
-    @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Compare the batches of the ranks, and replace the handlers of the signals until the end of training."""
-        check_batches(trainer)
+        """Replace the handlers of the signals until the end of training."""
         super().on_train_start(trainer, pl_module)
         self._received, self._process = 0, os.getpid()
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
@@ -187,12 +251,9 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         self._set_handlers(self._handlers)
 
-    @property
-    def _last_path(self) -> str:
-        return os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
-
     def _save_last(self, trainer: Any) -> None:
-        self.last_model_path = self.last_model_path or self._last_path
+        path = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+        self.last_model_path = self.last_model_path or path
         trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
 
     def _end_after_signal(self, trainer: Any) -> None:

@@ -45,6 +45,7 @@ def remove_abandoned(path: Path) -> None:
         try:
             os.kill(int(process), 0)
         except ProcessLookupError:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder is read-only, or another process removed the file
+                partial.unlink()
         except (PermissionError, ValueError):
             continue

@@ -113,13 +113,10 @@ class _Resumable:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after batch ``position``; ValueError if that is within an epoch of another number of batches."""
-        position, length = state["position"], len(self)  # type: ignore[arg-type]
-        saved = state.get("length", length)
+        position, saved, length = state["position"], state["length"], len(self)  # type: ignore[arg-type]
         if 0 < position < saved != length:
-            raise ValueError(
-                f"the checkpoint was written after batch {position} of {saved} of an epoch, which has {length} batches "
-                f"now: resume it with the same data, batch size and number of processes"
-            )
+            rule = "resume it with the same data, batch size and number of processes"
+            raise ValueError(f"the checkpoint is from batch {position} of {saved}, but an epoch has {length}: {rule}")
         self.position, self._restored = position, position % max(saved, 1)
 
 

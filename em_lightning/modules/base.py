@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from em_lightning.checkpoints import check_archive
+from em_lightning.checkpoints import RankAgreement, check_archive
 from em_lightning.checks import check_at_least, check_choice, check_positive
-from em_lightning.distributed import check_arguments, check_batches, check_checkpoint
 
 _WARM_UP_FRACTION = 0.3
 _INITIAL_FACTOR = 0.04  # as in OneCycleLR
@@ -144,17 +143,10 @@ class EMModule(lightning.LightningModule):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
-    def setup(self, stage: str) -> None:
-        """Check that all ranks have the same versions and arguments."""
-        check_arguments(self.trainer)
-
-    def on_fit_start(self) -> None:
-        """Check that all ranks resume from the same checkpoint."""
-        check_checkpoint(self.trainer)
-
-    def on_train_start(self) -> None:
-        """Check that all ranks have the same number of batches and the same rows."""
-        check_batches(self.trainer)
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        trainer: Any = self.trainer
+        found = any(isinstance(callback, RankAgreement) for callback in trainer.callbacks)
+        return [] if found else [RankAgreement()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._run_and_log(batch, "train")
