@@ -13,7 +13,6 @@ import threading
 import zipfile
 from collections.abc import Mapping
 from os import PathLike
-from os.path import exists
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -35,10 +34,7 @@ _PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of 
 
 
 def check_archive(path: str | PathLike[str]) -> None:
-    """Raise unless a file is an uncompressed archive as ``torch.save`` writes it, with matching CRCs.
-
-    FileNotFoundError if there is no such file, ValueError if it is truncated, altered or no archive.
-    """
+    """Raise FileNotFoundError or ValueError unless a file is an archive of ``torch.save`` with matching CRCs."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
@@ -77,12 +73,11 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
 
 def _untrusted(path: str | PathLike[str]) -> str:
     try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:5])
     except Exception:  # pickle and torch raise errors of many types on altered files
-        names = []
-    listed = f": {', '.join(names[:5])}" * bool(names) + f" and {len(names) - 5} more" * (len(names) > 5)
+        names = "unknown classes"
     return (
-        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code{listed}); "
+        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code: {names}); "
         f"only if you trust its author, for instance if these are hyperparameters of your own, allow the classes by "
         f"torch.serialization.safe_globals, or load it with weights_only=False"
     )
@@ -129,10 +124,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class RankAgreement(lightning.Callback):
     """Checks before training that all ranks have the same versions, arguments, checkpoint, batches and rows.
 
-    Paths may differ. ``EMModule`` and :class:`RunCheckpoint` include these checks.
-
-    Raises:
-        ValueError: on every rank, if something differs; the message has its name, values and hosts.
+    If something differs, every rank raises ValueError with its name, values and hosts. Paths may differ. ``EMModule``
+    and :class:`RunCheckpoint` include these checks.
     """
 
     @override
@@ -144,8 +137,7 @@ class RankAgreement(lightning.Callback):
         facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
         sources = sorted(Path(__file__).parent.rglob("*.py"))
         facts["source of em_lightning"] = _hash(b"".join(path.read_bytes() for path in sources))
-        facts |= {"class of the model": type(pl_module).__name__, "class of the data": type(data).__name__}
-        facts |= _leaves(dict(pl_module.hparams), "model")
+        facts |= {"class of the model": type(pl_module).__name__, **_leaves(dict(pl_module.hparams), "model")}
         for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
             facts |= _leaves(getattr(data, field.name), f"data.{field.name}")
         facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
@@ -162,7 +154,6 @@ class RankAgreement(lightning.Callback):
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Compare the checkpoint to resume from, which is not known before."""
         super().on_fit_start(trainer, pl_module)
         path = Path(trainer.ckpt_path or "none")
         if is_distributed():
@@ -186,21 +177,20 @@ def _hash(content: Any) -> str:
 
 
 def _leaves(value: Any, name: str) -> dict[str, Any]:
-    """Return the values in nested mappings and lists by their dotted names, without paths."""
+    """Return the values in nested mappings and lists by their dotted names, without paths, which contain a slash."""
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for part, each in pairs for key, leaf in _leaves(each, f"{name}.{part}").items()}
-    path = isinstance(value, str) and (name.endswith(_PATHS) or not {"/", os.sep}.isdisjoint(value) or exists(value))
+    path = isinstance(value, str) and (name.endswith(_PATHS) or not {"/", os.sep}.isdisjoint(value))
     return {} if path else {name: value}
 
 
 class RunCheckpoint(RankAgreement, ModelCheckpoint):
     """A ``ModelCheckpoint`` that also writes ``last.ckpt`` at the end of a fit, and when a signal ends the run.
 
-    SIGINT, SIGTERM and SIGUSR1 take effect at the end of the current training batch, after the same batch on all ranks:
-    the checkpoint is written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second
-    signal ends it at once. Under SLURM, SIGUSR1 then runs Lightning's handler, which requeues the job. Arguments are
-    those of ``ModelCheckpoint``.
+    SIGINT, SIGTERM and SIGUSR1 take effect after the current training batch, the same on all ranks: the checkpoint is
+    written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second signal ends it at
+    once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: see ``ModelCheckpoint``.
     """
 
     _received = 0  # number of a signal, 0 for none
@@ -212,8 +202,8 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._received, self._process = 0, os.getpid()
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
-        handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
         if not trainer.fast_dev_run and threading.current_thread() is threading.main_thread():
+            handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
             self._handlers = {number: kept for number, kept in handlers.items() if kept is not signal.SIG_IGN}
             self._set_handlers(dict.fromkeys(self._handlers, self._receive))
 

@@ -42,10 +42,8 @@ def remove_abandoned(path: Path) -> None:
         return
     for partial in path.parent.glob(glob.escape(f"{path.name}.{socket.gethostname()}-") + "*.partial"):
         process = partial.name.removesuffix(".partial").rsplit("-", 2)[-2]
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            with contextlib.suppress(OSError):  # the folder is read-only, or another process removed the file
+        with contextlib.suppress(OSError, ValueError):  # a process of another user, another name, a read-only folder
+            try:
+                os.kill(int(process), 0)
+            except ProcessLookupError:
                 partial.unlink()
-        except (PermissionError, ValueError):
-            continue

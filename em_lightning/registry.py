@@ -23,8 +23,7 @@ def import_class(path: str, base: type = object) -> type[Any]:
     if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):
         raise ValueError(f"class_path={path!r} cannot be imported before its module; if you trust it, import {module}")
     try:
-        found = importlib.import_module(module)
-        # Other packages import further modules when one reads an attribute that they lack, as torch does.
+        found = importlib.import_module(module)  # torch and others import modules when an attribute is read
         cls = getattr(found, name, None) if module.startswith("em_lightning") else vars(found).get(name)
     except ImportError as error:
         raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error

@@ -116,6 +116,8 @@ def test_damaged_checkpoint_raises_with_its_name_and_runs_no_code(name, tmp_path
         surgery.read_plan(path)
     with pytest.raises(ValueError, match="bad.ckpt: invalid checkpoint"):
         surgery.restore_surgery(nn.Module, path)
+    with pytest.raises(ValueError, match="bad.ckpt: invalid checkpoint"):
+        PointCloudGMM.load_from_checkpoint(path)
 
 
 def test_flipped_bit_in_a_checkpoint_raises(tmp_path):

@@ -87,16 +87,11 @@ class SplitDataModule(lightning.LightningDataModule):
 
 
 class _Resumable:
-    """A loader that continues an epoch after the last batch returned, as Lightning resumes loaders that have a state.
-
-    ``batches(first)`` yields the batches of an epoch from number ``first`` on.
-    """
+    """A loader that continues an epoch after the last batch returned; Lightning restores its state."""
 
     position = 0  # number of batches returned in this epoch
     _restored = 0  # the position of a checkpoint, until the next epoch starts
-
-    def batches(self, first: int) -> Iterator[Any]:
-        raise NotImplementedError(f"{type(self).__name__} must define batches(first)")
+    batches: Any  # a method: ``batches(first)`` yields the batches of an epoch from number ``first`` on
 
     def __iter__(self) -> Any:
         first, self._restored = self._restored, 0
@@ -134,10 +129,7 @@ class RankLoader(_Resumable):
         self.seed = seed
         self.epoch = 0
 
-    @property
-    def sampler(self) -> RankLoader:
-        """This loader, because Lightning calls ``set_epoch`` on the ``sampler`` of a loader."""
-        return self
+    sampler = property(lambda self: self, doc="This loader: Lightning calls ``set_epoch`` on the sampler of a loader.")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -22,7 +22,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a fact differs; the message has its name, its values, and the hosts and ranks that differ.
     """
-    values = {name: json.dumps(value, sort_keys=True, default=_class_name) for name, value in facts.items()}
+    values = {name: json.dumps(facts[name], sort_keys=True, default=lambda x: type(x).__name__) for name in facts}
     digest = hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
     if not is_distributed() or len(set(_gather(digest))) == 1:
         return
@@ -44,7 +44,3 @@ def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _class_name(value: Any) -> str:
-    return type(value).__name__

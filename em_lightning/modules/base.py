@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from em_lightning.checkpoints import RankAgreement, check_archive
+from em_lightning.checkpoints import RankAgreement, check_archive, read_checkpoint
 from em_lightning.checks import check_at_least, check_choice, check_positive
 
 _WARM_UP_FRACTION = 0.3
@@ -80,9 +80,9 @@ class EMModule(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint with ``weights_only=True`` unless given; ValueError if a local file fails its CRC check."""
+        """Load a checkpoint with ``weights_only=True`` unless given; errors are those of :func:`read_checkpoint`."""
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
-            check_archive(checkpoint_path)
+            (check_archive if kwargs.get("weights_only") is False else read_checkpoint)(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
 
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
@@ -144,8 +144,7 @@ class EMModule(lightning.LightningModule):
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        trainer: Any = self.trainer
-        found = any(isinstance(callback, RankAgreement) for callback in trainer.callbacks)
+        found = any(isinstance(callback, RankAgreement) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if found else [RankAgreement()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

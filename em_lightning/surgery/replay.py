@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from em_lightning.registry import import_class
@@ -61,12 +60,8 @@ def _limited_memory() -> Iterator[None]:
         if left < 0:
             raise ValueError(f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements")
 
-    registered = torch.nn.modules.module
-    hooks = [
-        registered.register_module_parameter_registration_hook(count),
-        registered.register_module_buffer_registration_hook(count),
-        registered.register_module_module_registration_hook(count),
-    ]
+    kinds = ("parameter", "buffer", "module")
+    hooks = [getattr(nn.modules.module, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
     try:
         yield
     finally:
@@ -116,13 +111,9 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or its plan is malformed.
     """
-    return plan_in(_read(path, weights_only))
-
-
-def _read(path: str | PathLike[str], weights_only: bool) -> dict[str, Any]:
     from em_lightning.checkpoints import read_checkpoint  # imports Lightning, which surgery itself does not need
 
-    return read_checkpoint(path, weights_only)
+    return plan_in(read_checkpoint(path, weights_only))
 
 
 def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> Any:
@@ -133,8 +124,10 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
     Raises:
         ValueError: the checkpoint stores no plan, is damaged, or lacks the arguments of a module.
     """
+    from em_lightning.checkpoints import read_checkpoint
+
     arguments = {"weights_only": True, **arguments}
-    checkpoint = _read(path, arguments["weights_only"] is not False)
+    checkpoint = read_checkpoint(path, arguments["weights_only"] is not False)
     plan = plan_in(checkpoint)
     keys = [key for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for key in part]
     if not plan and any(MARKER in str(key) for key in keys):
