@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from em_lightning.plots import figure_style, new_figure, save_figure
+from em_lightning.plots import figure_style, new_figure
 
 
 def by_arm(values: dict[str, float], name: str) -> dict[str, dict[float, float]]:
@@ -65,7 +65,8 @@ def draw(sweep: dict[str, Any], curve: dict[str, Any]) -> Any:
 
 def main() -> None:
     sweep, curve = (json.loads(Path(path).read_text()) for path in sys.argv[1:3])
-    save_figure(draw(sweep, curve), sys.argv[3])
+    with figure_style():
+        draw(sweep, curve).savefig(sys.argv[3])
 
 
 if __name__ == "__main__":

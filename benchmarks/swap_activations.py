@@ -11,8 +11,8 @@ import time
 import torch
 
 from em_lightning.activations import ACTIVATIONS
-from em_lightning.studies import ImageClassifier
 from em_lightning.surgery import swap_activations
+from recipes.swap_activations import ImageClassifier
 
 ROUNDS = 60
 

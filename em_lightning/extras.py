@@ -19,6 +19,6 @@ class ExtraChecker:
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         """Raise ImportError if the module ``name`` of this package needs a library that is not installed."""
         package, _, module = name.partition(".")
-        library, extra = LIBRARY_AND_EXTRA.get(module, ("torch", ""))
+        library, extra = LIBRARY_AND_EXTRA.get(module, ("torch", ""))  # other modules need no extra
         if package == "em_lightning" and importlib.util.find_spec(library) is None:
             raise ImportError(f"{name} needs {library}: pip install 'em-lightning[{extra}]'", name=library)

@@ -16,8 +16,8 @@ _IMPORTED = ("torch.nn.", "em_lightning.")  # packages whose modules a class_pat
 def import_class(path: str, base: type = object) -> type[Any]:
     """Return the class with a dotted path, which may come from a checkpoint of someone else.
 
-    Importing a module runs its code, so only modules of torch.nn and em_lightning are imported. ValueError for a class
-    in another module that has not been imported, and if there is no such class or it is not derived from ``base``.
+    Importing a module runs its code, so only modules of torch.nn and em_lightning are imported, and no ``__main__``.
+    ValueError for a class in another module that is not imported yet, does not exist or is not derived from ``base``.
     """
     module, _, name = str(path).rpartition(".")
     if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):

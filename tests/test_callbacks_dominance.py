@@ -10,6 +10,7 @@ from em_lightning.callbacks import LayerwiseEMLoss, PosteriorMonitor
 from em_lightning.scope import curvature
 
 pytestmark = users.QUIET
+LOGGED = ("curvature_mean", "curvature_max", "dominance", "cosine", "task_curvature")
 
 
 class Manual(users.Manual, users.MLP):
@@ -29,7 +30,8 @@ def layer_loss():
 
 
 def monitor(every=1):
-    return PosteriorMonitor(["encoder.1", "encoder.3"], every_n_steps=every, loss=EMLoss(), verbose=False)
+    options = {"every_n_steps": every, "loss": EMLoss(), "task_curvature": True, "verbose": False}
+    return PosteriorMonitor(["encoder.1", "encoder.3"], **options)
 
 
 @pytest.mark.parametrize("kind", [users.MLP, Manual, users.TwoOptimizers])
@@ -38,7 +40,7 @@ def test_training_is_the_same_bitwise(tmp_path, kind, before):
     plain, _ = fitted(tmp_path, kind, [make() for make in before])
     watched, logged = fitted(tmp_path, kind, [*(make() for make in before), monitor()])
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
-    assert {f"em/encoder.3/{name}" for name in ("curvature_mean", "curvature_max", "dominance", "cosine")} <= {*logged}
+    assert {f"em/encoder.3/{name}" for name in LOGGED} <= {*logged}
 
 
 @pytest.mark.parametrize("kind", [users.MLP, Manual])
@@ -62,6 +64,54 @@ def test_values_equal_formulas(tmp_path, kind, layers):
     }
     for name, value in expected.items():
         assert logged[f"em/encoder.1/{name}"] == pytest.approx(value.item(), rel=1e-5), name
+    hessian = torch.autograd.functional.hessian(
+        lambda d: F.cross_entropy(model.head(model.encoder[2:](d)), y, reduction="sum"), d.detach()
+    )
+    norms = [torch.linalg.matrix_norm(hessian[n, :, n], 2).item() for n in range(len(d))]
+    assert logged["em/encoder.1/task_curvature"] == pytest.approx(max(norms), rel=0.02)
+    assert logged["em/encoder.1/task_curvature"] <= max(norms) * (1 + 1e-4)  # a Rayleigh quotient
+
+
+class Linear(users.MLP):
+    def training_step(self, batch, batch_idx):
+        return self.encoder(batch[0]).mean()
+
+
+class Rounding(torch.autograd.Function):
+    """An operation without a second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad
+
+
+class Rounded(users.MLP):
+    def training_step(self, batch, batch_idx):
+        return Rounding.apply(self.encoder(batch[0])).square().mean()
+
+
+class Attention(users.MLP):
+    def training_step(self, batch, batch_idx):
+        d = self.encoder(batch[0])[None, None]
+        return F.scaled_dot_product_attention(d, d, d).square().mean()
+
+
+def test_the_curvature_of_a_linear_loss_is_zero(tmp_path):
+    watch = PosteriorMonitor("encoder.3", every_n_steps=1, task_curvature=True, verbose=False)
+    _, logged = fitted(tmp_path, Linear, [watch], 1)
+    assert logged["em/encoder.3/task_curvature"] == 0
+
+
+@pytest.mark.parametrize("kind", [Rounded, Attention])
+def test_a_layer_below_an_operation_without_second_derivatives_is_skipped_with_a_warning(tmp_path, kind):
+    watch = PosteriorMonitor("encoder.3", every_n_steps=1, task_curvature=True, verbose=False)
+    with pytest.warns(UserWarning, match=r"PosteriorMonitor skips 'encoder.3', and the run continues"):
+        fitted(tmp_path, kind, [watch], 1)
 
 
 def test_it_measures_every_n_batches_and_leaves_nothing(tmp_path):

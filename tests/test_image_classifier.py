@@ -14,7 +14,7 @@ from scipy.stats import entropy
 
 from em_lightning.callbacks import SwapActivations
 from em_lightning.data import Digits
-from em_lightning.studies import ImageClassifier
+from recipes.swap_activations import ImageClassifier
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [

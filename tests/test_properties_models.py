@@ -35,7 +35,6 @@ from em_lightning.studies import (
     DecoderFreeEncoder,
     EMClassifier,
     EnergyLayer,
-    ImageClassifier,
     SparseAutoencoder,
 )
 from em_lightning.surgery import (
@@ -52,6 +51,7 @@ from em_lightning.surgery import (
     set_temperature,
     swap_activations,
 )
+from recipes.swap_activations import ImageClassifier
 
 # Modules.
 

@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from em_lightning import ACTIVATIONS, COMPETITIONS, audit
+from em_lightning.scope import curvature
 from em_lightning.surgery import insert_em_operators
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*enable_nested_tensor", "ignore:.*outside the scope")
@@ -40,6 +41,8 @@ def test_classifier_has_em_at_its_output_alone():
     assert [one.path for one in findings if one.em] == ["head"]
     head = only(findings.at("head"))
     assert (head.operation, head.hypotheses) == ("cross-entropy", "axis 1: 3") and head.error < 1e-6
+    values = curvature(model(x).softmax(1))
+    assert head.curvature == pytest.approx((values.mean().item(), values.max().item()), rel=1e-5)
     assert head.soft == pytest.approx(torch.special.entr(model(x).softmax(1)).sum(1).exp().mean().item(), rel=1e-5)
     assert only(findings.at("encoder.1")).reason == "elementwise, no normalization, hard zeros"
     assert only(findings.at("encoder.0")).reason == "affine: scores, neither exponentiated nor normalized"
@@ -315,6 +318,7 @@ def test_table_reads():
         "exp",
         "norm",
         "soft",
+        "curvature",
         "dF/dd",
         "-",
         "r",

@@ -115,7 +115,7 @@ def _raised_here(error: BaseException | None) -> BaseException | None:
     """Return the first error of the chain that a ``raise`` of this package raised: its message needs no traceback."""
     package = Path(__file__).parents[1]
     while error is not None:
-        for frame in traceback.extract_tb(error.__traceback__)[-1:]:
+        for frame in traceback.extract_tb(error.__traceback__)[-1:]:  # the frame that raised, if it is known
             if Path(frame.filename).is_relative_to(package) and (frame.line or "").startswith("raise "):
                 return error
         error = error.__cause__ or error.__context__

@@ -17,7 +17,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
@@ -166,8 +166,8 @@ class RecipeCLI(LightningCLI):
             known = [key.replace(".init_args", "") for key in parser.get_defaults().keys(branches=True)]
             for key in keys:
                 if key not in known and key.rpartition(".")[2] in message:
-                    near = difflib.get_close_matches(key, filter(lambda other: "." in other, known), n=1)
-                    message += "".join(f" Did you mean --{other}?" for other in near)
+                    near = difflib.get_close_matches(key, [other for other in known if "." in other], n=1)
+                    message += f" Did you mean --{near[0]}?" if near else ""
             raise ValueError(message) from error
 
     def instantiate_trainer(self, **options: Any) -> Any:
@@ -175,7 +175,7 @@ class RecipeCLI(LightningCLI):
         if self.config.trainer.enable_checkpointing is False:
             self.parser.callback_keys.remove("checkpoint")  # with it, Lightning would raise
         given = self.config_init.trainer
-        callbacks = given.callbacks if isinstance(given.callbacks, list) else [given.callbacks] * bool(given.callbacks)
+        callbacks = [given.callbacks] if isinstance(given.callbacks, Callback) else given.callbacks or []
         if given.logger is False:  # LearningRateMonitor raises without a logger
             callbacks = [each for each in callbacks if not isinstance(each, LearningRateMonitor)]
         if not any(isinstance(each, ProgressBar) for each in callbacks) and given.enable_progress_bar is not False:

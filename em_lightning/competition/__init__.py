@@ -13,15 +13,7 @@ from em_lightning.competition.soft import (
     softmin,
     topk,
 )
-from em_lightning.competition.sparse import (
-    Entmin,
-    Hardmin,
-    ScopeWarning,
-    Sparsemin,
-    entmin,
-    hardmin,
-    sparsemin,
-)
+from em_lightning.competition.sparse import Entmin, Hardmin, ScopeWarning, Sparsemin, entmin, hardmin, sparsemin
 from em_lightning.competition.transport import Balanced, balanced
 
 __all__ = [

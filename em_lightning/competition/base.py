@@ -102,7 +102,7 @@ def widen(energies: Tensor) -> Tensor:
 
 
 def align(dim: int, vector: Tensor, like: Tensor) -> Tensor:
-    """Convert to the dtype of ``like``; reshape a vector (K,) to broadcast along axis ``dim`` of ``like``."""
+    """Return ``vector`` in the dtype of ``like``; one of shape (K,) broadcasts along axis ``dim`` of ``like``."""
     vector = vector.to(like.dtype)
     return vector.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if vector.ndim == 1 else vector
 

@@ -11,8 +11,8 @@ from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
 
-_ANNEALED_FRACTION = 0.75  # fraction of the solver's steps in which the temperature decreases to T
-_LARGEST_MOVE = 4.0  # largest change of a price in one Newton step, in units of the temperature
+_ANNEALED_FRACTION = 0.75  # fraction of the solver's steps in which the temperature decreases to T; then it is T
+_LARGEST_MOVE = 4.0  # largest change of a price in a Newton step, in units of T: a factor of e^4 = 55 in the odds
 
 
 def balanced(
@@ -97,8 +97,8 @@ def _transport(
     excluded = d == torch.inf
     d = (d - lowest).masked_fill(excluded, 0.0)
     counted = ~excluded.all(-1, keepdim=True)
-    items = counted.sum(-2).clamp_min(1).to(d.dtype)
-    mass = items * share
+    num_items = counted.sum(-2).clamp_min(1).to(d.dtype)
+    mass = num_items * share
     prices, system = _solve(d.detach().masked_fill(excluded, torch.inf), t.detach(), mass.detach(), num_iters)
     # A Newton step of value 0, whose gradient is that of the implicit function theorem.
     error = mass - _compete(d, excluded, prices, t)[1].sum(-2)
@@ -106,7 +106,7 @@ def _transport(
     log_sum, _ = _compete(d, excluded, prices, t)
     _, responsibilities = _compete(d, excluded, prices + t.detach() * step, t)
     # The correction makes the sum over the items exactly `mass`, so that large prices do not amplify rounding.
-    correction = (mass - responsibilities.sum(-2)) / items
+    correction = (mass - responsibilities.sum(-2)) / num_items
     cost = ((responsibilities + correction.unsqueeze(-2) * counted) * prices.unsqueeze(-2)).sum(-1)
     return lowest.squeeze(-1) + cost - t * log_sum.masked_fill(~counted.squeeze(-1), 0.0), responsibilities
 
@@ -123,23 +123,23 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
     energy_range = d.masked_fill(d == torch.inf, 0.0).amax((-2, -1)).unsqueeze(-1)
     initial_ratio = (energy_range / (4 * temperature)).clamp_min(1.0)
     prices = torch.zeros_like(d[..., 0, :])
-    least = torch.finfo(d.dtype).tiny
-    items, size = mass.sum(-1, keepdim=True), mass.shape[-1]
+    finfo = torch.finfo(d.dtype)
+    num_items, num_hypotheses = mass.sum(-1, keepdim=True), mass.shape[-1]
     # The system is singular along a shift of all prices, and at hypotheses without responsibility.
-    ridge = (items * torch.finfo(d.dtype).eps).expand_as(mass).diag_embed() + (items / size**2).unsqueeze(-1)
+    ridge = (num_items * finfo.eps).expand_as(mass).diag_embed() + (num_items / num_hypotheses**2).unsqueeze(-1)
 
-    def totals(t: Tensor) -> tuple[Tensor, Tensor]:
+    def total_and_system(t: Tensor) -> tuple[Tensor, Tensor]:
         responsibilities = ((prices.unsqueeze(-2) - d) / t.unsqueeze(-1)).softmax(-1).nan_to_num(0.0)
         total = responsibilities.sum(-2)
         return total, total.diag_embed() - responsibilities.mT @ responsibilities + ridge
 
     for step in range(num_iters):
         t = temperature * initial_ratio ** (1 - min(step / (_ANNEALED_FRACTION * num_iters), 1.0))
-        prices = prices + t * (mass.clamp_min(least) / totals(t)[0].clamp_min(least)).log()
-        total, system = totals(t)
+        prices = prices + t * (mass.clamp_min(finfo.tiny) / total_and_system(t)[0].clamp_min(finfo.tiny)).log()
+        total, system = total_and_system(t)
         move = torch.linalg.solve(system, (mass - total).unsqueeze(-1)).squeeze(-1)
         prices = prices + t * move * (_LARGEST_MOVE / move.abs().amax(-1, keepdim=True).clamp_min(_LARGEST_MOVE))
-    return prices, totals(temperature.reshape(1))[1]
+    return prices, total_and_system(temperature.reshape(1))[1]
 
 
 @COMPETITIONS.register("balanced")

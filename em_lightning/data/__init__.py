@@ -2,14 +2,7 @@
 
 from em_lightning.data.base import EpochSampler, RandomDataset, ResumableLoader
 from em_lightning.data.folders import PointCloudFolder
-from em_lightning.data.images import (
-    MNIST,
-    Digits,
-    TensorBatches,
-    TensorDataModule,
-    Tensors,
-    read_idx,
-)
+from em_lightning.data.images import MNIST, Digits, TensorBatches, TensorDataModule, Tensors, read_idx
 from em_lightning.data.point_clouds import (
     PointCloudBatch,
     PointCloudDataModule,

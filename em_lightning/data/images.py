@@ -74,12 +74,12 @@ class TensorBatches(RankLoader):
 
     def batches(self, first: int) -> Iterator[Any]:
         order = self.order(self.num_items)
-        whole = self.batch_size * self.num_replicas
-        left = self.num_items % whole
-        if 0 < left < self.num_replicas:
+        global_size = self.batch_size * self.num_replicas
+        remainder = self.num_items % global_size
+        if 0 < remainder < self.num_replicas:
             # Repeat items, so that every rank has one: batch statistics are reduced over all ranks.
-            order = torch.cat([order, order[: self.num_replicas - left]])
-        for number, batch in enumerate(order.split(whole)[first:], first):
+            order = torch.cat([order, order[: self.num_replicas - remainder]])
+        for number, batch in enumerate(order.split(global_size)[first:], first):
             rows = batch[self.rank :: self.num_replicas]
             tensors = tuple(tensor.index_select(0, rows) for tensor in self.tensors)
             if self.draw is None:
@@ -145,8 +145,8 @@ class TensorDataModule(SplitDataModule):
         val = test
         if self.val_size:
             order = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(_SPLIT_SEED))
-            parts = order[: -self.val_size], order[-self.val_size :]
-            train, val = (Tensors(train.x[rows], train.y[rows]) for rows in (part.sort().values for part in parts))
+            parts = order[: -self.val_size].sort().values, order[-self.val_size :].sort().values
+            train, val = (Tensors(train.x[rows], train.y[rows]) for rows in parts)
         self.splits = {"train": train, "val": val, "test": test}
 
     def whole(self, split: str) -> Tensors:
@@ -244,7 +244,7 @@ class MNIST(TensorDataModule):
         self.prepare_data()
         part = "train" if train else "t10k"
         x, y = self._read(f"{part}-images-idx3-ubyte"), self._read(f"{part}-labels-idx1-ubyte")
-        largest = max(y.flatten().tolist(), default=10)
+        largest = max(y.flatten().tolist(), default=10)  # no labels are refused too
         if x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or largest > 9:
             rule = "images (N, 28, 28) and N labels from 0 to 9"
             got = f"{tuple(x.shape)} and {tuple(y.shape)}, the largest label {largest}"

@@ -135,8 +135,8 @@ def draw_cloud(
     drawn = shapes(index, generator) if callable(shapes) else shapes[index % len(shapes)]
     content, faces, _, center, scale, label = drawn
     if faces is not None:
-        points, num_fitted = drawn.sample((3 if holes else 2) * num_points, generator), num_points
-        points = _cut_holes(points, holes, generator)[: 2 * num_points]
+        points = drawn.sample((3 if holes else 2) * num_points, generator)  # holes take up to a third
+        points, num_fitted = _cut_holes(points, holes, generator)[: 2 * num_points], num_points
     else:
         content = _cut_holes(content, holes, generator)
         order = torch.randperm(len(content), generator=generator)
@@ -154,14 +154,14 @@ def draw_cloud(
     if noise > 0:
         points = points + noise * torch.randn(points.shape, generator=generator)
     fitted, held_out = points[:num_fitted], points[num_fitted:]
-    masks = (torch.ones(len(part), dtype=torch.bool) for part in (fitted, held_out))
+    mask, held_out_mask = (torch.ones(len(part), dtype=torch.bool) for part in (fitted, held_out))
     return PointCloudBatch(
-        fitted, next(masks), held_out, next(masks), center, scale, torch.tensor(label), torch.tensor(index)
+        fitted, mask, held_out, held_out_mask, center, scale, torch.tensor(label), torch.tensor(index)
     )
 
 
 def _cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Remove 0 to ``most`` balls of points: each holds at least 5 % of the points (N, D), and all at most a third."""
+    """Remove 0 to ``most`` balls of points, each with a share of the points (N, D) between 5 % and 1 / (3 ``most``)."""
     count = int(torch.randint(most + 1, (1,), generator=generator)) if most else 0
     for _ in range(count):
         center = points[torch.randint(len(points), (1,), generator=generator)]

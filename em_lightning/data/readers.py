@@ -88,7 +88,7 @@ def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tupl
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless rows are points: an array with more columns than attributes has points in its columns."""
+    """Raise ValueError for fewer than 3 columns, or if columns seem to be the points: few rows and many columns."""
     if len(shape) != 2 or shape[1] < 3:
         raise ValueError(f"the array has shape {shape}, which must be (N, 3) or wider")
     if 3 <= shape[0] <= _MOST_COLUMNS < shape[1]:
@@ -114,26 +114,27 @@ def _parse_array(data: bytes) -> Points:
 
 
 def _parse_pcd(data: bytes) -> Points:
-    end = re.search(rb"(?m)^DATA[ \t]+(\w+)[^\n]*\n", data)
-    if end is None:
+    last_line = re.search(rb"(?m)^DATA[ \t]+(\w+)[^\n]*\n", data)  # of the header; it names the encoding
+    if last_line is None:
         raise ValueError("a PCD file must have a header that ends with DATA")
-    lines = (line.split() for line in data[: end.start()].decode("latin-1").split("\n"))
+    lines = (line.split() for line in data[: last_line.start()].decode("latin-1").split("\n"))
     header = {line[0]: line[1:] for line in lines if line}
-    fields, count, body = header["FIELDS"], int(header["POINTS"][0]), data[end.end() :]
-    sizes = [int(size) for size in header.get("COUNT", ["1"] * len(fields))]
+    encoding, body = last_line[1], data[last_line.end() :]
+    fields, num_points = header["FIELDS"], int(header["POINTS"][0])
+    counts = [int(count) for count in header.get("COUNT", ["1"] * len(fields))]  # numbers per field
     places = [fields.index(name) for name in "xyz"]
-    if end[1] == b"ascii":
-        columns = [sum(sizes[:place]) for place in places]
+    if encoding == b"ascii":
+        columns = [sum(counts[:place]) for place in places]
         points = np.loadtxt(_lines(body), usecols=columns, ndmin=2, comments=None)
-    elif end[1] == b"binary":
-        kinds = zip(header["TYPE"], header["SIZE"], sizes, strict=True)
-        dtype = np.dtype([(f"{i}", f"<{kind.lower()}{size}", number) for i, (kind, size, number) in enumerate(kinds)])
+    elif encoding == b"binary":
+        kinds = zip(header["TYPE"], header["SIZE"], counts, strict=True)
+        dtype = np.dtype([(f"{i}", f"<{kind.lower()}{size}", count) for i, (kind, size, count) in enumerate(kinds)])
         rows = np.frombuffer(body, dtype)
         points = np.stack([rows[f"{place}"].reshape(len(rows)) for place in places], 1).astype(np.float64)
     else:
-        raise ValueError(f"DATA {end[1].decode()} is not supported; save the cloud as binary or ascii")
-    if len(points) != count:
-        raise ValueError(f"the header declares {count} points but {len(points)} follow")
+        raise ValueError(f"DATA {encoding.decode()} is not supported; save the cloud as binary or ascii")
+    if len(points) != num_points:
+        raise ValueError(f"the header declares {num_points} points but {len(points)} follow")
     return points
 
 

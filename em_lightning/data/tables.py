@@ -337,9 +337,9 @@ class GaussianBlobs(TabularDataModule):
         return Mixture((weights / weights.sum()).log()[None], means[None], (root @ root.mT)[None])
 
     def _draw(self, stream: int, rows: int) -> Tensor:
+        """Return rows of the data, stream 1, or of the held-out data, stream 2."""
         truth, blocks = self.truth(), []
-        weights = truth.log_weights[0].exp()
-        factors = torch.linalg.cholesky(truth.covariances[0])
+        weights, factors = truth.weights[0], torch.linalg.cholesky(truth.covariances[0])
         for start in range(0, rows, _DRAWN_ROWS):
             generator = generator_of(self.seed, stream, start // _DRAWN_ROWS)
             size = min(_DRAWN_ROWS, rows - start)

@@ -41,7 +41,7 @@ class LaplaceKernel(EllipticalKernel):
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         scaled = squared_distance / self.positive("scale", squared_distance.dtype) ** 2
-        return _huber_rho(scaled, _LAPLACE_CORE) / _LAPLACE_CORE + 0.5 * _LAPLACE_CORE  # outside, the distance
+        return _huber_rho(scaled, _LAPLACE_CORE) / _LAPLACE_CORE + 0.5 * _LAPLACE_CORE  # the distance, outside the core
 
     def irls_weight(self, squared_distance: Tensor, num_features: int) -> Tensor:
         variance = self.positive("scale", squared_distance.dtype) ** 2

@@ -151,7 +151,7 @@ class EllipticalKernel(Kernel):
 
 
 def density_kernel(spec: Any) -> Kernel:
-    """Return ``KERNELS.build(spec)``, with the option ``density=True`` of Student-t, then a density for all D."""
+    """Return ``KERNELS.build(spec)``, with the option ``density=True`` if there is one: a density for every D."""
     if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
         return KERNELS.build(spec, density=True)
     return KERNELS.build(spec)

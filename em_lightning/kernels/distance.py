@@ -29,8 +29,8 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
     .. math:: \lVert L^{-1} (x_n - \mu_k) \rVert^2
 
     Values and gradients are sums of differences: expanded squares would cancel far from the origin. Derivatives of
-    every order exist, also at distance 0; above ``max_differences``, forward mode raises NotImplementedError, and
-    gradients that are differentiated again are as accurate as coordinates relative to the median center.
+    every order exist, also at distance 0. Above ``max_differences``, forward mode raises NotImplementedError, and
+    second derivatives have the relative round-off of coordinates about the median center.
 
     Args:
         x: items (..., N, D).
@@ -44,7 +44,7 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
         # Whitening mixes features, which loses digits far from the origin: subtract the median center first.
         origin = centers.detach().median(-2, keepdim=True).values
         x, centers, factor = _whiten(factor, x - origin), _whiten(factor, centers - origin), None
-    # A compiler fuses the differences; the backward of cdist is not deterministic on CUDA.
+    # A compiler fuses differences, one feature gives few of them, and cdist's backward is not deterministic on CUDA.
     deterministic = x.is_cuda and torch.are_deterministic_algorithms_enabled()
     if few or x.shape[-1] == 1 or torch.compiler.is_compiling() or deterministic:
         differences = pairwise(x, centers)
@@ -80,7 +80,7 @@ class _SquaredDistance(torch.autograd.Function):
         """Return sums of 2 w_nk (x_n - c_k) over k and of 2 w_nk (c_k - x_n) over n, for incoming gradients w."""
         (x, centers), weights = ctx.saved_tensors, 2 * grads[0]
         if torch.is_grad_enabled():
-            # Matrix products have derivatives of every order; about the centers they cancel less.
+            # Matrix products have derivatives of every order; they cancel less about the median center.
             origin = centers.detach().median(-2, keepdim=True).values
             x, centers = x - origin, centers - origin
             by_x = weights.sum(-1, keepdim=True) * x - weights @ centers

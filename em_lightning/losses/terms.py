@@ -215,5 +215,5 @@ class WeightRedundancyLoss(nn.Module):
             raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix with one row per unit")
         with torch.autocast(weight.device.type, enabled=False):
             rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-            rows = unit_vectors(rows) if rows.numel() else rows
+            rows = unit_vectors(rows) if rows.numel() else rows  # an empty tensor has no largest entry
             return 2 * (rows @ rows.T).triu(1).square().sum()

@@ -19,7 +19,7 @@ class Float64Metric(Metric):
 
     is_differentiable = False
     full_state_update = False
-    _add_state: Callable[..., None]  # adds the states of another metric
+    _accumulate: Callable[..., None]  # adds the states of another metric
 
     def _apply(self, fn: Callable, exclude_state: Any = "") -> Any:
         # Overridden as in torchmetrics itself: there is no public hook, and `.to("mps")` of a float64 state raises.
@@ -33,9 +33,9 @@ class Float64Metric(Metric):
             kind = type(incoming_state).__name__
             raise TypeError(f"incoming_state must be a {type(self).__name__} or its metric_state, got {kind}")
         state = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
-        self._add_state(**state)
+        self._accumulate(**state)
         self._computed = None  # torchmetrics would return the cached result
-        self._update_count = max(self._update_count, 1)
+        self._update_count = max(self._update_count, 1)  # or compute() would warn
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Return a matplotlib figure and axes with the value of the metric, or with given values of ``compute``."""
@@ -58,9 +58,9 @@ class MeanOfItems(Float64Metric):
         items, weights = flatten_units(values[..., None], -1, mask, weights)
         items = items[:, 0].to(self.sums.dtype)
         weights = torch.ones_like(items) if weights is None else weights.to(items.dtype)
-        self._add_state(torch.stack([weights @ items, weights.sum(), torch.zeros_like(weights.sum())]))
+        self._accumulate(torch.stack([weights @ items, weights.sum(), torch.zeros_like(weights.sum())]))
 
-    def _add_state(self, sums: Tensor) -> None:
+    def _accumulate(self, sums: Tensor) -> None:
         self.sums = self.sums + sums
 
     def compute(self) -> Tensor:
@@ -97,9 +97,9 @@ class UnitMoments(Float64Metric):
         moments[0, 1:] = moments[1:, 0] = weights @ items / weights.sum().clamp_min(1.0)
         centred = (items - moments[0, 1:]) * weights[:, None]
         moments[1:, 1:] = centred.T @ centred
-        self._add_state(moments)
+        self._accumulate(moments)
 
-    def _add_state(self, moments: Tensor) -> None:
+    def _accumulate(self, moments: Tensor) -> None:
         num_units, earlier = len(moments) - 1, len(self.moments) - 1
         if num_units and earlier and num_units != earlier:
             raise ValueError(

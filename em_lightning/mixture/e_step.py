@@ -106,6 +106,7 @@ def e_step(
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
+    # With a temperature, the native log-likelihood would be that of the tempered densities.
     if plain and not (tempered and with_log_likelihood) and native.serves(points.x, likelihood.family, parameters):
         arguments = _fused_arguments(points, parameters, likelihood.family, temperature)
         moments, log_likelihood = native.e_step(points.x, points.weights, *arguments, with_log_likelihood)
@@ -148,7 +149,7 @@ def e_step(
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
         width,
-        points.x.shape[0] * points.x.shape[2] * width if couples_points else None,
+        block_size=points.x.shape[0] * points.x.shape[2] * width if couples_points else None,  # one block
     )
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)

@@ -52,16 +52,16 @@ def m_step(
     The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
-    plain = zeroth is mass and prior is None and background is None and family.whitening is not None
+    gaussian = zeroth is mass  # e_step returns the same tensor for both
+    plain = gaussian and prior is None and background is None and family.whitening is not None
     closed_form = family.unrestricted is family and family.sharing(mass.shape[1]) == 1
     if plain and closed_form and native.serves_components("m_step.cpp", mass, mass.numel() >= native.FEWEST_COMPONENTS):
         return Parameters(*native.m_step(mass, first, second, before, floor, family.whitening))
     # Added to the mass as in scikit-learn, so that each step agrees; scaled by the mean IRLS weight.
     eps = 10.0 * torch.finfo(mass.dtype).eps
-    mean_irls_weight: float | Tensor = 1.0
-    if zeroth is not mass:
-        mean_irls_weight = torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
-    zeroth_eps = eps * mean_irls_weight
+    zeroth_eps: float | Tensor = eps
+    if not gaussian:
+        zeroth_eps = eps * torch.where(zeroth > 0, zeroth / torch.where(mass > 0, mass, 1.0), 1.0).detach()
     component_mass, mass = mass.sum(-1), mass + eps
     scatter_mass = mass
     if prior is not None:
@@ -86,7 +86,8 @@ def m_step(
 native.register_gradient(
     native.m_step,
     native.m_step_gradient,
-    # The zeroth sums are a view of the mass, so that m_step does not call native.m_step again.
+    # The zeroth sums are a view of the mass, so that m_step does not call native.m_step again. It does not read the
+    # last three statistics, which any tensor can replace.
     lambda mass, first, second, before, floor, kind: m_step(
         SufficientStatistics(mass, mass.view_as(mass), first, second, *[floor] * 3), COVARIANCES[kind], floor, before
     ),

@@ -157,7 +157,7 @@ class Mixture:
         """Draw ``n`` points from each mixture, as (B, n, D)."""
         if n < 0:
             raise ValueError(f"n={n} must be at least 0")
-        chosen = torch.multinomial(self.weights, max(n, 1), replacement=True, generator=generator)[:, :n]
+        chosen = torch.multinomial(self.weights, max(n, 1), replacement=True, generator=generator)[:, :n]  # n may be 0
         noise = torch.randn(
             self.sets, n, self.features, generator=generator, dtype=self.means.dtype, device=self.means.device
         )

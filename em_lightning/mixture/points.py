@@ -11,7 +11,7 @@ from torch import Tensor
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
 
-_COPIED = 2**22  # up to this many numbers, points are copied to the features-first layout, which is faster to read
+_LARGEST_COPY = 2**22  # up to this many numbers, points are copied to features-first layout, which is faster to read
 
 
 class Parameters(NamedTuple):
@@ -141,17 +141,17 @@ def prepare(
 
 def features_first(x: Tensor) -> Tensor:
     """Return points (B, N, D) as (B, D, N)."""
-    return x.mT.contiguous() if x.numel() <= _COPIED else x.mT
+    return x.mT.contiguous() if x.numel() <= _LARGEST_COPY else x.mT
 
 
 def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
-    """Return the frame of points (B, N, D) from their mean and extent; masked rows must be zero."""
+    """Return the frame of points (B, N, D) from mean and extent; masked rows must be zero and count in the extent."""
     x, dtype = x.detach(), accumulation_dtype(x)
     if mask is None:
         center = x.mean(1).to(dtype)
     else:
         center = x.sum(1).to(dtype) / mask.sum(1, keepdim=True).clamp(min=1)
-    center = torch.where(center.isfinite(), center, 0.0)
+    center = torch.where(center.isfinite(), center, 0.0)  # the sum may overflow
     low, high = (side.to(dtype) for side in x.aminmax(dim=1))
     extent = torch.maximum(high - center, center - low).amax(-1)
     return Frame(center, power_of_two(extent))
@@ -165,7 +165,10 @@ def power_of_two(extent: Tensor) -> Tensor:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return weights (B, N), zero where masked, with mean 1 if ``normalized``, and which are positive; or two None."""
+    """Return the weights of points and the mask of positive ones, both (B, N); twice None without mask and weights.
+
+    Weights are zero where masked. With ``normalized`` the mean of the positive ones is 1.
+    """
     if weights is None:
         return (None, None) if mask is None else (mask.to(dtype), mask)
     weights = weights.to(dtype) if mask is None else torch.where(mask, weights.to(dtype), 0.0)

@@ -146,8 +146,8 @@ def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCoun
     log_det = peak + half_log_two_pi(features)
     mean_term = (precision * covariance.second_degree((means - counts.mean).mT).mT).sum(-1)
     covariance_term = (log_det + (precision * counts.scatter).sum(-1)) / covariance.sharing(means.shape[1])
-    weight_terms = counts.weight_count * log_weights + counts.mean_count * mean_term
-    return (weight_terms + counts.covariance_count * covariance_term).sum(-1)
+    terms = counts.weight_count * log_weights + counts.mean_count * mean_term
+    return (terms + counts.covariance_count * covariance_term).sum(-1)
 
 
 def _numbers(values: Tensor | Sequence[float] | float) -> tuple[float, ...]:

@@ -112,7 +112,8 @@ class EMModule(lightning.LightningModule):
         """Return the number of items in a batch, its weight in logged means: the length of the first tensor in it."""
         if isinstance(batch, Tensor):
             return len(batch)
-        for part in batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ():
+        parts = batch.values() if isinstance(batch, Mapping) else batch
+        for part in parts if isinstance(batch, (Mapping, Sequence)) else ():
             if isinstance(part, (Tensor, Mapping, Sequence)) and not isinstance(part, str):
                 return self.batch_size(part)
         raise TypeError(f"{type(self).__name__} must define batch_size(batch) for batches of {type(batch).__name__}")

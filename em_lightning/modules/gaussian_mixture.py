@@ -240,21 +240,23 @@ class GaussianMixtureModule(EMModule):
         block = torch.cat([statistics.log_likelihood, statistics.mass.sum(-1), statistics.flatten()])
         self.sums += block
         if self.method == "em":
-            return _loss(block[0], block[1])
+            return _loss(*block[:2])
         block = global_sum(block)
-        if block[1] > 0:  # skip blocks in which all rows have weight zero
+        log_likelihood, mass = block[:2]
+        if mass > 0:  # skip blocks in which all rows have weight zero
             share = float(self.blocks_seen + 1) ** -self.step_exponent
             # A prior's strength is relative to the mass of the whole data set.
             self.running.lerp_(block[2:] * num_blocks, share)
             self.blocks_seen += 1
             self._maximize(self.running)
-        return _loss(block[0], block[1])
+        return _loss(log_likelihood, mass)
 
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Set the log-likelihood per point, over all ranks, and its change; for full-batch EM, run the M-step."""
         total = global_sum(self.sums)
-        mean = total[0] / total[1]
+        log_likelihood, mass = total[:2]
+        mean = log_likelihood / mass
         if not torch.isfinite(mean):
             raise ValueError(
                 f"the log-likelihood is {float(mean)}: the data contain NaN, infinity or only weights of 0"

@@ -113,7 +113,7 @@ class EMAbstraction(nn.Module):
                 item_bumps = bumps(x, centers, self.grid, self.pitch)
             dtype = next(self.embed.parameters()).dtype  # the module may be of half precision
             token_bumps = bumps(centers, centers, 3, self.inner_pitch).to(dtype)
-        if features is not None:
+        if features is not None:  # outside of no_grad, because features get a gradient
             sums = _gather(item_bumps, torch.where(valid.unsqueeze(-1), features, 0.0).to(item_bumps.dtype))
         tokens = self.embed(self.scale(sums.to(dtype).flatten(0, 1)))
         for block in self.blocks:
@@ -152,9 +152,9 @@ def _axes(x: Tensor, centers: Tensor, grid: int, pitch: float) -> list[Tensor]:
     return factors
 
 
-def _gather(kernel: Tensor, features: Tensor) -> Tensor:
-    """Return sum_n phi_kjn h_n as (B, K, J F)."""
-    return torch.bmm(kernel.flatten(1, 2), features).unflatten(1, kernel.shape[1:3]).flatten(2)
+def _gather(phi: Tensor, features: Tensor) -> Tensor:
+    """Return sum_n phi_kjn h_n as (B, K, J F), for phi (B, K, J, N) and features h (B, N, F)."""
+    return torch.bmm(phi.flatten(1, 2), features).unflatten(1, phi.shape[1:3]).flatten(2)
 
 
 def _layer(in_features: int, out_features: int) -> tuple[nn.Module, nn.Module]:
@@ -164,11 +164,11 @@ def _layer(in_features: int, out_features: int) -> tuple[nn.Module, nn.Module]:
 class _Block(nn.Module):
     """Residual layer whose items and centers are the tokens (B K, ``width``)."""
 
-    def __init__(self, bumps: int, width: int) -> None:
+    def __init__(self, num_bumps: int, width: int) -> None:
         super().__init__()
-        self.around = nn.Sequential(*_layer(bumps * width, width), nn.ReLU())
+        self.around = nn.Sequential(*_layer(num_bumps * width, width), nn.ReLU())
         self.mix = nn.Sequential(*_layer(width, width))
 
-    def forward(self, tokens: Tensor, kernel: Tensor) -> Tensor:
-        around = _gather(kernel, tokens.unflatten(0, kernel.shape[:2])).flatten(0, 1)
-        return (tokens + self.mix(self.around(around))).relu()
+    def forward(self, tokens: Tensor, phi: Tensor) -> Tensor:
+        sums = _gather(phi, tokens.unflatten(0, phi.shape[:2])).flatten(0, 1)
+        return (tokens + self.mix(self.around(sums))).relu()

@@ -105,8 +105,8 @@ class EMAggregation(Aggregation):
         rows = rows.reshape(len(rows) * heads, features)
         index = (index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)).flatten()
         summaries = self._summaries(rows, index, num_groups * heads, max_num_elements)
-        ends = shape if self.pooling is None else (*shape[:-1], self.pooling.out_features)
-        return summaries.to(x.dtype).reshape(num_groups, *ends).movedim(0, dim)
+        shape = shape if self.pooling is None else (*shape[:-1], self.pooling.out_features)
+        return summaries.to(x.dtype).reshape(num_groups, *shape).movedim(0, dim)
 
     def _summaries(self, rows: Tensor, index: Tensor, num_groups: int, limit: int | None) -> Tensor:
         """Return one summary (G, F) per group of rows (E, D), zeros if empty; rows beyond the limit are dropped."""

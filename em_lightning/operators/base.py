@@ -30,7 +30,7 @@ class SetOperator(nn.Module):
     """
 
     gradients_known: tuple[str, ...] = ("unrolled", "checkpoint", "last")
-    shown: tuple[str, ...] = ("num_iters", "init", "gradient")
+    shown: tuple[str, ...] = ("num_iters", "init", "gradient")  # arguments in the repr
 
     def __init__(self, num_components: int, num_features: int, num_iters: int, gradient: str) -> None:
         super().__init__()
@@ -181,5 +181,5 @@ def _check_all(valid: Tensor, rule: str, values: Tensor) -> None:
     if torch.compiler.is_compiling() or capturing or not have_memory(valid):
         return
     if not valid.all():
-        number, row = (~valid).nonzero()[0].tolist()
-        raise ValueError(f"{rule}: set {number}, row {row} is {values[number, row].tolist()}")
+        which, row = (~valid).nonzero()[0].tolist()
+        raise ValueError(f"{rule}: set {which}, row {row} is {values[which, row].tolist()}")

@@ -283,9 +283,9 @@ class EMOperator(SetOperator):
         ``N p / (N - p - 1)`` (Hurvich and Tsai, 1989); no correction that lowers it by more can help on new points.
         """
         components, features = self.num_components, self.num_features
-        parameters = components * (1 + features) - 1 + self.family.num_parameters(components, features)
-        spare = sets.points.num_points - parameters - 1
-        allowed = torch.where(spare > 0, parameters + parameters * (parameters + 1) / spare, torch.inf)
+        p = components * (1 + features) - 1 + self.family.num_parameters(components, features)
+        n = sets.points.num_points
+        allowed = torch.where(n - p - 1 > 0, n * p / (n - p - 1), torch.inf)
         with torch.no_grad():
             keep = self._log_likelihood(sets, corrected) >= self._log_likelihood(sets, plain) - allowed
         return where(keep, corrected, plain)

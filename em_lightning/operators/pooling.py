@@ -24,7 +24,7 @@ class EMPooling(nn.Module):
     ============== ======= ==================================================================
     weights        1       :math:`\pi_k`
     means          d       :math:`\mu_k`
-    scales         d       :math:`\log \sigma_{kd}`, from the diagonal of the covariance
+    scales         d       :math:`\log \sigma_{ki}`, from the diagonal of the covariance
     values         F       :math:`\bar v_k = \sum_n r_{nk} v_n / \sum_n r_{nk}`, mean features of the items
     ============== ======= ==================================================================
 
@@ -74,15 +74,13 @@ class EMPooling(nn.Module):
             raise ValueError(f"summary={tuple(summary)!r} must be different names out of {', '.join(SUMMARIES)}")
         if num_coordinates is not None and head_features is not None:
             raise ValueError(f"num_coordinates={num_coordinates} excludes head_features={head_features}")
-        coordinates = next(size for size in (num_coordinates, head_features, num_features) if size is not None)
+        d = next(size for size in (num_coordinates, head_features, num_features) if size is not None)
         self.num_coordinates = num_coordinates
         self.num_features = num_features
         self.summary = tuple(summary)
-        self.project = None if head_features is None else nn.Linear(num_features, coordinates)
-        self.operator = EMOperator(
-            num_components, coordinates, num_iters=num_iters, covariance=covariance, init=init, **operator
-        )
-        sizes = {"weights": 1, "means": coordinates, "scales": coordinates, "values": num_features}
+        self.project = None if head_features is None else nn.Linear(num_features, d)
+        self.operator = EMOperator(num_components, d, num_iters=num_iters, covariance=covariance, init=init, **operator)
+        sizes = {"weights": 1, "means": d, "scales": d, "values": num_features}
         size = num_components * sum(sizes[name] for name in summary)
         self.output = None if out_features is None else nn.Linear(size, out_features)
         self.out_features = size if out_features is None else out_features

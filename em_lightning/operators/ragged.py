@@ -16,7 +16,7 @@ Tensors = tuple[Tensor, ...]
 
 
 _ARGUMENTS = "Tensor x, Tensor index, SymInt num_groups, SymInt limit, int num_components, int num_iters"
-_operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
+_custom_op = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
 
 
 def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
@@ -25,7 +25,7 @@ def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components
     return means.new_zeros(means.shape[:2]), means, means.new_zeros(means.shape[:2])
 
 
-@_operator("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
+@_custom_op("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _fit_groups(*inputs: Any) -> Tensors:
     log_weights, means, log_scales = _zeros(*inputs)
     no_gradients = (None, None, None, None)
@@ -33,7 +33,7 @@ def _fit_groups(*inputs: Any) -> Tensors:
     return log_weights, means, log_scales
 
 
-@_operator("em_lightning::fit_groups_gradient", schema=f"({_ARGUMENTS}, Tensor[] grads) -> Tensor")
+@_custom_op("em_lightning::fit_groups_gradient", schema=f"({_ARGUMENTS}, Tensor[] grads) -> Tensor")
 def _gradient(*arguments: Any) -> Tensor:
     *inputs, grads = arguments
     grad_x = torch.zeros_like(inputs[0])

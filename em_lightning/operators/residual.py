@@ -100,9 +100,9 @@ class ResidualCorrection(nn.Module):
     def forward(
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> Correction:
-        """Return the corrections of an iteration, for masses (B, K), floors (B,) and the share of completed steps."""
+        """Return corrections of an iteration, for masses (B, K), floors (B,) and the fraction of completed steps."""
         features, neighbours = self._features(points, mass, before, after, floor, progress)
-        h = _bounded(features, 10.0).to(next(self.parameters()).dtype)
+        h = _bounded(features, 10.0).to(next(self.parameters()).dtype)  # limits the effect of extreme features
         e = self.describe(h)
         pooled = torch.cat([e.mean(1, keepdim=True), e.amax(1, keepdim=True)], -1).expand(-1, e.shape[1], -1)
         outputs = (self.decide(torch.cat([e, pooled], -1)) + self.direct(h)).to(mass.dtype)
@@ -132,6 +132,7 @@ class ResidualCorrection(nn.Module):
             return (along / deviations).log()
 
         change = (axes.mT @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
+        # Deviations relative to the size of the set and to the floor, (B, K, 2 D).
         thickness = torch.cat([(deviations / unit).log(), floor[:, None, None] / deviations.square()], -1)
         mean_thickness = after.log_weights.softmax(-1).unsqueeze(1) @ thickness
         distance = ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -13,7 +12,6 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from em_lightning.mixture import Mixture
@@ -21,7 +19,6 @@ from em_lightning.mixture import Mixture
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
 # is last, as it is too faint for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
-DIVERGING = "PuOr"
 NEUTRAL = "#7F7F7F"
 
 _STYLE: Any = {
@@ -79,15 +76,6 @@ def new_figure(
 
 
 @figure_style()
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure to ``path``, whose folder is created, and return the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
-
-
-@figure_style()
 def mixture_grid(
     points: Tensor,
     mixture: Mixture,
@@ -136,7 +124,7 @@ def _frame(ax: Any, cloud: Tensor) -> None:
     if len(center) == 2:
         ax.set_aspect("equal")
     else:
-        ax.set_box_aspect((1, 1, 1), zoom=1.3)
+        ax.set_box_aspect((1, 1, 1), zoom=1.3)  # fills the margins of hidden axes
 
 
 def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> None:
@@ -151,28 +139,3 @@ def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> No
     sphere = torch.cat([circle[:, None] * polar.sin(), polar.cos().expand(len(angle), -1, -1)], -1)
     surface = mean + sphere @ axes.T
     ax.plot_surface(*surface.permute(2, 0, 1).numpy(), color=color, alpha=0.12, linewidth=0, shade=False)
-
-
-@figure_style()
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    levels: Mapping[str, float] | None = None,
-    log_x: bool = False,
-) -> Figure:
-    """Draw the named lines (x, y) of ``series`` in one panel, and the dashed horizontal lines ``levels``."""
-    figure, (ax,) = new_figure(width=4.6, height=3.0)
-    if all(value == int(value) for x, _ in series.values() for value in x):
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for name, (x, y) in series.items():
-        ax.plot(x, y, label=name, marker="o" if len(x) <= 20 else None, markersize=3)
-    for name, level in (levels or {}).items():
-        ax.axhline(level, color=NEUTRAL, linestyle="--", linewidth=1.2, label=name)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if log_x:
-        ax.set_xscale("log")
-        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
-    ax.legend(loc="best")
-    return figure

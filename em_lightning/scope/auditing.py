@@ -192,7 +192,7 @@ class _Recorder(TorchDispatchMode):
         self.sites = [site for site in walk(model) if not site.function]
         self.called: dict[str, nn.Module] = {}
         self.softmaxes: list[Softmax] = []
-        self.calls: list[tuple[Any, ...]] = []
+        self.checked_calls: list[tuple[Any, ...]] = []
         self.found: list[Finding] = []
         self._stack: list[tuple[str, nn.Module]] = [("", model)]
         self._makers: dict[tuple[int, int], tuple[str, nn.Module, Tensor]] = {}
@@ -212,7 +212,7 @@ class _Recorder(TorchDispatchMode):
         while len(self._stack) > 1 and self._stack.pop()[1] is not module:
             pass  # the forward hook of a module that raised was not called
         if isinstance(module, _CHECKED_AS_A_WHOLE) and not self._inside(Activation):
-            self.calls.append((path, module, inputs, kwargs, output))
+            self.checked_calls.append((path, module, inputs, kwargs, output))
         if isinstance(output, Tensor):
             # The innermost module that returned the output. Keep the output, as a freed address could be reused.
             self._makers.setdefault(_key(output), (path, module, output))
@@ -230,10 +230,11 @@ class _Recorder(TorchDispatchMode):
         elif operation in ("relu", "topk", "argmax"):
             reason = RELU if operation == "relu" else "hard selection: only the selected have a gradient"
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
-        elif operation != "logsumexp" or len(args[1]) == 1:
+        elif operation != "logsumexp" or len(args[1]) == 1:  # hypotheses on one axis
             maker = self._makers.get(_key(args[0]))
+            # A loss outside of the layers belongs to the output layer. The stack begins with the model twice.
             outside = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")
-            if maker is not None and outside:  # a loss outside of the layers belongs to the output layer
+            if maker is not None and outside:
                 path, module, _ = maker
             if isinstance(module, nn.MultiheadAttention):
                 operation = "attention"
@@ -246,7 +247,7 @@ class _Recorder(TorchDispatchMode):
         """Return all findings in the order in which the modules were called; those that were not called come last."""
         inner = {site.path for site in self.sites if any(isinstance(m, _REPORTED_AS_A_WHOLE) for m in site.ancestors)}
         modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in inner}}
-        called, calls = set(self.called), list(self.calls)  # the checks call modules, whose hooks add to both
+        called, calls = set(self.called), list(self.checked_calls)  # the checks call modules, whose hooks add to both
         checks = [*(check_call(*one) for one in calls), *(softmax.check() for softmax in self.softmaxes)]
         worst: dict[tuple[str, str], Finding] = {}  # of all calls of an operation, the one with the largest error
         for finding in [*self.found, *(check for check in checks if check is not None)]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 from em_lightning.competition.base import check_temperature
 from em_lightning.distributed import accumulation_dtype
@@ -43,7 +43,7 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
     if not responsibilities.is_floating_point():
         raise TypeError(f"responsibilities of dtype {responsibilities.dtype} must be floating-point")
     r = responsibilities.movedim(dim, -1).to(accumulation_dtype(responsibilities))
-    r = F.pad(r, (0, 1)).sort(-1, descending=True).values  # a hypothesis of r = 0 changes nothing, and K may be 1
+    r = functional.pad(r, (0, 1)).sort(-1, descending=True).values  # one more hypothesis, of r = 0, as K may be 1
     # The Rayleigh quotient is stationary in the vector, so its derivative with respect to r is that of the eigenvalue.
     vector = _eigenvector(r)
     value = (r * vector.square()).sum(-1) - (r * vector).sum(-1).square()
@@ -76,9 +76,9 @@ def _eigenvector(r: Tensor) -> Tensor:
         u = (others / (distance + t * gap).clamp_min(tiny)).square()
         q = pole.square().sum(-1, keepdim=True) + (t * gap).square() * u.sum(-1, keepdim=True)
         c = gap + gap * (distance * u).sum(-1, keepdim=True)
-        middle = first.square() + q - c  # c t^2 + middle t - q = 0
+        middle = first.square() + q - c  # c t^2 + middle t - q = 0 with c = g - p
         larger = (middle.square() + 4 * c * q).sqrt() + middle.abs()
         t = torch.where(middle >= 0, 2 * q / larger.clamp_min(tiny), larger / (2 * c).clamp_min(tiny))
         t = t.clamp(tiny, 1 - eps)
     below = pole / t + others * gap / (distance + t * gap).clamp_min(tiny)
-    return F.normalize(torch.cat([first / (1 - t), -below], -1), dim=-1, eps=tiny)
+    return functional.normalize(torch.cat([first / (1 - t), -below], -1), dim=-1, eps=tiny)

@@ -13,6 +13,7 @@ from em_lightning.activations.competitive import SparseminActivation
 from em_lightning.competition import Entmin, Hardmin, Posterior, Sparsemin
 from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
+from em_lightning.scope.curvature import curvature
 
 TOLERANCE = 1e-3  # of sums and gradients: models compute softmaxes in float32 or lower precision
 NOT_CHECKED = "not checked: "
@@ -49,6 +50,7 @@ class Finding:
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated, normalized: whether energies are exponentiated, and responsibilities sum to 1.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis has responsibility 1.
+        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items; None if an axis has groups.
         error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
     """
@@ -60,6 +62,7 @@ class Finding:
     exponentiated: bool = False
     normalized: bool = False
     soft: float | None = None
+    curvature: tuple[float, float] | None = None
     error: float | None = None
     reason: str = ""
 
@@ -91,15 +94,30 @@ class Audit(list[Finding]):
     """The findings in the order of the forward pass; ``print`` shows a table, and advice for what is not EM."""
 
     def __str__(self) -> str:
-        rows = [("layer", "module", "operation", "hypotheses", "exp", "norm", "soft", "dF/dd - r", "EM", "reason")]
+        rows = [
+            (
+                "layer",
+                "module",
+                "operation",
+                "hypotheses",
+                "exp",
+                "norm",
+                "soft",
+                "curvature",
+                "dF/dd - r",
+                "EM",
+                "reason",
+            )
+        ]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
-            exponentiated, normalized = flags if one.hypotheses else "--"
+            exponentiated, normalized = flags if one.hypotheses else ("-", "-")
             soft = "-" if one.soft is None else f"{one.soft:.2f}"
+            curvature = "-" if one.curvature is None else f"{one.curvature[0]:.2f}, {one.curvature[1]:.2f}"
             error = "-" if one.error is None else f"{one.error:.0e}"
             em = "yes" if one.em else "no" if one.checked else "-"
             place = (one.path or "(root)", one.module, one.operation, one.hypotheses or "-")
-            rows.append((*place, exponentiated, normalized, soft, error, em, one.reason))
+            rows.append((*place, exponentiated, normalized, soft, curvature, error, em, one.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         for text in dict.fromkeys(one.advice for one in self if one.advice):
@@ -199,5 +217,8 @@ def _compared(
     finding.exponentiated = True
     finding.normalized = bool(((used.sum(-1) - groups).abs() < TOLERANCE).all())
     finding.soft = (torch.special.entr(used).sum(-1) / groups).exp().mean().item()
+    if groups == 1:
+        curvatures = curvature(used)
+        finding.curvature = curvatures.mean().item(), curvatures.max().item()
     finding.error = (used - gradient).abs().max().item()
     return finding

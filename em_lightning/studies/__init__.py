@@ -4,7 +4,6 @@ from em_lightning.studies.amortized_clustering import AmortizedClustering
 from em_lightning.studies.clustering_report import ClusteringReport
 from em_lightning.studies.energy_layers import DecoderFreeEncoder, EMClassifier, EnergyLayer, SparseAutoencoder
 from em_lightning.studies.grid import run_seeds, run_table
-from em_lightning.studies.image_classifier import ImageClassifier
 from em_lightning.studies.image_points import ImagePointSets, PointSetBatch, bright_pixels
 from em_lightning.studies.layer_report import LayerReport, linear_probe
 from em_lightning.studies.mixture_report import MixtureReport
@@ -15,7 +14,6 @@ from em_lightning.studies.report import Findings, Report
 from em_lightning.studies.results import combine, compare, markdown_table, paired, spread, write_results
 from em_lightning.studies.selection_report import SelectionReport
 from em_lightning.studies.surfaces import FAMILIES, ProceduralSurfaces, random_surface
-from em_lightning.studies.swap_report import SwapReport
 
 __all__ = [
     "ImagePointSets",
@@ -34,13 +32,11 @@ __all__ = [
     "EMClassifier",
     "EnergyLayer",
     "Findings",
-    "ImageClassifier",
     "LayerReport",
     "MixtureReport",
     "Report",
     "SelectionReport",
     "SparseAutoencoder",
-    "SwapReport",
     "combine",
     "compare",
     "linear_probe",

@@ -112,8 +112,8 @@ class AmortizedClustering(EMModule):
         background = Mixture(torch.zeros_like(n), center, (2.0 * self.log_scale).exp().to(n.dtype).expand_as(n))
         # An empty set has log n = -inf; the gradient of logaddexp at n + c needs a finite number.
         log_total = torch.logaddexp(n.clamp(min=torch.finfo(n.dtype).tiny).log(), self.log_count)
-        log_counts = torch.logaddexp(n.log() + mixture.log_prob(x), self.log_count + background.log_prob(x))
-        return log_counts - log_total
+        log_weighted = torch.logaddexp(n.log() + mixture.log_prob(x), self.log_count + background.log_prob(x))
+        return log_weighted - log_total
 
     def step(self, batch: MixtureSetBatch, stage: str) -> dict[str, Tensor]:
         mixture = self(batch.points, batch.mask)

@@ -194,7 +194,7 @@ def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str)
     values: dict[str, list[dict[str, float]]] = {row: [] for row in table.rows}
     for cell in cells:
         values[cell.row].append(json.loads(cell.result.read_text(encoding="utf-8"))["values"])
-    rows, explained = _own_rows(table, values) if table.columns else _published_rows(table, values)
+    rows, explained = _unpublished_rows(table, values) if table.columns else _published_rows(table, values)
     notes = [
         f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
         *table.notes,
@@ -218,7 +218,7 @@ def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]
     )
 
 
-def _own_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
+def _unpublished_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
     """Return one line per row with a column per metric and the gain in the first one, and what the gain means."""
     first = table.columns[0]
     against = {row: spec["against"] for row, spec in table.rows.items() if "against" in spec}

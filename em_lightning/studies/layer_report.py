@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from em_lightning.checks import check_at_least
-from em_lightning.plots.figures import DIVERGING, figure_style, new_figure
+from em_lightning.plots.figures import figure_style, new_figure
 from em_lightning.studies.report import Findings, Report
 
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
@@ -108,5 +108,5 @@ def _prototype_grid(prototypes: Tensor, shape: Sequence[int]) -> Figure:
     limit = float(images.abs().max()) or 1.0
     for ax, image in zip(axes, images, strict=True):
         ax.axis("off")
-        ax.imshow(image.numpy(), cmap=DIVERGING, vmin=-limit, vmax=limit)
+        ax.imshow(image.numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
     return figure

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from em_lightning.data import PointCloudBatch
 from em_lightning.mixture import Mixture
-from em_lightning.plots import curves, mixture_grid
+from em_lightning.plots import mixture_grid
 from em_lightning.studies.density_fits import FIXED_STEPS, TRAINED, Clouds, Result, compare, sklearn_mixtures
 from em_lightning.studies.page import scene, write_page
-from em_lightning.studies.report import Findings, Report, batches_on
+from em_lightning.studies.report import Findings, Report, batches_on, curves
 
 Results = Mapping[int, Mapping[str, Result]]  # by size, then by method
 

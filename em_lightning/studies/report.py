@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from em_lightning.callbacks import tensorboard_writers
-from em_lightning.plots import figure_style, new_figure, save_figure
+from em_lightning.plots import figure_style, new_figure
+from em_lightning.plots.figures import NEUTRAL
 from em_lightning.studies.results import write_results
 
 
@@ -77,7 +78,9 @@ class Report(lightning.Callback):
         if self.history and self.figures:
             figures["training"] = _training_figure(self.history)
         for name, figure in figures.items():
-            path = save_figure(figure, folder / f"{name}.png")
+            path = folder / f"{name}.png"
+            with figure_style():
+                figure.savefig(path)
             for writer in writers:
                 writer.add_figure(name, figure, trainer.global_step, close=False)
                 writer.flush()
@@ -115,3 +118,28 @@ def folder_of(trainer: Any) -> Path:
 def batches_on(device: torch.device, loader: Iterable[Any]) -> list[Any]:
     """Return the batches of a loader, each a named tuple of tensors, on a device."""
     return [type(batch)(*(part.to(device) for part in batch)) for batch in loader]
+
+
+@figure_style()
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    levels: Mapping[str, float] | None = None,
+    log_x: bool = False,
+) -> Figure:
+    """Draw the named lines (x, y) of ``series`` in one panel, and the dashed horizontal lines ``levels``."""
+    figure, (ax,) = new_figure(width=4.6, height=3.0)
+    if all(value == int(value) for x, _ in series.values() for value in x):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for name, (x, y) in series.items():
+        ax.plot(x, y, label=name, marker="o" if len(x) <= 20 else None, markersize=3)
+    for name, level in (levels or {}).items():
+        ax.axhline(level, color=NEUTRAL, linestyle="--", linewidth=1.2, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log_x:
+        ax.set_xscale("log")
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
+    ax.legend(loc="best")
+    return figure

@@ -126,7 +126,7 @@ def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, 
         "checked": "" if checked is None else str(checked),
         "reproduced": spread(values),
         "difference": f"{difference:+.2g}",
-        "inside": "yes" if abs(difference) <= allowed + 1e-12 else "no",
+        "inside": "yes" if abs(difference) <= allowed + 1e-12 else "no",  # 1e-12 for round-off
     }
 
 

@@ -12,9 +12,9 @@ import torch
 from em_lightning.data import GaussianBlobs, TabularDataModule
 from em_lightning.mixture import Mixture, fit_blocks, information_criteria
 from em_lightning.operators import EMOperator
-from em_lightning.plots import curves, mixture_grid
+from em_lightning.plots import mixture_grid
 from em_lightning.studies.density_fits import fit_sklearn
-from em_lightning.studies.report import Findings, Report
+from em_lightning.studies.report import Findings, Report, curves
 
 _NUM_PICTURED = 4000  # rows
 

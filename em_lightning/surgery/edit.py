@@ -248,8 +248,8 @@ def change_sites(
     prepare: Callable[[Site, Change], None] = lambda *_: None,
 ) -> Surgery:
     """Change each site with ``make_at(site)``, then call ``prepare(site, change)``; used by all surgeries."""
-    number = 1 if calls in ("any", None) else calls
-    if not isinstance(number, int) or number < 1:
+    num_modules = 1 if calls in ("any", None) else calls  # per site
+    if not isinstance(num_modules, int) or num_modules < 1:
         raise ValueError(f"calls={calls!r} must be a positive int, 'any' or None")
     known = {entry["path"] for entry in recorded_plan(surgery.model)}
     for site in sites:
@@ -266,11 +266,11 @@ def change_sites(
     surgery.unchanged_copies |= {twin.counterpart: twin for twin in twins if is_equal_copy(surgery.model, twin)}
     for site in sites:
         make = make_at(site)
-        counter = CallCounter(site.path, number, _refuse_sharing)
+        counter = CallCounter(site.path, num_modules, _refuse_sharing)
         added = built = _build(site, make)
-        if number > 1:
-            added = PerCall([built, *(_build(site, make, index) for index in range(1, number))], counter)
-        if number > 1 or (calls is None and list(added.parameters())):
+        if num_modules > 1:
+            added = PerCall([built, *(_build(site, make, index) for index in range(1, num_modules))], counter)
+        if num_modules > 1 or (calls is None and list(added.parameters())):
             surgery.undos.append(wrap(site.caller, "forward", counter.around))
             surgery.undos.append(added.register_forward_pre_hook(counter.check).remove)
         if operation == "replace":

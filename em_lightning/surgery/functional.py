@@ -132,7 +132,7 @@ def _methods_that_call(cls: type[nn.Module], names: set[str]) -> list[str]:
 
 
 def _mentions(code: types.CodeType, names: set[str], function: Any, depth: int = 3) -> bool:
-    """Return whether code, the functions nested in it or the functions of its own module that it calls use a name."""
+    """Return whether code, functions nested in it, or functions of its module up to ``depth`` calls away use a name."""
     if names & set(code.co_names):
         return True
     if any(_mentions(one, names, function, depth) for one in code.co_consts if isinstance(one, types.CodeType)):

@@ -25,7 +25,7 @@ def identity(size: int, like: Tensor) -> Tensor:
 def smallest_pivots(second_moments: Tensor) -> Tensor:
     """Return the smallest variances distinguishable from round-off, given second moments."""
     info = torch.finfo(second_moments.dtype)
-    return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)
+    return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)  # never zero, so that inverses are finite
 
 
 def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
@@ -44,9 +44,9 @@ def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
     # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. First add
     # the pivots, which is enough against round-off but takes too many launches on a GPU; then use the diagonal alone.
-    replacements = [torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()]
-    if matrix.device.type == "cpu":
-        replacements.insert(0, matrix + size * pivots.diag_embed())
+    diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()
+    on_cpu = matrix.device.type == "cpu"
+    replacements = [matrix + size * pivots.diag_embed(), diagonal] if on_cpu else [diagonal]
     for replacement in replacements:
         failed = torch.linalg.cholesky_ex(matrix.detach()).info != 0
         matrix = torch.where(failed[..., None, None], replacement, matrix)

@@ -57,14 +57,15 @@ class DiagonalCovariance(FullCovariance):
         return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
-        log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])
+        log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])  # shared by D features if it has 1 entry
         return log_weights + log_det - half_log_two_pi(num_features)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # If features share a variance, S is 1 and the scatter is the sum over D features.
         variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
-        least = smallest_pivots(self.second_moments(variances.abs(), means))
+        least = smallest_pivots(self.second_moments(variances.abs(), means))  # round-off may make it negative
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:

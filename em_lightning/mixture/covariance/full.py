@@ -99,10 +99,10 @@ class FullCovariance:
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
     def indefinite(self, covariances: Tensor) -> Tensor:
-        """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than round-off."""
+        """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than a round-off of 16 D eps."""
         features = covariances.shape[-1]
-        least = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
-        failed = torch.linalg.cholesky_ex(covariances + least.diag_embed()).info != 0
+        round_off = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
+        failed = torch.linalg.cholesky_ex(covariances + round_off.diag_embed()).info != 0
         return failed & covariances.isfinite().flatten(-2).all(-1)
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
@@ -134,9 +134,10 @@ class FullCovariance:
         """Return the means and covariances of the M-step, ``Sigma = scatter / mass + floor I``.
 
         Means are (B, K, D), the scatter ``sum_n r_nk s(x_n - mu_k)`` is (B, K, S), the mass (B, K), the floor (B,).
+        An iterative estimate starts from the covariances ``before``.
         """
-        spread = self.matrix(self.average(scatter, mass), means.shape[-1])
-        return means, spread + floor[:, None, None, None] * identity(means.shape[-1], spread)
+        sample_covariance = self.matrix(self.average(scatter, mass), means.shape[-1])
+        return means, sample_covariance + floor[:, None, None, None] * identity(means.shape[-1], sample_covariance)
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
         """Return the scatter (B, K, S) divided by the mass (B, K)."""
@@ -148,7 +149,7 @@ class FullCovariance:
 
     def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
         """Return symmetric matrices (..., D, D) from their upper triangles (..., S)."""
-        rows = pairs.split([*range(num_features, 0, -1)], -1)
+        rows = pairs.split([*range(num_features, 0, -1)], -1)  # completed by the entries of the rows above
         entries = [part for i, row in enumerate(rows) for part in (*(rows[j][..., i - j, None] for j in range(i)), row)]
         return torch.cat(entries, -1).unflatten(-1, (num_features, num_features))
 
@@ -213,9 +214,9 @@ class FullCovariance:
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
         """Return ``G (Sigma - floor I) G^T + floor I`` with ``G = axes exp(stretch) axes^T``."""
-        step = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
+        g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
         least = floor[:, None, None, None] * identity(axes.shape[-1], axes)
-        return step @ (covariances - least) @ step.mT + least
+        return g @ (covariances - least) @ g.mT + least
 
     def pairs(self, matrix: Tensor) -> Tensor:
         """Return the entries (..., S) of symmetric matrices (..., D, D) that this type uses: upper triangles."""

@@ -49,20 +49,20 @@ class LowRankCovariance(FullCovariance):
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return means and loadings; the expected log-likelihood does not decrease."""
-        spread = self.matrix(self.average(scatter, mass), means.shape[-1])  # sample covariances (B, K, D, D)
-        second_moment = spread.diagonal(dim1=-2, dim2=-1) + means.square()  # spread has the round-off of these
+        sample = self.matrix(self.average(scatter, mass), means.shape[-1])
+        second_moment = sample.diagonal(dim1=-2, dim2=-1) + means.square()  # sample has the round-off of these
         least = torch.maximum(smallest_pivots(second_moment), floor[:, None, None])
         loadings, noise = before[..., :-1], torch.maximum(before[..., -1].square(), least)
-        return means, self._climb(spread, loadings, noise, least, _STEPS)
+        return means, self._factor_analysis(sample, loadings, noise, least, _STEPS)
 
-    def _climb(self, spread: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, num_steps: int) -> Tensor:
+    def _factor_analysis(self, sample: Tensor, loadings: Tensor, noise: Tensor, least: Tensor, steps: int) -> Tensor:
         """Return loadings and noise after steps of EM for factor analysis of sample covariances (B, K, D, D)."""
-        eye = identity(self.rank, spread)
-        variance = spread.diagonal(dim1=-2, dim2=-1)
-        for _ in range(num_steps):
+        eye = identity(self.rank, sample)
+        variance = sample.diagonal(dim1=-2, dim2=-1)
+        for _ in range(steps):
             weighted = loadings / noise.unsqueeze(-1)
             inner = torch.linalg.inv(eye + loadings.mT @ weighted)  # I - beta U
-            cross = spread @ (weighted @ inner)  # S beta^T
+            cross = sample @ (weighted @ inner)  # S beta^T
             loadings = torch.linalg.solve(inner + inner @ weighted.mT @ cross, cross, left=False)
             noise = torch.maximum(variance - (loadings * cross).sum(-1), least)
         return torch.cat([loadings, noise.sqrt().unsqueeze(-1)], -1)
@@ -76,7 +76,7 @@ class LowRankCovariance(FullCovariance):
         pivots = smallest_pivots(covariances.diagonal(dim1=-2, dim2=-1))
         loadings = 0.5**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
         noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
-        return self._climb(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
+        return self._factor_analysis(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
         """Return ``diag(variance)`` for every component, with half of the first R variances in ``U``."""
@@ -91,8 +91,8 @@ class LowRankCovariance(FullCovariance):
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
         """Return ``G U`` and ``diag(G)^2 Psi``, at least the floor, with ``G = axes exp(stretch) axes^T``."""
-        step = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
-        root = covariances[..., -1] * step.diagonal(dim1=-2, dim2=-1)
+        g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
+        root = covariances[..., -1] * g.diagonal(dim1=-2, dim2=-1)
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
         root = torch.maximum(root.square(), least).sqrt()
-        return torch.cat([step @ covariances[..., :-1], root.unsqueeze(-1)], -1)
+        return torch.cat([g @ covariances[..., :-1], root.unsqueeze(-1)], -1)
