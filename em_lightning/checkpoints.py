@@ -124,8 +124,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class RankAgreement(lightning.Callback):
     """Checks before training that all ranks have the same versions, arguments, checkpoint, batches and rows.
 
-    If something differs, every rank raises ValueError with its name, values and hosts. Paths may differ. ``EMModule``
-    and :class:`RunCheckpoint` include these checks.
+    A difference raises ValueError on every rank, with its name, values and hosts. ``EMModule`` includes the checks.
     """
 
     @override
@@ -137,7 +136,8 @@ class RankAgreement(lightning.Callback):
         facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
         sources = sorted(Path(__file__).parent.rglob("*.py"))
         facts["source of em_lightning"] = _hash(b"".join(path.read_bytes() for path in sources))
-        facts |= {"class of the model": type(pl_module).__name__, **_leaves(dict(pl_module.hparams), "model")}
+        facts |= {"seed": os.environ.get("PL_GLOBAL_SEED"), "class of the model": type(pl_module).__name__}
+        facts |= _leaves(dict(pl_module.hparams), "model")
         for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
             facts |= _leaves(getattr(data, field.name), f"data.{field.name}")
         facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
@@ -150,7 +150,7 @@ class RankAgreement(lightning.Callback):
                 for name, value in vars(callback).items():
                     if isinstance(value, (bool, int, float, str, dict)) and not name.startswith("_"):
                         facts |= _leaves(value, f"{type(callback).__name__}.{name}")
-        check_agreement({**facts, "seed": os.environ.get("PL_GLOBAL_SEED")})
+        check_agreement(facts)
 
     @override
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
