@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from em_lightning import EMOperator, Mixture
-from em_lightning.plots.figures import figure_style, new_figure, save_figure
+from em_lightning.plots.figures import figure_style, new_figure
 
 COMPONENTS, FEATURES, ITEMS, SIDE, ITERATIONS = 5, 3, 600, 30.0, 100
 METHODS = {
@@ -198,7 +198,7 @@ def draw(points, truth, found, path):
         axes[1].boxplot([found[name][0].mean(1).numpy() for name in names], orientation="horizontal", widths=0.6)
         axes[1].set_yticks(range(1, len(names) + 1), names)
         axes[1].set(xscale="log", xlabel="mean error of the means (standard deviations)", title="start near the truth")
-        save_figure(figure, path)
+        figure.savefig(path)
 
 
 if __name__ == "__main__":

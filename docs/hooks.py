@@ -56,6 +56,12 @@ def display_formula(directive):
     return f"{indent}$$\n{indent}{formula}\n{indent}$$\n"
 
 
+def inline_formula(role):
+    """Return a ``:math:`` role as a formula in a cell of a table, which may not contain a vertical bar."""
+    formula = role[1].replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+    return rf"\({formula}\)"
+
+
 def rooms():
     """Return the names of the packages and modules in the API reference."""
     paths = sorted((ROOT / "em_lightning").glob("*"))
@@ -83,14 +89,16 @@ def parts_of(kind):
         parameters = inspect.signature(cls).parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         arguments = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in named)
-        sentence = (inspect.getdoc(cls) or "").partition("\n")[0]
+        described = cls.function if kind == "competitions" else cls  # a competition calls a documented function
+        sentence = (inspect.getdoc(described) or "").partition("\n")[0]
+        sentence = re.sub(r":math:`(.+?)`", inline_formula, sentence)
         parts.append((key, cls, arguments, re.sub(r"(?::\w+:)?`+(.+?)`+", r"\1", sentence)))
     return parts
 
 
 def parts_page():
     """Return the page of the classes in the registries."""
-    text = "# Components by name\n\nKeys of the registries, in code (`KERNELS.build(key)`) and in configs.\n"
+    text = "# Components by name\n\nUse the key of a component in code, `KERNELS.build('huber')`, or in a config.\n"
     for kind in KINDS:
         text += f"\n## {kind.capitalize()}\n\n| key | class | arguments | description |\n|---|---|---|---|\n"
         for key, cls, arguments, sentence in parts_of(kind):

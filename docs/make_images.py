@@ -19,7 +19,7 @@ from em_lightning.activations import ACTIVATIONS, Activation, SignedActivation
 from em_lightning.competition import softmin
 from em_lightning.kernels import KERNELS
 from em_lightning.modules import PointCloudGMM
-from em_lightning.plots import figure_style, new_figure, save_figure
+from em_lightning.plots import figure_style, new_figure
 from em_lightning.plots.figures import NEUTRAL, PALETTE
 from em_lightning.studies import ProceduralSurfaces
 
@@ -176,6 +176,14 @@ def _solid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> None:
     ax.plot_surface(
         *surface.permute(2, 0, 1).numpy(), color=color, alpha=0.4, linewidth=0, lightsource=LightSource(225, 45)
     )
+
+
+@figure_style()
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write the figure to ``path``, whose folder is created, and return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Save if it is time to. If a rank has received a signal, save and end the run."""
+        """Save the checkpoint when it is due; if a rank has received a signal, save it and end the run."""
         super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         self._end_after_signal(trainer)
 

@@ -7,10 +7,12 @@ import pytest
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.kernels import KERNELS
-from em_lightning.plots import figure_style, new_figure, save_figure
+from em_lightning.plots import figure_style, new_figure
 from em_lightning.plots.figures import PALETTE
 
-GALLERIES = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_images.py"))
+DOCS = Path(__file__).parents[1] / "docs"
+GALLERIES = runpy.run_path(str(DOCS / "make_images.py"))
+HOW_TO = runpy.run_path(str(DOCS / "make_howto_images.py"))
 
 
 def test_gallery_shows_energies_and_responsibilities():
@@ -40,7 +42,7 @@ def test_style_is_restored(tmp_path):
         assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(PALETTE)
     figure, axes = new_figure(5, 3, sharex=True)
     assert len(axes) == len(figure.axes) == 5
-    path = save_figure(figure, tmp_path / "new" / "figure.png")
+    path = GALLERIES["save_figure"](figure, tmp_path / "new" / "figure.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert settings() == before
 
@@ -69,3 +71,18 @@ def test_clouds_show_two_classical_fits_beside_the_pretrained_one():
     assert float(levels[0]) < float(levels[1]) < float(levels[2])
     colors = GALLERIES["_COLORS"]
     assert min(np.abs(a - b).max() for i, a in enumerate(colors) for b in colors[:i]) > 0.1
+
+
+def test_every_figure_of_the_how_to_pages_is_drawn_and_shown():
+    pages = "".join(page.read_text() for page in (DOCS / "how-to").glob("*.md"))
+    drawn = {f"{draw.__name__}.png" for draw in HOW_TO["FIGURES"]}
+    assert drawn == {path.name for path in (DOCS / "images" / "how-to").iterdir()}
+    assert not [name for name in drawn if f"(../images/how-to/{name})" not in pages]
+    assert all(path.stat().st_size < 60_000 for path in (DOCS / "images" / "how-to").iterdir())
+
+
+def test_densities_of_the_kernel_figure_have_integral_one():
+    _, density = HOW_TO["own_kernel"]().axes
+    for line in density.lines:
+        x, y = (np.asarray(values).ravel() for values in line.get_data())
+        assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)

@@ -54,8 +54,8 @@ class PosteriorMonitor(Callback):
 
     The output or input d of a layer (``tap``) is read as energies; the responsibilities are their softmin. In training
     the metrics of every ``every_n_steps``-th batch are logged as ``em/<layer>/<metric>``; in validation and test those
-    of the whole set over all ranks are logged as ``em_val/...`` and ``em_test/...``. Loggers like TensorBoard's get
-    also a histogram of the last batch. A layer that cannot be measured is skipped with a warning.
+    of the whole set over all ranks are logged as ``em_val/...`` and ``em_test/...``. TensorBoard
+    also gets a histogram of the last batch. A layer that cannot be measured is skipped with a warning.
 
     In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
     T = 1 for at most 64 items of this rank's batch. With ``loss`` it logs, for the global batch, the ``dominance``

@@ -142,7 +142,7 @@ class RankLoader(_Resumable):
 
 
 class ResumableLoader(_Resumable, DataLoader[Any]):
-    """A ``DataLoader`` that, restored by ``load_state_dict``, draws and skips the batches that it had returned."""
+    """A ``DataLoader`` that can resume: after ``load_state_dict`` it draws, but skips, the batches returned before."""
 
     def batches(self, first: int) -> Iterator[Any]:
         return itertools.islice(DataLoader.__iter__(self), first, None)

@@ -36,7 +36,7 @@ class PointCloudFolder(PointCloudDataModule):
         eval_clouds_per_file: clouds per validation and test file.
         pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``.
         drop_non_finite: whether to drop points with NaN or infinite coordinates, instead of raising.
-        held_out_classes: number of classes, drawn by the seed, that only the test split has; it has no others.
+        held_out_classes: number of classes, drawn by the seed, that form the test split and occur in no other.
 
     Raises:
         ValueError: an argument is out of range, ``root`` is neither a folder nor an archive, a split has no files, or a

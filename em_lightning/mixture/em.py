@@ -84,7 +84,7 @@ def fit(
     A set that has converged keeps its parameters, so that its result does not depend on the other sets. ``step`` maps a
     named tuple of tensors (B, ...) and the number of the iteration, from 1, to the tuple after the iteration and the
     objective per point (B,) before it. ``previous`` is the last objective of an earlier fit that this one continues. A
-    tolerance of 0 makes all iterations.
+    tolerance of 0 runs all iterations.
     """
     size, device = len(state[0]), state[0].device
     steps = torch.zeros(size, dtype=torch.long, device=device)

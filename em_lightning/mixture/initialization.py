@@ -104,7 +104,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
 
     Weights are those of the cells. Means and correlations are those of a cell's core, the points whose squared distance
     from the center is below ``_CORE`` of the cell's mean: the rim of a cell contains points of other clusters, which
-    slow down EM. Cells of at most D points, whose covariances would be singular, get the variance of all together.
+    slow down EM. Cells of at most D points, whose covariances would be singular, get the variance of all cells.
     Centers (B, K, D) are in the coordinates of the points; covariances are returned in the form of the EM loop.
     """
     num_components, num_features = centers.shape[1:]

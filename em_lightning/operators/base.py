@@ -103,7 +103,7 @@ class SetOperator(nn.Module):
     ) -> tuple[Any, Tensor]:
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
-        The objective is :meth:`objective` per mass of the set, ``tol`` is in nats per point, as in scikit-learn. A set
+        That is :meth:`objective` over the sum of weights; ``tol`` is in nats per point, as in scikit-learn. A set
         that has converged keeps its mixture, so that its result does not depend on the other sets; one with
         ``max_iters`` steps may not have converged. With ``torch.compile`` use :meth:`forward`, whose iterations are
         fixed. Other arguments are those of :meth:`forward`.

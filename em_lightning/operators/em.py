@@ -41,8 +41,8 @@ class EMOperator(SetOperator):
 
     with pseudo-counts, means and covariances corrected by a :class:`ResidualCorrection`, which keeps ``Sigma`` positive
     definite and starts at zero: **an untrained operator is exactly classical EM**. The last correction is dropped for
-    sets whose log-likelihood it lowers by more than the optimism of the fit. The result is invariant to the order of
-    the points and equivariant to permutations of the initial components.
+    sets whose log-likelihood it lowers by more than AICc's correction for overfitting. The result is invariant to the
+    order of the points and equivariant to permutations of the initial components.
 
     Args:
         num_components: K.

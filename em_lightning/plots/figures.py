@@ -1,4 +1,4 @@
-"""Figures of mixtures and of curves, in one palette and style, without pyplot's global state."""
+"""Figures of mixtures, in one palette and style, without pyplot's global state."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ class SetRefinement(EMRefinement):
 
     Args:
         num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
-        set_dim: the axis of the items; "auto" takes all axes but the features' and ``batch_dim``, and none of two axes.
-        causal: whether items see only those before them.
+        set_dim: the axis of the items; "auto" takes all but the features' and ``batch_dim``, or none of two axes.
+        causal: whether an item depends only on itself and the items before it.
         batch_dim: the axis of the batch for ``set_dim="auto"``, or None if it is unknown.
 
     Raises:
