@@ -1,12 +1,14 @@
-"""Kill runs of the recipes with SIGKILL at random times, resume them, and compare with uninterrupted runs.
+"""Kill runs of the recipes with SIGKILL at random steps, resume them, and compare with uninterrupted runs.
 
     python benchmarks/kills.py                                   every case, 20 kills each
     python benchmarks/kills.py volume_control --kills 5
     python benchmarks/kills.py --kills 0                         no kills: compare two runs of each case
 
-Every second kill happens while a checkpoint is written. The same command is repeated until the run has ended. Then
-weights must be bitwise equal, results.json equal except for seconds, and no partial file may remain. A case fails if no
-run resumed from a checkpoint. Each run is a process forked from one that has imported the libraries.
+A kill comes at a random one of the steps that are left, or after training, while the report is written. Every second
+kill then waits for the next write of a checkpoint. The same command is repeated until the run has ended. Then
+weights must be bitwise equal, results.json equal except for seconds, and no partial file may remain. A start counts as
+resumed if Lightning restored a checkpoint before training. A case fails if no start resumed. Each run is a process
+forked from one that has imported the libraries.
 """
 
 import argparse
@@ -64,13 +66,23 @@ COMMON += ["--trainer.logger.version=run", "--ckpt_path=last", "--trainer.callba
 
 
 class RunRecorder(lightning.Callback):
-    """Record the start of training, whether it resumed from a checkpoint, and the final weights."""
+    """Record the share of steps that are done, whether training resumed from a checkpoint, and the final weights."""
 
     def on_train_start(self, trainer, pl_module):
         if trainer.ckpt_path:
             with open("resumed", "a") as file:
                 file.write("resumed\n")
-        Path("began").touch()
+        self.total = trainer.max_epochs * trainer.num_training_batches
+        self.done = trainer.current_epoch * trainer.num_training_batches
+        self.record()
+
+    def on_train_batch_end(self, trainer, *args):
+        self.done = trainer.current_epoch * trainer.num_training_batches + args[-1] + 1
+        self.record()
+
+    def record(self):
+        Path("new").write_text(str(self.done / self.total))
+        os.replace("new", "share")
 
     def on_fit_end(self, trainer, pl_module):
         if trainer.is_global_zero:
@@ -79,7 +91,8 @@ class RunRecorder(lightning.Callback):
 
 def start_run(arguments, folder):
     """Start a run in a folder in a new process and return its process id."""
-    (folder / "began").unlink(missing_ok=True)
+    for name in ("share", "weights.pt"):
+        (folder / name).unlink(missing_ok=True)
     pid = os.fork()
     if pid:
         return pid
@@ -119,11 +132,16 @@ def time_uninterrupted_run(case, folder):
     """Run once without interruption and return the seconds from the start of training to the end."""
     folder.mkdir()
     pid = start_run(CASES[case], folder)
-    if wait(pid, folder, (folder / "began").exists):
+    if wait(pid, folder, (folder / "share").exists):
         begin = time.perf_counter()
         wait(pid, folder, lambda: False)
         return time.perf_counter() - begin
     raise SystemExit(f"{case} did not start training:\n{(folder / 'output.txt').read_text()[-3000:]}")
+
+
+def share(folder):
+    """Return the share of the steps of a run that are done."""
+    return float((folder / "share").read_text())
 
 
 def find_partial_file(folder):
@@ -133,15 +151,20 @@ def find_partial_file(folder):
 def run_and_kill(case, folder, draw, seconds, in_writing):
     """Start or resume a run and kill it; return whether it was killed, and the partial file it left, if any."""
     pid = start_run(CASES[case], folder)
-    if not wait(pid, folder, (folder / "began").exists):
+    if not wait(pid, folder, (folder / "share").exists):
         return False, None
-    moment = time.perf_counter() + draw.random() * seconds
-    if wait(pid, folder, lambda: False, moment) and in_writing:
-        wait(pid, folder, lambda: find_partial_file(folder), moment + seconds, pause=0.0005)
-    try:
-        os.kill(pid, signal.SIGKILL)  # not yet reaped, so the process id is still its own
-    except ProcessLookupError:
+    target = draw.uniform(share(folder), 1.1)
+    if target > 1:
+        alive = wait(pid, folder, (folder / "weights.pt").exists)
+        alive = alive and wait(pid, folder, lambda: False, time.perf_counter() + draw.random())
+    else:
+        alive = wait(pid, folder, lambda: share(folder) >= target)
+    if alive and in_writing:
+        deadline = time.perf_counter() + seconds
+        alive = wait(pid, folder, lambda: find_partial_file(folder), deadline, pause=0.0005)
+    if not alive:
         return False, None
+    os.kill(pid, signal.SIGKILL)  # a process that ended meanwhile is not yet reaped, so the id is still its own
     _, status = os.waitpid(pid, 0)
     return os.WIFSIGNALED(status), find_partial_file(folder)
 
@@ -158,7 +181,8 @@ def load_results(folder):
 def without_times(content):
     """Return results without measured times."""
     if isinstance(content, dict):
-        return {key: without_times(value) for key, value in content.items() if key != "seconds" and key[:3] != "ms "}
+        kept = {key: value for key, value in content.items() if key != "seconds" and key[:2] != "ms"}
+        return {key: without_times(value) for key, value in kept.items()}
     return [without_times(value) for value in content] if isinstance(content, list) else content
 
 

@@ -1,8 +1,11 @@
-"""Checkpoints that are written atomically and when a run ends, checked for damage, and read without running code."""
+"""Checkpoints that are written atomically and when a run ends, and checks before a run is started or resumed."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
+import json
 import os
 import signal
 import sys
@@ -14,20 +17,24 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from em_lightning.files import write_whole
+from em_lightning.distributed import check_agreement, is_distributed
+from em_lightning.files import remove_abandoned, write_whole
+
+_PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
+_OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
+_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ
 
 
 def check_archive(path: str | PathLike[str]) -> None:
-    """Raise unless a file is an uncompressed archive as ``torch.save`` writes it, with matching CRCs.
-
-    FileNotFoundError if there is no such file, ValueError if it is truncated, altered or not an archive.
-    """
+    """Raise FileNotFoundError or ValueError unless a file is an archive of ``torch.save`` with matching CRCs."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
@@ -66,12 +73,11 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
 
 def _untrusted(path: str | PathLike[str]) -> str:
     try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:5])
     except Exception:  # pickle and torch raise errors of many types on altered files
-        names = []
-    listed = f": {', '.join(names[:5])}" * bool(names) + f" and {len(names) - 5} more" * (len(names) > 5)
+        names = "unknown classes"
     return (
-        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code{listed}); "
+        f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code: {names}); "
         f"only if you trust its author, for instance if these are hyperparameters of your own, allow the classes by "
         f"torch.serialization.safe_globals, or load it with weights_only=False"
     )
@@ -111,16 +117,80 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
+        remove_abandoned(Path(path))  # by a kill in the last write of a run, after which there is no further write
         return read_checkpoint(path)
 
 
-class RunCheckpoint(ModelCheckpoint):
+class RankAgreement(lightning.Callback):
+    """Checks before training that all ranks have the same versions, arguments, checkpoint, batches and rows.
+
+    A difference raises ValueError on every rank, with its name, values and hosts. ``EMModule`` includes the checks.
+    """
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not is_distributed():
+            return
+        data = trainer.datamodule
+        facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
+        sources = sorted(Path(__file__).parent.rglob("*.py"))
+        facts["source of em_lightning"] = _hash(b"".join(path.read_bytes() for path in sources))
+        facts |= {"seed": os.environ.get("PL_GLOBAL_SEED"), "class of the model": type(pl_module).__name__}
+        facts |= _leaves(dict(pl_module.hparams), "model")
+        for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
+            facts |= _leaves(getattr(data, field.name), f"data.{field.name}")
+        facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
+        facts["checkpoint callbacks"] = [callback.state_key for callback in trainer.checkpoint_callbacks]
+        for callback in trainer.callbacks:
+            if hasattr(callback, "parser") and hasattr(callback, "config"):  # the SaveConfigCallback of a LightningCLI
+                config = callback.parser.dump(callback.config, format="json", skip_none=False)
+                facts |= _leaves(json.loads(config), "argument")
+            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):
+                for name, value in vars(callback).items():
+                    if isinstance(value, (bool, int, float, str, dict)) and not name.startswith("_"):
+                        facts |= _leaves(value, f"{type(callback).__name__}.{name}")
+        check_agreement(facts)
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_fit_start(trainer, pl_module)
+        path = Path(trainer.ckpt_path or "none")
+        if is_distributed():
+            found = f"{path.name} with hash {_hash(path.read_bytes())}" if path.is_file() else str(path)
+            check_agreement({"checkpoint to resume from": found})
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        loader = trainer.train_dataloader
+        facts: dict[str, Any] = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
+        if is_distributed() and hasattr(loader, "table"):  # a loader of em_lightning.data
+            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]
+        elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            facts["number of items"] = len(loader.dataset)
+        check_agreement(facts)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """Return the values in nested mappings and lists by their dotted names, without paths, which contain a slash."""
+    if isinstance(value, (dict, list, tuple)):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for part, each in pairs for key, leaf in _leaves(each, f"{name}.{part}").items()}
+    path = isinstance(value, str) and (name.endswith(_PATHS) or not {"/", os.sep}.isdisjoint(value))
+    return {} if path else {name: value}
+
+
+class RunCheckpoint(RankAgreement, ModelCheckpoint):
     """A ``ModelCheckpoint`` that also writes ``last.ckpt`` at the end of a fit, and when a signal ends the run.
 
-    SIGINT, SIGTERM and SIGUSR1 take effect at the end of the current training batch, after the same batch on all ranks:
-    the checkpoint is written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second
-    signal ends it at once. Under SLURM, SIGUSR1 then runs Lightning's handler, which requeues the job. Arguments are
-    those of ``ModelCheckpoint``.
+    SIGINT, SIGTERM and SIGUSR1 take effect after the current training batch, the same on all ranks: the checkpoint is
+    written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second signal ends it at
+    once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: see ``ModelCheckpoint``.
     """
 
     _received = 0  # number of a signal, 0 for none
@@ -132,8 +202,8 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._received, self._process = 0, os.getpid()
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has two
-        handlers = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
         if not trainer.fast_dev_run and threading.current_thread() is threading.main_thread():
+            handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
             self._handlers = {number: kept for number, kept in handlers.items() if kept is not signal.SIG_IGN}
             self._set_handlers(dict.fromkeys(self._handlers, self._receive))
 
@@ -146,6 +216,12 @@ class RunCheckpoint(ModelCheckpoint):
         self._received = int(number)
         if os.getpid() != self._process:  # a worker of a data loader, which inherits the handler
             os.kill(os.getpid(), number)
+
+    @override
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """After the last batch, drop the position of the loader, which may be below its length in a limited epoch."""
+        if trainer.training and trainer.is_last_batch:
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:

@@ -23,7 +23,7 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
     path = Path(path)
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        _remove_abandoned(path)
+        remove_abandoned(path)
         with open(partial, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -36,15 +36,14 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
         raise OSError(error.errno, reason) from error
 
 
-def _remove_abandoned(path: Path) -> None:
+def remove_abandoned(path: Path) -> None:
     """Remove partial files of a path whose process ran on this host and has ended."""
     if os.name != "posix":  # elsewhere os.kill(process, 0) may end the process
         return
     for partial in path.parent.glob(glob.escape(f"{path.name}.{socket.gethostname()}-") + "*.partial"):
         process = partial.name.removesuffix(".partial").rsplit("-", 2)[-2]
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            partial.unlink(missing_ok=True)
-        except (PermissionError, ValueError):  # the process runs, or the name is not that of a partial file
-            continue
+        with contextlib.suppress(OSError, ValueError):  # a process of another user, another name, a read-only folder
+            try:
+                os.kill(int(process), 0)
+            except ProcessLookupError:
+                partial.unlink()

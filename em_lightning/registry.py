@@ -20,10 +20,11 @@ def import_class(path: str, base: type = object) -> type[Any]:
     ValueError for a class in another module that is not imported yet, does not exist or is not derived from ``base``.
     """
     module, _, name = str(path).rpartition(".")
-    if module not in sys.modules and (not module.startswith(_IMPORTED) or module.endswith("__main__")):
+    if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):
         raise ValueError(f"class_path={path!r} cannot be imported before its module; if you trust it, import {module}")
     try:
-        cls = getattr(importlib.import_module(module), name, None)
+        found = importlib.import_module(module)  # torch and others import modules when an attribute is read
+        cls = getattr(found, name, None) if module.startswith("em_lightning") else vars(found).get(name)
     except ImportError as error:
         raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error
     if not (isinstance(cls, type) and issubclass(cls, base)):

@@ -142,9 +142,21 @@ class SwapReport(LayerReport):
         super().__init__(last_epochs, figures=figures)
         self.baseline = baseline
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.initial: dict[str, Tensor] = {}
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        if not self.initial:  # else a checkpoint has replaced the weights of the module, and restored the initial ones
+            self.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "initial": self.initial}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.initial = state_dict["initial"]
 
     def report(self, trainer: Any, module: Any, folder: Any) -> Any:
         """Add a column with the metrics of the baseline."""

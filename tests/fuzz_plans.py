@@ -49,8 +49,19 @@ def importable():
     names += [
         f"{name}.__main__" for name in ("venv", "unittest", "json.tool", "pip", "torch.distributed.run", "idlelib")
     ]
-    names += ["em_lightning.cli.__main__", "antigravity", "this", "turtle", "pty", "lib2to3.main", "http.server"]
+    names += [
+        "em_lightning.cli.__main__",
+        "em_lightning.cli.__main__.x",
+        "torch.nn.utils.rnn.__main__",
+        "antigravity",
+        "this",
+        "turtle",
+        "pty",
+        "lib2to3.main",
+        "http.server",
+    ]
     paths = [f"{name}.Module" for name in names]
+    paths += ["torch._inductor", "scipy.optimize", "sklearn.svm", "sklearn.Pipeline"] * 5  # lazy attributes
     paths += ["subprocess.Popen", "os.system", "builtins.exec", "torch.load", "torch.hub.load", "runpy.run_path"]
     paths += [f"torch.nn.{name}" for name in HARMLESS] * 30 + ["em_lightning.operators.EMOperator"] * 50
     paths += ["em_lightning.surgery.refinement.SetRefinement", "em_lightning.activations.SignedActivation"] * 30

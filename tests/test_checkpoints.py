@@ -6,6 +6,7 @@ import enum
 import os
 import pydoc
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -234,12 +235,12 @@ class Clouds(PointCloudGMM):
         super().__init__(2, num_iters=1, exact_iters=1, schedule="constant")  # independent of the length of the run
 
 
-def fit_with_checkpoints(cls, folder, max_epochs, path=None, callbacks=()):
+def fit_with_checkpoints(cls, folder, max_epochs, path=None, callbacks=(), **options):
     """Fit with a checkpoint every four steps; an epoch has six."""
     torch.manual_seed(0)
     model = cls()
     keep = RunCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=4, enable_version_counter=False)
-    options = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     plugins, callbacks = [AtomicCheckpointIO()], [*callbacks, StepSeeds(0), keep]
     fit = lightning.Trainer(
         max_epochs=max_epochs, plugins=plugins, callbacks=callbacks, default_root_dir=folder, **options
@@ -297,6 +298,33 @@ def test_the_final_state_is_saved_and_a_longer_run_continues_it(cls, tmp_path):
         assert saved["global_step"] == steps
         assert_state(saved["state_dict"], model)
     assert_state(straight.state_dict(), model)
+
+
+class Stop(lightning.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        raise RuntimeError("stop")
+
+
+@QUIET
+@pytest.mark.parametrize("cls", [Mixtures, Images, Clouds])
+def test_a_checkpoint_after_the_last_batch_of_a_limited_epoch_resumes_with_the_first(cls, tmp_path):
+    """Four of six batches; a checkpoint is written after every fourth."""
+    straight = fit_with_checkpoints(cls, tmp_path / "straight", 2, limit_train_batches=4)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit_with_checkpoints(cls, tmp_path, 2, callbacks=[Stop()], limit_train_batches=4)
+    resumed = fit_with_checkpoints(cls, tmp_path, 2, tmp_path / "last.ckpt", limit_train_batches=4)
+    assert_state(straight.state_dict(), resumed)
+
+
+@QUIET
+def test_a_partial_file_of_an_ended_process_is_removed_even_if_no_training_is_left(tmp_path):
+    fit_with_checkpoints(Mixtures, tmp_path, 1)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    partial = tmp_path / f"last.ckpt.{socket.gethostname()}-{ended.pid}-1.partial"
+    partial.touch()
+    fit_with_checkpoints(Mixtures, tmp_path, 1, tmp_path / "last.ckpt")
+    assert not partial.exists()
 
 
 @QUIET

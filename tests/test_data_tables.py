@@ -217,12 +217,20 @@ def sharded(x, tmp_path):
     return shards(tmp_path / "shards", x, [40, 60])
 
 
-@pytest.mark.parametrize("change", ["shorter", "empty", "wider", "another type", "truncated", "removed", "a folder"])
+@pytest.mark.parametrize(
+    "change", ["other rows", "shorter", "empty", "wider", "another type", "truncated", "removed", "a folder"]
+)
 def test_a_shard_that_changes_during_a_run_is_named(change, sharded, x):
     blocks = iter(TableBlocks(Table(sharded), block_rows=10))
     next(blocks)
     path = sharded / "001.npy"
-    content = {"shorter": x[:15], "empty": x[:0], "wider": torch.zeros(20, 5), "another type": x[:20].double()}
+    content = {
+        "other rows": x[:20],
+        "shorter": x[:15],
+        "empty": x[:0],
+        "wider": torch.zeros(20, 5),
+        "another type": x[:20].double(),
+    }
     if change in content:
         np.save(path, content[change].numpy())
     elif change == "truncated":
@@ -293,12 +301,16 @@ def test_a_loader_resumes_within_an_epoch_and_then_starts_at_the_beginning(kind,
         return [batch if isinstance(batch, torch.Tensor) else batch[0] for batch in loader]
 
     straight, loader = values(make()), make()
-    loader.load_state_dict({"position": position})
+    loader.load_state_dict({"position": position, "length": 7})
     resumed = values(loader)
     assert len(straight) == 7 and len(resumed) == 7 - position % 7
     assert all(map(torch.equal, resumed, straight[position % 7 :]))
     next(iter(loader))  # an epoch that ends early
-    assert loader.state_dict() == {"position": 1} and all(map(torch.equal, values(loader), straight))
+    assert loader.state_dict() == {"position": 1, "length": 7} and all(map(torch.equal, values(loader), straight))
+    with pytest.raises(ValueError, match="from batch 2 of 9, .* has 7: "):  # other data or another batch size
+        loader.load_state_dict({"position": 2, "length": 9})
+    loader.load_state_dict({"position": 9, "length": 9})  # the end of an epoch
+    assert all(map(torch.equal, values(loader), straight))
 
 
 LARGE = """

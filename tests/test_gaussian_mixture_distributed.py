@@ -13,6 +13,8 @@ from test_gaussian_mixture import KINDS, assert_same, rows, sklearn_of, start_of
 from torch.utils.data import DataLoader
 
 import em_lightning
+from em_lightning.callbacks import LayerwiseEMLoss
+from em_lightning.checkpoints import RunCheckpoint
 from em_lightning.data import TabularDataModule
 from em_lightning.modules import GaussianMixtureModule
 
@@ -51,12 +53,12 @@ def fit_until_it_stops(fit, folder):
     return [*parts(module.mixture), module.iterations]
 
 
-def checkpointed(make, target, checkpoint, folder):
+def checkpointed(make, target, checkpoint, folder, block_rows=60):
     """Run five epochs with a checkpoint at each step, or resume from one."""
     module = GaussianMixtureModule(3, 3, tol=0.0)
     keep = ModelCheckpoint(target, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit = make(target, max_epochs=5, enable_checkpointing=True, callbacks=[keep])
-    fit.fit(module, TabularDataModule(f"{folder}/shards", block_rows=60), ckpt_path=checkpoint)
+    fit.fit(module, TabularDataModule(f"{folder}/shards", block_rows=block_rows), ckpt_path=checkpoint)
     return module
 
 
@@ -129,8 +131,9 @@ def test_two_and_four_processes_equal_scikit_learn(shards, tmp_path):
         for step in (15, 12) if world == 2 else ():
             for one, two in zip(first["resumed None"], first[f"resumed {step}"], strict=True):
                 assert torch.equal(one, two)
-    with pytest.raises(ValueError, match="2 processes.* 1"):
-        checkpointed(trainer, tmp_path / "alone", folder / "None" / "step=15.ckpt", folder)
+    for block_rows, words in ((60, "from batch 3 of 6, .* has 12: "), (120, "2 processes.* 1")):
+        with pytest.raises(ValueError, match=words):
+            checkpointed(trainer, tmp_path / "alone", folder / "None" / "step=15.ckpt", folder, block_rows)
 
 
 @pytest.mark.parametrize("method", ["em", "stochastic"])
@@ -198,6 +201,51 @@ def fit_until_a_shard_is_gone(rank, folder):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # as the end of the process does
     return "no error"
+
+
+class Plain(lightning.LightningModule):
+    """A module of a user, which has nothing of this library."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+DIFFERENCES = ["checkpoint", "number of items", "checkpoint callbacks", "LayerwiseEMLoss.options.weight"]
+
+
+def fit_with_a_difference(rank, folder, difference):
+    """Rank 1 differs from rank 0; return the error."""
+    other = rank == 1 and difference
+    keep = RunCheckpoint(
+        f"{folder}/{rank if difference == 'checkpoint' else 0}",
+        save_last=True,
+        every_n_train_steps=3 if other == "checkpoint callbacks" else 2,
+        enable_version_counter=False,
+    )
+    loss = LayerwiseEMLoss("layers.0", weight=1.0 if other == "LayerwiseEMLoss.options.weight" else 0.1)
+    loader = DataLoader(torch.ones(39 if other == "number of items" else 40, 2), batch_size=4)
+    for epochs in (1, 2):
+        path = f"{folder}/{rank}/last.ckpt"
+        callbacks = [keep, loss] if epochs == 1 else [RunCheckpoint(f"{folder}/{rank}")]
+        fit = on_ranks(folder, max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks)
+        try:
+            fit.fit(Plain(), loader, ckpt_path=path if epochs == 2 and Path(path).exists() else None)
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_ranks_of_any_module_that_differ_end_before_training(difference, tmp_path):
+    for message in run_ranks(fit_with_a_difference, str(tmp_path), difference, folder=tmp_path):
+        assert f"the ranks must have the same {difference}" in message and "(rank 1)" in message
 
 
 def test_a_shard_that_vanishes_on_one_rank_ends_all(tmp_path):

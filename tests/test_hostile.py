@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import time
+import types
 import zipfile
 from pathlib import Path
 
@@ -115,6 +116,8 @@ def test_damaged_checkpoint_raises_with_its_name_and_runs_no_code(name, tmp_path
         surgery.read_plan(path)
     with pytest.raises(ValueError, match="bad.ckpt: invalid checkpoint"):
         surgery.restore_surgery(nn.Module, path)
+    with pytest.raises(ValueError, match="bad.ckpt: invalid checkpoint"):
+        PointCloudGMM.load_from_checkpoint(path)
 
 
 def test_flipped_bit_in_a_checkpoint_raises(tmp_path):
@@ -157,6 +160,17 @@ def test_plan_of_a_checkpoint_builds_only_modules(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"class_path='{path}' (is no|cannot be imported)"):
             surgery.apply_plan(model(), [entry(class_path=path)])
+
+
+def test_a_plan_runs_no_command_and_no_lazy_import(monkeypatch):
+    """Importing a submodule imports its parents, and a module may import others when an attribute is read."""
+    monkeypatch.setattr(em_lightning.cli, "main", lambda: pytest.fail("a plan ran the command line"))
+    lazy = types.ModuleType("lazy")
+    lazy.__getattr__ = lambda name: pytest.fail("a plan made a module import another one")
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+    for path in ("em_lightning.cli.__main__.x.Y", "lazy.Y"):
+        with pytest.raises(ValueError, match=f"class_path='{path}'"):
+            surgery.apply_plan(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), [entry(class_path=path)])
 
 
 @pytest.mark.slow

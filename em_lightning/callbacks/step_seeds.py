@@ -16,8 +16,7 @@ class StepSeeds(lightning.Callback):
 
     Checkpoints do not store the state of generators, so dropout, noise and augmentation draw other numbers after a
     resume. With this callback the numbers of a step depend only on (seed, rank, epoch, batch), and the order of a
-    shuffling ``DataLoader`` only on (seed, rank, epoch). Such a loader cannot start in the middle of an epoch: resume
-    from a checkpoint saved at the end of an epoch.
+    shuffling ``DataLoader`` only on (seed, rank, epoch); within an epoch, ``ResumableLoader`` resumes such a loader.
 
     Args:
         seed: at least 0; by default PyTorch's seed when the fit starts, as set by ``lightning.seed_everything``. A

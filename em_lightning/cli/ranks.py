@@ -22,9 +22,9 @@ def connection_error(error: BaseException) -> str | None:
     rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
     return (
         f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). Look for an earlier error of "
-        "another rank; a host may be gone, slower than the timeout (--trainer.strategy.timeout), or unreachable: set "
-        "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface, such as eth0, if a host's name means "
-        "127.0.1.1 on it. --ckpt_path=last resumes the run"
+        "another rank; a host may be gone, slower than the timeout (--trainer.strategy.timeout), have the NODE_RANK of "
+        "another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface, such "
+        "as eth0, if a host's name means 127.0.1.1 on it. --ckpt_path=last resumes the run"
     )
 
 

@@ -87,19 +87,14 @@ class SplitDataModule(lightning.LightningDataModule):
 
 
 class _Resumable:
-    """A loader that continues an epoch after the last batch returned, as Lightning resumes loaders that have a state.
-
-    ``batches(first)`` yields the batches of an epoch from number ``first`` on.
-    """
+    """A loader that continues an epoch after the last batch returned; Lightning restores its state."""
 
     position = 0  # number of batches returned in this epoch
     _restored = 0  # the position of a checkpoint, until the next epoch starts
-
-    def batches(self, first: int) -> Iterator[Any]:
-        raise NotImplementedError(f"{type(self).__name__} must define batches(first)")
+    batches: Any  # a method: ``batches(first)`` yields the batches of an epoch from number ``first`` on
 
     def __iter__(self) -> Any:
-        first, self._restored = self._restored % len(self), 0  # type: ignore[arg-type]
+        first, self._restored = self._restored, 0
         self.position = first
         return self._count(self.batches(first))
 
@@ -109,10 +104,15 @@ class _Resumable:
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return {"position": self.position, "length": len(self)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = self._restored = state["position"]
+        """Continue after batch ``position``; ValueError if that is within an epoch of another number of batches."""
+        position, saved, length = state["position"], state["length"], len(self)  # type: ignore[arg-type]
+        if 0 < position < saved != length:
+            rule = "resume it with the same data, batch size and number of processes"
+            raise ValueError(f"the checkpoint is from batch {position} of {saved}, but an epoch has {length}: {rule}")
+        self.position, self._restored = position, position % max(saved, 1)
 
 
 class RankLoader(_Resumable):
@@ -129,10 +129,7 @@ class RankLoader(_Resumable):
         self.seed = seed
         self.epoch = 0
 
-    @property
-    def sampler(self) -> RankLoader:
-        """This loader, because Lightning calls ``set_epoch`` on the ``sampler`` of a loader."""
-        return self
+    sampler = property(lambda self: self, doc="This loader: Lightning calls ``set_epoch`` on the sampler of a loader.")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -74,7 +74,7 @@ class Table:
             self.source = f"{len(self.parts)} shards in {path}" if path.is_dir() else str(path)
             if not self.parts or not path.exists():
                 raise ValueError(f"{name}={str(source)!r} is neither an .npy file nor a folder of .npy files")
-        self._headers: dict[Path, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shapes and types at the start
+        self._found: dict[Path, tuple[tuple[int, ...], np.dtype[Any], int]] = {}  # shape, type and time at the start
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else self._open(part).shape for part in self.parts]
         for part, shape in zip(self.parts, shapes, strict=True):
             if len(shape) != ndim or shape[1:] != shapes[0][1:]:
@@ -100,11 +100,12 @@ class Table:
             raise ValueError(f"{self.name}: {path} {rule} ({error})") from error
         if array.dtype.kind not in "fiub":
             raise ValueError(f"{self.name}: {path} must hold real numbers, got {array.dtype}")
-        shape, dtype = self._headers.setdefault(path, (array.shape, array.dtype))
-        if (array.shape, array.dtype) != (shape, dtype):
-            now = f"{array.dtype} of shape {array.shape}"
+        now = array.shape, array.dtype, path.stat().st_mtime_ns
+        shape, dtype, time = self._found.setdefault(path, now)
+        if now != (shape, dtype, time):
             raise ValueError(
-                f"{self.name}: {path} was {dtype} of shape {shape} at the start and is {now} now; restore it and resume"
+                f"{self.name}: {path} was written during the run: it was {dtype} of shape {shape} at the start and is "
+                f"{array.dtype} of shape {array.shape} now; restore it and resume"
             )
         return array
 

@@ -1,6 +1,6 @@
 """Differentiable sums over the ranks of a process group, moments of the global batch, and agreement of ranks."""
 
-from em_lightning.distributed.agreement import check_agreement, check_arguments, check_batches, check_checkpoint
+from em_lightning.distributed.agreement import check_agreement
 from em_lightning.distributed.moments import Moments, batch_mean, batch_moments
 from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_distributed
 
@@ -10,9 +10,6 @@ __all__ = [
     "batch_mean",
     "batch_moments",
     "check_agreement",
-    "check_arguments",
-    "check_batches",
-    "check_checkpoint",
     "flatten_units",
     "global_sum",
     "is_distributed",

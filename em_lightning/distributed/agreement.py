@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
 import socket
-import sys
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from em_lightning.distributed.sums import is_distributed
-
-_PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
-_OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
-_COMPARED_ROWS = 256
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
@@ -30,7 +22,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a fact differs; the message has its name, its values, and the hosts and ranks that differ.
     """
-    values = {name: json.dumps(value, sort_keys=True, default=_class_name) for name, value in facts.items()}
+    values = {name: json.dumps(facts[name], sort_keys=True, default=lambda x: type(x).__name__) for name in facts}
     digest = hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
     if not is_distributed() or len(set(_gather(digest))) == 1:
         return
@@ -52,45 +44,3 @@ def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _class_name(value: Any) -> str:
-    return type(value).__name__
-
-
-def check_arguments(trainer: Any) -> None:
-    """Compare package versions and arguments; call it on all ranks in the hook ``setup``."""
-    if not is_distributed():
-        return
-    module, data = trainer.lightning_module, trainer.datamodule
-    facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
-    facts |= {"class of the model": _class_name(module), "class of the data": _class_name(data)}
-    facts |= {f"model.{name}": value for name, value in module.hparams.items()}
-    for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
-        value = getattr(data, field.name)
-        if isinstance(value, (bool, int, float, tuple)):  # paths and tensors may differ
-            facts[f"data.{field.name}"] = value
-    facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
-    check_agreement({**facts, "seed": os.environ.get("PL_GLOBAL_SEED")})
-
-
-def check_checkpoint(trainer: Any) -> None:
-    """Compare the checkpoint to resume from; call it on all ranks in ``on_fit_start``, where it is known."""
-    if not is_distributed():
-        return
-    path = trainer.ckpt_path or "none"
-    if Path(path).is_file():  # its folder may have another name on another host
-        path = f"{Path(path).name} with hash {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
-    check_agreement({"checkpoint to resume from": path})
-
-
-def check_batches(trainer: Any) -> None:
-    """Compare the numbers of batches, and rows at random places; call it on all ranks in ``on_train_start``."""
-    if not is_distributed():
-        return
-    facts = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
-    loader = trainer.train_dataloader
-    if hasattr(loader, "table"):  # a loader of em_lightning.data
-        rows = loader.sample(_COMPARED_ROWS).points
-        facts["rows"] = [len(loader.table), hashlib.sha256(rows.cpu().numpy()).hexdigest()[:16]]
-    check_agreement(facts)

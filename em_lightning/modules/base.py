@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from em_lightning.checkpoints import check_archive
+from em_lightning.checkpoints import RankAgreement, check_archive, read_checkpoint
 from em_lightning.checks import check_at_least, check_choice, check_positive
-from em_lightning.distributed import check_arguments, check_batches, check_checkpoint
 
 _WARM_UP_FRACTION = 0.3
 _INITIAL_FACTOR = 0.04  # as in OneCycleLR
@@ -75,9 +74,9 @@ class EMModule(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint with ``weights_only=True`` unless given; ValueError if a local file fails its CRC check."""
+        """Load a checkpoint with ``weights_only=True`` unless given; errors are those of :func:`read_checkpoint`."""
         if isinstance(checkpoint_path, (str, PathLike)) and Path(checkpoint_path).is_file():
-            check_archive(checkpoint_path)
+            (check_archive if kwargs.get("weights_only") is False else read_checkpoint)(checkpoint_path)
         return super().load_from_checkpoint(checkpoint_path, *args, **{"weights_only": True, **kwargs})
 
     def step(self, batch: Any, stage: str) -> Tensor | dict[str, Tensor]:
@@ -139,17 +138,9 @@ class EMModule(lightning.LightningModule):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
 
-    def setup(self, stage: str) -> None:
-        """Check that all ranks have the same versions and arguments."""
-        check_arguments(self.trainer)
-
-    def on_fit_start(self) -> None:
-        """Check that all ranks resume from the same checkpoint."""
-        check_checkpoint(self.trainer)
-
-    def on_train_start(self) -> None:
-        """Check that all ranks have the same number of batches and the same rows."""
-        check_batches(self.trainer)
+    def configure_callbacks(self) -> list[lightning.Callback]:
+        found = any(isinstance(callback, RankAgreement) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if found else [RankAgreement()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._run_and_log(batch, "train")

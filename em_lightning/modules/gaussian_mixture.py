@@ -175,7 +175,6 @@ class GaussianMixtureModule(EMModule):
 
     def setup(self, stage: str) -> None:
         """Use float32 on devices without float64."""
-        super().setup(stage)
         if self.trainer.strategy.root_device.type == "mps":
             self.float()
 
@@ -193,7 +192,6 @@ class GaussianMixtureModule(EMModule):
 
     def on_train_start(self) -> None:
         """Draw the initial mixture on rank 0 for all ranks; restore the statistics of a checkpoint within an epoch."""
-        super().on_train_start()
         self.trainer.should_stop |= self.converged  # if an earlier run has converged
         if not self.started:
             start: Any = None

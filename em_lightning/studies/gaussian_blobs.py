@@ -79,10 +79,9 @@ class GaussianBlobs(TabularDataModule):
         if self.path is None or self.path.exists():
             return
         rows = self._draw(1, self.num_points).numpy()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # The complete folder is renamed, so that an interrupted run leaves no partial one.
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        partial.mkdir()
+        partial.mkdir(parents=True)
         cuts = [self.num_points // 2, 5 * self.num_points // 6]  # three shards of different lengths
         for number, shard in enumerate(np.split(rows, cuts)):
             np.save(partial / f"{number}.npy", shard)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from em_lightning.registry import import_class
@@ -67,12 +66,8 @@ def _limited_memory() -> Iterator[None]:
         if left < 0:
             raise ValueError(f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements")
 
-    registered = torch.nn.modules.module
-    hooks = [
-        registered.register_module_parameter_registration_hook(count),
-        registered.register_module_buffer_registration_hook(count),
-        registered.register_module_module_registration_hook(count),
-    ]
+    kinds = ("parameter", "buffer", "module")
+    hooks = [getattr(nn.modules.module, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
     try:
         yield
     finally:
