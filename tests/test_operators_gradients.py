@@ -148,6 +148,20 @@ class Numbers(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("covariance", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("init", ["farthest", "kmeans++"])
+def test_the_gradient_of_a_start_with_cells_of_few_points_is_that_of_differences(init, covariance):
+    """Such a cell has the variance around all centers, which are points themselves."""
+    options = {"seed": 0} if init == "kmeans++" else {}
+    operator = EMOperator(4, 2, init=init, covariance=covariance, residual=False, **options).double()
+    x = torch.randn(1, 7, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def covariances(x):
+        return operator(x, num_iters=0).covariances
+
+    assert torch.autograd.gradcheck(covariances, x.clone().requires_grad_(), check_forward_ad=True)
+
+
 @pytest.mark.parametrize("covariance", ["full", "diag"])
 @pytest.mark.parametrize("init", ["farthest", "kmeans++", "learned"])
 def test_the_backward_pass_of_a_start_is_linear_in_the_points(init, covariance):

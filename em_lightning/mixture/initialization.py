@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from em_lightning.mixture.backends import map_blocks, sum_blocks
 from em_lightning.mixture.covariance import Covariance
@@ -121,7 +122,7 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
         trace, core_trace = (family.diagonal(part.covariances, num_features).sum(-1) for part in (cells, cores))
         of_cores = family.scaled(cores.covariances, trace / core_trace)  # unscaled, they are too narrow
         covariances = _choose(has_core, of_cores, covariances)
-        second_moment = trace + (cells.means - centers).square().sum(-1)
+        second_moment = trace + (cells.means - _with_gradient(points, centers, cell, distances)).square().sum(-1)
         variance = (mass * second_moment).sum(-1) / (num_features * points.mass.clamp(min=1.0))  # of all cells together
         variance = torch.maximum(variance, floor).unsqueeze(-1).expand(-1, num_features)
         pooled = family.expand(variance, num_components)
@@ -153,6 +154,18 @@ def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, mass: Tensor) -> 
     total = torch.zeros_like(mass).scatter_add(1, cell, distances * weights.detach())
     mean = total / mass.detach().clamp(min=1.0)
     return distances <= (_CORE * mean).gather(1, cell)
+
+
+def _with_gradient(points: Points, centers: Tensor, cell: Tensor, distances: Tensor) -> Tensor:
+    """Return the centers with the gradients of the points that they are, those at a distance of zero."""
+    if not points.x.requires_grad and forward_ad.unpack_dual(points.x).tangent is None:
+        return centers
+    chosen = (distances == 0).to(centers.dtype)
+    count = torch.zeros_like(centers[..., 0]).scatter_add(1, cell, chosen).clamp(min=1.0)
+    coordinates = (points.coordinates() * chosen.unsqueeze(1)).mT
+    mean = torch.zeros_like(centers).scatter_add(1, cell.unsqueeze(-1).expand_as(coordinates), coordinates)
+    mean = mean / count.unsqueeze(-1)
+    return centers + (mean - mean.detach())
 
 
 @torch.no_grad()
