@@ -35,8 +35,8 @@ class GaussianMixture(reference.GaussianMixture):
     Starts are computed from all rows or, with weights or more than 16,384 rows, from 16,384 rows drawn in proportion to
     their weights. Up to 4,096 unweighted float64 rows are fitted by scikit-learn's EM, which is faster for them, and up
     to 4,096 rows are evaluated by its methods.
-    Otherwise EM runs in float64, and the attributes have the dtype of X. ``weights_``, ``means_`` and ``covariances_``
-    may be set by hand; they must match ``n_components`` and ``covariance_type``.
+    Otherwise EM runs in float64, and the attributes have the dtype of X. After a fit, ``weights_``, ``means_`` and
+    ``covariances_`` may be set by hand; they must match ``n_components`` and ``covariance_type``.
 
     Example:
         >>> X = np.array([[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]])
@@ -78,7 +78,7 @@ class GaussianMixture(reference.GaussianMixture):
         starts = [self._mixture()] if again else (self._start(X, counts, random) for _ in range(self.n_init))
         before = self.lower_bound_ if again else None  # type: ignore[has-type]
         fits = (self._iterate(X, counts, start, before, number) for number, start in enumerate(starts))
-        best = max(fits, key=lambda fit: fit.log_likelihoods[-1:])
+        best = max(fits, key=lambda fit: fit.log_likelihoods[-1:])  # a list, which is empty for max_iter=0
         self._check(best.mixture)
         if not best.converged and self.max_iter > 0:
             warnings.warn(
@@ -138,9 +138,9 @@ class GaussianMixture(reference.GaussianMixture):
         return Mixture(inverse.log_weights, inverse.means, covariances)
 
     def _check(self, mixture: Mixture) -> None:
-        """Raise ValueError if a covariance is singular up to round-off, which is possible with reg_covar=0."""
+        """Raise ValueError if a covariance is singular up to round-off, in any units of the columns."""
         variance, covariances = mixture.variance[0], mixture.full().covariances[0]
-        if self.reg_covar > 1e-30 * variance.max():
+        if self.reg_covar > 1e-30 * variance.max():  # standard deviations of 1e-15, the precision of float64
             return
         correlations = covariances / (variance.unsqueeze(-1) * variance).sqrt().clamp(min=1e-300)
         if variance.min() <= 1e-60 * variance.max() or torch.linalg.eigvalsh(correlations).min() < 1e-14:
@@ -182,10 +182,9 @@ class GaussianMixture(reference.GaussianMixture):
     def _changed(self, num_features: int) -> str:
         """Return how the parameters differ from those of the fitted mixture; an empty string if they do not."""
         components, features = np.shape(self.means_)
-        kind = getattr(self, "_fitted_type", self.covariance_type)
         pairs = {
             "n_components": (self.n_components, components),
-            "covariance_type": (self.covariance_type, kind),
+            "covariance_type": (self.covariance_type, self._fitted_type),
             "n_features": (num_features, features),
         }
         differences = (f"{name}={now!r}, was {then!r}" for name, (now, then) in pairs.items() if now != then)
@@ -219,7 +218,7 @@ class GaussianMixture(reference.GaussianMixture):
         return to_library(values if method == "predict" else values.astype(X.dtype))
 
     def _small(self, mixture: Mixture) -> reference.GaussianMixture:
-        """Return scikit-learn's estimator of the mixture around its mean, as scikit-learn squares coordinates."""
+        """Return scikit-learn's estimator of the mixture shifted to mean 0; its expanded squares cancel far from 0."""
         covariance, factors = COVARIANCES[self.covariance_type], self._fitted_factors
         if not torch.equal(mixture.covariances, self._fitted_covariances):  # set by hand
             factors = covariance.precision_factors(mixture.covariances)

@@ -1,4 +1,4 @@
-"""Activations: kernel, hypotheses, competition and statistic as drop-in modules that keep the shape."""
+"""Activations, drop-in modules that keep the shape: each is a kernel, hypotheses, a competition and a statistic."""
 
 from em_lightning.activations.base import ACTIVATIONS, Activation
 from em_lightning.activations.competitive import (

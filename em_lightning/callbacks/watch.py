@@ -34,8 +34,7 @@ def _hessian_norm(loss: Tensor, tensors: list[Tensor]) -> Tensor:
     """Return the spectral norm of the Hessian of a loss with respect to tensors, by power iteration."""
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
-    generator = torch.Generator().manual_seed(0)
-    products: Any = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in tensors]
+    products: Any = [torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t) for t in tensors]
     norm = torch.cat([product.flatten() for product in products]).norm()
     graph = set().union(*map(graph_of, gradients))
     if not graph:

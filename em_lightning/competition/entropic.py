@@ -10,7 +10,7 @@ def logsumexp_and_softmax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return logsumexp and softmax; -inf and 0, with gradient 0, where every logit is -inf."""
     top = logits.detach().amax(dim, keepdim=True)  # subtracted to avoid overflow; results do not depend on it
     exponentials = (logits - top.clamp_min(torch.finfo(logits.dtype).min)).exp()
-    # The sum is 0 or at least 1, never 0.5: PyTorch 2.14 changed the gradient of clamp at the bound from 1 to 0.
+    # The sum is 0 or at least 1. The bound lies between, as versions of PyTorch differ in the gradient at the bound.
     total = exponentials.sum(dim, keepdim=True).clamp_min(0.5)
     return (top + total.log()).squeeze(dim), exponentials * total.reciprocal()
 

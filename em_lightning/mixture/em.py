@@ -180,7 +180,7 @@ class StreamedEM(NamedTuple):
             counts = None
             if prior is not None:
                 if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
-                    raise ValueError("variance=None must be given: the prior's covariance is a share of it")
+                    raise ValueError("variance must be given, not None: the prior's covariance is a share of it")
                 # Without a variance, the prior does not depend on it: any tensor of its shape will do.
                 variance = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)

@@ -20,8 +20,8 @@ from em_lightning.mixture.points import Parameters, Points, features_first
 _CORE = 0.4
 # Compute distances from differences, because expanded squares cancel.
 _EXACT = "donot_use_mm_for_euclid_dist"
-# Numbers per block. On a CPU, distances have fewer temporaries than the E-step. On other devices, few launches are
-# faster.
+# Numbers per block, more than elsewhere: on a CPU, because distances have fewer temporaries than the E-step; on other
+# devices, because few launches are faster.
 _BLOCK_SIZE, _DEVICE_BLOCK_SIZE = 2**19, 2**27
 
 
@@ -157,15 +157,14 @@ def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, mass: Tensor) -> 
 
 
 def _with_gradient(points: Points, centers: Tensor, cell: Tensor, distances: Tensor) -> Tensor:
-    """Return the centers with the gradients of the points that they are, those at a distance of zero."""
+    """Return the centers with the gradients of the points at distance zero, from which they were chosen."""
     if not points.x.requires_grad and forward_ad.unpack_dual(points.x).tangent is None:
         return centers
     chosen = (distances == 0).to(centers.dtype)
     count = torch.zeros_like(centers[..., 0]).scatter_add(1, cell, chosen).clamp(min=1.0)
     coordinates = (points.coordinates() * chosen.unsqueeze(1)).mT
-    mean = torch.zeros_like(centers).scatter_add(1, cell.unsqueeze(-1).expand_as(coordinates), coordinates)
-    mean = mean / count.unsqueeze(-1)
-    return centers + (mean - mean.detach())
+    total = torch.zeros_like(centers).scatter_add(1, cell.unsqueeze(-1).expand_as(coordinates), coordinates)
+    return centers + (total - total.detach()) / count.unsqueeze(-1)
 
 
 @torch.no_grad()

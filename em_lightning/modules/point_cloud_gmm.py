@@ -22,13 +22,13 @@ from em_lightning.operators.base import check_sets
 
 # A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
-# Below this log-density, in nats, the training loss of a point grows only logarithmically.
+# Below this log-density, in nats, the training loss of a point grows only logarithmically (robustness).
 _LOG_DENSITY_LIMIT = -6.0
 # Limits of a training batch that is cut into smaller clouds, for its time and memory.
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
-# Clouds of fewer points converge sooner and get proportionally fewer classical iterations, but at least 20.
+# Batches of smaller clouds converge sooner and get proportionally fewer classical iterations, but at least 20.
 _FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
-# Clouds of the training data have radius 1. On validation clouds, these radii lowered the score by at most 0.06.
+# Validation clouds scaled to a radius between these two lose at most 0.06 nats per point; others are rescaled.
 _LEAST_SCALE, _MOST_SCALE = 0.25, 8.0
 
 
@@ -43,10 +43,10 @@ class PointCloudGMM(EMModule):
     Clouds whose radius is far from 1 are scaled for the fit. ``torch.manual_seed`` makes the random starts repeatable.
 
     Args:
-        num_components: K; no weight depends on it, and ``load_from_checkpoint(path, num_components=...)`` changes it.
+        num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
         num_features: D.
         num_iters: T, learned iterations per cloud.
-        exact_iters: classical iterations before them, without gradient; clouds of fewer than 256 points get fewer.
+        exact_iters: classical iterations before them; batches of fewer than 256 points get fewer, but at least 20.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations

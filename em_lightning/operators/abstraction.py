@@ -39,7 +39,7 @@ class EMAbstraction(nn.Module):
         grid: places along each axis; there are ``grid ** D`` bumps.
         blocks: number of residual layers.
         inner_pitch: s of the residual layers; ``None`` uses 1.5 ``pitch``.
-        **operator: further arguments of :class:`EMOperator`.
+        **operator: of :class:`EMOperator`; by default spherical, without corrections, from a fixed random start.
 
     Shape:
         - coordinates: (B, N, D); features: (B, N, F); mask: (B, N), true for items that count.

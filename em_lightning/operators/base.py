@@ -103,7 +103,7 @@ class SetOperator(nn.Module):
     ) -> tuple[Any, Tensor]:
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
-        That is :meth:`objective` over the sum of weights; ``tol`` is in nats per point, as in scikit-learn. A set
+        That is :meth:`objective` divided by the sum of weights; ``tol`` is in nats, as in scikit-learn. A set
         that has converged keeps its mixture, so that its result does not depend on the other sets; one with
         ``max_iters`` steps may not have converged. With ``torch.compile`` use :meth:`forward`, whose iterations are
         fixed. Other arguments are those of :meth:`forward`.
@@ -116,7 +116,7 @@ class SetOperator(nn.Module):
             mass = sets.mass.clamp(min=1.0)
 
             def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                after, objective = self._step(sets, state, 1.0, with_objective=True)
+                after, objective = self._step(sets, state, 1.0, with_objective=True)  # any may be the last
                 return after, objective / mass
 
             result = em.fit(step, state, max_iters=max_iters, tol=tol)

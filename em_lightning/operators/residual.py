@@ -21,7 +21,7 @@ _SMALLEST_DEVIATION = 1e-6
 
 
 class Correction(NamedTuple):
-    """Corrections of one iteration; all are zero in an untrained operator.
+    """Corrections of one iteration; in an untrained operator all are zero but ``neighbours``, which ``share`` uses.
 
     stretch: (B, K, D), logarithms of the factors of the standard deviations along the principal axes.
     shift: (B, K, D), steps of the mean along the principal axes, as multiples of its change in this iteration.
@@ -51,7 +51,7 @@ class Correction(NamedTuple):
 
     def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:
         """Return corrected parameters, given the means before and the parameters after an M-step."""
-        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)  # to break ties
+        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)  # for ties
         change = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
         step = deviations * _bounded(self.shift * change / deviations, 1.0)  # at most one standard deviation
         means = after.means + (axes @ step.unsqueeze(-1)).squeeze(-1)
@@ -61,8 +61,9 @@ class Correction(NamedTuple):
 class ResidualCorrection(nn.Module):
     r"""Networks that correct the M-step of each component, given features of the component and of its set.
 
-    The features ``h_k`` of component k are its principal standard deviations, the changes of these and of the mean in
-    the last iteration, the number of its points, the extent of its neighbours, and the size of the set. Then
+    The features ``h_k`` of component k are its weight and number of points, its principal standard deviations, the
+    changes of these and of the mean in the last iteration, its distance from the middle of the set, the extent of its
+    neighbours, the floor, the size of the set, and the fraction of completed iterations. Then
 
     .. math::
         e_k = \mathrm{describe}(h_k), \qquad

@@ -15,7 +15,7 @@ from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 from em_lightning.scope.curvature import curvature
 
-TOLERANCE = 1e-3  # of sums and gradients: models compute softmaxes in float32 or lower precision
+TOLERANCE = 1e-3  # of sums and gradients: above the rounding of softmaxes in float32 and float16
 NOT_CHECKED = "not checked: "
 NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
 RELU = "elementwise, no normalization, hard zeros"
@@ -152,7 +152,7 @@ class Softmax:
         else:
             is_log = self.operation in ("log-softmax", "cross-entropy")
             responsibilities = (output.exp() if is_log else output).movedim(self.axis, -1)
-        axis = "keys" if self.operation == "attention" else f"axis {self.axis % output.ndim}"
+        axis = "keys" if self.operation == "attention" else f"axis {self.axis % self.logits.ndim}"
         finding = Finding(self.path, type(self.module).__name__, self.operation, reason=self._reason())
         return _compared(finding, responsibilities, free_energy, energies, axis)
 
@@ -186,7 +186,8 @@ def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str
         reason = "hypotheses of each unit by itself: units do not compete"
         finding = _compared_posterior(Finding(path, name, name, reason=reason), posterior, "each unit", -1)
     else:
-        axis = module.dim if kwargs.get("dim") is None else kwargs["dim"]
+        dim = kwargs.get("dim", inputs[2] if len(inputs) > 2 else module.dim)
+        axis = module.dim if dim is None else dim
         finding = Finding(path, name, name, reason="competition of the units")
         finding = _compared_posterior(finding, posterior, f"axis {axis % posterior.energies.ndim}", axis)
     if isinstance(module, _SPARSE) and finding.checked:

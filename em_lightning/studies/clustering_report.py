@@ -45,7 +45,6 @@ class ClusteringReport(Report):
 
     def report(self, trainer: Any, module: Any, folder: Path) -> Findings:
         data: MixtureSets = trainer.datamodule
-        torch.manual_seed(data.seed)
         batches = batches_on(module.device, data.test_dataloader())
         fits: dict[str, FitFunction] = {ORACLE: lambda batch: batch.truth}
         if self.classical:

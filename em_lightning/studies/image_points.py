@@ -101,12 +101,12 @@ class ImagePointSets(TensorDataModule):
         return self.batches([*self.pixels[split], part.y], split == "train", partial(self._draw, split))
 
     def _draw(self, split: str, tensors: tuple[Tensor, Tensor, Tensor], *key: int) -> PointSetBatch:
-        return self.draw(*tensors, generator_of(self.seed, SPLITS.index(split), *key))  # key: epoch, rank, number
+        return self.draw(*tensors, generator_of(self.seed, SPLITS.index(split), *key))  # key: epoch, rank, batch
 
     def draw(self, pixels: Tensor, counts: Tensor, labels: Tensor, generator: torch.Generator) -> PointSetBatch:
         """Draw the points of images, given their bright pixels (B, M), the counts of these (B,) and labels (B,)."""
         counts = counts.unsqueeze(1)
-        # A random order of the bright pixels of each image; padding comes last and is never chosen.
+        # A random order of the bright pixels. Only images without any choose padding, which the mask hides.
         noise = torch.rand(pixels.shape, generator=generator)
         order = noise.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
         positions = torch.arange(self.num_points) % counts.clamp(min=1)

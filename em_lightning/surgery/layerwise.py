@@ -34,7 +34,7 @@ class _Norms:
 
 
 class LayerwiseLoss:
-    r"""Adds to a training loss, for each tapped layer l, an EM loss of the layer's output read as energies.
+    r"""Adds to a training loss, for each tapped layer l, an EM loss of the layer's output (or input) read as energies.
 
     .. math:: L = L_\text{main} + f(t) \sum_l w_l L_l(d_l), \qquad
               w_l = \rho \, \|\partial L_\text{main} / \partial d_l\| / \|\partial L_l / \partial d_l\| \text{ (auto)}
@@ -47,6 +47,7 @@ class LayerwiseLoss:
 
     Args:
         where: the layers, see :func:`find_modules`.
+        tap: read the "output" or the "input" of the layers.
         loss: "em" for ``EMLoss()``; a key, mapping or class of ``LOSSES``; or a module or function of energies (..., K)
             that returns a scalar or a dict of scalars. Modules are copied for each layer.
         weight: a number or "auto".
@@ -126,7 +127,7 @@ class LayerwiseLoss:
         is added only if it depends on parameters of the layer's optimizer, and trains only these.
 
         Raises:
-            RuntimeError: a layer was not called, or its output carries no gradient.
+            RuntimeError: gradients are enabled and a layer was not called, or its output carries no gradient.
         """
         owned: dict[str, list[Tensor]] = {}
         if all_layers:
@@ -221,7 +222,7 @@ class LayerwiseLoss:
     def _of_owners(
         self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]
     ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-        """Return the tensors that depend on the owner's parameters, and these parameters if they depend on others too.
+        """Return the tensors that depend on the owner's parameters; and these, for tensors that depend on others' too.
 
         Calls that only the layer's own optimizer trains, such as a discriminator's on detached images, take precedence:
         once a layer had such a call, only these count.

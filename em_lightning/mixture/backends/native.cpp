@@ -1,10 +1,11 @@
 // The E-step of Gaussian mixtures on a CPU: responsibilities and sums of whitened points in one pass, and its gradient.
 //
-// For each set b, point n and component k, with y = W_k (x_n - mu_k) and peak_k the joint log-density at mu_k:
+// For each set b, point n and component k, with z_n = (x_n - center) / unit, y = W_k (z_n - mu_k) and peak_k the joint
+// log-density at mu_k:
 //   g_nk = peak_k - |y|^2 / 2,  r_nk = softmax_k(g_nk),  sums_k = sum_n w_n r_nk [1, y, s(y)],
 // where s(y) holds the products y_i y_j (j <= i), the squares y_i^2, or |y|^2. Whitened points are of order one, however
 // thin a component is, so that float32 suffices for float32 points. Block sums are accumulated in double and then converted
-// to sums of [1, z, s(z)], with z = (x - center) / unit = mu_k + L_k y and s(z) holding z_i z_j for i <= j.
+// to sums of [1, z, s(z)], with z = mu_k + L_k y and s(z) holding z_i z_j for i <= j.
 //
 // Compiled once per kind of covariance, number of features and dtype: REAL is float or double, KIND 0 (full, FEATURES
 // features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang; no option such as -ffast-math is needed,
@@ -145,7 +146,8 @@ class Worker {
 
   void enter(int64_t own_set) {
     set = own_set;
-    // The unit of points and W stay normal numbers in Real; the bound keeps the squares of whitened points finite.
+    // The unit of points and W stay normal numbers in Real. The bound, max^0.4, keeps the squares of whitened points
+    // finite: it leaves max^0.2 for the squared distance from the mean in units.
     using Limits = std::numeric_limits<Real>;
     const double unit = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
     const double ratio = unit / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
@@ -198,7 +200,7 @@ class Worker {
 
   V log_density(int s) const { return Real(kLn2) * (largest[s] + log2(total[s])); }
 
-  // Leaves exp(g - largest) in score, in units of log 2, and its sum over components in total.
+  // Leaves exp(g - largest) in score and its sum over components in total; the largest g is in units of log 2.
   void evaluate(int steps) {
     std::fill(largest, largest + steps, lanes(-std::numeric_limits<Real>::infinity()));
     std::fill(total, total + steps, V{});
@@ -238,7 +240,7 @@ class Worker {
   }
 
   // The derivative of the joint log-density g_nk is w_n r_nk (a_nk - sum_j r_nj a_nj + l), where a_nk is the derivative
-  // of sums_k in w_n r_nk and l that of the log-density of point n per weight. The gradients of the parameters follow
+  // of sums_k in w_n r_nk and l the derivative in the log-density of point n, divided by w_n. The gradients of the parameters follow
   // from the sums of [1, y, s(y)], weighted by this derivative.
   void backward(int64_t row, int count, int steps) {
     Real* to = reinterpret_cast<Real*>(grad_density);

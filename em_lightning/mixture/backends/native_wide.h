@@ -16,8 +16,8 @@ constexpr int kMatrix = kRows * kRows;
 constexpr int kChunk = 16;  // steps whose differences stay in the first-level cache
 inline int gradient_size(int64_t) { return 1 + D + 2 * kMatrix; }
 
-// Calls use(row, s, sum) with sum_j matrix[row][j] in[j][s] for all rows and steps; j is at most the last row of a tile of
-// a lower triangle.
+// Calls use(row, s, sum) with sum_j matrix[row][j] in[j][s] for all rows and steps. With kTriangle the matrix
+// is a lower triangle: columns beyond the last row of a tile are zero and skipped.
 template <bool kTriangle, int kStride = kSteps, class Use>
 inline void multiply(const Real* matrix, const V* in, int steps, Use use) {
   for (int row = 0; row < kRows; row += 4) {
