@@ -6,7 +6,7 @@
 #   make docs      build the documentation into site/
 #   make newest    make test with the newest versions that pyproject.toml admits, in an environment of its own
 #   make oldest    the fast tests with the oldest versions that it admits (PyTorch 2.6 needs Python 3.13 or older)
-#   make portable  the fast tests with PyTorch's kernels for processors without AVX, and with AVX2 only
+#   make portable  the fast tests with PyTorch's kernels for processors without AVX, and for AVX2
 #   make nightly   faults of two hosts, and the property tests with 5,000 new examples each, instead of 200
 #   make fuzz      10,000 mutated files for every reader
 #   make projects  the table of small projects and the checks that hold in each, with its time

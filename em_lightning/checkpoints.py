@@ -117,7 +117,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        remove_abandoned(Path(path))  # of a kill in the last write of a run, which no later write removes
+        remove_abandoned(Path(path))  # A kill in the last write leaves a file that no later write removes.
         return read_checkpoint(path)
 
 
@@ -177,7 +177,7 @@ def _hash(content: Any) -> str:
 
 
 def _leaves(value: Any, name: str) -> dict[str, Any]:
-    """Return the values in nested mappings and lists by their dotted names, without paths (by name or slash)."""
+    """Return the values in nested mappings and lists by their dotted names, without paths (by ``_PATHS`` or slash)."""
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for part, each in pairs for key, leaf in _leaves(each, f"{name}.{part}").items()}
@@ -219,7 +219,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     @override
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """After the last batch, drop the position of the loader, where a resumed run would go on in a cut epoch."""
+        """After the last batch, drop the loader's position, where limit_train_batches would let a resumed run start."""
         if trainer.training and trainer.is_last_batch:
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 

@@ -17,7 +17,7 @@ class Moments(NamedTuple):
     Attributes:
         size: number of items, or sum of weights, in the global batch: a scalar.
         mean: mean of each unit (D,).
-        variance: unbiased variance of each unit (D,); 0 for fewer than two items.
+        variance: unbiased variance of each unit (D,); 0 if ``size`` is at most 1.
         deviations: this rank's items minus the mean (N, D).
         weights: this rank's weights (N,), or ``None`` for equal weights.
     """
@@ -60,7 +60,7 @@ class Moments(NamedTuple):
 
 
 def _degrees_of_freedom(size: Tensor) -> Tensor:
-    # For fewer than two items, division by infinity makes the variance and its gradient 0.
+    # For a size of at most 1, division by infinity makes the variance and its gradient 0.
     return torch.where(size > 1, size - 1, torch.inf)
 
 

@@ -1,4 +1,4 @@
-"""Point sets prepared for EM: centered, scaled, with weights that are zero where masked; mixture parameters."""
+"""Point sets with centered and scaled coordinates and weights that are zero where masked; mixture parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from em_lightning.distributed import accumulation_dtype
 from em_lightning.mixture.backends import sum_blocks
 
-_LARGEST_COPY = 2**22  # up to this many numbers, points are copied to features-first layout, which is faster to read
+# Up to this many numbers, points are copied to features-first layout, which is faster to read.
+_LARGEST_COPY = 2**22  # 16 MiB in float32; larger inputs are read in place, to save memory
 
 
 class Parameters(NamedTuple):

@@ -46,7 +46,7 @@ class PointCloudGMM(EMModule):
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
         num_features: D.
         num_iters: T, learned iterations per cloud.
-        exact_iters: classical iterations before them; batches of fewer than 256 points get fewer, but at least 20.
+        exact_iters: classical iterations before them; batches of clouds below 256 points get fewer, but at least 20.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations

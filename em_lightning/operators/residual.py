@@ -61,9 +61,9 @@ class Correction(NamedTuple):
 class ResidualCorrection(nn.Module):
     r"""Networks that correct the M-step of each component, given features of the component and of its set.
 
-    The features ``h_k`` of component k are its weight and number of points, its principal standard deviations, the
-    changes of these and of the mean in the last iteration, its distance from the middle of the set, the extent of its
-    neighbours, the floor, the size of the set, and the fraction of completed iterations. Then
+    The features ``h_k`` of component k are its weight and number of points, its principal standard deviations and their
+    mean over components, the changes of its deviations and center in the last iteration, its distance from the set's
+    mean, the extent of its neighbours, the floor, the set's size, and the fraction of completed iterations. Then
 
     .. math::
         e_k = \mathrm{describe}(h_k), \qquad

@@ -20,12 +20,12 @@ _IN_PERCENT = ("accuracy", "probe", "calibration_error")
 class LayerReport(Report):
     """Report metrics of an :class:`~em_lightning.studies.EnergyLayer`, a linear probe and figures.
 
-    The table has the validation metrics, averaged over the last epochs, and the mean training loss of an epoch. The
-    figures are ``prototypes`` (weights as images) and ``training``. With ``probe=False`` and ``figures=False`` the
-    module may be any that logs ``val/...`` in validation.
+    The table has the validation metrics and the mean training loss of an epoch, both averaged over the last
+    validations, and the number of parameters. The figures are ``prototypes`` (weights as images) and ``training``. With
+    ``probe=False`` and ``figures=False`` the module may be any that logs ``val/...`` in validation.
 
     Args:
-        last_epochs: number of epochs whose validation metrics are averaged.
+        last_epochs: number of the last validations that are averaged.
         probe: whether to score a linear probe of the energies.
         figures: whether to draw.
     """

@@ -19,7 +19,7 @@ from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, cl
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | None
 _SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, keyed by ``Surgery.by``
-_BEFORE = "_em_before"  # attribute of a module that had left the model before its undo: the module that it replaced
+_BEFORE = "_em_before"  # attribute of a new module that was out of the model when undone: the module it had replaced
 
 
 class Change(NamedTuple):

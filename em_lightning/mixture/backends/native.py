@@ -25,7 +25,8 @@ _KINDS = {"full": 0, "diag": 1, "spherical": 2}
 _MOST_FEATURES = 64
 # Largest D in Triton: a tile of whitened points and a factor must fit in the registers of a thread block.
 _MOST_FEATURES_TRITON = {"full": 16, "diag": 128, "spherical": 128}
-# Smaller inputs take less than a millisecond in the reference backend, which needs no compiler.
+# Smallest inputs for which "auto" uses compiled code: elements of x in the E-step, components of all sets (B * K) in
+# the M-step and in Cholesky factors of D > 4. Smaller ones take under a millisecond in plain torch, without a compiler.
 _FEWEST_NUMBERS = 2**12
 FEWEST_COMPONENTS = 2**6
 # Work of about 0.1 ms, the cost of starting a thread.
@@ -117,12 +118,10 @@ def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
 #     means: (B, K, D), in the coordinates z = (x - center) / unit.
 #     inverse: W (B, K, D, D) lower triangular, (B, K, D) or (B, K, 1).
 #     peak: (B, K), the log-densities of the components at their means.
-#     scale: the inverse of W, without gradient.
+#     scale: L, the inverse of W (not ``Frame.scale``), without gradient.
 #     center: (B, D), without gradient.
-#     unit: (B,), a power of two, without gradient.
+#     unit: (B,), ``Frame.scale`` of the points, a power of two, without gradient.
 #     kind: "full", "diag" or "spherical".
-
-
 _ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor means, Tensor inverse, Tensor peak, Tensor scale, Tensor center, Tensor unit, "
     "str kind"
@@ -300,7 +299,7 @@ def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
 
 @_operator("em_lightning::cholesky")
 def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Cholesky factors of matrices (..., D, D) with smallest pivots (..., D), and their inverses."""
+    """Return Cholesky factors (..., D, D), with pivots raised to ``pivots`` (..., D) or more, and their inverses."""
     return _call("cholesky", [matrix.numel(), matrix.shape[-1]], [matrix, pivots], matrix, matrix)
 
 

@@ -6,16 +6,18 @@
 
 namespace {
 
-constexpr int kRows = 0;        // whitened points are computed again where they are needed, which is as fast as loading them
-constexpr int kUnrolled = 2;    // steps are a multiple of it
-constexpr int kGrain = 0;       // no points are skipped
-constexpr int kBelow = D > 1 ? D * (D - 1) / 2 : 1;  // entries of T below its diagonal
+constexpr int kRows = 0;      // rows of stored whitened points: none, because computing them again is as fast as loading them
+constexpr int kUnrolled = 2;  // steps are a multiple of it; native.cpp takes exp2 of two vectors at a time
+constexpr int kGrain = 0;     // points that are skipped at a time; 0: none are skipped
+// Entries of T below its diagonal; 1 for D = 1, as an array must not be empty.
+constexpr int kBelow = D > 1 ? D * (D - 1) / 2 : 1;
 inline int below(int i, int j) { return i * (i - 1) / 2 + j; }
 inline int gradient_size(int64_t) { return num_sums(D); }
 
 class Component {
  public:
   Component(const double* inverse, const double* mu, double peak, int64_t) : top(peak * kLog2e) {
+    // Entries of T up to max^0.4 keep t^2 finite for |u - mean| up to max^0.1.
     const double bound = std::pow(double(std::numeric_limits<Real>::max()), 0.4);
     double error[D];  // of the rounded mean
     for (int i = 0; i < D; ++i) {
@@ -37,7 +39,7 @@ class Component {
     }
   }
 
-  // Writes log-densities in units of log 2, minus a reference.
+  // Writes joint log-densities in units of log 2 to score, and raises largest to their maximum over the components so far.
   void score(const V* u, int steps, V*, V* score, V* largest) const {
     const Shear t_of(*this);
     V first[D], second[D];
@@ -146,7 +148,7 @@ class Component {
   double top, w[D], rest[D];
   Real mean[D], shear[kBelow], quadratic[D], linear[D];
 
-  // t of points, with the same number in all lanes of a constant.
+  // Computes t = T (u - mean); each entry of mean and T is copied to all lanes of a vector.
   struct Shear {
     V mean[D], factor[kBelow];
 
