@@ -125,7 +125,8 @@ def core_only(site, wheel):
     folder.mkdir()
     for each in closure(requirements(wheel)[None]):
         for top in {file.parts[0] for file in each.files} - {"..", "__pycache__"}:
-            (folder / top).symlink_to(each.locate_file(top))
+            if not (folder / top).exists():  # several distributions may have modules in one namespace package
+                (folder / top).symlink_to(each.locate_file(top))
 
     def run(code):
         code = f"import sys; sys.path += {[str(site), str(folder)]}\n{code}"
