@@ -433,3 +433,11 @@ def test_message_of_a_failing_compiler(tmp_path, monkeypatch):
         assert not native.serves(torch.randn(1, 3, 5000), COVARIANCES["full"])
     finally:
         load.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", ["cholesky.cpp", "m_step.cpp", "ragged.cpp"])
+def test_every_source_compiles(source):
+    """Otherwise the reference takes over without a word, and tests of the native backend are skipped."""
+    library, message = load(source)
+    assert library is not None, message

@@ -233,7 +233,7 @@ class Fit {
       }
       for (int64_t k = 0; k < K; ++k) r[n * K + k] -= largest;
     }
-    for (V& own : responsibilities) own = exp2(own);
+    for (V& own : responsibilities) exp2(reinterpret_cast<V (&)[1]>(own));
     for (int64_t n = 0; n < N; ++n) {
       double total = 0.0;
       for (int64_t k = 0; k < K; ++k) total += r[n * K + k];
