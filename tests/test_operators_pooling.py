@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch_geometric.nn import MLP, EdgeConv, GINConv, GraphSAGE, PointNetConv, SAGEConv
 from torch_geometric.nn.aggr import MeanAggregation, MultiAggregation
 from torch_geometric.nn.resolver import aggregation_resolver
@@ -287,6 +289,41 @@ def test_the_groups_of_an_exported_program_are_fitted_by_the_native_operator():
     torch.testing.assert_close(program.module()(rows, index, dim_size=4), EMAggregation(2)(rows, index, dim_size=4))
 
 
+def exported(aggregation, rows, index):
+    program = torch.export.export(aggregation, (rows, index), {"dim_size": 4})
+    return lambda rows, index: program.module()(rows, index, dim_size=4)
+
+
+def compiled(aggregation, rows, index):
+    torch.compiler.reset()
+    return torch.compile(lambda rows, index: aggregation(rows, index, dim_size=4), fullgraph=True, backend="aot_eager")
+
+
+def traced(aggregation, rows, index):
+    function = lambda rows, index: aggregation(rows, index, dim_size=4)  # noqa: E731
+    return torch.jit.trace(function, (rows, index), check_trace=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("make", [exported, compiled, traced])
+@pytest.mark.parametrize("arguments", [{}, {"num_components": 3, "num_iters": 1}])
+def test_an_aggregation_without_python_equals_eager(make, arguments):
+    def example(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(30, 2, generator=generator), torch.randint(4, (30,), generator=generator)
+
+    rows, index = example(0)
+    if not native.fits_groups(rows):
+        pytest.skip("there is no compiler")
+    aggregation = EMAggregation(**arguments).eval()
+    for parameter in aggregation.parameters():
+        parameter.requires_grad_(False)
+    program = make(aggregation, rows, index)
+    others = example(1)  # groups of other sizes
+    torch.testing.assert_close(program(*others), aggregation(*others, dim_size=4), rtol=1e-5, atol=1e-5)
+
+
 def test_second_derivatives_and_transforms_of_an_aggregation():
     index = torch.tensor([0, 0, 0, 1, 1, 2] + [3] * 18)
     rows = torch.randn(24, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
@@ -423,3 +460,52 @@ def test_a_set_of_zero_weight_has_finite_gradients():
     x = torch.full((1, 2, 1), 1.5e5, requires_grad=True)
     EMPooling(1, 1, summary=["scales", "values"])(x, weights=torch.zeros(1, 2)).sum().backward()
     assert x.grad.isfinite().all()
+
+
+EDGES, NONE = torch.tensor([[0, 1, 2, 3], [1, 0, 0, 2]]), torch.empty(2, 0, dtype=torch.long)
+STEPS = ((EDGES, EDGES), (NONE, EDGES), (EDGES, NONE), (NONE, NONE), (EDGES, EDGES))  # edges of either process
+
+
+def convolution(arguments):
+    torch.manual_seed(0)
+    return SAGEConv(8, 4, aggr=EMAggregation(2, **arguments)).double()
+
+
+def gradient_of(conv, edges):
+    conv.zero_grad()
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    conv(x, edges).square().sum().backward()
+    return torch.cat([parameter.grad.flatten() for parameter in conv.parameters()])
+
+
+def gradients_on_a_rank(rank, arguments):
+    conv = DistributedDataParallel(convolution(arguments))
+    return [gradient_of(conv, edges[rank]).clone() for edges in STEPS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [{}, {"in_channels": 8, "out_channels": 8, "residual": False}])
+def test_a_batch_without_edges_does_not_stop_data_parallel_training(arguments, tmp_path):
+    conv = convolution(arguments)
+    expected = [torch.stack([gradient_of(conv, edges).clone() for edges in pair]).mean(0) for pair in STEPS]
+    for found in run_ranks(gradients_on_a_rank, arguments, folder=tmp_path):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"in_channels": 2, "out_channels": 3}])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_hubs_cost_no_more_than_their_rows_with_any_summary(arguments, backend):
+    """Padded to the largest hub, the groups would take 3 GB."""
+    sizes = torch.tensor([9000, 3, 4000] + [2] * 20_000)
+    index = torch.arange(len(sizes)).repeat_interleave(sizes)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(index), 2, dtype=torch.float64, generator=generator).requires_grad_()
+    aggregation = EMAggregation(2, **arguments).double()
+    with use_backend(backend):
+        found = aggregation(rows, index)
+        found.sum().backward()
+        for group in (0, 1, 2, 20_002):
+            alone = aggregation(rows.detach()[index == group])
+            torch.testing.assert_close(found[group], alone[0], rtol=1e-6, atol=1e-6)
+    assert rows.grad.isfinite().all()
