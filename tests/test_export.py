@@ -68,6 +68,15 @@ def test_a_swapped_model_in_onnxruntime_equals_eager(activation, tmp_path):
     torch.testing.assert_close(found, net(other), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_traced_swapped_model_equals_eager(activation, tmp_path):
+    net, x = swapped(activation)
+    torch.jit.trace(net, (x,), check_trace=False).save(str(tmp_path / "net.pt"))
+    program, other = torch.jit.load(str(tmp_path / "net.pt")), torch.randn_like(x)
+    torch.testing.assert_close(program(other), net(other), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"residual": False}, {"covariance": "diag"}], ids=str)
 def test_a_trained_operator_in_onnxruntime_equals_eager(options, tmp_path):
     operator = EMOperator(4, 3, num_iters=2, **options).eval()

@@ -97,3 +97,35 @@ def test_copies_of_a_compiled_operator_equal_it():
     operator.compile(backend="eager")
     for other in (copy.deepcopy(operator), pickle.loads(pickle.dumps(operator))):
         assert_close(other(x), operator(x), atol=1e-5)
+
+
+class Tensors(torch.nn.Module):
+    """Returns the mixture of an operator as a tuple, which torch.jit.trace requires."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def forward(self, *arguments):
+        return tuple(parts(self.operator(*arguments)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "name, residual, masked",
+    [
+        ("default", True, False),
+        ("default", False, False),
+        ("default", True, True),
+        ("background", True, True),
+        ("learned", True, False),
+        ("lowrank", True, False),
+    ],
+)
+def test_a_traced_operator_equals_eager(name, residual, masked):
+    operator = EMOperator(4, 3, residual=residual, **{"num_iters": 2, **OPTIONS[name]}).eval()
+    trained(operator, 0.02)
+    program = torch.jit.trace(Tensors(operator), inputs(masked=masked), check_trace=False)
+    others = inputs(masked=masked)  # no value of the example is baked into the program
+    for one, two in zip(program(*others), parts(operator(*others)), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)

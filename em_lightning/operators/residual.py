@@ -156,7 +156,7 @@ class ResidualCorrection(nn.Module):
             (extent / unit).log(),
             log_floor.expand_as(mass),
             torch.full_like(mass, progress),
-            torch.full_like(mass, progress == 1.0),  # no exact M-step follows the last correction
+            torch.full_like(mass, float(progress == 1.0)),  # no exact M-step follows the last correction
         ]
         return torch.cat(features, -1), neighbours
 
