@@ -16,7 +16,7 @@ from em_lightning.callbacks import (
     TemperatureSchedule,
 )
 from em_lightning.losses import EMLoss
-from em_lightning.surgery import LayerwiseLoss, NoMatchError, restore_surgery
+from em_lightning.surgery import LayerwiseLoss, NoMatchError, restore_surgery, set_temperature
 
 pytestmark = users.QUIET
 
@@ -467,3 +467,44 @@ def test_weights_without_a_plan_are_told_from_an_unchanged_model(wrap, tmp_path)
     torch.save(wrap(model.state_dict()), tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="weights of a changed model, but no plan.* call load_state_dict"):
         restore_surgery(users.MLP, tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    "where", ["encoder.*", ["encoder.1", "encoder.3"], nn.ReLU, lambda path, _: path == "encoder.1"]
+)
+def test_plain_activations_have_no_temperature_to_set(where, tmp_path):
+    with pytest.raises(NoMatchError, match="swap first.*SwapActivations before TemperatureSchedule"):
+        fit(tmp_path, users.MLP(), TemperatureSchedule(2.0, 1.0, 5, where=where))
+    with pytest.raises(NoMatchError, match="swap first.*with swap_activations"):
+        set_temperature(users.MLP(), 2.0, where)
+    with pytest.raises(NoMatchError, match="swap first"):  # the schedule before the swap is right, another layer is not
+        fit(tmp_path, users.MLP(), SwapActivations(where="encoder.3"), TemperatureSchedule(2.0, 1.0, 5, where="head"))
+
+
+CHANGES = [
+    lambda: InsertEMOperator("encoder.2", 2, verbose=False),
+    lambda: InsertEMOperator(["encoder.0", "encoder.2"], 3, set_dim=0, verbose=False),
+    lambda: SwapActivations("softmax_gated", where="encoder.1", arguments={"learnable": True}, verbose=False),
+]
+
+
+@pytest.mark.parametrize("make", CHANGES)
+def test_every_callback_of_the_same_settings_has_the_surgery(make, tmp_path):
+    model, first, second = users.MLP(), make(), make()
+    fit(tmp_path, model, first)
+    fit(tmp_path, model, second)
+    assert second.surgery is first.surgery and len(second.surgery.changes) > 0
+    users.trainer(tmp_path, 1, [third := make()]).test(model, users.MLP.data(), verbose=False)
+    third.surgery.undo()
+    assert [type(module) for module in model.modules()] == [type(module) for module in users.MLP().modules()]
+
+
+@pytest.mark.parametrize("make", CHANGES)
+def test_any_change_of_a_model_from_a_plain_checkpoint_gets_that_advice(make, tmp_path):
+    path = str(tmp_path / "plain.ckpt")
+    fit(tmp_path, users.MLP()).save_checkpoint(path)
+    with pytest.raises(ValueError, match=r"load_state_dict\(torch.load\(path\)\['state_dict'\]\).*without ckpt_path"):
+        users.trainer(tmp_path, 2, [make()]).fit(users.MLP(), users.MLP.data(), ckpt_path=path, weights_only=True)
+    model = users.MLP()
+    model.load_state_dict(torch.load(path)["state_dict"])
+    fit(tmp_path, model, make())
