@@ -94,6 +94,15 @@ def test_wrong_shapes_raise():
     assert_raises(ValueError, ["n=-1"], lambda: mixture.sample(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+def test_points_that_are_not_floating_point_are_refused(covariance, dtype):
+    mixture, x = random_mixture(covariance), torch.ones(2, 3, 2, dtype=dtype)
+    for use in (mixture.log_prob, mixture.log_joint, mixture.posterior):
+        assert_raises(TypeError, [f"x has dtype {dtype}", "x.float()"], lambda use=use: use(x))
+    assert mixture.log_prob(x.float()).isfinite().all()
+
+
 # Derivatives of log p(x) against autograd through the textbook's formula.
 
 
