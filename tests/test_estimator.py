@@ -99,6 +99,25 @@ def test_weights_count_as_repetitions_of_rows(X):
     assert np.array_equal(found.predict(X), expected.predict(X))
 
 
+@pytest.mark.parametrize("init", ["random_from_data", "k-means++", "kmeans", "random"])
+def test_rows_without_weight_start_no_component(init, X):
+    rows, weights = np.vstack([X, X + 1e3]), np.repeat([1.0, 0.0], len(X))
+    for seed in range(5):
+        fit = GaussianMixture(4, init_params=init, max_iter=0, random_state=seed).fit(rows, sample_weight=weights)
+        assert (fit.means_ < 500).all()
+
+
+@pytest.mark.parametrize("init", ["random_from_data", "k-means++"])
+def test_rows_start_a_component_in_proportion_to_their_weights(init, X):
+    rows, weights = np.vstack([X, X + 1e3]), np.repeat([9.0, 1.0], len(X))
+    starts = [
+        GaussianMixture(1, init_params=init, max_iter=0, random_state=seed).fit(rows, sample_weight=weights).means_
+        for seed in range(100)
+    ]
+    share = np.mean([start[0, 0] > 500 for start in starts])
+    assert 0.02 < share < 0.25  # 0.1 is expected, and 0.5 if weights did not count
+
+
 @pytest.mark.parametrize("factor", [1e-300, 1e-60, 1e-14, 1e14, 1e300])
 @pytest.mark.parametrize("init", ["k-means++", "kmeans"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
