@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from em_lightning import EMOperator, Mixture
 from em_lightning.mixture import COVARIANCES, Parameters, e_step, prepare
@@ -441,3 +442,48 @@ def test_every_source_compiles(source):
     """Otherwise the reference takes over without a word, and tests of the native backend are skipped."""
     library, message = load(source)
     assert library is not None, message
+
+
+class Products(TorchDispatchMode):
+    """Collects the types of the factors of matrix products."""
+
+    NAMES = {"mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "addbmm", "dot", "linear", "matmul"}
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name.split("::")[1] in self.NAMES:
+            self.dtypes |= {part.dtype for part in args if isinstance(part, torch.Tensor)}
+        return function(*args, **(kwargs or {}))
+
+
+def log_prob_of(kind):
+    def density(x):
+        parameters = problem(torch.float32, items=60)[1]
+        fixed = Mixture(parameters.log_weights, parameters.means, covariances_of(kind, parameters.covariances))
+        return fixed.to(torch.float32).log_prob(x)
+
+    return density
+
+
+DENSITIES = {
+    **{f"log_prob, {kind}": log_prob_of(kind) for kind in KINDS},
+    **{
+        f"fit, {kind}": lambda x, kind=kind: EMOperator(3, 2, covariance=kind, residual=False)(x).log_prob(x)
+        for kind in KINDS
+    },
+    "fit, student_t": lambda x: (op := EMOperator(3, 2, kernel="student_t", residual=False)).log_prob(x, op(x)),
+    "fit, background": lambda x: EMOperator(3, 2, background=0.1, residual=False)(x).log_prob(x),
+    "fit, prior": lambda x: EMOperator(3, 2, prior={}, residual=False)(x).log_prob(x),
+}
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_densities_of_float32_points_take_products_in_float64(name):
+    """A GPU may round products of float32 to TF32, which puts up to 2.4 nats of error into log-densities."""
+    x = problem(torch.float32, items=60)[0].requires_grad_()
+    with use_backend("reference"), Products() as products:
+        DENSITIES[name](x).sum().backward()
+    assert products.dtypes == {torch.float64}
