@@ -198,3 +198,17 @@ def test_every_public_name_resolves():
     assert names == {*em_lightning.__all__}
     with pytest.raises(AttributeError, match="'Softmin'.*softmin"):
         _ = em_lightning.Softmin
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_generators_are_forked_for_named_devices(path):
+    """A bare ``fork_rng()`` saves the generators of all GPUs of a node, and so does ``isolate_rng()``."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        given = {keyword.arg for keyword in call.keywords}
+        if name == "fork_rng":
+            assert call.args or "devices" in given, f"{path}:{call.lineno}"
+        if name == "isolate_rng":
+            assert call.args or "include_cuda" in given, f"{path}:{call.lineno}"
+        assert name not in ("get_rng_state_all", "set_rng_state_all", "manual_seed_all"), f"{path}:{call.lineno}"
