@@ -342,19 +342,24 @@ class Fit {
     return grad_scatter;
   }
 
-  // Adds the gradients of the start, and those of S.
+  // Adds the gradients of the start, and those of S. The points at a distance of zero share the gradient of their center.
   void start_backward(double of_square) {
     double shared = 0.0;
     for (int64_t k = 0; k < K; ++k)
       if (!has_variance(k)) shared += 2.0 * grads.variances[k] / (D * N);
+    auto& at_center = inner;
+    std::fill(at_center.begin(), at_center.end(), 0.0);
+    for (int64_t n = 0; n < N; ++n) at_center[cell[n]] += nearest[n] == 0.0;
     for (int64_t n = 0; n < N; ++n) {
       const int64_t k = cell[n];
+      const double of_center = nearest[n] == 0.0 ? shared * mass[k] / at_center[k] : 0.0;
       const double of_mean = !has_core(k) ? 1.0 / (mass[k] + kEps) : nearest[n] <= reach[k] ? 1.0 / core_mass[k] : 0.0;
       const double of_variance = has_variance(k) ? 2.0 * grads.variances[k] / (D * mass[k]) : 0.0;
       for (int64_t i = 0; i < width(); ++i) {
         const V own = z[n * width() + i];
         grad_z[n * width() + i] += of_square * own + of_mean * grads.means[k * width() + i] +
-                             of_variance * (own - cell_means[k * width() + i]) + shared * (own - centers[k * width() + i]);
+                             of_variance * (own - cell_means[k * width() + i]) + shared * (own - centers[k * width() + i]) -
+                             of_center * (cell_means[k * width() + i] - centers[k * width() + i]);
       }
     }
   }
