@@ -179,3 +179,16 @@ def test_the_loss_is_taken_at_held_out_points():
     found = module.step(batch, "train")
     assert found["loss"].item() == pytest.approx(loss.mean().item())
     assert found["log_likelihood"].item() == pytest.approx(log_prob.mean().item())
+
+
+@pytest.mark.parametrize("optimizer, weight_decay", [("adam", 0.0), ("adam", 0.1), ("sgd", 0.0)])
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_an_optimizer_on_a_gpu_takes_no_loop_over_the_parameters(device, optimizer, weight_decay, monkeypatch):
+    """With ``fused=False`` PyTorch would not choose ``foreach`` either."""
+    monkeypatch.setattr(Regression, "device", torch.device(device))
+    options = Regression(optimizer=optimizer, weight_decay=weight_decay).configure_optimizers().defaults
+    assert options["fused"] is None and options["foreach"] is None
+
+
+def test_an_optimizer_on_a_cpu_is_fused():
+    assert Regression().configure_optimizers().defaults["fused"] is True

@@ -174,10 +174,10 @@ class EMModule(lightning.LightningModule):
         return [{"params": list(self.parameters())}]
 
     def configure_optimizers(self) -> Any:
-        # The fused implementation is the fastest on CPUs; on GPUs it forbids gradient clipping under mixed precision.
-        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": self.device.type == "cpu"}
-        # Without decay AdamW and Adam are the same, and Adam is faster.
-        adam = torch.optim.AdamW if self.weight_decay else torch.optim.Adam
+        # The fused implementation is the fastest on CPUs. On GPUs it forbids gradient clipping under mixed precision;
+        # there None lets PyTorch choose, while False would also turn off foreach.
+        options: Any = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": self.device.type == "cpu" or None}
+        adam = torch.optim.AdamW if self.weight_decay else torch.optim.Adam  # without decay the same, and faster
         optimizer = (torch.optim.SGD if self.optimizer == "sgd" else adam)(self.parameter_groups(), **options)
         if self.schedule == "constant":
             return optimizer
