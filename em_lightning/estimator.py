@@ -34,9 +34,9 @@ class GaussianMixture(reference.GaussianMixture):
 
     Starts are computed from all rows or, with weights or more than 16,384 rows, from 16,384 rows drawn in proportion to
     their weights. Up to 4,096 unweighted float64 rows are fitted by scikit-learn's EM, which is faster for them, and up
-    to 4,096 rows are evaluated by its methods.
-    Otherwise EM runs in float64, and the attributes have the dtype of X. After a fit, ``weights_``, ``means_`` and
-    ``covariances_`` may be set by hand; they must match ``n_components`` and ``covariance_type``.
+    to 4,096 rows are evaluated by its methods. Otherwise EM runs in float64, and the attributes have the dtype of X.
+    ``weights_``, ``means_`` and ``covariances_`` may be set by hand; they must match ``n_components`` and
+    ``covariance_type``.
 
     Example:
         >>> X = np.array([[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]])
@@ -184,7 +184,7 @@ class GaussianMixture(reference.GaussianMixture):
         components, features = np.shape(self.means_)
         pairs = {
             "n_components": (self.n_components, components),
-            "covariance_type": (self.covariance_type, self._fitted_type),
+            "covariance_type": (self.covariance_type, getattr(self, "_fitted_type", self.covariance_type)),
             "n_features": (num_features, features),
         }
         differences = (f"{name}={now!r}, was {then!r}" for name, (now, then) in pairs.items() if now != then)
@@ -219,8 +219,10 @@ class GaussianMixture(reference.GaussianMixture):
 
     def _small(self, mixture: Mixture) -> reference.GaussianMixture:
         """Return scikit-learn's estimator of the mixture shifted to mean 0; its expanded squares cancel far from 0."""
-        covariance, factors = COVARIANCES[self.covariance_type], self._fitted_factors
-        if not torch.equal(mixture.covariances, self._fitted_covariances):  # set by hand
+        covariance, fitted = COVARIANCES[self.covariance_type], getattr(self, "_fitted_covariances", None)
+        if fitted is not None and torch.equal(mixture.covariances, fitted):
+            factors = self._fitted_factors
+        else:  # set by hand
             factors = covariance.precision_factors(mixture.covariances)
         small = reference.GaussianMixture(mixture.components, covariance_type=self.covariance_type)
         small.weights_, small.means_ = mixture.weights[0].numpy(), (mixture.means - mixture.mean)[0].numpy()

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from helpers import COVARIANCE_TYPES, assert_raises
+from scipy import stats
 from sklearn.base import clone
 from sklearn.datasets import make_blobs
 from sklearn.exceptions import ConvergenceWarning
@@ -88,6 +89,16 @@ def test_samples_have_the_moments_of_the_mixture(kind, X):
         own = np.diag(np.broadcast_to(fit.covariances_[k], 3)) if own is None else own[k]
         assert np.allclose(drawn[labels == k].mean(0), fit.means_[k], atol=0.12)
         assert np.allclose(np.cov(drawn[labels == k].T), own, atol=0.25)
+
+
+def test_a_mixture_made_by_hand_without_a_fit_is_evaluated():
+    made = GaussianMixture(2)
+    made.weights_, made.means_ = np.array([0.25, 0.75]), np.array([[0.0, 0.0], [3.0, 3.0]])
+    made.covariances_ = np.stack([np.eye(2), 4 * np.eye(2)])
+    rows = np.array([[0.0, 0.0], [3.0, 3.0], [1.0, -2.0]])
+    densities = [stats.multivariate_normal(m, c).pdf(rows) for m, c in zip(made.means_, made.covariances_, strict=True)]
+    np.testing.assert_allclose(made.score_samples(rows), np.log(made.weights_ @ densities), rtol=1e-12)
+    np.testing.assert_array_equal(made.predict(rows), (made.weights_[:, None] * densities).argmax(0))
 
 
 def test_weights_count_as_repetitions_of_rows(X):

@@ -53,8 +53,8 @@ class PosteriorMonitor(Callback):
 
     The output or input d of a layer (``tap``) is read as energies; the responsibilities are their softmin. In training
     the metrics of every ``every_n_steps``-th batch are logged as ``em/<layer>/<metric>``; in validation and test those
-    of the whole set over all ranks are logged as ``em_val/...`` and ``em_test/...``. TensorBoard
-    also gets a histogram of the last batch. A layer that cannot be measured is skipped with a warning.
+    of the whole set over all ranks are logged as ``em_val/...`` and ``em_test/...``. TensorBoard also gets a
+    histogram of the last batch. A layer that cannot be measured is skipped with a warning.
 
     In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
     T = 1 for at most 64 items of this rank's batch. With ``loss`` it logs, for the global batch, the ``dominance``
@@ -71,7 +71,7 @@ class PosteriorMonitor(Callback):
         dim: the axis of the units, or "auto", see :class:`~em_lightning.surgery.UnitAxis`.
         every_n_steps: training batches between two measurements.
         loss: the EM loss whose gradient is compared with that of the task.
-        task_curvature: whether to log the curvature of the task's loss, about twenty backward passes.
+        task_curvature: whether to log the curvature of the task's loss, at the cost of about twenty backward passes.
         verbose: whether to print a line per layer at the first batch.
 
     Raises:

@@ -129,7 +129,10 @@ class RankLoader(_Resumable):
         self.seed = seed
         self.epoch = 0
 
-    sampler = property(lambda self: self, doc="This loader: Lightning calls ``set_epoch`` on the sampler of a loader.")
+    @property
+    def sampler(self) -> RankLoader:
+        """This loader, because Lightning calls ``set_epoch`` on the ``sampler`` of a loader."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

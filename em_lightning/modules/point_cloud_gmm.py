@@ -22,7 +22,8 @@ from em_lightning.operators.base import check_sets
 
 # A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
-# Below this log-density, in nats, the training loss of a point grows only logarithmically (robustness).
+# Below this log-density, in nats, the training loss of a point grows only logarithmically, so that a few far
+# points do not dominate the gradient.
 _LOG_DENSITY_LIMIT = -6.0
 # Limits of a training batch that is cut into smaller clouds, for its time and memory.
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256

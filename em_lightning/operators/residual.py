@@ -51,7 +51,8 @@ class Correction(NamedTuple):
 
     def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:
         """Return corrected parameters, given the means before and the parameters after an M-step."""
-        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)  # for ties
+        # The neighbours decide the axes where deviations are equal.
+        axes, deviations = covariance.principal_axes(after.covariances, after.means, self.neighbours)
         change = (axes.mT @ (after.means - before).unsqueeze(-1)).squeeze(-1)
         step = deviations * _bounded(self.shift * change / deviations, 1.0)  # at most one standard deviation
         means = after.means + (axes @ step.unsqueeze(-1)).squeeze(-1)

@@ -20,6 +20,7 @@ NOT_CHECKED = "not checked: "
 NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
 RELU = "elementwise, no normalization, hard zeros"
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
+_COLUMNS = "layer|module|operation|hypotheses|exp|norm|soft|curvature|dF/dd - r|EM|reason".split("|")
 _SWAP = "replace it by a competition with SwapActivations"
 # Reason, advice and class names, which also match classes of PyG such as its Linear.
 _LAYERS = (
@@ -94,30 +95,16 @@ class Audit(list[Finding]):
     """The findings in the order of the forward pass; ``print`` shows a table, and advice for what is not EM."""
 
     def __str__(self) -> str:
-        rows = [
-            (
-                "layer",
-                "module",
-                "operation",
-                "hypotheses",
-                "exp",
-                "norm",
-                "soft",
-                "curvature",
-                "dF/dd - r",
-                "EM",
-                "reason",
-            )
-        ]
+        rows = [tuple(_COLUMNS)]
         for one in self:
             flags = ["yes" if flag else "no" for flag in (one.exponentiated, one.normalized)]
             exponentiated, normalized = flags if one.hypotheses else ("-", "-")
             soft = "-" if one.soft is None else f"{one.soft:.2f}"
-            curvature = "-" if one.curvature is None else f"{one.curvature[0]:.2f}, {one.curvature[1]:.2f}"
+            mean_and_largest = "-" if one.curvature is None else f"{one.curvature[0]:.2f}, {one.curvature[1]:.2f}"
             error = "-" if one.error is None else f"{one.error:.0e}"
             em = "yes" if one.em else "no" if one.checked else "-"
             place = (one.path or "(root)", one.module, one.operation, one.hypotheses or "-")
-            rows.append((*place, exponentiated, normalized, soft, curvature, error, em, one.reason))
+            rows.append((*place, exponentiated, normalized, soft, mean_and_largest, error, em, one.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         for text in dict.fromkeys(one.advice for one in self if one.advice):
