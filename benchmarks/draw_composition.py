@@ -49,7 +49,8 @@ def draw(sweep: dict[str, Any], curve: dict[str, Any]) -> Any:
         axes[2].plot([e for e, row in zip(epochs, sweep["history"], strict=True) if "curvature" in row], curvatures,
                      style, color=color)  # fmt: skip
     axes[1].set(title="gradient of the task over that of EM", xlabel="measurement", yscale="log")
-    axes[1].legend()
+    axes[1].set_ylim(top=1e5)  # leaves room for the legend
+    axes[1].legend(ncols=2, loc="upper left")
     axes[2].set(title="mean curvature of the free energy (at most 1/2)", xlabel="epoch")
     scores, late = by_arm(curve["values"], "standardized %"), by_arm(curve["values"], "ratio late")
     for arm, of_arm in scores.items():
