@@ -143,7 +143,7 @@ class GaussianMixture(reference.GaussianMixture):
         if self.reg_covar > 1e-30 * variance.max():  # standard deviations of 1e-15, the precision of float64
             return
         correlations = covariances / (variance.unsqueeze(-1) * variance).sqrt().clamp(min=1e-300)  # avoids 0 / 0
-        if variance.min() <= 1e-60 * variance.max() or torch.linalg.eigvalsh(correlations).min() < 1e-14:
+        if variance.min() <= 0 or torch.linalg.eigvalsh(correlations).min() < 1e-14:  # their rounding
             raise ValueError(
                 f"reg_covar={self.reg_covar} leaves components with ill-defined covariances, such as those of equal "
                 "rows; increase reg_covar, decrease n_components, or remove constant columns"

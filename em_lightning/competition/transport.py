@@ -11,7 +11,9 @@ from em_lightning.competition.entropic import logsumexp_and_softmax
 from em_lightning.competition.posterior import Posterior
 from em_lightning.distributed import accumulation_dtype
 
-_ANNEALED_FRACTION = 0.75  # fraction of the solver's steps in which the temperature decreases to T; then it is T
+# Fraction of the solver's steps in which the temperature decreases to T; the rest are at T. With 20 steps and energies
+# of about 1,000 T, 0.5 misses the mass of a hypothesis by up to 0.3 items, 0.9 by 0.01, and 0.75 by round-off.
+_ANNEALED_FRACTION = 0.75
 _LARGEST_MOVE = 4.0  # largest change of a price in a Newton step, in units of T: a factor of e^4 = 55 in the odds
 
 
