@@ -225,6 +225,14 @@ def test_temperature_tensor_for_each_item():
     torch.testing.assert_close(posterior.free_energy, softmin(d, temperature).free_energy)
 
 
+def test_temperature_tensor_for_each_item_of_groups():
+    d = torch.randn(3, 4, dtype=torch.float64)
+    temperature = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)
+    expected = torch.stack([grouped(d[n], float(temperature[n])).free_energy for n in range(3)])
+    torch.testing.assert_close(grouped(d, temperature).free_energy, expected)
+    torch.testing.assert_close(grouped(d.T, temperature.T, dim=0).free_energy, expected.T)
+
+
 @pytest.mark.parametrize(
     "key, arguments, shown",
     [

@@ -25,7 +25,7 @@ from em_lightning.operators.start import Sets
 _ORDERS = 40
 # Three steps of Newton's method correct the estimate of kappa, which is within 7 %; the others are a reserve.
 _NEWTON_STEPS = 6
-_SMALLEST_CONCENTRATION = 1e-6
+_SMALLEST_CONCENTRATION = 1e-6  # nearly uniform; at 0, ratios would be divided by 0
 
 
 @dataclass(frozen=True)
@@ -240,8 +240,8 @@ def log_normalizer(concentration: Tensor, num_features: int) -> Tensor:
 def bessel_ratios(x: Tensor, order: float, count: int = 1) -> list[Tensor]:
     r"""Return ``I_{v+1}(x) / I_v(x)`` for v = order, order + 1, ..., at least ``count`` of them.
 
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, which is stable. It starts from an expansion
-    for large v of the solution ``I_v' / I_v`` of ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, which is stable. It starts at ``y - v / x``,
+    with an expansion for large v of ``y = I_v' / I_v``, the solution of ``y' = 1 + v^2 / x^2 - y / x - y^2``.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
     """

@@ -38,7 +38,7 @@ class Sets(NamedTuple):
 
 
 class DrawnStart(NamedTuple):
-    """A mixture around centers that are drawn among the points of each set; fields as in :class:`EMOperator`."""
+    """A mixture around centers drawn among the points of each set; the fields are arguments of :class:`EMOperator`."""
 
     name: str
     num_components: int
@@ -77,7 +77,7 @@ class LearnedStart(nn.Module):
     def __init__(self, num_components: int, num_features: int) -> None:
         super().__init__()
         self.means = nn.Parameter(torch.randn(num_components, num_features))
-        self.log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
+        self.log_scale = nn.Parameter(torch.full((num_components, 1), -0.5))  # components are narrower than the set
         self.logits = nn.Parameter(torch.zeros(num_components))
 
     def forward(self, sets: Sets, score: Score | None) -> Parameters:

@@ -162,9 +162,8 @@ def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str
     if isinstance(module, EMOperator):
         if not isinstance(output, Mixture):
             return None
-        x = inputs[0] if inputs else kwargs["x"]
         mask = inputs[1] if len(inputs) > 1 else kwargs.get("mask")
-        energies = module.posterior(x.detach(), output, mask).energies.detach().double().requires_grad_()
+        energies = module.posterior(inputs[0].detach(), output, mask).energies.detach().double().requires_grad_()
         finding = Finding(path, name, "E-step", reason="responsibilities of the components of a mixture")
         return _compared_posterior(finding, module.competition(energies), "components", -1)
     competition = module.posterior if isinstance(module, Activation) else module

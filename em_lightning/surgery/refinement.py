@@ -87,7 +87,7 @@ class SetRefinement(EMRefinement):
         else:
             refined = self.reconstruct(points, keep)
         back = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
-        return x + self.gate * refined.reshape(moved.shape).permute(back)
+        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(back)
 
     def resize(self, num_features: int) -> None:
         """Take items of another width, where no parameter depends on it; raises ValueError otherwise."""
