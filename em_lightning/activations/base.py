@@ -52,7 +52,7 @@ class Activation(Tempered):
         return self.summarize(z, self.posterior(z))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return the value of :meth:`generic`; override it where there is a cheaper formula."""
+        """Return the value of :meth:`generic`; override it where there is a cheaper or more accurate formula."""
         return self.generic(z)
 
     def tempered(self, z: Tensor) -> Tensor:

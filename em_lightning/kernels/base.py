@@ -86,11 +86,11 @@ class Kernel(nn.Module):
         raise NoDensityError(f"{type(self).__name__} has no density (num_features={num_features}): {self.no_density}")
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
-        """Return a shape parameter: a number if fixed, else a tensor () in ``dtype``, or float64 (float32 on MPS)."""
+        """Return a shape parameter: a number if fixed, else a tensor () in ``dtype``, float64 by default."""
         if not self._learnable:
             return self._initial[name]
         log_ratio: Tensor = getattr(self, f"log_{name}")
-        dtype = dtype or (torch.float32 if log_ratio.is_mps else torch.float64)
+        dtype = dtype or (torch.float32 if log_ratio.is_mps else torch.float64)  # MPS devices have no float64
         return self._initial[name] * log_ratio.to(dtype).exp().reshape(())
 
     def __getattr__(self, name: str) -> Any:

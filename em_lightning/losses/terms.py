@@ -137,7 +137,7 @@ class DecorrelationLoss(MomentLoss):
     r"""The term against redundant units, :math:`\sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`.
 
     The correlation is the unbiased covariance over :math:`(\sigma_i + \epsilon)(\sigma_j + \epsilon)`, with unbiased
-    standard deviations and the published ``eps`` :math:`\epsilon`, so a constant unit contributes 0.
+    standard deviations and ``eps`` :math:`\epsilon`, 1e-8 as published, so a constant unit contributes 0.
 
     Example:
         >>> DecorrelationLoss()(torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]])).round(decimals=4)

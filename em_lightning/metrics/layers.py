@@ -13,7 +13,7 @@ from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntro
 
 
 class L0(MeanOfItems):
-    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`; 0.01 is published.
+    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`; the published one is 0.01.
 
     Example:
         >>> metric = L0()

@@ -268,7 +268,7 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _curvature(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return sums of the Hessian's rows, at least 0, as a constant: the second derivatives; 0 where there is a kink."""
+    """Return the Hessian's row sums, at least 0, as a constant: second derivatives of radial and additive energies."""
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)

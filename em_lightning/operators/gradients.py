@@ -18,7 +18,7 @@ _CONVERGED = 1e-6
 # Relative residuals of GMRES: it stops at the first one, below the precision of float32 gradients, and raises an error
 # above the second one.
 _RESIDUAL, _LARGEST_RESIDUAL = 1e-8, 1e-5
-# Largest number of products with the Jacobian, to bound memory and time; one in ten is followed by a solution.
+# Largest number of products with the Jacobian, to bound memory and time; a least-squares solution follows every tenth.
 _PRODUCTS, _CHECK_INTERVAL = 300, 10
 
 Step = Callable[[Parameters, float], Parameters]

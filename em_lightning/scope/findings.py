@@ -51,7 +51,7 @@ class Finding:
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated, normalized: whether energies are exponentiated, and responsibilities sum to 1.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis has responsibility 1.
-        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items; None if an axis has groups.
+        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items; None without check or in groups.
         error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
     """
