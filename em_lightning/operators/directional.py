@@ -95,7 +95,7 @@ class VonMisesFisher(FullCovariance):
         square = means.square().sum(-1, keepdim=True)
         length = torch.where(square > 0, square, 1.0).sqrt()
         axis = torch.zeros_like(means)
-        axis[..., 0] = 1.0
+        axis[..., 0] = 1.0  # the direction of a component whose mean is 0
         resultant = torch.where(square > 0, length, 0.0).squeeze(-1)
         concentrations = concentration_of(resultant, means.shape[-1], floor.unsqueeze(-1).reciprocal())
         return torch.where(square > 0, means / length, axis), concentrations

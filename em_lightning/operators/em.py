@@ -302,6 +302,7 @@ class EMOperator(SetOperator):
             return log_likelihood
         log_density = log_prior(state, sets.covariance, sets.prior)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
+        # The prior contains -s / 2 log det of each covariance; units of the points add 2 log_volume to a log det.
         log_density = log_density - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
             log_density = log_density + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight

@@ -229,7 +229,7 @@ class _Recorder(TorchDispatchMode):
             if last and last.operation == "log-softmax" and _key(last.output) == _key(args[0]):
                 last.operation = operation
         elif operation in ("relu", "topk", "argmax"):
-            reason = RELU if operation == "relu" else "hard selection: only the selected have a gradient"
+            reason = RELU if operation == "relu" else "hard selection: what is not selected has no gradient"
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
         elif operation != "logsumexp" or len(args[1]) == 1:  # hypotheses on one axis
             maker = self._makers.get(_key(args[0]))
