@@ -6,8 +6,8 @@
 
 Each cloud has five spherical clusters with three features and unit standard deviation; a fraction of the points is
 uniform over a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its
-fitted mean under an optimal matching, in standard deviations of a cluster.
-Writes docs/results/robust.md and robust.png; the other tables are printed.
+fitted mean under an optimal matching, in standard deviations of a cluster. The table of the errors is written to
+docs/results/robust.md, with the figure robust.png; the other tables are printed.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def make_clouds(clouds, share, generator):
     """Return points (B, N, D) and true means (B, K, D) at least six deviations apart."""
     means = []
     while len(means) < clouds:
+        # The factor keeps the clusters inside the box.
         tried = SIDE * 0.8 * (torch.rand(COMPONENTS, FEATURES, generator=generator) - 0.5)
         if torch.pdist(tried).min() > 6:
             means.append(tried)
@@ -61,7 +62,8 @@ def errors(found, truth):
 def share_bias(clouds):
     """Print estimated minus true share of uniform outliers for 500 points in two clusters.
 
-    The fits start from the true mixture; those of the last column from the best of 20 k-means++ draws.
+    The means of the clusters differ by 8 standard deviations per coordinate, and the outliers fill a box of side 40
+    around them. The fits start from the true mixture; those of the last column from the best of 20 k-means++ draws.
     """
     strengths = (None, 1.0, 3.0, 10.0)
     print("| kernel | true share | no prior | strength 1 | strength 3 | strength 10 | best of 20, strength 1 |")
@@ -83,7 +85,7 @@ def share_bias(clouds):
                 if start is None:
                     options |= {"init": "kmeans++", "num_starts": 20, "seed": 0}
                 with torch.no_grad():
-                    mixture = EMOperator(2, 3, **options).eval()(points, init=start, num_iters=100)
+                    mixture = EMOperator(2, 3, **options).eval()(points, init=start, num_iters=ITERATIONS)
                 cells.append(f"{(1 - mixture.weights.sum(-1) - share).mean():.3f}")
             print(f"| {name} | {share:.0%} | {' | '.join(cells)} |", flush=True)
 
@@ -176,13 +178,13 @@ def main():
             "|---|---|---|---|---|---|---|",
             *map(row, METHODS),
             "",
-            "Starts: the true means with noise of half a standard deviation; one k-means++ draw, the same for every "
-            "method; and the best of 20 k-means++ draws with a prior of ten pseudo-counts per "
-            "covariance, chosen by the objective of each method. Starting near the truth isolates the effect of "
-            "outliers on the estimate; the other starts include their effect on the initialization: k-means++ often "
-            "chooses outliers as centers. "
-            "Several starts help if the likelihood distinguishes clusters from outliers, as with heavy tails or a "
-            "background, but not with the linear energies of Laplace and Huber kernels.",
+            "Starts: the true means with noise of half a standard deviation, and twice the true standard deviation; "
+            "one k-means++ draw, the same for every method; and the best of 20 k-means++ draws with a prior of ten "
+            "pseudo-counts per covariance, chosen by the objective of each method. Starting near the truth isolates the "
+            "effect of outliers on the estimate; the other starts include their effect on the initialization: "
+            "k-means++ often chooses outliers as centers. Several starts help if the likelihood distinguishes clusters "
+            "from outliers, as with heavy tails or a background, but not with the linear energies of Laplace and Huber "
+            "kernels.",
             "",
             "![Errors of the means](robust.png)",
             "",

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ.pop("TRITON_INTERPRET", None)  # kernels of the interpreter cannot be compiled
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -37,6 +37,7 @@ def compiled(name, features, full, gradient):
         constants["WEIGHTED"] = True
     signature = {**COMMON, **OUTPUTS[name], **dict.fromkeys(constants, "constexpr")}
     source = triton.compiler.ASTSource(getattr(kernels, f"_write_{name}"), signature, constants)
+    # Compute capability 9.0 and 32 threads per warp are those of an H100.
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assembler = glob.glob(os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas*"))[0]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
