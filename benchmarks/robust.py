@@ -120,10 +120,10 @@ def cauchy_tails(clouds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clouds", type=int, default=64)
-    parser.add_argument("--outliers", type=float, default=0.2)
+    parser.add_argument("--clouds", type=int, default=64, help="number of clouds")
+    parser.add_argument("--outliers", type=float, default=0.2, help="share of the points")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parents[1] / "docs" / "results")
-    parser.add_argument("--what", choices=("means", "share", "tails"), default="means")
+    parser.add_argument("--what", choices=("means", "share", "tails"), default="means", help="table to make")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what != "means":
@@ -132,7 +132,7 @@ def main():
     generator = torch.Generator().manual_seed(0)
     x, truth = make_clouds(options.clouds, options.outliers, generator)
     torch.manual_seed(0)
-    seeds = EMOperator(COMPONENTS, FEATURES, init="kmeans++", residual=False)(x, num_iters=0)
+    drawn = EMOperator(COMPONENTS, FEATURES, init="kmeans++", residual=False)(x, num_iters=0)
     prior = {"covariance_strength": 10.0}
     near = Mixture(
         torch.full((options.clouds, COMPONENTS), 1 / COMPONENTS).log(),
@@ -143,7 +143,7 @@ def main():
     for name, arguments in METHODS.items():
         operator = EMOperator(COMPONENTS, FEATURES, residual=False, num_iters=ITERATIONS, **arguments)
         with torch.no_grad():
-            found[name] = [errors(operator(x, init=start).means, truth) for start in (near, seeds)]
+            found[name] = [errors(operator(x, init=start).means, truth) for start in (near, drawn)]
             best = EMOperator(
                 COMPONENTS,
                 FEATURES,
@@ -180,8 +180,8 @@ def main():
             "",
             "Starts: the true means with noise of half a standard deviation, and twice the true standard deviation; "
             "one k-means++ draw, the same for every method; and the best of 20 k-means++ draws with a prior of ten "
-            "pseudo-counts per covariance, chosen by the objective of each method. Starting near the truth isolates the "
-            "effect of outliers on the estimate; the other starts include their effect on the initialization: "
+            "pseudo-counts per covariance, chosen by the objective of each method. Starting near the truth isolates "
+            "the effect of outliers on the estimate; the other starts include their effect on the initialization: "
             "k-means++ often chooses outliers as centers. Several starts help if the likelihood distinguishes clusters "
             "from outliers, as with heavy tails or a background, but not with the linear energies of Laplace and Huber "
             "kernels.",
