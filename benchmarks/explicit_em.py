@@ -42,7 +42,7 @@ VOLUMES = {
 ENERGY = EMLoss(variance=0.0, decorrelation=0.0, reduction="mean")
 SMALLEST_DISTANCE = 1e-2  # bound of c: |z| = 0 would give an infinite weight, and a larger c is still an upper bound
 RIDGE = 1e-6  # relative to the mean of the diagonal of A_j, which is singular where pixels are constant
-MAX_HALVINGS = 30  # a smaller step than 2^-30 changes no float32 weight
+MAX_HALVINGS = 30  # a step of 2^-30 is below the rounding of float32
 DEAD_VARIANCE = 0.01  # units with a smaller variance are dead, as in em_lightning.metrics.DeadUnits
 RATES = (1e-3, 1e-2, 1e-1, 1.0)
 

@@ -166,7 +166,7 @@ def machine(device, scale):
     found["copy GB/s"] = 8e-9 * numbers / clock.seconds(target.copy_, [source])  # 4 bytes read and written
     side = max(int(8192 * scale**0.5), 64)
     matrix = torch.randn(side, side, device=device)
-    found["float32 TFLOP/s"] = 2e-12 * side**3 / clock.seconds(lambda m: m @ m, [matrix])  # a product and a sum each
+    found["float32 TFLOP/s"] = 2e-12 * side**3 / clock.seconds(lambda m: m @ m, [matrix])  # side^3 products and sums
     return found
 
 

@@ -184,7 +184,7 @@ def table(folder, modules, one_start, sizes, noises):
     """Print held-out likelihood and time by size and noise, and the paired gain over the best classical fit.
 
     The best is the one with the smallest gain among those measured on more than 200 clouds. The gains are those of the
-    first module, the others are further seeds. ``one_start`` is the first module with a single start.
+    first module; the others are further seeds. ``one_start`` is the first module with a single start.
     """
     for noise in noises:
         names = [method.name for method in methods_of(1024)]

@@ -27,7 +27,7 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
-NEVER = 10**6  # steps
+NEVER = 10**6  # steps between two logs, because there is no logger
 POINTS = 11  # on a line between two solutions
 ARMS = {"EM": Arm(weight=1.0, stop=True), "CE": Arm(weight=0.0)}
 
