@@ -204,10 +204,12 @@ class StackedNetworks(EMModule):
 
 
 def _stacked(parameters: Any) -> Tensor:
+    """Return the parameters (arms, ...) of all learning rates as one tensor (R, ...)."""
     return torch.cat(list(parameters))
 
 
 def _compared(task: Tensor, em: Tensor, energies: Tensor) -> Tensor:
+    """Return the ratio of the norms of two losses' gradients by energies (R, N, K), and their cosine: (2, R)."""
     options: Any = {"retain_graph": True, "materialize_grads": True}
     of_task, of_em = (torch.autograd.grad(loss, energies, **options)[0].flatten(1) for loss in (task, em))
     return torch.stack([of_task.norm(dim=1) / of_em.norm(dim=1), functional.cosine_similarity(of_task, of_em)])

@@ -205,8 +205,8 @@ def compare(name: str, train: Tensor, labels: Tensor, test: Tensor, test_labels:
         rows.append({
             "data": f"{name}, {options.volume}",
             "method": key + (" (best rate)" if key in best.values() else ""),
-            "final loss": f"{ends.mean():.2f} ± {ends.std():.2f}",
-            "s to SGD's final loss": _mean([time_to(path.curve, v) for path, v in zip(found, sgd, strict=True)]),
+            "final objective": f"{ends.mean():.2f} ± {ends.std():.2f}",
+            "s to SGD's final objective": _mean([time_to(path.curve, v) for path, v in zip(found, sgd, strict=True)]),
             "s to explicit EM's": _mean([time_to(path.curve, v) for path, v in zip(found, targets, strict=True)]),
             "iterations or epochs": _mean([len(path.curve) - 1 for path in found]),
             "probe %": f"{100 * sum(scores) / len(scores):.2f}" if scores else "",

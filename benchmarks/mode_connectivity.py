@@ -1,6 +1,6 @@
 """Loss on the straight line between solutions of EM and of cross-entropy, after matching their units.
 
-`python -m benchmarks.mode_connectivity` trains both arms on the digits from several starts.
+`python -m benchmarks.mode_connectivity` trains both arms on the digits from several initial weights.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def barriers(first: list[Tensor], second: list[Tensor], x: Tensor, labels: Tenso
 
 
 def connectivity(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return barriers between EM and CE solutions of one start, and between solutions of different starts."""
+    """Return barriers between EM and CE solutions from the same and from different initial weights."""
     data = Digits().whole("train")
     x, labels = data.x.flatten(1), data.y
     networks = [trained(seed, options.epochs, options.rate) for seed in range(options.seeds + 1)]
     pairs = {
-        "EM and CE, same start": [(solution(n, 0), solution(n, 1)) for n in networks],
-        "EM and EM, other start": [
+        "EM and CE, same initial weights": [(solution(n, 0), solution(n, 1)) for n in networks],
+        "EM and EM, different initial weights": [
             (solution(a, 0), solution(b, 0)) for a, b in zip(networks, networks[1:], strict=False)
         ],
-        "CE and CE, other start": [
+        "CE and CE, different initial weights": [
             (solution(a, 1), solution(b, 1)) for a, b in zip(networks, networks[1:], strict=False)
         ],
     }

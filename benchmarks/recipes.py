@@ -32,9 +32,10 @@ class Loop:
         self.x, self.y = data.whole("train")
         self.test = data.whole("test") if validate else None
         self.x = self.x.flatten(1)
-        units = 64 if recipe == "decoder_free_sae" else 25
+        is_classifier = recipe == "volume_control"
+        units = 25 if is_classifier else 64
         self.encoder = nn.Linear(784, units)
-        self.head = None if units == 64 else nn.Sequential(nn.Linear(units, 10), nn.LayerNorm(10))
+        self.head = nn.Sequential(nn.Linear(units, 10), nn.LayerNorm(10)) if is_classifier else None
         parameters = [*self.encoder.parameters(), *(self.head.parameters() if self.head else ())]
         self.optimizer = torch.optim.Adam(parameters, fused=fused)
 
