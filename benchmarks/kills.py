@@ -187,6 +187,7 @@ def without_times(content):
 
 
 def differences(one, two):
+    """Return the names of the weights that differ between two runs, and of the results if they differ."""
     weights = [name for name in {**one[0], **two[0]} if not torch.equal(one[0][name], two[0][name])]
     return weights + (["results.json"] if one[1] != two[1] else [])
 
