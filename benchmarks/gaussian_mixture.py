@@ -52,7 +52,7 @@ def table_of(rows, features, path=None):
 
 def start_of(blocks, components, kind):
     """Return a mixture with k-means++ centers, drawn from a sample of the rows."""
-    sample = blocks.sample(2**14).points  # as many rows as the estimator samples
+    sample = blocks.sample(2**14).points  # as many rows as GaussianMixtureModule samples
     operator = EMOperator(components, sample.shape[1], covariance=kind, init="kmeans++", seed=0, residual=False)
     return operator(sample[None].double(), num_iters=0)
 
