@@ -23,7 +23,7 @@ from em_lightning.operators.base import check_sets
 # A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
 # Below this log-density, in nats, the training loss of a point grows only logarithmically, so that a few far points do
-# not dominate the gradient. For the pretrained model, 0.7 % (clouds of 64 points) or 0.05 % (of 1,024) lie below it.
+# not dominate the gradient. With the pretrained model, 0.7 % of points (clouds of 64) or 0.05 % (1,024) lie below it.
 _LOG_DENSITY_LIMIT = -6.0
 # Limits of a training batch that is cut into smaller clouds, for its time and memory.
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
@@ -47,7 +47,7 @@ class PointCloudGMM(EMModule):
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
         num_features: D.
         num_iters: T, learned iterations per cloud.
-        exact_iters: classical iterations before them; batches of clouds below 256 points get fewer, but at least 20.
+        exact_iters: classical iterations before them; if above 20, clouds below 256 points get fewer, down to 20.
         covariance, init: as in :class:`~em_lightning.EMOperator`.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
