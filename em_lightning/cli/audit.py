@@ -75,7 +75,7 @@ def _random_inputs(specifications: Sequence[str]) -> Any:
 
 
 def print_audit(options: argparse.Namespace, command: str) -> None:
-    """Audit a pass of random inputs or a training step; raise ValueError with the command if anything fails."""
+    """Audit a model on random inputs or on a batch; raise ValueError with the command if anything fails."""
     import yaml
 
     from em_lightning.scope.auditing import audit, call

@@ -128,7 +128,7 @@ def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> No
     """Draw the points at two standard deviations from the mean: an ellipse or an ellipsoid."""
     values, vectors = torch.linalg.eigh(covariance)
     axes = 2.0 * vectors * values.clamp(min=0).sqrt()
-    angle = torch.linspace(0, 2 * torch.pi, 25)
+    angle = torch.linspace(0, 2 * torch.pi, 25)  # steps of 15 degrees, as below
     circle = torch.stack([angle.cos(), angle.sin()], -1)
     if len(mean) == 2:
         ax.plot(*(mean + circle @ axes.T).T.numpy(), color=color, linewidth=1.2)
