@@ -30,7 +30,7 @@ def connection_error(error: BaseException) -> str | None:
 
 
 def leave_process_group() -> None:
-    """Destroy the process group, which Lightning leaves open: it may abort the exit (pytorch/pytorch#190489)."""
+    """Destroy the process group, which Lightning leaves open: it may abort the process (pytorch/pytorch#190489)."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
