@@ -36,7 +36,7 @@ newest:
 	$(VENV)-newest/bin/python $(PYTEST) $(FAST) $(ARGS)
 	$(VENV)-newest/bin/python $(PYTEST) $(SLOW) $(ARGS)
 
-# The lower bounds of the extra `all`, as exact versions. They warn of what became deprecated in their dependencies.
+# The lower bounds of the extra `all`, as exact versions. They give deprecation warnings about their newer dependencies.
 # docs/support.md lists what fails with them.
 OLDEST := $(VENV)-oldest/bin/python
 oldest:
@@ -54,6 +54,7 @@ portable: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
 
+# -n 0: the tests of two hosts use one port, so they run one after another.
 nightly: $(INSTALLED)
 	$(BIN)/python $(PYTEST) -n 0 -m nightly tests/test_machines.py tests/test_environments.py
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python $(PYTEST) tests/test_properties_*.py $(ARGS)
