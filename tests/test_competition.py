@@ -272,6 +272,25 @@ def test_free_energy_is_the_minimum_over_the_simplex(function, entropy):
     np.testing.assert_allclose(posterior.responsibilities, found.x, atol=1e-3)
 
 
+@pytest.mark.parametrize("function", [sparsemin, entmin])
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 100])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_deterministic_algorithms_change_nothing(function, size, dim):
+    d = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def results():
+        posterior = function(d, dim=dim)
+        return (*posterior[1:], *torch.autograd.grad(posterior.free_energy.sum(), d))
+
+    expected = results()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("function, power", [(sparsemin, 1), (entmin, 2)])
 def test_sparse_operators_are_the_root_found_by_bisection(function, power):
     for row in torch.randn(20, 9, dtype=torch.float64) * 2:
