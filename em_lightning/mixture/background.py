@@ -11,7 +11,7 @@ from torch import Tensor
 from em_lightning.mixture.e_step import BackgroundTerms
 from em_lightning.mixture.points import Points, prepare
 
-# Smallest side of a bounding box relative to its longest.
+# Smallest side of a bounding box relative to its longest, so that flat sets have a finite density.
 _MIN_SIDE_RATIO = 1e-3
 # Smallest estimated weight of the background, and of the components: EM cannot increase a weight of zero.
 _MIN_WEIGHT = 1e-5

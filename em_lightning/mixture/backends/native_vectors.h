@@ -33,11 +33,10 @@ constexpr int kLanes = kBytes / sizeof(Real);
 constexpr bool kWide = KIND == 0 && FEATURES > 6;
 constexpr int kBlockPoints = KIND != 0 ? 128 : (kWide && FEATURES <= 24 ? 512 : 256);
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
-constexpr int kBlocksPerSum = kWide ? 4 : 512 / kBlockPoints;  // blocks that are added up in Real, before they are added in double
+// Blocks that are added up in Real before they are added in double: 512 points, or more for the many sums of wide ones.
+constexpr int kBlocksPerSum = kWide ? 4 : 512 / kBlockPoints;
 constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend on the number of threads
-constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities change no sum
-// Smallest sum of exponentials over components that loses no digits, as exponentials below 2^-127 (2^-1023) become 0.
-constexpr Real kSmallestTotal = kSingle ? 0x1p-60 : 0x1p-800;
+constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities are lost in the rounding of sums
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 // 2^x on [-1/2, 1/2]. Float: the polynomial of least relative error, 8e-8. Double: Taylor's series, of error 5e-18.
@@ -66,13 +65,14 @@ inline V larger(V a, V b) {
 #endif
 }
 
-// Replaces each x <= 1 by 2^x, or 0 below the range of Real. Operations alternate between the vectors, so that the processor
-// need not wait for results.
+// Replaces each x <= 1 by 2^x, or 0 below the range of Real. Operations alternate between the vectors, so that the
+// processor need not wait for results.
 template <int kCount>
 inline void exp2(V (&x)[kCount]) {
   constexpr int digits = kSingle ? 23 : 52;
   constexpr Real bias = kSingle ? 127 : 1023;
-  constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;  // rounds x to n; the low bits of the sum are n + bias
+  // Adding it rounds x to an integer n, and the low bits of the sum are n + bias.
+  constexpr Real magic = Real(1.5) * Real(Int(1) << digits) + bias;
   constexpr Power series;
   V shifted[kCount], fraction[kCount], power[kCount];
   for (int i = 0; i < kCount; ++i) x[i] = larger(lanes(-bias), x[i]);  // for n = -bias, the scale below is 0
@@ -101,7 +101,7 @@ inline unsigned lanes_above(V x, Real bound) {
 #endif
 }
 
-// log2(x) for positive x that are not subnormal.
+// log2(x) for positive x that are not subnormal, by the series of 2 atanh(ratio) = log(x), to below round-off.
 inline V log2(V x) {
   constexpr int digits = kSingle ? 23 : 52;
   constexpr Int root = kSingle ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcdLL);  // the bits of sqrt(1/2)
