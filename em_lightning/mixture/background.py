@@ -105,5 +105,5 @@ class UniformBackground:
             counted = counted | ~counted.any(-1, keepdim=True)
             low, high = torch.where(counted, z, torch.inf), torch.where(counted, z, -torch.inf)
         sides = high.amax(-1) - low.amin(-1)
-        least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)
+        least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)  # eps for equal points
         return -torch.maximum(sides, least).log().sum(-1)

@@ -13,9 +13,6 @@ from em_lightning.mixture.backends import map_blocks, native, sum_blocks
 from em_lightning.mixture.covariance import Covariance, half_log_two_pi
 from em_lightning.mixture.points import Parameters, Points
 
-# Maps joint log-densities (B, K, N) to responsibilities (B, K, N).
-Respond = Callable[[Tensor], Tensor]
-
 
 class BackgroundTerms(NamedTuple):
     """Log-density and log-weights of the background, for one batch of sets.
@@ -88,7 +85,7 @@ def e_step(
     points: Points,
     parameters: Parameters,
     likelihood: Likelihood,
-    respond: Respond | None = None,
+    respond: Callable[[Tensor], Tensor] | None = None,
     *,
     temperature: float | Tensor = 1.0,
     with_log_likelihood: bool = False,
@@ -139,8 +136,7 @@ def e_step(
         responsibilities = responsibilities[:, : theta.shape[1]]
         if irls_weights is not None:
             responsibilities = responsibilities * irls_weights
-        # Twice as fast as the transposed product for a few components.
-        moments = (features @ responsibilities.mT).mT
+        moments = (features @ responsibilities.mT).mT  # for few components, twice as fast as the transposed product
         return mass, moments, log_likelihood, background_mass.sum(1)
 
     width = max(theta.shape[1:])

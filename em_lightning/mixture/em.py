@@ -35,8 +35,7 @@ def em_step(
         floor: added to every variance, in squared units of the points.
 
     Raises:
-        TypeError: ``x`` does not have a floating-point dtype.
-        ValueError: ``x`` does not match the mixtures, or has no rows.
+        ValueError: ``x`` does not match the mixtures, or has no rows; TypeError if it is not a floating-point tensor.
 
     Example:
         >>> x = torch.tensor([[[-1.0], [-0.9], [1.0], [1.1]]])
@@ -150,14 +149,10 @@ class StreamedEM(NamedTuple):
         """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
         if x.shape[-1] != mixture.features:
             raise ValueError(f"x has shape {tuple(x.shape)}; the mixture has {mixture.features} features")
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # sums need more than half precision
+            features, weights = self.covariance.features, None if weights is None else weights.unsqueeze(0)
             points = prepare(
-                x.unsqueeze(0),
-                self.covariance.features,
-                weights=None if weights is None else weights.unsqueeze(0),
-                frame=self.frame,
-                normalized_weights=False,
-                with_moments=False,
+                x[None], features, weights=weights, frame=self.frame, normalized_weights=False, with_moments=False
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
             statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)

@@ -48,9 +48,8 @@ def m_step(
         + s S_0}{N_k + s} + \epsilon I
 
     with the mass :math:`N_k = \sum_n r_{nk}` and IRLS weights :math:`u_{nk}`, 1 for Gaussian components. Here
-    :math:`r_{nk}` includes the weight of point n.
-
-    The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
+    :math:`r_{nk}` includes the weight of point n. The floor :math:`\epsilon` is (B,). An iterative estimate starts from
+    the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
     gaussian = zeroth is mass  # e_step returns the same tensor for both

@@ -140,7 +140,7 @@ class Mixture:
         return points, frame.enter_parameters(self.parameters())
 
     def _check_covariances(self) -> None:
-        if torch.compiler.is_compiling():  # a branch on data
+        if torch.compiler.is_compiling():  # compiled code cannot branch on data
             return
         wrong = self._covariance.indefinite(self.covariances.detach())
         if wrong.any():

@@ -61,8 +61,7 @@ class Points(NamedTuple):
     """A batch of point sets with the coordinates of their frame.
 
     x: (B, D, N), the given points in their dtype; masked rows are set to the center.
-    weights: (B, N), zero where masked; their mean over points of positive weight is 1, unless they belong to a block.
-        ``None`` if all are 1.
+    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` if all are 1.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points of positive weight.
     frame: the coordinates.
@@ -98,7 +97,7 @@ class Points(NamedTuple):
         return self.features(self.coordinates(block, sets))
 
     def floor(self, covariance_floor: float) -> Tensor:
-        """Convert a floor in squared units of the points to these coordinates (B,), at least round-off squared."""
+        """Convert a floor in squared units of the points to these coordinates (B,), at least ``eps`` squared."""
         return (covariance_floor / self.frame.scale.square()).clamp(min=self.eps**2)
 
     def unit(self) -> Tensor:

@@ -37,7 +37,7 @@ class MixturePrior(nn.Module):
 
     Args:
         weight_concentration: :math:`\alpha \ge 1`; 1 is flat.
-        mean_strength: :math:`\kappa \ge 0`, in points; 0.01 as in the source.
+        mean_strength: :math:`\kappa \ge 0`, in points; the default is that of the source.
         mean: :math:`m_0` (D,), in units of the points; the mean of each set by default.
         covariance_strength: :math:`s \ge 0`, in points.
         covariance: :math:`S_0`, diagonal: a number is a fraction of each feature's variance in the set; a sequence is
@@ -78,7 +78,7 @@ class MixturePrior(nn.Module):
         for name, count in counts.items():
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
-        self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None
+        self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None  # of S_0
         self.fraction = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
         # Python numbers instead of buffers, which are rounded when the module changes its dtype.
         self.mean = None if mean is None else _numbers(mean)

@@ -22,8 +22,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 @functools.cache
 def load(source: str, *definitions: str) -> tuple[Any, str]:
     """Return the compiled library and an empty string, or ``None`` and the error message."""
-    name = os.environ.get("CXX", "g++")
-    compiler = shutil.which(name)
+    compiler = shutil.which(name := os.environ.get("CXX", "g++"))
     if compiler is None:
         return None, f"no {name} was found on the PATH"
     try:

@@ -43,10 +43,10 @@ struct Problem {
 // places ("gathered"), unless they are over three quarters of the block, where there is little to save.
 struct Choice {
   bool gathered = false;
-  int steps = 0;                             // vectors of points to process, gathered or not
-  int count = 0, place[kSteps * kLanes];     // groups of kGrain points to gather, and where they start
+  int steps = 0;                          // vectors of points to process, gathered or not
+  int count = 0, place[kSteps * kLanes];  // number of groups of kGrain points to gather, and where they start
 
-  // Chooses among the points of so many vectors.
+  // Chooses by the responsibilities r of the points of all vectors of a block.
   void find(const V* r, int all) {
     steps = all;
     if (!kGrain) return;  // this kind of covariance skips no points; others skip kGrain points at a time

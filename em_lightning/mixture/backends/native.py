@@ -1,4 +1,4 @@
-"""C++ code for the CPU, compiled on demand and cached: EM steps of Gaussian mixtures, EM of groups, Cholesky factors.
+"""The choice of backends, and C++ code for the CPU: EM steps of Gaussian mixtures, EM of groups, Cholesky factors.
 
 All but the EM of groups are ``torch.library`` operators, which ``torch.compile`` and ``torch.export`` do not trace.
 """
@@ -40,9 +40,8 @@ class use_backend:
 
     Args:
         name: ``"auto"`` uses the native (C++) backend for large sets on a CPU if there is a compiler, ``"native"`` for
-            all sets on a CPU that it supports; ``"reference"`` uses plain torch, ``"triton"`` Triton kernels for the
-            E-step of float32 points on CUDA devices. These were tested in Triton's interpreter only; therefore
-            ``"auto"`` never uses them.
+            all that it supports; ``"reference"`` uses plain torch, ``"triton"`` Triton kernels for float32 points on
+            CUDA devices. These were tested in Triton's interpreter only; therefore ``"auto"`` never uses them.
 
     Raises:
         ValueError: the name is unknown.
@@ -109,7 +108,7 @@ def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():  # exported programs run without this package unless the backend is chosen
         return _chosen == "native" or not torch.compiler.is_exporting()
-    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)
+    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)  # neither jvp nor torch.func
 
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
@@ -350,8 +349,7 @@ def _call(name: str, sizes: list[int], inputs: list[Tensor], *like: Tensor) -> A
 
 def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
     """Return the preprocessor definitions for the compiler; only full covariances have one library per D."""
-    fixed = features if kind == "full" else 0
-    return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={fixed}"
+    return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={features if kind == 'full' else 0}"
 
 
 def _require(kind: str, features: int, dtype: torch.dtype) -> None:

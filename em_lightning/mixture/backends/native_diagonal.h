@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int kRows = 0;        // rows of stored whitened points: none, because computing them again is as fast
+constexpr int kRows = 0;        // rows of stored whitened points: none, because loading them would not be faster
 constexpr int kUnrolled = 4;    // vectors per pass of a loop; steps are a multiple of it
 constexpr int kGrain = kLanes;  // points that are skipped at a time, if their responsibilities are negligible
 constexpr bool kDiagonal = KIND == 1;

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int kRows = 0;      // rows of stored whitened points: none, because computing them again is as fast
+constexpr int kRows = 0;      // rows of stored whitened points: none, because loading them would not be faster
 constexpr int kUnrolled = 2;  // steps are a multiple of it; native.cpp takes exp2 of two vectors at a time
 constexpr int kGrain = 0;     // points that are skipped at a time; 0: none are skipped
 // Entries of T below its diagonal; 1 for D = 1, as an array must not be empty.

@@ -29,12 +29,12 @@ typedef Real V __attribute__((vector_size(kBytes)));
 typedef Int I __attribute__((vector_size(kBytes)));
 
 constexpr int kLanes = kBytes / sizeof(Real);
-// Points of a block: more for wide full covariances, whose whitening costs most.
-constexpr bool kWide = KIND == 0 && FEATURES > 6;
-constexpr int kBlockPoints = KIND != 0 ? 128 : (kWide && FEATURES <= 24 ? 512 : 256);
+// Points of a block: the fastest of 128, 256 and 512 in measurements of the E-step on one CPU, or close to it.
+constexpr int kBlockPoints = KIND == 0 ? 256 : 128;
 constexpr int kSteps = kBlockPoints / kLanes;  // vectors per feature of a block
-// Blocks that are added up in Real before they are added in double: 512 points, or more for the many sums of wide ones.
-constexpr int kBlocksPerSum = kWide ? 4 : 512 / kBlockPoints;
+// Blocks that are added up in Real before they are added in double: 512 points, or 1024 for the many sums of wide full
+// covariances (native_wide.h).
+constexpr int kBlocksPerSum = (KIND == 0 && FEATURES > 6 ? 1024 : 512) / kBlockPoints;
 constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend on the number of threads
 constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities are lost in the rounding of sums
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;

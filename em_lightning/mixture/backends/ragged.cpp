@@ -5,7 +5,7 @@
 //   M_k = sum_n r_nk + eps,  pi'_k = M_k / sum_j M_j,  mu'_k = sum_n r_nk z_n / M_k,
 //   v'_k = (sum_n r_nk |z_n - mu'_k|^2 + S) / (M_k + 1) / D + floor,
 // in coordinates z = (x - center) / scale about the mean of the set. The prior adds one point of squared distance S to
-// each component, the share K^(-2/D) of the set's total variance. The scatter about the new mean is computed as
+// each component; S is the share K^(-2/D) of the set's total variance. The scatter about the new mean is computed as
 // sum_n r_nk d_nk - M_k |mu'_k - mu_k|^2.
 
 #include <atomic>
@@ -105,7 +105,7 @@ class Fit {
   std::vector<Mixture> states;  // the start, and after each iteration
   Mixture grads;                // of one of them
   std::vector<V> centers, cell_means, slopes;
-  // All (K,). reach is the squared radius of a core, inner a sum of squared distances or another sum over points.
+  // All (K,). reach is the squared radius of a core; inner holds sums of squared distances, and is a buffer elsewhere.
   std::vector<double> mass, core_mass, reach, inner, peak, precision, constant, per_distance;
 
   int64_t set, N;

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor
 from em_lightning.mixture.covariance.diagonal import DiagonalCovariance, SphericalCovariance
 from em_lightning.mixture.covariance.full import FullCovariance, TiedCovariance, half_log_two_pi, variances_along
 from em_lightning.mixture.covariance.lowrank import LowRankCovariance
@@ -20,7 +19,6 @@ __all__ = [
     "COVARIANCES",
     "Covariance",
     "DiagonalCovariance",
-    "Factor",
     "FullCovariance",
     "LowRankCovariance",
     "SphericalCovariance",

@@ -44,9 +44,8 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
 
 def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
-    # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. On a CPU, first
-    # add D times the pivots, which is enough against round-off; on a GPU, that takes too many launches. The diagonal
-    # alone, with no entry below its pivot, is always definite.
+    # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. First add D times
+    # the pivots, which is enough against round-off but takes too many launches on a GPU; then use the diagonal alone.
     diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()
     on_cpu = matrix.device.type == "cpu"
     replacements = [matrix + size * pivots.diag_embed(), diagonal] if on_cpu else [diagonal]

@@ -91,7 +91,6 @@ class DiagonalCovariance(FullCovariance):
         return self.diagonal(covariances, means.shape[-1]).diag_embed()
 
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the axes of the coordinates (D, D) and the standard deviations (B, K, D)."""
         root = self.factorize(covariances, means).scale.expand(*means.shape)
         return identity(means.shape[-1], root), root
 

@@ -42,7 +42,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "corrections of full, tied and lowrank covariances do not support second derivatives and torch.func; "
+                "corrections of full, tied and lowrank covariances do not support second derivatives or torch.func; "
                 "use residual=False, operator.classical() or covariance='diag'"
             )
         return grad
@@ -197,7 +197,7 @@ class FullCovariance:
     # Corrections, in the frame of each component.
 
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-        """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
+        """Return axes (B, K, D, D) or (D, D), one per column, and the standard deviations (B, K, D) along them.
 
         If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbouring
         components determine the axes; otherwise round-off would.
