@@ -39,10 +39,11 @@ constexpr int64_t kRowsPerTask = 2048;  // fixed, so that results do not depend 
 constexpr Real kNegligible = kSingle ? 1e-20 : 1e-60;  // smaller responsibilities are lost in the rounding of sums
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
-// 2^x on [-1/2, 1/2]. Float: the polynomial of least relative error, 8e-8. Double: Taylor's series, of error 5e-18.
+// 2^x on [-1/2, 1/2]. Float: the polynomial of least relative error that is 1 at 0; its error, with coefficients in float,
+// is 1.1e-7. Double: Taylor's series, of error 6e-18.
 struct Power {
   static constexpr int degree = kSingle ? 5 : 13;
-  Real coefficients[14] = {1.0, 0.693146944, 0.240221202, 0.0555071309, 0.00967554096, 0.00132764713};
+  Real coefficients[14] = {1.0, 0.693146978, 0.240222421, 0.0555073374, 0.00967151265, 0.00132647276};
   constexpr Power() {
     double taylor = 1.0;  // log(2)^i / i!
     for (int i = 1; i <= degree && !kSingle; ++i) coefficients[i] = Real(taylor *= kLn2 / i);
