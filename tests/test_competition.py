@@ -24,7 +24,6 @@ from em_lightning.competition import (
     background,
     balanced,
     entmin,
-    entropic,
     grouped,
     hardmin,
     none_of_the_above,
@@ -268,7 +267,7 @@ def test_free_energy_is_the_minimum_over_the_simplex(function, entropy):
 @pytest.mark.parametrize("function", [sparsemin, entmin])
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 100])
 @pytest.mark.parametrize("dim", [0, -1])
-def test_cumulative_sums_of_deterministic_algorithms_on_gpus(function, size, dim, monkeypatch):
+def test_deterministic_algorithms_change_nothing(function, size, dim):
     d = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def results():
@@ -276,10 +275,12 @@ def test_cumulative_sums_of_deterministic_algorithms_on_gpus(function, size, dim
         return (*posterior[1:], *torch.autograd.grad(posterior.free_energy.sum(), d))
 
     expected = results()
-    doubled = entropic._doubled_sums
-    monkeypatch.setattr(entropic, "_cumulative_sum", lambda z, dim: doubled(z.movedim(dim, -1)).movedim(-1, dim))
-    for found, value in zip(results(), expected, strict=True):
-        torch.testing.assert_close(found, value)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("function, power", [(sparsemin, 1), (entmin, 2)])

@@ -56,18 +56,15 @@ def _ranked(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _cumulative_sum(z: Tensor, dim: int) -> Tensor:
     """Return the sums of the first 1 to K elements along ``dim``."""
-    if not (z.is_cuda and torch.are_deterministic_algorithms_enabled()):
+    if not torch.are_deterministic_algorithms_enabled():
         return z.cumsum(dim)
-    return _doubled_sums(z.movedim(dim, -1)).movedim(-1, dim)  # PyTorch refuses cumsum there
-
-
-def _doubled_sums(z: Tensor) -> Tensor:
-    """Return the cumulative sum along the last axis, from sums of 2, 4, 8, ... elements."""
-    size = 1
+    z, size = z.movedim(dim, -1), 1  # PyTorch refuses cumsum on GPUs
     while size < z.shape[-1]:
-        z = z + torch.nn.functional.pad(z[..., :-size], (size, 0))
-        size *= 2
-    return z
+        z, size = (
+            z + torch.nn.functional.pad(z[..., :-size], (size, 0)),
+            2 * size,
+        )  # sums of 2, 4, 8, ... elements
+    return z.movedim(-1, dim)
 
 
 def _support(z: Tensor, ranked: Tensor, threshold: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
