@@ -58,12 +58,10 @@ def _cumulative_sum(z: Tensor, dim: int) -> Tensor:
     """Return the sums of the first 1 to K elements along ``dim``."""
     if not torch.are_deterministic_algorithms_enabled():
         return z.cumsum(dim)
-    z, size = z.movedim(dim, -1), 1  # PyTorch refuses cumsum on GPUs
+    z, size = z.movedim(dim, -1), 1  # PyTorch refuses cumsum on GPUs; sums of 2, 4, 8, ... elements instead
     while size < z.shape[-1]:
-        z, size = (
-            z + torch.nn.functional.pad(z[..., :-size], (size, 0)),
-            2 * size,
-        )  # sums of 2, 4, 8, ... elements
+        z = z + torch.nn.functional.pad(z[..., :-size], (size, 0))
+        size *= 2
     return z.movedim(-1, dim)
 
 
