@@ -190,7 +190,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     SIGINT, SIGTERM and SIGUSR1 take effect after the current training batch, on all ranks at once: the checkpoint is
     written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. The same signal again ends
-    it at once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: see ``ModelCheckpoint``.
+    it at once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: ``ModelCheckpoint``'s.
     """
 
     _received = 0  # number of a signal, 0 for none

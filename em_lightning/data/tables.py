@@ -19,7 +19,7 @@ from torch import Tensor
 from em_lightning.checks import check_at_least
 from em_lightning.data.base import RankLoader, SplitDataModule
 
-# Scattered rows read per memory map. Each loads a page, usually of 4 KiB, which counts as memory until the map is closed.
+# Scattered rows per memory map. Each loads a page, usually of 4 KiB, which counts as memory until the map is closed.
 _ROWS_PER_MAP = 4096  # 16 MiB
 
 
