@@ -57,7 +57,7 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or altered, or contains other classes or no dictionary.
+        ValueError: the file is truncated or altered, contains other classes, or holds no dictionary.
     """
     check_archive(path)
     try:
@@ -146,7 +146,7 @@ class RankAgreement(lightning.Callback):
             if hasattr(callback, "parser") and hasattr(callback, "config"):  # the SaveConfigCallback of a LightningCLI
                 config = callback.parser.dump(callback.config, format="json", skip_none=False)
                 facts |= _leaves(json.loads(config), "argument")
-            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):
+            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):  # they act in a fit
                 for name, value in vars(callback).items():
                     if isinstance(value, (bool, int, float, str, dict)) and not name.startswith("_"):
                         facts |= _leaves(value, f"{type(callback).__name__}.{name}")
@@ -166,7 +166,7 @@ class RankAgreement(lightning.Callback):
         loader = trainer.train_dataloader
         facts: dict[str, Any] = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
         if is_distributed() and hasattr(loader, "table"):  # a loader of em_lightning.data
-            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]
+            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]  # few, so fast
         elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
             facts["number of items"] = len(loader.dataset)
         check_agreement(facts)

@@ -140,7 +140,7 @@ class GaussianMixture(reference.GaussianMixture):
     def _check(self, mixture: Mixture) -> None:
         """Raise ValueError if a covariance is singular up to round-off, in any units of the columns."""
         variance, covariances = mixture.variance[0], mixture.full().covariances[0]
-        if self.reg_covar > 1e-30 * variance.max():  # relative deviations of 1e-15, the precision of float64
+        if self.reg_covar > 1e-30 * variance.max():  # relative standard deviations of 1e-15, the precision of float64
             return
         correlations = covariances / (variance.unsqueeze(-1) * variance).sqrt().clamp(min=1e-300)  # avoids 0 / 0
         if variance.min() <= 0 or torch.linalg.eigvalsh(correlations).min() < 1e-14:  # their round-off

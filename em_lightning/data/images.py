@@ -34,7 +34,7 @@ class TensorBatches(RankLoader):
     Each global batch is split among the ranks, so all ranks have the same number of batches.
 
     Args:
-        tensors: tensors of equal length N along their first axis. uint8 is converted to float32 in [0, 1].
+        tensors: tensors of equal length N. Without ``draw``, uint8 is converted to float32 in [0, 1].
         batch_size: items per batch and rank; the last batch may have fewer.
         shuffle, num_replicas, rank, seed: as in :class:`torch.utils.data.DistributedSampler`.
         draw: a function ``draw(tensors, epoch, rank, number)`` that returns a batch, given its tensors, the epoch (0
@@ -150,7 +150,7 @@ class TensorDataModule(SplitDataModule):
         self.splits = {"train": train, "val": val, "test": test}
 
     def whole(self, split: str) -> Tensors:
-        """Return all items of a split, as floats."""
+        """Return all items of a split in one batch, as the loader returns them."""
         self.setup()
         part = self.splits[split]
         return Tensors(*next(iter(TensorBatches(list(part), len(part.y), shuffle=False))))
@@ -160,7 +160,7 @@ class TensorDataModule(SplitDataModule):
         return self.batches(list(self.splits[split]), split == "train")
 
     def batches(self, tensors: list[Tensor], train: bool, draw: Callable[..., Any] | None = None) -> TensorBatches:
-        """Return a loader of these tensors: shuffled batches for training, larger ones in order for evaluation."""
+        """Return a loader of these tensors: shuffled for training, else in order with ``eval_batch_size``."""
         batch_size = self.batch_size if train else self.eval_batch_size
         return TensorBatches(tensors, batch_size, train, *self.ranks, self.seed, draw)
 

@@ -91,7 +91,7 @@ class AmortizedClustering(EMModule):
                 "learnable": True,
             },
         )
-        # log c and log s of the background. A component ten times as wide as the others initially covers a set.
+        # log c and log s of the background, which is initially ten times as wide as a component, to cover a set.
         self.log_count = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))
 

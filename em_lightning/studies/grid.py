@@ -209,11 +209,9 @@ def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str)
     for cell in cells:
         values[cell.row].append(json.loads(cell.result.read_text(encoding="utf-8"))["values"])
     rows, explained = _unpublished_rows(table, values) if table.columns else _published_rows(table, values)
-    origin = f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds."
+    note = f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds."
     folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
-    write_results(
-        folder, table.title, [origin, *table.notes, explained], rows, seeds=seeds, values=values, cells=folders
-    )
+    write_results(folder, table.title, [note, *table.notes, explained], rows, seeds=seeds, values=values, cells=folders)
 
 
 def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
