@@ -19,8 +19,8 @@ from torch import Tensor
 from em_lightning.checks import check_at_least
 from em_lightning.data.base import RankLoader, SplitDataModule
 
-# Scattered rows per memory map. Each loads a page, usually of 4 KiB, which counts as memory until the map is closed.
-_ROWS_PER_MAP = 4096  # 16 MiB
+# Scattered rows per memory map. Linux maps 64 KiB around each, which count as memory until the map is closed.
+_ROWS_PER_MAP = 4096  # 256 MiB
 
 
 class TableBatch(NamedTuple):
