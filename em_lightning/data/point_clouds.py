@@ -181,7 +181,7 @@ class PointCloudDataModule(SplitDataModule):
     function of (seed, split, epoch, index). Subclasses define :meth:`shapes` and ``source``.
 
     Args:
-        num_points: points per cloud to fit; the same number is held out.
+        num_points: points per cloud to fit; as many are held out. Smaller sets of points are divided into halves.
         batch_size: clouds per batch and rank.
         num_workers: number of processes that draw clouds; 0 draws them in the main process.
         noise: standard deviation of Gaussian jitter, relative to the radius of the shape. With a pair it is drawn
