@@ -71,7 +71,7 @@ class GaussianMixture(reference.GaussianMixture):
             del self.converged_  # type: ignore[has-type]
             again = False
         if again:  # include attributes that were set by hand
-            self._adopt(self._mixture(), lambda part: to_library(part.numpy().astype(X.dtype)))
+            self._set_attributes(self._mixture(), lambda part: to_library(part.numpy().astype(X.dtype)))
         if len(X) <= _SMALL and X.dtype == np.float64 and counts is None:
             super().fit_predict(original)
             return self._remember()
@@ -87,7 +87,7 @@ class GaussianMixture(reference.GaussianMixture):
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        self._adopt(best.mixture, lambda part: to_library(part.numpy().astype(X.dtype)))
+        self._set_attributes(best.mixture, lambda part: to_library(part.numpy().astype(X.dtype)))
         self.converged_, self.n_iter_ = best.converged, len(best.log_likelihoods)
         self.lower_bounds_ = best.log_likelihoods
         self.lower_bound_ = best.log_likelihoods[-1] if best.log_likelihoods else -np.inf
@@ -163,8 +163,7 @@ class GaussianMixture(reference.GaussianMixture):
         options: dict[str, Any] = {"max_iters": self.max_iter, "tol": self.tol, "floor": self.reg_covar}
         return fit_blocks(lambda: _blocks(X, counts), start, previous=before, report=report, **options)
 
-    def _adopt(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
-        """Set the fitted attributes, with each tensor converted."""
+    def _set_attributes(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
         covariance = COVARIANCES[self.covariance_type]
         weights = mixture.weights[0]
         self.weights_, self.means_ = convert(weights / weights.sum()), convert(mixture.means[0])
@@ -194,8 +193,7 @@ class GaussianMixture(reference.GaussianMixture):
     def _mixture(self) -> Mixture:
         """Return the mixture given by the fitted attributes."""
         check_is_fitted(self)
-        change = self._changed(np.shape(self.means_)[-1])
-        if change:
+        if change := self._changed(np.shape(self.means_)[-1]):
             raise ValueError(f"the fitted mixture does not have the parameters of the estimator; call fit: {change}")
         return self._of_arrays(self.weights_, self.means_, self.covariances_)
 

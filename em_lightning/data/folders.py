@@ -138,8 +138,7 @@ class PointCloudFolder(PointCloudDataModule):
         if held_out:
             for split, part in files.items():
                 files[split] = [name for name in part if (_class_of(name) in held_out) == (split == "test")]
-        empty = [split for split in SPLITS if not files[split]]
-        if empty:
+        if empty := [split for split in SPLITS if not files[split]]:
             rule = f"with held_out_classes={self.held_out_classes}; add folders of these names"
             raise ValueError(f"root={self.root!r} has no files for {empty} {rule}")
         return files
