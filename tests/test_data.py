@@ -515,7 +515,7 @@ def test_the_command_line_knows_every_argument(cls):
     text = parser.format_help()
     for argument in ("num_points", "batch_size", "num_workers", "seed", "noise", "rotate"):
         assert f"--data.{argument}" in text
-    assert "points per cloud to fit; the same number is held out" in text
+    assert "points per cloud to fit; as many are held out" in text
 
 
 def test_sampler_uses_an_epoch_that_is_set_after_iter():
