@@ -24,6 +24,7 @@ from em_lightning.competition import (
     background,
     balanced,
     entmin,
+    entropic,
     grouped,
     hardmin,
     none_of_the_above,
@@ -262,6 +263,23 @@ def test_free_energy_is_the_minimum_over_the_simplex(function, entropy):
     )
     np.testing.assert_allclose(posterior.free_energy, found.fun, atol=1e-8)
     np.testing.assert_allclose(posterior.responsibilities, found.x, atol=1e-3)
+
+
+@pytest.mark.parametrize("function", [sparsemin, entmin])
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 100])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_cumulative_sums_of_deterministic_algorithms_on_gpus(function, size, dim, monkeypatch):
+    d = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def results():
+        posterior = function(d, dim=dim)
+        return (*posterior[1:], *torch.autograd.grad(posterior.free_energy.sum(), d))
+
+    expected = results()
+    doubled = entropic._doubled_sums
+    monkeypatch.setattr(entropic, "_cumulative_sum", lambda z, dim: doubled(z.movedim(dim, -1)).movedim(-1, dim))
+    for found, value in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, value)
 
 
 @pytest.mark.parametrize("function, power", [(sparsemin, 1), (entmin, 2)])
