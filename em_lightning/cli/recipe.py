@@ -90,15 +90,11 @@ class Recipe:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        _quieten()
+        for words in _WARNINGS:
+            warnings.filterwarnings("ignore", words)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         return RecipeCLI(self, args)
-
-
-def _quieten() -> None:
-    for words in _WARNINGS:
-        warnings.filterwarnings("ignore", words)
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

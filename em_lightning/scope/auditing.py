@@ -95,7 +95,8 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
 
 def _run(model: Any, batch: Any) -> None:
     if hasattr(model, "training_step"):
-        vars(model).update(log=_nothing, log_dict=_nothing)
+        acting_outside = ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+        vars(model).update(dict.fromkeys(acting_outside, lambda *_, **__: None))
         if not getattr(model, "automatic_optimization", True):
             _optimize_the_copy(model)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
@@ -127,7 +128,6 @@ def _optimize_the_copy(model: Any) -> None:
     for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
         found = _found(made, kind)
         vars(model)[name] = lambda *_, found=found, **__: found[0] if len(found) == 1 else found
-    vars(model).update(dict.fromkeys(["toggle_optimizer", "untoggle_optimizer", "clip_gradients"], _nothing))
     vars(model)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
 
 
@@ -137,10 +137,6 @@ def _found(made: Any, kind: type) -> list[Any]:
         return [made]
     parts = made.values() if isinstance(made, Mapping) else made if isinstance(made, (list, tuple)) else ()
     return [one for part in parts for one in _found(part, kind)]
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Do nothing, in place of a method that would act outside of the model."""
 
 
 @contextlib.contextmanager
