@@ -59,8 +59,8 @@ class PosteriorMonitor(Callback):
     In training it also logs ``curvature_mean`` and ``curvature_max``, see :func:`em_lightning.scope.curvature`, at
     T = 1 for at most 64 items of this rank's batch. With ``loss`` it logs, for the global batch, the ``dominance``
     :math:`\|\partial L_\text{task} / \partial d\| / \|\partial L_\text{EM} / \partial d\|` and the ``cosine`` of the
-    two gradients. The task's loss is the result of ``training_step``, or in manual optimization the loss of the
-    first ``manual_backward`` that depends on the layer. It does not include the losses of :class:`LayerwiseEMLoss`.
+    two gradients, the EM loss with weight 1. The task's loss is the result of ``training_step`` or the loss of the
+    first ``manual_backward`` that depends on the layer, without the losses of :class:`LayerwiseEMLoss`.
     With ``task_curvature`` it logs N times the spectral norm of the Hessian of the task's loss with respect to the d of
     this rank's N items, by power iteration: for a loss that is a mean over items, the largest norm of an item.
 

@@ -41,7 +41,8 @@ class PointCloudGMM(EMModule):
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
     training, the learned iterations are those of classical EM under ``prior``.
 
-    Clouds whose radius is far from 1 are scaled for the fit. ``torch.manual_seed`` makes the random starts repeatable.
+    Clouds whose largest coordinate range is at most .25 or above 16 are scaled for the fit, by a power of two, to a
+    range of 1 to 2. ``torch.manual_seed`` makes the random starts repeatable.
 
     Args:
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.

@@ -19,9 +19,6 @@ from em_lightning.operators import gradients
 class SetOperator(nn.Module):
     """A layer that fits one mixture to each point set by T iterations.
 
-    A subclass defines the preparation of sets, the start, one iteration, the objective, and the conversion of mixtures.
-    The state of the loop is a :class:`~em_lightning.mixture.Parameters`.
-
     Args:
         num_components: K.
         num_features: D.
@@ -159,8 +156,11 @@ def build(argument: str, cls: type[Any], value: Any) -> Any:
 
 def check_sets(x: Tensor, mask: Tensor | None, weights: Tensor | None, num_features: int) -> Tensor:
     """Check points (B, N, D), mask and weights (B, N); return the points in at least float32."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    for name, value in (("x", x), ("mask", mask), ("weights", weights)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value)}; convert NumPy arrays with torch.from_numpy")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     if x.ndim != 3 or x.shape[-1] != num_features or x.shape[1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, N, {num_features}) with N >= 1")
     for name, value in (("mask", mask), ("weights", weights)):
