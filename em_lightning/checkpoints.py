@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically and when a run ends, and checks before a run is started or resumed."""
+"""Runs that can be resumed: atomic checkpoints, agreement and connection of the ranks, and the end after signals."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import threading
+import traceback
 import zipfile
 from collections.abc import Mapping
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,6 +25,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
@@ -31,6 +35,12 @@ from em_lightning.files import remove_abandoned, write_whole
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
 _PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ
+_CAUSES = (
+    "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
+    "NODE_RANK of another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
+    "interface, such as eth0, if a host's name means 127.0.1.1 on it, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 if "
+    "torchrun has restarted the ranks. The same command with ckpt_path=last resumes the run"
+)
 
 
 def check_archive(path: str | PathLike[str]) -> None:
@@ -157,8 +167,12 @@ class RankAgreement(lightning.Callback):
         super().on_fit_start(trainer, pl_module)
         path = Path(trainer.ckpt_path or "none")
         if is_distributed():
-            found = f"{path.name} with hash {_hash(path.read_bytes())}" if path.is_file() else str(path)
-            check_agreement({"checkpoint to resume from": found})
+            found, source = str(path), "the checkpoint"
+            if path.is_file():
+                found = f"{path.name} with hash {_hash(path.read_bytes())}"
+                source = f"{path} from host {socket.gethostname()} (rank 0)"
+            remedy = f"Copy {source} to the same place on all hosts, or use a shared folder"
+            check_agreement({"checkpoint to resume from": found}, remedy)
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -170,6 +184,77 @@ class RankAgreement(lightning.Callback):
         elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
             facts["number of items"] = len(loader.dataset)
         check_agreement(facts)
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Append to an error of the communication its host, its run and how to resume."""
+        super().on_exception(trainer, pl_module, exception)
+        message = connection_error(exception, getattr(self, "dirpath", ""))
+        if message is not None:
+            exception.args = (f"{exception}\n{message}",)
+
+
+class WatchedDDPStrategy(DDPStrategy):
+    """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
+
+    gloo itself waits silently for five times ``timeout`` if another rank ended while it connected, or published an
+    address that its own machine only can reach.
+
+    Args:
+        timeout: of each communication between ranks; they must be connected after twice this time.
+        options: further arguments of ``DDPStrategy``.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
+        super().__init__(timeout=timeout, **options)
+        self.limit = 2 * timeout.total_seconds()
+
+    @override
+    def setup_distributed(self) -> None:
+        assert self.cluster_environment is not None
+        at = f"{self.cluster_environment.main_address}:{self.cluster_environment.main_port}"
+        me = f"host {socket.gethostname()}, rank {self.node_rank * self.num_processes + self.local_rank}"
+        if self.num_nodes > 1 and self.local_rank == 0:
+            size = self.num_nodes * self.num_processes
+            line = f"{me}: connecting {size} ranks through {at}, for at most {self.limit:g} seconds{_warning()}"
+            print(line, file=sys.stderr, flush=True)
+        late = f"{me}: the ranks met at {at}, but another did not connect to this one in {self.limit:g} seconds"
+        watch = threading.Timer(self.limit, _end, [f"em-lightning: {late}. {_CAUSES}"])
+        watch.daemon = True
+        watch.start()
+        try:
+            super().setup_distributed()
+        finally:
+            watch.cancel()
+
+
+def _end(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+    os._exit(2)  # no exception can end the call of gloo in the main thread
+
+
+def _warning() -> str:
+    """Return a warning if the other hosts cannot reach the address that PyTorch chooses for this one."""
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:  # PyTorch then uses the loopback interface
+        address = "127.0.0.1"
+    if not address.startswith("127.") or {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & os.environ.keys():
+        return ""
+    remedy = "set GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME) to the network interface, such as eth0"
+    return f". WARNING: the name of this host means {address}, where others cannot reach it: {remedy}"
+
+
+def connection_error(error: BaseException, folder: object = "") -> str | None:
+    """Return a message for an error of the communication between ranks, or None for any other error."""
+    words, frames = str(error), traceback.extract_tb(error.__traceback__)
+    in_collective = "/torch/distributed/" in Path(frames[-1].filename).as_posix()
+    if not (in_collective or isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
+        return None
+    reason = " ".join(words.split("\n")[0].split())[:300]
+    rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
+    run = f" in {folder}" if folder else ""
+    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{run}"
 
 
 def _hash(content: Any) -> str:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
 from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.ranks import leave_process_group
 from em_lightning.cli.recipes import (
     config_of,
     copy,
@@ -106,8 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"em-lightning: {message}", file=sys.stderr)
         return 2
     finally:
-        if parsed.command == "run":
-            leave_process_group()
+        dist = sys.modules.get("torch.distributed")
+        if parsed.command == "run" and dist is not None and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # Lightning leaves it open: it may abort the process (pytorch/pytorch#190489)
     return 0
 
 

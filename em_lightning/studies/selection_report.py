@@ -69,7 +69,8 @@ class SelectionReport(Report):
             f"Data: {data.describe()}. {module.covariance} covariance, floor {module.covariance_floor:g}, tol "
             f"{module.tol:g} nats per row; seed {module.seed}. Likelihoods are in nats per row, BIC and AIC of the "
             f"fitted rows, lower is better. EM starts by {module.hparams['init']} in {module.sample_size:,} rows, "
-            f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer.",
+            f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer, "
+            "without the epochs during which it was interrupted.",
         ]
         bic = {row["K"]: row["BIC"] for row in sorted([rows[0], *others], key=lambda row: row["K"])}
         figures = {"components": _picture(mixture, data)}
