@@ -212,25 +212,24 @@ class WatchedDDPStrategy(DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         assert self.cluster_environment is not None
-        at = f"{self.cluster_environment.main_address}:{self.cluster_environment.main_port}"
+        address = f"{self.cluster_environment.main_address}:{self.cluster_environment.main_port}"
         me = f"host {socket.gethostname()}, rank {self.node_rank * self.num_processes + self.local_rank}"
         if self.num_nodes > 1 and self.local_rank == 0:
-            size = self.num_nodes * self.num_processes
-            line = f"{me}: connecting {size} ranks through {at}, for at most {self.limit:g} seconds{_warning()}"
-            print(line, file=sys.stderr, flush=True)
-        late = f"{me}: the ranks met at {at}, but another did not connect to this one in {self.limit:g} seconds"
-        watch = threading.Timer(self.limit, _end, [f"em-lightning: {late}. {_CAUSES}"])
+            line = f"{me}: connecting {self.num_nodes} hosts through {address}, for at most {self.limit:g} seconds"
+            print(f"{line}{_warning()}", file=sys.stderr, flush=True)
+
+        def end() -> None:
+            late = f"{me}: not all ranks connected to this one, after {self.limit:g} seconds at {address}. {_CAUSES}"
+            print(f"em-lightning: {late}", file=sys.stderr, flush=True)
+            os._exit(2)  # no exception can end the call of gloo in the main thread
+
+        watch = threading.Timer(self.limit, end)
         watch.daemon = True
         watch.start()
         try:
             super().setup_distributed()
         finally:
             watch.cancel()
-
-
-def _end(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-    os._exit(2)  # no exception can end the call of gloo in the main thread
 
 
 def _warning() -> str:
@@ -253,8 +252,7 @@ def connection_error(error: BaseException, folder: object = "") -> str | None:
         return None
     reason = " ".join(words.split("\n")[0].split())[:300]
     rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
-    run = f" in {folder}" if folder else ""
-    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{run}"
+    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{folder and f' in {folder}'}"
 
 
 def _hash(content: Any) -> str:
@@ -333,12 +331,9 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     def _end_after_signal(self, trainer: Any) -> None:
         """If a rank has received a signal, save and raise the exception that ends the run, or let Lightning requeue."""
-        number = self._received
-        if trainer.world_size > 1 and dist.is_initialized():
-            received = torch.tensor(number, device=trainer.strategy.root_device)
-            dist.all_reduce(received, dist.ReduceOp.MAX)
-            number = int(received)
-        if not number:  # a signal that arrived during ``all_reduce`` takes effect after the next batch
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(received, reduce_op="max"))
+        if not number:  # a signal that arrived during ``reduce`` takes effect after the next batch
             return
         self._received = 0
         self._save_last(trainer)

@@ -11,37 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
-from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.recipes import (
-    config_of,
-    copy,
-    docstring,
-    find_recipe,
-    load_recipe,
-    print_recipes,
-    recipes,
-    variants_of,
-)
+from em_lightning.cli.audit import print_audit
+from em_lightning.cli.recipes import copy, print_recipes
 from em_lightning.cli.run import run
 from em_lightning.extras import ExtraChecker
 
 if TYPE_CHECKING:
     from em_lightning.cli.recipe import Recipe
 
-__all__ = [
-    "Recipe",
-    "config_of",
-    "copy",
-    "docstring",
-    "find_recipe",
-    "load_model",
-    "load_recipe",
-    "main",
-    "recipes",
-    "run",
-    "variants_of",
-]
-
+__all__ = ["Recipe", "main"]
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -96,11 +96,8 @@ def _quieten() -> None:
     for words in _WARNINGS:
         warnings.filterwarnings("ignore", words)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return not any(word in record.getMessage() for word in _ADVERTISED)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
 
 
 class RecipeCLI(LightningCLI):
