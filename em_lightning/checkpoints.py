@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from os import PathLike
@@ -29,12 +30,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from em_lightning.distributed import check_agreement, is_distributed
+from em_lightning.distributed import is_distributed
 from em_lightning.files import remove_abandoned, write_whole
 
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
 _PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ
+_REMEDY = "Give all hosts the same command, package versions, data and checkpoint, for instance in a shared folder"
 _CAUSES = (
     "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
     "NODE_RANK of another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
@@ -131,6 +133,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
+def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
+    """Raise an error on every rank unless all ranks pass equal facts; must be called on all ranks.
+
+    ``facts`` maps names to values. Values that JSON cannot represent are compared by their class. The message ends with
+    the ``remedy`` of rank 0.
+
+    Raises:
+        ValueError: a fact differs; the message has its name, its values, and the hosts and ranks that differ.
+    """
+    if not is_distributed():
+        return
+    values = {name: json.dumps(facts[name], sort_keys=True, default=lambda x: type(x).__name__) for name in facts}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (socket.gethostname(), values, remedy))
+    for name in dict.fromkeys(name for _, facts, _ in ranks for name in facts):
+        found = [facts.get(name, "missing") for _, facts, _ in ranks]
+        common = Counter(found).most_common(1)[0][0]  # that of rank 0 in a tie
+        hosts = [f"on host {host} (rank {rank})" for rank, (host, _, _) in enumerate(ranks)]
+        others = [f"{value} {host}" for value, host in zip(found, hosts, strict=True) if value != common]
+        if others:
+            raise ValueError(
+                f"the ranks must have the same {name}: it is {'; '.join(others[:4])}, but {common} "
+                f"{hosts[found.index(common)]}. {ranks[0][2]}"
+            )
+
+
 class RankAgreement(lightning.Callback):
     """Checks before training that all ranks have the same versions, arguments, checkpoint, batches and rows.
 
@@ -167,10 +195,8 @@ class RankAgreement(lightning.Callback):
         super().on_fit_start(trainer, pl_module)
         path = Path(trainer.ckpt_path or "none")
         if is_distributed():
-            found, source = str(path), "the checkpoint"
-            if path.is_file():
-                found = f"{path.name} with hash {_hash(path.read_bytes())}"
-                source = f"{path} from host {socket.gethostname()} (rank 0)"
+            found = f"{path.name} with hash {_hash(path.read_bytes())}" if path.is_file() else str(path)
+            source = f"{path} from host {socket.gethostname()} (rank 0)" if path.is_file() else "the checkpoint"
             remedy = f"Copy {source} to the same place on all hosts, or use a shared folder"
             check_agreement({"checkpoint to resume from": found}, remedy)
 
@@ -189,8 +215,7 @@ class RankAgreement(lightning.Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Append to an error of the communication its host, its run and how to resume."""
         super().on_exception(trainer, pl_module, exception)
-        message = connection_error(exception, getattr(self, "dirpath", ""))
-        if message is not None:
+        if message := connection_error(exception, getattr(self, "dirpath", "")):
             exception.args = (f"{exception}\n{message}",)
 
 

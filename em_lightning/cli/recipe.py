@@ -79,25 +79,20 @@ class Recipe:
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
         except RuntimeError as error:
-            message = connection_error(error)
-            if message is None:
-                raise
-            raise ConnectionError(message) from error
+            if message := connection_error(error):
+                raise ConnectionError(message) from error
+            raise
 
     def prepare(self, args: Sequence[str]) -> RecipeCLI:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        _quieten()
+        for words in _WARNINGS:
+            warnings.filterwarnings("ignore", words)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+        logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        logger.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
         return RecipeCLI(self, args)
-
-
-def _quieten() -> None:
-    for words in _WARNINGS:
-        warnings.filterwarnings("ignore", words)
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
 
 
 class RecipeCLI(LightningCLI):
