@@ -172,8 +172,8 @@ class RankAgreement(lightning.Callback):
             return
         data = trainer.datamodule
         facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
-        sources = sorted(Path(__file__).parent.rglob("*.py"))
-        facts["source of em_lightning"] = _hash(b"".join(path.read_bytes() for path in sources))
+        sources = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+        facts["source of em_lightning"] = _hash(b"".join(sources))
         facts |= {"seed": os.environ.get("PL_GLOBAL_SEED"), "class of the model": type(pl_module).__name__}
         facts |= _leaves(dict(pl_module.hparams), "model")
         for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
@@ -236,16 +236,14 @@ class WatchedDDPStrategy(DDPStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        assert self.cluster_environment is not None
-        address = f"{self.cluster_environment.main_address}:{self.cluster_environment.main_port}"
+        environment: Any = self.cluster_environment
+        rule = f"through {environment.main_address}:{environment.main_port} within {self.limit:g} seconds"
         me = f"host {socket.gethostname()}, rank {self.node_rank * self.num_processes + self.local_rank}"
         if self.num_nodes > 1 and self.local_rank == 0:
-            line = f"{me}: connecting {self.num_nodes} hosts through {address}, for at most {self.limit:g} seconds"
-            print(f"{line}{_warning()}", file=sys.stderr, flush=True)
+            print(f"{me}: connecting {self.num_nodes} hosts {rule}{_warning()}", file=sys.stderr, flush=True)
 
         def end() -> None:
-            late = f"{me}: not all ranks connected to this one, after {self.limit:g} seconds at {address}. {_CAUSES}"
-            print(f"em-lightning: {late}", file=sys.stderr, flush=True)
+            print(f"em-lightning: {me}: another rank did not connect {rule}. {_CAUSES}", file=sys.stderr, flush=True)
             os._exit(2)  # no exception can end the call of gloo in the main thread
 
         watch = threading.Timer(self.limit, end)
@@ -356,9 +354,12 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     def _end_after_signal(self, trainer: Any) -> None:
         """If a rank has received a signal, save and raise the exception that ends the run, or let Lightning requeue."""
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(received, reduce_op="max"))
-        if not number:  # a signal that arrived during ``reduce`` takes effect after the next batch
+        number = self._received
+        if is_distributed():
+            received = torch.tensor(number, device=trainer.strategy.root_device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            number = int(received)
+        if not number:  # a signal that arrived during ``all_reduce`` takes effect after the next batch
             return
         self._received = 0
         self._save_last(trainer)
