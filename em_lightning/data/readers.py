@@ -66,7 +66,8 @@ def has_points(path: Path) -> bool:
         return True
     with path.open("rb") as file:
         # UTF-16 has zero bytes.
-        return any(_THREE_NUMBERS.match(line.replace(b"\0", b"").removeprefix(_BYTE_ORDER_MARK)) for line in file)
+        lines = (line.replace(b"\0", b"") for text in file for line in text.split(b"\r"))
+        return any(_THREE_NUMBERS.match(line.removeprefix(_BYTE_ORDER_MARK)) for line in lines)
 
 
 def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tuple[Points, Faces | None]:
@@ -139,9 +140,9 @@ def _parse_pcd(data: bytes) -> Points:
 
 
 def _lines(data: bytes) -> list[str]:
-    """Return the lines of a text without comments and empty lines; only newline characters end a line."""
+    """Return the lines of a text without comments and empty lines; newlines and carriage returns end a line."""
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1", "replace")
-    return [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
+    return [line for line in (line.partition("#")[0].strip() for line in re.split("[\r\n]", text)) if line]
 
 
 def _parse_text(data: bytes) -> Points:

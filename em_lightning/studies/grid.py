@@ -90,7 +90,8 @@ def run_table(
         arguments: arguments of the recipe, for all rows.
         configs: contents of the config files that ``arguments`` name, for the hash.
         command: the command that makes the table, for its first note.
-        jobs: number of parallel processes; ``None`` takes the number of cores.
+        jobs: number of parallel processes; ``None`` takes the number of GPUs if the recipe trains on GPUs, each process
+            with one of its own, and otherwise the number of cores.
 
     Raises:
         ValueError: an entry of the table is unknown, a cell failed, or the user interrupted the run.
@@ -143,10 +144,13 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
 
     if not cells:
         return
-    cores = os.cpu_count() or 1
-    jobs = min(jobs or cores, len(cells))
-    threads = max(cores // jobs, 1)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (threads,)) as pool:
+    cores, gpus = os.cpu_count() or 1, _gpus_of(load, cells[0])
+    jobs = min(jobs or len(gpus) or cores, len(cells))
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()  # each process takes the name of its GPU, or an empty one
+    for number in range(jobs):
+        queue.put(gpus[number % len(gpus)] if gpus else "")
+    with ProcessPoolExecutor(jobs, spawn, _start_worker, (max(cores // jobs, 1), queue)) as pool:
         runs = [pool.submit(run_cell, load, cell) for cell in cells]
         try:
             for future in track(runs, f"runs, {jobs} at a time"):
@@ -161,8 +165,18 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(threads: int) -> None:
-    """Set the number of threads, and exit when the parent process has ended for any reason."""
+def _gpus_of(load: Callable[[], Any], cell: Cell) -> list[str]:
+    """Return the names of the GPUs for ``CUDA_VISIBLE_DEVICES`` if the recipe trains on GPUs, else an empty list."""
+    if not torch.cuda.is_available() or load().prepare(cell.arguments).trainer.strategy.root_device.type != "cuda":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _start_worker(threads: int, gpus: Any) -> None:
+    """Set GPU and number of threads, and exit when the parent process has ended for any reason."""
+    if gpu := gpus.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
