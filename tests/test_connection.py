@@ -88,8 +88,6 @@ def test_the_script_of_the_page_names_its_run_and_resumes_when_a_rank_is_killed(
     (code,) = [
         block.code for block in blocks_of(DOCS / "how-to" / "run-on-many-machines.md") if block.title == "train.py"
     ]
-    assert code.count("max_epochs=20,") == code.count("every_n_train_steps=100,") == 1
-    code = code.replace("max_epochs=20,", "max_epochs=100,")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -100,7 +98,7 @@ def test_the_script_of_the_page_names_its_run_and_resumes_when_a_rank_is_killed(
     for name in ("straight", "killed"):
         folder = tmp_path / name
         folder.mkdir()
-        # The killed run is slower, so that a checkpoint exists before its end.
+        # The killed run is slower, so that its first checkpoint, at step 100, is some seconds before its end.
         slow = "    import time\n    Model.on_train_batch_start = lambda *_: time.sleep(0.02)\n"
         (folder / "train.py").write_text(code.replace("def main():\n", "def main():\n" + slow * (name == "killed")))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -115,7 +113,7 @@ def test_the_script_of_the_page_names_its_run_and_resumes_when_a_rank_is_killed(
                 os.kill(int(ranks[0]), signal.SIGKILL)
             assert agent.wait(300) == 0, (folder / "output.txt").read_text()
         text = (folder / "output.txt").read_text()
-        assert text.endswith("1600 steps\n")
+        assert text.endswith("320 steps\n")
         weights.append(torch.load(folder / "my_run" / "last.ckpt", weights_only=True)["state_dict"])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     host = re.escape(socket.gethostname())
