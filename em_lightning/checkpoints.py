@@ -215,7 +215,9 @@ class RankAgreement(lightning.Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Append to an error of the communication its host, its run and how to resume."""
         super().on_exception(trainer, pl_module, exception)
-        if message := connection_error(exception, getattr(self, "dirpath", "")):
+        if isinstance(exception, RuntimeError) and (
+            message := connection_error(exception, getattr(self, "dirpath", ""))
+        ):
             exception.args = (f"{exception}\n{message}",)
 
 
@@ -267,7 +269,7 @@ def _warning() -> str:
     return f". WARNING: the name of this host means {address}, where others cannot reach it: {remedy}"
 
 
-def connection_error(error: BaseException, folder: object = "") -> str | None:
+def connection_error(error: BaseException, run: str | None = "") -> str | None:
     """Return a message for an error of the communication between ranks, or None for any other error."""
     words, frames = str(error), traceback.extract_tb(error.__traceback__)
     in_collective = "/torch/distributed/" in Path(frames[-1].filename).as_posix()
@@ -275,7 +277,7 @@ def connection_error(error: BaseException, folder: object = "") -> str | None:
         return None
     reason = " ".join(words.split("\n")[0].split())[:300]
     rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
-    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{folder and f' in {folder}'}"
+    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{f' in {run}' if run else ''}"
 
 
 def _hash(content: Any) -> str:

@@ -32,7 +32,7 @@ def free_port():
 @users.QUIET
 def test_a_rank_says_what_it_waits_for(address, interface, tmp_path, monkeypatch, capfd):
     """The other host never starts."""
-    port = free_port()
+    port, folder = free_port(), None if interface else str(tmp_path / "mine")
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "NODE_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "gethostbyname", lambda name: address)
@@ -44,7 +44,7 @@ def test_a_rank_says_what_it_waits_for(address, interface, tmp_path, monkeypatch
         devices=1,
         num_nodes=2,
         strategy=WatchedDDPStrategy(timeout=timedelta(seconds=3)),
-        callbacks=[RunCheckpoint(tmp_path / "mine")],
+        callbacks=[RunCheckpoint(folder)],
         logger=False,
     )
     with pytest.raises(torch.distributed.DistStoreError) as caught:
