@@ -215,9 +215,8 @@ class RankAgreement(lightning.Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Append to an error of the communication its host, its run and how to resume."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, RuntimeError) and (
-            message := connection_error(exception, getattr(self, "dirpath", ""))
-        ):
+        message = connection_error(exception, getattr(self, "dirpath", ""))
+        if message and isinstance(exception, RuntimeError):
             exception.args = (f"{exception}\n{message}",)
 
 
