@@ -215,8 +215,7 @@ class RankAgreement(lightning.Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Append to an error of the communication its host, its run and how to resume."""
         super().on_exception(trainer, pl_module, exception)
-        message = connection_error(exception, getattr(self, "dirpath", ""))
-        if message and isinstance(exception, RuntimeError):
+        if message := connection_error(exception, getattr(self, "dirpath", "")):
             exception.args = (f"{exception}\n{message}",)
 
 
@@ -271,7 +270,7 @@ def _warning() -> str:
 def connection_error(error: BaseException, run: str | None = "") -> str | None:
     """Return a message for an error of the communication between ranks, or None for any other error."""
     words, frames = str(error), traceback.extract_tb(error.__traceback__)
-    in_collective = "/torch/distributed/" in Path(frames[-1].filename).as_posix()
+    in_collective = isinstance(error, RuntimeError) and "/torch/distributed/" in Path(frames[-1].filename).as_posix()
     if not (in_collective or isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
         return None
     reason = " ".join(words.split("\n")[0].split())[:300]
