@@ -157,7 +157,8 @@ def test_hosts_without_a_shared_folder_say_what_to_do_at_a_resume(hosts):
             r"\"last.ckpt with hash \w+\" on host em-host-a \(rank 0\)",
             line_of(process),
         )
-        assert f"Copy {LAST} from host em-host-a (rank 0) to the same place on all hosts" in line_of(process)
+        copy = rf"Copy \S*{LAST} from host em-host-a \(rank 0\) to the same place on all hosts"
+        assert re.search(copy, line_of(process))
     (b.folder / LAST).parent.mkdir(parents=True)
     (b.folder / LAST).write_bytes((a.folder / LAST).read_bytes())
     finish(start(hosts))
