@@ -197,8 +197,7 @@ class RankAgreement(lightning.Callback):
         if is_distributed():
             found = f"{path.name} with hash {_hash(path.read_bytes())}" if path.is_file() else str(path)
             source = f"{path} from host {socket.gethostname()} (rank 0)" if path.is_file() else "the checkpoint"
-            remedy = f"Copy {source} to the same place on all hosts, or use a shared folder"
-            check_agreement({"checkpoint to resume from": found}, remedy)
+            check_agreement({"checkpoint to resume from": found}, f"Copy {source} to the same place on all hosts")
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -222,8 +221,8 @@ class RankAgreement(lightning.Callback):
 class WatchedDDPStrategy(DDPStrategy):
     """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
 
-    gloo itself waits silently for five times ``timeout`` if another rank ended while it connected, or published an
-    address that its own machine only can reach.
+    gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
+    can reach, and Lightning's barrier of ``prepare_data`` for ever if another rank ended before it.
 
     Args:
         timeout: of each communication between ranks; they must be connected after twice this time.
@@ -239,20 +238,20 @@ class WatchedDDPStrategy(DDPStrategy):
         environment: Any = self.cluster_environment
         rule = f"through {environment.main_address}:{environment.main_port} within {self.limit:g} seconds"
         me = f"host {socket.gethostname()}, rank {self.node_rank * self.num_processes + self.local_rank}"
+        thread = threading.get_ident()
         if self.num_nodes > 1 and self.local_rank == 0:
             print(f"{me}: connecting {self.num_nodes} hosts {rule}{_warning()}", file=sys.stderr, flush=True)
 
         def end() -> None:
-            print(f"em-lightning: {me}: another rank did not connect {rule}. {_CAUSES}", file=sys.stderr, flush=True)
-            os._exit(2)  # no exception can end the call of gloo in the main thread
+            names = {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))}
+            if names & {"init_process_group", "new_group"}:
+                print(f"em-lightning: {me}: a rank did not connect {rule}. {_CAUSES}", file=sys.stderr, flush=True)
+                os._exit(2)  # no exception can end the call of gloo
 
         watch = threading.Timer(self.limit, end)
         watch.daemon = True
         watch.start()
-        try:
-            super().setup_distributed()
-        finally:
-            watch.cancel()
+        super().setup_distributed()
 
 
 def _warning() -> str:

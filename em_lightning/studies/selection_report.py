@@ -47,7 +47,6 @@ class SelectionReport(Report):
         return {**super().state_dict(), "seconds": time.perf_counter() - self._began}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the history, and count the seconds of the run before the checkpoint."""
         super().load_state_dict(state_dict)
         self._before = state_dict["seconds"]
 
