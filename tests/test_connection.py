@@ -75,27 +75,44 @@ class Data(LightningDataModule):
         return MLP.data()
 
 
-strategy = WatchedDDPStrategy(timeout=timedelta(seconds=3))
+strategy = WatchedDDPStrategy(timeout=timedelta(seconds=5))
 options = {"limit_train_batches": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
 trainer = Trainer(max_epochs=1, num_nodes=2, accelerator="cpu", devices=1, strategy=strategy, **options)
+wait_for_both()
 trainer.fit(MLP(), datamodule=Data())
 """
-OTHER = "import torch; torch.distributed.init_process_group('gloo', rank=1, world_size=2); import os; os._exit(0)"
+OTHER = """
+import os
+import torch
+
+wait_for_both()
+torch.distributed.init_process_group("gloo", rank=1, world_size=2)
+os._exit(0)
+"""
+WAIT = """
+def wait_for_both():
+    import os, pathlib, time
+
+    pathlib.Path(os.environ["NODE_RANK"]).touch()
+    while len(os.listdir()) < 2:
+        time.sleep(0.01)
+
+"""
 
 
 @pytest.mark.parametrize("other, code", [(OTHER, 2), (FIRST, 0)], ids=["ended while connecting", "both connect"])
 def test_a_rank_ends_if_another_does_not_connect_in_time(other, code, tmp_path):
-    """The limit of 6 seconds does not count a download."""
+    """The limit of 10 seconds does not count a download."""
     port, ranks = free_port(), []
     for rank, script in enumerate((FIRST, other)):
         environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "NODE_RANK": str(rank)}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", script.replace("LONGER", "8" if code == 0 else "0")]
+        command = [sys.executable, "-c", WAIT + script.replace("LONGER", "12" if code == 0 else "0")]
         options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
         ranks.append(subprocess.Popen(command, env={**os.environ, **environment}, **options))
     errors = [process.communicate(timeout=100)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [code, 0], errors
-    late = rf"rank 0: a rank did not connect through localhost:{port} within 6 seconds\."
+    late = rf"rank 0: a rank did not connect through localhost:{port} within 10 seconds\."
     assert bool(re.search(late, errors[0])) == (code == 2)
 
 
