@@ -35,18 +35,18 @@ from em_lightning.files import remove_abandoned, write_whole
 
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
-_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ
+_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ between ranks
 _REMEDY = "Give all hosts the same command, package versions, data and checkpoint, for instance in a shared folder"
 _CAUSES = (
     "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
     "NODE_RANK of another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
-    "interface, such as eth0, if a host's name means 127.0.1.1 on it, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 if "
+    "interface, such as eth0, if a host resolves its own name to 127.0.1.1, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 if "
     "torchrun has restarted the ranks. The same command with ckpt_path=last resumes the run"
 )
 
 
 def check_archive(path: str | PathLike[str]) -> None:
-    """Raise FileNotFoundError or ValueError unless a file is an archive of ``torch.save`` with matching CRCs."""
+    """Raise FileNotFoundError or ValueError unless a file is an uncompressed zip archive with matching CRCs."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
@@ -69,7 +69,7 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or altered, or contains anything else.
+        ValueError: the file is truncated or altered, contains other classes, or holds no dictionary.
     """
     check_archive(path)
     try:
@@ -140,7 +140,7 @@ def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
     the ``remedy`` of rank 0.
 
     Raises:
-        ValueError: a fact differs; the message has its name, its values, and the hosts and ranks that differ.
+        ValueError: a fact differs; the message has its name, its values, and up to four hosts and ranks that differ.
     """
     if not is_distributed():
         return
@@ -149,7 +149,7 @@ def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
     dist.all_gather_object(ranks, (socket.gethostname(), values, remedy))
     for name in dict.fromkeys(name for _, facts, _ in ranks for name in facts):
         found = [facts.get(name, "missing") for _, facts, _ in ranks]
-        common = Counter(found).most_common(1)[0][0]  # that of rank 0 in a tie
+        common = Counter(found).most_common(1)[0][0]  # in a tie, that of the lowest rank
         hosts = [f"on host {host} (rank {rank})" for rank, (host, _, _) in enumerate(ranks)]
         others = [f"{value} {host}" for value, host in zip(found, hosts, strict=True) if value != common]
         if others:
@@ -184,7 +184,7 @@ class RankAgreement(lightning.Callback):
             if hasattr(callback, "parser") and hasattr(callback, "config"):  # the SaveConfigCallback of a LightningCLI
                 config = callback.parser.dump(callback.config, format="json", skip_none=False)
                 facts |= _leaves(json.loads(config), "argument")
-            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):
+            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):  # they act in a fit
                 for name, value in vars(callback).items():
                     if isinstance(value, (bool, int, float, str, dict)) and not name.startswith("_"):
                         facts |= _leaves(value, f"{type(callback).__name__}.{name}")
@@ -205,7 +205,7 @@ class RankAgreement(lightning.Callback):
         loader = trainer.train_dataloader
         facts: dict[str, Any] = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
         if is_distributed() and hasattr(loader, "table"):  # a loader of em_lightning.data
-            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]
+            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]  # few, so fast
         elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
             facts["number of items"] = len(loader.dataset)
         check_agreement(facts)
@@ -293,9 +293,9 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
 class RunCheckpoint(RankAgreement, ModelCheckpoint):
     """A ``ModelCheckpoint`` that also writes ``last.ckpt`` at the end of a fit, and when a signal ends the run.
 
-    SIGINT, SIGTERM and SIGUSR1 take effect after the current training batch, the same on all ranks: the checkpoint is
-    written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second signal ends it at
-    once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: see ``ModelCheckpoint``.
+    SIGINT, SIGTERM and SIGUSR1 take effect after the current training batch, on all ranks at once: the checkpoint is
+    written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. The same signal again ends
+    it at once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: ``ModelCheckpoint``'s.
     """
 
     _received = 0  # number of a signal, 0 for none
@@ -324,7 +324,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     @override
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """After the last batch, drop the loader's position, where limit_train_batches would let a resumed run start."""
+        """After the last batch, drop the loader's position, which limit_train_batches would leave within an epoch."""
         if trainer.training and trainer.is_last_batch:
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 

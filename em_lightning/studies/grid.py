@@ -110,7 +110,7 @@ def run_table(
             version = f"cells/{hashlib.sha256(content.encode()).hexdigest()[:12]}-seed{seed}"
             cells.append(Cell.seeded(row, seed, [*arguments, *changes], folder.parent, version))
     if any("fast_dev_run" in argument for argument in arguments):
-        for cell in cells[: len(table.rows)]:
+        for cell in cells[: len(table.rows)]:  # of the first seed
             load().fit(cell.arguments)
         return
     run_cells(load, [cell for cell in cells if not cell.result.exists()], jobs)
@@ -209,13 +209,9 @@ def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str)
     for cell in cells:
         values[cell.row].append(json.loads(cell.result.read_text(encoding="utf-8"))["values"])
     rows, explained = _unpublished_rows(table, values) if table.columns else _published_rows(table, values)
-    notes = [
-        f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
-        *table.notes,
-        explained,
-    ]
+    note = f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds."
     folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
-    write_results(folder, table.title, notes, rows, seeds=seeds, values=values, cells=folders)
+    write_results(folder, table.title, [note, *table.notes, explained], rows, seeds=seeds, values=values, cells=folders)
 
 
 def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:
