@@ -40,8 +40,8 @@ _REMEDY = "Give all hosts the same command, package versions, data and checkpoin
 _CAUSES = (
     "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
     "NODE_RANK of another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
-    "interface, such as eth0, if a host resolves its own name to 127.0.1.1, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 if "
-    "torchrun has restarted the ranks. The same command with ckpt_path=last resumes the run"
+    "interface, such as eth0, if a host resolves its own name to 127.0.1.1, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+    "if torchrun has restarted the ranks. The same command with ckpt_path=last resumes the run"
 )
 
 
@@ -212,10 +212,9 @@ class RankAgreement(lightning.Callback):
 
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Append to an error of the communication its host, its run and how to resume."""
         super().on_exception(trainer, pl_module, exception)
         if message := connection_error(exception, getattr(self, "dirpath", "")):
-            exception.args = (f"{exception}\n{message}",)
+            exception.args = (f"{exception}\n{message}",)  # the traceback ends with it
 
 
 class WatchedDDPStrategy(DDPStrategy):
