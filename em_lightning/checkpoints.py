@@ -134,13 +134,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
-    """Raise an error on every rank unless all ranks pass equal facts; must be called on all ranks.
+    """Raise ValueError on every rank unless all ranks pass equal facts; must be called on all ranks.
 
-    ``facts`` maps names to values. Values that JSON cannot represent are compared by their class. The message ends with
-    the ``remedy`` of rank 0.
-
-    Raises:
-        ValueError: a fact differs; the message has its name, its values, and up to four hosts and ranks that differ.
+    ``facts`` maps names to values. Values that JSON cannot represent are compared by their class. The message has the
+    name and values of a fact that differs, up to four hosts and ranks that differ, and the ``remedy`` of rank 0.
     """
     if not is_distributed():
         return
@@ -221,11 +218,8 @@ class WatchedDDPStrategy(DDPStrategy):
     """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
 
     gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
-    can reach, and Lightning's barrier of ``prepare_data`` for ever if another rank ended before it.
-
-    Args:
-        timeout: of each communication between ranks; they must be connected after twice this time.
-        options: further arguments of ``DDPStrategy``.
+    can reach, and Lightning's barrier of ``prepare_data`` for ever if another rank ended before it. Here, the ranks must
+    be connected after twice ``timeout``, the limit of each communication. Other arguments: see ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
@@ -250,7 +244,11 @@ class WatchedDDPStrategy(DDPStrategy):
         watch = threading.Timer(self.limit, end)
         watch.daemon = True
         watch.start()
-        super().setup_distributed()
+        try:
+            super().setup_distributed()
+        except BaseException:
+            watch.cancel()
+            raise
 
 
 def _warning() -> str:
