@@ -218,8 +218,8 @@ class WatchedDDPStrategy(DDPStrategy):
     """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
 
     gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
-    can reach, and Lightning's barrier of ``prepare_data`` for ever if another rank ended before it. Here, the ranks must
-    be connected after twice ``timeout``, the limit of each communication. Other arguments: see ``DDPStrategy``.
+    can reach, and for ever when Lightning connects again, for ``prepare_data``. Here, the ranks must be connected after
+    twice ``timeout``, which limits each communication. Other arguments: see ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
