@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import unit_vectors
 from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import FullCovariance, half_log_two_pi
-from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joint_of_points
+from em_lightning.mixture.e_step import Likelihood, e_step, log_density
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 from em_lightning.operators.base import SetOperator
@@ -60,76 +61,62 @@ class DirectionalMixture:
 
     def posterior(self, x: Tensor, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of the directions of x (B, N, D)."""
-        points = directions(x, mask)
-        parameters = Parameters(*(part.to(points.mass.dtype) for part in self.parameters()))
-        return softmin(-log_joint_of_points(points, parameters, Likelihood(VON_MISES_FISHER)).to(x.dtype))
+        points = directions(x, lambda x: x, mask, None)
+        log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
+        constant = log_weights - log_normalizer(concentrations, x.shape[-1])[0]
+        joint = (concentrations.unsqueeze(-1) * means) @ points.x + constant.unsqueeze(-1)
+        return softmin(-joint.mT.to(x.dtype))
 
 
 register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.DirectionalMixture")
 
 
 class VonMisesFisher(FullCovariance):
-    """The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances."""
+    r"""The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances.
+
+    The normalizer and the concentrations are interpolated. Both are smooth after division by their limits at
+    :math:`\kappa \to \infty`. With :math:`a = (D - 1) / 2`, the tables hold
+    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and
+    :math:`\kappa (1 - R)` as a function of :math:`1 - R`, for the mean resultant length :math:`R = A_D(\kappa)`.
+    """
 
     name = "von Mises-Fisher"
     whitening = None
+
+    def __init__(self, num_features: int, x: Tensor) -> None:
+        self.limit = a = 0.5 * (num_features - 1)
+        inverse = torch.arange(1, _INTERVALS, dtype=accumulation_dtype(x), device=x.device) / (a * _INTERVALS)
+        kappa = 1.0 / inverse - a
+        log_z, length = log_normalizer(kappa, num_features)
+        slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
+        log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
+        self.normalizer = _Cubic(
+            (0.0, inverse, 1.0 / a),
+            (a * math.log(2.0 * math.pi), log_z - kappa - a * inverse.log(), log_area + a * math.log(a)),
+            (0.5 * a * (a + 1.0), (1.0 - length - a * inverse) / inverse.square(), 0.0),
+        )
+        self.concentration = _Cubic(
+            (0.0, 1.0 - length, 1.0),
+            (a, kappa * (1.0 - length), 0.0),
+            (0.5 * (1.0 - a), kappa - (1.0 - length) / slope, -float(num_features)),
+        )
+        self.axis = torch.eye(1, num_features, dtype=inverse.dtype, device=x.device)
 
     def second_degree(self, x: Tensor) -> Tensor:
         """Return (B, 0, N): the density has no quadratic features."""
         return x[:, :0]
 
-    def scaled_log_normalizer(self, concentrations: Tensor, num_features: int) -> Tensor:
-        """Return ``-log C_D(kappa) - kappa``."""
-        return log_normalizer(concentrations, num_features)[0] - concentrations
-
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D) with ``theta . phi = log pi + log C(kappa) + kappa mu . x``, and its maximum."""
         log_weights, means, concentrations = parameters
-        peak = log_weights - self.scaled_log_normalizer(concentrations, means.shape[-1])
-        return torch.cat([(peak - concentrations).unsqueeze(-1), concentrations.unsqueeze(-1) * means], -1), peak
-
-
-class InterpolatedVonMisesFisher(VonMisesFisher):
-    r"""The same family for one D, with cubic interpolation of the normalizer and of the concentration.
-
-    Both are smooth after division by their limits at :math:`\kappa \to \infty`. With :math:`a = (D - 1) / 2`, the
-    tables hold :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and
-    :math:`\kappa (1 - R)` as a function of :math:`1 - R`, for the mean resultant length :math:`R = A_D(\kappa)`.
-    """
-
-    def __init__(self, num_features: int, like: Tensor) -> None:
-        self.limit = a = 0.5 * (num_features - 1)
-        inverse = torch.arange(_INTERVALS + 1, dtype=like.dtype, device=like.device) / (a * _INTERVALS)
-        inner = inverse[1:-1]
-        kappa = 1.0 / inner - a
-        log_z, length = log_normalizer(kappa, num_features)
-        slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
-        log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
-        self.normalizer = _Cubic(
-            inverse,
-            _between(a * math.log(2.0 * math.pi), log_z - kappa - a * inner.log(), log_area + a * math.log(a)),
-            _between(0.5 * a * (a + 1.0), (1.0 - length - a * inner) / inner.square(), 0.0),
-        )
-        self.concentration = _Cubic(
-            _between(0.0, 1.0 - length, 1.0),
-            _between(a, kappa * (1.0 - length), 0.0),
-            _between(0.5 * (1.0 - a), kappa - (1.0 - length) / slope, -float(num_features)),
-        )
-        self.axis = torch.zeros(num_features, dtype=like.dtype, device=like.device)
-        self.axis[:1].fill_(1.0)
-
-    def scaled_log_normalizer(self, concentrations: Tensor, num_features: int) -> Tensor:
-        """Return ``-log C_D(kappa) - kappa``."""
         total = concentrations + self.limit
-        return torch.sub(self.normalizer(total.reciprocal()), total.log(), alpha=self.limit)
+        peak = log_weights - torch.sub(self.normalizer(total.reciprocal()), total.log(), alpha=self.limit)
+        return torch.cat([(peak - concentrations).unsqueeze(-1), concentrations.unsqueeze(-1) * means], -1), peak
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        r"""Return mean directions, and concentrations with :math:`I_{D/2}(\kappa) / I_{D/2 - 1}(\kappa) = |\bar x|`.
-
-        ``means`` are the mean vectors (B, K, D); the floor (B,) bounds :math:`1 / \kappa` from below.
-        """
+        """Return directions and concentrations for mean vectors (B, K, D); the floor (B,) bounds ``1 / kappa``."""
         length = torch.linalg.vector_norm(means, dim=-1, keepdim=True)
         unit = means / length.clamp(min=torch.finfo(length.dtype).tiny)
         rest = (1.0 - length.squeeze(-1)).clamp(min=1e-12)  # kappa is infinite at 0
@@ -138,9 +125,12 @@ class InterpolatedVonMisesFisher(VonMisesFisher):
 
 
 class _Cubic:
-    """Interpolation of a function by cubic polynomials, from its values and derivatives at increasing knots (M + 1)."""
+    """Cubic interpolation from increasing knots, values and slopes, each as (first, all inner ones, last)."""
 
-    def __init__(self, knots: Tensor, values: Tensor, slopes: Tensor) -> None:
+    def __init__(self, *parts: tuple[float, Tensor, float]) -> None:
+        knots, values, slopes = (
+            torch.cat([inner.new_full((1,), first), inner, inner.new_full((1,), last)]) for first, inner, last in parts
+        )
         width = knots.diff()
         rise, left, right = values.diff() / width, slopes[:-1], slopes[1:]
         second, third = (3.0 * rise - 2.0 * left - right) / width, (left + right - 2.0 * rise) / width.square()
@@ -151,14 +141,6 @@ class _Cubic:
         knot, value, slope, second, third = self.rows[torch.bucketize(x, self.inner)].unbind(-1)
         step = x - knot
         return torch.addcmul(value, step, torch.addcmul(slope, step, torch.addcmul(second, step, third)))
-
-
-def _between(first: float, values: Tensor, last: float) -> Tensor:
-    """Append a number to both ends of values (M - 1,)."""
-    return torch.cat([values.new_full((1,), first), values, values.new_full((1,), last)])
-
-
-VON_MISES_FISHER = VonMisesFisher()
 
 
 class DirectionalEM(SetOperator):
@@ -217,9 +199,9 @@ class DirectionalEM(SetOperator):
         return mixture.posterior(x, mask)
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Sets:
-        points = directions(x, mask, weights)
+        family = VonMisesFisher(self.num_features, x)
+        points = directions(x, family.features, mask, weights)
         floor = torch.full_like(points.mass, self.dispersion_floor)  # of 1 / kappa
-        family = InterpolatedVonMisesFisher(self.num_features, points.mass)
         return Sets(points, points.mass, mask, family, floor, None, x.dtype)
 
     @torch.no_grad()
@@ -249,19 +231,22 @@ class DirectionalEM(SetOperator):
         return DirectionalMixture(*(part.to(sets.dtype) for part in state))
 
 
-def directions(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Points:
+def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | None, weights: Tensor | None) -> Points:
     """Normalize points (B, N, D) to unit length and prepare them for EM; zero vectors stay zero."""
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
     x = unit_vectors(x.to(accumulation_dtype(x)))
     frame = Frame(torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0, 0]))
-    return prepare(x, VON_MISES_FISHER.features, mask, weights, frame=frame, with_moments=False)
+    return prepare(x, features, mask, weights, frame=frame, with_moments=False)
 
 
 def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
-    """Return ``-log C_D(kappa)``, the logarithm of the integral of ``exp(kappa mu . x)``, and its derivative in kappa.
+    """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
-    The derivative is the mean resultant length, a ratio of Bessel functions.
+    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x)`` runs downwards, which is
+    stable. For large v it starts from an expansion of ``y = I_v' / I_v``, where ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
     """
     order, x = 0.5 * num_features - 1.0, concentration
     if num_features % 2:
@@ -270,29 +255,17 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     else:
         lowest_order = 0.0
         log_bessel = torch.special.i0e(x).log() + x
-    ratios = bessel_ratios(x, lowest_order, round(order - lowest_order))
-    for ratio in ratios[:-1]:
-        log_bessel = log_bessel + ratio.log()
-    return half_log_two_pi(num_features) + log_bessel - order * x.log(), ratios[-1]
-
-
-def bessel_ratios(x: Tensor, order: float, count: int) -> list[Tensor]:
-    r"""Return ``I_{v+1}(x) / I_v(x)`` for v = order, order + 1, ..., order + count.
-
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, which is stable. It starts from an expansion
-    for large v of the solution ``I_v' / I_v`` of ``y' = 1 + v^2 / x^2 - y / x - y^2``.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
-    """
-    steps = count + _ORDERS
-    top = order + steps
+    count = round(order - lowest_order)
+    top = order + _ORDERS
     size = (top**2 + x.square()).sqrt()
     q = (x / size).square()
     third, fourth = (15.0 * q - 18.0) * q + 4.0, ((1105.0 * q - 1768.0) * q + 752.0) * q - 64.0
     rest = 0.5 + ((5.0 * q - 4.0) + (third + fourth / (16.0 * size)) / size) / (8.0 * size)
     ratio = (size - top) / x - rest * x / size.square()
-    ratios: list[Tensor] = []
-    for step in range(steps, 0, -1):
-        ratio = (ratio + 2.0 * (order + step) / x).reciprocal()
-        ratios.append(ratio)
-    return ratios[::-1][: count + 1]
+    for step in range(count + _ORDERS, 0, -1):
+        ratio = (ratio + 2.0 * (lowest_order + step) / x).reciprocal()  # of the order lowest_order + step - 1
+        if step == count + 1:
+            length = ratio
+        elif step <= count:
+            log_bessel = log_bessel + ratio.log()
+    return half_log_two_pi(num_features) + log_bessel - order * x.log(), length
