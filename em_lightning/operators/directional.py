@@ -64,7 +64,7 @@ class DirectionalMixture:
         points = directions(x, lambda x: x, mask, None)
         log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
         constant = log_weights - log_normalizer(concentrations, x.shape[-1])[0]
-        joint = (concentrations.unsqueeze(-1) * means) @ points.x + constant.unsqueeze(-1)
+        joint = torch.baddbmm(constant.unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
         return softmin(-joint.mT.to(x.dtype))
 
 
