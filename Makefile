@@ -4,14 +4,14 @@
 # For developers:
 #   make lint      ruff and mypy
 #   make docs      build the documentation into site/
-#   make newest    make test with the newest versions that pyproject.toml admits, in an environment of its own
+#   make newest    make test with the newest versions that pyproject.toml admits
 #   make oldest    the fast tests with the oldest versions that it admits (PyTorch 2.6 needs Python 3.13 or older)
 #   make portable  the fast tests with PyTorch's kernels for processors without AVX, and for AVX2
-#   make nightly   faults of two hosts, and the property tests with 5,000 new examples each, instead of 200
+#   make nightly   faults of two hosts, unusual environments, and property tests with 5,000 new examples each, not 200
 #   make fuzz      10,000 mutated files for every reader
-#   make projects  the table of small projects and the checks that hold in each, with its time
+#   make projects  a table of small user projects and the checks that pass in each, and the time of all
 #   make coverage  the tests with branch coverage; fails below 95 %
-# Everything is installed in .venv; ARGS="..." is passed on.
+# newest and oldest install into .venv-newest and .venv-oldest, the others into .venv. ARGS="..." is passed on.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,7 +36,7 @@ newest:
 	$(VENV)-newest/bin/python $(PYTEST) $(FAST) $(ARGS)
 	$(VENV)-newest/bin/python $(PYTEST) $(SLOW) $(ARGS)
 
-# The lower bounds of the extra `all`, as exact versions. They warn of what became deprecated in their dependencies.
+# The lower bounds of the extra `all`, as exact versions. They give deprecation warnings about their newer dependencies.
 # docs/support.md lists what fails with them.
 OLDEST := $(VENV)-oldest/bin/python
 oldest:
@@ -54,6 +54,7 @@ portable: $(INSTALLED)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python $(PYTEST) $(FAST) $(ARGS)
 
+# -n 0: the tests of two hosts use one port, so they run one after another.
 nightly: $(INSTALLED)
 	$(BIN)/python $(PYTEST) -n 0 -m nightly tests/test_machines.py tests/test_environments.py
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python $(PYTEST) tests/test_properties_*.py $(ARGS)

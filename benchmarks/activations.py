@@ -23,6 +23,7 @@ from torch.nn import functional
 from em_lightning.activations import ACTIVATIONS, SignedActivation
 
 SHAPE = (4096, 1024)
+WARM_UP = 2  # rounds that are not counted
 Call = Callable[[Tensor], Tensor]
 
 # Row: activation, textbook formula, reference of the time ratio, upper bound of the ratio.
@@ -86,7 +87,7 @@ def main(rounds: int = 30) -> None:
     z, grad = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
     calls = REFERENCES | {name: row[0] for name, row in ROWS.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 2):
+    for _ in range(rounds + WARM_UP):
         for name, call in calls.items():
             times[name].append(seconds(call, z, grad))
     table = Table(title=f"forward + backward on {SHAPE} float32, one thread, {rounds} rounds")
@@ -94,7 +95,7 @@ def main(rounds: int = 30) -> None:
         table.add_column(column, justify="left" if column in ("activation", "by") else "right")
     for name, call in calls.items():
         _, textbook, reference, bound = ROWS.get(name, (call, call, name, None))
-        pairs = list(zip(times[name], times[reference], strict=True))[2:]
+        pairs = list(zip(times[name], times[reference], strict=True))[WARM_UP:]
         table.add_row(
             name,
             f"{1e3 * statistics.median(a for a, _ in pairs):.1f}",

@@ -36,11 +36,11 @@ def forward_backward(aggregation, rows, index, size):
 
 
 def largest_differences(index, size):
-    """Return the differences of values and gradients from those of plain torch, in float64."""
+    """Return the largest differences of values and gradients from those of the reference backend, in float64."""
     rows = torch.randn(len(index), FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     aggregation = EMAggregation().double()
     with torch.no_grad():
-        aggregation.by_weight.fill_(2.0)
+        aggregation.by_weight.fill_(2.0)  # at the initial value of 1 the result is the plain mean
     results = []
     for backend in ("auto", "reference"):
         leaf = rows.clone().requires_grad_()

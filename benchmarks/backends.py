@@ -1,4 +1,4 @@
-"""Backends of the E-step: processor time, and errors of the log-likelihood.
+"""The native and the reference backend: processor time of EM, and errors of the log-likelihood.
 
 python benchmarks/backends.py               256 sets x 1,024 x 3, K = 16, full, 20 iterations, one thread
 python benchmarks/backends.py --sets 32     smaller
@@ -48,7 +48,7 @@ def main():
         fitted = operator(x.double(), init=start.to(torch.float64))
 
     def log_likelihood(points):
-        """Return the log-likelihood per point (B,) of the same mixtures."""
+        """Return the log-likelihood per point (B,) under the mixtures that the reference backend fitted."""
         sets = prepare(points, covariance.features)
         parameters = sets.frame.enter_parameters(fitted.parameters())
         found = e_step(sets, parameters, Likelihood(covariance), with_log_likelihood=True).log_likelihood

@@ -50,8 +50,8 @@ class Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--threads", type=int, default=1)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     torch.set_num_threads(parser.parse_args().threads)
     moments = {"name": "em", "decorrelation": 0.0}
     steps = {

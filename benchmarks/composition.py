@@ -31,7 +31,8 @@ from em_lightning.studies import Findings, Report
 RECORDS = 20  # gradients are averaged over the first and over the last 20 measurements
 NEAR_BOUND = 0.499  # a curvature above this counts as saturated at 1/2
 PROBE_BATCH_SIZE = 256
-MAX_SCORED = 10_000  # items
+MAX_SCORED = 10_000  # items that are scored, and items of one forward pass of the report
+DEAD_VARIANCE = 0.01  # units with a smaller variance are dead, as in em_lightning.metrics.DeadUnits
 KERNELS = {"relu": torch.relu, "softplus": functional.softplus}
 
 
@@ -105,7 +106,7 @@ class StackedNetworks(EMModule):
         every: int = 100,
     ) -> None:
         check_positive(**{f"rates[{i}]": rate for i, rate in enumerate(rates)})
-        super().__init__(max(rates, default=1.0), optimizer=optimizer)
+        super().__init__(max(rates, default=1.0), optimizer=optimizer)  # an empty list is refused below
         check_at_least(1, num_features=num_features, num_components=num_components, num_layers=num_layers, every=every)
         check_at_least(1, num_arms=len(arms), num_rates=len(rates))
         check_at_least(2, num_classes=num_classes)
@@ -147,7 +148,7 @@ class StackedNetworks(EMModule):
         h = torch.where(self.activation, -functional.log_softmax(-energies, -1), energies)
         if self.norm != "none":
             variance, mean = torch.var_mean(h, -1 if self.norm == "layer" else -2, keepdim=True, unbiased=False)
-            h = (h - mean) * (variance + 1e-5).rsqrt()
+            h = (h - mean) * (variance + 1e-5).rsqrt()  # 1e-5 as in nn.LayerNorm and nn.BatchNorm1d
         return torch.where(self.stop, h.detach(), h)
 
     def logits(self, h: Tensor) -> Tensor:
@@ -203,10 +204,12 @@ class StackedNetworks(EMModule):
 
 
 def _stacked(parameters: Any) -> Tensor:
+    """Return the parameters (arms, ...) of all learning rates as one tensor (R, ...)."""
     return torch.cat(list(parameters))
 
 
 def _compared(task: Tensor, em: Tensor, energies: Tensor) -> Tensor:
+    """Return the ratio of the norms of two losses' gradients by energies (R, N, K), and their cosine: (2, R)."""
     options: Any = {"retain_graph": True, "materialize_grads": True}
     of_task, of_em = (torch.autograd.grad(loss, energies, **options)[0].flatten(1) for loss in (task, em))
     return torch.stack([of_task.norm(dim=1) / of_em.norm(dim=1), functional.cosine_similarity(of_task, of_em)])
@@ -284,7 +287,7 @@ class StudyReport(Report):
                 "probe %": 100 * raw,
                 "standardized %": 100 * standardized,
                 **layer_values(d[:, : self.items]),
-                "dead_units": (other.var(1) < 0.01).sum(1).float(),
+                "dead_units": (other.var(1) < DEAD_VARIANCE).sum(1).float(),
                 "variance": other.var(1).mean(1),
                 "ratio early": gradients[:RECORDS, 0, i].mean(0),
                 "ratio late": gradients[-RECORDS:, 0, i].mean(0),
@@ -363,7 +366,8 @@ def probes(
 def task_curvature(module: StackedNetworks, energies: Tensor, labels: Tensor) -> list[float]:
     """Return, per run, the largest spectral norm of an item's Hessian of the cross-entropy by its energies (R, N, K).
 
-    Items do not interact (except through the norm "batch", which is ignored), so this is the norm for all items.
+    Items do not interact, so this is also the norm of the Hessian of the sum over items. This does not hold for the
+    norm "batch".
     """
     norms = []
     for run in range(len(energies)):

@@ -37,7 +37,7 @@ def draw(sweep: dict[str, Any], curve: dict[str, Any]) -> Any:
     axes[0].set(title="probe (dashed: raw features)", xlabel="learning rate", ylabel="%", xscale="log")
     axes[0].legend()
     runs = list(dict.fromkeys(key.partition(": ")[0] for key in sweep["values"]))
-    ratios = torch.tensor(sweep["gradients"])[:, 0, -1]
+    ratios = torch.tensor(sweep["gradients"])[:, 0, -1]  # (measurements, R), of the last layer
     epochs = [row["epoch"] for row in sweep["history"]]
     for number, run in enumerate(run for run in runs if run.endswith(", 0.01") or run.endswith(", 0.1")):
         style = "-" if run.endswith(", 0.1") else "--"
@@ -45,19 +45,17 @@ def draw(sweep: dict[str, Any], curve: dict[str, Any]) -> Any:
         color = f"C{number % len(raw)}"
         if not run.startswith("stop"):
             axes[1].plot(ratios[:, index], style, color=color, label=run)
-        curvatures = [row["curvature"][-1][index] for row in sweep["history"] if "curvature" in row]
-        axes[2].plot([e for e, row in zip(epochs, sweep["history"], strict=True) if "curvature" in row], curvatures,
-                     style, color=color)  # fmt: skip
+        curvatures = [row["curvature"][-1][index] for row in sweep["history"]]
+        axes[2].plot(epochs, curvatures, style, color=color)
     axes[1].set(title="gradient of the task over that of EM", xlabel="measurement", yscale="log")
     axes[1].set_ylim(top=1e5)  # leaves room for the legend
     axes[1].legend(ncols=2, loc="upper left")
     axes[2].set(title="mean curvature of the free energy (at most 1/2)", xlabel="epoch")
     scores, late = by_arm(curve["values"], "standardized %"), by_arm(curve["values"], "ratio late")
     for arm, of_arm in scores.items():
-        rates = sorted(of_arm)
         spread = max(of_arm.values()) - min(of_arm.values())
-        x = late[arm][rates[1]]
-        if x < float("inf"):
+        x = late[arm][0.01]
+        if x < float("inf"):  # the arm of weight 0 has no gradient of EM
             axes[3].plot(x, spread, "o", color="C0")
             axes[3].annotate(arm, (x, spread), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes[3].set(title="spread over rates by measured ratio", xlabel="ratio at rate 0.01", ylabel="points", xscale="log")

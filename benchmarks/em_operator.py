@@ -7,8 +7,8 @@
     python benchmarks/em_operator.py scaling     time over B, N, T and K, with a plot
     python benchmarks/em_operator.py accuracy    float32 compared with float64
 
-``--scale 0.1`` makes each about ten times smaller. Times are medians of interleaved repeats in one process. Tables also
-show the likelihoods.
+``--scale 0.1`` makes each, except ``scaling``, about ten times smaller. Times are medians of repeats in one process;
+repeats of calls that are compared alternate. Scikit-learn on the large set is timed once.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def sklearn_fit(x, start, b, iterations, kind):
         covariance_type=kind,
         max_iter=iterations,
         tol=0,
-        weights_init=weights / weights.sum(),
+        weights_init=weights / weights.sum(),  # float32 weights do not sum to 1 as closely as scikit-learn requires
         means_init=start.means[b].numpy(),
         precisions_init=precisions.to(x.dtype).numpy(),
     )
@@ -143,7 +143,7 @@ def clouds(options):
 def large(options):
     """Compare one set of a million points with scikit-learn, timed by the difference of two numbers of iterations."""
     items, features, components, iterations = int(1_000_000 * options.scale), 16, 64, 10
-    x, few = blobs(1, items, features, components), 50_000
+    x, few = blobs(1, items, features, components), 50_000  # points whose likelihood is compared
     rows = []
     for kind in options.covariance:
         eye = torch.eye(features) if kind == "full" else torch.ones(features)
@@ -154,7 +154,7 @@ def large(options):
         runs = [peak_of(lambda o=operator, s=start: o(x, init=s)) for _ in range(options.repeats)]
         seconds, used = statistics.median(run[1] for run in runs), max(run[2] for run in runs)
         likelihood = runs[0][0].log_prob(x[:, :few]).mean()
-        steps = 2 if kind == "full" else 6
+        steps = 2 if kind == "full" else 6  # of scikit-learn, whose iteration is slow for full covariances
         early = operator(x, init=start, num_iters=steps).log_prob(x[:, :few]).mean()
         calls = [lambda n=n, s=start, k=kind: sklearn_fit(x, s, 0, n, k) for n in (1, 1, steps)]
         _, (_, one, _), (fit, more, their_mib) = (peak_of(call) for call in calls)  # the first call is a warm-up
@@ -190,7 +190,7 @@ def textbook(x, start, iterations, floor=1e-6):
         distance = torch.einsum("bnki,bkij,bnkj->bnk", offset, inverse, offset)
         log_det = torch.linalg.slogdet(covariances)[1]
         responsibilities = (log_weights.unsqueeze(1) - 0.5 * (distance + log_det.unsqueeze(1))).softmax(-1)
-        mass = responsibilities.sum(1) + 1e-8
+        mass = responsibilities.sum(1) + 1e-8  # no division by zero for an empty component
         log_weights = (mass / mass.sum(-1, keepdim=True)).log()
         means = torch.einsum("bnk,bni->bki", responsibilities, x) / mass.unsqueeze(-1)
         offset = x.unsqueeze(2) - means.unsqueeze(1)
@@ -199,7 +199,7 @@ def textbook(x, start, iterations, floor=1e-6):
     return Mixture(log_weights, means, covariances)
 
 
-def saved_mib(call):
+def peak_allocation(call):
     """Return the peak growth of memory allocated by torch during a call, in MiB."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -240,7 +240,7 @@ def train(mode, iterations, steps):
 
 
 def gradients(options):
-    """Compare a training step in the four gradient modes with autograd through the textbook formulation."""
+    """Compare a training step in three gradient modes with textbook EM, then all four modes on converged loops."""
     sets, items, components = max(int(32 * options.scale), 1), 1024, 16
     x = blobs(sets, items, 3, components)
     rows, exact, calls, memory = [], None, {}, {}
@@ -254,9 +254,9 @@ def gradients(options):
         if iterations == 10:
             book = backward_of(lambda p, s=start: textbook(p, s, 10), x)
             calls, exact = {"textbook einsum": book, **steps}, steps["unrolled"]()
-            memory = {(name, 10): saved_mib(call) for name, call in calls.items()}
+            memory = {(name, 10): peak_allocation(call) for name, call in calls.items()}
         else:
-            memory |= {(name, iterations): saved_mib(call) for name, call in steps.items()}
+            memory |= {(name, iterations): peak_allocation(call) for name, call in steps.items()}
     times = medians(calls, options.repeats)
     for name, (seconds, processor) in times.items():
         error = (calls[name]() - exact).norm() / exact.norm()
@@ -273,6 +273,7 @@ def gradients(options):
     table(title, head, rows)
 
     torch.manual_seed(2)
+    # Separated clusters, so that 100 iterations converge, as the mode "implicit" requires.
     corners = torch.tensor([[0.0, 0.0], [7.0, 0.0], [0.0, 7.0]], dtype=torch.float64)
     x = corners.repeat_interleave(100, 0) + torch.randn(4, 300, 2, dtype=torch.float64)
     reference, rows = None, []
@@ -289,7 +290,7 @@ def gradients(options):
 
 
 def scaling(options):
-    """Measure the time of ten iterations over two decades of B, N, T and K."""
+    """Measure the time over two decades of each of B, N, T and K, with the others fixed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -307,6 +308,7 @@ def scaling(options):
     for axis, (letter, values) in zip(axes, ranges.items(), strict=True):
         calls = {}
         for value in values:
+            # The largest K needs more points than components.
             size = base | {letter: value} | ({"N": 2048} if letter == "K" else {})
             x = blobs(size["B"], size["N"], 3, size["K"])
             # The floor keeps the components thick for every T.
@@ -376,11 +378,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of all libraries; clouds runs 1 to this number")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=100, help="of training in each gradient mode")
     parser.add_argument("--covariance", nargs="+", default=["full", "diag"], help="of the large set")
-    parser.add_argument("--plot", default="operator-scaling.png")
+    parser.add_argument("--plot", default="operator-scaling.png", help="file of the plot of scaling")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ So L(W') <= Q(W' | r) <= Q(W | r) = L(W): the objective never increases (`tests/
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import NamedTuple
 
@@ -40,8 +41,9 @@ VOLUMES = {
 }
 ENERGY = EMLoss(variance=0.0, decorrelation=0.0, reduction="mean")
 SMALLEST_DISTANCE = 1e-2  # bound of c: |z| = 0 would give an infinite weight, and a larger c is still an upper bound
-RIDGE = 1e-6  # relative to the mean of the diagonal of A_j
-MAX_HALVINGS = 30
+RIDGE = 1e-6  # relative to the mean of the diagonal of A_j, which is singular where pixels are constant
+MAX_HALVINGS = 30  # a step of 2^-30 is below the rounding of float32
+DEAD_VARIANCE = 0.01  # units with a smaller variance are dead, as in em_lightning.metrics.DeadUnits
 RATES = (1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -74,7 +76,7 @@ def surrogate(weights: Tensor, x: Tensor, responsibilities: Tensor, volume: EMLo
 
 
 def least_squares(weights: Tensor, x: Tensor, responsibilities: Tensor) -> Tensor:
-    """Return the matrices A_j (K, D + 1, D + 1) of the least-squares problems of the M-step."""
+    """Return the matrices (K, D + 1, D + 1) of the M-step: A_j, the curvature of the variance term, and a ridge."""
     z = x @ weights.T
     d = z.relu()
     variance = d.var(0) + 1e-6
@@ -192,7 +194,7 @@ def compare(name: str, train: Tensor, labels: Tensor, test: Tensor, test_labels:
     best = {}
     for optimizer in ("SGD", "Adam"):
         ends = {key: sum(p.curve[-1][1] for p in paths[key]) for key in paths if key.startswith(optimizer)}
-        best[optimizer] = min(ends, key=lambda key: ends[key] if ends[key] == ends[key] else float("inf"))
+        best[optimizer] = min(ends, key=lambda key: float("inf") if math.isnan(ends[key]) else ends[key])
     sgd = [path.curve[-1][1] for path in paths[best["SGD"]]]
     for key, found in paths.items():
         ends = torch.tensor([path.curve[-1][1] for path in found])
@@ -203,12 +205,12 @@ def compare(name: str, train: Tensor, labels: Tensor, test: Tensor, test_labels:
         rows.append({
             "data": f"{name}, {options.volume}",
             "method": key + (" (best rate)" if key in best.values() else ""),
-            "final loss": f"{ends.mean():.2f} ± {ends.std():.2f}",
-            "s to SGD's final loss": _mean([time_to(path.curve, v) for path, v in zip(found, sgd, strict=True)]),
+            "final objective": f"{ends.mean():.2f} ± {ends.std():.2f}",
+            "s to SGD's final objective": _mean([time_to(path.curve, v) for path, v in zip(found, sgd, strict=True)]),
             "s to explicit EM's": _mean([time_to(path.curve, v) for path, v in zip(found, targets, strict=True)]),
             "iterations or epochs": _mean([len(path.curve) - 1 for path in found]),
             "probe %": f"{100 * sum(scores) / len(scores):.2f}" if scores else "",
-            "dead units": _mean([int((d.var(0) < 0.01).sum()) for _, d in features]),
+            "dead units": _mean([int((d.var(0) < DEAD_VARIANCE).sum()) for _, d in features]),
             "free energy": _mean([float(softmin(d).free_energy.mean()) for d, _ in features]),
             "active units": _mean([float((d > 0.01 * d.std()).float().sum(1).mean()) for d, _ in features]),
             "kurtosis": _mean([float(((d - d.mean(0)) / d.std(0).clamp_min(1e-9)).pow(4).mean()) for d, _ in features]),
@@ -227,9 +229,9 @@ def main() -> None:
     parser.add_argument("--components", type=int, default=25)
     parser.add_argument("--features", type=int, default=50, help="principal components of MNIST")
     parser.add_argument("--items", type=int, default=10_000, help="training images of MNIST")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each fit")
+    parser.add_argument("--seconds", type=float, default=20.0, help="processor time of each fit")
     parser.add_argument("--volume", choices=VOLUMES, default="published")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="number of initial weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
     digits = [Digits().whole(split) for split in ("train", "test")]

@@ -32,6 +32,8 @@ QUIET: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 
+EVERY = 50  # steps between two measurements of the monitor
+
 
 class Classifier(lightning.LightningModule):
     """Trains any network with cross-entropy; a batch is (inputs, labels)."""
@@ -109,7 +111,7 @@ class Values(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Read the logged values."""
-        if trainer.global_step % 50 == 1:
+        if trainer.global_step % EVERY == 1:  # the monitor measured in this step, which is counted already
             found = trainer.callback_metrics.items()
             self.values.update({name: float(value) for name, value in found if name.startswith("em/")})
 
@@ -125,15 +127,16 @@ def fit(kind: str, steps: int, monitored: bool) -> tuple[float, dict[str, float]
     batches = [(data.x[rows], data.y[rows]) for rows in order.split(batch)]
     where = {"transformer": "network.layers.*.linear1", "ResNet": nn.ReLU, "GCN": "network.network.convs.[01]"}[kind]
     values = Values()
-    callbacks = [PosteriorMonitor(where, loss=EMLoss(reduction="mean"), verbose=False), values] if monitored else []
-    trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=50, **QUIET)
+    monitor = PosteriorMonitor(where, every_n_steps=EVERY, loss=EMLoss(reduction="mean"), verbose=False)
+    callbacks = [monitor, values] if monitored else []
+    trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, log_every_n_steps=EVERY, **QUIET)
     began = time.process_time()
     trainer.fit(Classifier(model), torch.utils.data.DataLoader(batches, batch_size=None))
     return time.process_time() - began, values.values
 
 
 def foreign(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the cost of the monitor with every_n_steps=50 in three models, and its last values by layer."""
+    """Return the cost of the monitor in three models, and its last values by layer."""
     rows = []
     for kind in ("transformer", "ResNet", "GCN"):
         pairs = [(fit(kind, options.steps, False)[0], fit(kind, options.steps, True)) for _ in range(options.rounds)]

@@ -24,12 +24,12 @@ from em_lightning.data import Table, TableBlocks, TabularDataModule
 from em_lightning.modules import GaussianMixtureModule
 from em_lightning.operators import EMOperator
 
-# Warnings of Lightning about short runs.
+# Warnings of Lightning about runs without validation and logger, and about deprecated functions of PyTorch.
 warnings.filterwarnings("ignore", ".*no .val_dataloader.*|.*LeafSpec.*|.*torch.jit.script.*|.*Checkpoint directory.*")
 
 
 def quiet_trainer(**options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "barebones": False}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return lightning.Trainer(**{"accelerator": "cpu", "enable_checkpointing": False, **quiet, **options})
 
 
@@ -51,7 +51,8 @@ def table_of(rows, features, path=None):
 
 
 def start_of(blocks, components, kind):
-    sample = blocks.sample(2**14).points
+    """Return a mixture with k-means++ centers, drawn from a sample of the rows."""
+    sample = blocks.sample(2**14).points  # as many rows as GaussianMixtureModule samples
     operator = EMOperator(components, sample.shape[1], covariance=kind, init="kmeans++", seed=0, residual=False)
     return operator(sample[None].double(), num_iters=0)
 
@@ -139,6 +140,8 @@ def compare_with_sklearn(options):
 
 
 class _LogLikelihoods(lightning.Callback):
+    """Record the log-likelihood per row before each M-step, by the number of the M-step."""
+
     def __init__(self, log_likelihoods):
         self.log_likelihoods = log_likelihoods
 
@@ -178,14 +181,14 @@ def scaling(options):
         command = [sys.executable, __file__, "worker", f"--path={path}", f"--block_rows={options.block_rows}"]
         command += [f"--covariance={options.covariance}", f"--components={options.components}"]
         command += [f"--iterations={options.iterations}", f"--features={options.features}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
         for name, processes, copies in (
             ("one process", 1, 1),
             (f"{options.processes} ranks", options.processes, 1),
             (f"{options.processes} independent processes, the whole table each", 1, options.processes),
         ):
             each = [*command, f"--processes={processes}"]
-            runs = [subprocess.Popen(each, stdout=-1, stderr=-1, text=True, env=environment) for _ in range(copies)]
+            runs = [subprocess.Popen(each, stdout=pipe, stderr=pipe, text=True, env=environment) for _ in range(copies)]
             outputs = [run.communicate() for run in runs]
             lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("seconds")]
             if len(lines) < copies:
@@ -252,13 +255,13 @@ def main():
     parser.add_argument("--block_rows", type=int, default=2**16)
     parser.add_argument("--components", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--sklearn_iterations", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sklearn_iterations", type=int, help="by default --iterations; fewer are extrapolated")
+    parser.add_argument("--repeats", type=int, default=3, help="fits of em_lightning, for sklearn")
     parser.add_argument("--covariance", default="full")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--storage", choices=["memory", "npy"], default="memory")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--path")
+    parser.add_argument("--threads", type=int, default=2, help="for sklearn and memory")
+    parser.add_argument("--storage", choices=["memory", "npy"], default="memory", help="of the rows, for memory")
+    parser.add_argument("--processes", type=int, default=2, help="for scaling")
+    parser.add_argument("--path", help="file of the rows of a worker, which scaling starts")
     options = parser.parse_args()
     options.sklearn_iterations = options.sklearn_iterations or options.iterations
     {**jobs, "worker": worker}[options.job](options)

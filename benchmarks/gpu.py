@@ -6,9 +6,8 @@
 
 Errors are of float32 against float64 on the CPU, relative to the largest value: plain, with Triton kernels, with TF32
 products allowed (``torch.set_float32_matmul_precision("high")``), under bf16 and fp16 autocast, and with deterministic
-algorithms. Times
-are medians of repeats over rotating inputs, measured with CUDA events. Launches and synchronizations are counted by
-torch.profiler. A step that fails is reported, and the next one runs.
+algorithms. Times are medians of repeats over rotating inputs, measured with CUDA events. Launches and synchronizations
+are counted by torch.profiler. A step that fails is reported, and the next one runs.
 """
 
 import argparse
@@ -34,7 +33,7 @@ SETTINGS = ("float32", "Triton kernels", "TF32", "bf16-mixed", "16-mixed", "dete
 
 @contextlib.contextmanager
 def setting(name, device):
-    """Run a block under one of the settings, on a CUDA device with Triton kernels where asked for."""
+    """Run a block under one of the settings; Triton kernels are used on CUDA devices only."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "TF32" else "highest")
     torch.use_deterministic_algorithms(name == "deterministic")
@@ -75,7 +74,7 @@ def components(scale):
     found |= {
         f"kernel {key}": (_Distances(key), torch.randn(256, 8))
         for key in KERNELS
-        if key not in ("learned", "mahalanobis")
+        if key not in ("learned", "mahalanobis")  # these need arguments
     }
     return found
 
@@ -164,10 +163,10 @@ def machine(device, scale):
     numbers = max(int(2**28 * scale), 1000)
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
-    found["copy GB/s"] = 8e-9 * numbers / clock.seconds(target.copy_, [source])
+    found["copy GB/s"] = 8e-9 * numbers / clock.seconds(target.copy_, [source])  # 4 bytes read and written
     side = max(int(8192 * scale**0.5), 64)
     matrix = torch.randn(side, side, device=device)
-    found["float32 TFLOP/s"] = 2e-12 * side**3 / clock.seconds(lambda m: m @ m, [matrix])
+    found["float32 TFLOP/s"] = 2e-12 * side**3 / clock.seconds(lambda m: m @ m, [matrix])  # side^3 products and sums
     return found
 
 
@@ -223,7 +222,7 @@ def times(device, scale, repeats):
             row = {}
             with torch.no_grad():
                 seconds = [clock.seconds(forward(operator), inputs) for operator in (one, three)]
-                row["iteration ms"] = 500 * (seconds[1] - seconds[0])
+                row["iteration ms"] = 1e3 * (seconds[1] - seconds[0]) / 2  # three iterations minus one
                 launches = [profile(forward(operator), inputs[0], device) for operator in (one, three)]
                 row["launches"], row["synchronizations"] = (
                     (b - a) / 2 for a, b in zip(launches[0], launches[1], strict=True)
@@ -234,9 +233,9 @@ def times(device, scale, repeats):
                     forward(one)(inputs[0])
                     row["MiB beyond the data"] = (torch.cuda.max_memory_allocated() - before) / 2**20
             seconds = [clock.seconds(backward(operator), inputs) for operator in (one, three)]
-            row["iteration with backward ms"] = 500 * (seconds[1] - seconds[0])
-            if shape[2] <= 16:
-                count = 64 if shape[2] == 16 else 16
+            row["iteration with backward ms"] = 1e3 * (seconds[1] - seconds[0]) / 2
+            if shape[2] <= 16:  # the last workload has random starts
+                count = 64 if shape[2] == 16 else 16  # K of the workload
                 row["start ms"] = 1e3 * clock.seconds(lambda x: farthest_points(x, count), inputs)  # noqa: B023
         except Exception:
             row = {"failed": traceback.format_exc(limit=-3)}
@@ -251,6 +250,7 @@ def graph(device, scale):
     if device != "cuda":
         return {"CUDA graph": "not on this device"}
     found, clock = {}, Clock(device, 20)
+    # Without the last workload, whose launches take no time beside its products.
     for name, (make, shape) in list(workloads(scale).items())[:3]:
         try:
             x = torch.randn(shape, device=device)
@@ -266,7 +266,7 @@ def graph(device, scale):
                 with torch.no_grad(), torch.cuda.graph(captured):
                     operator(x, init=start)
                 seconds.append(clock.seconds(lambda _: captured.replay(), [x]))  # noqa: B023
-            found[name] = 200 * (seconds[1] - seconds[0])
+            found[name] = 1e3 * (seconds[1] - seconds[0]) / 5  # six iterations minus one
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"[:300]
     return found
@@ -290,7 +290,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--table", type=Path, help="page that is written")
     arguments = parser.parse_args()
     device, scale = arguments.device, arguments.scale
     torch.manual_seed(0)

@@ -6,9 +6,9 @@
 
 A kill comes at a random one of the steps that are left, or after training, while the report is written. Every second
 kill then waits for the next write of a checkpoint. The same command is repeated until the run has ended. Then
-weights must be bitwise equal, results.json equal except for seconds, and no partial file may remain. A start counts as
-resumed if Lightning restored a checkpoint before training. A case fails if no start resumed. Each run is a process
-forked from one that has imported the libraries.
+weights must be bitwise equal, results.json equal except for measured times, and no partial file may remain. A start
+counts as resumed if Lightning restored a checkpoint before training. A case with at least four kills fails if no start
+resumed. Each run is a process forked from one that has imported the libraries.
 """
 
 import argparse
@@ -154,14 +154,14 @@ def run_and_kill(case, folder, draw, seconds, in_writing):
     if not wait(pid, folder, (folder / "share").exists):
         return False, None
     target = draw.uniform(share(folder), 1.1)
-    if target > 1:
+    if target > 1:  # a kill up to a second after training
         alive = wait(pid, folder, (folder / "weights.pt").exists)
         alive = alive and wait(pid, folder, lambda: False, time.perf_counter() + draw.random())
     else:
         alive = wait(pid, folder, lambda: share(folder) >= target)
     if alive and in_writing:
         deadline = time.perf_counter() + seconds
-        alive = wait(pid, folder, lambda: find_partial_file(folder), deadline, pause=0.0005)
+        alive = wait(pid, folder, lambda: find_partial_file(folder), deadline, pause=0.0005)  # a write is short
     if not alive:
         return False, None
     os.kill(pid, signal.SIGKILL)  # a process that ended meanwhile is not yet reaped, so the id is still its own
@@ -179,7 +179,7 @@ def load_results(folder):
 
 
 def without_times(content):
-    """Return results without measured times."""
+    """Return results without measured times: entries named "seconds" or "ms..."."""
     if isinstance(content, dict):
         kept = {key: value for key, value in content.items() if key != "seconds" and key[:2] != "ms"}
         return {key: without_times(value) for key, value in kept.items()}
@@ -187,6 +187,7 @@ def without_times(content):
 
 
 def differences(one, two):
+    """Return the names of the weights that differ between two runs, and of the results if they differ."""
     weights = [name for name in {**one[0], **two[0]} if not torch.equal(one[0][name], two[0][name])]
     return weights + (["results.json"] if one[1] != two[1] else [])
 

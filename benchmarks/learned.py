@@ -49,6 +49,7 @@ from em_lightning.studies.density_fits import (
 )
 
 SIZES, NOISES = (32, 64, 128, 256, 512, 1024, 2048), (0.0, 0.02)
+COMPONENTS = 16
 NUM_TEST, NUM_VAL, HELD_OUT = 306, 54, 512
 TEST_SEED = 4321  # drawn once; model and settings were fixed before
 # Chosen on the validation clouds.
@@ -71,8 +72,9 @@ def methods_of(size):
     found = baselines(size, fine=True)
     grids = {method.name: method.grid for method in found}
     floors = [setting["floor"] for setting in grids["EM, tuned"]]
-    # scikit-learn's prior covariance W is a share of the variance and not multiplied by the degrees of freedom. On six
-    # validation clouds, more degrees of freedom (10, 30) and mean precisions of .01 and .1 were worse than these.
+    # scikit-learn's prior covariance W is a share of the variance and not multiplied by the degrees of freedom. Sparse
+    # clouds need a larger one. On six validation clouds, more degrees of freedom (10, 30) and a mean precision of .1
+    # were no better than these.
     shares = (0.1, 0.3, 1.0, 3.0) if size < 200 else (0.01, 0.03, 0.1, 0.3)
     tried = [{**setting, "n_init": 10} for setting in grids["scikit-learn, tuned"]]
     bayesian = each(covariance_share=shares, weight_concentration_prior=(0.01, 1.0), mean_precision_prior=(0.001,))
@@ -110,7 +112,7 @@ def bayesian_scores(clouds, components, covariance_share, **options):
     for points, held_out in zip(clouds.points.double().numpy(), clouds.held_out.double(), strict=True):
         estimator = BayesianGaussianMixture(
             n_components=min(components, len(points)),
-            max_iter=300,
+            max_iter=300,  # as for scikit-learn's GaussianMixture in density_fits
             random_state=0,
             covariance_prior=covariance_share * points.var() * np.eye(points.shape[1]),
             **options,
@@ -138,7 +140,7 @@ def setting_of(folder, method, size, noise):
         val, _ = clouds_of(size, noise, "val", NUM_VAL)
         torch.manual_seed(0)
         slow = "scikit-learn" in method.name or "Bayesian" in method.name
-        chosen = tune(method, first(val, 18 if slow else NUM_VAL), 16)
+        chosen = tune(method, first(val, 18 if slow else NUM_VAL), COMPONENTS)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"setting": dict(chosen)}))
     return json.loads(path.read_text())["setting"]
@@ -156,7 +158,7 @@ def fits(folder, sizes, noises, names, module):
                 setting = {} if method is trained else setting_of(folder, method, size, noise)
                 test, _ = clouds_of(size, noise, "test", NUM_TEST, TEST_SEED)
                 torch.manual_seed(0)
-                found = measure(method, first(test, number_of(method)), 16, setting)
+                found = measure(method, first(test, number_of(method)), COMPONENTS, setting)
                 content = {"setting": dict(found.setting), "scores": found.scores.tolist(), "seconds": found.seconds}
                 path.write_text(json.dumps(content))
                 print(f"{path.stem}: {found.scores.mean():.3f}, {1e3 * found.seconds:.1f} ms, {setting}", flush=True)
@@ -178,10 +180,11 @@ def mean_error(values):
     return f"{values.mean():.3f} ± {values.std() / len(values) ** 0.5:.3f}"
 
 
-def table(folder, modules, fast, sizes, noises):
+def table(folder, modules, one_start, sizes, noises):
     """Print held-out likelihood and time by size and noise, and the paired gain over the best classical fit.
 
-    The best is the one with the smallest gain among those measured on more than 200 clouds.
+    The best is the one with the smallest gain among those measured on more than 200 clouds. The gains are those of the
+    first module; the others are further seeds. ``one_start`` is the first module with a single start.
     """
     for noise in noises:
         names = [method.name for method in methods_of(1024)]
@@ -201,7 +204,7 @@ def table(folder, modules, fast, sizes, noises):
             found = []
             for module in modules:
                 torch.manual_seed(0)
-                found.append(measure(learned(module), test, 16, {}))
+                found.append(measure(learned(module), test, COMPONENTS, {}))
             scores = found[0].scores
             lines["learned"].append(f"{scores.mean():.3f} ({1e3 * found[0].seconds:.1f} ms)")
             lines["of seeds"].append(", ".join(f"{one.scores.mean():.3f}" for one in found))
@@ -218,7 +221,7 @@ def table(folder, modules, fast, sizes, noises):
             lines["gain, flat"].append(mean_error(gain[kind]))
             lines["gain, curved"].append(mean_error(gain[~kind]))
             torch.manual_seed(0)
-            quick = measure(learned(fast), test, 16, {})
+            quick = measure(learned(one_start), test, COMPONENTS, {})
             lines[ONE_START].append(f"{quick.scores.mean():.3f} ({1e3 * quick.seconds:.1f} ms)")
             lines[f"gain of {ONE_START} over the best"].append(mean_error(gain + (quick.scores - scores)[: len(gain)]))
             several = rivals.get("scikit-learn, n_init=10, tuned")
@@ -251,7 +254,7 @@ def dense(folder, sizes):
     scores = {}
     for batch in data.loader("val"):
         held_out = batch.held_out[:, :HELD_OUT]
-        (density,) = kernel_scores(Clouds(batch.points[:, :2048], held_out), 16)
+        (density,) = kernel_scores(Clouds(batch.points[:, :2048], held_out), COMPONENTS)
         scores.setdefault("kernel density of 2,048 points", []).append(density.scores)
         for components in (16, 32):
             torch.manual_seed(0)
@@ -298,18 +301,19 @@ def cases_of(size, root, folders):
         yield "surfaces, noise 0.02", noisy, components, 0.02
     wild = 2.0 * torch.rand(noisy.points.shape, generator=generator_of(5)) - 1.0
     outlier = torch.rand(noisy.points.shape[:2], generator=generator_of(6)).unsqueeze(-1) < 0.1
-    yield "10 % outliers, noise 0.02", Clouds(torch.where(outlier, wild, noisy.points), noisy.held_out), 16, 0.02
-    yield "holes, noise 0.02", clouds_of(size, 0.02, "test", 108, seed=2000, holes=3)[0], 16, 0.02
+    spoiled = Clouds(torch.where(outlier, wild, noisy.points), noisy.held_out)
+    yield "10 % outliers, noise 0.02", spoiled, COMPONENTS, 0.02
+    yield "holes, noise 0.02", clouds_of(size, 0.02, "test", 108, seed=2000, holes=3)[0], COMPONENTS, 0.02
     loaded = {folder.name: [load_mesh(path) for path in sorted(folder.iterdir())] for folder in folders}
     for name, meshes in {"trimesh primitives": primitives(), **loaded}.items():
         for noise in NOISES:
-            yield f"{name}, noise {noise:g}", draw(meshes, size, noise), 16, noise
+            yield f"{name}, noise {noise:g}", draw(meshes, size, noise), COMPONENTS, noise
     if root:
         for noise in NOISES:
             data = PointCloudFolder(root, val_fraction=0.0, num_points=1024, noise=noise, batch_size=40)
             batch = next(iter(data.test_dataloader()))
             clouds = Clouds(batch.points[:, :size], batch.held_out[:, :HELD_OUT])
-            yield f"GeometricShapes, noise {noise:g}", clouds, 16, noise
+            yield f"GeometricShapes, noise {noise:g}", clouds, COMPONENTS, noise
 
 
 def elsewhere(folder, checkpoint, root, folders, sizes, names):
@@ -330,7 +334,7 @@ def elsewhere(folder, checkpoint, root, folders, sizes, names):
                 slow = "scikit-learn" in method.name or "Bayesian" in method.name
                 setting = setting_of(folder, method, size, noise)
                 torch.manual_seed(0)
-                if components != 16 and not slow and len(method.grid) > 1:
+                if components != COMPONENTS and not slow and len(method.grid) > 1:
                     setting = tune(method, clouds_of(size, noise, "val", 18)[0], components)
                 found = measure(method, first(clouds, 24) if slow else clouds, components, setting).scores
                 gains[method.name] = own[: len(found)] - found
@@ -376,7 +380,7 @@ def resample(folder, module, sizes):
                     "residual": False,
                     "prior": setting["prior"],
                 }
-                operator = EMOperator(16, 3, covariance_floor=setting["floor"], **options).eval()
+                operator = EMOperator(COMPONENTS, 3, covariance_floor=setting["floor"], **options).eval()
                 found[name] = chamfer(operator(points, num_iters=setting["steps"]).sample(2048), target)
             found["learned"] = chamfer(module(points).sample(2048), target)
             best = min((name for name in found if name != "learned"), key=lambda name: float(found[name].mean()))
@@ -395,8 +399,8 @@ def surface_of(split, number):
 def times(folder, modules, sizes):
     """Print milliseconds of one core per cloud of each method, fitting and evaluating 512 held-out points.
 
-    The last rows divide the times of scikit-learn and of the fastest batched classical fit among those whose held-out
-    likelihood on test clouds is at most .01 below that of the best by the time of the learned fit from one start.
+    The last rows are ratios to the time of the learned fit from one start: that of scikit-learn, and that of the
+    fastest batched classical fit whose held-out likelihood on test clouds is at most .01 below that of the best one.
     """
     cells = {name: [] for name in [*(method.name for method in methods_of(1024)), *modules]}
     ratios = {"scikit-learn, tuned": [], "nearest batched fit": []}
@@ -408,9 +412,9 @@ def times(folder, modules, sizes):
             if stored is None:
                 continue
             part = first(test, 4 if "scikit" in method.name or "Bayes" in method.name else 32)
-            measure(method, first(test, 1), 16, stored["setting"])
+            measure(method, first(test, 1), COMPONENTS, stored["setting"])  # warm-up
             began = process_time()
-            measure(method, part, 16, stored["setting"])
+            measure(method, part, COMPONENTS, stored["setting"])
             found[method.name] = 1e3 * (process_time() - began) / len(part.points)
             if method.name not in modules and len(stored["scores"]) > 200 and "scikit-learn" not in method.name:
                 level[method.name] = float(torch.tensor(stored["scores"]).mean())
@@ -444,9 +448,9 @@ def steps(folder, module, root):
             found[count] = mixture.log_prob(clouds.held_out).mean(1)
         setting = load(folder, "EM, tuned", size, 0.02 if "noise" in name else 0.0)["setting"]
         torch.manual_seed(0)
-        (tuned,) = em_scores(clouds, 16, **setting)
+        (tuned,) = em_scores(clouds, COMPONENTS, **setting)
         torch.manual_seed(0)
-        own = measure(learned(module), clouds, 16, {}).scores
+        own = measure(learned(module), clouds, COMPONENTS, {}).scores
         cells = [f"{float(score.mean()):.3f}" for score in (*map(found.get, counts), tuned.scores, own)]
         print(f"| {name} | {size} | {' | '.join(cells)} | {mean_error(own - found[40])} |", flush=True)
 
@@ -466,8 +470,8 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--noise", default="0,0.02")
-    parser.add_argument("--methods", default="")
-    parser.add_argument("--checkpoints", nargs="*", default=[])
+    parser.add_argument("--methods", default="", help="names of methods, separated by semicolons; by default all")
+    parser.add_argument("--checkpoints", nargs="*", default=[], help="by default the pretrained model")
     parser.add_argument("--root", help="raw.zip of GeometricShapes")
     parser.add_argument("--meshes", type=Path, nargs="*", default=[], help="folders of mesh files, one data set each")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Loss on the straight line between solutions of EM and of cross-entropy, after matching their units.
 
-`python -m benchmarks.mode_connectivity` trains both arms on the digits from several starts.
+`python -m benchmarks.mode_connectivity` trains both arms on the digits from several initial weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
+NEVER = 10**6  # steps between two logs, because there is no logger
 POINTS = 11  # on a line between two solutions
 ARMS = {"EM": Arm(weight=1.0, stop=True), "CE": Arm(weight=0.0)}
 
@@ -34,8 +35,8 @@ ARMS = {"EM": Arm(weight=1.0, stop=True), "CE": Arm(weight=0.0)}
 def trained(seed: int, epochs: int, rate: float) -> StackedNetworks:
     """Return the networks of both arms, trained on the digits."""
     torch.manual_seed(seed)
-    networks = StackedNetworks(dict(ARMS), [rate], num_features=64)
-    trainer = lightning.Trainer(max_epochs=epochs, limit_val_batches=0, log_every_n_steps=10**6, **QUIET)
+    networks = StackedNetworks(dict(ARMS), [rate], num_features=64)  # 8 x 8 pixels
+    trainer = lightning.Trainer(max_epochs=epochs, limit_val_batches=0, log_every_n_steps=NEVER, **QUIET)
     trainer.fit(networks, Digits(seed=seed, batch_size=128))
     return networks
 
@@ -50,7 +51,7 @@ def evaluate(parameters: list[Tensor], x: Tensor, labels: Tensor) -> tuple[Tenso
     """Return the energies (N, K), the cross-entropy and the EM loss of a solution."""
     w, b, v, c, gain, shift = parameters
     d = (x @ w.T + b).relu()
-    logits = functional.layer_norm(-functional.log_softmax(-d, -1) @ v.T + c, (10,), gain[0], shift[0])
+    logits = functional.layer_norm(-functional.log_softmax(-d, -1) @ v.T + c, gain[0].shape, gain[0], shift[0])
     return d, float(functional.cross_entropy(logits, labels)), float(EMLoss(reduction="mean").total(d))
 
 
@@ -73,16 +74,16 @@ def barriers(first: list[Tensor], second: list[Tensor], x: Tensor, labels: Tenso
 
 
 def connectivity(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return barriers between EM and CE solutions of one start, and between solutions of different starts."""
+    """Return barriers between EM and CE solutions from the same and from different initial weights."""
     data = Digits().whole("train")
     x, labels = data.x.flatten(1), data.y
     networks = [trained(seed, options.epochs, options.rate) for seed in range(options.seeds + 1)]
     pairs = {
-        "EM and CE, same start": [(solution(n, 0), solution(n, 1)) for n in networks],
-        "EM and EM, other start": [
+        "EM and CE, same initial weights": [(solution(n, 0), solution(n, 1)) for n in networks],
+        "EM and EM, different initial weights": [
             (solution(a, 0), solution(b, 0)) for a, b in zip(networks, networks[1:], strict=False)
         ],
-        "CE and CE, other start": [
+        "CE and CE, different initial weights": [
             (solution(a, 1), solution(b, 1)) for a, b in zip(networks, networks[1:], strict=False)
         ],
     }
@@ -107,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--rate", type=float, default=0.1)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="number of initial weights minus one")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(markdown_table(connectivity(options)))

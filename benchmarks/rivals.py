@@ -1,11 +1,10 @@
-"""Compare fits of many clouds with other libraries: CPU seconds, likelihood and memory per library.
+"""Compare fits of many clouds with other libraries: processor seconds, likelihood and memory per library.
 
     python benchmarks/rivals.py                  256 clouds x 1,024 x 3, K = 16, full, 20 iterations, one thread
     python benchmarks/rivals.py --sets 16 --loop 4
 
 A library that takes one set at a time fits the first ``--loop`` clouds; its time is scaled to all of them. Likelihoods
-are those of the first ``--loop`` clouds for every library.
-Libraries that are not installed are skipped.
+are those of the first ``--loop`` clouds for every library. Libraries that are not installed are skipped.
 """
 
 import argparse
@@ -104,8 +103,8 @@ def em_lightning(x, start):
 def main():
     """Print one row per library."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", type=int, default=256)
-    parser.add_argument("--loop", type=int, default=8)
+    parser.add_argument("--sets", type=int, default=256, help="number of clouds")
+    parser.add_argument("--loop", type=int, default=8, help="clouds that libraries fit which take one at a time")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -114,7 +113,7 @@ def main():
     x = blobs(options.sets, ITEMS, FEATURES, COMPONENTS)
     eye = torch.eye(FEATURES).expand(options.sets, COMPONENTS, -1, -1)
     start = Mixture(torch.full((options.sets, COMPONENTS), 1 / COMPONENTS).log(), x[:, :COMPONENTS].clone(), eye)
-    print("| | CPU seconds | log-likelihood per point | MiB |\n|---|---|---|---|")
+    print("| | processor seconds | log-likelihood per point | MiB |\n|---|---|---|---|")
     for fit in (em_lightning, textbook, scikit_learn, torchgmm, pomegranate, tgmm, gmmx):
         batched = fit in (em_lightning, textbook)
         count = options.sets if batched else options.loop

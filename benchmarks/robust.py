@@ -6,8 +6,8 @@
 
 Each cloud has five spherical clusters with three features and unit standard deviation; a fraction of the points is
 uniform over a box of side 30. All methods run 100 iterations. The error is the distance between a true mean and its
-fitted mean under an optimal matching, in standard deviations of a cluster.
-Writes docs/results/robust.md and robust.png; the other tables are printed.
+fitted mean under an optimal matching, in standard deviations of a cluster. The table of the errors is written to
+docs/results/robust.md, with the figure robust.png; the other tables are printed.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def make_clouds(clouds, share, generator):
     """Return points (B, N, D) and true means (B, K, D) at least six deviations apart."""
     means = []
     while len(means) < clouds:
+        # The factor keeps the clusters inside the box.
         tried = SIDE * 0.8 * (torch.rand(COMPONENTS, FEATURES, generator=generator) - 0.5)
         if torch.pdist(tried).min() > 6:
             means.append(tried)
@@ -61,7 +62,8 @@ def errors(found, truth):
 def share_bias(clouds):
     """Print estimated minus true share of uniform outliers for 500 points in two clusters.
 
-    The fits start from the true mixture; those of the last column from the best of 20 k-means++ draws.
+    The means of the clusters differ by 8 standard deviations per coordinate, and the outliers fill a box of side 40
+    around them. The fits start from the true mixture; those of the last column from the best of 20 k-means++ draws.
     """
     strengths = (None, 1.0, 3.0, 10.0)
     print("| kernel | true share | no prior | strength 1 | strength 3 | strength 10 | best of 20, strength 1 |")
@@ -83,7 +85,7 @@ def share_bias(clouds):
                 if start is None:
                     options |= {"init": "kmeans++", "num_starts": 20, "seed": 0}
                 with torch.no_grad():
-                    mixture = EMOperator(2, 3, **options).eval()(points, init=start, num_iters=100)
+                    mixture = EMOperator(2, 3, **options).eval()(points, init=start, num_iters=ITERATIONS)
                 cells.append(f"{(1 - mixture.weights.sum(-1) - share).mean():.3f}")
             print(f"| {name} | {share:.0%} | {' | '.join(cells)} |", flush=True)
 
@@ -118,10 +120,10 @@ def cauchy_tails(clouds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clouds", type=int, default=64)
-    parser.add_argument("--outliers", type=float, default=0.2)
+    parser.add_argument("--clouds", type=int, default=64, help="number of clouds")
+    parser.add_argument("--outliers", type=float, default=0.2, help="share of the points")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parents[1] / "docs" / "results")
-    parser.add_argument("--what", choices=("means", "share", "tails"), default="means")
+    parser.add_argument("--what", choices=("means", "share", "tails"), default="means", help="table to make")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what != "means":
@@ -130,7 +132,7 @@ def main():
     generator = torch.Generator().manual_seed(0)
     x, truth = make_clouds(options.clouds, options.outliers, generator)
     torch.manual_seed(0)
-    seeds = EMOperator(COMPONENTS, FEATURES, init="kmeans++", residual=False)(x, num_iters=0)
+    drawn = EMOperator(COMPONENTS, FEATURES, init="kmeans++", residual=False)(x, num_iters=0)
     prior = {"covariance_strength": 10.0}
     near = Mixture(
         torch.full((options.clouds, COMPONENTS), 1 / COMPONENTS).log(),
@@ -141,7 +143,7 @@ def main():
     for name, arguments in METHODS.items():
         operator = EMOperator(COMPONENTS, FEATURES, residual=False, num_iters=ITERATIONS, **arguments)
         with torch.no_grad():
-            found[name] = [errors(operator(x, init=start).means, truth) for start in (near, seeds)]
+            found[name] = [errors(operator(x, init=start).means, truth) for start in (near, drawn)]
             best = EMOperator(
                 COMPONENTS,
                 FEATURES,
@@ -176,13 +178,13 @@ def main():
             "|---|---|---|---|---|---|---|",
             *map(row, METHODS),
             "",
-            "Starts: the true means with noise of half a standard deviation; one k-means++ draw, the same for every "
-            "method; and the best of 20 k-means++ draws with a prior of ten pseudo-counts per "
-            "covariance, chosen by the objective of each method. Starting near the truth isolates the effect of "
-            "outliers on the estimate; the other starts include their effect on the initialization: k-means++ often "
-            "chooses outliers as centers. "
-            "Several starts help if the likelihood distinguishes clusters from outliers, as with heavy tails or a "
-            "background, but not with the linear energies of Laplace and Huber kernels.",
+            "Starts: the true means with noise of half a standard deviation, and twice the true standard deviation; "
+            "one k-means++ draw, the same for every method; and the best of 20 k-means++ draws with a prior of ten "
+            "pseudo-counts per covariance, chosen by the objective of each method. Starting near the truth isolates "
+            "the effect of outliers on the estimate; the other starts include their effect on the initialization: "
+            "k-means++ often chooses outliers as centers. Several starts help if the likelihood distinguishes clusters "
+            "from outliers, as with heavy tails or a background, but not with the linear energies of Laplace and Huber "
+            "kernels.",
             "",
             "![Errors of the means](robust.png)",
             "",

@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [--steps 50000] [--fits 200] [CALLBACK ...]
 
-Each case runs in a separate process with a model of a few hundred parameters. Memory is the resident set; its growth is
+Each case runs in a separate process with a small model. Memory is the resident set; its growth is
 that from 10 % of the steps, after all warm-up allocations, to the end. The time of a step is processor time, which
 depends less on the load of the machine; the ratio is that of the last tenth of the steps to the second tenth. Hooks are
 counted over all modules, together with methods that surgery has wrapped on an instance. Reports write their tables and

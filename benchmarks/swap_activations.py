@@ -14,7 +14,7 @@ from em_lightning.activations import ACTIVATIONS
 from em_lightning.surgery import swap_activations
 from recipes.swap_activations import ImageClassifier
 
-ROUNDS = 60
+ROUNDS, WARM_UP = 60, 5  # the first five rounds are not counted
 
 
 def step_of(network: str, activation: str):
@@ -41,7 +41,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for network in ("mlp", "cnn"):
         steps = {name: step_of(network, name) for name in ("relu", *ACTIVATIONS)}
-        times = torch.tensor([[step() for step in steps.values()] for _ in range(ROUNDS)])[5:]
+        times = torch.tensor([[step() for step in steps.values()] for _ in range(ROUNDS)])[WARM_UP:]
         ratios = (times / times[:, :1]).median(0).values
         for name, seconds, ratio in zip(steps, times.median(0).values.tolist(), ratios.tolist(), strict=True):
             print(f"{network:4s} {name:18s} {1e3 * seconds:6.2f} ms {ratio:6.2f}")

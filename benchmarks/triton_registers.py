@@ -9,13 +9,14 @@ import re
 import subprocess
 import tempfile
 
-os.environ.pop("TRITON_INTERPRET", None)
+os.environ.pop("TRITON_INTERPRET", None)  # kernels of the interpreter cannot be compiled
 
 import triton
 from triton.backends.compiler import GPUTarget
 
 from em_lightning.mixture.backends import triton as kernels
 
+# Types of the arguments of the kernels, by name; tuples are those of tuples of arguments.
 POINTER = "*fp32"
 THREE = (POINTER,) * 3
 COMMON = {"x": (POINTER, "i64", "i64", "i64", "i32"), "mixture": (*THREE, POINTER, "i32", "i32"), "peak": POINTER}
@@ -37,6 +38,7 @@ def compiled(name, features, full, gradient):
         constants["WEIGHTED"] = True
     signature = {**COMMON, **OUTPUTS[name], **dict.fromkeys(constants, "constexpr")}
     source = triton.compiler.ASTSource(getattr(kernels, f"_write_{name}"), signature, constants)
+    # Compute capability 9.0 and 32 threads per warp are those of an H100.
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
     assembler = glob.glob(os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/ptxas*"))[0]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:

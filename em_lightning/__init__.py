@@ -13,7 +13,7 @@ from em_lightning.extras import ExtraChecker
 sys.meta_path.insert(0, ExtraChecker)
 
 # The same names stand in __init__.pyi for type checkers and editors.
-_NAMES_OF_ROOM = {
+_NAMES_OF_MODULE = {
     "activations": ["ACTIVATIONS"],
     "competition": ["COMPETITIONS", "Posterior", "softmin"],
     "estimator": ["GaussianMixture"],
@@ -24,15 +24,15 @@ _NAMES_OF_ROOM = {
     "scope": ["audit"],
     "statistics": ["STATISTICS"],
 }
-_ROOM_OF = {name: room for room, names in _NAMES_OF_ROOM.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 
-__all__ = ["__version__", *_ROOM_OF]
+__all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOM_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'em_lightning' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"em_lightning.{_ROOM_OF[name]}"), name)
+    return getattr(importlib.import_module(f"em_lightning.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

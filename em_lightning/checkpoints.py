@@ -30,11 +30,11 @@ from em_lightning.files import remove_abandoned, write_whole
 
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
-_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ
+_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ between ranks
 
 
 def check_archive(path: str | PathLike[str]) -> None:
-    """Raise FileNotFoundError or ValueError unless a file is an archive of ``torch.save`` with matching CRCs."""
+    """Raise FileNotFoundError or ValueError unless a file is an uncompressed zip archive with matching CRCs."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; check the path")
@@ -57,7 +57,7 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or altered, or contains anything else.
+        ValueError: the file is truncated or altered, contains other classes, or holds no dictionary.
     """
     check_archive(path)
     try:
@@ -146,7 +146,7 @@ class RankAgreement(lightning.Callback):
             if hasattr(callback, "parser") and hasattr(callback, "config"):  # the SaveConfigCallback of a LightningCLI
                 config = callback.parser.dump(callback.config, format="json", skip_none=False)
                 facts |= _leaves(json.loads(config), "argument")
-            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):
+            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):  # they act in a fit
                 for name, value in vars(callback).items():
                     if isinstance(value, (bool, int, float, str, dict)) and not name.startswith("_"):
                         facts |= _leaves(value, f"{type(callback).__name__}.{name}")
@@ -166,7 +166,7 @@ class RankAgreement(lightning.Callback):
         loader = trainer.train_dataloader
         facts: dict[str, Any] = {"number of batches": [trainer.num_training_batches, trainer.num_val_batches]}
         if is_distributed() and hasattr(loader, "table"):  # a loader of em_lightning.data
-            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]
+            facts["rows"] = [len(loader.table), _hash(loader.sample(256).points.cpu().numpy())]  # few, so fast
         elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
             facts["number of items"] = len(loader.dataset)
         check_agreement(facts)
@@ -188,9 +188,9 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
 class RunCheckpoint(RankAgreement, ModelCheckpoint):
     """A ``ModelCheckpoint`` that also writes ``last.ckpt`` at the end of a fit, and when a signal ends the run.
 
-    SIGINT, SIGTERM and SIGUSR1 take effect after the current training batch, the same on all ranks: the checkpoint is
-    written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. A second signal ends it at
-    once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: see ``ModelCheckpoint``.
+    SIGINT, SIGTERM and SIGUSR1 take effect after the current training batch, on all ranks at once: the checkpoint is
+    written, and the process exits with code 1 for SIGINT, else 128 plus the signal's number. The same signal again ends
+    it at once. Under SLURM, SIGUSR1 runs Lightning's handler, which requeues the job. Arguments: ``ModelCheckpoint``'s.
     """
 
     _received = 0  # number of a signal, 0 for none
@@ -219,7 +219,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     @override
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """After the last batch, drop the loader's position, where limit_train_batches would let a resumed run start."""
+        """After the last batch, drop the loader's position, which limit_train_batches would leave within an epoch."""
         if trainer.training and trainer.is_last_batch:
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 

@@ -23,7 +23,7 @@ def check_at_least(least: float, **values: float) -> None:
 
 
 def check_counts(least: int, **values: Any) -> None:
-    """Raise TypeError if an argument is no whole number, ValueError if it is less than ``least``."""
+    """Raise TypeError if an argument is no integer, ValueError if it is less than ``least``."""
     for name, value in values.items():
         if not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}={value!r} must be an int")

@@ -21,7 +21,7 @@ from em_lightning.mixture import COVARIANCES, BlockFit, Mixture, fit_blocks
 _SMALL = 2**12  # number of rows up to which scikit-learn is faster
 _SAMPLE = 2**14  # rows from which a start is computed
 _ROWS = 2**16  # rows per block
-_GIVEN = ("weights_init", "means_init", "precisions_init")
+_GIVEN = ("weights_init", "means_init", "precisions_init")  # arguments that may give a start
 
 
 class GaussianMixture(reference.GaussianMixture):
@@ -52,7 +52,7 @@ class GaussianMixture(reference.GaussianMixture):
 
         Raises:
             ValueError: an argument is out of range, there are fewer rows than components, or a covariance
-                is not positive definite, which is possible with ``reg_covar=0``.
+                is not positive definite, which is possible if ``reg_covar`` is 0 or negligible.
         """
         for name in _GIVEN:
             if getattr(self, name) is not None:
@@ -71,7 +71,7 @@ class GaussianMixture(reference.GaussianMixture):
             del self.converged_  # type: ignore[has-type]
             again = False
         if again:  # include attributes that were set by hand
-            self._adopt(self._mixture(), lambda part: to_library(part.numpy().astype(X.dtype)))
+            self._set_attributes(self._mixture(), lambda part: to_library(part.numpy().astype(X.dtype)))
         if len(X) <= _SMALL and X.dtype == np.float64 and counts is None:
             super().fit_predict(original)
             return self._remember()
@@ -87,7 +87,7 @@ class GaussianMixture(reference.GaussianMixture):
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        self._adopt(best.mixture, lambda part: to_library(part.numpy().astype(X.dtype)))
+        self._set_attributes(best.mixture, lambda part: to_library(part.numpy().astype(X.dtype)))
         self.converged_, self.n_iter_ = best.converged, len(best.log_likelihoods)
         self.lower_bounds_ = best.log_likelihoods
         self.lower_bound_ = best.log_likelihoods[-1] if best.log_likelihoods else -np.inf
@@ -133,17 +133,17 @@ class GaussianMixture(reference.GaussianMixture):
         start.fit(X)
         if self.precisions_init is None:
             return self._of_arrays(start.weights_, start.means_, start.covariances_)
-        inverse = self._of_arrays(start.weights_, start.means_, start.precisions_)  # precisions for covariances
+        inverse = self._of_arrays(start.weights_, start.means_, start.precisions_)  # precisions in place of covariances
         covariances = COVARIANCES[self.covariance_type].precisions(inverse.covariances)
         return Mixture(inverse.log_weights, inverse.means, covariances)
 
     def _check(self, mixture: Mixture) -> None:
         """Raise ValueError if a covariance is singular up to round-off, in any units of the columns."""
         variance, covariances = mixture.variance[0], mixture.full().covariances[0]
-        if self.reg_covar > 1e-30 * variance.max():  # standard deviations of 1e-15, the precision of float64
+        if self.reg_covar > 1e-30 * variance.max():  # relative standard deviations of 1e-15, the precision of float64
             return
         correlations = covariances / (variance.unsqueeze(-1) * variance).sqrt().clamp(min=1e-300)  # avoids 0 / 0
-        if variance.min() <= 0 or torch.linalg.eigvalsh(correlations).min() < 1e-14:  # their rounding
+        if variance.min() <= 0 or torch.linalg.eigvalsh(correlations).min() < 1e-14:  # their round-off
             raise ValueError(
                 f"reg_covar={self.reg_covar} leaves components with ill-defined covariances, such as those of equal "
                 "rows; increase reg_covar, decrease n_components, or remove constant columns"
@@ -163,7 +163,7 @@ class GaussianMixture(reference.GaussianMixture):
         options: dict[str, Any] = {"max_iters": self.max_iter, "tol": self.tol, "floor": self.reg_covar}
         return fit_blocks(lambda: _blocks(X, counts), start, previous=before, report=report, **options)
 
-    def _adopt(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
+    def _set_attributes(self, mixture: Mixture, convert: Callable[[Tensor], Any]) -> None:
         covariance = COVARIANCES[self.covariance_type]
         weights = mixture.weights[0]
         self.weights_, self.means_ = convert(weights / weights.sum()), convert(mixture.means[0])
@@ -193,8 +193,7 @@ class GaussianMixture(reference.GaussianMixture):
     def _mixture(self) -> Mixture:
         """Return the mixture given by the fitted attributes."""
         check_is_fitted(self)
-        change = self._changed(np.shape(self.means_)[-1])
-        if change:
+        if change := self._changed(np.shape(self.means_)[-1]):
             raise ValueError(f"the fitted mixture does not have the parameters of the estimator; call fit: {change}")
         return self._of_arrays(self.weights_, self.means_, self.covariances_)
 
@@ -213,12 +212,12 @@ class GaussianMixture(reference.GaussianMixture):
             X = validate_data(self, _to_numpy(X), dtype=[np.float64, np.float32], order="C", reset=False)
         if len(X) > _SMALL:
             return to_library(np.concatenate([function(mixture, block[None])[0].numpy() for block, _ in _blocks(X)]))
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # weights of 0, distant rows
             values = getattr(self._small(mixture), method)(X - mixture.mean.numpy())
         return to_library(values if method == "predict" else values.astype(X.dtype))
 
     def _small(self, mixture: Mixture) -> reference.GaussianMixture:
-        """Return scikit-learn's estimator of the mixture shifted to mean 0; its expanded squares cancel far from 0."""
+        """Return scikit-learn's estimator of the mixture shifted to mean 0: its expanded squares cancel far from 0."""
         covariance, fitted = COVARIANCES[self.covariance_type], getattr(self, "_fitted_covariances", None)
         if fitted is not None and torch.equal(mixture.covariances, fitted):
             factors = self._fitted_factors

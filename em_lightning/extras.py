@@ -13,7 +13,7 @@ LIBRARY_AND_EXTRA = {
 
 
 class ExtraChecker:
-    """A finder for ``sys.meta_path`` that finds no module, and checks the extras before the others look for it."""
+    """A finder for ``sys.meta_path`` that finds no module, and checks the extras before the other finders run."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:

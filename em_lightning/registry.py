@@ -17,11 +17,11 @@ def import_class(path: str, base: type = object) -> type[Any]:
     """Return the class with a dotted path, which may come from a checkpoint of someone else.
 
     Importing a module runs its code, so only modules of torch.nn and em_lightning are imported, and no ``__main__``.
-    ValueError for a class in another module that is not imported yet, does not exist or is not derived from ``base``.
+    ValueError if it is in another module that is not imported yet, does not exist or is not derived from ``base``.
     """
     module, _, name = str(path).rpartition(".")
     if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):
-        raise ValueError(f"class_path={path!r} cannot be imported before its module; if you trust it, import {module}")
+        raise ValueError(f"class_path={path!r} is in a module not imported yet; if you trust it, import {module}")
     try:
         found = importlib.import_module(module)  # torch and others import modules when an attribute is read
         cls = getattr(found, name, None) if module.startswith("em_lightning") else vars(found).get(name)
@@ -84,9 +84,8 @@ class Registry(Generic[T]):
             try:
                 cls = entry.load()
             except Exception as error:  # any error in the code of another package
-                raise ImportError(
-                    f"{self.kind} {entry.name!r} cannot be loaded from {entry.value!r}: {error}"
-                ) from error
+                message = f"{self.kind} {entry.name!r} cannot be loaded from {entry.value!r}: {error}"
+                raise ImportError(message) from error
             self._add(entry.name, cls)
         return self._classes
 
@@ -127,8 +126,8 @@ class Registry(Generic[T]):
             **arguments: constructor arguments, overridden by those of a mapping.
 
         Raises:
-            ValueError: the key is unknown, or the mapping has neither ``name`` nor ``class_path``.
-            TypeError: arguments were given with an instance, or the constructor does not accept them.
+            ValueError: the key is unknown, or the mapping has neither ``name`` nor an importable ``class_path``.
+            TypeError: ``spec`` is none of these, has arguments although an instance, or the constructor refuses them.
         """
         if isinstance(spec, (str, type, Mapping)):
             cls, options = self.resolve(spec)

@@ -76,7 +76,7 @@ class Entropy(Statistic):
 
 @STATISTICS.register("mode")
 class Mode(Statistic):
-    """The index of the hypothesis with the largest responsibility, shape (...), or its value; without gradient."""
+    """The index of the hypothesis with the largest responsibility, (...), or its value; energies get no gradient."""
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:
         if values is None:
@@ -98,8 +98,8 @@ class LogResponsibilities(Statistic):
 class NegLogResponsibilities(Statistic):
     """The excess energy d_k - F, shape (..., K); for softmin -T log r_k + T log pi_k.
 
-    For softmin at T = 1 it is d + logsumexp(-d) = -log r, exact for any size of the energies. It is positive for every
-    operator whose free energy is below the lowest energy.
+    For softmin at T = 1 without a prior it is d + logsumexp(-d) = -log r, exact for any size of the energies. It is
+    positive for every operator whose free energy is below the lowest energy.
 
     Source: Oursland, the neg-log-softmin activation of the supervised study of implicit EM.
     """

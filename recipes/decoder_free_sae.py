@@ -1,7 +1,7 @@
 """Train a sparse encoder without a decoder by free energy and volume control; default data: scikit-learn's digits.
 
     em-lightning run decoder_free_sae
-    em-lightning run decoder_free_sae --data MNIST --data.root PATH/TO/mnist --trainer.max_epochs=100
+    em-lightning run decoder_free_sae --data MNIST --data.root PATH/TO/mnist
     em-lightning run decoder_free_sae --config ablation --data.root PATH/TO/mnist
 
 The variants ablation, comparison and optimizers reproduce published tables (Oursland, arXiv 2601.06478). Rows run in

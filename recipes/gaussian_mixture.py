@@ -5,8 +5,8 @@
     em-lightning run gaussian_mixture --config stochastic
     em-lightning run gaussian_mixture --data TabularDataModule --data.data MY.npy --model.num_features 16
 
-Every Lightning strategy is supported (--trainer.strategy=ddp --trainer.devices=4). To make a run resumable, give it its
-own folder; repeating the command resumes it:
+For four processes add --trainer.strategy=ddp --trainer.devices=4. To make a run resumable, give it its own folder;
+repeating the command resumes it:
 
     em-lightning run gaussian_mixture --trainer.logger.version=mine --ckpt_path=last
 

@@ -135,7 +135,8 @@ class SwapReport(LayerReport):
     """Report the metrics of the swapped network beside those of the network with its ReLUs.
 
     Args:
-        baseline: whether to train the network with its ReLUs too.
+        last_epochs, figures: as in :class:`~em_lightning.studies.LayerReport`.
+        baseline: whether to train the network with its ReLUs too, which needs a run of one process.
     """
 
     def __init__(self, last_epochs: int = 1, figures: bool = False, baseline: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Train a classifier with a competitive hidden layer and volume control; default data: scikit-learn's digits.
 
     em-lightning run volume_control
-    em-lightning run volume_control --data MNIST --data.root PATH/TO/mnist --trainer.max_epochs=50
+    em-lightning run volume_control --data MNIST --data.root PATH/TO/mnist
     em-lightning run volume_control --config ablation --data.root PATH/TO/mnist
 
 The variants ablation, capacity and optimizers reproduce published tables (Oursland's study of supervised implicit

@@ -1,6 +1,7 @@
 """The command line: recipes, configs, runs, copies, audits and error messages."""
 
 import ast
+import errno
 import json
 import re
 import shlex
@@ -207,6 +208,17 @@ def test_a_corrupt_mesh_is_named(here, capsys):
     (here / "meshes" / "bad.off").write_text("OFF\n3 1 0\n0 0 0\n")
     assert cli.main(["run", "point_cloud_gmm", "--data", "PointCloudFolder", "--data.root=meshes"]) == 2
     assert "bad.off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["cp", "run"])
+def test_an_unwritable_folder_is_named_with_an_option_that_the_command_has(command, capsys, monkeypatch):
+    def fail(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "folder")
+
+    monkeypatch.setattr(cli, {"cp": "copy", "run": "run"}[command], fail)
+    assert cli.main([command, "gaussian_mixture"]) == 2
+    words = capsys.readouterr().err
+    assert "'folder'" in words and ("--trainer.logger.save_dir" in words) == (command == "run")
 
 
 def test_a_programming_error_keeps_its_traceback(monkeypatch):

@@ -225,6 +225,14 @@ def test_temperature_tensor_for_each_item():
     torch.testing.assert_close(posterior.free_energy, softmin(d, temperature).free_energy)
 
 
+def test_temperature_tensor_for_each_item_of_groups():
+    d = torch.randn(3, 4, dtype=torch.float64)
+    temperature = torch.tensor([[0.5], [1.0], [2.0]], dtype=torch.float64)
+    expected = torch.stack([grouped(d[n], float(temperature[n])).free_energy for n in range(3)])
+    torch.testing.assert_close(grouped(d, temperature).free_energy, expected)
+    torch.testing.assert_close(grouped(d.T, temperature.T, dim=0).free_energy, expected.T)
+
+
 @pytest.mark.parametrize(
     "key, arguments, shown",
     [
@@ -262,6 +270,25 @@ def test_free_energy_is_the_minimum_over_the_simplex(function, entropy):
     )
     np.testing.assert_allclose(posterior.free_energy, found.fun, atol=1e-8)
     np.testing.assert_allclose(posterior.responsibilities, found.x, atol=1e-3)
+
+
+@pytest.mark.parametrize("function", [sparsemin, entmin])
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 100])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_deterministic_algorithms_change_nothing(function, size, dim):
+    d = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def results():
+        posterior = function(d, dim=dim)
+        return (*posterior[1:], *torch.autograd.grad(posterior.free_energy.sum(), d))
+
+    expected = results()
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("function, power", [(sparsemin, 1), (entmin, 2)])

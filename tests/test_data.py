@@ -260,6 +260,16 @@ def test_geometric_shapes_keeps_classes_for_the_test(archive):
     assert labels["train"] | labels["test"] == {0, 1, 2} and not labels["train"] & labels["test"]
 
 
+def test_a_split_that_loses_its_only_class_to_the_test_raises(tmp_path):
+    held_out = ["ball", "cube"][int(torch.randperm(2, generator=generator())[0])]
+    for name in ("train/ball", "train/cube", f"val/{held_out}", "test/ball", "test/cube"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "part.off").write_text(OFF)
+    shapes_of(tmp_path).setup()
+    with pytest.raises(ValueError, match=r"no files for \['val'\] with held_out_classes=1"):
+        shapes_of(tmp_path, held_out_classes=1).setup()
+
+
 def test_geometric_shapes_rotates_only_training_clouds(archive):
     for rotate, fixed in (("none", 3), ("z", 1), ("so3", 0)):
         plain, turned = (shapes_of(archive, num_points=8, rotate=r) for r in ("none", rotate))
@@ -505,7 +515,7 @@ def test_the_command_line_knows_every_argument(cls):
     text = parser.format_help()
     for argument in ("num_points", "batch_size", "num_workers", "seed", "noise", "rotate"):
         assert f"--data.{argument}" in text
-    assert "points per cloud to fit; the same number is held out" in text
+    assert "points per cloud to fit; as many are held out" in text
 
 
 def test_sampler_uses_an_epoch_that_is_set_after_iter():

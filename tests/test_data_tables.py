@@ -68,7 +68,8 @@ def test_blocks_in_memory_are_views_and_blocks_of_files_are_copies(x, tmp_path):
 
 @pytest.mark.parametrize(
     "dtype, expected",
-    [("f4", "float32"), ("f8", "float64"), ("f2", "float32"), ("i2", "float32"), ("i8", "float64"), (">f4", "float32")],
+    [("f4", "float32"), ("f8", "float64"), ("f2", "float32"), ("i2", "float32"), ("i8", "float64"), (">f4", "float32")]
+    + [("longdouble", "float64")],
 )
 def test_dtype_conversions_keep_values(dtype, expected, tmp_path):
     numbers = np.arange(12).reshape(6, 2).astype(dtype)

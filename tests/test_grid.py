@@ -2,8 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -199,3 +202,64 @@ def test_an_interrupt_ends_the_processes(here, monkeypatch):
     with pytest.raises(ValueError, match="interrupted"):
         cli.run("decoder_free_sae", ["--config", write_table(epochs=10_000), "--jobs=2"])
     assert not multiprocessing.active_children()
+
+
+class Started(Exception):
+    """Raised instead of starting processes."""
+
+
+class OnGPUs:
+    """Stands for a recipe that trains on the first GPU, or on the CPU if the arguments say so."""
+
+    def prepare(self, arguments):
+        device = "cpu" if "--trainer.accelerator=cpu" in arguments else "cuda:0"
+        return SimpleNamespace(trainer=SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device))))
+
+
+@pytest.mark.parametrize(
+    "gpus, arguments, jobs, expected",
+    [
+        (1, [], None, 1),
+        (2, [], None, 2),
+        (8, [], None, 4),  # there are four runs
+        (0, [], None, 4),
+        (1, ["--trainer.accelerator=cpu"], None, 4),
+        (1, [], 3, 3),  # as the user asks
+    ],
+)
+def test_by_default_each_gpu_has_one_run_at_a_time(gpus, arguments, jobs, expected, tmp_path, monkeypatch):
+    def pool(workers, *_):
+        started.append(workers)
+        raise Started
+
+    started = []
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(grid.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    runs = [grid.Cell.seeded("row", seed, arguments, tmp_path, str(seed)) for seed in range(4)]
+    with pytest.raises(Started):
+        grid.run_cells(OnGPUs, runs, jobs)
+    assert started == [expected]
+
+
+def write_visible_gpu(load, cell):
+    cell.result.parent.mkdir(parents=True, exist_ok=True)
+    time.sleep(1.0)  # so that every process gets a run
+    cell.result.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+
+
+@pytest.mark.parametrize("visible, expected", [(None, {"0", "1"}), ("2,5", {"2", "5"})])
+def test_each_process_sees_one_gpu(visible, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(grid, "run_cell", write_visible_gpu)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{Path(__file__).parent}")
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    runs = [grid.Cell.seeded("row", seed, [], tmp_path, str(seed)) for seed in range(2)]
+    grid.run_cells(OnGPUs, runs)
+    assert {run.result.read_text() for run in runs} == expected

@@ -212,6 +212,15 @@ def test_mean_variance_and_number_of_parameters(covariance):
     assert criteria.aic == pytest.approx(140.0 + 2 * mixture.num_parameters)
 
 
+def test_a_loop_over_mixtures_ends():
+    mixture = random_mixture(sets=3)
+    assert [float(own.means[0, 0, 0]) for own in mixture] == mixture.means[:, 0, 0].tolist()
+    torch.testing.assert_close(mixture[-1].means, mixture.means[2:])
+    for index in (3, -4):
+        with pytest.raises(IndexError, match=f"sets={index} .* less than 3"):
+            mixture[index]
+
+
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
 def test_a_marginal_is_the_mixture_of_some_features(covariance):
     mixture, x = random_mixture(covariance, features=3), torch.randn(2, 5, 3, dtype=torch.float64)

@@ -9,6 +9,7 @@ from helpers import COVARIANCE_TYPES, assert_close, cast, clusters, random_mixtu
 from torch.autograd import gradcheck
 
 from em_lightning.mixture import Mixture, em_step
+from em_lightning.mixture.backends import use_backend
 
 
 @pytest.mark.parametrize("features", [1, 2, 6])
@@ -23,6 +24,16 @@ def test_em_step_equals_the_textbook(covariance, features):
         expected = textbook.em_step(x[b], textbook.parameters_of(mixture, b), covariance, counts, floor=1e-3)
         for one, two in zip(textbook.parameters_of(new, b), expected, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_one_set_is_fitted_by_all_mixtures(backend):
+    x, weights = torch.randn(1, 30, 2, dtype=torch.float64), torch.rand(1, 30, dtype=torch.float64)
+    mixture = random_mixture("full", sets=3)
+    with use_backend(backend):
+        together = em_step(x, mixture, weights=weights)
+        for b in range(3):
+            assert_close(together[b], em_step(x, mixture[b], weights=weights), atol=1e-12)
 
 
 @pytest.mark.parametrize("covariance", COVARIANCE_TYPES)

@@ -140,6 +140,8 @@ def test_noise_is_drawn_per_cloud_and_holes_are_cut():
     ]
     reach = [torch.cdist(whole.held_out, each.points).amin(-1).amax(-1) for each in (whole, cut)]
     assert gap[1].mean() < 1.2 * gap[0].mean() and (reach[1] > 2 * reach[0]).any()
+    many = surfaces(families=["sphere"], num_points=64, holes=30)  # up to a third of the points is missing
+    assert many.mask.all() and many.held_out_mask.all() and many.held_out.shape[1] == 64
     for noise in ((0.2, 0.1), (0.0, 0.1), -1.0):
         with pytest.raises(ValueError, match="noise="):
             ProceduralSurfaces(noise=noise)

@@ -128,3 +128,8 @@ def test_unexpected_or_missing_features_raise():
 def test_wrong_shapes_of_a_refinement_raise(shape, dim):
     layer = EMRefinement(2, 3, dim=dim)
     assert_raises(ValueError, ["x", str(shape), f"dim={dim}"], lambda: layer(torch.zeros(shape)))
+
+
+def test_a_refinement_keeps_the_dtype():
+    x = torch.randn(2, 6, 3, dtype=torch.bfloat16)  # its parameters are float32, as under autocast
+    assert EMRefinement(2, 3)(x).dtype == torch.bfloat16

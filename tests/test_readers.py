@@ -82,6 +82,7 @@ def pcd_rows(*rows):
         ("count.pts", b"2\n1 2 3 9 9 9\n4 5 6 9 9 9"),
         ("scans.pts", b"1\n1 2 3 -700 8 8 8\n1\n4 5 6 -600 8 8 8\n"),
         ("count.txt", b"2\r\n1 2 3\r\n4 5 6\r\n"),
+        ("macintosh.txt", b"x y z\r1 2 3\r4 5 6\r"),
         ("text.pcd", PCD.format(2, 2, "ascii").encode() + b"9 1 2 3 7 7\n9 4 5 6 7 7\n"),
         (
             "rows.pcd",

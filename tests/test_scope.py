@@ -116,6 +116,14 @@ def test_axis_of_a_competition_is_that_of_its_call():
     assert finding.hypotheses == "axis 0: 5" and finding.em
 
 
+@pytest.mark.parametrize("key, name", [("softmin", "energies"), ("softmax_gated", "z")])
+def test_first_argument_may_be_given_by_name(key, name):
+    module = (COMPETITIONS if key in COMPETITIONS else ACTIVATIONS).build(key)
+    model = Calls(lambda z: module(**{name: z}))
+    model.add_module("last", module)
+    assert only(audit(model, torch.randn(3, 4)).at("last")).em
+
+
 def test_inserted_operator():
     model = nn.Sequential(nn.Linear(4, 8))
     insert_em_operators(model, "0", 3)

@@ -414,6 +414,15 @@ def test_inserted_operator_is_the_identity_at_initialization():
         assert all(op.operator.gate.grad != 0 for op in (model.layer1, model.layer3))
 
 
+def test_inserted_operator_keeps_the_dtype_of_mixed_precision():
+    model, x = net().eval(), torch.randn(6, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model[0](x)
+        with insert_em_operators(model, ["0"], 2, set_dim=0):
+            after = model[0](x)
+    assert before.dtype == torch.bfloat16 and torch.equal(after, before) and after.dtype == before.dtype
+
+
 def test_activation_arguments():
     model = net()
     swap_activations(model, {"name": "signed", "margin": 2.0}, where="1")

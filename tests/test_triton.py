@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from em_lightning import EMOperator
+from em_lightning.mixture import Mixture, em_step
 from em_lightning.mixture.backends import native, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -117,3 +118,12 @@ def test_the_backend_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(RuntimeError, match="CUDA"):
         use_backend("triton")
+
+
+def test_components_of_zero_weight_change_nothing(interpreted):
+    x = torch.randn(1, 40, 2)
+    means, covariances = torch.randn(1, 3, 2), torch.ones(1, 3, 2)
+    mixture = Mixture(torch.tensor([[0.0, 0.3, 0.7]]).log(), means, covariances)
+    without = Mixture(torch.tensor([[0.3, 0.7]]).log(), means[:, 1:], covariances[:, 1:])
+    assert_near([mixture.log_prob(x)], [without.log_prob(x).double()])
+    assert_near([em_step(x, mixture).means[:, 1:]], [em_step(x, without).means.double()])

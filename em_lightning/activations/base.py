@@ -34,7 +34,7 @@ class Activation(Tempered):
     competes: bool = True
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return the activation of pre-activations z of any shape, in the same shape and dtype."""
+        """Return the activation of z, in its shape and dtype; ValueError if units compete and z lacks axis ``dim``."""
         if self.competes and not -z.dim() <= self.dim < z.dim():
             raise ValueError(f"dim={self.dim} must be an axis of z, which has shape {tuple(z.shape)}")
         return self.closed_form(widen(z)).to(z.dtype)
@@ -52,7 +52,7 @@ class Activation(Tempered):
         return self.summarize(z, self.posterior(z))
 
     def closed_form(self, z: Tensor) -> Tensor:
-        """Return the value of :meth:`generic`; override it where there is a cheaper formula."""
+        """Return the value of :meth:`generic`; override it where there is a cheaper or more accurate formula."""
         return self.generic(z)
 
     def tempered(self, z: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ class _LogitActivation(Activation):
 class NegLogSoftminActivation(Activation):
     """Excess energy of each unit, with energy z: y = z + T logsumexp(-z / T), which is -log r at T = 1.
 
-    Positive; the lowest input gives the output closest to 0, and differences between units are preserved. Units
-    compete: dy_i/dz_j = [i = j] - r_j with r = softmin(z).
+    Never negative; the lowest input gives the output closest to 0, and differences between units are preserved. Units
+    compete: dy_i/dz_j = [i = j] - r_j with r = softmax(-z / T).
 
     Example:
         >>> NegLogSoftminActivation()(torch.tensor([0.0, 0.0, 5.0]))
@@ -172,8 +172,8 @@ class GroupedActivation(Activation):
 class SparseminActivation(Activation):
     """Sparse responsibilities of units with energy z: y = relu(-z / T - tau), where tau makes their sum 1.
 
-    The lowest inputs win; most outputs are exactly 0 and receive no gradient. Units compete:
-    dy_i/dz_j = -([i = j] - 1 / S) / T on the support of S units, 0 elsewhere.
+    The lowest inputs win; units at T or more above the lowest have output 0 and no gradient. Units compete:
+    dy_i/dz_j = -([i = j] - 1 / S) / T between the S units of positive output, 0 elsewhere.
 
     Example:
         >>> SparseminActivation()(torch.tensor([0.0, 0.5, 2.0]))
@@ -191,7 +191,7 @@ class SparseminActivation(Activation):
 
 @ACTIVATIONS.register("direction")
 class DirectionActivation(Activation):
-    """Competition between directions that preserves the scale: y = norm(z) softmax(z / (T norm(z))).
+    """Competition of the units of z / norm(z), scaled by the norm: y = norm(z) softmax(z / (T norm(z))).
 
     Positively homogeneous, y(c z) = c y(z) for c > 0; y(0) = 0 with gradient 0. Units compete: with u = z / norm(z) and
     r = softmax(u / T), dy_i/dz_j = r_i u_j + (1 / T) sum_k r_i ([i = k] - r_k) ([k = j] - u_k u_j).

@@ -69,28 +69,27 @@ class SignedActivation(Activation):
 
 # Closed forms of the activation for a kernel, z, margin m and temperature t. They are as accurate as z, while the
 # difference of the two energies cancels near 0 and far from the hypotheses. Other kernels use the definition.
-Number = float | Tensor
 
 
 def _clip(z: Tensor, m: float) -> Tensor:
-    """Return z limited to [-m, m], with the derivative 1/2 at the limits."""
+    """Return (abs(z + m) - abs(z - m)) / 2: z limited to [-m, m], with the derivative 1/2 at the limits."""
     limit = z.new_full((), m)
     return torch.minimum(torch.maximum(z, -limit), limit)
 
 
-def _gaussian(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _gaussian(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     return torch.tanh(times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
 
 
-def _dot_product(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _dot_product(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     return torch.tanh(times(z, kernel.positive("scale", z.dtype) * m / t))
 
 
-def _laplace(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _laplace(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     return torch.tanh(times(_clip(z, m), 1 / (kernel.positive("scale", z.dtype) * t)))
 
 
-def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _logistic(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     slope = kernel.positive("slope", z.dtype)
     low, high = slope * (z - m), slope * (z + m)
     # On each side of 0, the form without a difference of large numbers.
@@ -99,7 +98,7 @@ def _logistic(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     return torch.tanh(torch.where(z > 0, above, below) / (2 * t))
 
 
-def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _student_t(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     variance = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
     if not kernel.density and isinstance(t, float) and t == 1:  # tanh(log(a) / 2) = (a - 1) / (a + 1)
         return 2 * m * z / (z.square() + (variance + m * m))
@@ -110,23 +109,24 @@ def _student_t(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
     return torch.tanh(torch.where(z < 0, -log_ratio, log_ratio) * (exponent / (2 * t)))
 
 
-def _huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _huber(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
     # With the energy delta abs(z) - delta^2 / 2 + relu(delta - abs(z))^2 / 2, the linear parts cancel analytically.
     quadratic_part = (delta - (z + m).abs()).relu().square() - (delta - (z - m).abs()).relu().square()
     return torch.tanh((delta * _clip(z, m) + quadratic_part / 4) / t)
 
 
-def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
     one = torch.ones_like(z)  # sqrt(a) - sqrt(b) = (a - b) / (sqrt(a) + sqrt(b)), without cancellation
     roots = torch.hypot((z + m) / delta, one) + torch.hypot((z - m) / delta, one)
     return torch.tanh(2 * m * (z / roots) / t)
 
 
-def _exponential(kernel: Kernel, z: Tensor, m: float, t: Number) -> Tensor:
+def _exponential(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). At exponents above 40 the tanh is 1 in float64.
+    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). Exponents are limited to 40, where the kernel becomes
+    # linear with slope exp(40): beyond, the tanh is 1 in float64 unless z or m is nearly 0, where sinh is linear too.
     outer = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
     inner = (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh()
     return torch.tanh(outer * inner / t)

@@ -1,4 +1,4 @@
-"""Lightning callbacks: put EM into a model, schedule, watch and audit it."""
+"""Lightning callbacks: modify the layers of a model, add EM losses, anneal temperatures, monitor, audit, seed steps."""
 
 from em_lightning.callbacks.layerwise import LayerwiseEMLoss
 from em_lightning.callbacks.step_seeds import StepSeeds

@@ -14,7 +14,7 @@ from em_lightning.surgery.layerwise import check_options
 from em_lightning.surgery.owners import owners_of
 from em_lightning.surgery.select import described
 
-_STATES = "em_lightning_layer_losses"  # key of the states of all callbacks in a checkpoint
+_STATES = "em_lightning_layer_losses"  # key in a checkpoint: the states of all LayerwiseEMLoss callbacks
 
 
 class LayerwiseEMLoss(Callback):
@@ -30,9 +30,9 @@ class LayerwiseEMLoss(Callback):
 
     Raises:
         NoMatchError: when the fit starts, if nothing matches; the message lists the modules of the model.
-        RuntimeError: after a step, or with several optimizers after an epoch, if the EM loss of a layer was added to
-            no loss.
-        ValueError: when the fit starts, if several optimizers or none own the parameters of a layer.
+        RuntimeError: in a step, or with several optimizers after an epoch, if the EM loss of a layer was added to no
+            loss. In automatic optimization, a step may omit layers that were called in an earlier step.
+        ValueError: an argument is out of range; at the start, several optimizers or none own the parameters of a layer.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -78,18 +78,19 @@ class LayerwiseEMLoss(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Register the hooks here, after Lightning has converted BatchNorm to SyncBatchNorm, which drops hooks."""
         losses = self.losses = LayerwiseLoss(pl_module, self.where, **self.options)
-        losses.taps.recording = False
+        losses.taps.recording = False  # only training steps record
         if self._state:
             losses.load_state_dict(self._state)
         self._batch = losses.step
         automatic, several = pl_module.automatic_optimization, len(trainer.optimizers) > 1
         number = self._number(trainer)
         if several:
-            owners_of(losses.taps.sites, trainer.optimizers, self.optimizer)
+            owners_of(losses.taps.sites, trainer.optimizers, self.optimizer)  # raises before the first step
 
         def add_layer_losses(loss: Tensor) -> Tensor:
             self._had_loss = True
             losses.step = self._batch
+            # Found anew in each step, as finetuning callbacks add parameters to optimizers.
             owners = owners_of(losses.taps.sites, trainer.optimizers, self.optimizer) if several else None
             total = losses.add_to(loss, automatic, owners)
             values = {f"em/{name}{number}": value for name, value in losses.values.items()}
@@ -106,7 +107,7 @@ class LayerwiseEMLoss(Callback):
                 result = proceed(*args, **kwargs)
             if not automatic:
                 with_gradient = any(tensor.requires_grad for _, tensor, _ in losses.taps.captured)
-                if not several and (self._had_loss or with_gradient):
+                if not several and (self._had_loss or with_gradient):  # a step may only collect data, without a loss
                     losses.check_all_added()
             elif isinstance(result, Tensor):
                 return add_layer_losses(result)
@@ -142,6 +143,7 @@ class LayerwiseEMLoss(Callback):
         self._state = states.get(key, {})
 
     def _current_state(self) -> dict[str, Any]:
+        # The step of the losses is that of the batch, as a batch may have several backward passes.
         return self._state if self.losses is None else {**self.losses.state_dict(), "step": self._batch}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:

@@ -54,7 +54,7 @@ class StepSeeds(lightning.Callback):
         torch.manual_seed(self._seed_of(trainer, self._epoch, 0))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Seed the samplers for the first epoch, as Lightning starts some resumed epochs without a hook."""
+        """Seed the samplers for the first epoch, as Lightning resumes some without on_train_epoch_start."""
         self._seed_samplers(trainer)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -70,10 +70,11 @@ class StepSeeds(lightning.Callback):
         self._epoch = trainer.current_epoch + trainer.is_last_batch
 
     def _seed_samplers(self, trainer: Any) -> None:
-        """Give each sampler a generator of its own, in the state that PyTorch's generator would have for it.
+        """Give each sampler its own generator, so that the order does not depend on when the loader draws it.
 
-        A loader with worker processes draws the order as soon as its iterator exists, for the first epoch right after
-        on_fit_start. One without draws it later; with this generator it draws the same order.
+        A loader with worker processes draws it when its iterator is made: for the first epoch before this method runs,
+        from PyTorch's generator, which on_fit_start has seeded. A loader without workers draws it later, from the
+        sampler's generator, with the same result.
         """
         for loader in CombinedLoader(trainer.train_dataloader).flattened:
             sampler: Any = getattr(loader, "sampler", None)
@@ -81,13 +82,13 @@ class StepSeeds(lightning.Callback):
                 sampler.generator = torch.Generator().manual_seed(self._seed_of(trainer, self._epoch, 0))
                 _draw(sampler.generator)  # the loader draws the base of the workers' seeds first
                 if isinstance(sampler, RandomSampler):
-                    sampler.generator.manual_seed(_draw(sampler.generator))  # as it does without a generator
+                    sampler.generator.manual_seed(_draw(sampler.generator))  # as RandomSampler does without one
 
     def _seed_of(self, trainer: Any, epoch: int, step: int) -> int:
-        """Return the seed of a step of an epoch, counted from 1; step 0 is the order of the epoch."""
+        """Return the seed of a step, counted from 1 in each epoch; step 0 is the order of the epoch."""
         assert self._used_seed is not None
         sequence = np.random.SeedSequence((self._used_seed, trainer.global_rank, epoch, step))
-        return int(sequence.generate_state(1, np.uint64)[0]) >> 1
+        return int(sequence.generate_state(1, np.uint64)[0]) >> 1  # 63 bits, as in _draw
 
 
 def _draw(generator: torch.Generator) -> int:

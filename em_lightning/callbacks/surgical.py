@@ -36,9 +36,9 @@ class SurgicalCallback(Callback):
 
     If the model builds layers in ``setup`` or ``configure_model``, the surgery is applied again after them. It remains
     after the run, because its parameters are trained; ``callback.surgery.undo()`` undoes it. Checkpoints store its
-    plan, and loading one into a model without the surgery raises an error.
+    plan, and loading such a checkpoint into a model without the surgery raises an error.
 
-    ``settings`` are the arguments of the subclass. ``surgery`` is None before the first run. Callbacks of the same
+    ``settings`` are the arguments of the subclass. ``surgery`` is None before the first run. Callbacks with the same
     settings share one surgery of a model.
     """
 
@@ -140,7 +140,7 @@ class SwapActivations(SurgicalCallback):
     """Replaces activations by competitive ones in any LightningModule.
 
     Without a Trainer: :func:`em_lightning.surgery.swap_activations`, which explains the arguments and the
-    errors, raised at setup. ``arguments`` are those of the activation.
+    errors, raised at setup or the first batch. ``arguments`` are those of the activation.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -171,7 +171,7 @@ class InsertEMOperator(SurgicalCallback):
     """Inserts a gated EM layer behind chosen layers: ``x + gate * op(x)`` with a gate that starts at 0.
 
     Without a Trainer: :func:`em_lightning.surgery.insert_em_operators`, which explains the arguments and the
-    errors, raised at setup. ``arguments`` are those of :class:`em_lightning.operators.EMRefinement`.
+    errors, raised at setup or the first batch. ``arguments`` are those of :class:`em_lightning.operators.EMRefinement`.
 
     Example:
         >>> from lightning.pytorch import Trainer

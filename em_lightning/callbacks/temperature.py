@@ -21,11 +21,12 @@ class TemperatureSchedule(Callback):
     Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 
     Args:
-        start, end, steps: T_0, T_1 and the number of optimizer steps from one to the other.
+        start, end, steps, shape: T_0, T_1, the number of optimizer steps from one to the other, and the formula.
         where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:
-        ValueError: an argument is out of range; or, when the fit starts, a temperature is learned.
+        ValueError: an argument is out of range; or, when the fit starts, a temperature is learned, or another schedule
+            has the same ``where``.
         NoMatchError: when the fit starts, if no module has a temperature; the message lists the modules of the model.
 
     Example:
@@ -61,7 +62,7 @@ class TemperatureSchedule(Callback):
         return start_weight * self.start + (1.0 - start_weight) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that there are temperatures, that none is learned, and that no other schedule sets the same ones."""
+        """Set the first temperatures; check that none is learned, and that no other schedule has the same ``where``."""
         for other in trainer.callbacks[: trainer.callbacks.index(self)]:
             if isinstance(other, TemperatureSchedule) and other.where == self.where:
                 raise ValueError(f"two TemperatureSchedule have where={self.where!r}: remove one")

@@ -21,12 +21,12 @@ from em_lightning.surgery import Taps, UnitAxis, undo_all, wrap
 from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
-_MAX_ITEMS = 64  # items of a batch of which the curvature is computed
+_MAX_ITEMS = 64  # items of a batch whose curvature is computed; feature maps have one item per position
 _POWER_STEPS = 10  # Hessian-vector products; the norm is exact to 1 % if the second eigenvalue is below 0.7 of it
 
 
 def tensorboard_writers(trainer: Any) -> list[Any]:
-    """Return the ``SummaryWriter`` of each TensorBoard logger of a Trainer, on the first rank."""
+    """Return the ``SummaryWriter`` of each TensorBoard logger of a Trainer; on ranks above 0, dummies."""
     return [logger.experiment for logger in trainer.loggers if hasattr(logger.experiment, "add_histogram")]
 
 
@@ -39,7 +39,7 @@ def _hessian_norm(loss: Tensor, tensors: list[Tensor]) -> Tensor:
     graph = set().union(*map(graph_of, gradients))
     if not graph:
         return torch.zeros_like(norm)  # the loss is linear in the tensors
-    if any(type(node).__name__ == "Error" for node in graph):  # of once_differentiable; autograd.grad skips it
+    if any(type(node).__name__ == "Error" for node in graph):  # of once_differentiable; the products would be 0
         raise RuntimeError("an operation behind the layer has no second derivative")
     for _ in range(_POWER_STEPS):
         vectors = [product / norm.clamp_min(torch.finfo(norm.dtype).tiny) for product in products]
@@ -100,10 +100,10 @@ class PosteriorMonitor(Callback):
         self._taps: Taps | None = None
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
-        self._last: dict[str, Tensor] = {}
-        self._products: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}  # energies of the last call of each layer, units on the last axis
+        self._products: dict[str, Tensor] = {}  # inner products of the gradients of both losses
         self._task_curvatures: dict[str, dict[str, Tensor]] = {}
-        self._skipped: set[str] = set()
+        self._skipped: set[str] = set()  # layers of which a warning was given
         self._undos: list[Callable[[], Any]] = []
 
     @property
@@ -182,7 +182,7 @@ class PosteriorMonitor(Callback):
         values = self._metrics[path].compute()
         if prefix == "em":
             items = energies.float().flatten(0, -2)
-            curvatures = curvature(softmin(items[:: -(-len(items) // _MAX_ITEMS) or 1]).responsibilities)
+            curvatures = curvature(softmin(items[:: -(-len(items) // _MAX_ITEMS)]).responsibilities)
             values.update(curvature_mean=curvatures.mean(), curvature_max=curvatures.amax())
         if path in self._products:
             task, em, product = global_sum(self._products[path])

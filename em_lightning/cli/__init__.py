@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 
+# Errors of a write that is not permitted or does not fit.
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 for success, 2 for a wrong argument or file."""
+    """Run the command line and return its exit code: 0 for success, 2 for an error whose message needs no traceback."""
     parsed = _parser().parse_args(argv)
     try:
         if parsed.command == "ls":
@@ -95,12 +96,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif parsed.command == "audit":
             print_audit(parsed, " ".join(sys.argv[1:] if argv is None else argv))
         else:
-            ExtraChecker.find_spec("em_lightning.cli.recipe")
+            ExtraChecker.find_spec("em_lightning.cli.recipe")  # raises ImportError if Lightning is not installed
             run(parsed.recipe, parsed.arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
         message = str(_raised_here(error) or "")
         if not message and isinstance(error, OSError) and error.errno in _UNWRITABLE:
-            message = f"{error}: free disk space, or write to another folder with --trainer.logger.save_dir"
+            option = " with --trainer.logger.save_dir" if parsed.command == "run" else ""
+            message = f"{error}: free disk space, or write to another folder{option}"
         if not message:
             raise
         print(f"em-lightning: {message}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any
 
 
 def _named(target: str) -> Any:
+    """Import the object ``package.module:NAME``, or run the file of ``path/to/file.py:NAME``; return the object."""
     source, colon, name = target.rpartition(":")
     if not colon:
         raise ValueError(f"{target!r} must be package.module:NAME or path/to/file.py:NAME")
@@ -74,7 +75,7 @@ def _random_inputs(specifications: Sequence[str]) -> Any:
 
 
 def print_audit(options: argparse.Namespace, command: str) -> None:
-    """Audit a forward pass on random inputs, or a training step; raise ValueError with the command if it fails."""
+    """Audit a model on random inputs or on a batch; raise ValueError with the command if anything fails."""
     import yaml
 
     from em_lightning.scope.auditing import audit, call
@@ -85,9 +86,9 @@ def print_audit(options: argparse.Namespace, command: str) -> None:
         if options.batch is None:
             values = _random_inputs(options.input)
             found = audit(model, values, functools.partial(call, model, values))
-        else:  # without a colon, the function is in the file of the model
-            file = options.model.rpartition(":")[0]
-            found = audit(model, _named(options.batch if ":" in options.batch else f"{file}:{options.batch}")())
+        else:  # without a colon, the function is in the file or module of the model
+            source = options.model.rpartition(":")[0]
+            found = audit(model, _named(options.batch if ":" in options.batch else f"{source}:{options.batch}")())
     except Exception as error:  # user code may raise errors of any type
         reason = " ".join(str(error).split())
         raise ValueError(f"{command}: {type(error).__name__}: {reason}") from error

@@ -7,7 +7,8 @@ import sys
 import traceback
 from pathlib import Path
 
-TIMEOUT_SECONDS = 120  # of the communication between ranks; PyTorch's default is half an hour
+# Of the communication between ranks, so that the loss of a rank ends a run soon; PyTorch's default is half an hour.
+TIMEOUT_SECONDS = 120
 
 
 def connection_error(error: BaseException) -> str | None:
@@ -24,12 +25,12 @@ def connection_error(error: BaseException) -> str | None:
         f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). Look for an earlier error of "
         "another rank; a host may be gone, slower than the timeout (--trainer.strategy.timeout), have the NODE_RANK of "
         "another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network interface, such "
-        "as eth0, if a host's name means 127.0.1.1 on it. --ckpt_path=last resumes the run"
+        "as eth0, if a host resolves its own name to 127.0.1.1. --ckpt_path=last resumes the run"
     )
 
 
 def leave_process_group() -> None:
-    """Destroy the process group that Lightning leaves open: it may abort the process (pytorch/pytorch#190489)."""
+    """Destroy the process group, which Lightning leaves open: it may abort the process (pytorch/pytorch#190489)."""
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

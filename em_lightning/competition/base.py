@@ -101,10 +101,10 @@ def widen(energies: Tensor) -> Tensor:
     return energies.float() if energies.dtype in (torch.float16, torch.bfloat16) else energies
 
 
-def align(dim: int, vector: Tensor, like: Tensor) -> Tensor:
-    """Return ``vector`` in the dtype of ``like``; one of shape (K,) broadcasts along axis ``dim`` of ``like``."""
-    vector = vector.to(like.dtype)
-    return vector.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if vector.ndim == 1 else vector
+def align(dim: int, values: Tensor, like: Tensor) -> Tensor:
+    """Return ``values`` in the dtype of ``like``, with those of shape (K,) along axis ``dim`` of ``like``."""
+    values = values.to(like.dtype)
+    return values.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if values.ndim == 1 else values
 
 
 def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor | None, dim: int) -> Tensor:
@@ -123,9 +123,8 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
 def to_posterior(
     energies: Tensor, temperature: float | Tensor, dim: int, value: Tensor, responsibilities: Tensor
 ) -> Posterior:
-    """Return the posterior with free energy -T ``value`` in the dtype of the energies; ``value`` lacks axis ``dim``."""
-    if isinstance(temperature, Tensor):
-        free = (value.unsqueeze(dim) * -temperature.to(value.dtype)).squeeze(dim)
-    else:
-        free = value * -temperature
+    """Return the posterior with free energy -T ``value``; ``value`` lacks axis ``dim`` or has the groups on it."""
+    factor = -temperature.to(value.dtype) if isinstance(temperature, Tensor) else -temperature
+    has_groups = value.ndim == energies.ndim
+    free = value * factor if has_groups else (value.unsqueeze(dim) * factor).squeeze(dim)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

@@ -143,7 +143,7 @@ def topk(
 
     The best have the lowest d - T log_prior; hypotheses that tie with the k-th are included, and k > K includes all. A
     hypothesis outside the k best cannot recover by its own gradient. Arguments are those of :func:`softmin` and ``k``,
-    the number of hypotheses that compete.
+    the number of hypotheses that compete, at least 1.
     """
     check_at_least(1, k=k)
     logits = to_logits(widen(energies), temperature, log_prior, dim)

@@ -107,7 +107,7 @@ class _Resumable:
         return {"position": self.position, "length": len(self)}  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after batch ``position``; ValueError if that is within an epoch of another number of batches."""
+        """Continue after batch ``position``; ValueError if the number of batches has changed within an epoch."""
         position, saved, length = state["position"], state["length"], len(self)  # type: ignore[arg-type]
         if 0 < position < saved != length:
             rule = "resume it with the same data, batch size and number of processes"
@@ -118,7 +118,7 @@ class _Resumable:
 class RankLoader(_Resumable):
     """Base class of loaders that form batches themselves; the order of an epoch is a function of (seed, epoch)."""
 
-    batch_sampler = None
+    batch_sampler = None  # Lightning reads it from any loader with a sampler
 
     def __init__(self, length: int, shuffle: bool, num_replicas: int, rank: int, seed: int) -> None:
         if length < num_replicas:

@@ -22,16 +22,16 @@ class PointCloudFolder(PointCloudDataModule):
     """Meshes and point clouds from the files of a folder and its subfolders (formats: :func:`read_points`).
 
     The class of a file is its subfolder. Folders named ``train``, ``val`` and ``test``, above or below it, define the
-    split; missing splits are drawn by a hash of the file name, which is the same on all machines. With fewer than three
-    files every split holds all of them. Points are drawn from meshes; point clouds are divided into points to fit and
-    held-out points, and padded if they are smaller than ``num_points``.
+    split. Without ``val``, training files are divided by a hash of their names, the same on all machines; without any
+    of the folders, all files are. Fewer than three files are not divided: both splits hold them. Points are drawn from
+    meshes; point clouds are divided into points to fit and held-out points, at most ``num_points`` each.
     Hidden files are skipped, and text files without a row of three numbers, such as README.txt, with a warning.
 
     Args:
         root: the folder, a zip archive of it, or the URL of one, which is kept in ~/.cache/em_lightning.
         sha256: hash of an archive that is downloaded; ``None`` does not verify it.
-        val_fraction: fraction of the files for validation; 0 validates on other points of the training files.
-        test_fraction: fraction of the files for the test; 0 tests on other points of all files.
+        val_fraction: fraction of the files for validation; 0 validates on new clouds of the training files.
+        test_fraction: fraction of the files for the test; 0 tests on new clouds of all files.
         clouds_per_file: clouds per training file and epoch.
         eval_clouds_per_file: clouds per validation and test file.
         pattern: glob pattern of the files, such as ``"*.off"`` or ``"chair/**/*.txt"``.
@@ -57,7 +57,7 @@ class PointCloudFolder(PointCloudDataModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in {"val_fraction": self.val_fraction, "test_fraction": self.test_fraction}.items():
-            if not 0 <= value < 0.5:
+            if not 0 <= value < 0.5:  # training files must be left
                 raise ValueError(f"{name}={value} must be at least 0 and less than 0.5")
         self.downloads = self.root.startswith(("https://", "http://"))
         cached = f"{CACHE}/{hashlib.sha256(self.root.encode()).hexdigest()[:16]}.zip"
@@ -85,7 +85,7 @@ class PointCloudFolder(PointCloudDataModule):
                     shutil.unpack_archive(self.path, folder, "zip")
                 except Exception as error:  # zipfile raises errors of many types
                     raise ValueError(f"{self.path} is damaged or not a zip archive ({error})") from error
-                content = list(Path(folder).iterdir())
+                content = list(Path(folder).iterdir())  # the folder itself, or its files
                 self._read(content[0] if len(content) == 1 and content[0].is_dir() else Path(folder))
         super().setup()
 
@@ -130,9 +130,6 @@ class PointCloudFolder(PointCloudDataModule):
         if files["train"] and not files["val"]:
             remaining = 1 - self.test_fraction if outside else 1.0  # fraction of the files that the test left
             files["val"], files["train"] = _hold_out(files["train"], self.val_fraction / remaining)
-        empty = [split for split in SPLITS if not files[split]]
-        if empty:
-            raise ValueError(f"root={self.root!r} has no files for {empty}; add folders of these names")
         count = len(self.class_names)
         if self.held_out_classes >= count:
             raise ValueError(f"held_out_classes={self.held_out_classes} must be less than {count} classes")
@@ -141,6 +138,9 @@ class PointCloudFolder(PointCloudDataModule):
         if held_out:
             for split, part in files.items():
                 files[split] = [name for name in part if (_class_of(name) in held_out) == (split == "test")]
+        if empty := [split for split in SPLITS if not files[split]]:
+            rule = f"with held_out_classes={self.held_out_classes}; add folders of these names"
+            raise ValueError(f"root={self.root!r} has no files for {empty} {rule}")
         return files
 
     def shapes(self, split: str) -> tuple[Sequence[Shape], int]:

@@ -34,7 +34,7 @@ class TensorBatches(RankLoader):
     Each global batch is split among the ranks, so all ranks have the same number of batches.
 
     Args:
-        tensors: tensors of equal length N along their first axis. uint8 is converted to float32 in [0, 1].
+        tensors: tensors of equal length N. Without ``draw``, uint8 is converted to float32 in [0, 1].
         batch_size: items per batch and rank; the last batch may have fewer.
         shuffle, num_replicas, rank, seed: as in :class:`torch.utils.data.DistributedSampler`.
         draw: a function ``draw(tensors, epoch, rank, number)`` that returns a batch, given its tensors, the epoch (0
@@ -150,7 +150,7 @@ class TensorDataModule(SplitDataModule):
         self.splits = {"train": train, "val": val, "test": test}
 
     def whole(self, split: str) -> Tensors:
-        """Return all items of a split, as floats."""
+        """Return all items of a split in one batch, as the loader returns them."""
         self.setup()
         part = self.splits[split]
         return Tensors(*next(iter(TensorBatches(list(part), len(part.y), shuffle=False))))
@@ -160,7 +160,7 @@ class TensorDataModule(SplitDataModule):
         return self.batches(list(self.splits[split]), split == "train")
 
     def batches(self, tensors: list[Tensor], train: bool, draw: Callable[..., Any] | None = None) -> TensorBatches:
-        """Return a loader of these tensors: shuffled batches for training, larger ones in order for evaluation."""
+        """Return a loader of these tensors: shuffled for training, else in order with ``eval_batch_size``."""
         batch_size = self.batch_size if train else self.eval_batch_size
         return TensorBatches(tensors, batch_size, train, *self.ranks, self.seed, draw)
 
@@ -195,8 +195,8 @@ def read_idx(path: str | Path) -> Tensor:
     """Read a uint8 IDX file, which may be compressed by gzip; raise ValueError if it is damaged."""
     data = Path(path).read_bytes()
     try:
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        if data[:3] != b"\0\0\x08" or len(data) < 4:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data  # how gzip files begin
+        if data[:3] != b"\0\0\x08" or len(data) < 4:  # 8 stands for uint8
             raise ValueError(f"it must begin with 0, 0, 8 and the number of axes, got {data[:4]!r}")
         shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
         content = bytearray(data[4 + 4 * data[3] :])
@@ -211,7 +211,7 @@ class MNIST(TensorDataModule):
 
     Args:
         root: folder with ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and the two ``t10k`` files, with or
-            without the suffix ``.gz``. ``None`` downloads MNIST to ~/.cache/em_lightning and verifies its MD5.
+            without the suffix ``.gz``. ``None`` downloads MNIST to ~/.cache/em_lightning/MNIST and verifies its MD5.
 
     Raises:
         ValueError: a file is missing or damaged, or images and labels do not match.
@@ -244,7 +244,7 @@ class MNIST(TensorDataModule):
         self.prepare_data()
         part = "train" if train else "t10k"
         x, y = self._read(f"{part}-images-idx3-ubyte"), self._read(f"{part}-labels-idx1-ubyte")
-        largest = max(y.flatten().tolist(), default=10)  # no labels are refused too
+        largest = max(y.flatten().tolist(), default=10)  # 10 refuses files without labels
         if x.shape[1:] != (28, 28) or y.shape != x.shape[:1] or largest > 9:
             rule = "images (N, 28, 28) and N labels from 0 to 9"
             got = f"{tuple(x.shape)} and {tuple(y.shape)}, the largest label {largest}"

@@ -70,7 +70,7 @@ class Shape(NamedTuple):
         """Return the shape of a mesh, or of a set of points if ``faces`` is ``None``.
 
         Raises:
-            ValueError: a shape is wrong, a face refers to a missing vertex, or the total area is not positive.
+            ValueError: a shape is wrong, a face refers to a missing vertex, or the area is not positive and finite.
         """
         if faces is None:
             return cls(points, label=label)
@@ -115,7 +115,7 @@ def random_rotation(generator: torch.Generator | None = None, axis: str = "so3")
     quaternion = torch.randn(4, dtype=torch.float64, generator=generator)
     if axis == "z":
         quaternion[1:3] = 0
-    return torch.from_numpy(Rotation.from_quat(quaternion.roll(-1).numpy()).as_matrix())
+    return torch.from_numpy(Rotation.from_quat(quaternion.roll(-1).numpy()).as_matrix())  # SciPy puts w last
 
 
 def draw_cloud(
@@ -161,11 +161,13 @@ def draw_cloud(
 
 
 def _cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Remove 0 to ``most`` balls of points, each with a share of the points (N, D) between 5 % and 1 / (3 ``most``)."""
+    """Remove 0 to ``most`` balls of points, each with a random share of the points (N, D) up to 1 / (3 ``most``)."""
     count = int(torch.randint(most + 1, (1,), generator=generator)) if most else 0
     for _ in range(count):
         center = points[torch.randint(len(points), (1,), generator=generator)]
-        share = (0.05 + (1.0 / 3.0 / most - 0.05) * torch.rand(1, generator=generator)).clamp(min=0.0)
+        largest = 1.0 / 3.0 / most
+        smallest = min(0.05, largest)  # a ball of fewer points would hardly be missed
+        share = smallest + (largest - smallest) * torch.rand(1, generator=generator)
         distance = (points - center).norm(dim=-1)
         points = points[distance > distance.quantile(share.to(distance))]
     return points
@@ -179,7 +181,7 @@ class PointCloudDataModule(SplitDataModule):
     function of (seed, split, epoch, index). Subclasses define :meth:`shapes` and ``source``.
 
     Args:
-        num_points: points per cloud to fit; the same number is held out.
+        num_points: points per cloud to fit; as many are held out. Smaller sets of points are divided into halves.
         batch_size: clouds per batch and rank.
         num_workers: number of processes that draw clouds; 0 draws them in the main process.
         noise: standard deviation of Gaussian jitter, relative to the radius of the shape. With a pair it is drawn

@@ -38,7 +38,7 @@ def read_points(path: str | Path, drop_non_finite: bool = False) -> tuple[Points
         Points (N, 3) float64 and faces (F, 3) int64, or ``None`` if the file has no faces.
 
     Raises:
-        ValueError: the file is empty, truncated or corrupt; the message names the file.
+        ValueError: the suffix is unknown, the file is empty, truncated or corrupt, or a point is not finite.
     """
     return parse_points(Path(path).read_bytes(), str(path), drop_non_finite)
 
@@ -65,8 +65,9 @@ def has_points(path: Path) -> bool:
     if path.suffix.lower() not in TEXTS:
         return True
     with path.open("rb") as file:
-        # UTF-16 has zero bytes.
-        return any(_THREE_NUMBERS.match(line.replace(b"\0", b"").removeprefix(_BYTE_ORDER_MARK)) for line in file)
+        # In UTF-16, digits have a zero byte.
+        lines = (line.replace(b"\0", b"") for text in file for line in text.split(b"\r"))
+        return any(_THREE_NUMBERS.match(line.removeprefix(_BYTE_ORDER_MARK)) for line in lines)
 
 
 def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tuple[Points, Faces | None]:
@@ -80,7 +81,7 @@ def _checked(points: Points, faces: Faces | None, drop_non_finite: bool) -> tupl
             bad = int(finite.argmin())
             raise ValueError(f"point {bad} is {points[bad].tolist()}, not finite; drop_non_finite=True drops it")
         if faces is not None:
-            faces = (np.cumsum(finite) - 1)[faces[finite[faces].all(1)]]
+            faces = (np.cumsum(finite) - 1)[faces[finite[faces].all(1)]]  # numbers of the remaining points
         points = points[finite]
     if not len(points):
         raise ValueError("the file holds no points")
@@ -103,7 +104,7 @@ def _parse_array(data: bytes) -> Points:
             if len(names) > 1 and "points" not in names:
                 raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
             array = np.asarray(array[names[0] if len(names) == 1 else "points"])
-    except Exception as error:  # NumPy evaluates the header as a Python literal
+    except Exception as error:  # of many types: NumPy evaluates the header as Python
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from None
     _check_shape(array.shape)
     if len(array) == 3 < array.shape[1]:  # three points with attributes are less likely than points in columns
@@ -139,9 +140,9 @@ def _parse_pcd(data: bytes) -> Points:
 
 
 def _lines(data: bytes) -> list[str]:
-    """Return the lines of a text without comments and empty lines; only newline characters end a line."""
+    """Return the lines of a text without comments and empty lines; newlines and carriage returns end a line."""
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin-1", "replace")
-    return [line for line in (line.partition("#")[0].strip() for line in text.split("\n")) if line]
+    return [line for line in (line.partition("#")[0].strip() for line in re.split("[\r\n]", text)) if line]
 
 
 def _parse_text(data: bytes) -> Points:
@@ -204,7 +205,7 @@ def _prepare_ply(data: bytes) -> bytes:
         if len(rows) != declared:
             raise ValueError(f"the header declares {declared} rows but {len(rows)} follow")
         body = b"\n" + b"\n".join(rows)
-        if re.search(rb"[^\s\d.eE+\-naifNAIF]", body):
+        if re.search(rb"[^\s\d.eE+\-naifNAIF]", body):  # nan and inf are numbers
             raise ValueError("the rows must hold numbers only")
         # trimesh would round the digits of the text to float32.
         header = re.sub(rb"(?m)^property +float(?:32)? ", b"property double ", header)

@@ -19,8 +19,8 @@ from torch import Tensor
 from em_lightning.checks import check_at_least
 from em_lightning.data.base import RankLoader, SplitDataModule
 
-# Rows read per memory map. The pages of a map count as memory of the process until it is closed.
-_ROWS_PER_MAP = 4096
+# Scattered rows per memory map. Linux maps 64 KiB around each, which count as memory until the map is closed.
+_ROWS_PER_MAP = 4096  # 256 MiB
 
 
 class TableBatch(NamedTuple):
@@ -53,8 +53,8 @@ class Table:
 
     Raises:
         ValueError: the file does not exist, is not a regular file, or does not hold real numbers; a shard has another
-            number of columns, or its name is that of a copy (``x (copy).npy``); during a read, a file has changed its
-            shape or type.
+            number of columns, or its name is that of a copy (``x (copy).npy``); during a read, a file has been written
+            since the table was created.
 
     Example:
         >>> Table(torch.arange(6.0).reshape(3, 2)).rows(1, 2)
@@ -95,7 +95,7 @@ class Table:
             raise ValueError(f"{self.name}: {path} {problem}; every rank must be able to read all shards")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:  # NumPy evaluates the header as a Python literal
+        except Exception as error:  # of many types: NumPy evaluates the header as Python
             rule = "is not a plain NumPy array; write it with numpy.save"
             raise ValueError(f"{self.name}: {path} {rule} ({error})") from error
         if array.dtype.kind not in "fiub":
@@ -114,7 +114,7 @@ class Table:
             block = part[rows]
             return block if block.is_floating_point() else block.to(torch.get_default_dtype())
         array = self._open(part)
-        dtype = np.float64 if np.result_type(array.dtype, np.float32) == np.float64 else np.float32
+        dtype = np.float32 if np.result_type(array.dtype, np.float32) == np.float32 else np.float64
         return torch.from_numpy(np.array(array[rows if isinstance(rows, slice) else rows.numpy()], dtype, order="C"))
 
     def locate(self, row: int) -> str:
@@ -157,8 +157,8 @@ class TableBlocks(RankLoader):
         num_replicas, rank, seed: W, the rank of this process, and the seed of the order.
 
     Raises:
-        ValueError: the number of weights is wrong, a weight is negative or NaN, a point is not finite, or there are
-            fewer rows than ranks.
+        ValueError: the number of weights is wrong, or there are fewer rows than ranks; during a read, a weight is
+            negative or NaN, or a point of positive weight is not finite.
 
     Example:
         >>> [len(batch.points) for batch in TableBlocks(Table(torch.zeros(10, 2)), block_rows=4)]
@@ -210,7 +210,7 @@ class TableBlocks(RankLoader):
         return TableBatch(points, weights)
 
     def sample(self, size: int, seed: int = 0) -> TableBatch:
-        """Return one random row of each of ``size`` equal intervals of the whole table, the same on every rank."""
+        """Return a random row of each of ``size`` equal intervals, the same on every rank, without duplicates."""
         total = len(self.table)
         size = min(size, total)
         within = torch.rand(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -279,7 +279,7 @@ class TabularDataModule(SplitDataModule):
         return f"{len(train):,} x {train.shape[1]} from {train.source}{weighted}{held_out}"
 
     def blocks(self, split: str = "train", whole: bool = False) -> TableBlocks:
-        """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or all of them in order."""
+        """Return the blocks of ``"train"`` or ``"held_out"``: those of this rank, or the ``whole`` table in order."""
         self.setup()
         train = split == "train"
         ranks = (1, 0) if whole else self.ranks

@@ -20,7 +20,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     ``facts`` maps names to values. Values that JSON cannot represent are compared by their class.
 
     Raises:
-        ValueError: a fact differs; the message has its name, its values, and the hosts and ranks that differ.
+        ValueError: a fact differs; the message has its name, its values, and up to four hosts and ranks that differ.
     """
     values = {name: json.dumps(facts[name], sort_keys=True, default=lambda x: type(x).__name__) for name in facts}
     digest = hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
@@ -29,7 +29,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
     ranks = _gather((socket.gethostname(), values))
     for name in dict.fromkeys(name for _, facts in ranks for name in facts):
         found = [facts.get(name, "missing") for _, facts in ranks]
-        common = Counter(found).most_common(1)[0][0]  # that of rank 0 in a tie
+        common = Counter(found).most_common(1)[0][0]  # in a tie, that of the lowest rank
         hosts = [f"on host {host} (rank {rank})" for rank, (host, _) in enumerate(ranks)]
         others = [f"{value} {host}" for value, host in zip(found, hosts, strict=True) if value != common]
         if others:

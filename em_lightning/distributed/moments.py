@@ -73,7 +73,7 @@ def batch_moments(values: Tensor, dim: int = -1, mask: Tensor | None = None, wei
     errors are those of :func:`flatten_units`.
 
     Warns:
-        UserWarning: the batch has fewer than two items, so the variance is 0.
+        UserWarning: the batch of a single process has fewer than two items, masked ones included.
     """
     items, weights = flatten_units(values, dim, mask, weights)
     if len(items) < 2 and not is_distributed() and not torch.compiler.is_compiling():

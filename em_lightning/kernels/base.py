@@ -26,8 +26,8 @@ class Kernel(nn.Module):
     A subclass defines :meth:`energy`, passes its positive shape parameters to this constructor, and defines
     :meth:`log_normalizer` if exp(-d) is integrable. Centers are an argument of each call.
 
-    Energies are computed in float32 or float64, under autocast as well, and returned in the inputs' dtype; float16
-    energies are clamped to its largest number.
+    Energies are computed in float32 or float64, under autocast as well, and returned in the inputs' dtype, in float16
+    at most 65504, its largest number.
 
     Args:
         learnable: make the shape parameters learnable. Each is then ``value * exp(log_<name>)`` with a parameter
@@ -36,7 +36,7 @@ class Kernel(nn.Module):
         **shape: positive initial value of each shape parameter; ``kernel.<name>`` is its current value, of shape ().
 
     Shape:
-        x (..., N, D) and centers (..., K, D) give energies (..., N, K), for every kernel.
+        x (..., N, D) and centers (..., K, D) give energies (..., N, K); :class:`LearnedEnergyKernel` has no centers.
 
     Example:
         >>> from em_lightning.kernels import pairwise
@@ -50,7 +50,7 @@ class Kernel(nn.Module):
         tensor([[8., 1.]])
     """
 
-    no_density = "log_normalizer is not defined"  # the reason, in messages
+    no_density = "log_normalizer is not defined"  # the reason that a NoDensityError gives
 
     def __init__(self, learnable: bool = False, **shape: float) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ class Kernel(nn.Module):
         raise NoDensityError(f"{type(self).__name__} has no density (num_features={num_features}): {self.no_density}")
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
-        """Return a shape parameter: a number if fixed, else a tensor of shape () in ``dtype``, by default float64."""
+        """Return a shape parameter: a number if fixed, else a tensor () in ``dtype``, float64 by default."""
         if not self._learnable:
             return self._initial[name]
         log_ratio: Tensor = getattr(self, f"log_{name}")
-        dtype = dtype or (torch.float32 if log_ratio.is_mps else torch.float64)
+        dtype = dtype or (torch.float32 if log_ratio.is_mps else torch.float64)  # MPS devices have no float64
         return self._initial[name] * log_ratio.to(dtype).exp().reshape(())
 
     def __getattr__(self, name: str) -> Any:
@@ -151,7 +151,7 @@ class EllipticalKernel(Kernel):
 
 
 def density_kernel(spec: Any) -> Kernel:
-    """Return ``KERNELS.build(spec)``, with the option ``density=True`` if there is one: a density for every D."""
+    """Return ``KERNELS.build(spec)``, by default a density for every D: with ``density=True`` if it is an argument."""
     if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
         return KERNELS.build(spec, density=True)
     return KERNELS.build(spec)

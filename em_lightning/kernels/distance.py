@@ -36,7 +36,7 @@ def squared_distance(x: Tensor, centers: Tensor, factor: Tensor | None = None, m
         x: items (..., N, D).
         centers: centers (..., K, D).
         factor: lower triangular :math:`L` (D, D), the identity by default.
-        max_differences: largest N K D, over all sets, for which differences are stored; by default 4 MiB in float32.
+        max_differences: largest B N K D for which differences are stored; by default 4 MiB in float32.
     """
     leading = torch.broadcast_shapes(x.shape[:-2], centers.shape[:-2])
     few = math.prod(leading) * x.shape[-2] * centers.shape[-2] * x.shape[-1] <= max_differences

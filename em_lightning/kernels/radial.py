@@ -143,6 +143,7 @@ class MahalanobisKernel(Kernel):
             raise ValueError(f"covariance={covariance.tolist()} must be symmetric and positive definite")
         self.num_features = num_features
         self.register_buffer("initial_factor", factor)
+        # The factor C of L = initial_factor C: its entries below the diagonal, and the logarithms of those on it.
         self.log_factor = nn.Parameter(torch.zeros_like(factor)) if learnable else None
 
     @property

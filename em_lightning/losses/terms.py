@@ -137,7 +137,7 @@ class DecorrelationLoss(MomentLoss):
     r"""The term against redundant units, :math:`\sum_{i \ne j} \mathrm{Corr}(d_i, d_j)^2`.
 
     The correlation is the unbiased covariance over :math:`(\sigma_i + \epsilon)(\sigma_j + \epsilon)`, with unbiased
-    standard deviations and ``eps`` :math:`\epsilon`, so a constant unit contributes 0.
+    standard deviations and ``eps`` :math:`\epsilon`, 1e-8 as published, so a constant unit contributes 0.
 
     Example:
         >>> DecorrelationLoss()(torch.tensor([[0.0, 1.0, 5.0], [2.0, 3.0, 5.0]])).round(decimals=4)
@@ -161,7 +161,7 @@ class LogDetLoss(MomentLoss):
     least 0 (Hadamard's inequality) and equals :math:`\frac12 \sum_{i \ne j} R_{ij}^2` to second order, so the loss
     combines variance and decorrelation.
 
-    ``eps`` is added to the diagonal. With fewer items than units the matrix is singular and eps determines the value.
+    ``eps`` is added to the diagonal. With no more items than units the matrix is singular and eps determines the value.
 
     Example:
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])

@@ -102,9 +102,7 @@ class UnitMoments(Float64Metric):
     def _accumulate(self, moments: Tensor) -> None:
         num_units, earlier = len(moments) - 1, len(self.moments) - 1
         if num_units and earlier and num_units != earlier:
-            raise ValueError(
-                f"activations have {num_units} units but earlier ones had {earlier}; reset() the metric between"
-            )
+            raise ValueError(f"activations have {num_units} units, earlier ones had {earlier}: reset() the metric")
         self.moments = _merge(torch.stack(_pad([self.moments, moments.to(self.moments)])))
 
     def compute(self) -> Tensor:
@@ -139,5 +137,5 @@ def _pad(moments: list[Tensor]) -> list[Tensor]:
 
 
 def _gather_padded(moments: Tensor, group: Any = None) -> list[Tensor]:
-    """Gather the moments of all ranks."""
+    """Return the moments of all ranks, padded to one size."""
     return _pad(gather_all_tensors(moments, group))

@@ -13,7 +13,7 @@ from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntro
 
 
 class L0(MeanOfItems):
-    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`.
+    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`; the published one is 0.01.
 
     Example:
         >>> metric = L0()
@@ -36,7 +36,7 @@ class DeadUnits(UnitMoments):
     r"""Number of units with :math:`\mathrm{Var}(a_j) <` ``threshold``, with the unbiased variance over all items.
 
     Args:
-        threshold: the variance below which a unit is dead; a constant unit is always dead.
+        threshold: the variance below which a unit is dead, 0.01 as published; a constant unit is always dead.
         relative: whether the threshold is a fraction of the mean variance of the units, for comparing activations of
             different scales.
 

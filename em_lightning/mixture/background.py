@@ -11,7 +11,7 @@ from torch import Tensor
 from em_lightning.mixture.e_step import BackgroundTerms
 from em_lightning.mixture.points import Points, prepare
 
-# Smallest side of a bounding box relative to its longest.
+# Smallest side of a bounding box relative to its longest, so that flat sets have a finite density.
 _MIN_SIDE_RATIO = 1e-3
 # Smallest estimated weight of the background, and of the components: EM cannot increase a weight of zero.
 _MIN_WEIGHT = 1e-5
@@ -105,5 +105,5 @@ class UniformBackground:
             counted = counted | ~counted.any(-1, keepdim=True)
             low, high = torch.where(counted, z, torch.inf), torch.where(counted, z, -torch.inf)
         sides = high.amax(-1) - low.amin(-1)
-        least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)
+        least = (_MIN_SIDE_RATIO * sides.amax(-1, keepdim=True)).clamp(min=points.eps)  # eps for equal points
         return -torch.maximum(sides, least).log().sum(-1)

@@ -13,9 +13,6 @@ from em_lightning.mixture.backends import map_blocks, native, sum_blocks
 from em_lightning.mixture.covariance import Covariance, half_log_two_pi
 from em_lightning.mixture.points import Parameters, Points
 
-# Maps joint log-densities (B, K, N) to responsibilities (B, K, N).
-Respond = Callable[[Tensor], Tensor]
-
 
 class BackgroundTerms(NamedTuple):
     """Log-density and log-weights of the background, for one batch of sets.
@@ -52,7 +49,7 @@ class SufficientStatistics(NamedTuple):
     second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`.
     log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero if not requested.
     background_mass: (B,), the mass of the background.
-    num_points: (B,), number of points that count.
+    num_points: (B,), number of points of positive weight.
     """
 
     mass: Tensor
@@ -88,7 +85,7 @@ def e_step(
     points: Points,
     parameters: Parameters,
     likelihood: Likelihood,
-    respond: Respond | None = None,
+    respond: Callable[[Tensor], Tensor] | None = None,
     *,
     temperature: float | Tensor = 1.0,
     with_log_likelihood: bool = False,
@@ -100,8 +97,8 @@ def e_step(
         r_{nk} = \frac{\pi_k p_k(x_n)}{\sum_j \pi_j p_j(x_n)}, \qquad
         S_k = \sum_n w_n r_{nk} u_{nk} \, [1, x_n, s(x_n)]
 
-    Parameters are in the coordinates of the points. ``respond`` maps joint log-densities (B, K, N), with the background
-    last, to responsibilities, by default by a softmax of the joint log-densities divided by the ``temperature``;
+    Parameters and statistics are in the coordinates of the points. ``respond`` maps joint log-densities (B, K, N), with
+    the background last, to responsibilities; by default it is their softmax after division by the ``temperature``.
     ``couples_points`` tells whether it needs all points of a set at once.
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
@@ -118,13 +115,13 @@ def e_step(
     def responsibilities_of(joint: Tensor, sets: slice) -> Tensor:
         if respond is None:
             return (joint / temperature if tempered else joint).softmax(1)
-        # Competitions may depend on the unit of the densities: use that of the points.
+        # Competitions may depend on the unit of the densities: use the unit in which the points were given.
         return respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
 
     def sums_of_block(
         sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *background: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return mass, moments, log-likelihood and the mass of the background."""
+        """Return mass, sums of ``w_n r_nk u_nk phi(x_n)``, log-likelihood and the mass of the background."""
         features = points.lift(block, sets)
         joint, irls_weights = log_joint(features, theta, peak, points.num_features, likelihood.kernel)
         joint = with_background(joint, background)
@@ -139,8 +136,7 @@ def e_step(
         responsibilities = responsibilities[:, : theta.shape[1]]
         if irls_weights is not None:
             responsibilities = responsibilities * irls_weights
-        # Twice as fast as the transposed product for a few components.
-        moments = (features @ responsibilities.mT).mT
+        moments = (features @ responsibilities.mT).mT  # for few components, twice as fast as the transposed product
         return mass, moments, log_likelihood, background_mass.sum(1)
 
     width = max(theta.shape[1:])
@@ -159,7 +155,7 @@ def e_step(
 def _fused_arguments(
     points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
-    """Return the arguments of the native functions: densities ``p_k(x)^(1 / T)`` have the factors ``W / sqrt(T)``."""
+    """Return the arguments of the native functions. Gaussian densities to the power 1 / T have ``W / sqrt(T)``."""
     log_weights, means, covariances = parameters
     factor = family.factorize(covariances, means)
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
@@ -189,14 +185,14 @@ def log_joint(
 ) -> tuple[Tensor, Tensor | None]:
     r"""Return :math:`\log \pi_k + \log p_k(x_n)` and the IRLS weights :math:`u_{nk}`, both (B, K, N).
 
-    ``features`` are ``phi(x)`` (B, F, N), ``theta`` (B, K, F) the natural parameters, and ``peak`` (B, K) is the
+    ``features`` are ``phi(x)`` (B, F, N), ``theta`` (B, K, F) the natural parameters, and ``peak`` (B, K) is the joint
     log-density of each Gaussian component at its mean. Gaussian components have IRLS weights of 1 (``None``).
     """
     gaussian = theta @ features
     if kernel is None:
         return gaussian, None
     squared_distance = (2.0 * (peak.unsqueeze(-1) - gaussian)).clamp(min=0.0)
-    log_ratio = half_log_two_pi(num_features) - kernel.elliptical_log_normalizer(num_features)
+    log_ratio = half_log_two_pi(num_features) - kernel.elliptical_log_normalizer(num_features)  # of the normalizers
     joint = peak.unsqueeze(-1) + log_ratio - kernel.rho(squared_distance, num_features)
     return joint, kernel.irls_weight(squared_distance, num_features)
 

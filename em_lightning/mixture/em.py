@@ -28,14 +28,14 @@ def em_step(
     :math:`r_{nk} = \pi_k N(x_n \mid \mu_k, \Sigma_k) / p(x_n)`; the parameters are the moments of the points under r.
 
     Args:
-        x: points (B, N, D).
+        x: points (B, N, D), or (1, N, D) for all mixtures.
         mixture: B mixtures of any covariance type, which is kept.
-        mask: (B, N), false where a row is padding.
-        weights: (B, N), how often each point counts.
+        mask: (B, N) or (1, N), false where a row is padding.
+        weights: (B, N) or (1, N), how often each point counts.
         floor: added to every variance, in squared units of the points.
 
     Raises:
-        ValueError: ``x`` does not match the mixtures, or has no rows.
+        ValueError: ``x`` does not match the mixtures, or has no rows; TypeError if it is not a floating-point tensor.
 
     Example:
         >>> x = torch.tensor([[[-1.0], [-0.9], [1.0], [1.1]]])
@@ -49,6 +49,8 @@ def em_step(
     if x.shape[1] == 0:
         raise ValueError(f"x of shape {tuple(x.shape)} must have at least one row; mask the rows of empty sets")
     covariance = covariance_of(mixture.covariances, mixture.means)
+    x = x.expand(mixture.sets, -1, -1)
+    mask, weights = (None if part is None else part.expand(x.shape[:2]) for part in (mask, weights))
     points = prepare(x, covariance.features, mask, weights)
     parameters = points.frame.enter_parameters(mixture.parameters())
     statistics = e_step(points, parameters, Likelihood(covariance))
@@ -112,7 +114,7 @@ class StreamedEM(NamedTuple):
     """EM over data in blocks: statistics of blocks, and of ranks, are added before the M-step.
 
     covariance: the covariance type.
-    frame: coordinates centred near the mean of all points, the same for all blocks of a pass.
+    frame: coordinates centered near the mean of all points, the same for all blocks of a pass.
 
     Example:
         >>> x = torch.tensor([[-1.0], [-0.9], [1.0], [1.1]])
@@ -147,14 +149,10 @@ class StreamedEM(NamedTuple):
         """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
         if x.shape[-1] != mixture.features:
             raise ValueError(f"x has shape {tuple(x.shape)}; the mixture has {mixture.features} features")
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # sums need more than half precision
+            features, weights = self.covariance.features, None if weights is None else weights.unsqueeze(0)
             points = prepare(
-                x.unsqueeze(0),
-                self.covariance.features,
-                weights=None if weights is None else weights.unsqueeze(0),
-                frame=self.frame,
-                normalized_weights=False,
-                with_moments=False,
+                x[None], features, weights=weights, frame=self.frame, normalized_weights=False, with_moments=False
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
             statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
@@ -181,7 +179,7 @@ class StreamedEM(NamedTuple):
             if prior is not None:
                 if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
                     raise ValueError("variance must be given, not None: the prior's covariance is a share of it")
-                # Without a variance, the prior does not depend on it: any tensor of its shape will do.
+                # Where it may be None, the prior does not depend on it: any tensor of its shape will do.
                 variance = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)
                 counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, mixture.components)
@@ -215,7 +213,7 @@ def fit_blocks(
         start: a mixture of one set.
         max_iters: largest number of iterations.
         tol: stop if the log-likelihood changes by less, in nats per point; 0 runs all iterations.
-        floor: added to every variance.
+        floor: added to every variance, in squared units of the points.
         previous: the log-likelihood per point of the last iteration of an earlier fit that this one continues.
         report: is called after each iteration with its number and its log-likelihood per point.
 
@@ -247,6 +245,6 @@ def fit_blocks(
             report(iteration, float(log_likelihood))
         return streamed.m_step(statistics, mixture, floor).parameters(), log_likelihood
 
-    objective = None if previous is None else torch.tensor([previous], dtype=torch.float64)
+    objective = None if previous is None else start.means.new_tensor([previous])
     result = fit(step, start.parameters(), max_iters=max_iters, tol=tol, previous=objective)
     return BlockFit(Mixture(*result.state), [float(value) for value in result.objectives], bool(result.converged))

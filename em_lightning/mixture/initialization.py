@@ -51,7 +51,7 @@ def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = Non
 def kmeans_plus_plus(
     x: Tensor, num_components: int, weights: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw centers (B, K, D) with probability proportional to the squared distance from the nearest earlier center.
+    """Draw centers (B, K, D) in proportion to weight times squared distance from the nearest earlier center.
 
     Each draw is greedy: it keeps the best of ``2 + floor(ln K)`` candidates by the sum of squared distances.
 
@@ -103,9 +103,10 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
     """Return the mixture of the cells (the points nearest to each center), differentiable in the points.
 
-    Weights are those of the cells. Means and correlations are those of a cell's core, the points whose squared distance
-    from the center is below ``_CORE`` of the cell's mean: the rim of a cell contains points of other clusters, which
-    slow down EM. Cells of at most D points, whose covariances would be singular, get the variance of all cells.
+    Weights are those of the cells. Means and correlations are those of the core of a cell, if it has over 2 D points.
+    The core holds the points whose squared distance from the center is at most ``_CORE`` of the cell's mean: the rim
+    contains points of other clusters, which slow down EM. Cells of at most D points, whose covariances would be
+    singular, get the variance of all cells.
     Centers (B, K, D) are in the coordinates of the points; covariances are returned in the form of the EM loop.
     """
     num_components, num_features = centers.shape[1:]

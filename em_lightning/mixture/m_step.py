@@ -47,9 +47,9 @@ def m_step(
         \Sigma_k = \frac{\sum_n r_{nk} u_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top + \kappa (\mu_k - m_0)(\mu_k - m_0)^\top
         + s S_0}{N_k + s} + \epsilon I
 
-    with the mass :math:`N_k = \sum_n r_{nk}` and IRLS weights :math:`u_{nk}`, 1 for Gaussian components.
-
-    The floor :math:`\epsilon` is (B,). An iterative estimate starts from the covariances ``before``.
+    with the mass :math:`N_k = \sum_n r_{nk}` and IRLS weights :math:`u_{nk}`, 1 for Gaussian components. Here
+    :math:`r_{nk}` includes the weight of point n. The floor :math:`\epsilon` is (B,). An iterative estimate starts from
+    the covariances ``before``.
     """
     mass, zeroth, first, second, _, background_mass, _ = statistics
     gaussian = zeroth is mass  # e_step returns the same tensor for both
@@ -73,7 +73,7 @@ def m_step(
     if prior is not None:
         strength = prior.covariance_count / family.sharing(mass.shape[1])
         scatter, scatter_mass = scatter + strength.unsqueeze(-1) * prior.scatter, scatter_mass + strength
-        added = prior.weight_count.expand_as(mass)
+        added = prior.weight_count.expand_as(mass)  # the background gets the same count as a component
         mass, background_mass = mass + added, background_mass + added.mean(-1)
         component_mass = component_mass + added.sum(-1)
     means, covariances = family.estimate(means, scatter, scatter_mass, floor, before)

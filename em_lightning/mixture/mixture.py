@@ -23,8 +23,8 @@ from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 class Mixture:
     r"""A batch of Gaussian mixtures, :math:`p(x) = \sum_k \pi_k N(x \mid \mu_k, \Sigma_k)`, one per set.
 
-    Densities are computed in float64 and returned in the dtype of the points. They are accurate up to a distance of
-    about 1e8 standard deviations from a component.
+    Densities have the dtype of the points. They are computed in float64, or by compiled code in float32 for float32
+    points, and are accurate up to a distance of about 1e8 standard deviations from a component.
 
     Args:
         log_weights: :math:`\log \pi` (B, K), normalized over components.
@@ -106,6 +106,8 @@ class Mixture:
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
         if isinstance(sets, int):
+            if not -self.sets <= sets < self.sets:  # also ends a loop over the mixtures
+                raise IndexError(f"sets={sets} must be at least {-self.sets} and less than {self.sets}")
             sets = slice(sets, sets + 1 if sets != -1 else None)
         return self.map(lambda part: part[sets])
 
@@ -138,7 +140,7 @@ class Mixture:
         return points, frame.enter_parameters(self.parameters())
 
     def _check_covariances(self) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # compiled code cannot branch on data
             return
         wrong = self._covariance.indefinite(self.covariances.detach())
         if wrong.any():
@@ -192,7 +194,7 @@ class Mixture:
         return Mixture(self.log_weights, self.means[..., chosen], covariances)
 
     def condition(self, features: Sequence[int], values: Tensor) -> Mixture:
-        r"""Return the mixtures of the other features, given the ``values`` (B, d) of ``features``.
+        r"""Return the mixtures of the other features, with full covariances, given ``values`` (B, d) of ``features``.
 
         .. math::
             \mu_{a|b} = \mu_a + \Sigma_{ab} \Sigma_{bb}^{-1} (x_b - \mu_b), \qquad
@@ -251,7 +253,7 @@ def information_criteria(mixture: Mixture, log_likelihood: float, count: float) 
 
     .. math:: \mathrm{BIC} = m \log N - 2 \log p(X), \qquad \mathrm{AIC} = 2 m - 2 \log p(X)
 
-    m is the number of free parameters, N the ``count`` of points.
+    m is the number of free parameters, N the ``count`` of points, log p(X) the ``log_likelihood`` of all of them.
 
     Source: Schwarz, Estimating the Dimension of a Model, 1978; Akaike, A New Look at the Statistical Model
     Identification, 1974.

@@ -61,9 +61,9 @@ class Points(NamedTuple):
     """A batch of point sets with the coordinates of their frame.
 
     x: (B, D, N), the given points in their dtype; masked rows are set to the center.
-    weights: (B, N), zero where masked, with mean 1 over the points that count; ``None`` if all are 1.
+    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` if all are 1.
     mass: (B,), the sum of the weights.
-    num_points: (B,), the number of points that count.
+    num_points: (B,), the number of points of positive weight.
     frame: the coordinates.
     features: function from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
     mean: (B, D), weighted mean of the coordinates; zero if not requested.
@@ -101,7 +101,7 @@ class Points(NamedTuple):
         return (covariance_floor / self.frame.scale.square()).clamp(min=self.eps**2)
 
     def unit(self) -> Tensor:
-        """Return the root mean variance of each set (B,), at least the precision of the points."""
+        """Return the root of the mean variance over features (B,), at least the precision of the points."""
         return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
     def log_volume(self) -> Tensor:
@@ -118,10 +118,11 @@ def prepare(
     normalized_weights: bool = True,
     with_moments: bool = True,
 ) -> Points:
-    """Return points (B, N, D) ready for EM.
+    """Return points (B, N, D) with weights (B, N) ready for EM; ``features`` is that of the covariance type.
 
-    The frame is by default that of the mean and the extent of each set. Masked rows may hold any value. Weights are
-    divided by their mean, unless the points are a block of a larger set (``normalized_weights=False``).
+    The frame is by default that of the mean and the extent of each set. Rows with a false mask (B, N) may hold any
+    value. Weights are divided by their mean, unless the points are a block of a larger set
+    (``normalized_weights=False``). With ``with_moments``, mean and variance are computed.
     """
     dtype = accumulation_dtype(x)
     weights, counted = join_weights(mask, weights, dtype, normalized_weights)
@@ -156,7 +157,7 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
     center = torch.where(center.isfinite(), center, 0.0)  # the sum may overflow
     if mask is not None:
         x = torch.where(mask.unsqueeze(1), x, center.unsqueeze(-1).to(x.dtype))
-    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # the faster one
+    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # each the faster for its layout
     extent = torch.maximum(high.to(dtype) - center, center - low.to(dtype)).amax(-1)
     return Frame(center, power_of_two(extent))
 

@@ -37,7 +37,7 @@ class MixturePrior(nn.Module):
 
     Args:
         weight_concentration: :math:`\alpha \ge 1`; 1 is flat.
-        mean_strength: :math:`\kappa \ge 0`, in points.
+        mean_strength: :math:`\kappa \ge 0`, in points; the default is that of the source.
         mean: :math:`m_0` (D,), in units of the points; the mean of each set by default.
         covariance_strength: :math:`s \ge 0`, in points.
         covariance: :math:`S_0`, diagonal: a number is a fraction of each feature's variance in the set; a sequence is
@@ -69,7 +69,7 @@ class MixturePrior(nn.Module):
     ) -> None:
         super().__init__()
         if not 1.0 <= weight_concentration < math.inf:
-            raise ValueError(f"weight_concentration={weight_concentration} must be at least 1, which is flat")
+            raise ValueError(f"weight_concentration={weight_concentration} must be finite and at least 1 (flat)")
         counts = {"weight": weight_concentration - 1.0, "mean": mean_strength, "covariance": covariance_strength}
         for name in ("mean", "covariance"):
             if not 0.0 <= counts[name] < math.inf:
@@ -78,7 +78,7 @@ class MixturePrior(nn.Module):
         for name, count in counts.items():
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
-        self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None
+        self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None  # of S_0
         self.fraction = positive_number("covariance", covariance) if isinstance(covariance, (int, float)) else None
         # Python numbers instead of buffers, which are rounded when the module changes its dtype.
         self.mean = None if mean is None else _numbers(mean)
@@ -119,7 +119,7 @@ class MixturePrior(nn.Module):
     def log_density(self, mixture: Mixture, mean: Tensor, variance: Tensor) -> Tensor:
         """Return the logarithm of the prior density of mixtures (B,), up to a constant.
 
-        ``mean`` and ``variance`` (B, D) of the points are the defaults of the prior's mean and covariance.
+        ``mean`` and ``variance`` (B, D) are those of the points, on which the default mean and covariance depend.
         """
         dtype = accumulation_dtype(mean)
         frame = Frame(mean.detach().to(dtype), torch.ones_like(mean[:, 0], dtype=dtype))

@@ -16,8 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from em_lightning.checkpoints import RankAgreement, check_archive, read_checkpoint
 from em_lightning.checks import check_at_least, check_choice, check_positive
 
-_WARM_UP_FRACTION = 0.3
-_INITIAL_FACTOR = 0.04  # as in OneCycleLR
+_WARM_UP_FRACTION, _INITIAL_FACTOR = 0.3, 0.04  # the defaults of OneCycleLR: pct_start, and 1 / div_factor
 
 
 class EMModule(lightning.LightningModule):
@@ -25,9 +24,9 @@ class EMModule(lightning.LightningModule):
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
     term is logged as ``<stage>/<name>``. In the stages ``val`` and ``test`` the mean over the epoch and all ranks
-    is logged; in ``train`` the value of a batch, every ``log_every_n_steps`` and at the end of an epoch. Metrics
-    given to :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step`` updates
-    them.
+    is logged; in ``train`` the value of every ``log_every_n_steps``-th batch; callbacks also get that of the last one.
+    Metrics given to :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step``
+    updates them.
 
     Args:
         lr: learning rate; with a schedule, its largest value.
@@ -130,7 +129,7 @@ class EMModule(lightning.LightningModule):
         return loss
 
     def _logs_this_step(self) -> bool:
-        """Return whether Lightning logs this training step; logging costs as much as a small step."""
+        """Return whether loggers or callbacks get this step's values; logging costs as much as a small step."""
         try:
             trainer = self.trainer
         except RuntimeError:  # no Trainer is attached
@@ -177,8 +176,8 @@ class EMModule(lightning.LightningModule):
         # The fused implementation is the fastest on CPUs. On GPUs it forbids gradient clipping under mixed precision;
         # there None lets PyTorch choose, while False would also turn off foreach.
         options: Any = {"lr": self.lr, "weight_decay": self.weight_decay, "fused": self.device.type == "cpu" or None}
-        adam = torch.optim.AdamW if self.weight_decay else torch.optim.Adam  # without decay the same, and faster
-        optimizer = (torch.optim.SGD if self.optimizer == "sgd" else adam)(self.parameter_groups(), **options)
+        kind = torch.optim.SGD if self.optimizer == "sgd" else torch.optim.AdamW  # Adam, with decoupled decay
+        optimizer = kind(self.parameter_groups(), **options)
         if self.schedule == "constant":
             return optimizer
         # OneCycleLR would store the length of the run in its checkpoint, so that a longer resumed run would fail.

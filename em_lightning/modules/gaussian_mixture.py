@@ -41,9 +41,9 @@ class GaussianMixtureModule(EMModule):
       so large that less than one pass suffices.
 
     Responsibilities are not stored, so memory beyond a block does not depend on the number of rows. All ranks end an
-    epoch with the same mixture, which does not depend on their number. A checkpoint within an epoch holds the
-    statistics so far: with a loader that resumes within an epoch (:class:`~em_lightning.data.TableBlocks`) and the same
-    number of ranks, a resumed run equals the uninterrupted one bitwise. ``trainer.global_step`` counts blocks.
+    epoch with the same mixture; with ``"em"`` it does not depend on their number. A checkpoint within an epoch holds
+    the statistics so far: with a loader that resumes within an epoch (:class:`~em_lightning.data.TableBlocks`) and the
+    same number of ranks, a resumed run equals the uninterrupted one bitwise. ``trainer.global_step`` counts blocks.
 
     Args:
         num_components: K.
@@ -65,7 +65,7 @@ class GaussianMixtureModule(EMModule):
         - ``forward(points (n, D))``: a :class:`~em_lightning.Posterior` over the K components.
 
     Raises:
-        ValueError: an argument is out of range, or the data contain NaN.
+        ValueError: an argument is out of range, or the data contain NaN, infinity or only weights of 0.
 
     Example:
         >>> import lightning
@@ -81,15 +81,15 @@ class GaussianMixtureModule(EMModule):
     Source: Cappé and Moulines, On-line Expectation-Maximization Algorithm for Latent Data Models, 2009.
     """
 
-    center: Tensor
-    variance: Tensor
-    log_likelihood: Tensor
-    change: Tensor
-    iterations: Tensor
-    started: Tensor
+    center: Tensor  # mean of the data, (1, D)
+    variance: Tensor  # of the data, (1, D)
+    log_likelihood: Tensor  # per point, of the last epoch
+    change: Tensor  # of the log-likelihood, in the last epoch
+    iterations: Tensor  # number of finished epochs
+    started: Tensor  # whether there is an initial mixture
     sums: Tensor
-    running: Tensor
-    blocks_seen: Tensor
+    running: Tensor  # flattened statistics s of stochastic EM
+    blocks_seen: Tensor  # t of stochastic EM
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class GaussianMixtureModule(EMModule):
             num_iters=5,  # after which the best of several starts is chosen
             covariance=covariance,
             init=init,
-            seed=None if init == "farthest" else seed,
+            seed=None if init == "farthest" else seed,  # farthest-point starts draw nothing
             residual=False,
             num_starts=num_starts,
             covariance_floor=covariance_floor,
@@ -157,7 +157,7 @@ class GaussianMixtureModule(EMModule):
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
         # DDP must not broadcast the buffers before every block: `sums` differ between ranks, and the others are equal.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self._restored: Tensor | None = None
+        self._restored: Tensor | None = None  # sums of a checkpoint, until the training starts
 
     @property
     def mixture(self) -> Mixture:
@@ -225,7 +225,7 @@ class GaussianMixtureModule(EMModule):
         """
         rows = rows_of(batch)
         if stage == "train":
-            num_blocks = self.trainer.num_training_batches
+            num_blocks = self.trainer.num_training_batches  # inf if endless; a prior is then relative to a block
             return {"loss": self.learn(rows, num_blocks if math.isfinite(num_blocks) else 1)}
         log_prob = self.log_prob(rows.points)
         self.metrics_of(stage)["log_likelihood"].update(log_prob, weights=rows.weights)
@@ -289,7 +289,7 @@ class GaussianMixtureModule(EMModule):
         # The values are equal on all ranks; without sync_dist Lightning would warn.
         options: Any = {"on_step": False, "on_epoch": True, "batch_size": 1, "sync_dist": True}
         self.log("train/log_likelihood", self.log_likelihood, prog_bar=True, **options)
-        if self.iterations > 1:
+        if self.iterations > 1:  # the first change is infinite
             self.log("train/change", self.change, **options)
         if self.trainer.strategy.reduce_boolean_decision(self.converged):
             self.trainer.should_stop = True

@@ -22,8 +22,8 @@ from em_lightning.operators.base import check_sets
 
 # A weak prior: it matters only after the correction multiplies its pseudo-counts by learned factors.
 _PRIOR = {"weight_concentration": 1.1, "mean_strength": 0.0, "covariance_strength": 0.1, "covariance": 1e-5}
-# Below this log-density, in nats, the training loss of a point grows only logarithmically, so that a few far
-# points do not dominate the gradient.
+# Below this log-density, in nats, the training loss of a point grows only logarithmically, so that a few far points do
+# not dominate the gradient. With the pretrained model, 0.7 % of points (clouds of 64) or 0.05 % (1,024) lie below it.
 _LOG_DENSITY_LIMIT = -6.0
 # Limits of a training batch that is cut into smaller clouds, for its time and memory.
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
@@ -47,7 +47,8 @@ class PointCloudGMM(EMModule):
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
         num_features: D.
         num_iters: T, learned iterations per cloud.
-        exact_iters: classical iterations before them; batches of clouds below 256 points get fewer, but at least 20.
+        exact_iters: classical iterations before them; if above 20, clouds below 256 points get fewer, down to 20.
+        covariance, init: as in :class:`~em_lightning.EMOperator`.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations
@@ -175,7 +176,7 @@ class PointCloudGMM(EMModule):
         """Cut each cloud into disjoint clouds of one random size; each gets the held-out points of its cloud."""
         num_clouds, most_points = batch.mask.shape
         least_points = min(least_points, most_points)
-        # Log-uniform sizes have the exponent 1; a smaller one makes large sizes more likely.
+        # Log-uniform sizes have the exponent 1. A smaller one makes large sizes, which give fewer clouds, more likely.
         size = round(least_points * (most_points / least_points) ** float(torch.rand(()) ** 0.75))
         wanted = min(_MAX_POINTS // size, _MAX_CLOUDS, num_clouds * (most_points // size))
         pieces = math.ceil(wanted / num_clouds)  # of each cloud

@@ -12,7 +12,7 @@ from em_lightning.operators.em import EMOperator
 
 # Smallest exponent per axis: the product over five axes is above the smallest normal float32; subnormals are slow.
 _SMALLEST_EXPONENT = -16.0
-_BLOCK = 8  # sets per block when no gradient is recorded, so that a block stays in the cache
+_BLOCK = 8  # sets per block of :func:`counts`, so that a block stays in the cache
 
 
 class EMAbstraction(nn.Module):
@@ -38,8 +38,9 @@ class EMAbstraction(nn.Module):
         pitch: s, in units of the coordinates.
         grid: places along each axis; there are ``grid ** D`` bumps.
         blocks: number of residual layers.
-        inner_pitch: s of the residual layers; ``None`` uses 1.5 ``pitch``.
-        **operator: of :class:`EMOperator`; by default spherical, without corrections, from a fixed random start.
+        inner_pitch: s of the residual layers; ``None`` uses 1.5 ``pitch``, as tokens are farther apart than items.
+        **operator: arguments of :class:`EMOperator`; by default 4 iterations without corrections, spherical covariances
+            with a prior of strength 1, and random centers that are drawn once and never trained.
 
     Shape:
         - coordinates: (B, N, D); features: (B, N, F); mask: (B, N), true for items that count.

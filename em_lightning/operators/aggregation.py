@@ -37,7 +37,8 @@ class EMAggregation(Aggregation):
         **pooling: with ``out_channels``, further arguments of :class:`EMPooling`.
 
     Raises:
-        ValueError: ``out_channels`` is given without ``in_channels``, or other arguments without ``out_channels``.
+        ValueError: a number is out of range, only one of ``in_channels`` and ``out_channels`` is given, or further
+            arguments are given without them.
         TypeError: an argument is unknown.
 
     Example:
@@ -93,7 +94,7 @@ class EMAggregation(Aggregation):
         dim: int = -2,
         max_num_elements: int | None = None,
     ) -> Tensor:
-        """Return one row per group; axes besides rows and features, such as heads, are aggregated separately."""
+        """Return one row per group, of its first ``max_num_elements`` rows; axes such as heads are separate."""
         if not x.is_floating_point():
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index

@@ -19,8 +19,8 @@ from em_lightning.operators import gradients
 class SetOperator(nn.Module):
     """A layer that fits one mixture to each point set by T iterations.
 
-    A subclass defines the preparation of sets, the start, one iteration, and the objective. The state of the
-    loop is a :class:`~em_lightning.mixture.Parameters`.
+    A subclass defines the preparation of sets, the start, one iteration, the objective, and the conversion of mixtures.
+    The state of the loop is a :class:`~em_lightning.mixture.Parameters`.
 
     Args:
         num_components: K.
@@ -103,10 +103,10 @@ class SetOperator(nn.Module):
     ) -> tuple[Any, Tensor]:
         """Iterate each set until its objective changes by less than ``tol`` per point; return mixtures and steps (B,).
 
-        That is :meth:`objective` divided by the sum of weights; ``tol`` is in nats, as in scikit-learn. A set
-        that has converged keeps its mixture, so that its result does not depend on the other sets; one with
-        ``max_iters`` steps may not have converged. With ``torch.compile`` use :meth:`forward`, whose iterations are
-        fixed. Other arguments are those of :meth:`forward`.
+        The objective per point is :meth:`objective` divided by the number of points of positive weight; ``tol`` is in
+        nats, as in scikit-learn. A set that has converged keeps its mixture, so that its result does not depend on the
+        other sets; one with ``max_iters`` steps may not have converged. With ``torch.compile`` use :meth:`forward`,
+        whose iterations are fixed. Other arguments are those of :meth:`forward`.
         """
         check_at_least(0, max_iters=max_iters, tol=tol)
         x = check_sets(x, mask, weights, self.num_features)
@@ -116,14 +116,14 @@ class SetOperator(nn.Module):
             mass = sets.mass.clamp(min=1.0)
 
             def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                after, objective = self._step(sets, state, 1.0, with_objective=True)  # any may be the last
+                after, objective = self._step(sets, state, 1.0, with_objective=True)  # each may be the last
                 return after, objective / mass
 
             result = em.fit(step, state, max_iters=max_iters, tol=tol)
             return self._mixture(sets, Parameters(*result.state)), result.steps
 
     def objective(self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the objective (B,); weights are relative to their mean."""
+        """Return the value (B,) that iterations increase, of given mixtures; weights are relative to their mean."""
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)

@@ -26,7 +26,7 @@ from em_lightning.operators.start import Sets
 _ORDERS = 20
 # Intervals of the cubic interpolation: relative errors of concentrations up to 1e6 are below 1e-7.
 _INTERVALS = 2048
-_SMALLEST_CONCENTRATION = 1e-6
+_SMALLEST_CONCENTRATION = 1e-6  # nearly uniform; at 0, ratios would be divided by 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class VonMisesFisher(FullCovariance):
             (a, kappa * (1.0 - length), 0.0),
             (0.5 * (1.0 - a), kappa - (1.0 - length) / slope, -float(num_features)),
         )
-        self.axis = torch.eye(1, num_features, dtype=inverse.dtype, device=x.device)
+        self.axis = torch.eye(1, num_features, dtype=inverse.dtype, device=x.device)  # where the mean is 0
 
     def second_degree(self, x: Tensor) -> Tensor:
         """Return (B, 0, N): the density has no quadratic features."""
@@ -244,7 +244,8 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
     The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x)`` runs downwards, which is
-    stable. For large v it starts from an expansion of ``y = I_v' / I_v``, where ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+    stable. It starts at ``y - v / x``, with an expansion for large v of ``y = I_v' / I_v``, the solution of
+    ``y' = 1 + v^2 / x^2 - y / x - y^2``.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 from em_lightning.checks import check_at_least, check_choice
 from em_lightning.competition import COMPETITIONS, Background, Posterior, Softmin
 from em_lightning.kernels import EllipticalKernel, GaussianKernel, density_kernel
-from em_lightning.mixture.background import BackgroundTerms, UniformBackground
+from em_lightning.mixture.background import UniformBackground
 from em_lightning.mixture.covariance import COVARIANCES, Covariance, LowRankCovariance, covariance_of
 from em_lightning.mixture.e_step import Likelihood, SufficientStatistics, e_step, log_density, log_joint_of_points
 from em_lightning.mixture.em import where
@@ -25,8 +25,7 @@ from em_lightning.operators.base import SetOperator, build, check_sets
 from em_lightning.operators.residual import ResidualCorrection
 from em_lightning.operators.start import Sets, build_start
 
-# Largest number of exact iterations after which starts are compared.
-_TRIAL_ITERATIONS = 5
+_TRIAL_ITERATIONS = 5  # largest number of exact iterations before starts are compared; the default of ``num_iters``
 
 
 class EMOperator(SetOperator):
@@ -147,7 +146,7 @@ class EMOperator(SetOperator):
         """Return ``log p(x)`` of points (B, N, D) under the operator's kernel and background, as (B, N).
 
         Zero where masked. A background without an energy is uniform over the bounding box of these points. For points
-        other than those of the fit, give the ``operator.background.energies`` (B,) of the fit.
+        other than those of the fit, give ``operator.background.energies(points_of_the_fit)`` (B,).
         """
         points, state, likelihood = self._evaluation(x, mixture, mask, background_energies)
         density = (log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)).to(x.dtype)
@@ -208,11 +207,8 @@ class EMOperator(SetOperator):
         covariance = covariance or self.family  # a given mixture may have another type
         points = prepare(x, covariance.features, mask, weights)
         floor = points.floor(self.covariance_floor)
-        counts = None
-        if self.prior is not None:
-            counts = self.prior.pseudo_counts(
-                points.frame, points.mean, points.variance, covariance, self.num_components
-            )
+        moments = points.frame, points.mean, points.variance
+        counts = None if self.prior is None else self.prior.pseudo_counts(*moments, covariance, self.num_components)
         return Sets(points, points.mass, mask, covariance, floor, counts, x.dtype)
 
     def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
@@ -306,6 +302,7 @@ class EMOperator(SetOperator):
             return log_likelihood
         log_density = log_prior(state, sets.covariance, sets.prior)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
+        # The prior contains -s / 2 log det of each covariance; units of the points add 2 log_volume to a log det.
         log_density = log_density - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
             log_density = log_density + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
@@ -317,9 +314,8 @@ class EMOperator(SetOperator):
     def _likelihood(
         self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None
     ) -> Likelihood:
-        background: BackgroundTerms | None = None
-        if self.background is not None:
-            background = self.background.terms(points, state.log_weights, energies)
+        uniform = self.background
+        background = None if uniform is None else uniform.terms(points, state.log_weights, energies)
         kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
         return Likelihood(covariance, kernel, background)
 

@@ -30,10 +30,12 @@ from em_lightning.mixture.points import Parameters, join_weights
 from em_lightning.operators.base import SetOperator
 
 _BLOCK_SIZE = 2**22  # numbers (B, K, n, D) per block of points: 16 MiB in float32
-_HALVINGS = 30  # the smallest step is 2^-30 of a full one; shorter ones change no float32 center
+_TRIALS = 30  # of the line search; the shortest, 2^-29 of a full step, is below the rounding of most float32 centers
 # Armijo constant: the expected energy must fall by this share of what the gradient predicts; the usual value.
 _ARMIJO = 1e-4
-_NEAR = 1e-9  # distance from a center, in sizes of the bounding box, where the IRLS weight is the second derivative
+# Distance from a center, in sizes of the bounding box, below which the IRLS weight is the second derivative: it bounds
+# the weights of kernels whose slope is not 0 at the center (logistic, cosine).
+_NEAR = 1e-9
 # A mean IRLS weight, or a share of points with one, counts as zero below this: gradients divide by its square.
 _SMALLEST_WEIGHT = 1e-30
 
@@ -158,8 +160,7 @@ class GeneralizedEM(SetOperator):
         with torch.inference_mode(False), torch.set_grad_enabled(recorded):
             # Copies, because autograd accepts no inference tensors.
             after = self._em_step(_Sets(*map(torch.clone, sets)), Parameters(*map(torch.clone, state)))
-        objective = self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass)
-        return after, objective
+        return after, (self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass))
 
     def _em_step(self, sets: _Sets, state: Parameters) -> Parameters:
         joint = state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)
@@ -247,7 +248,7 @@ def _line_search(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor, s
     with torch.no_grad():  # the length of the step is a constant
         energy = expected_energy(centers)
         t = torch.ones_like(energy, dtype=centers.dtype)
-        for _ in range(_HALVINGS):
+        for _ in range(_TRIALS):
             trial = moved(t)
             predicted_change = (slope * (trial - centers)).sum(-1)
             is_lower = expected_energy(trial) <= energy + _ARMIJO * predicted_change
@@ -267,7 +268,7 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _curvature(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the nonnegative second derivative as a constant, zero where the energy has a kink."""
+    """Return the Hessian's row sums, at least 0, as a constant: second derivatives of radial and additive energies."""
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)

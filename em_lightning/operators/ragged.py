@@ -51,7 +51,7 @@ def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_compon
     The result is that of ``EMOperator(K, D, covariance="spherical", residual=False, prior={"mean_strength": 0.0,
     "covariance_strength": 1.0})`` in float64: log-weights (G, K), means (G, K, D) and logarithms of the standard
     deviations (G, K); zeros for empty groups. ``x`` are the rows (E, D), ``index`` (E,) their groups. Rows of a group
-    above the number ``limit`` are dropped.
+    after its first ``limit`` rows are dropped.
     """
     fit = _fit_groups if native.fits_groups(x) else _fit_by_operator
     return fit(x, index, num_groups, limit, num_components, num_iters)

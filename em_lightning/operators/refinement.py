@@ -73,7 +73,7 @@ class EMRefinement(nn.Module):
             raise ValueError(f"x {tuple(x.shape)} must have at least two axes and size {size} along dim={self.dim}")
         moved = x.movedim(self.dim, -1)
         items = moved.unsqueeze(0) if x.ndim == 2 else moved.flatten(1, -2)
-        return x + self.gate * self.reconstruct(items).reshape(moved.shape).movedim(-1, self.dim)
+        return x + self.gate.to(x.dtype) * self.reconstruct(items).reshape(moved.shape).movedim(-1, self.dim)
 
     def reconstruct(self, items: Tensor, mask: Tensor | None = None, queries: Tensor | None = None) -> Tensor:
         """Return the posterior means of items (B, N, D), or of queries (B, M, D), under the mixture of each set."""

@@ -164,7 +164,7 @@ class ResidualCorrection(nn.Module):
 def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tensor) -> Tensor:
     """Return second moments (B, K, D, D) of the mixture near each component about its mean.
 
-    Components are weighted by their weight times a Gaussian of their distance; its width is unit * K^(-1 / D).
+    Components have their weight times a Gaussian of their distance, of width unit * K^(-1 / D): their typical spacing.
     """
     log_weights, means, covariances = parameters
     components, features = means.shape[1:]

@@ -38,7 +38,7 @@ class Sets(NamedTuple):
 
 
 class DrawnStart(NamedTuple):
-    """A mixture around centers that are drawn among the points of each set; fields as in :class:`EMOperator`."""
+    """A mixture around centers drawn among the points of each set; ``name`` and the rest as in :func:`build_start`."""
 
     name: str
     num_components: int
@@ -77,7 +77,7 @@ class LearnedStart(nn.Module):
     def __init__(self, num_components: int, num_features: int) -> None:
         super().__init__()
         self.means = nn.Parameter(torch.randn(num_components, num_features))
-        self.log_scale = nn.Parameter(torch.zeros(num_components, 1) - 0.5)
+        self.log_scale = nn.Parameter(torch.full((num_components, 1), -0.5))  # components are narrower than the set
         self.logits = nn.Parameter(torch.zeros(num_components))
 
     def forward(self, sets: Sets, score: Score | None) -> Parameters:
@@ -93,7 +93,7 @@ class LearnedStart(nn.Module):
 def build_start(
     init: str, num_components: int, num_features: int, num_starts: int, seed: int | None
 ) -> DrawnStart | LearnedStart:
-    """Return the start with the name ``init``."""
+    """Return the start with the name ``init``; arguments are those of :class:`EMOperator`."""
     check_choice("init", init, STARTS)
     check_at_least(1, num_starts=num_starts)
     if num_starts > 1 and init not in _RANDOM:

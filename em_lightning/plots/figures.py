@@ -19,7 +19,7 @@ from em_lightning.mixture import Mixture
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
 # is last, as it is too faint for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
-NEUTRAL = "#7F7F7F"
+NEUTRAL = "#7F7F7F"  # grey, for reference lines and points
 
 _STYLE: Any = {
     "font.size": 9,
@@ -77,12 +77,9 @@ def new_figure(
 
 @figure_style()
 def mixture_grid(
-    points: Tensor,
-    mixture: Mixture,
-    mask: Tensor | None = None,
-    titles: Sequence[str] | None = None,
+    points: Tensor, mixture: Mixture, mask: Tensor | None = None, titles: Sequence[str] | None = None
 ) -> Figure:
-    """Draw clouds with points coloured by their responsibilities and two-sigma ellipsoids of weights above 1e-3.
+    """Draw point clouds, coloured by responsibilities, and two-sigma ellipsoids of components of weight above 1e-3.
 
     Args:
         points: (B, N, D); at most the first three features are drawn.
@@ -106,7 +103,7 @@ def mixture_grid(
         keep = slice(None) if mask is None else mask[i].cpu()
         cloud = points[i][keep][:, :3]
         ax.scatter(*cloud.T.numpy(), c=point_colors[i][keep].numpy(), s=3, linewidths=0, alpha=0.8)
-        for k in (mixture.log_weights[i].exp() > 1e-3).nonzero().flatten():
+        for k in (mixture.log_weights[i].exp() > 1e-3).nonzero().flatten():  # others: under 1 point of 1,000
             _draw_ellipsoid(ax, mixture.means[i, k, :3], mixture.covariances[i, k, :3, :3], colors[k].numpy())
         if titles is not None:
             ax.set_title(titles[i])
@@ -128,9 +125,10 @@ def _frame(ax: Any, cloud: Tensor) -> None:
 
 
 def _draw_ellipsoid(ax: Any, mean: Tensor, covariance: Tensor, color: Any) -> None:
+    """Draw the points at two standard deviations from the mean: an ellipse or an ellipsoid."""
     values, vectors = torch.linalg.eigh(covariance)
     axes = 2.0 * vectors * values.clamp(min=0).sqrt()
-    angle = torch.linspace(0, 2 * torch.pi, 25)
+    angle = torch.linspace(0, 2 * torch.pi, 25)  # steps of 15 degrees, as below
     circle = torch.stack([angle.cos(), angle.sin()], -1)
     if len(mean) == 2:
         ax.plot(*(mean + circle @ axes.T).T.numpy(), color=color, linewidth=1.2)

@@ -47,10 +47,10 @@ _REPORTED_AS_A_WHOLE = (Activation, Competition, SetOperator, nn.MultiheadAttent
 def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) -> Audit:
     r"""Find the layers of a model in which energies over competing hypotheses are exponentiated and normalized.
 
-    Each softmax, log-softmax, cross-entropy and attention of one forward pass is checked numerically: with
+    Each softmax, log-softmax, logsumexp, cross-entropy and attention of one forward pass is checked numerically: with
     energies d = -logits, the gradient of :math:`F = -\log \sum_k e^{-d_k}` must equal the responsibilities that the
-    model used. Competitions and activations of this library are checked on their own posterior and free energy. For
-    every other layer the table names the assumption that it violates.
+    model used. Competitions, activations and EM operators of this library are checked on their own posterior and free
+    energy. For every other layer the table names the assumption that it violates.
 
     The model runs in eval mode on deep copies of its state and of the batch. Parameters, buffers, metrics, teachers,
     environments and other attributes remain unchanged, and so do the random states of Python, NumPy and torch. Data
@@ -95,7 +95,8 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
 
 def _run(model: Any, batch: Any) -> None:
     if hasattr(model, "training_step"):
-        vars(model).update(log=_nothing, log_dict=_nothing)
+        acting_outside = ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+        vars(model).update(dict.fromkeys(acting_outside, lambda *_, **__: None))
         if not getattr(model, "automatic_optimization", True):
             _optimize_the_copy(model)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
@@ -127,7 +128,6 @@ def _optimize_the_copy(model: Any) -> None:
     for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
         found = _found(made, kind)
         vars(model)[name] = lambda *_, found=found, **__: found[0] if len(found) == 1 else found
-    vars(model).update(dict.fromkeys(["toggle_optimizer", "untoggle_optimizer", "clip_gradients"], _nothing))
     vars(model)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
 
 
@@ -137,10 +137,6 @@ def _found(made: Any, kind: type) -> list[Any]:
         return [made]
     parts = made.values() if isinstance(made, Mapping) else made if isinstance(made, (list, tuple)) else ()
     return [one for part in parts for one in _found(part, kind)]
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Do nothing, in place of a method that would act outside of the model."""
 
 
 @contextlib.contextmanager
@@ -212,7 +208,8 @@ class _Recorder(TorchDispatchMode):
         while len(self._stack) > 1 and self._stack.pop()[1] is not module:
             pass  # the forward hook of a module that raised was not called
         if isinstance(module, _CHECKED_AS_A_WHOLE) and not self._inside(Activation):
-            self.checked_calls.append((path, module, inputs, kwargs, output))
+            given = inspect.signature(module.forward).bind(*inputs, **kwargs)  # has the first argument by position
+            self.checked_calls.append((path, module, given.args, given.kwargs, output))
         if isinstance(output, Tensor):
             # The innermost module that returned the output. Keep the output, as a freed address could be reused.
             self._makers.setdefault(_key(output), (path, module, output))
@@ -228,11 +225,12 @@ class _Recorder(TorchDispatchMode):
             if last and last.operation == "log-softmax" and _key(last.output) == _key(args[0]):
                 last.operation = operation
         elif operation in ("relu", "topk", "argmax"):
-            reason = RELU if operation == "relu" else "hard selection: only the selected have a gradient"
+            reason = RELU if operation == "relu" else "hard selection: what is not selected has no gradient"
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
         elif operation != "logsumexp" or len(args[1]) == 1:  # hypotheses on one axis
             maker = self._makers.get(_key(args[0]))
-            # A loss outside of the layers belongs to the output layer. The stack begins with the model twice.
+            # A loss belongs to the layer that returned its logits if it is computed in a loss module, in the model
+            # (twice in the stack during its forward), or in a module that training_step calls, such as a classifier.
             outside = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")
             if maker is not None and outside:
                 path, module, _ = maker

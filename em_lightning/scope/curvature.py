@@ -9,7 +9,7 @@ from torch.nn import functional
 from em_lightning.competition.base import check_temperature
 from em_lightning.distributed import accumulation_dtype
 
-_NUM_STEPS = 5  # iterations of the solver; the value is exact to rounding after 2
+_NUM_STEPS = 5  # iterations of the solver: 3 make the value exact to rounding, the others are a reserve
 
 
 def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: int = -1) -> Tensor:
@@ -20,8 +20,8 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
     It is 0 for a single winner, 1/(2T) for two equal winners and 1/(KT) for K equal ones, so dead units that tie at the
     lowest energy increase it too. The eigenvalue is the root of
     :math:`\sum_k r_k^2 / (r_k - \lambda) = 1` between the two largest responsibilities, found in float64 (float32
-    on MPS). The gradient is exact to first order; for one-hot rows and ties of three or more, where the eigenvalue is
-    not simple, it is a subgradient.
+    on MPS). The gradient is exact; for one-hot rows and ties of three or more winners, where the eigenvalue is not
+    simple, it is a subgradient.
 
     Args:
         responsibilities: r, shape (..., K), non-negative with sum 1 along ``dim``. A row of zeros gives 0.

@@ -51,7 +51,7 @@ class Finding:
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated, normalized: whether energies are exponentiated, and responsibilities sum to 1.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis has responsibility 1.
-        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items; None if an axis has groups.
+        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items; None without check or in groups.
         error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
         reason: why this is EM or not.
     """
@@ -162,9 +162,8 @@ def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str
     if isinstance(module, EMOperator):
         if not isinstance(output, Mixture):
             return None
-        x = inputs[0] if inputs else kwargs["x"]
         mask = inputs[1] if len(inputs) > 1 else kwargs.get("mask")
-        energies = module.posterior(x.detach(), output, mask).energies.detach().double().requires_grad_()
+        energies = module.posterior(inputs[0].detach(), output, mask).energies.detach().double().requires_grad_()
         finding = Finding(path, name, "E-step", reason="responsibilities of the components of a mixture")
         return _compared_posterior(finding, module.competition(energies), "components", -1)
     competition = module.posterior if isinstance(module, Activation) else module

@@ -1,4 +1,4 @@
-"""Studies: generated data, modules and reports of our own tables, rows times seeds, and published numbers."""
+"""Studies: generated data, modules, reports, tables of rows and seeds, and comparison with published numbers."""
 
 from em_lightning.studies.amortized_clustering import AmortizedClustering
 from em_lightning.studies.clustering_report import ClusteringReport

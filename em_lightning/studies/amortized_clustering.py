@@ -25,7 +25,7 @@ class AmortizedClustering(EMModule):
     Three parts are learned: the **prior** of scales and weights, whose pseudo-counts the M-step adds; the
     **corrections** of means and scales; and the background, an explicit **"none of the above" component** about the
     mean of the set with pseudo-count c and scale s. Without it, a cluster that has no point in a set would cost tens
-    of nats per held-out point.
+    of nats per held-out point of this cluster.
 
     Args:
         num_components: K; no parameter depends on it, so ``load_from_checkpoint(path, num_components=...)`` can change
@@ -34,7 +34,7 @@ class AmortizedClustering(EMModule):
         num_iters: T, EM iterations per set.
         init: initialization of the centers, as in :class:`~em_lightning.EMOperator`.
         num_starts: number of random starts, of which the best is kept for each set, also in training; corrections that
-            are trained on worse starts are too small.
+            are trained on worse starts are too small. ``init="farthest"`` is not random and has one start.
         residual: whether to learn corrections in addition to the prior.
         prior_strength: initial pseudo-count of the scales.
         prior_scale: initial scale of the prior, in units of the points.
@@ -84,14 +84,14 @@ class AmortizedClustering(EMModule):
             num_starts=num_starts if init != "farthest" else 1,
             residual=residual,
             prior={
-                "weight_concentration": 2.0,
+                "weight_concentration": 2.0,  # a pseudo-count of 1 per component
                 "mean_strength": 0.0,
                 "covariance_strength": prior_strength,
                 "covariance": [prior_scale**2] * num_features,
                 "learnable": True,
             },
         )
-        # log c and log s of the background, which is initially ten times as wide as a component.
+        # log c and log s of the background, which is initially ten times as wide as a component, to cover a set.
         self.log_count = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))
 

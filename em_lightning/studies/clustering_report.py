@@ -62,7 +62,7 @@ class ClusteringReport(Report):
             f"seed {data.seed}. Likelihoods are in nats per point. LL0 is of the fitted points under the output, LL1 "
             f"after one exact EM step with diagonal covariances; both are compared with the true mixtures' LL0. The "
             f"published rows are of other test sets, so that only their gap can be compared.",
-            f"The operator has {num_parameters:,} parameters; its learned prior: {module.operator.prior!r}.",
+            f"The module has {num_parameters:,} parameters; its learned prior: {module.operator.prior!r}.",
         ]
         verdict = f"{TRAINED}: {rows[TRAINED]['held out - oracle']:+.4f} nats per held-out point against the oracle"
         rivals = [name for name in fits if name != ORACLE]
@@ -75,7 +75,7 @@ class ClusteringReport(Report):
 
 
 def _classical_fits(data: MixtureSets, trained: EMOperator) -> dict[str, FitFunction]:
-    """Return EM with diagonal covariances from several starts, and EM from the starts of a trained operator."""
+    """Return EM and MAP-EM with diagonal covariances from several starts, and EM from a trained operator's starts."""
 
     def classical(num_iters: int, **options: Any) -> FitFunction:
         options |= {"num_iters": num_iters, "covariance": "diag", "residual": False}

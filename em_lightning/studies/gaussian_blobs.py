@@ -22,7 +22,7 @@ _DRAWN_ROWS = 2**16  # rows per random generator
 class GaussianBlobs(TabularDataModule):
     """A table drawn from a known Gaussian mixture; needs no download.
 
-    The components have unequal weights and full covariances, and overlap. The rows are a function of the arguments.
+    Weights are unequal and covariances full; with few features the components overlap. The arguments fix the rows.
 
     Args:
         num_points, num_features: N and D.
@@ -55,6 +55,7 @@ class GaussianBlobs(TabularDataModule):
         generator = torch.Generator().manual_seed(self.seed)
         size, features = self.true_components, self.num_features
         options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+        # Weights differ by a factor of at most 3; per feature, deviations are near 1 and means about 3 from 0.
         weights = 0.5 + torch.rand(size, **options)
         means = 3.0 * torch.randn(size, features, **options)
         root = torch.randn(size, features, features, **options) / features**0.5 + 0.5 * torch.eye(features).double()

@@ -90,7 +90,8 @@ def run_table(
         arguments: arguments of the recipe, for all rows.
         configs: contents of the config files that ``arguments`` name, for the hash.
         command: the command that makes the table, for its first note.
-        jobs: number of parallel processes; ``None`` takes the number of cores.
+        jobs: number of parallel processes; ``None`` takes the number of GPUs if the recipe trains on GPUs, each process
+            with one of its own, and otherwise the number of cores.
 
     Raises:
         ValueError: an entry of the table is unknown, a cell failed, or the user interrupted the run.
@@ -109,7 +110,7 @@ def run_table(
             version = f"cells/{hashlib.sha256(content.encode()).hexdigest()[:12]}-seed{seed}"
             cells.append(Cell.seeded(row, seed, [*arguments, *changes], folder.parent, version))
     if any("fast_dev_run" in argument for argument in arguments):
-        for cell in cells[: len(table.rows)]:
+        for cell in cells[: len(table.rows)]:  # of the first seed
             load().fit(cell.arguments)
         return
     run_cells(load, [cell for cell in cells if not cell.result.exists()], jobs)
@@ -143,10 +144,13 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
 
     if not cells:
         return
-    cores = os.cpu_count() or 1
-    jobs = min(jobs or cores, len(cells))
-    threads = max(cores // jobs, 1)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker, (threads,)) as pool:
+    cores, gpus = os.cpu_count() or 1, _gpus_of(load, cells[0])
+    jobs = min(jobs or len(gpus) or cores, len(cells))
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()  # each process takes the name of its GPU, or an empty one
+    for number in range(jobs):
+        queue.put(gpus[number % len(gpus)] if gpus else "")
+    with ProcessPoolExecutor(jobs, spawn, _start_worker, (max(cores // jobs, 1), queue)) as pool:
         runs = [pool.submit(run_cell, load, cell) for cell in cells]
         try:
             for future in track(runs, f"runs, {jobs} at a time"):
@@ -161,8 +165,18 @@ def run_cells(load: Callable[[], Any], cells: Sequence[Cell], jobs: int | None =
             pool.shutdown(cancel_futures=True)
 
 
-def _start_worker(threads: int) -> None:
-    """Set the number of threads, and exit when the parent process has ended for any reason."""
+def _gpus_of(load: Callable[[], Any], cell: Cell) -> list[str]:
+    """Return the names of the GPUs for ``CUDA_VISIBLE_DEVICES`` if the recipe trains on GPUs, else an empty list."""
+    if not torch.cuda.is_available() or load().prepare(cell.arguments).trainer.strategy.root_device.type != "cuda":
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _start_worker(threads: int, gpus: Any) -> None:
+    """Set GPU and number of threads, and exit when the parent process has ended for any reason."""
+    if gpu := gpus.get():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -195,13 +209,9 @@ def write_table(folder: Path, table: Table, cells: Sequence[Cell], command: str)
     for cell in cells:
         values[cell.row].append(json.loads(cell.result.read_text(encoding="utf-8"))["values"])
     rows, explained = _unpublished_rows(table, values) if table.columns else _published_rows(table, values)
-    notes = [
-        f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds.",
-        *table.notes,
-        explained,
-    ]
+    note = f"`{command}`, seeds {', '.join(map(str, seeds))}: mean ± standard deviation over the seeds."
     folders = {f"{cell.row}, seed {cell.seed}": str(cell.folder) for cell in cells}
-    write_results(folder, table.title, notes, rows, seeds=seeds, values=values, cells=folders)
+    write_results(folder, table.title, [note, *table.notes, explained], rows, seeds=seeds, values=values, cells=folders)
 
 
 def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]], str]:

@@ -31,9 +31,9 @@ def bright_pixels(images: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     bright = images.flatten(1) > threshold * (255 if images.dtype == torch.uint8 else 1)
     counts = bright.sum(1)
     image, pixel = bright.nonzero(as_tuple=True)
-    rank = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
+    position = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
     pixels = torch.zeros(len(images), max(int(counts.max()), 1), dtype=torch.int32)
-    pixels[image, rank] = pixel.int()
+    pixels[image, position] = pixel.int()
     return pixels, counts
 
 

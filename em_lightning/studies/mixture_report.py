@@ -31,7 +31,7 @@ class MixtureReport(Report):
     clouds and ellipsoids. The settings of the classical fits are tuned on the validation clouds of each size.
 
     Args:
-        sizes: numbers of points; those above the size of the data's clouds are left out.
+        sizes: numbers of points; a size that no cloud of the data has is left out.
         num_pictured: number of clouds in the figures and in ``report.html``.
         sklearn: whether to fit scikit-learn's ``GaussianMixture``.
     """
@@ -145,23 +145,18 @@ def table(results: Results) -> list[dict[str, Any]]:
 
 
 def verdict_by_size(scores: Mapping[int, Mapping[str, Tensor]]) -> str:
-    """Return a sentence: at which sizes the trained operator is above all classical fits by two standard errors.
+    """Return a sentence: at which sizes the trained operator is above the best classical fit by two standard errors.
 
     Example:
         >>> verdict_by_size({32: {"EM": torch.zeros(2), "trained operator": torch.tensor([0.9, 1.1])}})
         'The trained operator is above every classical fit at 32 points (+1.000 ± 0.100 over EM).'
     """
-    found: dict[bool, list[str]] = {True: [], False: []}
+    found: dict[str, list[str]] = {"above": [], "not clearly above": []}
     for size, row in scores.items():
         best = max((name for name in row if name != TRAINED), key=lambda name: float(row[name].mean()))
         gain = row[TRAINED] - row[best]
         error = float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else math.nan
-        found[bool(gain.mean() > 2.0 * error)].append(
-            f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})"
-        )
-    parts = [
-        f"{'above' if above else 'not clearly above'} every classical fit at {', '.join(sizes)}"
-        for above, sizes in found.items()
-        if sizes
-    ]
+        gained = f"{size} points ({float(gain.mean()):+.3f} ± {error:.3f} over {best})"
+        found["above" if gain.mean() > 2.0 * error else "not clearly above"].append(gained)
+    parts = [f"{where} every classical fit at {', '.join(sizes)}" for where, sizes in found.items() if sizes]
     return f"The {TRAINED} is {' and is '.join(parts)}."

@@ -30,7 +30,7 @@ def scene(title: str, points: Tensor, held_out: Tensor, methods: Mapping[str, Se
         return {
             "means": _rounded(mixture.means[0]),
             "weights": _rounded(mixture.weights[0]),
-            "axes": _rounded(2.0 * variances.clamp(min=0.0).sqrt().unsqueeze(-1) * directions.mT),
+            "axes": _rounded(2.0 * variances.clamp(min=0.0).sqrt().unsqueeze(-1) * directions.mT),  # two sigma
             "fitted": float(mixture.log_prob(points.to(mixture.means)).mean()),
             "held_out": float(mixture.log_prob(held_out.to(mixture.means)).mean()),
         }

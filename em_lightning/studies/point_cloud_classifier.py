@@ -106,7 +106,7 @@ class PointCloudClassifier(EMModule):
                 num_iters=num_iters,
                 init="learned",
                 residual=False,
-                prior={"mean_strength": 0.0, "covariance_strength": 1.0},
+                prior={"mean_strength": 0.0, "covariance_strength": 1.0},  # against singular components
             )
         self.head = self.make_head(width if self.pool is None else self.pool.out_features, hidden)
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))

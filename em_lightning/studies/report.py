@@ -17,6 +17,8 @@ from em_lightning.plots import figure_style, new_figure
 from em_lightning.plots.figures import NEUTRAL
 from em_lightning.studies.results import write_results
 
+_MOST_MARKERS = 20  # on a line; more would hide it
+
 
 class Findings(NamedTuple):
     """The content of a report."""
@@ -34,13 +36,13 @@ class Report(lightning.Callback):
 
     The findings are written to the folder of the logger as ``results.md``, ``results.json`` and figures, which
     TensorBoard and Weights & Biases also get. The table, the names of the files and, last, the verdict are printed.
-    Afterwards every submodule is in its previous mode, and the random state of the process is unchanged. An interrupted
+    Afterwards every submodule is in its previous mode, and the random state of PyTorch is unchanged. An interrupted
     fit and a ``fast_dev_run`` write no report.
 
     A subclass may append the values of an epoch to ``history``, which checkpoints store; ``training.png`` shows them.
     """
 
-    figures: bool = True
+    figures: bool = True  # whether to draw training.png
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -101,7 +103,7 @@ def _training_figure(history: Sequence[Mapping[str, float]]) -> Figure:
     figure, axes = new_figure(len(names), 3, width=2.6, height=2.0, sharex=True)
     for ax, name in zip(axes, names, strict=True):
         recorded = [(epoch["epoch"], epoch[name]) for epoch in history if name in epoch]
-        ax.plot(*zip(*recorded, strict=True), marker="o" if len(recorded) <= 20 else None, markersize=3)
+        ax.plot(*zip(*recorded, strict=True), marker="o" if len(recorded) <= _MOST_MARKERS else None, markersize=3)
         ax.set(title=name, xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
@@ -134,7 +136,7 @@ def curves(
     if all(value == int(value) for x, _ in series.values() for value in x):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, (x, y) in series.items():
-        ax.plot(x, y, label=name, marker="o" if len(x) <= 20 else None, markersize=3)
+        ax.plot(x, y, label=name, marker="o" if len(x) <= _MOST_MARKERS else None, markersize=3)
     for name, level in (levels or {}).items():
         ax.axhline(level, color=NEUTRAL, linestyle="--", linewidth=1.2, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)

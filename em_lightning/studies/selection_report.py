@@ -17,7 +17,7 @@ from em_lightning.studies.density_fits import fit_sklearn
 from em_lightning.studies.gaussian_blobs import GaussianBlobs
 from em_lightning.studies.report import Findings, Report, curves
 
-_NUM_PICTURED = 4000  # rows
+_NUM_PICTURED = 4000  # rows; more dots merge
 
 
 class SelectionReport(Report):
@@ -31,7 +31,7 @@ class SelectionReport(Report):
     Args:
         components: further numbers of components, fitted by EM with the same ``init``.
         max_iters: maximum number of iterations of each of these fits.
-        sklearn_rows: largest number of rows to which scikit-learn's mixture is fitted; 0 never fits it.
+        sklearn_rows: largest number of unweighted rows to which scikit-learn's mixture is fitted; 0 never fits it.
     """
 
     def __init__(self, components: Sequence[int] = (), max_iters: int = 50, sklearn_rows: int = 200_000) -> None:

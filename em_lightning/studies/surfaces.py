@@ -90,7 +90,7 @@ class _RandomSurfaces:
     """
 
     def __init__(self, generator: torch.Generator) -> None:
-        # Uniform numbers for all parameters at once: a call of torch.rand per parameter is slow.
+        # More uniform numbers than any family needs, at once: a call of torch.rand per parameter is slow.
         self._values = iter(torch.rand(32, dtype=torch.float64, generator=generator).tolist())
 
     def _draw(self, low: float, high: float) -> float:
@@ -99,7 +99,7 @@ class _RandomSurfaces:
     def _integer(self, low: int, high: int) -> int:
         return math.floor(self._draw(low, high + 1))
 
-    def _superellipsoid(self, exponents: tuple[float, float], stretch: float) -> Mesh:
+    def _superellipsoid(self, exponents: tuple[float, float], shortest: float) -> Mesh:
         def power(value: Tensor, exponent: float) -> Tensor:
             return value.sign() * value.abs() ** exponent
 
@@ -108,7 +108,7 @@ class _RandomSurfaces:
         flat = power(latitude.cos(), exponents[0])
         x, y = flat * power(longitude.cos(), exponents[1]), flat * power(longitude.sin(), exponents[1])
         grid = torch.stack([x, y, power(latitude.sin(), exponents[0]).expand(-1, 49)], -1)
-        return _grid(grid * torch.tensor([self._draw(stretch, 1), self._draw(stretch, 1), 1], dtype=torch.float64))
+        return _grid(grid * torch.tensor([self._draw(shortest, 1), self._draw(shortest, 1), 1], dtype=torch.float64))
 
     def sphere(self) -> Mesh:
         return self._superellipsoid((1.0, 1.0), 1.0)

@@ -19,7 +19,7 @@ from em_lightning.surgery.select import MARKER, Site, Where, check_reachable, cl
 Make = nn.Module | type[nn.Module] | Callable[[nn.Module], nn.Module]
 Calls = int | Literal["any"] | None
 _SURGERIES = "_em_surgeries"  # attribute of a model: its surgeries, keyed by ``Surgery.by``
-_BEFORE = "_em_before"  # attribute of a new module that was out of the model when undone: the module it had replaced
+_BEFORE = "_em_before"  # attribute of a new module that its undo did not find in the model: the module it had replaced
 
 
 class Change(NamedTuple):
@@ -78,7 +78,7 @@ class CallCounter:
         self.count: int | None = None  # calls in the current forward; None outside
 
     def around(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Wrapper of the caller's forward."""
+        """Wrapper of the caller's forward; RuntimeError if the module was called, but fewer times than allowed."""
         self.count = 0
         output = proceed(*args, **kwargs)
         count, self.count = self.count, None
@@ -112,7 +112,7 @@ class PerCall(nn.ModuleList):
         self.counter = counter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module of this call; outside of the caller's forward, run the first one."""
+        """Run the module of this call, which the counter has counted; outside of the caller's forward, the first."""
         return self[max((self.counter.count or 0) - 1, 0)](*args, **kwargs)
 
 
@@ -129,7 +129,7 @@ def surgery_by(model: nn.Module, by: str) -> Surgery:
 
 
 class Surgery:
-    """The ``changes`` to a model, one :class:`Change` per site; ``by``, a callback's name, is stored in the plan."""
+    """The ``changes`` to a model, one :class:`Change` per site; the plan stores ``by``, a callback's state_key."""
 
     def __init__(self, model: nn.Module, by: str | None = None) -> None:
         self.model = model
@@ -175,10 +175,10 @@ class Surgery:
         own = {id(change.entry) for change in self.changes}
         record_plan(self.model, [entry for entry in recorded_plan(self.model) if id(entry) not in own])
         self.changes, self.unchanged_copies = [], {}
-        authors = vars(self.model).get(_SURGERIES, {})
-        if authors.get(self.by) is self:
-            del authors[self.by]
-        if not authors:
+        surgeries = vars(self.model).get(_SURGERIES, {})
+        if surgeries.get(self.by) is self:
+            del surgeries[self.by]
+        if not surgeries:
             vars(self.model).pop(_SURGERIES, None)
 
     def __enter__(self) -> Surgery:
@@ -191,9 +191,9 @@ class Surgery:
 def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls = None) -> Surgery:
     """Replace each selected module by a new one; an instance with several names is replaced by one module per name.
 
-    The new module takes over the hooks, device, dtype and mode of the old one; the undo drops hooks that were added
-    later. It is built with a random seed derived from its path, so that the user's random stream does not change and
-    all ranks build the same module.
+    The new module takes over the hooks, device, dtype and mode of the old one; the undo drops hooks that were added to
+    it later. It is built with a random seed derived from its path, so that the user's random stream does not change
+    and all ranks build the same module.
 
     Args:
         model: any module; in Lightning the LightningModule itself, so that its checkpoints store the plan.
@@ -206,8 +206,8 @@ def replace_modules(model: nn.Module, where: Where, make: Make, *, calls: Calls 
 
     Raises:
         NoMatchError: nothing matches.
-        ValueError: a site cannot be changed: part of a ScriptModule or nn.MultiheadAttention.
-        TypeError: ``make`` returned no new module.
+        ValueError: ``calls`` is out of range, or a site is part of a ScriptModule or nn.MultiheadAttention.
+        TypeError: ``where`` has a wrong type, or ``make`` returned no new module.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -297,7 +297,7 @@ def change_sites(
 
 def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # torch.manual_seed would also seed every accelerator
+        # On the CPU, so that all devices build the same; torch.manual_seed would also seed every accelerator.
         torch.random.default_generator.manual_seed(zlib.crc32(f"{site.path}#{index}".encode()))
         if isinstance(make, nn.Module):
             module: Any = copy.deepcopy(make)
@@ -313,7 +313,7 @@ def _build(site: Site, make: Make, index: int = 0) -> nn.Module:
         if like is not None:
             module.to(device=like.device, dtype=like.dtype)
             break
-    vars(module).pop(_BEFORE, None)
+    vars(module).pop(_BEFORE, None)  # copied, if ``make`` is a module of an earlier surgery
     return module
 
 
@@ -326,7 +326,7 @@ def _put_back(model: nn.Module, change: Change) -> None:
     parents = {change.parent, *model.modules()}
     places = [(parent, name) for parent in parents for name, child in parent._modules.items() if child is new]
     for parent, name in places:
-        if not isinstance(old, nn.Module):
+        if not isinstance(old, nn.Module):  # torch does not assign a function to the name of a module
             delattr(parent, name)
         if change.entry["operation"] != "functional":
             setattr(parent, name, old)

@@ -38,7 +38,7 @@ def swap_activations(
 
     Args:
         model: any module.
-        activation: a key, class, mapping or instance of ``ACTIVATIONS``, or any module class.
+        activation: a key, class, mapping or instance of ``ACTIVATIONS``, or any module or module class.
         target: the class or classes to replace.
         where: a second selection by name or predicate, see :func:`find_modules`.
         dim: the axis of the units, or "auto", see :class:`UnitAxis`.
@@ -87,18 +87,18 @@ def swap_activations(
 
 
 def _print_found(surgery: Surgery, where: Where) -> None:
-    """Print where activations were found, and the largest selected modules of users' classes in which none was."""
+    """Print where activations were found, and the outermost selected modules of users' classes in which none was."""
     changed = [change.path for change in surgery.changes]
     # While a method of these modules runs, calls by modules inside them are replaced, too.
     covered = [path.removesuffix(NAME) for path in changed if path.endswith(NAME)]
     unchanged: list[str] = []
     for site in walk(surgery.model):
         inside = f"{site.path}."
-        is_large = not type(site.module).__module__.startswith("torch.") and list(site.module.parameters())
-        if is_large and matches(site, where) and not inside.startswith((*covered, *unchanged)):
+        is_users = not type(site.module).__module__.startswith("torch.") and list(site.module.parameters())
+        if is_users and matches(site, where) and not inside.startswith((*covered, *unchanged)):
             if not any(f"{path}.".startswith(inside) for path in changed):
                 unchanged.append(inside)
-    nothing = f", and finds nothing in {shortened(unchanged)}" if unchanged else ""
+    nothing = f", and finds nothing in {shortened([path[:-1] for path in unchanged])}" if unchanged else ""
     print_line(f"functional=True changes {shortened(changed)}{nothing}")
 
 

@@ -28,7 +28,7 @@ from em_lightning.surgery.select import (
 
 NAME = "em_functional"  # the operator's name as a child of the module whose methods call the function
 _IN_PLACE = frozenset(function for function in FUNCTIONS if function.__name__.endswith("_"))
-_LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.")  # modules of these are not searched
+_LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.")  # methods of their classes are not searched
 
 
 class _Swapped(TorchFunctionMode):
@@ -68,11 +68,11 @@ def swap_calls(
 
     The operator from ``make`` becomes a child of the module, named ``em_functional``; then ``prepare`` is called, and
     ``calls`` is as in :func:`replace_modules`. While a method of the module that mentions the function runs, the
-    operator replaces all calls of the function, including calls by unselected children. Modules of torch.nn are
-    skipped. Functions that are reached only through containers or other objects are not found.
+    operator replaces all calls of the function, including calls by unselected children. Methods of the classes of torch
+    and Lightning are skipped. Functions that are reached only through containers or other objects are not found.
 
     Raises:
-        NoMatchError: no method of a selected module mentions the function; the message lists the modules of the model.
+        NoMatchError: no method of a selected module mentions a function of ``target``; the message lists the modules.
     """
     model = surgery.model
     check_selection(model, "where", where)
@@ -105,7 +105,7 @@ def swap_calls(
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions)))
         prepare(site, change)
 
-    sites = [  # of the operator, in place of a new module of the activation's class
+    sites = [  # one per owner for its new child; the activation's class kinds[0] stands for what the child replaces
         Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
         for site in owners
     ]
@@ -144,7 +144,7 @@ def _mentions(code: types.CodeType, names: set[str], function: Any, depth: int =
         return True
     if any(_mentions(one, names, function, depth) for one in code.co_consts if isinstance(one, types.CodeType)):
         return True
-    called = [function.__globals__.get(name) for name in code.co_names] if depth else []
+    called = [function.__globals__.get(name) for name in code.co_names] if depth else []  # they may be recursive
     return any(
         _mentions(one.__code__, names, one, depth - 1)
         for one in called

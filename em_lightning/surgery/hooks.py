@@ -16,8 +16,8 @@ from em_lightning.surgery.select import Site
 Link = Callable[..., Any]
 Undo = Callable[[], Any]
 
-# The dictionaries in which nn.Module.__call__ looks up hooks. They are private, but torch offers no other way to move
-# the hooks of a module to the module that replaces it.
+# The dictionaries in which nn.Module.__call__ looks up hooks, or flags of hooks. They are private, but torch offers no
+# other way to move the hooks of a module to the module that replaces it.
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -96,7 +96,7 @@ def _call_registered(hooks: dict[int, Any], key: int, *args: Any, **kwargs: Any)
 
 
 def disable_fast_path(site: Site) -> list[Undo]:
-    """Disable the fused inference of the transformer layers around a site, and return the undo functions."""
+    """Disable the fused inference of the transformer layers at and around a site; return the undo functions."""
     flags = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
     return [
         wrap(module, "forward", functools.partial(_with_flag_off, module, flag))
@@ -131,7 +131,7 @@ def first_tensor(value: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]
     key = next((key for key, entry in entries.items() if entry is not None), None)
     if key is None:
         kind = type(value).__name__
-        raise TypeError(f"{what} is {kind}; it must be a tensor, or a tuple, list or dataclass with one first")
+        raise TypeError(f"{what} is {kind}; it must be a tensor, or a tuple, list or dataclass that begins with one")
     first, put = first_tensor(entries[key], what)
     return first, lambda new: _with_entry(value, key, put(new))
 

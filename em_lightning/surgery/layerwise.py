@@ -20,8 +20,9 @@ from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
 from em_lightning.surgery.select import Where
 from em_lightning.surgery.taps import TAPS, Taps
 
-_MOMENTUM = 0.9  # momentum of the averages of weight="auto"
-_AUTO_EVERY = 10  # steps between two measurements of weight="auto"
+# weight="auto" averages over about ten measurements. They are ten steps apart, as each costs two more backward passes.
+_MOMENTUM = 0.9
+_AUTO_EVERY = 10
 
 
 @dataclasses.dataclass
@@ -55,12 +56,12 @@ class LayerwiseLoss:
         schedule: a factor f(t) of the step, on all weights.
         every: add the loss every ``every`` steps, multiplied by ``every``: an equal mean gradient at lower cost.
         ratio: rho of ``weight="auto"``.
-        detach: continue the forward with a detached tap, so that only the EM loss trains it; "auto" is then weight 1.
+        detach: continue with a detached tap, so only the EM loss trains what comes before it; "auto" is then weight 1.
         verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, items.
 
     Attributes:
         step: the current step; :meth:`add_to` adds 1 to it.
-        values: the terms and the weight of each layer in the last call of :meth:`add_to`, for logging.
+        values: the terms of each layer and its weight, times f, in the last call of :meth:`add_to`, for logging.
 
     Raises:
         NoMatchError: nothing matches; the message lists the modules of the model.
@@ -113,7 +114,7 @@ class LayerwiseLoss:
         return {path: next(iter(axis.decided.values()), axis.dim) for path, axis in self.taps.axes.items()}
 
     def factor(self) -> float:
-        """Return f at the current step."""
+        """Return the factor of all weights at the current step: f times ``every``, or 0 in the steps between."""
         factor = 1.0 if self.schedule is None else float(self.schedule(self.step))
         if not 0 <= factor < math.inf:
             raise ValueError(f"schedule({self.step}) returned {factor}; it must return a finite factor of at least 0")
@@ -122,12 +123,13 @@ class LayerwiseLoss:
     def add_to(self, loss: Tensor, all_layers: bool = True, owners: Mapping[str, Owner] | None = None) -> Tensor:
         """Return the loss plus the EM losses of the layers that were called since the last call, and count a step.
 
-        With ``all_layers`` every layer must have been called; else only losses of layers that ``loss`` depends on are
-        added, and the others are kept for a later call. With ``owners``, from :func:`owners_of`, the EM loss of a layer
-        is added only if it depends on parameters of the layer's optimizer, and trains only these.
+        With ``all_layers`` every layer must have been called, in this step or before. Otherwise only losses of layers
+        that ``loss`` depends on are added (with ``detach``, those of all layers), and the others are kept for a later
+        call. With ``owners``, from :func:`owners_of`, the EM loss of a layer is then added only if it depends on
+        parameters of the layer's optimizer, and trains only these.
 
         Raises:
-            RuntimeError: gradients are enabled and a layer was not called, or its output carries no gradient.
+            RuntimeError: gradients are enabled and a layer was never called, or its output carries no gradient.
         """
         owned: dict[str, list[Tensor]] = {}
         if all_layers:
@@ -141,7 +143,7 @@ class LayerwiseLoss:
             )
             if owners is not None:
                 captured, owned = self._of_owners(captured, owners)
-        self._added.update(captured)
+        self._added.update(captured)  # also where the factor is 0
         factor = self.factor()
         self.step += 1
         self.values = {}
@@ -212,7 +214,7 @@ class LayerwiseLoss:
             )
 
     def _with_gradient(self, captured: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        """Return the captured tensors with a gradient; raise RuntimeError if a layer that is trained has none."""
+        """Return the captured tensors with a gradient; raise RuntimeError if a layer has none and does not wait."""
         kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
         without_gradient = {path for path, tensors in kept.items() if not tensors}
         self._check(without_gradient | (self.losses.keys() - self.taps.seen))
@@ -222,8 +224,9 @@ class LayerwiseLoss:
     def _of_owners(
         self, captured: Mapping[str, list[Tensor]], owners: Mapping[str, Owner]
     ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-        """Return the tensors that depend on the owner's parameters; and these, for tensors that depend on others' too.
+        """Return the tensors that depend on their owner's parameters, and the parameters that their losses may train.
 
+        Layers whose tensors depend on the owner's parameters alone have no entry in the second mapping.
         Calls that only the layer's own optimizer trains, such as a discriminator's on detached images, take precedence:
         once a layer had such a call, only these count.
         """
@@ -251,6 +254,7 @@ class LayerwiseLoss:
         return {path: tensors for path, tensors in kept.items() if tensors}, owned
 
     def _evaluate(self, path: str, tensors: list[Tensor]) -> Tensor:
+        """Return the EM loss of a layer, and keep its terms for logging."""
         last_axis_units = [tensor.movedim(self.taps.axes[path](tensor.shape), -1) for tensor in tensors]
         widths = sorted({tensor.shape[-1] for tensor in last_axis_units})
         if len(widths) > 1:
@@ -281,14 +285,14 @@ class LayerwiseLoss:
                     f"weight='auto' needs the gradient of the main loss at {path!r}, but the loss does not depend on "
                     f"it, or both lie in one compiled graph: give this layer a number as weight"
                 )
-            main, em = global_sum(torch.stack([_square(of_main), _square(of_em)])).sqrt().tolist()
+            main, em = global_sum(torch.stack([_squared_norm(of_main), _squared_norm(of_em)])).sqrt().tolist()
             norms = self.norms[path]
             norms.main = _MOMENTUM * norms.main + (1 - _MOMENTUM) * main
             norms.em = _MOMENTUM * norms.em + (1 - _MOMENTUM) * em
             norms.next_step = self.step + _AUTO_EVERY
 
 
-def _square(gradients: Iterable[Tensor | None]) -> Tensor:
+def _squared_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack([gradient.float().square().sum() for gradient in gradients if gradient is not None]).sum()
 
 

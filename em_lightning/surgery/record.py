@@ -15,7 +15,7 @@ from em_lightning.surgery.hooks import Undo, wrap
 from em_lightning.surgery.select import MARKER
 
 KEY = "em_lightning"  # key in the checkpoint dictionary
-_PLAN = "_em_surgery_plan"
+_PLAN = "_em_surgery_plan"  # attribute of a changed model
 _FIELDS = {"operation", "path", "class_path", "init_args", "calls", "target", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
 

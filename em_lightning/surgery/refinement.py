@@ -20,7 +20,7 @@ from em_lightning.surgery.select import Site
 
 # Arguments of a forward that mark padding: True or -inf at padding, except in the last, which is 1 at items.
 _PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask", "attention_mask")
-_BLOCKED = -1e4  # scores below this have no weight after the softmax
+_BLOCKED = -1e4  # scores of this or less have no weight after the softmax; many models mask with it
 _LEFT_PADDED = "convolutions padded on the left only"
 _CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
 _PRODUCTS = ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum")
@@ -37,12 +37,12 @@ class SetRefinement(EMRefinement):
 
     Args:
         num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
-        set_dim: the axis of the items; "auto" takes all but the features' and ``batch_dim``, or none of two axes.
+        set_dim: the axis of the items; "auto" takes all but the features' and ``batch_dim``; of (N, D) it takes none.
         causal: whether an item depends only on itself and the items before it.
-        batch_dim: the axis of the batch for ``set_dim="auto"``, or None if it is unknown.
+        batch_dim: the axis of the batch for ``set_dim="auto"``, or None if it is unknown; 0 for features on axis 1.
 
     Raises:
-        ValueError: ``set_dim`` is out of range or equals ``dim``, or ``set_dim="auto"`` is ambiguous.
+        ValueError: ``set_dim`` is out of range, equals ``dim`` or is ambiguous, or ``causal`` has several item axes.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SetRefinement(EMRefinement):
         self.padding: list[tuple[str, Tensor]] = []  # of the modules that run now, the innermost first
         self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
         self.called = False  # from the first call on, forwards around the layer are no longer inspected
-        self.attention_inspected = False
+        self.attention_inspected = False  # whether the modules around the layer need not inspect the attention
         self.sees_later = False  # whether the last call fitted one mixture to several items of a sequence
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ class SetRefinement(EMRefinement):
         else:
             refined = self.reconstruct(points, keep)
         back = [[*sets, *items, dim].index(axis) for axis in range(x.ndim)]
-        return x + self.gate * refined.reshape(moved.shape).permute(back)
+        return x + self.gate.to(x.dtype) * refined.reshape(moved.shape).permute(back)
 
     def resize(self, num_features: int) -> None:
-        """Take items of another width, where no parameter depends on it; raises ValueError otherwise."""
+        """Take items of another width; raise ValueError if parameters depend on the width."""
         current = self.operator.num_features
         if num_features == current:
             return
@@ -116,7 +116,7 @@ class SetRefinement(EMRefinement):
         elif ndim < 3:
             items = []
         else:
-            batch = 0 if dim == 1 else self.batch_dim
+            batch = 0 if dim == 1 else self.batch_dim  # dim == 1: feature maps (B, D, ...)
             if batch is None:
                 raise ValueError(
                     f"set_dim='auto' cannot tell the batch from the items in {tuple(shape)}, as the model has "
@@ -138,10 +138,11 @@ class SetRefinement(EMRefinement):
 
 
 def batch_dim_of(site: Site) -> int | None:
-    """Return the batch axis of three-dimensional outputs, by the closest attention or RNN; None if these disagree."""
+    """Return the batch axis of three-dimensional outputs, by the closest attention or RNN; None if it is unknown."""
     module, layers = _closest(site, (nn.MultiheadAttention, nn.RNNBase))
     if all(layer.batch_first for layer in layers):
         return 0
+    # Layers with batch_first=False inside a user's module do not tell: the module may transpose its inputs.
     return 1 if isinstance(module, LAST_AXIS) and not any(layer.batch_first for layer in layers) else None
 
 
@@ -200,7 +201,7 @@ def _observe(
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = outer_padding
-    if not operator.called or operator.attention_inspected:  # inspected by a module inside this one
+    if not operator.called or operator.attention_inspected:  # not reached, or inspected by a module inside this one
         return output
     if watch.causal:
         operator.called = False  # the next forward raises, too
@@ -242,9 +243,10 @@ class CausalityWatch(TorchFunctionMode):
         return output
 
     def inspect(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-        """Inspect a call if its name is one of attention, padding, a slice that removes it, or a sum over positions."""
+        """Inspect calls of attention, padding, convolutions, slices that remove their padding, sums over positions."""
         if "attention" in name or name == "softmax":
             tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+            # In scaled_dot_product_attention, only is_causal is a bool among the arguments by position.
             masked = bool(kwargs.get("is_causal")) or ("scaled" in name and any(one is True for one in args))
             masked = masked or any(_blocks_later(one) for one in tensors)
             self.causal += masked
@@ -279,7 +281,7 @@ def _is_square(scores: Tensor) -> bool:
 
 
 def _blocks_later(scores: Tensor) -> bool:
-    """Return whether scores or a mask (..., N, N) exclude all positions after a row's own."""
+    """Return whether scores or a mask (..., N, N) exclude all positions after a row's own, by the first matrix."""
     if not _is_square(scores):
         return False
     first = scores.detach().reshape(-1, *scores.shape[-2:])[0]

@@ -17,7 +17,7 @@ from em_lightning.surgery.functional import NAME, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
-_MAX_ELEMENTS = 2**28  # of all modules that a plan builds: 1 GiB in float32
+_MAX_ELEMENTS = 2**28  # of all modules that a plan builds, so that no file fills the memory: 1 GiB in float32
 
 
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
@@ -25,7 +25,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
 
     Raises:
         NoMatchError: the model has no module at a path of the plan.
-        ValueError: the plan lacks the arguments of a module that came from a function or an instance.
+        ValueError: a module is too large, has no recorded arguments (made by a function or copied) or cannot be built.
     """
     surgery = Surgery(model) if into is None else into
     done = recorded_plan(model)
@@ -76,7 +76,7 @@ def _limited_memory() -> Iterator[None]:
 
 
 def _check_numbers(arguments: Any) -> None:
-    """Raise ValueError if an integer argument other than a seed exceeds ``_MAX_ELEMENTS``."""
+    """Raise ValueError if an integer argument other than a seed exceeds ``_MAX_ELEMENTS``: it may be a size."""
     if isinstance(arguments, Mapping):
         arguments = [value for name, value in arguments.items() if name != "seed"]
     for value in arguments if isinstance(arguments, (list, tuple)) else ():
@@ -156,7 +156,7 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
     except TypeError as error:
         if "weights_only" not in str(error):
             raise
-        del arguments["weights_only"]  # the class passes weights_only itself
+        del arguments["weights_only"]  # load_from_checkpoint of the class passes it itself
         model = load(path, **arguments)
     model.__class__ = cls
     return model

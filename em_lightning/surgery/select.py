@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A buffer of every module that surgery built: its key prevents loading a checkpoint into a model without the surgery.
+# A buffer of every module that surgery built: its key prevents a strict load into a model without the surgery.
 # Errors and warnings on unexpected keys print it, so it names the functions that load such a checkpoint.
 MARKER = "em_surgery__load_with_RestoreSurgery_or_restore_surgery"
 
@@ -26,7 +26,7 @@ _FUNCTION_NAMES = {nn.LeakyReLU: "leaky_relu"} | {
         *(nn.LogSigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish),
     )
 }
-FUNCTIONS: dict[Any, type[nn.Module]] = {
+FUNCTIONS: dict[Any, type[nn.Module]] = {  # from each form to the class of the module
     getattr(owner, name): kind
     for kind, base_name in _FUNCTION_NAMES.items()
     for name in (base_name, f"{base_name}_")
@@ -69,7 +69,7 @@ def walk(model: nn.Module) -> Iterator[Site]:
         functions = {name: value for name, value in vars(parent).items() if inspect.isroutine(value)}
         # named_children() leaves out an instance's second name
         for name, value in [*parent._modules.items(), *functions.items()]:
-            if (id(parent), name) in seen or any(value is above for above in ancestors):
+            if (id(parent), name) in seen or any(value is above for above in ancestors):  # or a reference back
                 continue
             seen.add((id(parent), name))
             if isinstance(value, nn.Module):
@@ -115,7 +115,7 @@ def contents(model: nn.Module) -> str:
 def shortened(paths: list[str]) -> str:
     """Return the first four paths as text, and the number of the others."""
     more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-    return ", ".join(path.rstrip(".") for path in paths[:4]) + more
+    return ", ".join(paths[:4]) + more
 
 
 def check_selection(model: nn.Module, argument: str, selection: Where) -> None:
@@ -133,9 +133,8 @@ def check_selection(model: nn.Module, argument: str, selection: Where) -> None:
 
 
 def _no_match(model: nn.Module, selection: str, entries: Iterable[Any]) -> NoMatchError:
-    named = {type(site.module).__name__ for site in walk(model)} & {
-        entry for entry in entries if isinstance(entry, str)
-    }
+    names = (entry for entry in entries if isinstance(entry, str))
+    named = {type(site.module).__name__ for site in walk(model)}.intersection(names)
     hint = "".join(f"; {name!r} is the name of a class: give the class itself" for name in sorted(named))
     return NoMatchError(
         f"nothing matches {selection} (strings are name patterns{hint}); the model holds {contents(model)}"
@@ -152,7 +151,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
-        TypeError: ``where`` has another type.
+        TypeError: ``where`` or ``target`` has another type.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -179,15 +178,11 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
             if not is_inside and matches(site, entry) and (target is None or matches(site, target)):
                 match = site.path
                 found.add(match)
-    unregistered = (
-        []
-        if inserted
-        else [
-            site.path
-            for site in _unregistered(model)
-            if any(matches(site, entry) for entry in entries) and (target is None or matches(site, target))
-        ]
-    )
+    unregistered = [
+        site.path
+        for site in (() if inserted else _unregistered(model))
+        if any(matches(site, entry) for entry in entries) and (target is None or matches(site, target))
+    ]
     if unregistered:
         warnings.warn(
             f"{shortened(unregistered)} stay as they are, because PyTorch does not register modules in plain lists and "
@@ -225,7 +220,7 @@ def described(where: Any) -> str:
 
 
 def check_reachable(site: Site) -> None:
-    """Raise ValueError where PyTorch never calls the module at a site, so that a replacement or hook has no effect."""
+    """Raise ValueError if a replacement or hook at a site is impossible, or has no effect as PyTorch never calls it."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in (*site.ancestors, site.module)):
         raise ValueError(
             f"{site.path!r} belongs to a ScriptModule, which cannot be changed: do this before torch.jit.script"

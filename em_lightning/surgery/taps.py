@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -77,7 +76,7 @@ class Taps:
         self.skip = skip
         self.recording = True
         self.frozen: set[str] = set()
-        self.captured: list[tuple[str, Tensor, int]] = []
+        self.captured: list[tuple[str, Tensor, int]] = []  # path, tensor and its version
         self._undos: list[Undo] = []
         self.sites: list[Site] = []
         for site in find_modules(model, where):
@@ -107,7 +106,7 @@ class Taps:
         self.clear()
 
     def clear(self) -> None:
-        """Discard the captured tensors."""
+        """Discard the captured tensors and the list of frozen layers."""
         self.captured, self.frozen = [], set()
 
     def _register(self, module: nn.Module, path: str) -> Undo:
@@ -173,14 +172,12 @@ def _warn_if_shared(model: nn.Module, site: Site) -> list[Undo]:
         _warn_of_sharing(site.path, f"has the names {', '.join(names)}")
         return []
 
-    counter = CallCounter(site.path, 1, _Hook())
-    counter.on_excess = functools.partial(_warn_once, counter)
+    def warn_once(path: str, why: str) -> None:
+        counter.on_excess = _Hook()  # does nothing
+        _warn_of_sharing(path, why)
+
+    counter = CallCounter(site.path, 1, _Hook(warn_once))
     return [wrap(site.caller, "forward", counter.around), site.module.register_forward_pre_hook(counter.check).remove]
-
-
-def _warn_once(counter: CallCounter, path: str, why: str) -> None:
-    counter.on_excess = _Hook()  # does nothing
-    _warn_of_sharing(path, why)
 
 
 def _warn_of_sharing(path: str, why: str) -> None:

@@ -16,9 +16,13 @@ struct Problem {
   double* grad_matrix;
 };
 
+// Bound of entries of L relative to their largest possible size; above 1, so that round-off changes no valid entry.
+constexpr double kBound = 1.001;
+
 // The factor L and its inverse W (lower triangles) of the lower triangles of matrices (count, size, size). Pivots below
-// the smallest ones (count, size) are raised to it; the squares of a row of L add up to its diagonal entry, unless rounding
-// made the matrix indefinite: entries are bounded by it. With kSize > 0 the size is known to the compiler.
+// the smallest ones (count, size) are raised to them. The squares of a row of L add up to the diagonal entry of the
+// matrix, unless rounding made it indefinite; therefore entries are bounded by the root of the diagonal entry.
+// With kSize > 0 the size is known to the compiler.
 template <int kSize>
 void factorize(const Problem& p) {
   const int64_t size = kSize > 0 ? kSize : p.size;
@@ -26,7 +30,7 @@ void factorize(const Problem& p) {
     const double *a = p.matrix + n * size * size, *least = p.pivots + n * size;
     double *l = p.scale + n * size * size, *w = p.inverse + n * size * size;
     for (int64_t i = 0; i < size; ++i) {
-      const double longest = 1.001 * std::sqrt(std::max(a[i * size + i], least[i]));
+      const double longest = kBound * std::sqrt(std::max(a[i * size + i], least[i]));
       double pivot = a[i * size + i];
       for (int64_t j = 0; j < i; ++j) {
         double entry = a[i * size + j];
@@ -61,7 +65,7 @@ extern "C" void em_lightning_cholesky(const Problem* problem) {
   }
 }
 
-// The gradient of the symmetric matrices for gradients of L and W.
+// The gradient of the loss in the symmetric matrices, given its gradients in L and W.
 extern "C" void em_lightning_cholesky_gradient(const Problem* problem) {
   const Problem& p = *problem;
   const int64_t size = p.size;
@@ -71,7 +75,7 @@ extern "C" void em_lightning_cholesky_gradient(const Problem* problem) {
     const double *a = p.matrix + place, *least = p.pivots + n * size, *l = p.scale + place, *w = p.inverse + place;
     const double *of_l = p.grad_scale + place, *of_w = p.grad_inverse + place;
     double* found = p.grad_matrix + place;
-    // The gradient of W is -W^T G W^T in L.
+    // A gradient G in W is the gradient -W^T G W^T in L.
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = 0; j < size; ++j) {
         product[i * size + j] = 0.0;
@@ -86,7 +90,7 @@ extern "C" void em_lightning_cholesky_gradient(const Problem* problem) {
       }
     std::fill(found, found + size * size, 0.0);
     for (int64_t i = size - 1; i >= 0; --i) {
-      const double longest = 1.001 * std::sqrt(std::max(a[i * size + i], least[i]));
+      const double longest = kBound * std::sqrt(std::max(a[i * size + i], least[i]));
       const double root = l[i * size + i];
       const double of_pivot = root > std::sqrt(least[i]) ? 0.5 * g[i * size + i] / root : 0.0;
       found[i * size + i] = of_pivot;

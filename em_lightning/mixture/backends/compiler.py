@@ -1,4 +1,4 @@
-"""C++ sources of this folder, compiled by g++ at first use and cached."""
+"""C++ sources of this folder, compiled by g++, or the compiler ``CXX``, at first use and cached."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 @functools.cache
 def load(source: str, *definitions: str) -> tuple[Any, str]:
     """Return the compiled library and an empty string, or ``None`` and the error message."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = shutil.which(name := os.environ.get("CXX", "g++"))
     if compiler is None:
-        return None, "no g++ was found on the PATH"
+        return None, f"no {name} was found on the PATH"
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         cpu = Path("/proc/cpuinfo")
         lines = cpu.read_text().splitlines() if cpu.exists() else []
-        features = next((line for line in lines if line.startswith("flags")), platform.machine())
+        instruction_sets = next((line for line in lines if line.startswith("flags")), platform.machine())
         texts = (path.read_text() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h"))
-        key = "\n".join([*texts, version, features, *_FLAGS, source, *definitions])
+        key = "\n".join([*texts, version, instruction_sets, *_FLAGS, source, *definitions])
         target = _folder() / f"{Path(source).stem}_{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if not target.exists():
             # Compile under a temporary name, because several processes may compile at once.
-            handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+            handle, part = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             try:
-                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", name]
+                command = [compiler, *_FLAGS, *definitions, str(_FOLDER / source), "-o", part]
                 subprocess.run(command, capture_output=True, text=True, check=True)
-                os.replace(name, target)
+                os.replace(part, target)
             finally:
-                Path(name).unlink(missing_ok=True)
+                Path(part).unlink(missing_ok=True)
         return ctypes.CDLL(str(target)), ""
     except subprocess.CalledProcessError as error:
         return None, error.stderr
@@ -51,7 +51,7 @@ def load(source: str, *definitions: str) -> tuple[Any, str]:
 
 
 def structure(*fields: Tensor | int | None) -> Any:
-    """Return a structure of pointers and numbers of 64 bits; its tensors must be contiguous and outlive it."""
+    """Return a structure of 64-bit numbers and pointers to contiguous tensors, which must outlive it; null for None."""
     numbers = [field.data_ptr() if isinstance(field, Tensor) else field or 0 for field in fields]
     return (ctypes.c_int64 * len(numbers))(*numbers)
 

@@ -2,8 +2,8 @@
 //
 // For sums of one component, mass N, first f = sum_n r_n z_n and second s, with e a small constant added to the mass:
 //   mean m = f / (N + e),  covariance C = (s - N m m^T) / (N + e) + floor I,  weight (N + e) / sum over components.
-// Full covariances have sums s of the products z_i z_j for i <= j, diagonal ones those of the squares. Spherical ones have the
-// sum of |z|^2, and their variance is the average over features.
+// Full covariances have sums s of the products z_i z_j for i <= j, diagonal ones those of the squares. Spherical ones
+// have the sum of |z|^2, and their variance is the average over features.
 
 #include <algorithm>
 #include <cmath>
@@ -37,7 +37,7 @@ double average_square(const double* mean, int64_t features) {
   return total / features;
 }
 
-// The smallest variance that can be told from round-off, as smallest_pivots of covariance/cholesky.py.
+// The smallest variance distinguishable from round-off, as smallest_pivots in covariance/cholesky.py.
 double smallest_variance(double variance, double mean_square) {
   return std::max(4.0 * kEpsilon * (std::abs(variance) + mean_square), std::pow(kEpsilon, 4));
 }
@@ -72,7 +72,7 @@ void differentiate(const Problem& p, int64_t component, double floor, double mea
   const double* grad = p.grad_covariances + component * p.covariance_size();
   double *grad_first = p.grad_first + component * D, *grad_second = p.grad_second + component * S;
   double grad_mass = p.grad_log_weights[component] / mass - mean_grad_log_weight;
-  std::copy(grad_mean, grad_mean + D, grad_first);  // first holds the gradient of the mean
+  std::copy(grad_mean, grad_mean + D, grad_first);  // until the last loop, grad_first holds the gradient in the mean
   if (p.kind == kFull) {
     for (int64_t i = 0; i < D; ++i)
       for (int64_t j = i; j < D; ++j) {

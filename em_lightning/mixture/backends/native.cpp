@@ -3,13 +3,14 @@
 // For each set b, point n and component k, with z_n = (x_n - center) / unit, y = W_k (z_n - mu_k) and peak_k the joint
 // log-density at mu_k:
 //   g_nk = peak_k - |y|^2 / 2,  r_nk = softmax_k(g_nk),  sums_k = sum_n w_n r_nk [1, y, s(y)],
-// where s(y) holds the products y_i y_j (j <= i), the squares y_i^2, or |y|^2. Whitened points are of order one, however
-// thin a component is, so that float32 suffices for float32 points. Block sums are accumulated in double and then converted
-// to sums of [1, z, s(z)], with z = mu_k + L_k y and s(z) holding z_i z_j for i <= j.
+// where s(y) holds the products y_i y_j (j <= i) for full covariances, the squares y_i^2 for diagonal ones, and |y|^2
+// for spherical ones. Whitened points are of order one, however thin a component is, so that float32 suffices for
+// float32 points. Block sums are accumulated in double and then converted to sums of [1, z, s(z)], with
+// z = mu_k + L_k y and the products z_i z_j in the order of i <= j.
 //
 // Compiled once per kind of covariance, number of features and dtype: REAL is float or double, KIND 0 (full, FEATURES
-// features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang; no option such as -ffast-math is needed,
-// so that infinities and NaN keep their meaning.
+// features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang. Without options such as -ffast-math,
+// infinities and NaN keep their meaning.
 
 #include <atomic>
 #include <cmath>
@@ -38,12 +39,14 @@ struct Problem {
   int64_t grad_density_set_stride, grad_density_item_stride;
 };
 
-// The points of a block whose responsibilities for a component count: others are below the rounding error of any sum. They
-// are gathered, unless most of the points count.
+// The points of a block whose responsibilities for a component are not negligible. They are copied to consecutive
+// places ("gathered"), unless they are over three quarters of the block, where there is little to save.
 struct Choice {
   bool gathered = false;
-  int steps = 0, count = 0, place[kSteps * kLanes];
+  int steps = 0;                          // vectors of points to process, gathered or not
+  int count = 0, place[kSteps * kLanes];  // number of groups of kGrain points to gather, and where they start
 
+  // Chooses by the responsibilities r of the points of all vectors of a block.
   void find(const V* r, int all) {
     steps = all;
     if (!kGrain) return;  // this kind of covariance skips no points; others skip kGrain points at a time
@@ -61,7 +64,7 @@ struct Choice {
     if (gathered) steps = (count * kGrain + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
   }
 
-  // Returns a row of values of the chosen points, with zeros behind them.
+  // Returns a row of values of the chosen points, with zeros behind them, or the row itself if they are not gathered.
   const V* gather(const V* from, V* to) const {
     if (!gathered) return from;
     const Real* values = reinterpret_cast<const Real*>(from);
@@ -80,7 +83,7 @@ struct Choice {
   }
 };
 
-// The rows of one set at a time, block by block, with buffers that all blocks of a thread share.
+// Processes rows of one set at a time, block by block, with buffers that all blocks of a thread share.
 class Worker {
  public:
   explicit Worker(const Problem& problem)
@@ -97,7 +100,7 @@ class Worker {
     chosen_grads.resize(kGrain ? grad_points.size() : 0);
   }
 
-  // Writes K M sums, and the log-likelihood after them.
+  // Writes the K M sums of the rows from first to last - 1 of a set, and the log-likelihood after them.
   void run(int64_t own_set, int64_t first, int64_t last, double* result) {
     if (own_set != set) enter(own_set);
     constexpr int rows = kSteps * kLanes;
@@ -161,7 +164,7 @@ class Worker {
     for (int64_t k = set * K; k < (set + 1) * K; ++k) {
       const double* mean = p.means + k * features;
       for (int64_t i = 0; i < features; ++i)
-        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;  // z to points as loaded
+        component_mean[i] = mean[i] / ratio + (center[i] - double(origin[i])) / unit;  // in the coordinates of load
       for (int64_t i = 0; i < size; ++i)
         inverse[i] = std::min(std::max(p.inverse[k * size + i] * ratio, -bound), bound);
       components.emplace_back(inverse.data(), component_mean.data(), p.peak[k], features);
@@ -204,10 +207,11 @@ class Worker {
   void evaluate(int steps) {
     std::fill(largest, largest + steps, lanes(-std::numeric_limits<Real>::infinity()));
     std::fill(total, total + steps, V{});
-    for (int64_t k = 0; k < K; ++k) components[k].score(points.data(), steps, white.data(), &score[k * kSteps], largest);
+    for (int64_t k = 0; k < K; ++k)
+      components[k].score(points.data(), steps, white.data(), &score[k * kSteps], largest);
     for (int64_t k = 0; k < K; ++k) {
       V* own = &score[k * kSteps];
-      for (int s = 0; s < steps; s += 2) {
+      for (int s = 0; s < steps; s += 2) {  // exp2 alternates between two vectors
         V both[2] = {own[s] - largest[s], own[s + 1] - largest[s + 1]};
         exp2(both);
         for (int i = 0; i < 2; ++i) total[s + i] += own[s + i] = both[i];
@@ -239,9 +243,9 @@ class Worker {
     }
   }
 
-  // The derivative of the joint log-density g_nk is w_n r_nk (a_nk - sum_j r_nj a_nj + l), where a_nk is the derivative
-  // of sums_k in w_n r_nk and l the derivative in the log-density of point n, divided by w_n. The gradients of the parameters follow
-  // from the sums of [1, y, s(y)], weighted by this derivative.
+  // The derivative of the loss in the joint log-density g_nk is w_n r_nk (a_nk - sum_j r_nj a_nj + l_n), where a_nk
+  // ("slope") is its derivative in w_n r_nk through the sums and l_n that in w_n log p(z_n). The gradients of the
+  // parameters follow from the sums of [1, y, s(y)], weighted by this derivative.
   void backward(int64_t row, int count, int steps) {
     Real* to = reinterpret_cast<Real*>(grad_density);
     const double* from = p.grad_density + set * p.grad_density_set_stride + row * p.grad_density_item_stride;
@@ -279,7 +283,8 @@ class Worker {
       choose(k, r, steps);
       const V* own_slope = choice.gather(a, chosen_slope);
       components[k].add(chosen, y, choice.steps, [&](int s) { return own_slope[s]; }, &sums[k * M]);
-      if (!p.grad_x) continue;  // otherwise pull adds the gradients in the points
+      if (!p.grad_x) continue;
+      // Add the gradients in the points.
       V* grads = choice.gathered ? chosen_grads.data() : grad_points.data();
       if (choice.gathered) std::fill(chosen_grads.begin(), chosen_grads.end(), V{});
       components[k].pull(chosen, y, choice.steps, &gradients[k * G], choice.gather(r, chosen_r), own_slope, grads);
@@ -295,7 +300,7 @@ class Worker {
   }
 };
 
-// Adds the results of all tasks of a set, in their order, and changes coordinates.
+// Adds the results of all tasks of a set, in their order, and converts them from whitened points to z.
 void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t size) {
   const int64_t features = p.features, factor = factor_size(features), M = num_sums(features);
   for (int64_t task = 1; task < tasks; ++task)
@@ -314,23 +319,23 @@ void finish(const Problem& p, int64_t set, double* sums, int64_t tasks, int64_t 
 
 }  // namespace
 
-// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With grad_density it writes instead of the sums
-// the gradients of peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
+// Writes sums (B, K, M) and the log-likelihood (B,), or log-densities (B, N). With grad_density it writes instead of
+// the sums the gradients of peak, mean and W, and grad_x (B, D, N) and grad_weights (B, N) unless they are null.
 extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   const Problem& p = *problem;
   const int64_t size = p.components * num_sums(p.features) + 1;
   const int64_t tasks_per_set = std::max<int64_t>((p.items + kRowsPerTask - 1) / kRowsPerTask, 1);
   const int64_t tasks = p.sets * tasks_per_set;
   std::vector<double> results(tasks * size);
-  std::vector<std::atomic<int64_t>> running(p.sets);
-  for (auto& count : running) count = tasks_per_set;
+  std::vector<std::atomic<int64_t>> unfinished(p.sets);
+  for (auto& count : unfinished) count = tasks_per_set;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
     Worker worker(p);
     for (int64_t task = next++; task < tasks; task = next++) {
       const int64_t set = task / tasks_per_set, first = task % tasks_per_set * kRowsPerTask;
       worker.run(set, first, std::min(first + kRowsPerTask, p.items), &results[task * size]);
-      if (--running[set] == 0) finish(p, set, &results[set * tasks_per_set * size], tasks_per_set, size);
+      if (--unfinished[set] == 0) finish(p, set, &results[set * tasks_per_set * size], tasks_per_set, size);
     }
   };
   std::vector<std::thread> others;

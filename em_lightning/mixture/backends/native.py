@@ -1,4 +1,4 @@
-"""C++ code for the CPU, compiled on demand and cached: EM steps of Gaussian mixtures, EM of groups, Cholesky factors.
+"""The choice of backends, and C++ code for the CPU: EM steps of Gaussian mixtures, EM of groups, Cholesky factors.
 
 All but the EM of groups are ``torch.library`` operators, which ``torch.compile`` and ``torch.export`` do not trace.
 """
@@ -21,7 +21,7 @@ from em_lightning.mixture.backends.reference import have_memory
 
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _KINDS = {"full": 0, "diag": 1, "spherical": 2}
-# Largest D of full covariances; the time to compile grows with D.
+# Largest D of full covariances, whose loops are unrolled: 64 take about 10 seconds to compile.
 _MOST_FEATURES = 64
 # Largest D in Triton: a tile of whitened points and a factor must fit in the registers of a thread block.
 _MOST_FEATURES_TRITON = {"full": 16, "diag": 128, "spherical": 128}
@@ -36,12 +36,12 @@ _chosen = "auto"
 
 
 class use_backend:
-    """Choose the backend of the E-step, permanently or within a ``with`` block.
+    """Choose the backend of EM steps and Cholesky factors, permanently or within a ``with`` block.
 
     Args:
-        name: ``"auto"`` uses the native (C++) backend for large sets if there is a compiler, ``"native"`` for all sets
-            that it supports; ``"reference"`` uses plain torch, ``"triton"`` Triton kernels for float32 points on CUDA
-            devices. These were tested in Triton's interpreter only; therefore ``"auto"`` never uses them.
+        name: ``"auto"`` uses the native (C++) backend for large sets on a CPU if there is a compiler, ``"native"`` for
+            all that it supports; ``"reference"`` uses plain torch, ``"triton"`` Triton kernels for float32 points on
+            CUDA devices. These were tested in Triton's interpreter only; therefore ``"auto"`` never uses them.
 
     Raises:
         ValueError: the name is unknown.
@@ -58,7 +58,7 @@ class use_backend:
         if name not in ("auto", "reference", "native", "triton"):
             raise ValueError(f"name={name!r} must be 'auto', 'reference', 'native' or 'triton'")
         if name == "native":
-            _require("spherical", 0, torch.float32)
+            _require("spherical", 0, torch.float32)  # the others are compiled when they are needed
         if name == "triton":
             try:
                 _triton()
@@ -77,7 +77,7 @@ class use_backend:
 
 
 def serves(x: Tensor, family: Any, parameters: Sequence[Tensor] = ()) -> bool:
-    """Return whether the native backend computes the E-step of points (B, D, N) under a family of densities."""
+    """Return whether C++ or Triton computes the E-step of points (B, D, N) under a family of densities."""
     kind = getattr(family, "whitening", None)
     if kind is None or x.dtype not in _REALS or (kind == "full" and x.shape[1] > _MOST_FEATURES):
         return False
@@ -108,7 +108,7 @@ def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():  # exported programs run without this package unless the backend is chosen
         return _chosen == "native" or not torch.compiler.is_exporting()
-    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)
+    return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)  # neither jvp nor torch.func
 
 
 # E-step. The joint log-density is g_nk = peak_k - |W_k (z_n - mu_k)|^2 / 2, and r its softmax over components.
@@ -298,7 +298,7 @@ def fit_groups(x: Tensor, index: Tensor, *others: Any) -> None:
 
 @_operator("em_lightning::cholesky")
 def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Cholesky factors (..., D, D), with pivots raised to ``pivots`` (..., D) or more, and their inverses."""
+    """Return Cholesky factors (..., D, D), with pivots of at least ``pivots`` (..., D), and their inverses."""
     return _call("cholesky", [matrix.numel(), matrix.shape[-1]], [matrix, pivots], matrix, matrix)
 
 
@@ -339,7 +339,7 @@ def _empty(*like: Tensor) -> tuple[Tensor, ...]:
 
 
 def _call(name: str, sizes: list[int], inputs: list[Tensor], *like: Tensor) -> Any:
-    """Return the results of a C++ function, which have the shapes of the last tensors."""
+    """Return the results of a C++ function, tensors of the shapes of ``like``."""
     results, inputs = _empty(*like), [part.contiguous() for part in inputs]
     library, _ = load(f"{name.removesuffix('_gradient')}.cpp")
     getattr(library, f"em_lightning_{name}")(structure(*sizes, *inputs, *results))
@@ -347,9 +347,8 @@ def _call(name: str, sizes: list[int], inputs: list[Tensor], *like: Tensor) -> A
 
 
 def _variant(kind: str, features: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return the preprocessor definitions for the compiler."""
-    own = features if kind == "full" else 0
-    return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={own}"
+    """Return the preprocessor definitions for the compiler; only full covariances have one library per D."""
+    return f"-DREAL={_REALS[dtype]}", f"-DKIND={_KINDS[kind]}", f"-DFEATURES={features if kind == 'full' else 0}"
 
 
 def _require(kind: str, features: int, dtype: torch.dtype) -> None:

@@ -1,15 +1,16 @@
 // Diagonal and spherical covariances of any number of features: one feature at a time.
-
-// A Component whitens points, y = W (u - mean), and works on sums of [1, y, s(y)], where s(y) holds the products y_i y_j
-// (j <= i), the squares y_i^2, or |y|^2. A block u of points holds kSteps vectors per feature.
+//
+// A Component whitens points, y = W (u - mean), and works on sums of [1, y, s(y)], where s(y) holds the squares y_i^2
+// for diagonal covariances, or |y|^2 for spherical ones. A block u of points holds kSteps vectors per feature. Unnamed
+// arguments are used by full covariances only.
 
 #include "native_vectors.h"
 
 namespace {
 
-constexpr int kRows = 0;      // whitened points are not kept
-constexpr int kUnrolled = 4;  // steps are a multiple of it
-constexpr int kGrain = kLanes;  // points without responsibilities that count are skipped by vectors
+constexpr int kRows = 0;        // rows of stored whitened points: none, because loading them would not be faster
+constexpr int kUnrolled = 4;    // vectors per pass of a loop; steps are a multiple of it
+constexpr int kGrain = kLanes;  // points that are skipped at a time, if their responsibilities are negligible
 constexpr bool kDiagonal = KIND == 1;
 inline int num_sums(int64_t features) { return kDiagonal ? 1 + 2 * features : 2 + features; }
 inline int factor_size(int64_t features) { return kDiagonal ? features : 1; }
@@ -62,6 +63,7 @@ struct Component {
     }
   }
 
+  // Writes joint log-densities in units of log 2 to score, and raises largest to their maximum over components so far.
   void score(const V* u, int steps, V*, V* score, V* largest) const {
     for (int s = 0; s < steps; s += kUnrolled) {
       V square[kUnrolled] = {};
@@ -77,8 +79,9 @@ struct Component {
     }
   }
 
-  const V* whitened(const V*, int, V* white) const { return white; }
+  const V* whitened(const V*, int, V* white) const { return white; }  // nothing is stored there
 
+  // sums += sum r [1, y, s(y)]
   template <class Weight>
   void add(const V* u, const V*, int steps, Weight r, V* sums) const {
     for (int s = 0; s < steps; ++s) sums[0] += r(s);
@@ -99,8 +102,9 @@ struct Component {
 
   void store_gradient(const double* own, Real* result) const { std::copy(own, own + num_sums(features), result); }
 
-  void whiten_sums(double*) const {}  // they are those of whitened points
+  void whiten_sums(double*) const {}  // add computes the sums of whitened points
 
+  // slope = gradient . [1, y, s(y)]
   void slope(const V* u, const V*, int steps, const Real* gradient, V* slope) const {
     std::fill(slope, slope + steps, V{} + gradient[0]);
     for (int i = 0; i < features; ++i) {
@@ -112,6 +116,7 @@ struct Component {
     }
   }
 
+  // grad_u += W (r d(gradient . [1, y, s(y)]) / dy - slope y)
   void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
     for (int i = 0; i < features; ++i) {
       const Real first = gradient[1 + i], second = 2 * gradient[1 + features + (kDiagonal ? i : 0)];

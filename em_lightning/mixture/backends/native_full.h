@@ -1,8 +1,8 @@
 // Full covariances: sums of whitened points, their change of coordinates, and its gradients.
 //
-// A Component whitens points, y = W (u - mean), and works on sums of [1, y, y_i y_j for j <= i]. A block u of points holds
-// kSteps vectors per feature. ``scale`` is L = W^-1, ``mu`` the mean. Unnamed arguments are the number of features of
-// native_diagonal.h, which is the constant D here.
+// A Component whitens points, y = W (u - mean), and works on sums of [1, y, y_i y_j for j <= i]. A block u of points
+// holds kSteps vectors per feature. ``scale`` is L = W^-1, ``mu`` the mean. Unnamed arguments are the number of
+// features in native_diagonal.h, which is the constant D here.
 
 #include "native_vectors.h"
 
@@ -12,8 +12,9 @@ constexpr int D = FEATURES;
 using Matrix = double[D][D];
 inline int num_sums(int64_t) { return 1 + D + D * (D + 1) / 2; }
 inline int factor_size(int64_t) { return D * D; }
-inline int lower(int i, int j) { return 1 + D + i * (i + 1) / 2 + j; }              // the place of y_i y_j, j <= i
-inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i; }  // the place of z_i z_j, i <= j
+// Places in the sums, of y_i y_j (j <= i) and of z_i z_j (i <= j).
+inline int lower(int i, int j) { return 1 + D + i * (i + 1) / 2 + j; }
+inline int upper(int i, int j) { return 1 + D + i * D - i * (i - 1) / 2 + j - i; }
 
 // Converts sums of [1, y, s(y)] to sums of [1, z, s(z)], z = mu + L y.
 inline void unwhiten(const double* sums, const double* scale, const double* mu, int64_t, double* result) {

@@ -1,12 +1,12 @@
 // Full covariances of at most 6 features: everything about one vector of points is in registers.
 //
-// With W = diag(w) T, where T has a unit diagonal, a Component computes t = T (u - mean) for the mean rounded to Real, and
-// y = w (t + rest), where rest is the rounding error of the mean after T. It works on sums of [1, t, t_i t_j for j <= i],
-// which take fewer multiplications and registers than those of y.
+// With W = diag(w) T, where T has a unit diagonal, a Component computes t = T (u - mean) for the mean rounded to Real,
+// and y = w (t + rest), where rest is T times the rounding error of the mean. It works on sums of
+// [1, t, t_i t_j for j <= i], which take fewer multiplications and registers than those of y.
 
 namespace {
 
-constexpr int kRows = 0;      // rows of stored whitened points: none, because computing them again is as fast as loading them
+constexpr int kRows = 0;      // rows of stored whitened points: none, because loading them would not be faster
 constexpr int kUnrolled = 2;  // steps are a multiple of it; native.cpp takes exp2 of two vectors at a time
 constexpr int kGrain = 0;     // points that are skipped at a time; 0: none are skipped
 // Entries of T below its diagonal; 1 for D = 1, as an array must not be empty.
@@ -39,7 +39,7 @@ class Component {
     }
   }
 
-  // Writes joint log-densities in units of log 2 to score, and raises largest to their maximum over the components so far.
+  // Writes joint log-densities in units of log 2 to score, and raises largest to their maximum over components so far.
   void score(const V* u, int steps, V*, V* score, V* largest) const {
     const Shear t_of(*this);
     V first[D], second[D];
@@ -55,7 +55,7 @@ class Component {
     }
   }
 
-  const V* whitened(const V*, int, V*) const { return nullptr; }
+  const V* whitened(const V*, int, V*) const { return nullptr; }  // none are stored
 
   // sums += sum r [1, t, t_i t_j]
   template <class Weight>
@@ -81,8 +81,8 @@ class Component {
   void whiten_sums(double* sums) const {
     for (int i = 0; i < D; ++i)
       for (int j = 0; j <= i; ++j) {
-        const double total = sums[lower(i, j)] + rest[i] * sums[1 + j] + rest[j] * sums[1 + i] + rest[i] * rest[j] * sums[0];
-        sums[lower(i, j)] = w[i] * w[j] * total;
+        const double shifts = rest[i] * sums[1 + j] + rest[j] * sums[1 + i] + rest[i] * rest[j] * sums[0];
+        sums[lower(i, j)] = w[i] * w[j] * (sums[lower(i, j)] + shifts);
       }
     for (int i = 0; i < D; ++i) sums[1 + i] = w[i] * (sums[1 + i] + rest[i] * sums[0]);
   }

@@ -1,4 +1,5 @@
-// Full covariances of more than 6 features: products of tiles of 4 rows and 2 vectors of points, in registers.
+// Full covariances of more than 6 features: products of tiles of 4 rows and 2 vectors of points, whose 8 sums stay in
+// registers.
 
 // Keeps a value in a register, where the compiler would load it again for each use.
 #if defined(__x86_64__)
@@ -10,8 +11,8 @@
 namespace {
 
 constexpr int kRows = (D + 3) / 4 * 4;  // rows of whitened points and of matrices; those beyond D are zero
-constexpr int kUnrolled = 2;            // steps are a multiple of it
-constexpr int kGrain = 1;               // points without responsibilities that count are skipped one by one
+constexpr int kUnrolled = 2;            // vectors per tile; steps are a multiple of it
+constexpr int kGrain = 1;               // points that are skipped at a time, if their responsibilities are negligible
 constexpr int kMatrix = kRows * kRows;
 constexpr int kChunk = 16;  // steps whose differences stay in the first-level cache
 inline int gradient_size(int64_t) { return 1 + D + 2 * kMatrix; }
@@ -41,7 +42,7 @@ inline void multiply(const Real* matrix, const V* in, int steps, Use use) {
 }
 
 struct Component {
-  Real peak, mean[D], offset[kRows] = {}, inverse[kMatrix] = {}, transposed[kMatrix] = {};
+  Real peak, mean[D], offset[kRows] = {}, inverse[kMatrix] = {}, transposed[kMatrix] = {};  // y = W (u - mean) + offset
 
   Component(const double* w, const double* mu, double top, int64_t) : peak(top * kLog2e) {
     for (int i = 0; i < D; ++i) mean[i] = Real(mu[i]);
@@ -55,6 +56,7 @@ struct Component {
     }
   }
 
+  // Writes joint log-densities in units of log 2 to score, and raises largest to their maximum over components so far.
   void score(const V* u, int steps, V*, V* score, V* largest) const {
     for (int s = 0; s < steps; s += kUnrolled) {
       V difference[D][kUnrolled], square[kUnrolled] = {};
@@ -85,7 +87,7 @@ struct Component {
     }
   }
 
-  // Whitened points of all components would not stay in a cache: those that count are computed again.
+  // Whitens the chosen points again: score does not store its results, which for all components would exceed the cache.
   const V* whitened(const V* u, int steps, V* white) const {
     whiten(u, steps, [&](int i, int s, V y) { white[i * kSteps + s] = y; });
     return white;
@@ -133,7 +135,7 @@ struct Component {
       }
   }
 
-  void whiten_sums(double*) const {}  // they are those of whitened points
+  void whiten_sums(double*) const {}  // add computes the sums of whitened points
 
   // slope = gradient . [1, y, y_i y_j]
   void slope(const V*, const V* white, int steps, const Real* gradient, V* slope) const {

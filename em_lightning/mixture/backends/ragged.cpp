@@ -4,8 +4,9 @@
 //   r_nk = softmax_k(log pi_k - D/2 log v_k - d_nk / (2 v_k)),  d_nk = |z_n - mu_k|^2,
 //   M_k = sum_n r_nk + eps,  pi'_k = M_k / sum_j M_j,  mu'_k = sum_n r_nk z_n / M_k,
 //   v'_k = (sum_n r_nk |z_n - mu'_k|^2 + S) / (M_k + 1) / D + floor,
-// in coordinates z = (x - center) / scale about the mean of the set. The prior is one point per component of scatter S, the
-// share K^(-2/D) of the set's total variance. The scatter about the new mean is sum_n r_nk d_nk - M_k |mu'_k - mu_k|^2.
+// in coordinates z = (x - center) / scale about the mean of the set. The prior adds one point of squared distance S to
+// each component; S is the share K^(-2/D) of the set's total variance. The scatter about the new mean is computed as
+// sum_n r_nk d_nk - M_k |mu'_k - mu_k|^2.
 
 #include <atomic>
 #include <cmath>
@@ -20,23 +21,24 @@
 
 namespace {
 
-constexpr double kFloor = 1e-6;  // added to every variance, in units of the points
+constexpr double kFloor = 1e-6;  // added to every variance, in squared units of the points
 constexpr double kCore = 0.4;    // as in mixture/initialization.py
 constexpr double kEps = 10.0 * std::numeric_limits<double>::epsilon();  // added to masses, as in mixture/m_step.py
-constexpr int64_t kSetsPerTask = 16;
-constexpr int64_t kAhead = 8;  // rows that are fetched ahead
+constexpr int64_t kSetsPerTask = 16;  // so many that threads rarely wait for the common counter
+constexpr int64_t kAhead = 8;  // a row is fetched into the cache while the one so many before it is read
 
 struct Problem {
   int64_t rows, features;
   const void* x;       // (rows, features)
   const int64_t* set;  // of each row
-  int64_t sets, limit, components, iterations;
+  int64_t sets, limit, components, iterations;  // limit: only the first rows of a set are used, at most so many
   double *log_weights, *means, *log_scales;  // (sets, K), (sets, K, features), log(v_k) / 2 (sets, K)
   const double *grad_log_weights, *grad_means, *grad_log_scales;
   void* grad_x;  // null in the forward pass
 };
 
-// The rows of each set, in their order; at most limit of them count.
+// The rows of each set in their order: set b has order[first[b]] to order[first[b + 1] - 1]. kAhead zeros behind them
+// are fetched at the end.
 struct Rows {
   std::vector<int64_t> first, order;
 
@@ -54,14 +56,14 @@ inline double sum(V values) {
   return total;
 }
 
-// The parameters of a mixture, or their gradients. Log-weights are log M_k up to a constant: mass holds their gradients.
+// The parameters of a mixture, with masses M_k instead of weights; or their gradients, where mass is that in log M_k.
 struct Mixture {
   std::vector<double> mass, variances;
   std::vector<V> means;
 };
 
-// Buffers that all sets of a thread share. Points and means fill P vectors V, with zeros behind their D numbers; kP is P, or 0
-// where it is only known at run time.
+// EM of one set at a time, in buffers that all sets of a thread share. Points and means fill P vectors V, with zeros
+// behind their D numbers; kP is P, or 0 where it is only known at run time.
 template <class Point, int kP>
 class Fit {
  public:
@@ -103,7 +105,8 @@ class Fit {
   std::vector<Mixture> states;  // the start, and after each iteration
   Mixture grads;                // of one of them
   std::vector<V> centers, cell_means, slopes;
-  std::vector<double> mass, core_mass, reach, inner, peak, precision, constant, per_distance;  // (K,)
+  // All (K,). reach is the squared radius of a core; inner holds sums of squared distances, and is a buffer elsewhere.
+  std::vector<double> mass, core_mass, reach, inner, peak, precision, constant, per_distance;
 
   int64_t set, N;
   const int64_t* rows;
@@ -135,7 +138,7 @@ class Fit {
     return __builtin_convertvector(part, V);
   }
 
-  // Sets of a size above one are scaled to it, so that no square overflows.
+  // Sets with coordinates above one are scaled to at most one, so that no square overflows.
   void enter() {
     z.resize(N * width());
     nearest.resize(N);
@@ -169,7 +172,7 @@ class Fit {
     }
   }
 
-  // The mixture around the farthest points.
+  // The mixture around the farthest points, as parameters_around in mixture/initialization.py.
   void start() {
     Mixture& state = states[0];
     cell.assign(N, 0);
@@ -196,7 +199,7 @@ class Fit {
       core_mass[k] += 1.0;
       for (int64_t i = 0; i < width(); ++i) state.means[k * width() + i] += z[n * width() + i];
     }
-    double within = 0.0;
+    double within = 0.0;  // the variance of all cells together
     for (double own : inner) within += own / (D * N);
     for (int64_t k = 0; k < K; ++k) {
       V *mean = &state.means[k * width()], *cell_mean = &cell_means[k * width()], *own_center = &centers[k * width()];
@@ -204,13 +207,13 @@ class Fit {
         cell_mean[i] *= 1.0 / (mass[k] + kEps);
         mean[i] = mass[k] == 0.0 ? own_center[i] : has_core(k) ? mean[i] * (1.0 / (core_mass[k] + kEps)) : cell_mean[i];
       }
-      const double scatter = inner[k] - mass[k] * squared_distance(cell_mean, own_center);
-      state.variances[k] = floor + (has_variance(k) ? scatter / (mass[k] + kEps) / D : within);
+      const double about_mean = inner[k] - mass[k] * squared_distance(cell_mean, own_center);
+      state.variances[k] = floor + (has_variance(k) ? about_mean / (mass[k] + kEps) / D : within);
       state.mass[k] = mass[k] + kEps;
     }
   }
 
-  // Whether the mean of a cell is that of its core, and whether the cell has a variance of its own.
+  // Whether a cell has enough points to use the mean of its core, and to use its own variance.
   bool has_core(int64_t k) const { return core_mass[k] > 2.0 * D; }
   bool has_variance(int64_t k) const { return mass[k] > D; }
 
@@ -323,7 +326,8 @@ class Fit {
       double mean = 0.0;
       for (int64_t k = 0; k < K; ++k) {
         V along = {};
-        for (int64_t i = 0; i < width(); ++i) along += slopes[k * width() + i] * (own[i] - before.means[k * width() + i]);
+        for (int64_t i = 0; i < width(); ++i)
+          along += slopes[k * width() + i] * (own[i] - before.means[k * width() + i]);
         inner[k] = constant[k] + per_distance[k] * d[k] + sum(along);
         mean += r[k] * inner[k];
       }
@@ -342,12 +346,12 @@ class Fit {
     return grad_scatter;
   }
 
-  // Adds the gradients of the start, and those of S. The points at a distance of zero share the gradient of their center.
+  // Adds the gradients through the start and S. Points at distance zero share the gradient of their center.
   void start_backward(double of_square) {
-    double shared = 0.0;
+    double shared = 0.0;  // the gradient through within is shared * (z - center)
     for (int64_t k = 0; k < K; ++k)
       if (!has_variance(k)) shared += 2.0 * grads.variances[k] / (D * N);
-    auto& at_center = inner;
+    auto& at_center = inner;  // the number of points at each center
     std::fill(at_center.begin(), at_center.end(), 0.0);
     for (int64_t n = 0; n < N; ++n) at_center[cell[n]] += nearest[n] == 0.0;
     for (int64_t n = 0; n < N; ++n) {
@@ -357,9 +361,10 @@ class Fit {
       const double of_variance = has_variance(k) ? 2.0 * grads.variances[k] / (D * mass[k]) : 0.0;
       for (int64_t i = 0; i < width(); ++i) {
         const V own = z[n * width() + i];
+        const V cell_mean = cell_means[k * width() + i], own_center = centers[k * width() + i];
         grad_z[n * width() + i] += of_square * own + of_mean * grads.means[k * width() + i] +
-                             of_variance * (own - cell_means[k * width() + i]) + shared * (own - centers[k * width() + i]) -
-                             of_center * (cell_means[k * width() + i] - centers[k * width() + i]);
+                                   of_variance * (own - cell_mean) + shared * (own - own_center) -
+                                   of_center * (cell_mean - own_center);
       }
     }
   }
@@ -397,7 +402,7 @@ void fit(const Problem& p, int64_t threads) {
 
 }  // namespace
 
-// Writes the mixtures, or the gradient of x. Sets without rows are left as they are. The set of each row must be at least 0
-// and less than the number of sets.
+// Writes the mixtures, or the gradient of x. Sets without rows are left as they are. The set of each row must be at
+// least 0 and less than the number of sets.
 extern "C" void em_lightning_fit_float(const Problem* problem, int64_t threads) { fit<float>(*problem, threads); }
 extern "C" void em_lightning_fit_double(const Problem* problem, int64_t threads) { fit<double>(*problem, threads); }

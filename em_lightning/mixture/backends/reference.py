@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 _BLOCK_SIZE = 2**17
 # GPUs need larger blocks to use all cores.
 _DEVICE_BLOCK_SIZE = 2**22
-# For fewer numbers, one block without recomputation is faster.
+# Up to this many numbers, one block without recomputation is faster.
 _SMALL = 2**13
 
 Tensors = Sequence[Tensor | None]

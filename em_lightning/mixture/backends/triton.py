@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Points per tile, and per partial sum in float32.
+# Points per tile, whose products (D, D, n) must fit in registers, and per partial sum, which is in float32.
 _TILE, _CHUNK = 32, 1024
 
 
@@ -43,7 +43,7 @@ def _whitened(x, n, d, mixture, b, k, D: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def _product(matrix, vectors):
-    """Return the product of (D, D) and (D, n) in float32, where ``tl.dot`` may round to TF32."""
+    """Return the product of (D, D) and (D, n) in float32; ``tl.dot`` may round to TF32."""
     return tl.sum(matrix[:, :, None] * vectors[None, :, :], 1)
 
 
@@ -72,7 +72,7 @@ def _write_log_density(
     tiles = tl.cdiv(items, TILE)
     b, d = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
     n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
-    largest = tl.full((TILE,), float("-inf"), tl.float32)
+    largest = tl.full((TILE,), -3.4e38, tl.float32)  # the lowest number, because -inf - -inf is NaN
     total, slopes = tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     for k in range(components):
         y, _ = _whitened(x, n, d, mixture, b, k, D, FULL)

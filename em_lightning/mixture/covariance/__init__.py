@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from em_lightning.mixture.covariance.cholesky import Factor
 from em_lightning.mixture.covariance.diagonal import DiagonalCovariance, SphericalCovariance
 from em_lightning.mixture.covariance.full import FullCovariance, TiedCovariance, half_log_two_pi, variances_along
 from em_lightning.mixture.covariance.lowrank import LowRankCovariance
@@ -20,7 +19,6 @@ __all__ = [
     "COVARIANCES",
     "Covariance",
     "DiagonalCovariance",
-    "Factor",
     "FullCovariance",
     "LowRankCovariance",
     "SphericalCovariance",
@@ -30,14 +28,14 @@ __all__ = [
     "variances_along",
 ]
 
-Covariance = FullCovariance
+Covariance = FullCovariance  # the base class of all types
 COVARIANCES: dict[str, Covariance] = {
     kind.name: kind for kind in (FullCovariance(), DiagonalCovariance(), SphericalCovariance(), TiedCovariance())
 }
 
 
 def covariance_of(covariances: Tensor, means: Tensor) -> Covariance:
-    """Return the covariance type that the shapes of a mixture's covariances and means (B, K, D) imply."""
+    """Return the type that the shapes of covariances and means (B, K, D) imply; raise ValueError if none fits."""
     components, features = means.shape[1:]
     for kind in COVARIANCES.values():
         if covariances.shape == (len(means), *kind.shape(components, features)):

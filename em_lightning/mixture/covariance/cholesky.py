@@ -11,7 +11,7 @@ from em_lightning.mixture.backends import native
 
 
 class Factor(NamedTuple):
-    """A factor ``L`` with ``Sigma = L L^T`` and its inverse ``W``: matrices (..., D, D) or standard deviations."""
+    """``scale`` L with ``Sigma = L L^T`` and ``inverse`` W = L^-1: triangles (..., D, D) or the diagonals (..., D)."""
 
     scale: Tensor
     inverse: Tensor
@@ -25,7 +25,8 @@ def identity(size: int, like: Tensor) -> Tensor:
 def smallest_pivots(second_moments: Tensor) -> Tensor:
     """Return the smallest variances distinguishable from round-off, given second moments."""
     info = torch.finfo(second_moments.dtype)
-    return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)  # never zero, so that inverses are finite
+    # A variance E[x^2] - E[x]^2 has rounding errors of a few eps E[x^2]. Never zero, so that inverses are finite.
+    return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)
 
 
 def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
@@ -34,7 +35,8 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     If round-off made a matrix indefinite, it is replaced by a definite one; ``pivots`` (..., D) are the smallest
     pivots that are distinguishable from round-off.
     """
-    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= native.FEWEST_COMPONENTS  # than LAPACK
+    # Than LAPACK: for at most 4 features, whose loops are unrolled in C++, or for many components.
+    is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= native.FEWEST_COMPONENTS
     if native.serves_components("cholesky.cpp", matrix, is_faster):
         return Factor(*native.cholesky(matrix, pivots))
     return _cholesky_in_torch(matrix, pivots)
@@ -42,7 +44,7 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
 
 def _cholesky_in_torch(matrix: Tensor, pivots: Tensor) -> Factor:
     size = matrix.shape[-1]
-    # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. First add
+    # Replace indefinite matrices before the factorization, because gradients of a failed one are NaN. First add D times
     # the pivots, which is enough against round-off but takes too many launches on a GPU; then use the diagonal alone.
     diagonal = torch.maximum(matrix.diagonal(dim1=-2, dim2=-1), pivots).diag_embed()
     on_cpu = matrix.device.type == "cpu"

@@ -27,14 +27,14 @@ class DiagonalCovariance(FullCovariance):
         return covariances
 
     def pack(self, variances: Tensor) -> Tensor:
-        """Return covariances for variances (B, K, D) or (B, K, 1), the inverse of :meth:`variances`."""
+        """Return covariances for variances (B, K, D) or (B, K, 1), averaged where features share one."""
         return variances
 
     def second_degree(self, x: Tensor) -> Tensor:
         return x.square()
 
     def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
-        """Return ``sigma^2 + mu^2`` in the shape of the variances."""
+        """Return ``sigma^2 + mu^2`` in the shape of the variances, or ``sigma^2`` without means."""
         return variances if means is None else variances + means.square()
 
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
@@ -43,10 +43,11 @@ class DiagonalCovariance(FullCovariance):
         return Factor(root, root.reciprocal())
 
     def indefinite(self, covariances: Tensor) -> Tensor:
+        """Return which variances, in their shape, are not positive."""
         return covariances <= 0
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return ``[log pi_k N(0), mu / sigma^2, -1 / (2 sigma^2)]`` and the log-density at the mean."""
+        """Return ``[log pi_k N(0 | mu), mu / sigma^2, -1 / (2 sigma^2)]`` and the joint log-density at the mean."""
         log_weights, means, covariances = parameters
         features = means.shape[-1]
         inverse = self.factorize(covariances, means).inverse
@@ -65,7 +66,7 @@ class DiagonalCovariance(FullCovariance):
     ) -> tuple[Tensor, Tensor]:
         # If features share a variance, S is 1 and the scatter is the sum over D features.
         variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
-        least = smallest_pivots(self.second_moments(variances.abs(), means))  # round-off may make it negative
+        least = smallest_pivots(self.second_moments(variances.abs(), means))  # round-off may make variances negative
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:

@@ -11,9 +11,9 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.points import Parameters
 
-# Share of the neighbours' second moments that determines the principal axes where variances are equal.
+# Share of the neighbours' second moments that is added to covariances; it turns the axes only of equal variances.
 _TIE_BREAKER = 1e-6
-# Smallest difference of eigenvalues, relative to the largest, by which derivatives of principal axes are divided.
+# Where eigenvalues differ by less than this share of the largest, derivatives of the axes decrease to 0.
 _SMALLEST_GAP = 1e-6
 
 
@@ -42,7 +42,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "corrections of full covariances have no second derivatives and do not support torch.func; "
+                "corrections of full, tied and lowrank covariances do not support second derivatives or torch.func; "
                 "use residual=False, operator.classical() or covariance='diag'"
             )
         return grad
@@ -58,7 +58,7 @@ class FullCovariance:
     name = "full"
     # The inverse factor of the native backend: a triangle ("full"), a diagonal ("diag") or one number ("spherical").
     whitening: str | None = "full"
-    # Leading axes of size 1 that the covariances of one set have here and not in scikit-learn.
+    # Number of leading axes of size 1 that the covariances of a mixture of one set have and scikit-learn's do not.
     sklearn_axes = 1
 
     @property
@@ -99,16 +99,17 @@ class FullCovariance:
         return cholesky_with_inverse(matrix, smallest_pivots(second_moment))
 
     def indefinite(self, covariances: Tensor) -> Tensor:
-        """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than a round-off of 16 D eps."""
+        """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than round-off."""
         features = covariances.shape[-1]
+        # Products of singular factors are indefinite by up to D eps, results of longer computations by more.
         round_off = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
         failed = torch.linalg.cholesky_ex(covariances + round_off.diag_embed()).info != 0
         return failed & covariances.isfinite().flatten(-2).all(-1)
 
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return theta (B, K, 1 + D + S) and the log-density at the mean, ``log pi_k N(mu_k | mu_k, Sigma_k)`` (B, K).
+        """Return theta (B, K, 1 + D + S) and the joint log-density at the mean, ``log pi_k N(mu | mu, Sigma)`` (B, K).
 
-        Theta is ``[log pi_k N(0), P mu, -P_ii / 2, -P_ij]`` with the precision ``P``.
+        Theta is ``[log pi_k N(0 | mu, Sigma), P mu, -P_ii / 2, -P_ij]`` with the precision ``P``.
         """
         log_weights, means, covariances = parameters
         features = means.shape[-1]
@@ -123,9 +124,9 @@ class FullCovariance:
         return torch.cat([constant.unsqueeze(-1), linear, *rows], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
-        """Return the log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
-        factors = inverse.diagonal(dim1=-2, dim2=-1).movedim(-1, 0).contiguous()  # whose logarithms take less time
-        return log_weights + factors.log().sum(0) - half_log_two_pi(num_features)
+        """Return the joint log-density at the mean (B, K), ``log pi_k + log det W - D / 2 log(2 pi)``."""
+        entries = inverse.diagonal(dim1=-2, dim2=-1).movedim(-1, 0).contiguous()  # strided logarithms are slower
+        return log_weights + entries.log().sum(0) - half_log_two_pi(num_features)
 
     # The M-step.
 
@@ -141,7 +142,7 @@ class FullCovariance:
         return means, sample_covariance + floor[:, None, None, None] * identity(means.shape[-1], sample_covariance)
 
     def average(self, scatter: Tensor, mass: Tensor) -> Tensor:
-        """Return the scatter (B, K, S) divided by the mass (B, K)."""
+        """Return the scatter (B, K, S) divided by the mass (B, K), over all components that share a covariance."""
         return scatter / mass.unsqueeze(-1)
 
     def pool(self, values: Tensor) -> Tensor:
@@ -196,10 +197,10 @@ class FullCovariance:
     # Corrections, in the frame of each component.
 
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
-        """Return axes (B, K, D, D), one per column, and the standard deviations (B, K, D) along them.
+        """Return axes (B, K, D, D) or (D, D), one per column, and the standard deviations (B, K, D) along them.
 
-        If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbours determine
-        the axes; otherwise round-off would.
+        If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbouring
+        components determine the axes; otherwise round-off would.
         """
         sigma = self.to_public(covariances)
         matrix = sigma + _TIE_BREAKER * self.pool(neighbours)
