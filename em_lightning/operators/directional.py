@@ -74,10 +74,9 @@ register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.Direct
 class VonMisesFisher(FullCovariance):
     r"""The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances.
 
-    The normalizer and the concentrations are interpolated. Both are smooth after division by their limits at
-    :math:`\kappa \to \infty`. With :math:`a = (D - 1) / 2`, the tables hold
-    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and
-    :math:`\kappa (1 - R)` as a function of :math:`1 - R`, for the mean resultant length :math:`R = A_D(\kappa)`.
+    With :math:`a = (D - 1) / 2` and the mean resultant length :math:`R = A_D(\kappa)`, tables are interpolated of
+    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and of
+    :math:`\kappa (1 - R)` as a function of :math:`1 - R`. Both are smooth, and bounded for all :math:`\kappa`.
     """
 
     name = "von Mises-Fisher"
@@ -244,8 +243,7 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
     The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x)`` runs downwards, which is
-    stable. It starts at ``y - v / x``, with an expansion for large v of ``y = I_v' / I_v``, the solution of
-    ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+    stable, from an expansion at large v of ``y - v / x``; ``y = I_v' / I_v`` has ``y' = 1 + v^2 / x^2 - y / x - y^2``.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
     """
