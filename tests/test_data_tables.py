@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -48,6 +49,37 @@ def tables(x, folder):
         Table(str(folder / "columns_first.npy")),
         Table(shards(folder / "shards", x, [1, 60, 100])),
     ]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("third", [101 * 5 * 4, 101 * 5 * 4 - 1])  # of the free memory
+def test_a_table_that_fits_is_copied_to_the_gpu(x, weighted, third, tmp_path, monkeypatch):
+    """The CPU stands for the GPU."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * third, 0))
+    weights = torch.rand(101) if weighted else None
+    folder = shards(tmp_path / "shards", x, [1, 60, 100])
+    blocks = TableBlocks(Table(folder), None if weights is None else Table(weights, 1, "weights"), 20, shuffle=True)
+    expected, sample = list(blocks), blocks.sample(30)
+    blocks.keep_on(torch.device("cpu"))
+    copied = third == 101 * 5 * 4 or not weighted
+    assert isinstance(blocks.table.parts[0], torch.Tensor) == copied
+    if copied:
+        for shard in folder.iterdir():
+            shard.unlink()
+    torch.testing.assert_close(list(blocks), expected, rtol=0, atol=0)
+    torch.testing.assert_close(blocks.sample(30), sample, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_loaders_of_a_trainer_on_a_gpu_keep_their_tables_there(x, kind, monkeypatch):
+    copied = []
+    monkeypatch.setattr(TableBlocks, "keep_on", lambda self, device: copied.append(device.type))
+    data = TabularDataModule(x, held_out=x[:50])
+    data.trainer = SimpleNamespace(
+        world_size=1, global_rank=0, strategy=SimpleNamespace(root_device=torch.device(kind))
+    )
+    data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.blocks()
+    assert copied == ["cuda"] * 3 * (kind == "cuda")
 
 
 def test_rows_do_not_depend_on_the_storage(x, tmp_path):

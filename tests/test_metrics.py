@@ -21,7 +21,6 @@ from em_lightning import metrics as room
 from em_lightning.metrics import (
     L0,
     DeadUnits,
-    EffectiveComponents,
     EffectiveRank,
     MaxResponsibility,
     MinVariance,
@@ -127,7 +126,6 @@ UPDATES = {
     **dict.fromkeys((L0, DeadUnits, Redundancy, EffectiveRank), activations),
     MinVariance: lambda: activations()[:, 2:],
     **dict.fromkeys((MaxResponsibility, ResponsibilityEntropy), lambda: activations()[:, 2:].softmax(1)),
-    **dict.fromkeys((EffectiveComponents,), lambda: activations()[:, 2:].log_softmax(1)),
     MixtureLogLikelihood: lambda: activations(),
 }
 
@@ -216,13 +214,6 @@ def test_mixture_metrics_equal_plain_loops():
     assert likelihood.compute().item() == pytest.approx(mean)
     mean = sum(log_prob[i].item() * points[i].item() for i in kept) / sum(points[i].item() for i in kept)
     assert weighted.compute().item() == pytest.approx(mean)
-
-    weights = torch.tensor([[0.7, 0.2995, 0.0005, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    effective = EffectiveComponents()
-    effective.update(weights[:1].log())
-    effective.update(weights[1:].log())
-    expected = [math.exp(-sum(w * math.log(w) for w in row if w > 0)) for row in weights.tolist()]
-    assert effective.compute().item() == pytest.approx(sum(expected) / 2, rel=1e-6)
 
     r = torch.softmax(torch.randn(3, 4, 5), dim=-1)
     entropy, largest = ResponsibilityEntropy(), MaxResponsibility()

@@ -252,7 +252,6 @@ def mean_of(function):
 METRICS = {
     "L0": mean_of(lambda row: (row > 0.01).sum()),
     "DeadUnits": lambda x: math.nan if len(x) < 2 else (moments_of(x).diagonal() < 0.01).sum(),
-    "EffectiveComponents": mean_of(lambda row: math.exp(entropy(np.exp(row)))),
     "EffectiveRank": rank,
     "MaxResponsibility": mean_of(max),
     "MinVariance": lambda x: moments_of(x).diagonal().min(),
@@ -260,14 +259,11 @@ METRICS = {
     "Redundancy": redundancy,
     "ResponsibilityEntropy": mean_of(entropy),
 }
-OF_WEIGHTS = ("EffectiveComponents",)
 
 
 def update(name, metric, x, mask):
     """Update a metric with items (N, K)."""
-    if name in OF_WEIGHTS:
-        metric.update(x if mask is None else x[mask])
-    elif name == "MixtureLogLikelihood":
+    if name == "MixtureLogLikelihood":
         metric.update(x[:, 0], mask)
     else:
         metric.update(x, mask)
@@ -282,8 +278,6 @@ def test_metrics_of_any_batches(name, values):
     x = values.draw(drawing.tensors((items, units), dtype))
     if name == "L0":
         x = torch.where(x == x.new_tensor(0.01), 0.0, x)  # the threshold itself, rounded as the items are
-    elif name in OF_WEIGHTS:
-        x = x.double().log_softmax(-1)
     elif "Responsibility" in name:
         x = x.double().softmax(-1)
     mask = values.draw(drawing.holes((items,)))

@@ -117,6 +117,11 @@ class Table:
         dtype = np.float32 if np.result_type(array.dtype, np.float32) == np.float32 else np.float64
         return torch.from_numpy(np.array(array[rows if isinstance(rows, slice) else rows.numpy()], dtype, order="C"))
 
+    def to(self, device: torch.device) -> Table:
+        """Return a table of a copy of all rows on a device."""
+        blocks = (self.rows(first, min(first + 2**16, len(self))) for first in range(0, len(self), 2**16))
+        return Table(torch.cat([block.to(device) for block in blocks]), len(self.shape), self.name)
+
     def locate(self, row: int) -> str:
         """Return the name of the shard that holds a row, and the number of the row in it."""
         shard = bisect.bisect_right(self.starts, row) - 1
@@ -182,6 +187,13 @@ class TableBlocks(RankLoader):
         self.table = table
         self.weights = weights
         self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
+
+    def keep_on(self, device: torch.device) -> None:
+        """Copy all rows to a GPU, unless they take more than a third of its free memory."""
+        parts = [self.table] if self.weights is None else [self.table, self.weights]
+        if sum(len(part) * part.rows(0, 1).nbytes for part in parts) <= torch.cuda.mem_get_info(device)[0] / 3:
+            self.table = self.table.to(device)
+            self.weights = None if self.weights is None else self.weights.to(device)
 
     def __len__(self) -> int:
         return self.num_blocks
@@ -288,4 +300,7 @@ class TabularDataModule(SplitDataModule):
         return TableBlocks(self.tables[split], weights, self.block_rows, shuffle, *ranks, self.seed)
 
     def loader(self, split: str) -> TableBlocks:
-        return self.blocks("train" if split == "train" or self.held_out is None else "held_out")
+        blocks = self.blocks("train" if split == "train" or self.held_out is None else "held_out")
+        if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda":
+            blocks.keep_on(self.trainer.strategy.root_device)  # so that no epoch copies them again
+        return blocks

@@ -6,17 +6,11 @@ Letters: B sets, N items, D units (or features), K components. Constructors also
 
 from em_lightning.metrics.base import Float64Metric, MeanOfItems, UnitMoments
 from em_lightning.metrics.layers import L0, DeadUnits, EffectiveRank, MinVariance, Redundancy, layer_metrics
-from em_lightning.metrics.mixtures import (
-    EffectiveComponents,
-    MaxResponsibility,
-    MixtureLogLikelihood,
-    ResponsibilityEntropy,
-)
+from em_lightning.metrics.mixtures import MaxResponsibility, MixtureLogLikelihood, ResponsibilityEntropy
 
 __all__ = [
     "L0",
     "DeadUnits",
-    "EffectiveComponents",
     "EffectiveRank",
     "Float64Metric",
     "MaxResponsibility",

@@ -1,4 +1,4 @@
-"""Metrics of mixtures and posteriors: log-likelihood, effective components, entropy, maximum."""
+"""Metrics of mixtures and posteriors: log-likelihood, entropy, maximum."""
 
 from __future__ import annotations
 
@@ -25,21 +25,6 @@ class MixtureLogLikelihood(MeanOfItems):
     def update(self, log_prob: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add log-likelihoods, such as (B, N) from ``Mixture.log_prob``; mask and weights have the same shape."""
         self._add(log_prob, mask, weights)
-
-
-class EffectiveComponents(MeanOfItems):
-    r"""Perplexity of the mixture weights, :math:`\exp(-\sum_k \pi_k \log \pi_k)`, from 1 to K; mean over the sets.
-
-    Example:
-        >>> metric = EffectiveComponents()
-        >>> metric.update(torch.tensor([[0.5, 0.5, 0.0]]).log())
-        >>> round(metric.compute().item(), 6)
-        2.0
-    """
-
-    def update(self, log_weights: Tensor) -> None:
-        """Add the log-weights (B, K) of mixtures, as in ``Mixture.log_weights``."""
-        self._add(torch.special.entr(log_weights.to(self.sums.dtype).exp()).sum(-1).exp())
 
 
 class ResponsibilityEntropy(MeanOfItems):
