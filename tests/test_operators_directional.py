@@ -6,7 +6,7 @@ import torch
 from helpers import assert_finite_gradients, assert_raises, clusters, detached, is_finite
 from scipy.optimize import brentq
 from scipy.special import gammaln, ive
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from em_lightning.operators import DirectionalEM, DirectionalMixture
 
@@ -144,6 +144,13 @@ def test_gradients(gradient):
         return mixture.log_prob(x), mixture.means, mixture.concentrations
 
     assert gradcheck(outcome, (x,))
+
+
+def test_second_derivatives_of_concentrations():
+    x = on_sphere(1, 10).requires_grad_()
+    operator = DirectionalEM(2, 3, num_iters=1)
+    start = detached(operator(x))
+    assert gradgradcheck(lambda x: operator(x, init=start).concentrations, (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
