@@ -90,8 +90,8 @@ class Recipe:
         for words in _WARNINGS:
             warnings.filterwarnings("ignore", words)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-        logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        logger.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
+        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        log.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
         return RecipeCLI(self, args)
 
 
