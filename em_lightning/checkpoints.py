@@ -167,14 +167,13 @@ class RankAgreement(lightning.Callback):
         super().setup(trainer, pl_module, stage)
         if not is_distributed():
             return
-        data = trainer.datamodule
         facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
         sources = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
         facts["source of em_lightning"] = _hash(b"".join(sources))
         facts |= {"seed": os.environ.get("PL_GLOBAL_SEED"), "class of the model": type(pl_module).__name__}
         facts |= _leaves(dict(pl_module.hparams), "model")
-        for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
-            facts |= _leaves(getattr(data, field.name), f"data.{field.name}")
+        for field in dataclasses.fields(trainer.datamodule) if dataclasses.is_dataclass(trainer.datamodule) else ():
+            facts |= _leaves(getattr(trainer.datamodule, field.name), f"data.{field.name}")
         facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
         facts["checkpoint callbacks"] = [callback.state_key for callback in trainer.checkpoint_callbacks]
         for callback in trainer.callbacks:
