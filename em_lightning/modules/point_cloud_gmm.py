@@ -29,7 +29,7 @@ _LOG_DENSITY_LIMIT = -6.0
 _MAX_POINTS, _MAX_CLOUDS, _MAX_HELD_OUT = 8192, 64, 256
 # Batches of smaller clouds converge sooner and get proportionally fewer classical iterations, but at least 20.
 _FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
-# Validation clouds scaled to a radius between these two lose at most 0.06 nats per point; others are rescaled.
+# Clouds whose half range, rounded up to a power of two, is between these two lose at most 0.09 nats without scaling.
 _LEAST_SCALE, _MOST_SCALE = 0.25, 8.0
 
 
@@ -39,10 +39,9 @@ class PointCloudGMM(EMModule):
     Classical EM iterations without gradient are followed by a few learned ones. The loss is the negative mean
     log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
-    training, the learned iterations are those of classical EM under ``prior``.
-
-    Clouds whose largest coordinate range is at most .25 or above 16 are scaled for the fit, by a power of two, to a
-    range of 1 to 2. ``torch.manual_seed`` makes the random starts repeatable.
+    training, the learned iterations are those of classical EM under ``prior``. Clouds whose largest coordinate range is
+    at most .25 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` makes the random
+    starts repeatable.
 
     Args:
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
