@@ -153,7 +153,7 @@ def baselines(size: int, fine: bool = False) -> list[Method]:
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
     strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)
-    prior_variances = (0.03, 0.1, 0.3) if size < 200 else (1e-5, 1e-4, 1e-3)
+    prior_variances = (0.03, 0.1, 0.3) if size < 200 else (1e-5, 1e-4, 1e-3)  # relative to each feature's variance
     if not fine:
         floors, strengths = floors[::2], strengths[1:2]
     fixed = {"weight_concentration": (1.1,), "mean_strength": (0.0,)}  # as in the prior of PointCloudGMM
@@ -163,7 +163,7 @@ def baselines(size: int, fine: bool = False) -> list[Method]:
         Method("EM, tuned", em_scores, each(floor=floors, starts=starts)),
         Method("MAP-EM, tuned", em_scores, each(prior=priors, starts=starts)),
         Method("kernel density", kernel_scores, [{}]),
-        Method("scikit-learn, tuned", sklearn_scores, each(reg_covar=floors[::2])),  # fewer, because fits take longer
+        Method("scikit-learn, tuned", sklearn_scores, each(reg_covar=floors[::2])),  # half of them, as fits take longer
     ]
 
 
