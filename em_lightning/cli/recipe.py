@@ -93,12 +93,9 @@ class Recipe:
         for words in _WARNINGS:
             warnings.filterwarnings("ignore", words)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        log.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
         return RecipeCLI(self, args)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return not any(word in record.getMessage() for word in _ADVERTISED)
 
 
 class RecipeCLI(LightningCLI):

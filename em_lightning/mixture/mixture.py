@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,7 +106,8 @@ class Mixture:
 
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
-        if isinstance(sets, int):
+        if isinstance(sets, numbers.Integral) or (isinstance(sets, Tensor) and not sets.ndim):
+            sets = int(sets)
             if not -self.sets <= sets < self.sets:  # also ends a loop over the mixtures
                 raise IndexError(f"sets={sets} must be at least {-self.sets} and less than {self.sets}")
             sets = slice(sets, sets + 1 if sets != -1 else None)

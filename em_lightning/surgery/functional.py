@@ -108,8 +108,7 @@ def swap_calls(
     sites = []  # one per owner for its new child; the activation's class kinds[0] stands for what the child replaces
     for owner in owners:
         path = f"{owner.path}.{CALLS_CHILD}".lstrip(".")
-        ancestors = (*owner.ancestors, owner.module)
-        sites.append(Site(path, kinds[0](), owner.module, CALLS_CHILD, ancestors, kinds[0]))
+        sites.append(Site(path, kinds[0](), owner.module, CALLS_CHILD, (*owner.ancestors, owner.module), kinds[0]))
     return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare_calls)
 
 
