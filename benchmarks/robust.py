@@ -185,8 +185,8 @@ def main():
             "Gaussian + background and Student-t with 1 degree of freedom changed by at most 0.02 on the first 24 "
             "clouds. Starting near the truth isolates the effect of outliers on the estimate; the other starts include "
             "their effect on the initialization: k-means++ often chooses outliers as centers. Several starts help if "
-            "the likelihood distinguishes clusters from outliers, as with heavy tails or a background, but not with the "
-            "linear energies of Laplace and Huber kernels.",
+            "the likelihood distinguishes clusters from outliers, as with heavy tails or a background, but not with "
+            "the linear energies of Laplace and Huber kernels.",
             "",
             "![Errors of the means](robust.png)",
             "",
