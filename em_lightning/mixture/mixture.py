@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -106,7 +105,7 @@ class Mixture:
 
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
-        if isinstance(sets, numbers.Integral) or (isinstance(sets, Tensor) and not sets.ndim):
+        if not isinstance(sets, (slice, Sequence)) and getattr(sets, "ndim", 0) == 0:  # an integer of any kind
             sets = int(sets)
             if not -self.sets <= sets < self.sets:  # also ends a loop over the mixtures
                 raise IndexError(f"sets={sets} must be at least {-self.sets} and less than {self.sets}")
