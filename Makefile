@@ -9,7 +9,7 @@
 #   make portable  the fast tests with PyTorch's kernels for processors without AVX, and for AVX2
 #   make nightly   faults of two hosts, unusual environments, and property tests with 5,000 new examples each, not 200
 #   make fuzz      10,000 mutated files for every reader
-#   make projects  a table of small user projects and the checks that pass in each, and the time of all
+#   make projects  run the callbacks and the audit on models as users write them; print which checks pass, and the time
 #   make coverage  the tests with branch coverage; fails below 95 %
 # newest and oldest install into .venv-newest and .venv-oldest, the others into .venv. ARGS="..." is passed on.
 PYTHON ?= python3

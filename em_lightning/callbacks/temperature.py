@@ -16,7 +16,7 @@ class TemperatureSchedule(Callback):
 
     With s = min(step / steps, 1) the value is :math:`T_0^{1-s} T_1^s` ("exponential"), :math:`(1-s) T_0 + s T_1`
     ("linear") or :math:`c T_0 + (1-c) T_1` with :math:`c = (1 + \cos \pi s) / 2` ("cosine"). It is logged as
-    ``em/temperature`` and stored in the model's checkpoints. A compiled model is recompiled for each value.
+    ``em/temperature`` and stored in the model's checkpoints. A compiled model is recompiled once, at the first change.
 
     Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 

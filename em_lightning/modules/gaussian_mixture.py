@@ -149,7 +149,7 @@ class GaussianMixtureModule(EMModule):
         self.register_buffer("iterations", torch.zeros((), dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         # This rank's log-likelihood, mass and statistics in this epoch; a checkpoint has those of all ranks.
-        size = self._no_rows.flatten().numel()
+        size = self._zero_statistics.flatten().numel()
         self.register_buffer("sums", ones.new_zeros(2 + size), persistent=False)
         if method == "stochastic":
             self.register_buffer("running", ones.new_zeros(size))
@@ -271,12 +271,12 @@ class GaussianMixtureModule(EMModule):
         return StreamedEM.about(self.mixture, self.center, self.variance)
 
     @property
-    def _no_rows(self) -> SufficientStatistics:
+    def _zero_statistics(self) -> SufficientStatistics:
         return self._streamed.zeros(self.mixture.components)
 
     def _maximize(self, statistics: Tensor) -> None:
         """Run the M-step on flattened statistics."""
-        sums = self._no_rows.unflatten(statistics)
+        sums = self._zero_statistics.unflatten(statistics)
         mixture = self._streamed.m_step(sums, self.mixture, self.covariance_floor, self.prior, self.variance)
         self._assign(mixture)
 

@@ -25,8 +25,8 @@ class EMAbstraction(nn.Module):
 
     :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the coordinates. The offsets
     :math:`o_j` form a lattice of ``grid`` places along each axis with spacing s. Without features, y is the
-    batch-normalized fraction of items per bump. ``blocks`` residual layers of this form follow, whose items are the
-    tokens and whose lattice has 3 places per axis. Stack several abstractions, the last with K = 1, for a pyramid.
+    batch-normalized fraction of items per bump. ``blocks`` residual layers t <- relu(t + BN(W' relu(BN(W y)))) follow,
+    with tokens as items and 3 places per axis. Stack several abstractions, the last with K = 1, for a pyramid.
 
     The result is invariant to the order of the items. The coordinates and the operator get no gradient.
 

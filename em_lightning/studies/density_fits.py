@@ -41,7 +41,7 @@ class Method(NamedTuple):
     """A density estimate with the settings to choose from."""
 
     name: str
-    # evaluate(clouds, components, **setting), one result for each number of steps that the setting leaves open
+    # evaluate(clouds, components, **setting) yields one result, or for EM without ``steps`` one for each of STEPS
     evaluate: Callable[..., Iterator[Result]]
     grid: Sequence[Setting]
 
@@ -123,7 +123,7 @@ def sklearn_mixtures(points: Tensor, components: int, **options: Any) -> list[Mi
     from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
 
-    options |= {"max_iter": 300, "random_state": 0}  # fits of 32 to 512 points converged within 50 iterations
+    options |= {"max_iter": 300, "random_state": 0}  # never reached by fits of 32 to 512 points, which took at most 50
     fit = GaussianMixture(min(components, points.shape[1]), **options)
     with threadpool_limits(1):  # several threads are slower on sets of this size
         return [fit_sklearn(fit, rows) for rows in points.double().cpu().numpy()]
@@ -153,17 +153,17 @@ def baselines(size: int, fine: bool = False) -> list[Method]:
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
     strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)
-    shares = (0.03, 0.1, 0.3) if size < 200 else (1e-5, 1e-4, 1e-3)
+    prior_variances = (0.03, 0.1, 0.3) if size < 200 else (1e-5, 1e-4, 1e-3)  # relative to each feature's variance
     if not fine:
         floors, strengths = floors[::2], strengths[1:2]
     fixed = {"weight_concentration": (1.1,), "mean_strength": (0.0,)}  # as in the prior of PointCloudGMM
-    priors = each(**fixed, covariance_strength=strengths, covariance=shares)
+    priors = each(**fixed, covariance_strength=strengths, covariance=prior_variances)
     return [
         *(Method(f"EM, {steps} steps", em_scores, [{"steps": steps, "starts": 8}]) for steps in (5, 20, 40)),
         Method("EM, tuned", em_scores, each(floor=floors, starts=starts)),
         Method("MAP-EM, tuned", em_scores, each(prior=priors, starts=starts)),
         Method("kernel density", kernel_scores, [{}]),
-        Method("scikit-learn, tuned", sklearn_scores, each(reg_covar=floors[::2])),
+        Method("scikit-learn, tuned", sklearn_scores, each(reg_covar=floors[::2])),  # half of them, as fits take longer
     ]
 
 

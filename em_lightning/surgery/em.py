@@ -13,7 +13,7 @@ from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.surgery.axes import FirstCall, layers_of, own_dim, print_line, takes_dim, unit_axis
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
-from em_lightning.surgery.functional import NAME, swap_calls
+from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, matches, shortened, walk
 
@@ -90,15 +90,15 @@ def _print_found(surgery: Surgery, where: Where) -> None:
     """Print where activations were found, and the outermost selected modules of users' classes in which none was."""
     changed = [change.path for change in surgery.changes]
     # While a method of these modules runs, calls by modules inside them are replaced, too.
-    covered = [path.removesuffix(NAME) for path in changed if path.endswith(NAME)]
-    unchanged: list[str] = []
+    covered_prefixes = [path.removesuffix(CALLS_CHILD) for path in changed if path.endswith(CALLS_CHILD)]
+    unchanged_prefixes: list[str] = []
     for site in walk(surgery.model):
-        inside = f"{site.path}."
+        prefix = f"{site.path}."
         is_users = not type(site.module).__module__.startswith("torch.") and list(site.module.parameters())
-        if is_users and matches(site, where) and not inside.startswith((*covered, *unchanged)):
-            if not any(f"{path}.".startswith(inside) for path in changed):
-                unchanged.append(inside)
-    nothing = f", and finds nothing in {shortened([path[:-1] for path in unchanged])}" if unchanged else ""
+        if is_users and matches(site, where) and not prefix.startswith((*covered_prefixes, *unchanged_prefixes)):
+            if not any(f"{path}.".startswith(prefix) for path in changed):
+                unchanged_prefixes.append(prefix)
+    nothing = f", and finds nothing in {shortened([p[:-1] for p in unchanged_prefixes])}" if unchanged_prefixes else ""
     print_line(f"functional=True changes {shortened(changed)}{nothing}")
 
 
@@ -106,9 +106,8 @@ def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str
     """Return what :func:`change_sites` builds the activation from: the instance, or a partial of the class."""
     if isinstance(spec, nn.Module):
         if arguments or dim != "auto":
-            raise TypeError(
-                f"activation={type(spec).__name__} is an instance, which takes neither dim= nor further arguments"
-            )
+            name = type(spec).__name__
+            raise TypeError(f"activation={name} is an instance, which takes neither dim= nor further arguments")
         return spec
     if not isinstance(spec, (str, type, Mapping)):
         raise TypeError(f"activation={spec!r} must be a key, class, mapping or instance of {', '.join(ACTIVATIONS)}")
@@ -137,8 +136,8 @@ def insert_em_operators(
     """Insert a gated :class:`SetRefinement` behind layers; the function behind ``InsertEMOperator``.
 
     The gates start at 0, so that the outputs of the model do not change until the first training step. Each set of the
-    batch has its own mixture, and padding takes no part in it. Attention around a layer that masks later positions is
-    detected at the first batch; recurrent layers of one direction and causal convolutions give a warning.
+    batch has its own mixture, and padding takes no part in it. Without ``causal``, recurrent layers of one
+    direction, causal convolutions and sums over earlier positions around the layer give a warning at the first batch.
 
     Args:
         model: any module.
@@ -173,13 +172,14 @@ def insert_em_operators(
         given["dim"] = dim
 
     def make_at(site: Site) -> Make:
+        # If no layer has a width, 1 until the first batch corrects it.
         features = next((width for _, width in layers_of(site)[0]), 1) if num_features is None else num_features
         return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 
     def prepare(site: Site, change: Change) -> None:
         for module in change.modules:
             module.width_is_given = num_features is not None
-        make = functools.partial(SetRefinement, **given)  # shows whether dim is given
+        make = functools.partial(SetRefinement, **given)  # never called: own_dim reads from it whether dim is given
         watch_first_call(surgery, site, change, make, verbose)
 
     return change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, prepare)
@@ -194,7 +194,7 @@ def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, v
             axis = unit_axis(site, dim)
             if isinstance(module, SetRefinement):
                 others = () if module.width_is_given else axis.widths
-                axis.widths = (module.operator.num_features, *others)  # what it was built for first
+                axis.widths = (module.operator.num_features, *others)  # the width it was built for comes first
                 surgery.undos += observe_forwards(site, module)
             if axis.dim != "auto":
                 module.dim = axis.dim

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from em_lightning.registry import import_class
 from em_lightning.surgery.edit import Change, Inserted, Surgery, change_sites
 from em_lightning.surgery.em import watch_first_call
-from em_lightning.surgery.functional import NAME, swap_calls
+from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
@@ -101,7 +101,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
 
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]
-        where = path.removesuffix(NAME).removesuffix(".")
+        where = path.removesuffix(CALLS_CHILD).removesuffix(".")
         swap_calls(surgery, where, make, target, calls, prepare)
         return
     sites = find_modules(surgery.model, [path])
