@@ -13,7 +13,7 @@ from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
 from em_lightning.surgery.axes import FirstCall, own_dim, print_line, takes_dim, unit_axis, widths_of
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
-from em_lightning.surgery.functional import NAME, swap_calls
+from em_lightning.surgery.functional import CHILD, swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
 from em_lightning.surgery.select import NoMatchError, Site, Where, find_modules, matches, shortened, walk
 
@@ -90,7 +90,7 @@ def _print_found(surgery: Surgery, where: Where) -> None:
     """Print where activations were found, and the outermost selected modules of users' classes in which none was."""
     changed = [change.path for change in surgery.changes]
     # While a method of these modules runs, calls by modules inside them are replaced, too.
-    covered = [path.removesuffix(NAME) for path in changed if path.endswith(NAME)]
+    covered = [path.removesuffix(CHILD) for path in changed if path.endswith(CHILD)]
     unchanged: list[str] = []
     for site in walk(surgery.model):
         inside = f"{site.path}."

@@ -26,7 +26,7 @@ from em_lightning.surgery.select import (
     walk,
 )
 
-NAME = "em_functional"  # the operator's name as a child of the module whose methods call the function
+CHILD = "em_functional"  # the operator's name as a child of the module whose methods call the function
 _IN_PLACE = frozenset(function for function in FUNCTIONS if function.__name__.endswith("_"))
 _LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.")  # methods of their classes are not searched
 
@@ -88,7 +88,7 @@ def swap_calls(
         site
         for site in (Site("", model, model, "", ()), *walk(model))
         if site.function is None
-        and not hasattr(site.module, NAME)
+        and not hasattr(site.module, CHILD)
         and not any(map(is_built, (*site.ancestors, site.module)))  # by an earlier surgery
         and matches(site, where)
         and _methods_that_call(site.module, names)
@@ -106,15 +106,15 @@ def swap_calls(
         prepare(site, change)
 
     sites = [  # one per owner for its new child; the activation's class kinds[0] stands for what the child replaces
-        Site(f"{site.path}.{NAME}".lstrip("."), kinds[0](), site.module, NAME, (*site.ancestors, site.module), kinds[0])
-        for site in owners
+        Site(f"{own.path}.{CHILD}".lstrip("."), kinds[0](), own.module, CHILD, (*own.ancestors, own.module), kinds[0])
+        for own in owners
     ]
     return change_sites(surgery, "functional", sites, lambda _: make, calls, prepare_calls)
 
 
 def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Wrapper of a method: run it with the operator in place of the functions."""
-    with _Swapped(getattr(module, NAME), functions):
+    with _Swapped(getattr(module, CHILD), functions):
         return proceed(*args, **kwargs)
 
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from em_lightning.registry import import_class
 from em_lightning.surgery.edit import Change, Inserted, Surgery, change_sites
 from em_lightning.surgery.em import watch_first_call
-from em_lightning.surgery.functional import NAME, swap_calls
+from em_lightning.surgery.functional import CHILD, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
 _MAX_ELEMENTS = 2**28  # of all modules that a plan builds, so that no file fills the memory: 1 GiB in float32
+# Added for each parameter, buffer and module, because constructors of very many layers take quadratic time.
+_ELEMENTS_PER_OBJECT = 2**14
 
 
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
@@ -56,15 +58,17 @@ def _recorded_path(site: Site) -> str:
 
 @contextlib.contextmanager
 def _limited_memory() -> Iterator[None]:
-    """Raise ValueError if new modules register more than ``_MAX_ELEMENTS`` elements, before their initialization."""
+    """Raise ValueError if new modules exceed ``_MAX_ELEMENTS``, before their initialization."""
     left = _MAX_ELEMENTS
 
     def count(module: nn.Module, name: str, value: Any) -> None:
         nonlocal left
-        # 2**14 for the object itself: constructors of very many layers take time that is quadratic in their number.
-        left -= 2**14 + (value.numel() if isinstance(value, Tensor) else 0)
+        left -= _ELEMENTS_PER_OBJECT + (value.numel() if isinstance(value, Tensor) else 0)
         if left < 0:
-            raise ValueError(f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements")
+            raise ValueError(
+                f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements, where each parameter, buffer and "
+                f"module counts as {_ELEMENTS_PER_OBJECT:,} more"
+            )
 
     kinds = ("parameter", "buffer", "module")
     hooks = [getattr(nn.modules.module, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
@@ -101,7 +105,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
 
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]
-        where = path.removesuffix(NAME).removesuffix(".")
+        where = path.removesuffix(CHILD).removesuffix(".")  # the module that calls the function
         swap_calls(surgery, where, make, target, calls, prepare)
         return
     sites = find_modules(surgery.model, [path])

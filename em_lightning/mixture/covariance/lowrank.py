@@ -73,14 +73,20 @@ class LowRankCovariance(FullCovariance):
         return loadings @ loadings.mT + covariances[..., -1].square().diag_embed()
 
     def from_public(self, covariances: Tensor) -> Tensor:
-        """Return ``[U, sqrt(diag Psi)]`` near full covariances, by EM from R Cholesky columns times ``sqrt(1/2)``."""
+        """Return ``[U, sqrt(diag Psi)]`` near full covariances, by EM from R Cholesky columns times ``sqrt(1/2)``.
+
+        With the columns themselves the first variance in ``Psi`` would be zero, which EM cannot change.
+        """
         pivots = smallest_pivots(covariances.diagonal(dim1=-2, dim2=-1))
         loadings = 0.5**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
         noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
         return self._factor_analysis(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return ``diag(variance)`` for every component, with half of the first R variances in ``U``."""
+        """Return ``diag(variance)`` for every component, with half of the first R variances in ``U``.
+
+        EM can change neither ``U = 0`` nor a variance of zero in ``Psi``.
+        """
         root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
         share = 0.5**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
         loadings = root.unsqueeze(-1) * share
