@@ -156,6 +156,23 @@ def test_an_audit_that_fails_warns_and_changes_nothing(cls, tmp_path):
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
+class FullDisk(TensorBoardLogger):
+    """Its writer raises."""
+
+    @property
+    def experiment(self):
+        raise OSError("no space left")
+
+
+def test_an_audit_is_kept_where_its_table_cannot_be_logged(tmp_path, capsys):
+    trainer = users.trainer(tmp_path, 1, [EMAudit()])
+    trainer.loggers = [FullDisk(tmp_path)]
+    with pytest.warns(UserWarning, match="could not log its table.*OSError: no space left") as caught:
+        trainer.callbacks[0].on_train_batch_start(trainer, users.MLP(), next(iter(users.MLP.data())), 0)
+    assert not any("em_lightning.audit" in str(warning.message) for warning in caught)
+    assert trainer.callbacks[0].audit.at("encoder.1") and "encoder.1" in capsys.readouterr().out
+
+
 class Returns(torch.nn.Module):
     def __init__(self, change):
         super().__init__()

@@ -81,9 +81,7 @@ class UniformBackground:
         return points.log_volume() - self._log_density(points)
 
     def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:
-        """Return ``log(w_0 p_0)``, ``log w_0`` and what is added to the log-weights of the components.
-
-        The density is that in the coordinates of the points.
+        """Return ``log(w_0 p_0)`` in the coordinates of the points, ``log w_0``, and an addend to other log-weights.
 
         ``energies`` (B,), in units of the points, replace the density of their bounding box.
         """

@@ -103,11 +103,11 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
     """Return the mixture of the cells (the points nearest to each center), differentiable in the points.
 
-    Weights are those of the cells. Means, and covariances up to their trace, are those of the core of a cell, if it has
-    over 2 D points; the trace is that of the cell. The core holds the points whose squared distance from the center is
-    at most ``_CORE`` of the cell's mean: the rim contains points of other clusters, which slow down EM. Cells of at
-    most D points, whose covariances would be singular, get a spherical one: the mean squared distance of all points
-    from their centers, per feature. A shared covariance is that of all cells, without cores.
+    Weights and traces of covariances are those of the cells; means and the rest of the covariances are those of their
+    cores, where these have over 2 D points. A core holds the points at a squared distance from the center of at most
+    ``_CORE`` times the cell's mean: the rim contains points of other clusters, which slow down EM. Cells of at most D
+    points, which are singular, get a spherical covariance: the mean squared distance of all points from their centers,
+    per feature. Shared covariances are those of all cells.
     Centers (B, K, D) are in the coordinates of the points; covariances are returned in the form of the EM loop.
     """
     num_components, num_features = centers.shape[1:]

@@ -48,8 +48,7 @@ class PointCloudGMM(EMModule):
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
         num_features: D.
         num_iters: T, learned iterations per cloud.
-        exact_iters: classical iterations before them; if above 20, batches whose largest cloud has
-            below 256 points get fewer, down to 20.
+        exact_iters: classical iterations before them; above 20, fewer if no cloud of the batch has 256 points.
         covariance, init: as in :class:`~em_lightning.EMOperator`.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.

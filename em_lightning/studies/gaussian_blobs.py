@@ -20,11 +20,10 @@ from em_lightning.mixture import Mixture
 class GaussianBlobs(TabularDataModule):
     """A table drawn from a known Gaussian mixture; needs no download.
 
-    Weights are unequal and covariances full; with few features the components overlap. Equal arguments, including
-    ``seed``, give equal rows.
+    Weights are unequal, covariances full; with few features components overlap. Equal arguments give equal rows.
 
     Args:
-        num_points, num_features: N and D.
+        num_points, num_features, seed: N, D and the seed of all rows.
         true_components: number of components of the mixture.
         held_out_points: rows for validation and test.
         folder: where to write the rows once, as memory-mapped shards; ``None`` keeps them in memory.

@@ -123,10 +123,7 @@ def _side_by_side(clouds: Clouds, fits: Mapping[str, Sequence[Mixture]], titles:
 
 
 def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds | None:
-    """Return the first ``size`` points of the clouds that have so many; None if no cloud has.
-
-    Each has as many held-out points as every cloud of the batches has.
-    """
+    """Return ``size`` points of each cloud that has so many, and as many held-out points as all have; None if empty."""
     count = min(int(batch.held_out_mask.sum(1).min()) for batch in batches)
     points, held_out = [], []
     for batch in batches:

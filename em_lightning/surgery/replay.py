@@ -17,9 +17,9 @@ from em_lightning.surgery.functional import CHILD, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
-_MAX_ELEMENTS = 2**28  # of all modules that a plan builds, so that no file fills the memory: 1 GiB in float32
-# Added for each parameter, buffer and module, because constructors of very many layers take quadratic time.
-_ELEMENTS_PER_OBJECT = 2**14
+# Limit of all modules that a plan builds, so that no file fills the memory (1 GiB in float32), with a number added for
+# each module and tensor, because constructors of very many layers take time that is quadratic in their number.
+_MAX_ELEMENTS, _PER_OBJECT = 2**28, 2**14
 
 
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
@@ -63,11 +63,10 @@ def _limited_memory() -> Iterator[None]:
 
     def count(module: nn.Module, name: str, value: Any) -> None:
         nonlocal left
-        left -= _ELEMENTS_PER_OBJECT + (value.numel() if isinstance(value, Tensor) else 0)
+        left -= _PER_OBJECT + (value.numel() if isinstance(value, Tensor) else 0)
         if left < 0:
             raise ValueError(
-                f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements, where each parameter, buffer and "
-                f"module counts as {_ELEMENTS_PER_OBJECT:,} more"
+                f"the plan builds over {_MAX_ELEMENTS:,} elements, counting {_PER_OBJECT:,} per module and tensor"
             )
 
     kinds = ("parameter", "buffer", "module")
