@@ -227,3 +227,16 @@ def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     found = [str(one.message).split()[0] for one in caught if "disk full" in str(one.message)]
     assert found == ["EMAudit", "PosteriorMonitor"]
     assert trainer.global_step == 3 and any(one.em for one in callbacks[0].audit)
+
+
+def test_a_logger_that_fails_is_not_taken_for_a_layer_that_cannot_be_measured(tmp_path, monkeypatch):
+    def add_histogram(*args):
+        raise OSError("no space left")
+
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(logger.experiment, "add_histogram", add_histogram)
+    with pytest.warns(UserWarning, match="could not log all of 'encoder.1'.*OSError: no space left") as caught:
+        trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("encoder.1", verbose=False)], logger=logger)
+        trainer.fit(users.MLP(), users.MLP.data())
+    assert not any("skips" in str(warning.message) for warning in caught)
+    assert any(key.startswith("em/encoder.1/") for key in trainer.callback_metrics)

@@ -109,7 +109,7 @@ def test_losses_are_logged_at_the_steps_of_the_loggers(make, accumulate, tmp_pat
     loader = DataLoader(TensorDataset(torch.ones(14 * accumulate, 1), torch.ones(14 * accumulate, 1)), batch_size=2)
     options = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
     fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, **options)
-    fit.fit(make(), loader)
+    fit.fit(make(), loader, loader)
     with open(f"{fit.logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["train/loss"]]
     assert len(rows) == 3  # of 7 steps

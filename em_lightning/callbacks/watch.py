@@ -122,10 +122,10 @@ class PosteriorMonitor(Callback):
             self._taps.remove()
         self._taps, self._metrics, self._last, self._products, self._task_curvatures = None, {}, {}, {}, {}
 
-    def _skip(self, path: str, error: Exception) -> None:
+    def _skip(self, path: str, error: Exception, what: str = "skips") -> None:
         if path not in self._skipped:
             self._skipped.add(path)
-            rank_zero_warn(f"PosteriorMonitor skips {path!r}, and the run continues: {type(error).__name__}: {error}")
+            rank_zero_warn(f"PosteriorMonitor {what} {path!r}, and the run continues: {type(error).__name__}: {error}")
 
     def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
         """Measure the wanted tensors of all layers, and with a loss compare its gradients with those of the EM loss."""
@@ -175,7 +175,7 @@ class PosteriorMonitor(Callback):
             try:
                 self._log(trainer, pl_module, prefix, path, energies)
             except Exception as error:  # loggers raise exceptions of any class
-                self._skip(path, error)
+                self._skip(path, error, "could not log all of")
         self._stop()
 
     def _log(self, trainer: Any, pl_module: Any, prefix: str, path: str, energies: Tensor) -> None:
