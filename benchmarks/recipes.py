@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from em_lightning.cli import find_recipe, load_recipe
+from em_lightning.cli.recipes import find_recipe, load_recipe
 from em_lightning.studies import LayerReport
 
 

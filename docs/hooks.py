@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the package of this checkout, whichever one is installed
 
 import em_lightning  # noqa: E402
-from em_lightning.cli import config_of, docstring, recipes, variants_of  # noqa: E402
+from em_lightning.cli.recipes import config_of, docstring, recipes, variants_of  # noqa: E402
 
 LEARN = [
     "index.md",

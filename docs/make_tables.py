@@ -14,7 +14,7 @@ def inside() -> str:
 
     import em_lightning
     from em_lightning import callbacks, studies
-    from em_lightning.cli import recipes
+    from em_lightning.cli.recipes import recipes
 
     kinds = ("KERNELS", "COMPETITIONS", "STATISTICS", "ACTIVATIONS", "LOSSES")
     names = {f"`{kind}`": list(getattr(em_lightning, kind)) for kind in kinds}

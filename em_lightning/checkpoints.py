@@ -1,4 +1,4 @@
-"""Checkpoints that are written atomically and when a run ends, and checks before a run is started or resumed."""
+"""Runs that can be resumed: atomic checkpoints, agreement and connection of the ranks, and the end after signals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import threading
+import traceback
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,15 +27,23 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DistributedSampler
 from typing_extensions import override
 
-from em_lightning.distributed import check_agreement, is_distributed
+from em_lightning.distributed import is_distributed
 from em_lightning.files import remove_abandoned, write_whole
 
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
 _PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ between ranks
+_REMEDY = "Give all hosts the same command, package versions, data and checkpoint, for instance in a shared folder"
+_CAUSES = (
+    "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
+    "NODE_RANK of another host, or be unreachable: set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network "
+    "interface, such as eth0, if a host resolves its own name to 127.0.1.1, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+    "if torchrun has restarted the ranks. The same command with ckpt_path=last resumes the run"
+)
 
 
 def check_archive(path: str | PathLike[str]) -> None:
@@ -122,6 +134,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
+def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
+    """Raise ValueError on every rank unless all ranks pass equal facts; must be called on all ranks.
+
+    ``facts`` maps names to values. Values that JSON cannot represent are compared by their class. The message has the
+    name and values of a fact that differs, up to four hosts and ranks that differ, and the ``remedy`` of rank 0.
+    """
+    if not is_distributed():
+        return
+    values = {name: json.dumps(facts[name], sort_keys=True, default=lambda x: type(x).__name__) for name in facts}
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (socket.gethostname(), values, remedy))
+    for name in dict.fromkeys(name for _, facts, _ in ranks for name in facts):
+        found = [facts.get(name, "missing") for _, facts, _ in ranks]
+        common = Counter(found).most_common(1)[0][0]  # in a tie, that of the lowest rank
+        hosts = [f"on host {host} (rank {rank})" for rank, (host, _, _) in enumerate(ranks)]
+        others = [f"{value} {host}" for value, host in zip(found, hosts, strict=True) if value != common]
+        if others:
+            raise ValueError(
+                f"the ranks must have the same {name}: it is {'; '.join(others[:4])}, but {common} "
+                f"{hosts[found.index(common)]}. {ranks[0][2]}"
+            )
+
+
 class RankAgreement(lightning.Callback):
     """Checks before training that all ranks have the same versions, arguments, checkpoint, batches and rows.
 
@@ -133,14 +168,13 @@ class RankAgreement(lightning.Callback):
         super().setup(trainer, pl_module, stage)
         if not is_distributed():
             return
-        data = trainer.datamodule
         facts = {f"version of {name}": sys.modules[name].__version__ for name in _PACKAGES if name in sys.modules}
-        sources = sorted(Path(__file__).parent.rglob("*.py"))
-        facts["source of em_lightning"] = _hash(b"".join(path.read_bytes() for path in sources))
+        sources = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+        facts["source of em_lightning"] = _hash(b"".join(sources))
         facts |= {"seed": os.environ.get("PL_GLOBAL_SEED"), "class of the model": type(pl_module).__name__}
         facts |= _leaves(dict(pl_module.hparams), "model")
-        for field in dataclasses.fields(data) if dataclasses.is_dataclass(data) else ():
-            facts |= _leaves(getattr(data, field.name), f"data.{field.name}")
+        for field in dataclasses.fields(trainer.datamodule) if dataclasses.is_dataclass(trainer.datamodule) else ():
+            facts |= _leaves(getattr(trainer.datamodule, field.name), f"data.{field.name}")
         facts |= {f"trainer.{name}": getattr(trainer, name) for name in _OPTIONS}
         facts["checkpoint callbacks"] = [callback.state_key for callback in trainer.checkpoint_callbacks]
         for callback in trainer.callbacks:
@@ -159,7 +193,8 @@ class RankAgreement(lightning.Callback):
         path = Path(trainer.ckpt_path or "none")
         if is_distributed():
             found = f"{path.name} with hash {_hash(path.read_bytes())}" if path.is_file() else str(path)
-            check_agreement({"checkpoint to resume from": found})
+            source = f"{path} from host {socket.gethostname()} (rank 0)" if path.is_file() else "the checkpoint"
+            check_agreement({"checkpoint to resume from": found}, f"Copy {source} to the same place on all hosts")
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -171,6 +206,72 @@ class RankAgreement(lightning.Callback):
         elif isinstance(getattr(loader, "sampler", None), DistributedSampler):
             facts["number of items"] = len(loader.dataset)
         check_agreement(facts)
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if message := connection_error(exception, getattr(self, "dirpath", "")):
+            exception.args = (f"{exception}\n{message}",)  # the traceback ends with it
+
+
+class WatchedDDPStrategy(DDPStrategy):
+    """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
+
+    gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
+    can reach, and for ever when Lightning connects again, for ``prepare_data``. Here, the ranks must be connected after
+    twice ``timeout``, which limits each communication. Other arguments: see ``DDPStrategy``.
+    """
+
+    def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
+        super().__init__(timeout=timeout, **options)
+        self.limit = 2 * timeout.total_seconds()
+
+    @override
+    def setup_distributed(self) -> None:
+        environment: Any = self.cluster_environment
+        rule = f"through {environment.main_address}:{environment.main_port} within {self.limit:g} seconds"
+        me = f"host {socket.gethostname()}, rank {self.node_rank * self.num_processes + self.local_rank}"
+        thread = threading.get_ident()
+        if self.num_nodes > 1 and self.local_rank == 0:
+            print(f"{me}: connecting {self.num_nodes} hosts {rule}{_warning()}", file=sys.stderr, flush=True)
+
+        def end() -> None:
+            names = {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))}
+            if names & {"init_process_group", "new_group"}:
+                print(f"em-lightning: {me}: a rank did not connect {rule}. {_CAUSES}", file=sys.stderr, flush=True)
+                os._exit(2)  # no exception can end the call of gloo
+
+        watch = threading.Timer(self.limit, end)
+        watch.daemon = True
+        watch.start()
+        try:
+            super().setup_distributed()
+        except BaseException:
+            watch.cancel()
+            raise
+
+
+def _warning() -> str:
+    """Return a warning if the other hosts cannot reach the address that PyTorch chooses for this one."""
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:  # PyTorch then uses the loopback interface
+        address = "127.0.0.1"
+    if not address.startswith("127.") or {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & os.environ.keys():
+        return ""
+    remedy = "set GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME) to the network interface, such as eth0"
+    return f". WARNING: the name of this host means {address}, where others cannot reach it: {remedy}"
+
+
+def connection_error(error: BaseException, run: str | None = "") -> str | None:
+    """Return a message for an error of the communication between ranks, or None for any other error."""
+    words, frames = str(error), traceback.extract_tb(error.__traceback__)
+    in_collective = isinstance(error, RuntimeError) and "/torch/distributed/" in Path(frames[-1].filename).as_posix()
+    if not (in_collective or isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
+        return None
+    reason = " ".join(words.split("\n")[0].split())[:300]
+    rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
+    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{f' in {run}' if run else ''}"
 
 
 def _hash(content: Any) -> str:
@@ -251,7 +352,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
     def _end_after_signal(self, trainer: Any) -> None:
         """If a rank has received a signal, save and raise the exception that ends the run, or let Lightning requeue."""
         number = self._received
-        if trainer.world_size > 1 and dist.is_initialized():
+        if is_distributed():
             received = torch.tensor(number, device=trainer.strategy.root_device)
             dist.all_reduce(received, dist.ReduceOp.MAX)
             number = int(received)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from em_lightning import cli
+from em_lightning.cli.audit import load_model
+from em_lightning.cli.recipes import config_of, docstring, recipes, variants_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
@@ -44,9 +46,9 @@ def here(tmp_path, monkeypatch):
 
 
 def configs():
-    for name, script in cli.recipes().items():
-        yield pytest.param(name, cli.config_of(script), id=name)
-        for variant, path in cli.variants_of(script).items():
+    for name, script in recipes().items():
+        yield pytest.param(name, config_of(script), id=name)
+        for variant, path in variants_of(script).items():
             yield pytest.param(name, path, id=f"{name}/{variant}")
 
 
@@ -72,8 +74,8 @@ def test_every_config_runs_by_the_command_in_its_header(name, config, here):
 
 
 def test_a_recipe_starts_with_a_sentence_and_is_short_apart_from_its_networks():
-    for path in cli.recipes().values():
-        assert cli.docstring(path).splitlines()[0].endswith(".")
+    for path in recipes().values():
+        assert docstring(path).splitlines()[0].endswith(".")
         parts = ast.parse(path.read_text()).body
         definitions = sum(
             part.end_lineno - part.lineno + 3 for part in parts if isinstance(part, ast.ClassDef | ast.FunctionDef)
@@ -89,7 +91,7 @@ def test_ls_lists_the_recipes(capsys):
 
 def test_help_has_at_most_40_lines(here, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    for args in [[], ["cp"], ["run"], ["audit"], *(["run", name] for name in cli.recipes())]:
+    for args in [[], ["cp"], ["run"], ["audit"], *(["run", name] for name in recipes())]:
         with pytest.raises(SystemExit, match="0"):
             cli.main([*args, "--help"])
         printed = capsys.readouterr().out
@@ -296,7 +298,7 @@ def test_audit_loads_a_checkpoint_with_its_surgery(here, capsys):
         "    def forward(self, x):\n"
         "        return self.layers(x)\n"
     )
-    model = cli.load_model("nets.py:Net")
+    model = load_model("nets.py:Net")
     swap_activations(model, "softmax_gated")
     trainer = lightning.Trainer(logger=False, enable_checkpointing=False, max_steps=0, accelerator="cpu")
     trainer.strategy.connect(model)
@@ -411,7 +413,7 @@ def test_audit_loads_the_weights_of_any_module(here, capsys):
     import torch
 
     args = ["audit", "real.py:ten", "--input=2,5:10", "--ckpt_path=weights.pt"]
-    weights = cli.load_model("real.py:ten").state_dict()
+    weights = load_model("real.py:ten").state_dict()
     torch.save(weights, "weights.pt")
     assert cli.main(args) == 0
     torch.save({"state_dict": {key: value[:9] for key, value in weights.items()}}, "weights.pt")

@@ -131,8 +131,9 @@ def mixture_on(x):
 MANY, LARGE = (256, 1024, 3), (1, 300_000, 16)
 BUDGETS = {
     "full": (lambda t: EMOperator(16, 3, residual=False, num_iters=t), MANY, 60),
-    "diag": (lambda t: EMOperator(16, 3, covariance="diag", residual=False, num_iters=t), MANY, 60),
-    "spherical": (lambda t: EMOperator(16, 3, covariance="spherical", residual=False, num_iters=t), MANY, 60),
+    "diag": (lambda t: EMOperator(16, 3, covariance="diag", residual=False, num_iters=t), MANY, 51),
+    "spherical": (lambda t: EMOperator(16, 3, covariance="spherical", residual=False, num_iters=t), MANY, 56),
+    "directional": (lambda t: DirectionalEM(16, 3, num_iters=t), MANY, 50),
 }
 STARTS = {"many": (MANY, 16, 7), "large": (LARGE, 64, 7)}  # launches per center
 

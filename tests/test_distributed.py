@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from em_lightning import LOSSES, EMLoss
-from em_lightning.distributed import batch_mean, batch_moments, check_agreement, flatten_units, global_sum
+from em_lightning.checkpoints import check_agreement
+from em_lightning.distributed import batch_mean, batch_moments, flatten_units, global_sum
 from em_lightning.losses import FreeEnergyLoss
 
 DOUBLE = torch.float64

@@ -117,6 +117,12 @@ def run_command(line):
     elif program == "tensorboard":
         command = [sys.executable, "-m", "tensorboard.main", "--inspect", *arguments]
         assert subprocess.run(command, capture_output=True).returncode == 0
+    elif program == "torchrun":
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
     elif words == ["python", "docs/make_images.py"]:
         subprocess.run([sys.executable, ROOT / "docs" / "make_images.py", "pictures"], check=True)
         assert Path("pictures/activations.png").stat().st_size > 10_000
@@ -181,6 +187,12 @@ def test_every_mistake_has_a_message():
     sections = re.split(r"^\*\*(\d+)\. ", text, flags=re.MULTILINE)[1:]
     assert [int(number) for number in sections[::2]] == list(range(1, len(sections) // 2 + 1)) and len(sections) >= 50
     assert all("```text\n" in section for section in sections[1::2])
+
+
+def test_every_torchrun_with_restarts_gets_a_new_store():
+    """Otherwise restarted ranks may find the addresses of the ended ones (pytorch/pytorch#135712)."""
+    blocks = [block.code for page in PAGES for block in blocks_of(page) if "--max-restarts" in block.code]
+    assert blocks and all("export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\ntorchrun " in code for code in blocks)
 
 
 PROGRAMS = ("em-lightning", "python", "tensorboard", "make")

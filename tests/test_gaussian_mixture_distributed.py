@@ -1,5 +1,6 @@
 """The mixture does not depend on the number of processes, and a resumed run ends where an uninterrupted one does."""
 
+import socket
 from pathlib import Path
 
 import lightning
@@ -246,6 +247,8 @@ def fit_with_a_difference(rank, folder, difference):
 def test_ranks_of_any_module_that_differ_end_before_training(difference, tmp_path):
     for message in run_ranks(fit_with_a_difference, str(tmp_path), difference, folder=tmp_path):
         assert f"the ranks must have the same {difference}" in message and "(rank 1)" in message
+        copy = f"Copy {tmp_path}/0/last.ckpt from host {socket.gethostname()} (rank 0) to the same place on all hosts"
+        assert (copy in message) == (difference == "checkpoint")
 
 
 def test_a_shard_that_vanishes_on_one_rank_ends_all(tmp_path):

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from em_lightning import cli
+from em_lightning.cli.recipes import find_recipe, load_recipe
 from em_lightning.studies import grid
 from em_lightning.studies.results import compare, parse_number
 
@@ -101,7 +102,7 @@ def test_an_interrupted_row_resumes_from_its_checkpoint(here, monkeypatch):
     """Run the row in this process, so that a callback can interrupt it."""
 
     def run(seeds, stop=False):
-        recipe, made = cli.load_recipe(cli.find_recipe("decoder_free_sae")), []
+        recipe, made = load_recipe(find_recipe("decoder_free_sae")), []
         monkeypatch.setattr(grid, "run_cells", lambda load, cells, jobs: made.extend(cells))
         monkeypatch.setattr(grid, "write_table", lambda *args: None)
         cli.run("decoder_free_sae", ["--config", write_table(epochs=4), "--seeds", ",".join(map(str, seeds))])

@@ -15,9 +15,10 @@ import yaml
 
 import em_lightning
 from em_lightning import cli
+from em_lightning.cli.recipes import recipes
 
 ROOT = Path(em_lightning.__file__).parents[1]
-RECIPES = sorted(cli.recipes())
+RECIPES = sorted(recipes())
 LINE = r"([\w]+): (\d+) kills .* results are bitwise equal, (\w+)"
 
 

@@ -20,7 +20,7 @@ pytestmark = [
 CLI = [sys.executable, "-m", "em_lightning.cli"]
 PORT = "29517"
 LAST = "lightning_logs/gaussian_mixture/run/checkpoints/last.ckpt"
-DDP = "--trainer.strategy=lightning.pytorch.strategies.DDPStrategy"
+DDP = "--trainer.strategy=em_lightning.checkpoints.WatchedDDPStrategy"
 # 50 blocks on each of two ranks in an epoch.
 RUN = ["run", "gaussian_mixture", "--model.num_components=3", "--model.num_features=2", "--model.tol=0"]
 RUN += ["--data.num_points=4000", "--data.num_features=2", "--data.true_components=3", "--data.held_out_points=100"]
@@ -157,6 +157,8 @@ def test_hosts_without_a_shared_folder_say_what_to_do_at_a_resume(hosts):
             r"\"last.ckpt with hash \w+\" on host em-host-a \(rank 0\)",
             line_of(process),
         )
+        copy = rf"Copy \S*{LAST} from host em-host-a \(rank 0\) to the same place on all hosts"
+        assert re.search(copy, line_of(process))
     (b.folder / LAST).parent.mkdir(parents=True)
     (b.folder / LAST).write_bytes((a.folder / LAST).read_bytes())
     finish(start(hosts))
@@ -198,8 +200,16 @@ def test_debian_host_names_are_explained(tmp_path):
         address = hosts[0].address
         short = [DDP, "--trainer.strategy.timeout=0:00:10"]
         processes = start(hosts, tmp_path, short, MASTER_ADDR=address)
-        assert [process.wait(200) for process in processes] == [2, 2]
-        assert "GLOO_SOCKET_IFNAME" in line_of(processes[0])
+        for process, host in zip(processes, hosts, strict=True):
+            wait_until(lambda: f"connecting 2 hosts through {address}:{PORT}" in process.text(), 100)  # noqa: B023
+            assert "WARNING: the name of this host means 127.0.1.1" in process.text()
+            assert "set GLOO_SOCKET_IFNAME" in process.text(), host.name
+        # One rank fails at once. The other would wait for 50 seconds if gloo had no limit.
+        seconds = wait_until(lambda: all(process.popen.poll() is not None for process in processes), 40)
+        print(f"hosts that cannot connect end after {seconds:.1f} s")
+        assert [process.wait() for process in processes] == [2, 2]
+        (late,) = [line for line in map(line_of, processes) if "a rank did not connect" in line]
+        assert "within 20 seconds" in late and all("GLOO_SOCKET_IFNAME" in line_of(process) for process in processes)
         finish(start(hosts, tmp_path, MASTER_ADDR=address, GLOO_SOCKET_IFNAME=machines.INTERFACE))
 
 

@@ -215,7 +215,8 @@ def test_mean_variance_and_number_of_parameters(covariance):
 def test_a_loop_over_mixtures_ends():
     mixture = random_mixture(sets=3)
     assert [float(own.means[0, 0, 0]) for own in mixture] == mixture.means[:, 0, 0].tolist()
-    torch.testing.assert_close(mixture[-1].means, mixture.means[2:])
+    for last in (-1, 2, np.int64(2), torch.tensor(2)):
+        torch.testing.assert_close(mixture[last].means, mixture.means[2:])
     for index in (3, -4):
         with pytest.raises(IndexError, match=f"sets={index} .* less than 3"):
             mixture[index]

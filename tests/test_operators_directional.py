@@ -6,7 +6,7 @@ import torch
 from helpers import assert_finite_gradients, assert_raises, clusters, detached, is_finite
 from scipy.optimize import brentq
 from scipy.special import gammaln, ive
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from em_lightning.operators import DirectionalEM, DirectionalMixture
 
@@ -43,6 +43,21 @@ def test_the_normalizer_equals_scipy(features):
     log_bessel = np.log(scaled[known]) + kappa.numpy()[known]
     expected = features / 2 * np.log(2 * np.pi) + log_bessel - order * np.log(kappa.numpy()[known])
     np.testing.assert_allclose(log_normalizer(kappa, features).numpy()[known], expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("features", [2, 3, 8, 101])
+def test_the_interpolated_normalizer_equals_that_of_the_mixture(features):
+    """Iterations and objectives interpolate in a table; log_prob does not."""
+    kappa = torch.logspace(-5, 6, 200, dtype=torch.float64).requires_grad_()
+    mean = torch.eye(features, dtype=torch.float64)[:1].expand(len(kappa), 1, -1)
+    mixture = DirectionalMixture(torch.zeros(len(kappa), 1).double(), mean, kappa.unsqueeze(1))
+    found, expected = DirectionalEM(1, features).objective(mean, mixture), mixture.log_prob(mean)[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-10)
+    slopes = [torch.autograd.grad(values.sum(), kappa)[0] for values in (found, expected)]  # 1 - A(kappa)
+    large = kappa > 1e4  # there the recurrence loses digits of 1 - A
+    torch.testing.assert_close(slopes[0][~large], slopes[1][~large], rtol=1e-6, atol=1e-10)
+    asymptotic = 0.5 * (features - 1) / kappa[large]
+    torch.testing.assert_close(slopes[0][large], asymptotic.detach(), rtol=0.02, atol=0.0)
 
 
 @pytest.mark.parametrize("features", [2, 3, 5, 10])
@@ -129,6 +144,13 @@ def test_gradients(gradient):
         return mixture.log_prob(x), mixture.means, mixture.concentrations
 
     assert gradcheck(outcome, (x,))
+
+
+def test_second_derivatives_of_concentrations():
+    x = on_sphere(1, 10).requires_grad_()
+    operator = DirectionalEM(2, 3, num_iters=1)
+    start = detached(operator(x))
+    assert gradgradcheck(lambda x: operator(x, init=start).concentrations, (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -33,7 +33,6 @@ ELSEWHERE = {
     "data sets with nothing to draw, in tests/test_data*.py and tests/test_images.py": (
         "Digits MNIST PointCloudFolder"
     ),
-    "comparisons of processes, in tests/test_distributed.py and tests/test_machines.py": ("check_agreement"),
     "a loader that resumes, in tests/test_data_tables.py": "ResumableLoader",
     "checkpoints, in tests/test_hostile.py and tests/test_surgery.py": "read_plan restore_surgery",
     "hooks and types, in tests/test_surgery.py and tests/test_callbacks_*.py": (

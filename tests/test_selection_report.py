@@ -2,12 +2,14 @@
 
 import json
 import math
+import time
 import warnings
 
 import lightning
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.exceptions import ConvergenceWarning
@@ -21,10 +23,11 @@ from em_lightning.studies import GaussianBlobs, SelectionReport
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 
-def fit(folder, module, data, report, checkpoint=None, **options):
+def fit(folder, module, data, report, checkpoint=None, others=(), **options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     options = {"max_epochs": 3, "enable_checkpointing": False, **options}
-    trainer = lightning.Trainer(default_root_dir=folder, accelerator="cpu", callbacks=[report], **quiet, **options)
+    options |= {"callbacks": [report, *others], **quiet}
+    trainer = lightning.Trainer(default_root_dir=folder, accelerator="cpu", **options)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return trainer
 
@@ -110,6 +113,25 @@ def test_a_resumed_run_reports_all_its_epochs(tmp_path):
     assert levels[0] == levels[1] and len(levels[0]) == 4
     assert second.history[:2] == first.history and all(one["seconds"] > 0 for one in second.history)
     assert not (tmp_path / "selection.png").exists()  # nothing to select from
+
+
+class Slow(lightning.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(tmp_path):
+    """Two epochs of three blocks; resumed within the first, at its end and within the second."""
+    data = GaussianBlobs(300, 2, true_components=2, held_out_points=20, block_rows=100)
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    for step in (None, 2, 3, 5):
+        checkpoint = step and tmp_path / f"step={step}.ckpt"
+        report = SelectionReport(sklearn_rows=0)
+        options = {"max_epochs": 2, "enable_checkpointing": True, "others": [Slow(), keep]}
+        fit(tmp_path, GaussianMixtureModule(2, 2, tol=0.0), data, report, checkpoint, **options)
+        assert 0.6 < table(tmp_path)[0]["seconds"] < 3.0, step
+    assert "those of a resumed run are the sum of its parts" in (tmp_path / "results.md").read_text()
 
 
 def test_what_it_does_not_do(tmp_path):

@@ -45,8 +45,8 @@ MAX_LINES = {"file": 400, "package without studies": 16_500, "package": 19_000}
 EXCEPTIONS = {
     "_python_dispatch": "torch has no public name for TorchDispatchMode, which sees the operations below autograd",
 }
-# Names with an underscore that the standard library documents: methods of named tuples and os._exit.
-PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_field_defaults", "_exit"}
+# Names with an underscore that the standard library documents: of named tuples, os._exit and sys._current_frames.
+PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_field_defaults", "_exit", "_current_frames"}
 
 
 def name_of(path):

@@ -279,6 +279,42 @@ def test_axes_that_widths_do_not_decide_are_refused():
         wide(torch.randn(5, 4))
 
 
+class Maps(nn.Module):
+    """Two convolutions and a classifier, with the activations declared before or behind them."""
+
+    def __init__(self, first):
+        super().__init__()
+        if first:
+            self.act1, self.act2 = nn.ReLU(), nn.ReLU()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(5), nn.Linear(400, 10)
+        if not first:
+            self.act1, self.act2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        return self.head(self.pool(self.act2(self.conv2(self.act1(self.conv1(x))))).flatten(1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("side", [6, 8, 16, 28, 32])
+def test_the_order_of_declaration_does_not_decide_the_axis_of_maps(first, side):
+    model = Maps(first)
+    losses = LayerwiseLoss(model, ["act1", "act2"], weight=1.0)
+    swap_activations(model, "softmax_gated")
+    losses.add_to(model(torch.randn(2, 1, side, side)).sum())
+    assert model.act1.dim == model.act2.dim == 1
+    assert losses.dims == {"act1": 1, "act2": 1}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("side", [10, 20])  # of a map; 10 is also the number of classes
+def test_maps_as_wide_as_a_classifier_are_refused(first, side):
+    model = Maps(first)
+    swap_activations(model, "softmax_gated")
+    with pytest.raises(ValueError, match=r"dim='auto' .*, 10, 10\).*dim="):
+        model(torch.randn(2, 1, side, side))
+
+
 def test_elementwise_activations_need_no_axis_and_silence_is_kept(capsys):
     model = ChannelsLast()
     swap_activations(model, "signed")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from em_lightning.cli import recipes
+from em_lightning.cli.recipes import recipes
 from em_lightning.extras import LIBRARY_AND_EXTRA
 
 ROOT = Path(__file__).parents[1]

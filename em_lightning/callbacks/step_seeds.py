@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import RandomSampler
 
+from em_lightning.data.base import Resumable
+
 
 class StepSeeds(lightning.Callback):
     """Seeds PyTorch's generators at every training step, so that a resumed run draws the same random numbers.
@@ -36,16 +38,20 @@ class StepSeeds(lightning.Callback):
         self.seed = seed
         self._used_seed: int | None = None  # of this fit: the argument, PyTorch's or that of the checkpoint
         self._epoch = 0  # the current epoch, or the next one between epochs
+        self._loader_states: list[Any] = []  # in the checkpoint
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Reset the state of an earlier fit, before a checkpoint is loaded."""
-        self._used_seed, self._epoch = None, 0
+        self._used_seed, self._epoch, self._loader_states = None, 0, []
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self._used_seed, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._used_seed, self._epoch = state_dict["seed"], state_dict["epoch"]
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the order of the first epoch, whose iterator Lightning makes before any hook of training."""
@@ -56,6 +62,10 @@ class StepSeeds(lightning.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Seed the samplers for the first epoch, as Lightning resumes some without on_train_epoch_start."""
         self._seed_samplers(trainer)
+        # Lightning restores no loaders that exist already, because configure_optimizers asked for the number of steps.
+        for loader, state in zip(CombinedLoader(trainer.train_dataloader).flattened, self._loader_states, strict=False):
+            if isinstance(loader, Resumable):
+                loader.load_state_dict(state)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._epoch = trainer.current_epoch

@@ -11,38 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from em_lightning._version import __version__
-from em_lightning.cli.audit import load_model, print_audit
-from em_lightning.cli.ranks import leave_process_group
-from em_lightning.cli.recipes import (
-    config_of,
-    copy,
-    docstring,
-    find_recipe,
-    load_recipe,
-    print_recipes,
-    recipes,
-    variants_of,
-)
+from em_lightning.cli.audit import print_audit
+from em_lightning.cli.recipes import copy, print_recipes
 from em_lightning.cli.run import run
 from em_lightning.extras import ExtraChecker
 
 if TYPE_CHECKING:
     from em_lightning.cli.recipe import Recipe
 
-__all__ = [
-    "Recipe",
-    "config_of",
-    "copy",
-    "docstring",
-    "find_recipe",
-    "load_model",
-    "load_recipe",
-    "main",
-    "recipes",
-    "run",
-    "variants_of",
-]
-
+__all__ = ["Recipe", "main"]
 
 # Errors of a write that is not permitted or does not fit.
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -108,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"em-lightning: {message}", file=sys.stderr)
         return 2
     finally:
-        if parsed.command == "run":
-            leave_process_group()
+        dist = sys.modules.get("torch.distributed")
+        if parsed.command == "run" and dist is not None and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # Lightning leaves it open: it may abort the process (pytorch/pytorch#190489)
     return 0
 
 

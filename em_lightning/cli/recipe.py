@@ -9,7 +9,6 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint
-from em_lightning.cli.ranks import TIMEOUT_SECONDS, connection_error
+from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint, WatchedDDPStrategy, connection_error
 from em_lightning.cli.recipes import config_of, docstring, variants_of
 
 # Warnings of Lightning and PyTorch about their own internals, or about settings that are right for these recipes, such
@@ -81,10 +79,9 @@ class Recipe:
         try:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
         except RuntimeError as error:
-            message = connection_error(error)
-            if message is None:
-                raise
-            raise ConnectionError(message) from error
+            if message := connection_error(error):
+                raise ConnectionError(message) from error
+            raise
 
     def prepare(self, args: Sequence[str]) -> RecipeCLI:
         """Return a LightningCLI that has built model, data and trainer from the arguments."""
@@ -93,12 +90,9 @@ class Recipe:
         for words in _WARNINGS:
             warnings.filterwarnings("ignore", words)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+        log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        log.addFilter(lambda record: not any(word in record.getMessage() for word in _ADVERTISED))
         return RecipeCLI(self, args)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return not any(word in record.getMessage() for word in _ADVERTISED)
 
 
 class RecipeCLI(LightningCLI):
@@ -185,9 +179,9 @@ class RecipeCLI(LightningCLI):
             trainer = super().instantiate_trainer(**options)  # decides what the strategy "auto" is
             if isinstance(trainer.strategy, DDPStrategy) and isinstance(given.strategy, str):
                 name = "ddp" if given.strategy == "auto" else given.strategy
-                arguments = {**StrategyRegistry[name]["init_params"], "timeout": timedelta(seconds=TIMEOUT_SECONDS)}
-                given.strategy, given.callbacks = DDPStrategy(**arguments), list(callbacks)
-                trainer = super().instantiate_trainer(**options)  # again, with the timeout
+                given.strategy = WatchedDDPStrategy(**StrategyRegistry[name]["init_params"])
+                given.callbacks = list(callbacks)
+                trainer = super().instantiate_trainer(**options)  # again, with a timeout
         except (ValueError, MisconfigurationException) as error:
             raise ValueError(f"the trainer cannot be built: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

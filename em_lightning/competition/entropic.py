@@ -60,8 +60,7 @@ def _cumulative_sum(z: Tensor, dim: int) -> Tensor:
         return z.cumsum(dim)
     z, size = z.movedim(dim, -1), 1  # PyTorch refuses cumsum on GPUs; sums of 2, 4, 8, ... elements instead
     while size < z.shape[-1]:
-        z = z + torch.nn.functional.pad(z[..., :-size], (size, 0))
-        size *= 2
+        z, size = z + torch.nn.functional.pad(z[..., :-size], (size, 0)), 2 * size
     return z.movedim(-1, dim)
 
 

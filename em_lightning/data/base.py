@@ -86,7 +86,7 @@ class SplitDataModule(lightning.LightningDataModule):
     predict_dataloader = test_dataloader
 
 
-class _Resumable:
+class Resumable:
     """A loader that continues an epoch after the last batch returned; Lightning restores its state."""
 
     position = 0  # number of batches returned in this epoch
@@ -94,12 +94,9 @@ class _Resumable:
     batches: Any  # a method: ``batches(first)`` yields the batches of an epoch from number ``first`` on
 
     def __iter__(self) -> Any:
-        first, self._restored = self._restored, 0
+        first, self._restored = self._restored, 0  # at the first batch: a state may be loaded after the call of iter
         self.position = first
-        return self._count(self.batches(first))
-
-    def _count(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
+        for batch in self.batches(first):
             self.position += 1
             yield batch
 
@@ -115,7 +112,7 @@ class _Resumable:
         self.position, self._restored = position, position % max(saved, 1)
 
 
-class RankLoader(_Resumable):
+class RankLoader(Resumable):
     """Base class of loaders that form batches themselves; the order of an epoch is a function of (seed, epoch)."""
 
     batch_sampler = None  # Lightning reads it from any loader with a sampler
@@ -144,7 +141,7 @@ class RankLoader(_Resumable):
         return torch.randperm(size, generator=generator_of(self.seed, self.epoch))
 
 
-class ResumableLoader(_Resumable, DataLoader[Any]):
+class ResumableLoader(Resumable, DataLoader[Any]):
     """A ``DataLoader`` that can resume: after ``load_state_dict`` it draws, but skips, the batches returned before."""
 
     def batches(self, first: int) -> Iterator[Any]:

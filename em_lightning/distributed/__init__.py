@@ -1,6 +1,5 @@
-"""Differentiable sums over the ranks of a process group, moments of the global batch, and agreement of ranks."""
+"""Differentiable sums over the ranks of a process group and moments of the global batch."""
 
-from em_lightning.distributed.agreement import check_agreement
 from em_lightning.distributed.moments import Moments, batch_mean, batch_moments
 from em_lightning.distributed.sums import accumulation_dtype, flatten_units, global_sum, is_distributed
 
@@ -9,7 +8,6 @@ __all__ = [
     "accumulation_dtype",
     "batch_mean",
     "batch_moments",
-    "check_agreement",
     "flatten_units",
     "global_sum",
     "is_distributed",

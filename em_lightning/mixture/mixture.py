@@ -105,7 +105,8 @@ class Mixture:
 
     def __getitem__(self, sets: int | slice | Tensor | Sequence[int]) -> Mixture:
         """Return some of the mixtures; an integer gives a batch of one."""
-        if isinstance(sets, int):
+        if not isinstance(sets, (slice, Sequence)) and getattr(sets, "ndim", 0) == 0:  # an integer of any kind
+            sets = int(sets)
             if not -self.sets <= sets < self.sets:  # also ends a loop over the mixtures
                 raise IndexError(f"sets={sets} must be at least {-self.sets} and less than {self.sets}")
             sets = slice(sets, sets + 1 if sets != -1 else None)

@@ -98,6 +98,8 @@ class EMAggregation(Aggregation):
         if not x.is_floating_point():
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index
+        if index.dtype != torch.int64:
+            raise TypeError(f"index of dtype {index.dtype} must be int64")
         rows = x.movedim(dim, 0)
         shape, num_groups = tuple(rows.shape[1:]), dim_size or 0  # Aggregation.__call__ sets dim_size
         if index.shape != rows.shape[:1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +16,16 @@ from em_lightning.distributed import accumulation_dtype
 from em_lightning.kernels import unit_vectors
 from em_lightning.mixture import initialization
 from em_lightning.mixture.covariance import FullCovariance, half_log_two_pi
-from em_lightning.mixture.e_step import Likelihood, e_step, log_density, log_joint_of_points
+from em_lightning.mixture.e_step import Likelihood, e_step, log_density
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 from em_lightning.operators.base import SetOperator
 from em_lightning.operators.start import Sets
 
-# The recurrence of Bessel ratios starts this many orders above the result, for a relative error below 4e-11.
-_ORDERS = 40
-# Three steps of Newton's method reduce the error of the estimate of kappa from 7 % to 1e-9; the others are a reserve.
-_NEWTON_STEPS = 6
+# The recurrence of Bessel ratios starts this many orders above the result, for a relative error below 1e-12.
+_ORDERS = 20
+# Intervals of the cubic interpolation: relative errors of concentrations up to 1e6 are below 1e-7.
+_INTERVALS = 2048
 _SMALLEST_CONCENTRATION = 1e-6  # nearly uniform; at 0, ratios would be divided by 0
 
 
@@ -60,19 +61,45 @@ class DirectionalMixture:
 
     def posterior(self, x: Tensor, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of the directions of x (B, N, D)."""
-        points = directions(x, mask)
-        parameters = Parameters(*(part.to(points.mass.dtype) for part in self.parameters()))
-        return softmin(-log_joint_of_points(points, parameters, Likelihood(VON_MISES_FISHER)).to(x.dtype))
+        points = directions(x, lambda x: x, mask, None)
+        log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
+        constant = log_weights - log_normalizer(concentrations, x.shape[-1])[0]
+        joint = torch.baddbmm(constant.unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
+        return softmin(-joint.mT.to(x.dtype))
 
 
 register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.DirectionalMixture")
 
 
 class VonMisesFisher(FullCovariance):
-    """The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances."""
+    r"""The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances.
+
+    With :math:`a = (D - 1) / 2` and the mean resultant length :math:`R = A_D(\kappa)`, tables are interpolated of
+    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and of
+    :math:`\kappa (1 - R)` as a function of :math:`1 - R`. Both are smooth, and bounded for all :math:`\kappa`.
+    """
 
     name = "von Mises-Fisher"
     whitening = None
+
+    def __init__(self, num_features: int, x: Tensor) -> None:
+        self.limit = a = 0.5 * (num_features - 1)
+        inverse = torch.arange(1, _INTERVALS, dtype=accumulation_dtype(x), device=x.device) / (a * _INTERVALS)
+        kappa = 1.0 / inverse - a
+        log_z, length = log_normalizer(kappa, num_features)
+        slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
+        log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
+        self.normalizer = _Cubic(
+            (0.0, inverse, 1.0 / a),
+            (a * math.log(2.0 * math.pi), log_z - kappa - a * inverse.log(), log_area + a * math.log(a)),
+            (0.5 * a * (a + 1.0), (1.0 - length - a * inverse) / inverse.square(), 0.0),
+        )
+        self.concentration = _Cubic(
+            (0.0, 1.0 - length, 1.0),
+            (a, kappa * (1.0 - length), 0.0),
+            (0.5 * (1.0 - a), kappa - (1.0 - length) / slope, -float(num_features)),
+        )
+        self.axis = torch.eye(1, num_features, dtype=inverse.dtype, device=x.device)  # where the mean is 0
 
     def second_degree(self, x: Tensor) -> Tensor:
         """Return (B, 0, N): the density has no quadratic features."""
@@ -81,27 +108,38 @@ class VonMisesFisher(FullCovariance):
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D) with ``theta . phi = log pi + log C(kappa) + kappa mu . x``, and its maximum."""
         log_weights, means, concentrations = parameters
-        constant = log_weights - log_normalizer(concentrations, means.shape[-1])
-        theta = torch.cat([constant.unsqueeze(-1), concentrations.unsqueeze(-1) * means], -1)
-        return theta, constant + concentrations
+        total = concentrations + self.limit
+        peak = log_weights - torch.sub(self.normalizer(total.reciprocal()), total.log(), alpha=self.limit)
+        return torch.cat([(peak - concentrations).unsqueeze(-1), concentrations.unsqueeze(-1) * means], -1), peak
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        r"""Return mean directions, and concentrations with :math:`I_{D/2}(\kappa) / I_{D/2 - 1}(\kappa) = |\bar x|`.
-
-        ``means`` are the mean vectors (B, K, D); the floor (B,) bounds :math:`1 / \kappa` from below.
-        """
-        square = means.square().sum(-1, keepdim=True)
-        length = torch.where(square > 0, square, 1.0).sqrt()
-        axis = torch.zeros_like(means)
-        axis[..., 0] = 1.0  # the direction of a component whose mean is 0
-        resultant = torch.where(square > 0, length, 0.0).squeeze(-1)
-        concentrations = concentration_of(resultant, means.shape[-1], floor.unsqueeze(-1).reciprocal())
-        return torch.where(square > 0, means / length, axis), concentrations
+        """Return directions and concentrations for mean vectors (B, K, D); the floor (B,) bounds ``1 / kappa``."""
+        length = torch.linalg.vector_norm(means, dim=-1, keepdim=True)
+        unit = means / length.clamp(min=torch.finfo(length.dtype).tiny)
+        rest = (1.0 - length.squeeze(-1)).clamp(min=1e-12)  # kappa is infinite at 0
+        concentrations = (self.concentration(rest) / rest).clamp(min=_SMALLEST_CONCENTRATION)
+        return torch.where(length > 0, unit, self.axis), concentrations.minimum(floor.unsqueeze(-1).reciprocal())
 
 
-VON_MISES_FISHER = VonMisesFisher()
+class _Cubic:
+    """Cubic interpolation from increasing knots, values and slopes, each as (first, all inner ones, last)."""
+
+    def __init__(self, *parts: tuple[float, Tensor, float]) -> None:
+        knots, values, slopes = (
+            torch.cat([inner.new_full((1,), first), inner, inner.new_full((1,), last)]) for first, inner, last in parts
+        )
+        width = knots.diff()
+        rise, left, right = values.diff() / width, slopes[:-1], slopes[1:]
+        second, third = (3.0 * rise - 2.0 * left - right) / width, (left + right - 2.0 * rise) / width.square()
+        self.inner = knots[1:-1].contiguous()
+        self.rows = torch.stack([knots[:-1], values[:-1], left, second, third], -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        knot, value, slope, second, third = self.rows[torch.bucketize(x, self.inner)].unbind(-1)
+        step = x - knot
+        return torch.addcmul(value, step, torch.addcmul(slope, step, torch.addcmul(second, step, third)))
 
 
 class DirectionalEM(SetOperator):
@@ -160,9 +198,10 @@ class DirectionalEM(SetOperator):
         return mixture.posterior(x, mask)
 
     def _prepare(self, x: Tensor, mask: Tensor | None, weights: Tensor | None) -> Sets:
-        points = directions(x, mask, weights)
+        family = VonMisesFisher(self.num_features, x)
+        points = directions(x, family.features, mask, weights)
         floor = torch.full_like(points.mass, self.dispersion_floor)  # of 1 / kappa
-        return Sets(points, points.mass, mask, VON_MISES_FISHER, floor, None, x.dtype)
+        return Sets(points, points.mass, mask, family, floor, None, x.dtype)
 
     @torch.no_grad()
     def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
@@ -171,7 +210,7 @@ class DirectionalEM(SetOperator):
         centers = initialization.CENTERS[self.init](points.x.mT, self.num_components, weights=points.weights)
         nearest = (centers @ points.x).argmax(1)  # the largest cosine
         weights = torch.ones_like(points.x[:, 0]) if points.weights is None else points.weights
-        return initialization.fit_cells(points, nearest, weights, centers, VON_MISES_FISHER, sets.floor)[1]
+        return initialization.fit_cells(points, nearest, weights, centers, sets.covariance, sets.floor)[1]
 
     def _enter(self, sets: Sets, mixture: DirectionalMixture) -> Parameters:
         return Parameters(*(part.to(sets.floor.dtype) for part in mixture.parameters()))
@@ -179,51 +218,35 @@ class DirectionalEM(SetOperator):
     def _step(
         self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        statistics = e_step(sets.points, state, Likelihood(VON_MISES_FISHER), with_log_likelihood=with_objective)
-        after = m_step(statistics, VON_MISES_FISHER, sets.floor, state.covariances)
+        statistics = e_step(sets.points, state, Likelihood(sets.covariance), with_log_likelihood=with_objective)
+        after = m_step(statistics, sets.covariance, sets.floor, state.covariances)
         return after, statistics.log_likelihood
 
     def _objective(self, sets: Sets, state: Parameters) -> Tensor:
-        density = log_density(sets.points, state, Likelihood(VON_MISES_FISHER))
+        density = log_density(sets.points, state, Likelihood(sets.covariance))
         return (density if sets.points.weights is None else density * sets.points.weights).sum(-1)
 
     def _mixture(self, sets: Sets, state: Parameters) -> DirectionalMixture:
         return DirectionalMixture(*(part.to(sets.dtype) for part in state))
 
 
-def directions(x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Points:
+def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | None, weights: Tensor | None) -> Points:
     """Normalize points (B, N, D) to unit length and prepare them for EM; zero vectors stay zero."""
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
     x = unit_vectors(x.to(accumulation_dtype(x)))
     frame = Frame(torch.zeros_like(x[:, 0]), torch.ones_like(x[:, 0, 0]))
-    return prepare(x, VON_MISES_FISHER.features, mask, weights, frame=frame, with_moments=False)
+    return prepare(x, features, mask, weights, frame=frame, with_moments=False)
 
 
-def concentration_of(resultant: Tensor, num_features: int, largest: Tensor) -> Tensor:
-    r"""Return the concentration with mean resultant length ``A(kappa) = resultant``, at most ``largest``.
+def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
+    """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
-    Source: Banerjee et al., 2005 (the estimate); Sra, A short note on parameter approximation for von Mises-Fisher
-    distributions, 2012 (Newton's method).
+    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x)`` runs downwards, which is
+    stable, from an expansion at large v of ``y - v / x``; ``y = I_v' / I_v`` has ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
     """
-    length = resultant.detach().clamp(max=1.0 - 1e-12)  # kappa is infinite at 1
-    with torch.no_grad():
-        square = length.square()
-        kappa = (length * (num_features - square) / (1.0 - square)).clamp(min=_SMALLEST_CONCENTRATION)
-        for _ in range(_NEWTON_STEPS):
-            ratio = bessel_ratios(kappa, 0.5 * num_features - 1.0)[0]
-            slope = 1.0 - ratio.square() - (num_features - 1.0) * ratio / kappa
-            slope = slope.clamp(min=torch.finfo(kappa.dtype).tiny)
-            # Limit a step to halving kappa, because the ratio is flat far from the root.
-            kappa = (kappa - (ratio - length) / slope).maximum(0.5 * kappa).clamp(min=_SMALLEST_CONCENTRATION)
-        inside = (kappa > _SMALLEST_CONCENTRATION) & (kappa < largest)
-    # Implicit function theorem: d kappa / d A = 1 / A'(kappa).
-    change = torch.where(inside, (resultant - resultant.detach()) / slope, 0.0)
-    return torch.minimum(kappa, largest) + change
-
-
-def log_normalizer(concentration: Tensor, num_features: int) -> Tensor:
-    """Return ``-log C_D(kappa)``, the logarithm of the integral of ``exp(kappa mu . x)`` over the unit sphere."""
     order, x = 0.5 * num_features - 1.0, concentration
     if num_features % 2:
         lowest_order = 0.5  # I_(1/2)(x) = sqrt(2 / (pi x)) sinh(x)
@@ -231,26 +254,17 @@ def log_normalizer(concentration: Tensor, num_features: int) -> Tensor:
     else:
         lowest_order = 0.0
         log_bessel = torch.special.i0e(x).log() + x
-    steps = round(order - lowest_order)
-    for ratio in bessel_ratios(x, lowest_order, steps)[:steps]:
-        log_bessel = log_bessel + ratio.log()
-    return half_log_two_pi(num_features) + log_bessel - order * x.log()
-
-
-def bessel_ratios(x: Tensor, order: float, count: int = 1) -> list[Tensor]:
-    r"""Return ``I_{v+1}(x) / I_v(x)`` for v = order, order + 1, ..., at least ``count`` of them.
-
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` runs downwards, which is stable. It starts at ``y - v / x``,
-    with an expansion for large v of ``y = I_v' / I_v``, the solution of ``y' = 1 + v^2 / x^2 - y / x - y^2``.
-
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
-    """
-    steps = count + _ORDERS
-    top = order + steps
+    count = round(order - lowest_order)
+    top = order + _ORDERS
     size = (top**2 + x.square()).sqrt()
-    ratio = (size - top) / x - 0.5 * x / size.square() + 0.5 * x * (1.0 - 1.25 * (x / size).square()) / size**3
-    ratios: list[Tensor] = []
-    for step in range(steps, 0, -1):
-        ratio = (ratio + 2.0 * (order + step) / x).reciprocal()
-        ratios.append(ratio)
-    return ratios[::-1]
+    q = (x / size).square()
+    third, fourth = (15.0 * q - 18.0) * q + 4.0, ((1105.0 * q - 1768.0) * q + 752.0) * q - 64.0
+    rest = 0.5 + ((5.0 * q - 4.0) + (third + fourth / (16.0 * size)) / size) / (8.0 * size)
+    ratio = (size - top) / x - rest * x / size.square()
+    for step in range(count + _ORDERS, 0, -1):
+        ratio = (ratio + 2.0 * (lowest_order + step) / x).reciprocal()  # of the order lowest_order + step - 1
+        if step == count + 1:
+            length = ratio
+        elif step <= count:
+            log_bessel = log_bessel + ratio.log()
+    return half_log_two_pi(num_features) + log_bessel - order * x.log(), length

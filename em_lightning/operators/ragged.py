@@ -41,23 +41,8 @@ def _gradient(*arguments: Any) -> Tensor:
     return grad_x
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    inputs = *ctx.saved_tensors, *ctx.sizes
-    if torch.is_grad_enabled():  # for second derivatives
-        (grad_x,) = torch.autograd.grad(_fit_by_operator(*inputs), inputs[0], grads, create_graph=True)
-    else:
-        grad_x = _gradient(*inputs, list(grads))
-    return grad_x, None, None, None, None, None  # the other arguments are integers
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.sizes = inputs[2:]
-    ctx.save_for_backward(*inputs[:2])
-
-
 _fit_groups.register_fake(_zeros)
 _gradient.register_fake(lambda *arguments: torch.empty_like(arguments[0]))
-_fit_groups.register_autograd(_backward, setup_context=_save)
 
 
 def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
@@ -119,3 +104,6 @@ def map_groups(
         groups = [index[:0]]
     parts = (torch.cat(part) for part in zip(*found, strict=True))
     return tuple(part.new_zeros(num_groups, *part.shape[1:]).index_copy(0, torch.cat(groups), part) for part in parts)
+
+
+native.register_gradient(_fit_groups, lambda *arguments: [_gradient(*arguments[:-2], arguments[-1])], _fit_by_operator)

@@ -41,12 +41,11 @@ class Correction(NamedTuple):
         weight, mean, strength, spread = self.counts.exp().unbind(-1)
         share = self.share.unsqueeze(-1)
         scatter = (1.0 - share) * prior.scatter + share * covariance.pairs(self.neighbours)
-        return PseudoCounts(
-            prior.weight_count * weight,
-            prior.mean_count * mean,
-            prior.covariance_count * strength,
-            prior.mean,
-            spread.unsqueeze(-1) * scatter,
+        return prior._replace(
+            weight_count=prior.weight_count * weight,
+            mean_count=prior.mean_count * mean,
+            covariance_count=prior.covariance_count * strength,
+            scatter=spread.unsqueeze(-1) * scatter,
         )
 
     def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:

@@ -41,14 +41,21 @@ class SelectionReport(Report):
         self.components = list(components)
         self.max_iters = max_iters
         self.sklearn_rows = sklearn_rows
+        self._before = self._began = 0.0  # seconds of the run before it was resumed; start on the clock
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Record the start time of an epoch."""
-        self._began = time.perf_counter()
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seconds": time.perf_counter() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._before = state_dict["seconds"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._began = time.perf_counter() - self._before
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Record the likelihood and the time of an epoch; an epoch resumed in its middle adds no time."""
-        seconds = time.perf_counter() - getattr(self, "_began", time.perf_counter())
+        """Record the likelihood of an epoch, and the seconds since the previous record."""
+        seconds = time.perf_counter() - self._began - sum(epoch["seconds"] for epoch in self.history)
         likelihood = float(pl_module.log_likelihood)
         self.history.append({"epoch": trainer.current_epoch + 1, "log_likelihood": likelihood, "seconds": seconds})
 
@@ -69,7 +76,8 @@ class SelectionReport(Report):
             f"Data: {data.describe()}. {module.covariance} covariance, floor {module.covariance_floor:g}, tol "
             f"{module.tol:g} nats per row; seed {module.seed}. Likelihoods are in nats per row, BIC and AIC of the "
             f"fitted rows, lower is better. EM starts by {module.hparams['init']} in {module.sample_size:,} rows, "
-            f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer.",
+            f"scikit-learn by its own default; seconds are wall-clock on this machine, for this run with the Trainer; "
+            "those of a resumed run are the sum of its parts, each until the checkpoint that was resumed.",
         ]
         bic = {row["K"]: row["BIC"] for row in sorted([rows[0], *others], key=lambda row: row["K"])}
         figures = {"components": _picture(mixture, data)}

@@ -35,6 +35,7 @@ _LOST = {
     "LogSoftmaxActivation": 4.5,
 }
 _WIDE = 32
+Layers = list[tuple[nn.Module, int]]  # layers with their widths
 _ACTIVATIONS = ("torch.nn.modules.activation", "em_lightning.activations")  # modules that define activations
 
 
@@ -46,6 +47,10 @@ class UnitAxis:
     axes 1 and -1 whose size at the first batch is the width of the layer. A layer that is called with tensors of 2 and
     of 4 axes, say, has an axis for each. ``widths`` are the possible widths, the likeliest first.
     """
+
+    channels: Sequence[int] = ()  # widths of layers around it that have channels on axis 1
+    features: Sequence[int] = ()  # widths of those that have features on axis -1
+    in_order = True  # whether these layers are probably declared in the order of their calls
 
     def __init__(self, path: str, widths: Sequence[int], dim: int | Literal["auto"] = "auto") -> None:
         self.path = path
@@ -69,7 +74,10 @@ class UnitAxis:
         return dim
 
     def _decide(self, shape: Sequence[int]) -> int:
-        for width in self.widths:
+        fits_channels = len(shape) > 3 and shape[1] in self.channels
+        if fits_channels and shape[-1] not in self.features:
+            return 1
+        for width in () if fits_channels and not self.in_order else self.widths:
             fitting = [axis for axis in (1, -1) if shape[axis] == width]
             if len(fitting) == 1:
                 return fitting[0]
@@ -86,7 +94,12 @@ def unit_axis(site: Site, dim: int | Literal["auto"] = "auto", tap: Literal["out
     """Return the axis of the units of a site's output or input."""
     if dim == "auto":
         dim = _axis_by_type(site)
-    return UnitAxis(site.path, widths_of(site, tap), dim)
+    layers, around, in_order = layers_of(site, tap)
+    axis = UnitAxis(site.path, [width for _, width in layers], dim)
+    axis.channels = [width for layer, width in around if isinstance(layer, _CHANNELS_FIRST)]
+    axis.features = [width for layer, width in around if isinstance(layer, (*LAST_AXIS, nn.LayerNorm, nn.RMSNorm))]
+    axis.in_order = in_order
+    return axis
 
 
 def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> int | None:
@@ -104,34 +117,39 @@ def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> 
     return None
 
 
-def widths_of(site: Site, tap: Literal["output", "input"] = "output") -> list[int]:
-    """Return the widths of the site's own layer, else of the layers in, before or behind it, likeliest first."""
+def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers, bool]:
+    """Return the site's own layer, else the layers in, before or behind it, likeliest first; and all layers around it.
+
+    The last result is whether the site lies between layers, so that they are probably in the order of their calls.
+    """
     own = num_units(site.module, tap)  # an Inserted has the attributes of its layer
     if own is not None:
-        return [own]
-    order = 1 if tap == "input" else -1
-    widths = widths_in([site.module], tap)[::order]
+        return [(site.module, own)], [], True
+    layers, around, in_order = layers_in([site.module], tap)[:: 1 if tap == "input" else -1], layers_in([]), True
     for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
-        if widths:
+        if layers:
             break
         children = dict(owner._modules)  # looked up by name, as an instance may have several names
         position = list(children).index(name) if name in children else len(children)
         before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
-        widths = widths_in(before, "output")[::-1] or widths_in(behind, "input")
-    return widths
+        layers, following = layers_in(before, "output")[::-1], layers_in(behind, "input")
+        in_order = bool(layers) and bool(following)
+        around = [*layers, *following, *layers_in(behind, "output")]
+        layers = layers or around
+    return layers, around, in_order
 
 
-def widths_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> list[int]:
-    """Return the widths of the layers in some modules, except inserted operators."""
-    widths = []
+def layers_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> Layers:
+    """Return the layers in some modules, except inserted operators, with their widths."""
+    layers: Layers = []
     for module in modules:
         while isinstance(module, Inserted):
             module = module.layer
         if module is not None:
             width = num_units(module, tap)
-            widths += [] if width is None else [width]
-            widths += widths_in(module.children(), tap)
-    return widths
+            layers += [] if width is None else [(module, width)]
+            layers += layers_in(module.children(), tap)
+    return layers
 
 
 def _axis_by_type(site: Site) -> int | Literal["auto"]:

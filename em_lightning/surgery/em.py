@@ -11,7 +11,7 @@ from torch import nn
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.competition.base import Tempered
-from em_lightning.surgery.axes import FirstCall, own_dim, print_line, takes_dim, unit_axis, widths_of
+from em_lightning.surgery.axes import FirstCall, layers_of, own_dim, print_line, takes_dim, unit_axis
 from em_lightning.surgery.edit import Calls, Change, Make, Surgery, change_sites
 from em_lightning.surgery.functional import CHILD, swap_calls
 from em_lightning.surgery.refinement import SetRefinement, batch_dim_of, observe_forwards
@@ -173,7 +173,7 @@ def insert_em_operators(
         given["dim"] = dim
 
     def make_at(site: Site) -> Make:
-        features = next(iter(widths_of(site)), 1) if num_features is None else num_features
+        features = next((width for _, width in layers_of(site)[0]), 1) if num_features is None else num_features
         return functools.partial(SetRefinement, num_features=features, batch_dim=batch_dim_of(site), **given)
 
     def prepare(site: Site, change: Change) -> None:

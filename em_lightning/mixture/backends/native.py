@@ -207,11 +207,6 @@ def _e_step_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     return _backward(inputs, grad_sums, grad_log_likelihood.unsqueeze(-1) * with_log_likelihood)
 
 
-def _log_density_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
-    *inputs, _, (grad,) = arguments
-    return _backward(inputs, None, grad)
-
-
 def _backward(inputs: Sequence[Any], grad_sums: Tensor | None, grad_density: Tensor) -> tuple[Tensor | None, ...]:
     _, weights, means, inverse, *_ = inputs
     own, of_x, of_weights = e_step_gradient(*inputs, grad_sums, grad_density)
@@ -248,7 +243,11 @@ e_step.register_fake(lambda x, w, means, *others: (_empty_sums(means, others[-2]
 log_density.register_fake(lambda x, weights, means, *others: means.new_empty(x[:, 0].shape))
 e_step_gradient.register_fake(_empty_gradients)
 register_gradient(e_step, _e_step_backward, _e_step_in_torch)
-register_gradient(log_density, _log_density_backward, lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1))
+register_gradient(
+    log_density,
+    lambda *arguments: _backward(arguments[:-2], None, arguments[-1][0]),
+    lambda *inputs: _joint_in_torch(*inputs)[1].logsumexp(1),
+)
 
 
 def _run(kind: str, tensors: Any, grad_density: Tensor | None = None, **results: Tensor | None) -> None:
