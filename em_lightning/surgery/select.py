@@ -211,7 +211,7 @@ def _unregistered(model: nn.Module) -> Iterator[Site]:
 
 
 def described(where: Any) -> str:
-    """Return the text of a selection in errors and state keys: distinct for classes, and for functions of two lines."""
+    """Return the text of a selection in errors and state keys; functions differ if they begin on different lines."""
     if isinstance(where, Sequence) and not isinstance(where, str):
         return f"[{', '.join(described(one) for one in where)}]"
     if inspect.isfunction(where):
