@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from em_lightning.plots import figure_style, new_figure
+from em_lightning.studies.style import figure_style, new_figure
 
 
 def by_arm(values: dict[str, float], name: str) -> dict[str, dict[float, float]]:

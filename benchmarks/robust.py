@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from em_lightning import EMOperator, Mixture
-from em_lightning.plots.figures import figure_style, new_figure
+from em_lightning.studies.style import figure_style, new_figure
 
 COMPONENTS, FEATURES, ITEMS, SIDE, ITERATIONS = 5, 3, 600, 30.0, 100
 METHODS = {

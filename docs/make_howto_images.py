@@ -20,9 +20,8 @@ from em_lightning.estimator import GaussianMixture
 from em_lightning.kernels import KERNELS, Kernel, pairwise
 from em_lightning.metrics import layer_metrics
 from em_lightning.operators import EMAbstraction, EMRefinement, GeneralizedEM
-from em_lightning.plots import figure_style, new_figure
-from em_lightning.plots.figures import NEUTRAL, PALETTE
 from em_lightning.studies import ImagePointSets
+from em_lightning.studies.style import NEUTRAL, PALETTE, figure_style, new_figure
 from em_lightning.surgery import LayerwiseLoss
 
 

@@ -19,9 +19,8 @@ from em_lightning.activations import ACTIVATIONS, Activation, SignedActivation
 from em_lightning.competition import softmin
 from em_lightning.kernels import KERNELS
 from em_lightning.modules import PointCloudGMM
-from em_lightning.plots import figure_style, new_figure
-from em_lightning.plots.figures import NEUTRAL, PALETTE
 from em_lightning.studies import ProceduralSurfaces
+from em_lightning.studies.style import NEUTRAL, PALETTE, figure_style, new_figure
 
 SCALAR_KERNELS = ("gaussian", "laplace", "logistic", "student_t", "huber", "pseudo_huber", "exponential", "dot_product")
 

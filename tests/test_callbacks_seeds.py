@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from em_lightning.callbacks import StepSeeds
+from em_lightning.data import ResumableLoader
 from em_lightning.modules import EMModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -132,3 +133,50 @@ def test_order_is_repeated_after_checkpoints_at_the_end_of_an_epoch(hook, worker
     uninterrupted = run(3)[STEPS_PER_EPOCH:]
     run(1)
     assert run(3, path) == uninterrupted
+
+
+class CountsSteps(Noisy):
+    """Asks for the number of steps when it makes its optimizer, as code with a warm-up does."""
+
+    def configure_optimizers(self):
+        total = int(self.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=total)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [Noisy, CountsSteps])
+@pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers", "ignore:.*smaller than the logging interval")
+def test_a_loader_made_before_the_checkpoint_is_loaded_resumes_within_an_epoch(kind, workers, tmp_path):
+    def run(max_steps, ckpt_path=None, folder=tmp_path / "straight"):
+        model = kind()
+        loader = ResumableLoader(
+            TensorDataset(torch.linspace(0, 1, 48).view(12, 4)), 3, shuffle=True, num_workers=workers
+        )
+        saved = ModelCheckpoint(folder, every_n_train_steps=1, save_on_train_epoch_end=False)
+        trainer = lightning.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[StepSeeds(3), saved, StopAt(max_steps)],
+        )
+        trainer.fit(model, loader, ckpt_path=ckpt_path)
+        return model, saved.best_model_path
+
+    straight, _ = run(8)
+    for step in (2, 6):  # within the first and the second epoch
+        first, path = run(step, None, tmp_path / f"first {step}")
+        resumed, _ = run(8, path, tmp_path / f"resumed {step}")
+        assert first.drawn + resumed.drawn == straight.drawn
+        for mine, other in zip(resumed.parameters(), straight.parameters(), strict=True):
+            assert torch.equal(mine, other)
+
+
+class StopAt(lightning.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= self.step

@@ -425,6 +425,7 @@ def test_modules_of_half_precision(dtype):
     ("x", "index", "error", "words"),
     [
         (torch.ones(4, 2, dtype=torch.long), torch.zeros(4, dtype=torch.long), TypeError, "x.*int64"),
+        (torch.ones(4, 2), torch.zeros(4), TypeError, "index.*float32.*int64"),
         (torch.ones(4, 2), torch.zeros(3, dtype=torch.long), ValueError, r"index \(3,\).*4 rows"),
     ],
 )

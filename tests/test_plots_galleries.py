@@ -7,8 +7,7 @@ import pytest
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.kernels import KERNELS
-from em_lightning.plots import figure_style, new_figure
-from em_lightning.plots.figures import PALETTE
+from em_lightning.studies.style import PALETTE, figure_style, new_figure
 
 DOCS = Path(__file__).parents[1] / "docs"
 GALLERIES = runpy.run_path(str(DOCS / "make_images.py"))

@@ -1,5 +1,5 @@
-"""Figures in one palette and one style."""
+"""Figures of mixtures."""
 
-from em_lightning.plots.figures import figure_style, mixture_grid, new_figure
+from em_lightning.plots.figures import mixture_grid
 
-__all__ = ["figure_style", "mixture_grid", "new_figure"]
+__all__ = ["mixture_grid"]

@@ -1,81 +1,19 @@
-"""Figures of mixtures, in one palette and style, without pyplot's global state."""
+"""Figures of mixtures, without pyplot's global state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import torch
-from cycler import cycler
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from em_lightning.mixture import Mixture
 
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), distinguishable under all common types of colour blindness. Yellow
-# is last, as it is too faint for lines on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
-NEUTRAL = "#7F7F7F"  # grey, for reference lines and points
 
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.labelsize": 9,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=PALETTE),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "image.cmap": "viridis",
-    "savefig.dpi": 150,
-}
-
-
-@contextmanager
-def figure_style() -> Iterator[None]:
-    """Set matplotlib's parameters to the library's style for a ``with`` block or a decorated function.
-
-    matplotlib reads the style when it creates titles and legends, so decorate the whole function that draws.
-    """
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-@figure_style()
-def new_figure(
-    count: int = 1, columns: int = 1, *, width: float = 3.0, height: float = 2.4, **subplots: Any
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure and the list of its ``count`` axes, in rows of ``columns``.
-
-    The figure is not registered with pyplot, so it need not be closed. ``width`` and ``height`` are those of each axes,
-    in inches; further arguments are for :meth:`matplotlib.figure.Figure.subplots`, such as ``sharex=True``.
-
-    Example:
-        >>> figure, axes = new_figure(5, 3)
-        >>> len(axes), len(figure.axes)
-        (5, 5)
-    """
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **subplots).flat
-    for unused in axes[count:]:
-        unused.remove()
-    return figure, list(axes[:count])
-
-
-@figure_style()
 def mixture_grid(
     points: Tensor, mixture: Mixture, mask: Tensor | None = None, titles: Sequence[str] | None = None
 ) -> Figure:
@@ -97,16 +35,20 @@ def mixture_grid(
     colors = palette[torch.arange(mixture.means.shape[1]) % len(palette)]
     point_colors = (mixture.posterior(points).responsibilities @ colors).clamp(0, 1)
     projection = {} if points.shape[-1] == 2 else {"projection": "3d", "box_aspect": (1, 1, 1)}
-    figure, axes = new_figure(len(points), 4, width=2.4, height=2.4, subplot_kw=projection)
+    columns = min(len(points), 4)
+    rows = -(-len(points) // columns)
+    figure = Figure(figsize=(2.4 * columns, 2.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)  # so that the figure can be drawn
     ax: Any
-    for i, ax in enumerate(axes):
+    for i in range(len(points)):
+        ax = figure.add_subplot(rows, columns, i + 1, **projection)
         keep = slice(None) if mask is None else mask[i].cpu()
         cloud = points[i][keep][:, :3]
         ax.scatter(*cloud.T.numpy(), c=point_colors[i][keep].numpy(), s=3, linewidths=0, alpha=0.8)
         for k in (mixture.log_weights[i].exp() > 1e-3).nonzero().flatten():  # others: under 1 point of 1,000
             _draw_ellipsoid(ax, mixture.means[i, k, :3], mixture.covariances[i, k, :3, :3], colors[k].numpy())
         if titles is not None:
-            ax.set_title(titles[i])
+            ax.set_title(titles[i], fontsize=9, fontweight="bold")
         _frame(ax, cloud)
     return figure
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from em_lightning.checks import check_at_least
-from em_lightning.plots.figures import figure_style, new_figure
 from em_lightning.studies.report import Findings, Report
+from em_lightning.studies.style import figure_style, new_figure
 
 _IN_PERCENT = ("accuracy", "probe", "calibration_error")
 

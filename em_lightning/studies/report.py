@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from em_lightning.callbacks import tensorboard_writers
-from em_lightning.plots import figure_style, new_figure
-from em_lightning.plots.figures import NEUTRAL
 from em_lightning.studies.results import write_results
+from em_lightning.studies.style import NEUTRAL, figure_style, new_figure
 
 _MOST_MARKERS = 20  # on a line; more would hide it
 
