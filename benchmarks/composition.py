@@ -81,7 +81,8 @@ class StackedNetworks(EMModule):
         >>> energies[0].shape, logits.shape  # (R, N, K) and (R, N, C)
         (torch.Size([4, 5, 25]), torch.Size([4, 5, 10]))
 
-    Source: Oursland, the supervised study of implicit EM, experiment 4.
+    Source: Oursland, 2026, github.com/alanoursland/implicit_em_in_neural_activations (supervised_study),
+    experiment 4.
     """
 
     weight: Tensor

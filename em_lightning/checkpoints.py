@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -74,21 +75,21 @@ def read_checkpoint(path: str | PathLike[str], weights_only: bool = True) -> dic
     check_archive(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-    except UnpicklingError as error:  # torch's message does not name all of the classes
-        raise ValueError(_untrusted(path)) from error
     except Exception as error:  # pickle and torch raise errors of many types on altered files
-        raise _invalid(path, error) from error
+        refused = weights_only and isinstance(error, UnpicklingError)
+        raise (_untrusted(path) if refused else _invalid(path, error)) from error
     if not isinstance(checkpoint, dict):
         raise _invalid(path, f"it contains a {type(checkpoint).__name__}, not a dictionary")
     return checkpoint
 
 
-def _untrusted(path: str | PathLike[str]) -> str:
-    try:
+def _untrusted(path: str | PathLike[str]) -> ValueError:
+    names = ""  # torch's own message names only one class
+    with contextlib.suppress(Exception):  # pickle and torch raise errors of many types on altered files
         names = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))[:5])
-    except Exception:  # pickle and torch raise errors of many types on altered files
-        names = "unknown classes"
-    return (
+    if not names:
+        return _invalid(path, "its pickle is damaged, or needs weights_only=False")
+    return ValueError(
         f"{path}: invalid checkpoint (it contains more than tensors and plain values, which could run code: {names}); "
         f"only if you trust its author, for instance if these are hyperparameters of your own, allow the classes by "
         f"torch.serialization.safe_globals, or load it with weights_only=False"
@@ -320,7 +321,8 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
 
     @override
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """After the last batch, drop the loader's position, which limit_train_batches would leave within an epoch."""
+        """After the last batch of an epoch, drop the loader's position, so that a resumed run starts the next epoch."""
+        # Under limit_train_batches the loader is not at its end, and the resumed run would continue there.
         if trainer.training and trainer.is_last_batch:
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 

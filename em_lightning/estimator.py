@@ -35,8 +35,7 @@ class GaussianMixture(reference.GaussianMixture):
     Starts are computed from all rows or, with weights or more than 16,384 rows, from 16,384 rows drawn in proportion to
     their weights. Up to 4,096 unweighted float64 rows are fitted by scikit-learn's EM, which is faster for them, and up
     to 4,096 rows are evaluated by its methods. Otherwise EM runs in float64, and the attributes have the dtype of X.
-    ``weights_``, ``means_`` and ``covariances_`` may be set by hand; they must match ``n_components`` and
-    ``covariance_type``.
+    ``weights_``, ``means_`` and ``covariances_`` may be set by hand, to match ``n_components`` and ``covariance_type``.
 
     Example:
         >>> X = np.array([[-2.0], [-1.9], [-2.1], [3.0], [3.1], [2.9]])

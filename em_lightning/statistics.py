@@ -101,7 +101,7 @@ class NegLogResponsibilities(Statistic):
     For softmin at T = 1 without a prior it is d + logsumexp(-d) = -log r, exact for any size of the energies. It is
     positive for every operator whose free energy is below the lowest energy.
 
-    Source: Oursland, the neg-log-softmin activation of the supervised study of implicit EM.
+    Source: Oursland, 2026, github.com/alanoursland/implicit_em_in_neural_activations (supervised_study).
     """
 
     def forward(self, posterior: Posterior, values: Tensor | None = None, dim: int = -1) -> Tensor:

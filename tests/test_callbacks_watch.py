@@ -156,6 +156,23 @@ def test_an_audit_that_fails_warns_and_changes_nothing(cls, tmp_path):
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
+class FullDisk(TensorBoardLogger):
+    """Its writer raises."""
+
+    @property
+    def experiment(self):
+        raise OSError("no space left")
+
+
+def test_an_audit_is_kept_where_its_table_cannot_be_logged(tmp_path, capsys):
+    trainer = users.trainer(tmp_path, 1, [EMAudit()])
+    trainer.loggers = [FullDisk(tmp_path)]
+    with pytest.warns(UserWarning, match="could not log its table.*OSError: no space left") as caught:
+        trainer.callbacks[0].on_train_batch_start(trainer, users.MLP(), next(iter(users.MLP.data())), 0)
+    assert not any("em_lightning.audit" in str(warning.message) for warning in caught)
+    assert trainer.callbacks[0].audit.at("encoder.1") and "encoder.1" in capsys.readouterr().out
+
+
 class Returns(torch.nn.Module):
     def __init__(self, change):
         super().__init__()
@@ -210,3 +227,16 @@ def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     found = [str(one.message).split()[0] for one in caught if "disk full" in str(one.message)]
     assert found == ["EMAudit", "PosteriorMonitor"]
     assert trainer.global_step == 3 and any(one.em for one in callbacks[0].audit)
+
+
+def test_a_logger_that_fails_is_not_taken_for_a_layer_that_cannot_be_measured(tmp_path, monkeypatch):
+    def add_histogram(*args):
+        raise OSError("no space left")
+
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(logger.experiment, "add_histogram", add_histogram)
+    with pytest.warns(UserWarning, match="could not log all of 'encoder.1'.*OSError: no space left") as caught:
+        trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("encoder.1", verbose=False)], logger=logger)
+        trainer.fit(users.MLP(), users.MLP.data())
+    assert not any("skips" in str(warning.message) for warning in caught)
+    assert any(key.startswith("em/encoder.1/") for key in trainer.callback_metrics)

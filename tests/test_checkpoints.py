@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import lightning
@@ -19,7 +20,7 @@ from torch import nn
 
 import em_lightning
 from em_lightning.callbacks import InsertEMOperator, RestoreSurgery, StepSeeds, SwapActivations
-from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint
+from em_lightning.checkpoints import AtomicCheckpointIO, RunCheckpoint, read_checkpoint
 from em_lightning.data import Digits
 from em_lightning.files import write_whole
 from em_lightning.modules import GaussianMixtureModule, PointCloudGMM
@@ -119,6 +120,21 @@ def test_a_truncated_checkpoint_raises(tmp_path):
             io.load_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="absent.ckpt"):
         io.load_checkpoint(tmp_path / "absent.ckpt")
+
+
+def test_a_damaged_pickle_is_not_taken_for_one_of_other_classes(tmp_path):
+    path, damaged = tmp_path / "last.ckpt", tmp_path / "damaged.ckpt"
+    torch.save({"a": torch.arange(5.0)}, path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(damaged, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, b"\x80\x02garbage" if name.endswith("data.pkl") else source.read(name))
+    for weights_only in (True, False):
+        with pytest.raises(ValueError, match="damaged.ckpt: invalid checkpoint") as caught:
+            read_checkpoint(damaged, weights_only)
+        assert "classes" not in str(caught.value) and "run code" not in str(caught.value)
+    torch.save({"a": Path("data")}, path)
+    with pytest.raises(ValueError, match="last.ckpt: invalid checkpoint.*run code: .*Path"):
+        read_checkpoint(path)
 
 
 @dataclasses.dataclass

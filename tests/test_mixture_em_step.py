@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 from em_lightning.mixture import Mixture, em_step
 from em_lightning.mixture.backends import use_backend
+from em_lightning.mixture.points import prepare
 
 
 @pytest.mark.parametrize("features", [1, 2, 6])
@@ -156,3 +157,10 @@ def test_float32_values_and_gradients_of_thin_components(covariance, thickness):
     assert narrow.item() == pytest.approx(wide.item(), abs=1e-3)
     size = wide_slope.abs().max().item()
     torch.testing.assert_close(narrow_slope.double(), wide_slope, rtol=1e-2, atol=1e-2 * size)
+
+
+def test_moments_of_points_do_not_depend_on_the_unit_of_weights():
+    x, weights = clusters(1, 40, 2), torch.rand(1, 40, dtype=torch.float64)
+    one, small = (prepare(x, lambda z: z, None, c * weights, normalized_weights=False) for c in (1.0, 1e-3))
+    torch.testing.assert_close(small.mean, one.mean)
+    torch.testing.assert_close(small.variance, one.variance)

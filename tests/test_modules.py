@@ -1,6 +1,9 @@
+import csv
+
 import lightning
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError
 
@@ -83,6 +86,33 @@ def test_epoch_metrics_are_logged(tmp_path):
     logged = {name: float(value) for name, value in fit.callback_metrics.items()}
     assert logged["val/error"] == pytest.approx((module(x) - 3 * x).abs().mean().item(), rel=1e-5)
     assert {"train/error", "train/size"} <= set(logged)
+
+
+class TwoOptimizers(Regression):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD([p], lr=0.1) for p in self.parameters()]
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make, accumulate", [(lambda: Regression(lr=0.1), 1), (lambda: Regression(lr=0.1), 3),
+                                              (TwoOptimizers, 1)])  # fmt: skip
+def test_losses_are_logged_at_the_steps_of_the_loggers(make, accumulate, tmp_path):
+    loader = DataLoader(TensorDataset(torch.ones(14 * accumulate, 1), torch.ones(14 * accumulate, 1)), batch_size=2)
+    options = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 2, "accumulate_grad_batches": accumulate}
+    fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=False, **options)
+    fit.fit(make(), loader, loader)
+    with open(f"{fit.logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(rows) == 3  # of 7 steps
 
 
 def test_steps_with_huge_or_nan_gradients_are_skipped(tmp_path):

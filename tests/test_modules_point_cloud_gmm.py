@@ -74,6 +74,15 @@ def test_a_fit_does_not_depend_on_the_unit_of_length(factor):
     assert_close(last, module(near * factor), rtol=1e-9, atol=0)
 
 
+def test_clouds_of_a_quarter_of_the_usual_size_are_scaled():
+    points = surfaces(noise=0.02).points.double()
+    points = 1.8 * points / (points.amax(1) - points.amin(1)).amax(-1)[:, None, None]
+    module = PointCloudGMM.pretrained(init="farthest", num_starts=1, exact_iters=4).double()
+    scale = points.new_full((len(points),), 0.25)
+    usual = module(points).affine(scale, torch.zeros_like(points[:, 0]))
+    assert_close(module(0.25 * points), usual, rtol=1e-9, atol=0)
+
+
 def test_clouds_of_usual_size_are_fitted_as_they_are():
     points = surfaces(noise=0.02).points
     module = PointCloudGMM.pretrained(init="farthest", num_starts=1, exact_iters=4)
@@ -127,6 +136,19 @@ def test_a_training_batch_is_cut_into_disjoint_clouds_of_one_size():
     loss = module.step(batch, "train")["loss"]
     loss.backward()
     assert all(value.grad.isfinite().all() for value in module.operator.correction.parameters())
+
+
+@pytest.mark.parametrize("clouds, points", [(8, 1024), (32, 1024), (100, 64)])
+def test_each_cloud_of_a_batch_is_cut_equally_often(clouds, points):
+    module = PointCloudGMM(4, least_points=16)
+    rows = torch.arange(clouds).float()[:, None, None].expand(-1, points, 3)  # a cloud holds its number
+    mask = torch.ones(clouds, points, dtype=torch.bool)
+    batch = surfaces()._replace(points=rows, mask=mask, held_out=rows, held_out_mask=mask)
+    for _ in range(20):
+        cut, _, held_out = module._cut(batch, 16)[:3]
+        counts = cut[:, 0, 0].long().bincount(minlength=clouds)
+        assert 1 <= counts.min() == counts.max() and len(cut) <= max(64, clouds)
+        assert torch.equal(cut[:, 0], held_out[:, 0])
 
 
 def test_noise_is_drawn_per_cloud_and_holes_are_cut():

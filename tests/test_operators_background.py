@@ -168,6 +168,14 @@ def test_the_weight_stays_between_its_bounds():
     assert is_finite(mixture)
 
 
+@pytest.mark.parametrize("weight", [1e-9, 0.2, 1 - 1e-9])
+def test_the_share_of_the_background_is_reserved_once(weight):
+    background = UniformBackground(weight, estimate=True)
+    once = background.reserve_share(torch.tensor([[0.25, 0.75]], dtype=torch.float64).log())
+    assert -torch.expm1(once.logsumexp(-1)).item() == pytest.approx(min(max(weight, LEAST), 1 - LEAST), rel=1e-9)
+    assert torch.equal(background.reserve_share(once), once)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"kernel": "laplace"}])
 def test_an_empty_set_keeps_the_start(arguments):
     x = sets().float().requires_grad_()

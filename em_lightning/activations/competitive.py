@@ -44,7 +44,7 @@ class NegLogSoftminActivation(Activation):
         >>> NegLogSoftminActivation()(torch.tensor([0.0, 0.0, 5.0]))
         tensor([0.6965, 0.6965, 5.6965])
 
-    Source: Oursland, the supervised study of implicit EM (neg-log-softmin).
+    Source: Oursland, 2026, github.com/alanoursland/implicit_em_in_neural_activations (supervised_study).
     """
 
     def posterior(self, z: Tensor) -> Posterior:

@@ -21,7 +21,7 @@ class TemperatureSchedule(Callback):
     Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 
     Args:
-        start, end, steps, shape: T_0, T_1, the number of optimizer steps from one to the other, and the formula.
+        start, end, steps, shape: T_0, T_1, the steps of all optimizers from one to the other, and the formula.
         where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:

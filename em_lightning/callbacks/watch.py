@@ -22,7 +22,7 @@ from em_lightning.surgery.owners import graph_of
 from em_lightning.surgery.select import described
 
 _MAX_ITEMS = 64  # items of a batch whose curvature is computed; feature maps have one item per position
-_POWER_STEPS = 10  # Hessian-vector products; the norm is exact to 1 % if the second eigenvalue is below 0.7 of it
+_POWER_STEPS = 10  # Hessian-vector products; ten other eigenvalues of 0.69 of the norm lower it by 0.1 %, 1000 by 14 %
 
 
 def tensorboard_writers(trainer: Any) -> list[Any]:
@@ -31,7 +31,7 @@ def tensorboard_writers(trainer: Any) -> list[Any]:
 
 
 def _hessian_norm(loss: Tensor, tensors: list[Tensor]) -> Tensor:
-    """Return the spectral norm of the Hessian of a loss with respect to tensors, by power iteration."""
+    """Return the spectral norm of the Hessian of a loss with respect to tensors, by power iteration: a lower bound."""
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
     products: Any = [torch.randn(t.shape, generator=torch.Generator().manual_seed(0)).to(t) for t in tensors]
@@ -122,10 +122,10 @@ class PosteriorMonitor(Callback):
             self._taps.remove()
         self._taps, self._metrics, self._last, self._products, self._task_curvatures = None, {}, {}, {}, {}
 
-    def _skip(self, path: str, error: Exception) -> None:
+    def _skip(self, path: str, error: Exception, what: str = "skips") -> None:
         if path not in self._skipped:
             self._skipped.add(path)
-            rank_zero_warn(f"PosteriorMonitor skips {path!r}, and the run continues: {type(error).__name__}: {error}")
+            rank_zero_warn(f"PosteriorMonitor {what} {path!r}, and the run continues: {type(error).__name__}: {error}")
 
     def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
         """Measure the wanted tensors of all layers, and with a loss compare its gradients with those of the EM loss."""
@@ -175,7 +175,7 @@ class PosteriorMonitor(Callback):
             try:
                 self._log(trainer, pl_module, prefix, path, energies)
             except Exception as error:  # loggers raise exceptions of any class
-                self._skip(path, error)
+                self._skip(path, error, "could not log all of")
         self._stop()
 
     def _log(self, trainer: Any, pl_module: Any, prefix: str, path: str, energies: Tensor) -> None:
@@ -274,14 +274,17 @@ class EMAudit(Callback):
         self.audit = Audit()
         try:
             self.audit = audit(pl_module, batch)
-            if self.printed and trainer.is_global_zero:
-                print(self.audit)
-            table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
-            for logger in trainer.loggers if trainer.is_global_zero else ():
-                if hasattr(logger.experiment, "add_text"):
-                    logger.experiment.add_text("em/audit", table, trainer.global_step)
-        except Exception as error:  # models and loggers raise exceptions of any class
+        except Exception as error:  # models raise exceptions of any class
             rank_zero_warn(
                 f"EMAudit has no table: the audit raised {type(error).__name__}: {error}. Training continues; "
                 f"call em_lightning.audit with run=..., or on a part of the model"
             )
+            return
+        if self.printed and trainer.is_global_zero:
+            print(self.audit)
+        table = "\n".join(f"    {line}" for line in str(self.audit).splitlines())  # indented: code in Markdown
+        try:
+            for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
+                writer.add_text("em/audit", table, trainer.global_step)
+        except Exception as error:  # loggers raise exceptions of any class
+            rank_zero_warn(f"EMAudit could not log its table, and the run continues: {type(error).__name__}: {error}")

@@ -49,8 +49,7 @@ def balanced(
         temperature: T > 0, a number or a tensor of shape () or (1,).
         log_prior: log of the shares pi, shape (K,), finite; it is normalized. ``None`` gives equal shares.
         dim: axis of the hypotheses.
-        item_dim: axis of the N items; other axes hold independent problems. ``None`` treats all axes but ``dim``
-            as items.
+        item_dim: axis of the N items; other axes hold independent problems. ``None``: all axes but ``dim`` hold items.
         num_iters: number of solver steps; each solves one K x K system.
         mask: booleans of the shape of the energies without ``dim``; False items do not count and have r = 0 and F = 0.
 

@@ -118,8 +118,7 @@ class MahalanobisKernel(Kernel):
 
     Args:
         num_features: number of features D.
-        covariance: initial or fixed :math:`\Sigma` (D, D), symmetric and positive definite, the identity by default;
-            its dtype is kept.
+        covariance: initial or fixed :math:`\Sigma` (D, D), positive definite, by default the identity; keeps its dtype.
         learnable: learn :math:`\Sigma`; ``True`` by default, unlike in other kernels.
 
     Example:

@@ -24,16 +24,14 @@ class EMLoss(nn.Module):
     maps names to weights and may be changed between steps; terms of weight 0 are not computed.
 
     Args:
-        free_energy, variance, decorrelation: weights of the free energy and of the terms against dead and redundant
-            units.
+        free_energy, variance, decorrelation: weights of the free energy, and against dead and redundant units.
         reduction: "sum" or "mean" of the free energy over the items of the global batch. They train
             differently: "mean" divides the free energy, but not volume control, by the batch size.
         dim: axis of the units, for instance 1 for the channels of a feature map.
         **terms: further terms, named by their keys in ``LOSSES`` and given as above.
 
     Raises:
-        ValueError: a term is unknown, a weight is negative or not finite, all weights are 0, or ``reduction`` is
-            neither "sum" nor "mean".
+        ValueError: a term is unknown, a weight negative or not finite, all are 0, or ``reduction`` is unknown.
         TypeError: a term is neither a number nor a mapping.
 
     Example:

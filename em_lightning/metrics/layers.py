@@ -37,8 +37,7 @@ class DeadUnits(UnitMoments):
 
     Args:
         threshold: the variance below which a unit is dead, 0.01 as published; a constant unit is always dead.
-        relative: whether the threshold is a fraction of the mean variance of the units, for comparing activations of
-            different scales.
+        relative: whether the threshold is a fraction of the mean variance of the units, to compare different scales.
 
     Example:
         >>> metric = DeadUnits()

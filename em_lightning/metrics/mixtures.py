@@ -31,8 +31,7 @@ class ResponsibilityEntropy(MeanOfItems):
     r"""Mean entropy of the responsibilities of an item, :math:`H(r) = -\sum_k r_k \log r_k`, in nats.
 
     Args:
-        from_energies: whether ``update`` takes energies d, with responsibilities softmax(-d), instead of
-            responsibilities.
+        from_energies: whether ``update`` takes energies d instead of responsibilities, which are then softmax(-d).
 
     Example:
         >>> metric = ResponsibilityEntropy()

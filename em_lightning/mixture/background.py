@@ -62,7 +62,7 @@ class UniformBackground:
         if not self.estimate:
             return log_weights
         total = log_weights.logsumexp(-1, keepdim=True)
-        rest = math.log1p(-self.weight)
+        rest = math.log1p(-min(max(self.weight, _MIN_WEIGHT), 1.0 - _MIN_WEIGHT))
         # Scaled weights sum to at most 1 - _MIN_WEIGHT; a threshold half as far from 1 tolerates round-off.
         unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)
         return torch.where(unreserved, log_weights + rest, log_weights)
@@ -81,7 +81,7 @@ class UniformBackground:
         return points.log_volume() - self._log_density(points)
 
     def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:
-        """Return the log-density and log-weights of the background in the coordinates of the points.
+        """Return ``log(w_0 p_0)`` in the coordinates of the points, ``log w_0``, and an addend to other log-weights.
 
         ``energies`` (B,), in units of the points, replace the density of their bounding box.
         """
@@ -91,8 +91,8 @@ class UniformBackground:
         else:
             log_weight = torch.full_like(points.mass, math.log(self.weight))
             log_rest = torch.full_like(points.mass, math.log1p(-self.weight))
-        density = self._log_density(points) if energies is None else points.log_volume() - energies.to(log_weight)
-        return BackgroundTerms(density + log_weight, log_weight, log_rest)
+        log_density = self._log_density(points) if energies is None else points.log_volume() - energies.to(log_weight)
+        return BackgroundTerms(log_density + log_weight, log_weight, log_rest)
 
     def _log_density(self, points: Points) -> Tensor:
         """Return ``log p_0`` (B,) in the coordinates of the points."""

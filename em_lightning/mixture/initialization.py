@@ -15,7 +15,7 @@ from em_lightning.mixture.e_step import SufficientStatistics
 from em_lightning.mixture.m_step import m_step
 from em_lightning.mixture.points import Parameters, Points, features_first
 
-# The core of a cell: points whose squared distance from the center is below this fraction of the cell's mean. Without
+# The core of a cell: points whose squared distance from the center is at most this fraction of the cell's mean. Without
 # cores, fits to samples of random mixtures lose 0.04 to 0.09 nats per point after 5 iterations.
 _CORE = 0.4
 # Compute distances from differences, because expanded squares cancel.
@@ -89,7 +89,7 @@ def random_points(
     # A set with fewer points than components repeats them in turn.
     num_points = (weights > 0).sum(-1, keepdim=True).clamp(min=1)
     rank = torch.arange(num_components, device=order.device) % num_points
-    return _pick(points, order.gather(1, rank % order.shape[1])).mT.contiguous()
+    return _pick(points, order.gather(1, rank)).mT.contiguous()
 
 
 # Functions (points, number of centers, weights, generator) -> centers (B, K, D).
@@ -103,10 +103,11 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
     """Return the mixture of the cells (the points nearest to each center), differentiable in the points.
 
-    Weights are those of the cells. Means and correlations are those of the core of a cell, if it has over 2 D points.
-    The core holds the points whose squared distance from the center is at most ``_CORE`` of the cell's mean: the rim
-    contains points of other clusters, which slow down EM. Cells of at most D points, whose covariances would be
-    singular, get the variance of all cells.
+    Weights and traces of covariances are those of the cells; means and the rest of the covariances are those of their
+    cores, where these have over 2 D points. A core holds the points at a squared distance from the center of at most
+    ``_CORE`` times the cell's mean: the rim contains points of other clusters, which slow down EM. Cells of at most D
+    points, which are singular, get a spherical covariance: the mean squared distance of all points from their centers,
+    per feature. Shared covariances are those of all cells.
     Centers (B, K, D) are in the coordinates of the points; covariances are returned in the form of the EM loop.
     """
     num_components, num_features = centers.shape[1:]

@@ -196,6 +196,6 @@ def _moments(points: Points) -> tuple[Tensor, Tensor]:
         return weighted.sum(-1), (weighted * z).sum(-1)
 
     first, second = sum_blocks(sums_of_block, (points.x, points.weights), (), points.num_features)
-    mass = points.mass.clamp(min=1.0).unsqueeze(-1)  # the mass of a set with points is their number
+    mass = torch.where(points.mass > 0, points.mass, 1.0).unsqueeze(-1)
     mean = first / mass
     return mean, (second / mass - mean.square()).clamp(min=0.0)

@@ -39,7 +39,8 @@ class MixturePrior(nn.Module):
         weight_concentration: :math:`\alpha \ge 1`; 1 is flat.
         mean_strength: :math:`\kappa \ge 0`, in points; the default is that of the source.
         mean: :math:`m_0` (D,), in units of the points; the mean of each set by default.
-        covariance_strength: :math:`s \ge 0`, in points.
+        covariance_strength: :math:`s \ge 0`, in points. The source has :math:`2 D + 4`, from D + 2 degrees of freedom;
+            the default of 1 is weak, but makes the covariances of few points invertible.
         covariance: :math:`S_0`, diagonal: a number is a fraction of each feature's variance in the set; a sequence is
             variances (D,) in squared units of the points; the fraction :math:`K^{-2/D}` by default.
         learnable: train the pseudo-counts :math:`\alpha - 1, \kappa, s` that are positive and, if :math:`s` is, the
@@ -142,10 +143,10 @@ def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCoun
     features = means.shape[-1]
     # Natural parameters of second degree are -P / 2: their product with s(x - mu) is -(x - mu)^T P (x - mu) / 2.
     theta, peak = covariance.natural_parameters(Parameters(torch.zeros_like(log_weights), means, covariances))
-    precision = theta[..., 1 + features :]
-    log_det = peak + half_log_two_pi(features)
-    mean_term = (precision * covariance.second_degree((means - counts.mean).mT).mT).sum(-1)
-    covariance_term = (log_det + (precision * counts.scatter).sum(-1)) / covariance.sharing(means.shape[1])
+    minus_half_p = theta[..., 1 + features :]
+    log_det_root = peak + half_log_two_pi(features)  # log |P|^(1/2)
+    mean_term = (minus_half_p * covariance.second_degree((means - counts.mean).mT).mT).sum(-1)
+    covariance_term = (log_det_root + (minus_half_p * counts.scatter).sum(-1)) / covariance.sharing(means.shape[1])
     terms = counts.weight_count * log_weights + counts.mean_count * mean_term
     return (terms + counts.covariance_count * covariance_term).sum(-1)
 

@@ -24,9 +24,9 @@ class EMModule(lightning.LightningModule):
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
     term is logged as ``<stage>/<name>``. In the stages ``val`` and ``test`` the mean over the epoch and all ranks
-    is logged; in ``train`` the value of every ``log_every_n_steps``-th batch; callbacks also get that of the last one.
-    Metrics given to :meth:`add_metrics` are logged under the same prefix, over whole epochs and all ranks; ``step``
-    updates them.
+    is logged; in ``train`` the value at every ``log_every_n_steps``-th optimizer step (in manual optimization, batch);
+    callbacks also get that of the last batch. ``step`` also updates the metrics given to :meth:`add_metrics`, which are
+    logged under the same prefix, over whole epochs and all ranks.
 
     Args:
         lr: learning rate; with a schedule, its largest value.
@@ -135,7 +135,9 @@ class EMModule(lightning.LightningModule):
         except RuntimeError:  # no Trainer is attached
             return True
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return trainer.is_last_batch or (every > 0 and (trainer.global_step + 1) % every == 0)
+        # As in Lightning's loggers. In manual optimization global_step counts the steps of all optimizers.
+        done = trainer.global_step if self.automatic_optimization else trainer.fit_loop.total_batch_idx
+        return trainer.is_last_batch or (every > 0 and (done + 1) % every == 0)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
         found = any(isinstance(callback, RankAgreement) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]

@@ -34,8 +34,7 @@ class GaussianMixtureModule(EMModule):
 
     - ``"em"``: an epoch is an exact EM iteration. Each block of rows adds its sufficient statistics
       :math:`\sum_n w_n r_{nk} [1, x_n, x_n x_n^\top]`; after the last block of the epoch they are summed over ranks,
-      and the M-step follows. The run stops when the log-likelihood per point changes by less than ``tol``, as in
-      scikit-learn.
+      and the M-step follows. The run stops when the log-likelihood per point changes by less than ``tol``.
     - ``"stochastic"``: an M-step after every block, on running statistics
       :math:`s \leftarrow (1 - \gamma_t) s + \gamma_t \hat s_t` with :math:`\gamma_t = (t + 1)^{-\alpha}`, for data
       so large that less than one pass suffices.

@@ -121,7 +121,7 @@ class ResidualCorrection(nn.Module):
     def _features(
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> tuple[Tensor, Tensor]:
-        """Return features h (B, K, 7 D + 10) that are independent of the scale, and the moments of the neighbours."""
+        """Return features h (B, K, 7 D + 10), depending on the scale by the floor only, and neighbour moments."""
         num_components, unit = after.means.shape[1], points.unit()[:, None, None]
         neighbours = neighbour_moments(after, self.covariance, unit)
         axes, deviations = self.covariance.principal_axes(after.covariances, after.means, neighbours)

@@ -80,5 +80,5 @@ def _eigenvector(r: Tensor) -> Tensor:
         larger = (middle.square() + 4 * c * q).sqrt() + middle.abs()
         t = torch.where(middle >= 0, 2 * q / larger.clamp_min(tiny), larger / (2 * c).clamp_min(tiny))
         t = t.clamp(tiny, 1 - eps)
-    below = pole / t + others * gap / (distance + t * gap).clamp_min(tiny)
-    return functional.normalize(torch.cat([first / (1 - t), -below], -1), dim=-1, eps=tiny)
+    minus_rest = pole / t + others * gap / (distance + t * gap).clamp_min(tiny)
+    return functional.normalize(torch.cat([first / (1 - t), -minus_rest], -1), dim=-1, eps=tiny)  # r / (r - lambda)

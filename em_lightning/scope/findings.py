@@ -47,12 +47,14 @@ class Finding:
     """The result of the audit for one operation of a module.
 
     Attributes:
-        path: the module, or for a loss the module that computed its logits.
+        path: the path of the module, or for a loss of the module that computed its logits.
+        module, operation: the name of its class; what was recorded, such as ``"softmax"``, or the name again.
         hypotheses: the axis of the competing hypotheses and their number; empty if there are none.
         exponentiated, normalized: whether energies are exponentiated, and responsibilities sum to 1.
         soft: mean perplexity of the responsibilities; 1 means that one hypothesis has responsibility 1.
-        curvature: mean and largest :func:`~em_lightning.scope.curvature` of the items; None without check or in groups.
-        error: largest difference between dF/dd and the responsibilities that the model used; None if not checked.
+        curvature: mean and largest :func:`~.curvature` of items; None if not checked or if competitions share the axis.
+        error: largest difference between dF/dd and the responsibilities, either those that the model used or, for
+            modules of this library, those of a second call; None if not checked.
         reason: why this is EM or not.
     """
 

@@ -28,8 +28,7 @@ class AmortizedClustering(EMModule):
     of nats per held-out point of this cluster.
 
     Args:
-        num_components: K; no parameter depends on it, so ``load_from_checkpoint(path, num_components=...)`` can change
-            it.
+        num_components: K; ``load_from_checkpoint(path, num_components=...)`` can change it: no parameter depends on it.
         num_features: D.
         num_iters: T, EM iterations per set.
         init: initialization of the centers, as in :class:`~em_lightning.EMOperator`.

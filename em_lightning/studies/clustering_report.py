@@ -32,8 +32,7 @@ class ClusteringReport(Report):
     """Compare a trained :class:`~em_lightning.studies.AmortizedClustering` with classical EM and the true mixtures.
 
     On the test sets it measures the log-likelihood per fitted point under the fit (LL0) and after one exact EM step
-    with diagonal covariances (LL1), the log-likelihood of held-out points, and the adjusted Rand index of the largest
-    responsibilities.
+    with diagonal covariances (LL1), the log-likelihood of held-out points, and the adjusted Rand index of hard labels.
 
     Args:
         classical: whether to measure classical EM too.

@@ -141,7 +141,7 @@ class EMClassifier(EnergyLayer):
         >>> list(module.step((torch.rand(5, 64), torch.arange(5)), "train"))
         ['loss', 'cross_entropy', 'variance', 'decorrelation']
 
-    Source: Oursland, the supervised study of implicit EM.
+    Source: Oursland, 2026, github.com/alanoursland/implicit_em_in_neural_activations (supervised_study).
     """
 
     def __init__(

@@ -15,17 +15,15 @@ from em_lightning.data import TabularDataModule
 from em_lightning.data.base import generator_of
 from em_lightning.mixture import Mixture
 
-_DRAWN_ROWS = 2**16  # rows per random generator
-
 
 @dataclass(eq=False, repr=False)
 class GaussianBlobs(TabularDataModule):
     """A table drawn from a known Gaussian mixture; needs no download.
 
-    Weights are unequal and covariances full; with few features the components overlap. The arguments fix the rows.
+    Weights are unequal, covariances full; with few features components overlap. Equal arguments give equal rows.
 
     Args:
-        num_points, num_features: N and D.
+        num_points, num_features, seed: N, D and the seed of all rows.
         true_components: number of components of the mixture.
         held_out_points: rows for validation and test.
         folder: where to write the rows once, as memory-mapped shards; ``None`` keeps them in memory.
@@ -36,6 +34,7 @@ class GaussianBlobs(TabularDataModule):
         '1,000 x 2 from a mixture of 12 Gaussians (a tensor of float32); 100 held out'
     """
 
+    # Set by ``setup``. Not None, with which a TabularDataModule has no held-out rows.
     data: Tensor | str = field(init=False, default="")
     weights: None = field(init=False, default=None)
     held_out: Tensor | str | None = field(init=False, default="")
@@ -63,18 +62,14 @@ class GaussianBlobs(TabularDataModule):
 
     def _draw(self, stream: int, rows: int) -> Tensor:
         """Return rows of the data, stream 1, or of the held-out data, stream 2."""
-        truth, blocks = self.truth(), []
-        weights, factors = truth.weights[0], torch.linalg.cholesky(truth.covariances[0])
-        for start in range(0, rows, _DRAWN_ROWS):
-            generator = generator_of(self.seed, stream, start // _DRAWN_ROWS)
-            size = min(_DRAWN_ROWS, rows - start)
-            label = torch.multinomial(weights, size, replacement=True, generator=generator)
-            noise = torch.randn(size, self.num_features, generator=generator)
-            for k in range(self.true_components):
-                drawn = label == k
-                noise[drawn] = noise[drawn] @ factors[k].T.float() + truth.means[0, k].float()
-            blocks.append(noise)
-        return torch.cat(blocks)
+        truth, generator = self.truth(), generator_of(self.seed, stream)
+        factors = torch.linalg.cholesky(truth.covariances[0])
+        label = torch.multinomial(truth.weights[0], rows, replacement=True, generator=generator)
+        x = torch.randn(rows, self.num_features, generator=generator)
+        for k in range(self.true_components):
+            drawn = label == k
+            x[drawn] = x[drawn] @ factors[k].T.float() + truth.means[0, k].float()
+        return x
 
     def prepare_data(self) -> None:
         if self.path is None or self.path.exists():
@@ -83,7 +78,7 @@ class GaussianBlobs(TabularDataModule):
         # The complete folder is renamed, so that an interrupted run leaves no partial one.
         partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True)
-        cuts = [self.num_points // 2, 5 * self.num_points // 6]  # three shards of different lengths
+        cuts = [self.num_points // 2, 5 * self.num_points // 6]  # unequal shards, which tables of users also have
         for number, shard in enumerate(np.split(rows, cuts)):
             np.save(partial / f"{number}.npy", shard)
         partial.rename(self.path)

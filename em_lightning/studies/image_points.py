@@ -43,8 +43,7 @@ class ImagePointSets(TensorDataModule):
 
     The longer side of an image spans -1 to 1, x to the right and y upwards. Each bright pixel of an image with M of
     them is drawn floor(num_points / M) times; the remaining points are distinct random pixels. Training sets are
-    resampled every epoch; validation and test sets are fixed by the seed. An image without bright pixels becomes an
-    empty set.
+    resampled every epoch; validation and test sets are fixed by the seed. An image without bright pixels is empty.
 
     Args:
         images: ``"digits"`` (scikit-learn) or ``"mnist"``.

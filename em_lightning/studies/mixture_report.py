@@ -31,7 +31,7 @@ class MixtureReport(Report):
     clouds and ellipsoids. The settings of the classical fits are tuned on the validation clouds of each size.
 
     Args:
-        sizes: numbers of points; a size that no cloud of the data has is left out.
+        sizes: numbers of points; a size that no validation or no test cloud has is left out.
         num_pictured: number of clouds in the figures and in ``report.html``.
         sklearn: whether to fit scikit-learn's ``GaussianMixture``.
     """
@@ -123,7 +123,7 @@ def _side_by_side(clouds: Clouds, fits: Mapping[str, Sequence[Mixture]], titles:
 
 
 def clouds_of(batches: Sequence[PointCloudBatch], size: int) -> Clouds | None:
-    """Return the first ``size`` points of the clouds that have so many, and equally many held-out points of each."""
+    """Return ``size`` points of each cloud that has so many, and as many held-out points as all have; None if empty."""
     count = min(int(batch.held_out_mask.sum(1).min()) for batch in batches)
     points, held_out = [], []
     for batch in batches:

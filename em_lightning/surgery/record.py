@@ -16,6 +16,7 @@ from em_lightning.surgery.select import MARKER
 
 KEY = "em_lightning"  # key in the checkpoint dictionary
 _PLAN = "_em_surgery_plan"  # attribute of a changed model
+# calls: as in replace_modules; target: classes whose functions are replaced; by: state_key of the callback, or None
 _FIELDS = {"operation", "path", "class_path", "init_args", "calls", "target", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
 

@@ -17,7 +17,9 @@ from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
-_MAX_ELEMENTS = 2**28  # of all modules that a plan builds, so that no file fills the memory: 1 GiB in float32
+# Limit of all modules that a plan builds, so that no file fills the memory (1 GiB in float32), with a number added for
+# each module and tensor, because constructors of very many layers take time that is quadratic in their number.
+_MAX_ELEMENTS, _PER_OBJECT = 2**28, 2**14
 
 
 def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | None = None) -> Surgery:
@@ -56,15 +58,16 @@ def _recorded_path(site: Site) -> str:
 
 @contextlib.contextmanager
 def _limited_memory() -> Iterator[None]:
-    """Raise ValueError if new modules register more than ``_MAX_ELEMENTS`` elements, before their initialization."""
+    """Raise ValueError if new modules exceed ``_MAX_ELEMENTS``, before their initialization."""
     left = _MAX_ELEMENTS
 
     def count(module: nn.Module, name: str, value: Any) -> None:
         nonlocal left
-        # 2**14 for the object itself: constructors of very many layers take time that is quadratic in their number.
-        left -= 2**14 + (value.numel() if isinstance(value, Tensor) else 0)
+        left -= _PER_OBJECT + (value.numel() if isinstance(value, Tensor) else 0)
         if left < 0:
-            raise ValueError(f"the plan builds modules of more than {_MAX_ELEMENTS:,} elements")
+            raise ValueError(
+                f"the plan builds over {_MAX_ELEMENTS:,} elements, counting {_PER_OBJECT:,} per module and tensor"
+            )
 
     kinds = ("parameter", "buffer", "module")
     hooks = [getattr(nn.modules.module, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
@@ -101,7 +104,7 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
 
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]
-        where = path.removesuffix(CALLS_CHILD).removesuffix(".")
+        where = path.removesuffix(CALLS_CHILD).removesuffix(".")  # the module that calls the function
         swap_calls(surgery, where, make, target, calls, prepare)
         return
     sites = find_modules(surgery.model, [path])

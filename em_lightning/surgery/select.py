@@ -147,7 +147,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
     Each is a class; a pattern for paths, in which ``*`` also matches dots; a predicate of the module or of
     ``(path, module)``; or a list of these, any of which may match. The root itself is never selected. Submodules of a
     match are not matched again by the same entry. Submodules of modules that surgery built are selected only with
-    ``inserted=True`` or by an entry that is their full path.
+    ``inserted=True``, which also omits the warning of modules in plain lists, or by an entry that is their full path.
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
@@ -180,7 +180,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
                 found.add(match)
     unregistered = [
         site.path
-        for site in (() if inserted else _unregistered(model))
+        for site in (() if inserted else _unregistered(model))  # the surgery has already warned
         if any(matches(site, entry) for entry in entries) and (target is None or matches(site, target))
     ]
     if unregistered:
@@ -211,7 +211,7 @@ def _unregistered(model: nn.Module) -> Iterator[Site]:
 
 
 def described(where: Any) -> str:
-    """Return the text of a selection in errors and state keys, distinct for distinct classes and functions."""
+    """Return the text of a selection in errors and state keys; functions differ if they begin on different lines."""
     if isinstance(where, Sequence) and not isinstance(where, str):
         return f"[{', '.join(described(one) for one in where)}]"
     if inspect.isfunction(where):

@@ -7,11 +7,12 @@
 
 namespace {
 
-// Matrices (..., size, size) have a number of entries in all. The last three fields are those of the backward pass.
+// ``entries`` is the number of entries of all matrices (..., size, size) together. The last three fields are those of
+// the backward pass.
 struct Problem {
   int64_t entries, size;
-  const double *matrix, *pivots;
-  double *scale, *inverse;
+  const double *matrix, *pivots;  // pivots are the smallest allowed ones
+  double *scale, *inverse;        // scale is L, inverse is W
   const double *grad_scale, *grad_inverse;
   double* grad_matrix;
 };
@@ -19,9 +20,9 @@ struct Problem {
 // Bound of entries of L relative to their largest possible size; above 1, so that round-off changes no valid entry.
 constexpr double kBound = 1.001;
 
-// The factor L and its inverse W (lower triangles) of the lower triangles of matrices (count, size, size). Pivots below
-// the smallest ones (count, size) are raised to them. The squares of a row of L add up to the diagonal entry of the
-// matrix, unless rounding made it indefinite; therefore entries are bounded by the root of the diagonal entry.
+// The factor L and its inverse W (lower triangles) of the lower triangles of matrices (count, size, size). Pivots (squared
+// diagonal entries of L) are at least ``pivots`` (count, size). The squares of a row of L add up to the diagonal entry of
+// the matrix, unless rounding made it indefinite; therefore entries are bounded by the root of the diagonal entry.
 // With kSize > 0 the size is known to the compiler.
 template <int kSize>
 void factorize(const Problem& p) {

@@ -275,19 +275,19 @@ class Worker {
     }
     std::fill(grad_points.begin(), grad_points.end(), V{});
     for (int64_t k = 0; k < K; ++k) {
-      V *r = &score[k * kSteps], *a = &slope[k * kSteps];
+      V *r = &score[k * kSteps], *a = &slope[k * kSteps], *grad_score = a;  // overwrites the slopes
       for (int s = 0; s < steps; ++s) {
         r[s] *= weights[s];
-        a[s] = r[s] * (a[s] - mean_slope[s] + grad_density[s]);
+        grad_score[s] = r[s] * (a[s] - mean_slope[s] + grad_density[s]);
       }
       choose(k, r, steps);
-      const V* own_slope = choice.gather(a, chosen_slope);
-      components[k].add(chosen, y, choice.steps, [&](int s) { return own_slope[s]; }, &sums[k * M]);
+      const V* own_grad = choice.gather(grad_score, chosen_slope);
+      components[k].add(chosen, y, choice.steps, [&](int s) { return own_grad[s]; }, &sums[k * M]);
       if (!p.grad_x) continue;
       // Add the gradients in the points.
       V* grads = choice.gathered ? chosen_grads.data() : grad_points.data();
       if (choice.gathered) std::fill(chosen_grads.begin(), chosen_grads.end(), V{});
-      components[k].pull(chosen, y, choice.steps, &gradients[k * G], choice.gather(r, chosen_r), own_slope, grads);
+      components[k].pull(chosen, y, choice.steps, &gradients[k * G], choice.gather(r, chosen_r), own_grad, grads);
       for (int64_t i = 0; choice.gathered && i < p.features; ++i)
         choice.scatter(&grads[i * kSteps], &grad_points[i * kSteps]);
     }

@@ -116,13 +116,14 @@ struct Component {
     }
   }
 
-  // grad_u += W (r d(gradient . [1, y, s(y)]) / dy - slope y)
-  void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+  // grad_u += W (r d(gradient . [1, y, s(y)]) / dy - grad_score y), where grad_score is the derivative of the loss in
+  // the log-density
+  void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* grad_score, V* grad_u) const {
     for (int i = 0; i < features; ++i) {
       const Real first = gradient[1 + i], second = 2 * gradient[1 + features + (kDiagonal ? i : 0)];
       for (int s = 0; s < steps; ++s) {
         const V y = y_of(u, i, s);
-        grad_u[i * kSteps + s] += inverse[i] * (r[s] * (first + second * y) - slope[s] * y);
+        grad_u[i * kSteps + s] += inverse[i] * (r[s] * (first + second * y) - grad_score[s] * y);
       }
     }
   }

@@ -122,8 +122,9 @@ class Component {
     }
   }
 
-  // grad_u += T^T (r d(gradient . [1, t, t_i t_j]) / dt + slope d(log-density) / dt)
-  void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+  // grad_u += T^T (r d(gradient . [1, t, t_i t_j]) / dt + grad_score d(log-density) / dt), where grad_score is the
+  // derivative of the loss in the log-density
+  void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* grad_score, V* grad_u) const {
     const Shear t_of(*this);
     for (int s = 0; s < steps; ++s) {
       V t[D], inner[D];
@@ -135,7 +136,7 @@ class Component {
           inner[i] += gradient[pair] * t[j];
           inner[j] += gradient[pair] * t[i];
         }
-      const V in_nats = Real(kLn2) * slope[s];
+      const V in_nats = Real(kLn2) * grad_score[s];
       for (int i = 0; i < D; ++i) {
         const V outer = r[s] * inner[i] - in_nats * (2 * quadratic[i] * t[i] + linear[i]);
         grad_u[i * kSteps + s] += outer;

@@ -145,11 +145,13 @@ struct Component {
     });
   }
 
-  // grad_u += W^T (r d(gradient . [1, y, y_i y_j]) / dy - slope y)
-  void pull(const V*, const V* white, int steps, const Real* gradient, const V* r, const V* slope, V* grad_u) const {
+  // grad_u += W^T (r d(gradient . [1, y, y_i y_j]) / dy - grad_score y), where grad_score is the derivative of the loss
+  // in the log-density
+  void pull(const V*, const V* white, int steps, const Real* gradient, const V* r, const V* grad_score, V* grad_u) const {
     V outer[kRows * kSteps];
     multiply<false>(gradient + 1 + D + kMatrix, white, steps, [&](int i, int s, V sum) {
-      outer[i * kSteps + s] = r[s] * (sum + (i < D ? gradient[1 + i] : Real(0))) - slope[s] * white[i * kSteps + s];
+      const V slope_y = sum + (i < D ? gradient[1 + i] : Real(0));
+      outer[i * kSteps + s] = r[s] * slope_y - grad_score[s] * white[i * kSteps + s];
     });
     multiply<false>(transposed, outer, steps, [&](int i, int s, V sum) {
       if (i < D) grad_u[i * kSteps + s] += sum;

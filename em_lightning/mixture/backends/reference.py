@@ -1,8 +1,8 @@
 """Evaluation of functions of points in blocks, recomputed in the backward pass, in plain torch.
 
-No tensor of size (N, K) is stored for the backward pass, which evaluates the function on each block again. Memory
-therefore does not grow with the number of EM iterations, and the intermediate results of a block stay in a processor's
-cache.
+In eager mode no tensor of size (N, K) is stored for the backward pass, which evaluates the function on each block
+again. Memory therefore does not grow with the number of EM iterations, and the intermediate results of a block stay in
+a processor's cache.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def _over_blocks(
     """
     first = next(tensor for tensor in rows if tensor is not None)
     num_sets, num_items = first.shape[0], first.shape[-1]
+    # A compiler would unroll the loop over blocks, and compile again for each number of blocks.
     if torch.compiler.is_compiling() or num_sets * num_items * width <= _SMALL:
         return function(slice(None), *rows, *parameters)
     if block_size is None:

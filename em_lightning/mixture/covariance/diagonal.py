@@ -58,8 +58,8 @@ class DiagonalCovariance(FullCovariance):
         return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
-        log_det = inverse.log().sum(-1) * (num_features / inverse.shape[-1])  # shared by D features if it has 1 entry
-        return log_weights + log_det - half_log_two_pi(num_features)
+        log_det_root = inverse.log().sum(-1) * (num_features / inverse.shape[-1])  # D features may share one entry
+        return log_weights + log_det_root - half_log_two_pi(num_features)
 
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor

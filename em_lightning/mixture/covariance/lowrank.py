@@ -11,6 +11,8 @@ from em_lightning.mixture.covariance.full import FullCovariance
 # Steps of EM for factor analysis. In an M-step: with 16, fits to samples of random mixtures (D = 8, rank 2) gain less
 # than 0.001 nats per point after 20 iterations. To approximate a full covariance: 1000 come closer by 0.02 nats.
 _STEPS, _INITIAL_STEPS = 4, 40
+# Share of the variances that a start has in U: EM can change neither U = 0 nor a variance of 0 in Psi.
+_INITIAL_SHARE = 0.5
 
 
 class LowRankCovariance(FullCovariance):
@@ -73,16 +75,16 @@ class LowRankCovariance(FullCovariance):
         return loadings @ loadings.mT + covariances[..., -1].square().diag_embed()
 
     def from_public(self, covariances: Tensor) -> Tensor:
-        """Return ``[U, sqrt(diag Psi)]`` near full covariances, by EM from R Cholesky columns times ``sqrt(1/2)``."""
+        """Return ``[U, sqrt(diag Psi)]`` near full covariances, by EM from R scaled Cholesky columns."""
         pivots = smallest_pivots(covariances.diagonal(dim1=-2, dim2=-1))
-        loadings = 0.5**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
+        loadings = _INITIAL_SHARE**0.5 * cholesky_with_inverse(covariances, pivots).scale[..., : self.rank]
         noise = covariances.diagonal(dim1=-2, dim2=-1) - loadings.square().sum(-1)
         return self._factor_analysis(covariances, loadings, torch.maximum(noise, pivots), pivots, _INITIAL_STEPS)
 
     def expand(self, variance: Tensor, num_components: int) -> Tensor:
-        """Return ``diag(variance)`` for every component, with half of the first R variances in ``U``."""
+        """Return ``diag(variance)`` for every component, of which ``U`` takes a share of the first R variances."""
         root = variance.sqrt().unsqueeze(1).expand(-1, num_components, -1)
-        share = 0.5**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
+        share = _INITIAL_SHARE**0.5 * identity(variance.shape[-1], root)[:, : self.rank]
         loadings = root.unsqueeze(-1) * share
         noise = (root.square() - loadings.square().sum(-1)).sqrt()
         return torch.cat([loadings, noise.unsqueeze(-1)], -1)
