@@ -32,7 +32,9 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = f"{path} cannot be written ({error.strerror}); the old file is kept: free disk space and try again"
+        reason = (
+            f"{path} cannot be written ({error.strerror}); the old file is kept; check the folder and the free space"
+        )
         raise OSError(error.errno, reason) from error
 
 

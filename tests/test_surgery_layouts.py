@@ -400,6 +400,35 @@ def test_calls_in_helper_methods_are_swapped(cls):
     assert torch.equal(model(x), 2 * x.relu())
 
 
+class Children(nn.Module):
+    """Calls modules that are named like the function."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.block = nn.ModuleDict({"tanh": nn.Tanh()})
+        self.block.relu = self.relu
+
+    def forward(self, x):
+        return [self.relu(one) + self.block.relu(one) for one in (x,)][0]
+
+
+class ChildrenAndCalls(Children):
+    def forward(self, x):
+        return super().forward(x) + x.relu()
+
+
+def test_children_named_like_the_function_are_no_calls():
+    x = torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="functional=True has no effect: .*relu"):
+        surgery = swap_activations(nn.Sequential(Children()), nn.Tanh, calls="any", functional=True)
+    assert not any("em_functional" in change.path for change in surgery.changes)
+    model = nn.Sequential(ChildrenAndCalls())
+    surgery = swap_activations(model, nn.Tanh, calls="any", functional=True, verbose=False)
+    assert surgery.changes[-1].path == "0.em_functional"
+    torch.testing.assert_close(model(x), 3 * x.tanh())
+
+
 def test_functions_inside_an_operator_are_not_swapped_again():
     class Outer(nn.Module):
         def __init__(self):

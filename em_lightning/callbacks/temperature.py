@@ -21,7 +21,9 @@ class TemperatureSchedule(Callback):
     Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 
     Args:
-        start, end, steps, shape: T_0, T_1, the steps of all optimizers from one to the other, and the formula.
+        start, end: T_0 and T_1.
+        steps: optimizer steps from T_0 to T_1, those of all optimizers together (``trainer.global_step``).
+        shape: the formula.
         where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:

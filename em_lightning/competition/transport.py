@@ -14,8 +14,8 @@ from em_lightning.distributed import accumulation_dtype
 # Fraction of the solver's steps in which the temperature decreases to T; the rest are at T. With 20 steps and energies
 # of about 1,000 T, 0.5 misses the mass of a hypothesis by up to 0.3 items, 0.9 by 0.01, and 0.75 by round-off.
 _ANNEALED_FRACTION = 0.75
-# Largest change of a price in a Newton step, in units of T. In 8 steps and at energies of 1,000 T, masses are within 1
-# item for limits of 2 to 8, but only within 30 without a limit.
+# Largest change of a price in a Newton step, in units of the step's temperature. In 8 steps and at energies of 1,000 T,
+# masses are within 1 item for limits of 2 to 8, but only within 30 without a limit.
 _LARGEST_MOVE = 4.0
 
 
@@ -129,7 +129,7 @@ def _solve(d: Tensor, temperature: Tensor, mass: Tensor, num_iters: int) -> tupl
     prices = torch.zeros_like(d[..., 0, :])
     finfo = torch.finfo(d.dtype)
     num_items, num_hypotheses = mass.sum(-1, keepdim=True), mass.shape[-1]
-    # Makes the system regular: at hypotheses without responsibility by round-off, along a shift of all prices by N / K.
+    # Makes the system regular: N eps where hypotheses have no responsibility, N / K^2 because of shifts of all prices.
     ridge = (num_items * finfo.eps).expand_as(mass).diag_embed() + (num_items / num_hypotheses**2).unsqueeze(-1)
 
     def total_and_system(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,11 +127,11 @@ class EllipticalKernel(Kernel):
 
     For Laplace, Huber and pseudo-Huber, :math:`\rho` is the energy of one feature with squared difference :math:`y`.
     For Gaussian and Student-t, it is the energy itself. A ``scale`` :math:`s` divides the distance,
-    :math:`\rho(y / s^2)`; the Gaussian ignores it, since the covariance makes it redundant. Below the distance 1e-4 s
-    the Laplace energy is a parabola, because its IRLS weight would tend to infinity there.
+    :math:`\rho(y / s^2)`, and only changes the unit of an estimated :math:`\Sigma`; the Gaussian ignores it. Below the
+    distance 1e-4 s the Laplace energy is a parabola, because its IRLS weight would tend to infinity there.
 
     Source: Kent and Tyler, "Redescending M-estimates of multivariate location and scatter", Annals of Statistics 19
-    (1991); exponential power: Gómez, Gómez-Villegas and Marín, Communications in Statistics 27 (1998).
+    (1991); Laplace (exponential power): Gómez, Gómez-Villegas and Marín, Communications in Statistics 27 (1998).
     """
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
@@ -151,7 +151,7 @@ class EllipticalKernel(Kernel):
 
 
 def density_kernel(spec: Any) -> Kernel:
-    """Return ``KERNELS.build(spec)``, by default a density for every D: with ``density=True`` if it is an argument."""
+    """Return ``KERNELS.build(spec)``, with the default ``density=True`` if the kernel's class has this argument."""
     if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
         return KERNELS.build(spec, density=True)
     return KERNELS.build(spec)

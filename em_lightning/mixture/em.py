@@ -169,8 +169,8 @@ class StreamedEM(NamedTuple):
     ) -> Mixture:
         """Return the mixture of the M-step; ``mixture`` is that of the E-step.
 
-        A prior without a mean uses the center of the frame; one without a covariance needs the ``variance`` (1, D) of
-        all points. The floor is in squared units of the points.
+        A prior without a mean uses the center of the frame; one with ``covariance_strength`` > 0 but no covariance
+        needs the ``variance`` (1, D) of all points. The floor is in squared units of the points.
         """
         center, scale = self.frame
         with torch.no_grad():

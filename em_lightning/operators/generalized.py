@@ -29,7 +29,7 @@ from em_lightning.mixture import initialization
 from em_lightning.mixture.points import Parameters, join_weights
 from em_lightning.operators.base import SetOperator
 
-_BLOCK_SIZE = 2**22  # numbers (B, K, n, D) per block of points: 16 MiB in float32
+_BLOCK_SIZE = 2**22  # numbers (B, K, n, D) per block of points, 16 MiB in float32: derivatives need several copies
 _TRIALS = 30  # of the line search; the shortest, 2^-29 of a full step, is below the rounding of most float32 centers
 # Armijo constant: the expected energy must fall by this share of what the gradient predicts; the usual value.
 _ARMIJO = 1e-4
@@ -210,7 +210,7 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     # Points without an IRLS weight get the mean weight of the others.
     usable = (weighted_share > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
     step = -slope * weighted_share / torch.where(usable, weight, 1.0)
-    # If no point has a weight, all points coincide with the center: it stays, with the gradient of their mean.
+    # If no point has a weight, all are at the center or have slope 0: it stays, with the gradient of their mean.
     drift = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
     return slope, torch.where(usable, step.to(centers.dtype), drift - drift.detach())
 
@@ -268,7 +268,7 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _curvature(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the Hessian's row sums, at least 0, as a constant: second derivatives of radial and additive energies."""
+    """Return the Hessian's row sums, at least 0: for additive energies, and radial ones at the center, its diagonal."""
     with torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)

@@ -114,8 +114,8 @@ class EMPooling(nn.Module):
         if "values" in self.summary:
             weights = torch.ones_like(x[..., 0]) if weights is None else weights.to(x.dtype)
             weights = weights if mask is None else weights * mask
-            r = self.operator.posterior(x, mixture, mask).responsibilities[..., : mixture.components]
-            r = r * weights.unsqueeze(-1)
+            r = self.operator.posterior(x, mixture, mask).responsibilities
+            r = r[..., : mixture.components] * weights.unsqueeze(-1)  # without the background, the last hypothesis
             parts["values"] = r.mT @ values / r.sum(1).clamp(min=torch.finfo(x.dtype).eps).unsqueeze(-1)
         return torch.cat([parts[name] for name in self.summary], -1).flatten(1)
 

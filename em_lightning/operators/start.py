@@ -38,7 +38,7 @@ class Sets(NamedTuple):
 
 
 class DrawnStart(NamedTuple):
-    """A mixture around centers drawn among the points of each set; ``name`` and the rest as in :func:`build_start`."""
+    """A start around centers drawn among the points of each set; ``name`` is ``init`` of :class:`EMOperator`."""
 
     name: str
     num_components: int
@@ -51,7 +51,7 @@ class DrawnStart(NamedTuple):
         generator = None if self.seed is None else torch.Generator(points.x.device).manual_seed(self.seed)
 
         def draw() -> Tensor:
-            """Return centers (B, K, D) in the coordinates of the points."""
+            """Return centers (B, K, D) in the coordinates of the frame."""
             choose = initialization.CENTERS[self.name]
             centers = choose(points.x.detach().mT, self.num_components, weights=points.weights, generator=generator)
             return frame.enter(centers.to(frame.center.dtype).mT).mT

@@ -109,8 +109,7 @@ class AmortizedClustering(EMModule):
         n = valid.sum(-1, keepdim=True)
         center = (points * valid.unsqueeze(-1)).sum(1, keepdim=True) / n.clamp(min=1.0).unsqueeze(-1)
         background = Mixture(torch.zeros_like(n), center, (2.0 * self.log_scale).exp().to(n.dtype).expand_as(n))
-        # An empty set has log n = -inf; the gradient of logaddexp at n + c needs a finite number.
-        log_total = torch.logaddexp(n.clamp(min=torch.finfo(n.dtype).tiny).log(), self.log_count)
+        log_total = torch.logaddexp(n.log(), self.log_count)
         log_weighted = torch.logaddexp(n.log() + mixture.log_prob(x), self.log_count + background.log_prob(x))
         return log_weighted - log_total
 

@@ -111,8 +111,9 @@ def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, 
     """Return one line of a table: the published, checked and reproduced value and their difference.
 
     The difference is the mean of the reproduced values minus the published one, or minus the checked one if nothing is
-    published. ``inside`` is "yes" if its absolute value is at most the larger standard deviation of these two plus half
-    a unit of the last digit. ``published`` and ``checked`` are numbers, texts (``"93.4 ± .3"``), or ``None``.
+    published. ``inside`` is "yes" if its absolute value is at most the larger of the standard deviations of published
+    and checked, plus half a unit of the last digit of the value subtracted. Both are numbers, texts (``"93.4 ± .3"``),
+    or ``None``; the checked value is that of an independent reproduction.
 
     Example:
         >>> compare([93.0, 93.4], "93.4 ± .3", None)["difference"], compare([93.0, 93.4], 94.0, None)["inside"]

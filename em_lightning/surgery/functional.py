@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import types
@@ -67,9 +68,9 @@ def swap_calls(
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
     The operator from ``make`` becomes a child of the module, named ``em_functional``; then ``prepare`` is called, and
-    ``calls`` is as in :func:`replace_modules`. While a method of the module that mentions the function runs, the
-    operator replaces all calls of the function, including calls by unselected children. Methods of the classes of torch
-    and Lightning are skipped. Functions that are reached only through containers or other objects are not found.
+    ``calls`` is as in :func:`replace_modules`. While a method of the module that mentions the function's name runs,
+    the operator replaces all calls of the function, including calls by unselected children. Methods of torch's and
+    Lightning's classes are skipped. Functions that are reached only through containers or other objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions a function of ``target``; the message lists the modules.
@@ -105,7 +106,7 @@ def swap_calls(
             surgery.undos.append(wrap(site.parent, name, functools.partial(_run, site.parent, functions)))
         prepare(site, change)
 
-    sites = []  # one per owner for its new child; the activation's class kinds[0] stands for what the child replaces
+    sites = []  # one per owner, for its new child; kinds[0] stands for all activations that the child replaces
     for owner in owners:
         path = f"{owner.path}.{CALLS_CHILD}".lstrip(".")
         sites.append(Site(path, kinds[0](), owner.module, CALLS_CHILD, (*owner.ancestors, owner.module), kinds[0]))
@@ -119,34 +120,52 @@ def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., An
 
 
 def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
-    """Return the methods of a user's class, or of its bases, that mention a name or an attribute that calls one."""
+    """Return the names of methods that mention one of ``names``, or an attribute whose function is or mentions one."""
+    submodules = {f"self.{path}" for path, _ in module.named_modules(remove_duplicate=False)}
     stored = {name: getattr(value, "func", value) for name, value in vars(module).items()}  # func: functools.partial
     names = names | {
         name
         for name, value in stored.items()
-        if (inspect.isfunction(value) and _mentions(value.__code__, names, value))
+        if (inspect.isfunction(value) and _mentions(value, value.__code__, names, submodules))
         or (inspect.isbuiltin(value) and value.__name__ in names)
     }
+    # Without special methods: Python looks them up in the class, so a wrapper in the instance has no effect.
     return sorted(
         {
             name
             for base in type(module).__mro__
             if not base.__module__.startswith(_LIBRARIES)
             for name, method in vars(base).items()
-            if inspect.isfunction(method) and not name.startswith("__") and _mentions(method.__code__, names, method)
+            if inspect.isfunction(method) and not name.startswith("__")
+            if _mentions(method, method.__code__, names, submodules)
         }
     )
 
 
-def _mentions(code: types.CodeType, names: set[str], function: Any, depth: int = 3) -> bool:
-    """Return whether code, functions nested in it, or functions of its module up to ``depth`` calls away use a name."""
-    if names & set(code.co_names):
+def _mentions(function: Any, code: types.CodeType, names: set[str], submodules: set[str], depth: int = 3) -> bool:
+    """Return whether ``code`` of a function, or functions outside torch up to ``depth`` calls away, use a name."""
+    if names & set(code.co_names) and names & _names_read(code, submodules):
         return True
-    if any(_mentions(one, names, function, depth) for one in code.co_consts if isinstance(one, types.CodeType)):
+    nested = [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    if any(_mentions(function, one, names, submodules, depth) for one in nested):
         return True
     called = [function.__globals__.get(name) for name in code.co_names] if depth else []  # they may be recursive
     return any(
-        _mentions(one.__code__, names, one, depth - 1)
+        _mentions(one, one.__code__, names, submodules, depth - 1)
         for one in called
         if inspect.isfunction(one) and not one.__module__.startswith("torch.")
     )
+
+
+def _names_read(code: types.CodeType, submodules: set[str]) -> set[str]:
+    """Return the names of globals and attributes in code, without those of submodules such as ``self.relu``."""
+    names, path = set(), ""  # path: the variable loaded last and the attributes read from it
+    for instruction in dis.get_instructions(code):
+        value = instruction.argval
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            path += f".{value}"
+        elif instruction.opname != "EXTENDED_ARG":  # a part of the next instruction
+            path = str(value[-1] if isinstance(value, tuple) and value else value)  # Python 3.13 loads two variables
+        if instruction.opcode in dis.hasname and path not in submodules:
+            names.add(value)
+    return names

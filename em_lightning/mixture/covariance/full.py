@@ -52,11 +52,11 @@ class FullCovariance:
     """Any positive definite covariance for each component: ``Sigma (B, K, D, D)``, ``s(x) = [x_i x_j for i <= j]``.
 
     The other covariance types override these methods. In the EM loop, means and covariances are in the coordinates of
-    the point sets; ``s(x)`` are the features of second degree.
+    the :class:`~.points.Frame`; ``s(x)`` are the features of second degree.
     """
 
     name = "full"
-    # The inverse factor of the native backend: a triangle ("full"), a diagonal ("diag") or one number ("spherical").
+    # Inverse factor in the native backend: triangle ("full"), diagonal ("diag"), number ("spherical"); None: not used.
     whitening: str | None = "full"
     # Number of leading axes of size 1 that the covariances of a mixture of one set have and scikit-learn's do not.
     sklearn_axes = 1
@@ -101,7 +101,7 @@ class FullCovariance:
     def indefinite(self, covariances: Tensor) -> Tensor:
         """Return, as (B, K) or (B, 1), which finite covariances are indefinite by more than round-off."""
         features = covariances.shape[-1]
-        # Products of singular factors are indefinite by up to D eps, results of longer computations by more.
+        # Products of singular factors are indefinite by up to D eps; 16 leaves room for longer computations.
         round_off = 16 * features * torch.finfo(covariances.dtype).eps * covariances.diagonal(dim1=-2, dim2=-1)
         failed = torch.linalg.cholesky_ex(covariances + round_off.diag_embed()).info != 0
         return failed & covariances.isfinite().flatten(-2).all(-1)
@@ -146,7 +146,7 @@ class FullCovariance:
         return scatter / mass.unsqueeze(-1)
 
     def pool(self, values: Tensor) -> Tensor:
-        """Return the average of values (B, K, D) over components that share a covariance."""
+        """Return the average of values (B, K, ...) over components that share a covariance."""
         return values
 
     def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
@@ -199,7 +199,7 @@ class FullCovariance:
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D) or (D, D), one per column, and the standard deviations (B, K, D) along them.
 
-        If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbouring
+        Tied covariances give (B, 1, D, D) and (B, 1, D). If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbouring
         components determine the axes; otherwise round-off would.
         """
         sigma = self.to_public(covariances)

@@ -8,8 +8,8 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.covariance.full import FullCovariance
 
-# Steps of EM for factor analysis. In an M-step: with 16, fits to samples of random mixtures (D = 8, rank 2) gain less
-# than 0.001 nats per point after 20 iterations. To approximate a full covariance: 1000 come closer by 0.02 nats.
+# Steps of EM for factor analysis: in an M-step, 16 instead of 4 gain less than 0.001 nats per point after 20 iterations
+# (samples of random mixtures, D = 8, rank 2); to approximate a full covariance, 1000 instead of 40 gain 0.02 nats.
 _STEPS, _INITIAL_STEPS = 4, 40
 # Share of the variances that a start has in U: EM can change neither U = 0 nor a variance of 0 in Psi.
 _INITIAL_SHARE = 0.5
@@ -93,7 +93,7 @@ class LowRankCovariance(FullCovariance):
         return covariances * ratio.sqrt()[..., None, None]
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return ``G U`` and ``diag(G)^2 Psi``, at least the floor, with ``G = axes exp(stretch) axes^T``."""
+        """Return ``[G U, diag(G) sqrt(diag Psi)]`` with the floor for Psi, where ``G = axes exp(stretch) axes^T``."""
         g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
         root = covariances[..., -1] * g.diagonal(dim1=-2, dim2=-1)
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
