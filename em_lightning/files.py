@@ -32,9 +32,7 @@ def write_whole(path: str | PathLike[str], content: bytes | memoryview | str) ->
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = (
-            f"{path} cannot be written ({error.strerror}); the old file is kept; check the folder and the free space"
-        )
+        reason = f"{path} cannot be written ({error.strerror}); the old file is kept: check the folder and disk space"
         raise OSError(error.errno, reason) from error
 
 

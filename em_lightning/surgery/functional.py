@@ -144,12 +144,13 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
 
 def _mentions(function: Any, code: types.CodeType, names: set[str], submodules: set[str], depth: int = 3) -> bool:
     """Return whether ``code`` of a function, or functions outside torch up to ``depth`` calls away, use a name."""
-    if names & set(code.co_names) and names & _names_read(code, submodules):
+    read = _names_read(code, submodules)
+    if names & read:
         return True
     nested = [one for one in code.co_consts if isinstance(one, types.CodeType)]
     if any(_mentions(function, one, names, submodules, depth) for one in nested):
         return True
-    called = [function.__globals__.get(name) for name in code.co_names] if depth else []  # they may be recursive
+    called = [function.__globals__.get(name) for name in read] if depth else []  # they may be recursive
     return any(
         _mentions(one, one.__code__, names, submodules, depth - 1)
         for one in called

@@ -199,8 +199,8 @@ class FullCovariance:
     def principal_axes(self, covariances: Tensor, means: Tensor, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """Return axes (B, K, D, D) or (D, D), one per column, and the standard deviations (B, K, D) along them.
 
-        Tied covariances give (B, 1, D, D) and (B, 1, D). If variances are equal, for instance at the floor, the second moments (B, K, D, D) of the neighbouring
-        components determine the axes; otherwise round-off would.
+        Tied covariances give (B, 1, D, D) and (B, 1, D). If variances are equal, for instance at the floor, the second
+        moments (B, K, D, D) of the neighbouring components determine the axes; otherwise round-off would.
         """
         sigma = self.to_public(covariances)
         matrix = sigma + _TIE_BREAKER * self.pool(neighbours)
