@@ -144,7 +144,7 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
 
 def _mentions(function: Any, code: types.CodeType, names: set[str], submodules: set[str], depth: int = 3) -> bool:
     """Return whether ``code`` of a function, or functions outside torch up to ``depth`` calls away, use a name."""
-    read = _names_read(code, submodules)
+    read = {path.rpartition(".")[2] for path in _paths_read(code) - submodules}
     if names & read:
         return True
     nested = [one for one in code.co_consts if isinstance(one, types.CodeType)]
@@ -158,15 +158,16 @@ def _mentions(function: Any, code: types.CodeType, names: set[str], submodules: 
     )
 
 
-def _names_read(code: types.CodeType, submodules: set[str]) -> set[str]:
-    """Return the names of globals and attributes in code, without those of submodules such as ``self.relu``."""
-    names, path = set(), ""  # path: the variable loaded last and the attributes read from it
+@functools.cache  # disassembly is slow
+def _paths_read(code: types.CodeType) -> frozenset[str]:
+    """Return the globals and attributes that code reads, such as ``relu``, ``F.relu`` and ``self.block.relu``."""
+    paths, path = set(), ""
     for instruction in dis.get_instructions(code):
         value = instruction.argval
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             path += f".{value}"
         elif instruction.opname != "EXTENDED_ARG":  # a part of the next instruction
             path = str(value[-1] if isinstance(value, tuple) and value else value)  # Python 3.13 loads two variables
-        if instruction.opcode in dis.hasname and path not in submodules:
-            names.add(value)
-    return names
+        if instruction.opcode in dis.hasname:
+            paths.add(path)
+    return frozenset(paths)

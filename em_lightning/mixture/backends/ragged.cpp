@@ -56,7 +56,7 @@ inline double sum(V values) {
   return total;
 }
 
-// The parameters of a mixture, with masses M_k instead of weights; or their gradients, where mass is that in log M_k.
+// The parameters of a mixture, with masses M_k instead of weights; or the gradients, in log M_k instead of M_k.
 struct Mixture {
   std::vector<double> mass, variances;
   std::vector<V> means;
@@ -105,7 +105,8 @@ class Fit {
   std::vector<Mixture> states;  // the start, and after each iteration
   Mixture grads;                // of one of them
   std::vector<V> centers, cell_means, slopes;
-  // All (K,). reach is the squared radius of a core; inner holds sums of squared distances, and is a buffer elsewhere.
+  // All (K,). reach is the squared radius of a core. inner holds sums of squared distances from the centers or means;
+  // in step_backward, the derivatives in r_nk of one point.
   std::vector<double> mass, core_mass, reach, inner, peak, precision, constant, per_distance;
 
   int64_t set, N;
@@ -114,7 +115,7 @@ class Fit {
   std::vector<double> distances, nearest;      // d (N, K), and from the mean or the nearest center (N,)
   std::vector<int64_t> cell;                   // the nearest center (N,)
   std::vector<V> center;                       // (P,)
-  double scale, floor, scatter;
+  double scale, floor, prior_distance;         // of the coordinates; added to every variance; S
 
   Mixture one() const { return {std::vector<double>(K), std::vector<double>(K), std::vector<V>(K * P)}; }
 
@@ -159,8 +160,8 @@ class Fit {
     for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, extent[lane]);
     scale = largest > 1.0 ? std::ldexp(1.0, 1 + std::ilogb(largest)) : 1.0;
     const double eps = std::numeric_limits<Point>::epsilon();
-    floor = std::max(kFloor / scale / scale, eps * eps);
-    scatter = 0.0;
+    floor = std::max(kFloor / scale / scale, eps * eps);  // eps: rounding error of coordinates up to 1
+    prior_distance = 0.0;
     for (int64_t n = 0; n < N; ++n) {
       V square = {};
       for (int64_t i = 0; i < width(); ++i) {
@@ -168,7 +169,7 @@ class Fit {
         square += own * own;
       }
       nearest[n] = sum(square);
-      scatter += prior_share / N * nearest[n];
+      prior_distance += prior_share / N * nearest[n];
     }
   }
 
@@ -258,10 +259,10 @@ class Fit {
         for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] += own * z[n * width() + i];
       }
     for (int64_t k = 0; k < K; ++k) {
-      const double own = after.mass[k];
-      for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] *= 1.0 / own;
+      const double mass_k = after.mass[k];
+      for (int64_t i = 0; i < width(); ++i) after.means[k * width() + i] *= 1.0 / mass_k;
       const double moved = squared_distance(&after.means[k * width()], &before.means[k * width()]);
-      after.variances[k] = (inner[k] - own * moved + scatter) / (own + 1.0) / D + floor;
+      after.variances[k] = (inner[k] - mass_k * moved + prior_distance) / (mass_k + 1.0) / D + floor;
     }
   }
 
@@ -286,12 +287,12 @@ class Fit {
       grads.variances[k] = 0.5 * p.grad_log_scales[set * K + k] / states.back().variances[k];
     }
     grad_z.assign(N * width(), V{});
-    double grad_scatter = 0.0;
+    double grad_prior_distance = 0.0;
     for (int64_t t = p.iterations - 1; t >= 0; --t) {
       if (t < p.iterations - 1) e_step(states[t]);
-      grad_scatter += step_backward(states[t], states[t + 1]);
+      grad_prior_distance += step_backward(states[t], states[t + 1]);
     }
-    start_backward(2.0 * prior_share / N * grad_scatter);
+    start_backward(2.0 * prior_share / N * grad_prior_distance);
     for (int64_t n = 0; n < N; ++n) {
       const double* own = reinterpret_cast<const double*>(&grad_z[n * width()]);
       Point* found = static_cast<Point*>(p.grad_x) + rows[n] * D;
@@ -302,48 +303,48 @@ class Fit {
   // Replaces the gradients of the mixture after an iteration by those before it; returns the gradient of S.
   // The derivative of the objective in r_nk is constant_k + per_distance_k d_nk + slopes_k . (z_n - mu_k).
   double step_backward(const Mixture& before, const Mixture& after) {
-    double grad_scatter = 0.0;
+    double grad_prior_distance = 0.0;
     for (int64_t k = 0; k < K; ++k) {
-      const double own = after.mass[k];
-      const double of_scatter = grads.variances[k] / (own + 1.0) / D;
+      const double mass_k = after.mass[k];
+      const double of_scatter = grads.variances[k] / (mass_k + 1.0) / D;
       V moved_by = {}, along = {};
       for (int64_t i = k * width(); i < (k + 1) * width(); ++i) {
-        const V shift = after.means[i] - before.means[i], of_mean = grads.means[i] * (1.0 / own);
+        const V shift = after.means[i] - before.means[i], per_mass = grads.means[i] * (1.0 / mass_k);
         moved_by += shift * shift;
-        along += shift * of_mean;
-        slopes[i] = of_mean - 2.0 * of_scatter * shift;
+        along += shift * per_mass;
+        slopes[i] = per_mass - 2.0 * of_scatter * shift;
       }
-      constant[k] = grads.mass[k] / own - of_scatter * D * (after.variances[k] - floor) +
+      constant[k] = grads.mass[k] / mass_k - of_scatter * D * (after.variances[k] - floor) +
                     of_scatter * sum(moved_by) - sum(along);
       per_distance[k] = of_scatter;
-      grad_scatter += of_scatter;
+      grad_prior_distance += of_scatter;
     }
     for (auto* values : {&grads.mass, &grads.variances}) std::fill(values->begin(), values->end(), 0.0);
     std::fill(grads.means.begin(), grads.means.end(), V{});
     for (int64_t n = 0; n < N; ++n) {
       const double *r = reinterpret_cast<const double*>(responsibilities.data()) + n * K, *d = &distances[n * K];
-      const V* own = &z[n * width()];
+      const V* point = &z[n * width()];
       double mean = 0.0;
       for (int64_t k = 0; k < K; ++k) {
         V along = {};
         for (int64_t i = 0; i < width(); ++i)
-          along += slopes[k * width() + i] * (own[i] - before.means[k * width() + i]);
+          along += slopes[k * width() + i] * (point[i] - before.means[k * width() + i]);
         inner[k] = constant[k] + per_distance[k] * d[k] + sum(along);
         mean += r[k] * inner[k];
       }
       for (int64_t k = 0; k < K; ++k) {
-        const double of_log = r[k] * (inner[k] - mean), of_mean = of_log * precision[k];
-        const double outward = 2.0 * per_distance[k] * r[k] - of_mean;
+        const double of_log = r[k] * (inner[k] - mean), pull = of_log * precision[k];
+        const double outward = 2.0 * per_distance[k] * r[k] - pull;
         grads.mass[k] += of_log;
-        grads.variances[k] += 0.5 * of_mean * (d[k] * precision[k] - D);
+        grads.variances[k] += 0.5 * pull * (d[k] * precision[k] - D);
         for (int64_t i = 0; i < width(); ++i) {
-          const V difference = own[i] - before.means[k * width() + i];
-          grads.means[k * width() + i] += of_mean * difference;
+          const V difference = point[i] - before.means[k * width() + i];
+          grads.means[k * width() + i] += pull * difference;
           grad_z[n * width() + i] += outward * difference + r[k] * slopes[k * width() + i];
         }
       }
     }
-    return grad_scatter;
+    return grad_prior_distance;
   }
 
   // Adds the gradients through the start and S. Points at distance zero share the gradient of their center.
@@ -351,18 +352,19 @@ class Fit {
     double shared = 0.0;  // the gradient through within is shared * (z - center)
     for (int64_t k = 0; k < K; ++k)
       if (!has_variance(k)) shared += 2.0 * grads.variances[k] / (D * N);
-    auto& at_center = inner;  // the number of points at each center
-    std::fill(at_center.begin(), at_center.end(), 0.0);
+    std::vector<double> at_center(K);  // the number of points at each center
     for (int64_t n = 0; n < N; ++n) at_center[cell[n]] += nearest[n] == 0.0;
     for (int64_t n = 0; n < N; ++n) {
       const int64_t k = cell[n];
       const double of_center = nearest[n] == 0.0 ? shared * mass[k] / at_center[k] : 0.0;
-      const double of_mean = !has_core(k) ? 1.0 / (mass[k] + kEps) : nearest[n] <= reach[k] ? 1.0 / core_mass[k] : 0.0;
+      const double weight_in_mean = !has_core(k)             ? 1.0 / (mass[k] + kEps)
+                                    : nearest[n] <= reach[k] ? 1.0 / core_mass[k]
+                                                             : 0.0;
       const double of_variance = has_variance(k) ? 2.0 * grads.variances[k] / (D * mass[k]) : 0.0;
       for (int64_t i = 0; i < width(); ++i) {
         const V own = z[n * width() + i];
         const V cell_mean = cell_means[k * width() + i], own_center = centers[k * width() + i];
-        grad_z[n * width() + i] += of_square * own + of_mean * grads.means[k * width() + i] +
+        grad_z[n * width() + i] += of_square * own + weight_in_mean * grads.means[k * width() + i] +
                                    of_variance * (own - cell_mean) + shared * (own - own_center) -
                                    of_center * (cell_mean - own_center);
       }
