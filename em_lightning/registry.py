@@ -23,8 +23,7 @@ def import_class(path: str, base: type = object) -> type[Any]:
     if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):
         raise ValueError(f"class_path={path!r} is in a module not imported yet; if you trust it, import {module}")
     try:
-        found = importlib.import_module(module)
-        # getattr would import further modules in torch and others; the lazy names of em_lightning need it.
+        found = importlib.import_module(module)  # getattr may import more of torch; em_lightning's lazy names need it
         cls = getattr(found, name, None) if module.startswith("em_lightning") else vars(found).get(name)
     except ImportError as error:
         raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error

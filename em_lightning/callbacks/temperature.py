@@ -21,9 +21,8 @@ class TemperatureSchedule(Callback):
     Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
 
     Args:
-        start, end: T_0 and T_1.
-        steps: optimizer steps from T_0 to T_1, those of all optimizers together (``trainer.global_step``).
-        shape: the formula.
+        start, end, shape: T_0, T_1 and the name of the formula.
+        steps: number of steps from T_0 to T_1, of all optimizers together (``trainer.global_step``).
         where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:

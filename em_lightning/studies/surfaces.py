@@ -136,12 +136,10 @@ class _RandomSurfaces:
 
     def prism(self) -> Mesh:
         h = self._draw(0.3, 1.5)
-        sides = (3, 5, 6)[self._integer(0, 2)]  # four sides would be a box
-        return _revolve_corners((0, -h), (1, -h), (1, h), (0, h), sides=sides)
+        return _revolve_corners((0, -h), (1, -h), (1, h), (0, h), sides=(3, 5, 6)[self._integer(0, 2)])  # 4: a box
 
     def capsule(self) -> Mesh:
-        # An even number of angles, so that none is 0, which has no sign.
-        angle, h = _linspace(-math.pi / 2, math.pi / 2, 32), self._draw(0.3, 2)
+        angle, h = _linspace(-math.pi / 2, math.pi / 2, 32), self._draw(0.3, 2)  # even, so that no angle is 0
         return _revolve(angle.cos(), angle.sin() + h * angle.sign())
 
     def vase(self) -> Mesh:

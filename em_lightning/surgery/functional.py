@@ -126,7 +126,7 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
     names = names | {
         name
         for name, value in stored.items()
-        if (inspect.isfunction(value) and _mentions(value, value.__code__, names, submodules))
+        if (inspect.isfunction(value) and _mentions(value, names, submodules))
         or (inspect.isbuiltin(value) and value.__name__ in names)
     }
     # Without special methods: Python looks them up in the class, so a wrapper in the instance has no effect.
@@ -136,23 +136,17 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
             for base in type(module).__mro__
             if not base.__module__.startswith(_LIBRARIES)
             for name, method in vars(base).items()
-            if inspect.isfunction(method) and not name.startswith("__")
-            if _mentions(method, method.__code__, names, submodules)
+            if inspect.isfunction(method) and not name.startswith("__") and _mentions(method, names, submodules)
         }
     )
 
 
-def _mentions(function: Any, code: types.CodeType, names: set[str], submodules: set[str], depth: int = 3) -> bool:
-    """Return whether ``code`` of a function, or functions outside torch up to ``depth`` calls away, use a name."""
-    read = {path.rpartition(".")[2] for path in _paths_read(code) - submodules}
-    if names & read:
-        return True
-    nested = [one for one in code.co_consts if isinstance(one, types.CodeType)]
-    if any(_mentions(function, one, names, submodules, depth) for one in nested):
-        return True
+def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:
+    """Return whether a function, or functions outside torch up to ``depth`` calls away, read one of ``names``."""
+    read = {path.rpartition(".")[2] for path in _paths_read(function.__code__) - submodules}
     called = [function.__globals__.get(name) for name in read] if depth else []  # they may be recursive
-    return any(
-        _mentions(one, one.__code__, names, submodules, depth - 1)
+    return bool(names & read) or any(
+        _mentions(one, names, submodules, depth - 1)
         for one in called
         if inspect.isfunction(one) and not one.__module__.startswith("torch.")
     )
@@ -160,8 +154,9 @@ def _mentions(function: Any, code: types.CodeType, names: set[str], submodules: 
 
 @functools.cache  # disassembly is slow
 def _paths_read(code: types.CodeType) -> frozenset[str]:
-    """Return the globals and attributes that code reads, such as ``relu``, ``F.relu`` and ``self.block.relu``."""
-    paths, path = set(), ""
+    """Return the globals and attributes read, such as ``relu``, ``F.relu`` and ``self.block.relu``."""
+    paths = set().union(*(_paths_read(nested) for nested in code.co_consts if isinstance(nested, types.CodeType)))
+    path = ""
     for instruction in dis.get_instructions(code):
         value = instruction.argval
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
