@@ -62,10 +62,7 @@ def swap_activations(
     """
     surgery = Surgery(model) if into is None else into
     make = _activation_maker(activation, dim, arguments)
-
-    def prepare(site: Site, change: Change) -> None:
-        watch_first_call(surgery, site, change, make, verbose)
-
+    prepare = functools.partial(watch_first_call, surgery, make=make, verbose=verbose)
     try:
         sites = surgery.find(where, target)
     except NoMatchError as error:

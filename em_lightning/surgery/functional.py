@@ -58,12 +58,7 @@ class _Swapped(TorchFunctionMode):
 
 
 def swap_calls(
-    surgery: Surgery,
-    where: Where,
-    make: Make,
-    target: Where,
-    calls: Calls = None,
-    prepare: Callable[[Site, Change], None] = lambda *_: None,
+    surgery: Surgery, where: Where, make: Make, target: Where, calls: Calls, prepare: Callable[[Site, Change], None]
 ) -> Surgery:
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
@@ -123,12 +118,9 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
     """Return the names of methods that mention one of ``names``, or an attribute whose function is or mentions one."""
     submodules = {f"self.{path}" for path, _ in module.named_modules(remove_duplicate=False)}
     stored = {name: getattr(value, "func", value) for name, value in vars(module).items()}  # func: functools.partial
-    names = names | {
-        name
-        for name, value in stored.items()
-        if (inspect.isfunction(value) and _mentions(value, names, submodules))
-        or (inspect.isbuiltin(value) and value.__name__ in names)
-    }
+    aliases = {name for name, value in stored.items() if inspect.isbuiltin(value) and value.__name__ in names}
+    functions = {name: value for name, value in stored.items() if inspect.isfunction(value)}
+    names = names | aliases | {name for name, value in functions.items() if _mentions(value, names, submodules)}
     # Without special methods: Python looks them up in the class, so a wrapper in the instance has no effect.
     return sorted(
         {
@@ -144,12 +136,9 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
 def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:
     """Return whether a function, or functions outside torch up to ``depth`` calls away, read one of ``names``."""
     read = {path.rpartition(".")[2] for path in _paths_read(function.__code__) - submodules}
-    called = [function.__globals__.get(name) for name in read] if depth else []  # they may be recursive
-    return bool(names & read) or any(
-        _mentions(one, names, submodules, depth - 1)
-        for one in called
-        if inspect.isfunction(one) and not one.__module__.startswith("torch.")
-    )
+    used = [function.__globals__.get(name) for name in read] if depth else []  # functions may be recursive
+    called = [one for one in used if inspect.isfunction(one) and not one.__module__.startswith("torch.")]
+    return bool(names & read) or any(_mentions(one, names, submodules, depth - 1) for one in called)
 
 
 @functools.cache  # disassembly is slow

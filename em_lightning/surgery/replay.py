@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from em_lightning.registry import import_class
-from em_lightning.surgery.edit import Change, Inserted, Surgery, change_sites
+from em_lightning.surgery.edit import Inserted, Surgery, change_sites
 from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
@@ -98,17 +98,14 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     cls: Any = import_class(entry["class_path"], nn.Module)  # so that a plan cannot call anything but modules
     _check_numbers(entry["init_args"])
     make = functools.partial(cls, **entry["init_args"])
-
-    def prepare(site: Site, change: Change) -> None:
-        watch_first_call(surgery, site, change, make)
-
+    prepare = functools.partial(watch_first_call, surgery, make=make)
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]
         where = path.removesuffix(CALLS_CHILD).removesuffix(".")  # the module that calls the function
         swap_calls(surgery, where, make, target, calls, prepare)
-        return
-    sites = find_modules(surgery.model, [path])
-    change_sites(surgery, entry["operation"], sites, lambda _: make, calls, prepare)
+    else:
+        sites = find_modules(surgery.model, [path])
+        change_sites(surgery, entry["operation"], sites, lambda _: make, calls, prepare)
 
 
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
