@@ -59,8 +59,8 @@ class ClusteringReport(Report):
         notes = [
             f"Data: {data.describe()}; {data.test_sets} test sets, {data.held_out} held-out points each, "
             f"seed {data.seed}. Likelihoods are in nats per point. LL0 is of the fitted points under the output, LL1 "
-            f"after one exact EM step with diagonal covariances; LL1 is compared with the true mixtures' LL0. The "
-            f"published rows are of other test sets, so that only their gap can be compared.",
+            f"after one exact EM step with diagonal covariances; LL1 is compared with the true mixtures' LL0. "
+            f"Published rows are of other test sets: only their gap can be compared. Times include held-out densities.",
             f"The module has {num_parameters:,} parameters; its learned prior: {module.operator.prior!r}.",
         ]
         verdict = f"{TRAINED}: {rows[TRAINED]['held out - oracle']:+.4f} nats per held-out point against the oracle"
@@ -116,8 +116,8 @@ def _measure(
         points, mask, held_out, labels, _ = batch
         began = time.perf_counter()
         mixture = fit(batch)
-        seconds += time.perf_counter() - began
         density = log_prob(mixture, held_out, points, mask) if log_prob else mixture.log_prob(held_out)
+        seconds += time.perf_counter() - began
         diagonal = Mixture(mixture.log_weights, mixture.means, mixture.variances().contiguous())
         improved = em_step(points, diagonal, mask)
         predicted = mixture.posterior(points).responsibilities.argmax(-1)

@@ -93,7 +93,7 @@ class LowRankCovariance(FullCovariance):
         return covariances * ratio.sqrt()[..., None, None]
 
     def stretched(self, covariances: Tensor, axes: Tensor, stretch: Tensor, floor: Tensor) -> Tensor:
-        """Return ``[G U, diag(G) sqrt(diag Psi)]`` with the floor for Psi, where ``G = axes exp(stretch) axes^T``."""
+        """Return ``[G U, sqrt(diag(G)^2 Psi)]``, variances at least the floor, ``G = axes exp(stretch) axes^T``."""
         g = (axes * stretch.exp().unsqueeze(-2)) @ axes.mT
         root = covariances[..., -1] * g.diagonal(dim1=-2, dim2=-1)
         least = torch.maximum(floor[:, None, None], smallest_pivots(root.square()))
