@@ -143,7 +143,7 @@ def _mentions(function: Any, names: set[str], submodules: set[str], depth: int =
 
 @functools.cache  # disassembly is slow
 def _paths_read(code: types.CodeType) -> frozenset[str]:
-    """Return the globals and attributes that code and its nested functions read: ``relu``, ``F.relu``, ``self.block.relu``."""
+    """Return the globals and attributes that code and nested code read: ``relu``, ``F.relu``, ``self.block.relu``."""
     paths = set().union(*(_paths_read(nested) for nested in code.co_consts if isinstance(nested, types.CodeType)))
     path = ""
     for instruction in dis.get_instructions(code):
