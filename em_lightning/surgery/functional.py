@@ -63,9 +63,9 @@ def swap_calls(
     """Replace the activations that the methods of selected modules, or of the model itself, call as functions.
 
     The operator from ``make`` becomes a child of the module, named ``em_functional``; then ``prepare`` is called, and
-    ``calls`` is as in :func:`replace_modules`. While a method of the module that mentions the function's name runs,
-    the operator replaces all calls of the function, including calls by unselected children. Methods of torch's and
-    Lightning's classes are skipped. Functions that are reached only through containers or other objects are not found.
+    ``calls`` is as in :func:`replace_modules`. While a method of the module runs that mentions the function by name
+    (``self.relu`` of a child does not count), the operator replaces all calls of it, also by unselected children. Methods
+    of torch's and Lightning's classes are skipped. Functions reached only through containers or objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions a function of ``target``; the message lists the modules.
