@@ -64,7 +64,7 @@ def swap_calls(
 
     The operator from ``make`` becomes a child of the module, named ``em_functional``; then ``prepare`` is called, and
     ``calls`` is as in :func:`replace_modules`. While a method of the module runs that mentions the function by name
-    (``self.relu`` of a child does not count), the operator replaces all calls of it, also by unselected children. Methods
+    (``self.relu`` of a child does not count), the operator replaces all its calls, even by unselected children. Methods
     of torch's and Lightning's classes are skipped. Functions reached only through containers or objects are not found.
 
     Raises:
