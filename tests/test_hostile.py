@@ -158,7 +158,9 @@ def test_plan_of_a_checkpoint_builds_only_modules(tmp_path):
         "nowhere.X",
         ".x",
     ):
-        with pytest.raises(ValueError, match=f"class_path='{path}' (is (no|in a module not imported)|cannot be imported)"):
+        with pytest.raises(
+            ValueError, match=f"class_path='{path}' (is (no|in a module not imported)|cannot be imported)"
+        ):
             surgery.apply_plan(model(), [entry(class_path=path)])
 
 

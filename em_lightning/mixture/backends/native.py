@@ -302,7 +302,10 @@ def cholesky(matrix: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
     return _call("cholesky", [matrix.numel(), matrix.shape[-1]], [matrix, pivots], matrix, matrix)
 
 
-@_operator("em_lightning::cholesky_gradient")
+@_operator(
+    "em_lightning::cholesky_gradient",
+    schema="(Tensor matrix, Tensor pivots, Tensor[] factors, Tensor[] grads) -> Tensor[]",
+)
 def cholesky_gradient(matrix: Tensor, pivots: Tensor, factors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """Return a list of the gradient with respect to the symmetric matrices."""
     return [*_call("cholesky_gradient", [matrix.numel(), matrix.shape[-1]], [matrix, pivots, *factors, *grads], matrix)]
