@@ -274,7 +274,8 @@ def _num_threads(numbers: int) -> ctypes.c_int64:
 def fits_groups(x: Tensor) -> bool:
     """Return whether the native backend fits mixtures to groups of the rows of x (E, D)."""
     # The alternative is a padded layout, whose sizes depend on the data, so that it cannot be exported.
-    is_exported = torch.compiler.is_exporting() and x.device.type == "cpu" and _chosen != "reference"
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 lacks the first
+    is_exported = is_exporting() and x.device.type == "cpu" and _chosen != "reference"
     return x.dtype in _REALS and (is_exported or _is_chosen(True, x)) and _is_available("ragged.cpp")
 
 
