@@ -107,7 +107,7 @@ def _is_chosen(is_large: bool, tensor: Tensor, *others: Tensor) -> bool:
     if _chosen == "reference" or tensor.device.type != "cpu" or not (is_large or _chosen == "native"):
         return False
     if torch.compiler.is_compiling():  # exported programs run without this package unless the backend is chosen
-        return _chosen == "native" or not torch.compiler.is_exporting()
+        return _chosen == "native" or not _is_exporting()
     return forward_ad.unpack_dual(tensor).tangent is None and have_memory(tensor, *others)  # neither jvp nor torch.func
 
 
@@ -126,6 +126,7 @@ _ARGUMENTS = (
     "Tensor x, Tensor? weights, Tensor means, Tensor inverse, Tensor peak, Tensor scale, Tensor center, Tensor unit, "
     "str kind"
 )
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 lacks the first
 _operator = functools.partial(torch.library.custom_op, mutates_args=(), device_types=("cpu", "cuda"))
 
 
@@ -274,8 +275,7 @@ def _num_threads(numbers: int) -> ctypes.c_int64:
 def fits_groups(x: Tensor) -> bool:
     """Return whether the native backend fits mixtures to groups of the rows of x (E, D)."""
     # The alternative is a padded layout, whose sizes depend on the data, so that it cannot be exported.
-    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 lacks the first
-    is_exported = is_exporting() and x.device.type == "cpu" and _chosen != "reference"
+    is_exported = _is_exporting() and x.device.type == "cpu" and _chosen != "reference"
     return x.dtype in _REALS and (is_exported or _is_chosen(True, x)) and _is_available("ragged.cpp")
 
 
