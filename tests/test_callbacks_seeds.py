@@ -36,6 +36,18 @@ class Noisy(EMModule):
         return (self.net(batch[0]) + noise).square().mean()
 
 
+def quiet_trainer(epochs, callbacks, **options):
+    return lightning.Trainer(
+        max_epochs=epochs,
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
 def fit(folder, epochs, seeds, ckpt_path=None, before=0):
     torch.manual_seed(7)
     torch.rand(before)  # advance the generator, as the interrupted run did
@@ -43,15 +55,7 @@ def fit(folder, epochs, seeds, ckpt_path=None, before=0):
     model = Noisy()
     torch.manual_seed(7 + before)
     keep = ModelCheckpoint(folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=2)
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        callbacks=[seeds, keep],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    trainer = quiet_trainer(epochs, [seeds, keep], default_root_dir=folder)
     trainer.fit(model, DataLoader(TensorDataset(x), batch_size=3, shuffle=True), ckpt_path=ckpt_path)
     return model
 
@@ -116,15 +120,9 @@ def test_order_is_repeated_after_checkpoints_at_the_end_of_an_epoch(hook, worker
         keep = [ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, enable_version_counter=False)]
         torch.manual_seed(7)
         x, model = torch.arange(48.0).view(12, 4).cos(), Validated()
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            callbacks=[StepSeeds(5), *(keep if hook == "last" else [SaveAt(hook, path)])],
-            enable_checkpointing=hook == "last",
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        last = hook == "last"
+        callbacks = [StepSeeds(5), *(keep if last else [SaveAt(hook, path)])]
+        trainer = quiet_trainer(epochs, callbacks, enable_checkpointing=last)
         options = {"num_workers": workers, "persistent_workers": workers > 0}
         loader = DataLoader(TensorDataset(x), batch_size=3, shuffle=True, **options)
         trainer.fit(model, loader, DataLoader(TensorDataset(x), batch_size=6), ckpt_path=ckpt_path)
@@ -146,23 +144,20 @@ class CountsSteps(Noisy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", [Noisy, CountsSteps])
+@pytest.mark.parametrize("beside", [False, True])  # a loader without a state, before the other one
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")  # rightly
 @pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers", "ignore:.*smaller than the logging interval")
-def test_a_loader_made_before_the_checkpoint_is_loaded_resumes_within_an_epoch(kind, workers, tmp_path):
+def test_a_loader_made_before_the_checkpoint_is_loaded_resumes_within_an_epoch(beside, kind, workers, tmp_path):
+    items = TensorDataset(torch.linspace(0, 1, 48).view(12, 4))
+
     def run(max_steps, ckpt_path=None, folder=tmp_path / "straight"):
         model = kind()
-        loader = ResumableLoader(
-            TensorDataset(torch.linspace(0, 1, 48).view(12, 4)), 3, shuffle=True, num_workers=workers
-        )
+        loader = ResumableLoader(items, 3, shuffle=True, num_workers=workers)
+        if beside:
+            model.step = lambda batch, stage: type(model).step(model, batch["own"], stage)
+            loader = {"plain": DataLoader(items, 3), "own": loader}
         saved = ModelCheckpoint(folder, every_n_train_steps=1, save_on_train_epoch_end=False)
-        trainer = lightning.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[StepSeeds(3), saved, StopAt(max_steps)],
-        )
-        trainer.fit(model, loader, ckpt_path=ckpt_path)
+        quiet_trainer(2, [StepSeeds(3), saved, StopAt(max_steps)]).fit(model, loader, ckpt_path=ckpt_path)
         return model, saved.best_model_path
 
     straight, _ = run(8)

@@ -63,7 +63,8 @@ class StepSeeds(lightning.Callback):
         """Seed the samplers for the first epoch, as Lightning resumes some without on_train_epoch_start."""
         self._seed_samplers(trainer)
         # Lightning restores no loaders that exist already, because configure_optimizers asked for the number of steps.
-        for loader, state in zip(CombinedLoader(trainer.train_dataloader).flattened, self._loader_states, strict=False):
+        loaders = (each for each in CombinedLoader(trainer.train_dataloader).flattened if hasattr(each, "state_dict"))
+        for loader, state in zip(loaders, self._loader_states, strict=False):
             if isinstance(loader, Resumable):
                 loader.load_state_dict(state)
 
