@@ -331,6 +331,7 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   for (auto& count : unfinished) count = tasks_per_set;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
+    const FlushSubnormals flush;
     Worker worker(p);
     for (int64_t task = next++; task < tasks; task = next++) {
       const int64_t set = task / tasks_per_set, first = task % tasks_per_set * kRowsPerTask;

@@ -376,6 +376,7 @@ template <class Point, int kP>
 void fit(const Problem& p, const Rows& rows, int64_t threads) {
   std::atomic<int64_t> next{0};
   const auto work = [&] {
+    const FlushSubnormals flush;
     Fit<Point, kP> own(p);
     for (int64_t first = next.fetch_add(kSetsPerTask); first < p.sets; first = next.fetch_add(kSetsPerTask))
       for (int64_t set = first; set < std::min(first + kSetsPerTask, p.sets); ++set) {
