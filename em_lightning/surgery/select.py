@@ -66,7 +66,8 @@ def walk(model: nn.Module) -> Iterator[Site]:
     def visit(parent: nn.Module, prefix: str, ancestors: tuple[nn.Module, ...]) -> Iterator[Site]:
         parent = _uncompiled(parent)
         ancestors = (*ancestors, parent)
-        functions = {name: value for name, value in vars(parent).items() if inspect.isroutine(value)}
+        # callable() first: inspect.isroutine() takes ten times as long
+        functions = {name: each for name, each in vars(parent).items() if callable(each) and inspect.isroutine(each)}
         # named_children() leaves out an instance's second name
         for name, value in [*parent._modules.items(), *functions.items()]:
             if (id(parent), name) in seen or any(value is above for above in ancestors):  # or a reference back
