@@ -10,7 +10,7 @@ trains all arms and learning rates at once. The same command continues an interr
 A column of a table is named ``arm, learning rate: quantity``. "probe %" and "standardized %" are the accuracies of a
 linear classifier of a layer's features, raw or standardized; "accuracy %" is that of the network. "ratio early" and
 "ratio late" are the norm of the gradient of the cross-entropy over that of the weighted EM loss, means of the first and
-of the last measurements. "task_curvature" is the largest spectral norm of an item's Hessian of the cross-entropy.
+of the last 20 measurements. "task_curvature" is the largest spectral norm of an item's Hessian of the cross-entropy.
 """
 
 from __future__ import annotations
