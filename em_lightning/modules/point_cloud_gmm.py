@@ -117,7 +117,7 @@ class PointCloudGMM(EMModule):
 
         Args:
             **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``;
-                another ``num_features`` or ``width`` raises a ValueError.
+                a different ``num_features`` or ``width`` raises a ValueError.
 
         Example:
             >>> module = PointCloudGMM.pretrained(num_components=8)

@@ -242,10 +242,9 @@ def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | N
 def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
     """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x) = y - v / x`` runs
-    downwards, which is stable, from ``y = I_v' / I_v = s / x - rest x / s^2`` at large v, with ``s^2 = v^2 + x^2``.
-    ``rest`` is a series in 1 / s; its coefficients, polynomials in ``q = x^2 / s^2``, follow term by term from the
-    equation ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x) = y - v / x`` runs downwards,
+    which is stable, from ``y = I_v' / I_v = s / x - rest x / s^2`` at a large v, ``s^2 = v^2 + x^2``. ``rest`` is a
+    series in 1 / s; its coefficients in ``q = x^2 / s^2`` solve ``y' = 1 + v^2 / x^2 - y / x - y^2`` term by term.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 (recurrence), 9.7.7 and 9.7.9.
     """

@@ -31,7 +31,7 @@ class EMRefinement(nn.Module):
         - input and output: (B, N, D), with ``dim=1`` feature maps (B, D, H, W) as sets of positions; (N, D) is one set.
 
     Raises:
-        ValueError: the input has another number of features, or fewer than two axes.
+        ValueError: the number of features of the input is not ``num_features``, or it has fewer than two axes.
 
     Example:
         >>> layer = EMRefinement(4, 16)

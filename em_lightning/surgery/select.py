@@ -151,7 +151,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
-        TypeError: ``where`` or ``target`` has another type.
+        TypeError: ``where`` or ``target`` has none of the types above.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
