@@ -179,15 +179,15 @@ def main():
             "|---|---|---|---|---|---|---|",
             *map(row, METHODS),
             "",
-            'Starts: "near the truth", the true means with noise of half a standard deviation, and components twice as '
-            'wide as the clusters; "k-means++", one draw, the same for every method; "best of 20", the best of 20 '
+            'Starts: "near the truth", the true means with noise of half a standard deviation, and components twice '
+            'as wide as the clusters; "k-means++", one draw, the same for every method; "best of 20", the best of 20 '
             'k-means++ draws by the objective of each method. The fits from "best of 20" have a prior of ten '
             "pseudo-counts per covariance, against components that shrink onto few points; without it the medians of "
             "Gaussian, Gaussian + background and Student-t with 1 degree of freedom changed by at most 0.02 on the "
-            "first 24 clouds. Starting near the truth isolates the effect of outliers on the estimate; the other starts "
-            "include the effect of outliers on the initialization: k-means++ often chooses outliers as centers. Several "
-            "starts help if the likelihood distinguishes clusters from outliers, as with heavy tails or a background, "
-            "but not with the linear energies of Laplace and Huber kernels.",
+            "first 24 clouds. Starting near the truth isolates the effect of outliers on the estimate; the other "
+            "starts include the effect of outliers on the initialization: k-means++ often chooses outliers as "
+            "centers. Several starts help if the likelihood distinguishes clusters from outliers, as with heavy "
+            "tails or a background, but not with the linear energies of Laplace and Huber kernels.",
             "",
             "![Errors of the means](robust.png)",
             "",
