@@ -170,7 +170,7 @@ class StreamedEM(NamedTuple):
         """Return the mixture of the M-step; ``mixture`` is that of the E-step.
 
         A prior without a mean uses the center of the frame. One with ``covariance_strength`` > 0 whose covariance is a
-        fraction, as by default, needs the ``variance`` (1, D) of all points. The floor is in squared units of these.
+        fraction, as by default, needs the ``variance`` (1, D) of all points. The floor is in squared units of the data.
         """
         center, scale = self.frame
         with torch.no_grad():

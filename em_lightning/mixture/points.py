@@ -61,7 +61,7 @@ class Points(NamedTuple):
     """A batch of point sets with the coordinates of their frame.
 
     x: (B, D, N), the given points in their dtype; masked rows are set to the center.
-    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` if all are 1.
+    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` means 1 for each.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points of positive weight.
     frame: the coordinates.
@@ -170,7 +170,7 @@ def power_of_two(extent: Tensor) -> Tensor:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of points and the mask of positive ones, both (B, N), or both None if all are 1.
+    """Return the weights of points and the mask of positive ones, both (B, N); both None without mask and weights.
 
     Weights are zero where masked. With ``normalized`` the mean of the positive ones is 1.
     """

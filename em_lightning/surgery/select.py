@@ -113,7 +113,7 @@ def contents(model: nn.Module) -> str:
 
 
 def shortened(paths: list[str]) -> str:
-    """Return the first four paths as text, and the number of the others."""
+    """Return the first four paths as text, and the number of further ones."""
     more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
     return ", ".join(paths[:4]) + more
 
