@@ -95,7 +95,7 @@ class SoftmaxGatedActivation(_LogitActivation):
 class ReLUGatedActivation(_LogitActivation):
     """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    The rectifier is outside the scope of implicit EM: units below 0 have output 0, but still compete:
+    The rectifier is not a statistic of the posterior: units below 0 have output 0, but still compete,
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
     Example:

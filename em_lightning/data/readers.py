@@ -146,7 +146,7 @@ def _lines(data: bytes) -> list[str]:
 
 
 def _parse_text(data: bytes) -> Points:
-    lines = [line for line in _lines(data) if not line.isdecimal()]  # the number of points of a scan
+    lines = [line for line in _lines(data) if not line.isdecimal()]  # without the number of points of each scan
     begins_with_number = r"[-+.\d]|nan|inf"
     if lines and not re.match(begins_with_number, lines[0], re.IGNORECASE):
         lines = lines[1:]  # column names

@@ -15,7 +15,7 @@ from em_lightning.mixture.points import Parameters
 
 
 class PseudoCounts(NamedTuple):
-    """A prior as pseudo-counts of each component, in the coordinates of the points.
+    """A prior as pseudo-counts of each component, in frame coordinates; s(x) is that of the covariance type.
 
     weight_count: (B, K), ``alpha - 1``, added to the mass; the sizes B and K may be 1, here and below.
     mean_count: (B, K), ``kappa``, points at the prior mean.

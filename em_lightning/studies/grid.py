@@ -1,6 +1,7 @@
-"""Runs of a recipe in parallel processes: one per seed, or the rows times seeds of a table that can be continued.
+"""Runs of a recipe in parallel processes: one run per seed, or one per row and seed of a table.
 
-A config with the entry ``table`` describes such a table; the rest of it is an ordinary config, shared by all rows:
+A config with the entry ``table`` describes such a table, whose run can be continued after an interruption; the other
+entries are those of an ordinary config, shared by all rows:
 
     table:
       title: Ablation
@@ -224,7 +225,8 @@ def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]
             rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
     return rows, (
         "Difference: reproduced minus published, or minus checked if nothing is published; inside: the difference is "
-        "at most the larger standard deviation of these two plus half a unit of the last printed digit."
+        "at most the larger of the published and the checked standard deviation, plus half a unit of the last digit of "
+        "the value subtracted."
     )
 
 
