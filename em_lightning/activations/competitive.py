@@ -61,8 +61,7 @@ class NegLogSoftminActivation(Activation):
 class LogSoftmaxActivation(_LogitActivation):
     """Log-responsibility of each unit: y = log softmax(z / T).
 
-    Never positive; the largest input gives the largest output. Units compete: dy_i/dz_j = ([i = j] - r_j) / T with
-    r = softmax(z / T).
+    Never positive; the largest input gives the largest output. Units compete: dy_i/dz_j = ([i = j] - r_j) / T, r = e^y.
 
     Example:
         >>> LogSoftmaxActivation()(torch.tensor([0.0, 0.0]))

@@ -41,8 +41,7 @@ def _hessian_norm(loss: Tensor, tensors: list[Tensor]) -> Tensor:
     graph = set().union(*map(graph_of, gradients))
     if not graph:
         return torch.zeros_like(norm)  # the loss is linear in the tensors
-    # The node behind a function that is marked as once_differentiable; the Hessian-vector products would be 0.
-    if any(type(node).__name__ == "Error" for node in graph):
+    if any(type(node).__name__ == "Error" for node in graph):  # behind once_differentiable, where products would be 0
         raise RuntimeError("an operation behind the layer has no second derivative")
     for _ in range(_POWER_STEPS):
         vectors = [product / norm.clamp_min(torch.finfo(norm.dtype).tiny) for product in products]

@@ -129,8 +129,7 @@ def draw_cloud(
 ) -> PointCloudBatch:
     """Draw a cloud from shape ``index``, modulo the length of a list.
 
-    The other arguments are those of :class:`PointCloudDataModule`. A set of points is divided into two disjoint halves
-    of at most ``num_points``.
+    Other arguments: see :class:`PointCloudDataModule`. A set of points is divided into halves of up to ``num_points``.
     """
     drawn = shapes(index, generator) if callable(shapes) else shapes[index % len(shapes)]
     content, faces, _, center, scale, label = drawn

@@ -13,9 +13,7 @@ from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntro
 
 
 class L0(MeanOfItems):
-    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`.
-
-    The default threshold is that of Oursland, arXiv 2601.06478, where a = d = relu(W x + b) is energy and activation.
+    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`; 0.01 in arXiv 2601.06478.
 
     Example:
         >>> metric = L0()
@@ -122,8 +120,7 @@ def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
     """Return the metrics of a competitive layer, to be updated with its energies.
 
     ``l0`` counts energies above 0.01: nonzero outputs if the energies are those of a ReLU, not the units that win. The
-    four metrics computed from the moments of the units share one state. Keyword arguments are those of
-    :class:`torchmetrics.MetricCollection`, for instance ``prefix``.
+    metrics of moments share one state. Keyword arguments are those of :class:`torchmetrics.MetricCollection`.
 
     Example:
         >>> metrics = layer_metrics()

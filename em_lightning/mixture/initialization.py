@@ -31,8 +31,7 @@ def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = Non
     """Choose centers (B, K, D) among points (B, N, D) one by one, each the point farthest from the centers so far.
 
     The first is the point farthest from the mean. Points of zero weight (B, N) are not chosen, but must be finite.
-    Nothing is random, and the order of the points matters only between exact ties. Sets with fewer distinct points than
-    components repeat a point.
+    Nothing is random, and the order of the points decides only exact ties. Sets of fewer than K points repeat a point.
 
     Source: Gonzalez, Clustering to minimize the maximum intercluster distance, 1985.
     """

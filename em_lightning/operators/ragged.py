@@ -27,8 +27,7 @@ def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components
 @_custom_op("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _fit_groups(*inputs: Any) -> Tensors:
     log_weights, means, log_scales = _zeros(*inputs)
-    no_gradients = (None, None, None, None)
-    native.fit_groups(*inputs, log_weights, means, log_scales, *no_gradients)
+    native.fit_groups(*inputs, log_weights, means, log_scales, *[None] * 4)  # no gradients
     return log_weights, means, log_scales
 
 
@@ -36,8 +35,7 @@ def _fit_groups(*inputs: Any) -> Tensors:
 def _gradient(*arguments: Any) -> Tensor:
     *inputs, grads = arguments
     grad_x = torch.zeros_like(inputs[0])
-    no_results = (None, None, None)
-    native.fit_groups(*inputs, *no_results, *grads, grad_x)
+    native.fit_groups(*inputs, *[None] * 3, *grads, grad_x)  # no results
     return grad_x
 
 

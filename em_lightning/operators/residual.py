@@ -164,8 +164,7 @@ class ResidualCorrection(nn.Module):
 def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tensor) -> Tensor:
     """Return second moments (B, K, D, D) of the mixture near each component, about the mean of the component.
 
-    Each component counts with its weight times exp(-d^2 / (2 h^2)), where d is its distance and h = unit * K^(-1 / D)
-    the typical spacing.
+    Each component counts with its weight times exp(-d^2 / 2h^2), d its distance, h = unit K^(-1/D) the typical spacing.
     """
     log_weights, means, covariances = parameters
     components, features = means.shape[1:]

@@ -121,10 +121,7 @@ class Audit(list[Finding]):
 
 @dataclass
 class Softmax:
-    """A recorded softmax, log-softmax, logsumexp, cross-entropy or attention.
-
-    ``from_layer`` tells whether a module returned the logits.
-    """
+    """A recorded softmax, logsumexp, cross-entropy or attention; ``from_layer``: a module returned the logits."""
 
     path: str
     module: nn.Module

@@ -105,9 +105,8 @@ class DecoderFreeEncoder(EnergyLayer):
 class SparseAutoencoder(EnergyLayer):
     r"""The standard sparse autoencoder: activations :math:`a = \mathrm{relu}(W x + b)` and a linear decoder.
 
-    ``energies(x)`` are these activations, without a competition. The loss is
-    :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with :math:`\lambda` = ``sparsity``. The output is the
-    reconstruction (N, D).
+    Its ``energies(x)`` are a, without a competition. The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with
+    :math:`\lambda` = ``sparsity``. The output is the reconstruction (N, D).
     """
 
     def __init__(

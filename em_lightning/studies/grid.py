@@ -1,7 +1,6 @@
 """Runs of a recipe in parallel processes: one run per seed, or one per row and seed of a table.
 
-A config with the entry ``table`` describes such a table, whose run can be continued after an interruption; the other
-entries are those of an ordinary config, shared by all rows:
+A config with the entry ``table`` describes such a table, which can be continued; its other entries apply to all rows:
 
     table:
       title: Ablation
