@@ -130,7 +130,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        remove_abandoned(Path(path))  # of a run that was killed in its last write
+        remove_abandoned(Path(path))  # left by a run that was killed in its last write
         return read_checkpoint(path)
 
 

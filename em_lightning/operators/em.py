@@ -58,7 +58,7 @@ class EMOperator(SetOperator):
         background: the weight of a component for outliers, uniform over the bounding box of each set, or a
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
         init: initial centers: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
-            (trained centers and scales, in units of the set).
+            (trained centers and scales, in standard deviations of the set).
         num_starts: number of random starts. Each set uses the one with the highest objective after ``num_iters`` exact
             iterations, at most five. In training mode :meth:`forward` uses a single start.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
@@ -303,7 +303,7 @@ class EMOperator(SetOperator):
             return log_likelihood
         log_density = log_prior(state, sets.covariance, counts)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
-        # It contains -covariance_count / 2 log det of each covariance; the user's units add 2 log_volume to a log det.
+        # The prior has -covariance_count / 2 log det per covariance; the user's units add 2 log_volume to a log det.
         log_density = log_density - counts.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
             log_density = log_density + counts.weight_count.squeeze(-1) * likelihood.background.log_weight

@@ -13,7 +13,7 @@ from em_lightning.mixture.points import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
-# Largest change of the parameters of a converged iteration, in coordinates in which a set has size 1.
+# Largest change of the parameters of a converged iteration, in frame coordinates, in which a set has extent 1.
 _CONVERGED = 1e-6
 # Relative residuals of GMRES: it stops at the first, below the precision of float32, and raises above the second.
 _RESIDUAL, _LARGEST_RESIDUAL = 1e-8, 1e-5

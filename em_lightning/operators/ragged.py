@@ -86,7 +86,7 @@ def map_groups(
     first, order = sizes.cumsum(0) - sizes, index.argsort(stable=True)
     sizes = sizes.clamp(max=limit)
     exponents = torch.frexp(sizes.double()).exponent
-    groups, found = [], []
+    groups, results = [], []
     for exponent in exponents.unique():
         group = (exponents == exponent).nonzero().squeeze(1)
         largest = int(sizes[group].max())
@@ -95,12 +95,12 @@ def map_groups(
             mask = rank < sizes[group].unsqueeze(1)
             rows = order[first[group].unsqueeze(1) + torch.where(mask, rank, 0)]
             groups.append(group)
-            found.append(function(x.index_select(0, rows.flatten()).view(*mask.shape, -1), mask))
+            results.append(function(x.index_select(0, rows.flatten()).view(*mask.shape, -1), mask))
     if not groups:  # data-parallel training needs a gradient of every parameter and of the rows, here of zero
         nothing = x.new_zeros(1, 1, x.shape[1]) + x[:0].sum()
-        found = [tuple(part[:0] for part in function(nothing, torch.zeros_like(nothing[..., 0], dtype=torch.bool)))]
+        results = [tuple(part[:0] for part in function(nothing, torch.zeros_like(nothing[..., 0], dtype=torch.bool)))]
         groups = [index[:0]]
-    parts = (torch.cat(part) for part in zip(*found, strict=True))
+    parts = (torch.cat(part) for part in zip(*results, strict=True))
     return tuple(part.new_zeros(num_groups, *part.shape[1:]).index_copy(0, torch.cat(groups), part) for part in parts)
 
 

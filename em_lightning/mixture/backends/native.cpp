@@ -142,8 +142,8 @@ class Worker {
   std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
   std::vector<double> sums_in_double;         // the same
   V weights[kSteps], grad_density[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];
-  Choice choice;                              // of points, for one component
-  const V *chosen, *y;                        // its points, and its whitened points
+  Choice choice;                              // the points that count for the current component
+  const V *chosen, *y;                        // these points, and the same whitened
   std::vector<V> chosen_points, chosen_grads;
   V chosen_r[kSteps], chosen_slope[kSteps];
   Real inverse_unit = 1;
