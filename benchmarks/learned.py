@@ -3,7 +3,7 @@
     python benchmarks/learned.py fits FOLDER [--sizes 32,128] [--noise 0,0.02]   tune and measure the classical fits
     python benchmarks/learned.py table FOLDER                                     measure the learned fit, print tables
     python benchmarks/learned.py dense FOLDER                                     more components for dense clouds
-    python benchmarks/learned.py elsewhere FOLDER [--root raw.zip] [--meshes FOLDER ...]    other K, data and meshes
+    python benchmarks/learned.py elsewhere FOLDER [--root raw.zip] [--meshes FOLDER ...]    other data and numbers K
     python benchmarks/learned.py resample FOLDER                                  points drawn from the mixtures
     python benchmarks/learned.py steps FOLDER --root raw.zip                      classical EM of 5 to 80 steps
     python benchmarks/learned.py times FOLDER                                     milliseconds of one core per cloud

@@ -61,7 +61,7 @@ class Points(NamedTuple):
     """A batch of point sets with the frame of their coordinates.
 
     x: (B, D, N), the points in the user's units and dtype; masked rows are set to the center.
-    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` if all are 1.
+    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` means 1 for each.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points of positive weight.
     frame: the frame, of which the coordinates are called z below.
@@ -157,7 +157,7 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
     center = torch.where(center.isfinite(), center, 0.0)  # the sum may overflow
     if mask is not None:
         x = torch.where(mask.unsqueeze(1), x, center.unsqueeze(-1).to(x.dtype))
-    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # each the faster for its layout
+    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # the faster way for each layout
     extent = torch.maximum(high.to(dtype) - center, center - low.to(dtype)).amax(-1)
     return Frame(center, power_of_two(extent))
 
@@ -170,7 +170,7 @@ def power_of_two(extent: Tensor) -> Tensor:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of points and the mask of positive ones, both (B, N); twice None without mask and weights.
+    """Return the weights of points and the mask of positive ones, both (B, N); both None without mask and weights.
 
     Weights are zero where masked. With ``normalized`` the mean of the positive ones is 1.
     """
