@@ -21,8 +21,7 @@ from em_lightning.mixture.points import Parameters, Points, features_first
 _CORE = 0.4
 # Compute distances from differences, because expanded squares cancel.
 _EXACT = "donot_use_mm_for_euclid_dist"
-# Numbers per block, more than elsewhere: on a CPU, because distances have fewer temporaries than the E-step; on other
-# devices, because few launches are faster.
+# Numbers per block, more than elsewhere: distances have fewer temporaries (CPU), and few launches are faster (GPU).
 _BLOCK_SIZE, _DEVICE_BLOCK_SIZE = 2**19, 2**27
 
 

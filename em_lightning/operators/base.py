@@ -113,8 +113,7 @@ class SetOperator(nn.Module):
             mass = sets.mass.clamp(min=1.0)
 
             def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                # Any iteration may be the last one, whose correction differs.
-                after, objective = self._step(sets, state, progress=1.0, with_objective=True)
+                after, objective = self._step(sets, state, progress=1.0, with_objective=True)  # any may be the last
                 return after, objective / mass
 
             result = em.fit(step, state, max_iters=max_iters, tol=tol)

@@ -224,8 +224,7 @@ def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]
             rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
     return rows, (
         "Difference: reproduced minus published, or minus checked if nothing is published; inside: the difference is "
-        "at most the larger of the published and the checked standard deviation, plus half a unit of the last digit of "
-        "the value subtracted."
+        "at most the larger standard deviation of published and checked, plus half a unit of the last printed digit."
     )
 
 
