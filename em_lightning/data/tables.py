@@ -95,7 +95,7 @@ class Table:
             raise ValueError(f"{self.name}: {path} {problem}; every rank must be able to read all shards")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:  # of many types: NumPy evaluates the header as Python
+        except Exception as error:  # of any class, as NumPy evaluates the header as Python
             rule = "is not a plain NumPy array; write it with numpy.save"
             raise ValueError(f"{self.name}: {path} {rule} ({error})") from error
         if array.dtype.kind not in "fiub":

@@ -114,7 +114,7 @@ class StreamedEM(NamedTuple):
     """EM over data in blocks: statistics of blocks, and of ranks, are added before the M-step.
 
     covariance: the covariance type.
-    frame: coordinates centered near the mean of all points, the same for all blocks of a pass.
+    frame: centered near the mean of all points, the same for all blocks of a pass.
 
     Example:
         >>> x = torch.tensor([[-1.0], [-0.9], [1.0], [1.1]])
@@ -146,7 +146,7 @@ class StreamedEM(NamedTuple):
         return SufficientStatistics(mass, mass, first, second, zeros, zeros, zeros)
 
     def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
-        """Return the sufficient statistics, in the coordinates of the frame, of points (n, D) with weights (n,)."""
+        """Return the sufficient statistics, in frame coordinates, of points (n, D) with weights (n,)."""
         if x.shape[-1] != mixture.features:
             raise ValueError(f"x has shape {tuple(x.shape)}; the mixture has {mixture.features} features")
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # sums need more than half precision
@@ -156,7 +156,7 @@ class StreamedEM(NamedTuple):
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
             statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
-            log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass  # in units of x
+            log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass  # in the user's units
             return statistics._replace(log_likelihood=log_likelihood)
 
     def m_step(

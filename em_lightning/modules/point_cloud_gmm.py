@@ -41,8 +41,7 @@ class PointCloudGMM(EMModule):
     log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
     training, the learned iterations are those of classical EM under ``prior``. Clouds whose largest coordinate range is
-    at most .5 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` makes the random
-    starts repeatable.
+    at most .5 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` seeds the starts.
 
     Args:
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.

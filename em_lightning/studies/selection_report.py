@@ -86,8 +86,7 @@ class SelectionReport(Report):
             figures["selection"] = curves(series, "number of components K", "BIC", "Selection", bic_of_truth)
         best = min(bic, key=lambda size: bic[size])
         verdict = f"BIC is lowest for K = {best} of {list(bic)}: {bic[best]}."
-        facts = {"seed": module.seed}
-        return Findings("One mixture of one data set", notes, rows + others, verdict, figures, facts)
+        return Findings("One mixture of one data set", notes, rows + others, verdict, figures, {"seed": module.seed})
 
     def _em(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
         """Return the row of EM with another number of components."""

@@ -42,7 +42,7 @@ class Taps:
 
     Attributes:
         axes: the axis of the units of each layer.
-        seen: the layers that have run.
+        seen: the layers of which a tensor was captured.
         frozen: the layers whose tensor required no gradient while gradients were enabled, since the last :meth:`clear`.
 
     Raises:
@@ -128,7 +128,7 @@ class Taps:
 
     def _capture(self, path: str, value: Any) -> Any:
         """Keep the first tensor of a value; with ``detach`` return the value with a detached one in its place."""
-        if not (self.recording and Observers.on):
+        if not (self.recording and Observers.on):  # off during an audit
             return None
         try:
             tensor, put = first_tensor(value, f"the {self.tap} of {path!r}")
