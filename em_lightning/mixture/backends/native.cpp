@@ -110,6 +110,7 @@ class Worker {
       const int count = std::min<int64_t>(rows, last - row);
       const int steps = (count + kLanes * kUnrolled - 1) / (kLanes * kUnrolled) * kUnrolled;
       load(row, count, steps * kLanes);
+      const FlushSubnormals flush;  // not before: points may be subnormal
       evaluate(steps);
       if (p.grad_density) {
         backward(row, count, steps);
@@ -332,7 +333,6 @@ extern "C" void em_lightning_e_step(const Problem* problem, int64_t threads) {
   for (auto& count : unfinished) count = tasks_per_set;
   std::atomic<int64_t> next{0};
   const auto work = [&] {
-    const FlushSubnormals flush;
     Worker worker(p);
     for (int64_t task = next++; task < tasks; task = next++) {
       const int64_t set = task / tasks_per_set, first = task % tasks_per_set * kRowsPerTask;
