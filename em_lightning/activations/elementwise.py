@@ -77,18 +77,6 @@ def _clip(z: Tensor, m: float) -> Tensor:
     return torch.minimum(torch.maximum(z, -limit), limit)
 
 
-def _gaussian(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
-    return torch.tanh(times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)))
-
-
-def _dot_product(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
-    return torch.tanh(times(z, kernel.positive("scale", z.dtype) * m / t))
-
-
-def _laplace(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
-    return torch.tanh(times(_clip(z, m), 1 / (kernel.positive("scale", z.dtype) * t)))
-
-
 def _logistic(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     slope = kernel.positive("slope", z.dtype)
     low, high = slope * (z - m), slope * (z + m)
@@ -133,9 +121,11 @@ def _exponential(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tens
 
 
 _CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
-    kernels.GaussianKernel: _gaussian,
-    kernels.DotProductKernel: _dot_product,
-    kernels.LaplaceKernel: _laplace,
+    kernels.GaussianKernel: lambda kernel, z, m, t: times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)).tanh(),
+    kernels.DotProductKernel: lambda kernel, z, m, t: times(z, kernel.positive("scale", z.dtype) * m / t).tanh(),
+    kernels.LaplaceKernel: lambda kernel, z, m, t: times(
+        _clip(z, m), 1 / (kernel.positive("scale", z.dtype) * t)
+    ).tanh(),
     kernels.LogisticKernel: _logistic,
     kernels.StudentTKernel: _student_t,
     kernels.HuberKernel: _huber,
