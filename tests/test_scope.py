@@ -422,6 +422,7 @@ def test_a_sum_of_exponentials_of_another_form_is_called_not_checked(function):
         lambda z: torch.randn_like(z) * (0.5 * z).exp(),  # a deviation
         lambda z: (z.exp() + z.square() - 1 - z).sum(),  # a divergence
         lambda z: z.log_softmax(-1).exp().mean(0),  # a softmax that is seen already
+        lambda z: (z.mean().exp() * z) @ z.T,  # a learned temperature
     ],
 )
 def test_other_exponentials_are_not_mentioned(function):

@@ -686,3 +686,24 @@ def test_a_monitor_does_not_measure_an_expert_without_rows(tmp_path, recwarn):
     monitor = PosteriorMonitor("experts.*", every_n_steps=1, verbose=False)
     measured = {key.split("/")[1] for key in fit(tmp_path, Router(), monitor).callback_metrics if key[:3] == "em/"}
     assert measured == {"experts.0"} and not [one for one in recwarn if "skips" in str(one.message)]
+
+
+def test_modules_that_fabric_has_set_up_are_changed_and_restored():
+    """A Fabric module passes the attributes that are set on it to the module inside."""
+    from lightning.fabric import Fabric
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    x, keys, attributes = torch.randn(5, 3, 6), list(net.state_dict()), set(vars(net))
+    expected = net(x)
+    wrapped = Fabric(accelerator="cpu", devices=1).setup_module(net)
+    own = set(vars(wrapped))
+    inserted = insert_em_operators(wrapped, "_forward_module.0", 2, verbose=False)
+    swapped = swap_activations(wrapped, "signed", verbose=False)
+    losses = LayerwiseLoss(wrapped, "*.2", weight=0.1, verbose=False)
+    losses.add_to(wrapped(x).square().mean()).backward()
+    assert losses.values
+    losses.remove()
+    swapped.undo()
+    inserted.undo()
+    assert torch.equal(wrapped(x), expected)
+    assert (list(net.state_dict()), set(vars(net)), set(vars(wrapped))) == (keys, attributes, own)

@@ -52,11 +52,10 @@ class LayerwiseEMLoss(Callback):
         optimizer: int | None = None,
         verbose: bool = True,
     ) -> None:
-        options: dict[str, Any] = {"loss": loss, "weight": weight, "tap": tap, "every": every, "ratio": ratio}
-        options["schedule"] = schedule
+        options = dict(loss=loss, weight=weight, tap=tap, every=every, ratio=ratio, schedule=schedule)
         check_options(**options)
         self.where = where
-        self.options = {**options, "dim": dim, "detach": detach, "verbose": verbose}
+        self.options: dict[str, Any] = {**options, "dim": dim, "detach": detach, "verbose": verbose}
         self.optimizer = optimizer
         self._batch = 0
         self._had_loss = False  # whether this training step had a loss

@@ -116,7 +116,10 @@ class SurgicalCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn once of new modules that no batch of an epoch has called."""
-        uncalled = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
+        paths = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
+        # Modules with frozen parameters, such as averages of the weights, may be called after the training only.
+        around = {path: pl_module.get_submodule(path.rpartition(".")[0]).parameters() for path in paths}
+        uncalled = [path for path, own in around.items() if "." not in path or all(p.requires_grad for p in own)]
         if uncalled and not self._warned:
             self._warned = True
             rank_zero_warn(

@@ -263,8 +263,8 @@ class _Recorder(TorchDispatchMode):
         return output
 
     def _follow(self, name: str, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Follow exponentials to their sums, and to quotients that may be their softmax."""
-        if name == "exp" and output.numel():
+        """Follow exponentials, possibly computed twice, to their sums and to quotients that may be their softmax."""
+        if name == "exp" and output.numel() > 1:
             row = Finding(path, type(module).__name__, "exp", reason=UNKNOWN)
             self._exponentials[_key(output)] = row, output.clone(), output
         elif name in ("index_select", "gather", "index"):
@@ -280,8 +280,7 @@ class _Recorder(TorchDispatchMode):
                 logits = values.as_strided(output.shape, output.stride()).log().masked_fill(output == 0, -math.inf)
                 strides = args[1].expand(output.shape).stride()
                 axes = tuple(axis for axis, size in enumerate(output.shape) if size > 1 and strides[axis] == 0)
-                nothing = (), None, None
-                axes, index, _ = (axes, None, None) if axes else self._gathered.get(_key(args[1]), nothing)
+                axes, index, _ = (axes, None, None) if axes else self._gathered.get(_key(args[1]), ((), None, None))
                 softmax = Softmax(path, module, "exp / sum", logits, output, axes, False, index)
                 self._quotients += [(values, softmax)] if axes else []
 
@@ -294,9 +293,8 @@ class _Recorder(TorchDispatchMode):
         found = [*self.found, *(check for check in checks if check is not None)]
         quotients = [(values, softmax.check()) for values, softmax in self._quotients]
         quotients = [(values, one) for values, one in quotients if one.em or not one.checked]
-        known = [values for values, _ in quotients]  # numerator and divisor may compute them twice
         found += [one for _, one in quotients]
-        found += [row for row, x in self._summed.values() if not any(torch.equal(x, values) for values in known)]
+        found += [row for row, x in self._summed.values() if not any(torch.equal(x, values) for values, _ in quotients)]
         reached = {(one.path, one.operation) for one in found if one.checked}
         calls: dict[tuple[str, str, str], list[Finding]] = {}  # of an operation over an axis
         for one in found:

@@ -296,7 +296,7 @@ def _squared_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack([gradient.float().square().sum() for gradient in gradients if gradient is not None]).sum()
 
 
-def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float, schedule: Any) -> None:
+def check_options(loss: Any, weight: Any, tap: Any, every: Any, ratio: Any, schedule: Any) -> None:
     """Raise ValueError or TypeError if an argument of :class:`LayerwiseLoss` is out of range or of a wrong type."""
     check_counts(1, every=every)
     positive_number("ratio", ratio)
