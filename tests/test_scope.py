@@ -419,6 +419,22 @@ def test_a_sum_of_exponentials_of_another_form_is_called_not_checked(function):
 @pytest.mark.parametrize(
     "function",
     [
+        lambda z: z.exp() / torch.ones(6)[torch.tensor([True] * 5 + [False])].sum(),
+        lambda z: z.T[:2].exp() / z.T.exp()[torch.arange(6) < 2],  # by an index of another length
+        lambda z: z.exp() / torch.ones(2)[torch.tensor(1)],
+        lambda z: z.exp() / z.exp().sum(0)[None, torch.arange(6)],
+        lambda z: z[:, ::2].exp_().div_(z[:, 1::2].abs().sum(-1, keepdim=True)),  # not dense
+        lambda z: z.exp().double() / z.exp().sum(-1, keepdim=True),
+        lambda z: z.exp().relu() / 2,
+    ],
+)
+def test_quotients_of_any_form_do_not_end_the_audit(function):
+    audit(Calls(function), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
         lambda z: torch.randn_like(z) * (0.5 * z).exp(),  # a deviation
         lambda z: (z.exp() + z.square() - 1 - z).sum(),  # a divergence
         lambda z: z.log_softmax(-1).exp().mean(0),  # a softmax that is seen already

@@ -422,6 +422,15 @@ def test_target_networks_without_the_change_are_named(make, tmp_path):
     fit(tmp_path, Teacher(fresh=True), make("student.1"))  # another network of the same shape
 
 
+@pytest.mark.parametrize("change", [swap_activations, functools.partial(insert_em_operators, num_components=2)])
+def test_frozen_copies_without_the_change_are_named_by_the_functions_too(change):
+    with pytest.warns(UserWarning, match=r"changed 'student.1', but not 'teacher.1' of an untrained copy"):
+        change(Teacher(frozen=True), where="student.1").undo()
+    change(Teacher(frozen=True), where=["student.1", "teacher.1"])
+    change(Teacher(), where="student.1")  # an optimizer may train both
+    change(Teacher(fresh=True, frozen=True), where="student.1")  # another network of the same shape
+
+
 def test_layers_that_are_not_initialized_yet_are_changed(tmp_path):
     class Lazy(OneUnit):
         def __init__(self):

@@ -131,8 +131,7 @@ class LayerwiseEMLoss(Callback):
             self.losses.reset()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Store the state where Lightning looks for callbacks that a resumed run lacks, to warn of them."""
-        # Not state_dict(), as Lightning refuses two callbacks of one state_key that have it.
+        # In "callbacks", so that Lightning warns if a resumed run lacks this one; it refuses two state_dict() of one key.
         checkpoint["callbacks"].setdefault(self.state_key, {})[self._number(trainer)] = self._current_state()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:

@@ -106,13 +106,8 @@ class SurgicalCallback(Callback):
                 f"of em_lightning.surgery before the optimizer is built"
             )
         trained = parameters_of(trainer.optimizers) & {id(p) for p in pl_module.parameters() if p.requires_grad}
-        for twin in self.surgery.unchanged_copies.values() if self.surgery else ():
-            original, copy = (pl_module.get_submodule(path).parameters() for path in (twin.original, twin.copy))
-            if any(id(p) in trained for p in original) and not any(id(p) in trained for p in copy):
-                rank_zero_warn(
-                    f"{type(self).__name__} changed {twin.layer!r}, but not {twin.counterpart!r} of an untrained copy: "
-                    f"add it to where= if {twin.copy!r} follows {twin.original!r}, as target networks and teachers do"
-                )
+        if self.surgery is not None and trainer.is_global_zero:
+            self.surgery.warn_of_copies(lambda parameter: id(parameter) in trained)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn once of new modules that no batch of an epoch has called."""

@@ -42,8 +42,7 @@ _OPERATIONS = {
     "aten::topk": "topk",
     "aten::argmax": "argmax",
 }
-# Namespaces of operators that hold no softmax, except those of aten.
-_KNOWN = "aten prim prims profiler c10d _c10d_functional torch_scatter torch_sparse em_lightning".split()
+_KNOWN_NAMESPACES = "aten prim prims profiler c10d _c10d_functional torch_scatter torch_sparse em_lightning".split()
 _SUMS = "sum mean cumsum scatter_add scatter_reduce index_add segment_reduce mm bmm norm linalg_vector_norm".split()
 _PRODUCTS = ("mul", "masked_fill", "where", "clone", "to_copy")  # which may mask exponentials, or copy them
 _CHECKED_AS_A_WHOLE = (Competition, Activation, EMOperator)
@@ -237,7 +236,7 @@ class _Recorder(TorchDispatchMode):
         operation = _OPERATIONS.get(func.name())
         path, module = self._stack[-1]
         if operation is None:
-            if func.namespace not in _KNOWN:
+            if func.namespace not in _KNOWN_NAMESPACES:
                 self.found.append(Finding(path, type(module).__name__, func.name(), reason=UNKNOWN))
             elif not (func.name() == "aten::exp" and any(_key(args[0]) == _key(s.output) for s in self.softmaxes)):
                 self._follow(func.name()[6:].partition(".")[0].strip("_"), path, module, args, output)
@@ -269,20 +268,23 @@ class _Recorder(TorchDispatchMode):
             self._exponentials[_key(output)] = row, output.clone(), output
         elif name in ("index_select", "gather", "index"):
             axis, index = args[1:3] if len(args) > 2 else (0, args[1][0])
+            index = index.movedim(axis, 0).flatten(1)[:, 0] if isinstance(index, Tensor) and index.ndim > 1 else index
             self._gathered[_key(output)] = (axis,), index, output
         found = [self._exponentials[_key(x)] for x in args if isinstance(x, Tensor) and _key(x) in self._exponentials]
         for row, values, _ in found[:1]:
+            dense = torch.empty_like(output).stride() == output.stride()  # with the layout of the values
             if name in _SUMS:
                 self._summed[id(row)] = row, values
             elif name in _PRODUCTS:
                 self._exponentials[_key(output)] = row, values, output
-            elif name == "div" and isinstance(args[1], Tensor) and output.numel() == values.numel():
+            elif name == "div" and isinstance(args[1], Tensor) and dense and output.numel() == values.numel():
                 logits = values.as_strided(output.shape, output.stride()).log().masked_fill(output == 0, -math.inf)
                 strides = args[1].expand(output.shape).stride()
                 axes = tuple(axis for axis, size in enumerate(output.shape) if size > 1 and strides[axis] == 0)
                 axes, index, _ = (axes, None, None) if axes else self._gathered.get(_key(args[1]), ((), None, None))
                 softmax = Softmax(path, module, "exp / sum", logits, output, axes, False, index)
-                self._quotients += [(values, softmax)] if axes else []
+                fits = index is None or index.shape == output.shape[axes[0] :][:1]
+                self._quotients += [(values, softmax)] if axes and fits else []
 
     def findings(self) -> Audit:
         """Return all findings in the order in which the modules were called; those that were not called come last."""

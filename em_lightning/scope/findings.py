@@ -158,11 +158,9 @@ class Softmax:
     def _hypotheses_last(self, x: Tensor, padding: float) -> Tensor:
         if self.index is None:
             return x.movedim(self.axes, tuple(range(-len(self.axes), 0))).flatten(-len(self.axes))
-        axis, index = self.axes[0], self.index
-        index = index.movedim(axis, 0).flatten(1)[:, 0] if index.ndim > 1 else index
-        counts = index.unique(return_counts=True)[1].tolist()
-        groups = x.movedim(axis, 0)[index.argsort()].split(counts)
-        num = max(1, _LARGEST * len(index) // (max(counts) * x.numel()))
+        counts = self.index.unique(return_counts=True)[1].tolist()
+        groups = x.movedim(self.axes[0], 0)[self.index.argsort()].split(counts)
+        num = max(1, _LARGEST * len(self.index) // (max(counts) * x.numel()))
         return pad_sequence(groups[:num], True, padding).movedim(1, -1)
 
     def _reason(self) -> str:
