@@ -131,7 +131,7 @@ class LayerwiseEMLoss(Callback):
             self.losses.reset()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # In "callbacks", so that Lightning warns if a resumed run lacks this one; it refuses two state_dict() of one key.
+        # In "callbacks", as Lightning then warns of a resume without this one; it refuses two state_dict() of one key.
         checkpoint["callbacks"].setdefault(self.state_key, {})[self._number(trainer)] = self._current_state()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
