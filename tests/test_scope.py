@@ -391,6 +391,16 @@ def test_a_softmax_by_hand_is_seen(function, hypotheses):
     assert finding.em and (finding.operation, finding.hypotheses) == ("exp / sum", hypotheses)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_short_types_is_not_taken_for_a_deviation(dtype):
+    def attention(z):
+        scores = (z @ z.T).to(dtype)
+        return scores.softmax(-1), stable(scores)
+
+    findings = audit(Calls(attention), torch.randn(200, 4)).at("")
+    assert [one.operation for one in findings if one.em] == ["softmax", "exp / sum"]
+
+
 def test_the_values_of_a_softmax_by_hand_are_those_of_the_function():
     model, x = Calls(stable), torch.randn(3, 4)
     by_hand = only(audit(model, x).at(""))
@@ -406,6 +416,7 @@ def test_the_values_of_a_softmax_by_hand_are_those_of_the_function():
         lambda z: z.exp() / z.exp().mean(-1, keepdim=True),
         lambda z: (z.exp()[:, 0] / z.exp().sum(-1)).log(),
         lambda z: z.exp() @ torch.ones(6, 2),
+        lambda z: z.exp() / (z.exp() @ torch.ones(6))[0],  # of Sinkhorn's iterations
     ],
 )
 def test_a_sum_of_exponentials_of_another_form_is_called_not_checked(function):
@@ -426,6 +437,9 @@ def test_a_sum_of_exponentials_of_another_form_is_called_not_checked(function):
         lambda z: z[:, ::2].exp_().div_(z[:, 1::2].abs().sum(-1, keepdim=True)),  # not dense
         lambda z: z.exp().double() / z.exp().sum(-1, keepdim=True),
         lambda z: z.exp().relu() / 2,
+        lambda z: (1j * z).exp().real / (1j * z).exp().sum(-1, keepdim=True).real,
+        lambda z: torch.sparse.mm(z.exp().to_sparse(), z.T.exp()) / 2,
+        lambda z: z.exp().half() / z.exp().half().sum(-1, keepdim=True),
     ],
 )
 def test_quotients_of_any_form_do_not_end_the_audit(function):

@@ -42,8 +42,8 @@ _OPERATIONS = {
     "aten::topk": "topk",
     "aten::argmax": "argmax",
 }
-_KNOWN_NAMESPACES = "aten prim prims profiler c10d _c10d_functional torch_scatter torch_sparse em_lightning".split()
-_SUMS = "sum mean cumsum scatter_add scatter_reduce index_add segment_reduce mm bmm norm linalg_vector_norm".split()
+_NAMESPACES = "aten prim prims profiler c10d _c10d_functional fsdp torch_scatter torch_sparse em_lightning".split()
+_SUMS = "sum mean cumsum scatter_add scatter_reduce index_add segment_reduce mm bmm mv dot linalg_vector_norm".split()
 _PRODUCTS = ("mul", "masked_fill", "where", "clone", "to_copy")  # which may mask exponentials, or copy them
 _CHECKED_AS_A_WHOLE = (Competition, Activation, EMOperator)
 # Uncalled modules inside these are not reported, because their weights may be read without calling them.
@@ -236,7 +236,7 @@ class _Recorder(TorchDispatchMode):
         operation = _OPERATIONS.get(func.name())
         path, module = self._stack[-1]
         if operation is None:
-            if func.namespace not in _KNOWN_NAMESPACES:
+            if func.namespace not in _NAMESPACES:
                 self.found.append(Finding(path, type(module).__name__, func.name(), reason=UNKNOWN))
             elif not (func.name() == "aten::exp" and any(_key(args[0]) == _key(s.output) for s in self.softmaxes)):
                 self._follow(func.name()[6:].partition(".")[0].strip("_"), path, module, args, output)
@@ -263,7 +263,7 @@ class _Recorder(TorchDispatchMode):
 
     def _follow(self, name: str, path: str, module: nn.Module, args: Any, output: Any) -> None:
         """Follow exponentials, possibly computed twice, to their sums and to quotients that may be their softmax."""
-        if name == "exp" and output.numel() > 1:
+        if name == "exp" and output.is_floating_point() and output.numel() > 1:
             row = Finding(path, type(module).__name__, "exp", reason=UNKNOWN)
             self._exponentials[_key(output)] = row, output.clone(), output
         elif name in ("index_select", "gather", "index"):
@@ -316,5 +316,5 @@ class _Recorder(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> tuple[int, int]:
-    """Return what a tensor and its views have in common; sparse tensors have no address."""
-    return tensor.data_ptr() if tensor.layout == torch.strided else id(tensor), tensor.numel()
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided  # others may have no address
+    return tensor.data_ptr() if plain else id(tensor), tensor.numel()

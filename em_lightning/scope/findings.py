@@ -17,7 +17,7 @@ from em_lightning.mixture import Mixture
 from em_lightning.operators import EMOperator
 from em_lightning.scope.curvature import curvature
 
-TOLERANCE = 1e-3  # of sums and gradients: above the rounding of softmaxes in float32 and float16
+TOLERANCE = 4e-3  # of sums and gradients: above the rounding of softmaxes in bfloat16, by up to 1 part in 256
 NOT_CHECKED = "not checked: "
 UNKNOWN = f"{NOT_CHECKED}the audit cannot tell whether this is a part of a softmax"
 NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
