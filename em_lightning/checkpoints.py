@@ -1,4 +1,4 @@
-"""Runs that can be resumed: atomic checkpoints, agreement and connection of the ranks, and the end after signals."""
+"""Atomic checkpoints, checks that all ranks agree and can connect, and a checkpoint when a signal ends the run."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if weights_only is False or "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        remove_abandoned(Path(path))  # A kill in the last write leaves a file that no later write removes.
+        remove_abandoned(Path(path))  # left by a run that was killed in its last write
         return read_checkpoint(path)
 
 
@@ -145,9 +145,9 @@ def check_agreement(facts: Mapping[str, Any], remedy: str = _REMEDY) -> None:
     values = {name: json.dumps(facts[name], sort_keys=True, default=lambda x: type(x).__name__) for name in facts}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (socket.gethostname(), values, remedy))
-    for name in dict.fromkeys(name for _, facts, _ in ranks for name in facts):
-        found = [facts.get(name, "missing") for _, facts, _ in ranks]
-        common = Counter(found).most_common(1)[0][0]  # in a tie, that of the lowest rank
+    for name in dict.fromkeys(name for _, theirs, _ in ranks for name in theirs):
+        found = [theirs.get(name, "missing") for _, theirs, _ in ranks]
+        common = Counter(found).most_common(1)[0][0]  # in a tie, the value of the lowest rank
         hosts = [f"on host {host} (rank {rank})" for rank, (host, _, _) in enumerate(ranks)]
         others = [f"{value} {host}" for value, host in zip(found, hosts, strict=True) if value != common]
         if others:
@@ -181,7 +181,7 @@ class RankAgreement(lightning.Callback):
             if hasattr(callback, "parser") and hasattr(callback, "config"):  # the SaveConfigCallback of a LightningCLI
                 config = callback.parser.dump(callback.config, format="json", skip_none=False)
                 facts |= _leaves(json.loads(config), "argument")
-            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):  # they act in a fit
+            elif stage == "fit" and type(callback).__module__.startswith("em_lightning."):
                 for name, value in vars(callback).items():
                     if isinstance(value, (bool, int, float, str, dict)) and not name.startswith("_"):
                         facts |= _leaves(value, f"{type(callback).__name__}.{name}")
@@ -210,7 +210,7 @@ class RankAgreement(lightning.Callback):
     @override
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        if message := connection_error(exception, getattr(self, "dirpath", "")):
+        if message := connection_error(exception, getattr(self, "dirpath", None)):  # RunCheckpoint has one
             exception.args = (f"{exception}\n{message}",)  # the traceback ends with it
 
 
@@ -218,33 +218,34 @@ class WatchedDDPStrategy(DDPStrategy):
     """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
 
     gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
-    can reach, and for ever when Lightning connects again, for ``prepare_data``. Here, the ranks must be connected after
-    twice ``timeout``, which limits each communication. Other arguments: see ``DDPStrategy``.
+    can reach, and for ever when Lightning connects again, for ``prepare_data``. Here, twice ``timeout`` limits the
+    connection of the ranks, and ``timeout`` each later communication. Other arguments: see ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
         super().__init__(timeout=timeout, **options)
+        # PyTorch allows one timeout to reach the main address; the second is for the connections of all to all.
         self.limit = 2 * timeout.total_seconds()
 
     @override
     def setup_distributed(self) -> None:
         environment: Any = self.cluster_environment
-        rule = f"through {environment.main_address}:{environment.main_port} within {self.limit:g} seconds"
+        how = f"through {environment.main_address}:{environment.main_port} within {self.limit:g} seconds"
         me = f"host {socket.gethostname()}, rank {self.node_rank * self.num_processes + self.local_rank}"
         thread = threading.get_ident()
         if self.num_nodes > 1 and self.local_rank == 0:
-            print(f"{me}: connecting {self.num_nodes} hosts {rule}{_warning()}", file=sys.stderr, flush=True)
+            print(f"{me}: connecting {self.num_nodes} hosts {how}{_warning()}", file=sys.stderr, flush=True)
 
         def end() -> None:
             names = {frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames().get(thread))}
             if names & {"init_process_group", "new_group"}:
-                print(f"em-lightning: {me}: a rank did not connect {rule}. {_CAUSES}", file=sys.stderr, flush=True)
+                print(f"em-lightning: {me}: a rank did not connect {how}. {_CAUSES}", file=sys.stderr, flush=True)
                 os._exit(2)  # no exception can end the call of gloo
 
         watch = threading.Timer(self.limit, end)
         watch.daemon = True
         watch.start()
-        try:
+        try:  # not cancelled after success: `end` also limits the later connection, for prepare_data
             super().setup_distributed()
         except BaseException:
             watch.cancel()
@@ -260,18 +261,19 @@ def _warning() -> str:
     if not address.startswith("127.") or {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} & os.environ.keys():
         return ""
     remedy = "set GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME) to the network interface, such as eth0"
-    return f". WARNING: the name of this host means {address}, where others cannot reach it: {remedy}"
+    return f". WARNING: this host resolves its own name to {address}, where others cannot reach it: {remedy}"
 
 
-def connection_error(error: BaseException, run: str | None = "") -> str | None:
-    """Return a message for an error of the communication between ranks, or None for any other error."""
+def connection_error(error: BaseException, folder: str | None = None) -> str | None:
+    """Return a message for an error of the communication between ranks in a run, or None for any other error."""
     words, frames = str(error), traceback.extract_tb(error.__traceback__)
     in_collective = isinstance(error, RuntimeError) and "/torch/distributed/" in Path(frames[-1].filename).as_posix()
     if not (in_collective or isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words):
         return None
     reason = " ".join(words.split("\n")[0].split())[:300]
     rank = f", rank {dist.get_rank()}" if dist.is_initialized() else ""
-    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{f' in {run}' if run else ''}"
+    place = f" in {folder}" if folder else ""  # completes "resumes the run", the end of _CAUSES
+    return f"host {socket.gethostname()}{rank}: lost the other ranks ({reason}). {_CAUSES}{place}"
 
 
 def _hash(content: Any) -> str:
@@ -279,7 +281,7 @@ def _hash(content: Any) -> str:
 
 
 def _leaves(value: Any, name: str) -> dict[str, Any]:
-    """Return the values in nested mappings and lists by their dotted names, without paths (by ``_PATHS`` or slash)."""
+    """Return the values in nested mappings and lists by their dotted names, without strings that are paths."""
     if isinstance(value, (dict, list, tuple)):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {key: leaf for part, each in pairs for key, leaf in _leaves(each, f"{name}.{part}").items()}
@@ -366,7 +368,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         self._set_handlers(self._handlers)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM or not callable(self._handlers.get(number)):
+        if number == signal.SIGTERM or not callable(self._handlers.get(number)):  # Lightning only takes note of SIGTERM
             raise SystemExit(128 + number)
-        self._handlers[number](number, None)
+        self._handlers[number](number, None)  # SLURM's for SIGUSR1 requeues the job
         self._set_handlers(dict.fromkeys(self._handlers, self._receive))

@@ -52,7 +52,9 @@ def test_a_rank_says_what_it_waits_for(address, interface, tmp_path, monkeypatch
     host = re.escape(socket.gethostname())
     printed = capfd.readouterr().err
     assert re.search(rf"host {host}, rank 0: connecting 2 hosts through localhost:{port} within 6 seconds", printed)
-    assert ("WARNING: the name of this host means 127.0.1.1" in printed) == (address == "127.0.1.1" and not interface)
+    assert ("WARNING: this host resolves its own name to 127.0.1.1" in printed) == (
+        address == "127.0.1.1" and not interface
+    )
     reason = r"lost the other ranks \(.*1/2 clients joined"
     resume = f"ckpt_path=last resumes the run{f' in {re.escape(folder)}' if folder else ''}$"
     assert re.search(rf"host {host}: {reason}.*{resume}", str(caught.value), re.DOTALL)

@@ -202,7 +202,7 @@ def test_debian_host_names_are_explained(tmp_path):
         processes = start(hosts, tmp_path, short, MASTER_ADDR=address)
         for process, host in zip(processes, hosts, strict=True):
             wait_until(lambda: f"connecting 2 hosts through {address}:{PORT}" in process.text(), 100)  # noqa: B023
-            assert "WARNING: the name of this host means 127.0.1.1" in process.text()
+            assert "WARNING: this host resolves its own name to 127.0.1.1" in process.text()
             assert "set GLOO_SOCKET_IFNAME" in process.text(), host.name
         # One rank fails at once. The other would wait for 50 seconds if gloo had no limit.
         seconds = wait_until(lambda: all(process.popen.poll() is not None for process in processes), 40)

@@ -61,8 +61,7 @@ class NegLogSoftminActivation(Activation):
 class LogSoftmaxActivation(_LogitActivation):
     """Log-responsibility of each unit: y = log softmax(z / T).
 
-    Never positive; the largest input gives the largest output. Units compete: dy_i/dz_j = ([i = j] - r_j) / T with
-    r = softmax(z / T).
+    Never positive; the largest input gives the largest output. Units compete: dy_i/dz_j = ([i = j] - r_j) / T, r = e^y.
 
     Example:
         >>> LogSoftmaxActivation()(torch.tensor([0.0, 0.0]))
@@ -95,7 +94,7 @@ class SoftmaxGatedActivation(_LogitActivation):
 class ReLUGatedActivation(_LogitActivation):
     """Rectified unit times its responsibility: y = relu(z) softmax(z / T).
 
-    The rectifier is outside the scope of implicit EM: units below 0 have output 0, but still compete:
+    The rectifier is not a statistic of the posterior: units below 0 have output 0, but still compete,
     dy_i/dz_j = [z_i > 0] r_i [i = j] + (relu(z_i) / T) r_i ([i = j] - r_j) with r = softmax(z / T).
 
     Example:

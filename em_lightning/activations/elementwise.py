@@ -121,11 +121,9 @@ def _exponential(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tens
 
 
 _CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
-    kernels.GaussianKernel: lambda kernel, z, m, t: times(z, m / (kernel.positive("scale", z.dtype) ** 2 * t)).tanh(),
-    kernels.DotProductKernel: lambda kernel, z, m, t: times(z, kernel.positive("scale", z.dtype) * m / t).tanh(),
-    kernels.LaplaceKernel: lambda kernel, z, m, t: times(
-        _clip(z, m), 1 / (kernel.positive("scale", z.dtype) * t)
-    ).tanh(),
+    kernels.GaussianKernel: lambda k, z, m, t: torch.tanh(times(z, m / (k.positive("scale", z.dtype) ** 2 * t))),
+    kernels.DotProductKernel: lambda k, z, m, t: torch.tanh(times(z, k.positive("scale", z.dtype) * m / t)),
+    kernels.LaplaceKernel: lambda k, z, m, t: torch.tanh(times(_clip(z, m), 1 / (k.positive("scale", z.dtype) * t))),
     kernels.LogisticKernel: _logistic,
     kernels.StudentTKernel: _student_t,
     kernels.HuberKernel: _huber,

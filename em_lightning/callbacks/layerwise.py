@@ -19,12 +19,12 @@ class LayerwiseEMLoss(Callback):
     """Adds an EM loss of chosen layers to the loss that ``training_step`` returns.
 
     In manual optimization the EM loss of a layer is added to the loss of the first ``manual_backward`` that depends on
-    the layer. With several optimizers it trains only the parameters of the layer's own optimizer, or of number
-    ``optimizer``, and is added only to losses that depend on them. The model's own logs do not include it; its terms
-    and its weight are logged as ``em/<layer>/<term>``. Schedules and ``every`` count batches. Checkpoints store the
-    number of batches and the state of ``weight="auto"``.
+    the layer. With several optimizers it trains only the parameters of the optimizer that owns the layer, or of the one
+    with index ``optimizer``, and is added only to losses that depend on them. The model's own logs do not include the
+    EM loss; its terms and weight are logged as ``em/<layer>/<term>``. Schedules and ``every`` count batches.
+    Checkpoints store the number of batches and the state of ``weight="auto"``.
 
-    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains the other arguments.
+    Without a Trainer: :class:`em_lightning.surgery.LayerwiseLoss`, which explains all arguments but ``optimizer``.
 
     Raises:
         NoMatchError: when the fit starts, if nothing matches; the message lists the modules of the model.
@@ -68,8 +68,8 @@ class LayerwiseEMLoss(Callback):
         tap, loss = self.options["tap"], self.options["loss"]
         return f"{type(self).__qualname__}(where={described(self.where)}, tap={tap}, loss={described(loss)})"
 
-    def _number(self, trainer: Any) -> str:
-        """Return a suffix for names in logs and checkpoints that tells callbacks of one state_key apart."""
+    def _suffix(self, trainer: Any) -> str:
+        """Return "", or "_2", "_3", ... for further callbacks of this state_key, for names in logs and checkpoints."""
         index = [callback for callback in trainer.callbacks if callback.state_key == self.state_key].index(self)
         return f"_{index + 1}" if index else ""
 
@@ -81,7 +81,7 @@ class LayerwiseEMLoss(Callback):
             losses.load_state_dict(self._state)
         self._batch = losses.step
         automatic, several = pl_module.automatic_optimization, len(trainer.optimizers) > 1
-        number = self._number(trainer)
+        suffix = self._suffix(trainer)
         if several:
             owners_of(losses.taps.sites, trainer.optimizers, self.optimizer)  # raises before the first step
 
@@ -91,13 +91,13 @@ class LayerwiseEMLoss(Callback):
             # Found anew in each step, as finetuning callbacks add parameters to optimizers.
             owners = owners_of(losses.taps.sites, trainer.optimizers, self.optimizer) if several else None
             total = losses.add_to(loss, automatic, owners)
-            values = {f"em/{name}{number}": value for name, value in losses.values.items()}
+            values = {f"em/{name}{suffix}": value for name, value in losses.values.items()}
             pl_module.log_dict(values, batch_size=1)
             return total
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._had_loss = False
-            if several:  # a step may run one optimizer only: keep the list of added losses until the epoch ends
+            if several:  # a step may run one optimizer only: until the epoch ends, keep which EM losses were added
                 losses.taps.captured = []
             else:
                 losses.reset()
@@ -132,16 +132,16 @@ class LayerwiseEMLoss(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # In "callbacks", as Lightning then warns of a resume without this one; it refuses two state_dict() of one key.
-        checkpoint["callbacks"].setdefault(self.state_key, {})[self._number(trainer)] = self._current_state()
+        checkpoint["callbacks"].setdefault(self.state_key, {})[self._suffix(trainer)] = self._current_state()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        states, number = checkpoint["callbacks"].get(self.state_key, {}), self._number(trainer)
+        states, number = checkpoint["callbacks"].get(self.state_key, {}), self._suffix(trainer)
         if states and number not in states:
             rank_zero_warn(f"the checkpoint has no state of {self.state_key}{number}, which starts anew")
         self._state = states.get(number, {})
 
     def _current_state(self) -> dict[str, Any]:
-        # The step of the losses is that of the batch, as a batch may have several backward passes.
+        # Save the number of batches: losses.step counts backward passes, of which a batch may have several.
         return self._state if self.losses is None else {**self.losses.state_dict(), "step": self._batch}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:

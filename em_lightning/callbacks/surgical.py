@@ -123,7 +123,6 @@ class SurgicalCallback(Callback):
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
-        """Remove the wrappers of methods; the surgery remains."""
         undo_all(self._undos)
 
     on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception

@@ -54,8 +54,7 @@ class TemperatureSchedule(Callback):
         return f"{type(self).__qualname__}(where={described(self.where)})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the arguments: as there is a state, Lightning warns if a resumed run lacks the callback."""
-        return {"start": self.start, "end": self.end, "steps": self.steps, "shape": self.shape}
+        return {"start": self.start, "end": self.end}  # a state, so that Lightning warns of a resume without it
 
     def value(self, step: int) -> float:
         """Return T at a step."""
@@ -66,7 +65,6 @@ class TemperatureSchedule(Callback):
         return start_weight * self.start + (1.0 - start_weight) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set the first temperatures; check that none is learned."""
         for path, module in set_temperature(pl_module, self.value(trainer.global_step), self.where).items():
             if module.log_temperature_ratio is not None:
                 raise ValueError(

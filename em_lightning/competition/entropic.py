@@ -31,16 +31,16 @@ def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return max_p <p, z> + H(p) and the maximizing p = relu(z / 2 - tau)^2, for H(p) = 4/3 sum(p - p^1.5)."""
-    z, top = _shifted(logits / 2, dim)
-    ranked, rank = _ranked(z, dim)
+    half, top = _shifted(logits / 2, dim)
+    ranked, rank = _ranked(half, dim)
     mean = _cumulative_sum(ranked, dim) / rank
     variance = _cumulative_sum(ranked.square(), dim) / rank - mean.square()
     threshold = mean - (1 / rank - variance).clamp_min(0.0).sqrt()
-    support, count, centered = _support(z, ranked, threshold, dim)
+    support, count, centered = _support(half, ranked, threshold, dim)
     square = (1 - centered.square().sum(dim, keepdim=True)) / count  # (mean - tau)^2, solved from sum(p) = 1
     root = (centered + square.sqrt()) * support
     p = root.square()
-    return _result(2 * (p * z).sum(dim) + (1 - (p * root).sum(dim)) * (4 / 3), p, 2 * top, dim)
+    return _result(2 * (p * half).sum(dim) + (1 - (p * root).sum(dim)) * (4 / 3), p, 2 * top, dim)
 
 
 def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:

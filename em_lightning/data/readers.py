@@ -104,7 +104,7 @@ def _parse_array(data: bytes) -> Points:
             if len(names) > 1 and "points" not in names:
                 raise ValueError(f"of several arrays one must be named 'points', got {', '.join(names)[:200]}")
             array = np.asarray(array[names[0] if len(names) == 1 else "points"])
-    except Exception as error:  # of many types: NumPy evaluates the header as Python
+    except Exception as error:  # of any class, as NumPy evaluates the header as Python
         raise ValueError(f"not a plain NumPy array of numbers ({error})") from None
     _check_shape(array.shape)
     if len(array) == 3 < array.shape[1]:  # three points with attributes are less likely than points in columns
@@ -115,7 +115,7 @@ def _parse_array(data: bytes) -> Points:
 
 
 def _parse_pcd(data: bytes) -> Points:
-    last_line = re.search(rb"(?m)^DATA[ \t]+(\w+)[^\n]*\n", data)  # of the header; it names the encoding
+    last_line = re.search(rb"(?m)^DATA[ \t]+(\w+)[^\n]*\n", data)  # last line of the header, with the encoding
     if last_line is None:
         raise ValueError("a PCD file must have a header that ends with DATA")
     lines = (line.split() for line in data[: last_line.start()].decode("latin-1").split("\n"))
@@ -146,7 +146,7 @@ def _lines(data: bytes) -> list[str]:
 
 
 def _parse_text(data: bytes) -> Points:
-    lines = [line for line in _lines(data) if not line.isdecimal()]  # the number of points of a scan
+    lines = [line for line in _lines(data) if not line.isdecimal()]  # without the number of points of each scan
     begins_with_number = r"[-+.\d]|nan|inf"
     if lines and not re.match(begins_with_number, lines[0], re.IGNORECASE):
         lines = lines[1:]  # column names

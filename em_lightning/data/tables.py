@@ -52,8 +52,8 @@ class Table:
         name: name of the argument in errors.
 
     Raises:
-        ValueError: the file does not exist, is not a regular file, or does not hold real numbers; a shard has another
-            number of columns, or its name is that of a copy (``x (copy).npy``); during a read, a file has been written
+        ValueError: the file does not exist, is not a regular file, or does not hold real numbers; shards have different
+            numbers of columns, or one has the name of a copy (``x (copy).npy``); during a read, a file has been written
             since the table was created.
 
     Example:
@@ -95,7 +95,7 @@ class Table:
             raise ValueError(f"{self.name}: {path} {problem}; every rank must be able to read all shards")
         try:
             array = np.lib.format.open_memmap(path, mode="r")
-        except Exception as error:  # of many types: NumPy evaluates the header as Python
+        except Exception as error:  # of any class, as NumPy evaluates the header as Python
             rule = "is not a plain NumPy array; write it with numpy.save"
             raise ValueError(f"{self.name}: {path} {rule} ({error})") from error
         if array.dtype.kind not in "fiub":

@@ -12,8 +12,7 @@ from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import pairwise
 
 _LARGEST_EXPONENT = 40.0  # exp(40) = 2.4e17; its square, which norms of gradients contain, still fits float32
-# E_1(1), the integral of exp(-exp(u)) over u > 0 (Abramowitz and Stegun, table 5.1).
-_EXPONENTIAL_INTEGRAL = 0.21938393439552027
+_EXPONENTIAL_INTEGRAL = 0.21938393439552027  # E_1(1), the integral of exp(-exp(u)) over u > 0
 _LAPLACE_CORE = 1e-4  # distance, in scales, below which the elliptical Laplace energy is a parabola
 
 

@@ -149,7 +149,7 @@ class EllipticalKernel(Kernel):
         raise NotImplementedError
 
     def log_normalizer(self, num_features: int) -> Tensor:
-        return num_features * self.elliptical_log_normalizer(1)  # the energy is a sum over features
+        return num_features * self.elliptical_log_normalizer(1)  # if the energy is a sum over features; others override
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         """Return the log of the integral of exp(-rho(|x|^2)) over R^D, or raise NoDensityError if it is infinite."""

@@ -13,7 +13,7 @@ from em_lightning.kernels.distance import unit_vectors
 
 @KERNELS.register("cosine")
 class CosineKernel(Kernel):
-    r"""Angular distance, which ignores the norms of items and centers.
+    r"""Cosine distance, which ignores the norms of items and centers.
 
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 
@@ -35,8 +35,7 @@ class CosineKernel(Kernel):
 
     def log_normalizer(self, num_features: int) -> Tensor:
         """Return the log of the integral of exp(-d) over the unit sphere, a tensor of shape ()."""
-        # The power series of the Bessel function (Abramowitz and Stegun 9.6.10). Terms are at most 2^-k / k!, so that
-        # 19 of them are exact in float64.
+        # Power series of the Bessel function (Abramowitz and Stegun 9.6.10). Terms are at most 2^-k / k!: 19 suffice.
         order = num_features / 2 - 1
         term, total = 1.0, 0.0
         for k in range(1, 20):

@@ -171,8 +171,7 @@ class LogDetLoss(MomentLoss):
 
     def from_moments(self, moments: Moments) -> Tensor:
         matrix = moments.covariance()
-        # Eigenvalues, because Cholesky fails if round-off makes a singular matrix indefinite. Float64, because the
-        # logarithms cancel if the loss is near 0.
+        # Eigenvalues, as Cholesky fails if round-off makes a matrix indefinite. Float64, as logarithms cancel near 0.
         spectrum = torch.linalg.eigvalsh(matrix.to(accumulation_dtype(matrix))).clamp_min(0.0)
         return -(spectrum + self.eps).log().sum().to(matrix.dtype)
 

@@ -50,8 +50,7 @@ class MeanOfItems(Float64Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Weighted sum and sum of weights. The NaN keeps a MetricCollection from merging two metrics whose states
-        # happen to be equal after the first batch.
+        # Weighted sum and sum of weights. NaN keeps a MetricCollection from merging metrics of equal first states.
         self.add_state("sums", torch.tensor([0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -103,7 +102,8 @@ class UnitMoments(Float64Metric):
         num_units, earlier = len(moments) - 1, len(self.moments) - 1
         if num_units and earlier and num_units != earlier:
             raise ValueError(f"activations have {num_units} units, earlier ones had {earlier}: reset() the metric")
-        self.moments = _merge(torch.stack(_pad([self.moments, moments.to(self.moments)])))
+        moments = moments.to(self.moments)
+        self.moments = _merge(torch.stack(_pad([self.moments, moments]))) if earlier else moments
 
     def compute(self) -> Tensor:
         count = self.moments[0, 0]

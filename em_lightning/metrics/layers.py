@@ -13,7 +13,7 @@ from em_lightning.metrics.mixtures import MaxResponsibility, ResponsibilityEntro
 
 
 class L0(MeanOfItems):
-    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`; the published one is 0.01.
+    r"""Mean number of active units per item, :math:`\#\{j : a_j >` ``threshold`` :math:`\}`; 0.01 in arXiv 2601.06478.
 
     Example:
         >>> metric = L0()
@@ -36,7 +36,7 @@ class DeadUnits(UnitMoments):
     r"""Number of units with :math:`\mathrm{Var}(a_j) <` ``threshold``, with the unbiased variance over all items.
 
     Args:
-        threshold: the variance below which a unit is dead, 0.01 as published; a constant unit is always dead.
+        threshold: the variance below which a unit is dead, 0.01 in arXiv 2601.06478; a constant unit is always dead.
         relative: whether the threshold is a fraction of the mean variance of the units, to compare different scales.
 
     Example:
@@ -119,9 +119,8 @@ class EffectiveRank(UnitMoments):
 def layer_metrics(dim: int = -1, **kwargs: Any) -> MetricCollection:
     """Return the metrics of a competitive layer, to be updated with its energies.
 
-    The four metrics that are computed from the moments of the units share one state.
-
-    Keyword arguments are those of :class:`torchmetrics.MetricCollection`, for instance ``prefix``.
+    ``l0`` counts energies above 0.01: nonzero outputs if the energies are those of a ReLU, not the units that win. The
+    metrics of moments share one state. Keyword arguments are those of :class:`torchmetrics.MetricCollection`.
 
     Example:
         >>> metrics = layer_metrics()

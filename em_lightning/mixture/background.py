@@ -76,14 +76,14 @@ class UniformBackground:
         return log_weights + torch.log1p(-share.clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT)).unsqueeze(-1)
 
     def energies(self, x: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in units of the points."""
+        """Return minus the log-density (B,) of the background of a fit to points (B, N, D), in their units."""
         points = prepare(x, lambda z: z, mask, weights, with_moments=False)
         return points.log_volume() - self._log_density(points)
 
     def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:
-        """Return ``log(w_0 p_0)`` in the coordinates of the points, ``log w_0``, and an addend to other log-weights.
+        """Return the terms of this background; ``log_weights`` (B, K) are those of the components.
 
-        ``energies`` (B,), in units of the points, replace the density of their bounding box.
+        ``energies`` (B,), in the user's units, replace the density of the bounding box.
         """
         if self.estimate:
             log_weight = (-torch.expm1(log_weights.logsumexp(-1))).clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT).log()
@@ -95,7 +95,7 @@ class UniformBackground:
         return BackgroundTerms(log_density + log_weight, log_weight, log_rest)
 
     def _log_density(self, points: Points) -> Tensor:
-        """Return ``log p_0`` (B,) in the coordinates of the points."""
+        """Return ``log p_0`` (B,) in frame coordinates."""
         if self.energy is not None:
             return points.log_volume() - self.energy
         z = points.coordinates()

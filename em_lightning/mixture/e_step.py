@@ -15,14 +15,14 @@ from em_lightning.mixture.points import Parameters, Points
 
 
 class BackgroundTerms(NamedTuple):
-    """Log-density and log-weights of the background, for one batch of sets.
+    """Terms of the background with the weight w_0 and the density p_0, for one batch of sets.
 
-    log_density: (B,), ``log(w_0 p_0)`` in the coordinates of the points.
+    log_joint: (B,), ``log(w_0 p_0)`` in frame coordinates.
     log_weight: (B,), ``log w_0``.
-    log_rest: (B,), added to the log-weights of the components: ``log(1 - w_0)``, or 0 if they include it.
+    log_rest: (B,), added to the log-weights of the components: ``log(1 - w_0)``, or 0 if their sum is 1 - w_0 already.
     """
 
-    log_density: Tensor
+    log_joint: Tensor
     log_weight: Tensor
     log_rest: Tensor
 
@@ -46,7 +46,7 @@ class SufficientStatistics(NamedTuple):
     mass: (B, K), :math:`\sum_n w_n r_{nk}`.
     zeroth: (B, K), :math:`\sum_n w_n r_{nk} u_{nk}`: the mass for Gaussian components, where :math:`u_{nk} = 1`.
     first: (B, K, D), :math:`\sum_n w_n r_{nk} u_{nk} x_n`.
-    second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`.
+    second: (B, K, S), :math:`\sum_n w_n r_{nk} u_{nk} s(x_n)`, with the S features s of second degree of the family.
     log_likelihood: (B,), :math:`\sum_n w_n \log p(x_n)`; zero if not requested.
     background_mass: (B,), the mass of the background.
     num_points: (B,), number of points of positive weight.
@@ -97,9 +97,9 @@ def e_step(
         r_{nk} = \frac{\pi_k p_k(x_n)}{\sum_j \pi_j p_j(x_n)}, \qquad
         S_k = \sum_n w_n r_{nk} u_{nk} \, [1, x_n, s(x_n)]
 
-    Parameters and statistics are in the coordinates of the points. ``respond`` maps joint log-densities (B, K, N), with
-    the background last, to responsibilities; by default it is their softmax after division by the ``temperature``.
-    ``couples_points`` tells whether it needs all points of a set at once.
+    Parameters, statistics and x are in frame coordinates. ``respond`` maps joint log-densities (B, K, N), with the
+    background last, to responsibilities; by default it is their softmax after division by the ``temperature``.
+    ``couples_points`` tells whether ``respond`` needs all points of a set at once.
     """
     tempered = isinstance(temperature, Tensor) or temperature != 1.0
     plain = respond is None and likelihood.kernel is None and likelihood.background is None
@@ -115,37 +115,37 @@ def e_step(
     def responsibilities_of(joint: Tensor, sets: slice) -> Tensor:
         if respond is None:
             return (joint / temperature if tempered else joint).softmax(1)
-        # Competitions may depend on the unit of the densities: use the unit in which the points were given.
+        # Competitions may depend on the unit of the densities: convert to the user's units.
         return respond(joint - points.log_volume()[sets, None, None]).to(joint.dtype)
 
     def sums_of_block(
         sets: slice, block: Tensor, weights: Tensor | None, theta: Tensor, peak: Tensor, *background: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return mass, sums of ``w_n r_nk u_nk phi(x_n)``, log-likelihood and the mass of the background."""
-        features = points.lift(block, sets)
-        joint, irls_weights = log_joint(features, theta, peak, points.num_features, likelihood.kernel)
+        """Return mass, sums of ``w_n r_nk u_nk [1, x_n, s(x_n)]``, log-likelihood and the mass of the background."""
+        lifted = points.lift(block, sets)
+        joint, irls_weights = log_joint(lifted, theta, peak, points.num_features, likelihood.kernel)
         joint = with_background(joint, background)
         responsibilities = responsibilities_of(joint, sets)
         log_likelihood = theta.new_zeros(len(theta))
         if with_log_likelihood:
-            log_density = joint.logsumexp(1)
-            log_likelihood = (log_density if weights is None else log_density * weights).sum(-1)
+            density = joint.logsumexp(1)
+            log_likelihood = (density if weights is None else density * weights).sum(-1)
         if weights is not None:
             responsibilities = responsibilities * weights.unsqueeze(1)
         mass, background_mass = responsibilities.sum(-1).tensor_split([theta.shape[1]], 1)
         responsibilities = responsibilities[:, : theta.shape[1]]
         if irls_weights is not None:
             responsibilities = responsibilities * irls_weights
-        moments = (features @ responsibilities.mT).mT  # for few components, twice as fast as the transposed product
+        moments = (lifted @ responsibilities.mT).mT  # for few components, twice as fast as the transposed product
         return mass, moments, log_likelihood, background_mass.sum(1)
 
-    width = max(theta.shape[1:])
+    numbers_per_point = max(theta.shape[1:])
     mass, moments, log_likelihood, background_mass = sum_blocks(
         sums_of_block,
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
-        width,
-        block_size=points.x.shape[0] * points.x.shape[2] * width if couples_points else None,  # one block
+        numbers_per_point,
+        points.x.shape[0] * points.x.shape[2] * numbers_per_point if couples_points else None,  # one block
     )
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)
@@ -155,7 +155,7 @@ def e_step(
 def _fused_arguments(
     points: Points, parameters: Parameters, family: Covariance, temperature: float | Tensor = 1.0
 ) -> tuple[Any, ...]:
-    """Return the arguments of the native functions. Gaussian densities to the power 1 / T have ``W / sqrt(T)``."""
+    """Return the arguments of the native functions; a temperature T divides W, the inverse factor, by ``sqrt(T)``."""
     log_weights, means, covariances = parameters
     factor = family.factorize(covariances, means)
     scale, inverse = (part.expand(-1, means.shape[1], *part.shape[2:]) for part in factor)
@@ -165,7 +165,7 @@ def _fused_arguments(
 
 
 def log_density(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:
-    """Return ``log p(x_n)`` (B, N) in the coordinates of the points."""
+    """Return ``log p(x_n)`` (B, N) in frame coordinates."""
     family, kernel, background = likelihood
     if kernel is None and background is None and native.serves(points.x, family, parameters):
         return native.log_density(points.x, None, *_fused_arguments(points, parameters, family))
@@ -176,19 +176,19 @@ def log_density(points: Points, parameters: Parameters, likelihood: Likelihood) 
         return (with_background(joint, background).logsumexp(1),)
 
     tensors = (theta, peak, *(background or ()))
-    (density,) = map_blocks(density_of_block, (points.x,), tensors, max(theta.shape[1:]))
+    (density,) = map_blocks(density_of_block, (points.x,), tensors, numbers_per_point=max(theta.shape[1:]))
     return density
 
 
 def log_joint(
-    features: Tensor, theta: Tensor, peak: Tensor, num_features: int, kernel: EllipticalKernel | None
+    lifted: Tensor, theta: Tensor, peak: Tensor, num_features: int, kernel: EllipticalKernel | None
 ) -> tuple[Tensor, Tensor | None]:
     r"""Return :math:`\log \pi_k + \log p_k(x_n)` and the IRLS weights :math:`u_{nk}`, both (B, K, N).
 
-    ``features`` are ``phi(x)`` (B, F, N), ``theta`` (B, K, F) the natural parameters, and ``peak`` (B, K) is the joint
-    log-density of each Gaussian component at its mean. Gaussian components have IRLS weights of 1 (``None``).
+    ``lifted`` is ``phi(x) = [1, x, s(x)]`` (B, F, N), ``theta`` (B, K, F) the natural parameters, ``peak`` (B, K) the
+    joint log-density of each Gaussian component at its mean. Gaussian components have IRLS weights of 1 (``None``).
     """
-    gaussian = theta @ features
+    gaussian = theta @ lifted
     if kernel is None:
         return gaussian, None
     squared_distance = (2.0 * (peak.unsqueeze(-1) - gaussian)).clamp(min=0.0)
@@ -198,15 +198,15 @@ def log_joint(
 
 
 def log_joint_of_points(points: Points, parameters: Parameters, likelihood: Likelihood) -> Tensor:
-    """Return ``log pi_k + log p_k(x_n)`` (B, N, K), with the background last, in units of the points."""
+    """Return ``log pi_k + log p_k(x_n)`` (B, N, K), with the background last, in the user's units."""
     theta, peak = likelihood.family.natural_parameters(parameters)
     joint, _ = log_joint(points.lift(), theta, peak, points.num_features, likelihood.kernel)
     return (with_background(joint, likelihood.background or ()) - points.log_volume()[:, None, None]).mT
 
 
 def with_background(joint: Tensor, background: Sequence[Tensor]) -> Tensor:
-    """Append the log-density of the background, if there is one, to joint log-densities (B, K, N)."""
+    """Append the background, if there is one, to the joint log-densities (B, K, N) of the components."""
     if not background:
         return joint
-    log_density, _, log_rest = (part[:, None, None] for part in background)
-    return torch.cat([joint + log_rest, log_density.expand(-1, 1, joint.shape[-1])], 1)
+    of_background, _, log_rest = (part[:, None, None] for part in background)
+    return torch.cat([joint + log_rest, of_background.expand(-1, 1, joint.shape[-1])], 1)

@@ -15,13 +15,13 @@ from em_lightning.mixture.points import Parameters
 
 
 class PseudoCounts(NamedTuple):
-    """A prior as pseudo-counts of each component, in the coordinates of the points.
+    """A prior as pseudo-counts of each component, in frame coordinates.
 
     weight_count: (B, K), ``alpha - 1``, added to the mass; the sizes B and K may be 1, here and below.
     mean_count: (B, K), ``kappa``, points at the prior mean.
     covariance_count: (B, K), ``s``, points with the prior covariance about the mean of the component.
     mean: (B, 1, D), the prior mean.
-    scatter: (B, K, S), the expectation of ``s(x - mu)`` under the prior covariance.
+    scatter: (B, K, S), the expectation of ``second_degree(x - mu)`` of the family under the prior covariance.
     """
 
     weight_count: Tensor

@@ -16,7 +16,7 @@ _LARGEST_COPY = 2**22  # 16 MiB in float32; larger inputs are read in place, to 
 
 
 class Parameters(NamedTuple):
-    """The parameters of a mixture inside the EM loop, in the coordinates of its :class:`Points`.
+    """The parameters of a mixture inside the EM loop, in coordinates of the :class:`Frame` of its points.
 
     log_weights: (B, K).
     means: (B, K, D).
@@ -29,10 +29,10 @@ class Parameters(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """The coordinates ``z = (x - center) / scale`` of a batch of point sets. Both are constants without gradients.
+    """Frame coordinates ``z = (x - center) / scale`` of point sets x, which are given in the user's units.
 
-    center: (B, D), near the mean of the points.
-    scale: (B,), a power of two, so that division by it is exact.
+    center: (B, D), near the mean of the points; a constant without gradient, like the scale.
+    scale: (B,), a power of two, so that divisions are exact.
     """
 
     center: Tensor
@@ -43,14 +43,14 @@ class Frame(NamedTuple):
         return (x - self.center.unsqueeze(-1)) / self.scale[:, None, None]
 
     def enter_parameters(self, parameters: Parameters) -> Parameters:
-        """Convert parameters from units of the points to these coordinates."""
+        """Convert parameters from the user's units to frame coordinates."""
         log_weights, means, covariances = (part.to(self.center.dtype) for part in parameters)
         ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
         means = (means - self.center.unsqueeze(1)) / self.scale[:, None, None]
         return Parameters(log_weights, means, covariances / ratio)
 
     def leave_parameters(self, parameters: Parameters) -> Parameters:
-        """Convert parameters from these coordinates to units of the points."""
+        """Convert parameters from frame coordinates to the user's units."""
         log_weights, means, covariances = parameters
         ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
         means = means * self.scale[:, None, None] + self.center.unsqueeze(1)
@@ -58,16 +58,16 @@ class Frame(NamedTuple):
 
 
 class Points(NamedTuple):
-    """A batch of point sets with the coordinates of their frame.
+    """A batch of point sets with the frame of their coordinates.
 
-    x: (B, D, N), the given points in their dtype; masked rows are set to the center.
-    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` if all are 1.
+    x: (B, D, N), the points in the user's units and dtype; masked rows are set to the center.
+    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` means 1 for each.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points of positive weight.
-    frame: the coordinates.
-    features: function from coordinates (B, D, N) to ``phi`` (B, F, N), which begins with ``[1, z]``.
-    mean: (B, D), weighted mean of the coordinates; zero if not requested.
-    variance: (B, D), weighted variance of the coordinates; zero if not requested.
+    frame: the frame, of which the coordinates are called z below.
+    features: function from z (B, D, N) to ``phi(z) = [1, z, s(z)]`` (B, F, N) of the covariance type.
+    mean: (B, D), weighted mean of z; zero if not requested.
+    variance: (B, D), weighted variance of z; zero if not requested.
     eps: relative precision of the points.
     """
 
@@ -87,7 +87,7 @@ class Points(NamedTuple):
         return self.x.shape[1]
 
     def coordinates(self, block: Tensor | None = None, sets: slice = slice(None)) -> Tensor:
-        """Return coordinates (b, D, n) of a block of ``x`` that belongs to some sets, or of all points."""
+        """Return frame coordinates (b, D, n) of a block of ``x`` that belongs to some sets, or of all points."""
         center, scale = self.frame
         block = self.x if block is None else block
         return Frame(center[sets], scale[sets]).enter(block.to(center.dtype))
@@ -97,15 +97,15 @@ class Points(NamedTuple):
         return self.features(self.coordinates(block, sets))
 
     def floor(self, covariance_floor: float) -> Tensor:
-        """Convert a floor in squared units of the points to these coordinates (B,), at least ``eps`` squared."""
+        """Convert a floor of variances from the user's units to frame coordinates (B,), at least ``eps`` squared."""
         return (covariance_floor / self.frame.scale.square()).clamp(min=self.eps**2)
 
     def unit(self) -> Tensor:
-        """Return the root of the mean variance over features (B,), at least the precision of the points."""
+        """Return the set's unit (B,): the root of the mean variance over features, at least ``eps``."""
         return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
     def log_volume(self) -> Tensor:
-        """Return ``D log(scale)`` (B,); subtract it to convert log-densities to units of the points."""
+        """Return ``D log(scale)`` (B,), which is subtracted to convert log-densities to the user's units."""
         return self.num_features * self.frame.scale.log()
 
 
@@ -157,7 +157,7 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
     center = torch.where(center.isfinite(), center, 0.0)  # the sum may overflow
     if mask is not None:
         x = torch.where(mask.unsqueeze(1), x, center.unsqueeze(-1).to(x.dtype))
-    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # each the faster for its layout
+    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # the faster way for each layout
     extent = torch.maximum(high.to(dtype) - center, center - low.to(dtype)).amax(-1)
     return Frame(center, power_of_two(extent))
 
@@ -170,7 +170,7 @@ def power_of_two(extent: Tensor) -> Tensor:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of points and the mask of positive ones, both (B, N); twice None without mask and weights.
+    """Return the weights of points and the mask of positive ones, both (B, N); both None without mask and weights.
 
     Weights are zero where masked. With ``normalized`` the mean of the positive ones is 1.
     """

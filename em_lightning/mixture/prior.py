@@ -109,7 +109,7 @@ class MixturePrior(nn.Module):
             variance = variance * (num_components ** (-2.0 / features) if self.fraction is None else self.fraction)
         if self.log_spread is not None:
             variance = variance * self.log_spread.to(dtype).exp()
-        # The matrix diag(variance) as statistics of second degree: the sum of variance_d s(e_d) over unit vectors e_d.
+        # The matrix diag(variance) as statistics of second degree: variance_d second_degree(e_d), summed over d.
         unit_vectors = torch.eye(features, dtype=dtype, device=mean.device).unsqueeze(0)
         scatter = (variance @ covariance.second_degree(unit_vectors)[0].mT).unsqueeze(1)
         weight_count, mean_count, covariance_count = (
@@ -138,10 +138,10 @@ class MixturePrior(nn.Module):
 
 
 def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCounts) -> Tensor:
-    """Return the logarithm of the prior density (B,), up to a constant, in the coordinates of the parameters."""
+    """Return the log of the prior density (B,), up to a constant; parameters and counts have the same coordinates."""
     log_weights, means, covariances = parameters
     features = means.shape[-1]
-    # Natural parameters of second degree are -P / 2: their product with s(x - mu) is -(x - mu)^T P (x - mu) / 2.
+    # Natural parameters of second degree, times second_degree(x - mu), are -(x - mu)^T P (x - mu) / 2.
     theta, peak = covariance.natural_parameters(Parameters(torch.zeros_like(log_weights), means, covariances))
     minus_half_p = theta[..., 1 + features :]
     log_det_root = peak + half_log_two_pi(features)  # log |P|^(1/2)

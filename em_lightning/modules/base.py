@@ -140,8 +140,8 @@ class EMModule(lightning.LightningModule):
         return trainer.is_last_batch or (every > 0 and (done + 1) % every == 0)
 
     def configure_callbacks(self) -> list[lightning.Callback]:
-        found = any(isinstance(callback, RankAgreement) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if found else [RankAgreement()]
+        has_one = any(isinstance(callback, RankAgreement) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if has_one else [RankAgreement()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self._run_and_log(batch, "train")

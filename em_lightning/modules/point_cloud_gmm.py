@@ -41,8 +41,7 @@ class PointCloudGMM(EMModule):
     log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
     training, the learned iterations are those of classical EM under ``prior``. Clouds whose largest coordinate range is
-    at most .25 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` makes the random
-    starts repeatable.
+    at most .5 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` seeds the starts.
 
     Args:
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
@@ -96,10 +95,9 @@ class PointCloudGMM(EMModule):
         self.save_hyperparameters()
         self.exact_iters = exact_iters
         self.least_points = least_points
-        options: dict[str, Any] = {"num_iters": num_iters, "covariance": covariance, "init": init}
-        options |= {"num_starts": num_starts, "covariance_floor": covariance_floor}
-        options |= {"prior": _PRIOR if prior is None else prior}
+        options: Any = {"num_iters": num_iters, "covariance": covariance, "init": init, "num_starts": num_starts}
         residual = ResidualCorrection(num_features, covariance, width)
+        options |= {"prior": _PRIOR if prior is None else prior, "covariance_floor": covariance_floor}
         self.operator = EMOperator(num_components, num_features, residual=residual, **options)
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
 
@@ -111,7 +109,7 @@ class PointCloudGMM(EMModule):
 
         Args:
             **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``;
-                another ``num_features`` or ``width`` raises a ValueError.
+                a different ``num_features`` or ``width`` raises a ValueError.
 
         Example:
             >>> module = PointCloudGMM.pretrained(num_components=8)

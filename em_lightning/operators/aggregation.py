@@ -107,19 +107,15 @@ class EMAggregation(Aggregation):
         features, heads = (shape[-1] if shape else 1), math.prod(shape[:-1])
         rows = rows.reshape(len(rows) * heads, features)
         index = (index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)).flatten()
-        summaries = self._summaries(rows, index, num_groups * heads, max_num_elements)
-        shape = shape if self.pooling is None else (*shape[:-1], self.pooling.out_features)
-        return summaries.to(x.dtype).reshape(num_groups, *shape).movedim(0, dim)
-
-    def _summaries(self, rows: Tensor, index: Tensor, num_groups: int, limit: int | None) -> Tensor:
-        """Return one summary (G, F) per group of rows (E, D), zeros if empty; rows beyond the limit are dropped."""
-        limit = len(rows) if limit is None else limit
+        groups = rows, index, num_groups * heads, len(rows) if max_num_elements is None else max_num_elements
         if self.pooling is not None:
-            pooling = self.pooling
-            return map_groups(lambda x, mask: (pooling(x, mask),), rows, index, num_groups, limit)[0]
-        log_weights, means, log_scales = fit_groups(rows, index, num_groups, limit, self.num_components, self.num_iters)
-        shares = (self.by_weight * log_weights - self.by_scale * log_scales).softmax(-1)
-        return (shares.unsqueeze(-1) * means).sum(1)
+            pooling, shape = self.pooling, (*shape[:-1], self.pooling.out_features)
+            summaries = map_groups(lambda x, mask: (pooling(x, mask),), *groups)[0]
+        else:
+            log_weights, means, log_scales = fit_groups(*groups, self.num_components, self.num_iters)
+            shares = (self.by_weight * log_weights - self.by_scale * log_scales).softmax(-1)
+            summaries = (shares.unsqueeze(-1) * means).sum(1)
+        return summaries.to(x.dtype).reshape(num_groups, *shape).movedim(0, dim)
 
 
 def register_aggregation() -> None:

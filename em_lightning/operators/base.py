@@ -113,7 +113,7 @@ class SetOperator(nn.Module):
             mass = sets.mass.clamp(min=1.0)
 
             def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                after, objective = self._step(sets, state, 1.0, with_objective=True)  # each may be the last
+                after, objective = self._step(sets, state, progress=1.0, with_objective=True)  # any may be the last
                 return after, objective / mass
 
             result = em.fit(step, state, max_iters=max_iters, tol=tol)

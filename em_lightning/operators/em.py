@@ -51,14 +51,14 @@ class EMOperator(SetOperator):
             diagonal (:class:`~em_lightning.mixture.LowRankCovariance`), returned as full covariances.
         rank: rank of low-rank covariances, at least 1 and less than D.
         kernel: a key or an instance of ``KERNELS``: ``"gaussian"``, or a robust kernel of the Mahalanobis distance,
-            ``"student_t"`` (the density, one degree of freedom unless given), ``"laplace"``, ``"huber"`` or
+            ``"student_t"`` (with ``density=True``, and ``df=1`` unless given), ``"laplace"``, ``"huber"`` or
             ``"pseudo_huber"`` (:class:`~em_lightning.kernels.EllipticalKernel`). Their M-step is IRLS, covariances are
             scale matrices, and :meth:`log_prob` is their density; ``Mixture.log_prob`` is that of Gaussians.
         competition: a key or an instance of ``COMPETITIONS``, which computes the responsibilities.
         background: the weight of a component for outliers, uniform over the bounding box of each set, or a
             :class:`~em_lightning.mixture.UniformBackground` or its arguments, such as ``{"estimate": True}``.
         init: initial centers: ``"farthest"`` (deterministic), ``"kmeans++"``, ``"random"`` or ``"learned"``
-            (trained centers and scales, in units of the set).
+            (trained centers and scales, in standard deviations of the set).
         num_starts: number of random starts. Each set uses the one with the highest objective after ``num_iters`` exact
             iterations, at most five. In training mode :meth:`forward` uses a single start.
         seed: of random starts, the same in every call; ``None`` draws from torch's global generator.
@@ -178,20 +178,20 @@ class EMOperator(SetOperator):
             return self._objective(sets, state).to(x.dtype)
 
     def _evaluation(
-        self, x: Tensor, mixture: Mixture, mask: Tensor | None, energies: Tensor | None
+        self, x: Tensor, mixture: Mixture, mask: Tensor | None, background_energies: Tensor | None
     ) -> tuple[Points, Parameters, Likelihood]:
         """Return points, parameters and the density of given mixtures, of any covariance type."""
         check_points(mixture, x)
-        if energies is not None:
+        if background_energies is not None:
             if self.background is None:
                 raise ValueError("background_energies are given, but the operator has background=None")
-            if energies.shape != mixture.means.shape[:1]:
-                raise ValueError(f"background_energies {tuple(energies.shape)} must have shape ({mixture.sets},)")
+            if (shape := tuple(background_energies.shape)) != (mixture.sets,):
+                raise ValueError(f"background_energies {shape} must have shape ({mixture.sets},)")
         check_sets(x, mask, None, self.num_features)
         covariance = covariance_of(mixture.covariances, mixture.means)
         points = prepare(x.expand(mixture.sets, -1, -1), covariance.features, mask, with_moments=False)
         state = self._with_reserved_share(points.frame.enter_parameters(mixture.parameters()))
-        return points, state, self._likelihood(points, state, covariance, energies)
+        return points, state, self._likelihood(points, state, covariance, background_energies)
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -239,14 +239,14 @@ class EMOperator(SetOperator):
         if self.correction is None:
             return after, objective
         correction = self.correction(sets.points, statistics.mass, state, after, sets.floor, progress)
-        prior = None if sets.prior is None else correction.pseudo_counts(sets.prior, self.family)
-        corrected = self._m_step(statistics, sets._replace(prior=prior), state)
+        counts = None if sets.pseudo_counts is None else correction.pseudo_counts(sets.pseudo_counts, self.family)
+        corrected = self._m_step(statistics, sets._replace(pseudo_counts=counts), state)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
         # Earlier corrections need no safeguard, as the exact M-step of the next iteration follows them.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
     def _m_step(self, statistics: SufficientStatistics, sets: Sets, state: Parameters) -> Parameters:
-        return m_step(statistics, self.family, sets.floor, state.covariances, sets.prior, self.background)
+        return m_step(statistics, self.family, sets.floor, state.covariances, sets.pseudo_counts, self.background)
 
     def _e_step(self, sets: Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
         """Return the sufficient statistics, and the objective (B,) if requested."""
@@ -258,15 +258,9 @@ class EMOperator(SetOperator):
             coupling = {"item_dim": 2, "mask": sets.mask} if competition.couples_items else {}
             return competition(-joint, dim=1, **coupling).responsibilities
 
-        statistics = e_step(
-            points,
-            state,
-            likelihood,
-            None if softmin else respond,
-            temperature=competition.temperature if softmin else 1.0,
-            with_log_likelihood=with_objective,
-            couples_points=competition.couples_items,
-        )
+        options: Any = {"with_log_likelihood": with_objective, "couples_points": competition.couples_items}
+        options |= {"temperature": competition.temperature if softmin else 1.0}
+        statistics = e_step(points, state, likelihood, None if softmin else respond, **options)
         if not with_objective:
             return statistics, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
@@ -297,30 +291,31 @@ class EMOperator(SetOperator):
         return (density if points.weights is None else density * points.weights).sum(-1)
 
     def _with_prior(self, sets: Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
-        """Return a log-likelihood (B,) plus the log-density of the prior in units of the points."""
-        if sets.prior is None:
+        """Return a log-likelihood (B,) plus the log-density of the prior in the user's units."""
+        counts = sets.pseudo_counts
+        if counts is None:
             return log_likelihood
-        log_density = log_prior(state, sets.covariance, sets.prior)
+        log_density = log_prior(state, sets.covariance, counts)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
-        # The prior contains -s / 2 log det of each covariance; units of the points add 2 log_volume to a log det.
-        log_density = log_density - sets.prior.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
+        # The prior has -covariance_count / 2 log det per covariance; the user's units add 2 log_volume to a log det.
+        log_density = log_density - counts.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
-            log_density = log_density + sets.prior.weight_count.squeeze(-1) * likelihood.background.log_weight
+            log_density = log_density + counts.weight_count.squeeze(-1) * likelihood.background.log_weight
         return log_likelihood + log_density
 
     def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _likelihood(
-        self, points: Points, state: Parameters, covariance: Covariance, energies: Tensor | None = None
+        self, points: Points, state: Parameters, covariance: Covariance, background_energies: Tensor | None = None
     ) -> Likelihood:
         uniform = self.background
-        background = None if uniform is None else uniform.terms(points, state.log_weights, energies)
+        background = None if uniform is None else uniform.terms(points, state.log_weights, background_energies)
         kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
         return Likelihood(covariance, kernel, background)
 
     def _with_reserved_share(self, state: Parameters) -> Parameters:
-        """Return parameters whose weights sum to one minus the weight of an estimated background."""
+        """With an estimated background of weight w_0, scale the weights to the sum 1 - w_0; otherwise keep them."""
         if self.background is None:
             return state
         return state._replace(log_weights=self.background.reserve_share(state.log_weights))

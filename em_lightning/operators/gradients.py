@@ -13,10 +13,9 @@ from em_lightning.mixture.points import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
-# Largest change of the parameters of a converged iteration, in coordinates in which a set has size 1.
+# Largest change of the parameters of a converged iteration, in frame coordinates, in which a set has extent 1.
 _CONVERGED = 1e-6
-# Relative residuals of GMRES: it stops at the first one, below the precision of float32 gradients, and raises an error
-# above the second one.
+# Relative residuals of GMRES: it stops at the first, below the precision of float32, and raises above the second.
 _RESIDUAL, _LARGEST_RESIDUAL = 1e-8, 1e-5
 # Largest number of products with the Jacobian, to bound memory and time; a least-squares solution follows every tenth.
 _PRODUCTS, _CHECK_INTERVAL = 300, 10

@@ -27,8 +27,7 @@ def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components
 @_custom_op("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _fit_groups(*inputs: Any) -> Tensors:
     log_weights, means, log_scales = _zeros(*inputs)
-    no_gradients = (None, None, None, None)
-    native.fit_groups(*inputs, log_weights, means, log_scales, *no_gradients)
+    native.fit_groups(*inputs, log_weights, means, log_scales, *[None] * 4)  # no gradients
     return log_weights, means, log_scales
 
 
@@ -36,8 +35,7 @@ def _fit_groups(*inputs: Any) -> Tensors:
 def _gradient(*arguments: Any) -> Tensor:
     *inputs, grads = arguments
     grad_x = torch.zeros_like(inputs[0])
-    no_results = (None, None, None)
-    native.fit_groups(*inputs, *no_results, *grads, grad_x)
+    native.fit_groups(*inputs, *[None] * 3, *grads, grad_x)  # no results
     return grad_x
 
 
@@ -60,14 +58,9 @@ def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_compon
 def _fit_by_operator(
     x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int
 ) -> Tensors:
-    operator = EMOperator(
-        num_components,
-        x.shape[1],
-        num_iters=num_iters,
-        covariance="spherical",
-        residual=False,
-        prior={"mean_strength": 0.0, "covariance_strength": 1.0},
-    )
+    prior = {"mean_strength": 0.0, "covariance_strength": 1.0}
+    options: dict[str, Any] = {"num_iters": num_iters, "covariance": "spherical", "residual": False, "prior": prior}
+    operator = EMOperator(num_components, x.shape[1], **options)
 
     def fit(x: Tensor, mask: Tensor) -> Tensors:
         log_weights, means, variances = (part.double() for part in operator(x, mask).parameters())
@@ -88,7 +81,7 @@ def map_groups(
     first, order = sizes.cumsum(0) - sizes, index.argsort(stable=True)
     sizes = sizes.clamp(max=limit)
     exponents = torch.frexp(sizes.double()).exponent
-    groups, found = [], []
+    groups, results = [], []
     for exponent in exponents.unique():
         group = (exponents == exponent).nonzero().squeeze(1)
         largest = int(sizes[group].max())
@@ -97,12 +90,12 @@ def map_groups(
             mask = rank < sizes[group].unsqueeze(1)
             rows = order[first[group].unsqueeze(1) + torch.where(mask, rank, 0)]
             groups.append(group)
-            found.append(function(x.index_select(0, rows.flatten()).view(*mask.shape, -1), mask))
+            results.append(function(x.index_select(0, rows.flatten()).view(*mask.shape, -1), mask))
     if not groups:  # data-parallel training needs a gradient of every parameter and of the rows, here of zero
         nothing = x.new_zeros(1, 1, x.shape[1]) + x[:0].sum()
-        found = [tuple(part[:0] for part in function(nothing, torch.zeros_like(nothing[..., 0], dtype=torch.bool)))]
+        results = [tuple(part[:0] for part in function(nothing, torch.zeros_like(nothing[..., 0], dtype=torch.bool)))]
         groups = [index[:0]]
-    parts = (torch.cat(part) for part in zip(*found, strict=True))
+    parts = (torch.cat(part) for part in zip(*results, strict=True))
     return tuple(part.new_zeros(num_groups, *part.shape[1:]).index_copy(0, torch.cat(groups), part) for part in parts)
 
 

@@ -15,36 +15,36 @@ from em_lightning.mixture.points import Parameters, Points
 
 # Bounds of the corrections, wide enough not to limit training: logarithms of the factors of standard deviations and of
 # pseudo-counts, and multiples of the change of a mean.
-_LARGEST_STRETCH, _LARGEST_COUNT, _LARGEST_SHIFT = 2.0, 12.0, 10.0
-# Added to standard deviations, relative to the size of the set, so that their logarithms and ratios are finite.
+_LARGEST_STRETCH, _LARGEST_FACTOR, _LARGEST_SHIFT = 2.0, 12.0, 10.0
+# Added to standard deviations, relative to the unit of the set (Points.unit), so that logarithms and ratios are finite.
 _SMALLEST_DEVIATION = 1e-6
 
 
 class Correction(NamedTuple):
-    """Corrections of one iteration; in an untrained operator all are zero but ``neighbours``, which ``share`` uses.
+    """Corrections of one iteration; in an untrained operator all are zero except ``neighbours``.
 
     stretch: (B, K, D), logarithms of the factors of the standard deviations along the principal axes.
     shift: (B, K, D), steps of the mean along the principal axes, as multiples of its change in this iteration.
-    counts: (B, K, 4), logarithms of the factors of the prior's three pseudo-counts and of its covariance.
-    share: (B, K), share of the neighbours' covariance in the prior covariance, at least 0.
+    factors: (B, K, 4), logarithms of the factors of the prior's three pseudo-counts and of its covariance.
+    share: (B, K), share of the ``neighbours`` in the prior covariance, at least 0.
     neighbours: (B, K, D, D), second moments of the neighbouring components about the mean of each.
     """
 
     stretch: Tensor
     shift: Tensor
-    counts: Tensor
+    factors: Tensor
     share: Tensor
     neighbours: Tensor
 
     def pseudo_counts(self, prior: PseudoCounts, covariance: Covariance) -> PseudoCounts:
         """Return the pseudo-counts of each component."""
-        weight, mean, strength, spread = self.counts.exp().unbind(-1)
+        weight, mean, covariance_count, spread = self.factors.exp().unbind(-1)
         share = self.share.unsqueeze(-1)
-        scatter = (1.0 - share) * prior.scatter + share * covariance.pairs(self.neighbours)
+        scatter = (1.0 - share) * prior.scatter + share * covariance.entries(self.neighbours)
         return prior._replace(
             weight_count=prior.weight_count * weight,
             mean_count=prior.mean_count * mean,
-            covariance_count=prior.covariance_count * strength,
+            covariance_count=prior.covariance_count * covariance_count,
             scatter=spread.unsqueeze(-1) * scatter,
         )
 
@@ -63,16 +63,16 @@ class ResidualCorrection(nn.Module):
 
     The features ``h_k`` of component k are its weight and number of points, its principal standard deviations and their
     mean over components, the changes of its deviations and center in the last iteration, its distance from the set's
-    mean, the extent of its neighbours, the floor, the set's size, and the fraction of completed iterations. Then
+    mean, the extent of its neighbours, the floor, the set's number of points, and the fraction of completed iterations.
 
     .. math::
         e_k = \mathrm{describe}(h_k), \qquad
-        (\text{stretch}, \text{shift}, \text{counts}, \text{share})_k
+        (\text{stretch}, \text{shift}, \text{factors}, \text{share})_k
         = \mathrm{decide}(e_k, \text{mean}_j e_j, \max_j e_j) + \mathrm{direct}(h_k)
 
     with two networks ``describe`` and ``decide``, and a linear map ``direct``.
 
-    The pseudo-counts of a prior, if there is one, are multiplied by ``exp(counts)``, and its covariance is mixed with
+    The pseudo-counts of a prior, if there is one, are multiplied by ``exp(factors)``, and its covariance is mixed with
     that of the neighbouring components. Along each principal axis of the M-step's covariance the standard deviation is
     multiplied by ``exp(stretch)``, and the mean moves by ``shift`` times its change. The last layers start at zero, so
     that an untrained correction changes nothing. Corrections are independent of the scale and, for full covariances, of
@@ -107,13 +107,13 @@ class ResidualCorrection(nn.Module):
         e = self.describe(h)
         pooled = torch.cat([e.mean(1, keepdim=True), e.amax(1, keepdim=True)], -1).expand(-1, e.shape[1], -1)
         outputs = (self.decide(torch.cat([e, pooled], -1)) + self.direct(h)).to(mass.dtype)
-        stretch, shift, counts, share = outputs.split([self.num_features, self.num_features, 4, 1], -1)
-        # Standard errors decrease as mass^(-1/2): a component needs large corrections below about 8 points.
+        stretch, shift, factors, share = outputs.split([self.num_features, self.num_features, 4, 1], -1)
+        # Corrections decrease as standard errors do, as mass^(-1/2), above 8 points; other numbers were not compared.
         error = (8.0 / (8.0 + mass)).sqrt().unsqueeze(-1)
         return Correction(
             error * _bounded(stretch, _LARGEST_STRETCH),
             _bounded(shift, _LARGEST_SHIFT),
-            error.square() * _bounded(counts, _LARGEST_COUNT),
+            error.square() * _bounded(factors, _LARGEST_FACTOR),
             torch.where(share >= 0, share.tanh(), 0.0).squeeze(-1),  # has a gradient at 0, where training starts
             neighbours,
         )
@@ -121,7 +121,7 @@ class ResidualCorrection(nn.Module):
     def _features(
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> tuple[Tensor, Tensor]:
-        """Return features h (B, K, 7 D + 10), depending on the scale by the floor only, and neighbour moments."""
+        """Return features h (B, K, 7 D + 10), which depend on the scale only through the floor, and neighbours."""
         num_components, unit = after.means.shape[1], points.unit()[:, None, None]
         neighbours = neighbour_moments(after, self.covariance, unit)
         axes, deviations = self.covariance.principal_axes(after.covariances, after.means, neighbours)
@@ -133,7 +133,7 @@ class ResidualCorrection(nn.Module):
             return (along / deviations).log()
 
         change = (axes.mT @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
-        # Deviations relative to the size of the set and to the floor, (B, K, 2 D).
+        # Deviations relative to the unit of the set and to the floor, (B, K, 2 D).
         thickness = torch.cat([(deviations / unit).log(), floor[:, None, None] / deviations.square()], -1)
         mean_thickness = after.log_weights.softmax(-1).unsqueeze(1) @ thickness
         distance = ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True)
@@ -162,9 +162,9 @@ class ResidualCorrection(nn.Module):
 
 
 def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tensor) -> Tensor:
-    """Return second moments (B, K, D, D) of the mixture near each component about its mean.
+    """Return second moments (B, K, D, D) of the mixture near each component, about the mean of the component.
 
-    Components have their weight times a Gaussian of their distance, of width unit * K^(-1 / D): their typical spacing.
+    Each component counts with its weight times exp(-d^2 / 2h^2), d its distance, h = unit K^(-1/D) the typical spacing.
     """
     log_weights, means, covariances = parameters
     components, features = means.shape[1:]

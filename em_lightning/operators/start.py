@@ -25,7 +25,7 @@ class Sets(NamedTuple):
     """The inputs of all iterations of an EM operator.
 
     points, mass, mask: the points prepared for EM, their mass (B,), and the given mask (B, N).
-    covariance, floor, prior, dtype: the covariance type, variance floor (B,), pseudo-counts, and dtype of the result.
+    covariance, floor, pseudo_counts, dtype: covariance type, variance floor (B,), those of the prior, result's dtype.
     """
 
     points: Points
@@ -33,7 +33,7 @@ class Sets(NamedTuple):
     mask: Tensor | None
     covariance: Covariance
     floor: Tensor
-    prior: PseudoCounts | None
+    pseudo_counts: PseudoCounts | None
     dtype: torch.dtype
 
 

@@ -292,10 +292,9 @@ class _Recorder(TorchDispatchMode):
         modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in inner}}
         called, whole = set(self.called), list(self.checked_calls)  # the checks call modules, whose hooks add to both
         checks = [*(check_call(*one) for one in whole), *(softmax.check() for softmax in self.softmaxes)]
-        found = [*self.found, *(check for check in checks if check is not None)]
         quotients = [(values, softmax.check()) for values, softmax in self._quotients]
         quotients = [(values, one) for values, one in quotients if one.em or not one.checked]
-        found += [one for _, one in quotients]
+        found = [*self.found, *filter(None, checks), *(one for _, one in quotients)]
         found += [row for row, x in self._summed.values() if not any(torch.equal(x, values) for values, _ in quotients)]
         reached = {(one.path, one.operation) for one in found if one.checked}
         calls: dict[tuple[str, str, str], list[Finding]] = {}  # of an operation over an axis

@@ -128,7 +128,7 @@ class Audit(list[Finding]):
 
 @dataclass
 class Softmax:
-    """A recorded softmax over axes, or over an index on one; ``from_layer``: whether a module returned its logits."""
+    """A recorded softmax, logsumexp, cross-entropy or attention; ``from_layer``: a module returned the logits."""
 
     path: str
     module: nn.Module
@@ -193,7 +193,7 @@ def check_call(path: str, module: Any, inputs: tuple[Any, ...], kwargs: dict[str
         reason = "hypotheses of each unit by itself: units do not compete"
         finding = _compared_posterior(Finding(path, name, name, reason=reason), posterior, "each unit", -1)
     else:
-        dim = kwargs.get("dim", inputs[2] if len(inputs) > 2 else module.dim)
+        dim = inputs[2] if len(inputs) > 2 else kwargs.get("dim")  # forward(energies, log_prior, dim) of a Competition
         axis = module.dim if dim is None else dim
         finding = Finding(path, name, name, reason="competition of the units")
         finding = _compared_posterior(finding, posterior, f"axis {axis % posterior.energies.ndim}", axis)

@@ -105,8 +105,8 @@ class DecoderFreeEncoder(EnergyLayer):
 class SparseAutoencoder(EnergyLayer):
     r"""The standard sparse autoencoder: activations :math:`a = \mathrm{relu}(W x + b)` and a linear decoder.
 
-    The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with :math:`\lambda` = ``sparsity``. The output is the
-    reconstruction (N, D).
+    Its ``energies(x)`` are a, without a competition. The loss is :math:`\mathrm{MSE} + \lambda\,\mathrm{mean}|a|` with
+    :math:`\lambda` = ``sparsity``. The output is the reconstruction (N, D).
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class EMClassifier(EnergyLayer):
 
     With :math:`y = d + \log \sum_j e^{-d_j}`, or :math:`y = d` without ``neg_log_softmin``, and logits
     :math:`\mathrm{LayerNorm}(V y + c)` (N, C), the loss is cross-entropy :math:`+ \lambda\,(` variance + decorrelation
-    of d :math:`)` with :math:`\lambda` = ``weight`` and a weight for each term. Cross-entropy takes the place of the
-    free energy of :class:`DecoderFreeEncoder`.
+    of d :math:`)` with :math:`\lambda` = ``weight``; the arguments ``variance`` and ``decorrelation`` multiply their
+    terms. Cross-entropy takes the place of the free energy of :class:`DecoderFreeEncoder`.
 
     Example:
         >>> module = EMClassifier(num_features=64, num_components=16)

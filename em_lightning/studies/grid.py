@@ -1,6 +1,6 @@
-"""Runs of a recipe in parallel processes: one per seed, or the rows times seeds of a table that can be continued.
+"""Runs of a recipe in parallel processes: one run per seed, or one per row and seed of a table.
 
-A config with the entry ``table`` describes such a table; the rest of it is an ordinary config, shared by all rows:
+A config with the entry ``table`` describes such a table, which can be continued; its other entries apply to all rows:
 
     table:
       title: Ablation
@@ -224,7 +224,7 @@ def _published_rows(table: Table, results: Results) -> tuple[list[dict[str, Any]
             rows.append({"row": row, "metric": metric, **compare(values, published.get(metric), checked.get(metric))})
     return rows, (
         "Difference: reproduced minus published, or minus checked if nothing is published; inside: the difference is "
-        "at most the larger standard deviation of these two plus half a unit of the last printed digit."
+        "at most the larger standard deviation of published and checked, plus half a unit of the last printed digit."
     )
 
 

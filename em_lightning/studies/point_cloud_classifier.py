@@ -25,9 +25,8 @@ class PointCloudClassifier(EMModule):
     ``out_features`` that is called as :class:`~em_lightning.operators.EMPooling` is, and the ``head`` that
     :meth:`make_head` returns for it.
 
-    The MLP of each point does not depend on its neighbours. ``levels`` replaces it with a pyramid of
-    :class:`~em_lightning.operators.EMAbstraction`: the components of one level are the items of the next, and those of
-    the last level are pooled.
+    The MLP of each point does not depend on its neighbours. ``levels`` replaces it by levels of
+    :class:`~em_lightning.operators.EMAbstraction`: components are the items of the next level; the last are pooled.
 
     Args:
         num_classes: C.

@@ -1,4 +1,4 @@
-"""SelectionReport: compares a fitted mixture with others by likelihood, BIC and AIC."""
+"""SelectionReport: compares a fitted mixture with other mixtures by likelihood, BIC and AIC."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUM_PICTURED = 4000  # rows; more dots merge
 
 
 class SelectionReport(Report):
-    """Compare a fitted :class:`~em_lightning.modules.GaussianMixtureModule` with others by likelihood, BIC and AIC.
+    """Compare a :class:`~em_lightning.modules.GaussianMixtureModule` with other mixtures by likelihood, BIC and AIC.
 
     The table has a row for this run, for scikit-learn's mixture with as many components, for the mixture that the data
     were drawn from if it is known, and for EM with other numbers of components, each measured on all rows. The figures
@@ -86,8 +86,7 @@ class SelectionReport(Report):
             figures["selection"] = curves(series, "number of components K", "BIC", "Selection", bic_of_truth)
         best = min(bic, key=lambda size: bic[size])
         verdict = f"BIC is lowest for K = {best} of {list(bic)}: {bic[best]}."
-        facts = {"seed": module.seed}
-        return Findings("One mixture of one data set", notes, rows + others, verdict, figures, facts)
+        return Findings("One mixture of one data set", notes, rows + others, verdict, figures, {"seed": module.seed})
 
     def _em(self, size: int, module: Any, data: TabularDataModule) -> dict[str, Any]:
         """Return the row of EM with another number of components."""

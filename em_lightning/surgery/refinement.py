@@ -37,9 +37,9 @@ class SetRefinement(EMRefinement):
 
     Args:
         num_components, num_features, dim, **operator: arguments of :class:`EMRefinement`.
-        set_dim: the axis of the items; "auto" takes all but the features' and ``batch_dim``; of (N, D) it takes none.
+        set_dim: the axis of the items; "auto": all axes but features and batch; rows of (N, D) are sets of one item.
         causal: whether an item depends only on itself and the items before it.
-        batch_dim: the axis of the batch for ``set_dim="auto"``, or None if it is unknown; 0 for features on axis 1.
+        batch_dim: the axis of the batch for ``set_dim="auto"``, None if unknown; ignored, and 0, if ``dim`` is axis 1.
 
     Raises:
         ValueError: ``set_dim`` is out of range, equals ``dim`` or is ambiguous, or ``causal`` has several item axes.
@@ -64,19 +64,19 @@ class SetRefinement(EMRefinement):
         self.batch_dim = batch_dim
         self.padding: list[tuple[str, Tensor]] = []  # of the modules that run now, the innermost first
         self.width_is_given = False  # otherwise it was read from the layers, and the first batch may correct it
-        self.called = False  # from the first call on, forwards around the layer are no longer inspected
-        self.attention_inspected = False  # whether the modules around the layer need not inspect the attention
-        self.sees_later = False  # whether the last call fitted one mixture to several items of a sequence
+        self.inspecting = True  # whether forwards around the layer are inspected: until one has reached the operator
+        self.attention_inspected = False  # whether a module has seen attention itself, not only its arguments
+        self.may_warn = False  # whether the last call fitted one mixture to several items and no warning said so
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the refined items, of the shape and dtype of ``x``."""
-        self.called = True
+        self.inspecting = False
         sets, items, dim = self._axes(x.shape)
         if x.numel() == 0:
             return x + x * sum(p.sum() for p in self.parameters())  # a gradient of zero for every parameter
         moved = x.permute(*sets, *items, dim)
         num_items, features = math.prod(x.shape[axis] for axis in items), x.shape[dim]
-        self.sees_later = not self.causal and x.ndim == 3 and num_items > 1
+        self.may_warn = not self.causal and x.ndim == 3 and num_items > 1
         points = moved.reshape(-1, num_items, features)
         keep = self._kept(points.shape)
         if self.causal:
@@ -142,7 +142,7 @@ def batch_dim_of(site: Site) -> int | None:
     module, layers = _closest(site, (nn.MultiheadAttention, nn.RNNBase))
     if all(layer.batch_first for layer in layers):
         return 0
-    # Layers with batch_first=False inside a user's module do not tell: the module may transpose its inputs.
+    # LAST_AXIS are layers of PyTorch; a user's module may transpose the inputs of its layers with batch_first=False.
     return 1 if isinstance(module, LAST_AXIS) and not any(layer.batch_first for layer in layers) else None
 
 
@@ -182,7 +182,7 @@ def _observe(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Wrapper of a forward with parameters ``names`` around the operator behind ``path``."""
+    """Run the forward, with parameters ``names``, of a module around the operator behind the layer ``path``."""
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     outer_padding = operator.padding
     masks = [(name, arguments[name]) for name in _PADDING if isinstance(arguments.get(name), Tensor)]
@@ -191,7 +191,7 @@ def _observe(
     # A TorchFunctionMode would turn the fused kernels of attention off; of these only the arguments are inspected.
     only_arguments = may_fuse and not operator.training and not torch.is_grad_enabled()
     try:
-        if operator.called or operator.causal or torch.compiler.is_compiling():
+        if not operator.inspecting or operator.causal or torch.compiler.is_compiling():
             return proceed(*args, **kwargs)
         if only_arguments:
             watch.inspect("attention", (), arguments)
@@ -201,19 +201,19 @@ def _observe(
                 output = torch.compiler.disable(proceed)(*args, **kwargs)  # compiled code warns about a mode
     finally:
         operator.padding = outer_padding
-    if not operator.called or operator.attention_inspected:  # not reached, or inspected by a module inside this one
+    if operator.inspecting or operator.attention_inspected:  # not reached, or a module inside has done the check
         return output
     if watch.causal:
-        operator.called = False  # the next forward raises, too
+        operator.inspecting = True  # the next forward raises, too
         raise ValueError(
             f"the attention around {path!r} masks later positions, but causal=False fits one mixture to all, "
             f"so that earlier positions would see later ones: set causal=True"
         )
     if watch.attention:
         operator.attention_inspected = not only_arguments
-        operator.called = operator.attention_inspected  # otherwise inspect the next forward as well
-    elif operator.sees_later and (one_direction or watch.one_sided):
-        operator.sees_later = False  # the modules around this one need not warn
+        operator.inspecting = only_arguments  # then inspect the next forward as well
+    elif operator.may_warn and (one_direction or watch.one_sided):
+        operator.may_warn = False
         source = "recurrent layers of one direction" if one_direction else watch.one_sided
         warnings.warn(
             f"the operator behind {path!r} fits one mixture to all positions of a sequence, so that earlier positions "
@@ -281,7 +281,7 @@ def _is_square(scores: Tensor) -> bool:
 
 
 def _blocks_later(scores: Tensor) -> bool:
-    """Return whether scores or a mask (..., N, N) exclude all positions after a row's own, by the first matrix."""
+    """Return whether scores or a mask (..., N, N) exclude all positions after a row's own; inspect the first matrix."""
     if not _is_square(scores):
         return False
     first = scores.detach().reshape(-1, *scores.shape[-2:])[0]

@@ -75,7 +75,7 @@ extern "C" void em_lightning_cholesky_gradient(const Problem* problem) {
     const int64_t place = n * size * size;
     const double *a = p.matrix + place, *least = p.pivots + n * size, *l = p.scale + place, *w = p.inverse + place;
     const double *of_l = p.grad_scale + place, *of_w = p.grad_inverse + place;
-    double* found = p.grad_matrix + place;
+    double* result = p.grad_matrix + place;
     // A gradient G in W is the gradient -W^T G W^T in L.
     for (int64_t i = 0; i < size; ++i)
       for (int64_t j = 0; j < size; ++j) {
@@ -89,17 +89,17 @@ extern "C" void em_lightning_cholesky_gradient(const Problem* problem) {
         for (int64_t q = 0; q <= j; ++q) entry -= product[i * size + q] * w[j * size + q];
         g[i * size + j] = entry;
       }
-    std::fill(found, found + size * size, 0.0);
+    std::fill(result, result + size * size, 0.0);
     for (int64_t i = size - 1; i >= 0; --i) {
       const double longest = kBound * std::sqrt(std::max(a[i * size + i], least[i]));
       const double root = l[i * size + i];
       const double of_pivot = root > std::sqrt(least[i]) ? 0.5 * g[i * size + i] / root : 0.0;
-      found[i * size + i] = of_pivot;
+      result[i * size + i] = of_pivot;
       for (int64_t j = i - 1; j >= 0; --j) {
         const double entry = l[i * size + j];
         if (!(std::abs(entry) < longest)) continue;
         const double of_entry = (g[i * size + j] - 2.0 * of_pivot * entry) * w[j * size + j];
-        found[i * size + j] = found[j * size + i] = 0.5 * of_entry;
+        result[i * size + j] = result[j * size + i] = 0.5 * of_entry;
         g[j * size + j] -= of_entry * entry;
         for (int64_t q = 0; q < j; ++q) {
           g[i * size + q] -= of_entry * l[j * size + q];

@@ -21,7 +21,7 @@ struct Problem {
   int64_t sets, components, features, kind;
   const double *mass, *first, *second, *floor;
   double *log_weights, *means, *covariances;
-  // Of the backward pass only.
+  // Used by the backward pass only.
   const double *grad_log_weights, *grad_means, *grad_covariances;
   double *grad_mass, *grad_first, *grad_second;
 

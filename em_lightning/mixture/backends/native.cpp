@@ -6,7 +6,7 @@
 // where s(y) holds the products y_i y_j (j <= i) for full covariances, the squares y_i^2 for diagonal ones, and |y|^2
 // for spherical ones. Whitened points are of order one, however thin a component is, so that float32 suffices for
 // float32 points. Block sums are accumulated in double and then converted to sums of [1, z, s(z)], with
-// z = mu_k + L_k y and the products z_i z_j in the order of i <= j.
+// z = mu_k + L_k y. Of full covariances, y_i y_j is row by row of the lower triangle, z_i z_j of the upper one.
 //
 // Compiled once per kind of covariance, number of features and dtype: REAL is float or double, KIND 0 (full, FEATURES
 // features), 1 (diagonal) or 2 (spherical). Vectors are those of GCC and Clang. Without options such as -ffast-math,
@@ -46,18 +46,19 @@ struct Choice {
   int steps = 0;                          // vectors of points to process, gathered or not
   int count = 0, place[kSteps * kLanes];  // number of groups of kGrain points to gather, and where they start
 
-  // Chooses by the responsibilities r of the points of all vectors of a block.
+  // Chooses points by their responsibilities r, ``all`` vectors. kGrain is 0 (this kind of covariance skips no points),
+  // 1 or kLanes.
   void find(const V* r, int all) {
     steps = all;
-    if (!kGrain) return;  // this kind of covariance skips no points; others skip kGrain points at a time
+    if (!kGrain) return;
     count = 0;
     for (int s = 0; s < all; ++s) {
-      unsigned counts = lanes_above(r[s], kNegligible);
-      if (kGrain > 1) {
+      unsigned mask = lanes_above(r[s], kNegligible);
+      if (kGrain == kLanes) {
         place[count] = s * kLanes;
-        count += counts != 0;
+        count += mask != 0;
       } else {
-        for (; counts; counts &= counts - 1) place[count++] = s * kLanes + __builtin_ctz(counts);
+        for (; mask; mask &= mask - 1) place[count++] = s * kLanes + __builtin_ctz(mask);
       }
     }
     gathered = 4 * count * kGrain < 3 * all * kLanes;
@@ -68,18 +69,18 @@ struct Choice {
   const V* gather(const V* from, V* to) const {
     if (!gathered) return from;
     const Real* values = reinterpret_cast<const Real*>(from);
-    Real* found = reinterpret_cast<Real*>(to);
+    Real* target = reinterpret_cast<Real*>(to);
     for (int s = count * kGrain / kLanes; s < steps; ++s) to[s] = V{};
-    for (int n = 0; n < count; ++n) std::memcpy(found + n * kGrain, values + place[n], kGrain * sizeof(Real));
+    for (int n = 0; n < count; ++n) std::memcpy(target + n * kGrain, values + place[n], kGrain * sizeof(Real));
     return to;
   }
 
   // Adds a row of values of the chosen points to their places.
   void scatter(const V* from, V* to) const {
     const Real* values = reinterpret_cast<const Real*>(from);
-    Real* found = reinterpret_cast<Real*>(to);
+    Real* target = reinterpret_cast<Real*>(to);
     for (int n = 0; n < count; ++n)
-      for (int i = 0; i < kGrain; ++i) found[place[n] + i] += values[n * kGrain + i];
+      for (int i = 0; i < kGrain; ++i) target[place[n] + i] += values[n * kGrain + i];
   }
 };
 
@@ -141,16 +142,16 @@ class Worker {
   std::vector<V> sums;                        // (K, M) and the log-likelihood, in lanes
   std::vector<double> sums_in_double;         // the same
   V weights[kSteps], grad_density[kSteps], largest[kSteps], total[kSteps], mean_slope[kSteps];
-  Choice choice;                              // of points, for one component
-  const V *chosen, *y;                        // its points, and its whitened points
+  Choice choice;                              // the points that count for the current component
+  const V *chosen, *y;                        // these points, and the same whitened
   std::vector<V> chosen_points, chosen_grads;
   V chosen_r[kSteps], chosen_slope[kSteps];
   Real inverse_unit = 1;
 
   void enter(int64_t own_set) {
     set = own_set;
-    // The unit of points and W stay normal numbers in Real. The bound, max^0.4, keeps the squares of whitened points
-    // finite: it leaves max^0.2 for the squared distance from the mean in units.
+    // The unit of points and W stay normal numbers in Real. With entries of W of at most max^0.4, |y|^2 is at most about
+    // max^0.8 |z - mu|^2 and thus finite for |z - mu|^2 up to max^0.2.
     using Limits = std::numeric_limits<Real>;
     const double unit = std::min(std::max(p.unit[set], double(Limits::min())), 1.0 / double(Limits::min()));
     const double ratio = unit / p.unit[set], bound = std::pow(double(Limits::max()), 0.4);
@@ -203,7 +204,7 @@ class Worker {
 
   V log_density(int s) const { return Real(kLn2) * (largest[s] + log2(total[s])); }
 
-  // Leaves exp(g - largest) in score and its sum over components in total; the largest g is in units of log 2.
+  // Leaves exp(g - max g) in score, its sum over components in total, and max g / log 2 in largest.
   void evaluate(int steps) {
     std::fill(largest, largest + steps, lanes(-std::numeric_limits<Real>::infinity()));
     std::fill(total, total + steps, V{});
@@ -221,9 +222,9 @@ class Worker {
 
   void forward(int64_t row, int count, int steps) {
     if (p.log_density) {
-      V found[kSteps];
-      for (int s = 0; s < steps; ++s) found[s] = log_density(s);
-      const Real* lanes = reinterpret_cast<const Real*>(found);
+      V densities[kSteps];
+      for (int s = 0; s < steps; ++s) densities[s] = log_density(s);
+      const Real* lanes = reinterpret_cast<const Real*>(densities);
       std::copy(lanes, lanes + count, p.log_density + set * p.items + row);
       return;
     }
@@ -243,9 +244,9 @@ class Worker {
     }
   }
 
-  // The derivative of the loss in the joint log-density g_nk is w_n r_nk (a_nk - sum_j r_nj a_nj + l_n), where a_nk
-  // ("slope") is its derivative in w_n r_nk through the sums and l_n that in w_n log p(z_n). The gradients of the
-  // parameters follow from the sums of [1, y, s(y)], weighted by this derivative.
+  // The derivative of the loss in the joint log-density g_nk is w_n r_nk (a_nk - sum_j r_nj a_nj + l_n). Here a_nk
+  // (slope) is the derivative of the loss in w_n r_nk, through the sums, and l_n (grad_density) is the one in
+  // w_n log p(z_n). The gradients of the parameters follow from the sums of [1, y, s(y)] with this weight.
   void backward(int64_t row, int count, int steps) {
     Real* to = reinterpret_cast<Real*>(grad_density);
     const double* from = p.grad_density + set * p.grad_density_set_stride + row * p.grad_density_item_stride;
@@ -268,9 +269,9 @@ class Worker {
       for (int s = 0; s < steps; ++s) mean_slope[s] += r[s] * a[s];
     }
     if (p.grad_weights) {
-      V found[kSteps];
-      for (int s = 0; s < steps; ++s) found[s] = mean_slope[s] + grad_density[s] * log_density(s);
-      const Real* lanes = reinterpret_cast<const Real*>(found);
+      V slopes[kSteps];
+      for (int s = 0; s < steps; ++s) slopes[s] = mean_slope[s] + grad_density[s] * log_density(s);
+      const Real* lanes = reinterpret_cast<const Real*>(slopes);
       std::copy(lanes, lanes + count, p.grad_weights + set * p.items + row);
     }
     std::fill(grad_points.begin(), grad_points.end(), V{});
@@ -294,8 +295,8 @@ class Worker {
     if (p.grad_x)
       for (int64_t i = 0; i < p.features; ++i) {
         const Real* lanes = reinterpret_cast<const Real*>(&grad_points[i * kSteps]);
-        Real* found = p.grad_x + (set * p.features + i) * p.items + row;
-        for (int n = 0; n < count; ++n) found[n] = lanes[n] * inverse_unit;
+        Real* to = p.grad_x + (set * p.features + i) * p.items + row;
+        for (int n = 0; n < count; ++n) to[n] = lanes[n] * inverse_unit;
       }
   }
 };

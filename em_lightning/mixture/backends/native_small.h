@@ -89,21 +89,21 @@ class Component {
 
   // Converts the gradient in the sums of y to the gradient in the sums of t.
   void store_gradient(const double* own, Real* result) const {
-    double found[1 + D + D * (D + 1) / 2];
-    found[0] = own[0];
+    double converted[1 + D + D * (D + 1) / 2];
+    converted[0] = own[0];
     for (int i = 0; i < D; ++i) {
-      found[1 + i] = w[i] * own[1 + i];
-      found[0] += rest[i] * found[1 + i];
+      converted[1 + i] = w[i] * own[1 + i];
+      converted[0] += rest[i] * converted[1 + i];
     }
     for (int i = 0; i < D; ++i)
       for (int j = 0; j <= i; ++j) {
         const double pair = w[i] * w[j] * own[lower(i, j)];
-        found[lower(i, j)] = pair;
-        found[1 + i] += rest[j] * pair;
-        found[1 + j] += rest[i] * pair;
-        found[0] += rest[i] * rest[j] * pair;
+        converted[lower(i, j)] = pair;
+        converted[1 + i] += rest[j] * pair;
+        converted[1 + j] += rest[i] * pair;
+        converted[0] += rest[i] * rest[j] * pair;
       }
-    std::copy(found, found + num_sums(D), result);
+    std::copy(converted, converted + num_sums(D), result);
   }
 
   // slope = gradient . [1, t, t_i t_j]

@@ -96,7 +96,7 @@ inline void exp2(V (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) x[i] = power[i] * (V)((I)shifted[i] << digits);
 }
 
-// A number whose bit i tells whether x of lane i is above a bound or NaN.
+// A mask whose bit i tells whether x of lane i is above a bound or NaN.
 inline unsigned lanes_above(V x, Real bound) {
   const I above = ~(x <= bound);
 #if defined(__AVX512DQ__)
@@ -106,9 +106,9 @@ inline unsigned lanes_above(V x, Real bound) {
   if constexpr (kSingle) return _mm256_movemask_ps((__m256)above);
   else return _mm256_movemask_pd((__m256d)above);
 #else
-  unsigned found = 0;
-  for (int lane = 0; lane < kLanes; ++lane) found |= unsigned(above[lane] & 1) << lane;
-  return found;
+  unsigned mask = 0;
+  for (int lane = 0; lane < kLanes; ++lane) mask |= unsigned(above[lane] & 1) << lane;
+  return mask;
 #endif
 }
 

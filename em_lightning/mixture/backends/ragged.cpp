@@ -271,8 +271,8 @@ class Fit {
     const double* origin = reinterpret_cast<const double*>(center.data());
     for (int64_t k = 0; k < K; ++k) {
       const double* mean = reinterpret_cast<const double*>(&state.means[k * width()]);
-      double* found = p.means + (set * K + k) * D;
-      for (int64_t i = 0; i < D; ++i) found[i] = mean[i] * scale + origin[i];
+      double* to = p.means + (set * K + k) * D;
+      for (int64_t i = 0; i < D; ++i) to[i] = mean[i] * scale + origin[i];
       p.log_weights[set * K + k] = std::log(state.mass[k] / (N + K * kEps));
       p.log_scales[set * K + k] = 0.5 * std::log(state.variances[k] * scale * scale);
     }
@@ -281,8 +281,8 @@ class Fit {
   void backward() {
     for (int64_t k = 0; k < K; ++k) {
       const double* of_mean = p.grad_means + (set * K + k) * D;
-      double* found = reinterpret_cast<double*>(&grads.means[k * width()]);
-      for (int64_t i = 0; i < D; ++i) found[i] = of_mean[i] * scale;
+      double* to = reinterpret_cast<double*>(&grads.means[k * width()]);
+      for (int64_t i = 0; i < D; ++i) to[i] = of_mean[i] * scale;
       grads.mass[k] = p.grad_log_weights[set * K + k];
       grads.variances[k] = 0.5 * p.grad_log_scales[set * K + k] / states.back().variances[k];
     }
@@ -295,8 +295,8 @@ class Fit {
     start_backward(2.0 * prior_share / N * grad_prior_distance);
     for (int64_t n = 0; n < N; ++n) {
       const double* own = reinterpret_cast<const double*>(&grad_z[n * width()]);
-      Point* found = static_cast<Point*>(p.grad_x) + rows[n] * D;
-      for (int64_t i = 0; i < D; ++i) found[i] = Point(own[i] * (1.0 / scale));
+      Point* to = static_cast<Point*>(p.grad_x) + rows[n] * D;
+      for (int64_t i = 0; i < D; ++i) to[i] = Point(own[i] * (1.0 / scale));
     }
   }
 

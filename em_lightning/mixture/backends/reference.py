@@ -31,22 +31,22 @@ def _over_blocks(
     function: BlockFunction,
     rows: Tensors,
     parameters: Tensors,
-    width: int,
+    numbers_per_point: int,
     block_size: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the joined results of a function of ``rows`` (B, ..., N) and ``parameters`` (B, ...), evaluated in blocks.
 
-    ``width`` is the number of numbers per point of an intermediate result, such as K.
+    ``numbers_per_point`` is the size of an intermediate result divided by the number of points, such as K.
     """
     first = next(tensor for tensor in rows if tensor is not None)
     num_sets, num_items = first.shape[0], first.shape[-1]
     # A compiler would unroll the loop over blocks, and compile again for each number of blocks.
-    if torch.compiler.is_compiling() or num_sets * num_items * width <= _SMALL:
+    if torch.compiler.is_compiling() or num_sets * num_items * numbers_per_point <= _SMALL:
         return function(slice(None), *rows, *parameters)
     if block_size is None:
         block_size = _BLOCK_SIZE if first.device.type == "cpu" else _DEVICE_BLOCK_SIZE
-    items = max(min(num_items, block_size // width), 1)
-    sets = max(block_size // (width * items), 1)
+    items = max(min(num_items, block_size // numbers_per_point), 1)
+    sets = max(block_size // (numbers_per_point * items), 1)
     set_blocks, item_blocks = -(-num_sets // sets), -(-num_items // items)
     by_sets = []
     # The gradient of a split is one concatenation, that of a slice a tensor of full size per block.

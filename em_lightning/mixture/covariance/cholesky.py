@@ -25,7 +25,8 @@ def identity(size: int, like: Tensor) -> Tensor:
 def smallest_pivots(second_moments: Tensor) -> Tensor:
     """Return the smallest variances distinguishable from round-off, given second moments."""
     info = torch.finfo(second_moments.dtype)
-    # A variance E[x^2] - E[x]^2 has rounding errors of a few eps E[x^2]. Never zero, so that inverses are finite.
+    # A variance E[x^2] - E[x]^2 has rounding errors of a few eps E[x^2]. The bound, eps^4, makes inverses finite where
+    # E[x^2] is 0, and has no effect in a fit, where E[x^2] is at least eps^2 (Points.floor).
     return (4.0 * info.eps * second_moments.detach()).clamp(min=info.eps**4)
 
 
@@ -35,7 +36,7 @@ def cholesky_with_inverse(matrix: Tensor, pivots: Tensor) -> Factor:
     If round-off made a matrix indefinite, it is replaced by a definite one; ``pivots`` (..., D) are the smallest
     pivots that are distinguishable from round-off.
     """
-    # Than LAPACK: for at most 4 features, whose loops are unrolled in C++, or for many components.
+    # The C++ code is faster than LAPACK for at most 4 features, as its loops are unrolled, or for many components.
     is_faster = matrix.shape[-1] <= 4 or matrix[..., 0, 0].numel() >= native.FEWEST_COMPONENTS
     if native.serves_components("cholesky.cpp", matrix, is_faster):
         return Factor(*native.cholesky(matrix, pivots))

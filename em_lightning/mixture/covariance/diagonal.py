@@ -99,7 +99,7 @@ class DiagonalCovariance(FullCovariance):
         least = floor[:, None, None]
         return self.pack((2.0 * stretch).exp() * (self.variances(covariances) - least) + least)
 
-    def pairs(self, matrix: Tensor) -> Tensor:
+    def entries(self, matrix: Tensor) -> Tensor:
         return matrix.diagonal(dim1=-2, dim2=-1)
 
 
@@ -130,5 +130,5 @@ class SphericalCovariance(DiagonalCovariance):
     def second_moments(self, variances: Tensor, means: Tensor | None) -> Tensor:
         return variances if means is None else variances + means.square().mean(-1, keepdim=True)
 
-    def pairs(self, matrix: Tensor) -> Tensor:
+    def entries(self, matrix: Tensor) -> Tensor:
         return matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)

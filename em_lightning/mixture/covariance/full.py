@@ -149,9 +149,9 @@ class FullCovariance:
         """Return the average of values (B, K, ...) over components that share a covariance."""
         return values
 
-    def matrix(self, pairs: Tensor, num_features: int) -> Tensor:
+    def matrix(self, upper: Tensor, num_features: int) -> Tensor:
         """Return symmetric matrices (..., D, D) from their upper triangles (..., S)."""
-        rows = pairs.split([*range(num_features, 0, -1)], -1)  # completed by the entries of the rows above
+        rows = upper.split([*range(num_features, 0, -1)], -1)  # completed by the entries of the rows above
         entries = [part for i, row in enumerate(rows) for part in (*(rows[j][..., i - j, None] for j in range(i)), row)]
         return torch.cat(entries, -1).unflatten(-1, (num_features, num_features))
 
@@ -220,7 +220,7 @@ class FullCovariance:
         least = floor[:, None, None, None] * identity(axes.shape[-1], axes)
         return g @ (covariances - least) @ g.mT + least
 
-    def pairs(self, matrix: Tensor) -> Tensor:
+    def entries(self, matrix: Tensor) -> Tensor:
         """Return the entries (..., S) of symmetric matrices (..., D, D) that this type uses: upper triangles."""
         i, j = torch.triu_indices(matrix.shape[-1], matrix.shape[-1], device=matrix.device)
         return matrix[..., i, j]
