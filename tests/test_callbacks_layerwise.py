@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -309,6 +310,8 @@ def test_automatic_weight_under_a_compiled_head():
         ({"weight": "much"}, "weight='much'"),
         ({"weight": {"encoder.1": 1.0}}, "weight={'encoder.1': 1.0}"),
         ({"every": 0}, "every=0"),
+        ({"ratio": math.inf}, "ratio=inf"),
+        ({"ratio": "large"}, "ratio='large'"),
         ({"ratio": 0}, "ratio=0"),
         ({"tap": "gradient"}, "tap='gradient'"),
         ({"loss": "emm"}, "'emm'"),
@@ -380,3 +383,12 @@ def test_units_of_feature_maps_are_their_channels():
     wrong = LayerwiseLoss(net, "5", weight=1.0, dim=5)
     with pytest.raises(ValueError, match=r"dim=5 .*'5'.*\(8, 6\)"):
         wrong.add_to(net(x).sum())
+
+
+@pytest.mark.parametrize("options", [{"schedule": 3}, {"every": 1.5}])
+def test_arguments_of_a_wrong_type_are_refused_at_once(options):
+    ((name, value),) = options.items()
+    with pytest.raises(TypeError, match=f"{name}={value} must be"):
+        LayerwiseEMLoss("encoder", **options)
+    with pytest.raises(TypeError, match=f"{name}={value} must be"):
+        LayerwiseLoss(users.MLP(), "encoder.0", **options)

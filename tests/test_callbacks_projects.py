@@ -1,5 +1,7 @@
 """Callbacks in trainings of other projects: several optimizers, frozen layers, copies of modules, and messages."""
 
+import copy
+
 import lightning
 import pytest
 import torch
@@ -442,6 +444,28 @@ def test_changes_that_no_batch_reaches_are_named(make, path, tmp_path):
     with pytest.warns(UserWarning, match=f"changed {path}, but no batch of the epoch called the forward there"):
         users.trainer(tmp_path, 2, [make()]).fit(model, rows())
     fit(tmp_path, users.MLP(), SwapActivations(verbose=False))  # a warning is an error in this suite
+
+
+class Averaged(users.MLP):
+    """Keeps an average of its encoder, which only predictions use."""
+
+    def build(self):
+        super().build()
+        self.average = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def predict_step(self, batch, batch_idx):
+        return self.head(self.average(batch[0]))
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: SwapActivations(verbose=False),
+        lambda: InsertEMOperator(["encoder.2", "average.2"], 2, verbose=False),
+    ],
+)
+def test_changes_of_frozen_averages_need_not_be_called_in_training(callback, tmp_path):
+    fit(tmp_path, Averaged(), callback())  # a warning is an error in this suite
 
 
 class OwnLoader(users.MLP):

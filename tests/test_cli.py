@@ -256,6 +256,9 @@ def classifier():
 def needs(arguments):
     return None
 
+def sized(sizes):
+    return torch.nn.Linear(sizes.width, 3)
+
 ready = classifier()
 number = lambda: 3
 """
@@ -454,6 +457,8 @@ trainer.save_checkpoint("trusted.ckpt")
         (["networks.py:ready", "--input=x=5,8", "--input=5,8"], ["--input=x=5,8 --input=5,8", "name all"]),
         (["networks.py:ready", "--input=x=5,8", "--input=x=5,8"], ["--input=x=5,8 --input=x=5,8", "name all"]),
         (["networks.py:ready", "--input=5,9"], ["--input=5,9", "5x9"]),
+        (["networks.py:ready", "--input=features=5,8"], ["features must be of the arguments"]),
+        (["networks.py:sized", "--input=5,8", "--init_args={sizes: {width: 8}}"], ["'width'", "dataclasses"]),
         (["networks.py:ready", "--batch=nothing"], ["'nothing'"]),
         (["networks.py:ready", "--batch=number"], ["--batch=number"]),
         (["networks.py:number", "--input=5,8"], ["'networks.py:number'", "torch.nn.Module", "int"]),

@@ -253,3 +253,10 @@ def test_covariances_that_rounding_made_singular_are_evaluated():
     thin = torch.tensor([[1.0, 1.0 - 1e-9], [1.0 - 1e-9, 1.0]])  # equal to 1 in float32
     mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), thin[None, None])
     assert mixture.log_prob(torch.ones(1, 1, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["log_prob", "log_joint", "posterior"])
+def test_numpy_arrays_are_refused(method):
+    mixture = Mixture(torch.zeros(1, 1), torch.zeros(1, 1, 2), torch.ones(1, 1, 2))
+    with pytest.raises(TypeError, match=r"x must be a tensor, got <class 'numpy.ndarray'>.*torch.from_numpy"):
+        getattr(mixture, method)(np.zeros((1, 5, 2)))

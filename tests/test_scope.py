@@ -1,5 +1,6 @@
 """The audit: which operations of a model are EM."""
 
+import functools
 import random
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_gate_of_a_mixture_of_experts():
     [
         (lambda z: z.log_softmax(-1), True),
         (lambda z: torch.logsumexp(z, 0), True),
+        (lambda z: torch.logsumexp(z, (0, 1)), True),
         (lambda z: z.exp(), False),  # not normalized
         (lambda z: z / z.sum(-1, keepdim=True), False),  # not exponentiated
         (lambda z: z.sigmoid(), False),
@@ -323,3 +325,228 @@ def test_table_reads():
     )
     assert lines[2].split()[:3] == ["1", "ReLU", "relu"] and lines[2].endswith("hard zeros")
     assert "yes" in lines[3]
+
+
+# A softmax that the model computes itself, by exponentials and their sums.
+
+
+def stable(z):
+    e = (z - z.amax(-1, keepdim=True)).exp()
+    return e / e.sum(-1, keepdim=True)
+
+
+def in_place(z):
+    e = (z - z.amax(-1, keepdim=True)).exp_()
+    return e.div_(e.sum(-1, keepdim=True) + 1e-12)
+
+
+def masked(z):
+    e = z.exp() * (torch.arange(6) != 2)
+    return e / e.sum(-1, keepdim=True)
+
+
+def over_a_map(z):
+    e = z.view(3, 1, 2, 3).exp()
+    return e / e.sum((2, 3), keepdim=True)
+
+
+def transposed(z):
+    e = z.exp()
+    return (e.T / e.sum(-1)).T
+
+
+def of_rows_by_index(z):
+    index = torch.tensor([1, 0, 1])
+    e = z.exp()
+    sums = torch.zeros(2, 6).index_add(0, index, e)
+    return e / sums[index]
+
+
+def computed_twice(z):
+    return z.exp() / z.exp().sum(1, keepdim=True)
+
+
+def scattered(z):
+    index = torch.tensor([4, 4, 0, 1, 1, 1]).expand_as(z)
+    e = z.exp()
+    return e / torch.zeros(3, 5).scatter_add(1, index, e).gather(1, index)
+
+
+@pytest.mark.parametrize(
+    ("function", "hypotheses"),
+    [
+        (stable, "axis 1: 6"),
+        (in_place, "axis 1: 6"),
+        (computed_twice, "axis 1: 6"),
+        (masked, "axis 1: 6"),
+        (over_a_map, "axes 2, 3: 6"),
+        (transposed, "axis 0: 6"),
+        (lambda z: F.normalize(z.exp(), p=1, dim=0), "axis 0: 3"),
+        (of_rows_by_index, "axis 0 by index, largest group: 2"),
+        (scattered, "axis 1 by index, largest group: 3"),
+    ],
+)
+def test_a_softmax_by_hand_is_seen(function, hypotheses):
+    finding = only(audit(Calls(function), torch.randn(3, 4)).at(""))
+    assert finding.em and (finding.operation, finding.hypotheses) == ("exp / sum", hypotheses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_short_types_is_not_taken_for_a_deviation(dtype):
+    def attention(z):
+        scores = (z @ z.T).to(dtype)
+        return scores.softmax(-1), stable(scores)
+
+    findings = audit(Calls(attention), torch.randn(200, 4)).at("")
+    assert [one.operation for one in findings if one.em] == ["softmax", "exp / sum"]
+
+
+def test_the_values_of_a_softmax_by_hand_are_those_of_the_function():
+    model, x = Calls(stable), torch.randn(3, 4)
+    by_hand = only(audit(model, x).at(""))
+    model.function = functools.partial(torch.softmax, dim=-1)
+    function = only(audit(model, x).at("layer"))
+    assert (by_hand.soft, *by_hand.curvature) == pytest.approx((function.soft, *function.curvature), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z.exp() * torch.arange(6) / (z.exp() * torch.arange(6)).sum(-1, keepdim=True),  # weights, not a mask
+        lambda z: z.exp() / z.exp().mean(-1, keepdim=True),
+        lambda z: (z.exp()[:, 0] / z.exp().sum(-1)).log(),
+        lambda z: z.exp() @ torch.ones(6, 2),
+        lambda z: z.exp() / (z.exp() @ torch.ones(6))[0],  # of Sinkhorn's iterations
+    ],
+)
+def test_a_sum_of_exponentials_of_another_form_is_called_not_checked(function):
+    findings = audit(Calls(function), torch.randn(3, 4))
+    finding = only(findings.at(""))
+    assert finding.operation == "exp" and not finding.checked and not finding.em
+    row = next(line for line in str(findings).splitlines() if line.startswith("(root)"))
+    assert "not checked" in row and " no " not in row and "yes" not in row  # in no column
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z.exp() / torch.ones(6)[torch.tensor([True] * 5 + [False])].sum(),
+        lambda z: z.T[:2].exp() / z.T.exp()[torch.arange(6) < 2],  # by an index of another length
+        lambda z: z.exp() / torch.ones(2)[torch.tensor(1)],
+        lambda z: z.exp() / z.exp().sum(0)[None, torch.arange(6)],
+        lambda z: z[:, ::2].exp_().div_(z[:, 1::2].abs().sum(-1, keepdim=True)),  # not dense
+        lambda z: z.exp().double() / z.exp().sum(-1, keepdim=True),
+        lambda z: z.exp().relu() / 2,
+        lambda z: (1j * z).exp().real / (1j * z).exp().sum(-1, keepdim=True).real,
+        lambda z: torch.sparse.mm(z.exp().to_sparse(), z.T.exp()) / 2,
+        lambda z: z.exp().half() / z.exp().half().sum(-1, keepdim=True),
+    ],
+)
+def test_quotients_of_any_form_do_not_end_the_audit(function):
+    audit(Calls(function), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: torch.randn_like(z) * (0.5 * z).exp(),  # a deviation
+        lambda z: (z.exp() + z.square() - 1 - z).sum(),  # a divergence
+        lambda z: z.log_softmax(-1).exp().mean(0),  # a softmax that is seen already
+        lambda z: (z.mean().exp() * z) @ z.T,  # a learned temperature
+    ],
+)
+def test_other_exponentials_are_not_mentioned(function):
+    assert not [one for one in audit(Calls(function), torch.randn(3, 4)) if one.operation == "exp"]
+
+
+def test_an_operator_of_another_library_is_called_not_checked():
+    from torch.library import Library
+
+    library = Library("audited", "DEF")
+    library.define("scores(Tensor z) -> Tensor")
+    library.impl("scores", lambda z: z.softmax(-1), "CompositeExplicitAutograd")
+    findings = audit(Calls(torch.ops.audited.scores), torch.randn(3, 4))
+    assert [one.operation for one in findings.at("") if not one.checked] == ["audited::scores"]
+
+
+def test_each_axis_of_an_operation_has_a_row_with_its_calls():
+    findings = audit(Calls(lambda z: z.softmax(0) + z.softmax(1) + z.relu().relu() + z.softmax(1)), torch.randn(3, 4))
+    rows = {(one.path, one.operation, one.hypotheses): one.calls for one in findings}
+    softmaxes = {("layer", "softmax", "axis 0: 3"): 1, ("layer", "softmax", "axis 1: 6"): 2}
+    assert rows == {("", "relu", ""): 2, **softmaxes}
+    assert "relu (2 calls)" in str(findings) and "softmax (2 calls)" in str(findings)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda nn: nn.GATConv(4, 3, heads=2),
+        lambda nn: nn.GATv2Conv(4, 3),
+        lambda nn: nn.TransformerConv(4, 3, heads=2),
+        lambda nn: nn.SAGEConv(4, 3, aggr=nn.SoftmaxAggregation(learn=True)),
+        lambda nn: nn.GENConv(4, 3, aggr="softmax"),
+    ],
+)
+def test_attention_over_the_neighbours_of_a_node_is_seen(make):
+    geometric = pytest.importorskip("torch_geometric.nn")
+    edges = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 1, 1, 2, 0]])
+    conv = make(geometric)
+    loops = isinstance(conv, geometric.GATConv | geometric.GATv2Conv)  # they add an edge from each node to itself
+    findings = [one for one in audit(conv, (torch.randn(5, 4), edges)) if one.operation == "exp / sum"]
+    assert only(findings).em and only(findings).hypotheses == f"axis 0 by index, largest group: {4 if loops else 3}"
+
+
+@pytest.mark.parametrize("sorted_rows", [False, True])
+def test_attention_over_the_nodes_of_a_graph_is_seen(sorted_rows):
+    geometric = pytest.importorskip("torch_geometric.nn")
+    aggregation, x = geometric.SoftmaxAggregation(t=0.5), torch.randn(7, 4)
+    given = {"ptr": torch.tensor([0, 3, 7])} if sorted_rows else {"index": torch.tensor([0, 1, 0, 1, 1, 1, 0])}
+    finding = only(audit(aggregation, {"x": x, **given}))
+    assert finding.em and finding.hypotheses == "axis 0 by index, largest group: 4"
+    groups = [x[:3], x[3:]] if sorted_rows else [x[given["index"] == group] for group in (0, 1)]
+    perplexities = [torch.special.entr((0.5 * rows).softmax(0)).sum(0).exp() for rows in groups]
+    assert finding.soft == pytest.approx(torch.stack(perplexities).mean().item(), rel=1e-5)
+
+
+def test_a_large_graph_with_a_hub_takes_little_memory():
+    geometric = pytest.importorskip("torch_geometric.nn")
+    edges = torch.stack([torch.arange(20_000) % 5_000, torch.arange(20_000) % 400])
+    edges[1, :3_000] = 7
+    finding = only(
+        [one for one in audit(geometric.GATConv(4, 2), (torch.randn(5_000, 4), edges)) if one.operation == "exp / sum"]
+    )
+    assert finding.em
+
+
+# Wrong uses.
+
+
+def test_an_audit_without_a_batch_says_what_it_needs():
+    for model in (users.MLP(), nn.Linear(4, 3)):
+        with pytest.raises(TypeError, match=r"batch=None.*run="):
+            audit(model, None)
+
+    class Fixed(nn.Module):
+        def forward(self):
+            return torch.ones(2, 3).softmax(-1)
+
+    assert only(audit(Fixed(), ())).em
+
+
+def test_a_compiled_model_is_audited_like_the_model():
+    model, batch = users.MLP(), next(iter(users.MLP.data()))
+    assert str(audit(torch.compile(model), batch)) == str(audit(model, batch))
+
+
+def test_names_that_the_forward_lacks_are_named():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return (x + y).softmax(-1)
+
+    for model, batch in (
+        (nn.Linear(4, 3), {"y": torch.randn(2, 4)}),
+        (Two(), {"x": torch.ones(2), "z": torch.ones(2)}),
+    ):
+        wrong = max(batch)
+        with pytest.raises(TypeError, match=rf"^{wrong} must be of the arguments .*{type(model).__name__}.forward"):
+            audit(model, batch)

@@ -19,6 +19,7 @@ from em_lightning.callbacks import (
     LayerwiseEMLoss,
     PosteriorMonitor,
     RestoreSurgery,
+    StepSeeds,
     SwapActivations,
     TemperatureSchedule,
 )
@@ -385,10 +386,11 @@ def test_modules_in_plain_containers_are_named():
 class Teacher(lightning.LightningModule):
     """A student that is pulled towards a teacher, whose weights follow it by a vector of all parameters."""
 
-    def __init__(self, trained=False, fresh=False):
+    def __init__(self, trained=False, fresh=False, frozen=False):
         super().__init__()
         self.student = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-        self.teacher = copy.deepcopy(self.student)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(not frozen)
+        self.frozen = frozen
         if fresh:
             nn.init.ones_(self.teacher[0].weight)
         self.trained = trained
@@ -398,7 +400,8 @@ class Teacher(lightning.LightningModule):
         return (self.student(batch[0]) - (target if self.trained else target.detach()) - 1).square().mean()
 
     def configure_optimizers(self):
-        return torch.optim.SGD((self if self.trained else self.student).parameters(), 0.1)
+        everything = self.trained or self.frozen  # frozen parameters are often given to the optimizer, too
+        return torch.optim.SGD((self if everything else self.student).parameters(), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -412,8 +415,20 @@ def test_target_networks_without_the_change_are_named(make, tmp_path):
     with pytest.warns(UserWarning, match=r"changed 'student.1', but not 'teacher.1' of an untrained copy: add it"):
         fit(tmp_path, Teacher(), make("student.1"))
     fit(tmp_path, Teacher(), make(["student.1", "teacher.1"]))
+    with pytest.warns(UserWarning, match=r"not 'teacher.1' of an untrained copy.*teachers do"):
+        fit(tmp_path, Teacher(frozen=True), make("student.1"))
+    fit(tmp_path, Teacher(frozen=True), make(["student.1", "teacher.1"]))
     fit(tmp_path, Teacher(trained=True), make("student.1"))  # two towers
     fit(tmp_path, Teacher(fresh=True), make("student.1"))  # another network of the same shape
+
+
+@pytest.mark.parametrize("change", [swap_activations, functools.partial(insert_em_operators, num_components=2)])
+def test_frozen_copies_without_the_change_are_named_by_the_functions_too(change):
+    with pytest.warns(UserWarning, match=r"changed 'student.1', but not 'teacher.1' of an untrained copy"):
+        change(Teacher(frozen=True), where="student.1").undo()
+    change(Teacher(frozen=True), where=["student.1", "teacher.1"])
+    change(Teacher(), where="student.1")  # an optimizer may train both
+    change(Teacher(fresh=True, frozen=True), where="student.1")  # another network of the same shape
 
 
 def test_layers_that_are_not_initialized_yet_are_changed(tmp_path):
@@ -455,14 +470,47 @@ def test_equal_layer_losses_add_up_and_resume(tmp_path):
     run(resumed, 2, path)
     steps = 2 * len(users.MLP.data())
     assert [callback._state["step"] for callback in resumed] == [steps, steps]
-    with pytest.warns(UserWarning, match=r"no state of LayerwiseEMLoss\(where='body.1'.*starts anew"):
+    with pytest.warns(UserWarning, match=r"add the following callbacks.*LayerwiseEMLoss\(where='body.0'"):
         run([LayerwiseEMLoss("body.1", weight=0.1, verbose=False)], 2, path)
+    with pytest.warns(UserWarning, match=r"no state of LayerwiseEMLoss\(where='body.0'.*_3, which starts anew"):
+        run([*callbacks(), *callbacks()[:1]], 2, path)
 
 
 def test_two_schedules_of_the_same_temperatures_are_refused(tmp_path):
     schedules = [TemperatureSchedule(start, 1.0, 3) for start in (2.0, 3.0)]
-    with pytest.raises(ValueError, match="two TemperatureSchedule"):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `TemperatureSchedule`"):
         fit(tmp_path, OneUnit(), SwapActivations(verbose=False), *schedules)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LayerwiseEMLoss("body.0", detach=True, verbose=False),
+        lambda: LayerwiseEMLoss(lambda path, module: path == "body.0", weight=0.1, verbose=False),
+        lambda: TemperatureSchedule(4.0, 1.0, 5),
+        lambda: TemperatureSchedule(4.0, 1.0, 5, where=lambda path, module: path == "body.1"),
+        lambda: StepSeeds(3),
+    ],
+)
+def test_a_resume_without_a_callback_that_changes_training_is_named(make, tmp_path):
+    def run(callbacks, path=None):
+        trainer = users.trainer(tmp_path, 1 if path is None else 2, [SwapActivations(verbose=False), *callbacks])
+        trainer.fit(OneUnit(), users.MLP.data(), ckpt_path=path)
+        return trainer
+
+    callback, path = make(), tmp_path / "last.ckpt"
+    run([callback]).save_checkpoint(path)
+    with pytest.warns(UserWarning, match=f"need to be provided.*{type(callback).__name__}"):
+        run([], path)
+    run([make()], path)  # without a warning
+
+
+def test_a_class_not_an_instance_is_restored(tmp_path):
+    path = tmp_path / "swapped.ckpt"
+    fit(tmp_path, OneUnit(), SwapActivations(verbose=False)).save_checkpoint(path)
+    for wrong, name in ((OneUnit(), "OneUnit"), (nn.Linear, "type"), (path, "Path")):
+        with pytest.raises(TypeError, match=f"cls must be the class of a LightningModule, got an instance of .*{name}"):
+            restore_surgery(wrong, path)
 
 
 def test_a_fit_from_a_restored_surgery_says_that_it_has_new_weights(tmp_path):
@@ -647,3 +695,24 @@ def test_a_monitor_does_not_measure_an_expert_without_rows(tmp_path, recwarn):
     monitor = PosteriorMonitor("experts.*", every_n_steps=1, verbose=False)
     measured = {key.split("/")[1] for key in fit(tmp_path, Router(), monitor).callback_metrics if key[:3] == "em/"}
     assert measured == {"experts.0"} and not [one for one in recwarn if "skips" in str(one.message)]
+
+
+def test_modules_that_fabric_has_set_up_are_changed_and_restored():
+    """A Fabric module passes the attributes that are set on it to the module inside."""
+    from lightning.fabric import Fabric
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    x, keys, attributes = torch.randn(5, 3, 6), list(net.state_dict()), set(vars(net))
+    expected = net(x)
+    wrapped = Fabric(accelerator="cpu", devices=1).setup_module(net)
+    own = set(vars(wrapped))
+    inserted = insert_em_operators(wrapped, "_forward_module.0", 2, verbose=False)
+    swapped = swap_activations(wrapped, "signed", verbose=False)
+    losses = LayerwiseLoss(wrapped, "*.2", weight=0.1, verbose=False)
+    losses.add_to(wrapped(x).square().mean()).backward()
+    assert losses.values
+    losses.remove()
+    swapped.undo()
+    inserted.undo()
+    assert torch.equal(wrapped(x), expected)
+    assert (list(net.state_dict()), set(vars(net)), set(vars(wrapped))) == (keys, attributes, own)

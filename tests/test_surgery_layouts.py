@@ -661,3 +661,36 @@ def test_layers_that_keep_axes_do_not_hide_the_layer_before(between):
     surgery = swap_activations(model, "grouped", verbose=False)
     model(torch.randn(2, 3, 8, 8))  # axes 1 and -1 both have 8 units
     assert surgery.changes[0].added.dim == 1
+
+
+# A wrong axis.
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(4, 8), torch.randn(5, 4)),
+        (nn.Linear(4, 8), torch.randn(5, 3, 4)),
+        (nn.Conv1d(4, 8, 1), torch.randn(5, 4, 3)),
+    ],
+)
+def test_the_axis_of_the_batch_is_refused_as_that_of_the_units(layer, x):
+    for dim in (0, -x.ndim):
+        uses = (
+            lambda net, dim=dim: swap_activations(net, "softmax_gated", dim=dim, verbose=False),
+            lambda net, dim=dim: LayerwiseLoss(net, "1", weight=1.0, dim=dim, verbose=False),
+            lambda net, dim=dim: insert_em_operators(net, "0", 2, dim=dim, verbose=False),
+        )
+        for use in uses:
+            net = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
+            use(net)
+            with pytest.raises(ValueError, match=rf"dim={dim} must be the axis of the units of '.', not of items"):
+                net(x)
+
+
+def test_units_on_axis_0_of_a_map_without_a_batch_are_accepted():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    swap_activations(net, "softmax_gated", dim=0, verbose=False)
+    x = torch.randn(3, 5, 5)
+    expected = ACTIVATIONS.build("softmax_gated", dim=0)(net[0](x))
+    assert torch.equal(net(x), expected)

@@ -14,8 +14,6 @@ from em_lightning.surgery.layerwise import check_options
 from em_lightning.surgery.owners import owners_of
 from em_lightning.surgery.select import described
 
-_STATES = "em_lightning_layer_losses"  # key in a checkpoint: the states of all LayerwiseEMLoss callbacks
-
 
 class LayerwiseEMLoss(Callback):
     """Adds an EM loss of chosen layers to the loss that ``training_step`` returns.
@@ -54,10 +52,10 @@ class LayerwiseEMLoss(Callback):
         optimizer: int | None = None,
         verbose: bool = True,
     ) -> None:
-        options: dict[str, Any] = {"loss": loss, "weight": weight, "tap": tap, "every": every, "ratio": ratio}
+        options = dict(loss=loss, weight=weight, tap=tap, every=every, ratio=ratio, schedule=schedule)
         check_options(**options)
         self.where = where
-        self.options = {**options, "schedule": schedule, "dim": dim, "detach": detach, "verbose": verbose}
+        self.options: dict[str, Any] = {**options, "dim": dim, "detach": detach, "verbose": verbose}
         self.optimizer = optimizer
         self._batch = 0
         self._had_loss = False  # whether this training step had a loss
@@ -132,15 +130,15 @@ class LayerwiseEMLoss(Callback):
             self.losses.check_all_added()
             self.losses.reset()
 
-    # Not state_dict(), as Lightning refuses two callbacks of one state_key that have it.
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint.setdefault(_STATES, {})[self.state_key + self._suffix(trainer)] = self._current_state()
+        # In "callbacks", as Lightning then warns of a resume without this one; it refuses two state_dict() of one key.
+        checkpoint["callbacks"].setdefault(self.state_key, {})[self._suffix(trainer)] = self._current_state()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        states, key = checkpoint.get(_STATES, {}), self.state_key + self._suffix(trainer)
-        if states and key not in states:
-            rank_zero_warn(f"the checkpoint has no state of {key}, which starts anew; it has {', '.join(states)}")
-        self._state = states.get(key, {})
+        states, number = checkpoint["callbacks"].get(self.state_key, {}), self._suffix(trainer)
+        if states and number not in states:
+            rank_zero_warn(f"the checkpoint has no state of {self.state_key}{number}, which starts anew")
+        self._state = states.get(number, {})
 
     def _current_state(self) -> dict[str, Any]:
         # Save the number of batches: losses.step counts backward passes, of which a batch may have several.
@@ -153,6 +151,4 @@ class LayerwiseEMLoss(Callback):
             self.losses = None
         undo_all(self._undos)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove hooks and wrappers: Lightning calls no teardown after an exception."""
-        self.teardown(trainer, pl_module, None)
+    on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from os import PathLike
+from types import MethodType
 from typing import Any, Literal
 
 from lightning.pytorch import Callback
@@ -68,7 +69,9 @@ class SurgicalCallback(Callback):
             self.surgery = surgery_by(pl_module, self.state_key)
             return
         self.surgery = Surgery(pl_module, by=self.state_key)
-        builders = [name for name in ("setup", "configure_model") if _overrides(pl_module, name)]
+        base: Any = next(cls for cls in type(pl_module).__mro__ if cls.__name__ == "LightningModule")
+        methods = {name: MethodType(getattr(base, name), pl_module) for name in ("setup", "configure_model")}
+        builders = [name for name, of_base in methods.items() if getattr(pl_module, name) != of_base]
         self._apply_so_far(self.surgery, raise_if_unmatched=not builders)
         for name in builders:
             around = functools.partial(self._apply_after_builder, self.surgery, name == builders[-1])
@@ -102,18 +105,16 @@ class SurgicalCallback(Callback):
                 f"no optimizer trains {', '.join(missing)}: add these in configure_optimizers, or use the functions "
                 f"of em_lightning.surgery before the optimizer is built"
             )
-        trained = parameters_of(trainer.optimizers)
-        for twin in self.surgery.unchanged_copies.values() if self.surgery else ():
-            original, copy = (pl_module.get_submodule(path).parameters() for path in (twin.original, twin.copy))
-            if any(id(p) in trained for p in original) and not any(id(p) in trained for p in copy):
-                rank_zero_warn(
-                    f"{type(self).__name__} changed {twin.layer!r}, but not {twin.counterpart!r} of an untrained copy: "
-                    f"add it to where= if {twin.copy!r} follows {twin.original!r}, as target networks do"
-                )
+        trained = parameters_of(trainer.optimizers) & {id(p) for p in pl_module.parameters() if p.requires_grad}
+        if self.surgery is not None and trainer.is_global_zero:
+            self.surgery.warn_of_copies(lambda parameter: id(parameter) in trained)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn once of new modules that no batch of an epoch has called."""
-        uncalled = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
+        paths = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
+        # Modules with frozen parameters, such as averages of the weights, may be called after the training only.
+        around = {path: pl_module.get_submodule(path.rpartition(".")[0]).parameters() for path in paths}
+        uncalled = [path for path, own in around.items() if "." not in path or all(p.requires_grad for p in own)]
         if uncalled and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -122,18 +123,9 @@ class SurgicalCallback(Callback):
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
-        """Remove the wrappers of methods; the surgery remains."""
         undo_all(self._undos)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove the wrappers: Lightning calls no teardown after an exception."""
-        undo_all(self._undos)
-
-
-def _overrides(module: Any, name: str) -> bool:
-    """Return whether a LightningModule, of lightning or of pytorch_lightning, has its own method of a name."""
-    base = next((cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule"), None)
-    return base is not None and (name in vars(module) or getattr(type(module), name) is not getattr(base, name))
+    on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception
 
 
 class SwapActivations(SurgicalCallback):
@@ -200,9 +192,7 @@ class InsertEMOperator(SurgicalCallback):
 
 
 class RestoreSurgery(SurgicalCallback):
-    """Repeats the surgery of the checkpoint at ``path``, so that test and predict need no other callback.
-
-    Without a Trainer: :func:`em_lightning.surgery.restore_surgery`.
+    """Repeats the surgery of the checkpoint at ``path`` as :func:`~em_lightning.surgery.restore_surgery` does.
 
     Args:
         path: the checkpoint with the plan; give the Trainer the same one as ``ckpt_path``.

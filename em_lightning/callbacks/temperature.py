@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from em_lightning.checks import check_choice, check_counts, positive_number
 from em_lightning.surgery import set_temperature
+from em_lightning.surgery.select import described
 
 
 class TemperatureSchedule(Callback):
@@ -17,8 +18,7 @@ class TemperatureSchedule(Callback):
     With s = min(step / steps, 1) the value is :math:`T_0^{1-s} T_1^s` ("exponential"), :math:`(1-s) T_0 + s T_1`
     ("linear") or :math:`c T_0 + (1-c) T_1` with :math:`c = (1 + \cos \pi s) / 2` ("cosine"). It is logged as
     ``em/temperature`` and stored in the model's checkpoints. A compiled model is recompiled once, at the first change.
-
-    Without a Trainer: :func:`em_lightning.surgery.set_temperature`.
+    Without a Trainer use :func:`em_lightning.surgery.set_temperature`.
 
     Args:
         start, end, shape: T_0, T_1 and the name of the formula.
@@ -26,8 +26,7 @@ class TemperatureSchedule(Callback):
         where: the modules, by name pattern or predicate; by default all that have a temperature.
 
     Raises:
-        ValueError: an argument is out of range; or, when the fit starts, a temperature is learned, or another schedule
-            has the same ``where``.
+        ValueError: an argument is out of range; or, when the fit starts, a temperature is learned.
         NoMatchError: when the fit starts, if no module has a temperature; the message lists the modules of the model.
 
     Example:
@@ -52,7 +51,10 @@ class TemperatureSchedule(Callback):
 
     @property
     def state_key(self) -> str:
-        return f"{type(self).__qualname__}(where={self.where})"
+        return f"{type(self).__qualname__}(where={described(self.where)})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start, "end": self.end}  # a state, so that Lightning warns of a resume without it
 
     def value(self, step: int) -> float:
         """Return T at a step."""
@@ -63,10 +65,6 @@ class TemperatureSchedule(Callback):
         return start_weight * self.start + (1.0 - start_weight) * self.end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Set the first temperatures; check that none is learned, and that no other schedule has the same ``where``."""
-        for other in trainer.callbacks[: trainer.callbacks.index(self)]:
-            if isinstance(other, TemperatureSchedule) and other.where == self.where:
-                raise ValueError(f"two TemperatureSchedule have where={self.where!r}: remove one")
         for path, module in set_temperature(pl_module, self.value(trainer.global_step), self.where).items():
             if module.log_temperature_ratio is not None:
                 raise ValueError(

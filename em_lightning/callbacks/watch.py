@@ -65,8 +65,6 @@ class PosteriorMonitor(Callback):
     With ``task_curvature`` it logs N times the spectral norm of the Hessian of the task's loss with respect to the d of
     this rank's N items, by power iteration: for a mean of losses of single items, the largest norm of their Hessians.
 
-    Without a Trainer: :func:`em_lightning.metrics.layer_metrics`.
-
     Args:
         where: the layers, see :func:`~em_lightning.surgery.find_modules`.
         dim: the axis of the units, or "auto", see :class:`~em_lightning.surgery.UnitAxis`.
@@ -274,18 +272,13 @@ class PosteriorMonitor(Callback):
         self._stop()
         undo_all(self._undos)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Remove hooks and wrappers: Lightning calls no teardown after an exception."""
-        self.teardown(trainer, pl_module, None)
+    on_exception = teardown  # type: ignore[assignment]  # Lightning calls no teardown after an exception
 
 
 class EMAudit(Callback):
-    """Prints the audit of the model at the first training batch, and logs the table as text to TensorBoard.
+    """Prints :func:`em_lightning.audit` of the model at the first training batch, and logs it as text to TensorBoard.
 
-    Without a Trainer: :func:`em_lightning.audit`. The audit runs ``training_step`` once more, on a copy of the model's
-    state, in eval mode and without its logs. If anything fails, the callback warns and the run continues.
-
-    ``audit`` holds the findings after the first batch; it is empty if the audit failed.
+    If anything fails, the callback warns and the run continues. ``audit`` holds the findings; it is then empty.
     """
 
     def __init__(self, printed: bool = True) -> None:

@@ -91,5 +91,7 @@ def print_audit(options: argparse.Namespace, command: str) -> None:
             found = audit(model, _named(options.batch if ":" in options.batch else f"{source}:{options.batch}")())
     except Exception as error:  # user code may raise errors of any type
         reason = " ".join(str(error).split())
+        if "'dict' object has no attribute" in reason:
+            reason += "; --init_args holds plain values, so for dataclasses name a function that makes the model"
         raise ValueError(f"{command}: {type(error).__name__}: {reason}") from error
     print(found)

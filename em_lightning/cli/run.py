@@ -42,17 +42,12 @@ def run(name: str, args: Sequence[str]) -> None:
         from em_lightning.studies.grid import run_table
 
         path, table = tables[-1]  # as the last of several configs overrides the others
-        command = ["em-lightning", "run", name, *(f"--config={config}" for config in options.config), *rest]
-        run_table(
-            functools.partial(load_recipe, script),
-            {**table, "seeds": options.seeds or table.get("seeds")},
-            folder / path.stem,
-            arguments,
-            # Without the table: a run is found again by a hash of its config, which other rows must not change.
-            configs=[read_config(config_of(script)), *({**content, "table": None} for content in contents)],
-            command=shlex.join(command),
-            jobs=options.jobs,
-        )
+        entry = {**table, "seeds": options.seeds or table.get("seeds")}
+        command = shlex.join(["em-lightning", "run", name, *(f"--config={each}" for each in options.config), *rest])
+        # Without the table: a run is found again by a hash of its config, which other rows must not change.
+        configs = [read_config(config_of(script)), *({**content, "table": None} for content in contents)]
+        load, results = functools.partial(load_recipe, script), folder / path.stem
+        run_table(load, entry, results, arguments, configs=configs, command=command, jobs=options.jobs)
     elif options.seeds:
         from em_lightning.studies.grid import run_seeds
 

@@ -246,11 +246,6 @@ class PointCloudDataModule(SplitDataModule):
     def loader(self, split: str) -> ResumableLoader:
         self.setup()
         data = self.datasets[split]
-        return ResumableLoader(
-            data,
-            batch_size=self.batch_size,
-            sampler=EpochSampler(data, *self.ranks, self.seed) if split == "train" else None,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=collate_clouds,
-        )
+        sampler = EpochSampler(data, *self.ranks, self.seed) if split == "train" else None
+        options: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return ResumableLoader(data, batch_size=self.batch_size, sampler=sampler, collate_fn=collate_clouds, **options)

@@ -233,6 +233,8 @@ def mixture_of(points: Points, parameters: Parameters, covariance: Covariance, d
 
 def check_points(mixture: Mixture, x: Tensor) -> None:
     """Raise an error unless x holds points (B, N, D) that match the mixtures."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x)}; convert NumPy arrays with torch.from_numpy")
     if not x.is_floating_point():
         raise TypeError(f"x has dtype {x.dtype}; give a floating-point tensor, for instance x.float()")
     if x.ndim != 3 or x.shape[0] not in (1, mixture.sets) or x.shape[-1] != mixture.features:

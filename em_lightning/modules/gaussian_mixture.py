@@ -121,18 +121,10 @@ class GaussianMixtureModule(EMModule):
         self.tol = tol
         self.step_exponent = step_exponent
         self.seed = seed
-        self._make_operator = functools.partial(
-            EMOperator,
-            num_components,
-            num_features,
-            num_iters=5,  # after which the best of several starts is chosen
-            covariance=covariance,
-            init=init,
-            seed=None if init == "farthest" else seed,  # farthest-point starts draw nothing
-            residual=False,
-            num_starts=num_starts,
-            covariance_floor=covariance_floor,
-        )
+        options: dict[str, Any] = {"covariance": covariance, "covariance_floor": covariance_floor, "residual": False}
+        options |= {"init": init, "seed": None if init == "farthest" else seed}  # farthest-point starts draw nothing
+        options |= {"num_starts": num_starts, "num_iters": 5}  # after which the best of several starts is chosen
+        self._make_operator = functools.partial(EMOperator, num_components, num_features, **options)
         self._make_operator()  # checks the arguments
         self.prior = build("prior", MixturePrior, prior)
         # Parameters, although they get no gradient: DDP refuses a module without parameters.

@@ -95,17 +95,10 @@ class PointCloudGMM(EMModule):
         self.save_hyperparameters()
         self.exact_iters = exact_iters
         self.least_points = least_points
-        self.operator = EMOperator(
-            num_components,
-            num_features,
-            num_iters=num_iters,
-            covariance=covariance,
-            init=init,
-            num_starts=num_starts,
-            covariance_floor=covariance_floor,
-            prior=_PRIOR if prior is None else prior,
-            residual=ResidualCorrection(num_features, covariance, width),
-        )
+        options: Any = {"num_iters": num_iters, "covariance": covariance, "init": init, "num_starts": num_starts}
+        residual = ResidualCorrection(num_features, covariance, width)
+        options |= {"prior": _PRIOR if prior is None else prior, "covariance_floor": covariance_floor}
+        self.operator = EMOperator(num_components, num_features, residual=residual, **options)
         self.add_metrics(("val", "test"), log_likelihood=MixtureLogLikelihood())
 
     @classmethod

@@ -258,15 +258,9 @@ class EMOperator(SetOperator):
             coupling = {"item_dim": 2, "mask": sets.mask} if competition.couples_items else {}
             return competition(-joint, dim=1, **coupling).responsibilities
 
-        statistics = e_step(
-            points,
-            state,
-            likelihood,
-            None if softmin else respond,
-            temperature=competition.temperature if softmin else 1.0,
-            with_log_likelihood=with_objective,
-            couples_points=competition.couples_items,
-        )
+        options: Any = {"with_log_likelihood": with_objective, "couples_points": competition.couples_items}
+        options |= {"temperature": competition.temperature if softmin else 1.0}
+        statistics = e_step(points, state, likelihood, None if softmin else respond, **options)
         if not with_objective:
             return statistics, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass

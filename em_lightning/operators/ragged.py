@@ -58,14 +58,9 @@ def fit_groups(x: Tensor, index: Tensor, num_groups: int, limit: int, num_compon
 def _fit_by_operator(
     x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int
 ) -> Tensors:
-    operator = EMOperator(
-        num_components,
-        x.shape[1],
-        num_iters=num_iters,
-        covariance="spherical",
-        residual=False,
-        prior={"mean_strength": 0.0, "covariance_strength": 1.0},
-    )
+    prior = {"mean_strength": 0.0, "covariance_strength": 1.0}
+    options: dict[str, Any] = {"num_iters": num_iters, "covariance": "spherical", "residual": False, "prior": prior}
+    operator = EMOperator(num_components, x.shape[1], **options)
 
     def fit(x: Tensor, mask: Tensor) -> Tensors:
         log_weights, means, variances = (part.double() for part in operator(x, mask).parameters())

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from em_lightning.activations import Activation
 from em_lightning.competition import Competition
 from em_lightning.operators import EMOperator, SetOperator
-from em_lightning.scope.findings import NOT_CHECKED, RELU, Audit, Finding, Softmax, check_call, reason_of
+from em_lightning.scope.findings import NOT_CHECKED, RELU, UNKNOWN, Audit, Finding, Softmax, check_call, reason_of
 from em_lightning.surgery import walk
 from em_lightning.surgery.axes import Observers
+from em_lightning.surgery.select import uncompiled
 
 _OPERATIONS = {
     "aten::_softmax": "softmax",
@@ -39,6 +42,9 @@ _OPERATIONS = {
     "aten::topk": "topk",
     "aten::argmax": "argmax",
 }
+_NAMESPACES = "aten prim prims profiler c10d _c10d_functional fsdp torch_scatter torch_sparse em_lightning".split()
+_SUMS = "sum mean cumsum scatter_add scatter_reduce index_add segment_reduce mm bmm mv dot linalg_vector_norm".split()
+_PRODUCTS = ("mul", "masked_fill", "where", "clone", "to_copy")  # which may mask exponentials, or copy them
 _CHECKED_AS_A_WHOLE = (Competition, Activation, EMOperator)
 # Uncalled modules inside these are not reported, because their weights may be read without calling them.
 _REPORTED_AS_A_WHOLE = (Activation, Competition, SetOperator, nn.MultiheadAttention)
@@ -64,7 +70,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
         run: a function that runs the model instead; ``batch`` is then ignored.
 
     Raises:
-        TypeError: an attribute of the model cannot be copied.
+        TypeError: an attribute of the model cannot be copied, or there is neither a batch nor ``run``.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3), nn.Softmax(-1))
@@ -77,6 +83,9 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
 
     Source: the scope of the implicit-EM identity, Oursland, arXiv 2512.24780.
     """
+    if batch is None and run is None:
+        raise TypeError("batch=None must be a batch, () for a forward without arguments, or come with run=, a function")
+    model = uncompiled(model)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     fast_path = mha.get_fastpath_enabled()
     with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
@@ -98,7 +107,11 @@ def _run(model: Any, batch: Any) -> None:
         acting_outside = ("log", "log_dict", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
         vars(model).update(dict.fromkeys(acting_outside, lambda *_, **__: None))
         if not getattr(model, "automatic_optimization", True):
-            _optimize_the_copy(model)
+            made = model.configure_optimizers()  # new optimizers, of the copied state
+            for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
+                found = _found(made, kind)
+                vars(model)[name] = lambda *_, found=found, **__: found[0] if len(found) == 1 else found
+            vars(model)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
         step: Any = type(model).training_step  # not the instance's, which callbacks may have wrapped
         try:
             step(model, batch, 0) if len(inspect.signature(step).parameters) > 2 else step(model, batch)
@@ -115,20 +128,17 @@ def _run(model: Any, batch: Any) -> None:
 
 def call(model: nn.Module, batch: Any) -> Any:
     """Call a module with a batch; unpack a tuple, and a dictionary if its keys are arguments of the forward."""
-    if isinstance(batch, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        if set(batch) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
-
-
-def _optimize_the_copy(model: Any) -> None:
-    """Replace the Trainer's optimizers by new ones of the copied state, for manual optimization."""
-    made = model.configure_optimizers()
-    for name, kind in {"optimizers": Optimizer, "lr_schedulers": LRScheduler}.items():
-        found = _found(made, kind)
-        vars(model)[name] = lambda *_, found=found, **__: found[0] if len(found) == 1 else found
-    vars(model)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
+    if not isinstance(batch, Mapping):
+        return model(*batch) if isinstance(batch, tuple) else model(batch)
+    parameters = inspect.signature(model.forward).parameters
+    unknown = batch.keys() - parameters.keys()
+    if not unknown or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return model(**batch)
+    try:
+        return model(batch)
+    except Exception as error:  # models raise exceptions of any class
+        rule = f"of the arguments {', '.join(parameters)} of {type(model).__name__}.forward, or entries of its only one"
+        raise TypeError(f"{', '.join(sorted(map(str, unknown)))} must be {rule}: {error}") from error
 
 
 def _found(made: Any, kind: type) -> list[Any]:
@@ -188,6 +198,11 @@ class _Recorder(TorchDispatchMode):
         self.sites = [site for site in walk(model) if not site.function]
         self.called: dict[str, nn.Module] = {}
         self.softmaxes: list[Softmax] = []
+        # With the tensors themselves, by their keys: a freed address could be reused.
+        self._exponentials: dict[Any, tuple[Finding, Tensor, Tensor]] = {}  # row if there is no softmax, values of exp
+        self._gathered: dict[Any, tuple[Any, Any, Any]] = {}  # axis and index
+        self._summed: dict[int, tuple[Finding, Tensor]] = {}
+        self._quotients: list[tuple[Tensor, Softmax]] = []
         self.checked_calls: list[tuple[Any, ...]] = []
         self.found: list[Finding] = []
         self._stack: list[tuple[str, nn.Module]] = [("", model)]
@@ -216,18 +231,23 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        operation = _OPERATIONS.get(func.name())
-        if operation is None or self._inside(*_CHECKED_AS_A_WHOLE):
+        if self._inside(*_CHECKED_AS_A_WHOLE):
             return output
+        operation = _OPERATIONS.get(func.name())
         path, module = self._stack[-1]
-        if operation == "cross-entropy":
+        if operation is None:
+            if func.namespace not in _NAMESPACES:
+                self.found.append(Finding(path, type(module).__name__, func.name(), reason=UNKNOWN))
+            elif not (func.name() == "aten::exp" and any(_key(args[0]) == _key(s.output) for s in self.softmaxes)):
+                self._follow(func.name()[6:].partition(".")[0].strip("_"), path, module, args, output)
+        elif operation == "cross-entropy":
             last = self.softmaxes[-1] if self.softmaxes else None
             if last and last.operation == "log-softmax" and _key(last.output) == _key(args[0]):
                 last.operation = operation
         elif operation in ("relu", "topk", "argmax"):
             reason = RELU if operation == "relu" else "hard selection: what is not selected has no gradient"
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
-        elif operation != "logsumexp" or len(args[1]) == 1:  # hypotheses on one axis
+        else:
             maker = self._makers.get(_key(args[0]))
             # A loss belongs to the layer that returned its logits if it is computed in a loss module, in the model
             # (twice in the stack during its forward), or in a module that training_step calls, such as a classifier.
@@ -236,33 +256,64 @@ class _Recorder(TorchDispatchMode):
                 path, module, _ = maker
             if isinstance(module, nn.MultiheadAttention):
                 operation = "attention"
-            axis = args[1][0] if operation == "logsumexp" else args[1]
+            axes = tuple(args[1]) if operation == "logsumexp" else (args[1],)
             logits = args[0].clone()
-            self.softmaxes.append(Softmax(path, module, operation, logits, output, axis, maker is not None))
+            self.softmaxes.append(Softmax(path, module, operation, logits, output, axes, maker is not None))
         return output
+
+    def _follow(self, name: str, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Follow exponentials, possibly computed twice, to their sums and to quotients that may be their softmax."""
+        if name == "exp" and output.is_floating_point() and output.numel() > 1:
+            row = Finding(path, type(module).__name__, "exp", reason=UNKNOWN)
+            self._exponentials[_key(output)] = row, output.clone(), output
+        elif name in ("index_select", "gather", "index"):
+            axis, index = args[1:3] if len(args) > 2 else (0, args[1][0])
+            index = index.movedim(axis, 0).flatten(1)[:, 0] if isinstance(index, Tensor) and index.ndim > 1 else index
+            self._gathered[_key(output)] = (axis,), index, output
+        found = [self._exponentials[_key(x)] for x in args if isinstance(x, Tensor) and _key(x) in self._exponentials]
+        for row, values, _ in found[:1]:
+            dense = torch.empty_like(output).stride() == output.stride()  # with the layout of the values
+            if name in _SUMS:
+                self._summed[id(row)] = row, values
+            elif name in _PRODUCTS:
+                self._exponentials[_key(output)] = row, values, output
+            elif name == "div" and isinstance(args[1], Tensor) and dense and output.numel() == values.numel():
+                logits = values.as_strided(output.shape, output.stride()).log().masked_fill(output == 0, -math.inf)
+                strides = args[1].expand(output.shape).stride()
+                axes = tuple(axis for axis, size in enumerate(output.shape) if size > 1 and strides[axis] == 0)
+                axes, index, _ = (axes, None, None) if axes else self._gathered.get(_key(args[1]), ((), None, None))
+                softmax = Softmax(path, module, "exp / sum", logits, output, axes, False, index)
+                fits = index is None or index.shape == output.shape[axes[0] :][:1]
+                self._quotients += [(values, softmax)] if axes and fits else []
 
     def findings(self) -> Audit:
         """Return all findings in the order in which the modules were called; those that were not called come last."""
         inner = {site.path for site in self.sites if any(isinstance(m, _REPORTED_AS_A_WHOLE) for m in site.ancestors)}
         modules = {**self.called, **{site.path: site.module for site in self.sites if site.path not in inner}}
-        called, calls = set(self.called), list(self.checked_calls)  # the checks call modules, whose hooks add to both
-        checks = [*(check_call(*one) for one in calls), *(softmax.check() for softmax in self.softmaxes)]
-        worst: dict[tuple[str, str], Finding] = {}  # of all calls of an operation, the one with the largest error
-        for finding in [*self.found, *(check for check in checks if check is not None)]:
-            other = worst.setdefault((finding.path, finding.operation), finding)
-            if (finding.checked, finding.error or 0.0) > (other.checked, other.error or 0.0):
-                worst[finding.path, finding.operation] = finding
+        called, whole = set(self.called), list(self.checked_calls)  # the checks call modules, whose hooks add to both
+        checks = [*(check_call(*one) for one in whole), *(softmax.check() for softmax in self.softmaxes)]
+        quotients = [(values, softmax.check()) for values, softmax in self._quotients]
+        quotients = [(values, one) for values, one in quotients if one.em or not one.checked]
+        found = [*self.found, *filter(None, checks), *(one for _, one in quotients)]
+        found += [row for row, x in self._summed.values() if not any(torch.equal(x, values) for values, _ in quotients)]
+        reached = {(one.path, one.operation) for one in found if one.checked}
+        calls: dict[tuple[str, str, str], list[Finding]] = {}  # of an operation over an axis
+        for one in found:
+            if one.checked or (one.path, one.operation) not in reached:
+                calls.setdefault((one.path, one.operation, one.hypotheses.partition(":")[0]), []).append(one)
+        rows = [replace(max(each, key=lambda one: one.error or 0.0), calls=len(each)) for each in calls.values()]
         result = Audit()
         for path, module in modules.items():
-            of_module = [worst.pop(key) for key in list(worst) if key[0] == path]
+            of_module = [row for row in rows if row.path == path]
             result.extend(of_module)
             if not of_module and not list(module.children()):
                 name = type(module).__name__
                 reason = reason_of(module) if path in called else f"{NOT_CHECKED}its forward was not called"
                 result.append(Finding(path, name, name.lower(), reason=reason))
-        result.extend(worst.values())
+        result.extend(row for row in rows if row.path not in modules)
         return result
 
 
 def _key(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor.numel()
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided  # others may have no address
+    return tensor.data_ptr() if plain else id(tensor), tensor.numel()

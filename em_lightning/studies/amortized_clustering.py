@@ -74,22 +74,16 @@ class AmortizedClustering(EMModule):
         check_positive(prior_scale=prior_scale, prior_lr=prior_lr)
         self.save_hyperparameters()
         self.prior_lr = prior_lr
-        self.operator = EMOperator(
-            num_components,
-            num_features,
-            num_iters=num_iters,
-            covariance="spherical",
-            init=init,
-            num_starts=num_starts if init != "farthest" else 1,
-            residual=residual,
-            prior={
-                "weight_concentration": 2.0,  # a pseudo-count of 1 per component
-                "mean_strength": 0.0,
-                "covariance_strength": prior_strength,
-                "covariance": [prior_scale**2] * num_features,
-                "learnable": True,
-            },
-        )
+        prior = {
+            "weight_concentration": 2.0,  # a pseudo-count of 1 per component
+            "mean_strength": 0.0,
+            "covariance_strength": prior_strength,
+            "covariance": [prior_scale**2] * num_features,
+            "learnable": True,
+        }
+        options: dict[str, Any] = {"covariance": "spherical", "init": init, "residual": residual, "prior": prior}
+        options |= {"num_iters": num_iters, "num_starts": num_starts if init != "farthest" else 1}
+        self.operator = EMOperator(num_components, num_features, **options)
         # log c and log s of the background, which is initially ten times as wide as a component, to cover a set.
         self.log_count = nn.Parameter(torch.zeros(1))
         self.log_scale = nn.Parameter(torch.full((1,), math.log(10.0 * prior_scale)))

@@ -76,14 +76,9 @@ class MixtureReport(Report):
             methods = {name: [mixture[i] for mixture in mixtures] for name, mixtures in fits.items()}
             scenes.append(scene(title, shown.points[i : i + 1], shown.held_out[i : i + 1], methods))
         write_page(folder / "report.html", scenes)
-        return Findings(
-            title="Mixtures of point clouds",
-            notes=notes,
-            rows=table(results),
-            verdict=verdict,
-            figures={**self._curves(results), "clouds": _side_by_side(shown, fits, titles)},
-            facts={"seed": data.seed, "settings": settings},
-        )
+        figures = {**self._curves(results), "clouds": _side_by_side(shown, fits, titles)}
+        facts = {"seed": data.seed, "settings": settings}
+        return Findings("Mixtures of point clouds", notes, table(results), verdict, figures, facts)
 
     def _curves(self, results: Results) -> dict[str, Any]:
         # EM with fixed numbers of steps is left out, so that curves can be told apart.

@@ -97,16 +97,10 @@ class PointCloudClassifier(EMModule):
         self.width, self.num_classes, self.dropout = width, num_classes, dropout
         self.pool: Any = None
         if pooling == "em":
-            self.pool = EMPooling(
-                num_components,
-                width,
-                num_coordinates=num_features,
-                summary=("weights", "means", "scales", "values"),
-                num_iters=num_iters,
-                init="learned",
-                residual=False,
-                prior={"mean_strength": 0.0, "covariance_strength": 1.0},  # against singular components
-            )
+            prior = {"mean_strength": 0.0, "covariance_strength": 1.0}  # against singular components
+            options: dict[str, Any] = {"num_iters": num_iters, "init": "learned", "residual": False, "prior": prior}
+            options |= {"num_coordinates": num_features, "summary": ("weights", "means", "scales", "values")}
+            self.pool = EMPooling(num_components, width, **options)
         self.head = self.make_head(width if self.pool is None else self.pool.out_features, hidden)
         self.add_metrics(("val", "test"), accuracy=MulticlassAccuracy(num_classes, average="micro"))
 

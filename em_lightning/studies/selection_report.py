@@ -93,15 +93,9 @@ class SelectionReport(Report):
         blocks = data.blocks(whole=True)
         points, weights = blocks.sample(module.sample_size, module.seed)
         init, floor = module.hparams["init"], module.covariance_floor
-        operator = EMOperator(
-            size,
-            data.num_features,
-            covariance=module.covariance,
-            init=init,
-            seed=None if init == "farthest" else module.seed,  # farthest points are not random
-            covariance_floor=floor,
-            residual=False,
-        )
+        seed = None if init == "farthest" else module.seed  # farthest points are not random
+        options = {"init": init, "seed": seed, "covariance_floor": floor, "residual": False}
+        operator = EMOperator(size, data.num_features, covariance=module.covariance, **options)
         began = time.perf_counter()
         sample_weights = None if weights is None else weights[None].double()
         start = operator(points[None].double(), weights=sample_weights, num_iters=0)
@@ -112,14 +106,9 @@ class SelectionReport(Report):
         """Return the row of scikit-learn's mixture with as many components as the module's."""
         from sklearn.mixture import GaussianMixture
 
-        estimator = GaussianMixture(
-            module.mixture.components,
-            covariance_type=module.covariance,
-            reg_covar=module.covariance_floor,
-            tol=module.tol,
-            max_iter=self.max_iters,
-            random_state=module.seed,
-        )
+        options = {"covariance_type": module.covariance, "reg_covar": module.covariance_floor, "tol": module.tol}
+        options |= {"max_iter": self.max_iters, "random_state": module.seed}
+        estimator = GaussianMixture(module.mixture.components, **options)
         rows = data.tables["train"].rows(0, len(data.tables["train"])).cpu().numpy()
         began = time.perf_counter()
         mixture = fit_sklearn(estimator, rows)

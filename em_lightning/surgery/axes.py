@@ -71,6 +71,8 @@ class UnitAxis:
             dim = self.decided[len(shape)]
         if not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim={dim} must be an axis of {self.path!r}, of shape {tuple(shape)}")
+        if dim % len(shape) == 0 and shape[0] not in self.widths and not {*shape[1:]}.isdisjoint(self.widths):
+            raise ValueError(f"dim={dim} must be the axis of the units of {self.path!r}, not of items: {tuple(shape)}")
         return dim
 
     def _decide(self, shape: Sequence[int]) -> int:
@@ -158,19 +160,15 @@ def _axis_by_type(site: Site) -> int | Literal["auto"]:
     is_activation = site.function is None and type(layer).__module__.startswith(_ACTIVATIONS)
     if is_activation and isinstance(site.parent, nn.Sequential):
         before = list(site.parent)[: list(site.parent._modules).index(site.name)]
-        layer = next((one for one in reversed(before) if not _keeps_axes(one)), layer)
+        kept = (*_ACTIVATIONS, "torch.nn.modules.dropout")  # they tell nothing about the axis
+        telling = [one for one in before if not isinstance(one, (nn.Identity, type(None)))]
+        layer = next((one for one in reversed(telling) if not type(one).__module__.startswith(kept)), layer)
     while isinstance(layer, Inserted):
         layer = layer.layer
     if isinstance(layer, _CHANNELS_FIRST):
         return 1
     normalizes_last = isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and len(layer.normalized_shape) == 1
     return -1 if normalizes_last or isinstance(layer, LAST_AXIS) else "auto"
-
-
-def _keeps_axes(layer: Any) -> bool:
-    """Return whether a layer of a Sequential tells nothing about the axis: activation, dropout, identity or None."""
-    kept = (*_ACTIVATIONS, "torch.nn.modules.dropout")
-    return layer is None or isinstance(layer, nn.Identity) or type(layer).__module__.startswith(kept)
 
 
 class Observers:

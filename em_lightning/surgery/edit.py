@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from em_lightning.surgery.hooks import Undo, carry_hooks, disable_fast_path, first_tensor, undo_all, wrap
 from em_lightning.surgery.owners import Twin, guard, is_equal_copy, unchanged_twins
@@ -166,6 +167,20 @@ class Surgery:
         """Return the sites that match, as :func:`find_modules` does, without those that this surgery changed."""
         new = {change.new for change in self.changes}
         return [site for site in find_modules(self.model, where, target) if not new & {*site.ancestors, site.module}]
+
+    def warn_of_copies(
+        self, is_trained: Callable[[Tensor], bool] = lambda parameter: parameter.requires_grad
+    ) -> Surgery:
+        """Warn of unchanged copies that are not trained, such as teachers, while their originals are; return self."""
+        for twin in self.unchanged_copies.values():
+            original, copied = (self.model.get_submodule(path).parameters() for path in (twin.original, twin.copy))
+            if any(map(is_trained, original)) and not any(map(is_trained, copied)):
+                warnings.warn(
+                    f"surgery changed {twin.layer!r}, but not {twin.counterpart!r} of an untrained copy: add it to "
+                    f"where= if {twin.copy!r} follows {twin.original!r}, as target networks and teachers do",
+                    stacklevel=3,
+                )
+        return self
 
     def undo(self) -> None:
         """Restore the model; several surgeries on one model can be undone in any order."""

@@ -80,7 +80,7 @@ def swap_activations(
             warnings.warn(f"functional=True has no effect: {error}", stacklevel=2)
         if verbose:
             _print_found(surgery, where)
-    return surgery
+    return surgery.warn_of_copies() if into is None else surgery  # a callback asks the optimizers
 
 
 def _print_found(surgery: Surgery, where: Where) -> None:
@@ -179,7 +179,8 @@ def insert_em_operators(
         make = functools.partial(SetRefinement, **given)  # never called: own_dim reads from it whether dim is given
         watch_first_call(surgery, site, change, make, verbose)
 
-    return change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, prepare)
+    change_sites(surgery, "insert_after", surgery.find(where), make_at, calls, prepare)
+    return surgery.warn_of_copies() if into is None else surgery
 
 
 def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:

@@ -59,9 +59,9 @@ class Chain:
         if link in self.links:
             self.links.remove(link)
         if not self.links and vars(self.owner).get(self.name) is self:
-            delattr(self.owner, self.name)
+            del vars(self.owner)[self.name]
             if self.previous is not None:
-                setattr(self.owner, self.name, self.previous)
+                vars(self.owner)[self.name] = self.previous
 
 
 def wrap(owner: object, name: str, link: Link) -> Undo:
@@ -72,7 +72,7 @@ def wrap(owner: object, name: str, link: Link) -> Undo:
     present = vars(owner).get(name)
     chain = present if isinstance(present, Chain) else Chain(owner, name)
     chain.links.append(link)
-    setattr(owner, name, chain)
+    vars(owner)[name] = chain  # setattr of a Fabric module would set it on the module inside
     return functools.partial(chain.remove, link)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from em_lightning.checks import check_at_least, check_choice, check_positive, positive_number
+from em_lightning.checks import check_choice, check_counts, positive_number
 from em_lightning.distributed import global_sum
 from em_lightning.losses import LOSSES, EMLoss
 from em_lightning.surgery.owners import Owner, graph_of, leaves_of, only_for
@@ -94,7 +94,7 @@ class LayerwiseLoss:
         detach: bool = False,
         verbose: bool = True,
     ) -> None:
-        check_options(loss, weight, tap, every, ratio)
+        check_options(loss, weight, tap, every, ratio, schedule)
         self.taps = Taps(model, where, tap, dim, detach, verbose)
         self.losses = {path: _build_loss(loss) for path in self.taps.axes}
         self.weight = 1.0 if detach and weight == "auto" else weight
@@ -296,10 +296,12 @@ def _squared_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     return torch.stack([gradient.float().square().sum() for gradient in gradients if gradient is not None]).sum()
 
 
-def check_options(loss: Any, weight: Any, tap: str, every: int, ratio: float) -> None:
-    """Raise ValueError if an argument of :class:`LayerwiseLoss` is out of range."""
-    check_at_least(1, every=every)
-    check_positive(ratio=ratio)
+def check_options(loss: Any, weight: Any, tap: Any, every: Any, ratio: Any, schedule: Any) -> None:
+    """Raise ValueError or TypeError if an argument of :class:`LayerwiseLoss` is out of range or of a wrong type."""
+    check_counts(1, every=every)
+    positive_number("ratio", ratio)
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"schedule={schedule!r} must be a function of the step that returns a factor, or None")
     check_choice("tap", tap, TAPS)
     if weight != "auto":
         positive_number("weight", weight)

@@ -73,7 +73,10 @@ def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, A
 
 
 def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
-    stored, live = (sorted(map(_readable, plan)) for plan in (plan_in(checkpoint), recorded_plan(model)))
+    stored, live = (
+        sorted(f"{one['operation']} {one['path']}: {one['class_path']}({one['init_args'] or ''})" for one in plan)
+        for plan in (plan_in(checkpoint), recorded_plan(model))
+    )
     if stored != live:
         missing = "; ".join(entry for entry in stored if entry not in live) or "nothing"
         extra = "; ".join(entry for entry in live if entry not in stored) or "nothing"
@@ -88,10 +91,6 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
             f"{missing}; only in the model: {extra}. {advice}"
         )
     return proceed(checkpoint)
-
-
-def _readable(entry: Mapping[str, Any]) -> str:
-    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''})"
 
 
 def arguments_of(make: Any) -> dict[str, Any] | None:

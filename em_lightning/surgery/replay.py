@@ -138,6 +138,8 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
     Raises:
         ValueError: the checkpoint stores no plan, is damaged, or lacks the arguments of a module.
     """
+    if isinstance(cls, nn.Module) or not hasattr(cls, "load_from_checkpoint"):
+        raise TypeError(f"cls must be the class of a LightningModule, got an instance of {type(cls).__name__}")
     arguments = {"weights_only": True, **arguments}
     plan = read_plan(path, arguments["weights_only"] is not False)
     if not plan:

@@ -55,7 +55,8 @@ class NoMatchError(ValueError):
     """No module matches a selection; the message lists the modules of the model."""
 
 
-def _uncompiled(module: nn.Module) -> nn.Module:
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` has wrapped, or the module itself."""
     return dict(module.named_children()).get("_orig_mod", module)  # a stable name, as state_dict keys contain it
 
 
@@ -64,7 +65,7 @@ def walk(model: nn.Module) -> Iterator[Site]:
     seen: set[tuple[int, str]] = set()  # the inside of a shared container is visited once
 
     def visit(parent: nn.Module, prefix: str, ancestors: tuple[nn.Module, ...]) -> Iterator[Site]:
-        parent = _uncompiled(parent)
+        parent = uncompiled(parent)
         ancestors = (*ancestors, parent)
         # callable() first: inspect.isroutine() takes ten times as long
         functions = {name: each for name, each in vars(parent).items() if callable(each) and inspect.isroutine(each)}
@@ -85,7 +86,7 @@ def walk(model: nn.Module) -> Iterator[Site]:
 def matches(site: Site, where: Where) -> bool:
     """Return whether a site matches a class, a name pattern, a predicate, or one of a list of these."""
     if isinstance(where, type):
-        module = _uncompiled(site.module)
+        module = uncompiled(site.module)
         return isinstance(module, where) or getattr(module, "original_name", None) == where.__name__  # ScriptModule
     if isinstance(where, str):
         return fnmatchcase(site.path, where.replace("_orig_mod.", ""))
