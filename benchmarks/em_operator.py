@@ -4,7 +4,7 @@
     python benchmarks/em_operator.py large       one large set, compared with scikit-learn
     python benchmarks/em_operator.py starts      memory of the initialization on one large set
     python benchmarks/em_operator.py gradients   a training step, compared with autograd through textbook EM
-    python benchmarks/em_operator.py scaling     time over B, N, T and K, with a plot
+    python benchmarks/em_operator.py scaling     time over sets B, points N, iterations T and components K
     python benchmarks/em_operator.py accuracy    float32 compared with float64
 
 ``--scale 0.1`` makes each, except ``scaling``, about ten times smaller. Times are medians of repeats in one process;

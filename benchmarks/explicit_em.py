@@ -16,7 +16,7 @@ term sum_j log(1 + 1 / Var(d_j)). An iteration is
 
 So L(W') <= Q(W' | r) <= Q(W | r) = L(W): the objective never increases (`tests/test_composition.py` verifies this).
 
-`python -m benchmarks.explicit_em [--root PATH/TO/mnist]` compares it with SGD and Adam at four learning rates.
+`python -m benchmarks.explicit_em [--root PATH/TO/mnist]` compares explicit EM with SGD and Adam at four learning rates.
 """
 
 from __future__ import annotations

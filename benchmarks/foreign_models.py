@@ -51,18 +51,19 @@ class Classifier(lightning.LightningModule):
 
 
 class Transformer(nn.Module):
-    """Two encoder layers over the eight rows of a digit."""
+    """Two encoder layers over the rows of a digit, of eight pixels each, or over its pixels."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, tokens: int = 8, width: int = 64) -> None:
         super().__init__()
-        self.embed = nn.Linear(8, width)
-        self.position = nn.Parameter(0.1 * torch.randn(8, width))
+        self.tokens = tokens
+        self.embed = nn.Linear(64 // tokens, width)
+        self.position = nn.Parameter(0.1 * torch.randn(tokens, width))
         layers = [nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True) for _ in range(2)]
         self.layers = nn.ModuleList(layers)
         self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        h = self.embed(images.squeeze(1)) + self.position
+        h = self.embed(images.reshape(len(images), self.tokens, -1)) + self.position
         for layer in self.layers:
             h = layer(h)
         return self.head(h.mean(1))
@@ -120,12 +121,17 @@ def fit(kind: str, steps: int, monitored: bool) -> tuple[float, dict[str, float]
     """Train a model; return processor seconds and the logged values."""
     torch.manual_seed(0)
     data = Digits().whole("train")
-    model = {"transformer": Transformer, "ResNet": resnet, "GCN": lambda: GraphNetwork(data.x)}[kind]()
+    model = {
+        "transformer, 8 tokens": Transformer,
+        "transformer, 64 tokens": lambda: Transformer(64),
+        "ResNet": resnet,
+        "GCN": lambda: GraphNetwork(data.x),
+    }[kind]()
     batch = len(data.x) if kind == "GCN" else 64
     order = torch.cat([torch.randperm(len(data.x)) for _ in range(steps * batch // len(data.x) + 1)])
     order = order[: steps * batch] if batch < len(data.x) else torch.arange(len(data.x)).repeat(steps)
     batches = [(data.x[rows], data.y[rows]) for rows in order.split(batch)]
-    where = {"transformer": "network.layers.*.linear1", "ResNet": nn.ReLU, "GCN": "network.network.convs.[01]"}[kind]
+    where = {"ResNet": nn.ReLU, "GCN": "network.network.convs.[01]"}.get(kind, "network.layers.*.linear1")
     values = Values()
     monitor = PosteriorMonitor(where, every_n_steps=EVERY, loss=EMLoss(reduction="mean"), verbose=False)
     callbacks = [monitor, values] if monitored else []
@@ -136,9 +142,9 @@ def fit(kind: str, steps: int, monitored: bool) -> tuple[float, dict[str, float]
 
 
 def foreign(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the cost of the monitor in three models, and its last values by layer."""
+    """Return the cost of the monitor in the models, and its last values by layer."""
     rows = []
-    for kind in ("transformer", "ResNet", "GCN"):
+    for kind in ("transformer, 8 tokens", "transformer, 64 tokens", "ResNet", "GCN"):
         pairs = [(fit(kind, options.steps, False)[0], fit(kind, options.steps, True)) for _ in range(options.rounds)]
         ratio = statistics.median(seconds / plain for plain, (seconds, _) in pairs)
         values = pairs[-1][1][1]

@@ -3,10 +3,11 @@
     python -m benchmarks.infomax PATH/TO/mnist                   InfoMax: 784 -> 16, three settings
     python -m benchmarks.infomax PATH/TO/mnist --convergence     decoder-free encoders: SGD and Adam, four rates
 
-The InfoMax loss of the energies d = relu(W x + b) is -sum_j log(Var(d_j) + 1e-6) + a sum_{i != j} Corr(d_i, d_j)^2
-+ b sum_{i != j} cos(w_i, w_j)^2. An encoder has converged at the first epoch after which the mean training loss changes
-by less than 1 nat in each of five epochs. All runs of a seed read the same batches and start from the same weights.
-Both reproduce unpublished tables of Oursland (2026).
+The InfoMax loss of the energies d = relu(W x + b) is -sum_j log(Var(d_j) + 1e-6) + alpha sum_{i != j} Corr(d_i, d_j)^2
++ beta sum_{i != j} cos(w_i, w_j)^2, with the rows w_i of W. An encoder has converged at the first epoch after which the
+mean training loss changes by less than 1 nat in each of five epochs. All runs of a seed read the same batches and start
+from the same weights.
+Both commands reproduce unpublished tables of Oursland (2026).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from em_lightning.losses import EMLoss, WeightRedundancyLoss
 from em_lightning.metrics import EffectiveRank, Redundancy
 from em_lightning.studies import linear_probe, markdown_table
 
-SETTINGS = {"1, 0": (1.0, 0.0), "100, 0": (100.0, 0.0), "100, 10": (100.0, 10.0)}  # a and b
+SETTINGS = {"1, 0": (1.0, 0.0), "100, 0": (100.0, 0.0), "100, 10": (100.0, 10.0)}  # alpha and beta
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 BATCH_SIZE = 128
 TOLERANCE, PATIENCE = 1.0, 5  # nats and epochs

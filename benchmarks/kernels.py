@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py [--items 4096] [--centers 64] [--features 16] [--threads 1]
 
-The last row is the squared distance computed by broadcasting, which stores N K D differences for the backward pass.
+The last row is the squared distance computed by broadcasting, which stores one difference per item, center and
+feature for the backward pass.
 """
 
 import argparse

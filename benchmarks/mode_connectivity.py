@@ -1,6 +1,7 @@
 """Loss on the straight line between solutions of EM and of cross-entropy, after matching their units.
 
-`python -m benchmarks.mode_connectivity` trains both arms on the digits from several initial weights.
+`python -m benchmarks.mode_connectivity` trains the arms EM and CE (cross-entropy) on the digits from several
+initial weights.
 """
 
 from __future__ import annotations

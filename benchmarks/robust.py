@@ -170,23 +170,24 @@ def main():
             "",
             f"{options.clouds} clouds of {ITEMS} points in {FEATURES} dimensions. {options.outliers:.0%} of the points "
             f"are uniform over a box of side {SIDE:g}; the others are in {COMPONENTS} clusters of unit standard "
-            f"deviation. Full covariances, {ITERATIONS} iterations. Error: distance between a true mean and its "
-            "matched fitted mean, in standard deviations, averaged over a cloud; median over clouds. Lost: share of "
-            "means with an error above one standard deviation. Written by `python -m benchmarks.robust`.",
+            f"deviation. Full covariances, {ITERATIONS} iterations. The columns with the name of a start are errors: "
+            "distance between a true mean and its matched fitted mean, in standard deviations, averaged over a cloud; "
+            'median over clouds. "Lost" is the share of means with an error above one standard deviation. '
+            "Written by `python -m benchmarks.robust`.",
             "",
             "| method | near the truth | lost (near) | k-means++ | lost (k-means++) | best of 20 | lost (best of 20) |",
             "|---|---|---|---|---|---|---|",
             *map(row, METHODS),
             "",
-            'Starts: "near the truth", the true means with noise of half a standard deviation, and components twice as '
-            'wide as the clusters; "k-means++", one draw, the same for every method; "best of 20", the best of 20 '
-            "k-means++ draws by the objective of each method. The fits of this start have a prior of ten pseudo-counts "
-            "per covariance, against components that shrink onto few points; without it the medians of Gaussian, "
-            "Gaussian + background and Student-t with 1 degree of freedom changed by at most 0.02 on the first 24 "
-            "clouds. Starting near the truth isolates the effect of outliers on the estimate; the other starts include "
-            "their effect on the initialization: k-means++ often chooses outliers as centers. Several starts help if "
-            "the likelihood distinguishes clusters from outliers, as with heavy tails or a background, but not with "
-            "the linear energies of Laplace and Huber kernels.",
+            'Starts: "near the truth", the true means with noise of half a standard deviation, and components twice '
+            'as wide as the clusters; "k-means++", one draw, the same for every method; "best of 20", the best of 20 '
+            'k-means++ draws by the objective of each method. The fits from "best of 20" have a prior of ten '
+            "pseudo-counts per covariance, against components that shrink onto few points; without it the medians of "
+            "Gaussian, Gaussian + background and Student-t with 1 degree of freedom changed by at most 0.02 on the "
+            "first 24 clouds. Starting near the truth isolates the effect of outliers on the estimate; the other "
+            "starts include the effect of outliers on the initialization: k-means++ often chooses outliers as "
+            "centers. Several starts help if the likelihood distinguishes clusters from outliers, as with heavy "
+            "tails or a background, but not with the linear energies of Laplace and Huber kernels.",
             "",
             "![Errors of the means](robust.png)",
             "",

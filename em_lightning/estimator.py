@@ -18,7 +18,7 @@ from torch import Tensor
 
 from em_lightning.mixture import COVARIANCES, BlockFit, Mixture, fit_blocks
 
-_SMALL = 2**12  # number of rows up to which scikit-learn is faster
+_SMALL = 2**12  # number of rows up to which scikit-learn is faster than the code here
 _SAMPLE = 2**14  # rows from which a start is computed
 _ROWS = 2**16  # rows per block
 _GIVEN = ("weights_init", "means_init", "precisions_init")  # arguments that may give a start

@@ -16,8 +16,8 @@ from em_lightning.data.base import Resumable
 class StepSeeds(lightning.Callback):
     """Seeds PyTorch's generators at every training step, so that a resumed run draws the same random numbers.
 
-    Checkpoints do not store the state of generators, so dropout, noise and augmentation draw other numbers after a
-    resume. With this callback the numbers of a step depend only on (seed, rank, epoch, batch), and the order of a
+    Checkpoints do not store the state of generators, so dropout, noise and augmentation of a resumed run would differ
+    from an uninterrupted one. With this callback they depend only on (seed, rank, epoch, batch), and the order of a
     shuffling ``DataLoader`` only on (seed, rank, epoch); within an epoch, ``ResumableLoader`` resumes such a loader.
 
     Args:

@@ -120,7 +120,7 @@ class PosteriorMonitor(Callback):
     def _stop(self) -> None:
         if self._taps is not None:
             self._taps.remove()
-        self._taps, self._metrics, self._last, self._products, self._task_curvatures = None, {}, {}, {}, {}
+        self._taps, self._last, self._products, self._task_curvatures = None, {}, {}, {}
 
     def _skip(self, path: str, error: Exception, what: str = "skips") -> None:
         if path not in self._skipped:
@@ -134,12 +134,14 @@ class PosteriorMonitor(Callback):
         except RuntimeError as error:  # a tensor was overwritten in place
             taken = {}
             self._skip(described(self.where), error)
+        wanting = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in taken.items()}
+        gradients = {} if self.loss is None or loss is None else self._gradients(loss, wanting)
         for path, tensors in taken.items():
             try:
                 for tensor in tensors:
                     self._measure(path, tensor.detach())
-                if loss is not None and loss.requires_grad:
-                    self._compare(path, [tensor for tensor in tensors if tensor.requires_grad], loss)
+                if wanting[path] and loss is not None and loss.requires_grad:
+                    self._compare(path, wanting[path], loss, gradients.get(path))
             except Exception as error:  # a layer may return a tensor of any dtype and shape
                 self._skip(path, error)
 
@@ -152,17 +154,30 @@ class PosteriorMonitor(Callback):
         dim = self._axes[path](tensor.shape)
         if path not in self._metrics:
             self._metrics[path] = layer_metrics(dim).to(tensor.device)
+        if path not in self._last:
+            self._metrics[path].reset()
         self._metrics[path].update(tensor)
         self._last[path] = tensor.movedim(dim, -1)
 
-    def _compare(self, path: str, tensors: list[Tensor], loss: Tensor) -> None:
+    def _gradients(self, loss: Tensor, tensors: dict[str, list[Tensor]]) -> dict[str, tuple[Tensor, ...]]:
+        """Return the gradients of the task's loss with respect to the tensors of all layers, by one backward pass."""
+        flat = [tensor for own in tensors.values() for tensor in own]
+        if not flat or not loss.requires_grad:
+            return {}
+        try:
+            found = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
+        except RuntimeError as error:  # reentrant checkpoints take only loss.backward()
+            self._skip(described(self.where), error, "compares no gradients of")
+            return {}
+        return {path: tuple(next(found) for _ in own) for path, own in tensors.items()}
+
+    def _compare(self, path: str, tensors: list[Tensor], loss: Tensor, of_task: tuple[Tensor, ...] | None) -> None:
         """Keep what is logged of both losses: gradients with respect to a layer's tensors, and the task's curvature."""
-        if tensors and self.task_curvature:
+        if self.task_curvature:
             num_items = sum(tensor.numel() // tensor.shape[self._axes[path](tensor.shape)] for tensor in tensors)
             self._task_curvatures[path] = {"task_curvature": num_items * _hessian_norm(loss, tensors)}
-        if not tensors or self.loss is None:
+        if self.loss is None or of_task is None:
             return
-        of_task = torch.autograd.grad(loss, tensors, retain_graph=True, materialize_grads=True)
         dim, leaves = self._axes[path](tensors[0].shape), [tensor.detach().requires_grad_() for tensor in tensors]
         with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
             energies = torch.cat([leaf.float().movedim(dim, -1).flatten(0, -2) for leaf in leaves])
@@ -189,7 +204,15 @@ class PosteriorMonitor(Callback):
             values["dominance"] = (task / em).sqrt()
             values["cosine"] = product / (task.sqrt() * em.sqrt()).clamp_min(torch.finfo(em.dtype).tiny)
         values.update(self._task_curvatures.get(path, {}))
-        pl_module.log_dict({f"{prefix}/{path}/{name}": value for name, value in values.items()}, batch_size=1)
+        named = {f"{prefix}/{path}/{name}": value for name, value in values.items()}
+        if prefix == "em":
+            # log_dict() takes as long for the values of a layer as a training step of a small model.
+            trainer.callback_metrics.update(named)
+            numbers = dict(zip(named, torch.stack([value.double() for value in named.values()]).tolist(), strict=True))
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+        else:
+            pl_module.log_dict(named, batch_size=1)
         for writer in tensorboard_writers(trainer) if trainer.is_global_zero else ():
             responsibilities = softmin(energies.float()).responsibilities.flatten()
             writer.add_histogram(f"{prefix}/{path}/responsibilities", responsibilities, trainer.global_step)

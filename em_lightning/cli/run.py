@@ -48,7 +48,7 @@ def run(name: str, args: Sequence[str]) -> None:
             {**table, "seeds": options.seeds or table.get("seeds")},
             folder / path.stem,
             arguments,
-            # Without the table: a change of one row must not change the hashes of the others.
+            # Without the table: a run is found again by a hash of its config, which other rows must not change.
             configs=[read_config(config_of(script)), *({**content, "table": None} for content in contents)],
             command=shlex.join(command),
             jobs=options.jobs,

@@ -70,7 +70,7 @@ class Shape(NamedTuple):
         """Return the shape of a mesh, or of a set of points if ``faces`` is ``None``.
 
         Raises:
-            ValueError: a shape is wrong, a face refers to a missing vertex, or the area is not positive and finite.
+            ValueError: a tensor has the wrong shape, a face refers to a missing vertex, or the area is 0 or not finite.
         """
         if faces is None:
             return cls(points, label=label)
@@ -129,8 +129,7 @@ def draw_cloud(
 ) -> PointCloudBatch:
     """Draw a cloud from shape ``index``, modulo the length of a list.
 
-    The other arguments are those of :class:`PointCloudDataModule`. A set of points is divided into two disjoint halves
-    of at most ``num_points``.
+    Other arguments: see :class:`PointCloudDataModule`. A set of points is split into halves of at most ``num_points``.
     """
     drawn = shapes(index, generator) if callable(shapes) else shapes[index % len(shapes)]
     content, faces, _, center, scale, label = drawn
@@ -166,7 +165,7 @@ def _cut_holes(points: Tensor, most: int, generator: torch.Generator) -> Tensor:
     for _ in range(count):
         center = points[torch.randint(len(points), (1,), generator=generator)]
         largest = 1.0 / 3.0 / most
-        smallest = min(0.05, largest)  # a ball of fewer points would hardly be missed
+        smallest = min(0.05, largest)  # holes of fewer points are hard to see
         share = smallest + (largest - smallest) * torch.rand(1, generator=generator)
         distance = (points - center).norm(dim=-1)
         points = points[distance > distance.quantile(share.to(distance))]
@@ -181,7 +180,7 @@ class PointCloudDataModule(SplitDataModule):
     function of (seed, split, epoch, index). Subclasses define :meth:`shapes` and ``source``.
 
     Args:
-        num_points: points per cloud to fit; as many are held out. Smaller sets of points are divided into halves.
+        num_points: points per cloud to fit; as many are held out. Sets of fewer than twice as many points are halved.
         batch_size: clouds per batch and rank.
         num_workers: number of processes that draw clouds; 0 draws them in the main process.
         noise: standard deviation of Gaussian jitter, relative to the radius of the shape. With a pair it is drawn

@@ -52,8 +52,8 @@ class Table:
         name: name of the argument in errors.
 
     Raises:
-        ValueError: the file does not exist, is not a regular file, or does not hold real numbers; a shard has another
-            number of columns, or its name is that of a copy (``x (copy).npy``); during a read, a file has been written
+        ValueError: the file does not exist, is not a regular file, or does not hold real numbers; shards have different
+            numbers of columns, or one has the name of a copy (``x (copy).npy``); during a read, a file has been written
             since the table was created.
 
     Example:

@@ -13,7 +13,7 @@ from em_lightning.kernels.distance import unit_vectors
 
 @KERNELS.register("cosine")
 class CosineKernel(Kernel):
-    r"""Angular distance, which ignores the norms of items and centers.
+    r"""Cosine distance, which ignores the norms of items and centers.
 
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 

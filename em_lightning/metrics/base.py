@@ -103,7 +103,8 @@ class UnitMoments(Float64Metric):
         num_units, earlier = len(moments) - 1, len(self.moments) - 1
         if num_units and earlier and num_units != earlier:
             raise ValueError(f"activations have {num_units} units, earlier ones had {earlier}: reset() the metric")
-        self.moments = _merge(torch.stack(_pad([self.moments, moments.to(self.moments)])))
+        moments = moments.to(self.moments)
+        self.moments = _merge(torch.stack(_pad([self.moments, moments]))) if earlier else moments
 
     def compute(self) -> Tensor:
         count = self.moments[0, 0]

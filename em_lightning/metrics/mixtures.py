@@ -47,12 +47,12 @@ class ResponsibilityEntropy(MeanOfItems):
 
     def update(self, values: Tensor, mask: Tensor | None = None) -> None:
         """Add items: responsibilities or energies with K components along ``dim``, and a mask of the other axes."""
-        values = values.movedim(self.dim, -1)
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        self._add(self._statistic(torch.softmax(-values, dim=-1) if self.from_energies else values), mask)
+        self._add(self._statistic(torch.softmax(-values, self.dim) if self.from_energies else values), mask)
 
     def _statistic(self, responsibilities: Tensor) -> Tensor:
-        return torch.special.entr(responsibilities).sum(-1)
+        tiny = torch.finfo(responsibilities.dtype).tiny
+        return -(responsibilities * responsibilities.clamp_min(tiny).log()).sum(self.dim)  # faster than entr()
 
 
 class MaxResponsibility(ResponsibilityEntropy):
@@ -68,4 +68,4 @@ class MaxResponsibility(ResponsibilityEntropy):
     """
 
     def _statistic(self, responsibilities: Tensor) -> Tensor:
-        return responsibilities.amax(-1)
+        return responsibilities.amax(self.dim)

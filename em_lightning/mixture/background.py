@@ -83,7 +83,7 @@ class UniformBackground:
     def terms(self, points: Points, log_weights: Tensor, energies: Tensor | None = None) -> BackgroundTerms:
         """Return ``log(w_0 p_0)`` in the coordinates of the points, ``log w_0``, and an addend to other log-weights.
 
-        ``energies`` (B,), in units of the points, replace the density of their bounding box.
+        ``energies`` (B,), in units of the given points, replace the density of their bounding box.
         """
         if self.estimate:
             log_weight = (-torch.expm1(log_weights.logsumexp(-1))).clamp(_MIN_WEIGHT, 1.0 - _MIN_WEIGHT).log()

@@ -32,7 +32,7 @@ def em_step(
         mixture: B mixtures of any covariance type, which is kept.
         mask: (B, N) or (1, N), false where a row is padding.
         weights: (B, N) or (1, N), how often each point counts.
-        floor: added to every variance, in squared units of the points.
+        floor: added to every variance, in squared units of ``x``.
 
     Raises:
         ValueError: ``x`` does not match the mixtures, or has no rows; TypeError if it is not a floating-point tensor.
@@ -156,7 +156,7 @@ class StreamedEM(NamedTuple):
             )
             parameters = points.frame.enter_parameters(mixture.parameters())
             statistics = e_step(points, parameters, Likelihood(self.covariance), with_log_likelihood=True)
-            log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass  # in units of the points
+            log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass  # in units of x
             return statistics._replace(log_likelihood=log_likelihood)
 
     def m_step(
@@ -169,8 +169,8 @@ class StreamedEM(NamedTuple):
     ) -> Mixture:
         """Return the mixture of the M-step; ``mixture`` is that of the E-step.
 
-        A prior without a mean uses the center of the frame; one with ``covariance_strength`` > 0 but no covariance
-        needs the ``variance`` (1, D) of all points. The floor is in squared units of the points.
+        A prior without a mean uses the center of the frame. One with ``covariance_strength`` > 0 whose covariance is a
+        fraction, as by default, needs the ``variance`` (1, D) of all points. The floor is in squared units of the data.
         """
         center, scale = self.frame
         with torch.no_grad():
@@ -178,8 +178,8 @@ class StreamedEM(NamedTuple):
             counts = None
             if prior is not None:
                 if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
-                    raise ValueError("variance must be given, not None: the prior's covariance is a share of it")
-                # Where it may be None, the prior does not depend on it: any tensor of its shape will do.
+                    raise ValueError("variance must be given, not None: the prior's covariance is a fraction of it")
+                # A prior that does not depend on the variance gets the center in its place, for the shape (1, D).
                 variance = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)
                 counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, mixture.components)

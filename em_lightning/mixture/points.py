@@ -43,14 +43,14 @@ class Frame(NamedTuple):
         return (x - self.center.unsqueeze(-1)) / self.scale[:, None, None]
 
     def enter_parameters(self, parameters: Parameters) -> Parameters:
-        """Convert parameters from units of the points to these coordinates."""
+        """Convert parameters from units of ``x`` to these coordinates."""
         log_weights, means, covariances = (part.to(self.center.dtype) for part in parameters)
         ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
         means = (means - self.center.unsqueeze(1)) / self.scale[:, None, None]
         return Parameters(log_weights, means, covariances / ratio)
 
     def leave_parameters(self, parameters: Parameters) -> Parameters:
-        """Convert parameters from these coordinates to units of the points."""
+        """Convert parameters from these coordinates to units of ``x``."""
         log_weights, means, covariances = parameters
         ratio = self.scale.square().reshape(-1, *[1] * (covariances.ndim - 1))
         means = means * self.scale[:, None, None] + self.center.unsqueeze(1)
@@ -61,7 +61,7 @@ class Points(NamedTuple):
     """A batch of point sets with the coordinates of their frame.
 
     x: (B, D, N), the given points in their dtype; masked rows are set to the center.
-    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` if all are 1.
+    weights: (B, N), zero where masked; the mean of the positive ones is 1, except in blocks. ``None`` means 1 for each.
     mass: (B,), the sum of the weights.
     num_points: (B,), the number of points of positive weight.
     frame: the coordinates.
@@ -97,7 +97,7 @@ class Points(NamedTuple):
         return self.features(self.coordinates(block, sets))
 
     def floor(self, covariance_floor: float) -> Tensor:
-        """Convert a floor in squared units of the points to these coordinates (B,), at least ``eps`` squared."""
+        """Convert a floor in squared units of ``x`` to these coordinates (B,), at least ``eps`` squared."""
         return (covariance_floor / self.frame.scale.square()).clamp(min=self.eps**2)
 
     def unit(self) -> Tensor:
@@ -105,7 +105,7 @@ class Points(NamedTuple):
         return self.variance.mean(-1).clamp(min=self.eps**2).sqrt()
 
     def log_volume(self) -> Tensor:
-        """Return ``D log(scale)`` (B,); subtract it to convert log-densities to units of the points."""
+        """Return ``D log(scale)`` (B,); subtract it to convert log-densities to units of ``x``."""
         return self.num_features * self.frame.scale.log()
 
 
@@ -157,7 +157,7 @@ def frame_of(x: Tensor, mask: Tensor | None = None) -> Frame:
     center = torch.where(center.isfinite(), center, 0.0)  # the sum may overflow
     if mask is not None:
         x = torch.where(mask.unsqueeze(1), x, center.unsqueeze(-1).to(x.dtype))
-    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # each the faster for its layout
+    low, high = (x.amin(-1), x.amax(-1)) if x.is_contiguous() else x.aminmax(dim=-1)  # the faster way for each layout
     extent = torch.maximum(high.to(dtype) - center, center - low.to(dtype)).amax(-1)
     return Frame(center, power_of_two(extent))
 
@@ -170,7 +170,7 @@ def power_of_two(extent: Tensor) -> Tensor:
 def join_weights(
     mask: Tensor | None, weights: Tensor | None, dtype: torch.dtype, normalized: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weights of points and the mask of positive ones, both (B, N); twice None without mask and weights.
+    """Return the weights of points and the mask of positive ones, both (B, N); both None without mask and weights.
 
     Weights are zero where masked. With ``normalized`` the mean of the positive ones is 1.
     """

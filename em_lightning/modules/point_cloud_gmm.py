@@ -41,7 +41,7 @@ class PointCloudGMM(EMModule):
     log-likelihood per point, :math:`-\log \sum_k \pi_k N(x | \mu_k, \Sigma_k)`, at held-out points of the same shape,
     so that the operator learns the density of a shape and does not overfit the points that it is given. Before
     training, the learned iterations are those of classical EM under ``prior``. Clouds whose largest coordinate range is
-    at most .25 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` makes the random
+    at most .5 or above 16 are scaled for the fit to a range between 1 and 2. ``torch.manual_seed`` makes the random
     starts repeatable.
 
     Args:
@@ -117,7 +117,7 @@ class PointCloudGMM(EMModule):
 
         Args:
             **arguments: constructor arguments that replace those of the trained model, such as ``num_components=8``;
-                another ``num_features`` or ``width`` raises a ValueError.
+                a different ``num_features`` or ``width`` raises a ValueError.
 
         Example:
             >>> module = PointCloudGMM.pretrained(num_components=8)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from em_lightning.checks import check_at_least, check_positive
 from em_lightning.operators.em import EMOperator
 
-# Smallest exponent per axis: the product over five axes is above the smallest normal float32; subnormals are slow.
+# Smallest exponent per axis: e^-16 is float32's round-off at 1; for up to 5 axes (3^5 bumps) no product is subnormal.
 _SMALLEST_EXPONENT = -16.0
 _BLOCK = 8  # sets per block of :func:`counts`, so that a block stays in the cache
 
@@ -23,10 +23,10 @@ class EMAbstraction(nn.Module):
         \phi_j(d) = \exp\big(-\lVert d - o_j \rVert^2 / s^2\big), \qquad
         t_k = \mathrm{relu}(\mathrm{BN}(W y_k))
 
-    :math:`\mu_k` are the means of the mixture that an :class:`EMOperator` fits to the coordinates. The offsets
-    :math:`o_j` form a lattice of ``grid`` places along each axis with spacing s. Without features, y is the
-    batch-normalized fraction of items per bump. ``blocks`` residual layers t <- relu(t + BN(W' relu(BN(W y)))) follow,
-    with tokens as items and 3 places per axis. Stack several abstractions, the last with K = 1, for a pyramid.
+    :math:`h_n` are the features of item n, :math:`\mu_k` the means of the mixture that an :class:`EMOperator` fits to
+    the coordinates. The offsets :math:`o_j` form a lattice, ``grid`` places per axis with spacing s. Without features,
+    y is the batch-normalized fraction of items per bump. ``blocks`` residual layers with their own weights V, W follow:
+    t <- relu(t + BN(V relu(BN(W y)))), y of the tokens as items, 3 places per axis. A stack of layers ends with K = 1.
 
     The result is invariant to the order of the items. The coordinates and the operator get no gradient.
 

@@ -74,22 +74,22 @@ register_dataclass(DirectionalMixture, serialized_type_name="em_lightning.Direct
 class VonMisesFisher(FullCovariance):
     r"""The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances.
 
-    With :math:`a = (D - 1) / 2` and the mean resultant length :math:`R = A_D(\kappa)`, tables are interpolated of
-    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and of
-    :math:`\kappa (1 - R)` as a function of :math:`1 - R`. Both are smooth, and bounded for all :math:`\kappa`.
+    Instead of Bessel functions, each iteration evaluates two tables, with :math:`a = (D - 1) / 2`:
+    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and, with the
+    mean resultant length R, :math:`\kappa (1 - R)` as a function of :math:`1 - R`. Both are smooth and bounded.
     """
 
     name = "von Mises-Fisher"
     whitening = None
 
     def __init__(self, num_features: int, x: Tensor) -> None:
-        self.limit = a = 0.5 * (num_features - 1)
+        self.limit = a = 0.5 * (num_features - 1)  # of kappa (1 - R) for large kappa
         inverse = torch.arange(1, _INTERVALS, dtype=accumulation_dtype(x), device=x.device) / (a * _INTERVALS)
         kappa = 1.0 / inverse - a
         log_z, length = log_normalizer(kappa, num_features)
         slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
         log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
-        self.normalizer = _Cubic(
+        self.normalizer = _Cubic(  # first: the limits for kappa -> infinity; last: for kappa -> 0
             (0.0, inverse, 1.0 / a),
             (a * math.log(2.0 * math.pi), log_z - kappa - a * inverse.log(), log_area + a * math.log(a)),
             (0.5 * a * (a + 1.0), (1.0 - length - a * inverse) / inverse.square(), 0.0),
@@ -242,10 +242,11 @@ def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | N
 def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
     """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x)`` runs downwards, which is
-    stable, from an expansion at large v of ``y - v / x``; ``y = I_v' / I_v`` has ``y' = 1 + v^2 / x^2 - y / x - y^2``.
+    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x) = y - v / x`` runs downwards,
+    which is stable, from ``y = I_v' / I_v = s / x - rest x / s^2`` at a large v, ``s^2 = v^2 + x^2``. ``rest`` is a
+    series in 1 / s; its coefficients in ``q = x^2 / s^2`` solve ``y' = 1 + v^2 / x^2 - y / x - y^2`` term by term.
 
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 and 9.7.7.
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 (recurrence), 9.7.7 and 9.7.9.
     """
     order, x = 0.5 * num_features - 1.0, concentration
     if num_features % 2:

@@ -210,7 +210,7 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     # Points without an IRLS weight get the mean weight of the others.
     usable = (weighted_share > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
     step = -slope * weighted_share / torch.where(usable, weight, 1.0)
-    # If no point has a weight, all are at the center or have slope 0: it stays, with the gradient of their mean.
+    # If no point has a weight, all are at the center or have slope 0: the center stays, with their mean's gradient.
     drift = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
     return slope, torch.where(usable, step.to(centers.dtype), drift - drift.detach())
 

@@ -31,7 +31,7 @@ class EMRefinement(nn.Module):
         - input and output: (B, N, D), with ``dim=1`` feature maps (B, D, H, W) as sets of positions; (N, D) is one set.
 
     Raises:
-        ValueError: the input has another number of features, or fewer than two axes.
+        ValueError: the input has fewer than two axes, or its number of features is not ``num_features``.
 
     Example:
         >>> layer = EMRefinement(4, 16)
@@ -62,7 +62,7 @@ class EMRefinement(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def _make_operator(self, num_components: int, num_features: int) -> EMOperator:
-        """Return a new operator; subclasses call this again for another number of features."""
+        """Return a new operator; subclasses call this again to change the number of features."""
         temperature = math.sqrt(num_features) if self._temperature is None else self._temperature
         return EMOperator(num_components, num_features, competition=Softmin(temperature), **self._options)
 

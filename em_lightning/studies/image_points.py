@@ -105,7 +105,7 @@ class ImagePointSets(TensorDataModule):
     def draw(self, pixels: Tensor, counts: Tensor, labels: Tensor, generator: torch.Generator) -> PointSetBatch:
         """Draw the points of images, given their bright pixels (B, M), the counts of these (B,) and labels (B,)."""
         counts = counts.unsqueeze(1)
-        # A random order of the bright pixels. Only images without any choose padding, which the mask hides.
+        # A random order of the bright pixels. Images without bright pixels get padding, which the mask hides.
         noise = torch.rand(pixels.shape, generator=generator)
         order = noise.masked_fill_(torch.arange(pixels.shape[1]) >= counts, 2.0).argsort(dim=1)
         positions = torch.arange(self.num_points) % counts.clamp(min=1)

@@ -1,4 +1,4 @@
-"""SelectionReport: compares a fitted mixture with others by likelihood, BIC and AIC."""
+"""SelectionReport: compares a fitted mixture with other mixtures by likelihood, BIC and AIC."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUM_PICTURED = 4000  # rows; more dots merge
 
 
 class SelectionReport(Report):
-    """Compare a fitted :class:`~em_lightning.modules.GaussianMixtureModule` with others by likelihood, BIC and AIC.
+    """Compare a :class:`~em_lightning.modules.GaussianMixtureModule` with other mixtures by likelihood, BIC and AIC.
 
     The table has a row for this run, for scikit-learn's mixture with as many components, for the mixture that the data
     were drawn from if it is known, and for EM with other numbers of components, each measured on all rows. The figures

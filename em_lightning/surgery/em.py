@@ -84,7 +84,7 @@ def swap_activations(
 
 
 def _print_found(surgery: Surgery, where: Where) -> None:
-    """Print where activations were found, and the outermost selected modules of users' classes in which none was."""
+    """Print the paths of the changes, and the outermost selected modules of users' classes that contain no change."""
     changed = [change.path for change in surgery.changes]
     # While a method of these modules runs, calls by modules inside them are replaced, too.
     covered_prefixes = [path.removesuffix(CALLS_CHILD) for path in changed if path.endswith(CALLS_CHILD)]
@@ -133,8 +133,8 @@ def insert_em_operators(
     """Insert a gated :class:`SetRefinement` behind layers; the function behind ``InsertEMOperator``.
 
     The gates start at 0, so that the outputs of the model do not change until the first training step. Each set of the
-    batch has its own mixture, and padding takes no part in it. Without ``causal``, recurrent layers of one
-    direction, causal convolutions and sums over earlier positions around the layer give a warning at the first batch.
+    batch has its own mixture, and padding takes no part in it. With ``causal=False``, a warning at the first batch says
+    if recurrent layers of one direction, causal convolutions or sums over earlier positions are around the layer.
 
     Args:
         model: any module.
@@ -147,7 +147,7 @@ def insert_em_operators(
             then have one item per set; ``set_dim=0`` fits one mixture to the rows of the batch.
         causal: whether an item depends only on itself and the items before it.
         calls: see :func:`replace_modules`.
-        verbose: whether to print a line per layer at the first batch: path, shape, axis of units, units, sets, items.
+        verbose: whether to print a line per layer at the first batch: path, shape, features and axis, sets, items.
         into: a surgery to extend; by default a new one.
         **arguments: arguments of :class:`~em_lightning.operators.EMRefinement`, such as ``num_iters=5``.
 

@@ -116,10 +116,10 @@ def _with_flag_off(module: nn.Module, flag: str, proceed: Callable[..., Any], *a
 
 
 def first_tensor(value: Any, what: str) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Return the first tensor of a layer's output, and the function that puts another in its place.
+    """Return the first tensor of a layer's output, and the function that puts another tensor in its place.
 
     The output is a tensor, or a tuple, list, named tuple or dataclass whose first entry that is not None is again such
-    an output. For others TypeError is raised; its message begins with ``what``, a name of the value.
+    an output. For other values TypeError is raised; its message begins with ``what``, a name of the value.
     """
     if isinstance(value, Tensor):
         return value, lambda new: new

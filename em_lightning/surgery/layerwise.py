@@ -177,7 +177,7 @@ class LayerwiseLoss:
         return {"step": self.step, "norms": norms, "trained_alone": sorted(self._trained_alone)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state from :meth:`state_dict`; raise ValueError if it belongs to other layers."""
+        """Restore a state from :meth:`state_dict`; raise ValueError if its layers are not the selected ones."""
         if set(state["norms"]) != set(self.norms):
             raise ValueError(
                 f"the state has automatic weights for {sorted(state['norms'])}, but the layers are "
@@ -197,7 +197,7 @@ class LayerwiseLoss:
         self._check(path for path in self.losses if path not in self._added)
 
     def _check(self, paths: Iterable[str]) -> None:
-        """Warn once of layers that wait, because nothing before them is trained; raise RuntimeError for others."""
+        """Warn once of layers that wait, because nothing before them is trained; raise RuntimeError for other paths."""
         missed = set(paths)
         waiting = missed & self.taps.frozen
         if waiting and not self._said_waiting:

@@ -74,7 +74,7 @@ def leaves_of(graph: Iterable[Any]) -> dict[int, Tensor]:
 
 
 def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:
-    """Return a loss of the same value, with the same gradient for these parameters and none for others."""
+    """Return a loss of the same value, with the same gradient for these parameters and none for all others."""
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
     linear = torch.stack([(g * p).sum() for g, p in zip(gradients, parameters, strict=True)]).sum()
     return linear + (loss - linear).detach()  # the value of the loss, the gradient of the linear function

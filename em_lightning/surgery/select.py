@@ -66,7 +66,8 @@ def walk(model: nn.Module) -> Iterator[Site]:
     def visit(parent: nn.Module, prefix: str, ancestors: tuple[nn.Module, ...]) -> Iterator[Site]:
         parent = _uncompiled(parent)
         ancestors = (*ancestors, parent)
-        functions = {name: value for name, value in vars(parent).items() if inspect.isroutine(value)}
+        # callable() first: inspect.isroutine() takes ten times as long
+        functions = {name: each for name, each in vars(parent).items() if callable(each) and inspect.isroutine(each)}
         # named_children() leaves out an instance's second name
         for name, value in [*parent._modules.items(), *functions.items()]:
             if (id(parent), name) in seen or any(value is above for above in ancestors):  # or a reference back
@@ -113,7 +114,7 @@ def contents(model: nn.Module) -> str:
 
 
 def shortened(paths: list[str]) -> str:
-    """Return the first four paths as text, and the number of the others."""
+    """Return the first four paths as text, and the number of further ones."""
     more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
     return ", ".join(paths[:4]) + more
 
@@ -151,7 +152,7 @@ def find_modules(model: nn.Module, where: Where, target: Where | None = None, in
 
     Raises:
         NoMatchError: nothing matches, or a name pattern of a list does not; the message lists the modules of the model.
-        TypeError: ``where`` or ``target`` has another type.
+        TypeError: ``where`` or ``target`` has none of the types above.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

@@ -87,8 +87,11 @@ class Taps:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
         self.seen: set[str] = set()
+        paths: dict[nn.Module, list[str]] = {}
+        for site in walk(model):
+            paths.setdefault(site.module, []).append(site.path)
         for site in self.sites:
-            self._undos += [*disable_fast_path(site), *_warn_if_shared(model, site)]
+            self._undos += [*disable_fast_path(site), *_warn_if_shared(site, paths[site.module])]
             self._undos.append(self._register(site.module, site.path))
 
     @contextlib.contextmanager
@@ -160,16 +163,15 @@ class Taps:
         return taken
 
 
-def _warn_if_shared(model: nn.Module, site: Site) -> list[Undo]:
+def _warn_if_shared(site: Site, paths: list[str]) -> list[Undo]:
     """Warn of an instance without parameters that serves several places; return the undo functions of the hooks.
 
-    It has several names, or the module that holds it calls it several times in one forward.
+    It has several paths, or the module that holds it calls it several times in one forward.
     """
     if list(site.module.parameters()):
         return []  # the same weights are the same layer
-    names = [other.path for other in walk(model) if other.module is site.module]
-    if len(names) > 1:
-        _warn_of_sharing(site.path, f"has the names {', '.join(names)}")
+    if len(paths) > 1:
+        _warn_of_sharing(site.path, f"has the names {', '.join(paths)}")
         return []
 
     def warn_once(path: str, why: str) -> None:

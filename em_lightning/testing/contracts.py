@@ -46,7 +46,7 @@ class ModuleContract:
         return self.make()
 
     def other(self) -> Any:
-        """Return a module of the same class in another state."""
+        """Return a module of the same class whose state differs from the default."""
         return self.make(**self.settings)
 
     def example(self) -> Tensor:
@@ -117,7 +117,7 @@ class KernelContract(ModuleContract):
         return self.moved(self.default())
 
     def moved(self, kernel: Kernel) -> Kernel:
-        """Return a copy with other parameter values."""
+        """Return a copy with changed parameter values."""
         moved = copy.deepcopy(kernel)
         with torch.no_grad():
             for parameter in moved.parameters():
@@ -141,7 +141,7 @@ class KernelContract(ModuleContract):
         """Yield blocks of nodes (M, D) and weights (M,) of a quadrature of R^D around a center (D,).
 
         It is a product of Gauss-Legendre rules on intervals that double away from the center.
-        Override it for a density over another domain, such as a sphere.
+        Override it for a density on a subset of R^D, such as a sphere.
         """
         powers = [2.0**k for k in range(-1, 1 + math.ceil(math.log2(self.reach)))]
         edges = torch.tensor(sorted({0.0, *self.kinks, *powers})).double()
@@ -315,7 +315,7 @@ class ActivationContract(ModuleContract):
 class LossContract(ModuleContract):
     """Tests of a loss of a batch of energies: gradient, order of items and units, axis, mask, weights and precision.
 
-    Losses whose ``forward`` takes no weights, or that have no attribute ``dim``, skip the tests of these.
+    Losses whose ``forward`` takes no weights, or that have no attribute ``dim``, skip the tests of weights or axes.
     """
 
     def example(self) -> Tensor:

@@ -58,7 +58,7 @@ class use_backend:
         if name not in ("auto", "reference", "native", "triton"):
             raise ValueError(f"name={name!r} must be 'auto', 'reference', 'native' or 'triton'")
         if name == "native":
-            _require("spherical", 0, torch.float32)  # the others are compiled when they are needed
+            _require("spherical", 0, torch.float32)  # other covariance types are compiled when they are needed
         if name == "triton":
             try:
                 _triton()
