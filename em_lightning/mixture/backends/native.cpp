@@ -177,6 +177,7 @@ class Worker {
 
   // Copies rows, feature by feature. Rows that fill up the last vectors repeat the last row with weight zero.
   void load(int64_t row, int count, int padded) {
+    const FlushSubnormals keep(false);  // the points themselves may be subnormal
     for (int64_t i = 0; i < p.features; ++i) {
       const Real* from = p.x + set * p.set_stride + i * p.feature_stride + row * p.item_stride;
       Real *to = reinterpret_cast<Real*>(&points[i * kSteps]), middle = origin[i];

@@ -50,13 +50,15 @@ struct Power {
   }
 };
 
-// While one exists, results below the normal numbers are 0 in its thread. Responsibilities of far components are such
-// results, and those that are not 0 delay a processor of Intel by over 100 cycles.
+// While one exists, results below the normal numbers are 0 in its thread, or kept if `on` is false. Responsibilities of
+// far components are such results, and those that are not 0 delay a processor of Intel by over 100 cycles.
 struct FlushSubnormals {
 #if defined(__SSE__)
   const unsigned before = _mm_getcsr();
-  FlushSubnormals() { _mm_setcsr(before | 0x8000); }
+  explicit FlushSubnormals(bool on = true) { _mm_setcsr(on ? before | 0x8000 : before & ~0x8000u); }
   ~FlushSubnormals() { _mm_setcsr(before); }
+#else
+  explicit FlushSubnormals(bool = true) {}
 #endif
 };
 
