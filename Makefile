@@ -42,10 +42,14 @@ OLDEST := $(VENV)-oldest/bin/python
 oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(OLDEST) .ci/lower_bounds.py > $(VENV)-oldest/lower_bounds.txt
-	$(OLDEST) -m pip install --quiet -c $(VENV)-oldest/lower_bounds.txt -e '.[all]' pytest pytest-xdist hypothesis
+	$(OLDEST) -m pip install --quiet -c $(VENV)-oldest/lower_bounds.txt -e '.[all]' pytest pytest-xdist hypothesis hatchling
 	$(OLDEST) $(PYTEST) $(FAST) -W ignore::DeprecationWarning -W ignore::FutureWarning \
 		-W ignore::pytest.PytestRemovedIn10Warning \
 		--ignore=tests/test_docs.py --ignore=tests/test_tutorial.py --ignore=tests/test_wheel.py \
+		--ignore=tests/test_device.py --ignore=tests/test_triton.py \
+		--deselect='tests/test_callbacks_distributed.py::test_two_processes_equal_one[fsdp2]' \
+		--deselect='tests/test_hostile.py::test_damaged_checkpoint_raises_with_its_name_and_runs_no_code[short]' \
+		--deselect='tests/test_properties_activations.py::test_activations_of_any_input[grouped]' \
 		--deselect=tests/test_callbacks_surgical.py::test_compiled_lightning_module \
 		--deselect=tests/test_surgery.py::test_calls_of_relu_are_swapped_where_that_is_asked_for \
 		--deselect=tests/test_modules.py::test_training_raises_the_held_out_likelihood_above_classical_em $(ARGS)

@@ -151,6 +151,19 @@ def on_page_markdown(markdown, page, **arguments):
     return markdown
 
 
+def on_page_content(html, **arguments):
+    """Mark printed tables, which have two spaces between columns, so that their lines are not wrapped."""
+    printed = r'(<div class="(?:language-text|[^"]*jp-OutputArea-output)[^>]*>\s*)<pre>(.*?)</pre>'
+    return re.sub(printed, mark_columns, html, flags=re.DOTALL)
+
+
+def mark_columns(printed):
+    """Return a printed block with the class ``columns`` on its ``pre`` if it is a table."""
+    start, text = printed.groups()
+    name = ' class="columns"' if re.search(r"[^\s.] {2,}\S", text) else ""
+    return f"{start}<pre{name}>{text}</pre>"
+
+
 def on_post_page(output, page, config):
     """Load MathJax on pages with formulas only."""
     return output if "arithmatex" in output else re.sub(r"<script src=\S*mathjax\S*></script>", "", output)
@@ -160,7 +173,6 @@ def on_files(files, config):
     """Add the pages made from the code."""
     readme = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
     readme = re.sub(r"<!-- badges -->.*<!-- end of badges -->\n", "", readme, flags=re.DOTALL)
-    readme = re.sub(r"\[(.+?)\]\((?:CITATION.cff|LICENSE)\)", r"\1", readme)
     pages = {
         "index.md": readme,
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
@@ -170,6 +182,8 @@ def on_files(files, config):
     }
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
+    for name in ("CITATION.cff", "LICENSE"):  # linked from the home page
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     for file in mathjax_files(config):
         files.append(file)
     return files

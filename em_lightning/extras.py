@@ -3,12 +3,13 @@
 import importlib.util
 
 _USE_LIGHTNING = ("callbacks", "checkpoints", "cli.recipe", "data", "metrics", "modules", "scope", "studies")
+_USE_MATPLOTLIB = ("layer_report", "mixture_report", "report", "style")
 # For modules of em_lightning: a library that they import, and the extra of ``pip install em-lightning[EXTRA]`` with it.
 LIBRARY_AND_EXTRA = {
     **dict.fromkeys(_USE_LIGHTNING, ("lightning", "lightning")),
     "estimator": ("sklearn", "sklearn"),
     "operators.aggregation": ("torch_geometric", "pyg"),
-    "plots": ("matplotlib", "plots"),
+    **dict.fromkeys(("plots", *map("studies.{}".format, _USE_MATPLOTLIB)), ("matplotlib", "plots")),
 }
 
 

@@ -82,7 +82,7 @@ class Mode(Statistic):
         if values is None:
             return posterior.mode(dim)
         hard = torch.zeros_like(posterior.responsibilities).scatter(dim, posterior.mode(dim).unsqueeze(dim), 1.0)
-        return posterior._replace(responsibilities=hard).mean(values, dim)
+        return Posterior(posterior.energies, hard, posterior.free_energy).mean(values, dim)
 
 
 @STATISTICS.register("log_responsibilities")

@@ -1,5 +1,7 @@
 """Functions on several processes of a gloo group, and the comparison of a loss on two processes with one."""
 
+import time
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -25,6 +27,7 @@ def _run_rank(rank, function, arguments, folder, size):
         torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
     finally:
         if dist.is_initialized():  # the function may have destroyed the group
+            time.sleep(0.05)  # without the GIL: PyTorch 2.6 deadlocks if a thread of gloo still has to release a tensor
             dist.destroy_process_group()
 
 

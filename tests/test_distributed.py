@@ -81,7 +81,7 @@ def test_a_constant_unit_has_variance_zero_and_no_gradient(value):
     x = torch.full((97, 2), value, requires_grad=True)
     moments = batch_moments(x)
     assert moments.variance.tolist() == [0.0, 0.0] and moments.redundancy() == 0
-    (moments.std.sum() + moments.redundancy()).backward()
+    (moments.std().sum() + moments.redundancy()).backward()
     assert x.grad.abs().max() == 0
 
 

@@ -230,6 +230,19 @@ def test_a_marginal_is_the_mixture_of_some_features(covariance):
     torch.testing.assert_close(mixture.marginal([0, 2]).log_prob(x[..., [0, 2]]), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("covariance", COVARIANCE_TYPES)
+def test_a_conditional_density_is_the_joint_divided_by_the_marginal(covariance):
+    mixture, x = random_mixture(covariance, features=3), torch.randn(2, 5, 3, dtype=torch.float64)
+    expected = mixture.log_prob(x) - mixture.marginal([2, 0]).log_prob(x[..., [2, 0]])
+    given = mixture.condition([2, -3], x[..., [2, 0]])
+    assert (given.sets, given.features) == (10, 1)
+    torch.testing.assert_close(given.log_prob(x[..., 1].reshape(10, 1, 1)).view(2, 5), expected, rtol=0, atol=1e-10)
+    first = mixture.condition([2, 0], x[:, 0, [2, 0]])
+    torch.testing.assert_close(first.means, given.means[::5])
+    with pytest.raises(ValueError, match=r"2 mixtures of 2 features"):
+        mixture.condition([2, 0], x[:, 0])
+
+
 @pytest.mark.parametrize(
     "covariances",
     [

@@ -4,6 +4,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from scipy.integrate import trapezoid
 
 from em_lightning.activations import ACTIVATIONS
 from em_lightning.kernels import KERNELS
@@ -84,4 +85,4 @@ def test_densities_of_the_kernel_figure_have_integral_one():
     _, density = HOW_TO["own_kernel"]().axes
     for line in density.lines:
         x, y = (np.asarray(values).ravel() for values in line.get_data())
-        assert np.trapezoid(y, x) == pytest.approx(1, abs=1e-3)
+        assert trapezoid(y, x) == pytest.approx(1, abs=1e-3)

@@ -103,11 +103,11 @@ def test_broken_plugin_error_names_the_plugin(monkeypatch):
         Registry("part", group="parts")["bad"]
 
 
-def test_a_class_path_imports_no_module_of_another_package():
+def test_a_class_path_imports_no_module_of_another_package(monkeypatch):
     """Importing a module runs its code, and a checkpoint of someone else may name any."""
     registry = Registry("part", base=nn.Module)
     for module in ("this", "venv.__main__", "em_lightning.cli.__main__", "torch.utils.hipify.version"):
-        assert module not in sys.modules
+        monkeypatch.delitem(sys.modules, module, raising=False)
         with pytest.raises(ValueError, match=f"class_path='{module}.Part' .* not imported yet.* import {module}"):
             registry.build({"class_path": f"{module}.Part"})
         assert module not in sys.modules

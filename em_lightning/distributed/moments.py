@@ -28,9 +28,8 @@ class Moments(NamedTuple):
     deviations: Tensor
     weights: Tensor | None
 
-    @property
     def std(self) -> Tensor:
-        """Square root of the variance (D,), with gradient 0 for constant units."""
+        """Return the square root of the variance (D,), with gradient 0 for constant units."""
         return self.variance.clamp_min(torch.finfo(self.variance.dtype).tiny).sqrt()
 
     def covariance(self) -> Tensor:
@@ -42,7 +41,7 @@ class Moments(NamedTuple):
 
         The correlations are :math:`\mathrm{Cov}_{ij} / ((\sigma_i + \epsilon)(\sigma_j + \epsilon))`.
         """
-        std = self.std + eps
+        std = self.std() + eps
         standardized = self.deviations * (1 / (std * _degrees_of_freedom(self.size).sqrt()))
         diagonal = self.variance / std.square()
         num_items, num_units = standardized.shape

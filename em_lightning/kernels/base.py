@@ -76,7 +76,7 @@ class Kernel(nn.Module):
         dtype = torch.promote_types(x.dtype, centers.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         device = x.device.type
-        autocast = torch.amp.is_autocast_available(device)  # not on "meta"
+        autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # not on "meta"
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             energies = self.energy(x.to(wide), centers.to(wide))
         if dtype == torch.float16:

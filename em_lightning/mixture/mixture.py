@@ -23,8 +23,8 @@ from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 class Mixture:
     r"""A batch of Gaussian mixtures, :math:`p(x) = \sum_k \pi_k N(x \mid \mu_k, \Sigma_k)`, one per set.
 
-    Densities have the dtype of the points. They are computed in float64, or by compiled code in float32 for float32
-    points, and are accurate up to a distance of about 1e8 standard deviations from a component.
+    Densities have the dtype of the points and derivatives of every order. They are computed in float64, or by compiled
+    code in float32 for float32 points, and are accurate up to about 1e8 standard deviations from a component.
 
     Args:
         log_weights: :math:`\log \pi` (B, K), normalized over components.
@@ -121,10 +121,7 @@ class Mixture:
         return log_joint_of_points(*self._enter(x), Likelihood(self._covariance)).to(x.dtype)
 
     def log_prob(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false.
-
-        Derivatives of every order exist.
-        """
+        """Return ``log p(x)`` of points (B, N, D), as (B, N); zero where the mask (B, N) is false."""
         points, parameters = self._enter(x, mask)
         density = log_density(points, parameters, Likelihood(self._covariance)) - points.log_volume().unsqueeze(1)
         density = density.to(x.dtype)
@@ -197,6 +194,8 @@ class Mixture:
     def condition(self, features: Sequence[int], values: Tensor) -> Mixture:
         r"""Return the mixtures of the other features, with full covariances, given ``values`` (B, d) of ``features``.
 
+        Values (B, N, d) give B * N mixtures: those of the N rows of the first set, then of the second, and so on.
+
         .. math::
             \mu_{a|b} = \mu_a + \Sigma_{ab} \Sigma_{bb}^{-1} (x_b - \mu_b), \qquad
             \Sigma_{a|b} = \Sigma_{aa} - \Sigma_{ab} \Sigma_{bb}^{-1} \Sigma_{ba}, \qquad
@@ -210,14 +209,16 @@ class Mixture:
 
         Source: Bishop, Pattern Recognition and Machine Learning, 2006, section 2.3.
         """
+        if values.ndim == 3:
+            of_rows = self.map(lambda part: part.repeat_interleave(values.shape[1], dim=0))
+            return of_rows.condition(features, values.flatten(0, 1))
         b = [feature % self.features for feature in features]
         a = [feature for feature in range(self.features) if feature not in b]
         log_weights = self.marginal(b).log_joint(values.unsqueeze(1)).squeeze(1).log_softmax(-1)
         sigma = self.full().covariances
         sigma_ab = sigma[..., a, :][..., b]
         gain = torch.linalg.solve(sigma[..., b, :][..., b], sigma_ab, left=False)  # Sigma_ab Sigma_bb^-1
-        offset = (values.unsqueeze(1) - self.means[..., b]).unsqueeze(-1)
-        means = self.means[..., a] + (gain @ offset).squeeze(-1)
+        means = self.means[..., a] + torch.einsum("bkij,bkj->bki", gain, values.unsqueeze(1) - self.means[..., b])
         covariances = sigma[..., a, :][..., a] - gain @ sigma_ab.mT
         return Mixture(log_weights.to(means.dtype), means, 0.5 * (covariances + covariances.mT))
 
