@@ -140,12 +140,13 @@ def e_step(
         return mass, moments, log_likelihood, background_mass.sum(1)
 
     width = max(theta.shape[1:])
+    whole = points.x.shape[0] * points.x.shape[2] * width
     mass, moments, log_likelihood, background_mass = sum_blocks(
         sums_of_block,
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
         width,
-        block_size=points.x.shape[0] * points.x.shape[2] * width if couples_points else None,  # one block
+        block_sizes=(whole, whole) if couples_points else None,
     )
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)
