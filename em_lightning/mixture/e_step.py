@@ -140,13 +140,12 @@ def e_step(
         return mass, moments, log_likelihood, background_mass.sum(1)
 
     width = max(theta.shape[1:])
-    whole = points.x.shape[0] * points.x.shape[2] * width
     mass, moments, log_likelihood, background_mass = sum_blocks(
         sums_of_block,
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
         width,
-        block_sizes=(whole, whole) if couples_points else None,
+        block_sizes=(2**62, 2**62) if couples_points else None,  # one block of all sets and points
     )
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)
