@@ -1,5 +1,7 @@
 """Degenerate point sets: finite values and gradients, monotone likelihoods; float32 points far from zero."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import (
@@ -149,12 +151,13 @@ def test_degenerate_sets_of_other_sizes_stay_finite(place, covariance, dtype):
 FLOOR = 1e-6
 
 
-def largest_fall(x, mass, irls_weight, mixture):
-    r"""Return by how much (B,) an iteration that leads to a mixture may lower the log-likelihood.
+def largest_fall(x, mass, irls_weight, before, mixture):
+    r"""Return by how much (B,) an iteration from one mixture to another may lower the log-likelihood.
 
     The M-step adds the floor f to the eigenvalues s of the best covariance, while the eigenvalues before it were at
     least f. The loss is at most that from max(s, f) to s + f, with log v + s / v per point and feature for an
-    eigenvalue v. Rounding adds the error of squared distances and that of the smallest eigenvalue.
+    eigenvalue v. Rounding adds the error of squared distances, from the mean of the points and from the means before,
+    and that of the smallest eigenvalue.
     """
     values = torch.linalg.eigvalsh(full_covariances(mixture))
     best = (values - FLOOR).clamp(min=0.0)
@@ -162,7 +165,9 @@ def largest_fall(x, mass, irls_weight, mixture):
     cost = 0.5 * ((values / allowed).log() + best / values - best / allowed).sum(-1)
     floor = (mass.unsqueeze(-1) * mixture.weights * cost).sum(-1)
     least = values.amin(-1).clamp(min=FLOOR)
-    terms = (x - x.mean(1, keepdim=True)).square().sum(-1).amax(1) / least.amin(1)
+    from_means = (torch.cdist(x, before.means).square() * before.weights.unsqueeze(1)).sum(-1)
+    squares = (x - x.mean(1, keepdim=True)).square().sum(-1) + from_means
+    terms = squares.amax(1) / least.amin(1)
     condition = (values.sum(-1) / least).amax(1)
     return floor + 16 * irls_weight * x.shape[1] * x.shape[2] * torch.finfo(x.dtype).eps * (terms + condition)
 
@@ -183,7 +188,7 @@ def test_likelihood_of_degenerate_sets_is_monotone(covariance, features):
                 irls_weight = {"student_t": 1.0 + features, "laplace": 1e4}.get(kernel, 1.0)
                 falls = [
                     torch.zeros_like(mass),
-                    *(largest_fall(x, mass, irls_weight, mixture) for mixture in steps[1:]),
+                    *(largest_fall(x, mass, irls_weight, *pair) for pair in itertools.pairwise(steps)),
                 ]
                 for step in range(1, len(steps)):
                     before, after = likelihoods[step - 1 : step + 1]

@@ -135,7 +135,14 @@ BUDGETS = {
     "spherical": (lambda t: EMOperator(16, 3, covariance="spherical", residual=False, num_iters=t), MANY, 56),
     "directional": (lambda t: DirectionalEM(16, 3, num_iters=t), MANY, 50),
 }
-STARTS = {"many": (MANY, 16, 7), "large": (LARGE, 64, 7)}  # launches per center
+STARTS = {  # launches per center
+    "farthest, many": (farthest_points, MANY, 16, 7),
+    "farthest, large": (farthest_points, LARGE, 64, 7),
+    "kmeans++, many": (kmeans_plus_plus, MANY, 16, 18),
+    "kmeans++, large": (kmeans_plus_plus, LARGE, 64, 18),
+}
+# Launches of a start with random points, that is, mostly for the moments of their cells.
+CELLS = {"full": 106, "diag": 99, "spherical": 107, "tied": 90}
 
 
 def measure(device_module):
@@ -181,13 +188,23 @@ def measure(device_module):
                 operator(given)
                 counts.append((record.launches, sum(record.synchronizations.values()), sum(record.copies.values())))
         print(json.dumps({"case": f"budget {name}", "iteration": [b - a for a, b in zip(*counts, strict=True)]}))
-    for name, (shape, num_components, _) in STARTS.items():
+    for name, (choose, shape, num_components, _) in STARTS.items():
         with device_module.pretend() as record:
             x = torch.randn(*shape).to(device_module.DEVICE)
             record.reset()
-            farthest_points(x, num_components)
+            choose(x, num_components)
             waits = sum(record.synchronizations.values())
             print(json.dumps({"case": f"start {name}", "per center": record.launches / num_components, "waits": waits}))
+    for name in CELLS:
+        with device_module.pretend() as record:
+            operator = EMOperator(64, 16, covariance=name, init="random", num_iters=0, residual=False)
+            x = torch.randn(*LARGE).to(device_module.DEVICE)
+            sets = operator._prepare(x, None, None)
+            record.reset()
+            with torch.no_grad():
+                operator._start(sets, False)
+            waits = sum(record.synchronizations.values())
+            print(json.dumps({"case": f"cells {name}", "launches": record.launches, "waits": waits}))
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +233,14 @@ def test_an_iteration_launches_little_and_never_waits(measured, name):
 @pytest.mark.parametrize("name", STARTS)
 def test_a_start_launches_little_and_never_waits(measured, name):
     found = measured[f"start {name}"]
-    assert found["per center"] <= STARTS[name][2]
+    assert found["per center"] <= STARTS[name][3]
     assert found["waits"] == 0
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_mixture_of_cells_launches_little_and_never_waits(measured, name):
+    assert measured[f"cells {name}"]["launches"] <= CELLS[name]
+    assert measured[f"cells {name}"]["waits"] == 0
 
 
 if __name__ == "__main__":

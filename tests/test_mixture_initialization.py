@@ -77,3 +77,28 @@ def test_points_of_zero_weight_do_not_move_centers():
     weights = (torch.arange(65).expand(2, -1) < 60).double()
     centers = farthest_points(x, 3)
     torch.testing.assert_close(farthest_points(padded, 3, weights), centers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_do_not_depend_on_padding_or_precision(dtype):
+    x = clusters(3, 50, 2)
+    expected = kmeans_plus_plus(x, 6, generator=torch.Generator().manual_seed(2))
+    padded, mask = torch.cat([x, torch.full((3, 20, 2), 1e3).to(x)], 1).to(dtype), torch.arange(70).expand(3, -1) < 50
+    found = kmeans_plus_plus(padded, 6, mask.to(dtype), torch.Generator().manual_seed(2))
+    torch.testing.assert_close(found.to(x), expected)
+
+
+def test_first_center_is_drawn_in_proportion_to_the_weights():
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 6.0, 0.0])
+    x = torch.arange(6.0).expand(4000, -1).unsqueeze(-1)
+    first = kmeans_plus_plus(x, 1, weights.expand(4000, -1), torch.Generator().manual_seed(0)).flatten()
+    counts = torch.bincount(first.long(), minlength=6) / len(first)
+    torch.testing.assert_close(counts, weights / weights.sum(), atol=0.03, rtol=0.0)
+    assert (counts[weights == 0] == 0).all()
+
+
+@pytest.mark.parametrize("choose", [kmeans_plus_plus, farthest_points])
+def test_distances_that_overflow_give_points_of_the_set(choose):
+    x = 1e30 * torch.randn(2, 20, 3)
+    found = choose(x, 4)
+    assert (torch.cdist(found.double(), x.double()).amin(-1) == 0).all()

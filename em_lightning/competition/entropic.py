@@ -23,7 +23,7 @@ def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """
     z, top = _shifted(logits, dim)
     ranked, rank = _ranked(z, dim)
-    threshold = (_cumulative_sum(ranked, dim) - 1) / rank
+    threshold = (cumulative_sum(ranked, dim) - 1) / rank
     support, count, centered = _support(z, ranked, threshold, dim)
     p = (centered + 1 / count) * support
     return _result((p * z).sum(dim) + (1 - p.square().sum(dim)) / 2, p, top, dim)
@@ -33,8 +33,8 @@ def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return max_p <p, z> + H(p) and the maximizing p = relu(z / 2 - tau)^2, for H(p) = 4/3 sum(p - p^1.5)."""
     half, top = _shifted(logits / 2, dim)
     ranked, rank = _ranked(half, dim)
-    mean = _cumulative_sum(ranked, dim) / rank
-    variance = _cumulative_sum(ranked.square(), dim) / rank - mean.square()
+    mean = cumulative_sum(ranked, dim) / rank
+    variance = cumulative_sum(ranked.square(), dim) / rank - mean.square()
     threshold = mean - (1 / rank - variance).clamp_min(0.0).sqrt()
     support, count, centered = _support(half, ranked, threshold, dim)
     square = (1 - centered.square().sum(dim, keepdim=True)) / count  # (mean - tau)^2, solved from sum(p) = 1
@@ -51,10 +51,10 @@ def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _ranked(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Return the logits in descending order, and their ranks 1 to K along ``dim``."""
-    return z.sort(dim, descending=True).values.detach(), _cumulative_sum(torch.ones_like(z), dim)
+    return z.sort(dim, descending=True).values.detach(), cumulative_sum(torch.ones_like(z), dim)
 
 
-def _cumulative_sum(z: Tensor, dim: int) -> Tensor:
+def cumulative_sum(z: Tensor, dim: int) -> Tensor:
     """Return the sums of the first 1 to K elements along ``dim``."""
     if not torch.are_deterministic_algorithms_enabled():
         return z.cumsum(dim)

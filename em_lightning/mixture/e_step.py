@@ -145,7 +145,7 @@ def e_step(
         (points.x, points.weights),
         (theta, peak, *(likelihood.background or ())),
         numbers_per_point,
-        points.x.shape[0] * points.x.shape[2] * numbers_per_point if couples_points else None,  # one block
+        block_sizes=(2**62, 2**62) if couples_points else None,  # one block of all sets and points
     )
     zeroth, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
     zeroth = mass if likelihood.kernel is None else zeroth.squeeze(-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from em_lightning.competition.entropic import cumulative_sum
 from em_lightning.mixture.backends import map_blocks, sum_blocks
 from em_lightning.mixture.covariance import Covariance
 from em_lightning.mixture.e_step import SufficientStatistics
@@ -21,8 +22,9 @@ from em_lightning.mixture.points import Parameters, Points, features_first
 _CORE = 0.4
 # Compute distances from differences, because expanded squares cancel.
 _EXACT = "donot_use_mm_for_euclid_dist"
-# Numbers per block, more than elsewhere: distances have fewer temporaries (CPU), and few launches are faster (GPU).
-_BLOCK_SIZE, _DEVICE_BLOCK_SIZE = 2**19, 2**27
+# Numbers per block on a CPU and on other devices. Both are larger than in the E-step, as distances have fewer
+# temporaries, and other devices are faster with few launches.
+_BLOCK_SIZES = 2**19, 2**27
 
 
 @torch.no_grad()
@@ -37,13 +39,13 @@ def farthest_points(x: Tensor, num_components: int, weights: Tensor | None = Non
     points, weights = _weighted_points(x, weights)
     mean = (points * weights.unsqueeze(1)).sum(-1) / weights.sum(-1, keepdim=True).clamp(min=1.0)
     no_center = torch.where(weights > 0, torch.inf, -1.0)  # negative, so that points of zero weight are never chosen
-    center = _pick(points, _lower_distances(no_center, points, mean).argmax(-1, keepdim=True)).squeeze(-1)
-    centers, distances = [center], no_center
+    lowered = _lower_distances(no_center, points, mean.unsqueeze(-1))
+    centers, distances = [_pick(points, lowered.argmax(-1))], no_center
     for _ in range(num_components - 1):
-        distances = _lower_distances(distances, points, center)
-        center = _pick(points, distances.argmax(-1, keepdim=True)).squeeze(-1)
-        centers.append(center)
-    return torch.stack(centers, 1)
+        lowered = _lower_distances(distances, points, centers[-1])
+        distances = lowered.squeeze(1)
+        centers.append(_pick(points, lowered.argmax(-1)))
+    return torch.cat(centers, 2).mT
 
 
 @torch.no_grad()
@@ -58,20 +60,21 @@ def kmeans_plus_plus(
     """
     points, weights = _weighted_points(x, weights)
     weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)  # sets without points draw from all rows
-    num_candidates = 2 + int(math.log(num_components))
-    center = _pick(points, torch.multinomial(weights, 1, generator=generator)).squeeze(-1)
-    centers, distances = [center], _lower_distances(torch.full_like(weights, torch.inf), points, center)
-    for _ in range(num_components - 1):
-        potential = distances * weights
-        # Where all distances are zero, draw in proportion to the weights.
-        potential = torch.where(potential.sum(-1, keepdim=True) > 0, potential, weights)
-        drawn = torch.multinomial(potential, num_candidates, replacement=True, generator=generator)
-        candidates = _pick(points, drawn)
-        lowered = torch.stack([_lower_distances(distances, points, center) for center in candidates.unbind(-1)], 1)
-        best = torch.bmm(lowered, weights.unsqueeze(-1)).argmin(1)  # (B, 1)
+    size = num_components, len(x), 2 + int(math.log(num_components))  # the last is the number of candidates
+    uniform = torch.rand(size, generator=generator, dtype=torch.float64, device=x.device) * (1.0 - 1e-15)
+    potential, distances = weights, torch.full_like(weights, torch.inf)
+    centers: list[Tensor] = []
+    for numbers in uniform:
+        total = cumulative_sum(potential.double(), -1)
+        below = numbers * total[:, -1:]  # less than the total even after rounding, as the numbers are at most 1 - 1e-15
+        rows = torch.searchsorted(total, below, right=True).clamp(max=x.shape[1] - 1)
+        candidates = _pick(points, rows if centers else rows[:, :1])
+        lowered = _lower_distances(distances, points, candidates)
+        best = (lowered * weights.unsqueeze(1)).sum(-1).argmin(1, keepdim=True)
         distances = _pick(lowered.mT, best).squeeze(-1)
-        centers.append(_pick(candidates, best).squeeze(-1))
-    return torch.stack(centers, 1)
+        potential = distances.clamp(min=torch.finfo(x.dtype).tiny) * weights  # the weights where all distances are 0
+        centers.append(_pick(candidates, best))
+    return torch.cat(centers, 2).mT
 
 
 @torch.no_grad()
@@ -113,48 +116,46 @@ def parameters_around(points: Points, centers: Tensor, covariance: Covariance, f
     unrestricted = covariance.unrestricted
     cell, distances = _nearest_centers(points, centers)
     weights = torch.ones_like(distances) if points.weights is None else points.weights
-    mass, cells = fit_cells(points, cell, weights, centers, unrestricted, floor)
-    core_weights = weights * _in_core(cell, distances, weights, mass)
-    core_mass, cores = fit_cells(points, cell, core_weights, centers, unrestricted, floor)
+    total, cell_mass = (
+        torch.zeros_like(centers[..., 0]).scatter_add(1, cell, part.detach()) for part in (distances * weights, weights)
+    )
+    in_core = distances <= (_CORE * total / cell_mass.clamp(min=1.0)).gather(1, cell)
+    weights = torch.stack([weights, weights * in_core], 1)
+    fitted = fit_cells(points, cell, weights, num_components, unrestricted, floor)
+    (mass, core_mass), (log_weights, _), (means, core_means), parts = (part.chunk(2) for part in fitted)
     has_core = core_mass > 2 * num_features  # fewer points give a nearly singular covariance
-    means = _choose(mass > 0, _choose(has_core, cores.means, cells.means), centers)
-    covariances = cells.covariances
+    covariances = parts[0]
     if covariance.sharing(num_components) == 1:  # each has its own; a shared one is that of all cells together
-        trace, core_trace = (unrestricted.diagonal(part.covariances, num_features).sum(-1) for part in (cells, cores))
-        of_cores = unrestricted.scaled(cores.covariances, trace / core_trace)  # unscaled, they are too narrow
-        covariances = _choose(has_core, of_cores, covariances)
-        second_moment = trace + (cells.means - _with_gradient(points, centers, cell, distances)).square().sum(-1)
+        trace, core_trace = (unrestricted.diagonal(part, num_features).sum(-1) for part in parts)
+        of_cores = unrestricted.scaled(parts[1], trace / core_trace)  # unscaled, they are too narrow
+        second_moment = trace + (means - _with_gradient(points, centers, cell, distances)).square().sum(-1)
         variance = (mass * second_moment).sum(-1) / (num_features * points.mass.clamp(min=1.0))  # of all cells together
         variance = torch.maximum(variance, floor).unsqueeze(-1).expand(-1, num_features)
-        spherical = unrestricted.expand(variance, num_components)
-        covariances = _choose(mass > num_features, covariances, spherical)
-    return Parameters(cells.log_weights, means, covariance.from_public(covariances))
+        pooled = unrestricted.expand(variance, num_components)
+        covariances = _choose(mass > num_features, _choose(has_core, of_cores, covariances), pooled)
+    means = _choose(mass > 0, _choose(has_core, core_means, means), centers)
+    return Parameters(log_weights, means, covariance.from_public(covariances))
 
 
 def fit_cells(
-    points: Points, cell: Tensor, weights: Tensor, centers: Tensor, family: Covariance, floor: Tensor
-) -> tuple[Tensor, Parameters]:
-    """Return masses (B, K) and the M-step of cells, given the index ``cell`` and the weight (B, N) of each point."""
-    num_components = centers.shape[1]
+    points: Points, cell: Tensor, weights: Tensor, num_components: int, family: Covariance, floor: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return masses (C * B, K) and the M-step of cells (B, N), for each of C weights of points (B, C, N)."""
+    count = weights.shape[1]
 
     def moments_of_block(sets: slice, block: Tensor, cell: Tensor, weights: Tensor) -> tuple[Tensor]:
-        zeros = weights.new_zeros(cell.shape[0], num_components, cell.shape[1])
-        responsibilities = zeros.scatter(1, cell.unsqueeze(1), weights.unsqueeze(1))
-        return (responsibilities @ points.lift(block, sets).mT,)
+        zeros = weights.new_zeros(*weights.shape[:2], num_components, cell.shape[1])
+        responsibilities = zeros.scatter(2, cell[:, None, None].expand(-1, count, -1, -1), weights.unsqueeze(2))
+        return (responsibilities.flatten(1, 2) @ points.lift(block, sets).mT,)
 
-    numbers_per_point = max(num_components, points.features(points.mean[:1, :, None]).shape[1])
-    (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), numbers_per_point)
-    mass, first, second = moments.tensor_split([1, 1 + points.num_features], -1)
+    num_lifted = points.features(points.mean[:1, :, None]).shape[1]
+    numbers_per_point = max(count * num_components, num_lifted)
+    (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), numbers_per_point, _BLOCK_SIZES)
+    mass, first, second = torch.cat(moments.chunk(count, 1)).tensor_split([1, 1 + points.num_features], -1)
     mass, unused = mass.squeeze(-1), torch.zeros_like(points.mass)
-    statistics = SufficientStatistics(mass, mass, first, second, unused, unused, points.num_points)  # IRLS weights 1
-    return mass, m_step(statistics, family, floor, before=family.expand(points.variance, num_components))
-
-
-def _in_core(cell: Tensor, distances: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-    """Return which points (B, N) lie in the core of their cell; distances from the centers are squared."""
-    total = torch.zeros_like(mass).scatter_add(1, cell, distances * weights.detach())
-    mean = total / mass.detach().clamp(min=1.0)
-    return distances <= (_CORE * mean).gather(1, cell)
+    statistics = SufficientStatistics(mass, mass, first, second, unused, unused, unused)  # IRLS weights 1
+    before = family.expand(points.variance.repeat(count, 1), num_components)
+    return mass, *m_step(statistics, family, floor.repeat(count), before)
 
 
 def _with_gradient(points: Points, centers: Tensor, cell: Tensor, distances: Tensor) -> Tensor:
@@ -177,9 +178,7 @@ def _nearest_centers(points: Points, centers: Tensor) -> tuple[Tensor, Tensor]:
         return cell, distance.square()
 
     x = points.x.detach()  # without the tangents of forward-mode derivatives
-    block_size = _BLOCK_SIZE if x.device.type == "cpu" else _DEVICE_BLOCK_SIZE
-    numbers_per_point = max(centers.shape[1:])
-    cell, distances = map_blocks(nearest_of_block, (x,), (centers,), numbers_per_point, block_size)
+    cell, distances = map_blocks(nearest_of_block, (x,), (centers,), max(centers.shape[1:]), _BLOCK_SIZES)
     return cell, distances
 
 
@@ -198,14 +197,14 @@ def _weighted_points(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]
     return features_first(x), weights
 
 
-def _lower_distances(distances: Tensor, points: Tensor, center: Tensor) -> Tensor:
-    """Return the minimum of squared distances (B, N) and those of points (B, D, N) from a center (B, D) of each set."""
+def _lower_distances(distances: Tensor, points: Tensor, centers: Tensor) -> Tensor:
+    """Return minima (B, C, N) of distances (B, N) and squared distances of points (B, D, N) from centers (B, D, C)."""
 
-    def lower_block(sets: slice, distances: Tensor, block: Tensor, center: Tensor) -> tuple[Tensor]:
-        return (torch.minimum(distances, (block - center.unsqueeze(-1)).square().sum(1)),)
+    def lower_block(sets: slice, distances: Tensor, block: Tensor, centers: Tensor) -> tuple[Tensor]:
+        squared = (block.unsqueeze(2) - centers.unsqueeze(-1)).square().sum(1)
+        return (torch.minimum(distances.unsqueeze(1), squared),)
 
-    block_size = _BLOCK_SIZE if points.device.type == "cpu" else _DEVICE_BLOCK_SIZE
-    return map_blocks(lower_block, (distances, points), (center,), points.shape[1], block_size)[0]
+    return map_blocks(lower_block, (distances, points), (centers,), points.shape[1] * centers.shape[2], _BLOCK_SIZES)[0]
 
 
 def _pick(points: Tensor, index: Tensor) -> Tensor:

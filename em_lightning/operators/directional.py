@@ -210,7 +210,8 @@ class DirectionalEM(SetOperator):
         centers = initialization.CENTERS[self.init](points.x.mT, self.num_components, weights=points.weights)
         nearest = (centers @ points.x).argmax(1)  # the largest cosine
         weights = torch.ones_like(points.x[:, 0]) if points.weights is None else points.weights
-        return initialization.fit_cells(points, nearest, weights, centers, sets.covariance, sets.floor)[1]
+        cells = nearest, weights.unsqueeze(1), self.num_components
+        return Parameters(*initialization.fit_cells(points, *cells, sets.covariance, sets.floor)[1:])
 
     def _enter(self, sets: Sets, mixture: DirectionalMixture) -> Parameters:
         return Parameters(*(part.to(sets.floor.dtype) for part in mixture.parameters()))

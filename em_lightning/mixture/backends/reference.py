@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Numbers per intermediate result of a block: 1 MiB in float64, about the second-level cache of a core.
-_BLOCK_SIZE = 2**17
-# GPUs need larger blocks to use all cores.
-_DEVICE_BLOCK_SIZE = 2**22
+# Numbers per intermediate result of a block on a CPU (1 MiB in float64, about the second-level cache of a core), and on
+# GPUs, which need larger blocks to use all cores.
+_BLOCK_SIZES = 2**17, 2**22
 # Up to this many numbers, one block without recomputation is faster.
 _SMALL = 2**13
 
@@ -32,7 +31,7 @@ def _over_blocks(
     rows: Tensors,
     parameters: Tensors,
     numbers_per_point: int,
-    block_size: int | None = None,
+    block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the joined results of a function of ``rows`` (B, ..., N) and ``parameters`` (B, ...), evaluated in blocks.
 
@@ -43,8 +42,7 @@ def _over_blocks(
     # A compiler would unroll the loop over blocks, and compile again for each number of blocks.
     if torch.compiler.is_compiling() or num_sets * num_items * numbers_per_point <= _SMALL:
         return function(slice(None), *rows, *parameters)
-    if block_size is None:
-        block_size = _BLOCK_SIZE if first.device.type == "cpu" else _DEVICE_BLOCK_SIZE
+    block_size = (block_sizes or _BLOCK_SIZES)[first.device.type != "cpu"]
     items = max(min(num_items, block_size // numbers_per_point), 1)
     sets = max(block_size // (numbers_per_point * items), 1)
     set_blocks, item_blocks = -(-num_sets // sets), -(-num_items // items)

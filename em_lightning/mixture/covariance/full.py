@@ -84,7 +84,8 @@ class FullCovariance:
 
     def second_degree(self, x: Tensor) -> Tensor:
         """Return the features of second degree (B, S, N) of points (B, D, N)."""
-        return torch.cat([x[:, i : i + 1] * x[:, i:] for i in range(x.shape[1])], 1)
+        i, j = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
+        return x.index_select(1, i) * x.index_select(1, j)
 
     def features(self, x: Tensor) -> Tensor:
         """Return ``phi(x) = [1, x, s(x)]`` (B, 1 + D + S, N) of points (B, D, N)."""
