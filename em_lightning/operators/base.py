@@ -58,7 +58,8 @@ class SetOperator(nn.Module):
         """
         for sets, state in self._loop(x, mask, weights, init, num_iters):  # noqa: B007
             pass
-        return self._mixture(sets, state)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._mixture(sets, state)
 
     def iterate(
         self,
@@ -70,7 +71,9 @@ class SetOperator(nn.Module):
     ) -> Iterator[Any]:
         """Yield the start and the mixtures after each iteration; arguments are those of :meth:`forward`."""
         for sets, state in self._loop(x, mask, weights, init, num_iters):
-            yield self._mixture(sets, state)
+            with torch.autocast(x.device.type, enabled=False):
+                mixture = self._mixture(sets, state)
+            yield mixture
 
     def _loop(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, init: Any, num_iters: int | None
@@ -81,13 +84,14 @@ class SetOperator(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
             state = self._start(sets, not self.training) if init is None else self._enter(sets, init)
-            yield sets, state
+        yield sets, state  # outside of the context, so that the caller's autocast applies to the body of its loop
 
-            def step(state: Parameters, progress: float) -> Parameters:
+        def step(state: Parameters, progress: float) -> Parameters:
+            with torch.autocast(x.device.type, enabled=False):
                 return self._step(sets, state, progress)[0]
 
-            for after in gradients.iterate(step, state, num_iters, self.gradient):
-                yield sets, after
+        for after in gradients.iterate(step, state, num_iters, self.gradient):
+            yield sets, after
 
     def fit(
         self,
@@ -113,7 +117,8 @@ class SetOperator(nn.Module):
             mass = sets.mass.clamp(min=1.0)
 
             def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                after, objective = self._step(sets, state, progress=1.0, with_objective=True)  # any may be the last
+                # Any iteration may be the last, and the last one has progress 1.
+                after, objective = self._step(sets, state, progress=1.0, with_objective=True)
                 return after, objective / mass
 
             result = em.fit(step, state, max_iters=max_iters, tol=tol)
@@ -136,7 +141,9 @@ class SetOperator(nn.Module):
     _prepare: Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, mask, weights) -> sets
     _start: Callable[[Any, bool], Parameters]  # (sets, best_of_several) -> state
     _enter: Callable[[Any, Any], Parameters]  # (sets, mixture) -> state
-    _step: Callable[..., tuple[Parameters, Tensor]]  # (sets, state, progress, with_objective=False)
+    # (sets, state, progress, with_objective=False) -> (state after, objective (B,) before, 0 if not requested);
+    # progress is the share of iterations that are done after this one, 1 in the last.
+    _step: Callable[..., tuple[Parameters, Tensor]]
     _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)
     _mixture: Callable[[Any, Parameters], Any]  # (sets, state) -> mixture
 
