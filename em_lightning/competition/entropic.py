@@ -55,7 +55,6 @@ def _ranked(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _cumulative_sum(z: Tensor, dim: int) -> Tensor:
-    """Return the sums of the first 1 to K elements along ``dim``."""
     if not torch.are_deterministic_algorithms_enabled():
         return z.cumsum(dim)
     z, size = z.movedim(dim, -1), 1  # PyTorch refuses cumsum on GPUs; sums of 2, 4, 8, ... elements instead

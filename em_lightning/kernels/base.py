@@ -66,7 +66,13 @@ class Kernel(nn.Module):
             TypeError: an input is not a floating-point tensor.
             ValueError: the shapes do not fit.
         """
-        _check_inputs(x, centers)
+        for name, value in (("x", x), ("centers", centers)):
+            if not value.is_floating_point():
+                raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+            if value.dim() < 2:
+                raise ValueError(f"{name} {tuple(value.shape)} must have at least two axes, (..., rows, features)")
+        if x.shape[-1] != centers.shape[-1]:
+            raise ValueError(f"x {tuple(x.shape)} and centers {tuple(centers.shape)} must have equal last axes")
         dtype = torch.promote_types(x.dtype, centers.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         device = x.device.type
@@ -82,7 +88,7 @@ class Kernel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define energy(x, centers)")
 
     def log_normalizer(self, num_features: int) -> Tensor:
-        r"""Return :math:`\log \int e^{-d(x, \mu)} dx` (), or raise NoDensityError if it is infinite or unknown."""
+        r"""Return the scalar :math:`\log \int e^{-d(x, \mu)} dx`; NoDensityError if it is infinite or unknown."""
         raise NoDensityError(f"{type(self).__name__} has no density (num_features={num_features}): {self.no_density}")
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:
@@ -155,13 +161,3 @@ def density_kernel(spec: Any) -> Kernel:
     if isinstance(spec, (str, type, Mapping)) and "density" in inspect.signature(KERNELS.resolve(spec)[0]).parameters:
         return KERNELS.build(spec, density=True)
     return KERNELS.build(spec)
-
-
-def _check_inputs(x: Tensor, centers: Tensor) -> None:
-    for name, value in (("x", x), ("centers", centers)):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
-        if value.dim() < 2:
-            raise ValueError(f"{name} {tuple(value.shape)} must have at least two axes, (..., rows, features)")
-    if x.shape[-1] != centers.shape[-1]:
-        raise ValueError(f"x {tuple(x.shape)} and centers {tuple(centers.shape)} must have equal last axes")

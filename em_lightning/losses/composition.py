@@ -61,7 +61,14 @@ class EMLoss(nn.Module):
         specs = {"free_energy": free_energy, "variance": variance, "decorrelation": decorrelation, **terms}
         for name, spec in specs.items():
             arguments: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"weight": spec}
-            self.weights[name] = _valid_weight(name, arguments.pop("weight", 1.0))
+            weight = arguments.pop("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise TypeError(
+                    f"{name}={weight!r} must be a weight or a mapping of 'weight' and arguments of the term"
+                )
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name}={weight} must be finite and at least 0")
+            self.weights[name] = float(weight)
             if name == "free_energy":
                 arguments.setdefault("reduction", reduction)
             self.terms[name] = LOSSES.build(name, **arguments)
@@ -105,11 +112,3 @@ class EMLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
-
-
-def _valid_weight(name: str, weight: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, int | float):
-        raise TypeError(f"{name}={weight!r} must be a weight, or a mapping of 'weight' and the arguments of the term")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{name}={weight} must be finite and at least 0")
-    return float(weight)

@@ -116,8 +116,7 @@ class SetOperator(nn.Module):
             state = self._start(sets, True) if init is None else self._enter(sets, init)
             mass = sets.mass.clamp(min=1.0)
 
-            def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                # Any iteration may be the last, and the last one has progress 1.
+            def step(state: Parameters, _: int) -> tuple[Parameters, Tensor]:  # any may be the last, with progress 1
                 after, objective = self._step(sets, state, progress=1.0, with_objective=True)
                 return after, objective / mass
 
