@@ -7,7 +7,9 @@ The InfoMax loss of the energies d = relu(W x + b) is -sum_j log(Var(d_j) + 1e-6
 + beta sum_{i != j} cos(w_i, w_j)^2, with the rows w_i of W. An encoder has converged at the first epoch after which the
 mean training loss changes by less than 1 nat in each of five epochs. All runs of a seed read the same batches and start
 from the same weights.
-Both commands reproduce unpublished tables of Oursland (2026).
+Both commands reproduce published tables: InfoMax that of Oursland, 2026,
+github.com/alanoursland/implicit_em_in_neural_activations (study of InfoMax), and the convergence the runs with several
+optimizers of Oursland, arXiv 2601.06478.
 """
 
 from __future__ import annotations

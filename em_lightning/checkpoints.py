@@ -36,7 +36,7 @@ from em_lightning.files import remove_abandoned, write_whole
 
 _PACKAGES = ("em_lightning", "torch", "lightning", "pytorch_lightning", "numpy")
 _OPTIONS = ("max_epochs", "max_steps", "accumulate_grad_batches", "precision", "check_val_every_n_epoch")
-_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # ends of names of arguments that may differ between ranks
+_PATHS = ("_dir", "dirpath", "ckpt_path", "root", "folder")  # names of paths end so; these may differ between ranks
 _REMEDY = "Give all hosts the same command, package versions, data and checkpoint, for instance in a shared folder"
 _CAUSES = (
     "Look for an earlier error of another rank; a host may be gone, slower than the timeout of the strategy, have the "
@@ -218,13 +218,13 @@ class WatchedDDPStrategy(DDPStrategy):
     """A ``DDPStrategy`` that prints what it waits for, and ends the process if the ranks do not connect in time.
 
     gloo itself waits silently for five times ``timeout`` if another rank published an address that only its own machine
-    can reach, and for ever when Lightning connects again, for ``prepare_data``. Here, twice ``timeout`` limits the
-    connection of the ranks, and ``timeout`` each later communication. Other arguments: see ``DDPStrategy``.
+    can reach. Lightning then connects the ranks a second time, for ``prepare_data``, and waits without limit. Here both
+    connections end within twice ``timeout``, each later communication within ``timeout``. For more see ``DDPStrategy``.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=2), **options: Any) -> None:
         super().__init__(timeout=timeout, **options)
-        # PyTorch allows one timeout to reach the main address; the second is for the connections of all to all.
+        # One timeout to reach the main address, as in PyTorch, and one to connect each rank with each other.
         self.limit = 2 * timeout.total_seconds()
 
     @override
@@ -245,7 +245,7 @@ class WatchedDDPStrategy(DDPStrategy):
         watch = threading.Timer(self.limit, end)
         watch.daemon = True
         watch.start()
-        try:  # not cancelled after success: `end` also limits the later connection, for prepare_data
+        try:  # not cancelled after success: it also ends a new_group, the second connection, that is still waiting
             super().setup_distributed()
         except BaseException:
             watch.cancel()
@@ -368,7 +368,7 @@ class RunCheckpoint(RankAgreement, ModelCheckpoint):
         self._set_handlers(self._handlers)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM or not callable(self._handlers.get(number)):  # Lightning only takes note of SIGTERM
+        if number == signal.SIGTERM or not callable(self._handlers.get(number)):  # Lightning's for SIGTERM sets a flag
             raise SystemExit(128 + number)
         self._handlers[number](number, None)  # SLURM's for SIGUSR1 requeues the job
         self._set_handlers(dict.fromkeys(self._handlers, self._receive))

@@ -4,7 +4,7 @@ import importlib.util
 
 _USE_LIGHTNING = ("callbacks", "checkpoints", "cli.recipe", "data", "metrics", "modules", "scope", "studies")
 _USE_MATPLOTLIB = ("layer_report", "mixture_report", "report", "style")
-# For modules of em_lightning: a library that they import, and the extra of ``pip install em-lightning[EXTRA]`` with it.
+# Module of em_lightning: (library that it imports, EXTRA of ``pip install em-lightning[EXTRA]`` that installs it).
 LIBRARY_AND_EXTRA = {
     **dict.fromkeys(_USE_LIGHTNING, ("lightning", "lightning")),
     "estimator": ("sklearn", "sklearn"),
@@ -22,4 +22,5 @@ class ExtraChecker:
         package, _, module = name.partition(".")
         library, extra = LIBRARY_AND_EXTRA.get(module, ("torch", ""))  # other modules need no extra
         if package == "em_lightning" and importlib.util.find_spec(library) is None:
-            raise ImportError(f"{name} needs {library}: pip install 'em-lightning[{extra}]'", name=library)
+            distribution = f"em-lightning[{extra}]" if extra else "em-lightning"
+            raise ImportError(f"{name} needs {library}: pip install '{distribution}'", name=library)

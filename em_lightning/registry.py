@@ -23,7 +23,7 @@ def import_class(path: str, base: type = object) -> type[Any]:
     if module not in sys.modules and (not module.startswith(_IMPORTED) or "__main__" in module.split(".")):
         raise ValueError(f"class_path={path!r} is in a module not imported yet; if you trust it, import {module}")
     try:
-        found = importlib.import_module(module)  # getattr may import more of torch; em_lightning's lazy names need it
+        found = importlib.import_module(module)  # vars(), as torch's __getattr__ may import more; ours has lazy names
         cls = getattr(found, name, None) if module.startswith("em_lightning") else vars(found).get(name)
     except ImportError as error:
         raise ValueError(f"class_path={path!r} cannot be imported: {error}") from error

@@ -27,6 +27,7 @@ from helpers import (
 from torch.autograd import gradcheck
 
 from em_lightning import EMOperator, Mixture
+from em_lightning.operators import DirectionalEM, GeneralizedEM
 from em_lightning.operators.residual import neighbour_moments
 
 INITS = ["farthest", "kmeans++", "random", "learned"]
@@ -336,6 +337,39 @@ def test_half_precision_and_autocast_are_computed_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixture = operator(x)
     assert mixture.means.dtype == torch.float32 and torch.allclose(mixture.means, operator(x).means, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        EMOperator(2, 3, num_iters=2),
+        EMOperator(2, 3, num_iters=2, covariance="lowrank", rank=1, gradient="checkpoint"),
+        EMOperator(2, 3, num_iters=2, gradient="last"),
+        EMOperator(2, 3, num_iters=60, gradient="implicit", residual=False),
+        DirectionalEM(2, 3, num_iters=2),
+        GeneralizedEM(2, 3, kernel="huber", num_iters=2),
+    ],
+    ids=lambda operator: f"{type(operator).__name__}-{operator.gradient}",
+)
+def test_iterations_leave_the_autocast_of_the_caller_on(operator):
+    x = clusters(2, 40, 3, spread=SPREAD, dtype=torch.float32).requires_grad_()
+
+    def means(mixture):
+        return mixture.centers if isinstance(operator, GeneralizedEM) else mixture.means
+
+    expected = [means(mixture) for mixture in operator.iterate(x)]
+    (expected_grad,) = torch.autograd.grad(expected[-1].square().sum(), x)
+    seen = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for mixture in operator.iterate(x):
+            assert torch.is_autocast_enabled("cpu") and (x[0] @ x[0].mT).dtype == torch.bfloat16
+            seen.append(means(mixture))
+        (grad,) = torch.autograd.grad(seen[-1].square().sum(), x)
+        assert torch.is_autocast_enabled("cpu")
+    assert len(seen) == operator.num_iters + 1
+    for one, other in zip(seen, expected, strict=True):
+        assert torch.equal(one, other)
+    assert torch.allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
 def test_round_trips():

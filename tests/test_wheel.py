@@ -1,5 +1,6 @@
 """Build the wheel, install it outside the checkout, run its commands, and import it with PyTorch and numpy alone."""
 
+import importlib.util
 import os
 import re
 import statistics
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from em_lightning.cli.recipes import recipes
-from em_lightning.extras import LIBRARY_AND_EXTRA
+from em_lightning.extras import LIBRARY_AND_EXTRA, ExtraChecker
 
 ROOT = Path(__file__).parents[1]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -147,6 +148,12 @@ def test_a_missing_library_is_an_error_that_names_the_extra(core_only, module):
     done = core_only(f"import em_lightning.{module}")
     message = f"ImportError: em_lightning.{module} needs {library}: pip install 'em-lightning[{extra}]'"
     assert done.stderr.splitlines()[-1] == message
+
+
+def test_a_missing_torch_is_an_error_without_an_empty_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"em_lightning.losses needs torch: pip install 'em-lightning'$"):
+        ExtraChecker.find_spec("em_lightning.losses")
 
 
 def test_the_command_line_names_the_extra_without_a_traceback(core_only):

@@ -84,8 +84,8 @@ def print_audit(options: argparse.Namespace, command: str) -> None:
         arguments = yaml.safe_load(options.init_args)
         model = load_model(options.model, options.ckpt_path, options.weights_only == "true", arguments)
         if options.batch is None:
-            values = _random_inputs(options.input)
-            found = audit(model, values, functools.partial(call, model, values))
+            values = _random_inputs(options.input)  # for the forward; a batch is for training_step, if there is one
+            found = audit(model, None, functools.partial(call, model, values))
         else:  # without a colon, the function is in the file or module of the model
             source = options.model.rpartition(":")[0]
             found = audit(model, _named(options.batch if ":" in options.batch else f"{source}:{options.batch}")())

@@ -50,7 +50,7 @@ class SplitDataModule(lightning.LightningDataModule):
         ValueError: an integer is too small.
     """
 
-    may_be_zero: ClassVar = ("seed", "num_workers", "holes", "held_out_classes", "val_size")
+    may_be_zero: ClassVar = ("seed", "num_workers", "holes", "held_out_classes", "val_size")  # those of all subclasses
     seed: int = 0
 
     def __post_init__(self) -> None:

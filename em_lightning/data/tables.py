@@ -189,7 +189,7 @@ class TableBlocks(RankLoader):
         self.num_blocks = min(math.ceil(len(table) / (num_replicas * block_rows)), len(table) // num_replicas)
 
     def keep_on(self, device: torch.device) -> None:
-        """Copy all rows to a GPU, unless they take more than a third of its free memory."""
+        """Copy all rows to a GPU, unless they take over a third of its free memory: the rest is for other tensors."""
         parts = [self.table] if self.weights is None else [self.table, self.weights]
         if sum(len(part) * part.rows(0, 1).nbytes for part in parts) <= torch.cuda.mem_get_info(device)[0] / 3:
             self.table = self.table.to(device)

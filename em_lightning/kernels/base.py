@@ -88,7 +88,7 @@ class Kernel(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define energy(x, centers)")
 
     def log_normalizer(self, num_features: int) -> Tensor:
-        r"""Return :math:`\log \int e^{-d(x, \mu)} dx` (), or raise NoDensityError if it is infinite or unknown."""
+        r"""Return the scalar :math:`\log \int e^{-d(x, \mu)} dx`; NoDensityError if it is infinite or unknown."""
         raise NoDensityError(f"{type(self).__name__} has no density (num_features={num_features}): {self.no_density}")
 
     def positive(self, name: str, dtype: torch.dtype | None = None) -> Tensor | float:

@@ -155,7 +155,6 @@ class MahalanobisKernel(Kernel):
 
     @property
     def covariance(self) -> Tensor:
-        """The covariance L L^T (D, D)."""
         return self.factor @ self.factor.mT
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:

@@ -63,8 +63,7 @@ class EMLoss(nn.Module):
             arguments: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"weight": spec}
             weight = arguments.pop("weight", 1.0)
             if isinstance(weight, bool) or not isinstance(weight, int | float):
-                rule = "must be a weight, or a mapping of 'weight' and the arguments of the term"
-                raise TypeError(f"{name}={weight!r} {rule}")
+                raise TypeError(f"{name}={weight!r} must be a weight, or a mapping of 'weight' and other arguments")
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name}={weight} must be finite and at least 0")
             self.weights[name] = float(weight)

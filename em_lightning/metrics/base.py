@@ -137,5 +137,4 @@ def _pad(moments: list[Tensor]) -> list[Tensor]:
 
 
 def _gather_padded(moments: Tensor, group: Any = None) -> list[Tensor]:
-    """Return the moments of all ranks, padded to one size."""
     return _pad(gather_all_tensors(moments, group))

@@ -51,8 +51,8 @@ class ResponsibilityEntropy(MeanOfItems):
         self._add(self._statistic(torch.softmax(-values, self.dim) if self.from_energies else values), mask)
 
     def _statistic(self, responsibilities: Tensor) -> Tensor:
-        tiny = torch.finfo(responsibilities.dtype).tiny
-        return -(responsibilities * responsibilities.clamp_min(tiny).log()).sum(self.dim)  # faster than entr()
+        logarithms = responsibilities.clamp_min(torch.finfo(responsibilities.dtype).tiny).log()
+        return -(responsibilities * logarithms).sum(self.dim)  # takes a third of the time of entr()
 
 
 class MaxResponsibility(ResponsibilityEntropy):

@@ -17,7 +17,7 @@ from em_lightning.mixture.points import Parameters, Points
 class BackgroundTerms(NamedTuple):
     """Terms of the background with the weight w_0 and the density p_0, for one batch of sets.
 
-    log_joint: (B,), ``log(w_0 p_0)`` in frame coordinates.
+    log_joint: (B,), ``log(w_0 p_0)`` in the coordinates of the :class:`~.points.Frame`.
     log_weight: (B,), ``log w_0``.
     log_rest: (B,), added to the log-weights of the components: ``log(1 - w_0)``, or 0 if their sum is 1 - w_0 already.
     """

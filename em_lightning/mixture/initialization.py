@@ -105,12 +105,12 @@ CENTERS: dict[str, Callable[..., Tensor]] = {
 def parameters_around(points: Points, centers: Tensor, covariance: Covariance, floor: Tensor) -> Parameters:
     """Return the mixture of the cells (the points nearest to each center), differentiable in the points.
 
-    Weights are those of the cells. Means and, up to a factor, covariances are those of the cells' cores, where these
-    have over 2 D points; the factor gives a covariance the trace of its cell. A core holds the points at a squared
-    distance from the center of at most ``_CORE`` times the cell's mean: the rim contains points of other clusters,
-    which slow down EM. Cells of at most D points, which are singular, get a spherical covariance: the mean squared
-    distance of all points from their centers, per feature. Shared covariances are those of all cells.
-    Centers (B, K, D) are in frame coordinates; covariances are returned as ``covariance`` has them in the EM loop.
+    Weights are those of the cells. A core of more than 2 D points gives a component its mean, and its covariance scaled
+    to the trace of the cell's; other components get those of the cell. A core holds the points at a squared distance
+    from the center of at most ``_CORE`` times the cell's mean: the rim contains points of other clusters, which slow
+    down EM. Cells of at most D points, which are singular, get a spherical covariance: the mean squared distance of all
+    points from their centers, per feature. Shared covariances are those of all cells. Centers (B, K, D) are in frame
+    coordinates, and covariances are returned in the form of the EM loop, see ``covariance.from_public``.
     """
     num_components, num_features = centers.shape[1:]
     unrestricted = covariance.unrestricted
@@ -159,7 +159,7 @@ def fit_cells(
 
 
 def _with_gradient(points: Points, centers: Tensor, cell: Tensor, distances: Tensor) -> Tensor:
-    """Return the centers with the gradients of the points at distance zero, from which they were chosen."""
+    """Return the centers, with the gradients of the points that coincide with them: those chosen as centers."""
     if not points.x.requires_grad and forward_ad.unpack_dual(points.x).tangent is None:
         return centers
     chosen = (distances == 0).to(centers.dtype)

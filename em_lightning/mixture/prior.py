@@ -76,7 +76,7 @@ class MixturePrior(nn.Module):
             if not 0.0 <= counts[name] < math.inf:
                 raise ValueError(f"{name}_strength={counts[name]} must be finite and at least 0")
         self._counts = counts
-        for name, count in counts.items():
+        for name, count in counts.items():  # parameters: the log of the trained pseudo-count over the given one
             if learnable and count > 0:
                 self.register_parameter(f"log_{name}", nn.Parameter(torch.zeros(1)))
         self.log_spread = nn.Parameter(torch.zeros(1)) if learnable and counts["covariance"] > 0 else None  # of S_0
@@ -141,7 +141,7 @@ def log_prior(parameters: Parameters, covariance: Covariance, counts: PseudoCoun
     """Return the log of the prior density (B,), up to a constant; parameters and counts have the same coordinates."""
     log_weights, means, covariances = parameters
     features = means.shape[-1]
-    # Natural parameters of second degree, times second_degree(x - mu), are -(x - mu)^T P (x - mu) / 2.
+    # P = Sigma^-1; natural parameters of second degree times second_degree(d) are -d^T P d / 2. A shared P counts once.
     theta, peak = covariance.natural_parameters(Parameters(torch.zeros_like(log_weights), means, covariances))
     minus_half_p = theta[..., 1 + features :]
     log_det_root = peak + half_log_two_pi(features)  # log |P|^(1/2)

@@ -112,7 +112,6 @@ class EMModule(lightning.LightningModule):
         raise TypeError(f"{type(self).__name__} must define batch_size(batch) for batches of {type(batch).__name__}")
 
     def _run_and_log(self, batch: Any, stage: str) -> Tensor:
-        """Run ``step`` and log its terms and the metrics."""
         terms = self.step(batch, stage)
         terms = terms if isinstance(terms, dict) else {"loss": terms}
         loss = terms.get("loss")

@@ -266,7 +266,6 @@ class GaussianMixtureModule(EMModule):
         return self._streamed.zeros(self.mixture.components)
 
     def _maximize(self, statistics: Tensor) -> None:
-        """Run the M-step on flattened statistics."""
         sums = self._zero_statistics.unflatten(statistics)
         mixture = self._streamed.m_step(sums, self.mixture, self.covariance_floor, self.prior, self.variance)
         self._assign(mixture)
@@ -302,7 +301,6 @@ class GaussianMixtureModule(EMModule):
         return self.mixture.log_prob(points.unsqueeze(0)).squeeze(0)
 
     def on_test_epoch_end(self) -> None:
-        """Log BIC and AIC of all rows."""
         total, mass, _ = global_sum(self.metrics_of("test")["log_likelihood"].sums).tolist()
         criteria = information_criteria(self.mixture, total, mass)
         self.log_dict({"test/bic": criteria.bic, "test/aic": criteria.aic}, sync_dist=True)

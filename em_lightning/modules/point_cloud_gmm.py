@@ -147,7 +147,6 @@ class PointCloudGMM(EMModule):
         return points / scale[:, None, None], partial(Mixture.affine, scale=scale, shift=torch.zeros_like(extent))
 
     def _exact_iters(self, points: Tensor, mask: Tensor | None) -> int:
-        """Return the number of classical iterations for a batch of clouds."""
         size = points.shape[1] if mask is None else int(mask.any(0).sum())
         return min(self.exact_iters, max(_MIN_EXACT_ITERS, self.exact_iters * size // _FULL_SIZE))
 

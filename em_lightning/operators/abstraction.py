@@ -12,7 +12,7 @@ from em_lightning.operators.em import EMOperator
 
 # Smallest exponent per axis: e^-16 is float32's round-off at 1; for up to 5 axes (3^5 bumps) no product is subnormal.
 _SMALLEST_EXPONENT = -16.0
-_BLOCK = 8  # sets per block of :func:`counts`, so that a block stays in the cache
+_CHUNK = 8  # sets per chunk of :func:`counts`, so that a chunk stays in the cache
 
 
 class EMAbstraction(nn.Module):
@@ -25,8 +25,8 @@ class EMAbstraction(nn.Module):
 
     :math:`h_n` are the features of item n, :math:`\mu_k` the means of the mixture that an :class:`EMOperator` fits to
     the coordinates. The offsets :math:`o_j` form a lattice, ``grid`` places per axis with spacing s. Without features,
-    y is the batch-normalized fraction of items per bump. ``blocks`` residual layers with their own weights V, W follow:
-    t <- relu(t + BN(V relu(BN(W y)))), y of the tokens as items, 3 places per axis. A stack of layers ends with K = 1.
+    y is the batch-normalized fraction of items per bump. ``blocks`` residual layers t <- relu(t + BN(V relu(BN(W y))))
+    follow, with their own V, W, and y of the tokens as items, 3 places per axis. The last module in a row has K = 1.
 
     The result is invariant to the order of the items. The coordinates and the operator get no gradient.
 
@@ -107,8 +107,8 @@ class EMAbstraction(nn.Module):
             centers = self.operator(x, mask).means
             x = torch.where(valid.unsqueeze(-1), x, 0.0)
             if features is None:
-                blocks = zip(x.split(_BLOCK), centers.split(_BLOCK), valid.to(x).split(_BLOCK), strict=True)
-                sums = torch.cat([counts(*block, self.grid, self.pitch) for block in blocks])
+                chunks = zip(x.split(_CHUNK), centers.split(_CHUNK), valid.to(x).split(_CHUNK), strict=True)
+                sums = torch.cat([counts(*chunk, self.grid, self.pitch) for chunk in chunks])
                 sums = sums / valid.sum(1).clamp(min=1)[:, None, None]
             else:
                 item_bumps = bumps(x, centers, self.grid, self.pitch)

@@ -81,13 +81,14 @@ class SetOperator(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
             state = self._start(sets, not self.training) if init is None else self._enter(sets, init)
-            yield sets, state
+        yield sets, state  # outside of the context, so that the caller's autocast applies to the body of its loop
 
-            def step(state: Parameters, progress: float) -> Parameters:
+        def step(state: Parameters, progress: float) -> Parameters:
+            with torch.autocast(x.device.type, enabled=False):
                 return self._step(sets, state, progress)[0]
 
-            for after in gradients.iterate(step, state, num_iters, self.gradient):
-                yield sets, after
+        for after in gradients.iterate(step, state, num_iters, self.gradient):
+            yield sets, after
 
     def fit(
         self,
@@ -112,8 +113,8 @@ class SetOperator(nn.Module):
             state = self._start(sets, True) if init is None else self._enter(sets, init)
             mass = sets.mass.clamp(min=1.0)
 
-            def step(state: Parameters, iteration: int) -> tuple[Parameters, Tensor]:
-                after, objective = self._step(sets, state, progress=1.0, with_objective=True)  # any may be the last
+            def step(state: Parameters, _: int) -> tuple[Parameters, Tensor]:  # any may be the last, with progress 1
+                after, objective = self._step(sets, state, progress=1.0, with_objective=True)
                 return after, objective / mass
 
             result = em.fit(step, state, max_iters=max_iters, tol=tol)
@@ -136,7 +137,9 @@ class SetOperator(nn.Module):
     _prepare: Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, mask, weights) -> sets
     _start: Callable[[Any, bool], Parameters]  # (sets, best_of_several) -> state
     _enter: Callable[[Any, Any], Parameters]  # (sets, mixture) -> state
-    _step: Callable[..., tuple[Parameters, Tensor]]  # (sets, state, progress, with_objective=False)
+    # (sets, state, progress, with_objective=False) -> (state after, objective (B,) before, 0 if not requested);
+    # progress is the share of iterations that are done after this one, 1 in the last.
+    _step: Callable[..., tuple[Parameters, Tensor]]
     _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)
     _mixture: Callable[[Any, Parameters], Any]  # (sets, state) -> mixture
 

@@ -61,7 +61,7 @@ class DirectionalMixture:
 
     def posterior(self, x: Tensor, mask: Tensor | None = None) -> Posterior:
         """Return the posterior over components of the directions of x (B, N, D)."""
-        points = directions(x, lambda x: x, mask, None)
+        points = directions(x, lambda x: x, mask, None)  # only points.x is read, which needs no features
         log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
         constant = log_weights - log_normalizer(concentrations, x.shape[-1])[0]
         joint = torch.baddbmm(constant.unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
@@ -88,6 +88,7 @@ class VonMisesFisher(FullCovariance):
         kappa = 1.0 / inverse - a
         log_z, length = log_normalizer(kappa, num_features)
         slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
+        # Slopes by the chain rule, from d(-log C) / dkappa = R, dkappa / dt = -1 / t^2 and d(1 - R) / dkappa = -slope.
         log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
         self.normalizer = _Cubic(  # first: the limits for kappa -> infinity; last: for kappa -> 0
             (0.0, inverse, 1.0 / a),
@@ -118,8 +119,8 @@ class VonMisesFisher(FullCovariance):
         """Return directions and concentrations for mean vectors (B, K, D); the floor (B,) bounds ``1 / kappa``."""
         length = torch.linalg.vector_norm(means, dim=-1, keepdim=True)
         unit = means / length.clamp(min=torch.finfo(length.dtype).tiny)
-        rest = (1.0 - length.squeeze(-1)).clamp(min=1e-12)  # kappa is infinite at 0
-        concentrations = (self.concentration(rest) / rest).clamp(min=_SMALLEST_CONCENTRATION)
+        one_minus_r = (1.0 - length.squeeze(-1)).clamp(min=1e-12)  # kappa is infinite at 0
+        concentrations = (self.concentration(one_minus_r) / one_minus_r).clamp(min=_SMALLEST_CONCENTRATION)
         return torch.where(length > 0, unit, self.axis), concentrations.minimum(floor.unsqueeze(-1).reciprocal())
 
 
@@ -232,7 +233,7 @@ class DirectionalEM(SetOperator):
 
 
 def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | None, weights: Tensor | None) -> Points:
-    """Normalize points (B, N, D) to unit length and prepare them for EM; zero vectors stay zero."""
+    """Normalize points (B, N, D) and prepare them for EM with features of the family; zero vectors stay zero."""
     if mask is not None:
         x = torch.where(mask.unsqueeze(-1), x, 0.0)
     x = unit_vectors(x.to(accumulation_dtype(x)))
@@ -243,9 +244,9 @@ def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | N
 def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
     """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
-    The recurrence ``1 / R_v = R_{v+1} + 2 (v + 1) / x`` of ``R_v = I_{v+1}(x) / I_v(x) = y - v / x`` runs downwards,
-    which is stable, from ``y = I_v' / I_v = s / x - rest x / s^2`` at a large v, ``s^2 = v^2 + x^2``. ``rest`` is a
-    series in 1 / s; its coefficients in ``q = x^2 / s^2`` solve ``y' = 1 + v^2 / x^2 - y / x - y^2`` term by term.
+    Ratios ``R_v = I_{v+1}(x) / I_v(x)`` follow downwards in v, which is stable: ``1 / R_v = R_{v+1} + 2 (v + 1) / x``.
+    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. The
+    coefficients in ``x^2 / s^2`` of c, a series in 1 / s, solve ``y' = 1 + v^2 / x^2 - y / x - y^2`` term by term.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 (recurrence), 9.7.7 and 9.7.9.
     """
@@ -261,8 +262,8 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     size = (top**2 + x.square()).sqrt()
     q = (x / size).square()
     third, fourth = (15.0 * q - 18.0) * q + 4.0, ((1105.0 * q - 1768.0) * q + 752.0) * q - 64.0
-    rest = 0.5 + ((5.0 * q - 4.0) + (third + fourth / (16.0 * size)) / size) / (8.0 * size)
-    ratio = (size - top) / x - rest * x / size.square()
+    correction = 0.5 + ((5.0 * q - 4.0) + (third + fourth / (16.0 * size)) / size) / (8.0 * size)
+    ratio = (size - top) / x - correction * x / size.square()
     for step in range(count + _ORDERS, 0, -1):
         ratio = (ratio + 2.0 * (lowest_order + step) / x).reciprocal()  # of the order lowest_order + step - 1
         if step == count + 1:

@@ -174,7 +174,7 @@ class EMOperator(SetOperator):
         covariance = covariance_of(mixture.covariances, mixture.means)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights, covariance)
-            state = self._with_reserved_share(sets.points.frame.enter_parameters(mixture.parameters()))
+            state = self._with_room_for_background(sets.points.frame.enter_parameters(mixture.parameters()))
             return self._objective(sets, state).to(x.dtype)
 
     def _evaluation(
@@ -190,7 +190,7 @@ class EMOperator(SetOperator):
         check_sets(x, mask, None, self.num_features)
         covariance = covariance_of(mixture.covariances, mixture.means)
         points = prepare(x.expand(mixture.sets, -1, -1), covariance.features, mask, with_moments=False)
-        state = self._with_reserved_share(points.frame.enter_parameters(mixture.parameters()))
+        state = self._with_room_for_background(points.frame.enter_parameters(mixture.parameters()))
         return points, state, self._likelihood(points, state, covariance, background_energies)
 
     def classical(self) -> EMOperator:
@@ -198,8 +198,6 @@ class EMOperator(SetOperator):
         plain = copy.copy(self)
         plain._modules = {**self._modules, "correction": None}  # a new dict: that of the copy is shared with self
         return plain
-
-    # The loop.
 
     def _prepare(
         self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
@@ -214,12 +212,12 @@ class EMOperator(SetOperator):
     def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
         def score(state: Parameters) -> Tensor:
             """Return the objective (B,) after a few exact iterations."""
-            state = self._with_reserved_share(state)
+            state = self._with_room_for_background(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
                 state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
             return self._objective(sets, state)
 
-        return self._with_reserved_share(self.start(sets, score if best_of_several else None))
+        return self._with_room_for_background(self.start(sets, score if best_of_several else None))
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
         covariance = covariance_of(mixture.covariances, mixture.means)
@@ -229,7 +227,7 @@ class EMOperator(SetOperator):
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
         state = sets.points.frame.enter_parameters(mixture.parameters())
-        return self._with_reserved_share(state._replace(covariances=self.family.from_public(state.covariances)))
+        return self._with_room_for_background(state._replace(covariances=self.family.from_public(state.covariances)))
 
     def _step(
         self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
@@ -242,7 +240,7 @@ class EMOperator(SetOperator):
         counts = None if sets.pseudo_counts is None else correction.pseudo_counts(sets.pseudo_counts, self.family)
         corrected = self._m_step(statistics, sets._replace(pseudo_counts=counts), state)
         corrected = correction.apply(self.family, state.means, corrected, sets.floor)
-        # Earlier corrections need no safeguard, as the exact M-step of the next iteration follows them.
+        # Progress is 1 in the last iteration. Earlier ones need no safeguard, as an exact M-step follows them.
         return (corrected if progress < 1.0 else self._safeguarded(sets, after, corrected)), objective
 
     def _m_step(self, statistics: SufficientStatistics, sets: Sets, state: Parameters) -> Parameters:
@@ -295,13 +293,13 @@ class EMOperator(SetOperator):
         counts = sets.pseudo_counts
         if counts is None:
             return log_likelihood
-        log_density = log_prior(state, sets.covariance, counts)
+        of_prior = log_prior(state, sets.covariance, counts)
         num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
         # The prior has -covariance_count / 2 log det per covariance; the user's units add 2 log_volume to a log det.
-        log_density = log_density - counts.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
+        of_prior = of_prior - counts.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
         if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
-            log_density = log_density + counts.weight_count.squeeze(-1) * likelihood.background.log_weight
-        return log_likelihood + log_density
+            of_prior = of_prior + counts.weight_count.squeeze(-1) * likelihood.background.log_weight
+        return log_likelihood + of_prior
 
     def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
@@ -314,7 +312,7 @@ class EMOperator(SetOperator):
         kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
         return Likelihood(covariance, kernel, background)
 
-    def _with_reserved_share(self, state: Parameters) -> Parameters:
+    def _with_room_for_background(self, state: Parameters) -> Parameters:
         """With an estimated background of weight w_0, scale the weights to the sum 1 - w_0; otherwise keep them."""
         if self.background is None:
             return state

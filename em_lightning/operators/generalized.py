@@ -193,7 +193,7 @@ def _shares(log_responsibilities: Tensor, weights: Tensor) -> Tensor:
     """
     largest = (log_responsibilities + weights.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0.0)
-    # Points of zero weight, which are not in ``largest``, may exceed it: the bound keeps their exponentials finite.
+    # Points of zero weight may exceed ``largest``; half the range keeps their exponentials and products of two finite.
     bound = 0.5 * math.log(torch.finfo(log_responsibilities.dtype).max)
     parts = (log_responsibilities - largest).clamp(max=bound).exp() * weights.unsqueeze(-1)
     total = parts.sum(1, keepdim=True)
@@ -206,11 +206,11 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     num_rows = _BLOCK_SIZE // max(centers.numel(), 1) or 1
     blocks = zip(sets.x.split(num_rows, 1), shares.split(num_rows, 1), strict=True)
     sums = [_irls_sums(kernel, x, share, centers, near) for x, share in blocks]
-    slope, weight, weighted_share = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    slope, weight, share_with_weight = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
     # Points without an IRLS weight get the mean weight of the others.
-    usable = (weighted_share > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
-    step = -slope * weighted_share / torch.where(usable, weight, 1.0)
-    # If no point has a weight, all are at the center or have slope 0: the center stays, with their mean's gradient.
+    usable = (share_with_weight > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
+    step = -slope * share_with_weight / torch.where(usable, weight, 1.0)
+    # If no point has a weight, all are at the center or have slope 0: it stays, with the gradient of their mean.
     drift = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
     return slope, torch.where(usable, step.to(centers.dtype), drift - drift.detach())
 

@@ -80,7 +80,8 @@ def _implicit_step(step: Step, state: Parameters) -> Parameters:
         def product(vector: Tensor) -> Tensor:
             return vector - torch.autograd.grad(f, z, vector, retain_graph=True)[0]
 
-        return gmres(product, grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return gmres(product, grad)
 
     packed.register_hook(solve)
     return _unpack(packed, state)

@@ -19,7 +19,6 @@ _custom_op = functools.partial(torch.library.custom_op, mutates_args=(), device_
 
 
 def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
-    """Return log-weights, means and log-scales of zero."""
     means = x.new_zeros(num_groups, num_components, x.shape[1], dtype=torch.float64)
     return means.new_zeros(means.shape[:2]), means, means.new_zeros(means.shape[:2])
 
@@ -99,4 +98,5 @@ def map_groups(
     return tuple(part.new_zeros(num_groups, *part.shape[1:]).index_copy(0, torch.cat(groups), part) for part in parts)
 
 
+# Called with the inputs, the unused outputs and the gradients; second derivatives are those of _fit_by_operator.
 native.register_gradient(_fit_groups, lambda *arguments: [_gradient(*arguments[:-2], arguments[-1])], _fit_by_operator)

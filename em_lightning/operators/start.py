@@ -24,8 +24,10 @@ Score = Callable[[Parameters], Tensor]
 class Sets(NamedTuple):
     """The inputs of all iterations of an EM operator.
 
-    points, mass, mask: the points prepared for EM, their mass (B,), and the given mask (B, N).
-    covariance, floor, pseudo_counts, dtype: covariance type, variance floor (B,), those of the prior, result's dtype.
+    points: the points prepared for EM; ``points.x`` is (B, D, N), in the user's units.
+    mass, mask: the mass of the points (B,) and the given mask (B, N).
+    covariance, floor: the covariance type and the floor of variances (B,), in frame coordinates.
+    pseudo_counts, dtype: those of the prior, and that of the result.
     """
 
     points: Points

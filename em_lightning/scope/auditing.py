@@ -91,7 +91,7 @@ def audit(model: nn.Module, batch: Any, run: Callable[[], Any] | None = None) ->
     with _on_a_copy(model, None if run else batch) as batch, isolate_rng(include_cuda=False):
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
             mha.set_fastpath_enabled(False)
-            Observers.on = False
+            Observers.on = False  # taps record nothing, and first calls print nothing
             model.eval()
             try:
                 with _Recorder(model) as recorder:
@@ -223,7 +223,7 @@ class _Recorder(TorchDispatchMode):
         while len(self._stack) > 1 and self._stack.pop()[1] is not module:
             pass  # the forward hook of a module that raised was not called
         if isinstance(module, _CHECKED_AS_A_WHOLE) and not self._inside(Activation):
-            given = inspect.signature(module.forward).bind(*inputs, **kwargs)  # has the first argument by position
+            given = inspect.signature(module.forward).bind(*inputs, **kwargs)  # by position: check_call reads inputs[0]
             self.checked_calls.append((path, module, given.args, given.kwargs, output))
         if isinstance(output, Tensor):
             # The innermost module that returned the output. Keep the output, as a freed address could be reused.
@@ -249,10 +249,10 @@ class _Recorder(TorchDispatchMode):
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
         else:
             maker = self._makers.get(_key(args[0]))
-            # A loss belongs to the layer that returned its logits if it is computed in a loss module, in the model
-            # (twice in the stack during its forward), or in a module that training_step calls, such as a classifier.
-            outside = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")
-            if maker is not None and outside:
+            # A softmax belongs to the layer that returned its logits if it runs in no layer: in training_step (stack:
+            # model), in the model's forward (model, model), in a module that training_step calls, or in a loss module.
+            in_no_layer = len(self._stack) <= 2 or type(module).__name__.endswith("Loss")
+            if maker is not None and in_no_layer:
                 path, module, _ = maker
             if isinstance(module, nn.MultiheadAttention):
                 operation = "attention"

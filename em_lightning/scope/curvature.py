@@ -17,8 +17,8 @@ def curvature(responsibilities: Tensor, temperature: float | Tensor = 1.0, dim: 
 
     .. math:: \kappa = \lambda_{\max}(\mathrm{diag}(r) - r r^\top) / T \le \frac{1}{2 T}
 
-    It is 0 for a single winner, 1/(2T) for two equal winners and 1/(KT) for K equal ones, so constant (dead)
-    units that share the lowest energy increase it too. The eigenvalue is the root of
+    It is 0 for a single winner, 1/(2T) for two equal winners and 1/(KT) for K equal ones, so constant (dead) units
+    that share the lowest energy raise it above 0 without any competition. The eigenvalue is the root of
     :math:`\sum_k r_k^2 / (r_k - \lambda) = 1` between the two largest responsibilities, found in float64 (float32
     on MPS). The gradient is exact; for one-hot rows and ties of three or more winners, where the eigenvalue is not
     simple, it is a subgradient.

@@ -123,7 +123,7 @@ def sklearn_mixtures(points: Tensor, components: int, **options: Any) -> list[Mi
     from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
 
-    options |= {"max_iter": 300, "random_state": 0}  # never reached by fits of 32 to 512 points, which took at most 50
+    options |= {"max_iter": 300, "random_state": 0}  # fits of 32 to 512 points took at most 50 iterations
     fit = GaussianMixture(min(components, points.shape[1]), **options)
     with threadpool_limits(1):  # several threads are slower on sets of this size
         return [fit_sklearn(fit, rows) for rows in points.double().cpu().numpy()]
@@ -137,7 +137,7 @@ def fit_sklearn(estimator: Any, rows: Any) -> Mixture:
         warnings.simplefilter("ignore", ConvergenceWarning)
         fit = estimator.fit(rows)
     weights, means, covariances = (torch.as_tensor(x).double() for x in (fit.weights_, fit.means_, fit.covariances_))
-    covariances = covariances[(None,) * COVARIANCES[fit.covariance_type].sklearn_axes]
+    covariances = covariances[(None,) * COVARIANCES[fit.covariance_type].sklearn_axes]  # axes that scikit-learn's lack
     return Mixture(weights.log()[None], means[None], covariances)
 
 
@@ -148,8 +148,9 @@ def each(**options: Sequence[Any]) -> list[Setting]:
 
 def baselines(size: int, fine: bool = False) -> list[Method]:
     """Return the methods for clouds of one size, with coarse or fine grids of settings."""
-    # Sparse clouds need larger floors and stronger priors, and several starts do not help them. Where wider ranges were
-    # tried, no setting at the ends of these ranges was best on validation clouds.
+    # Sparse clouds need larger floors and stronger priors, and several starts do not help them: the borders lie between
+    # the sizes 64, 128 and 256 of the study. No setting at the ends of the ranges was best on validation clouds where
+    # wider ones were tried. Methods that are not tuned have the same starts at every size.
     floors = [floor for floor in FLOORS if (floor >= 1e-4 if size < 100 else floor <= 3e-2)]
     starts = (1,) if size < 100 else (8,)
     strengths: Sequence[float] = (1.0, 3.0, 10.0) if size < 200 else (0.3, 1.0)

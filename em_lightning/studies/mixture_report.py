@@ -104,7 +104,6 @@ class MixtureReport(Report):
 
 
 def _joined(mixtures: Sequence[Mixture]) -> Mixture:
-    """Return the mixtures of several sets as one."""
     return Mixture(*(torch.cat(parts) for parts in zip(*(mixture.parameters() for mixture in mixtures), strict=True)))
 
 

@@ -58,7 +58,6 @@ class Report(lightning.Callback):
         raise NotImplementedError
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Run :meth:`report` and write its findings."""
         if trainer.fast_dev_run or not trainer.is_global_zero or trainer.interrupted:
             return
         folder, began = folder_of(trainer), time.time() - 1.0  # some file systems round times to seconds
@@ -75,10 +74,10 @@ class Report(lightning.Callback):
             return
         write_results(folder, findings.title, findings.notes, findings.rows, **findings.facts)
         writers = tensorboard_writers(trainer)
-        figures = dict(findings.figures)
+        drawn = dict(findings.figures)
         if self.history and self.figures:
-            figures["training"] = _training_figure(self.history)
-        for name, figure in figures.items():
+            drawn["training"] = _training_figure(self.history)
+        for name, figure in drawn.items():
             path = folder / f"{name}.png"
             with figure_style():
                 figure.savefig(path)

@@ -86,7 +86,7 @@ def swap_activations(
 def _print_found(surgery: Surgery, where: Where) -> None:
     """Print the paths of the changes, and the outermost selected modules of users' classes that contain no change."""
     changed = [change.path for change in surgery.changes]
-    # While a method of these modules runs, calls by modules inside them are replaced, too.
+    # "encoder." if "encoder" has the child CALLS_CHILD: all calls in its methods are replaced, also by modules inside.
     covered_prefixes = [path.removesuffix(CALLS_CHILD) for path in changed if path.endswith(CALLS_CHILD)]
     unchanged_prefixes: list[str] = []
     for site in walk(surgery.model):
@@ -100,7 +100,7 @@ def _print_found(surgery: Surgery, where: Where) -> None:
 
 
 def _activation_maker(spec: Any, dim: int | Literal["auto"], arguments: dict[str, Any]) -> Make:
-    """Return what :func:`change_sites` builds the activation from: the instance, or a partial of the class."""
+    """Return the given instance, or a partial of the class that was given, for :func:`change_sites`."""
     if isinstance(spec, nn.Module):
         if arguments or dim != "auto":
             name = type(spec).__name__
@@ -186,13 +186,13 @@ def insert_em_operators(
 def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, verbose: bool = False) -> None:
     """Register hooks that decide and print the unit axis of the modules of a change at their first call."""
     for module in change.modules:
-        axis = None
+        axis = None  # stays so if the units do not compete
         dim = own_dim(module, make)
         if dim is not None:
             axis = unit_axis(site, dim)
             if isinstance(module, SetRefinement):
                 others = () if module.width_is_given else axis.widths
-                axis.widths = (module.operator.num_features, *others)  # the width it was built for comes first
+                axis.widths = (module.operator.num_features, *others)  # candidates; first the one it was built for
                 surgery.undos += observe_forwards(site, module)
             if axis.dim != "auto":
                 module.dim = axis.dim

@@ -64,8 +64,8 @@ def swap_calls(
 
     The operator from ``make`` becomes a child of the module, named ``em_functional``; then ``prepare`` is called, and
     ``calls`` is as in :func:`replace_modules`. While a method of the module runs that mentions the function by name
-    (``self.relu`` of a child does not count), the operator replaces all its calls, even by unselected children. Methods
-    of torch's and Lightning's classes are skipped. Functions reached only through containers or objects are not found.
+    (``self.relu`` of a child does not count), all calls of the function run the operator, even by unselected children.
+    Methods of torch's and Lightning's classes are skipped, and functions in containers or objects are not found.
 
     Raises:
         NoMatchError: no method of a selected module mentions a function of ``target``; the message lists the modules.
@@ -115,7 +115,7 @@ def _run(module: nn.Module, functions: frozenset[Any], proceed: Callable[..., An
 
 
 def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
-    """Return the names of methods that mention one of ``names``, or an attribute whose function is or mentions one."""
+    """Return the names of methods that use one of ``names``, directly or through a function stored as an attribute."""
     submodules = {f"self.{path}" for path, _ in module.named_modules(remove_duplicate=False)}
     stored = {name: getattr(value, "func", value) for name, value in vars(module).items()}  # func: functools.partial
     aliases = {name for name, value in stored.items() if inspect.isbuiltin(value) and value.__name__ in names}
@@ -134,7 +134,7 @@ def _methods_that_call(module: nn.Module, names: set[str]) -> list[str]:
 
 
 def _mentions(function: Any, names: set[str], submodules: set[str], depth: int = 3) -> bool:
-    """Return whether a function, or functions outside torch up to ``depth`` calls away, read one of ``names``."""
+    """Return whether a function, or one outside torch up to ``depth`` calls away (untuned), reads one of ``names``."""
     read = {path.rpartition(".")[2] for path in _paths_read(function.__code__) - submodules}
     used = [function.__globals__.get(name) for name in read] if depth else []  # functions may be recursive
     called = [one for one in used if inspect.isfunction(one) and not one.__module__.startswith("torch.")]

@@ -218,7 +218,7 @@ class LayerwiseLoss:
         kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
         without_gradient = {path for path, tensors in kept.items() if not tensors}
         self._check(without_gradient | (self.losses.keys() - self.taps.seen))
-        self.taps.frozen = set()
+        self.taps.frozen = set()  # the next step finds anew which layers wait
         return {path: tensors for path, tensors in kept.items() if tensors}
 
     def _of_owners(
@@ -226,9 +226,9 @@ class LayerwiseLoss:
     ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
         """Return the tensors that depend on their owner's parameters, and the parameters that their losses may train.
 
-        Layers whose tensors depend on the owner's parameters alone have no entry in the second mapping.
-        Calls that only the layer's own optimizer trains, such as a discriminator's on detached images, take precedence:
-        once a layer had such a call, only these count.
+        The owner of a layer is the optimizer of its parameters. A call is ``alone`` if it depends on no parameters of
+        another optimizer, as a discriminator's on detached images; once a layer had such a call, only these count, and
+        it has no entry in the second mapping.
         """
         kept: dict[str, list[Tensor]] = {}
         owned: dict[str, list[Tensor]] = {}

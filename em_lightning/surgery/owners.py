@@ -140,7 +140,7 @@ def untrained_parameters(model: nn.Module, optimizers: Iterable[torch.optim.Opti
 
     def is_untrained_copy(path: str) -> bool:
         inside = [id(p) for name, p in parameters.items() if name.startswith(f"{path}.")]
-        # A copy of a part of the model has original parameters; a module without any lies inside what surgery added.
+        # A copy of a part of the model has parameters that surgery did not add; a module without any was itself added.
         return any(key not in built for key in inside) and not any(key in trained for key in inside)
 
     untrained = []

@@ -17,8 +17,8 @@ from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
 from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
-# Limit of all modules that a plan builds, so that no file fills the memory (1 GiB in float32), with a number added for
-# each module and tensor, because constructors of very many layers take time that is quadratic in their number.
+# Most elements that a plan may build (1 GiB in float32), against files that fill the memory. Each module or tensor adds
+# 2^14, so there are at most 2^14 of them: building many layers takes time that is quadratic in their number.
 _MAX_ELEMENTS, _PER_OBJECT = 2**28, 2**14
 
 
@@ -31,7 +31,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
     """
     surgery = Surgery(model) if into is None else into
     done = recorded_plan(model)
-    if not done:  # the hyperparameters may contain a changed module, from which the model is built
+    if not done:  # the model may be built from a module, among its hyperparameters, that surgery had changed
         built = [_recorded_path(site) for site in walk(model) if any(map(is_built, site.module.modules()))]
         done = [entry for entry in plan if entry["path"] in built]
         if done:
@@ -51,7 +51,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
 
 
 def _recorded_path(site: Site) -> str:
-    """Return the path of a site before operators were inserted after the layers around it."""
+    """Return the path of a site without the names ``layer``, which inserted operators add to it."""
     names = zip(site.path.split("."), site.ancestors, strict=True)
     return ".".join(name for name, parent in names if not (name == "layer" and isinstance(parent, Inserted)))
 
@@ -124,8 +124,8 @@ def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict
     keys = [key for part in (checkpoint, *checkpoint.values()) if isinstance(part, Mapping) for key in part]
     if not plan and any(MARKER in str(key) for key in keys):
         raise ValueError(
-            f"{path} has weights of a changed model, but no plan, which a Trainer stores if the LightningModule itself "
-            f"was changed: repeat the surgery on a new model, then call load_state_dict"
+            f"{path} has weights of a changed model, but no plan: a Trainer stores one only if the surgery was on the "
+            f"LightningModule itself; repeat the surgery on a new model, then call load_state_dict"
         )
     return plan
 

@@ -87,11 +87,9 @@ class Taps:
             raise NoMatchError(f"where={described(where)} matches only functions, which have no hooks")
         self.axes = {site.path: unit_axis(site, dim, tap) for site in self.sites}
         self.seen: set[str] = set()
-        paths: dict[nn.Module, list[str]] = {}
-        for site in walk(model):
-            paths.setdefault(site.module, []).append(site.path)
+        everything = list(walk(model))
         for site in self.sites:
-            self._undos += [*disable_fast_path(site), *_warn_if_shared(site, paths[site.module])]
+            self._undos += [*disable_fast_path(site), *_warn_if_shared(everything, site)]
             self._undos.append(self._register(site.module, site.path))
 
     @contextlib.contextmanager
@@ -163,13 +161,14 @@ class Taps:
         return taken
 
 
-def _warn_if_shared(site: Site, paths: list[str]) -> list[Undo]:
+def _warn_if_shared(everything: list[Site], site: Site) -> list[Undo]:
     """Warn of an instance without parameters that serves several places; return the undo functions of the hooks.
 
     It has several paths, or the module that holds it calls it several times in one forward.
     """
     if list(site.module.parameters()):
         return []  # the same weights are the same layer
+    paths = [other.path for other in everything if other.module is site.module]
     if len(paths) > 1:
         _warn_of_sharing(site.path, f"has the names {', '.join(paths)}")
         return []

@@ -3,8 +3,10 @@
 Whitened points ``y = W_k (z_n - mu_k)`` are computed for one component and a tile of points at a time, in float32, and
 sums over chunks of points are added in float64. Results do not depend on the order in which programs run.
 
-Indices: set b, component k, points n of a tile, features d, padded to D; bk and bn are flat. ``slope`` is a_nk, the
-gradient of the loss in ``w_n r_nk`` through the sums: constant + linear^T y + y^T square y, the ``polynomial``.
+Indices: set b, component k, points n of a tile, features d, padded to D in the kernels; bk and bn are flat. Arguments:
+W (``inverse``), L = W^-1 (``scale``), joint log-density at the mean (``peak``), frame ``z = (x - center) / unit``.
+``slope`` a_nk: the derivative of the loss with respect to ``w_n r_nk`` through the sums, a ``polynomial`` of y:
+constant + linear^T y + y^T square y.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def _product(matrix, vectors):
 
 @triton.jit
 def _slope(y, polynomial, bk, d, features, FULL: tl.constexpr):
-    """Return the slope a_nk (n,) and its derivative in y (D, n)."""
+    """Return the slope a_nk (n,) and its derivative with respect to y (D, n)."""
     constant, linear, square = polynomial
     valid = d < features
     first = tl.load(linear + bk * features + d, mask=valid, other=0.0)[:, None]
@@ -92,7 +94,7 @@ def _write_log_density(
 
 @triton.jit
 def _derivative(y, n, b, bk, items, peak, weights, per_point, a, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Return ``w_n r_nk`` (n,), and with SLOPES the gradient of the loss in ``log p(z_n, k)``, else the same again."""
+    """Return ``w_n r_nk`` (n,), and the gradient of the loss by ``log p(z_n, k)``, without SLOPES the same again."""
     log_density, mean_slope, grad_density = per_point
     valid, bn = n < items, b * items + n
     joint = tl.load(peak + bk) - 0.5 * tl.sum(y * y, 0)
@@ -152,12 +154,12 @@ def _write_point_gradient(
     x, mixture, peak, polynomial, weights, per_point, grad_z,
     D: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient in the coordinates z (B, D, N)."""
+    """Write the gradient with respect to the coordinates z (B, D, N)."""
     items, features, components = x[4], mixture[4], mixture[5]
     tiles = tl.cdiv(items, TILE)
     b, d = (tl.program_id(0) // tiles).to(tl.int64), tl.arange(0, D)
     n = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
-    found = tl.zeros((D, TILE), tl.float32)
+    gradient = tl.zeros((D, TILE), tl.float32)
     for k in range(components):
         bk = b * components + k
         y, W = _whitened(x, n, d, mixture, b, k, D, FULL)
@@ -165,11 +167,11 @@ def _write_point_gradient(
         r, c = _derivative(y, n, b, bk, items, peak, weights, per_point, a, SLOPES, WEIGHTED)
         grad_y = r[None, :] * slope_y - c[None, :] * y
         if FULL:
-            found += _product(tl.trans(W), grad_y)
+            gradient += _product(tl.trans(W), grad_y)
         else:
-            found += W[:, None] * grad_y
+            gradient += W[:, None] * grad_y
     mask = (d < features)[:, None] & (n < items)[None, :]
-    tl.store(grad_z + (b * features + d[:, None]) * items + n[None, :], found, mask=mask)
+    tl.store(grad_z + (b * features + d[:, None]) * items + n[None, :], gradient, mask=mask)
 
 
 class _Launch:
@@ -197,7 +199,7 @@ class _Launch:
         self.slopes = False
 
     def set_polynomial(self, grads: Tensor | None) -> None:
-        """Store the coefficients of the slope, for the gradient (B, K, F) of the loss in the sums of phi(z)."""
+        """Store the coefficients of the slope, for the gradient (B, K, F) with respect to the sums of phi(z)."""
         self.slopes = True
         if grads is None:
             self.polynomial = tuple(map(torch.zeros_like, (self.peak, *self.mixture[2:4])))
@@ -235,11 +237,11 @@ class _Launch:
         return tuple(part.sum(2, dtype=self.means.dtype) for part in parts)
 
     def grad_z(self, *per_point: Tensor) -> Tensor:
-        """Return the gradient in the coordinates z (B, D, N)."""
-        found = self.peak.new_empty(self.sets, self.features, self.items)
+        """Return the gradient with respect to the coordinates z (B, D, N)."""
+        gradient = self.peak.new_empty(self.sets, self.features, self.items)
         programs = self.sets * triton.cdiv(self.items, _TILE)
-        self._run(_write_point_gradient, programs, self.weights, per_point, found, **self.weighted)
-        return found
+        self._run(_write_point_gradient, programs, self.weights, per_point, gradient, **self.weighted)
+        return gradient
 
     def _run(self, kernel: Any, programs: int, *others: Any, **constants: Any) -> None:
         if programs:
