@@ -117,8 +117,7 @@ class GaussianMixture(reference.GaussianMixture):
         weights, means = mixture.weights[0].numpy(), mixture.means[0].numpy()
         labels = np.repeat(np.arange(len(means)), random.multinomial(n_samples, weights / weights.sum()))
         scale = COVARIANCES["full"].factorize(mixture.full().covariances).scale[0].numpy()
-        noise = random.standard_normal((n_samples, means.shape[1], 1))
-        rows = means[labels] + (scale[labels] @ noise)[..., 0]
+        rows = means[labels] + (scale[labels] @ random.standard_normal((n_samples, means.shape[1], 1)))[..., 0]
         return to_library(rows), to_library(labels)
 
     def _start(self, X: np.ndarray, counts: np.ndarray | None, random: np.random.RandomState) -> Mixture:

@@ -110,7 +110,9 @@ def test_the_curvature_of_a_linear_loss_is_zero(tmp_path):
 @pytest.mark.parametrize("kind", [Rounded, Attention])
 def test_a_layer_below_an_operation_without_second_derivatives_is_skipped_with_a_warning(tmp_path, kind):
     watch = PosteriorMonitor("encoder.3", every_n_steps=1, task_curvature=True, verbose=False)
-    with pytest.warns(UserWarning, match=r"PosteriorMonitor skips 'encoder.3', and the run continues"):
+    with pytest.warns(
+        UserWarning, match=r"PosteriorMonitor measures no task_curvature of 'encoder.3', and the run continues"
+    ):
         fitted(tmp_path, kind, [watch], 1)
 
 

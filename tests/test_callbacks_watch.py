@@ -1,11 +1,14 @@
 import math
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 import user_models as users
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from em_lightning import EMLoss
 from em_lightning.callbacks import EMAudit, LayerwiseEMLoss, PosteriorMonitor, SwapActivations, TemperatureSchedule
 from em_lightning.metrics import layer_metrics
 from em_lightning.surgery import NoMatchError
@@ -241,3 +244,70 @@ def test_a_logger_that_fails_is_not_taken_for_a_layer_that_cannot_be_measured(tm
         trainer.fit(users.MLP(), users.MLP.data())
     assert not any("skips" in str(warning.message) for warning in caught)
     assert any(key.startswith("em/encoder.1/") for key in trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_layer_that_fails_in_a_part_of_the_validation_has_no_value(tmp_path, fails):
+    class Model(users.MLP):
+        def __init__(self):
+            super().__init__()
+            self.block = torch.nn.Linear(6, 6)
+
+        def validation_step(self, batch, batch_idx):
+            self.block(torch.randn(6) if fails and batch_idx == 0 else torch.randn(2, 4, 6))  # the first has no axis 1
+
+    monitor = PosteriorMonitor("block", dim=1, verbose=False)
+    trainer = users.trainer(tmp_path, 1, [monitor], limit_val_batches=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.validate(Model(), users.MLP.data(), verbose=False)
+    assert any("skips 'block'" in str(one.message) for one in caught) == fails
+    assert any(key.startswith("em_val/block") for key in trainer.callback_metrics) != fails
+
+
+def test_calls_without_gradient_do_not_count_beside_one_with(tmp_path):
+    class Target(users.MLP):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                self.encoder(0.0 * batch[0])
+            return loss
+
+    values = []
+    for kind in (users.MLP, Target):
+        torch.manual_seed(0)
+        trainer = users.trainer(tmp_path, 1, [PosteriorMonitor("encoder.1", every_n_steps=1, verbose=False)])
+        trainer.fit(kind(), users.MLP.data())
+        values.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("em/")})
+    assert values[0] == values[1] != {}
+
+
+def test_dominance_is_that_of_the_first_loss_of_a_step(tmp_path):
+    class Twice(users.MLP):
+        scales = (1.0, 100.0)
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for scale in self.scales:
+                self.manual_backward(scale * F.cross_entropy(self.head(self.encoder(batch[0])), batch[1]))
+
+    class Once(Twice):
+        scales = (1.0,)
+
+    values = []
+    for kind in (Twice, Once):
+        torch.manual_seed(0)
+        monitor = PosteriorMonitor("encoder.1", every_n_steps=1, loss=EMLoss(), verbose=False)
+        trainer = users.trainer(tmp_path, 1, [monitor], limit_train_batches=1)
+        trainer.fit(kind(), users.MLP.data())
+        values.append(float(trainer.callback_metrics["em/encoder.1/dominance"]))
+    assert values[0] == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize("loss", ["em", {"free_energy": 1.0}, torch.square])
+def test_other_losses_are_refused_at_once(loss):
+    with pytest.raises(TypeError, match=r"loss=.* must be an EMLoss or None"):
+        PosteriorMonitor("encoder.1", loss=loss)

@@ -115,7 +115,7 @@ def test_damaged_checkpoint_raises_with_its_name_and_runs_no_code(name, tmp_path
     with pytest.raises(ValueError, match="bad.ckpt: invalid checkpoint"):
         surgery.read_plan(path)
     with pytest.raises(ValueError, match="bad.ckpt: invalid checkpoint"):
-        surgery.restore_surgery(nn.Module, path)
+        surgery.restore_surgery(lightning.LightningModule, path)
     with pytest.raises(ValueError, match="bad.ckpt: invalid checkpoint"):
         PointCloudGMM.load_from_checkpoint(path)
 

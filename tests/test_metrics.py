@@ -7,11 +7,9 @@ import subprocess
 import sys
 import warnings
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from ranks import run_ranks
 from scipy import stats
 from torch import nn
@@ -175,18 +173,6 @@ def test_members_of_a_collection_are_merged_one_by_one():
     for name in second:
         first[name].merge_state(second[name])
     assert_equal_to_oracle(first.compute(), oracle(a), rel=1e-6)
-
-
-@pytest.mark.parametrize("cls", UPDATES)
-def test_plot_shows_the_value_or_given_values(cls):
-    metric = cls()
-    metric.update(UPDATES[cls]())
-    figure, axes = metric.plot()
-    assert axes.lines[0].get_ydata()[0] == pytest.approx(metric.compute().item())
-    given = Figure().subplots()
-    assert metric.plot([torch.tensor(1.0), torch.tensor(2.0)], ax=given)[1] is given
-    assert list(given.lines[0].get_ydata()) == [1.0, 2.0]
-    plt.close(figure)
 
 
 def test_forward_gives_the_batch_and_keeps_the_total():

@@ -260,6 +260,78 @@ def test_the_axis_is_decided_again_after_a_plan_is_applied():
         assert len(recorded_plan(fresh)) == 1
 
 
+class PreNorm(nn.Module):
+    """A layer behind a norm that is declared after it."""
+
+    def __init__(self, layer, norm):
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, x):
+        y = self.layer(self.norm(x))
+        return y[0] if isinstance(y, tuple) else y
+
+
+PRE_NORMS = {  # layer, norm, shape of the input for a length, axis of the output's units
+    "linear": (lambda: nn.Linear(16, 32), lambda: nn.LayerNorm(16), lambda n: (2, n, 16), -1),
+    "recurrent": (lambda: nn.GRU(16, 16, 1, True, True, 0.0, True), lambda: nn.LayerNorm(16), lambda n: (2, n, 16), -1),
+    "convolution": (lambda: nn.Conv1d(16, 32, 1), lambda: nn.BatchNorm1d(16), lambda n: (2, 16, n), 1),
+    "maps": (lambda: nn.Conv2d(16, 32, 1), lambda: nn.BatchNorm2d(16), lambda n: (2, 16, 4, n), 1),
+}
+
+
+@pytest.mark.parametrize("kind", PRE_NORMS)
+def test_a_norm_declared_after_its_layer_never_makes_positions_the_units(kind):
+    layer, norm, shape, expected = PRE_NORMS[kind]
+    for length in (5, 16, 32):  # 16 is also the width of the norm, 32 that of the layer
+        model = nn.Sequential(PreNorm(layer(), norm()))
+        losses = LayerwiseLoss(model, "0", "free_energy", weight=1.0, verbose=False)
+        try:
+            losses.add_to(model(torch.randn(shape(length))).sum())
+        except ValueError as error:
+            assert length != 5 and "give dim=" in str(error)
+        else:
+            assert losses.dims["0"] == expected
+
+
+@pytest.mark.parametrize("change", ["swap", "functions", "insert"])
+def test_a_restored_model_keeps_the_axis_whatever_it_sees_first(change):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc, self.relu = nn.LayerNorm(6), nn.Linear(6, 6), nn.ReLU()
+
+        def forward(self, x):
+            x = self.fc(self.norm(x))
+            return F.relu(x) if change == "functions" else self.relu(x)
+
+    model, fresh = Model(), Model()
+    if change == "insert":
+        opened(model, "relu")
+    else:
+        swap_activations(model, "softmax_gated", functional=change == "functions", verbose=False)
+    model(torch.randn(2, 4, 6))  # decides
+    apply_plan(fresh, copy.deepcopy(recorded_plan(model)))
+    fresh.load_state_dict(model.state_dict())
+    x = torch.randn(2, 6, 6)  # both axes have the width
+    assert torch.equal(fresh(x), model(x))
+    with pytest.raises(ValueError, match="give dim="):
+        undecided = Model()
+        swap_activations(undecided, "softmax_gated", functional=change == "functions", verbose=False)
+        undecided(x)
+
+
+def test_layer_wise_losses_keep_their_axes_in_their_state():
+    model = nn.Sequential(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)))
+    first, second = (LayerwiseLoss(model, "0", "free_energy", weight=1.0, verbose=False) for _ in range(2))
+    first.add_to(model(torch.randn(2, 4, 6)).sum())
+    second.taps.clear()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first.remove()
+    second.add_to(model(torch.randn(2, 6, 6)).sum())
+    assert second.dims == {"0": -1}
+
+
 def test_axes_that_widths_do_not_decide_are_refused():
     square, x = ChannelsLast(), torch.randn(2, 6, 6, 6)
     for surgery in (

@@ -91,8 +91,7 @@ class LayerwiseEMLoss(Callback):
             # Found anew in each step, as finetuning callbacks add parameters to optimizers.
             owners = owners_of(losses.taps.sites, trainer.optimizers, self.optimizer) if several else None
             total = losses.add_to(loss, automatic, owners)
-            values = {f"em/{name}{suffix}": value for name, value in losses.values.items()}
-            pl_module.log_dict(values, batch_size=1)
+            pl_module.log_dict({f"em/{name}{suffix}": value for name, value in losses.values.items()}, batch_size=1)
             return total
 
         def training_step(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -93,13 +94,15 @@ class PosteriorMonitor(Callback):
         verbose: bool = True,
     ) -> None:
         check_counts(1, every_n_steps=every_n_steps)
+        if not isinstance(loss, EMLoss | None):
+            raise TypeError(f"loss={loss!r} must be an EMLoss or None")
         self.where, self.tap, self.dim = where, tap, dim
         self.every_n_steps, self.loss, self.task_curvature = every_n_steps, loss, task_curvature
         self.verbose = verbose
         self._taps: Taps | None = None
         self._axes: dict[str, UnitAxis] = {}
         self._metrics: dict[str, MetricCollection] = {}
-        self._last: dict[str, Tensor] = {}  # energies of the last call of each layer, units on the last axis
+        self._last: dict[str, Tensor | None] = {}  # energies of a layer's last call, units last; None if it is skipped
         self._products: dict[str, Tensor] = {}  # inner products of gradients: task and task, EM and EM, task and EM
         self._task_curvatures: dict[str, dict[str, Tensor]] = {}
         self._skipped: set[str] = set()  # layers of which a warning was given
@@ -122,34 +125,43 @@ class PosteriorMonitor(Callback):
         self._taps, self._last, self._products, self._task_curvatures = None, {}, {}, {}
 
     def _skip(self, path: str, error: Exception, what: str = "skips") -> None:
+        if what == "skips":
+            self._last[path] = None  # the values of its other calls would pass for those of all
         if path not in self._skipped:
             self._skipped.add(path)
             rank_zero_warn(f"PosteriorMonitor {what} {path!r}, and the run continues: {type(error).__name__}: {error}")
 
+    @contextlib.contextmanager
+    def _skipping(self, path: str, what: str = "skips") -> Iterator[None]:
+        """Warn of any exception: a layer may return a tensor of any dtype and shape, and loggers raise any class."""
+        try:
+            yield
+        except Exception as error:
+            self._skip(path, error, what)
+
     def _update(self, loss: Tensor | None = None, wanted: Callable[[Tensor], bool] = lambda _: True) -> None:
         """Measure the wanted tensors of all layers, and with a loss compare its gradients with those of the EM loss."""
-        try:
+        taken: dict[str, list[Tensor]] = {}
+        with self._skipping(described(self.where)):  # a tensor may have been overwritten in place
             taken = self._taps.take(wanted) if self._taps else {}
-        except RuntimeError as error:  # a tensor was overwritten in place
-            taken = {}
-            self._skip(described(self.where), error)
-        wanting = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in taken.items()}
-        gradients = {} if self.loss is None or loss is None else self._gradients(loss, wanting)
+        with_gradient = {
+            path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in taken.items()
+        }
         for path, tensors in taken.items():
-            try:
-                for tensor in tensors:
+            with self._skipping(path):
+                for tensor in with_gradient[path] or tensors:
                     self._measure(path, tensor.detach())
-                if wanting[path] and loss is not None and loss.requires_grad:
-                    self._compare(path, wanting[path], loss, gradients.get(path))
-            except Exception as error:  # a layer may return a tensor of any dtype and shape
-                self._skip(path, error)
+        if loss is not None and loss.requires_grad:
+            done = {*self._products, *self._task_curvatures}  # the first loss of a step counts
+            with self._skipping(described(self.where), "compares no gradients of"):
+                self._compare(loss, {path: own for path, own in with_gradient.items() if own and path not in done})
 
     @torch.no_grad()
     def _measure(self, path: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"the {self.tap} of {path!r} has dtype {tensor.dtype}; energies must be floating-point")
-        if not tensor.numel():
-            return  # an expert to which no item was routed
+        if not tensor.numel() or self._last.get(path, tensor) is None:
+            return  # an expert to which no item was routed, or a layer that is skipped
         dim = self._axes[path](tensor.shape)
         if path not in self._metrics:
             self._metrics[path] = layer_metrics(dim).to(tensor.device)
@@ -158,38 +170,35 @@ class PosteriorMonitor(Callback):
         self._metrics[path].update(tensor)
         self._last[path] = tensor.movedim(dim, -1)
 
-    def _gradients(self, loss: Tensor, tensors: dict[str, list[Tensor]]) -> dict[str, tuple[Tensor, ...]]:
-        """Return the gradients of the task's loss with respect to the tensors of all layers, by one backward pass."""
-        flat = [tensor for own in tensors.values() for tensor in own]
-        if not flat or not loss.requires_grad:
-            return {}
-        try:
-            found = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
-        except RuntimeError as error:  # reentrant checkpoints take only loss.backward()
-            self._skip(described(self.where), error, "compares no gradients of")
-            return {}
-        return {path: tuple(next(found) for _ in own) for path, own in tensors.items()}
+    def _compare(self, loss: Tensor, layers: dict[str, list[Tensor]]) -> None:
+        """Store the inner products of the gradients of both losses at each layer, and the curvature of the task's loss.
 
-    def _compare(self, path: str, tensors: list[Tensor], loss: Tensor, of_task: tuple[Tensor, ...] | None) -> None:
-        """Store the inner products of the gradients of both losses at a layer, and the curvature of the task's loss."""
-        if self.task_curvature:
-            num_items = sum(tensor.numel() // tensor.shape[self._axes[path](tensor.shape)] for tensor in tensors)
-            self._task_curvatures[path] = {"task_curvature": num_items * _hessian_norm(loss, tensors)}
-        if self.loss is None or of_task is None:
-            return
-        dim, leaves = self._axes[path](tensors[0].shape), [tensor.detach().requires_grad_() for tensor in tensors]
-        with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
-            energies = torch.cat([leaf.float().movedim(dim, -1).flatten(0, -2) for leaf in leaves])
-            of_em = torch.autograd.grad(self.loss.total(energies), leaves)
-        task, em = (torch.cat([part.float().flatten() for part in parts]) for parts in (of_task, of_em))
-        self._products[path] = torch.stack([task @ task, em @ em, task @ em])
+        One backward pass gives the gradients of the task's loss at all layers.
+        """
+        flat = [tensor for tensors in layers.values() for tensor in tensors]
+        if self.loss is not None and flat:  # reentrant checkpoints raise here, as they take only loss.backward()
+            of_task = iter(torch.autograd.grad(loss, flat, retain_graph=True, materialize_grads=True))
+        for path, tensors in layers.items():
+            own = [next(of_task) for _ in tensors] if self.loss is not None else []
+            if self.loss is not None:
+                with self._skipping(path, "compares no gradients of"):
+                    dim = self._axes[path](tensors[0].shape)
+                    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+                    with torch.enable_grad(), torch.autocast(loss.device.type, enabled=False):
+                        energies = torch.cat([leaf.float().movedim(dim, -1).flatten(0, -2) for leaf in leaves])
+                        of_em = torch.autograd.grad(self.loss.total(energies), leaves)
+                    task, em = (torch.cat([part.float().flatten() for part in parts]) for parts in (own, of_em))
+                    self._products[path] = torch.stack([task @ task, em @ em, task @ em])
+            if self.task_curvature:
+                with self._skipping(path, "measures no task_curvature of"):
+                    num_items = sum(t.numel() // t.shape[self._axes[path](t.shape)] for t in tensors)
+                    self._task_curvatures[path] = {"task_curvature": num_items * _hessian_norm(loss, tensors)}
 
     def _report(self, trainer: Any, pl_module: Any, prefix: str) -> None:
         for path, energies in self._last.items():
-            try:
-                self._log(trainer, pl_module, prefix, path, energies)
-            except Exception as error:  # loggers raise exceptions of any class
-                self._skip(path, error, "could not log all of")
+            if energies is not None:
+                with self._skipping(path, "could not log all of"):
+                    self._log(trainer, pl_module, prefix, path, energies)
         self._stop()
 
     def _log(self, trainer: Any, pl_module: Any, prefix: str, path: str, energies: Tensor) -> None:

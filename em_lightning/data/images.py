@@ -80,8 +80,7 @@ class TensorBatches(RankLoader):
             # Repeat items, so that every rank has one: batch statistics are reduced over all ranks.
             order = torch.cat([order, order[: self.num_replicas - remainder]])
         for number, batch in enumerate(order.split(global_size)[first:], first):
-            rows = batch[self.rank :: self.num_replicas]
-            tensors = tuple(tensor.index_select(0, rows) for tensor in self.tensors)
+            tensors = tuple(tensor.index_select(0, batch[self.rank :: self.num_replicas]) for tensor in self.tensors)
             if self.draw is None:
                 yield tuple(x.float().div_(255) if x.dtype == torch.uint8 else x for x in tensors)
             else:
@@ -199,8 +198,7 @@ def read_idx(path: str | Path) -> Tensor:
         if data[:3] != b"\0\0\x08" or len(data) < 4:  # 8 stands for uint8
             raise ValueError(f"it must begin with 0, 0, 8 and the number of axes, got {data[:4]!r}")
         shape = tuple(np.frombuffer(data, ">u4", count=data[3], offset=4).tolist())
-        content = bytearray(data[4 + 4 * data[3] :])
-        return torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape))
+        return torch.from_numpy(np.frombuffer(bytearray(data[4 + 4 * data[3] :]), np.uint8).reshape(shape))
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{path}: damaged or not an IDX file ({error})") from error
 

@@ -150,8 +150,7 @@ class MahalanobisKernel(Kernel):
         """The lower triangular factor L (D, D) with positive diagonal."""
         if self.log_factor is None:
             return self.initial_factor
-        change = self.log_factor.tril(-1) + torch.diag_embed(self.log_factor.diagonal().exp())
-        return self.initial_factor @ change
+        return self.initial_factor @ (self.log_factor.tril(-1) + self.log_factor.diagonal().exp().diag_embed())
 
     @property
     def covariance(self) -> Tensor:

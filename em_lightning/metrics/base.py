@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
-from torchmetrics.utilities.plot import plot_single_or_multi_val
 
 from em_lightning.distributed import flatten_units
 
@@ -36,11 +35,6 @@ class Float64Metric(Metric):
         self._accumulate(**state)
         self._computed = None  # torchmetrics would return the cached result
         self._update_count = max(self._update_count, 1)  # or compute() would warn
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Return a matplotlib figure and axes with the value of the metric, or with given values of ``compute``."""
-        value = self.compute() if val is None else val
-        return plot_single_or_multi_val(value, ax=ax, higher_is_better=self.higher_is_better, name=type(self).__name__)
 
 
 class MeanOfItems(Float64Metric):

@@ -64,8 +64,7 @@ class UniformBackground:
         total = log_weights.logsumexp(-1, keepdim=True)
         rest = math.log1p(-min(max(self.weight, _MIN_WEIGHT), 1.0 - _MIN_WEIGHT))
         # Scaled weights sum to at most 1 - _MIN_WEIGHT; a threshold half as far from 1 tolerates round-off.
-        unreserved = total > math.log1p(-0.5 * _MIN_WEIGHT)
-        return torch.where(unreserved, log_weights + rest, log_weights)
+        return torch.where(total > math.log1p(-0.5 * _MIN_WEIGHT), log_weights + rest, log_weights)
 
     def update_weights(self, log_weights: Tensor, component_mass: Tensor, background_mass: Tensor) -> Tensor:
         """Return log-weights (B, K) of the M-step, scaled by the estimated :math:`1 - w_0`; the masses are (B,)."""

@@ -89,8 +89,7 @@ def random_points(
     keys = torch.where(weights > 0, weights.log() + gumbel, -torch.inf)
     order = keys.topk(min(num_components, weights.shape[1])).indices
     # A set with fewer points than components repeats them in turn.
-    num_points = (weights > 0).sum(-1, keepdim=True).clamp(min=1)
-    rank = torch.arange(num_components, device=order.device) % num_points
+    rank = torch.arange(num_components, device=order.device) % (weights > 0).sum(-1, keepdim=True).clamp(min=1)
     return _pick(points, order.gather(1, rank)).mT.contiguous()
 
 
@@ -148,8 +147,7 @@ def fit_cells(
         responsibilities = zeros.scatter(2, cell[:, None, None].expand(-1, count, -1, -1), weights.unsqueeze(2))
         return (responsibilities.flatten(1, 2) @ points.lift(block, sets).mT,)
 
-    num_lifted = points.features(points.mean[:1, :, None]).shape[1]
-    numbers_per_point = max(count * num_components, num_lifted)
+    numbers_per_point = max(count * num_components, points.features(points.mean[:1, :, None]).shape[1])
     (moments,) = sum_blocks(moments_of_block, (points.x, cell, weights), (), numbers_per_point, _BLOCK_SIZES)
     mass, first, second = torch.cat(moments.chunk(count, 1)).tensor_split([1, 1 + points.num_features], -1)
     mass, unused = mass.squeeze(-1), torch.zeros_like(points.mass)

@@ -129,8 +129,7 @@ class GaussianMixtureModule(EMModule):
         self.prior = build("prior", MixturePrior, prior)
         # Parameters, although they get no gradient: DDP refuses a module without parameters.
         ones = torch.ones(1, num_features, dtype=torch.float64)
-        uniform = torch.zeros(1, num_components, dtype=torch.float64).log_softmax(-1)
-        self.log_weights = nn.Parameter(uniform)
+        self.log_weights = nn.Parameter(torch.zeros(1, num_components, dtype=torch.float64).log_softmax(-1))
         self.means = nn.Parameter(ones.new_zeros(1, num_components, num_features))
         self.covariances = nn.Parameter(COVARIANCES[covariance].expand(ones, num_components).clone())
         self.register_buffer("center", torch.zeros_like(ones))

@@ -221,8 +221,7 @@ class DirectionalEM(SetOperator):
         self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
         statistics = e_step(sets.points, state, Likelihood(sets.covariance), with_log_likelihood=with_objective)
-        after = m_step(statistics, sets.covariance, sets.floor, state.covariances)
-        return after, statistics.log_likelihood
+        return m_step(statistics, sets.covariance, sets.floor, state.covariances), statistics.log_likelihood
 
     def _objective(self, sets: Sets, state: Parameters) -> Tensor:
         density = log_density(sets.points, state, Likelihood(sets.covariance))

@@ -163,8 +163,7 @@ class GeneralizedEM(SetOperator):
         return after, (self._objective(sets, state) if with_objective else torch.zeros_like(sets.mass))
 
     def _em_step(self, sets: _Sets, state: Parameters) -> Parameters:
-        joint = state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)
-        log_responsibilities = joint.log_softmax(-1)
+        log_responsibilities = (state.log_weights.unsqueeze(1) - self.kernel(sets.x, state.means)).log_softmax(-1)
         mass = (log_responsibilities.exp() * sets.weights.unsqueeze(-1)).sum(1, dtype=accumulation_dtype(sets.x))
         mass = mass + 10.0 * torch.finfo(mass.dtype).eps  # as scikit-learn, so that no weight is zero
         log_weights = mass.log() - mass.sum(-1, keepdim=True).log()
@@ -179,8 +178,7 @@ class GeneralizedEM(SetOperator):
             constant: Tensor | float = self.kernel.log_normalizer(self.num_features).to(sets.x)
         except NoDensityError:
             constant = 0.0
-        free_energy = self.posterior(sets.x, self._mixture(sets, state)).free_energy
-        return -((free_energy + constant) * sets.weights).sum(-1)
+        return -((self.posterior(sets.x, self._mixture(sets, state)).free_energy + constant) * sets.weights).sum(-1)
 
     def _mixture(self, sets: _Sets, state: Parameters) -> KernelMixture:
         return KernelMixture(state.log_weights, state.means)

@@ -58,8 +58,7 @@ def fitted_table(rows: Sequence[Row]) -> Any:
 
     table = Table(box=None, pad_edge=False)
     for i, name in enumerate(rows[0]):
-        widest = max(len(_cell(row[name])) for row in rows)
-        table.add_column(Text(name), min_width=widest if i else None)
+        table.add_column(Text(name), min_width=max(len(_cell(row[name])) for row in rows) if i else None)
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     return table
@@ -139,5 +138,4 @@ def parse_number(value: float | str) -> tuple[float, float, float]:
         (93.4, 0.3, 0.05)
     """
     mean, _, deviation = str(value).partition("±")
-    digits = mean.strip().partition(".")[2]
-    return float(mean), float(deviation or 0.0), 0.5 * 10.0 ** -len(digits)
+    return float(mean), float(deviation or 0.0), 0.5 * 10.0 ** -len(mean.strip().partition(".")[2])

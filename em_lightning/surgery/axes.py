@@ -48,9 +48,8 @@ class UnitAxis:
     of 4 axes, say, has an axis for each. ``widths`` are the possible widths, the likeliest first.
     """
 
-    channels: Sequence[int] = ()  # widths of layers around it that have channels on axis 1
+    channels: Sequence[int] = ()  # widths of layers in or around it that have channels on axis 1
     features: Sequence[int] = ()  # widths of those that have features on axis -1
-    in_order = True  # whether these layers are probably declared in the order of their calls
 
     def __init__(self, path: str, widths: Sequence[int], dim: int | Literal["auto"] = "auto") -> None:
         self.path = path
@@ -76,15 +75,13 @@ class UnitAxis:
         return dim
 
     def _decide(self, shape: Sequence[int]) -> int:
-        fits_channels = len(shape) > 3 and shape[1] in self.channels
-        if fits_channels and shape[-1] not in self.features:
+        by_type = [axis for axis, widths in ((1, self.channels), (-1, self.features)) if shape[axis] in widths]
+        if len(shape) > 3 and by_type == [1]:
             return 1
-        for width in () if fits_channels and not self.in_order else self.widths:
-            fitting = [axis for axis in (1, -1) if shape[axis] == width]
-            if len(fitting) == 1:
-                return fitting[0]
-            if fitting:
-                break
+        fits = ([axis for axis in (1, -1) if shape[axis] == width] for width in self.widths)
+        likeliest = next(filter(None, fits), [])
+        if len(likeliest) == 1 and by_type in ([], likeliest):
+            return likeliest[0]
         widths = " or ".join(map(str, self.widths)) or "an unknown number of"
         raise ValueError(
             f"dim='auto' needs one of axes 1 and -1 of {self.path!r} to have the width of the layers in or before it, "
@@ -96,11 +93,11 @@ def unit_axis(site: Site, dim: int | Literal["auto"] = "auto", tap: Literal["out
     """Return the axis of the units of a site's output or input."""
     if dim == "auto":
         dim = _axis_by_type(site)
-    layers, around, in_order = layers_of(site, tap)
+    layers, around = layers_of(site, tap)
     axis = UnitAxis(site.path, [width for _, width in layers], dim)
-    axis.channels = [width for layer, width in around if isinstance(layer, _CHANNELS_FIRST)]
-    axis.features = [width for layer, width in around if isinstance(layer, (*LAST_AXIS, nn.LayerNorm, nn.RMSNorm))]
-    axis.in_order = in_order
+    near = [*layers, *around]
+    axis.channels = [width for layer, width in near if isinstance(layer, _CHANNELS_FIRST)]
+    axis.features = [width for layer, width in near if isinstance(layer, (*LAST_AXIS, nn.LayerNorm, nn.RMSNorm))]
     return axis
 
 
@@ -119,15 +116,12 @@ def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> 
     return None
 
 
-def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers, bool]:
-    """Return the site's own layer, else the layers in, before or behind it, likeliest first; and all layers around it.
-
-    The last result is whether the site lies between layers, so that they are probably in the order of their calls.
-    """
+def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers]:
+    """Return the site's own layer, else those in, before or behind it, likeliest first; and all layers around it."""
     own = num_units(site.module, tap)  # an Inserted has the attributes of its layer
     if own is not None:
-        return [(site.module, own)], [], True
-    layers, around, in_order = layers_in([site.module], tap)[:: 1 if tap == "input" else -1], layers_in([]), True
+        return [(site.module, own)], []
+    layers, around = layers_in([site.module], tap)[:: 1 if tap == "input" else -1], layers_in([])
     for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
         if layers:
             break
@@ -135,10 +129,9 @@ def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[L
         position = list(children).index(name) if name in children else len(children)
         before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
         layers, following = layers_in(before, "output")[::-1], layers_in(behind, "input")
-        in_order = bool(layers) and bool(following)
         around = [*layers, *following, *layers_in(behind, "output")]
         layers = layers or around
-    return layers, around, in_order
+    return layers, around
 
 
 def layers_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> Layers:

@@ -196,6 +196,7 @@ def watch_first_call(surgery: Surgery, site: Site, change: Change, make: Make, v
                 surgery.undos += observe_forwards(site, module)
             if axis.dim != "auto":
                 module.dim = axis.dim
+            change.entry.setdefault("axes", []).append(axis.decided)  # recorded; filled at the first call
         surgery.first_calls.append(FirstCall(site.path, axis, verbose))
         surgery.undos.append(module.register_forward_pre_hook(surgery.first_calls[-1]).remove)
 

@@ -172,9 +172,10 @@ class LayerwiseLoss:
         self.taps.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step, the averages of ``weight="auto"``, and what is known of several optimizers."""
+        """Return the step, the averages of ``weight="auto"``, what is known of several optimizers, and the axes."""
+        axes = {path: dict(axis.decided) for path, axis in self.taps.axes.items()}
         norms = {path: dataclasses.asdict(norms) for path, norms in self.norms.items()}
-        return {"step": self.step, "norms": norms, "trained_alone": sorted(self._trained_alone)}
+        return {"step": self.step, "norms": norms, "trained_alone": sorted(self._trained_alone), "axes": axes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state from :meth:`state_dict`; raise ValueError if its layers are not the selected ones."""
@@ -186,6 +187,8 @@ class LayerwiseLoss:
         self.step = state["step"]
         self.norms = {path: _Norms(**norms) for path, norms in state["norms"].items()}
         self._trained_alone = set(state["trained_alone"])
+        for path, decided in state.get("axes", {}).items():
+            self.taps.axes[path].decided.update(decided)
 
     def reset(self) -> None:
         """Discard captured tensors and the list of added losses; call it before a training step with several losses."""
@@ -216,8 +219,7 @@ class LayerwiseLoss:
     def _with_gradient(self, captured: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """Return the captured tensors with a gradient; raise RuntimeError if a layer has none and does not wait."""
         kept = {path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in captured.items()}
-        without_gradient = {path for path, tensors in kept.items() if not tensors}
-        self._check(without_gradient | (self.losses.keys() - self.taps.seen))
+        self._check({path for path, tensors in kept.items() if not tensors} | (self.losses.keys() - self.taps.seen))
         self.taps.frozen = set()  # the next step finds anew which layers wait
         return {path: tensors for path, tensors in kept.items() if tensors}
 

@@ -113,8 +113,7 @@ def unchanged_twins(model: nn.Module, sites: list[Site]) -> list[Twin]:
 
 def guard(model: nn.Module, twin: Twin) -> Undo:
     """Make a twin raise if it loads the weights of its changed original; return the function that removes this."""
-    hook = functools.partial(_refuse, twin)
-    return model.get_submodule(twin.copy).register_load_state_dict_post_hook(hook).remove
+    return model.get_submodule(twin.copy).register_load_state_dict_post_hook(functools.partial(_refuse, twin)).remove
 
 
 def _refuse(twin: Twin, module: nn.Module, keys: Any) -> None:

@@ -73,10 +73,8 @@ def _save(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, A
 
 
 def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str, Any]) -> Any:
-    stored, live = (
-        sorted(f"{one['operation']} {one['path']}: {one['class_path']}({one['init_args'] or ''})" for one in plan)
-        for plan in (plan_in(checkpoint), recorded_plan(model))
-    )
+    plans = [sorted(plan, key=shown_entry) for plan in (plan_in(checkpoint), recorded_plan(model))]
+    stored, live = ([shown_entry(entry) for entry in plan] for plan in plans)
     if stored != live:
         missing = "; ".join(entry for entry in stored if entry not in live) or "nothing"
         extra = "; ".join(entry for entry in live if entry not in stored) or "nothing"
@@ -90,7 +88,20 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
             f"the checkpoint was saved {'after another' if stored else 'without'} surgery: only in the checkpoint: "
             f"{missing}; only in the model: {extra}. {advice}"
         )
+    for saved, own in zip(*plans, strict=True):
+        use_axes(own, saved)
     return proceed(checkpoint)
+
+
+def shown_entry(entry: Mapping[str, Any]) -> str:
+    """Return the words for an entry, which are the same if it repeats the same surgery."""
+    return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''})"
+
+
+def use_axes(entry: dict[str, Any], stored: Mapping[str, Any]) -> None:
+    """Let the modules of an entry keep the axes of a stored one, whatever the shape of their first input."""
+    for own, decided in zip(entry.get("axes", []), stored.get("axes", []), strict=False):
+        own.update({int(num_axes): int(axis) for num_axes, axis in decided.items()})
 
 
 def arguments_of(make: Any) -> dict[str, Any] | None:

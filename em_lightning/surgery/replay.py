@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from em_lightning.registry import import_class
-from em_lightning.surgery.edit import Inserted, Surgery, change_sites
+from em_lightning.surgery.edit import Change, Inserted, Surgery, change_sites
 from em_lightning.surgery.em import watch_first_call
 from em_lightning.surgery.functional import CALLS_CHILD, swap_calls
-from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan
+from em_lightning.surgery.record import keep_in_checkpoints, plan_in, record_plan, recorded_plan, shown_entry, use_axes
 from em_lightning.surgery.select import MARKER, Site, find_modules, is_built, walk
 
 # Most elements that a plan may build (1 GiB in float32), against files that fill the memory. Each module or tensor adds
@@ -39,7 +39,7 @@ def apply_plan(model: nn.Module, plan: list[dict[str, Any]], into: Surgery | Non
             record_plan(model, done)
     with _limited_memory():
         for entry in plan:
-            if entry not in done:
+            if shown_entry(entry) not in map(shown_entry, done):
                 surgery.by = entry["by"]
                 try:
                     _apply(surgery, entry)
@@ -98,14 +98,17 @@ def _apply(surgery: Surgery, entry: dict[str, Any]) -> None:
     cls: Any = import_class(entry["class_path"], nn.Module)  # so that a plan cannot call anything but modules
     _check_numbers(entry["init_args"])
     make = functools.partial(cls, **entry["init_args"])
-    prepare = functools.partial(watch_first_call, surgery, make=make)
+
+    def prepare(site: Site, change: Change) -> None:
+        watch_first_call(surgery, site, change, make)
+        use_axes(change.entry, entry)
+
     if entry["operation"] == "functional":
         target = [getattr(nn, name) for name in entry["target"]]
         where = path.removesuffix(CALLS_CHILD).removesuffix(".")  # the module that calls the function
         swap_calls(surgery, where, make, target, calls, prepare)
     else:
-        sites = find_modules(surgery.model, [path])
-        change_sites(surgery, entry["operation"], sites, lambda _: make, calls, prepare)
+        change_sites(surgery, entry["operation"], find_modules(surgery.model, [path]), lambda _: make, calls, prepare)
 
 
 def read_plan(path: str | PathLike[str], weights_only: bool = True) -> list[dict[str, Any]]:
@@ -139,7 +142,8 @@ def restore_surgery(cls: Any, path: str | PathLike[str], **arguments: Any) -> An
         ValueError: the checkpoint stores no plan, is damaged, or lacks the arguments of a module.
     """
     if isinstance(cls, nn.Module) or not hasattr(cls, "load_from_checkpoint"):
-        raise TypeError(f"cls must be the class of a LightningModule, got an instance of {type(cls).__name__}")
+        shown = cls.__name__ if isinstance(cls, type) else f"an instance of {type(cls).__name__}"
+        raise TypeError(f"cls must be the class of a LightningModule, got {shown}")
     arguments = {"weights_only": True, **arguments}
     plan = read_plan(path, arguments["weights_only"] is not False)
     if not plan:

@@ -54,8 +54,7 @@ class DiagonalCovariance(FullCovariance):
         precision = inverse.square()
         linear = precision * means
         peak = self.log_peak(log_weights, inverse, features)
-        constant = peak - 0.5 * (means * linear).sum(-1)
-        return torch.cat([constant.unsqueeze(-1), linear, -0.5 * precision], -1), peak
+        return torch.cat([(peak - 0.5 * (means * linear).sum(-1)).unsqueeze(-1), linear, -0.5 * precision], -1), peak
 
     def log_peak(self, log_weights: Tensor, inverse: Tensor, num_features: int) -> Tensor:
         log_det_root = inverse.log().sum(-1) * (num_features / inverse.shape[-1])  # D features may share one entry
