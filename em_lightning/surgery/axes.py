@@ -44,8 +44,8 @@ class UnitAxis:
 
     With ``dim="auto"`` the type of the layer defines it, or for an activation in an ``nn.Sequential`` the type of the
     layer before it, see :func:`unit_axis`. Where no type does, it is the last of fewer than three axes, else the one of
-    axes 1 and -1 whose size at the first batch is the width of the layer. A layer that is called with tensors of 2 and
-    of 4 axes, say, has an axis for each. ``widths`` are the possible widths, the likeliest first.
+    axes 1 and -1 whose size at the first batch is the width of the layer; checkpoints keep it. A layer that is called
+    with tensors of 2 and of 4 axes has an axis for each. ``widths`` are the possible widths, the likeliest first.
     """
 
     channels: Sequence[int] = ()  # widths of layers in or around it that have channels on axis 1
