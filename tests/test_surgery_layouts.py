@@ -766,3 +766,21 @@ def test_units_on_axis_0_of_a_map_without_a_batch_are_accepted():
     x = torch.randn(3, 5, 5)
     expected = ACTIVATIONS.build("softmax_gated", dim=0)(net[0](x))
     assert torch.equal(net(x), expected)
+
+
+@pytest.mark.parametrize("result", ["detached", "vector", "number", "none"])
+def test_losses_that_could_not_train_a_layer_are_refused(result):
+    def loss(energies):
+        value = energies.square()
+        return {"detached": value.detach().mean(), "vector": value.mean(-1), "number": 1.0, "none": None}[result]
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    losses = LayerwiseLoss(model, "1", loss, weight=1.0, verbose=False)
+    with pytest.raises(TypeError, match="the loss of '1' must be a scalar tensor with a gradient"):
+        losses.add_to(model(torch.randn(5, 4)).sum())
+
+
+@pytest.mark.parametrize("target", [F.gelu, torch.relu, [nn.ReLU, F.silu]])
+def test_functions_are_no_targets_and_the_message_names_the_class(target):
+    with pytest.raises(TypeError, match=r"target=.* must be a class.*; give the class, (GELU|ReLU|SiLU)"):
+        swap_activations(nn.Sequential(nn.Linear(4, 3), nn.GELU()), target=target, functional=True, verbose=False)

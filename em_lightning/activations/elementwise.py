@@ -116,8 +116,7 @@ def _exponential(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tens
     # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). Exponents are limited to 40, where the kernel becomes
     # linear with slope exp(40): beyond, the tanh is 1 in float64 unless z or m is nearly 0, where sinh is linear too.
     outer = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
-    inner = (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh()
-    return torch.tanh(outer * inner / t)
+    return torch.tanh(outer * (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh() / t)
 
 
 _CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {

@@ -144,9 +144,7 @@ class PosteriorMonitor(Callback):
         taken: dict[str, list[Tensor]] = {}
         with self._skipping(described(self.where)):  # a tensor may have been overwritten in place
             taken = self._taps.take(wanted) if self._taps else {}
-        with_gradient = {
-            path: [tensor for tensor in tensors if tensor.requires_grad] for path, tensors in taken.items()
-        }
+        with_gradient = {path: [one for one in tensors if one.requires_grad] for path, tensors in taken.items()}
         for path, tensors in taken.items():
             with self._skipping(path):
                 for tensor in with_gradient[path] or tensors:

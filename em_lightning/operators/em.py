@@ -309,8 +309,7 @@ class EMOperator(SetOperator):
     ) -> Likelihood:
         uniform = self.background
         background = None if uniform is None else uniform.terms(points, state.log_weights, background_energies)
-        kernel = None if isinstance(self.kernel, GaussianKernel) else self.kernel
-        return Likelihood(covariance, kernel, background)
+        return Likelihood(covariance, None if isinstance(self.kernel, GaussianKernel) else self.kernel, background)
 
     def _with_room_for_background(self, state: Parameters) -> Parameters:
         """With an estimated background of weight w_0, scale the weights to the sum 1 - w_0; otherwise keep them."""

@@ -169,8 +169,7 @@ def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tens
     log_weights, means, covariances = parameters
     components, features = means.shape[1:]
     width = unit * components ** (-1.0 / features)
-    distances = squared_distance(means / width, means / width)
-    near = (log_weights.unsqueeze(1) - 0.5 * distances).softmax(-1)
+    near = (log_weights.unsqueeze(1) - 0.5 * squared_distance(means / width, means / width)).softmax(-1)
     square = means.unsqueeze(-1) * means.unsqueeze(-2)
     second = (near @ (covariance.to_full(covariances, means) + square).flatten(2)).unflatten(2, (features, features))
     cross = (near @ means).unsqueeze(-1) * means.unsqueeze(-2)

@@ -270,6 +270,11 @@ class LayerwiseLoss:
         with torch.autocast(energies.device.type, enabled=False):
             result = self.losses[path](energies.to(torch.promote_types(energies.dtype, torch.float32)))
         terms = result if isinstance(result, Mapping) else {"em": result}
+        are_scalars = all(isinstance(value, Tensor) and value.ndim == 0 for value in terms.values())
+        if not are_scalars or not any(value.requires_grad for value in terms.values()) and energies.requires_grad:
+            raise TypeError(
+                f"the loss of {path!r} must be a scalar tensor with a gradient, or terms of these: {result}"
+            )
         self.values.update({f"{path}/{name}": value.detach() for name, value in terms.items()})
         return functools.reduce(torch.add, terms.values())
 

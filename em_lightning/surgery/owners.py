@@ -69,8 +69,7 @@ def graph_of(loss: Tensor) -> set[Any]:
 
 def leaves_of(graph: Iterable[Any]) -> dict[int, Tensor]:
     """Return the parameters among the nodes of a graph, by their ids."""
-    leaves = [node.variable for node in graph if hasattr(node, "variable")]
-    return {id(leaf): leaf for leaf in leaves}
+    return {id(node.variable): node.variable for node in graph if hasattr(node, "variable")}
 
 
 def only_for(parameters: list[Tensor], loss: Tensor) -> Tensor:

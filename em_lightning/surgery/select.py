@@ -116,16 +116,16 @@ def contents(model: nn.Module) -> str:
 
 def shortened(paths: list[str]) -> str:
     """Return the first four paths as text, and the number of further ones."""
-    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-    return ", ".join(paths[:4]) + more
+    return ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
 
 
 def check_selection(model: nn.Module, argument: str, selection: Where) -> None:
     """Raise TypeError if a selection has a wrong type, NoMatchError if a name pattern of a list matches nothing."""
     in_list = isinstance(selection, Sequence) and not isinstance(selection, str)
     for entry in selection if in_list else [selection]:  # type: ignore[union-attr]
-        if isinstance(entry, nn.Module) or not (isinstance(entry, (str, type, Sequence)) or callable(entry)):
-            hint = f"; give the class, {class_name(type(entry))}" if isinstance(entry, nn.Module) else ""
+        cls = type(entry) if isinstance(entry, nn.Module) else FUNCTIONS.get(entry) if callable(entry) else None
+        if cls is not None or not (isinstance(entry, (str, type, Sequence)) or callable(entry)):
+            hint = f"; give the class, {class_name(cls)}" if cls is not None else ""
             raise TypeError(
                 f"{argument}={entry!r} must be a class, a name pattern such as 'encoder.*', a predicate "
                 f"(path, module) -> bool, or a list of these{hint}"
