@@ -42,7 +42,7 @@ def remove_abandoned(path: Path) -> None:
         return
     for partial in path.parent.glob(glob.escape(f"{path.name}.{socket.gethostname()}-") + "*.partial"):
         process = partial.name.removesuffix(".partial").rsplit("-", 2)[-2]
-        with contextlib.suppress(OSError, ValueError):  # a process of another user, another name, a read-only folder
+        with contextlib.suppress(OSError, ValueError):  # another user's, read-only, or no number in the name
             try:
                 os.kill(int(process), 0)
             except ProcessLookupError:

@@ -22,7 +22,7 @@ class SignedActivation(Activation):
 
     y = r_+ - r_- = tanh((d(z, -m) - d(z, +m)) / 2T) with z the pre-activation, m the margin, T the temperature, and s
     the scale of the kernel. At T = 1 it is tanh(m z / s^2) for the Gaussian, tanh(clip(z, -m, m) / s) for Laplace, and
-    2 m z / (df s^2 + z^2 + m^2), which tends to 0 for outliers, for Student-t. For the logistic kernel y < 0.
+    2 m z / (df s^2 + z^2 + m^2), which tends to 0 for outliers, for Student-t. The logistic kernel decreases: y < 0.
 
     Values lie in (-1, 1). Units do not compete with each other: the Jacobian is diagonal,
     dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
@@ -90,9 +90,9 @@ def _student_t(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor
     variance = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
     if not kernel.density and isinstance(t, float) and t == 1:  # tanh(log(a) / 2) = (a - 1) / (a + 1)
         return 2 * m * z / (z.square() + (variance + m * m))
-    distance = torch.where(z < 0, -z, z)  # not abs, whose derivative at 0 is 0
+    magnitude = torch.where(z < 0, -z, z)  # not abs, whose derivative at 0 is 0
     # The difference of energies is the logarithm of a ratio, which is close to 1 near 0.
-    log_ratio = torch.log1p(4 * m * distance / (variance + (distance - m).square()))
+    log_ratio = torch.log1p(4 * m * magnitude / (variance + (magnitude - m).square()))
     exponent = (kernel.positive("df", z.dtype) + 1) / 2 if kernel.density else 1.0
     return torch.tanh(torch.where(z < 0, -log_ratio, log_ratio) * (exponent / (2 * t)))
 
@@ -113,13 +113,13 @@ def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Ten
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). Exponents are limited to 40, where the kernel becomes
-    # linear with slope exp(40): beyond, the tanh is 1 in float64 unless z or m is nearly 0, where sinh is linear too.
+    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). Exponents are limited to 40, as the kernel is linear above:
+    # there, abs(z) or m is so small that sinh is linear too, or the argument of tanh so large that the result is 1.
     outer = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
     return torch.tanh(outer * (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh() / t)
 
 
-_CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {
+_CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {  # times() keeps the dtype of z
     kernels.GaussianKernel: lambda k, z, m, t: torch.tanh(times(z, m / (k.positive("scale", z.dtype) ** 2 * t))),
     kernels.DotProductKernel: lambda k, z, m, t: torch.tanh(times(z, k.positive("scale", z.dtype) * m / t)),
     kernels.LaplaceKernel: lambda k, z, m, t: torch.tanh(times(_clip(z, m), 1 / (k.positive("scale", z.dtype) * t))),

@@ -102,7 +102,7 @@ def widen(energies: Tensor) -> Tensor:
 
 
 def align(dim: int, values: Tensor, like: Tensor) -> Tensor:
-    """Return ``values`` in the dtype of ``like``, with those of shape (K,) along axis ``dim`` of ``like``."""
+    """Return ``values`` in the dtype of ``like``; a vector (K,) is reshaped to broadcast along axis ``dim``."""
     values = values.to(like.dtype)
     return values.reshape([-1] + [1] * (like.ndim - 1 - dim % like.ndim)) if values.ndim == 1 else values
 
@@ -123,8 +123,8 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
 def to_posterior(
     energies: Tensor, temperature: float | Tensor, dim: int, value: Tensor, responsibilities: Tensor
 ) -> Posterior:
-    """Return the posterior with free energy -T ``value``; ``value`` lacks axis ``dim`` or has the groups on it."""
-    factor = -temperature.to(value.dtype) if isinstance(temperature, Tensor) else -temperature
+    """Return the posterior with free energy -T ``value``, a log-sum without axis ``dim`` or with the groups on it."""
+    factor = -temperature.to(value.dtype) if isinstance(temperature, Tensor) else -temperature  # (1,) or a number
     has_groups = value.ndim == energies.ndim
     free = value * factor if has_groups else (value.unsqueeze(dim) * factor).squeeze(dim)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

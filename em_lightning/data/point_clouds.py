@@ -94,12 +94,12 @@ class Shape(NamedTuple):
         In a triangle, x = a + sqrt(u) ((1 - v) (b - a) + v (c - a)) with u, v uniform in [0, 1].
         """
         assert self.faces is not None and self.cumulative_areas is not None
-        u = torch.rand(num_points, 3, dtype=torch.float64, generator=generator)
+        uniform = torch.rand(num_points, 3, dtype=torch.float64, generator=generator)
         # right=True skips triangles of zero area; clamp handles a product rounded up to the total area.
-        face = torch.searchsorted(self.cumulative_areas, u[:, 0] * self.cumulative_areas[-1], right=True)
+        face = torch.searchsorted(self.cumulative_areas, uniform[:, 0] * self.cumulative_areas[-1], right=True)
         corners = self.faces.index_select(0, face.clamp_(max=len(self.faces) - 1))
         a, b, c = self.points.index_select(0, corners.flatten()).view(num_points, 3, 3).unbind(1)
-        root, v = u[:, 1:2].sqrt(), u[:, 2:3]
+        root, v = uniform[:, 1:2].sqrt(), uniform[:, 2:3]
         return (a + root * ((b - a) * (1 - v) + (c - a) * v)).float()
 
 

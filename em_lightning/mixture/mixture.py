@@ -23,8 +23,8 @@ from em_lightning.mixture.points import Frame, Parameters, Points, prepare
 class Mixture:
     r"""A batch of Gaussian mixtures, :math:`p(x) = \sum_k \pi_k N(x \mid \mu_k, \Sigma_k)`, one per set.
 
-    Densities have the points' dtype and derivatives of every order. With components 1e6 standard deviations apart,
-    rounding changes log-densities by 1e-5, or .01 where compiled code computes in float32 (1e8 apart: .1 in float64).
+    Densities have the points' dtype and derivatives of every order. For components 1e6 standard deviations
+    apart, rounding changes log-densities by 1e-5 in float64 and .01 in compiled float32 code; for 1e8, .1 in float64.
 
     Args:
         log_weights: :math:`\log \pi` (B, K), normalized over components.
@@ -47,17 +47,17 @@ class Mixture:
 
     @property
     def sets(self) -> int:
-        """B."""
+        """B, the number of mixtures."""
         return self.means.shape[0]
 
     @property
     def components(self) -> int:
-        """K."""
+        """K, the number of components."""
         return self.means.shape[1]
 
     @property
     def features(self) -> int:
-        """D."""
+        """D, the number of features."""
         return self.means.shape[2]
 
     @property
@@ -134,7 +134,7 @@ class Mixture:
         means = self.means.detach().to(accumulation_dtype(x))
         frame = Frame(means.mean(1), torch.ones_like(means[:, 0, 0]))
         x = x.expand(self.sets, -1, -1)
-        points = prepare(x, self._covariance.features, mask, frame=frame, with_moments=False)
+        points = prepare(x, self._covariance.features, mask, frame=frame, with_moments=False)  # features: phi
         return points, frame.enter_parameters(self.parameters())
 
     def _check_covariances(self) -> None:
@@ -186,13 +186,13 @@ class Mixture:
         return Mixture(self.log_weights, self.means * scale[:, None, None] + shift.unsqueeze(1), covariances)
 
     def marginal(self, features: Sequence[int]) -> Mixture:
-        """Return the mixtures of some features: those of ``x[..., features]``."""
+        """Return the mixtures of the features with the given indices, those of ``x[..., features]``."""
         chosen = list(features)
         covariances = self._covariance.marginal(self.covariances, chosen)
         return Mixture(self.log_weights, self.means[..., chosen], covariances)
 
     def condition(self, features: Sequence[int], values: Tensor) -> Mixture:
-        r"""Return the mixtures of the other features, with full covariances, given ``values`` (B, d) of ``features``.
+        r"""Return the mixtures of the other features, with full covariances, given ``values`` (B, d) of these indices.
 
         Values (B, N, d) give B * N mixtures: those of the N rows of the first set, then of the second, and so on.
 
@@ -212,8 +212,8 @@ class Mixture:
         if values.ndim == 3:
             of_rows = self.map(lambda part: part.repeat_interleave(values.shape[1], dim=0))
             return of_rows.condition(features, values.flatten(0, 1))
-        b = [feature % self.features for feature in features]
-        a = [feature for feature in range(self.features) if feature not in b]
+        b = [index % self.features for index in features]
+        a = [index for index in range(self.features) if index not in b]
         log_weights = self.marginal(b).log_joint(values.unsqueeze(1)).squeeze(1).log_softmax(-1)
         sigma = self.full().covariances
         sigma_ab = sigma[..., a, :][..., b]

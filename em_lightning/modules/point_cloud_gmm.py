@@ -29,8 +29,8 @@ _LOG_DENSITY_LIMIT = -6.0
 _MAX_CLOUDS, _MAX_HELD_OUT = 64, 256
 # Batches of smaller clouds converge sooner and get proportionally fewer classical iterations, but at least 20.
 _FULL_SIZE, _MIN_EXACT_ITERS = 256, 20
-# Clouds are rescaled if half of their longest side, rounded up to a power of two, is outside of these two. Validation
-# clouds of half the size lose up to 0.1 nats per point with the pretrained model, 0.2 without noise; larger ones, none.
+# Clouds are rescaled if half of their longest side, rounded up to a power of two, is below the first or above the last.
+# At half scale, validation clouds lose up to 0.1 nats per point (0.2 without noise; pretrained model), enlarged none.
 _LEAST_SCALE, _MOST_SCALE = 0.5, 8.0
 
 
@@ -47,16 +47,16 @@ class PointCloudGMM(EMModule):
         num_components: K; ``load_from_checkpoint(path, num_components=...)`` changes it, unless ``init="learned"``.
         num_features: D.
         num_iters: T, learned iterations per cloud.
-        exact_iters: classical iterations before them; above 20, fewer if no cloud of the batch has 256 points.
+        exact_iters: E, classical iterations before them; max(20, E n / 256), at most E, for clouds of n < 256 points.
         covariance, init: as in :class:`~em_lightning.EMOperator`.
         num_starts: number of random starts outside training, of which the best is kept for each cloud.
         covariance_floor: added to every variance, in squared normalized units.
         prior: arguments of the :class:`~em_lightning.mixture.MixturePrior` whose pseudo-counts the learned iterations
             multiply by factors between :math:`e^{-12}` and :math:`e^{12}`.
         width: width of the networks of the correction.
-        least_points: cut each training batch into clouds of one random size, from ``least_points`` to the size of the
-            data's clouds, with large sizes more likely than log-uniform: 64 clouds at most, but one of each cloud at
-            least, with the first 256 held-out points of its cloud. ``None`` does not cut.
+        least_points: cut the clouds of each training batch into pieces of one random size, from ``least_points`` to the
+            size of the clouds, with large sizes more likely than log-uniform: at most 64 pieces, but at least one of
+            each cloud, scored at the first 256 held-out points of its cloud. ``None`` does not cut.
         lr, schedule, skip_gradients_above: as in :class:`EMModule`.
 
     Shape:

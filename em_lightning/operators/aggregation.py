@@ -72,8 +72,8 @@ class EMAggregation(Aggregation):
             )
             self.pooling = self._build()
         else:
-            self.by_weight = nn.Parameter(torch.ones(1))
-            self.by_scale = nn.Parameter(torch.zeros(1))
+            self.by_weight = nn.Parameter(torch.ones(1))  # a
+            self.by_scale = nn.Parameter(torch.zeros(1))  # b
 
     def reset_parameters(self) -> None:
         """Draw new initial values of the parameters."""
@@ -94,7 +94,7 @@ class EMAggregation(Aggregation):
         dim: int = -2,
         max_num_elements: int | None = None,
     ) -> Tensor:
-        """Return one row per group, of its first ``max_num_elements`` rows; axes such as heads are separate."""
+        """Return one row per group, fitted to its first ``max_num_elements`` rows; heads are fitted separately."""
         if not x.is_floating_point():
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index

@@ -247,7 +247,7 @@ class EMOperator(SetOperator):
         return m_step(statistics, self.family, sets.floor, state.covariances, sets.pseudo_counts, self.background)
 
     def _e_step(self, sets: Sets, state: Parameters, with_objective: bool) -> tuple[SufficientStatistics, Tensor]:
-        """Return the sufficient statistics, and the objective (B,) if requested."""
+        """Return the sufficient statistics, and the objective (B,), which is 0 if not requested."""
         points, competition = sets.points, self.competition
         likelihood = self._likelihood(points, state, self.family)
         softmin = isinstance(competition, Softmin)

@@ -63,7 +63,7 @@ class DiagonalCovariance(FullCovariance):
     def estimate(
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # If features share a variance, S is 1 and the scatter is the sum over D features.
+        # The scatter is (B, K, S) with S = D, or S = 1 for a shared variance, when it is the sum over the D features.
         variances = self.average(scatter, mass) * (scatter.shape[-1] / means.shape[-1])
         least = smallest_pivots(self.second_moments(variances.abs(), means))  # round-off may make variances negative
         return means, self.pack(torch.maximum(variances + floor[:, None, None], least))
@@ -99,7 +99,7 @@ class DiagonalCovariance(FullCovariance):
         return self.pack((2.0 * stretch).exp() * (self.variances(covariances) - least) + least)
 
     def entries(self, matrix: Tensor) -> Tensor:
-        return matrix.diagonal(dim1=-2, dim2=-1)
+        return matrix.diagonal(dim1=-2, dim2=-1)  # S = D
 
 
 class SphericalCovariance(DiagonalCovariance):
@@ -130,4 +130,4 @@ class SphericalCovariance(DiagonalCovariance):
         return variances if means is None else variances + means.square().mean(-1, keepdim=True)
 
     def entries(self, matrix: Tensor) -> Tensor:
-        return matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        return matrix.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)  # S = 1
