@@ -113,8 +113,8 @@ def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Ten
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). Exponents are limited to 40, as the kernel is linear above:
-    # there, abs(z) or m is so small that sinh is linear too, or the argument of tanh so large that the result is 1.
+    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). Exponents are limited to 40; the kernel is linear above.
+    # There, abs(z) or m is so small that sinh is linear too, or the argument of tanh so large that the result is 1.
     outer = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
     return torch.tanh(outer * (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh() / t)
 

@@ -97,7 +97,7 @@ class SurgicalCallback(Callback):
         """Check that an optimizer trains every added parameter; warn of target networks without the changes.
 
         Raises:
-            ValueError: no optimizer trains an added parameter, which is in no target network or other copy.
+            ValueError: no optimizer trains an added parameter outside of target networks and other copies.
         """
         missing = untrained_parameters(pl_module, trainer.optimizers)
         if trainer.optimizers and missing:
@@ -112,9 +112,9 @@ class SurgicalCallback(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn once of new modules that no batch of an epoch has called."""
         paths = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
-        # Modules with frozen parameters, such as averages of the weights, may be called after the training only.
-        around = {path: pl_module.get_submodule(path.rpartition(".")[0]).parameters() for path in paths}
-        uncalled = [path for path, own in around.items() if "." not in path or all(p.requires_grad for p in own)]
+        # Do not warn where the parent has frozen parameters: averages of the weights may be called only after training.
+        parents = {path: pl_module.get_submodule(path.rpartition(".")[0]).parameters() for path in paths}
+        uncalled = [path for path, each in parents.items() if "." not in path or all(p.requires_grad for p in each)]
         if uncalled and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -129,7 +129,7 @@ class SurgicalCallback(Callback):
 
 
 class SwapActivations(SurgicalCallback):
-    """Replaces activations by competitive ones in any LightningModule.
+    """Replaces activations by those of the library, such as competitive ones, in any LightningModule.
 
     Without a Trainer: :func:`em_lightning.surgery.swap_activations`, which explains the arguments and the
     errors, raised at setup or the first batch. ``arguments`` are those of the activation.

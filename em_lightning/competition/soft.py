@@ -99,7 +99,7 @@ def background(
     """Competition by softmin with one more hypothesis, the background ("none of the above"), of constant energy b.
 
     The posterior has K + 1 hypotheses, with the background last on axis ``dim``; :func:`none_of_the_above` selects its
-    responsibility. F(d + c, b + c) = F(d, b) + c, so a constant added to d alone changes the responsibilities.
+    responsibility. F(d + c, b + c) = F(d, b) + c, but a constant added to d alone changes the responsibilities.
     Arguments are those of :func:`softmin` and ``energy``: b, a number or a tensor that broadcasts with the energies and
     has size 1 on axis ``dim``. The log prior weight of the background is 0.
 

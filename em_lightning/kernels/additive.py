@@ -164,9 +164,9 @@ class PseudoHuberKernel(EllipticalKernel):
         # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule, whose error decreases exponentially
         # with 1 / step for analytic integrands. The grid extends 40 widths D^-1/2 below the maximum and 10 above.
         ratio = (num_features / self.delta.detach()).square()  # the grid is a constant in the derivative
-        maximum = 0.5 * ((0.25 * ratio.square() + num_features**2).sqrt() + 0.5 * ratio).log()
+        log_mode = 0.5 * ((0.25 * ratio.square() + num_features**2).sqrt() + 0.5 * ratio).log()  # r d(rho) / dr = D
         step = 0.02 / math.sqrt(num_features)
-        log_radius = maximum + step * torch.arange(-2000, 500, dtype=ratio.dtype, device=ratio.device)
+        log_radius = log_mode + step * torch.arange(-2000, 500, dtype=ratio.dtype, device=ratio.device)
         log_shells = num_features * log_radius - self.rho((2 * log_radius).exp(), num_features)
         return _log_sphere_area(num_features) + log_shells.logsumexp(0) + math.log(step)
 

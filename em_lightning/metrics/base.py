@@ -44,7 +44,7 @@ class MeanOfItems(Float64Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Weighted sum, sum of weights, and NaN, so that a MetricCollection does not merge metrics with equal first sums.
+        # Weighted sum, sum of weights, and NaN: a MetricCollection would merge metrics with equal first sums.
         self.add_state("sums", torch.tensor([0.0, 0.0, torch.nan], dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, values: Tensor, mask: Tensor | None = None, weights: Tensor | None = None) -> None:

@@ -143,7 +143,7 @@ class StreamedEM(NamedTuple):
         mass = zeros.expand(1, num_components)
         first = zeros.expand(1, num_components, self.frame.center.shape[1])
         second = self.covariance.second_degree(first.mT).mT
-        return SufficientStatistics(mass, mass, first, second, zeros, zeros, zeros)
+        return SufficientStatistics(mass, mass, first, second, zeros, background_mass=zeros, num_points=zeros)
 
     def e_step(self, x: Tensor, mixture: Mixture, weights: Tensor | None = None) -> SufficientStatistics:
         """Return the sufficient statistics, in frame coordinates, of points (n, D) with weights (n,)."""
@@ -179,7 +179,7 @@ class StreamedEM(NamedTuple):
             if prior is not None:
                 if variance is None and prior.covariance is None and bool(prior.count("covariance") > 0):
                     raise ValueError("variance must be given, not None: the prior's covariance is a fraction of it")
-                # A prior that does not depend on the variance gets the center in its place, for the shape (1, D).
+                # A prior that does not read the variance needs only its shape (1, D), which the center has.
                 variance = center if variance is None else variance.to(center) / scale.square().unsqueeze(-1)
                 mean = torch.zeros_like(center)
                 counts = prior.pseudo_counts(self.frame, mean, variance, self.covariance, mixture.components)

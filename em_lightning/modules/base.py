@@ -24,9 +24,9 @@ class EMModule(lightning.LightningModule):
 
     ``step(batch, stage)`` returns the loss, or a dictionary of named terms whose entry ``"loss"`` is minimized. Every
     term is logged as ``<stage>/<name>``. In the stages ``val`` and ``test`` the mean over the epoch and all ranks
-    is logged; in ``train`` the value at every ``log_every_n_steps``-th optimizer step (in manual optimization, batch);
-    callbacks also get that of the last batch. ``step`` also updates the metrics given to :meth:`add_metrics`, which are
-    logged under the same prefix, over whole epochs and all ranks.
+    is logged; in ``train`` the value at every ``log_every_n_steps``-th optimizer step, or batch in manual optimization;
+    callbacks also get the value of the last batch. ``step`` also updates the metrics given to :meth:`add_metrics`,
+    which are logged under the same prefix, over whole epochs and all ranks.
 
     Args:
         lr: learning rate; with a schedule, its largest value.

@@ -87,8 +87,8 @@ class VonMisesFisher(FullCovariance):
         inverse = torch.arange(1, _INTERVALS, dtype=accumulation_dtype(x), device=x.device) / (a * _INTERVALS)
         kappa = 1.0 / inverse - a
         log_z, length = log_normalizer(kappa, num_features)
-        slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
-        # Slopes by the chain rule, from d(-log C) / dkappa = R, dkappa / dt = -1 / t^2 and d(1 - R) / dkappa = -slope.
+        length_slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
+        # Chain rule, t = inverse: d(-log C) / dkappa = R, dkappa / dt = -1 / t^2, d(1 - R) / dkappa = -length_slope.
         log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
         self.normalizer = _Cubic(  # first: the limits for kappa -> infinity; last: for kappa -> 0
             (0.0, inverse, 1.0 / a),
@@ -98,7 +98,7 @@ class VonMisesFisher(FullCovariance):
         self.concentration = _Cubic(
             (0.0, 1.0 - length, 1.0),
             (a, kappa * (1.0 - length), 0.0),
-            (0.5 * (1.0 - a), kappa - (1.0 - length) / slope, -float(num_features)),
+            (0.5 * (1.0 - a), kappa - (1.0 - length) / length_slope, -float(num_features)),
         )
         self.axis = torch.eye(1, num_features, dtype=inverse.dtype, device=x.device)  # where the mean is 0
 
@@ -202,7 +202,7 @@ class DirectionalEM(SetOperator):
         family = VonMisesFisher(self.num_features, x)
         points = directions(x, family.features, mask, weights)
         floor = torch.full_like(points.mass, self.dispersion_floor)  # of 1 / kappa
-        return Sets(points, points.mass, mask, family, floor, None, x.dtype)
+        return Sets(points, points.mass, mask, family, floor, pseudo_counts=None, dtype=x.dtype)
 
     @torch.no_grad()
     def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
@@ -212,7 +212,7 @@ class DirectionalEM(SetOperator):
         nearest = (centers @ points.x).argmax(1)  # the largest cosine
         weights = torch.ones_like(points.x[:, 0]) if points.weights is None else points.weights
         cells = nearest, weights.unsqueeze(1), self.num_components
-        return Parameters(*initialization.fit_cells(points, *cells, sets.covariance, sets.floor)[1:])
+        return Parameters(*initialization.fit_cells(points, *cells, sets.covariance, sets.floor)[1:])  # no masses
 
     def _enter(self, sets: Sets, mixture: DirectionalMixture) -> Parameters:
         return Parameters(*(part.to(sets.floor.dtype) for part in mixture.parameters()))
@@ -244,8 +244,8 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
 
     Ratios ``R_v = I_{v+1}(x) / I_v(x)`` follow downwards in v, which is stable: ``1 / R_v = R_{v+1} + 2 (v + 1) / x``.
-    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. The
-    coefficients in ``x^2 / s^2`` of c, a series in 1 / s, solve ``y' = 1 + v^2 / x^2 - y / x - y^2`` term by term.
+    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. By
+    ``y' = 1 + v^2 / x^2 - y / x - y^2``, ``c = 1/2 + (5q - 4) / 8s + p_2(q) / 8s^2 + p_3(q) / 128s^3``, q = x^2 / s^2.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 (recurrence), 9.7.7 and 9.7.9.
     """
@@ -257,12 +257,12 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
         lowest_order = 0.0
         log_bessel = torch.special.i0e(x).log() + x
     count = round(order - lowest_order)
-    top = order + _ORDERS
-    size = (top**2 + x.square()).sqrt()
-    q = (x / size).square()
-    third, fourth = (15.0 * q - 18.0) * q + 4.0, ((1105.0 * q - 1768.0) * q + 752.0) * q - 64.0
-    correction = 0.5 + ((5.0 * q - 4.0) + (third + fourth / (16.0 * size)) / size) / (8.0 * size)
-    ratio = (size - top) / x - correction * x / size.square()
+    v = order + _ORDERS
+    s = (v**2 + x.square()).sqrt()
+    q = (x / s).square()
+    p2, p3 = (15.0 * q - 18.0) * q + 4.0, ((1105.0 * q - 1768.0) * q + 752.0) * q - 64.0
+    c = 0.5 + ((5.0 * q - 4.0) + (p2 + p3 / (16.0 * s)) / s) / (8.0 * s)
+    ratio = (s - v) / x - c * x / s.square()
     for step in range(count + _ORDERS, 0, -1):
         ratio = (ratio + 2.0 * (lowest_order + step) / x).reciprocal()  # of the order lowest_order + step - 1
         if step == count + 1:

@@ -111,8 +111,8 @@ def compare(values: Sequence[float], published: Any, checked: Any) -> dict[str, 
 
     The difference is the mean of the reproduced values minus the published one, or minus the checked one if nothing is
     published. ``inside`` is "yes" if its absolute value is at most the larger of the standard deviations of published
-    and checked, plus half a unit of the last digit of the value subtracted. Both are numbers, texts (``"93.4 ± .3"``),
-    or ``None``; the checked value is that of an independent reproduction.
+    and checked, plus half a unit of the last digit of the value subtracted. Published and checked are numbers, texts
+    (``"93.4 ± .3"``), or ``None``; the checked value is that of an independent reproduction.
 
     Example:
         >>> compare([93.0, 93.4], "93.4 ± .3", None)["difference"], compare([93.0, 93.4], 94.0, None)["inside"]

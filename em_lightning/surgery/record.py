@@ -94,12 +94,12 @@ def _compare(model: nn.Module, proceed: Callable[..., Any], checkpoint: dict[str
 
 
 def shown_entry(entry: Mapping[str, Any]) -> str:
-    """Return the words for an entry, which are the same if it repeats the same surgery."""
+    """Return an entry as text for errors, equal for entries of the same surgery."""
     return f"{entry['operation']} {entry['path']}: {entry['class_path']}({entry['init_args'] or ''})"
 
 
 def use_axes(entry: dict[str, Any], stored: Mapping[str, Any]) -> None:
-    """Let the modules of an entry keep the axes of a stored one, whatever the shape of their first input."""
+    """Set the axes of an entry, in dictionaries that its modules hold, to those of a stored one."""
     for own, decided in zip(entry.get("axes", []), stored.get("axes", []), strict=False):
         own.update({int(num_axes): int(axis) for num_axes, axis in decided.items()})
 

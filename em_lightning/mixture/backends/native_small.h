@@ -1,4 +1,5 @@
-// Full covariances of at most 6 features: everything about one vector of points is in registers.
+// Full covariances of at most 6 features: everything about one vector of points is in registers. Included by
+// native_full.h, which explains u, W, y, mu, lower() and the unnamed arguments.
 //
 // With W = diag(w) T, where T has a unit diagonal, a Component computes t = T (u - mean) for the mean rounded to Real,
 // and y = w (t + rest), where rest is T times the rounding error of the mean. It works on sums of
@@ -87,7 +88,7 @@ class Component {
     for (int i = 0; i < D; ++i) sums[1 + i] = w[i] * (sums[1 + i] + rest[i] * sums[0]);
   }
 
-  // Converts the gradient in the sums of y to the gradient in the sums of t.
+  // Converts the gradient with respect to the sums of y to that with respect to the sums of t.
   void store_gradient(const double* own, Real* result) const {
     double converted[1 + D + D * (D + 1) / 2];
     converted[0] = own[0];
@@ -123,7 +124,7 @@ class Component {
   }
 
   // grad_u += T^T (r d(gradient . [1, t, t_i t_j]) / dt + grad_score d(log-density) / dt), where grad_score is the
-  // derivative of the loss in the log-density
+  // derivative of the loss with respect to the log-density; linear and quadratic are in units of log 2
   void pull(const V* u, const V*, int steps, const Real* gradient, const V* r, const V* grad_score, V* grad_u) const {
     const Shear t_of(*this);
     for (int s = 0; s < steps; ++s) {

@@ -94,7 +94,7 @@ def _write_log_density(
 
 @triton.jit
 def _derivative(y, n, b, bk, items, peak, weights, per_point, a, SLOPES: tl.constexpr, WEIGHTED: tl.constexpr):
-    """Return ``w_n r_nk`` (n,), and the gradient of the loss by ``log p(z_n, k)``, without SLOPES the same again."""
+    """Return ``w_n r_nk`` (n,), and the weights of sums: with SLOPES dloss / dlog p(z_n, k), otherwise the same."""
     log_density, mean_slope, grad_density = per_point
     valid, bn = n < items, b * items + n
     joint = tl.load(peak + bk) - 0.5 * tl.sum(y * y, 0)

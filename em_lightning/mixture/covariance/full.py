@@ -11,7 +11,7 @@ from torch import Tensor
 from em_lightning.mixture.covariance.cholesky import Factor, cholesky_with_inverse, identity, smallest_pivots
 from em_lightning.mixture.points import Parameters
 
-# Share of the neighbours' second moments that is added to covariances; it turns the axes only of equal variances.
+# Share of the second moments of neighbouring components that principal_axes adds; it decides axes of equal variances.
 _TIE_BREAKER = 1e-6
 # Where eigenvalues differ by less than this share of the largest, derivatives of the axes decrease to 0.
 _SMALLEST_GAP = 1e-6
@@ -58,7 +58,7 @@ class FullCovariance:
     name = "full"
     # Inverse factor in the native backend: triangle ("full"), diagonal ("diag"), number ("spherical"); None: not used.
     whitening: str | None = "full"
-    # Number of leading axes of size 1 that the covariances of a mixture of one set have and scikit-learn's do not.
+    # Leading axes of size 1 to remove from the covariances of a mixture of one set, for scikit-learn's shape.
     sklearn_axes = 1
 
     @property
@@ -92,7 +92,7 @@ class FullCovariance:
         return torch.cat([torch.ones_like(x[:, :1]), x, self.second_degree(x)], 1)
 
     def factorize(self, covariances: Tensor, means: Tensor | None = None) -> Factor:
-        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots are at least :func:`smallest_pivots`."""
+        """Return ``L`` with ``Sigma = L L^T`` and its inverse; pivots exceed the round-off of ``Sigma_ii + mu_i^2``."""
         matrix = self.to_public(covariances)
         second_moment = matrix.diagonal(dim1=-2, dim2=-1)
         if means is not None:
