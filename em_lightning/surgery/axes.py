@@ -50,6 +50,7 @@ class UnitAxis:
 
     channels: Sequence[int] = ()  # widths of layers in or around it that have channels on axis 1
     features: Sequence[int] = ()  # widths of those that have features on axis -1
+    in_order = False  # whether these layers are probably declared in the order of their calls
 
     def __init__(self, path: str, widths: Sequence[int], dim: int | Literal["auto"] = "auto") -> None:
         self.path = path
@@ -80,7 +81,7 @@ class UnitAxis:
             return 1
         fits = ([axis for axis in (1, -1) if shape[axis] == width] for width in self.widths)
         likeliest = next(filter(None, fits), [])
-        if len(likeliest) == 1 and by_type in ([], likeliest):
+        if len(likeliest) == 1 and (by_type in ([], likeliest) or (len(by_type) == 2 and self.in_order)):
             return likeliest[0]
         widths = " or ".join(map(str, self.widths)) or "an unknown number of"
         raise ValueError(
@@ -93,9 +94,9 @@ def unit_axis(site: Site, dim: int | Literal["auto"] = "auto", tap: Literal["out
     """Return the axis of the units of a site's output or input."""
     if dim == "auto":
         dim = _axis_by_type(site)
-    layers, around = layers_of(site, tap)
+    layers, around, in_order = layers_of(site, tap)
     axis = UnitAxis(site.path, [width for _, width in layers], dim)
-    near = [*layers, *around]
+    near, axis.in_order = [*layers, *around], in_order
     axis.channels = [width for layer, width in near if isinstance(layer, _CHANNELS_FIRST)]
     axis.features = [width for layer, width in near if isinstance(layer, (*LAST_AXIS, nn.LayerNorm, nn.RMSNorm))]
     return axis
@@ -116,12 +117,12 @@ def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> 
     return None
 
 
-def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers]:
-    """Return the site's own layer, else those in, before or behind it, likeliest first; and all layers around it."""
+def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers, bool]:
+    """Return a site's own layer, else those in, before or behind it, likeliest first; all around; if it is between."""
     own = num_units(site.module, tap)  # an Inserted has the attributes of its layer
     if own is not None:
-        return [(site.module, own)], []
-    layers, around = layers_in([site.module], tap)[:: 1 if tap == "input" else -1], layers_in([])
+        return [(site.module, own)], [], True
+    layers, around, between = layers_in([site.module], tap)[:: 1 if tap == "input" else -1], layers_in([]), False
     for owner, name in zip(reversed(site.ancestors), reversed(site.path.split(".")), strict=True):
         if layers:
             break
@@ -129,9 +130,9 @@ def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[L
         position = list(children).index(name) if name in children else len(children)
         before, behind = list(children.values())[:position], list(children.values())[position + 1 :]
         layers, following = layers_in(before, "output")[::-1], layers_in(behind, "input")
-        around = [*layers, *following, *layers_in(behind, "output")]
+        around, between = [*layers, *following, *layers_in(behind, "output")], bool(layers and following)
         layers = layers or around
-    return layers, around
+    return layers, around, between
 
 
 def layers_in(modules: Iterable[Any], tap: Literal["output", "input"] = "output") -> Layers:
