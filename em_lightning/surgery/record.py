@@ -16,7 +16,7 @@ from em_lightning.surgery.select import MARKER
 
 KEY = "em_lightning"  # key in the checkpoint dictionary
 _PLAN = "_em_surgery_plan"  # attribute of a changed model
-# calls: as in replace_modules; target: classes whose functions are replaced; by: state_key of the callback, or None
+# calls: see replace_modules; target: classes of replaced functions; by: a state_key or None; and axes, see use_axes
 _FIELDS = {"operation", "path", "class_path", "init_args", "calls", "target", "by"}
 _OPERATIONS = ("replace", "insert_after", "functional")
 
