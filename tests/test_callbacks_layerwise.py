@@ -220,7 +220,7 @@ def test_values_are_logged(tmp_path):
     logged = {key for key in trainer.callback_metrics if key.startswith("em/")}
     assert logged == {
         *(f"em/encoder.1/{term}" for term in ("free_energy", "variance", "decorrelation", "weight")),
-        *("em/encoder.3/em", "em/encoder.3/weight"),
+        *("em/encoder.3/variance", "em/encoder.3/weight"),
     }
 
 
@@ -313,6 +313,7 @@ def test_automatic_weight_under_a_compiled_head():
         ({"ratio": math.inf}, "ratio=inf"),
         ({"ratio": "large"}, "ratio='large'"),
         ({"ratio": 0}, "ratio=0"),
+        ({"ratio": 0.2, "weight": 0.1}, "ratio=0.2.*weight=0.1"),
         ({"tap": "gradient"}, "tap='gradient'"),
         ({"loss": "emm"}, "'emm'"),
         ({"loss": nn.Linear(2, 1)}, "loss=Linear .*parameters"),

@@ -350,6 +350,12 @@ def test_callbacks_with_other_functions_or_classes_have_other_keys(tmp_path):
     assert SwapActivations(where=lambda module: True).state_key == SwapActivations(where=lambda module: True).state_key
 
 
+def test_two_schedules_of_the_same_modules_are_refused(tmp_path):
+    schedules = TemperatureSchedule(2.0, 1.0, 5), TemperatureSchedule(4.0, 1.0, 5)
+    with pytest.raises(RuntimeError, match="TemperatureSchedule"):
+        fit(tmp_path, users.MLP(), SwapActivations("signed"), *schedules)
+
+
 def test_a_temperature_without_a_swap_says_to_swap_first(tmp_path):
     with pytest.raises(NoMatchError, match="swap first.*SwapActivations before TemperatureSchedule"):
         fit(tmp_path, users.MLP(), TemperatureSchedule(2.0, 1.0, 5))

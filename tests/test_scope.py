@@ -70,6 +70,18 @@ def test_gate_of_a_mixture_of_experts():
     assert found["softmax"].em and not found["topk"].em and "hard selection" in found["topk"].reason
 
 
+def test_activation_functions_have_rows_but_gates_of_recurrent_layers_do_not():
+    def forward(z):
+        return F.leaky_relu_(torch.tanh(F.gelu(z))).sigmoid() + F.silu(z)
+
+    findings = audit(nn.Sequential(Calls(forward), nn.SELU(), nn.GRU(6, 2)), torch.randn(3, 4))
+    assert [(one.path, one.operation) for one in findings] == [
+        *(("0", name) for name in ("gelu", "tanh", "leaky_relu", "sigmoid", "silu")),
+        *(("0.layer", "linear"), ("1", "selu"), ("2", "gru")),
+    ]
+    assert all("functional=True" in one.advice and "target=" in one.advice for one in findings[:5])
+
+
 @pytest.mark.parametrize(
     ("function", "em"),
     [

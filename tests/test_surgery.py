@@ -131,7 +131,7 @@ def test_layer_losses_of_a_swapped_shared_activation_are_those_of_each_layer():
         first = copy.deepcopy(model[: int(path) + 1])
         alone = LayerwiseLoss(first, path, "variance", weight=1.0)
         alone.add_to(first(x).sum())
-        torch.testing.assert_close(losses.values[f"{path}/em"], alone.values[f"{path}/em"])
+        torch.testing.assert_close(losses.values[f"{path}/variance"], alone.values[f"{path}/variance"])
 
 
 def test_axes_of_a_shared_activation_are_those_of_each_place():
@@ -139,6 +139,23 @@ def test_axes_of_a_shared_activation_are_those_of_each_place():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), act, nn.Flatten(), nn.Linear(8, 3), act)
     surgery = swap_activations(model, "softmax_gated")
     assert [change.new.dim for change in surgery.changes] == [1, -1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"), [("free_energy", "free_energy"), ({"name": "decorrelation"}, "decorrelation"), (torch.sum, "em")]
+)
+def test_a_loss_of_one_term_is_logged_by_its_name(loss, name):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    losses = LayerwiseLoss(model, "0", loss, 0.1, verbose=False)
+    losses.add_to(model(torch.randn(5, 4)).square().mean())
+    assert set(losses.values) == {f"0/{name}", "0/weight"}
+
+
+def test_automatic_weights_before_a_detached_layer_name_the_cause():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    losses, _ = LayerwiseLoss(model, "0", verbose=False), LayerwiseLoss(model, "1", detach=True, verbose=False)
+    with pytest.raises(RuntimeError, match="weight='auto'.*'0'.*detach=True"):
+        losses.add_to(model(torch.randn(5, 4)).square().mean())
 
 
 def test_a_plan_with_two_operations_on_one_site_is_applied_in_order():

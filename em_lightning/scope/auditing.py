@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from em_lightning.activations import Activation
 from em_lightning.competition import Competition
 from em_lightning.operators import EMOperator, SetOperator
-from em_lightning.scope.findings import NOT_CHECKED, RELU, UNKNOWN, Audit, Finding, Softmax, check_call, reason_of
+from em_lightning.scope.findings import NOT_CHECKED, UNKNOWN, Audit, Finding, Softmax, check_call, reason_of
 from em_lightning.surgery import walk
 from em_lightning.surgery.axes import Observers
-from em_lightning.surgery.select import uncompiled
+from em_lightning.surgery.select import FUNCTIONS, uncompiled
 
 _OPERATIONS = {
     "aten::_softmax": "softmax",
@@ -37,11 +37,11 @@ _OPERATIONS = {
     "aten::logsumexp": "logsumexp",
     "aten::nll_loss_forward": "cross-entropy",
     "aten::nll_loss2d_forward": "cross-entropy",
-    "aten::relu": "relu",
-    "aten::relu_": "relu",
     "aten::topk": "topk",
     "aten::argmax": "argmax",
 }
+_FUNCTIONS = {f"aten::{function.__name__}": kind for function, kind in FUNCTIONS.items()}
+_NOT_SEARCHED = (*FUNCTIONS.values(), nn.RNNBase, nn.RNNCellBase)  # for activation functions: activations, and gates
 _NAMESPACES = "aten prim prims profiler c10d _c10d_functional fsdp torch_scatter torch_sparse em_lightning".split()
 _SUMS = "sum mean cumsum scatter_add scatter_reduce index_add segment_reduce mm bmm mv dot linalg_vector_norm".split()
 _PRODUCTS = ("mul", "masked_fill", "where", "clone", "to_copy")  # which may mask exponentials, or copy them
@@ -119,8 +119,8 @@ def _run(model: Any, batch: Any) -> None:
             if "not attached to a `Trainer`" not in str(error):
                 raise
             raise RuntimeError(
-                f"{error} Its training_step needs one: audit it in a fit, with the callback EMAudit, or give "
-                f"run=, such as run=lambda: model(x)"
+                f"{error} Its training_step needs one: audit it in a fit, with the callback EMAudit, or audit its "
+                f"forward, with run=lambda: model(x), or with --input on the command line"
             ) from error
     else:
         call(model, batch)
@@ -235,7 +235,11 @@ class _Recorder(TorchDispatchMode):
             return output
         operation = _OPERATIONS.get(func.name())
         path, module = self._stack[-1]
-        if operation is None:
+        if kind := _FUNCTIONS.get(func.name()):
+            if not isinstance(module, _NOT_SEARCHED):
+                name = func.name()[6:].strip("_")
+                self.found.append(Finding(path, type(module).__name__, name, reason=reason_of(kind())))
+        elif operation is None:
             if func.namespace not in _NAMESPACES:
                 self.found.append(Finding(path, type(module).__name__, func.name(), reason=UNKNOWN))
             elif not (func.name() == "aten::exp" and any(_key(args[0]) == _key(s.output) for s in self.softmaxes)):
@@ -244,8 +248,8 @@ class _Recorder(TorchDispatchMode):
             last = self.softmaxes[-1] if self.softmaxes else None
             if last and last.operation == "log-softmax" and _key(last.output) == _key(args[0]):
                 last.operation = operation
-        elif operation in ("relu", "topk", "argmax"):
-            reason = RELU if operation == "relu" else "hard selection: what is not selected has no gradient"
+        elif operation in ("topk", "argmax"):
+            reason = "hard selection: what is not selected has no gradient"
             self.found.append(Finding(path, type(module).__name__, operation, reason=reason))
         else:
             maker = self._makers.get(_key(args[0]))

@@ -21,14 +21,14 @@ TOLERANCE = 4e-3  # of sums and gradients: above the rounding of softmaxes in bf
 NOT_CHECKED = "not checked: "
 UNKNOWN = f"{NOT_CHECKED}the audit cannot tell whether this is a part of a softmax"
 NOT_SEEN = "no exponentiated and normalized competition seen in its forward"
-RELU = "elementwise, no normalization, hard zeros"
+_RELU = "elementwise, no normalization, hard zeros"
 _LARGEST = 2**22  # numbers of a table of groups that is checked; the groups left out have the same divisor
 _SPARSE = (Sparsemin, Entmin, Hardmin, SparseminActivation)
 _COLUMNS = "layer|module|operation|hypotheses|exp|norm|soft|curvature|dF/dd - r|EM|reason".split("|")
-_SWAP = "replace it by a competition with SwapActivations"
+_SWAP = "replace it by a competition with SwapActivations (target= its class; functional=True if it is a function)"
 # Reason, advice and class names, which also match classes of PyG such as its Linear.
 _LAYERS = (
-    (RELU, _SWAP, "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink"),
+    (_RELU, _SWAP, "ReLU ReLU6 Threshold Hardtanh Hardsigmoid Hardshrink"),
     (
         "elementwise: no normalization across units",
         _SWAP,

@@ -97,6 +97,8 @@ class LayerwiseLoss:
         check_options(loss, weight, tap, every, ratio, schedule)
         self.taps = Taps(model, where, tap, dim, detach, verbose)
         self.losses = {path: _build_loss(loss) for path in self.taps.axes}
+        name = loss.get("name") if isinstance(loss, Mapping) else loss
+        self._term = name if isinstance(name, str) else "em"  # the name of a loss without terms in ``values``
         self.weight = 1.0 if detach and weight == "auto" else weight
         self.schedule = schedule
         self.every = every
@@ -269,7 +271,7 @@ class LayerwiseLoss:
             energies = torch.cat([tensor.flatten(0, -2) for tensor in last_axis_units])
         with torch.autocast(energies.device.type, enabled=False):
             result = self.losses[path](energies.to(torch.promote_types(energies.dtype, torch.float32)))
-        terms = result if isinstance(result, Mapping) else {"em": result}
+        terms = result if isinstance(result, Mapping) else {self._term: result}
         are_scalars = all(isinstance(value, Tensor) and value.ndim == 0 for value in terms.values())
         if not are_scalars or not any(value.requires_grad for value in terms.values()) and energies.requires_grad:
             raise TypeError(
@@ -290,7 +292,8 @@ class LayerwiseLoss:
             if all(gradient is None for gradient in of_main):
                 raise RuntimeError(
                     f"weight='auto' needs the gradient of the main loss at {path!r}, but the loss does not depend on "
-                    f"it, or both lie in one compiled graph: give this layer a number as weight"
+                    f"it (a layer with detach=True after it, or a detached tensor?), or both lie in one compiled "
+                    f"graph: give this layer a number as weight"
                 )
             main, em = global_sum(torch.stack([_squared_norm(of_main), _squared_norm(of_em)])).sqrt().tolist()
             norms = self.norms[path]
@@ -312,6 +315,8 @@ def check_options(loss: Any, weight: Any, tap: Any, every: Any, ratio: Any, sche
     check_choice("tap", tap, TAPS)
     if weight != "auto":
         positive_number("weight", weight)
+        if ratio != 0.1:  # the default
+            raise ValueError(f"ratio={ratio} has an effect with weight='auto' only, got weight={weight}")
     _build_loss(loss)
 
 
