@@ -452,6 +452,16 @@ def test_changes_that_no_batch_reaches_are_named(make, path, tmp_path):
     fit(tmp_path, users.MLP(), SwapActivations(verbose=False))  # a warning is an error in this suite
 
 
+def test_a_second_name_of_a_called_layer_is_not_reported_as_uncalled(tmp_path):
+    class Named(Holder):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()))
+            self.body[3] = self.activation = self.body[1]
+
+    users.trainer(tmp_path, 1, [callback := SwapActivations(verbose=False)]).fit(Named(), rows())
+    assert {change.path for change in callback.surgery.changes} == {"activation", "body.1", "body.3"}
+
+
 class Averaged(users.MLP):
     """Keeps an average of its encoder, which only predictions use."""
 

@@ -110,8 +110,12 @@ class SurgicalCallback(Callback):
             self.surgery.warn_of_copies(lambda parameter: id(parameter) in trained)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Warn once of new modules that no batch of an epoch has called."""
-        paths = [first.path for first in self.surgery.first_calls if not first.seen] if self.surgery else []
+        """Warn once of new modules that no batch of an epoch has called, unless their layer was called elsewhere."""
+        calls, changes = (self.surgery.first_calls, self.surgery.changes) if self.surgery else ([], [])
+        seen = {first.path for first in calls if first.seen}
+        shared = [change.old for change in changes if change.path in seen and isinstance(change.old, nn.Module)]
+        seen.update(change.path for change in changes if any(change.old is old for old in shared))
+        paths = [first.path for first in calls if first.path not in seen]
         # Do not warn where the parent has frozen parameters: averages of the weights may be called only after training.
         parents = {path: pl_module.get_submodule(path.rpartition(".")[0]).parameters() for path in paths}
         uncalled = [path for path, each in parents.items() if "." not in path or all(p.requires_grad for p in each)]
