@@ -462,6 +462,16 @@ def test_a_second_name_of_a_called_layer_is_not_reported_as_uncalled(tmp_path):
     assert {change.path for change in callback.surgery.changes} == {"activation", "body.1", "body.3"}
 
 
+def test_the_warning_of_an_uncalled_layer_gives_its_other_names(tmp_path):
+    class Named(Holder):
+        def __init__(self):
+            super().__init__(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+            self.first = self.body[0]
+
+    with pytest.warns(UserWarning, match="changed first, but .* body.0 name the same layers"):
+        users.trainer(tmp_path, 1, [InsertEMOperator("first", verbose=False)]).fit(Named(), rows())
+
+
 class Averaged(users.MLP):
     """Keeps an average of its encoder, which only predictions use."""
 

@@ -23,6 +23,7 @@ from em_lightning.surgery import (
     surgery_by,
     swap_activations,
     undo_all,
+    walk,
     wrap,
 )
 from em_lightning.surgery.owners import parameters_of, untrained_parameters
@@ -121,9 +122,12 @@ class SurgicalCallback(Callback):
         uncalled = [path for path, each in parents.items() if "." not in path or all(p.requires_grad for p in each)]
         if uncalled and not self._warned:
             self._warned = True
+            old = {id(change.old): change.path for change in changes if change.path in uncalled}
+            named = [(site.path, old[id(site.module)]) for site in walk(pl_module) if id(site.module) in old]
+            others = [path for path, changed in named if not path.startswith(changed)]
             rank_zero_warn(
                 f"{type(self).__name__} changed {', '.join(uncalled)}, but no batch of the epoch called the forward "
-                f"there: the change has no effect"
+                f"there: the change has no effect" + f"; {', '.join(others)} name the same layers" * bool(others)
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:

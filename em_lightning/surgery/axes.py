@@ -191,7 +191,8 @@ def announce(path: str, kind: str, shape: Sequence[int], dim: int | None, verbos
     if verbose:
         what = "elementwise"
         if units is not None:
-            what = f"axis {dim} has {units} unit{'s' * (units != 1)}, {sets or f'{math.prod(shape) // max(units, 1)} items'}"
+            items = sets or f"{math.prod(shape) // max(units, 1)} items"
+            what = f"axis {dim} has {units} unit{'s' * (units != 1)}, {items}"
         print_line(f"{path}: {kind}, shape {tuple(shape)}, {what}")
 
 
