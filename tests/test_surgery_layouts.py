@@ -784,3 +784,27 @@ def test_losses_that_could_not_train_a_layer_are_refused(result):
 def test_functions_are_no_targets_and_the_message_names_the_class(target):
     with pytest.raises(TypeError, match=r"target=.* must be a class.*; give the class, (GELU|ReLU|SiLU)"):
         swap_activations(nn.Sequential(nn.Linear(4, 3), nn.GELU()), target=target, functional=True, verbose=False)
+
+
+class Affine(nn.Module):
+    """A linear layer of its own class, whose weight is (inputs, outputs) and without attributes that name sizes."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("where", ["0", "1"])
+def test_a_bias_tells_the_width_of_a_layer_of_an_unknown_class(where):
+    model = nn.Sequential(Affine(8, 32), nn.GELU(), Affine(32, 8))
+    losses = LayerwiseLoss(model, where, weight=0.1, verbose=False)
+    losses.add_to(model(torch.randn(4, 12, 8)).square().mean())
+    assert losses.dims == {where: -1}
+    swap_activations(model, "grouped", target=nn.GELU, verbose=False)
+    assert model(torch.randn(4, 12, 8)).shape == (4, 12, 8)
+    surgery = opened(nn.Sequential(Affine(8, 32), nn.Conv1d(12, 3, 1)), "0")
+    assert surgery.model(torch.randn(4, 12, 8)).shape == (4, 3, 32)

@@ -103,7 +103,7 @@ def unit_axis(site: Site, dim: int | Literal["auto"] = "auto", tap: Literal["out
 
 
 def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> int | None:
-    """Return the width of a layer's output or input, or None if its type does not define one."""
+    """Return the width of a layer's output or input, or None if neither its type nor its bias defines one."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return int(module.normalized_shape[-1])
     if isinstance(module, nn.RNNBase):
@@ -114,7 +114,8 @@ def num_units(module: nn.Module, tap: Literal["output", "input"] = "output") -> 
         value = getattr(module, name, None)
         if isinstance(value, int):
             return value
-    return None
+    bias = dict(module.named_parameters(recurse=False)).get("bias")
+    return len(bias) if tap == "output" and bias is not None and bias.ndim == 1 else None
 
 
 def layers_of(site: Site, tap: Literal["output", "input"] = "output") -> tuple[Layers, Layers, bool]:
