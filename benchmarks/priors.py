@@ -63,13 +63,13 @@ def main():
     sets = parser.parse_args().sets
     torch.set_num_threads(1)
     heads = ["no prior", *(f"strength {strength:g}" for strength in STRENGTHS[1:])]
-    print(f"| sets, K | points | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
+    print(f"| sets | points | {' | '.join(heads)} |\n|{'---|' * (2 + len(heads))}")
     for distance in (12, 6, 3):
         for points in SIZES:
             cells = row(4, *blobs(sets, points, distance))
-            print(f"| blobs {distance} deviations apart, 4 | {points} | {' | '.join(cells)} |", flush=True)
+            print(f"| blobs {distance} deviations apart, K = 4 | {points} | {' | '.join(cells)} |", flush=True)
     for points in SIZES:
-        print(f"| surfaces, 8 | {points} | {' | '.join(row(8, *surfaces(sets, points)))} |", flush=True)
+        print(f"| surfaces, K = 8 | {points} | {' | '.join(row(8, *surfaces(sets, points)))} |", flush=True)
 
 
 if __name__ == "__main__":

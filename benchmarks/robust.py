@@ -168,26 +168,38 @@ def main():
         [
             "# Robust kernels and backgrounds",
             "",
-            f"{options.clouds} clouds of {ITEMS} points in {FEATURES} dimensions. {options.outliers:.0%} of the points "
-            f"are uniform over a box of side {SIDE:g}; the others are in {COMPONENTS} clusters of unit standard "
-            f"deviation. Full covariances, {ITERATIONS} iterations. The columns with the name of a start are errors: "
-            "distance between a true mean and its matched fitted mean, in standard deviations, averaged over a cloud; "
-            'median over clouds. "Lost" is the share of means with an error above one standard deviation. '
-            "Written by `python -m benchmarks.robust`.",
+            f"{options.clouds} clouds of {ITEMS} points with {FEATURES} features, written by `python -m "
+            "benchmarks.robust`. "
+            f"{options.outliers:.0%} of the points are uniform over a box of side {SIDE:g}; the others are "
+            f"in {COMPONENTS} "
+            f"clusters of unit standard deviation. Covariances are full, and EM runs {ITERATIONS} iterations.",
+            "",
+            "The columns with the name of a start have errors of the means, in standard deviations: the "
+            "distances between "
+            "the true means and their matched fitted means are averaged over a cloud, and the table has the "
+            "median over "
+            'the clouds. "Lost" is the share of means with an error above one standard deviation. The starts are',
+            "",
+            '- "near the truth": the true means with noise of half a standard deviation, and components '
+            "twice as wide as "
+            "the clusters;",
+            '- "k-means++": one draw, the same for every method;',
+            '- "best of 20": of 20 k-means++ draws the one with the highest objective of the method. These fits have a '
+            "prior of ten pseudo-counts per covariance, against components that shrink onto few points. Without it the "
+            "medians of Gaussian, Gaussian + background and Student-t with 1 degree of freedom changed by at most 0.02 "
+            "on the first 24 clouds.",
             "",
             "| method | near the truth | lost (near) | k-means++ | lost (k-means++) | best of 20 | lost (best of 20) |",
             "|---|---|---|---|---|---|---|",
             *map(row, METHODS),
             "",
-            'Starts: "near the truth", the true means with noise of half a standard deviation, and components twice '
-            'as wide as the clusters; "k-means++", one draw, the same for every method; "best of 20", the best of 20 '
-            'k-means++ draws by the objective of each method. The fits from "best of 20" have a prior of ten '
-            "pseudo-counts per covariance, against components that shrink onto few points; without it the medians of "
-            "Gaussian, Gaussian + background and Student-t with 1 degree of freedom changed by at most 0.02 on the "
-            "first 24 clouds. Starting near the truth isolates the effect of outliers on the estimate; the other "
-            "starts include the effect of outliers on the initialization: k-means++ often chooses outliers as "
-            "centers. Several starts help if the likelihood distinguishes clusters from outliers, as with heavy "
-            "tails or a background, but not with the linear energies of Laplace and Huber kernels.",
+            "Starting near the truth isolates the effect of outliers on the estimate. The other starts "
+            "include the effect "
+            "of outliers on the initialization: k-means++ often chooses outliers as centers. Several starts "
+            "help if the "
+            "likelihood distinguishes clusters from outliers. It does so with heavy tails or a background, "
+            "but not with "
+            "the linear energies of Laplace and Huber kernels.",
             "",
             "![Errors of the means](robust.png)",
             "",
