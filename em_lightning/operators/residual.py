@@ -90,7 +90,7 @@ class ResidualCorrection(nn.Module):
         super().__init__()
         self.covariance: Covariance = COVARIANCES[covariance] if isinstance(covariance, str) else covariance
         self.num_features = num_features
-        num_inputs, num_outputs = 7 * num_features + 10, 2 * num_features + 5  # counted in _features and in forward
+        num_inputs, num_outputs = 7 * num_features + 10, 2 * num_features + 5  # as listed in _features and forward
         self.describe = nn.Sequential(nn.Linear(num_inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.decide = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, num_outputs))
         self.direct = nn.Linear(num_inputs, num_outputs, bias=False)
@@ -127,7 +127,7 @@ class ResidualCorrection(nn.Module):
         deviations = (deviations + _SMALLEST_DEVIATION * unit).expand_as(after.means)
 
         def log_ratio(matrix: Tensor) -> Tensor:
-            """Return the logarithms of the deviations of a covariance along the axes, divided by ``deviations``."""
+            """Return the logarithm of a covariance's deviations along the axes, as multiples of ``deviations``."""
             along = variances_along(axes, matrix).clamp(min=0).sqrt() + _SMALLEST_DEVIATION * unit
             return (along / deviations).log()
 
