@@ -28,7 +28,7 @@ class EMAbstraction(nn.Module):
     coordinates, a matrix W and batch normalization BN. The offsets :math:`o_j` form a lattice, ``grid`` places per axis
     with spacing s. Without features, y is the batch-normalized fraction of items per bump.
     ``blocks`` residual layers t <- relu(t + BN(V relu(BN(U y)))) follow, with matrices U and V. In them, y is computed
-    with the tokens as items, on a lattice of 3 places per axis. Use K = 1 in the last of several modules.
+    with the tokens as items, on a lattice of 3 places per axis. For one token per set, the last module has K = 1.
 
     The result is invariant to the order of the items. The coordinates and the operator get no gradient.
 
