@@ -427,6 +427,12 @@ X = torch.randn(2, 10, 3)
             ValueError,
             ["diag", "full"],
         ),
+        (lambda: EMOperator(4, 3, covariance="diag")(X, init=EMOperator(4, 3)(X)), ValueError, ["full", "'diag'"]),
+        (
+            lambda: EMOperator(4, 3, covariance="lowrank", rank=1)(X, init=EMOperator(4, 3, covariance="tied")(X)),
+            ValueError,
+            ["tied", "'lowrank'", "full"],
+        ),
         (
             lambda: EMOperator(4, 3, covariance="diag")(
                 X, init=Mixture(torch.zeros(2, 5), torch.zeros(2, 5, 3), torch.ones(2, 5, 3))

@@ -146,8 +146,8 @@ class GroupedActivation(Activation):
 
     def posterior(self, z: Tensor) -> Posterior:
         axis = self.dim % z.ndim
-        # Complete the last group by units that an energy of infinity excludes. The argument of pad begins with the last
-        # axis and has the numbers of units to add before and after.
+        # Complete the last group by units of infinite energy, which are excluded. The second argument of pad has the
+        # numbers of units to add before and after, for each axis from the last to ``axis``.
         missing = -z.shape[axis] % self.group_size
         energies = functional.pad(-z, [0, 0] * (z.ndim - 1 - axis) + [0, missing], value=torch.inf)
         return grouped(energies, self.temperature, dim=axis, group_size=self.group_size)

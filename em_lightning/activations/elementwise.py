@@ -24,7 +24,7 @@ class SignedActivation(Activation):
     the scale of the kernel. At T = 1 it is tanh(m z / s^2) for the Gaussian, tanh(clip(z, -m, m) / s) for Laplace, and
     2 m z / (df s^2 + z^2 + m^2), which tends to 0 for outliers, for Student-t. The logistic kernel decreases: y < 0.
 
-    Values lie in (-1, 1). Units do not compete with each other: the Jacobian is diagonal,
+    Values lie in (-1, 1). Units do not compete with each other: the Jacobian is diagonal. With d' = dd/dz,
     dy/dz = (1 - y^2) (d'(z, -m) - d'(z, +m)) / 2T, for the Gaussian (1 - y^2) m / (s^2 T).
 
     Args:
@@ -68,7 +68,7 @@ class SignedActivation(Activation):
 
 
 # Closed forms of the activation for a kernel, z, margin m and temperature t. They are as accurate as z, while the
-# difference of the two energies cancels near 0 and far from the hypotheses. Other kernels use the definition.
+# difference of the two energies, d(z, -m) - d(z, m), cancels near 0 and far from -m and m.
 
 
 def _clip(z: Tensor, m: float) -> Tensor:
@@ -87,12 +87,12 @@ def _logistic(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
 
 
 def _student_t(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
-    variance = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
+    df_scale2 = kernel.positive("df", z.dtype) * kernel.positive("scale", z.dtype) ** 2
+    # The energies differ by exponent * log(a) with the ratio a = (df s^2 + (z + m)^2) / (df s^2 + (z - m)^2).
     if not kernel.density and isinstance(t, float) and t == 1:  # tanh(log(a) / 2) = (a - 1) / (a + 1)
-        return 2 * m * z / (z.square() + (variance + m * m))
+        return 2 * m * z / (z.square() + (df_scale2 + m * m))
     magnitude = torch.where(z < 0, -z, z)  # not abs, whose derivative at 0 is 0
-    # The difference of energies is the logarithm of a ratio, which is close to 1 near 0.
-    log_ratio = torch.log1p(4 * m * magnitude / (variance + (magnitude - m).square()))
+    log_ratio = torch.log1p(4 * m * magnitude / (df_scale2 + (magnitude - m).square()))
     exponent = (kernel.positive("df", z.dtype) + 1) / 2 if kernel.density else 1.0
     return torch.tanh(torch.where(z < 0, -log_ratio, log_ratio) * (exponent / (2 * t)))
 
@@ -106,20 +106,20 @@ def _huber(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
 
 def _pseudo_huber(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     delta = kernel.positive("delta", z.dtype)
-    one = torch.ones_like(z)  # sqrt(a) - sqrt(b) = (a - b) / (sqrt(a) + sqrt(b)), without cancellation
-    roots = torch.hypot((z + m) / delta, one) + torch.hypot((z - m) / delta, one)
-    return torch.tanh(2 * m * (z / roots) / t)
+    one = torch.ones_like(z)  # without cancellation: the difference of two roots is that of the squares over the sum
+    sum_of_roots = torch.hypot((z + m) / delta, one) + torch.hypot((z - m) / delta, one)
+    return torch.tanh(2 * m * (z / sum_of_roots) / t)
 
 
 def _exponential(kernel: Kernel, z: Tensor, m: float, t: float | Tensor) -> Tensor:
     rate = kernel.positive("rate", z.dtype)
-    # exp(u) - exp(v) = 2 exp((u + v) / 2) sinh((u - v) / 2). Exponents are limited to 40; the kernel is linear above.
-    # There, abs(z) or m is so small that sinh is linear too, or the argument of tanh so large that the result is 1.
-    outer = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
-    return torch.tanh(outer * (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh() / t)
+    # The energies differ by 2 exp(a) sinh(b) with a = rate max(|z|, m) and b = rate clip(z, -m, m), or by 2 exp(40) b
+    # where the kernel is linear. Limits of 40 give the same tanh: for small b, sinh(b) is b; for larger b, tanh is 1.
+    exp_a = (rate * torch.maximum(z.abs(), z.new_full((), m))).clamp(max=40.0).exp()
+    return torch.tanh(exp_a * (rate * _clip(z, m)).clamp(-40.0, 40.0).sinh() / t)
 
 
-_CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {  # times() keeps the dtype of z
+_CLOSED_FORMS: dict[type[Kernel], Callable[..., Tensor]] = {  # of kernel, z, m and t; times() keeps the dtype of z
     kernels.GaussianKernel: lambda k, z, m, t: torch.tanh(times(z, m / (k.positive("scale", z.dtype) ** 2 * t))),
     kernels.DotProductKernel: lambda k, z, m, t: torch.tanh(times(z, k.positive("scale", z.dtype) * m / t)),
     kernels.LaplaceKernel: lambda k, z, m, t: torch.tanh(times(_clip(z, m), 1 / (k.positive("scale", z.dtype) * t))),

@@ -72,10 +72,7 @@ class Competition(Tempered):
     def forward(
         self, energies: Tensor, log_prior: Tensor | None = None, dim: int | None = None, **changed: Any
     ) -> Posterior:
-        """Return the posterior over the hypotheses; arguments are those of the function.
-
-        ``dim`` and further keyword arguments replace those of the module.
-        """
+        """Return the posterior of the function; ``dim`` and further keyword arguments replace those of the module."""
         options = {name: getattr(self, name) for name in self.options}
         dim = self.dim if dim is None else dim
         return self.function(energies, self.temperature, log_prior, dim, **{**options, **changed})
@@ -121,10 +118,10 @@ def to_logits(energies: Tensor, temperature: float | Tensor, log_prior: Tensor |
 
 
 def to_posterior(
-    energies: Tensor, temperature: float | Tensor, dim: int, value: Tensor, responsibilities: Tensor
+    energies: Tensor, temperature: float | Tensor, dim: int, log_sum: Tensor, responsibilities: Tensor
 ) -> Posterior:
-    """Return the posterior with free energy -T ``value``, a log-sum without axis ``dim`` or with the groups on it."""
-    factor = -temperature.to(value.dtype) if isinstance(temperature, Tensor) else -temperature  # (1,) or a number
-    has_groups = value.ndim == energies.ndim
-    free = value * factor if has_groups else (value.unsqueeze(dim) * factor).squeeze(dim)
+    """Return the posterior with free energy -T ``log_sum``, which has the groups or nothing on axis ``dim``."""
+    minus_t = -temperature.to(log_sum.dtype) if isinstance(temperature, Tensor) else -temperature
+    has_groups = log_sum.ndim == energies.ndim  # otherwise restore axis ``dim``, on which temperatures have size 1
+    free = log_sum * minus_t if has_groups else (log_sum.unsqueeze(dim) * minus_t).squeeze(dim)
     return Posterior(energies, responsibilities.to(energies.dtype), free.to(energies.dtype))

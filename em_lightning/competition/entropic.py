@@ -23,8 +23,8 @@ def sparsemax(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """
     z, top = _shifted(logits, dim)
     ranked, rank = _ranked(z, dim)
-    threshold = (cumulative_sum(ranked, dim) - 1) / rank
-    support, count, centered = _support(z, ranked, threshold, dim)
+    thresholds = (cumulative_sum(ranked, dim) - 1) / rank
+    support, count, centered = _support(z, ranked, thresholds, dim)
     p = (centered + 1 / count) * support
     return _result((p * z).sum(dim) + (1 - p.square().sum(dim)) / 2, p, top, dim)
 
@@ -35,12 +35,12 @@ def entmax15(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     ranked, rank = _ranked(half, dim)
     mean = cumulative_sum(ranked, dim) / rank
     variance = cumulative_sum(ranked.square(), dim) / rank - mean.square()
-    threshold = mean - (1 / rank - variance).clamp_min(0.0).sqrt()
-    support, count, centered = _support(half, ranked, threshold, dim)
-    square = (1 - centered.square().sum(dim, keepdim=True)) / count  # (mean - tau)^2, solved from sum(p) = 1
-    root = (centered + square.sqrt()) * support
-    p = root.square()
-    return _result(2 * (p * half).sum(dim) + (1 - (p * root).sum(dim)) * (4 / 3), p, 2 * top, dim)
+    thresholds = mean - (1 / rank - variance).clamp_min(0.0).sqrt()
+    support, count, centered = _support(half, ranked, thresholds, dim)
+    squared_gap = (1 - centered.square().sum(dim, keepdim=True)) / count  # (mean - tau)^2, solved from sum(p) = 1
+    root_p = (centered + squared_gap.sqrt()) * support
+    p = root_p.square()
+    return _result(2 * (p * half).sum(dim) + (1 - (p * root_p).sum(dim)) * (4 / 3), p, 2 * top, dim)
 
 
 def _shifted(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -64,9 +64,9 @@ def cumulative_sum(z: Tensor, dim: int) -> Tensor:
     return z.movedim(-1, dim)
 
 
-def _support(z: Tensor, ranked: Tensor, threshold: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mask p > 0, the number of logits in it, and their differences from their mean."""
-    smallest = ranked.masked_fill(threshold >= ranked, torch.inf).amin(dim, keepdim=True)
+def _support(z: Tensor, ranked: Tensor, thresholds: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mask p > 0, its size, and the logits minus their mean in it; thresholds are tau for sizes 1 to K."""
+    smallest = ranked.masked_fill(thresholds >= ranked, torch.inf).amin(dim, keepdim=True)
     # Exclude logits of -1 even if round-off puts the threshold below them.
     support = (z >= smallest) & (z > -1.0)
     count = support.sum(dim, keepdim=True).to(z.dtype)

@@ -51,7 +51,7 @@ class Posterior(NamedTuple):
     def variance(self, values: Tensor, dim: int = -1) -> Tensor:
         """Return the posterior variance sum_k r_k (v_k - mean)^2 of each value; shapes as in :meth:`mean`.
 
-        In float16, its derivative with respect to r_k is infinite if v_k is more than 256 away from the mean.
+        In float16, its derivative with respect to r_k, (v_k - mean)^2, overflows if v_k is 256 or more from the mean.
         """
         responsibilities = self._with_hypotheses_last(values, dim)
         vectors = values.unsqueeze(-1) if values.ndim == 1 else values  # (..., K, V)
@@ -83,7 +83,7 @@ class Posterior(NamedTuple):
     def _with_hypotheses_last(self, values: Tensor, dim: int) -> Tensor:
         """Return the responsibilities with the hypothesis axis last; raise ValueError if the values do not fit it."""
         responsibilities = self.responsibilities.movedim(dim, -1)
-        num_values = values.shape[-min(values.ndim, 2)] if values.ndim else 0
+        num_values = values.shape[-min(values.ndim, 2)] if values.ndim else 0  # K of (K,) or (..., K, V)
         if num_values != responsibilities.shape[-1]:
             raise ValueError(
                 f"values of shape {tuple(values.shape)} must have shape (K,) or (..., K, V) with "

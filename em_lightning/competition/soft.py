@@ -22,7 +22,7 @@ def softmin(
     An energy of +inf excludes its hypothesis: r = 0, with finite gradients. If all are +inf, F = +inf and r = 0.
 
     Args:
-        energies: d, shape (..., K) with the hypotheses on axis ``dim``; half precision is converted to float32.
+        energies: d, shape (..., K) with the hypotheses on axis ``dim``; half precision is computed in float32.
         temperature: T > 0, a number or a tensor that broadcasts with the energies and has size 1 on axis ``dim``.
         log_prior: log pi, shape (K,) or any shape that broadcasts with the energies; need not be normalized.
         dim: axis of the hypotheses.
@@ -111,12 +111,12 @@ def background(
         tensor(0.5000)
     """
     axis = dim % energies.ndim
-    shape = [*energies.shape[:axis], 1, *energies.shape[axis + 1 :]]
+    background_shape = [*energies.shape[:axis], 1, *energies.shape[axis + 1 :]]
     if log_prior is not None:
         log_prior = align(dim, log_prior, energies).expand_as(energies)  # a vector (K,) along axis dim
-        log_prior = torch.cat([log_prior, log_prior.new_zeros(shape)], axis)
+        log_prior = torch.cat([log_prior, log_prior.new_zeros(background_shape)], axis)
     energy = energy.to(energies) if isinstance(energy, Tensor) else energies.new_full((), energy)
-    return softmin(torch.cat([energies, energy.expand(shape)], axis), temperature, log_prior, dim)
+    return softmin(torch.cat([energies, energy.expand(background_shape)], axis), temperature, log_prior, dim)
 
 
 def none_of_the_above(posterior: Posterior, dim: int = -1) -> Tensor:

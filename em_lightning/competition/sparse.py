@@ -71,12 +71,8 @@ def hardmin(
         ScopeWarning: always; use softmin at a low temperature to stay inside the scope.
     """
     if not torch.compiler.is_compiling():
-        warnings.warn(
-            "hardmin is hard assignment, outside the scope of implicit EM: hypotheses without responsibility receive "
-            "no gradient and cannot recover; use softmin at a low temperature",
-            ScopeWarning,
-            stacklevel=2,
-        )
+        rule = "outside the scope of implicit EM: hypotheses with r = 0 get no gradient"
+        warnings.warn(f"hardmin is {rule}; use softmin at a low temperature", ScopeWarning, stacklevel=2)
     logits = to_logits(widen(energies), temperature, log_prior, dim)
     top = logits.amax(dim, keepdim=True)
     best = ((logits == top) & (top > -torch.inf)).to(logits.dtype)

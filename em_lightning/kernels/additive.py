@@ -11,9 +11,9 @@ from torch.nn import functional
 from em_lightning.kernels.base import KERNELS, EllipticalKernel, Kernel
 from em_lightning.kernels.distance import pairwise
 
-_LARGEST_EXPONENT = 40.0  # exp(40) = 2.4e17; its square, which norms of gradients contain, still fits float32
+_LARGEST_EXPONENT = 40.0  # exp(40) = 2.4e17; float32 can sum 6,000 squares of it, as in the norm of a gradient
 _EXPONENTIAL_INTEGRAL = 0.21938393439552027  # E_1(1), the integral of exp(-exp(u)) over u > 0
-_LAPLACE_CORE = 1e-4  # distance, in scales, below which the elliptical Laplace energy is a parabola
+_LAPLACE_CORE = 1e-4  # distance, in scales, below which elliptical Laplace is a parabola: IRLS weights are at most 1e4
 
 
 @KERNELS.register("laplace")
@@ -48,7 +48,7 @@ class LaplaceKernel(EllipticalKernel):
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
         # The area of the sphere times the integral of r^(D-1) exp(-r); the parabola changes it by less than 1e-8.
-        return _log_sphere_area(num_features) + math.lgamma(num_features) + num_features * self.scale.log()
+        return _log_unit_sphere_area(num_features) + math.lgamma(num_features) + num_features * self.scale.log()
 
 
 @KERNELS.register("logistic")
@@ -73,7 +73,7 @@ class LogisticKernel(Kernel):
         super().__init__(learnable, slope=slope)
 
     def energy(self, x: Tensor, centers: Tensor) -> Tensor:
-        # functional.softplus is linear above a threshold, with an error of 2e-9.
+        # Not functional.softplus, which is linear above a threshold, with an error of 2e-9.
         return -functional.logsigmoid(self.positive("slope", x.dtype) * pairwise(x, centers)).sum(-1)
 
 
@@ -113,15 +113,15 @@ class HuberKernel(EllipticalKernel):
         return _huber_irls_weight(squared_distance, self.positive("delta", squared_distance.dtype))
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        # The integral of r^(D-1) exp(-r^2 / 2) up to delta, plus that of r^(D-1) exp(delta^2 / 2 - delta r) above
-        # delta, which is a finite sum of positive terms.
-        half, square = 0.5 * num_features, self.delta**2
-        middle = torch.special.gammainc(torch.full_like(square, half), 0.5 * square).log()
-        middle = middle + (half - 1.0) * math.log(2.0) + math.lgamma(half)
-        order = torch.arange(num_features, dtype=square.dtype, device=square.device)
-        terms = order * square.log() - torch.lgamma(order + 1.0)
-        tail = terms.logsumexp(0) + math.lgamma(num_features) - 0.5 * square - half * square.log()
-        return _log_sphere_area(num_features) + torch.logaddexp(middle, tail)
+        # The integral of r^(D-1) exp(-r^2 / 2) up to delta, an incomplete gamma function, plus that of
+        # r^(D-1) exp(s / 2 - delta r) above delta, (D-1)! exp(-s / 2) s^(-D/2) sum_{j<D} s^j / j!, with s = delta^2.
+        half, s = 0.5 * num_features, self.delta**2
+        log_middle = torch.special.gammainc(torch.full_like(s, half), 0.5 * s).log()
+        log_middle = log_middle + (half - 1.0) * math.log(2.0) + math.lgamma(half)
+        j = torch.arange(num_features, dtype=s.dtype, device=s.device)
+        log_sum = (j * s.log() - torch.lgamma(j + 1.0)).logsumexp(0)
+        log_tail = log_sum + math.lgamma(num_features) - 0.5 * s - half * s.log()
+        return _log_unit_sphere_area(num_features) + torch.logaddexp(log_middle, log_tail)
 
 
 @KERNELS.register("pseudo_huber")
@@ -161,14 +161,14 @@ class PseudoHuberKernel(EllipticalKernel):
         return (1.0 + squared_distance / self.positive("delta", squared_distance.dtype) ** 2).sqrt()
 
     def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule, whose error decreases exponentially
-        # with 1 / step for analytic integrands. The grid extends 40 widths D^-1/2 below the maximum and 10 above.
+        # The integral of r^D exp(-rho(r^2)) over log r, by the trapezoidal rule in steps of .02 widths D^-1/2, from 40
+        # below the maximum to 10 above it. The error is below 1e-12 for D = 1 to 300 and delta = .01 to 100.
         ratio = (num_features / self.delta.detach()).square()  # the grid is a constant in the derivative
         log_mode = 0.5 * ((0.25 * ratio.square() + num_features**2).sqrt() + 0.5 * ratio).log()  # r d(rho) / dr = D
         step = 0.02 / math.sqrt(num_features)
         log_radius = log_mode + step * torch.arange(-2000, 500, dtype=ratio.dtype, device=ratio.device)
         log_shells = num_features * log_radius - self.rho((2 * log_radius).exp(), num_features)
-        return _log_sphere_area(num_features) + log_shells.logsumexp(0) + math.log(step)
+        return _log_unit_sphere_area(num_features) + log_shells.logsumexp(0) + math.log(step)
 
 
 @KERNELS.register("exponential")
@@ -212,5 +212,5 @@ def _huber_irls_weight(squared_distance: Tensor, delta: Tensor | float) -> Tenso
     return delta / torch.where(squared_distance <= delta**2, delta**2, squared_distance).sqrt()
 
 
-def _log_sphere_area(num_features: int) -> float:
+def _log_unit_sphere_area(num_features: int) -> float:
     return math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)

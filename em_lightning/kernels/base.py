@@ -26,13 +26,13 @@ class Kernel(nn.Module):
     A subclass defines :meth:`energy`, passes its positive shape parameters to this constructor, and defines
     :meth:`log_normalizer` if exp(-d) is integrable. Centers are an argument of each call.
 
-    Energies are computed in float32 or float64, under autocast as well, and returned in the inputs' dtype, in float16
-    at most 65504, its largest number.
+    Energies are computed in float32 or float64, under autocast as well, and returned in the inputs' dtype. In float16,
+    energies above its largest number, 65504, are returned as 65504.
 
     Args:
         learnable: make the shape parameters learnable. Each is then ``value * exp(log_<name>)`` with a parameter
-            ``log_<name>`` of shape (1,), initially zero, so that the initial value is exact and weight decay
-            returns to it. Otherwise they are Python numbers. The ``state_dict`` contains them in both cases.
+            ``log_<name>`` of shape (1,). It starts at zero, so that the initial value is exact and weight decay pulls
+            towards it. Otherwise they are Python numbers. The ``state_dict`` contains them in both cases.
         **shape: positive initial value of each shape parameter; ``kernel.<name>`` is its current value, of shape ().
 
     Shape:
@@ -75,9 +75,9 @@ class Kernel(nn.Module):
             raise ValueError(f"x {tuple(x.shape)} and centers {tuple(centers.shape)} must have equal last axes")
         dtype = torch.promote_types(x.dtype, centers.dtype)
         wide = torch.promote_types(dtype, torch.float32)
-        device = x.device.type
-        autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # not on "meta"
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        # torch.autocast raises on the device "meta"; PyTorch 2.6 does not compile the function that asks for it.
+        has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
             energies = self.energy(x.to(wide), centers.to(wide))
         if dtype == torch.float16:
             energies = energies.clamp(max=torch.finfo(dtype).max)

@@ -38,8 +38,6 @@ class GaussianKernel(EllipticalKernel):
     def log_normalizer(self, num_features: int) -> Tensor:
         return num_features * (0.5 * math.log(2 * math.pi) + self.scale.log())
 
-    # The elliptical forms omit the scale, because it is redundant with the estimated covariance.
-
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         return 0.5 * squared_distance
 
@@ -89,11 +87,10 @@ class StudentTKernel(EllipticalKernel):
             return Kernel.log_normalizer(self, num_features)  # raises NoDensityError
         df, half = self.df, num_features / 2
         exponent = torch.as_tensor(self._exponent(df, num_features), dtype=df.dtype)
-        volume = half * (math.pi * df).log() + num_features * self.scale.log()
-        return volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
+        log_volume = half * (math.pi * df).log() + num_features * self.scale.log()
+        return log_volume + torch.lgamma(exponent - half) - torch.lgamma(exponent)
 
-    def elliptical_log_normalizer(self, num_features: int) -> Tensor:
-        return self.log_normalizer(num_features)
+    elliptical_log_normalizer = log_normalizer
 
     def rho(self, squared_distance: Tensor, num_features: int) -> Tensor:
         df, scale = (self.positive(name, squared_distance.dtype) for name in ("df", "scale"))

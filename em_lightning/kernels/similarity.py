@@ -17,7 +17,7 @@ class CosineKernel(Kernel):
 
     .. math:: d(x, \mu) = 1 - \frac{x^\top \mu}{\lVert x \rVert \, \lVert \mu \rVert}
 
-    Energies are in [0, 2], and 1 for a zero vector; 1 / temperature is a concentration (von Mises-Fisher).
+    Energies are in [0, 2], and 1 for a zero vector. 1 / temperature is a concentration of von Mises-Fisher components.
 
     exp(-d) is a density on the unit sphere only: von Mises-Fisher with concentration 1 and normalizer
     :math:`(2 \pi)^{D/2} I_{D/2 - 1}(1) / e`, where :math:`I` is the modified Bessel function of the first kind. For
@@ -35,7 +35,7 @@ class CosineKernel(Kernel):
 
     def log_normalizer(self, num_features: int) -> Tensor:
         """Return the log of the integral of exp(-d) over the unit sphere, a tensor of shape ()."""
-        # Power series of the Bessel function (Abramowitz and Stegun 9.6.10). Terms are at most 2^-k / k!: 19 suffice.
+        # Power series of I (Abramowitz and Stegun 9.6.10). Its terms are at most 2^-k / k!: 19 suffice in float64.
         order = num_features / 2 - 1
         term, total = 1.0, 0.0
         for k in range(1, 20):

@@ -77,13 +77,11 @@ class EMAggregation(Aggregation):
 
     def reset_parameters(self) -> None:
         """Draw new initial values of the parameters."""
-        if self.pooling is None:
+        if self.pooling is not None:
+            self.pooling.load_state_dict(self._build().state_dict())
+        else:
             nn.init.ones_(self.by_weight)
             nn.init.zeros_(self.by_scale)
-            return
-        with torch.no_grad():
-            for parameter, fresh in zip(self.pooling.parameters(), self._build().parameters(), strict=True):
-                parameter.copy_(fresh)
 
     def forward(
         self,
@@ -94,7 +92,7 @@ class EMAggregation(Aggregation):
         dim: int = -2,
         max_num_elements: int | None = None,
     ) -> Tensor:
-        """Return one row per group, fitted to its first ``max_num_elements`` rows; heads are fitted separately."""
+        """Return a row per group, of its first ``max_num_elements`` rows; further axes are heads, fitted separately."""
         if not x.is_floating_point():
             raise TypeError(f"x of dtype {x.dtype} must be floating-point")
         index = ptr2index(ptr) if index is None else index
@@ -107,12 +105,13 @@ class EMAggregation(Aggregation):
         features, heads = (shape[-1] if shape else 1), math.prod(shape[:-1])
         rows = rows.reshape(len(rows) * heads, features)
         index = (index.unsqueeze(1) * heads + torch.arange(heads, device=index.device)).flatten()
-        groups = rows, index, num_groups * heads, len(rows) if max_num_elements is None else max_num_elements
+        limit = len(rows) if max_num_elements is None else max_num_elements
         if self.pooling is not None:
             pooling, shape = self.pooling, (*shape[:-1], self.pooling.out_features)
-            summaries = map_groups(lambda x, mask: (pooling(x, mask),), *groups)[0]
+            (summaries,) = map_groups(lambda x, mask: (pooling(x, mask),), rows, index, num_groups * heads, limit)
         else:
-            log_weights, means, log_scales = fit_groups(*groups, self.num_components, self.num_iters)
+            fitted = fit_groups(rows, index, num_groups * heads, limit, self.num_components, self.num_iters)
+            log_weights, means, log_scales = fitted
             shares = (self.by_weight * log_weights - self.by_scale * log_scales).softmax(-1)
             summaries = (shares.unsqueeze(-1) * means).sum(1)
         return summaries.to(x.dtype).reshape(num_groups, *shape).movedim(0, dim)

@@ -80,12 +80,13 @@ class SetOperator(nn.Module):
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
-            state = self._start(sets, not self.training) if init is None else self._enter(sets, init)
+            state = self._start(sets, try_several=not self.training) if init is None else self._enter(sets, init)
         yield sets, state  # outside of the context, so that the caller's autocast applies to the body of its loop
 
         def step(state: Parameters, progress: float) -> Parameters:
             with torch.autocast(x.device.type, enabled=False):
-                return self._step(sets, state, progress)[0]
+                after, _ = self._step(sets, state, progress)
+                return after
 
         for after in gradients.iterate(step, state, num_iters, self.gradient):
             yield sets, after
@@ -110,18 +111,18 @@ class SetOperator(nn.Module):
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
-            state = self._start(sets, True) if init is None else self._enter(sets, init)
-            mass = sets.mass.clamp(min=1.0)
+            state = self._start(sets, try_several=True) if init is None else self._enter(sets, init)
+            num_points = sets.mass.clamp(min=1.0)  # of positive weight, as their mean weight is 1
 
-            def step(state: Parameters, _: int) -> tuple[Parameters, Tensor]:  # any may be the last, with progress 1
+            def step(state: Parameters, _: int) -> tuple[Parameters, Tensor]:  # each may be the last: progress is 1
                 after, objective = self._step(sets, state, progress=1.0, with_objective=True)
-                return after, objective / mass
+                return after, objective / num_points
 
             result = em.fit(step, state, max_iters=max_iters, tol=tol)
             return self._mixture(sets, Parameters(*result.state)), result.steps
 
     def objective(self, x: Tensor, mixture: Any, mask: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
-        """Return the value (B,) that iterations increase, of given mixtures; weights are relative to their mean."""
+        """Return the objective (B,) of given mixtures, which iterations increase; weights are divided by their mean."""
         x = check_sets(x, mask, weights, self.num_features)
         with torch.autocast(x.device.type, enabled=False):
             sets = self._prepare(x, mask, weights)
@@ -135,10 +136,10 @@ class SetOperator(nn.Module):
     # To be defined by a subclass; ``sets`` is a named tuple of the inputs of all iterations, with a ``mass`` (B,).
 
     _prepare: Callable[[Tensor, Tensor | None, Tensor | None], Any]  # (x, mask, weights) -> sets
-    _start: Callable[[Any, bool], Parameters]  # (sets, best_of_several) -> state
+    _start: Callable[..., Parameters]  # (sets, try_several) -> state
     _enter: Callable[[Any, Any], Parameters]  # (sets, mixture) -> state
-    # (sets, state, progress, with_objective=False) -> (state after, objective (B,) before, 0 if not requested);
-    # progress is the share of iterations that are done after this one, 1 in the last.
+    # (sets, state, progress, with_objective=False) -> (next state, objective (B,) of the given state or 0 if not
+    # requested); progress is the fraction of the iterations up to and including this one, 1 in the last.
     _step: Callable[..., tuple[Parameters, Tensor]]
     _objective: Callable[[Any, Parameters], Tensor]  # (sets, state) -> (B,)
     _mixture: Callable[[Any, Parameters], Any]  # (sets, state) -> mixture

@@ -63,8 +63,8 @@ class DirectionalMixture:
         """Return the posterior over components of the directions of x (B, N, D)."""
         points = directions(x, lambda x: x, mask, None)  # only points.x is read, which needs no features
         log_weights, means, concentrations = (part.to(points.x.dtype) for part in self.parameters())
-        constant = log_weights - log_normalizer(concentrations, x.shape[-1])[0]
-        joint = torch.baddbmm(constant.unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
+        log_z, _ = log_normalizer(concentrations, x.shape[-1])
+        joint = torch.baddbmm((log_weights - log_z).unsqueeze(-1), concentrations.unsqueeze(-1) * means, points.x)
         return softmin(-joint.mT.to(x.dtype))
 
 
@@ -75,30 +75,30 @@ class VonMisesFisher(FullCovariance):
     r"""The von Mises-Fisher family, with features ``[1, x]`` and concentrations (B, K) in place of covariances.
 
     Instead of Bessel functions, each iteration evaluates two tables, with :math:`a = (D - 1) / 2`:
-    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and, with the
-    mean resultant length R, :math:`\kappa (1 - R)` as a function of :math:`1 - R`. Both are smooth and bounded.
+    :math:`-\log C_D(\kappa) - \kappa + a \log(\kappa + a)` as a function of :math:`1 / (\kappa + a)`, and,
+    with the length R of the mean of x, :math:`\kappa (1 - R)` as a function of :math:`1 - R`. Both are smooth, bounded.
     """
 
     name = "von Mises-Fisher"
-    whitening = None
+    whitening = None  # the native backend serves covariances only
 
     def __init__(self, num_features: int, x: Tensor) -> None:
         self.limit = a = 0.5 * (num_features - 1)  # of kappa (1 - R) for large kappa
         inverse = torch.arange(1, _INTERVALS, dtype=accumulation_dtype(x), device=x.device) / (a * _INTERVALS)
         kappa = 1.0 / inverse - a
-        log_z, length = log_normalizer(kappa, num_features)
-        length_slope = 1.0 - length.square() - 2.0 * a * length / kappa  # dR / dkappa
-        # Chain rule, t = inverse: d(-log C) / dkappa = R, dkappa / dt = -1 / t^2, d(1 - R) / dkappa = -length_slope.
+        log_z, r = log_normalizer(kappa, num_features)  # -log C and R
+        r_slope = 1.0 - r.square() - 2.0 * a * r / kappa  # dR / dkappa
+        # Chain rule, t = inverse: d(-log C) / dkappa = R, dkappa / dt = -1 / t^2, d(1 - R) / dkappa = -r_slope.
         log_area = math.log(2.0) + 0.5 * num_features * math.log(math.pi) - math.lgamma(0.5 * num_features)
         self.normalizer = _Cubic(  # first: the limits for kappa -> infinity; last: for kappa -> 0
-            (0.0, inverse, 1.0 / a),
-            (a * math.log(2.0 * math.pi), log_z - kappa - a * inverse.log(), log_area + a * math.log(a)),
-            (0.5 * a * (a + 1.0), (1.0 - length - a * inverse) / inverse.square(), 0.0),
+            knots=(0.0, inverse, 1.0 / a),
+            values=(a * math.log(2.0 * math.pi), log_z - kappa - a * inverse.log(), log_area + a * math.log(a)),
+            slopes=(0.5 * a * (a + 1.0), (1.0 - r - a * inverse) / inverse.square(), 0.0),
         )
         self.concentration = _Cubic(
-            (0.0, 1.0 - length, 1.0),
-            (a, kappa * (1.0 - length), 0.0),
-            (0.5 * (1.0 - a), kappa - (1.0 - length) / length_slope, -float(num_features)),
+            knots=(0.0, 1.0 - r, 1.0),
+            values=(a, kappa * (1.0 - r), 0.0),
+            slopes=(0.5 * (1.0 - a), kappa - (1.0 - r) / r_slope, -float(num_features)),
         )
         self.axis = torch.eye(1, num_features, dtype=inverse.dtype, device=x.device)  # where the mean is 0
 
@@ -109,7 +109,7 @@ class VonMisesFisher(FullCovariance):
     def natural_parameters(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
         """Return theta (B, K, 1 + D) with ``theta . phi = log pi + log C(kappa) + kappa mu . x``, and its maximum."""
         log_weights, means, concentrations = parameters
-        total = concentrations + self.limit
+        total = concentrations + self.limit  # kappa + a; sub(p, q, alpha=a) below is p - a q
         peak = log_weights - torch.sub(self.normalizer(total.reciprocal()), total.log(), alpha=self.limit)
         return torch.cat([(peak - concentrations).unsqueeze(-1), concentrations.unsqueeze(-1) * means], -1), peak
 
@@ -117,9 +117,9 @@ class VonMisesFisher(FullCovariance):
         self, means: Tensor, scatter: Tensor, mass: Tensor, floor: Tensor, before: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return directions and concentrations for mean vectors (B, K, D); the floor (B,) bounds ``1 / kappa``."""
-        length = torch.linalg.vector_norm(means, dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(means, dim=-1, keepdim=True)  # R
         unit = means / length.clamp(min=torch.finfo(length.dtype).tiny)
-        one_minus_r = (1.0 - length.squeeze(-1)).clamp(min=1e-12)  # kappa is infinite at 0
+        one_minus_r = (1.0 - length.squeeze(-1)).clamp(min=1e-12)  # kappa = a / (1 - R) is infinite at 0
         concentrations = (self.concentration(one_minus_r) / one_minus_r).clamp(min=_SMALLEST_CONCENTRATION)
         return torch.where(length > 0, unit, self.axis), concentrations.minimum(floor.unsqueeze(-1).reciprocal())
 
@@ -127,9 +127,10 @@ class VonMisesFisher(FullCovariance):
 class _Cubic:
     """Cubic interpolation from increasing knots, values and slopes, each as (first, all inner ones, last)."""
 
-    def __init__(self, *parts: tuple[float, Tensor, float]) -> None:
+    def __init__(self, **parts: tuple[float, Tensor, float]) -> None:
         knots, values, slopes = (
-            torch.cat([inner.new_full((1,), first), inner, inner.new_full((1,), last)]) for first, inner, last in parts
+            torch.cat([inner.new_full((1,), first), inner, inner.new_full((1,), last)])
+            for first, inner, last in (parts["knots"], parts["values"], parts["slopes"])
         )
         width = knots.diff()
         rise, left, right = values.diff() / width, slopes[:-1], slopes[1:]
@@ -205,14 +206,16 @@ class DirectionalEM(SetOperator):
         return Sets(points, points.mass, mask, family, floor, pseudo_counts=None, dtype=x.dtype)
 
     @torch.no_grad()
-    def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
+    def _start(self, sets: Sets, try_several: bool) -> Parameters:
         """Draw centers, assign each point to the nearest, and return the parameters of one M-step."""
         points = sets.points
         centers = initialization.CENTERS[self.init](points.x.mT, self.num_components, weights=points.weights)
         nearest = (centers @ points.x).argmax(1)  # the largest cosine
         weights = torch.ones_like(points.x[:, 0]) if points.weights is None else points.weights
-        cells = nearest, weights.unsqueeze(1), self.num_components
-        return Parameters(*initialization.fit_cells(points, *cells, sets.covariance, sets.floor)[1:])  # no masses
+        _, log_weights, means, concentrations = initialization.fit_cells(
+            points, nearest, weights.unsqueeze(1), self.num_components, sets.family, sets.floor
+        )
+        return Parameters(log_weights, means, concentrations)
 
     def _enter(self, sets: Sets, mixture: DirectionalMixture) -> Parameters:
         return Parameters(*(part.to(sets.floor.dtype) for part in mixture.parameters()))
@@ -220,11 +223,11 @@ class DirectionalEM(SetOperator):
     def _step(
         self, sets: Sets, state: Parameters, progress: float, with_objective: bool = False
     ) -> tuple[Parameters, Tensor]:
-        statistics = e_step(sets.points, state, Likelihood(sets.covariance), with_log_likelihood=with_objective)
-        return m_step(statistics, sets.covariance, sets.floor, state.covariances), statistics.log_likelihood
+        statistics = e_step(sets.points, state, Likelihood(sets.family), with_log_likelihood=with_objective)
+        return m_step(statistics, sets.family, sets.floor, state.covariances), statistics.log_likelihood
 
     def _objective(self, sets: Sets, state: Parameters) -> Tensor:
-        density = log_density(sets.points, state, Likelihood(sets.covariance))
+        density = log_density(sets.points, state, Likelihood(sets.family))
         return (density if sets.points.weights is None else density * sets.points.weights).sum(-1)
 
     def _mixture(self, sets: Sets, state: Parameters) -> DirectionalMixture:
@@ -241,11 +244,11 @@ def directions(x: Tensor, features: Callable[[Tensor], Tensor], mask: Tensor | N
 
 
 def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Tensor]:
-    """Return ``-log C_D(kappa)`` and its derivative, the mean resultant length.
+    """Return ``-log C_D(kappa)`` and its derivative ``R_{D/2-1}(kappa)``, the mean resultant length.
 
     Ratios ``R_v = I_{v+1}(x) / I_v(x)`` follow downwards in v, which is stable: ``1 / R_v = R_{v+1} + 2 (v + 1) / x``.
-    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. By
-    ``y' = 1 + v^2 / x^2 - y / x - y^2``, ``c = 1/2 + (5q - 4) / 8s + p_2(q) / 8s^2 + p_3(q) / 128s^3``, q = x^2 / s^2.
+    The first, at a large v, is ``y - v / x`` with ``y = I_v' / I_v = s / x - c x / s^2`` and ``s^2 = v^2 + x^2``. From
+    ``y' = 1 + v^2 / x^2 - y / x - y^2``, ``c = 1/2 + (5q - 4) / 8s + p2 / 8s^2 + p3 / 128s^3`` with q = x^2 / s^2.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 1964, 9.6.26 (recurrence), 9.7.7 and 9.7.9.
     """
@@ -256,7 +259,7 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     else:
         lowest_order = 0.0
         log_bessel = torch.special.i0e(x).log() + x
-    count = round(order - lowest_order)
+    count = round(order - lowest_order)  # of ratios that multiply the lowest Bessel function
     v = order + _ORDERS
     s = (v**2 + x.square()).sqrt()
     q = (x / s).square()
@@ -266,7 +269,7 @@ def log_normalizer(concentration: Tensor, num_features: int) -> tuple[Tensor, Te
     for step in range(count + _ORDERS, 0, -1):
         ratio = (ratio + 2.0 * (lowest_order + step) / x).reciprocal()  # of the order lowest_order + step - 1
         if step == count + 1:
-            length = ratio
+            resultant = ratio
         elif step <= count:
             log_bessel = log_bessel + ratio.log()
-    return half_log_two_pi(num_features) + log_bessel - order * x.log(), length
+    return half_log_two_pi(num_features) + log_bessel - order * x.log(), resultant

@@ -38,10 +38,10 @@ class EMOperator(SetOperator):
         \mu_k = \frac{1}{N_k} \sum_n r_{nk} x_n, \quad
         \Sigma_k = \frac{1}{N_k} \sum_n r_{nk} (x_n - \mu_k)(x_n - \mu_k)^\top + \epsilon I
 
-    with pseudo-counts, means and covariances corrected by a :class:`ResidualCorrection`, which keeps ``Sigma`` positive
-    definite and starts at zero: **an untrained operator is exactly classical EM**. The last correction is dropped for
-    sets whose log-likelihood it lowers by more than AICc's correction for overfitting. The result is invariant to the
-    order of the points and equivariant to permutations of the initial components.
+    with the covariance floor :math:`\epsilon`. A :class:`ResidualCorrection` corrects pseudo-counts, means and
+    covariances, which stay positive definite. It starts at zero: **an untrained operator is exactly classical EM**. The
+    correction of the last iteration is dropped for sets whose log-likelihood it lowers by more than AICc's term for
+    overfitting. The result is invariant to the order of the points and equivariant in the initial components.
 
     Args:
         num_components: K.
@@ -171,9 +171,9 @@ class EMOperator(SetOperator):
         """Return the objective (B,): ``sum_n w_n log p(x_n)``, plus the log-density of a prior up to a constant."""
         check_points(mixture, x)
         x = check_sets(x, mask, weights, self.num_features)
-        covariance = covariance_of(mixture.covariances, mixture.means)
+        family = covariance_of(mixture.covariances, mixture.means)
         with torch.autocast(x.device.type, enabled=False):
-            sets = self._prepare(x, mask, weights, covariance)
+            sets = self._prepare(x, mask, weights, family)
             state = self._with_room_for_background(sets.points.frame.enter_parameters(mixture.parameters()))
             return self._objective(sets, state).to(x.dtype)
 
@@ -188,10 +188,10 @@ class EMOperator(SetOperator):
             if (shape := tuple(background_energies.shape)) != (mixture.sets,):
                 raise ValueError(f"background_energies {shape} must have shape ({mixture.sets},)")
         check_sets(x, mask, None, self.num_features)
-        covariance = covariance_of(mixture.covariances, mixture.means)
-        points = prepare(x.expand(mixture.sets, -1, -1), covariance.features, mask, with_moments=False)
+        family = covariance_of(mixture.covariances, mixture.means)
+        points = prepare(x.expand(mixture.sets, -1, -1), family.features, mask, with_moments=False)
         state = self._with_room_for_background(points.frame.enter_parameters(mixture.parameters()))
-        return points, state, self._likelihood(points, state, covariance, background_energies)
+        return points, state, self._likelihood(points, state, family, background_energies)
 
     def classical(self) -> EMOperator:
         """Return the same operator without its corrections: classical EM from the same start."""
@@ -200,29 +200,31 @@ class EMOperator(SetOperator):
         return plain
 
     def _prepare(
-        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, covariance: Covariance | None = None
+        self, x: Tensor, mask: Tensor | None, weights: Tensor | None, family: Covariance | None = None
     ) -> Sets:
-        covariance = covariance or self.family  # a given mixture may have another type
-        points = prepare(x, covariance.features, mask, weights)
-        floor = points.floor(self.covariance_floor)
-        moments = points.frame, points.mean, points.variance
-        counts = None if self.prior is None else self.prior.pseudo_counts(*moments, covariance, self.num_components)
-        return Sets(points, points.mass, mask, covariance, floor, counts, x.dtype)
+        family = family or self.family  # a given mixture may have another covariance type
+        points = prepare(x, family.features, mask, weights)
+        floor, counts = points.floor(self.covariance_floor), None
+        if self.prior is not None:
+            counts = self.prior.pseudo_counts(points.frame, points.mean, points.variance, family, self.num_components)
+        return Sets(points, points.mass, mask, family, floor, pseudo_counts=counts, dtype=x.dtype)
 
-    def _start(self, sets: Sets, best_of_several: bool) -> Parameters:
+    def _start(self, sets: Sets, try_several: bool) -> Parameters:
         def score(state: Parameters) -> Tensor:
             """Return the objective (B,) after a few exact iterations."""
             state = self._with_room_for_background(state)
             for _ in range(min(max(self.num_iters, 1), _TRIAL_ITERATIONS)):
-                state = self._m_step(self._e_step(sets, state, False)[0], sets, state)
+                statistics, _ = self._e_step(sets, state, with_objective=False)
+                state = self._m_step(statistics, sets, state)
             return self._objective(sets, state)
 
-        return self._with_room_for_background(self.start(sets, score if best_of_several else None))
+        return self._with_room_for_background(self.start(sets, score if try_several else None))
 
     def _enter(self, sets: Sets, mixture: Mixture) -> Parameters:
-        covariance = covariance_of(mixture.covariances, mixture.means)
-        if covariance is not self.family and covariance.name != "full":
-            raise ValueError(f"init has {covariance.name} covariances and the operator {self.family.name}; convert one")
+        given = covariance_of(mixture.covariances, mixture.means)
+        needed = "full" if self.covariance == "lowrank" else self.covariance
+        if given.name != needed and (self.covariance, given.name) != ("tied", "full"):
+            raise ValueError(f"init has {given.name} covariances; covariance={self.covariance!r} needs {needed} ones")
         shape = (len(sets.mass), self.num_components, self.num_features)
         if tuple(mixture.means.shape) != shape:
             raise ValueError(f"init.means has shape {tuple(mixture.means.shape)}; it must be {shape}")
@@ -250,19 +252,20 @@ class EMOperator(SetOperator):
         """Return the sufficient statistics, and the objective (B,), which is 0 if not requested."""
         points, competition = sets.points, self.competition
         likelihood = self._likelihood(points, state, self.family)
-        softmin = isinstance(competition, Softmin)
 
-        def respond(joint: Tensor) -> Tensor:
+        def respond(joint: Tensor) -> Tensor:  # both (B, K, N); energies are minus joint log-densities
             coupling = {"item_dim": 2, "mask": sets.mask} if competition.couples_items else {}
             return competition(-joint, dim=1, **coupling).responsibilities
 
-        options: Any = {"with_log_likelihood": with_objective, "couples_points": competition.couples_items}
-        options |= {"temperature": competition.temperature if softmin else 1.0}
-        statistics = e_step(points, state, likelihood, None if softmin else respond, **options)
+        options: dict[str, Any] = {"with_log_likelihood": with_objective, "couples_points": competition.couples_items}
+        if isinstance(competition, Softmin):  # the competition that e_step has by default
+            statistics = e_step(points, state, likelihood, temperature=competition.temperature, **options)
+        else:
+            statistics = e_step(points, state, likelihood, respond, **options)
         if not with_objective:
             return statistics, statistics.log_likelihood
         log_likelihood = statistics.log_likelihood - points.log_volume() * points.mass
-        return statistics, self._with_prior(sets, state, likelihood, log_likelihood)
+        return statistics, self._with_prior(sets, state, log_likelihood)
 
     def _safeguarded(self, sets: Sets, plain: Parameters, corrected: Parameters) -> Parameters:
         """Return corrected parameters, or plain ones for sets whose log-likelihood the correction lowers too much.
@@ -270,8 +273,8 @@ class EMOperator(SetOperator):
         With p parameters, the log-likelihood of N fitted points exceeds that of N new points by about
         ``N p / (N - p - 1)`` (Hurvich and Tsai, 1989); no correction that lowers it by more can help on new points.
         """
-        components, features = self.num_components, self.num_features
-        p = components * (1 + features) - 1 + self.family.num_parameters(components, features)
+        p = self.num_components * (1 + self.num_features) - 1  # means and weights
+        p += self.family.num_parameters(self.num_components, self.num_features)
         n = sets.points.num_points
         allowed = torch.where(n - p - 1 > 0, n * p / (n - p - 1), torch.inf)
         with torch.no_grad():
@@ -279,37 +282,37 @@ class EMOperator(SetOperator):
         return where(keep, corrected, plain)
 
     def _objective(self, sets: Sets, state: Parameters) -> Tensor:
-        likelihood = self._likelihood(sets.points, state, sets.covariance)
-        return self._with_prior(sets, state, likelihood, self._log_likelihood(sets, state))
+        return self._with_prior(sets, state, self._log_likelihood(sets, state))
 
     def _log_likelihood(self, sets: Sets, state: Parameters) -> Tensor:
         points = sets.points
-        likelihood = self._likelihood(points, state, sets.covariance)
+        likelihood = self._likelihood(points, state, sets.family)
         density = log_density(points, state, likelihood) - points.log_volume().unsqueeze(1)
         return (density if points.weights is None else density * points.weights).sum(-1)
 
-    def _with_prior(self, sets: Sets, state: Parameters, likelihood: Likelihood, log_likelihood: Tensor) -> Tensor:
+    def _with_prior(self, sets: Sets, state: Parameters, log_likelihood: Tensor) -> Tensor:
         """Return a log-likelihood (B,) plus the log-density of the prior in the user's units."""
         counts = sets.pseudo_counts
         if counts is None:
             return log_likelihood
-        of_prior = log_prior(state, sets.covariance, counts)
-        num_covariances = self.num_components / sets.covariance.sharing(self.num_components)
+        of_prior = log_prior(state, sets.family, counts)
+        num_covariances = self.num_components / sets.family.sharing(self.num_components)  # 1 if all share one
         # The prior has -covariance_count / 2 log det per covariance; the user's units add 2 log_volume to a log det.
         of_prior = of_prior - counts.covariance_count.squeeze(-1) * num_covariances * sets.points.log_volume()
-        if likelihood.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
-            of_prior = of_prior + counts.weight_count.squeeze(-1) * likelihood.background.log_weight
+        if self.background is not None and self.background.estimate:  # the Dirichlet prior has K + 1 weights
+            background = self.background.terms(sets.points, state.log_weights)
+            of_prior = of_prior + counts.weight_count.squeeze(-1) * background.log_weight
         return log_likelihood + of_prior
 
     def _mixture(self, sets: Sets, state: Parameters) -> Mixture:
         return mixture_of(sets.points, state, self.family, sets.dtype)
 
     def _likelihood(
-        self, points: Points, state: Parameters, covariance: Covariance, background_energies: Tensor | None = None
+        self, points: Points, state: Parameters, family: Covariance, background_energies: Tensor | None = None
     ) -> Likelihood:
         uniform = self.background
         background = None if uniform is None else uniform.terms(points, state.log_weights, background_energies)
-        return Likelihood(covariance, None if isinstance(self.kernel, GaussianKernel) else self.kernel, background)
+        return Likelihood(family, None if isinstance(self.kernel, GaussianKernel) else self.kernel, background)
 
     def _with_room_for_background(self, state: Parameters) -> Parameters:
         """With an estimated background of weight w_0, scale the weights to the sum 1 - w_0; otherwise keep them."""

@@ -34,9 +34,10 @@ _TRIALS = 30  # of the line search; the shortest, 2^-29 of a full step, is below
 # Armijo constant: the expected energy must fall by this share of what the gradient predicts; the usual value.
 _ARMIJO = 1e-4
 # Distance from a center, in sizes of the bounding box, below which the IRLS weight is the second derivative: it bounds
-# the weights of kernels whose slope is not 0 at the center (logistic, cosine).
+# the weights of kernels whose slope is not 0 at the center (logistic, cosine). Chosen, not measured.
 _NEAR = 1e-9
-# A mean IRLS weight, or a share of points with one, counts as zero below this: gradients divide by its square.
+# Sums of IRLS weights, and of the shares of points that have one, count as zero below this. Gradients divide by their
+# squares, and 1e-60 is far above the smallest float64.
 _SMALLEST_WEIGHT = 1e-30
 
 
@@ -139,7 +140,7 @@ class GeneralizedEM(SetOperator):
         return _Sets(x, weights, weights.sum(-1), low, high)
 
     @torch.no_grad()
-    def _start(self, sets: _Sets, best_of_several: bool) -> Parameters:
+    def _start(self, sets: _Sets, try_several: bool) -> Parameters:
         """Return equal weights and drawn centers, of one start only."""
         centers = initialization.CENTERS[self.init](sets.x, self.num_components, weights=sets.weights)
         return Parameters(torch.zeros_like(centers[..., 0]).log_softmax(-1), centers, centers[..., :0])
@@ -191,7 +192,7 @@ def _shares(log_responsibilities: Tensor, weights: Tensor) -> Tensor:
     """
     largest = (log_responsibilities + weights.unsqueeze(-1).log()).detach().amax(1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0.0)
-    # Points of zero weight may exceed ``largest``; half the range keeps their exponentials and products of two finite.
+    # Points of zero weight may exceed ``largest``. The bound keeps products of two of their exponentials finite.
     bound = 0.5 * math.log(torch.finfo(log_responsibilities.dtype).max)
     parts = (log_responsibilities - largest).clamp(max=bound).exp() * weights.unsqueeze(-1)
     total = parts.sum(1, keepdim=True)
@@ -208,9 +209,9 @@ def _irls_step(kernel: Kernel, sets: _Sets, shares: Tensor, centers: Tensor) -> 
     # Points without an IRLS weight get the mean weight of the others.
     usable = (share_with_weight > _SMALLEST_WEIGHT) & (weight > _SMALLEST_WEIGHT)
     step = -slope * share_with_weight / torch.where(usable, weight, 1.0)
-    # If no point has a weight, all are at the center or have slope 0: it stays, with the gradient of their mean.
-    drift = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
-    return slope, torch.where(usable, step.to(centers.dtype), drift - drift.detach())
+    # If no point has a weight, all are at the center or have slope 0: the step is 0, with the gradient of their mean.
+    to_mean = (shares.mT @ sets.x.to(shares.dtype)).to(centers.dtype) - centers
+    return slope, torch.where(usable, step.to(centers.dtype), to_mean - to_mean.detach())
 
 
 def _irls_sums(
@@ -218,10 +219,10 @@ def _irls_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sums (B, K, D) over points: of slopes, of IRLS weights, and of shares of points with an IRLS weight."""
 
-    def energy(copies: Tensor) -> Tensor:
+    def energy(copies: Tensor) -> Tensor:  # of x (B, 1, n, 1, D) and copies (B, K, n, 1, D): (B, K, n, 1, 1)
         return kernel(x.unsqueeze(1).unsqueeze(-2), copies.unsqueeze(-2))
 
-    copies = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # one center per point, for separate slopes
+    copies = centers.unsqueeze(2).expand(-1, -1, x.shape[1], -1)  # a copy of each center per point, for separate slopes
     dtype = accumulation_dtype(x)  # gradients contain 1 / distance^2
     slopes = _slope(energy, copies).to(dtype)
     distance = (copies - x.unsqueeze(1)).abs().to(dtype)
@@ -266,11 +267,10 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _curvature(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return the Hessian's row sums, at least 0: for additive energies, and radial ones at the center, its diagonal."""
-    with torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
-        if not slope.requires_grad:  # a linear energy
-            return torch.zeros_like(x)
-        (curvature,) = torch.autograd.grad(slope.sum(), x, materialize_grads=True)
+    """Return the diagonal of the Hessian, at least 0, without gradient, from the sums of its rows.
+
+    It is diagonal for energies that add over features, and at the center for functions of the distance.
+    """
+    with torch.no_grad():  # 0 x, because autograd cannot differentiate a slope that does not depend on x
+        curvature = _slope(lambda x: _slope(function, x) + 0.0 * x, x)
     return curvature.nan_to_num(0.0, 0.0, 0.0).clamp(min=0.0)

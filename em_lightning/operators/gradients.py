@@ -13,12 +13,13 @@ from em_lightning.mixture.points import Parameters
 
 GRADIENTS = ("unrolled", "checkpoint", "last", "implicit")
 
-# Largest change of the parameters of a converged iteration, in frame coordinates, in which a set has extent 1.
+# Largest change of parameters in a converged iteration, in frame coordinates, in which points are in [-1, 1]^D. Chosen,
+# not measured, as are the next four.
 _CONVERGED = 1e-6
-# Relative residuals of GMRES: it stops at the first, below the precision of float32, and raises above the second.
-_RESIDUAL, _LARGEST_RESIDUAL = 1e-8, 1e-5
-# Largest number of products with the Jacobian, to bound memory and time; a least-squares solution follows every tenth.
-_PRODUCTS, _CHECK_INTERVAL = 300, 10
+# Relative residuals of GMRES: it stops below the first, which float32 cannot resolve, and raises above the second.
+_SUFFICIENT_RESIDUAL, _LARGEST_RESIDUAL = 1e-8, 1e-5
+# Largest number of products with the Jacobian, to bound memory and time; every tenth is followed by a solution.
+_LARGEST_PRODUCTS, _CHECK_INTERVAL = 300, 10
 
 Step = Callable[[Parameters, float], Parameters]
 
@@ -29,8 +30,9 @@ def iterate(step: Step, state: Parameters, steps: int, gradient: str) -> Iterato
     - ``"unrolled"``: exact; stores the parameters of each iteration.
     - ``"checkpoint"``: exact; stores the result of each iteration and recomputes the rest.
     - ``"last"``: the gradient of the last iteration, at the cost of one; the state before it is a constant.
-    - ``"implicit"``: the gradient of the fixed point :math:`z = f(z, x)`, exact at convergence. For an incoming
-      gradient v, GMRES solves :math:`(I - \partial f / \partial z)^\top u = v` for each set. The start has no gradient.
+    - ``"implicit"``: the gradient of the fixed point :math:`z = f(z, x)` of an iteration f, with parameters z of a set
+      and points x, exact at convergence. For the gradient v of a loss with respect to z, GMRES solves
+      :math:`(I - \partial f / \partial z)^\top u = v` for each set. The start has no gradient.
 
     ``progress`` is the fraction of completed ``steps``, always 1 for ``"implicit"``.
 
@@ -53,7 +55,7 @@ def iterate(step: Step, state: Parameters, steps: int, gradient: str) -> Iterato
 
 
 def _implicit_step(step: Step, state: Parameters) -> Parameters:
-    """Return the parameters after one more iteration ``f``, with the gradient of the fixed point ``z = f(z, x)``.
+    """Return the parameters after one more iteration, with the gradient of the fixed point, see :func:`iterate`.
 
     Differentiating the iteration at a constant z gives the factor ``df/dx``. A hook on its result multiplies the
     incoming gradient by the other factor of ``dz/dx = (I - df/dz)^-1 df/dx``.
@@ -61,7 +63,7 @@ def _implicit_step(step: Step, state: Parameters) -> Parameters:
     before = _pack(state).detach()
     state = _unpack(before, state)
     after = step(state, 1.0)
-    if not after.means.requires_grad or not len(after.means):
+    if not after.means.requires_grad or not len(after.means):  # no gradient, or no sets
         return after
     packed = _pack(after)
     fixed_point = packed.detach()
@@ -88,23 +90,23 @@ def _implicit_step(step: Step, state: Parameters) -> Parameters:
 
 
 def gmres(product: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-    """Solve ``A_b u_b = v_b`` for all sets b at once, given a function that multiplies vectors (B, P) by the matrices.
+    """Solve ``A_b u_b = v_b`` for all sets b at once, given ``product(u)`` = A u and the ``target`` v (B, P).
 
     The solution has the smallest residual in the Krylov space, which ``v, A v, A A v, ...`` span.
     """
     norm = torch.linalg.vector_norm(target, dim=1, keepdim=True)
     scale = torch.where(norm > 0, norm, 1.0)
     basis = (target / scale).unsqueeze(2)
-    right_side, products = basis, basis[..., :0]
-    limit = min(target.shape[1], _PRODUCTS)
+    unit_target, products = basis, basis[..., :0]
+    limit = min(target.shape[1], _LARGEST_PRODUCTS)
     for count in range(1, limit + 1):
         newest = product(basis[..., -1])
         products = torch.cat([products, newest.unsqueeze(2)], 2)
         if count == limit or count % _CHECK_INTERVAL == 0:
-            coefficients = torch.linalg.pinv(products) @ right_side
-            residual = float(torch.linalg.vector_norm(right_side - products @ coefficients, dim=(1, 2)).max())
+            coefficients = torch.linalg.pinv(products) @ unit_target
+            residual = float(torch.linalg.vector_norm(unit_target - products @ coefficients, dim=(1, 2)).max())
             solution = scale * (basis @ coefficients).squeeze(2)
-            if residual <= _RESIDUAL:
+            if residual <= _SUFFICIENT_RESIDUAL:
                 break
         # The part of the newest product that is orthogonal to the basis; any direction if there is none.
         direction = torch.linalg.qr(torch.cat([basis, newest.unsqueeze(2)], 2)).Q[..., -1:]
@@ -124,5 +126,5 @@ def _pack(state: Parameters) -> Tensor:
 
 def _unpack(packed: Tensor, like: Parameters) -> Parameters:
     """Return parameters with the shapes of ``like``; the inverse of :func:`_pack`."""
-    parts = packed.split([math.prod(part.shape[1:]) for part in like], 1)
-    return Parameters(*(part.view(one.shape) for part, one in zip(parts, like, strict=True)))
+    parts = packed.split([math.prod(old.shape[1:]) for old in like], 1)
+    return Parameters(*(part.view(old.shape) for part, old in zip(parts, like, strict=True)))

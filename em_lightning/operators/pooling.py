@@ -25,7 +25,7 @@ class EMPooling(nn.Module):
     weights        1       :math:`\pi_k`
     means          d       :math:`\mu_k`
     scales         d       :math:`\log \sigma_{ki}`, from the diagonal of the covariance
-    values         F       :math:`\bar v_k = \sum_n r_{nk} v_n / \sum_n r_{nk}`, mean features of the items
+    values         F       :math:`\bar v_k = \sum_n r_{nk} v_n / \sum_n r_{nk}`, means of the features v_n of items n
     ============== ======= ==================================================================
 
     Components keep their initial order. They have the same role in all sets only with ``init="learned"``.
@@ -103,8 +103,8 @@ class EMPooling(nn.Module):
             vector = vector if self.output is None else _linear(self.output, vector)
         return vector.to(x.dtype)
 
-    def _summary(self, x: Tensor, values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Return the parts (B, size) of the mixtures of coordinates x (B, N, d), with values (B, N, F)."""
+    def _summary(self, x: Tensor, features: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Return the summary (B, size) of the mixtures of coordinates x (B, N, d), with item features (B, N, F)."""
         mixture = self.operator(x, mask, weights)
         parts = {
             "weights": mixture.weights.unsqueeze(-1),
@@ -116,7 +116,7 @@ class EMPooling(nn.Module):
             weights = weights if mask is None else weights * mask
             r = self.operator.posterior(x, mixture, mask).responsibilities
             r = r[..., : mixture.components] * weights.unsqueeze(-1)  # without the background, the last hypothesis
-            parts["values"] = r.mT @ values / r.sum(1).clamp(min=torch.finfo(x.dtype).eps).unsqueeze(-1)
+            parts["values"] = r.mT @ features / r.sum(1).clamp(min=torch.finfo(x.dtype).eps).unsqueeze(-1)
         return torch.cat([parts[name] for name in self.summary], -1).flatten(1)
 
 

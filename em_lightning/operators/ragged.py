@@ -18,16 +18,16 @@ _ARGUMENTS = "Tensor x, Tensor index, SymInt num_groups, SymInt limit, int num_c
 _custom_op = functools.partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
 
 
-def _zeros(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
+def _new_results(x: Tensor, index: Tensor, num_groups: int, limit: int, num_components: int, num_iters: int) -> Tensors:
     means = x.new_zeros(num_groups, num_components, x.shape[1], dtype=torch.float64)
     return means.new_zeros(means.shape[:2]), means, means.new_zeros(means.shape[:2])
 
 
 @_custom_op("em_lightning::fit_groups", schema=f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)")
 def _fit_groups(*inputs: Any) -> Tensors:
-    log_weights, means, log_scales = _zeros(*inputs)
-    native.fit_groups(*inputs, log_weights, means, log_scales, *[None] * 4)  # no gradients
-    return log_weights, means, log_scales
+    results = _new_results(*inputs)
+    native.fit_groups(*inputs, *results, *[None] * 4)  # no gradients of the three results and of x
+    return results
 
 
 @_custom_op("em_lightning::fit_groups_gradient", schema=f"({_ARGUMENTS}, Tensor[] grads) -> Tensor")
@@ -38,7 +38,7 @@ def _gradient(*arguments: Any) -> Tensor:
     return grad_x
 
 
-_fit_groups.register_fake(_zeros)
+_fit_groups.register_fake(_new_results)
 _gradient.register_fake(lambda *arguments: torch.empty_like(arguments[0]))
 
 
@@ -73,21 +73,22 @@ def map_groups(
 ) -> Tensors:
     """Return tensors (G, ...) of groups of rows; zeros for empty groups.
 
-    ``function(points, mask)`` maps groups of 2^n to 2^(n + 1) - 1 rows, padded to the largest group, as (B, N, D) and
-    (B, N), to tensors (B, ...). Other arguments are those of :func:`fit_groups`.
+    ``function(points, mask)`` is called for all groups of 2^n to 2^(n + 1) - 1 rows at once, for each n. It gets the
+    groups, padded to the largest of them, as (B, N, D) and (B, N), and returns tensors (B, ...). Other arguments are
+    those of :func:`fit_groups`.
     """
     sizes = index.new_zeros(num_groups).scatter_add_(0, index, torch.ones_like(index))
-    first, order = sizes.cumsum(0) - sizes, index.argsort(stable=True)
+    first_places, order = sizes.cumsum(0) - sizes, index.argsort(stable=True)  # group g: order[first_places[g] + ...]
     sizes = sizes.clamp(max=limit)
-    exponents = torch.frexp(sizes.double()).exponent
+    exponents = torch.frexp(sizes.double()).exponent  # n + 1
     groups, results = [], []
     for exponent in exponents.unique():
         group = (exponents == exponent).nonzero().squeeze(1)
         largest = int(sizes[group].max())
         if largest:
-            rank = torch.arange(largest, device=x.device)
-            mask = rank < sizes[group].unsqueeze(1)
-            rows = order[first[group].unsqueeze(1) + torch.where(mask, rank, 0)]
+            place = torch.arange(largest, device=x.device)
+            mask = place < sizes[group].unsqueeze(1)
+            rows = order[first_places[group].unsqueeze(1) + torch.where(mask, place, 0)]
             groups.append(group)
             results.append(function(x.index_select(0, rows.flatten()).view(*mask.shape, -1), mask))
     if not groups:  # data-parallel training needs a gradient of every parameter and of the rows, here of zero
@@ -98,5 +99,5 @@ def map_groups(
     return tuple(part.new_zeros(num_groups, *part.shape[1:]).index_copy(0, torch.cat(groups), part) for part in parts)
 
 
-# Called with the inputs, the unused outputs and the gradients; second derivatives are those of _fit_by_operator.
+# Called with the inputs, the results (not needed) and their gradients; _fit_by_operator gives the second derivatives.
 native.register_gradient(_fit_groups, lambda *arguments: [_gradient(*arguments[:-2], arguments[-1])], _fit_by_operator)

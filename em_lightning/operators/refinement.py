@@ -22,8 +22,8 @@ class EMRefinement(nn.Module):
         num_components: K.
         num_features: D, the size of ``dim``.
         dim: the axis of the features; all axes but the first and this one index the items of a set.
-        temperature: divides the log-densities; ``None`` uses the square root of D, because their differences
-            grow with D until every responsibility is 0 or 1.
+        temperature: divides the log-densities. ``None`` uses the square root of D, because the differences of
+            log-densities grow with D until every responsibility is 0 or 1.
         num_iters, covariance, residual, **operator: arguments of :class:`EMOperator`. ``residual=True`` learns
             corrections of the M-step, with O(D^3) cost and O(D^2) parameters.
 
@@ -80,11 +80,9 @@ class EMRefinement(nn.Module):
         with torch.autocast(items.device.type, enabled=False):
             points = items.to(torch.promote_types(items.dtype, torch.float32))
             mixture = self.operator(points, mask)
-            if queries is None:
-                posterior = self.operator.posterior(points, mixture, mask)
-            else:
-                background = self.operator.background  # its energy is that of the set, not of the queries
-                energies = None if background is None else background.energies(points, mask)
-                posterior = self.operator.posterior(queries.to(points.dtype), mixture, None, energies)
+            background = self.operator.background  # its energy is that of the set, not of the queries
+            energies = None if background is None else background.energies(points, mask)
+            queries, mask = (points, mask) if queries is None else (queries.to(points.dtype), None)
+            posterior = self.operator.posterior(queries, mixture, mask, background_energies=energies)
             responsibilities = posterior.responsibilities[..., : mixture.components].to(mixture.means.dtype)
             return (responsibilities @ mixture.means).to(items.dtype)

@@ -13,9 +13,9 @@ from em_lightning.mixture.covariance import COVARIANCES, Covariance, variances_a
 from em_lightning.mixture.m_step import PseudoCounts
 from em_lightning.mixture.points import Parameters, Points
 
-# Bounds of the corrections, wide enough not to limit training: logarithms of the factors of standard deviations and of
-# pseudo-counts, and multiples of the change of a mean.
+# Bounds of the fields ``stretch``, ``factors`` and ``shift`` of a Correction, chosen wide so as not to limit training.
 _LARGEST_STRETCH, _LARGEST_FACTOR, _LARGEST_SHIFT = 2.0, 12.0, 10.0
+_LARGEST_FEATURE = 10.0  # of the networks' inputs, against extreme values; chosen, not measured
 # Added to standard deviations, relative to the unit of the set (Points.unit), so that logarithms and ratios are finite.
 _SMALLEST_DEVIATION = 1e-6
 
@@ -26,7 +26,7 @@ class Correction(NamedTuple):
     stretch: (B, K, D), logarithms of the factors of the standard deviations along the principal axes.
     shift: (B, K, D), steps of the mean along the principal axes, as multiples of its change in this iteration.
     factors: (B, K, 4), logarithms of the factors of the prior's three pseudo-counts and of its covariance.
-    share: (B, K), share of the ``neighbours`` in the prior covariance, at least 0.
+    share: (B, K), share of the ``neighbours`` in the prior covariance, from 0 to 1.
     neighbours: (B, K, D, D), second moments of the neighbouring components about the mean of each.
     """
 
@@ -38,14 +38,14 @@ class Correction(NamedTuple):
 
     def pseudo_counts(self, prior: PseudoCounts, covariance: Covariance) -> PseudoCounts:
         """Return the pseudo-counts of each component."""
-        weight, mean, covariance_count, spread = self.factors.exp().unbind(-1)
+        weight_factor, mean_factor, covariance_factor, scatter_factor = self.factors.exp().unbind(-1)
         share = self.share.unsqueeze(-1)
         scatter = (1.0 - share) * prior.scatter + share * covariance.entries(self.neighbours)
         return prior._replace(
-            weight_count=prior.weight_count * weight,
-            mean_count=prior.mean_count * mean,
-            covariance_count=prior.covariance_count * covariance_count,
-            scatter=spread.unsqueeze(-1) * scatter,
+            weight_count=prior.weight_count * weight_factor,
+            mean_count=prior.mean_count * mean_factor,
+            covariance_count=prior.covariance_count * covariance_factor,
+            scatter=scatter_factor.unsqueeze(-1) * scatter,
         )
 
     def apply(self, covariance: Covariance, before: Tensor, after: Parameters, floor: Tensor) -> Parameters:
@@ -62,7 +62,7 @@ class ResidualCorrection(nn.Module):
     r"""Networks that correct the M-step of each component, given features of the component and of its set.
 
     The features ``h_k`` of component k are its weight and number of points, its principal standard deviations and their
-    mean over components, the changes of its deviations and center in the last iteration, its distance from the set's
+    mean over components, the changes of its deviations and mean in this iteration, its squared distance from the set's
     mean, the extent of its neighbours, the floor, the set's number of points, and the fraction of completed iterations.
 
     .. math::
@@ -90,32 +90,31 @@ class ResidualCorrection(nn.Module):
         super().__init__()
         self.covariance: Covariance = COVARIANCES[covariance] if isinstance(covariance, str) else covariance
         self.num_features = num_features
-        inputs, outputs = 7 * num_features + 10, 2 * num_features + 5
-        self.describe = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.decide = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, outputs))
-        self.direct = nn.Linear(inputs, outputs, bias=False)
-        for last in (self.decide[-1], self.direct):
-            for parameter in last.parameters():
-                nn.init.zeros_(parameter)
+        num_inputs, num_outputs = 7 * num_features + 10, 2 * num_features + 5  # as listed in _features and forward
+        self.describe = nn.Sequential(nn.Linear(num_inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.decide = nn.Sequential(nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, num_outputs))
+        self.direct = nn.Linear(num_inputs, num_outputs, bias=False)
+        for parameter in (*self.decide[-1].parameters(), *self.direct.parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(
         self, points: Points, mass: Tensor, before: Parameters, after: Parameters, floor: Tensor, progress: float
     ) -> Correction:
         """Return corrections of an iteration, for masses (B, K), floors (B,) and the fraction of completed steps."""
         features, neighbours = self._features(points, mass, before, after, floor, progress)
-        h = _bounded(features, 10.0).to(next(self.parameters()).dtype)  # limits the effect of extreme features
+        h = _bounded(features, _LARGEST_FEATURE).to(next(self.parameters()).dtype)
         e = self.describe(h)
         pooled = torch.cat([e.mean(1, keepdim=True), e.amax(1, keepdim=True)], -1).expand(-1, e.shape[1], -1)
         outputs = (self.decide(torch.cat([e, pooled], -1)) + self.direct(h)).to(mass.dtype)
         stretch, shift, factors, share = outputs.split([self.num_features, self.num_features, 4, 1], -1)
-        # Corrections decrease as standard errors do, as mass^(-1/2), above 8 points; other numbers were not compared.
+        # Above 8 points (chosen), stretches decrease as standard errors do, as mass^-1/2, and factors as mass^-1.
         error = (8.0 / (8.0 + mass)).sqrt().unsqueeze(-1)
         return Correction(
-            error * _bounded(stretch, _LARGEST_STRETCH),
-            _bounded(shift, _LARGEST_SHIFT),
-            error.square() * _bounded(factors, _LARGEST_FACTOR),
-            torch.where(share >= 0, share.tanh(), 0.0).squeeze(-1),  # has a gradient at 0, where training starts
-            neighbours,
+            stretch=error * _bounded(stretch, _LARGEST_STRETCH),
+            shift=_bounded(shift, _LARGEST_SHIFT),
+            factors=error.square() * _bounded(factors, _LARGEST_FACTOR),
+            share=torch.where(share >= 0, share.tanh(), 0.0).squeeze(-1),  # has a gradient at 0, where training starts
+            neighbours=neighbours,
         )
 
     def _features(
@@ -128,18 +127,18 @@ class ResidualCorrection(nn.Module):
         deviations = (deviations + _SMALLEST_DEVIATION * unit).expand_as(after.means)
 
         def log_ratio(matrix: Tensor) -> Tensor:
-            """Return logarithms of the standard deviations of a covariance along the axes, relative to the current."""
+            """Return the logarithm of a covariance's deviations along the axes, as multiples of ``deviations``."""
             along = variances_along(axes, matrix).clamp(min=0).sqrt() + _SMALLEST_DEVIATION * unit
             return (along / deviations).log()
 
         change = (axes.mT @ (after.means - before.means).unsqueeze(-1)).squeeze(-1)
-        # Deviations relative to the unit of the set and to the floor, (B, K, 2 D).
+        # Deviations divided by the unit of the set, and the floor divided by variances, (B, K, 2 D).
         thickness = torch.cat([(deviations / unit).log(), floor[:, None, None] / deviations.square()], -1)
         mean_thickness = after.log_weights.softmax(-1).unsqueeze(1) @ thickness
-        distance = ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True)
+        from_center = ((after.means - points.mean.unsqueeze(1)) / unit).square().sum(-1, keepdim=True)
         extent = neighbours.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).sqrt()
         mass = mass.unsqueeze(-1)
-        log_count = points.num_points.clamp(min=1.0).log()[:, None, None] - 5.0  # zero for 150 points
+        log_count = points.num_points.clamp(min=1.0).log()[:, None, None] - 5.0  # about 0 for common sizes: e^5 = 148
         log_floor = (floor[:, None, None].sqrt() / unit + _SMALLEST_DEVIATION).log()
         features = [
             thickness,
@@ -152,7 +151,7 @@ class ResidualCorrection(nn.Module):
             1.0 / (mass + 1.0),
             log_count.expand_as(mass),
             log_count.square().expand_as(mass),
-            distance,
+            from_center,
             (extent / unit).log(),
             log_floor.expand_as(mass),
             torch.full_like(mass, progress),
@@ -167,12 +166,12 @@ def neighbour_moments(parameters: Parameters, covariance: Covariance, unit: Tens
     Each component counts with its weight times exp(-d^2 / 2h^2), d its distance, h = unit K^(-1/D) the typical spacing.
     """
     log_weights, means, covariances = parameters
-    components, features = means.shape[1:]
-    width = unit * components ** (-1.0 / features)
-    near = (log_weights.unsqueeze(1) - 0.5 * squared_distance(means / width, means / width)).softmax(-1)
+    num_components, num_features = means.shape[1:]
+    scaled = means / (unit * num_components ** (-1.0 / num_features))
+    shares = (log_weights.unsqueeze(1) - 0.5 * squared_distance(scaled, scaled)).softmax(-1)
     square = means.unsqueeze(-1) * means.unsqueeze(-2)
-    second = (near @ (covariance.to_full(covariances, means) + square).flatten(2)).unflatten(2, (features, features))
-    cross = (near @ means).unsqueeze(-1) * means.unsqueeze(-2)
+    second = (shares @ (covariance.to_full(covariances, means) + square).flatten(2)).unflatten(2, square.shape[2:])
+    cross = (shares @ means).unsqueeze(-1) * means.unsqueeze(-2)
     return second - cross - cross.mT + square
 
 

@@ -25,15 +25,16 @@ class Sets(NamedTuple):
     """The inputs of all iterations of an EM operator.
 
     points: the points prepared for EM; ``points.x`` is (B, D, N), in the user's units.
-    mass, mask: the mass of the points (B,) and the given mask (B, N).
-    covariance, floor: the covariance type and the floor of variances (B,), in frame coordinates.
-    pseudo_counts, dtype: those of the prior, and that of the result.
+    mass, mask: the sum of the weights of the points (B,), and the given mask (B, N).
+    family: the covariance type of the operator, or in ``objective`` that of the given mixture; or von Mises-Fisher.
+    floor: (B,), the floor of variances in frame coordinates; of 1 / kappa for von Mises-Fisher.
+    pseudo_counts, dtype: the pseudo-counts of the prior, and the dtype of the result.
     """
 
     points: Points
     mass: Tensor
     mask: Tensor | None
-    covariance: Covariance
+    family: Covariance
     floor: Tensor
     pseudo_counts: PseudoCounts | None
     dtype: torch.dtype
@@ -59,7 +60,7 @@ class DrawnStart(NamedTuple):
             return frame.enter(centers.to(frame.center.dtype).mT).mT
 
         def around(centers: Tensor) -> Parameters:
-            return initialization.parameters_around(points, centers, sets.covariance, sets.floor)
+            return initialization.parameters_around(points, centers, sets.family, sets.floor)
 
         with torch.no_grad():
             best = draw()
@@ -79,15 +80,15 @@ class LearnedStart(nn.Module):
     def __init__(self, num_components: int, num_features: int) -> None:
         super().__init__()
         self.means = nn.Parameter(torch.randn(num_components, num_features))
-        self.log_scale = nn.Parameter(torch.full((num_components, 1), -0.5))  # components are narrower than the set
+        self.log_scale = nn.Parameter(torch.full((num_components, 1), -0.5))  # narrower than the set; not tuned
         self.logits = nn.Parameter(torch.zeros(num_components))
 
     def forward(self, sets: Sets, score: Score | None) -> Parameters:
-        """Return the start of each set."""
-        mean, unit, covariance = sets.points.mean, sets.points.unit()[:, None, None], sets.covariance
-        root = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
-        covariances = covariance.expand(torch.ones_like(mean), len(self.means))
-        covariances = covariance.scaled(covariances, root.square().squeeze(-1))
+        """Return the only start of each set, for any score."""
+        mean, unit, family = sets.points.mean, sets.points.unit()[:, None, None], sets.family
+        deviation = unit * self.log_scale.exp() + sets.floor.sqrt()[:, None, None]  # (B, K, 1)
+        identities = family.expand(torch.ones_like(mean), len(self.means))  # unit variances
+        covariances = family.scaled(identities, deviation.square().squeeze(-1))
         log_weights = self.logits.log_softmax(-1).to(unit).expand(len(unit), -1)
         return Parameters(log_weights, mean.unsqueeze(1) + self.means * unit, covariances)
 
