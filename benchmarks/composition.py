@@ -278,7 +278,7 @@ class StudyReport(Report):
         """Score the probes and summarize the measurements."""
         data = trainer.datamodule
         train, scored = data.whole("train"), self._scored(data)
-        parts = [module(part.to(module.device))[0] for part in train.x.split(MAX_ITEMS)]
+        parts = [energies for energies, _ in (module(x.to(module.device)) for x in train.x.split(MAX_ITEMS))]
         features = [torch.cat(layer, 1).cpu() for layer in zip(*parts, strict=True)]
         scored_features, logits = module(scored.x.to(module.device))
         ratios, cosines = torch.tensor(self.gradients).unbind(1)  # (measurements, L, R) each
@@ -286,9 +286,7 @@ class StudyReport(Report):
         for i, d in enumerate(features):
             scored_d = scored_features[i].cpu()
             raw, standardized = probes(d, train.y, scored_d, scored.y, self.probe_epochs, self.probe_rate)
-            of_runs = zip(
-                *(row["free_energy"][i] for row in self.history), strict=True
-            )  # free energies over the epochs
+            free_energies = zip(*(row["free_energy"][i] for row in self.history), strict=True)
             of_layer = {
                 "probe %": 100 * raw,
                 "standardized %": 100 * standardized,
@@ -298,7 +296,7 @@ class StudyReport(Report):
                 "ratio early": ratios[:RECORDS, i].mean(0),
                 "ratio late": ratios[-RECORDS:, i].mean(0),
                 "cosine": cosines[:, i].mean(0),
-                "convergence": torch.tensor([self.history[converged(series)]["epoch"] for series in of_runs]),
+                "convergence": torch.tensor([self.history[converged(series)]["epoch"] for series in free_energies]),
             }
             prefix = f"layer {i + 1} " if len(features) > 1 else ""
             columns.update({prefix + name: values for name, values in of_layer.items()})

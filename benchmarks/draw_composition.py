@@ -37,9 +37,7 @@ def draw(sweep: dict[str, Any], curve: dict[str, Any]) -> Any:
     probe_axes.set(title="probe (dashed: raw features)", xlabel="learning rate", ylabel="%", xscale="log")
     probe_axes.legend()
     runs = list(dict.fromkeys(key.partition(": ")[0] for key in sweep["values"]))
-    ratios = torch.tensor(sweep["gradients"])[
-        :, 0, -1
-    ]  # (measurements, R): the ratios, not the cosines, of the last layer
+    ratios, _ = torch.tensor(sweep["gradients"])[:, :, -1].unbind(1)  # (measurements, R) of the last layer
     epochs = [row["epoch"] for row in sweep["history"]]
     for number, run in enumerate(run for run in runs if run.endswith(", 0.01") or run.endswith(", 0.1")):
         style = "-" if run.endswith(", 0.1") else "--"

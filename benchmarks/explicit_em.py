@@ -100,9 +100,10 @@ def iterate(weights: Tensor, x: Tensor, volume: EMLoss) -> Iteration:
             proposal = weights + step * direction
             reached = float(surrogate(proposal, x, responsibilities, volume))
             if reached <= before:
-                return Iteration(proposal, before, reached, float(objective(proposal, x, volume)), step)
+                after = float(objective(proposal, x, volume))
+                return Iteration(proposal, before, surrogate=reached, after=after, step=step)
             step /= 2
-    return Iteration(weights.detach(), before, before, before, 0.0)
+    return Iteration(weights.detach(), before, surrogate=before, after=before, step=0.0)
 
 
 def start(x: Tensor, num_components: int, seed: int) -> Tensor:

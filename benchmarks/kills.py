@@ -119,6 +119,11 @@ def has_ended(pid, folder):
     return bool(found)
 
 
+def never():
+    """Return False: the condition of a wait for the end of a run."""
+    return False
+
+
 def wait(pid, folder, until, deadline=float("inf"), pause=0.005):
     """Wait for a condition, a deadline or the end of a run; return whether the run is still alive."""
     while not has_ended(pid, folder):
@@ -134,7 +139,7 @@ def time_uninterrupted_run(case, folder):
     pid = start_run(CASES[case], folder)
     if wait(pid, folder, (folder / "share").exists):
         begin = time.perf_counter()
-        wait(pid, folder, lambda: False)
+        wait(pid, folder, never)
         return time.perf_counter() - begin
     raise SystemExit(f"{case} did not start training:\n{(folder / 'output.txt').read_text()[-3000:]}")
 
@@ -161,7 +166,7 @@ def run_and_kill(case, folder, rng, seconds, in_writing):
     target = rng.uniform(share(folder), 1.1)  # 1.1 (chosen): at least one kill in eleven comes after training
     if target > 1:  # a kill up to a second after training
         alive = wait(pid, folder, (folder / "weights.pt").exists)
-        alive = alive and wait(pid, folder, lambda: False, time.perf_counter() + rng.random())
+        alive = alive and wait(pid, folder, never, time.perf_counter() + rng.random())
     else:
         alive = wait(pid, folder, lambda: share(folder) >= target)
     if alive and in_writing:
@@ -223,7 +228,7 @@ def compare(case, kills, rng, root):
             num_kills += alive
             num_partial_files += left is not None
         if alive:
-            wait(start_run(CASES[case], folder), folder, lambda: False)
+            wait(start_run(CASES[case], folder), folder, never)
         num_runs += 1
         if (folder / "resumed").exists():
             num_resumes += len((folder / "resumed").read_text().splitlines())

@@ -183,11 +183,16 @@ def load(folder, method, size, noise):
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def model(path, **arguments):
+def model(path=None, **arguments):
     """Return the trained module of a checkpoint, or the pretrained one for ``None``."""
     if path is None:
         return PointCloudGMM.pretrained(**arguments)
     return PointCloudGMM.load_from_checkpoint(path, **{**INFERENCE, **arguments}).eval()
+
+
+def measure_module(module, clouds):
+    """Return the result of a trained module, which has no setting to choose."""
+    return measure(learned(module), clouds, module.operator.num_components, setting={})
 
 
 def mean_error(values):
@@ -219,7 +224,7 @@ def table(folder, modules, one_start, sizes, noises):
             own_results = []
             for module in modules:
                 torch.manual_seed(0)
-                own_results.append(measure(learned(module), test, COMPONENTS, {}))
+                own_results.append(measure_module(module, test))
             scores, seconds = own_results[0].scores, own_results[0].seconds
             lines["learned"].append(f"{scores.mean():.3f} ({1e3 * seconds:.1f} ms)")
             lines["of seeds"].append(", ".join(f"{result.scores.mean():.3f}" for result in own_results))
@@ -235,7 +240,7 @@ def table(folder, modules, one_start, sizes, noises):
             lines["gain, flat"].append(mean_error(gain[flat]))
             lines["gain, curved"].append(mean_error(gain[~flat]))
             torch.manual_seed(0)
-            quick = measure(learned(one_start), test, COMPONENTS, {})
+            quick = measure_module(one_start, test)
             lines[ONE_START].append(f"{quick.scores.mean():.3f} ({1e3 * quick.seconds:.1f} ms)")
             lines[f"gain of {ONE_START} over the best"].append(mean_error(gain + quick.scores - scores))
             several = gains.get("scikit-learn, n_init=10, tuned")
@@ -260,7 +265,7 @@ def dense(folder, sizes):
             em = Method("EM, tuned", em_scores, combinations(floor=(1e-6, 1e-5, 1e-4, 3e-4, 1e-3), starts=(8,)))
             setting = tune(em, val, components)
             scores = measure(em, clouds, components, setting).scores
-            own = measure(learned(model(None, num_components=components)), clouds, components, {}).scores
+            own = measure_module(model(num_components=components), clouds).scores
             cells = [size, components, *(f"{value.mean():.3f}" for value in (density, scores, own))]
             cells += [mean_error(own - scores), mean_error(own - density)]
             print(f"| {' | '.join(map(str, cells))} | EM: {setting['floor']:g}, {setting['steps']} steps", flush=True)
@@ -344,7 +349,7 @@ def elsewhere(folder, checkpoint, root, folders, sizes, names):
     for size in sizes:
         for name, clouds, components, noise in cases_of(size, root, folders):
             torch.manual_seed(0)
-            own = measure(learned(model(checkpoint, num_components=components)), clouds, components, {}).scores
+            own = measure_module(model(checkpoint, num_components=components), clouds).scores
             gains = {}
             for method in (method for method in methods_of(size) if method.name in names):
                 setting = setting_of(folder, method, size, noise)
@@ -417,7 +422,7 @@ def floors(path, sizes, noises):
     for size, noise, floor in product(sizes, noises, (1e-6, 1e-7, 1e-8, 1e-9)):
         val = clouds_of(size, noise, "val", 24)
         torch.manual_seed(0)
-        own = measure(learned(model(path, covariance_floor=floor)), val, COMPONENTS, {}).scores
+        own = measure_module(model(path, covariance_floor=floor), val).scores
         (em,) = em_scores(val, COMPONENTS, floor, starts=8, steps=80)
         print(f"| {size} | {noise:g} | {floor:g} | {own.mean():.3f} | {em.scores.mean():.3f} |", flush=True)
 
@@ -477,7 +482,7 @@ def steps(folder, module, root):
         torch.manual_seed(0)
         (tuned,) = em_scores(clouds, COMPONENTS, **setting)
         torch.manual_seed(0)
-        own = measure(learned(module), clouds, COMPONENTS, {}).scores
+        own = measure_module(module, clouds).scores
         cells = [f"{float(score.mean()):.3f}" for score in (*map(scores.get, counts), tuned.scores, own)]
         print(f"| {name} | {size} | {' | '.join(cells)} | {mean_error(own - scores[40])} |", flush=True)
 

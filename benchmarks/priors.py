@@ -3,9 +3,9 @@
     python -m benchmarks.priors [--sets 200]
 
 Blobs: 3 to 5 Gaussian clusters per set with three features, random covariances of mean variance .76, and centers at
-least 3, 6 or 12 apart, which is more than as many standard deviations. Surfaces: generated surfaces with noise of .02 of the radius. The printed
-table has the median over the sets of the log-likelihood per held-out point, and in parentheses the share of the sets
-that are better than without a prior. All fits start from the best of four k-means++ starts.
+least 3, 6 or 12 apart, which is more than as many standard deviations. Surfaces: generated ones with noise of .02 of
+the radius. The printed table has the median over the sets of the log-likelihood per held-out point, and in parentheses
+the share of the sets that are better than without a prior. All fits start from the best of four k-means++ starts.
 """
 
 import argparse
