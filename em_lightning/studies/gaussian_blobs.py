@@ -34,7 +34,7 @@ class GaussianBlobs(TabularDataModule):
         '1,000 x 2 from a mixture of 12 Gaussians (a tensor of float32); 100 held out'
     """
 
-    # ``setup`` sets data and held_out. Until then held_out is not None, which would mean that there are no such rows.
+    # ``setup`` sets data and held_out. Until then held_out is "", as None would mean that no rows are held out.
     data: Tensor | str = field(init=False, default="")
     weights: None = field(init=False, default=None)
     held_out: Tensor | str | None = field(init=False, default="")

@@ -95,7 +95,7 @@ def linear_probe(features: Tensor, labels: Tensor, test_features: Tensor, test_l
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))  # 29 are enough for the digits
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))  # the digits take 29 iterations
     probe.fit(features.detach().cpu().numpy(), labels.cpu().numpy())
     return float(probe.score(test_features.detach().cpu().numpy(), test_labels.cpu().numpy()))
 

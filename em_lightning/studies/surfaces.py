@@ -86,7 +86,7 @@ class _RandomSurfaces:
 
     Superellipsoids (Barr, 1981) range from rounded boxes to pinched stars; a vase is an open surface of revolution
     whose radius is a sine of the height; a knot is a tube along the torus knot (2, 3) or (3, 2). Tables and chairs keep
-    the hidden faces at which their boxes touch. Ranges of parameters and resolutions of meshes are chosen.
+    the hidden faces at which their boxes touch. Ranges and resolutions are chosen, not measured.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
